@@ -1,0 +1,26 @@
+"""The batch that every part of a training step sees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """B images with all that identifies them.
+
+    Attributes:
+        images: float32 [B, 3, H, W] in [0, 1]; normalisation belongs to the networks.
+        labels: int64 [B].
+        index: int64 [B], position of each image in the whole training (or test) set, not in the subset.
+        view: int64 [B], which augmentation of the image this is, 0 .. V-1.
+        valid: bool [B]; False marks the padding rows that keep evaluation batches equally long on all
+            devices. They must not be counted. Always True in training.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    view: Tensor
+    valid: Tensor
