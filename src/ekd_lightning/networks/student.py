@@ -1,0 +1,204 @@
+"""The branched student: a shared trunk, then K branches, coupled into one prediction.
+
+Shape letters: B batch, C classes, D features, K branches.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.networks.outputs import StudentOutput
+from ekd_lightning.networks.registry import NetworkSpec, build_network
+from ekd_lightning.networks.staged import Normalize, StagedNetwork, pool
+
+ENSEMBLES = ("mean_logits", "mean_probs", "gate")
+NO_SPLIT = "none"
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Half-precision logits in float32; the coupling is always computed at least in float32."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class Trunk(nn.Module):
+    """What all branches share: the normalisation and the first stages (possibly none)."""
+
+    stages: nn.ModuleDict
+
+    def __init__(self, network: StagedNetwork, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.normalize = Normalize(network.spec.normalization)
+        self.stages = nn.ModuleDict({name: network.stages[name] for name in names})
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the trunk's output [B, channels, height, width] and that of each of its stages."""
+        maps = self.normalize(images)
+        outputs: dict[str, Tensor] = {}
+        for name, stage in self.stages.items():
+            maps = outputs[name] = stage(maps)
+        return maps, outputs
+
+
+class Branch(nn.Module):
+    """The remaining stages of one network (possibly none) and its head."""
+
+    stages: nn.ModuleDict
+
+    def __init__(self, network: StagedNetwork, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({name: network.stages[name] for name in names})
+        self.head = network.head
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns logits [B, C], pooled features [B, D] and the output of each of its stages."""
+        outputs: dict[str, Tensor] = {}
+        for name, stage in self.stages.items():
+            maps = outputs[name] = stage(maps)
+        pooled = pool(maps)
+        return self.head(pooled), pooled, outputs
+
+
+class Gate(nn.Module):
+    """Weights the branches image by image from the pooled trunk (Lan et al. 2018, ONE)."""
+
+    def __init__(self, num_features: int, branches: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(num_features, branches)
+        self.bn = nn.BatchNorm1d(branches)
+
+    def forward(self, trunk_maps: Tensor) -> Tensor:
+        """Maps the trunk's output [B, channels, height, width] to weights [B, K] that sum to 1."""
+        scores = torch.relu(self.bn(self.fc(pool(trunk_maps))))
+        return _wide(scores).softmax(dim=1)
+
+
+class BranchedStudent(nn.Module):
+    """K branches over a shared trunk, all cut from copies of one network.
+
+    The trunk and branch 0 are the first network built, branch k the k-th: every branch starts from
+    its own draw, and a student with one branch is the plain network of the same seed. Names in the
+    state dict are `trunk.stages.<stage>.*`, `branches.<k>.stages.<stage>.*`, `branches.<k>.head.*`
+    and `gate.*`.
+
+    Attributes:
+        spec: the network that trunk and branches are cut from.
+        ensemble: how the branches are coupled: `mean_logits`, `mean_probs` or `gate`.
+        num_features: D, the width of every head's input.
+    """
+
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        *,
+        branches: int,
+        split_after: str,
+        ensemble: str = "mean_logits",
+    ) -> None:
+        """Builds trunk and branches; the same `torch.manual_seed` gives the same student.
+
+        Args:
+            spec: the network that trunk and branches are cut from.
+            branches: K, at least 1.
+            split_after: the last shared stage, or `none` for K separate networks. After the last
+                stage, the branches are heads only.
+            ensemble: `mean_logits`; `mean_probs` (the log of the mean softmax); or `gate` (learned
+                weights of the branches' logits, from the pooled trunk).
+
+        Raises:
+            UserError: on fewer than one branch, a stage that the network does not have, an unknown
+                ensemble, or a gate without a trunk.
+        """
+        super().__init__()
+        _check(branches, split_after, ensemble)
+        network = build_network(spec)
+        names = network.stage_names
+        if split_after != NO_SPLIT and split_after not in names:
+            raise unknown_name(f"split_after for network {spec.name!r}:", split_after, (*names, NO_SPLIT))
+        shared = 0 if split_after == NO_SPLIT else names.index(split_after) + 1
+        self.spec = spec
+        self.ensemble = ensemble
+        self.num_features = network.num_features
+        self._split_after = split_after
+        self._stage_names = names
+        self.trunk = Trunk(network, names[:shared])
+        networks = [network, *(build_network(spec) for _ in range(branches - 1))]
+        self.branches = nn.ModuleList(Branch(one, names[shared:]) for one in networks)
+        self.gate = None
+        if ensemble == "gate":
+            self.gate = Gate(network.stage_shapes()[split_after][0], branches)
+
+    @property
+    def num_branches(self) -> int:
+        """K."""
+        return len(self.branches)
+
+    @property
+    def split_after(self) -> str:
+        """The last shared stage, or `none`."""
+        return self._split_after
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.spec.num_classes
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the stages that every branch has, the shared ones included, in order."""
+        return self._stage_names
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classifies images [B, 3, H, W] in [0, 1].
+
+        Returns:
+            The ensemble output [B, C]: logits, or log-probabilities for `mean_probs`.
+        """
+        return self.outputs(images).logits
+
+    def outputs(self, images: Tensor) -> StudentOutput:
+        """Like `forward`, with each branch's logits, pooled features and stage outputs.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], not normalised.
+        """
+        maps, shared = self.trunk(images)
+        results = [branch(maps) for branch in self.branches]
+        branch_logits = torch.stack([logits for logits, _, _ in results])
+        pooled = torch.stack([features for _, features, _ in results])
+        stages = tuple({**shared, **own} for _, _, own in results)
+        return StudentOutput(self._couple(branch_logits, maps), branch_logits, pooled, stages)
+
+    def stage_shapes(self, image_size: int = 32) -> dict[str, tuple[int, int, int]]:
+        """Tells the shape (channels, height, width) of each stage's output in every branch.
+
+        Nothing is computed (meta device) and the student is not touched.
+        """
+        probe = copy.deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            stages = probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta")).stages[0]
+        return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}
+
+    def _couple(self, branch_logits: Tensor, trunk_maps: Tensor) -> Tensor:
+        logits = _wide(branch_logits)
+        if self.gate is not None:
+            return torch.einsum("bk,kbc->bc", self.gate(trunk_maps).to(logits.dtype), logits)
+        if self.ensemble == "mean_probs":
+            # log(1/K Σ p_k) without ever leaving the log domain.
+            return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+        return logits.mean(dim=0)
+
+
+def _check(branches: int, split_after: str, ensemble: str) -> None:
+    if not isinstance(branches, int) or isinstance(branches, bool) or branches < 1:
+        raise UserError(f"branches={branches!r}: a student has at least 1 branch")
+    if ensemble not in ENSEMBLES:
+        raise unknown_name("ensemble", ensemble, ENSEMBLES)
+    if ensemble == "gate" and split_after == NO_SPLIT:
+        raise UserError(
+            "ensemble='gate' reads the shared trunk, and split_after='none' leaves none (use a stage)"
+        )

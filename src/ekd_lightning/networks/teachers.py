@@ -1,0 +1,164 @@
+"""M frozen teachers that cannot drift and never enter a checkpoint.
+
+Shape letters: B batch, C classes, D features, M teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.weights import state_sha256
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Who a teacher is, for the run's record.
+
+    Attributes:
+        id: its name: the zoo id, the file's stem, or the key in the teacher store.
+        sha256: `weights.state_sha256` of the network, independent of the file it came from.
+        source: `zoo`, `file` or `trained`.
+        network: name of its network.
+        detail: anything else worth recording (file, its SHA-256, accuracy, recipe); JSON-able.
+    """
+
+    id: str
+    sha256: str
+    source: str
+    network: str
+    detail: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+class TeacherEnsemble(nn.Module):
+    """M teachers: always in eval mode, without gradients, absent from every state dict.
+
+    Members move with `.to(device)` like any module. A state dict that holds weights for them is
+    reported as having unexpected keys, and they are not loaded: teachers come from their own files.
+
+    Attributes:
+        identities: one for each member, in order.
+    """
+
+    def __init__(self, members: Sequence[StagedNetwork], identities: Sequence[TeacherIdentity]) -> None:
+        """Takes ownership of the members and freezes them (no copies are made).
+
+        Args:
+            members: M networks, at least one, all with the same number of classes.
+            identities: who they are, in the same order.
+
+        Raises:
+            UserError: when there are no members, or they disagree on the number of classes.
+            ValueError: when there is not one identity for each member.
+        """
+        super().__init__()
+        if not members:
+            raise UserError("a teacher ensemble needs at least 1 teacher, got 0")
+        if len(members) != len(identities):
+            raise ValueError(f"{len(members)} teachers but {len(identities)} identities")
+        for member, identity in zip(members, identities, strict=True):
+            if member.spec.num_classes != members[0].spec.num_classes:
+                raise UserError(
+                    f"teachers disagree on the number of classes: {identities[0].id!r} has "
+                    f"{members[0].spec.num_classes}, {identity.id!r} has {member.spec.num_classes}"
+                )
+        self.identities = tuple(identities)
+        self.members = nn.ModuleList(members).requires_grad_(False)
+        self.eval()
+        self._prefix = ""
+        self.register_load_state_dict_pre_hook(_refuse_own_keys)
+        self.register_load_state_dict_post_hook(_forget_own_missing_keys)
+
+    @property
+    def num_teachers(self) -> int:
+        """M."""
+        return len(self.members)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return next(self._networks()).spec.num_classes
+
+    @property
+    def num_features(self) -> tuple[int, ...]:
+        """D_m, the width of each teacher's pooled features."""
+        return tuple(member.num_features for member in self._networks())
+
+    def stage_shapes(self, image_size: int = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
+        """Tells the (channels, height, width) of each teacher's stage outputs; nothing is computed."""
+        return tuple(member.stage_shapes(image_size) for member in self._networks())
+
+    def train(self, mode: bool = True) -> TeacherEnsemble:
+        """Stays in eval mode whatever is asked: batch norm in train mode would change the teachers."""
+        return super().train(False)
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Contributes nothing: teachers are identified by hash and loaded from their own files."""
+        return {} if destination is None else destination
+
+    # Not inference_mode: losses must be able to save these tensors for their backward pass.
+    @torch.no_grad()
+    def forward(self, images: Tensor, stages: Sequence[str] = ()) -> TeacherOutput:
+        """Asks every teacher.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], not normalised.
+            stages: names of stages whose outputs are wanted from every teacher.
+
+        Returns:
+            Logits [M, B, C], pooled features M x [B, D_m], and the stages that were asked for.
+
+        Raises:
+            UserError: when a teacher does not have one of the stages.
+        """
+        for member, identity in zip(self._networks(), self.identities, strict=True):
+            for name in stages:
+                if name not in member.stages:
+                    raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
+        results = [member.outputs(images) for member in self._networks()]
+        return TeacherOutput(
+            logits=torch.stack([result.logits for result in results]),
+            pooled=tuple(result.pooled for result in results),
+            stages=tuple({name: result.stages[name] for name in stages} for result in results),
+        )
+
+    def verify(self) -> None:
+        """Hashes every member again.
+
+        Raises:
+            RuntimeError: when a member is no longer what its identity says.
+        """
+        for member, identity in zip(self._networks(), self.identities, strict=True):
+            found = state_sha256(member)
+            if found != identity.sha256:
+                raise RuntimeError(
+                    f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}"
+                )
+
+    def _networks(self) -> Iterator[StagedNetwork]:
+        return (cast(StagedNetwork, member) for member in self.members)
+
+
+def _refuse_own_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Remembers under which prefix the ensemble hangs, and keeps foreign weights out of it."""
+    _, _, _, unexpected_keys, _ = rest
+    ensemble = cast(TeacherEnsemble, module)
+    ensemble._prefix = prefix
+    own = [key for key in state_dict if key.startswith(prefix)]
+    unexpected_keys.extend(own)
+    for key in own:
+        del state_dict[key]
+
+
+def _forget_own_missing_keys(module: nn.Module, incompatible_keys: Any) -> None:
+    """Members are never in a state dict, so they are not missing; all other keys still are."""
+    prefix = cast(TeacherEnsemble, module)._prefix + "members."
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(prefix)]

@@ -1,0 +1,242 @@
+"""Weights on disk: safetensors files of our own, and checkpoints of others read without trust."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks.registry import NetworkSpec, build_network
+from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.student import BranchedStudent
+
+_KIND, _SPEC = "ekd_kind", "ekd_spec"
+_WRAPPERS = ("state_dict", "model", "net")
+
+
+def save_network(path: str | Path, network: StagedNetwork, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a network as safetensors, its spec in the metadata; a reader never sees half a file.
+
+    Args:
+        path: the file to write; missing folders are made.
+        network: what to write.
+        metadata: further strings to keep in the file.
+
+    Raises:
+        UserError: when the file cannot be written.
+        ValueError: when the metadata are not strings or use a name that is ours (`ekd_*`).
+    """
+    _save(Path(path), network, "network", network.spec.to_dict(), metadata or {})
+
+
+def load_network(path: str | Path) -> StagedNetwork:
+    """Reads what `save_network` wrote. The global random generator is not advanced.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        UserError: when the file is missing, damaged, not a network of ours, or does not fit its spec.
+    """
+    path = Path(path)
+    spec = NetworkSpec.from_dict(_read_spec(path, "network"))
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(spec)
+    _fill(path, network)
+    return network.eval()
+
+
+def save_student(
+    path: str | Path, student: BranchedStudent, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a student as safetensors with all its constructor arguments; see `save_network`."""
+    arguments = {
+        "spec": student.spec.to_dict(),
+        "branches": student.num_branches,
+        "split_after": student.split_after,
+        "ensemble": student.ensemble,
+    }
+    _save(Path(path), student, "student", arguments, metadata or {})
+
+
+def load_student(path: str | Path) -> BranchedStudent:
+    """Reads what `save_student` wrote. The global random generator is not advanced.
+
+    Returns:
+        The student on the CPU, in eval mode.
+
+    Raises:
+        UserError: when the file is missing, damaged, not a student of ours, or does not fit itself.
+    """
+    path = Path(path)
+    arguments = _read_spec(path, "student")
+    try:
+        spec = NetworkSpec.from_dict(arguments.pop("spec"))
+        with torch.random.fork_rng(devices=[]):
+            student = BranchedStudent(spec, **arguments)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its description of the student is damaged ({error})") from None
+    _fill(path, student)
+    return student.eval()
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Reads the strings kept in a safetensors file, without its tensors.
+
+    Raises:
+        UserError: when the file is missing or not a whole safetensors file.
+    """
+    path = Path(path)
+    _require_file(path)
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
+
+
+def state_sha256(network: StagedNetwork) -> str:
+    """Hashes what a network is: its spec and its weights, whatever file, device or layout they are in.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hashes a file's bytes: 64 hexadecimal digits.
+
+    Raises:
+        UserError: when there is no such file.
+    """
+    path = Path(path)
+    _require_file(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_foreign_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of somebody else's checkpoint; nothing in it is ever executed.
+
+    A wrapping `state_dict`, `model` or `net` is opened, and the `module.` of data-parallel
+    training is taken off the names. Files named `*.safetensors` are read as such.
+
+    Returns:
+        Name to tensor, on the CPU.
+
+    Raises:
+        UserError: when the file is missing or damaged, would run code when unpickled, or holds
+            anything but named tensors.
+    """
+    path = Path(path)
+    _require_file(path)
+    content = _load_untrusted(path)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: holds no weights (a {type(content).__name__}, not named tensors)")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise UserError(f"{path}: holds things that are not tensors: {', '.join(strange[:3])}")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _load_untrusted(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch says "Unsupported global/class ..." when the file asks for code; else it is damaged.
+        asked = re.search(
+            r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to instantiate unsupported \w+) ?(\S*)",
+            str(error),
+        )
+        if asked or "Unsupported" in str(error) or "blocked" in str(error) or "disallowed" in str(error):
+            wanted = f" (it asks for {asked.group(1)})" if asked and asked.group(1) else ""
+            raise UserError(
+                f"{path}: refused, opening it would run code{wanted}; only plain tensors are read"
+            ) from None
+        raise UserError(f"{path}: not a checkpoint, or damaged") from None
+    except Exception as error:  # damaged files make the readers fail in many ways
+        raise UserError(f"{path}: not a checkpoint, or damaged ({_line(error)})") from None
+
+
+def _save(
+    path: Path, module: nn.Module, kind: str, spec: dict[str, Any], metadata: Mapping[str, str]
+) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str) or key.startswith("ekd_"):
+            raise ValueError(
+                f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are ours"
+            )
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    content = safetensors.torch.save(state, {**metadata, _KIND: kind, _SPEC: json.dumps(spec)})
+    # In the same folder, so that the last step is a rename within one file system.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _read_spec(path: Path, kind: str) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    found = metadata.get(_KIND)
+    if found != kind:
+        what = f"a {found}" if found else "nothing of ours"
+        raise UserError(f"{path}: holds {what}, not a {kind} saved by ekd-lightning")
+    try:
+        return dict(json.loads(metadata[_SPEC]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: its description of the {kind} is damaged ({_line(error)})") from None
+
+
+def _fill(path: Path, module: nn.Module) -> None:
+    try:
+        module.load_state_dict(safetensors.torch.load_file(str(path)), strict=True)
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: its weights do not fit its own description ({_line(error)})") from None
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+
+
+def _line(error: Exception) -> str:
+    """The message of an error in one line of bearable length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
