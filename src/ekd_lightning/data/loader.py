@@ -1,0 +1,204 @@
+"""Loaders that hand out indices, and the one function that turns indices into images on the device.
+
+Global batches depend on (seed, epoch) alone; each of `world_size` processes takes its share of each. The
+loaders are plain iterables, which Lightning neither wraps nor re-creates; they work in any PyTorch loop:
+
+    loader = TrainLoader(train_set, subset.train_index, views, batch_size=128, seed=0)
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        for rows in loader:
+            batch = gather_batch(images_on_device, rows, views)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.order import epoch_order, epoch_views
+from ekd_lightning.data.views import ViewFamily
+from ekd_lightning.errors import UserError
+
+
+class IndexBatch(NamedTuple):
+    """A batch before its images are gathered; the fields are those of `Batch`."""
+
+    labels: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    view: Tensor
+    valid: Tensor
+
+
+class EpochSampler:
+    """The order of the images in the epoch that was set last.
+
+    Lightning calls `loader.sampler.set_epoch(epoch)` before every epoch, also after a resume.
+
+    Args:
+        index: int64 [N], positions in the whole training set.
+        seed: The run's seed.
+    """
+
+    def __init__(self, index: Tensor, seed: int) -> None:
+        self.index, self.seed, self.epoch = index, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, 0, 1, ..."""
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """int64 [N], the positions in this epoch's order."""
+        return epoch_order(self.seed, self.epoch, self.index)
+
+    def views(self, index: Tensor, num_views: int) -> Tensor:
+        """int64, this epoch's view of each position in `index`."""
+        return epoch_views(self.seed, self.epoch, index, num_views)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order().tolist())
+
+
+def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
+    """Checks that a global batch size fits the images and the processes.
+
+    Args:
+        batch_size: Images in a global batch.
+        num_images: Training images.
+        world_size: Number of processes.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    if batch_size < 1:
+        raise UserError(f"recipe.batch_size={batch_size} must be at least 1")
+    if batch_size > num_images:
+        raise UserError(
+            f"recipe.batch_size={batch_size} is larger than the {num_images} training images: lower it or "
+            "choose a larger subset"
+        )
+    if batch_size % world_size:
+        raise UserError(
+            f"recipe.batch_size={batch_size} cannot be shared evenly by {world_size} processes: choose a "
+            f"multiple of {world_size}"
+        )
+
+
+class TrainLoader:
+    """Training batches: the epoch's order cut into global batches; each process takes every n-th row.
+
+    The last, incomplete batch is dropped; which images it would hold changes every epoch.
+
+    Args:
+        image_set: The whole training set.
+        index: int64 [N], the positions to train on.
+        views: The view family.
+        batch_size: Images in a global batch.
+        seed: The run's seed.
+        world_size: Number of processes.
+        rank: This process, 0 .. world_size-1.
+
+    Raises:
+        UserError: The batch size fits neither the images nor the processes.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        index: Tensor,
+        views: ViewFamily,
+        batch_size: int,
+        seed: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        check_batch_size(batch_size, len(index), world_size)
+        self.sampler = EpochSampler(index, seed)
+        self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
+        self._labels, self._num_views = image_set.labels, views.num_views
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[IndexBatch]:
+        global_batches = self.sampler.order()[: len(self) * self.batch_size].view(len(self), self.batch_size)
+        index = global_batches[:, self.rank :: self.world_size].contiguous()
+        view = self.sampler.views(index.flatten(), self._num_views).view_as(index)
+        labels, valid = self._labels[index], torch.ones_like(index, dtype=torch.bool)
+        yield from map(IndexBatch, labels, index, view, valid)
+
+
+class EvalLoader:
+    """Evaluation batches: every image exactly once with `valid=True`, over all processes.
+
+    Every process gets the same number of equally long batches, none longer than `batch_size`, with as little
+    padding as that allows; padding rows repeat the last image with `valid=False`.
+
+    Args:
+        image_set: The set that `index` points into.
+        index: int64 [N], the positions to evaluate, in this order.
+        identity_view: The view number of the images as they are.
+        batch_size: The most images per process and batch.
+        world_size: Number of processes.
+        rank: This process, 0 .. world_size-1.
+
+    Raises:
+        UserError: A batch size below 1.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        index: Tensor,
+        identity_view: int,
+        batch_size: int,
+        *,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"recipe.eval_batch_size={batch_size} must be at least 1")
+        self._labels, self._index, self._identity_view = image_set.labels, index, identity_view
+        self.world_size, self.rank = world_size, rank
+        self._num_batches = -(-len(index) // (batch_size * world_size))
+        self.batch_size = (
+            -(-len(index) // (self._num_batches * world_size)) if self._num_batches else batch_size
+        )
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[IndexBatch]:
+        if not self._num_batches:
+            return
+        shape = (self._num_batches, self.batch_size * self.world_size)
+        position = torch.arange(shape[0] * shape[1]).view(shape)[:, self.rank :: self.world_size]
+        index = self._index[position.clamp(max=len(self._index) - 1)]
+        view = torch.full_like(index, self._identity_view)
+        yield from map(IndexBatch, self._labels[index], index, view, position < len(self._index))
+
+
+def gather_batch(images: Tensor, rows: IndexBatch, views: ViewFamily | None = None) -> Batch:
+    """Turns indices into images, on the device where the images are.
+
+    Args:
+        images: uint8 [N, 3, H, W], the whole set that `rows.index` points into.
+        rows: B rows from one of the loaders, on any device.
+        views: The family that `rows.view` numbers; None leaves the images as they are (evaluation).
+
+    Returns:
+        The batch, images as float32 [B, 3, H, W] in [0, 1].
+    """
+    rows = IndexBatch(*(field.to(images.device, non_blocking=True) for field in rows))
+    chosen = images[rows.index]
+    if views is not None:
+        chosen = views(chosen, rows.view)
+    return Batch(chosen.float().div_(255), rows.labels, rows.index, rows.view, rows.valid)

@@ -1,0 +1,147 @@
+"""Which training images a run may see: stratified, seeded, nested."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ekd_lightning.data.order import STREAM_SUBSET, hash_uniform_u64
+from ekd_lightning.errors import UserError
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """The images chosen for training and validation.
+
+    Attributes:
+        train_index: int64, sorted positions in the whole training set.
+        val_index: int64, sorted, disjoint from train_index; may be empty.
+        sha256: Hex SHA-256 over both index lists.
+        fraction: Share of the whole training set that was chosen, validation included.
+        per_class: Images per class where that was asked for, else None.
+        seed: Seed of the choice.
+    """
+
+    train_index: Tensor
+    val_index: Tensor
+    sha256: str
+    fraction: float
+    per_class: int | None
+    seed: int
+
+
+def take_evenly(count: int, share: Fraction) -> NDArray[np.bool_]:
+    """Marks floor(count * share) of count positions, evenly spread; a longer list only adds positions.
+
+    Args:
+        count: Number of positions.
+        share: 0 .. 1.
+
+    Returns:
+        bool [count]; position j is marked iff floor((j+1) share) > floor(j share).
+    """
+    edges = np.array([j * share.numerator // share.denominator for j in range(count + 1)], dtype=np.int64)
+    return np.diff(edges) > 0
+
+
+def choose_subset(
+    labels: Tensor,
+    *,
+    fraction: float | None = None,
+    per_class: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+) -> Subset:
+    """Chooses the images of a run.
+
+    The images of each class are ranked by a seeded hash and the first n are taken, n being `per_class` or
+    `fraction` of the class rounded half up. A smaller subset with the same seed is therefore contained in a
+    larger one, and so are its training and its validation part.
+
+    Args:
+        labels: int64 [N], labels of the whole training set.
+        fraction: Share of every class, in (0, 1]; 1 if neither this nor `per_class` is given.
+        per_class: Images of every class, 1 .. size of the smallest class.
+        val_fraction: Share of the subset that is set aside for validation, in [0, 1).
+        seed: Seed of the choice.
+
+    Returns:
+        The subset.
+
+    Raises:
+        UserError: A value out of range, both sizes given, or a class without training or validation images.
+    """
+    sizes = _class_sizes(labels, fraction, per_class)
+    share = _val_share(val_fraction)
+    train_parts, val_parts = [], []
+    for label, size in sizes.items():
+        members = np.flatnonzero(labels.cpu().numpy() == label)
+        ranked = members[np.argsort(hash_uniform_u64(STREAM_SUBSET, seed, 0, members), kind="stable")][:size]
+        is_val = take_evenly(size, share)
+        if share > 0 and not is_val.any():
+            raise UserError(
+                f"data.val_fraction={val_fraction} leaves class {label} without validation images "
+                f"({size} in the subset): choose a larger subset, or set data.val_fraction=0"
+            )
+        train_parts.append(ranked[~is_val])
+        val_parts.append(ranked[is_val])
+    train, val = np.sort(np.concatenate(train_parts)), np.sort(np.concatenate(val_parts))
+    return Subset(
+        train_index=torch.from_numpy(train),
+        val_index=torch.from_numpy(val),
+        sha256=_hash(train, val),
+        fraction=(len(train) + len(val)) / len(labels),
+        per_class=per_class,
+        seed=seed,
+    )
+
+
+def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) -> dict[int, int]:
+    """How many images to take of each class that occurs."""
+    counts = {label: count for label, count in enumerate(torch.bincount(labels).tolist()) if count}
+    if fraction is not None and per_class is not None:
+        raise UserError(
+            f"data.fraction={fraction} and data.per_class={per_class} exclude each other: set one to null"
+        )
+    if per_class is not None:
+        smallest = min(counts.values())
+        if not 1 <= per_class <= smallest:
+            raise UserError(
+                f"data.per_class={per_class} must lie in 1..{smallest} (the smallest class has {smallest})"
+            )
+        return dict.fromkeys(counts, per_class)
+    fraction = 1.0 if fraction is None else fraction
+    if not 0 < fraction <= 1:
+        raise UserError(f"data.fraction={fraction} must lie in (0, 1]")
+    # The decimal the user wrote, not its binary neighbour, so that halves round the same way everywhere.
+    share = Fraction(str(float(fraction)))
+    sizes = {label: math.floor(share * count + Fraction(1, 2)) for label, count in counts.items()}
+    empty = [label for label, size in sizes.items() if size == 0]
+    if empty:
+        raise UserError(
+            f"data.fraction={fraction} leaves class {empty[0]} without images ({counts[empty[0]]} in the "
+            f"whole training set): choose at least {0.5 / min(counts.values()):.2g}, or set data.per_class"
+        )
+    return sizes
+
+
+def _val_share(val_fraction: float) -> Fraction:
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"data.val_fraction={val_fraction} must lie in [0, 1)")
+    return Fraction(str(float(val_fraction)))
+
+
+def _hash(train: IntArray, val: IntArray) -> str:
+    digest = hashlib.sha256(f"train {len(train)} val {len(val)}|".encode())
+    digest.update(train.astype("<i8").tobytes())
+    digest.update(val.astype("<i8").tobytes())
+    return digest.hexdigest()
