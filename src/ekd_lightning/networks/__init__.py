@@ -1,6 +1,8 @@
 """Staged networks and their registry, the branched student, the teacher ensemble, pretrained weights."""
 
-from ekd_lightning.networks import resnet  # noqa: F401 (importing a family registers its networks)
+# Importing a family registers its networks.
+from ekd_lightning.networks import densenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401
+from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.networks.registry import NetworkSpec, build_network, network_names, register_network
 from ekd_lightning.networks.staged import NORMALIZATIONS, Normalization, StagedNetwork, normalization
@@ -16,9 +18,11 @@ from ekd_lightning.networks.weights import (
     save_student,
     state_sha256,
 )
+from ekd_lightning.networks.zoo import ZooEntry, load_zoo_teacher, zoo_entry, zoo_identity, zoo_ids
 
 __all__ = [
     "ENSEMBLES",
+    "KEY_MAPS",
     "NORMALIZATIONS",
     "BranchedStudent",
     "NetworkOutput",
@@ -29,10 +33,14 @@ __all__ = [
     "TeacherEnsemble",
     "TeacherIdentity",
     "TeacherOutput",
+    "ZooEntry",
     "build_network",
+    "convert_state",
     "file_sha256",
+    "load_foreign",
     "load_network",
     "load_student",
+    "load_zoo_teacher",
     "network_names",
     "normalization",
     "read_foreign_checkpoint",
@@ -41,4 +49,7 @@ __all__ = [
     "save_network",
     "save_student",
     "state_sha256",
+    "zoo_entry",
+    "zoo_identity",
+    "zoo_ids",
 ]

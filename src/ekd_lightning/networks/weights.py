@@ -172,15 +172,12 @@ def _load_untrusted(path: Path) -> Any:
             return safetensors.torch.load_file(str(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch says "Unsupported global/class ..." when the file asks for code; else it is damaged.
-        asked = re.search(
-            r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to instantiate unsupported \w+) ?(\S*)",
-            str(error),
-        )
-        if asked or "Unsupported" in str(error) or "blocked" in str(error) or "disallowed" in str(error):
-            wanted = f" (it asks for {asked.group(1)})" if asked and asked.group(1) else ""
+        # PyTorch names the callable that the file asks for; a damaged file has none to name.
+        asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w]*\.?[\w.]*)", str(error))
+        if asked or "nsupported" in str(error):
+            wanted = f" ({asked.group(1)})" if asked else ""
             raise UserError(
-                f"{path}: refused, opening it would run code{wanted}; only plain tensors are read"
+                f"{path}: refused, opening it would run code{wanted}; it must hold tensors only"
             ) from None
         raise UserError(f"{path}: not a checkpoint, or damaged") from None
     except Exception as error:  # damaged files make the readers fail in many ways
@@ -238,5 +235,6 @@ def _require_file(path: Path) -> None:
 
 
 def _line(error: Exception) -> str:
-    """The message of an error in one line of bearable length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What an error says, in one short line."""
+    first = " ".join(str(error).split()).split(". ")[0]
+    return first[:160] if len(first) > 8 else type(error).__name__

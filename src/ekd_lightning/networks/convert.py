@@ -1,0 +1,178 @@
+"""Foreign checkpoints into our networks, by explicit maps from their names to ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.networks.registry import NetworkSpec, build_network
+from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.weights import read_foreign_checkpoint
+
+_SHOWN = 3
+"""How many offending names an error lists before it only counts them."""
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How the names in somebody's checkpoint become ours.
+
+    Attributes:
+        rules: (pattern, replacement) pairs; the first pattern that matches a whole foreign name
+            says what it is called here (`re.Match.expand` syntax).
+        ignored: patterns of foreign names that have no place here and are dropped on purpose.
+        absent: patterns of names of ours that such checkpoints may lack; those keep their initial
+            values, so only counters that no output depends on belong here.
+    """
+
+    rules: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+
+    def rename(self, key: str) -> str | None:
+        """Returns our name for a foreign one, or None when no rule matches."""
+        for pattern, replacement in self.rules:
+            if match := re.fullmatch(pattern, key):
+                return match.expand(replacement)
+        return None
+
+
+_RESNET = (
+    (r"conv1\.(\w+)", r"stages.stem.conv.\1"),
+    (r"bn1\.(\w+)", r"stages.stem.bn.\1"),
+    (r"layer([123])\.(\d+)\.((?:conv|bn)[12]\.\w+)", r"stages.stage\1.\2.\3"),
+)
+# Saved by PyTorch before 0.4.1, which did not count batches; the counts do not enter any output.
+_COUNTERS = (r".*\.num_batches_tracked",)
+
+KEY_MAPS: dict[str, KeyMap] = {
+    "akamaster_resnet": KeyMap(
+        rules=(
+            *_RESNET,
+            (r"layer([123])\.(\d+)\.shortcut\.([01]\.\w+)", r"stages.stage\1.\2.downsample.\3"),
+            (r"linear\.(\w+)", r"head.\1"),
+        ),
+        absent=_COUNTERS,
+    ),
+    "chenyaofo_resnet": KeyMap(
+        rules=(
+            *_RESNET,
+            (r"layer([123])\.(\d+)\.downsample\.([01]\.\w+)", r"stages.stage\1.\2.downsample.\3"),
+            (r"fc\.(\w+)", r"head.\1"),
+        ),
+    ),
+    "densenet_bc": KeyMap(
+        rules=(
+            (r"conv1\.(\w+)", r"stages.stem.conv.\1"),
+            (r"block1\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage1.block.\1.\2"),
+            (r"block2\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage2.block.\1.\2"),
+            (r"block3\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage3.block.\1.\2"),
+            (r"trans1\.(bn|conv)1\.(\w+)", r"stages.stage2.transition.\1.\2"),
+            (r"trans2\.(bn|conv)1\.(\w+)", r"stages.stage3.transition.\1.\2"),
+            (r"bn1\.(\w+)", r"stages.stage3.bn.\1"),
+            (r"fc\.(\w+)", r"head.\1"),
+        ),
+    ),
+    # A state dict of one of our own networks, saved with torch.save.
+    "own": KeyMap(rules=((r"((?:stages|head)\..+)", r"\1"),)),
+}
+
+
+def convert_state(
+    foreign: Mapping[str, Tensor], network: StagedNetwork, key_map: str, source: str = "checkpoint"
+) -> dict[str, Tensor]:
+    """Renames foreign weights to those of a network, and refuses them unless everything fits.
+
+    Args:
+        foreign: name to tensor, as `weights.read_foreign_checkpoint` returns them.
+        network: whose names and shapes must be met exactly.
+        key_map: a name in `KEY_MAPS`.
+        source: where the weights come from, for error messages.
+
+    Returns:
+        A state dict that the network loads strictly.
+
+    Raises:
+        UserError: naming what does not fit: foreign names without a rule, two for one place, places
+            left empty, shapes that differ; with the network and its number of classes.
+    """
+    if key_map not in KEY_MAPS:
+        raise unknown_name("key map", key_map, KEY_MAPS)
+    rules, ours = KEY_MAPS[key_map], network.state_dict()
+    converted: dict[str, Tensor] = {}
+    unmapped, doubled, shapes = [], [], []
+    for key, value in foreign.items():
+        if any(re.fullmatch(pattern, key) for pattern in rules.ignored):
+            continue
+        name = rules.rename(key)
+        if name is None or name not in ours:
+            unmapped.append(key)
+        elif name in converted:
+            doubled.append(key)
+        else:
+            if value.shape != ours[name].shape:
+                shapes.append(f"{key} {list(value.shape)} instead of {list(ours[name].shape)}")
+            converted[name] = value
+    missing = [name for name in ours if name not in converted]
+    absent = [name for name in missing if any(re.fullmatch(pattern, name) for pattern in rules.absent)]
+    problems = {
+        "names that it has no place for": unmapped,
+        "two names for one place": doubled,
+        "missing": [name for name in missing if name not in absent],
+        "other shapes": shapes,
+    }
+    _refuse_misfits(problems, network.spec, key_map, source, converted.get("head.weight"))
+    return {**converted, **{name: ours[name] for name in absent}}
+
+
+def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNetwork:
+    """Builds a network and fills it from somebody else's checkpoint, strictly.
+
+    Nothing in the file is executed, and the global random generator is not advanced.
+
+    Args:
+        path: the checkpoint.
+        spec: the network it is said to hold.
+        key_map: a name in `KEY_MAPS`.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`) or
+            does not fit (see `convert_state`).
+    """
+    if key_map not in KEY_MAPS:
+        raise unknown_name("key map", key_map, KEY_MAPS)
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(spec)
+    state = convert_state(read_foreign_checkpoint(path), network, key_map, source=str(path))
+    network.load_state_dict(state, strict=True)
+    return network.eval()
+
+
+def _refuse_misfits(
+    problems: dict[str, list[str]], spec: NetworkSpec, key_map: str, source: str, head: Tensor | None
+) -> None:
+    """Raises one line that names the first few misfits of each kind, if there are any."""
+    if not any(problems.values()):
+        return
+    parts = []
+    # The commonest mistakes in plain words: the class count, then the wrong network.
+    if head is not None and head.dim() == 2 and head.shape[0] != spec.num_classes:
+        parts.append(f"it has {head.shape[0]} classes")
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            parts.append(f"{problem}: {', '.join(names[:_SHOWN])}{more}")
+    options = f" {dict(spec.options)}" if spec.options else ""
+    raise UserError(
+        f"{source} does not fit network {spec.name!r}{options} with {spec.num_classes} classes "
+        f"(key map {key_map!r}): {'; '.join(parts)}"
+    )
