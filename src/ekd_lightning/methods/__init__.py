@@ -1,0 +1,46 @@
+"""Losses, terms and methods: what a student is trained to do."""
+
+from ekd_lightning.methods import feature_terms, logit_terms  # importing them registers their terms
+from ekd_lightning.methods.assignment import (
+    Assignment,
+    AssignmentSpec,
+    FixedAssignment,
+    RandomAssignment,
+    build_assignment,
+    make_assignment,
+)
+from ekd_lightning.methods.losses import ambiguity, combine_teachers, cross_entropy, kd_divergence, mse
+from ekd_lightning.methods.method import Method, MethodLoss, build_method
+from ekd_lightning.methods.terms import (
+    StepContext,
+    Term,
+    TermContext,
+    build_term,
+    register_term,
+    term_names,
+)
+
+__all__ = [
+    "Assignment",
+    "AssignmentSpec",
+    "FixedAssignment",
+    "Method",
+    "MethodLoss",
+    "RandomAssignment",
+    "StepContext",
+    "Term",
+    "TermContext",
+    "ambiguity",
+    "build_assignment",
+    "build_method",
+    "build_term",
+    "combine_teachers",
+    "cross_entropy",
+    "feature_terms",
+    "kd_divergence",
+    "logit_terms",
+    "make_assignment",
+    "mse",
+    "register_term",
+    "term_names",
+]

@@ -1,0 +1,181 @@
+"""The terms on logits: cross-entropy and distillation, of the ensemble output and of the branches.
+
+They are four of the five terms of the project's reconstruction of EKD,
+
+    L = α [ CE(z̄, y) + λ mean_k CE(z_k, y) ] + β [ T² KL(p_T(t̄) ‖ p_T(z̄)) + mean_k T² KL(p_T(t_a(k)) ‖
+    p_T(z_k)) ] + ...
+
+The paper's text was not available; the formula follows its abstract and secondary descriptions.
+Shape letters: B batch, C classes, M teachers, K branches, T temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import losses
+from ekd_lightning.methods.options import choice, number
+from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+
+
+def branch_factor(reduction: object, num_branches: int) -> float:
+    """Returns what a mean over branches is multiplied with to obey `reduction`.
+
+    Args:
+        reduction: `mean` (factor 1) or `sum` (factor K).
+        num_branches: K.
+
+    Returns:
+        The factor.
+
+    Raises:
+        UserError: For any other reduction.
+    """
+    return float(num_branches) if choice("reduction", reduction, ("mean", "sum")) == "sum" else 1.0
+
+
+@register_term("ce_ensemble")
+class CrossEntropyEnsemble(Term):
+    """CE(z̄, y): cross-entropy of the student's coupled prediction.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes.
+        label_smoothing: In [0, 1).
+    """
+
+    def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0) -> None:
+        super().__init__(weight)
+        self.label_smoothing = _smoothing(label_smoothing)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch, in nats."""
+        return losses.cross_entropy(context.student.logits, context.batch.labels, self.label_smoothing)
+
+
+@register_term("ce_branch")
+class CrossEntropyBranch(Term):
+    """mean_k CE(z_k, y): cross-entropy of every branch on its own.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes.
+        label_smoothing: In [0, 1).
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    def __init__(
+        self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(weight)
+        self.label_smoothing = _smoothing(label_smoothing)
+        self.factor = branch_factor(reduction, context.num_branches)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch and the mean or sum over the branches, in nats."""
+        value = losses.cross_entropy(
+            context.student.branch_logits, context.batch.labels, self.label_smoothing
+        )
+        return self.factor * value
+
+
+class _Distillation(Term):
+    """What both distillation terms share: options, and the loss against a combination of teachers."""
+
+    needs_teachers = True
+
+    def __init__(
+        self, weight: float, context: TermContext, temperature: float | None, combine: str, loss: str
+    ) -> None:
+        super().__init__(weight)
+        self.combine = choice("combine", combine, ("logits", "probabilities"))
+        self.loss = choice("loss", loss, ("kl", "mse_logits"))
+        if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
+            raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
+        self.uses_temperature = temperature is None and self.loss == "kl"
+        chosen = context.temperature if temperature is None else temperature
+        self.temperature = number("temperature", chosen, above=0.0)
+
+    def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
+        assert context.teachers is not None
+        target = losses.combine_teachers(context.teachers.logits, weights, self.temperature, self.combine)
+        if self.loss == "mse_logits":
+            return losses.mse(student_logits, target)
+        return losses.kd_divergence(student_logits, target, self.temperature)
+
+
+@register_term("kd_ensemble")
+class DistillationEnsemble(_Distillation):
+    """T² KL(p_T(t̄) ‖ p_T(z̄)): the student's coupled prediction imitates the mean of all teachers.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the method's temperature.
+        temperature: T > 0; None for the method's.
+        combine: How the teachers are averaged, `logits` or `probabilities`. A sum of logits is reached by T
+            / M (with weight · M², see `losses.combine_teachers`).
+        loss: `kl`, or `mse_logits` for the mean squared error of plain logits (no T, no T²). A student whose
+            ensemble output averages probabilities gives log-probabilities as logits: use `kl` there.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        combine: str = "logits",
+        loss: str = "kl",
+    ) -> None:
+        super().__init__(weight, context, temperature, combine, loss)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch, in nats (or squared logits)."""
+        assert context.teachers is not None
+        M = context.teachers.logits.shape[0]
+        # A constant, made on the logits' device: no copy from the host in every step.
+        weights_M = torch.full((M,), 1.0 / M, device=context.teachers.logits.device)
+        return self._value(context.student.logits, context, weights_M)
+
+
+@register_term("kd_branch")
+class DistillationBranch(_Distillation):
+    """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates the teachers that are assigned to it.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        temperature: T > 0; None for the method's.
+        combine: How several teachers of one branch are combined, `logits` or `probabilities`; see
+            `kd_ensemble`.
+        loss: `kl` or `mse_logits`; see `kd_ensemble`.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    uses_assignment = True
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        combine: str = "logits",
+        loss: str = "kl",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, context, temperature, combine, loss)
+        self.factor = branch_factor(reduction, context.num_branches)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch and the mean or sum over branches, in nats (or squared logits)."""
+        assert context.assignment_KM is not None
+        return self.factor * self._value(context.student.branch_logits, context, context.assignment_KM)
+
+
+def _smoothing(value: float) -> float:
+    if number("label_smoothing", value, low=0.0) >= 1.0:
+        raise UserError(f"label_smoothing={value!r} is not allowed; give a number in [0, 1)")
+    return float(value)

@@ -1,0 +1,270 @@
+"""A method: a named list of weighted terms, and how it is built from plain settings.
+
+Shape letters: B batch, C classes, M teachers, K branches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, build_assignment
+from ekd_lightning.methods.options import number
+from ekd_lightning.methods.terms import (
+    StageShape,
+    StepContext,
+    Term,
+    TermContext,
+    build_term,
+    check_option_names,
+    term_class,
+)
+from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+
+DEFAULT_TEMPERATURE = 4.0
+DEFAULT_ASSIGNMENT = "one_to_one"
+
+
+class MethodLoss(NamedTuple):
+    """The loss of one step.
+
+    Attributes:
+        total: Scalar with gradient, Σ weight · value.
+        terms: Term name -> unweighted value, a detached scalar on the loss's device (reading it
+            synchronises).
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Method(nn.Module):
+    """A named list of weighted terms. Its parameters are the terms' adapters and nothing else.
+
+    Args:
+        name: The method's name in records.
+        terms: Name -> term. Terms of weight 0 are left out, so they cost nothing.
+        assignment: Needed when a term uses it.
+
+    Raises:
+        UserError: If no term has a positive weight, or a name cannot name a module.
+    """
+
+    def __init__(self, name: str, terms: Mapping[str, Term], assignment: Assignment | None = None) -> None:
+        super().__init__()
+        self.name = name
+        active = {key: term for key, term in terms.items() if term.weight > 0}
+        if not active:
+            raise UserError(f"method {name!r} has no term with a positive weight (terms: {_listed(terms)})")
+        for key in active:
+            _check_key(key)
+        self.terms = nn.ModuleDict(active)
+        if assignment is None and any(term.uses_assignment for term in active.values()):
+            raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
+        self.assignment = assignment
+
+    def named_terms(self) -> Iterator[tuple[str, Term]]:
+        """Yields the names and terms that are evaluated, in order."""
+        yield from ((key, cast(Term, term)) for key, term in self.terms.items())
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether `forward` must be given teacher outputs."""
+        return any(term.needs_teachers for _, term in self.named_terms())
+
+    @property
+    def teacher_stages(self) -> tuple[str, ...]:
+        """Names of the stage outputs that the teachers must return."""
+        return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.teacher_stages))
+
+    @property
+    def student_stages(self) -> tuple[str, ...]:
+        """Names of the student's stage outputs that some term reads."""
+        return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.student_stages))
+
+    def forward(  # noqa: PLR0917  # plain loops may pass the time by position
+        self,
+        student: StudentOutput,
+        teachers: TeacherOutput | None,
+        batch: Batch,
+        epoch: int = 0,
+        step: int = 0,
+        progress: float = 0.0,
+    ) -> MethodLoss:
+        """Computes the loss of one step.
+
+        All rows of the batch count: `batch.valid` is always True in training.
+
+        Args:
+            student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
+            teachers: Outputs for the same images, logits [M, B, C]; None if the method needs none.
+            batch: The batch.
+            epoch: Counted from 0.
+            step: Optimiser steps so far, counted from 0.
+            progress: Share of the training that is done, in [0, 1].
+
+        Returns:
+            The total and every term's unweighted value.
+
+        Raises:
+            ValueError: If the outputs do not fit the method (teachers missing, other K or M than it was
+                built for).
+        """
+        assignment_KM = self._assignment_for(student, teachers, step)
+        context = StepContext(student, teachers, batch, assignment_KM, epoch, step, progress)
+        values = {key: term(context) for key, term in self.named_terms()}
+        total = torch.stack([term.weight_at(context) * values[key] for key, term in self.named_terms()]).sum()
+        return MethodLoss(total, {key: value.detach() for key, value in values.items()})
+
+    def _assignment_for(
+        self, student: StudentOutput, teachers: TeacherOutput | None, step: int
+    ) -> Tensor | None:
+        if teachers is None and self.needs_teachers:
+            raise ValueError(f"method {self.name!r} needs the teachers' outputs")
+        if self.assignment is None or teachers is None:
+            return None
+        built = (self.assignment.num_branches, self.assignment.num_teachers)
+        given = (len(student.branch_logits), len(teachers.logits))
+        if built != given:
+            raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
+        return self.assignment.matrix(step).to(student.logits.device)
+
+
+def build_method(
+    name: str,
+    terms: Mapping[str, Mapping[str, Any]],
+    *,
+    num_classes: int,
+    num_branches: int,
+    num_teachers: int,
+    temperature: float | None = None,
+    assignment: AssignmentSpec | None = None,
+    seed: int = 0,
+    student_features: int = 0,
+    teacher_features: tuple[int, ...] = (),
+    student_stage_shapes: Mapping[str, StageShape] | None = None,
+    teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = (),
+    student_name: str = "student",
+    teacher_names: tuple[str, ...] = (),
+) -> Method:
+    """Builds a method from plain settings.
+
+    Args:
+        name: The method's name in records.
+        terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), further options}.
+            A term of weight 0 is checked for typing errors but not built.
+        num_classes: C.
+        num_branches: K >= 1.
+        num_teachers: M, 0 for none.
+        temperature: T > 0 for all terms that do not set their own; None for 4.
+        assignment: A kind or explicit rows (see `make_assignment`); None for one_to_one.
+        seed: Of the random assignment.
+        student_features: D of a branch's pooled features.
+        teacher_features: D_m of every teacher.
+        student_stage_shapes: Stage name -> (channels, height, width) of a branch, from input to output.
+        teacher_stage_shapes: The same for every teacher.
+        student_name: For error messages.
+        teacher_names: For error messages.
+
+    Returns:
+        The method.
+
+    Raises:
+        UserError: For an unknown term, option or stage, a weight that is negative or not finite, a
+            temperature that is not positive, an assignment that does not fit, or when no term has a positive
+            weight.
+    """
+    if num_branches < 1:
+        raise UserError(f"number of branches={num_branches} is not allowed; give an integer >= 1")
+    specs = {key: _TermSpec.read(key, spec) for key, spec in terms.items()}
+    active = {key: spec for key, spec in specs.items() if spec.weight > 0}
+    uses_assignment = num_teachers > 0 and any(
+        term_class(spec.type).uses_assignment for spec in active.values()
+    )
+    context = TermContext(
+        num_classes=num_classes,
+        num_branches=num_branches,
+        num_teachers=num_teachers,
+        temperature=_or_default(temperature),
+        assignment=(
+            build_assignment(_or_one_to_one(assignment), num_branches, num_teachers, seed)
+            if uses_assignment
+            else None
+        ),
+        student_features=student_features,
+        teacher_features=tuple(teacher_features),
+        student_stage_shapes=student_stage_shapes or {},
+        teacher_stage_shapes=tuple(teacher_stage_shapes),
+        student_name=student_name,
+        teacher_names=tuple(teacher_names),
+    )
+    method = Method(name, {key: spec.build(key, context) for key, spec in active.items()}, context.assignment)
+    _warn_without_effect(method, temperature, assignment)
+    return method
+
+
+class _TermSpec(NamedTuple):
+    """One entry of the settings of a method, its names and weight checked."""
+
+    type: str
+    weight: float
+    options: dict[str, Any]
+
+    @classmethod
+    def read(cls, key: str, spec: Mapping[str, Any]) -> _TermSpec:
+        where = f"method.terms.{key}"
+        if not isinstance(spec, Mapping) or "weight" not in spec:
+            raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
+        options = {str(name): value for name, value in spec.items() if name not in ("type", "weight")}
+        kind = str(spec.get("type") or key)
+        check_option_names(kind, options)
+        return cls(kind, number(f"{where}.weight", spec["weight"], low=0.0), options)
+
+    def build(self, key: str, context: TermContext) -> Term:
+        try:
+            return build_term(self.type, self.weight, context, **self.options)
+        except UserError as error:
+            raise UserError(f"method.terms.{key}: {error}") from None
+
+
+def _check_key(key: str) -> None:
+    # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
+    if not key.isidentifier() or hasattr(nn.ModuleDict, key):
+        raise UserError(
+            f"method.terms.{key}: not a usable name for a term; choose another and set its `type`"
+        )
+
+
+def _or_default(temperature: float | None) -> float:
+    if temperature is None:
+        return DEFAULT_TEMPERATURE
+    return number("method.temperature", temperature, above=0.0)
+
+
+def _or_one_to_one(assignment: AssignmentSpec | None) -> AssignmentSpec:
+    return DEFAULT_ASSIGNMENT if assignment is None else assignment
+
+
+def _warn_without_effect(
+    method: Method, temperature: float | None, assignment: AssignmentSpec | None
+) -> None:
+    used = [term for _, term in method.named_terms()]
+    if temperature is not None and not any(term.uses_temperature for term in used):
+        warnings.warn(
+            f"method.temperature={temperature} has no effect: no term of {method.name!r} uses it",
+            stacklevel=3,
+        )
+    if assignment is not None and not any(term.uses_assignment for term in used):
+        warnings.warn(
+            f"method.assignment={assignment} has no effect: no term of {method.name!r} uses it", stacklevel=3
+        )
+
+
+def _listed(terms: Mapping[str, Term]) -> str:
+    return ", ".join(terms) or "none"
