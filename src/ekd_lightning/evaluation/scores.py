@@ -1,0 +1,164 @@
+"""Accuracy, calibration and diversity of a classifier over a whole data set.
+
+Shape letters: B batch, C classes, K branches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+NUM_BINS = 15
+MIN_CLASSES_FOR_TOP5 = 20
+
+
+class ClassificationScores(Metric):
+    """All scores of one pass over a data set, exact for any number of devices and any padding.
+
+    Its states are sums over images, so devices are added, never averaged, and memory does not grow. Nothing
+    is read back from the device before `compute`. The calibration error is our own because torchmetrics'
+    keeps every sample and puts a confidence that equals a bin edge into the upper bin, not the lower one.
+
+    `compute` gives, with p = softmax(logits) in float32:
+
+    - `accuracy`: share of images whose argmax is the label, in [0, 1];
+    - `nll`: mean of -log p_label, nats;
+    - `ece`: Σ_b n_b/n |accuracy_b - confidence_b| over 15 equal bins (lo, hi] of the largest p, in [0, 1]
+      (Guo et al. 2017);
+    - `brier`: mean of Σ_c (p_c - [c = label])², in [0, 2];
+    - `top5`: share of images whose label is among the five largest, in [0, 1]; only from 20 classes on;
+    - `branch_accuracy`: K numbers; only with branches;
+    - `disagreement`: mean over pairs of branches of the share of images on which their argmax differs, in
+      [0, 1]; only from two branches on;
+    - `ambiguity`: mean of mean_k KL(p_geo ‖ p_k), p_geo = softmax(mean_k z_k), nats; only from two branches
+      on. By how much averaging the branches' logits beats the mean branch in NLL (exact).
+
+    Args:
+        num_classes: C >= 2.
+        num_branches: K, 0 for a plain classifier.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    count: Tensor
+    correct: Tensor
+    top5_correct: Tensor
+    nll_sum: Tensor
+    brier_sum: Tensor
+    bin_correct: Tensor
+    bin_confidence: Tensor
+    branch_correct: Tensor
+    disagreement_sum: Tensor
+    ambiguity_sum: Tensor
+
+    def __init__(self, num_classes: int, num_branches: int = 0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_branches = num_branches
+        # Double sums make the result independent of how images fall into batches and shards, to all printed
+        # digits. Apple's GPUs have no doubles.
+        real = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        for name in ("count", "correct", "top5_correct"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("nll_sum", "brier_sum", "disagreement_sum", "ambiguity_sum"):
+            self.add_state(name, torch.zeros((), dtype=real), dist_reduce_fx="sum")
+        for name in ("bin_correct", "bin_confidence"):
+            self.add_state(name, torch.zeros(NUM_BINS, dtype=real), dist_reduce_fx="sum")
+        self.add_state("branch_correct", torch.zeros(num_branches, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, logits: Tensor, labels: Tensor, valid: Tensor | None = None, branch_logits: Tensor | None = None
+    ) -> None:
+        """Adds one batch.
+
+        Args:
+            logits: [B, C]; log-probabilities are logits too.
+            labels: int64 [B], 0 .. C-1 in valid rows.
+            valid: bool [B], False for padding rows, which are not counted; None if all are valid.
+            branch_logits: [K, B, C]; required if and only if the scores were made for K >= 1 branches.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        self._check_shapes(logits, labels, branch_logits)
+        if valid is None:
+            valid = torch.ones_like(labels, dtype=torch.bool)
+        labels = labels.where(valid, 0)  # padding may carry any label
+        self._add_ensemble(logits.float(), labels, valid)
+        if branch_logits is not None:
+            self._add_branches(branch_logits.float(), labels, valid)
+
+    def compute(self) -> dict[str, float | list[float]]:
+        """Returns all scores as plain numbers; see the class.
+
+        Raises:
+            ValueError: If no valid image was seen.
+        """
+        count = int(self.count)
+        if count == 0:
+            raise ValueError("no image was scored: update() was never given a valid row")
+        scores: dict[str, float | list[float]] = {
+            "accuracy": int(self.correct) / count,
+            "nll": float(self.nll_sum) / count,
+            # n_b/n |acc_b - conf_b| = |correct_b - Σ confidence| / n: no empty bin to divide by
+            "ece": float((self.bin_correct - self.bin_confidence).abs().sum()) / count,
+            "brier": float(self.brier_sum) / count,
+        }
+        if self.num_classes >= MIN_CLASSES_FOR_TOP5:
+            scores["top5"] = int(self.top5_correct) / count
+        if self.num_branches:
+            scores["branch_accuracy"] = [correct / count for correct in self.branch_correct.tolist()]
+        if self.num_branches > 1:
+            scores["disagreement"] = float(self.disagreement_sum) / count
+            scores["ambiguity"] = float(self.ambiguity_sum) / count
+        return scores
+
+    def _add_ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
+        probs = logits.softmax(-1)
+        confidence, prediction = probs.max(-1)
+        # From the logits: two probabilities that both round to 1 would tie.
+        prediction = logits.argmax(-1)
+        hit = (prediction == labels) & valid
+        self.count += valid.sum()
+        self.correct += hit.sum()
+        self.nll_sum += self._total(functional.cross_entropy(logits, labels, reduction="none"), valid)
+        squared = (probs - functional.one_hot(labels, self.num_classes)).square().sum(-1)
+        self.brier_sum += self._total(squared, valid)
+        # Only inner edges, so that rounding beyond 1 stays in the last bin; right=False gives (lo, hi].
+        edges = torch.linspace(0, 1, NUM_BINS + 1, device=logits.device)[1:-1]
+        bins = functional.one_hot(torch.bucketize(confidence, edges), NUM_BINS).to(self.bin_correct.dtype)
+        confidence = confidence.where(valid, 0).to(bins.dtype)
+        self.bin_correct += (bins * hit[:, None]).sum(0)
+        self.bin_confidence += (bins * confidence[:, None]).sum(0)
+        if self.num_classes >= MIN_CLASSES_FOR_TOP5:
+            top5 = logits.topk(5, dim=-1).indices
+            self.top5_correct += ((top5 == labels[:, None]).any(-1) & valid).sum()
+
+    def _add_branches(self, logits_KBC: Tensor, labels: Tensor, valid: Tensor) -> None:
+        K = self.num_branches
+        predictions = logits_KBC.argmax(-1)
+        self.branch_correct += ((predictions == labels) & valid).sum(-1)
+        if K < 2:
+            return
+        differ = (predictions[:, None] != predictions[None]).sum((0, 1)).float() / (K * (K - 1))
+        self.disagreement_sum += self._total(differ, valid)
+        # mean_k KL(p_geo ‖ p_k) = -logsumexp(mean_k log p_k); rounding may push it below 0.
+        gap = -logits_KBC.log_softmax(-1).mean(0).logsumexp(-1)
+        self.ambiguity_sum += self._total(gap.clamp_min(0.0), valid)
+
+    def _total(self, per_image: Tensor, valid: Tensor) -> Tensor:
+        # `where`, not a product: whatever a padding row holds, even NaN, must not leak in.
+        return per_image.where(valid, 0.0).sum(dtype=self.nll_sum.dtype)
+
+    def _check_shapes(self, logits: Tensor, labels: Tensor, branch_logits: Tensor | None) -> None:
+        B, C = len(labels), self.num_classes
+        if logits.shape != (B, C):
+            raise ValueError(f"logits have shape {list(logits.shape)}, expected [{B}, {C}]")
+        branches = None if branch_logits is None else tuple(branch_logits.shape)
+        expected = (self.num_branches, B, C) if self.num_branches else None
+        if branches != expected:
+            raise ValueError(f"branch_logits have shape {branches}, expected {expected}")
