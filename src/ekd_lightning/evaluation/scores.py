@@ -129,7 +129,7 @@ class ClassificationScores(Metric):
         squared = (probs - functional.one_hot(labels, self.num_classes)).square().sum(-1)
         self.brier_sum += self._total(squared, valid)
         # Only inner edges, so that rounding beyond 1 stays in the last bin; right=False gives (lo, hi].
-        edges = torch.linspace(0, 1, NUM_BINS + 1, device=logits.device)[1:-1]
+        edges = torch.arange(1, NUM_BINS, device=logits.device) / NUM_BINS
         bins = functional.one_hot(torch.bucketize(confidence, edges), NUM_BINS).to(self.bin_correct.dtype)
         confidence = confidence.where(valid, 0).to(bins.dtype)
         self.bin_correct += (bins * hit[:, None]).sum(0)

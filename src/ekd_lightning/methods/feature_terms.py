@@ -101,6 +101,7 @@ class FeatureBranch(Term):
         self.pairs = tuple(context.assignment.pairs())
         self._student_stage: str | None = None
         self._teacher_stage: dict[int, str] = {}
+        self.needs_pooled = feature == "pooled"
         if feature != "pooled":
             self._student_stage = context.student_stage(feature)
             teachers = sorted({m for _, m in self.pairs})

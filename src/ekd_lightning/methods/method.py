@@ -79,6 +79,11 @@ class Method(nn.Module):
         return any(term.needs_teachers for _, term in self.named_terms())
 
     @property
+    def needs_pooled(self) -> bool:
+        """Whether the teachers' pooled features are read; otherwise nobody needs to keep them."""
+        return any(term.needs_pooled for _, term in self.named_terms())
+
+    @property
     def teacher_stages(self) -> tuple[str, ...]:
         """Names of the stage outputs that the teachers must return."""
         return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.teacher_stages))
@@ -207,6 +212,16 @@ def build_method(
     method = Method(name, {key: spec.build(key, context) for key, spec in active.items()}, context.assignment)
     _warn_without_effect(method, temperature, assignment)
     return method
+
+
+def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Says whether a method with these settings needs teachers, before any network is there.
+
+    Raises:
+        UserError: As `build_method`, for unknown terms, options and weights.
+    """
+    specs = [_TermSpec.read(key, spec) for key, spec in terms.items()]
+    return any(term_class(spec.type).needs_teachers for spec in specs if spec.weight > 0)
 
 
 class _TermSpec(NamedTuple):

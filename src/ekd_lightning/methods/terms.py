@@ -115,6 +115,7 @@ class Term(nn.Module):
     Attributes:
         weight: Factor of this term in the total, >= 0.
         needs_teachers: Whether `context.teachers` must be there.
+        needs_pooled: Whether it reads the teachers' pooled features.
         uses_assignment: Whether the assignment has an effect on this term.
         uses_temperature: Whether the method's temperature has an effect on this term.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
@@ -122,6 +123,7 @@ class Term(nn.Module):
     """
 
     needs_teachers: bool = False
+    needs_pooled: bool = False
     uses_assignment: bool = False
     uses_temperature: bool = False
     teacher_stages: tuple[str, ...] = ()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import torch
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.methods import StepContext, TermContext, build_assignment
+from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+
+STUDENT_STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4)}
+TEACHER_STAGES = {"stem": (4, 8, 8), "stage1": (5, 8, 8), "stage2": (6, 2, 2)}
+D, D_TEACHER = 6, 7
+
+
+def make_batch(B=5, C=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, C, (B,), generator=g)
+    index = torch.arange(B)
+    return Batch(
+        torch.rand(B, 3, 8, 8, generator=g), labels, index, index * 0, torch.ones(B, dtype=torch.bool)
+    )
+
+
+def make_student(K=2, B=5, C=4, *, d=D, seed=1, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    branch_logits = rand(K, B, C)
+    stages = tuple({name: rand(B, *shape) for name, shape in STUDENT_STAGES.items()} for _ in range(K))
+    return StudentOutput(branch_logits.mean(0), branch_logits, rand(K, B, d), stages)
+
+
+def make_teachers(M=3, B=5, C=4, *, d=D_TEACHER, seed=2, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        # Real teachers carry no gradient; here they could, so that a leak would show.
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    stages = tuple({name: rand(B, *shape) for name, shape in TEACHER_STAGES.items()} for _ in range(M))
+    return TeacherOutput(rand(M, B, C), tuple(rand(B, d) for _ in range(M)), stages)
+
+
+def sizes(K=2, M=3, C=4, d=D, d_teacher=D_TEACHER):
+    """What `build_method` is told about the networks above."""
+    return {
+        "num_classes": C,
+        "num_branches": K,
+        "num_teachers": M,
+        "student_features": d,
+        "teacher_features": (d_teacher,) * M,
+        "student_stage_shapes": STUDENT_STAGES,
+        "teacher_stage_shapes": (TEACHER_STAGES,) * M,
+        "student_name": "small",
+        "teacher_names": tuple(f"big{m}" for m in range(M)),
+    }
+
+
+def term_context(K=2, M=3, assignment="mean", temperature=4.0, **changes):
+    settings = {**sizes(K, M), **changes}
+    built = build_assignment(assignment, K, M) if M else None
+    return TermContext(**settings, temperature=temperature, assignment=built)
+
+
+def step_context(student, teachers, batch, assignment="mean", **time):
+    matrix = None
+    if teachers is not None:
+        matrix = build_assignment(assignment, len(student.branch_logits), len(teachers.logits)).matrix(0)
+    return StepContext(student, teachers, batch, matrix, **time)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ekd_lightning.methods import losses
+
+from . import reference
+
+
+def rand(*shape, seed=0, scale=2.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 6),
+    C=st.integers(2, 7),
+    temperature=st.floats(0.5, 20),
+    scale=st.floats(0, 20),
+    seed=st.integers(0, 999),
+)
+def test_kd_divergence_is_the_textbook_formula(B, C, temperature, scale, seed):
+    s, t = rand(B, C, seed=seed, scale=scale), rand(B, C, seed=seed + 1, scale=scale)
+    probs = [reference.softmax(row, temperature) for row in t.numpy()]
+    expected = reference.kd(s.numpy(), probs, temperature)
+    assert losses.kd_divergence(s, t, temperature).item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_kd_divergence_is_zero_at_identity_and_positive_elsewhere():
+    s = rand(5, 4)
+    assert losses.kd_divergence(s, s.clone(), 4.0).item() == pytest.approx(0, abs=1e-12)
+    assert losses.kd_divergence(s, s + rand(5, 4, seed=1), 4.0) > 0
+
+
+def test_kd_divergence_ignores_shifts_of_either_side():
+    s, t, shift = rand(5, 4), rand(5, 4, seed=1), rand(5, 1, seed=2, scale=30)
+    plain = losses.kd_divergence(s, t, 3.0)
+    torch.testing.assert_close(losses.kd_divergence(s + shift, t - shift, 3.0), plain)
+
+
+def test_kd_divergence_averages_over_leading_dimensions():
+    s, t = rand(3, 5, 4), rand(3, 5, 4, seed=1)
+    each = torch.stack([losses.kd_divergence(s[k], t[k], 2.0) for k in range(3)])
+    torch.testing.assert_close(losses.kd_divergence(s, t, 2.0), each.mean())
+
+
+@pytest.mark.parametrize("temperature", [1e3, 1e4])
+def test_kd_divergence_tends_to_half_the_mean_squared_difference_of_centred_logits(temperature):
+    s, t = rand(6, 5), rand(6, 5, seed=1)
+    diff = (s - s.mean(-1, keepdim=True)) - (t - t.mean(-1, keepdim=True))
+    limit = 0.5 * diff.square().sum(-1).mean() / 5
+    torch.testing.assert_close(losses.kd_divergence(s, t, temperature), limit, rtol=20 / temperature, atol=0)
+
+
+def test_confident_teacher_gives_a_finite_loss_and_gradient():
+    s = torch.zeros(1, 3, requires_grad=True)
+    loss = losses.kd_divergence(s, torch.tensor([[1e4, -1e4, 0.0]]), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(3))
+    assert s.grad.isfinite().all()
+
+
+def test_mean_of_divergences_and_divergence_to_the_mean_probability_have_the_same_gradient():
+    teachers, T = rand(3, 5, 4, seed=1), 3.0
+    s1, s2 = rand(5, 4).requires_grad_(), rand(5, 4).requires_grad_()
+    torch.stack([losses.kd_divergence(s1, t, T) for t in teachers]).mean().backward()
+    third = torch.full((3,), 1 / 3, dtype=torch.float64)
+    mixture = losses.combine_teachers(teachers, third, T, "probabilities")
+    losses.kd_divergence(s2, mixture, T).backward()
+    torch.testing.assert_close(s1.grad, s2.grad)
+    s3 = rand(5, 4).requires_grad_()
+    losses.kd_divergence(s3, losses.combine_teachers(teachers, third, T, "logits"), T).backward()
+    assert not torch.allclose(s1.grad, s3.grad, rtol=1e-3), "the logit mean is another target"
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_combine_teachers_against_loops(combine):
+    teachers = rand(3, 5, 4)
+    A = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    got = (losses.combine_teachers(teachers, A, 2.5, combine) / 2.5).softmax(-1)
+    expected = [reference.target(teachers.numpy(), row, 2.5, combine) for row in A.numpy()]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+
+
+def test_one_hot_weights_select_a_teacher_exactly():
+    teachers = rand(3, 5, 4).float()
+    got = losses.combine_teachers(teachers, torch.eye(3)[[2, 0]], 4.0, "logits")
+    assert torch.equal(got, teachers[[2, 0]])
+
+
+def test_sum_of_logits_is_the_mean_at_a_lower_temperature():
+    s, teachers, T, M = rand(5, 4), rand(3, 5, 4, seed=1), 6.0, 3
+    mean = losses.combine_teachers(teachers, torch.full((M,), 1 / M), combine="logits")
+    summed = losses.kd_divergence(M * s, teachers.sum(0), T)
+    torch.testing.assert_close(summed, M**2 * losses.kd_divergence(s, mean, T / M), rtol=1e-6, atol=0)
+
+
+def test_combine_is_not_touched_by_autocast():
+    teachers = rand(3, 5, 4).float()
+    A = torch.tensor([[0.2, 0.3, 0.5]])
+    plain = [losses.combine_teachers(teachers, A, 2.0, c) for c in ("logits", "probabilities")]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = [losses.combine_teachers(teachers, A, 2.0, c) for c in ("logits", "probabilities")]
+    for a, b in zip(plain, mixed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_with_branches_is_the_mean_of_each(smoothing):
+    z, y = rand(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
+    each = torch.stack(
+        [torch.nn.functional.cross_entropy(z[k], y, label_smoothing=smoothing) for k in range(3)]
+    )
+    torch.testing.assert_close(losses.cross_entropy(z, y, smoothing), each.mean())
+    assert losses.cross_entropy(z[0], y).item() == pytest.approx(reference.ce(z[0].numpy(), y.numpy()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(K=st.integers(1, 5), scale=st.floats(0, 10), seed=st.integers(0, 999))
+def test_ambiguity_identity_is_exact_for_mean_logits(K, scale, seed):
+    z, y = rand(K, 6, 4, seed=seed, scale=scale), torch.randint(0, 4, (6,))
+    gain = losses.cross_entropy(z, y) - losses.cross_entropy(z.mean(0), y)
+    torch.testing.assert_close(losses.ambiguity(z), gain, rtol=1e-9, atol=1e-12)
+
+
+def test_ambiguity_against_the_definition():
+    z = rand(3, 5, 4)
+    expected = np.mean(
+        [
+            reference.kl(reference.softmax(z[:, b].mean(0).numpy()), reference.softmax(z[k, b].numpy()))
+            for b in range(5)
+            for k in range(3)
+        ]
+    )
+    assert losses.ambiguity(z).item() == pytest.approx(expected)
+    assert losses.ambiguity(z[:1]).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_gradients_in_double_precision():
+    t, y = rand(3, 5, seed=1), torch.tensor([0, 4, 2])
+    s = rand(3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: losses.kd_divergence(x, t, 3.0), s)
+    assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(x, y), s)
+    assert torch.autograd.gradcheck(lambda x: losses.mse(x, t), s)
+    assert torch.autograd.gradcheck(losses.ambiguity, rand(2, 3, 4).requires_grad_())
+
+
+def test_targets_get_no_gradient():
+    s, t = rand(3, 5).requires_grad_(), rand(3, 5, seed=1).requires_grad_()
+    combined = losses.combine_teachers(t[None], torch.ones(1), 2.0, "probabilities")
+    assert not combined.requires_grad
+    (losses.kd_divergence(s, t, 2.0) + losses.mse(s, t)).backward()
+    assert t.grad is None
+    assert s.grad is not None
+
+
+def test_half_precision_gives_float32_losses_close_to_full_precision():
+    s, t, y = rand(3, 5).bfloat16(), rand(3, 5, seed=1).bfloat16(), torch.tensor([0, 4, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [losses.kd_divergence(s, t, 2.0), losses.cross_entropy(s, y), losses.mse(s, t)]
+    full = [
+        losses.kd_divergence(s.double(), t.double(), 2.0),
+        losses.cross_entropy(s.double(), y),
+        losses.mse(s.double(), t.double()),
+    ]
+    for a, b in zip(got, full, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [lambda s, t: losses.kd_divergence(s, t, 2.0), losses.mse])
+def test_shapes_that_would_broadcast_are_refused(loss):
+    with pytest.raises(ValueError, match=r"\[3, 5, 4\].*\[1, 5, 4\]"):
+        loss(rand(3, 5, 4), rand(1, 5, 4))

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Term, build_term, losses, register_term, term_names
+
+from .helpers import D_TEACHER, D, make_batch, make_student, make_teachers, step_context, term_context
+
+
+def value(name, assignment="mean", K=2, M=3, temperature=4.0, **options):
+    term = build_term(name, 1.0, term_context(K, M, assignment, temperature), **options)
+    return term(step_context(make_student(K), make_teachers(M), make_batch(), assignment))
+
+
+def value_with_option(name, method_temperature, temperature):
+    term = build_term(name, 1.0, term_context(temperature=method_temperature), temperature=temperature)
+    return term(step_context(make_student(), make_teachers(), make_batch()))
+
+
+def test_the_five_terms_are_registered():
+    five = {"ce_ensemble", "ce_branch", "kd_ensemble", "kd_branch", "feature_branch"}
+    assert five <= set(term_names())
+
+
+@pytest.mark.parametrize("name", ["ce_branch", "kd_branch", "feature_branch"])
+def test_sum_reduction_is_k_times_the_mean(name):
+    options = {"adapter": "identity", "feature": "stem"} if name == "feature_branch" else {}
+    torch.testing.assert_close(value(name, reduction="sum", **options), 2 * value(name, **options))
+
+
+@pytest.mark.parametrize("name", ["kd_ensemble", "kd_branch"])
+def test_the_option_temperature_overrides_the_methods(name):
+    assert value(name, temperature=9.0) != value(name, temperature=2.0)
+    torch.testing.assert_close(value_with_option(name, 9.0, 2.0), value(name, temperature=2.0))
+    term = build_term("kd_branch", 1.0, term_context(temperature=9.0), temperature=2.0)
+    assert term.temperature == 2.0
+    assert not term.uses_temperature
+    assert build_term("kd_branch", 1.0, term_context()).uses_temperature
+
+
+def test_mse_on_logits_compares_with_the_mean_of_the_teachers():
+    student, teachers = make_student(), make_teachers()
+    expected = losses.mse(student.logits, teachers.logits.mean(0))
+    torch.testing.assert_close(value("kd_ensemble", loss="mse_logits"), expected)
+    assert not build_term("kd_ensemble", 1.0, term_context(), loss="mse_logits").uses_temperature
+
+
+def test_label_smoothing():
+    student, batch = make_student(), make_batch()
+    smooth = nn.functional.cross_entropy(student.logits, batch.labels, label_smoothing=0.2)
+    torch.testing.assert_close(value("ce_ensemble", label_smoothing=0.2), smooth)
+
+
+def adapters(**options):
+    assignment = options.pop("assignment", "mean")
+    return build_term("feature_branch", 1.0, term_context(assignment=assignment), **options).adapters
+
+
+def test_adapters_follow_shapes_and_assignment():
+    assert [type(a[0]) for a in adapters().values()] == [nn.Linear] * 6
+    assert [type(a[0]) for a in adapters(feature="stage1").values()] == [nn.Conv2d] * 6
+    # 6 channels on both sides; the teachers' maps are smaller, which pooling settles
+    assert [type(a) for a in adapters(feature="stage2").values()] == [nn.Identity] * 6
+    assert [type(a[0]) for a in adapters(feature="stage2", adapter="project").values()] == [nn.Conv2d] * 6
+    one_each = adapters(assignment=[[0, 1, 0], [0, 0.5, 0.5]])
+    assert list(one_each) == ["branch0_teacher1", "branch1_teacher1", "branch1_teacher2"]
+    assert len(adapters(assignment="random")) == 6
+    assert adapters()["branch0_teacher0"][0].bias is None
+
+
+@pytest.mark.parametrize("feature", ["pooled", "stage1", "last"])
+@pytest.mark.parametrize("assignment", ["mean", "random", [[0.25, 0.75, 0], [0, 0, 1]]])
+def test_feature_term_trains_adapters_and_student_but_not_teachers(feature, assignment):
+    term = build_term(
+        "feature_branch", 1.0, term_context(assignment=assignment), feature=feature, adapter="project"
+    )
+    student, teachers = make_student(), make_teachers()
+    term(step_context(student, teachers, make_batch(), assignment)).backward()
+    assert all(p.grad is not None for p in term.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in term.parameters())
+    if feature == "pooled":
+        assert (student.pooled.grad.abs().sum((1, 2)) > 0).all()
+        assert all(t.grad is None for t in teachers.pooled)
+    else:
+        stage = "stage2" if feature == "last" else feature
+        assert term.teacher_stages == term.student_stages == (stage,)
+        assert all(s[stage].grad.abs().sum() > 0 for s in student.stages)
+        assert all(t[stage].grad is None for t in teachers.stages)
+
+
+def test_feature_value_by_hand():
+    """Identity on equal channels; an 4×4 student map is averaged to the teacher's 2×2."""
+    student, teachers = make_student(), make_teachers()
+    rows = [[0.25, 0.75, 0.0], [0.0, 0.0, 1.0]]
+    expected = 0.0
+    for k in range(2):
+        pooled = student.stages[k]["stage2"].reshape(5, 6, 2, 2, 2, 2).mean((3, 5))
+        for m in range(3):
+            expected += rows[k][m] * (pooled - teachers.stages[m]["stage2"]).square().mean() / 2
+    torch.testing.assert_close(value("feature_branch", rows, feature="last"), expected)
+
+
+def test_projected_pooled_value_by_hand():
+    term = build_term("feature_branch", 1.0, term_context(1, 1))
+    student, teachers = make_student(1), make_teachers(1)
+    z = student.pooled[0] @ term.adapters["branch0_teacher0"][0].weight.T
+    z = (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+    expected = (z - teachers.pooled[0]).square().mean()
+    torch.testing.assert_close(term(step_context(student, teachers, make_batch())), expected)
+
+
+def test_a_last_batch_of_one_image_is_survived():
+    term = build_term("feature_branch", 1.0, term_context(1, 1))
+    out = term(step_context(make_student(1, B=1), make_teachers(1, B=1), make_batch(B=1)))
+    assert out.isfinite()
+
+
+def test_half_precision_features_give_a_float32_loss():
+    student = make_student(dtype=torch.bfloat16)
+    term = build_term("feature_branch", 1.0, term_context())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert term(step_context(student, make_teachers(), make_batch())).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kd_branhc", {}, "unknown term 'kd_branhc'; did you mean 'kd_branch'"),
+        (
+            "kd_branch",
+            {"temprature": 2},
+            "option of term 'kd_branch': 'temprature'; did you mean 'temperature'",
+        ),
+        ("kd_branch", {"temperature": 0}, "temperature=0 .* > 0"),
+        ("kd_branch", {"temperature": "4"}, "temperature='4'"),
+        ("kd_branch", {"temperature": float("inf")}, "temperature=inf"),
+        ("kd_branch", {"combine": "sum"}, "combine 'sum' .*logits, probabilities"),
+        ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, mse_logits"),
+        (
+            "kd_branch",
+            {"loss": "mse_logits", "combine": "probabilities"},
+            "leave out temperature and combine",
+        ),
+        ("kd_branch", {"reduction": "none"}, "reduction 'none'.*mean, sum"),
+        ("ce_branch", {"label_smoothing": 1.0}, r"label_smoothing=1.0 .*\[0, 1\)"),
+        ("ce_ensemble", {"reduction": "sum"}, "option of term 'ce_ensemble': 'reduction'"),
+        (
+            "feature_branch",
+            {"adapter": "identity"},
+            rf"'small' has shape \[{D}\], the teacher 'big0' \[{D_TEACHER}\]",
+        ),
+        ("feature_branch", {"feature": "stage1", "adapter": "identity"}, r"\[4, 8, 8\].*\[5, 8, 8\]"),
+        ("feature_branch", {"adapter": "none"}, "adapter 'none'"),
+        (
+            "feature_branch",
+            {"feature": "stage9"},
+            "student 'small' has no stage 'stage9' .*stem, stage1, stage2",
+        ),
+    ],
+)
+def test_user_mistakes_are_one_line(name, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_term(name, 1.0, term_context(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_that_only_a_teacher_lacks():
+    context = term_context(teacher_stage_shapes=({"stem": (4, 8, 8)},) * 3)
+    with pytest.raises(UserError, match=r"teacher 'big0' has no stage 'stage2' .*available: stem"):
+        build_term("feature_branch", 1.0, context, feature="stage2")
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "1", True, None])
+def test_weights_that_are_not_allowed(weight):
+    with pytest.raises(UserError, match="weight="):
+        build_term("ce_ensemble", weight, term_context())
+
+
+def test_terms_that_need_teachers_refuse_none():
+    with pytest.raises(UserError, match="'kd_ensemble' needs teachers"):
+        build_term("kd_ensemble", 1.0, term_context(M=0))
+
+
+def test_registering_a_name_twice_is_loud_but_redefining_a_class_is_not():
+    def define():
+        @register_term("test_only_once")
+        class Mine(Term):
+            pass
+
+        return Mine
+
+    define()
+    latest = define()
+    from ekd_lightning.methods import terms
+
+    assert terms.term_class("test_only_once") is latest
+    with pytest.raises(ValueError, match="registered twice"):
+
+        @register_term("test_only_once")
+        class Other(Term):
+            pass
+
+    del terms._REGISTRY["test_only_once"]
