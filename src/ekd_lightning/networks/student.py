@@ -186,7 +186,9 @@ class BranchedStudent(nn.Module):
     def _couple(self, branch_logits: Tensor, trunk_maps: Tensor) -> Tensor:
         logits = _wide(branch_logits)
         if self.gate is not None:
-            return torch.einsum("bk,kbc->bc", self.gate(trunk_maps).to(logits.dtype), logits)
+            # Not einsum: autocast would compute it in half precision.
+            weights = self.gate(trunk_maps).to(logits.dtype)
+            return (weights.T.unsqueeze(-1) * logits).sum(dim=0)
         if self.ensemble == "mean_probs":
             # log(1/K Σ p_k) without ever leaving the log domain.
             return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))

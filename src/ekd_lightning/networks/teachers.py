@@ -84,16 +84,16 @@ class TeacherEnsemble(nn.Module):
     @property
     def num_classes(self) -> int:
         """C."""
-        return next(self._networks()).spec.num_classes
+        return next(self.networks()).spec.num_classes
 
     @property
     def num_features(self) -> tuple[int, ...]:
         """D_m, the width of each teacher's pooled features."""
-        return tuple(member.num_features for member in self._networks())
+        return tuple(member.num_features for member in self.networks())
 
     def stage_shapes(self, image_size: int = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
         """Tells the (channels, height, width) of each teacher's stage outputs; nothing is computed."""
-        return tuple(member.stage_shapes(image_size) for member in self._networks())
+        return tuple(member.stage_shapes(image_size) for member in self.networks())
 
     def train(self, mode: bool = True) -> TeacherEnsemble:
         """Stays in eval mode whatever is asked: batch norm in train mode would change the teachers."""
@@ -118,11 +118,11 @@ class TeacherEnsemble(nn.Module):
         Raises:
             UserError: when a teacher does not have one of the stages.
         """
-        for member, identity in zip(self._networks(), self.identities, strict=True):
+        for member, identity in zip(self.networks(), self.identities, strict=True):
             for name in stages:
                 if name not in member.stages:
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
-        results = [member.outputs(images) for member in self._networks()]
+        results = [member.outputs(images) for member in self.networks()]
         return TeacherOutput(
             logits=torch.stack([result.logits for result in results]),
             pooled=tuple(result.pooled for result in results),
@@ -135,14 +135,15 @@ class TeacherEnsemble(nn.Module):
         Raises:
             RuntimeError: when a member is no longer what its identity says.
         """
-        for member, identity in zip(self._networks(), self.identities, strict=True):
+        for member, identity in zip(self.networks(), self.identities, strict=True):
             found = state_sha256(member)
             if found != identity.sha256:
                 raise RuntimeError(
                     f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}"
                 )
 
-    def _networks(self) -> Iterator[StagedNetwork]:
+    def networks(self) -> Iterator[StagedNetwork]:
+        """Yields the members."""
         return (cast(StagedNetwork, member) for member in self.members)
 
 

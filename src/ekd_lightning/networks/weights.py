@@ -108,6 +108,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
 
 
+def read_spec(path: str | Path) -> NetworkSpec:
+    """Reads which network a file of `save_network` holds, without its weights.
+
+    Raises:
+        UserError: when the file is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    return NetworkSpec.from_dict(_read_spec(path, "network"))
+
+
 def state_sha256(network: StagedNetwork) -> str:
     """Hashes what a network is: its spec and its weights, whatever file, device or layout they are in.
 

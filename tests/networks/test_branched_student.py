@@ -1,0 +1,207 @@
+"""The branched student: coupling against NumPy, independence of branches, gradients everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import (
+    ENSEMBLES,
+    BranchedStudent,
+    NetworkSpec,
+    StudentOutput,
+    build_network,
+    normalization,
+)
+
+SPLITS = {
+    "resnet8": ("none", "stem", "stage1", "stage2", "stage3"),
+    "wrn_16_1": ("none", "stem", "stage1", "stage2", "stage3"),
+    "densenetbc_40_12": ("none", "stage1", "stage3"),
+    "vgg8": ("none", "stage2", "stage4"),
+    "mobilenetv2": ("none", "stage1", "stage4"),
+}
+
+
+def _spec(name: str = "resnet8", **options: Any) -> NetworkSpec:
+    return NetworkSpec(name, 10, normalization("cifar10"), options)
+
+
+def _student(name: str = "resnet8", seed: int = 0, **arguments: Any) -> BranchedStudent:
+    torch.manual_seed(seed)
+    return BranchedStudent(_spec(name), **{"branches": 3, "split_after": "stage1", **arguments})
+
+
+def _outputs(student: BranchedStudent, images: torch.Tensor) -> StudentOutput:
+    with torch.no_grad():
+        return student.eval().outputs(images)
+
+
+@pytest.mark.parametrize("split_after", SPLITS["resnet8"])
+def test_shapes_and_shared_stages(split_after: str) -> None:
+    student = _student(split_after=split_after)
+    images = torch.rand(2, 3, 32, 32)
+    outputs = _outputs(student, images)
+    assert (student.num_branches, student.split_after, student.num_classes) == (3, split_after, 10)
+    assert outputs.logits.shape == (2, 10)
+    assert outputs.branch_logits.shape == (3, 2, 10)
+    assert outputs.pooled.shape == (3, 2, student.num_features)
+    shapes = student.stage_shapes()
+    shared = (
+        [] if split_after == "none" else student.stage_names[: student.stage_names.index(split_after) + 1]
+    )
+    for stages in outputs.stages:
+        assert tuple(stages) == student.stage_names
+        assert {name: tuple(maps.shape[1:]) for name, maps in stages.items()} == shapes
+    for name in student.stage_names:
+        assert (outputs.stages[0][name] is outputs.stages[1][name]) == (name in shared)
+    with torch.no_grad():
+        assert torch.equal(student(images), outputs.logits)
+
+
+def test_names_in_the_state_dict() -> None:
+    keys = _student(split_after="stage2", ensemble="gate").state_dict()
+    tops = {".".join(key.split(".")[:3]) for key in keys}
+    branches = {f"branches.{k}.{part}" for k in range(3) for part in ("stages", "head")}
+    trunk = {f"trunk.stages.{name}" for name in ("stem", "stage1", "stage2")}
+    assert tops == branches | trunk | {key for key in keys if key.startswith("gate.")}
+    assert "branches.2.stages.stage3.0.conv1.weight" in keys
+    assert not [key for key in _student(split_after="none").state_dict() if key.startswith("trunk")]
+
+
+@pytest.mark.parametrize("split_after", ["none", "stage1", "stage3"])
+def test_one_branch_is_the_plain_network_of_the_same_seed(split_after: str) -> None:
+    student = _student(branches=1, split_after=split_after).eval()
+    torch.manual_seed(0)
+    network = build_network(_spec()).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(student(images), network(images))
+
+
+def test_ensemble_outputs_against_numpy() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    student = _student(split_after="stage2")
+    outputs = _outputs(student, images)
+    logits = outputs.branch_logits.double().numpy()
+    np.testing.assert_allclose(outputs.logits.numpy(), logits.sum(0) / 3, rtol=1e-5, atol=1e-6)
+
+    by_probability = _student(split_after="stage2", ensemble="mean_probs")
+    exponentials = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
+    found = _outputs(by_probability, images)
+    np.testing.assert_array_equal(found.branch_logits.numpy(), outputs.branch_logits.numpy())
+    np.testing.assert_allclose(found.logits.numpy(), np.log(probabilities.mean(0)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.logits.exp().sum(1).numpy(), 1, rtol=1e-5)
+
+
+def test_gate_against_numpy() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    student = _student(split_after="stage2", ensemble="gate")
+    gate = student.gate
+    assert gate is not None
+    torch.nn.init.uniform_(gate.bn.running_mean)
+    outputs = _outputs(student, images)
+    pooled = outputs.stages[0]["stage2"].double().numpy().mean((2, 3))
+    scores = pooled @ gate.fc.weight.detach().double().numpy().T + gate.fc.bias.detach().double().numpy()
+    scores = (scores - gate.bn.running_mean.double().numpy()) / np.sqrt(
+        gate.bn.running_var.double().numpy() + gate.bn.eps
+    )
+    scores = np.maximum(scores, 0)
+    weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    expected = sum(weights[:, k, None] * outputs.branch_logits[k].double().numpy() for k in range(3))
+    np.testing.assert_allclose(outputs.logits.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_coupling_is_float32_under_autocast_and_safe_for_large_logits(ensemble: str) -> None:
+    student = _student(ensemble=ensemble)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = student.eval().outputs(torch.rand(2, 3, 32, 32))
+    assert outputs.logits.dtype is torch.float32
+    with torch.no_grad():
+        for branch in student.branches:
+            branch.head.weight.mul_(1e4)
+        assert student(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "split_after"), [(name, split) for name, splits in SPLITS.items() for split in splits]
+)
+def test_every_parameter_gets_a_gradient(name: str, split_after: str) -> None:
+    student = _student(name, branches=2, split_after=split_after)
+    outputs = student.outputs(torch.rand(4, 3, 32, 32))
+    functional.cross_entropy(outputs.logits, torch.tensor([0, 1, 2, 3])).backward()
+    for key, parameter in student.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        # A convolution's bias before batch norm (VGG) has no effect, so its gradient is zero.
+        if not (name == "vgg8" and key.endswith("bias")):
+            assert parameter.grad.abs().sum() > 0, key
+
+
+def test_the_gate_learns() -> None:
+    student = _student(split_after="stage2", ensemble="gate")
+    student.outputs(torch.rand(8, 3, 32, 32)).logits.square().sum().backward()
+    assert student.gate is not None
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.gate.parameters())
+
+
+def test_branches_start_apart_and_stay_independent() -> None:
+    student = _student(split_after="stage1")
+    images = torch.rand(2, 3, 32, 32)
+    before = _outputs(student, images).branch_logits
+    assert not torch.equal(before[0], before[1])
+    student.outputs(images).branch_logits[1].sum().backward()
+    moved = {
+        key.split(".")[1]
+        for key, parameter in student.branches.named_parameters(prefix="branches")
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    assert moved == {"1"}
+
+
+def test_changing_one_branch_leaves_the_others() -> None:
+    student = _student(split_after="none")
+    images = torch.rand(2, 3, 32, 32)
+    before = _outputs(student, images).branch_logits
+    with torch.no_grad():
+        for parameter in student.branches[1].parameters():
+            parameter.add_(0.1)
+    after = _outputs(student, images).branch_logits
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[2], before[2])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_a_seed_gives_one_student() -> None:
+    first, again, other = _student().state_dict(), _student().state_dict(), _student(seed=1).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    key = "branches.2.head.weight"
+    assert not torch.equal(first[key], other[key])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"branches": 0}, "branches=0"),
+        ({"branches": -1}, "branches=-1"),
+        ({"branches": 1.5}, "branches=1.5"),
+        ({"branches": True}, "branches=True"),
+        (
+            {"split_after": "stag2"},
+            "'resnet8'.*'stag2'; did you mean 'stage2'.*none, stage1, stage2, stage3, stem",
+        ),
+        ({"ensemble": "mean"}, "unknown ensemble 'mean'; did you mean 'mean_"),
+        ({"ensemble": "gate", "split_after": "none"}, "gate.*trunk.*none"),
+    ],
+)
+def test_impossible_students_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        _student(**arguments)
+    assert "\n" not in str(caught.value)
