@@ -66,12 +66,11 @@ def describe(dataset: Dataset) -> str:
     Returns:
         Lines of text.
     """
-    height, width = dataset.image_size
+    size = dataset.image_size
     return "\n".join(
         [
             f"{dataset.name}: {dataset.source}",
-            f"  images   {len(dataset.train)} for training, {len(dataset.test)} for testing, "
-            f"3×{height}×{width}",
+            f"  images   {len(dataset.train)} for training, {len(dataset.test)} for testing, 3×{size}×{size}",
             f"  classes  {dataset.num_classes}: {', '.join(dataset.class_names[:10])}"
             + (", ..." if dataset.num_classes > 10 else ""),
             f"  sha256   train {dataset.train.sha256}",

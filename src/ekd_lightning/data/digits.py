@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch.nn import functional
 
 from ekd_lightning.data.images import Dataset, ImageSet
@@ -25,6 +24,8 @@ def read_digits() -> Dataset:
     Returns:
         The data set "digits".
     """
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # seconds that CIFAR runs need not pay
+
     raw = load_digits()
     scans = torch.from_numpy(raw.images).float()[:, None]
     large = functional.interpolate(scans, scale_factor=4, mode="bilinear", align_corners=False)

@@ -85,6 +85,8 @@ class Dataset:
             raise ValueError(f"training and test set of {self.name} have different classes")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise ValueError(f"training and test images of {self.name} have different sizes")
+        if self.train.images.shape[2] != self.train.images.shape[3]:
+            raise ValueError(f"images of {self.name} are not square")
 
     @property
     def num_classes(self) -> int:
@@ -97,7 +99,6 @@ class Dataset:
         return self.train.class_names
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        height, width = self.train.images.shape[2:]
-        return height, width
+    def image_size(self) -> int:
+        """Height, and width, in pixels: images are square."""
+        return int(self.train.images.shape[-1])

@@ -1,0 +1,94 @@
+"""Data sets by name."""
+
+import pytest
+from cifar_files import make_tiny
+
+from ekd_lightning.data import catalog
+from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
+from ekd_lightning.data.images import Dataset, ImageSet
+from ekd_lightning.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(catalog, "_LOADERS", dict(catalog._LOADERS))
+    monkeypatch.setattr(catalog, "_LOADED", {})
+
+
+def test_names():
+    assert dataset_names() == ("cifar10", "cifar100", "digits")
+
+
+def test_unknown_name_offers_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="unknown data set 'digit'; did you mean 'digits'"):
+        load_dataset("digit", tmp_path)
+
+
+def test_own_data_set_is_loaded_once_a_root(tmp_path, random_dataset):
+    calls = []
+
+    @register_dataset("mine")
+    def load_mine(root, download):
+        calls.append((root, download))
+        return random_dataset
+
+    assert "mine" in dataset_names()
+    first = load_dataset("mine", tmp_path / "a")
+    assert load_dataset("mine", str(tmp_path / "b" / ".." / "a"), download=True) is first
+    load_dataset("mine", tmp_path / "b", download=True)
+    assert calls == [(tmp_path / "a", False), (tmp_path / "b", True)]
+
+
+def test_a_name_taken_twice_names_both(random_dataset):
+    def other_digits(root, download):
+        return random_dataset
+
+    with pytest.raises(
+        ValueError, match=r"'digits' is registered twice, by .*_load_digits and by .*other_digits"
+    ):
+        register_dataset("digits")(other_digits)
+
+
+def test_missing_cifar_is_fetched_only_when_allowed(tmp_path, monkeypatch):
+    tiny = make_tiny("cifar10")
+    monkeypatch.setattr(catalog, "cifar_spec", lambda name: tiny.spec)
+    fetched = []
+    monkeypatch.setattr(catalog, "obtain", lambda name, root: fetched.append(name) or tiny.write(root))
+    with pytest.raises(UserError, match="cifar10 not found: looked for"):
+        load_dataset("cifar10", tmp_path)
+    assert not fetched
+    assert len(load_dataset("cifar10", tmp_path, download=True).train) == 20
+    catalog._LOADED.clear()
+    load_dataset("cifar10", tmp_path, download=True)
+    assert fetched == ["cifar10"]
+
+
+def test_hash_covers_everything(random_dataset):
+    train = random_dataset.train
+    variants = [train]
+    for change in ("name", "split", "images", "labels"):
+        fields = {key: getattr(train, key) for key in ("name", "split", "images", "labels", "class_names")}
+        value = fields[change]
+        fields[change] = value + "x" if isinstance(value, str) else value.flip(0)
+        variants.append(ImageSet(**fields))
+    assert len({variant.sha256 for variant in variants}) == len(variants)
+    assert train.sha256 == ImageSet(train.name, "train", train.images, train.labels, train.class_names).sha256
+
+
+def test_inconsistent_sets_are_bugs(random_dataset):
+    train, test = random_dataset.train, random_dataset.test
+    with pytest.raises(ValueError, match="uint8"):
+        ImageSet("x", "train", train.images.float(), train.labels, train.class_names)
+    with pytest.raises(ValueError, match="int64"):
+        ImageSet("x", "train", train.images, train.labels[:-1], train.class_names)
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        ImageSet("x", "train", train.images, train.labels, ("a", "b"))
+    with pytest.raises(ValueError, match="sizes"):
+        Dataset("x", train, ImageSet("x", "test", test.images[..., :4], test.labels, test.class_names))
+    with pytest.raises(ValueError, match="square"):
+        Dataset(
+            "x", *[ImageSet("x", s.split, s.images[:, :, :4], s.labels, s.class_names) for s in (train, test)]
+        )
+    with pytest.raises(ValueError, match="classes"):
+        Dataset("x", train, ImageSet("x", "test", test.images, test.labels, tuple("abcd")))
+    assert (random_dataset.num_classes, random_dataset.image_size, len(train)) == (4, 8, 120)

@@ -1,0 +1,64 @@
+"""ekd-data."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ekd_lightning.cli.data import main
+from ekd_lightning.data import catalog
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(catalog, "_LOADED", {})
+
+
+def test_digits(capsys, tmp_path):
+    assert main(["digits", "--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "bundled with scikit-learn",
+        "1437 for training, 360 for testing, 3×32×32",
+        "10: 0, 1",
+        "sha256",
+    ):
+        assert part in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_users_error_is_one_line(capsys, tmp_path):
+    assert main(["digts", "--root", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("ekd-data: error: unknown data set 'digts'; did you mean 'digits'?")
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_help_has_examples_and_names_the_default_root(capsys, monkeypatch):
+    monkeypatch.setenv("EKD_DATA_ROOT", "somewhere")
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "ekd-data cifar10" in out
+    assert "(default: somewhere)" in out
+
+
+def test_as_a_module(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "ekd_lightning.cli.data", "nope", "--root", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("ekd-data: error: unknown data set 'nope'")
+
+
+@pytest.mark.assets
+def test_real_cifar(capsys, real_root):
+    assert main(["cifar10", "--root", str(real_root)]) == 0
+    out = capsys.readouterr().out
+    assert str(real_root / "cifar-10-batches-bin") in out
+    assert "50000 for training, 10000 for testing" in out
