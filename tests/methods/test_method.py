@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import Method, Term, build_method, register_term
+from ekd_lightning.methods import Method, Term, build_method, needs_teachers, register_term
 from ekd_lightning.methods.terms import _REGISTRY
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 
@@ -177,6 +177,17 @@ def test_zero_weights_drop_teachers_stages_and_adapters():
     assert list(without.parameters()) == []
     only_ce = {name: {"weight": float(name.startswith("ce"))} for name in EKD}
     assert not build(only_ce, M=0, temperature=None, assignment=None).needs_teachers
+
+
+def test_needs_are_known_before_and_after_building():
+    no_kd = {name: {"weight": float(name.startswith("ce"))} for name in EKD}
+    assert needs_teachers(EKD)
+    assert not needs_teachers(no_kd)
+    with pytest.raises(UserError, match="did you mean 'kd_branch'"):
+        needs_teachers({"kd_brunch": {"weight": 1}})
+    assert build().needs_pooled
+    assert not build({**EKD, "feature_branch": {"weight": 1, "feature": "stage1"}}).needs_pooled
+    assert not build({"kd_branch": {"weight": 1}}).needs_pooled
 
 
 def test_type_lets_one_term_occur_twice():

@@ -119,10 +119,9 @@ class ClassificationScores(Metric):
 
     def _add_ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
         probs = logits.softmax(-1)
-        confidence, prediction = probs.max(-1)
-        # From the logits: two probabilities that both round to 1 would tie.
-        prediction = logits.argmax(-1)
-        hit = (prediction == labels) & valid
+        confidence = probs.amax(-1)
+        # argmax of the logits, not of the probabilities: unequal logits may round to equal probabilities.
+        hit = (logits.argmax(-1) == labels) & valid
         self.count += valid.sum()
         self.correct += hit.sum()
         self.nll_sum += self._total(functional.cross_entropy(logits, labels, reduction="none"), valid)
