@@ -1,0 +1,59 @@
+"""Lightning's process launcher inside a Hydra multirun."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict, read_write
+
+_LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
+
+
+def launched_by_others() -> bool:
+    """Whether this process is a rank that Lightning, torchrun or SLURM started."""
+    return any(name in os.environ for name in _OUTSIDE_LAUNCHERS)
+
+
+@contextlib.contextmanager
+def ddp_reruns_this_job() -> Iterator[None]:
+    """Makes Lightning start the other ranks with *this job* rather than with the whole sweep.
+
+    Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values, and it
+    leaves LOCAL_RANK behind, which the next job of the sweep would take for its own.
+    """
+    if launched_by_others():
+        yield
+        return
+    argv, hydra = sys.argv, HydraConfig.get()
+    sys.argv = [argv[0], *_config_flags(argv), *hydra.overrides.task]
+    with read_write(hydra), open_dict(hydra):
+        run_dir, hydra.run.dir = hydra.run.dir, hydra.runtime.output_dir
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        for key in _LAUNCH_ENV:
+            os.environ.pop(key, None)
+        sys.argv = argv
+        with read_write(hydra), open_dict(hydra):
+            hydra.run.dir = run_dir
+
+
+def _config_flags(argv: list[str]) -> list[str]:
+    """`--config-name x`, `--config-dir=y` and their short forms: not overrides, but needed by every rank."""
+    flags: list[str] = []
+    words = iter(argv[1:])
+    for word in words:
+        name = word.split("=", 1)[0]
+        if name in ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp"):
+            flags.append(word)
+            if "=" not in word:
+                flags.append(next(words, ""))
+    return flags

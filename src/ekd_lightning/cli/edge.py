@@ -1,0 +1,63 @@
+"""Where programs meet people: a user's mistake becomes one line and a non-zero exit, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import OmegaConfBaseException
+
+from ekd_lightning.errors import UserError, unknown_name
+
+EXIT_USER_ERROR = 2
+
+
+def run_program(program: str, body: Callable[[], object]) -> None:
+    """Runs `body`, turning a user's mistake into one line on stderr and exit code 2.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
+    try:
+        body()
+    except UserError as error:
+        _exit(program, str(error))
+    except MissingConfigException as error:
+        _exit(program, _missing_config(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(program, _config_error(error))
+    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
+        _exit(program, f"{error.filename}: {error.strerror}")
+
+
+def _exit(program: str, message: str) -> None:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    wanted, options = error.missing_cfg_file, error.options
+    if not wanted or not options:
+        return str(error)
+    group, _, name = str(wanted).removesuffix(".yaml").rpartition("/")
+    return str(unknown_name(group or "configuration", name, options))
+
+
+def _config_error(error: Exception) -> str:
+    """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]
+    key = next((line.removeprefix("full_key: ") for line in kept if line.startswith("full_key: ")), None)
+    telling = [line for line in dict.fromkeys(kept) if not line.startswith("full_key: ")]
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {telling[0]}"
+    text = "; ".join(telling[:2])
+    return f"{key}: {text}" if key and key not in text else text

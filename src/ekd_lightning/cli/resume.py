@@ -1,0 +1,90 @@
+"""`resume=<run directory>`: compose what the run was started with, in its own directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ekd_lightning.cli.config import changed_keys, read_config
+from ekd_lightning.errors import UserError
+
+# What may change between the parts of a run without changing what is computed.
+_FREE = (
+    "resume",
+    "trainer.max_epochs",
+    "trainer.enable_progress_bar",
+    "logger",
+    "callbacks",
+    "tags",
+    "metric",
+)
+
+
+def expand_resume(argv: list[str]) -> list[str]:
+    """Replaces `resume=DIR` by the overrides that the run in DIR was started with, and its directory.
+
+    Overrides given beside `resume` come last, so they win.
+
+    Args:
+        argv: Program name and command line.
+
+    Returns:
+        The command line to run; `argv` itself without `resume=`.
+
+    Raises:
+        UserError: If DIR is not a stopped run.
+    """
+    given = [word for word in argv[1:] if word.startswith("resume=")]
+    if not given or given[-1] in ("resume=null", "resume="):
+        return argv
+    directory = Path(given[-1].removeprefix("resume=").strip("'\"")).absolute()
+    recorded = read_config(directory)
+    if _state(directory) == "done":
+        raise UserError(f"resume={directory}: this run is done, there is nothing to continue")
+    if "-m" in argv or "--multirun" in argv:
+        raise UserError("resume: continues one run; it cannot be combined with --multirun")
+    assert recorded
+    first = _recorded_overrides(directory)
+    extra = [word for word in argv[1:] if word not in given and word not in first]
+    own = [f"resume='{directory}'", f"hydra.run.dir='{directory}'", "hydra.output_subdir=null"]
+    return [argv[0], *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
+
+
+_HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=")
+
+
+def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
+    """Refuses a resume under a configuration that would compute something else.
+
+    Raises:
+        UserError: Naming the keys that differ from the recorded configuration.
+    """
+    changed = [
+        key
+        for key in changed_keys(read_config(directory), plain)
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
+            "a resumed run must compute what it was started with"
+        )
+
+
+def _state(directory: Path) -> str | None:
+    path = directory / "status.json"
+    return json.loads(path.read_text())["state"] if path.is_file() else None
+
+
+def _recorded_overrides(directory: Path) -> list[str]:
+    path = directory / ".hydra" / "overrides.yaml"
+    if not path.is_file():
+        raise UserError(f"resume={directory}: it has no .hydra/overrides.yaml, so its start is not known")
+    return [
+        str(word)
+        for word in OmegaConf.to_container(OmegaConf.load(path))
+        if not str(word).startswith("resume=")
+    ]

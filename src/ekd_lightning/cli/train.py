@@ -1,0 +1,120 @@
+"""`ekd-train`: teachers as needed, then the student, then the evaluation; `-m` sweeps."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ekd_lightning.cli.build import build
+from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.cli.ddp import ddp_reruns_this_job
+from ekd_lightning.cli.edge import run_program
+from ekd_lightning.cli.resume import check_unchanged, expand_resume
+from ekd_lightning.errors import UserError
+from ekd_lightning.training.record import is_rank_zero
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Entry point of `ekd-train`."""
+    register_schema()
+
+    def body() -> None:
+        sys.argv = expand_resume(sys.argv)
+        _hydra_main()
+
+    run_program("ekd-train", body)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="train")
+def _hydra_main(cfg: DictConfig) -> float | None:
+    with ddp_reruns_this_job():
+        try:
+            return train(cfg)
+        except UserError as error:
+            if (
+                HydraConfig.get().mode == RunMode.MULTIRUN
+            ):  # Hydra tells only at the end, and of the first only
+                log.error("%s", error)
+            raise
+        except Exception:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # else Hydra shows it at once
+                log.exception("this run failed")
+            raise
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Runs one job.
+
+    Reads these keys of the configuration: all fields of `Settings`. The run's directory and whether it is part
+    of a sweep come from Hydra.
+
+    Returns:
+        The field of result.json that `metric` names, for sweepers.
+
+    Raises:
+        UserError: For a user's mistake; everything it leaves behind says `failed`.
+    """
+    from ekd_lightning.training.run import run  # noqa: PLC0415 (slow imports; --help and --cfg need none)
+
+    quiet_libraries()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    settings, plain = to_settings(cfg), to_plain(cfg)
+    if settings.resume is not None:
+        check_unchanged(directory, plain)
+    if is_rank_zero():
+        write_config(plain, directory)
+    callbacks = [build(node, f"callbacks.{name}") for name, node in settings.callbacks.items() if node]
+    result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks)
+    if is_rank_zero():
+        log.info("%s", summary_line(result, directory))
+    value = result.get(settings.metric)
+    return None if value is None else float(value)
+
+
+def sweep_name() -> str | None:
+    """The last two parts of the sweep's directory, e.g. `2026-11-22/10-33-12`; None in a single run."""
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN:
+        return None
+    return "/".join(Path(config.sweep.dir).parts[-2:])
+
+
+def summary_line(result: dict[str, Any], directory: Path) -> str:
+    """What a run found, in one line."""
+    branches = ", ".join(f"{100 * value:.2f}" for value in result.get("test_branch_accuracy", []))
+    teachers = ", ".join(f"{t['id']} {100 * t['test_accuracy']:.2f}" for t in result.get("teachers", []))
+    return (
+        f"{result['method']}: test accuracy {100 * result['test_accuracy']:.2f} %"
+        f" (branches {branches}; {f'teachers {teachers}' if teachers else 'no teachers'})"
+        f"  {result['num_parameters']:,} parameters, {result['macs'] / 1e6:.1f} M MACs"
+        f"  {result['train_seconds']:.0f} s  -> {directory}"
+    )
+
+
+def quiet_libraries() -> None:
+    """Silences messages of Lightning that are untrue here or repeat for every run."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # there are none: images are in memory
+        ".*module.* in eval mode.*",  # the teachers, on purpose
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Total length of .* across ranks is zero.*",  # a teacher has no validation images
+        ".*is smaller than the logging interval.*",  # curves are per epoch
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Scores of one network on one image set, by a plain PyTorch loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ekd_lightning.data import ImageSet
+from ekd_lightning.evaluation.scores import ClassificationScores
+from ekd_lightning.networks import StagedNetwork
+
+
+@torch.no_grad()
+def score_network(
+    network: StagedNetwork, images: ImageSet, *, batch_size: int = 500, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Evaluates a network on every image once, without augmentation, in float32.
+
+    Args:
+        network: Takes images [B, 3, H, W] in [0, 1]; put into eval mode and channels-last, and left there.
+        images: The image set.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+
+    Returns:
+        The scores of `ClassificationScores`: accuracy and ECE in [0, 1], NLL in nats, Brier in [0, 2].
+    """
+    network = network.eval().to(device=device, memory_format=torch.channels_last)
+    scores = ClassificationScores(images.num_classes).to(device)
+    for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
+        batch = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+        scores.update(network(batch).float(), labels.to(device))
+    return scores.compute()

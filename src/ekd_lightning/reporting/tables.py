@@ -1,0 +1,108 @@
+"""Results of many runs, read from their result.json files, as one table over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean and spread of one figure over runs.
+
+    Attributes:
+        mean: Arithmetic mean.
+        std: Sample standard deviation (n - 1); None for a single run.
+        n: Number of runs.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Reads all result.json files below a folder whose run is done, in the order of their paths."""
+    results = []
+    for path in sorted(folder.rglob("result.json")):
+        status = path.with_name("status.json")
+        if status.is_file() and json.loads(status.read_text())["state"] == "done":
+            results.append(json.loads(path.read_text()))
+    return results
+
+
+def summarise(values: Iterable[float]) -> Cell:
+    """Mean, sample standard deviation and n.
+
+    Raises:
+        ValueError: Without values.
+    """
+    numbers = list(values)
+    if not numbers:
+        raise ValueError("no values to summarise")
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Cell(statistics.fmean(numbers), spread, len(numbers))
+
+
+def paired_difference(
+    results: Sequence[dict[str, Any]], method: str, reference: str, field: str = "test_accuracy"
+) -> Cell | None:
+    """Difference method - reference of a figure, paired by seed; None without a common seed."""
+    ours, theirs = ({r["seed"]: r[field] for r in results if r["method"] == m} for m in (method, reference))
+    common = sorted(ours.keys() & theirs.keys())
+    return summarise(ours[seed] - theirs[seed] for seed in common) if common else None
+
+
+def percent(cell: Cell | None, *, signed: bool = False) -> str:
+    """A share as percent with its spread, e.g. `78.02 ± 0.31`."""
+    if cell is None:
+        return "–"
+    sign = "+" if signed else ""
+    spread = "" if cell.std is None else f" ± {100 * cell.std:.2f}"
+    return f"{100 * cell.mean:{sign}.2f}{spread}"
+
+
+def methods_table(results: Sequence[dict[str, Any]], methods: Sequence[str], reference: str) -> str:
+    """A Markdown table with one row per method: accuracy over seeds, differences, capacity and cost.
+
+    Args:
+        results: Contents of result.json files of one data set, fraction and schedule.
+        methods: Rows, in order; a method without results is shown as missing, not left out.
+        reference: Method that differences are taken to, paired by seed.
+
+    Returns:
+        The table, with accuracies in percent as mean ± sample standard deviation over seeds.
+    """
+    lines = [
+        f"| method | K | M | test accuracy, last epoch | − {reference}, paired | best on validation "
+        "| mean branch | NLL | ECE | parameters | MACs | n |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        rows = [r for r in results if r["method"] == method]
+        if not rows:
+            lines.append(f"| `{method}` | | | missing | | | | | | | | 0 |")
+            continue
+        first = rows[0]
+        best = [r["test_accuracy_best"] for r in rows if r.get("test_accuracy_best") is not None]
+        difference = None if method == reference else paired_difference(results, method, reference)
+        cells = [
+            f"`{method}`",
+            str(first["num_branches"]),
+            str(first["num_teachers"]),
+            percent(summarise(r["test_accuracy"] for r in rows)),
+            percent(difference, signed=True),
+            percent(summarise(best) if best else None),
+            percent(summarise(statistics.fmean(r["test_branch_accuracy"]) for r in rows)),
+            f"{summarise(r['test_nll'] for r in rows).mean:.3f}",
+            f"{summarise(r['test_ece'] for r in rows).mean:.3f}",
+            f"{first['num_parameters']:,}",
+            f"{first['macs'] / 1e6:.1f} M",
+            str(len(rows)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Frozen teachers, a branched student and a method, as one LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Method
+from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.settings import RecipeSettings
+from ekd_lightning.training.teacher_source import LiveTeachers
+
+
+class TeacherSource(Protocol):
+    """Where the teachers' outputs for a batch come from: the live networks, or a table of known rows."""
+
+    hits: int
+    misses: int
+
+    def __call__(self, batch: Batch, stages: tuple[str, ...] = ()) -> TeacherOutput:
+        """Returns the outputs of all teachers for the batch."""
+        ...
+
+
+class Distiller(ImageClassificationModule):
+    """Trains a branched student by a method, with or without frozen teachers.
+
+    The teachers are a submodule so that they follow the device, and contribute nothing to the state
+    dictionary; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed.
+
+    Args:
+        student: The branched student.
+        method: Weighted loss terms; its adapters are trained with the student.
+        recipe: Optimiser and schedule.
+        teachers: The frozen ensemble; None for methods without teachers.
+        make_source: Builds the source of teacher outputs from the ensemble, in every process when training
+            starts (a memory-mapped table must not travel between processes).
+        channels_last: Memory format of images and student.
+    """
+
+    def __init__(
+        self,
+        student: BranchedStudent,
+        method: Method,
+        recipe: RecipeSettings,
+        *,
+        teachers: TeacherEnsemble | None = None,
+        make_source: Callable[[TeacherEnsemble], TeacherSource] = LiveTeachers,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__(
+            recipe,
+            term_names=tuple(method.terms),
+            num_classes=student.num_classes,
+            num_branches=student.num_branches,
+            channels_last=channels_last,
+        )
+        if method.needs_teachers and teachers is None:
+            raise UserError(f"method {method.name!r} needs teachers, and there are none")
+        self.student = student.to(memory_format=self._memory_format)
+        self.method = method
+        self.teachers = teachers.to(memory_format=self._memory_format) if teachers is not None else None
+        self._make_source = make_source
+        self.teacher_source: TeacherSource | None = None
+
+    def on_fit_start(self) -> None:
+        """Opens the source of teacher outputs in this process."""
+        if self.teachers is not None and self.method.needs_teachers:
+            self.teacher_source = self._make_source(self.teachers)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The method's total and terms for a batch; see the base class."""
+        student = self.student.outputs(batch.images)
+        teachers = self._teach(batch) if self.method.needs_teachers else None
+        steps = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
+        result = self.method(
+            student,
+            teachers,
+            batch,
+            epoch=self.current_epoch,
+            step=self.global_step,
+            progress=min(1.0, self.global_step * self.trainer.accumulate_grad_batches / steps),
+        )
+        return result.total, result.terms, student.logits
+
+    def _teach(self, batch: Batch) -> TeacherOutput:
+        assert self.teacher_source is not None  # opened when the fit started
+        return self.teacher_source(batch, tuple(self.method.teacher_stages))
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Ensemble logits [B, C] and branch logits [K, B, C] of images [B, 3, H, W]."""
+        output = self.student.outputs(images)
+        return output.logits, output.branch_logits
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The student, and the adapters that the method owns."""
+        return [self.student, self.method]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes which teachers taught; their weights stay outside."""
+        checkpoint["teachers"] = self._teacher_hashes()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with teachers other than those of the checkpoint.
+
+        Raises:
+            UserError: If hashes or order differ.
+        """
+        if checkpoint.get("teachers") != self._teacher_hashes():
+            raise UserError(
+                f"the checkpoint was taught by {checkpoint.get('teachers')}, this run has {self._teacher_hashes()}"
+            )
+
+    def _teacher_hashes(self) -> list[str]:
+        return [] if self.teachers is None else [identity.sha256 for identity in self.teachers.identities]

@@ -1,0 +1,183 @@
+"""Where curves go: metrics.csv always; Weights & Biases and TensorBoard when selected."""
+
+from __future__ import annotations
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.training.settings import LoggerSettings, WandbSettings
+
+_WANDB_MODES = ("online", "offline", "disabled", "shared")
+_WANDB_ID = "wandb_run_id.txt"
+
+
+class MetricsCsv(Logger):
+    """metrics.csv: one row per logged step, columns in order of first appearance.
+
+    Lightning's CSVLogger deletes the rows of the first try when a run is resumed; this one keeps those up to the
+    checkpoint's step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._rows: dict[int, dict[str, str]] = {}
+        if path.is_file():
+            with path.open(newline="") as stream:
+                self._rows = {int(row["step"]): row for row in csv.DictReader(stream)}
+
+    @property
+    def name(self) -> str:
+        """Empty: the file lies in the run's directory itself."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty, as `name`."""
+        return ""
+
+    def forget_after(self, step: int) -> None:
+        """Drops rows later than a checkpoint that training goes on from."""
+        self._rows = {number: row for number, row in self._rows.items() if number <= step}
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the resolved configuration has its own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds values to the row of a step."""
+        row = self._rows.setdefault(int(step or 0), {"step": str(int(step or 0))})
+        row.update({name: repr(float(value)) for name, value in metrics.items()})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the whole file anew, atomically; it has one row per epoch."""
+        columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        part = self.path.with_suffix(".csv.part")
+        with part.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        os.replace(part, self.path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes what is there."""
+        if self._rows:
+            self.save()
+
+
+def make_loggers(
+    settings: LoggerSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any]
+) -> list[Logger]:
+    """Builds the loggers of a run; metrics.csv first.
+
+    Args:
+        settings: What is selected.
+        directory: The run's directory; every logger writes below it.
+        name: Readable name of the run.
+        sweep: Name of the sweep, for grouping; None for a single run.
+        config: Resolved, nested configuration as plain containers.
+
+    Raises:
+        UserError: For an unknown W&B mode or a package that is not installed.
+    """
+    loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv")]
+    if settings.tensorboard:
+        loggers.append(_tensorboard(directory))
+    if settings.wandb.enabled:
+        loggers.append(_wandb(settings.wandb, directory, name=name, sweep=sweep, config=config))
+    return loggers
+
+
+def check_loggers(settings: LoggerSettings) -> None:
+    """Refuses an unknown W&B mode before anything is started."""
+    mode = settings.wandb.mode
+    if mode is not None and mode not in _WANDB_MODES:
+        raise unknown_name("logger.wandb.mode", mode, _WANDB_MODES)
+
+
+def _tensorboard(directory: Path) -> Logger:
+    from pytorch_lightning.loggers import TensorBoardLogger  # noqa: PLC0415 (an optional package behind it)
+
+    try:
+        return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", default_hp_metric=False)
+    except ModuleNotFoundError:
+        raise UserError(
+            "logger.tensorboard=true: install it with `pip install 'ekd-lightning[tensorboard]'`"
+        ) from None
+
+
+def _wandb(
+    settings: WandbSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any]
+) -> Logger:
+    # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
+    options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
+    return WandbLogger(
+        name=name,
+        id=wandb_run_id(directory),
+        resume="allow",
+        save_dir=str(directory),
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group or sweep,
+        job_type="student",
+        tags=settings.tags or None,
+        notes=settings.notes,
+        log_model=settings.log_model,
+        config=config,
+        **options,
+    )
+
+
+@rank_zero_only
+def wandb_run_id(directory: Path) -> str:
+    """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it."""
+    import wandb  # noqa: PLC0415 (half a second, and only where it is selected)
+
+    path = directory / _WANDB_ID
+    if not path.is_file():
+        path.write_text(wandb.util.generate_id() + "\n")
+    return path.read_text().strip()
+
+
+def describe_metrics(loggers: list[Logger]) -> None:
+    """Tells W&B which value of a curve its tables should show, and that epochs are the axis."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+            logger.experiment.define_metric("epoch")
+            logger.experiment.define_metric("*", step_metric="epoch")
+            logger.experiment.define_metric("val/accuracy", step_metric="epoch", summary="max")
+
+
+def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None, failed: bool) -> None:
+    """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb  # noqa: PLC0415
+
+            if wandb.run is not None:
+                if result is not None:
+                    wandb.run.summary.update(_summary(result))
+                wandb.finish(exit_code=1 if failed else 0)
+        else:
+            logger.finalize("failed" if failed else "success")
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for name, value in result.items():
+        if isinstance(value, (int, float, str)):
+            summary[name] = value
+        elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
+            summary.update({f"{name}_{k}": item for k, item in enumerate(value)})
+    return summary

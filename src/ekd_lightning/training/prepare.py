@@ -1,0 +1,149 @@
+"""Turns settings into the parts of a run, cheapest checks first, before anything expensive starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ekd_lightning.data import Dataset, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Method, build_method, needs_teachers
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.training.distiller import TeacherSource
+from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
+from ekd_lightning.training.teacher_table import check_disk, table_bytes
+from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, default_normalization, plan_teachers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The checked parts of a run. Teachers are planned, not loaded."""
+
+    dataset: Dataset
+    subset: Subset
+    views: ViewFamily
+    datamodule: ImageDataModule
+    student: BranchedStudent
+    method: Method
+    teachers: list[PlannedTeacher]
+
+
+def prepare(settings: Settings, accelerator: str) -> Prepared:
+    """Builds everything that costs little and checks everything that can be checked.
+
+    The student's initial weights depend on `settings.seed` and the student's settings alone.
+
+    Raises:
+        UserError: At the first setting that does not fit.
+    """
+    settings.check()
+    needs = needs_teachers(settings.method.terms)
+    data = settings.data
+    dataset = load_dataset(data.name, Path(data.root), data.download)
+    subset = choose_subset(
+        dataset.train.labels,
+        fraction=data.fraction,
+        per_class=data.per_class,
+        val_fraction=data.val_fraction,
+        seed=data.subset_seed,
+    )
+    views = make_views(data.augmentation, data.padding, data.flip)
+    datamodule = ImageDataModule(
+        dataset,
+        subset,
+        views,
+        batch_size=settings.recipe.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        seed=settings.seed,
+    )
+    student = build_student(settings, dataset)
+    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
+    blanks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
+    method = _build_method(settings, dataset, student, plans, blanks)
+    if needs and uses_table(settings, method):
+        pooled = max(network.num_features for network in blanks) if method.needs_pooled else 0
+        size = len(dataset.train)
+        classes, used = dataset.num_classes, len(subset.train_index)
+        needed = table_bytes(used, views.num_views, classes, pooled, len(plans), set_size=size)
+        check_disk(table_folder(settings), needed, int(settings.teachers.table_budget_gb * 1e9))
+    return Prepared(dataset, subset, views, datamodule, student, method, plans)
+
+
+def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
+    """The student with initial weights that depend on the seed alone."""
+    student = settings.student
+    statistics = default_normalization(dataset.name, student.normalization)
+    spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
+    torch.manual_seed(settings.seed)
+    if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
+        warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
+    return BranchedStudent(
+        spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble
+    )
+
+
+def _build_method(
+    settings: Settings,
+    dataset: Dataset,
+    student: BranchedStudent,
+    plans: list[PlannedTeacher],
+    networks: list[StagedNetwork],
+) -> Method:
+    return build_method(
+        settings.method.name,
+        settings.method.terms,
+        num_classes=dataset.num_classes,
+        num_branches=student.num_branches,
+        num_teachers=len(plans),
+        temperature=settings.method.temperature,
+        assignment=settings.method.assignment,
+        seed=settings.seed,
+        student_features=student.num_features,
+        teacher_features=tuple(network.num_features for network in networks),
+        student_stage_shapes=student.stage_shapes(dataset.image_size),
+        teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
+        student_name=settings.student.network,
+        teacher_names=tuple(plan.id for plan in plans),
+    )
+
+
+def uses_table(settings: Settings, method: Method) -> bool:
+    """Whether teacher outputs are remembered.
+
+    Raises:
+        UserError: If a table is required and a term needs stage outputs, which are not kept.
+    """
+    if method.teacher_stages and settings.teachers.table == "require":
+        raise UserError(
+            f"teachers.table=require: stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
+        )
+    return settings.teachers.table != "off" and not method.teacher_stages
+
+
+def table_folder(settings: Settings) -> Path:
+    """Where the tables of teacher outputs lie."""
+    return Path(settings.teachers.store) / "tables"
+
+
+def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
+    """How every process opens the teachers' outputs: as a table, or live."""
+    channels_last = settings.channels_last
+    if not uses_table(settings, prepared.method):
+        return partial(LiveTeachers, channels_last=channels_last)
+    return partial(
+        TabledTeachers,
+        folder=table_folder(settings),
+        image_set_sha256=prepared.dataset.train.sha256,
+        num_images=len(prepared.dataset.train),
+        views=prepared.views,
+        include_pooled=prepared.method.needs_pooled,
+        channels_last=channels_last,
+    )

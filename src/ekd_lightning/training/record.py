@@ -1,0 +1,168 @@
+"""The record of a run: status.json, provenance.json and result.json, each written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ekd_lightning import __version__
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "torchmetrics",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` so that a reader sees the old file or the new one, never a part.
+
+    Non-finite numbers become null: JSON has no word for them.
+    """
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result comes from: code, versions, hardware, command."""
+    return {
+        "version": __version__,
+        "git": _git(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "hardware": _hardware(),
+        "started": now(),
+    }
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes the run's files; known before any process group exists."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name]) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the source tree this package runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "commit": ask("rev-parse", "HEAD") or None,
+        "modified": bool(ask("status", "--porcelain", "-uno")),
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+class RunRecord:
+    """The JSON files of one run directory. Only the process with global rank 0 may hold one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def status(self, state: str, error: str | None = None) -> None:
+        """Says `running`, `failed` (with the error) or `done` in status.json."""
+        write_json(self.directory / "status.json", {"state": state, "error": error, "time": now()})
+
+    def start(self, *, resumed: bool) -> None:
+        """Marks the run as running; a result of an earlier try is withdrawn.
+
+        A resumed run keeps its first provenance and appends this start to it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "result.json").unlink(missing_ok=True)
+        path = self.directory / "provenance.json"
+        here = provenance()
+        if resumed and path.is_file():
+            first = json.loads(path.read_text())
+            here = {**first, "resumed": [*first.get("resumed", []), here]}
+        write_json(path, here)
+        self.status("running")
+
+    def add_provenance(self, **facts: Any) -> None:
+        """Adds facts known only after the start, e.g. hashes of data and teachers."""
+        path = self.directory / "provenance.json"
+        write_json(path, {**json.loads(path.read_text()), **facts})
+
+    def result(self, content: dict[str, Any]) -> None:
+        """Writes result.json, then says done; in this order, so that done implies a result."""
+        write_json(self.directory / "result.json", content)
+        self.status("done")

@@ -1,0 +1,250 @@
+"""One run: prepare, gather teachers, train, test once, and leave the record."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import Logger
+
+from ekd_lightning.data.loader import check_batch_size
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import TeacherEnsemble, save_student
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.loggers import (
+    MetricsCsv,
+    check_loggers,
+    describe_metrics,
+    finish_loggers,
+    make_loggers,
+)
+from ekd_lightning.training.prepare import Prepared, prepare, source_factory
+from ekd_lightning.training.record import RunRecord, is_rank_zero
+from ekd_lightning.training.result import check_metric, describe_run, named_scores
+from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.teacher_store import TeacherStore
+from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.training.trainer import build_trainer, check_trainer
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+STUDENT = "student.safetensors"
+
+
+def run(
+    settings: Settings,
+    directory: Path,
+    *,
+    config: dict[str, Any],
+    sweep: str | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Runs one distillation and leaves its record in `directory`.
+
+    Every process of a distributed run calls this; only global rank 0 writes the record.
+
+    Args:
+        settings: What to run.
+        directory: The run's directory.
+        config: The resolved configuration as plain containers, for loggers.
+        sweep: Name of the sweep this run belongs to; None for a single run.
+        callbacks: Further Lightning callbacks.
+
+    Returns:
+        The content of result.json (on other ranks, what they know of it).
+
+    Raises:
+        UserError: For settings that do not fit, before training starts; or a loss that is not finite.
+    """
+    record = RunRecord(directory) if is_rank_zero() else None
+    loggers: list[Logger] = []
+    failed, result = True, None
+    try:
+        if record:
+            record.start(resumed=settings.resume is not None)
+        result = _run(settings, directory, record, loggers, config, sweep, callbacks)
+        failed = False
+    except BaseException as error:
+        if record:
+            record.status("failed", _one_line(error))
+        raise
+    finally:
+        finish_loggers(loggers, result=result, failed=failed)
+        _free()
+    if record:
+        record.result(result)
+    return result
+
+
+def _run(
+    settings: Settings,
+    directory: Path,
+    record: RunRecord | None,
+    loggers: list[Logger],
+    config: dict[str, Any],
+    sweep: str | None,
+    callbacks: Sequence[Callback],
+) -> dict[str, Any]:
+    check_trainer(settings.trainer)
+    check_loggers(settings.logger)
+    check_metric(settings.metric)
+    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    facts = describe_run(settings, prepared)
+    loggers += make_loggers(settings.logger, directory, name=run_name(facts), sweep=sweep, config=config)
+    report = EpochReport(
+        prepared.datamodule.num_train_images // settings.recipe.batch_size * settings.recipe.batch_size
+    )
+    own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
+    trainer = build_trainer(
+        settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
+    )
+    check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
+    if record:
+        record.add_provenance(**_origin(prepared, teachers))
+    module = Distiller(
+        prepared.student,
+        prepared.method,
+        settings.recipe,
+        teachers=teachers,
+        make_source=source_factory(settings, prepared),
+        channels_last=settings.channels_last,
+    )
+    describe_metrics(loggers)
+    _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
+    result = {**facts, **_final_scores(trainer, module, prepared), **_cost(report, trainer, module)}
+    if record:
+        result["teachers"] = _teacher_record(settings, prepared, teachers)
+        metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
+        save_student(directory / STUDENT, prepared.student, metadata)
+    return result
+
+
+def run_name(facts: dict[str, Any]) -> str:
+    """A readable name: method, teachers, branches, share of the data, seed."""
+    share = f"{100 * facts['fraction']:g}"
+    return f"{facts['method']}-T{facts['num_teachers']}-B{facts['num_branches']}-f{share}-s{facts['seed']}"
+
+
+def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> list[ModelCheckpoint]:
+    if settings.trainer.get("enable_checkpointing") is False or settings.trainer.get("fast_dev_run"):
+        return []
+    return checkpoint_callbacks(
+        directory.absolute() / CHECKPOINTS, with_best=prepared.datamodule.num_val_images > 0
+    )
+
+
+def _resume_point(settings: Settings, directory: Path) -> Path | None:
+    if settings.resume is None:
+        return None
+    last = directory / CHECKPOINTS / "last.ckpt"
+    if not last.is_file():
+        log.info("no checkpoint in %s yet: starting from the beginning", directory)
+        return None
+    return last
+
+
+def _fit(
+    trainer: pl.Trainer, module: Distiller, prepared: Prepared, checkpoint: Path | None, loggers: list[Logger]
+) -> None:
+    if checkpoint is not None:
+        step = int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
+        log.info("resuming from %s at step %d", checkpoint, step)
+        for logger in loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.forget_after(step)
+    trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _final_scores(trainer: pl.Trainer, module: Distiller, prepared: Prepared) -> dict[str, Any]:
+    """Scores on the test set, read here for the first time: with the best weights, then with the last ones."""
+    scores = named_scores("val", trainer.callback_metrics)
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
+    if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
+        last_weights = {name: value.clone() for name, value in module.state_dict().items()}
+        state = torch.load(best.best_model_path, weights_only=True, map_location=module.device)
+        module.load_state_dict(state["state_dict"])
+        scores |= named_scores("test", _test(trainer, module, prepared), "_best")
+        scores["val_accuracy_best"] = float(best.best_model_score)
+        scores["best_epoch"] = int(state["epoch"]) + 1
+        module.load_state_dict(last_weights)
+    last = named_scores("test", _test(trainer, module, prepared))
+    return scores | last | {"test_accuracy_last": last["test_accuracy"]}
+
+
+def _test(trainer: pl.Trainer, module: Distiller, prepared: Prepared) -> dict[str, float]:
+    return dict(trainer.test(module, datamodule=prepared.datamodule, verbose=False, weights_only=True)[0])
+
+
+def _cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:
+    seconds = report.train_seconds
+    source = module.teacher_source
+    asked = source.hits + source.misses if source is not None else 0
+    return {
+        "train_seconds": seconds,
+        "images_per_second": report.images_seen / seconds if seconds > 0 else None,
+        "teacher_table_hit_rate": source.hits / asked if source is not None and asked else None,
+        "epochs_done": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "num_devices": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+def _origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
+    identities = [] if teachers is None else teachers.identities
+    return {
+        "data": {
+            "name": prepared.dataset.name,
+            "train_sha256": prepared.dataset.train.sha256,
+            "test_sha256": prepared.dataset.test.sha256,
+            "subset_sha256": prepared.subset.sha256,
+        },
+        "teachers": [
+            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
+            for t in identities
+        ],
+    }
+
+
+def _teacher_record(
+    settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None
+) -> list[dict[str, Any]]:
+    """Each teacher's id, hash, origin and own test accuracy."""
+    if teachers is None:
+        return []
+    store = TeacherStore(Path(settings.teachers.store))
+    rows = []
+    for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
+        scores = store.test_scores(
+            network, identity.sha256, prepared.dataset.test, settings.data.eval_batch_size
+        )
+        row = {"id": identity.id, "sha256": identity.sha256, "source": identity.source}
+        rows.append({**row, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
+    return rows
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _free() -> None:
+    """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,255 @@
+"""Typed settings of a run: what the configuration is turned into at the edge.
+
+Names that are looked up in a registry (data set, network, method term) are checked where the registry is;
+this module checks what can be checked without importing anything heavy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+from ekd_lightning.errors import UserError, unknown_name
+
+# `Optional[X]` and not `X | None`: OmegaConf reads these annotations as a schema.
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{key}={value}: {allowed}")
+
+
+@dataclass
+class DataSettings:
+    """Which images, how many of them, and how they are augmented."""
+
+    name: str = "digits"
+    """Registered data set: digits (bundled), cifar10, cifar100."""
+    root: str = "data"
+    """Folder that holds (or receives) the data set's own folder."""
+    download: bool = True
+    """Whether a run may obtain missing data."""
+    fraction: Optional[float] = None
+    """Share of the training images in (0, 1]; null means all, or what `per_class` says."""
+    per_class: Optional[int] = None
+    """Training images per class, instead of `fraction`."""
+    subset_seed: int = 0
+    """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
+    val_fraction: float = 0.1
+    """Share of the subset held out for validation, in [0, 1)."""
+    augmentation: str = "crop_flip"
+    padding: int = 4
+    flip: bool = True
+    eval_batch_size: int = 500
+
+
+@dataclass
+class RecipeSettings:
+    """Optimiser and schedule: SGD with momentum, learning rate as a function of the epoch."""
+
+    epochs: int = 60
+    batch_size: int = 128
+    """Images per optimiser step over all devices together."""
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    """cosine (to zero), step (times `gamma` at each milestone) or constant."""
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    """Points of the step schedule as shares of the training, in (0, 1)."""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+
+    def check(self, prefix: str) -> None:
+        """Refuses impossible values, naming them with `prefix` (e.g. "recipe").
+
+        Raises:
+            UserError: At the first value outside its range.
+        """
+        _require(self.epochs >= 1, f"{prefix}.epochs", self.epochs, "must be at least 1")
+        _require(self.batch_size >= 1, f"{prefix}.batch_size", self.batch_size, "must be at least 1")
+        _require(math.isfinite(self.lr) and self.lr > 0, f"{prefix}.lr", self.lr, "must be positive")
+        _require(0 <= self.momentum < 1, f"{prefix}.momentum", self.momentum, "must be in [0, 1)")
+        _require(
+            not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0"
+        )
+        _require(self.weight_decay >= 0, f"{prefix}.weight_decay", self.weight_decay, "must not be negative")
+        if self.schedule not in ("cosine", "step", "constant"):
+            raise unknown_name(f"{prefix}.schedule", self.schedule, ("cosine", "step", "constant"))
+        inside = all(0 < m < 1 for m in self.milestones)
+        _require(inside, f"{prefix}.milestones", self.milestones, "must be shares of the training in (0, 1)")
+        _require(self.gamma > 0, f"{prefix}.gamma", self.gamma, "must be positive")
+        fits = 0 <= self.warmup_epochs < self.epochs
+        _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be in [0, {prefix}.epochs)")
+
+
+@dataclass
+class TeacherEntry:
+    """One member of the pool: exactly one of `zoo`, `file` and `train` is set."""
+
+    zoo: Optional[str] = None
+    """Id of a pretrained network in the zoo."""
+    file: Optional[str] = None
+    """A safetensors file of this package, or (with `network` and `key_map`) a foreign checkpoint."""
+    train: Optional[str] = None
+    """Network to train on demand; kept in the teacher store."""
+    network: Optional[str] = None
+    key_map: Optional[str] = None
+    options: dict[str, Any] = field(default_factory=dict)
+    normalization: Optional[str] = None
+    seed: int = 0
+    """Initialisation and order of a teacher trained on demand."""
+
+
+@dataclass
+class TeacherSettings:
+    """The pool of teachers and how its members are obtained."""
+
+    pool: list[Any] = field(default_factory=list)
+    """Entries as mappings (see `TeacherEntry`) or as plain zoo ids."""
+    count: Optional[int] = None
+    """The first `count` members of the pool teach; null means all of them."""
+    weights_dir: str = "weights"
+    """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
+    download: bool = True
+    train_on: str = "subset"
+    """What teachers trained on demand may see: the same `subset` as the student, or `all` training images."""
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    store: str = "store"
+    """Folder shared by all runs: trained teachers, their test scores, and teacher tables."""
+    table: str = "auto"
+    """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
+    table_budget_gb: float = 20.0
+    """Most disk that the tables of one run may need."""
+
+    def check(self) -> None:
+        """Refuses impossible values.
+
+        Raises:
+            UserError: At the first value that is impossible or does not fit the pool.
+        """
+        pool = len(self.pool)
+        if self.count is not None:
+            _require(self.count >= 1, "teachers.count", self.count, "must be at least 1")
+            _require(self.count <= pool, "teachers.count", self.count, f"the pool has only {pool} teachers")
+        if self.train_on not in ("subset", "all"):
+            raise unknown_name("teachers.train_on", self.train_on, ("subset", "all"))
+        if self.table not in ("auto", "require", "off"):
+            raise unknown_name("teachers.table", self.table, ("auto", "require", "off"))
+        for position in range(pool):
+            self.entry(position)
+        self.recipe.check("teachers.recipe")
+
+    def entry(self, position: int) -> TeacherEntry:
+        """Returns pool member `position` (0-based) as a typed entry.
+
+        Raises:
+            UserError: If it has an unknown key, or not exactly one of zoo, file and train.
+        """
+        node, key = self.pool[position], f"teachers.pool[{position}]"
+        if isinstance(node, TeacherEntry):
+            entry = node
+        elif isinstance(node, str):
+            entry = TeacherEntry(zoo=node)
+        elif isinstance(node, dict):
+            allowed = [item.name for item in fields(TeacherEntry)]
+            for name in node:
+                if name not in allowed:
+                    raise unknown_name(f"key of {key}", name, allowed)
+            entry = TeacherEntry(**node)
+        else:
+            raise UserError(f"{key}={node}: must be a zoo id or a mapping with zoo, file or train")
+        given = [name for name in ("zoo", "file", "train") if getattr(entry, name)]
+        _require(len(given) == 1, key, given, "give exactly one of zoo, file and train")
+        return entry
+
+
+@dataclass
+class StudentSettings:
+    """The compact network and how it is branched."""
+
+    network: str = "resnet8"
+    options: dict[str, Any] = field(default_factory=dict)
+    branches: int = 3
+    split_after: str = "stage1"
+    """Last stage that the branches share, or `none` for separate networks."""
+    ensemble: str = "mean_logits"
+    normalization: Optional[str] = None
+    """Named normalisation; null takes the data set's own."""
+
+
+@dataclass
+class MethodSettings:
+    """A named list of weighted loss terms."""
+
+    name: str = "ekd"
+    temperature: Optional[float] = None
+    """T > 0 of all terms without their own; null means 4."""
+    assignment: Any = None
+    """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
+    terms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class WandbSettings:
+    """Weights & Biases; `mode` null honours WANDB_MODE and otherwise means online."""
+
+    enabled: bool = False
+    mode: Optional[str] = None
+    project: str = "ekd-lightning"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    """Null takes the sweep's name."""
+    tags: list[str] = field(default_factory=list)
+    notes: Optional[str] = None
+    log_model: bool = False
+
+
+@dataclass
+class LoggerSettings:
+    """Where curves go beside metrics.csv, which is always written."""
+
+    wandb: WandbSettings = field(default_factory=WandbSettings)
+    tensorboard: bool = False
+
+
+@dataclass
+class Settings:
+    """Everything that determines a run."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    teachers: TeacherSettings = field(default_factory=TeacherSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of pytorch_lightning.Trainer; `precision: auto` is ours."""
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    """Additional Lightning callbacks, each a node with `_target_`."""
+    seed: int = 0
+    channels_last: bool = True
+    """Memory format of images and convolutions; changes the speed, not what is computed."""
+    metric: str = "test_accuracy"
+    """Field of result.json that a run returns to a sweeper."""
+    tags: list[str] = field(default_factory=list)
+    resume: Optional[str] = None
+    """Directory of a stopped run to continue in place."""
+
+    def check(self) -> None:
+        """Refuses what is impossible whatever the data.
+
+        Raises:
+            UserError: At the first impossible value.
+        """
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        _require(self.student.branches >= 1, "student.branches", self.student.branches, "must be at least 1")
+        fraction = self.data.fraction
+        if fraction is not None:
+            _require(0 < fraction <= 1, "data.fraction", fraction, "must be in (0, 1]")
+        batch = self.data.eval_batch_size
+        _require(batch >= 1, "data.eval_batch_size", batch, "at least 1")
+        self.recipe.check("recipe")
+        self.teachers.check()

@@ -1,0 +1,102 @@
+"""Trained teachers, kept once for all runs: a folder whose names are hashes of all that determines the content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.evaluate import score_network
+from ekd_lightning.data import ImageSet
+from ekd_lightning.networks import StagedNetwork, load_network, save_network
+from ekd_lightning.training.record import write_json
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when training changes so that older teachers must not be reused
+_WEIGHTS = "teacher.safetensors"
+_KEY = "key.json"
+
+
+class TeacherStore:
+    """A content-addressed folder of trained teachers and of teachers' test scores.
+
+    An entry appears by one rename, after it is complete; a killed training leaves only a temporary folder that
+    no reader looks at. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
+
+    Args:
+        root: Folder of the store; made when first needed.
+
+    Raises:
+        UserError: On use, if the folder cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @staticmethod
+    def digest(key: Mapping[str, Any]) -> str:
+        """SHA-256 of a key; equal keys in any order give equal digests."""
+        text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Weights file that belongs to `key`, whether it exists or not."""
+        return self.root / "teachers" / self.digest(key) / _WEIGHTS
+
+    def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:
+        """Loads the teacher of `key`, training it first when the store lacks it.
+
+        Args:
+            key: All that determines the teacher, JSON-able.
+            train: Trains it; gets an empty scratch folder that is deleted afterwards.
+        """
+        final = self.path(key).parent
+        with self._lock(final):
+            self._remove_leftovers(final)
+            if not (final / _WEIGHTS).is_file():
+                scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.part-"))
+                try:
+                    network = train(scratch / "run")
+                    ready = scratch / "ready"
+                    ready.mkdir()
+                    save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
+                    write_json(ready / _KEY, dict(key))
+                    os.replace(ready, final)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        return load_network(final / _WEIGHTS)
+
+    def test_scores(
+        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int
+    ) -> dict[str, Any]:
+        """Scores of a teacher on a test set, computed once per (teacher, test set)."""
+        path = self.root / "scores" / f"{self.digest({'teacher': sha256, 'images': images.sha256})}.json"
+        if path.is_file():
+            return dict(json.loads(path.read_text()))
+        scores = score_network(network, images, batch_size=batch_size)
+        write_json(path, scores)
+        return scores
+
+    def _lock(self, final: Path) -> FileLock:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"teachers.store={self.root}: cannot be written ({error.strerror})") from None
+        return FileLock(f"{final}.lock")
+
+    @staticmethod
+    def _remove_leftovers(final: Path) -> None:
+        # Holding the lock, nobody else is building this entry: what is left was left by a killed process.
+        for part in final.parent.glob(f"{final.name}.part-*"):
+            log.info("removing an unfinished training of a teacher: %s", part.name)
+            shutil.rmtree(part, ignore_errors=True)
