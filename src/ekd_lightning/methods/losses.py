@@ -107,8 +107,9 @@ def combine_teachers(
     """Merges M teachers into one target per row of weights, given as logits.
 
     Which mean is taken matters: the mean of the logits is a geometric mean of probabilities and sharper than
-    the mean of the probabilities. A *sum* of M logits equals their mean at temperature T / M: to reproduce
-    a method that sums, divide T by M and multiply the weight of the term by M² (because of its T² factor).
+    the mean of the probabilities. A method that *sums* logits on both sides (M teachers, M branches)
+    at temperature T equals the mean at T / M with the weight of the term multiplied by M², because of the T²
+    factor. Where only the teachers are summed and the student is not, no temperature makes the two equal.
 
     Args:
         teacher_logits: [M, B, C].
