@@ -114,8 +114,8 @@ class DistillationEnsemble(_Distillation):
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the method's temperature.
         temperature: T > 0; None for the method's.
-        combine: How the teachers are averaged, `logits` or `probabilities`. A sum of logits is reached by T
-            / M (with weight · M², see `losses.combine_teachers`).
+        combine: How the teachers are averaged, `logits` or `probabilities`. For sums of
+            logits see `losses.combine_teachers`.
         loss: `kl`, or `mse_logits` for the mean squared error of plain logits (no T, no T²). A student whose
             ensemble output averages probabilities gives log-probabilities as logits: use `kl` there.
     """
