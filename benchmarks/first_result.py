@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ekd_lightning.reporting.tables import methods_table, percent, read_results, summarise
 
-# Runs with teachers first: they fill the tables of teacher outputs that the others of the same seed then read.
-METHODS = ("kd_mean", "ce", "ekd", "branched_ce", "ekd_mean", "ekd_permuted")
+# EKD first: it fills the tables of teacher outputs (logits and features) that the others of its seed then read.
+METHODS = ("ekd", "ce", "branched_ce", "kd_mean", "ekd_mean", "ekd_permuted")
 SHOWN = ("ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted", "ekd")
 RECIPE = ("recipe.epochs=24", "recipe.batch_size=64", "recipe.lr=0.05")
 
@@ -69,8 +69,8 @@ Made by `benchmarks/first_result.py`; the numbers are those of the runs' `result
   weight decay 5e-4, crop and flip; {first["steps"]:,} steps for every run. Short, because it ran on a processor.
 - **Losses**: the defaults of `conf/method/`, not tuned.
 - **Seeds**: {", ".join(str(s) for s in sorted({r["seed"] for r in results}))}; the subset does not vary with the seed.
-- **Hardware**: {hardware["cpu"]} ({hardware["cpu_capability"]}), {args.jobs} runs at a time with {args.threads} thread each,
-  {first["precision"]}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
+- **Hardware**: {hardware["cpu"]} ({hardware["cpu_capability"]}), {args.jobs} runs at a time with
+  {args.threads} thread each, {first["precision"]}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
 
 | teacher | test accuracy % | SHA-256 |
 |---|---|---|

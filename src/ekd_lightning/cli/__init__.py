@@ -1,0 +1,1 @@
+"""One small file per command; configuration is read here and nowhere below."""

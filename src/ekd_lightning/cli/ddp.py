@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
@@ -30,7 +31,8 @@ def ddp_reruns_this_job() -> Iterator[None]:
     if launched_by_others():
         yield
         return
-    argv, hydra = sys.argv, HydraConfig.get()
+    argv = sys.argv
+    hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     sys.argv = [argv[0], *_config_flags(argv), *hydra.overrides.task]
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, hydra.runtime.output_dir

@@ -26,7 +26,7 @@ def score_network(
     Returns:
         The scores of `ClassificationScores`: accuracy and ECE in [0, 1], NLL in nats, Brier in [0, 2].
     """
-    network = network.eval().to(device=device, memory_format=torch.channels_last)
+    network = network.eval().to(device).to(memory_format=torch.channels_last)
     scores = ClassificationScores(images.num_classes).to(device)
     for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
         batch = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)

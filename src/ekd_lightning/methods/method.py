@@ -93,7 +93,7 @@ class Method(nn.Module):
         """Names of the student's stage outputs that some term reads."""
         return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.student_stages))
 
-    def forward(  # noqa: PLR0917  # plain loops may pass the time by position
+    def forward(  # plain loops may pass the time by position
         self,
         student: StudentOutput,
         teachers: TeacherOutput | None,

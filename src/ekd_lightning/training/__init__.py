@@ -1,0 +1,1 @@
+"""The run: LightningModules, teachers and their store, callbacks, loggers and the record."""

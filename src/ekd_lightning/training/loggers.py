@@ -142,18 +142,18 @@ def _wandb(
 @rank_zero_only
 def wandb_run_id(directory: Path) -> str:
     """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it."""
-    import wandb  # noqa: PLC0415 (half a second, and only where it is selected)
+    from wandb.sdk.lib.runid import generate_id  # noqa: PLC0415 (slow to import, and only where it is selected)
 
     path = directory / _WANDB_ID
     if not path.is_file():
-        path.write_text(wandb.util.generate_id() + "\n")
+        path.write_text(generate_id() + "\n")
     return path.read_text().strip()
 
 
 def describe_metrics(loggers: list[Logger]) -> None:
     """Tells W&B which value of a curve its tables should show, and that epochs are the axis."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+        if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
             logger.experiment.define_metric("epoch")
             logger.experiment.define_metric("*", step_metric="epoch")
             logger.experiment.define_metric("val/accuracy", step_metric="epoch", summary="max")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
@@ -62,7 +62,7 @@ class ImageClassificationModule(pl.LightningModule):
 
     # -- optimisation -----------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a schedule that advances every optimiser step."""
         parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
         self.trainer.fit_loop.setup_data()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -115,7 +116,11 @@ class TabledTeachers:
         self._open(image_set_sha256, num_images, views, numeric_format)
 
     def _open(self, image_set_sha256: str, num_images: int, views: ViewFamily, numeric_format: str) -> None:
-        """Opens one table per teacher; those that cannot be opened stay None."""
+        """Opens one table per teacher; those that cannot be opened stay None.
+
+        A table that holds pooled features too serves runs that need the logits only, so that the methods of a
+        sweep share their rows.
+        """
         for m, identity in enumerate(self._ensemble.identities):
             key = TableKey(
                 teacher_sha256=identity.sha256,
@@ -127,6 +132,9 @@ class TabledTeachers:
                 pooled_dim=self._widths[m],
                 numeric_format=numeric_format,
             )
+            wider = replace(key, pooled_dim=self._ensemble.num_features[m])
+            if not self._include_pooled and (self._folder / f"{wider.name}.rows").is_file():
+                key, self._widths[m] = wider, wider.pooled_dim
             try:
                 self._tables[m] = TeacherTable(self._folder, key, identity.id)
             except OSError as error:
@@ -168,7 +176,9 @@ class TabledTeachers:
         logits = _sent(np.stack([row[0] for row in found]), device)
         return TeacherOutput(
             logits=logits,
-            pooled=tuple(_sent(pooled, device) for _, pooled in found if pooled is not None),
+            pooled=tuple(_sent(pooled, device) for _, pooled in found if pooled is not None)
+            if self._include_pooled
+            else (),
             stages=tuple({} for _ in found),
         )
 
@@ -216,7 +226,7 @@ class TabledTeachers:
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             output = member.outputs(images)
         logits = to_float16(output.logits.float().cpu().numpy(), self._names[m]).astype(np.float32)
-        if not self._include_pooled:
+        if not self._widths[m]:
             return logits, None
         return logits, to_float16(output.pooled.float().cpu().numpy(), self._names[m]).astype(np.float32)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.evaluate import score_network
-from ekd_lightning.data import ImageSet
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
 from ekd_lightning.training.record import write_json
 
