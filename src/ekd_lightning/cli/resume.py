@@ -83,8 +83,5 @@ def _recorded_overrides(directory: Path) -> list[str]:
     path = directory / ".hydra" / "overrides.yaml"
     if not path.is_file():
         raise UserError(f"resume={directory}: it has no .hydra/overrides.yaml, so its start is not known")
-    return [
-        str(word)
-        for word in OmegaConf.to_container(OmegaConf.load(path))
-        if not str(word).startswith("resume=")
-    ]
+    words: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return [str(word) for word in words if not str(word).startswith("resume=")]
