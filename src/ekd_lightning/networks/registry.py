@@ -65,10 +65,8 @@ class NetworkSpec:
         """
         try:
             statistics = values["normalization"]
-            if isinstance(statistics, str):
-                statistics = normalization(statistics)
-            else:
-                statistics = Normalization(**statistics)
+            named = isinstance(statistics, str)
+            statistics = normalization(statistics) if named else Normalization(**statistics)
             rest = {key: value for key, value in values.items() if key != "normalization"}
             return cls(normalization=statistics, **rest)
         except (TypeError, KeyError) as error:

@@ -1,0 +1,63 @@
+# Everything here sets itself up: `make run` on a fresh machine needs Python 3.10+ and a package index, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help run run-cifar10 data test test-all lint format type check notebooks results wheel wandb-sync clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(READY) ## the main job on the bundled digits: three teachers, one branched student (minutes)
+	$(BIN)/ekd-train experiment=quick
+
+run-cifar10: $(READY) ## the same on real CIFAR-10 with 10 % of the labels (downloads data and teachers)
+	$(BIN)/ekd-train experiment=cifar10_limited
+
+data: $(READY) ## obtain CIFAR-10 and check it against the published MD5s
+	$(BIN)/ekd-data cifar10
+
+test: $(READY) ## lint, types and all tests but the slow ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+test-all: $(READY) ## the slow tests, too
+	$(BIN)/pytest -m "slow or not slow"
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+
+format: $(READY) ## ruff format, and import order
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+type: $(READY) ## mypy
+	$(BIN)/mypy
+
+check: $(READY) ## all pre-commit hooks on all files
+	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
+
+notebooks: $(READY) ## make the notebooks from their scripts
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+
+results: $(READY) ## make docs/results anew (hours on a processor; stopped and started at will)
+	$(BIN)/python benchmarks/first_result.py
+
+wheel: $(READY) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+wandb-sync: $(READY) ## upload W&B runs that were made offline
+	find outputs multirun -type d -name 'offline-run-*' -exec $(BIN)/wandb sync {} +
+
+clean: ## remove what was built, but no data, store or results
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamp depends on pyproject.toml: changed dependencies are installed, unchanged ones cost nothing.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
