@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.training.record import write_text
 from ekd_lightning.training.settings import Settings
 
@@ -24,14 +25,25 @@ def to_settings(cfg: DictConfig) -> Settings:
     """Resolves a composed configuration into typed settings.
 
     Raises:
-        UserError: If a mandatory value (`???`) is missing.
+        UserError: If a mandatory value (`???`) is missing, or a key is unknown.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise UserError(f"{missing[0]}: must be given on the command line")
     settings = OmegaConf.to_object(cfg)
     assert isinstance(settings, Settings)  # the schema is the root of the defaults list
+    _refuse_unknown_keys(settings)
     return settings
+
+
+def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
+    """Finds what `+key=value` added: Hydra lets a plus pass the schema."""
+    known = [item.name for item in fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            raise unknown_name("key", f"{prefix}{name}", (f"{prefix}{other}" for other in known))
+        if is_dataclass(value):
+            _refuse_unknown_keys(value, f"{prefix}{name}.")
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:

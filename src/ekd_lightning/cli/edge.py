@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -25,8 +26,15 @@ def run_program(program: str, body: Callable[[], object]) -> None:
     Anything else is a bug of ours and keeps its traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
-    try:
+    with one_line(program):
         body()
+
+
+@contextlib.contextmanager
+def one_line(program: str) -> Iterator[None]:
+    """Turns a user's mistake inside the `with` block into one line on stderr and exit code 2."""
+    try:
+        yield
     except UserError as error:
         _exit(program, str(error))
     except MissingConfigException as error:

@@ -15,6 +15,8 @@ from ekd_lightning.errors import UserError
 _FREE = (
     "resume",
     "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
     "trainer.enable_progress_bar",
     "logger",
     "callbacks",
@@ -42,18 +44,22 @@ def expand_resume(argv: list[str]) -> list[str]:
         return argv
     directory = Path(given[-1].removeprefix("resume=").strip("'\"")).absolute()
     recorded = read_config(directory)
-    if _state(directory) == "done":
+    if _is_complete(directory, recorded):
         raise UserError(f"resume={directory}: this run is done, there is nothing to continue")
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
-    assert recorded
     first = _recorded_overrides(directory)
     extra = [word for word in argv[1:] if word not in given and word not in first]
-    own = [f"resume='{directory}'", f"hydra.run.dir='{directory}'", "hydra.output_subdir=null"]
+    own = [
+        f"resume='{directory}'",
+        f"hydra.run.dir='{directory}'",
+        "hydra.output_subdir=null",
+        "hydra.mode=RUN",
+    ]
     return [argv[0], *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
 
 
-_HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=")
+_HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
 
 
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
@@ -74,9 +80,15 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
         )
 
 
-def _state(directory: Path) -> str | None:
-    path = directory / "status.json"
-    return json.loads(path.read_text())["state"] if path.is_file() else None
+def _is_complete(directory: Path, recorded: dict[str, Any]) -> bool:
+    """Whether a run went through all epochs of its recipe.
+
+    A run that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
+    """
+    status, result = directory / "status.json", directory / "result.json"
+    if not (status.is_file() and result.is_file()) or json.loads(status.read_text())["state"] != "done":
+        return False
+    return bool(json.loads(result.read_text())["epochs_done"] >= recorded["recipe"]["epochs"])
 
 
 def _recorded_overrides(directory: Path) -> list[str]:

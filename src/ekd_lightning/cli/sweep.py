@@ -9,13 +9,21 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+_folders: list[Path] = []
+
 
 class SweepSummary(Callback):
-    """Lists the jobs of a multirun from their status files."""
+    """Notes where a multirun keeps its jobs, for `tell_sweep`."""
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints one line per failed job, and the counts."""
-        folder = Path(str(config.hydra.sweep.dir))
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Notes the folder, at the start: Hydra calls `on_multirun_end` only when no job failed."""
+        _folders.append(Path(str(config.hydra.sweep.dir)))
+
+
+def tell_sweep() -> None:
+    """Prints the counts and one line per failed job of the sweep that ran in this process, if one did."""
+    while _folders:
+        folder = _folders.pop()
         states = {path.parent: json.loads(path.read_text()) for path in sorted(folder.rglob("status.json"))}
         failed = {run: status for run, status in states.items() if status["state"] == "failed"}
         done = sum(status["state"] == "done" for status in states.values())

@@ -16,12 +16,15 @@ from omegaconf import DictConfig
 from ekd_lightning.cli.build import build
 from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
-from ekd_lightning.cli.edge import run_program
+from ekd_lightning.cli.edge import one_line, run_program
 from ekd_lightning.cli.resume import check_unchanged, expand_resume
+from ekd_lightning.cli.sweep import tell_sweep
 from ekd_lightning.errors import UserError
 from ekd_lightning.training.record import is_rank_zero
 
 log = logging.getLogger(__name__)
+
+PROGRAM = "ekd-train"
 
 
 def main() -> None:
@@ -30,25 +33,27 @@ def main() -> None:
 
     def body() -> None:
         sys.argv = expand_resume(sys.argv)
-        _hydra_main()
+        try:
+            _hydra_main()
+        finally:
+            tell_sweep()
 
-    run_program("ekd-train", body)
+    run_program(PROGRAM, body)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="train")
 def _hydra_main(cfg: DictConfig) -> float | None:
     with ddp_reruns_this_job():
-        try:
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
+                return train(cfg)
+        try:  # of failed jobs Hydra tells only at the end, and of the first only
             return train(cfg)
         except UserError as error:
-            if (
-                HydraConfig.get().mode == RunMode.MULTIRUN
-            ):  # Hydra tells only at the end, and of the first only
-                log.error("%s", error)
+            log.error("%s", error)
             raise
         except Exception:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # else Hydra shows it at once
-                log.exception("this run failed")
+            log.exception("this run failed")
             raise
 
 

@@ -62,8 +62,9 @@ class EpochReport(Callback):
     The time is part of the checkpoint, so that a resumed run reports the sum.
     """
 
-    def __init__(self, images_per_epoch: int) -> None:
-        self.images_per_epoch = images_per_epoch
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
+        self._epoch_images = 0
         self.train_seconds = 0.0
         self.images_seen = 0
         self._epoch_start = 0.0
@@ -82,6 +83,7 @@ class EpochReport(Callback):
         """Starts the clock."""
         self._epoch_start = time.perf_counter()
         self._epoch_seconds = 0.0
+        self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock before validation, which runs inside the training epoch."""
@@ -91,7 +93,7 @@ class EpochReport(Callback):
         """Adds the epoch and prints its line."""
         self._stop()
         self.train_seconds += self._epoch_seconds
-        self.images_seen += self.images_per_epoch
+        self.images_seen += self._epoch_images
         if trainer.is_global_zero and not trainer.sanity_checking:
             log.info(self._line(trainer, pl_module))
 
@@ -107,5 +109,5 @@ class EpochReport(Callback):
         parts += [f"{name} {means[name]:.4f}" for name in ("loss", "accuracy") if name in means]
         if BEST_METRIC in trainer.callback_metrics:
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
-        parts.append(f"{self.images_per_epoch / max(self._epoch_seconds, 1e-9):.0f} images/s")
+        parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):.0f} images/s")
         return "  ".join(parts)

@@ -44,9 +44,12 @@ class MetricsCsv(Logger):
         """Empty, as `name`."""
         return ""
 
-    def forget_after(self, step: int) -> None:
-        """Drops rows later than a checkpoint that training goes on from."""
-        self._rows = {number: row for number, row in self._rows.items() if number <= step}
+    def forget_from(self, step: int) -> None:
+        """Drops the rows that training will log again when it goes on after `step` optimiser steps.
+
+        An epoch's row carries its last step, counted from 0; so the row of a final test has number `step`.
+        """
+        self._rows = {number: row for number, row in self._rows.items() if number < step}
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

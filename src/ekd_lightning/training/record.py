@@ -157,6 +157,20 @@ class RunRecord:
         write_json(path, here)
         self.status("running")
 
+    def forget_earlier_run(self) -> None:
+        """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
+
+        Its last checkpoint above all: resuming this run must not go on from there.
+        """
+        for name in (
+            "checkpoints/best.ckpt",
+            "checkpoints/last.ckpt",
+            "student.safetensors",
+            "metrics.csv",
+            "wandb_run_id.txt",
+        ):
+            (self.directory / name).unlink(missing_ok=True)
+
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts known only after the start, e.g. hashes of data and teachers."""
         path = self.directory / "provenance.json"

@@ -98,10 +98,10 @@ def _run(
     check_metric(settings.metric)
     prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     facts = describe_run(settings, prepared)
+    if record and settings.resume is None:
+        record.forget_earlier_run()
     loggers += make_loggers(settings.logger, directory, name=run_name(facts), sweep=sweep, config=config)
-    report = EpochReport(
-        prepared.datamodule.num_train_images // settings.recipe.batch_size * settings.recipe.batch_size
-    )
+    report = EpochReport(settings.recipe.batch_size)
     own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
     trainer = build_trainer(
         settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
@@ -155,12 +155,13 @@ def _resume_point(settings: Settings, directory: Path) -> Path | None:
 def _fit(
     trainer: pl.Trainer, module: Distiller, prepared: Prepared, checkpoint: Path | None, loggers: list[Logger]
 ) -> None:
+    step = 0
     if checkpoint is not None:
         step = int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
         log.info("resuming from %s at step %d", checkpoint, step)
-        for logger in loggers:
-            if isinstance(logger, MetricsCsv):
-                logger.forget_after(step)
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.forget_from(step)
     trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -29,6 +29,8 @@ class StepLog:
     def first_non_finite(self) -> tuple[int, str, float] | None:
         """Looks for the first value that is not finite.
 
+        The first name is that of the total: it is to blame only if everything else in its step is finite.
+
         Returns:
             (step within the epoch, name, value), or None when all are finite.
         """
@@ -38,7 +40,9 @@ class StepLog:
         bad = (~torch.isfinite(table)).nonzero()
         if len(bad) == 0:
             return None
-        row, column = (int(x) for x in bad[0])
+        row = int(bad[0, 0])
+        columns = bad[bad[:, 0] == row, 1].tolist()
+        column = columns[1] if columns[0] == 0 and len(columns) > 1 else columns[0]
         return row, self.names[column], float(table[row, column])
 
     def last_is_finite(self) -> bool:

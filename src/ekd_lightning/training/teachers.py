@@ -239,7 +239,7 @@ def train_teacher(
             callbacks=[
                 *checkpoint_callbacks(scratch, with_best=False),
                 EpochSeed(seed),
-                EpochReport(len(index) // recipe.batch_size * recipe.batch_size),
+                EpochReport(recipe.batch_size),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -41,6 +41,8 @@ def check_trainer(flags: dict[str, Any]) -> None:
             raise unknown_name(
                 "Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags())
             )
+    if flags.get("limit_train_batches") == 0:
+        raise UserError("trainer.limit_train_batches=0: leaves nothing to train on")
 
 
 def build_trainer(

@@ -1,0 +1,236 @@
+"""One short fit of EKD, looked at from all sides."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import load_student
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.prepare import prepare
+from ekd_lightning.training.run import run
+from ekd_lightning.training.teachers import gather_teachers
+
+EPOCHS, STEPS = 3, 4
+WEIGHTS = {"ce_ensemble": 0.1, "ce_branch": 0.3, "kd_ensemble": 0.9, "kd_branch": 0.7, "feature_branch": 2.0}
+
+
+class Spy(pl.Callback):
+    """Notes what the module looks like before, in and after the fit."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, float] = {}
+        self.modes: set[bool] = set()
+        self.seen: list[list[int]] = []
+
+    def on_fit_start(self, trainer, pl_module):
+        self.teachers_before = copy.deepcopy(dict(pl_module.teachers.named_buffers()))
+        self.teachers_before |= copy.deepcopy(dict(pl_module.teachers.named_parameters()))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.modes |= {module.training for module in pl_module.teachers.modules()}
+        self.seen.append(batch.index.tolist())
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.module, self.optimizer = pl_module, optimizer
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                size = float(parameter.grad.abs().sum())
+                self.gradients[name] = self.gradients.get(name, 0.0) + size
+
+
+@dataclass
+class Fit:
+    directory: Path
+    spy: Spy
+    result: dict[str, Any]
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def module(self) -> Distiller:
+        return self.spy.module
+
+
+@pytest.fixture(scope="module")
+def fit(tiny_settings, tmp_path_factory) -> Fit:
+    directory = tmp_path_factory.mktemp("fit")
+    weights = [f"method.terms.{name}.weight={weight}" for name, weight in WEIGHTS.items()]
+    spy = Spy()
+    settings = tiny_settings(f"recipe.epochs={EPOCHS}", *weights)
+    result = run(settings, directory, config={}, callbacks=[spy])
+    with (directory / "metrics.csv").open(newline="") as stream:
+        return Fit(directory, spy, result, list(csv.DictReader(stream)))
+
+
+def trained(module: Distiller) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if not name.startswith("teachers.")}
+
+
+def test_every_parameter_of_student_and_adapters_gets_a_gradient(fit):
+    assert set(fit.spy.gradients) == set(trained(fit.module))
+    assert [name for name, size in fit.spy.gradients.items() if size == 0.0] == []
+    assert any(name.startswith("method.") for name in fit.spy.gradients)
+
+
+def test_the_optimiser_holds_student_and_adapters_and_nothing_else(fit):
+    held = [id(p) for group in fit.spy.optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in trained(fit.module).values()}
+
+
+def test_teachers_are_bit_identical_after_the_fit(fit):
+    now = dict(fit.module.teachers.named_buffers()) | dict(fit.module.teachers.named_parameters())
+    assert now.keys() == fit.spy.teachers_before.keys()
+    assert all(torch.equal(now[name], before) for name, before in fit.spy.teachers_before.items())
+    fit.module.teachers.verify()
+    assert not any(p.requires_grad for p in fit.module.teachers.parameters())
+
+
+def test_teachers_stay_in_eval_mode(fit):
+    assert fit.spy.modes == {False}
+    fit.module.train()
+    assert not any(module.training for module in fit.module.teachers.modules())
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_checkpoint_holds_no_teacher_but_their_hashes(fit, name):
+    checkpoint = torch.load(fit.directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    assert {key.split(".")[0] for key in state} == {"student", "method"}
+    assert checkpoint["teachers"] == [t["sha256"] for t in fit.result["teachers"]]
+    teachers = {tuple(p.shape) for p in fit.module.teachers.parameters()}
+    size = sum(value.numel() for value in state.values())
+    assert teachers
+    assert size == sum(
+        value.numel()
+        for key, value in fit.module.state_dict().items()
+        if key.startswith(("student.", "method."))
+    )
+
+
+def test_a_checkpoint_loads_strictly_into_a_new_module(fit, tiny_settings):
+    settings = tiny_settings(f"recipe.epochs={EPOCHS}", "seed=5")
+    prepared = prepare(settings, "cpu")
+    teachers = gather_teachers(prepared.teachers)
+    module = Distiller(prepared.student, prepared.method, settings.recipe, teachers=teachers)
+    state = torch.load(fit.directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    module.load_state_dict(state, strict=True)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
+    with pytest.raises(RuntimeError, match=r"student\."):
+        module.load_state_dict({k: v for k, v in state.items() if "head" not in k}, strict=True)
+
+
+def test_the_student_file_holds_the_last_weights(fit):
+    student = load_student(fit.directory / "student.safetensors")
+    last = torch.load(fit.directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, last[f"student.{name}"])
+
+
+@pytest.mark.parametrize("hashes", [[], ["0" * 64], None])
+def test_a_checkpoint_of_other_teachers_is_refused(fit, hashes):
+    with pytest.raises(UserError, match="taught by"):
+        fit.module.on_load_checkpoint({} if hashes is None else {"teachers": hashes})
+
+
+def test_the_order_of_teachers_counts(fit):
+    own = [t["sha256"] for t in fit.result["teachers"]]
+    fit.module.on_load_checkpoint({"teachers": own})
+    with pytest.raises(UserError, match="taught by"):
+        fit.module.on_load_checkpoint({"teachers": own[::-1]})
+
+
+def test_a_method_that_needs_teachers_refuses_none(fit):
+    with pytest.raises(UserError, match="'ekd' needs teachers"):
+        Distiller(fit.module.student, fit.module.method, fit.module.recipe)
+
+
+def epochs_of(fit: Fit) -> list[dict[str, str]]:
+    return [row for row in fit.rows if row["train/loss"]]
+
+
+def test_curves_have_one_row_per_epoch(fit):
+    rows = epochs_of(fit)
+    expected = {"step", "epoch", "lr", "train/loss", "train/accuracy"}
+    expected |= {f"train/{name}" for name in WEIGHTS}
+    expected |= {f"val/{name}" for name in ("accuracy", "nll", "ece", "brier", "disagreement", "ambiguity")}
+    expected |= {f"val/branch_accuracy_{k}" for k in range(3)}
+    for epoch, row in enumerate(rows):
+        assert {name for name, value in row.items() if value} == expected
+        assert int(row["step"]) == (epoch + 1) * STEPS - 1
+        assert float(row["epoch"]) == epoch
+    assert len(rows) == EPOCHS
+    (test,) = [row for row in fit.rows if row not in rows]  # the test set, once, at the end
+    assert {name.split("/")[0] for name, value in test.items() if value} == {"step", "epoch", "test"}
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms(fit):
+    for row in epochs_of(fit):
+        total = sum(weight * float(row[f"train/{name}"]) for name, weight in WEIGHTS.items())
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_learning_rate_as_logged_is_the_cosine_of_the_step(fit):
+    expected = [0.05 * (1 + math.cos(math.pi * epoch * STEPS / (EPOCHS * STEPS))) for epoch in range(EPOCHS)]
+    assert [float(row["lr"]) for row in epochs_of(fit)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_sees_the_order_of_seed_and_epoch_alone(fit, tiny_settings):
+    from ekd_lightning.data.order import epoch_order
+
+    index = prepare(tiny_settings(), "cpu").subset.train_index
+    expected = [batch.tolist() for e in range(EPOCHS) for batch in epoch_order(0, e, index).split(32)[:STEPS]]
+    assert fit.spy.seen == expected
+
+
+def test_cost_counts_only_images_that_were_trained_on(fit):
+    seconds, speed = fit.result["train_seconds"], fit.result["images_per_second"]
+    assert speed * seconds == pytest.approx(EPOCHS * STEPS * 32)
+    assert fit.result["steps"] == EPOCHS * STEPS
+
+
+def test_cost_knows_of_limited_epochs(tiny_settings, tmp_path):
+    settings = tiny_settings("method=ce", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1")
+    result = run(settings, tmp_path, config={})
+    assert result["images_per_second"] * result["train_seconds"] == pytest.approx(2 * 32)
+
+
+def start(settings) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    prepared = prepare(settings, "cpu")
+    loader = prepared.datamodule.train_dataloader()
+    return prepared.student.state_dict(), [rows.index.tolist() for rows in loader]
+
+
+def test_initial_weights_and_order_do_not_depend_on_method_or_teachers(tiny_settings):
+    first, order = start(tiny_settings())
+    others = [
+        ["method=branched_ce"],
+        ["method=ekd_mean"],
+        ["method=ekd_permuted"],
+        ["teachers.count=1"],
+        ["teachers.pool=[{train: vgg8}]"],
+        ["recipe.lr=0.01", "data.augmentation=none"],
+    ]
+    for changes in others:
+        state, same_order = start(tiny_settings(*changes))
+        assert same_order == order
+        assert all(torch.equal(value, first[name]) for name, value in state.items()), changes
+    state, other_order = start(tiny_settings("seed=1"))
+    assert other_order != order
+    assert any(not torch.equal(value, first[name]) for name, value in state.items())
+
+
+def test_plain_students_of_two_methods_start_alike(tiny_settings):
+    (first, order), (second, same) = start(tiny_settings("method=ce")), start(tiny_settings("method=kd_mean"))
+    assert order == same
+    assert all(torch.equal(first[name], value) for name, value in second.items())

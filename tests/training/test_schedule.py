@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from ekd_lightning.training.schedule import lr_factor, make_optimizer
+from ekd_lightning.training.settings import RecipeSettings
+
+STEPS = 5
+
+
+def curve(recipe: RecipeSettings, steps: int = STEPS) -> list[float]:
+    factor = lr_factor(recipe, steps)
+    return [factor(step) for step in range(recipe.epochs * steps + 1)]
+
+
+def torch_curve(make, total: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, found = make(optimizer), []
+    for _ in range(total + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_cosine_is_that_of_torch():
+    recipe = RecipeSettings(epochs=8, schedule="cosine")
+    expected = torch_curve(lambda o: CosineAnnealingLR(o, T_max=8 * STEPS), 8 * STEPS)
+    assert curve(recipe) == pytest.approx(expected, abs=1e-12)
+    assert curve(recipe)[0] == 1.0
+    assert curve(recipe)[-1] == pytest.approx(0.0, abs=1e-15)
+
+
+def test_step_is_that_of_torch():
+    recipe = RecipeSettings(epochs=8, schedule="step", milestones=[0.5, 0.75], gamma=0.1)
+    expected = torch_curve(lambda o: MultiStepLR(o, [4 * STEPS, 6 * STEPS], gamma=0.1), 8 * STEPS)
+    assert curve(recipe) == pytest.approx(expected, rel=1e-12)
+
+
+def test_constant():
+    assert set(curve(RecipeSettings(epochs=3, schedule="constant"))) == {1.0}
+
+
+def test_warm_up_rises_linearly_and_the_rest_is_a_whole_cosine():
+    recipe = RecipeSettings(epochs=6, schedule="cosine", warmup_epochs=1.0)
+    found = curve(recipe)
+    assert found[:STEPS] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6])
+    assert found[STEPS:] == pytest.approx(curve(RecipeSettings(epochs=5, schedule="cosine")))
+
+
+def test_a_fraction_of_an_epoch_can_warm_up():
+    assert curve(RecipeSettings(epochs=2, schedule="constant", warmup_epochs=0.4))[:3] == pytest.approx(
+        [1 / 3, 2 / 3, 1.0]
+    )
+
+
+def test_the_factor_goes_on_after_the_end():
+    factor = lr_factor(RecipeSettings(epochs=2, schedule="cosine"), STEPS)
+    assert factor(1000) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_the_optimiser_is_what_the_recipe_says():
+    weight = torch.nn.Parameter(torch.ones(3))
+    recipe = RecipeSettings(epochs=4, lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.01)
+    optimizer, schedule = make_optimizer([weight], recipe, STEPS)
+    (group,) = optimizer.param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.8, True, 0.01)
+    assert schedule.get_last_lr() == [0.3]
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.15])  # half of the cosine

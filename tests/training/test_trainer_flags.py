@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import inspect
+import sys
+
+import pytest
+import pytorch_lightning as pl
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.training.trainer import build_trainer, check_trainer, trainer_flags
+
+CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "max_epochs": 1}
+
+
+def build(folder, in_sweep=False, **flags):
+    return build_trainer({**CPU, **flags}, folder, [], [], in_sweep=in_sweep)
+
+
+def test_every_flag_of_lightning_but_ours_may_be_set():
+    flags = set(inspect.signature(pl.Trainer).parameters)
+    assert flags - set(trainer_flags()) == {"logger", "callbacks", "default_root_dir"}
+    check_trainer(trainer_flags())
+
+
+@pytest.mark.parametrize("name", ["logger", "callbacks", "default_root_dir"])
+def test_flags_that_other_groups_decide_are_refused(name):
+    with pytest.raises(UserError, match=rf"^trainer\.{name}: "):
+        check_trainer({name: True})
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"'trainer\.max_epoch'; did you mean 'trainer\.max_epochs'"):
+        check_trainer({"max_epoch": 3})
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0])
+def test_training_on_nothing_is_refused(nothing):
+    with pytest.raises(UserError, match=r"trainer\.limit_train_batches=0"):
+        check_trainer({"limit_train_batches": nothing})
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"precision": "17"}, "17"),
+        ({"devices": 0}, "devices"),
+        ({"strategy": "dpp"}, "dpp"),
+        ({"accelerator": "abacus"}, "abacus"),
+        ({"limit_train_batches": 1.5}, "limit_train_batches"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(tmp_path, flags, named):
+    with pytest.raises(UserError, match=named) as caught:
+        build(tmp_path, **flags)
+    assert str(caught.value).startswith("trainer: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+@pytest.mark.parametrize("in_sweep", [True, False])
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_progress_bar_on_a_terminal_outside_sweeps(tmp_path, monkeypatch, on_terminal, in_sweep, flag):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
+    trainer = build(tmp_path, in_sweep, enable_progress_bar=flag)
+    expected = (on_terminal and not in_sweep) if flag is None else flag
+    assert (trainer.progress_bar_callback is not None) is expected
+
+
+def test_flags_are_not_changed(tmp_path):
+    flags = {**CPU, "precision": "auto", "enable_progress_bar": None}
+    build_trainer(flags, tmp_path, [], [], in_sweep=False)
+    assert flags == {**CPU, "precision": "auto", "enable_progress_bar": None}
