@@ -70,7 +70,8 @@ Made by `benchmarks/first_result.py`; the numbers are those of the runs' `result
 - **Losses**: the defaults of `conf/method/`, not tuned.
 - **Seeds**: {", ".join(str(s) for s in sorted({r["seed"] for r in results}))}; the subset does not vary with the seed.
 - **Hardware**: {hardware["cpu"]} ({hardware["cpu_capability"]}), {args.jobs} runs at a time with
-  {args.threads} thread each, {first["precision"]}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
+  {args.threads} thread each, {first["precision"]}; torch {packages["torch"]}, Lightning
+  {packages["pytorch-lightning"]}.
 
 | teacher | test accuracy % | SHA-256 |
 |---|---|---|

@@ -46,15 +46,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     settings.check()
     needs = needs_teachers(settings.method.terms)
     data = settings.data
-    dataset = load_dataset(data.name, Path(data.root), data.download)
-    subset = choose_subset(
-        dataset.train.labels,
-        fraction=data.fraction,
-        per_class=data.per_class,
-        val_fraction=data.val_fraction,
-        seed=data.subset_seed,
-    )
-    views = make_views(data.augmentation, data.padding, data.flip)
+    dataset, subset, views = prepare_data(settings)
     datamodule = ImageDataModule(
         dataset,
         subset,
@@ -75,6 +67,24 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
         needed = table_bytes(used, views.num_views, classes, pooled, len(plans), set_size=size)
         check_disk(table_folder(settings), needed, int(settings.teachers.table_budget_gb * 1e9))
     return Prepared(dataset, subset, views, datamodule, student, method, plans)
+
+
+def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
+    """The images, which of them a run may see, and how they are augmented.
+
+    Raises:
+        UserError: For an unknown or missing data set, or a subset that leaves a class empty.
+    """
+    data = settings.data
+    dataset = load_dataset(data.name, Path(data.root), data.download)
+    subset = choose_subset(
+        dataset.train.labels,
+        fraction=data.fraction,
+        per_class=data.per_class,
+        val_fraction=data.val_fraction,
+        seed=data.subset_seed,
+    )
+    return dataset, subset, make_views(data.augmentation, data.padding, data.flip)
 
 
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:

@@ -1,0 +1,58 @@
+"""`ekd-teach`: the teachers alone - read, downloaded or trained - and how good they are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.cli.edge import one_line, run_program
+from ekd_lightning.cli.train import quiet_libraries
+
+PROGRAM = "ekd-teach"
+
+
+def main() -> None:
+    """Entry point of `ekd-teach`."""
+    register_schema()
+    run_program(PROGRAM, _hydra_main)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="teach")
+def _hydra_main(cfg: DictConfig) -> None:
+    with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
+        teach(cfg)
+
+
+def teach(cfg: DictConfig) -> None:
+    """Obtains the first `teachers.count` teachers of the pool and tests each.
+
+    Reads the groups data and teachers, and `trainer.accelerator`; leaves teachers.json in the run's directory.
+
+    Raises:
+        UserError: For a user's mistake.
+    """
+    from ekd_lightning.training.teach import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
+
+    quiet_libraries()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    settings = to_settings(cfg)
+    write_config(to_plain(cfg), directory)
+    rows = obtain_teachers(settings, directory)
+    table = Table(title=f"teachers for {settings.data.name}")
+    for name in ("teacher", "source", "parameters", "test accuracy %", "SHA-256"):
+        table.add_column(name, justify="right" if name in ("parameters", "test accuracy %") else "left")
+    for row in rows:
+        accuracy = f"{100 * row['test_accuracy']:.2f}"
+        table.add_row(row["id"], row["source"], f"{row['num_parameters']:,}", accuracy, row["sha256"][:12])
+    Console(file=sys.stdout).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Teachers without a student: obtain a pool and test each member."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.data import Dataset
+from ekd_lightning.evaluation.efficiency import count_parameters
+from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.training.prepare import prepare_data
+from ekd_lightning.training.record import write_json
+from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.teacher_store import TeacherStore
+from ekd_lightning.training.teachers import TeacherData, gather_teachers, plan_teachers
+
+
+def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]:
+    """Reads, downloads or trains the first `count` teachers of the pool and tests each.
+
+    Args:
+        settings: The groups data and teachers are read.
+        directory: Receives teachers.json.
+
+    Returns:
+        One record per teacher, see `score_teachers`.
+
+    Raises:
+        UserError: For a user's mistake, before anything is trained.
+    """
+    settings.check()
+    dataset, subset, views = prepare_data(settings)
+    data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    plans = plan_teachers(settings.teachers, data, str(settings.trainer.get("accelerator", "auto")))
+    rows = score_teachers(settings, dataset, gather_teachers(plans))
+    write_json(directory / "teachers.json", {"data": dataset.name, "teachers": rows})
+    return rows
+
+
+def score_teachers(settings: Settings, dataset: Dataset, teachers: TeacherEnsemble) -> list[dict[str, Any]]:
+    """Each teacher's id, hash, origin and own test scores (accuracy in [0, 1], NLL in nats)."""
+    store = TeacherStore(Path(settings.teachers.store))
+    rows = []
+    for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
+        scores = store.test_scores(network, identity.sha256, dataset.test, settings.data.eval_batch_size)
+        rows.append(
+            {
+                "id": identity.id,
+                "sha256": identity.sha256,
+                "source": identity.source,
+                "num_parameters": count_parameters(network),
+                "test_accuracy": scores["accuracy"],
+                "test_nll": scores["nll"],
+            }
+        )
+    return rows
