@@ -1,7 +1,10 @@
-"""The one place where configuration names code."""
+"""The one place where configuration names code: callbacks by `_target_`, and modules to import."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -10,6 +13,23 @@ from hydra.utils import instantiate
 from ekd_lightning.errors import UserError
 
 ALLOWED = ("ekd_lightning.", "pytorch_lightning.callbacks.")
+
+
+def import_user_modules(names: list[str]) -> None:
+    """Imports modules that register networks, terms or data sets; the working directory is searched first.
+
+    Raises:
+        UserError: For a module that is not there. An error inside the module keeps its traceback.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise  # it is there, but lacks something itself
+            raise UserError(f"imports: no module {name!r} in {os.getcwd()} or the environment") from None
 
 
 def build(node: dict[str, Any], key: str) -> Any:

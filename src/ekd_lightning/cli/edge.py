@@ -13,7 +13,8 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -45,6 +46,11 @@ def one_line(program: str) -> Iterator[None]:
         _exit(program, f"{error.filename}: {error.strerror}")
 
 
+def _prefix(error: ConfigKeyError | ConfigAttributeError) -> str:
+    parent, _, _ = str(error.full_key or "").rpartition(".")
+    return f"{parent}." if parent else ""
+
+
 def _exit(program: str, message: str) -> None:
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
@@ -61,6 +67,11 @@ def _missing_config(error: MissingConfigException) -> str:
 def _config_error(error: Exception) -> str:
     """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(
+        cause.parent_node, DictConfig
+    ):
+        allowed = [_prefix(cause) + str(key) for key in cause.parent_node]
+        return str(unknown_name("key", cause.full_key, allowed))
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]
     key = next((line.removeprefix("full_key: ") for line in kept if line.startswith("full_key: ")), None)

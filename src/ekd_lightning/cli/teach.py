@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from ekd_lightning.cli.build import import_user_modules
 from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
 from ekd_lightning.cli.edge import one_line, run_program
 from ekd_lightning.cli.train import quiet_libraries
@@ -44,6 +45,7 @@ def teach(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     settings = to_settings(cfg)
     write_config(to_plain(cfg), directory)
+    import_user_modules(settings.imports)
     rows = obtain_teachers(settings, directory)
     table = Table(title=f"teachers for {settings.data.name}")
     for name in ("teacher", "source", "parameters", "test accuracy %", "SHA-256"):

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ekd_lightning.cli.build import build
+from ekd_lightning.cli.build import build, import_user_modules
 from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
 from ekd_lightning.cli.edge import one_line, run_program
@@ -78,6 +78,7 @@ def train(cfg: DictConfig) -> float | None:
         check_unchanged(directory, plain)
     if is_rank_zero():
         write_config(plain, directory)
+    import_user_modules(settings.imports)
     callbacks = [build(node, f"callbacks.{name}") for name, node in settings.callbacks.items() if node]
     result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks)
     if is_rank_zero():

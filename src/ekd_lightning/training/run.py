@@ -29,7 +29,7 @@ from ekd_lightning.training.prepare import Prepared, prepare, source_factory
 from ekd_lightning.training.record import RunRecord, is_rank_zero
 from ekd_lightning.training.result import check_metric, describe_run, named_scores
 from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.teacher_store import TeacherStore
+from ekd_lightning.training.teach import score_teachers
 from ekd_lightning.training.teachers import gather_teachers
 from ekd_lightning.training.trainer import build_trainer, check_trainer
 
@@ -122,7 +122,7 @@ def _run(
     _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
     result = {**facts, **_final_scores(trainer, module, prepared), **_cost(report, trainer, module)}
     if record:
-        result["teachers"] = _teacher_record(settings, prepared, teachers)
+        result["teachers"] = [] if teachers is None else score_teachers(settings, prepared.dataset, teachers)
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(directory / STUDENT, prepared.student, metadata)
     return result
@@ -216,23 +216,6 @@ def _origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, A
             for t in identities
         ],
     }
-
-
-def _teacher_record(
-    settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None
-) -> list[dict[str, Any]]:
-    """Each teacher's id, hash, origin and own test accuracy."""
-    if teachers is None:
-        return []
-    store = TeacherStore(Path(settings.teachers.store))
-    rows = []
-    for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
-        scores = store.test_scores(
-            network, identity.sha256, prepared.dataset.test, settings.data.eval_batch_size
-        )
-        row = {"id": identity.id, "sha256": identity.sha256, "source": identity.source}
-        rows.append({**row, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
-    return rows
 
 
 def _one_line(error: BaseException) -> str:

@@ -235,6 +235,8 @@ class Settings:
     metric: str = "test_accuracy"
     """Field of result.json that a run returns to a sweeper."""
     tags: list[str] = field(default_factory=list)
+    imports: list[str] = field(default_factory=list)
+    """Modules of your own, imported before names are looked up; the working directory is searched first."""
     resume: Optional[str] = None
     """Directory of a stopped run to continue in place."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ekd_lightning.data import Dataset
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.networks import TeacherEnsemble
@@ -40,9 +42,13 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
 def score_teachers(settings: Settings, dataset: Dataset, teachers: TeacherEnsemble) -> list[dict[str, Any]]:
     """Each teacher's id, hash, origin and own test scores (accuracy in [0, 1], NLL in nats)."""
     store = TeacherStore(Path(settings.teachers.store))
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    device = "cuda" if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda") else "cpu"
     rows = []
     for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
-        scores = store.test_scores(network, identity.sha256, dataset.test, settings.data.eval_batch_size)
+        scores = store.test_scores(
+            network, identity.sha256, dataset.test, settings.data.eval_batch_size, device
+        )
         rows.append(
             {
                 "id": identity.id,

@@ -77,13 +77,13 @@ class TeacherStore:
         return load_network(final / _WEIGHTS)
 
     def test_scores(
-        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int
+        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: str
     ) -> dict[str, Any]:
         """Scores of a teacher on a test set, computed once per (teacher, test set)."""
         path = self.root / "scores" / f"{self.digest({'teacher': sha256, 'images': images.sha256})}.json"
         if path.is_file():
             return dict(json.loads(path.read_text()))
-        scores = score_network(network, images, batch_size=batch_size)
+        scores = score_network(network, images, batch_size=batch_size, device=device)
         write_json(path, scores)
         return scores
 

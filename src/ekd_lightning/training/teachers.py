@@ -100,9 +100,12 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
 
 def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
     """Loads or trains the planned teachers and freezes them."""
+    # Training comes last: a damaged file must not show only after hours.
+    order = sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
+    obtained = {m: plans[m].obtain() for m in order}
     members, identities = [], []
-    for plan in plans:
-        network, detail = plan.obtain()
+    for m, plan in enumerate(plans):
+        network, detail = obtained[m]
         members.append(network)
         identities.append(
             TeacherIdentity(
