@@ -1,0 +1,192 @@
+"""A stopped run, continued in place, equals the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import Outcome
+from safetensors.torch import load_file
+
+FOUR = ("recipe.epochs=4", "trainer.limit_train_batches=3")
+DROPOUT = (
+    "student.network=wrn_16_1",
+    "~student.options.width",
+    "+student.options.dropout=0.3",
+    "student.branches=2",
+    "recipe.epochs=2",
+    "trainer.limit_train_batches=2",
+)
+TIMING = ("train_seconds", "images_per_second", "teacher_table_hit_rate")
+
+
+class Killer(pl.Callback):
+    """Stands for whatever kills a process in the middle of an epoch."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = epoch, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.at:
+            raise SystemError("killed")
+
+
+def metrics(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def assert_same_run(directory: Path, reference: Path) -> None:
+    ours, theirs = (load_file(d / "student.safetensors") for d in (directory, reference))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("last", "best"):
+        a, b = (
+            torch.load(d / "checkpoints" / f"{name}.ckpt", weights_only=True) for d in (directory, reference)
+        )
+        assert (a["epoch"], a["global_step"]) == (b["epoch"], b["global_step"])
+        assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in b["state_dict"])
+        momentum = [c["optimizer_states"][0]["state"][0]["momentum_buffer"] for c in (a, b)]
+        assert torch.equal(*momentum)
+        assert best_so_far(a) == best_so_far(b)
+    ours, theirs = (json.loads((d / "result.json").read_text()) for d in (directory, reference))
+    for field in TIMING:
+        ours.pop(field), theirs.pop(field)
+    assert ours == theirs
+    assert metrics(directory) == metrics(reference)
+
+
+def best_so_far(checkpoint) -> list[float]:
+    states = [state for key, state in checkpoint["callbacks"].items() if "val/accuracy" in key]
+    return [float(state["best_model_score"]) for state in states]
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Outcome:
+    outcome = train(tmp_path_factory.mktemp("whole") / "run", *FOUR)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def halves(train, resume, tmp_path_factory) -> Outcome:
+    directory = tmp_path_factory.mktemp("halves") / "run"
+    first = train(directory, *FOUR, "trainer.max_epochs=2")
+    assert (first.code, first.result["epochs_done"]) == (0, 2), first.err
+    second = resume(directory, "trainer.max_epochs=4")
+    assert second.code == 0, second.err
+    return second
+
+
+def test_two_and_two_epochs_are_four(halves, whole):
+    assert_same_run(halves.directory, whole.directory)
+
+
+def test_a_resumed_run_says_so(halves):
+    provenance = halves.json("provenance.json")
+    assert len(provenance["resumed"]) == 1
+    assert provenance["started"] <= provenance["resumed"][0]["started"]
+    assert halves.status["state"] == "done"
+    assert halves.result["train_seconds"] > 0
+
+
+def test_live_teachers_give_a_resumed_run_the_same_targets(train, resume, tmp_path):
+    live = (*FOUR, "recipe.epochs=2", "teachers.table=off")
+    reference = train(tmp_path / "whole", *live)
+    directory = tmp_path / "halves"
+    assert train(directory, *live, "trainer.max_epochs=1").code == 0
+    assert resume(directory, "trainer.max_epochs=2").code == 0
+    assert_same_run(directory, reference.directory)
+
+
+def test_a_killed_run_resumes_even_with_dropout(train, resume, tmp_path, monkeypatch):
+    from ekd_lightning.cli import train as program
+
+    reference = train(tmp_path / "whole", *DROPOUT)
+    assert reference.code == 0, reference.err
+    directory, original = tmp_path / "killed", program.build
+    monkeypatch.setattr(
+        program, "build", lambda node, key: Killer(1, 0) if "killer" in key else original(node, key)
+    )
+    killed = train(directory, *DROPOUT, "+callbacks.killer={_target_: x}")
+    assert (killed.code, killed.status["state"]) == (1, "failed")
+    assert "killed" in killed.status["error"]
+    assert not (directory / "result.json").exists()
+    assert len(metrics(directory)) == 1
+    monkeypatch.undo()
+    again = resume(directory, "callbacks=none", "~callbacks.killer")
+    assert again.code == 0, again.err
+    assert_same_run(directory, reference.directory)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(train, resume, tmp_path, whole):
+    directory = tmp_path / "early"
+    assert train(directory, *FOUR, "trainer.max_epochs=1").code == 0
+    for path in (directory / "checkpoints").iterdir():
+        path.unlink()
+    (directory / "status.json").write_text('{"state": "running", "error": null}')
+    again = resume(directory, "trainer.max_epochs=4")
+    assert again.code == 0, again.err
+    assert_same_run(directory, whole.directory)
+
+
+def test_a_complete_run_has_nothing_to_continue(halves, resume):
+    before = (halves.directory / "result.json").read_bytes()
+    outcome = resume(halves.directory)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "nothing to continue" in outcome.err
+    assert (halves.directory / "result.json").read_bytes() == before
+
+
+def test_a_changed_recipe_is_refused_and_the_record_stays(train, resume, tmp_path):
+    directory = tmp_path / "run"
+    assert train(directory, *FOUR, "trainer.max_epochs=1").code == 0
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    outcome = resume(directory, "recipe.lr=0.2", "trainer.max_epochs=2")
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "recipe.lr" in outcome.err
+    changed = [p.name for p, content in before.items() if p.read_bytes() != content]
+    assert [name for name in changed if name != "train.log"] == []
+
+
+def test_other_teachers_than_before_are_refused(train, resume, tmp_path):
+    from ekd_lightning.networks import NetworkSpec, build_network, normalization, save_network
+
+    file, directory = tmp_path / "tutor.safetensors", tmp_path / "run"
+    spec = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.5})
+    torch.manual_seed(1)
+    save_network(file, build_network(spec))
+    settings = (f"teachers.pool=[{{file: {file}}}]", "recipe.epochs=2", "trainer.limit_train_batches=1")
+    assert train(directory, *settings, "trainer.max_epochs=1").code == 0
+    torch.manual_seed(2)
+    save_network(file, build_network(spec))
+    outcome = resume(directory, "trainer.max_epochs=2")
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "taught by" in outcome.err
+    assert outcome.status["state"] == "failed"
+    assert not (directory / "result.json").exists()
+
+
+def test_a_new_run_in_an_old_directory_leaves_nothing_of_the_old_one(train, resume, tmp_path, whole):
+    directory = tmp_path / "run"
+    assert train(directory, *FOUR, "seed=7", "trainer.max_epochs=3", "logger=tensorboard").code == 0
+    assert train(directory, *FOUR, "trainer.max_epochs=1").code == 0
+    assert {row["step"] for row in metrics(directory)} == {"2", "3"}
+    assert resume(directory, "trainer.max_epochs=4").code == 0
+    assert_same_run(directory, whole.directory)
+
+
+@pytest.mark.parametrize("words", [[], ["-m"]])
+def test_a_folder_that_is_no_run_is_refused(resume, tmp_path, words):
+    (tmp_path / "folder").mkdir()
+    outcome = resume(tmp_path / "folder", *words)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "not the directory of a run" in outcome.err
