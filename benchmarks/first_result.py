@@ -23,7 +23,7 @@ from ekd_lightning.reporting.tables import methods_table, percent, read_results,
 # EKD first: it fills the tables of teacher outputs (logits and features) that the others of its seed then read.
 METHODS = ("ekd", "ce", "branched_ce", "kd_mean", "ekd_mean", "ekd_permuted")
 SHOWN = ("ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted", "ekd")
-RECIPE = ("recipe.epochs=24", "recipe.batch_size=64", "recipe.lr=0.05")
+RECIPE = ("recipe.epochs=15", "recipe.batch_size=32", "recipe.lr=0.05")
 
 
 def train(method: str, seed: int, args: argparse.Namespace) -> int:
