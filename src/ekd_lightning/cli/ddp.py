@@ -33,7 +33,10 @@ def ddp_reruns_this_job() -> Iterator[None]:
         return
     argv = sys.argv
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
-    sys.argv = [argv[0], *_config_flags(argv), *hydra.overrides.task]
+    # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
+    kept = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    sys.argv = [argv[0], *_config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
+    environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, hydra.runtime.output_dir
     try:
@@ -41,8 +44,10 @@ def ddp_reruns_this_job() -> Iterator[None]:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        for key in _LAUNCH_ENV:
+        for key, value in environment.items():
             os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
         sys.argv = argv
         with read_write(hydra), open_dict(hydra):
             hydra.run.dir = run_dir

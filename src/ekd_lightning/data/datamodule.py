@@ -61,7 +61,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """Training batches of this process."""
         world_size, rank = self._processes()
-        return TrainLoader(
+        loader = TrainLoader(
             self.dataset.train,
             self.subset.train_index,
             self.views,
@@ -70,6 +70,9 @@ class ImageDataModule(pl.LightningDataModule):
             world_size=world_size,
             rank=rank,
         )
+        # Lightning's overfit_batches means the same batches again and again; it cannot see into this loader.
+        loader.sampler.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
+        return loader
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """Validation batches of this process; an empty list when nothing was set aside."""

@@ -46,10 +46,12 @@ class EpochSampler:
 
     def __init__(self, index: Tensor, seed: int) -> None:
         self.index, self.seed, self.epoch = index, seed, 0
+        self.frozen = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, 0, 1, ..."""
-        self.epoch = epoch
+        """Chooses the epoch, 0, 1, ...; without effect while `frozen`."""
+        if not self.frozen:
+            self.epoch = epoch
 
     def order(self) -> Tensor:
         """int64 [N], the positions in this epoch's order."""
@@ -165,7 +167,7 @@ class EvalLoader:
         rank: int = 0,
     ) -> None:
         if batch_size < 1:
-            raise UserError(f"recipe.eval_batch_size={batch_size} must be at least 1")
+            raise UserError(f"data.eval_batch_size={batch_size} must be at least 1")
         self._labels, self._index, self._identity_view = image_set.labels, index, identity_view
         self.world_size, self.rank = world_size, rank
         self._num_batches = -(-len(index) // (batch_size * world_size))

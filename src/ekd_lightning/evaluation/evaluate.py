@@ -27,7 +27,7 @@ def score_network(
         The scores of `ClassificationScores`: accuracy and ECE in [0, 1], NLL in nats, Brier in [0, 2].
     """
     network = network.eval().to(device).to(memory_format=torch.channels_last)
-    scores = ClassificationScores(images.num_classes).to(device)
+    scores = ClassificationScores(images.num_classes, sync_on_compute=False).to(device)  # one process alone
     for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
         batch = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
         scores.update(network(batch).float(), labels.to(device))

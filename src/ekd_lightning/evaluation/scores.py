@@ -5,6 +5,8 @@ Shape letters: B batch, C classes, K branches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,6 +40,7 @@ class ClassificationScores(Metric):
     Args:
         num_classes: C >= 2.
         num_branches: K, 0 for a plain classifier.
+        options: Those of `torchmetrics.Metric`, e.g. `sync_on_compute=False` in a process on its own.
     """
 
     full_state_update = False
@@ -55,8 +58,8 @@ class ClassificationScores(Metric):
     disagreement_sum: Tensor
     ambiguity_sum: Tensor
 
-    def __init__(self, num_classes: int, num_branches: int = 0) -> None:
-        super().__init__()
+    def __init__(self, num_classes: int, num_branches: int = 0, **options: Any) -> None:
+        super().__init__(**options)
         self.num_classes = num_classes
         self.num_branches = num_branches
         # Double sums make the result independent of how images fall into batches and shards, to all printed

@@ -35,8 +35,23 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
         callbacks.append(
             ModelCheckpoint(filename="best", monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
         )
-    callbacks.append(ModelCheckpoint(filename="last", monitor=None, save_top_k=1, **common))
+    callbacks.append(EndOfEpochCheckpoint(filename="last", monitor=None, save_top_k=1, **common))
     return callbacks
+
+
+class EndOfEpochCheckpoint(ModelCheckpoint):
+    """Saves whole epochs only, whatever stops the training: a resume replays an unfinished epoch from its start."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves, unless the training was stopped inside the epoch."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: a validation may come inside an epoch."""
+
+    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
+        return True
 
 
 class EpochSeed(Callback):
@@ -67,7 +82,7 @@ class EpochReport(Callback):
         self._epoch_images = 0
         self.train_seconds = 0.0
         self.images_seen = 0
-        self._epoch_start = 0.0
+        self._since = 0.0
         self._epoch_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,27 +96,30 @@ class EpochReport(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._epoch_start = time.perf_counter()
         self._epoch_seconds = 0.0
         self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
+        self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock before validation, which runs inside the training epoch."""
-        self._stop()
+        """Stops the clock for a validation, which runs inside the training epoch."""
+        self._stop(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes on after a validation."""
+        self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the epoch and prints its line."""
-        self._stop()
+        self._stop(pl_module)
         self.train_seconds += self._epoch_seconds
         self.images_seen += self._epoch_images
         if trainer.is_global_zero and not trainer.sanity_checking:
             log.info(self._line(trainer, pl_module))
 
-    def _stop(self) -> None:
-        if self._epoch_seconds == 0.0:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._epoch_seconds = time.perf_counter() - self._epoch_start
+    def _stop(self, module: pl.LightningModule) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._epoch_seconds += time.perf_counter() - self._since
 
     def _line(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
         means = module.step_means() if isinstance(module, ImageClassificationModule) else {}

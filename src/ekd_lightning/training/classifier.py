@@ -14,6 +14,8 @@ from ekd_lightning.training.settings import RecipeSettings
 class Classifier(ImageClassificationModule):
     """A staged network trained by cross-entropy on the ground truth."""
 
+    recipe_key = "teachers.recipe"
+
     def __init__(
         self,
         network: StagedNetwork,

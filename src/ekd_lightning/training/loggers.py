@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.training.settings import LoggerSettings, WandbSettings
+
+log = logging.getLogger(__name__)
 
 _WANDB_MODES = ("online", "offline", "disabled", "shared")
 _WANDB_ID = "wandb_run_id.txt"
@@ -162,18 +165,32 @@ def describe_metrics(loggers: list[Logger]) -> None:
             logger.experiment.define_metric("val/accuracy", step_metric="epoch", summary="max")
 
 
-def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None, failed: bool) -> None:
-    """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb  # noqa: PLC0415
+def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None) -> None:
+    """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures.
 
-            if wandb.run is not None:
-                if result is not None:
-                    wandb.run.summary.update(_summary(result))
-                wandb.finish(exit_code=1 if failed else 0)
-        else:
-            logger.finalize("failed" if failed else "success")
+    Trouble here is logged and goes no further: the run's own record is complete without it.
+
+    Args:
+        loggers: The run's loggers.
+        result: What the run found; None if it failed.
+    """
+    for logger in loggers:
+        try:
+            _finish(logger, result)
+        except Exception:
+            log.exception("%s could not be ended properly", type(logger).__name__)
+
+
+def _finish(logger: Logger, result: dict[str, Any] | None) -> None:
+    if not isinstance(logger, WandbLogger):
+        logger.finalize("failed" if result is None else "success")
+        return
+    import wandb  # noqa: PLC0415
+
+    if wandb.run is not None:
+        if result is not None:
+            wandb.run.summary.update(_summary(result))
+        wandb.finish(exit_code=1 if result is None else 0)
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class ImageClassificationModule(pl.LightningModule):
     Every term is logged once per epoch as `train/<term>`, scores as `val/<score>` and `test/<score>`.
     """
 
+    recipe_key = "recipe"
+    """Where the recipe stands in the configuration, for messages."""
+
     def __init__(
         self,
         recipe: RecipeSettings,
@@ -76,7 +79,11 @@ class ImageClassificationModule(pl.LightningModule):
         with torch.no_grad():
             accuracy = (logits.argmax(dim=-1) == batch.labels).float().mean()
         self._step_log.append([total, *(terms[name] for name in self._log_names[1:-1]), accuracy])
-        if total.device.type == "cpu" and not self._step_log.last_is_finite():
+        if (
+            total.device.type == "cpu"
+            and self.trainer.world_size == 1
+            and not self._step_log.last_is_finite()
+        ):
             self._refuse_non_finite()  # before the optimiser spoils the weights
         return total
 
@@ -90,7 +97,7 @@ class ImageClassificationModule(pl.LightningModule):
         return {name: float(value) for name, value in self._step_log.means().items()}
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's means; on accelerators this is where a non-finite loss is found."""
+        """Logs the epoch's means; on accelerators and in several processes a non-finite loss is found here."""
         self._refuse_non_finite()
         for name, value in self._step_log.means().items():
             self.log(f"train/{name}", value, sync_dist=True)
@@ -98,18 +105,24 @@ class ImageClassificationModule(pl.LightningModule):
 
     def _refuse_non_finite(self) -> None:
         found = self._step_log.first_non_finite()
-        if found is None:
+        # All processes must agree, or those that go on would wait for the others for ever.
+        if not self.trainer.strategy.reduce_boolean_decision(found is not None, all=False):
             return
-        step, name, value = found
+        step, name, value = found or (-1, "the loss of another process", float("nan"))
         raise NonFiniteLossError(
             f"{name} is {value} in epoch {self.current_epoch}, step {step} of the epoch; "
-            "lower recipe.lr or the weight of the term, or clip gradients (trainer.gradient_clip_val)"
+            f"lower {self.recipe_key}.lr or the weight of the term, or clip gradients (trainer.gradient_clip_val)"
         )
 
     def _in_format(self, batch: Batch) -> Batch:
         return batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
 
     # -- evaluation -------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Looks for a non-finite loss before anything is saved that a validation inside the epoch may save."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._refuse_non_finite()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation scores."""

@@ -49,6 +49,7 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "split_after": settings.student.split_after if student.num_branches > 1 else None,
         "ensemble": settings.student.ensemble,
         "temperature": settings.method.temperature,
+        "term_weights": {name: term["weight"] for name, term in settings.method.terms.items()},
         "assignment": settings.method.assignment if prepared.teachers else None,
         "fraction": prepared.subset.fraction,
         "num_train_images": len(prepared.subset.train_index),
@@ -58,12 +59,20 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "seed": settings.seed,
         "epochs": settings.recipe.epochs,
         "batch_size": settings.recipe.batch_size,
-        "train_on": settings.teachers.train_on,
         "num_parameters": count_parameters(student),
         "num_adapter_parameters": count_parameters(prepared.method),
         "macs": count_macs(student, prepared.dataset.image_size),
         "tags": list(settings.tags),
+        "partial": _is_partial(settings.trainer),
     }
+
+
+def _is_partial(flags: Mapping[str, Any]) -> bool:
+    """Whether Lightning was told to look at a part of the data only; such results are no results."""
+    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+    return bool(flags.get("fast_dev_run") or flags.get("overfit_batches")) or any(
+        flags.get(name) not in (None, 1.0) for name in limits
+    )
 
 
 def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:

@@ -15,9 +15,10 @@ from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import TeacherEnsemble, save_student
+from ekd_lightning.networks import save_student
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.finish import cost, end_processes, final_scores, origin, read_checkpoint
 from ekd_lightning.training.loggers import (
     MetricsCsv,
     check_loggers,
@@ -27,7 +28,7 @@ from ekd_lightning.training.loggers import (
 )
 from ekd_lightning.training.prepare import Prepared, prepare, source_factory
 from ekd_lightning.training.record import RunRecord, is_rank_zero
-from ekd_lightning.training.result import check_metric, describe_run, named_scores
+from ekd_lightning.training.result import check_metric, describe_run
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.teach import score_teachers
 from ekd_lightning.training.teachers import gather_teachers
@@ -66,22 +67,21 @@ def run(
     """
     record = RunRecord(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
-    failed, result = True, None
+    result = None
     try:
         if record:
             record.start(resumed=settings.resume is not None)
         result = _run(settings, directory, record, loggers, config, sweep, callbacks)
-        failed = False
+        if record:
+            record.result(result)
+        return result
     except BaseException as error:
         if record:
             record.status("failed", _one_line(error))
         raise
     finally:
-        finish_loggers(loggers, result=result, failed=failed)
+        finish_loggers(loggers, result=result)
         _free()
-    if record:
-        record.result(result)
-    return result
 
 
 def _run(
@@ -109,7 +109,7 @@ def _run(
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
     teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
     if record:
-        record.add_provenance(**_origin(prepared, teachers))
+        record.add_provenance(**origin(prepared, teachers))
     module = Distiller(
         prepared.student,
         prepared.method,
@@ -119,10 +119,22 @@ def _run(
         channels_last=settings.channels_last,
     )
     describe_metrics(loggers)
-    _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
-    result = {**facts, **_final_scores(trainer, module, prepared), **_cost(report, trainer, module)}
+    finished = False
+    try:
+        _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
+        result = {
+            **facts,
+            **final_scores(trainer, module, prepared.datamodule),
+            **cost(report, trainer, module),
+        }
+        finished = True
+    finally:
+        end_processes(trainer, wait=finished)
     if record:
-        result["teachers"] = [] if teachers is None else score_teachers(settings, prepared.dataset, teachers)
+        device = trainer.strategy.root_device
+        result["teachers"] = (
+            [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
+        )
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(directory / STUDENT, prepared.student, metadata)
     return result
@@ -157,71 +169,18 @@ def _fit(
 ) -> None:
     step = 0
     if checkpoint is not None:
-        step = int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
+        step = int(read_checkpoint(checkpoint)["global_step"])
         log.info("resuming from %s at step %d", checkpoint, step)
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.forget_from(step)
     trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-
-
-def _final_scores(trainer: pl.Trainer, module: Distiller, prepared: Prepared) -> dict[str, Any]:
-    """Scores on the test set, read here for the first time: with the best weights, then with the last ones."""
-    scores = named_scores("val", trainer.callback_metrics)
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
-    if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
-        last_weights = {name: value.clone() for name, value in module.state_dict().items()}
-        state = torch.load(best.best_model_path, weights_only=True, map_location=module.device)
-        module.load_state_dict(state["state_dict"])
-        scores |= named_scores("test", _test(trainer, module, prepared), "_best")
-        scores["val_accuracy_best"] = float(best.best_model_score)
-        scores["best_epoch"] = int(state["epoch"]) + 1
-        module.load_state_dict(last_weights)
-    last = named_scores("test", _test(trainer, module, prepared))
-    return scores | last | {"test_accuracy_last": last["test_accuracy"]}
-
-
-def _test(trainer: pl.Trainer, module: Distiller, prepared: Prepared) -> dict[str, float]:
-    return dict(trainer.test(module, datamodule=prepared.datamodule, verbose=False, weights_only=True)[0])
-
-
-def _cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:
-    seconds = report.train_seconds
-    source = module.teacher_source
-    asked = source.hits + source.misses if source is not None else 0
-    return {
-        "train_seconds": seconds,
-        "images_per_second": report.images_seen / seconds if seconds > 0 else None,
-        "teacher_table_hit_rate": source.hits / asked if source is not None and asked else None,
-        "epochs_done": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "num_devices": trainer.world_size,
-        "precision": str(trainer.precision),
-    }
-
-
-def _origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
-    identities = [] if teachers is None else teachers.identities
-    return {
-        "data": {
-            "name": prepared.dataset.name,
-            "train_sha256": prepared.dataset.train.sha256,
-            "test_sha256": prepared.dataset.test.sha256,
-            "subset_sha256": prepared.subset.sha256,
-        },
-        "teachers": [
-            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
-            for t in identities
-        ],
-    }
 
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns the first into the second
         return "interrupted"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -229,6 +188,6 @@ def _one_line(error: BaseException) -> str:
 def _free() -> None:
     """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

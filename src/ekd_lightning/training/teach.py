@@ -34,16 +34,22 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     dataset, subset, views = prepare_data(settings)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     plans = plan_teachers(settings.teachers, data, str(settings.trainer.get("accelerator", "auto")))
-    rows = score_teachers(settings, dataset, gather_teachers(plans))
+    on_gpu = torch.cuda.is_available() and settings.trainer.get("accelerator", "auto") in (
+        "auto",
+        "gpu",
+        "cuda",
+    )
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rows = score_teachers(settings, dataset, gather_teachers(plans), device)
     write_json(directory / "teachers.json", {"data": dataset.name, "teachers": rows})
     return rows
 
 
-def score_teachers(settings: Settings, dataset: Dataset, teachers: TeacherEnsemble) -> list[dict[str, Any]]:
-    """Each teacher's id, hash, origin and own test scores (accuracy in [0, 1], NLL in nats)."""
+def score_teachers(
+    settings: Settings, dataset: Dataset, teachers: TeacherEnsemble, device: torch.device
+) -> list[dict[str, Any]]:
+    """Each teacher's id, hash, origin, training images, and own test scores (accuracy in [0, 1], NLL in nats)."""
     store = TeacherStore(Path(settings.teachers.store))
-    accelerator = str(settings.trainer.get("accelerator", "auto"))
-    device = "cuda" if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda") else "cpu"
     rows = []
     for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
         scores = store.test_scores(
@@ -54,6 +60,7 @@ def score_teachers(settings: Settings, dataset: Dataset, teachers: TeacherEnsemb
                 "id": identity.id,
                 "sha256": identity.sha256,
                 "source": identity.source,
+                "trained_on": identity.detail.get("trained_on", identity.source),
                 "num_parameters": count_parameters(network),
                 "test_accuracy": scores["accuracy"],
                 "test_nll": scores["nll"],

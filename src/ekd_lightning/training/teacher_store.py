@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from ekd_lightning.data import ImageSet
@@ -77,7 +78,7 @@ class TeacherStore:
         return load_network(final / _WEIGHTS)
 
     def test_scores(
-        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: str
+        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         """Scores of a teacher on a test set, computed once per (teacher, test set)."""
         path = self.root / "scores" / f"{self.digest({'teacher': sha256, 'images': images.sha256})}.json"

@@ -137,6 +137,7 @@ def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherDat
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
         network, entry = load_zoo_teacher(zoo_id, Path(settings.weights_dir), settings.download)
         return network, {
+            "trained_on": "published",
             "file": entry.file,
             "file_sha256": entry.sha256,
             "published_accuracy": entry.accuracy,

@@ -34,6 +34,15 @@ def check_trainer(flags: dict[str, Any]) -> None:
     Raises:
         UserError: At the first such flag.
     """
+    if str(flags.get("precision")) in (
+        "16-true",
+        "bf16-true",
+        "transformer-engine",
+        "transformer-engine-float16",
+    ):
+        raise UserError(
+            f"trainer.precision={flags['precision']}: would cast the teachers too, which stay float32; use bf16-mixed"
+        )
     for name in flags:
         if name in _OURS:
             raise UserError(f"trainer.{name}: {_OURS[name]}")
