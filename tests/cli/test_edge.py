@@ -72,7 +72,10 @@ def test_what_refuses_its_arguments_is_named():
 def sweep_job(tmp_path, monkeypatch):
     """A job of a multirun, as Hydra would tell it."""
     hydra = {
-        "overrides": {"task": ["seed=1", "recipe.lr=0.1"]},
+        "overrides": {
+            "task": ["seed=1", "recipe.lr=0.1"],
+            "hydra": ["hydra.sweep.dir=x", "+hydra.searchpath=[file://own]", "hydra.mode=MULTIRUN"],
+        },
         "run": {"dir": "elsewhere"},
         "runtime": {"output_dir": str(tmp_path / "1")},
     }
@@ -86,7 +89,8 @@ def sweep_job(tmp_path, monkeypatch):
 def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_path):
     before = list(sys.argv)
     with ddp.ddp_reruns_this_job():
-        assert sys.argv == ["ekd-train", "-cn", "teach", "seed=1", "recipe.lr=0.1"]
+        job = ["seed=1", "recipe.lr=0.1", "+hydra.searchpath=[file://own]", "hydra.mode=RUN"]
+        assert sys.argv == ["ekd-train", "-cn", "teach", *job]
         assert sweep_job.run.dir == str(tmp_path / "1")
         os.environ.update(LOCAL_RANK="0", NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
     assert sys.argv == before

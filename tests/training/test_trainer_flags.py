@@ -66,6 +66,19 @@ def test_progress_bar_on_a_terminal_outside_sweeps(tmp_path, monkeypatch, on_ter
     assert (trainer.progress_bar_callback is not None) is expected
 
 
+def test_a_progress_bar_that_was_chosen_is_shown_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    bar = pl.callbacks.RichProgressBar()
+    trainer = build_trainer({**CPU, "enable_progress_bar": None}, tmp_path, [], [bar], in_sweep=True)
+    assert trainer.progress_bar_callback is bar
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_precision_that_would_cast_the_teachers_is_refused(precision):
+    with pytest.raises(UserError, match="bf16-mixed"):
+        check_trainer({"precision": precision})
+
+
 def test_flags_are_not_changed(tmp_path):
     flags = {**CPU, "precision": "auto", "enable_progress_bar": None}
     build_trainer(flags, tmp_path, [], [], in_sweep=False)

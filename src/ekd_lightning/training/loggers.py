@@ -35,7 +35,8 @@ class MetricsCsv(Logger):
         self._rows: dict[int, dict[str, str]] = {}
         if path.is_file():
             with path.open(newline="") as stream:
-                self._rows = {int(row["step"]): row for row in csv.DictReader(stream)}
+                rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(stream)]
+            self._rows = {int(row["step"]): row for row in rows}
 
     @property
     def name(self) -> str:

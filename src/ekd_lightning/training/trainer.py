@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -78,7 +78,8 @@ def build_trainer(
     chosen = dict(flags)
     chosen["precision"] = resolve_precision(flags.get("precision"), str(flags.get("accelerator", "auto")))
     if chosen.get("enable_progress_bar") is None:
-        chosen["enable_progress_bar"] = sys.stderr.isatty() and not in_sweep
+        own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        chosen["enable_progress_bar"] = own or (sys.stderr.isatty() and not in_sweep)
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:

@@ -1,0 +1,135 @@
+"""What one command leaves in its directory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from torch import no_grad
+
+from ekd_lightning.evaluation.scores import ClassificationScores
+from ekd_lightning.networks import load_student
+from ekd_lightning.training.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def run(train, tmp_path_factory):
+    outcome = train(
+        tmp_path_factory.mktemp("record") / "run", "trainer.limit_test_batches=null", "tags=[a,b]"
+    )
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_the_files(run):
+    names = {
+        path.relative_to(run.directory).as_posix() for path in run.directory.rglob("*") if path.is_file()
+    }
+    assert names >= {
+        "config.yaml",
+        "provenance.json",
+        "status.json",
+        "metrics.csv",
+        "result.json",
+        "student.safetensors",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "train.log",
+        ".hydra/overrides.yaml",
+    }
+    assert not [name for name in names if ".part" in name or name.startswith(".status")]
+    assert run.status["state"] == "done"
+
+
+def test_the_result_has_every_field(run):
+    result = run.result
+    expected = {
+        "method": "ekd",
+        "data": "digits",
+        "num_teachers": 2,
+        "num_branches": 3,
+        "split_after": "stage1",
+        "num_train_images": 134,
+        "seed": 0,
+        "epochs": 1,
+        "epochs_done": 1,
+        "steps": 4,
+        "num_devices": 1,
+        "precision": "32-true",
+        "tags": ["a", "b"],
+        "partial": False,
+    }
+    assert {name: result[name] for name in expected} == expected
+    assert result["fraction"] == pytest.approx(0.1, abs=0.01)
+    numbers = [
+        "test_accuracy",
+        "test_accuracy_best",
+        "test_accuracy_last",
+        "val_accuracy",
+        "val_accuracy_best",
+    ]
+    numbers += ["test_nll", "test_ece", "test_brier", "test_disagreement", "test_ambiguity"]
+    numbers += ["num_parameters", "macs", "train_seconds", "images_per_second"]
+    assert [name for name in numbers if not isinstance(result[name], (int, float))] == []
+    assert result["test_accuracy"] == result["test_accuracy_last"]
+    assert len(result["test_branch_accuracy"]) == 3
+    assert len(result["subset_sha256"]) == 64
+
+
+def test_the_result_is_flat(run):
+    for name, value in run.result.items():
+        if name not in ("teachers", "term_weights"):
+            assert not isinstance(value, dict)
+            assert not isinstance(value, list) or all(isinstance(item, (int, float, str)) for item in value)
+
+
+def test_teachers_are_recorded_with_hash_and_accuracy(run):
+    teachers = run.result["teachers"]
+    assert [t["id"] for t in teachers] == ["resnet8-s0", "resnet8-s1"]
+    assert all(len(t["sha256"]) == 64 and 0 <= t["test_accuracy"] <= 1 for t in teachers)
+    origin = run.json("provenance.json")["teachers"]
+    assert [t["sha256"] for t in origin] == [t["sha256"] for t in teachers]
+    assert all(t["trained_on"] == "subset" and len(t["store_key"]) == 64 for t in origin)
+
+
+def test_test_scores_are_those_of_the_saved_student(run, tiny_settings):
+    dataset = prepare(tiny_settings(), "cpu").dataset
+    student, scores = load_student(run.directory / "student.safetensors"), ClassificationScores(10, 3)
+    for images, labels in zip(dataset.test.images.split(77), dataset.test.labels.split(77), strict=True):
+        with no_grad():
+            output = student.outputs(images.float() / 255)
+        scores.update(output.logits, labels, None, output.branch_logits)
+    expected = scores.compute()
+    assert run.result["test_accuracy"] == pytest.approx(expected["accuracy"], abs=1e-7)
+    assert run.result["test_branch_accuracy"] == pytest.approx(expected["branch_accuracy"], abs=1e-7)
+    for name in ("nll", "ece", "brier", "disagreement", "ambiguity"):
+        assert run.result[f"test_{name}"] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+
+
+def test_the_configuration_is_resolved(run):
+    config = yaml.safe_load((run.directory / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1
+    assert config["data"]["fraction"] == 0.1
+    assert "${" not in (run.directory / "config.yaml").read_text()
+
+
+def test_provenance_matches_the_result(run):
+    provenance = run.json("provenance.json")
+    assert provenance["data"]["subset_sha256"] == run.result["subset_sha256"]
+    assert json.dumps(provenance["command"]).count("data.fraction=0.1") == 1
+
+
+@pytest.mark.parametrize("debug", ["fdr", "limit", "overfit", "anomaly", "profiler"])
+def test_debug_presets_run(train, tmp_path, debug):
+    outcome = train(tmp_path / "run", f"debug={debug}", "recipe.epochs=1", "method=ce")
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["steps"] <= 4
+
+
+@pytest.mark.parametrize(
+    "words", [("callbacks=early_stopping",), ("callbacks=rich_progress",), ("method=ekd_random",)]
+)
+def test_options_run(train, tmp_path, words):
+    outcome = train(tmp_path / "run", *words, "trainer.limit_train_batches=1")
+    assert outcome.code == 0, outcome.err
