@@ -1,0 +1,73 @@
+"""Two DDP processes on the processor, as a user starts them: each job launches its own second process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+
+from ekd_lightning.evaluation.scores import ClassificationScores
+from ekd_lightning.networks import load_student
+from ekd_lightning.training.prepare import prepare
+
+WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]
+
+
+@pytest.mark.ddp
+def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
+    """One subprocess for three jobs: the first is refused, the other two train and test in two processes."""
+    folder = tmp_path / "sweep"
+    own = [
+        "trainer=ddp_sim",
+        "data.eval_batch_size=77",  # 360 test and 15 validation images: padding on the second process
+        "trainer.limit_train_batches=2",
+        "student.branches=0,1,2",
+        f"teachers.store={store}",
+        f"hydra.sweep.dir={folder}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ekd_lightning.cli.train", "-m", *WORDS, *own],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert "student.branches=0: must be at least 1" in done.stderr
+    states = [json.loads((folder / str(job) / "status.json").read_text()) for job in range(3)]
+    assert [status["state"] for status in states] == ["failed", "done", "done"], said
+    assert not (folder / "0" / "result.json").exists()
+
+    # One tree with three jobs and nothing else: the second processes repeated their job, not the sweep.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+    found = {str(path.parent.relative_to(folder)) for path in folder.rglob("config.yaml")}
+    assert {name for name in found if ".hydra" not in name} == {"0", "1", "2"}
+
+    for job in (1, 2):
+        result = json.loads((folder / str(job) / "result.json").read_text())
+        assert (result["num_devices"], result["num_branches"], result["steps"]) == (2, job, 2)
+        assert_scores_of_one_process(folder / str(job), result, tiny_settings())
+
+
+def assert_scores_of_one_process(directory, result, settings):
+    """What two processes found on the test set is what one process finds with the same weights."""
+    test = prepare(settings, "cpu").dataset.test
+    student = load_student(directory / "student.safetensors").to(memory_format=torch.channels_last)
+    scores = ClassificationScores(10, student.num_branches)
+    with torch.no_grad():
+        output = student.outputs((test.images.float() / 255).contiguous(memory_format=torch.channels_last))
+    scores.update(output.logits, test.labels, None, output.branch_logits)
+    expected = scores.compute()
+    assert round(result["test_accuracy"] * 360) == round(expected["accuracy"] * 360)
+    branches = [round(360 * value) for value in result["test_branch_accuracy"]]
+    assert branches == [round(360 * value) for value in expected["branch_accuracy"]]
+    for name in ("nll", "ece", "brier"):
+        assert result[f"test_{name}"] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
