@@ -36,7 +36,13 @@ GROUPS = (
 )
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.as_posix(), path.name) for path in FILES if path.parent.as_posix() in GROUPS]
-OURS = {"max_epochs": 15, "precision": "auto", "num_sanity_val_steps": 0, "enable_model_summary": False}
+OURS = {
+    "devices": 1,
+    "max_epochs": 15,
+    "precision": "auto",
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
 
 
 def composed(*overrides: str, name: str = "train", hydra: bool = False):
