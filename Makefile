@@ -42,7 +42,7 @@ check: $(READY) ## all pre-commit hooks on all files
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
 notebooks: $(READY) ## make the notebooks from their scripts
-	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/python notebooks/tools/generate.py
 
 results: $(READY) ## make docs/results anew (hours on a processor; stopped and started at will)
 	$(BIN)/python benchmarks/first_result.py

@@ -27,14 +27,13 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
 )
-from ekd_lightning.training import teacher_table
+from ekd_lightning.training import table_budget, teacher_table
+from ekd_lightning.training.table_budget import check_disk, table_bytes
 from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
 from ekd_lightning.training.teacher_table import (
     TableKey,
     TeacherTable,
-    check_disk,
     row_dtype,
-    table_bytes,
     to_float16,
 )
 
@@ -167,7 +166,7 @@ def test_values_that_are_not_finite_are_never_stored(tmp_path, bad):
     for spoilt in (0, 1):
         outputs = [array.copy() for array in values(index, view)]
         outputs[spoilt][1, 2] = bad
-        with pytest.raises(RuntimeError, match="tutor"):
+        with pytest.raises(UserError, match="tutor"):
             table.write(index, view, *outputs)
     assert assert_right(table) == 0
 
@@ -536,7 +535,7 @@ def test_a_table_cut_short_during_the_run_costs_one_warning(ensemble, tmp_path):
 def test_a_teacher_that_is_not_finite_is_named(ensemble, tmp_path):
     with torch.no_grad():
         ensemble.members[1].head.bias[0] = float("nan")
-    with pytest.raises(RuntimeError, match="tutor1"):
+    with pytest.raises(UserError, match="tutor1"):
         tabled(ensemble, tmp_path)(make_batch([1], [0]))
 
 
@@ -557,7 +556,7 @@ def test_check_disk(tmp_path, monkeypatch):
     check_disk(folder, 10_000, 10_000)
     with pytest.raises(UserError, match=r"12\.3 MB.*10\.0 MB"):
         check_disk(folder, 12_300_000, 10_000_000)
-    monkeypatch.setattr(teacher_table.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
+    monkeypatch.setattr(table_budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
     with pytest.raises(UserError, match=r"12\.3 MB.*5\.0 MB are free"):
         check_disk(folder, 12_300_000)
     check_disk(folder, 12_300_000, present_bytes=8_000_000)

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +20,20 @@ CONFIG_FILE = "config.yaml"
 def register_schema() -> None:
     """Makes the typed schema known to Hydra as `ekd_schema`; conf/train.yaml starts from it."""
     ConfigStore.instance().store(name="ekd_schema", node=Settings)
+
+
+def compose_settings(*overrides: str) -> Settings:
+    """Composes settings as `ekd-train` would, for notebooks and scripts.
+
+    Args:
+        overrides: As on the command line, e.g. "method=kd_mean", "data.fraction=0.1".
+
+    Returns:
+        Typed settings, to be changed or handed to `ekd_lightning.training.run.run`.
+    """
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        return to_settings(compose("train", overrides=list(overrides)))
 
 
 def to_settings(cfg: DictConfig) -> Settings:

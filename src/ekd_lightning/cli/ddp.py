@@ -35,7 +35,7 @@ def ddp_reruns_this_job() -> Iterator[None]:
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
     kept = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-    sys.argv = [argv[0], *_config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
+    sys.argv = [argv[0], *config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
     environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, hydra.runtime.output_dir
@@ -53,7 +53,7 @@ def ddp_reruns_this_job() -> Iterator[None]:
             hydra.run.dir = run_dir
 
 
-def _config_flags(argv: list[str]) -> list[str]:
+def config_flags(argv: list[str]) -> list[str]:
     """`--config-name x`, `--config-dir=y` and their short forms: not overrides, but needed by every rank."""
     flags: list[str] = []
     words = iter(argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from ekd_lightning.errors import UserError, unknown_name
 
 EXIT_USER_ERROR = 2
+
+# A place that cannot be written is the user's to change; other OSErrors may be bugs.
+_PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 
 
 def run_program(program: str, body: Callable[[], object]) -> None:
@@ -42,8 +55,10 @@ def one_line(program: str) -> Iterator[None]:
         _exit(program, _missing_config(error))
     except (HydraException, OmegaConfBaseException) as error:
         _exit(program, _config_error(error))
-    except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-        _exit(program, f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        _exit(program, f"{error.filename or 'output'}: {error.strerror}")
 
 
 def _prefix(error: ConfigKeyError | ConfigAttributeError) -> str:

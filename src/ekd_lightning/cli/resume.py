@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ekd_lightning.cli.config import changed_keys, read_config
+from ekd_lightning.cli.ddp import config_flags
 from ekd_lightning.errors import UserError
 
 # What may change between the parts of a run without changing what is computed.
@@ -22,6 +23,12 @@ _FREE = (
     "callbacks",
     "tags",
     "metric",
+    # Places; what lies there is known by its hash.
+    "data.root",
+    "data.download",
+    "teachers.weights_dir",
+    "teachers.download",
+    "teachers.store",
 )
 
 
@@ -49,14 +56,15 @@ def expand_resume(argv: list[str]) -> list[str]:
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
     first = _recorded_overrides(directory)
-    extra = [word for word in argv[1:] if word not in given and word not in first]
+    flags = config_flags(argv)  # before all overrides: argparse takes no positionals on both sides of a flag
+    extra = [word for word in argv[1:] if word not in (*given, *first, *flags)]
     own = [
         f"resume='{directory}'",
         f"hydra.run.dir='{directory}'",
         "hydra.output_subdir=null",
         "hydra.mode=RUN",
     ]
-    return [argv[0], *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
+    return [argv[0], *flags, *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
 
 
 _HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")

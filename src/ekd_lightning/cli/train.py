@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ def _hydra_main(cfg: DictConfig) -> float | None:
                 return train(cfg)
         try:  # of failed jobs Hydra tells only at the end, and of the first only
             return train(cfg)
-        except UserError as error:
-            log.error("%s", error)
-            raise
-        except Exception:
-            log.exception("this run failed")
+        except Exception as error:
+            if isinstance(error, UserError):
+                log.error("%s", error)
+            else:
+                log.exception("this run failed")
+            # Hydra keeps the error until the sweep ends; its frames would keep the run's tensors on the device.
+            traceback.clear_frames(error.__traceback__)
             raise
 
 
@@ -79,7 +82,11 @@ def train(cfg: DictConfig) -> float | None:
     if is_rank_zero():
         write_config(plain, directory)
     import_user_modules(settings.imports)
-    callbacks = [build(node, f"callbacks.{name}") for name, node in settings.callbacks.items() if node]
+    callbacks = [
+        build(node, f"callbacks.{name}", settings.imports)
+        for name, node in settings.callbacks.items()
+        if node
+    ]
     result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory))

@@ -83,6 +83,7 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
         train=_read_split(spec, found, "train", found.layout.train, names),
         test=_read_split(spec, found, "test", found.layout.test, names),
         source=str(found.path.absolute()),
+        normalization=spec.name,
     )
 
 

@@ -38,6 +38,7 @@ def read_digits() -> Dataset:
         train=ImageSet("digits", "train", images[~is_test], labels[~is_test], names),
         test=ImageSet("digits", "test", images[is_test], labels[is_test], names),
         source="bundled with scikit-learn",
+        normalization="centered",
     )
 
 

@@ -70,6 +70,7 @@ class Dataset:
         train: Training images; validation images are taken from these.
         test: Test images, not looked at before the end of a run.
         source: Where it was read from, for people to read.
+        normalization: Name of the statistics that networks usually take for these images.
 
     Raises:
         ValueError: The splits do not fit each other.
@@ -79,6 +80,7 @@ class Dataset:
     train: ImageSet
     test: ImageSet
     source: str = ""
+    normalization: str = "unit"
 
     def __post_init__(self) -> None:
         if self.train.class_names != self.test.class_names:

@@ -250,7 +250,7 @@ class _TermSpec(NamedTuple):
 
 def _check_key(key: str) -> None:
     # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
-    if not key.isidentifier() or hasattr(nn.ModuleDict, key):
+    if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
         raise UserError(
             f"method.terms.{key}: not a usable name for a term; choose another and set its `type`"
         )

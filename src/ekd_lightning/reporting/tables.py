@@ -26,12 +26,17 @@ class Cell:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Reads all result.json files below a folder whose run is done, in the order of their paths."""
+    """Reads all result.json files below a folder, in the order of their paths.
+
+    Left out are runs that are not done, and those that saw a part of the data only (debug=limit and the like).
+    """
     results = []
     for path in sorted(folder.rglob("result.json")):
         status = path.with_name("status.json")
         if status.is_file() and json.loads(status.read_text())["state"] == "done":
-            results.append(json.loads(path.read_text()))
+            result = json.loads(path.read_text())
+            if not result.get("partial"):
+                results.append(result)
     return results
 
 
@@ -51,10 +56,27 @@ def summarise(values: Iterable[float]) -> Cell:
 def paired_difference(
     results: Sequence[dict[str, Any]], method: str, reference: str, field: str = "test_accuracy"
 ) -> Cell | None:
-    """Difference method - reference of a figure, paired by seed; None without a common seed."""
-    ours, theirs = ({r["seed"]: r[field] for r in results if r["method"] == m} for m in (method, reference))
+    """Difference method - reference of a figure, paired by seed; None without a common seed.
+
+    Raises:
+        ValueError: If a method has several runs with one seed: they differ in something else.
+    """
+    ours, theirs = (_by_seed(results, name, field) for name in (method, reference))
     common = sorted(ours.keys() & theirs.keys())
     return summarise(ours[seed] - theirs[seed] for seed in common) if common else None
+
+
+def _by_seed(results: Sequence[dict[str, Any]], method: str, field: str) -> dict[int, float]:
+    values: dict[int, float] = {}
+    for result in results:
+        if result["method"] != method:
+            continue
+        if result["seed"] in values:
+            raise ValueError(
+                f"{method!r} has more than one run with seed {result['seed']}: which one is meant?"
+            )
+        values[result["seed"]] = result[field]
+    return values
 
 
 def percent(cell: Cell | None, *, signed: bool = False) -> str:

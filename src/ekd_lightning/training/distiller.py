@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
@@ -26,6 +28,18 @@ class TeacherSource(Protocol):
     def __call__(self, batch: Batch, stages: tuple[str, ...] = ()) -> TeacherOutput:
         """Returns the outputs of all teachers for the batch."""
         ...
+
+
+def has_fragile_convolution(module: nn.Module) -> bool:
+    """Whether a network has strided 1×1 convolutions from fewer than 8 channels.
+
+    In channels-last format torch 2.14 hangs, or corrupts memory, in their backward pass on a processor.
+    """
+    return any(
+        m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d)
+    )
 
 
 class Distiller(ImageClassificationModule):
@@ -63,6 +77,12 @@ class Distiller(ImageClassificationModule):
         )
         if method.needs_teachers and teachers is None:
             raise UserError(f"method {method.name!r} needs teachers, and there are none")
+        if channels_last and has_fragile_convolution(student):
+            warnings.warn(
+                "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
+                stacklevel=2,
+            )
+            self._memory_format = torch.contiguous_format
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers.to(memory_format=self._memory_format) if teachers is not None else None

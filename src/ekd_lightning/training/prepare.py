@@ -17,9 +17,9 @@ from ekd_lightning.methods import Method, build_method, needs_teachers
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.distiller import TeacherSource
 from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.table_budget import check_disk, table_bytes
 from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
-from ekd_lightning.training.teacher_table import check_disk, table_bytes
-from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, default_normalization, plan_teachers
+from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Prepared:
     student: BranchedStudent
     method: Method
     teachers: list[PlannedTeacher]
+    table: bool
+    """Whether the teachers' outputs are remembered on disk."""
 
 
 def prepare(settings: Settings, accelerator: str) -> Prepared:
@@ -60,13 +62,12 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     blanks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
     method = _build_method(settings, dataset, student, plans, blanks)
-    if needs and uses_table(settings, method):
-        pooled = max(network.num_features for network in blanks) if method.needs_pooled else 0
-        size = len(dataset.train)
-        classes, used = dataset.num_classes, len(subset.train_index)
-        needed = table_bytes(used, views.num_views, classes, pooled, len(plans), set_size=size)
-        check_disk(table_folder(settings), needed, int(settings.teachers.table_budget_gb * 1e9))
-    return Prepared(dataset, subset, views, datamodule, student, method, plans)
+    table = (
+        needs
+        and uses_table(settings, method)
+        and _table_fits(settings, dataset, subset, views, blanks, method)
+    )
+    return Prepared(dataset, subset, views, datamodule, student, method, plans, table)
 
 
 def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
@@ -90,7 +91,7 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
     """The student with initial weights that depend on the seed alone."""
     student = settings.student
-    statistics = default_normalization(dataset.name, student.normalization)
+    statistics = usual_normalization(dataset, student.normalization)
     spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
@@ -138,6 +139,39 @@ def uses_table(settings: Settings, method: Method) -> bool:
     return settings.teachers.table != "off" and not method.teacher_stages
 
 
+def _table_fits(
+    settings: Settings,
+    dataset: Dataset,
+    subset: Subset,
+    views: ViewFamily,
+    networks: list[StagedNetwork],
+    method: Method,
+) -> bool:
+    """Checks the tables' need against budget and disk; `auto` goes on without them, `require` does not."""
+    needed = sum(
+        table_bytes(
+            len(subset.train_index),
+            views.num_views,
+            dataset.num_classes,
+            network.num_features if method.needs_pooled else 0,
+            1,
+            set_size=len(dataset.train),
+        )
+        for network in networks
+    )
+    folder = table_folder(settings)
+    present = sum(path.stat().st_blocks * 512 for path in folder.glob("*.rows"))
+    try:
+        check_disk(folder, needed, int(settings.teachers.table_budget_gb * 1e9), present)
+    except UserError as error:
+        advice = "see teachers.table_budget_gb and teachers.table=off"
+        if settings.teachers.table == "require":
+            raise UserError(f"teachers.table=require: {error} ({advice})") from None
+        warnings.warn(f"{error} ({advice}); this run's teachers run live", stacklevel=3)
+        return False
+    return True
+
+
 def table_folder(settings: Settings) -> Path:
     """Where the tables of teacher outputs lie."""
     return Path(settings.teachers.store) / "tables"
@@ -146,7 +180,7 @@ def table_folder(settings: Settings) -> Path:
 def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
     """How every process opens the teachers' outputs: as a table, or live."""
     channels_last = settings.channels_last
-    if not uses_table(settings, prepared.method):
+    if not prepared.table:
         return partial(LiveTeachers, channels_last=channels_last)
     return partial(
         TabledTeachers,

@@ -49,7 +49,6 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "split_after": settings.student.split_after if student.num_branches > 1 else None,
         "ensemble": settings.student.ensemble,
         "temperature": settings.method.temperature,
-        "term_weights": {name: term["weight"] for name, term in settings.method.terms.items()},
         "assignment": settings.method.assignment if prepared.teachers else None,
         "fraction": prepared.subset.fraction,
         "num_train_images": len(prepared.subset.train_index),
@@ -64,6 +63,7 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "macs": count_macs(student, prepared.dataset.image_size),
         "tags": list(settings.tags),
         "partial": _is_partial(settings.trainer),
+        **{f"weight_{name}": term["weight"] for name, term in settings.method.terms.items()},
     }
 
 

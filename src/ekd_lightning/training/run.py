@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(
     settings: Settings,
     directory: Path,
     *,
-    config: dict[str, Any],
+    config: dict[str, Any] | None = None,
     sweep: str | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def run(
     Args:
         settings: What to run.
         directory: The run's directory.
-        config: The resolved configuration as plain containers, for loggers.
+        config: The resolved configuration as plain containers, for loggers; None makes it from the settings.
         sweep: Name of the sweep this run belongs to; None for a single run.
         callbacks: Further Lightning callbacks.
 
@@ -68,6 +69,7 @@ def run(
     record = RunRecord(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
     result = None
+    config = asdict(settings) if config is None else config
     try:
         if record:
             record.start(resumed=settings.resume is not None)

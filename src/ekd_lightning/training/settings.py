@@ -50,7 +50,7 @@ class RecipeSettings:
 
     epochs: int = 60
     batch_size: int = 128
-    """Images per optimiser step over all devices together."""
+    """Images per batch over all devices together (an optimiser step, unless gradients are accumulated)."""
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = True

@@ -163,7 +163,7 @@ class TabledTeachers:
 
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
-            RuntimeError: A teacher's output is not finite.
+            UserError: A teacher's output is not finite.
         """
         if stages:
             self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")

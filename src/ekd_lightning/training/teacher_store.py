@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
@@ -93,7 +93,14 @@ class TeacherStore:
             final.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"teachers.store={self.root}: cannot be written ({error.strerror})") from None
-        return FileLock(f"{final}.lock")
+        lock = FileLock(f"{final}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run is training this teacher: waiting for it (%s)", final.name[:12])
+        else:
+            lock.release()
+        return lock
 
     @staticmethod
     def _remove_leftovers(final: Path) -> None:
@@ -101,3 +108,5 @@ class TeacherStore:
         for part in final.parent.glob(f"{final.name}.part-*"):
             log.info("removing an unfinished training of a teacher: %s", part.name)
             shutil.rmtree(part, ignore_errors=True)
+        if final.is_dir() and not (final / _WEIGHTS).is_file():
+            shutil.rmtree(final)  # somebody took the weights away

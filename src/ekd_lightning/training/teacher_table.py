@@ -11,7 +11,6 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import warnings
 import weakref
 import zlib
@@ -92,10 +91,10 @@ def to_float16(values: NDArray[np.float32], teacher: str) -> NDArray[np.float16]
         Finite float16 array of the same shape.
 
     Raises:
-        RuntimeError: A value is NaN or infinite.
+        UserError: A value is NaN or infinite: the teacher's weights are broken.
     """
     if not np.isfinite(values).all():
-        raise RuntimeError(f"teacher {teacher} returned outputs that are not finite; check its weights")
+        raise UserError(f"teacher {teacher} returned outputs that are not finite; check its weights")
     return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
 
 
@@ -294,58 +293,3 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
-
-
-def table_bytes(
-    num_images: int,
-    num_views: int,
-    num_classes: int,
-    pooled_dim: int,
-    num_teachers: int,
-    *,
-    set_size: int | None = None,
-) -> int:
-    """Upper bound of the disk space of a run's tables, on a file system with blocks of 4096 bytes.
-
-    Args:
-        num_images: Images that the run uses.
-        num_views: V.
-        num_classes: C.
-        pooled_dim: D, 0 when pooled features are not stored.
-        num_teachers: M.
-        set_size: Images in the whole set, when known: a tighter bound for large subsets.
-
-    Returns:
-        Bytes.
-    """
-    per_image = num_views * row_dtype(num_classes, pooled_dim).itemsize
-    # The views of an image are neighbours, but need not begin at a block's start.
-    blocks = num_images * (-(-per_image // _BLOCK) + 1)
-    if set_size is not None:
-        blocks = min(blocks, -(-set_size * per_image // _BLOCK))
-    return num_teachers * blocks * _BLOCK
-
-
-def check_disk(
-    folder: str | os.PathLike[str], needed_bytes: int, budget_bytes: int | None = None, present_bytes: int = 0
-) -> None:
-    """Refuses tables that would not fit, before training begins.
-
-    Args:
-        folder: Where the tables live; need not exist yet.
-        needed_bytes: Upper bound of what the run's tables take when full.
-        budget_bytes: What they may take at most; None for no limit but the disk.
-        present_bytes: What they take already.
-
-    Raises:
-        UserError: The tables need more than the budget or the free space.
-    """
-    need = f"the teacher tables need up to {needed_bytes / 1e6:,.1f} MB in {folder}"
-    advice = "use fewer images, views or teachers, or switch the table off"
-    if budget_bytes is not None and needed_bytes > budget_bytes:
-        raise UserError(f"{need}, but their budget is {budget_bytes / 1e6:,.1f} MB; raise it, {advice}")
-    place = Path(folder).absolute()
-    existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needed_bytes - present_bytes > free:
-        raise UserError(f"{need}, but {free / 1e6:,.1f} MB are free there; free some, {advice}")

@@ -17,6 +17,7 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
     NetworkSpec,
+    Normalization,
     StagedNetwork,
     TeacherEnsemble,
     TeacherIdentity,
@@ -36,8 +37,6 @@ from ekd_lightning.training.settings import RecipeSettings, TeacherEntry, Teache
 from ekd_lightning.training.teacher_store import TeacherStore
 
 log = logging.getLogger(__name__)
-
-DATA_NORMALIZATION = {"cifar10": "cifar10", "cifar100": "cifar100", "digits": "centered"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class TeacherData:
         return torch.arange(len(self.dataset.train))
 
 
-def default_normalization(data: str, name: str | None) -> Any:
+def usual_normalization(dataset: Dataset, name: str | None) -> Normalization:
     """The named normalisation; without a name the data set's usual one."""
-    return normalization(name or DATA_NORMALIZATION.get(data, "unit"))
+    return normalization(name or dataset.normalization)
 
 
 def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
@@ -159,7 +158,7 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
     spec = NetworkSpec(
         entry.network,
         data.dataset.num_classes,
-        default_normalization(data.dataset.name, entry.normalization),
+        usual_normalization(data.dataset, entry.normalization),
         entry.options,
     )
     key_map = entry.key_map
@@ -172,7 +171,7 @@ def _plan_trained(
     spec = NetworkSpec(
         str(entry.train),
         data.dataset.num_classes,
-        default_normalization(data.dataset.name, entry.normalization),
+        usual_normalization(data.dataset, entry.normalization),
         entry.options,
     )
     build_network(spec)  # an unknown network or option is refused now, not after other teachers were trained
