@@ -3,9 +3,10 @@
     python benchmarks/first_result.py --runs runs/first_result --data data --weights weights --jobs 2
 
 5,000 labelled images (500 of them held out for validation), three pretrained teachers (ResNet-20, -32, -56,
-trained on all 50,000 images by their authors), ResNet-8 students. Weights of the losses are the defaults of the
-method files; nothing was tuned, and the test set is read once per run, after training. Finished runs are skipped,
-so the script can be stopped and started again. It prints whatever comes out.
+trained on all 50,000 images by their authors), ResNet-8 students, and a plain ResNet-14 that costs what the
+branched ResNet-8 costs. Weights of the losses are the defaults of the method files; nothing was tuned, and the
+test set is read once per run, after training. Finished runs are skipped and stopped ones resumed, so the script
+can be stopped and started again. It prints whatever comes out.
 """
 
 from __future__ import annotations
@@ -17,47 +18,79 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from ekd_lightning.reporting.tables import methods_table, percent, read_results, summarise
+from ekd_lightning.reporting.tables import (
+    methods_table,
+    paired_difference,
+    percent,
+    short_table,
+    summarise,
+)
 
 # EKD first: it fills the tables of teacher outputs (logits and features) that the others of its seed then read.
-METHODS = ("ekd", "ce", "branched_ce", "kd_mean", "ekd_mean", "ekd_permuted")
-SHOWN = ("ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted", "ekd")
+RUNS = {
+    "ekd": ["method=ekd"],
+    "ce": ["method=ce"],
+    "branched_ce": ["method=branched_ce"],
+    "kd_mean": ["method=kd_mean"],
+    "ekd_mean": ["method=ekd_mean"],
+    "ekd_permuted": ["method=ekd_permuted"],
+    "kd_mean_resnet14": ["method=kd_mean", "student.network=resnet14"],
+}
+SHOWN = ("ce", "kd_mean", "kd_mean_resnet14", "branched_ce", "ekd_mean", "ekd_permuted", "ekd")
 RECIPE = ("recipe.epochs=15", "recipe.batch_size=32", "recipe.lr=0.05")
 
 
-def train(method: str, seed: int, args: argparse.Namespace) -> int:
+def train(name: str, seed: int, args: argparse.Namespace) -> int:
     """Runs one job in a process of its own, unless its result is there already."""
-    directory = args.runs / f"{method}-s{seed}"
-    status = directory / "status.json"
-    if status.is_file() and json.loads(status.read_text())["state"] == "done":
+    directory = args.runs / f"{name}-s{seed}"
+    if read_done(directory) is not None:
         return 0
     command = [sys.executable, "-m", "ekd_lightning.cli.train"]
     if (directory / "checkpoints" / "last.ckpt").is_file():
         command += [f"resume={directory}"]
     else:
-        command += ["experiment=cifar10_limited", f"method={method}", f"seed={seed}", *RECIPE]
+        command += ["experiment=cifar10_limited", *RUNS[name], f"seed={seed}", *RECIPE]
         command += [f"data.root={args.data}", f"teachers.weights_dir={args.weights}"]
         command += [f"teachers.store={args.runs / 'store'}", f"hydra.run.dir={directory}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(command, env=environment, check=False)
-    print(f"{method} seed {seed}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+    print(f"{name} seed {seed}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
     return done.returncode
 
 
-def report(args: argparse.Namespace) -> str:
-    """The page: what was run, on what, and the table."""
-    results = read_results(args.runs)
-    first = results[0]
-    origin = json.loads(next(args.runs.glob("*/provenance.json")).read_text())
-    hardware, packages = origin["hardware"], origin["packages"]
+def read_done(directory: Path) -> dict[str, Any] | None:
+    """The result of a run that is done."""
+    status = directory / "status.json"
+    if not status.is_file() or json.loads(status.read_text())["state"] != "done":
+        return None
+    return dict(json.loads((directory / "result.json").read_text()))
+
+
+def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of all runs that are done, each under the name of its row."""
+    found = [(name, read_done(args.runs / f"{name}-s{seed}")) for name in RUNS for seed in args.seeds]
+    return [{**result, "method": name} for name, result in found if result is not None]
+
+
+def differences(results: list[dict[str, Any]]) -> str:
+    """EKD against every control, paired by seed."""
+    lines = []
+    for control in SHOWN[:-1]:
+        difference = paired_difference(results, "ekd", control)
+        if difference is not None:
+            lines.append(f"| `ekd` − `{control}` | {percent(difference, signed=True)} | {difference.n} |")
+    return "| difference | points, paired by seed | n |\n|---|---|---|\n" + "\n".join(lines)
+
+
+def report(results: list[dict[str, Any]], origin: dict[str, Any], args: argparse.Namespace) -> str:
+    """The page: what was run, on what, and the tables."""
+    first, hardware, packages = results[0], origin["hardware"], origin["packages"]
     teachers = next(r["teachers"] for r in results if r["teachers"])
     shown = "\n".join(
         f"| `{t['id']}` | {100 * t['test_accuracy']:.2f} | `{t['sha256'][:12]}` |" for t in teachers
     )
-    found = [m for m in SHOWN if any(r["method"] == m for r in results)]
-    seconds = {m: summarise(r["train_seconds"] for r in results if r["method"] == m) for m in found}
-    cost = ", ".join(f"`{m}` {cell.mean:.0f} s" for m, cell in seconds.items())
     return f"""# EKD and its controls on 10 % of CIFAR-10
 
 Made by `benchmarks/first_result.py`; the numbers are those of the runs' `result.json` files, also in
@@ -66,8 +99,11 @@ Made by `benchmarks/first_result.py`; the numbers are those of the runs' `result
 - **Data**: CIFAR-10, {first["num_train_images"]:,} training and {first["num_val_images"]} validation images
   (subset `{first["subset_sha256"][:12]}`, the same for all runs), all 10,000 test images, read once per run.
 - **Student**: ResNet-8 (option B); branched students share the stem and stage 1 and have 3 branches.
+  `kd_mean_resnet14` is a plain ResNet-14, which costs about what the branched ResNet-8 costs.
+- **Teachers**: pretrained on all 50,000 images, so also on those that the students must not see.
 - **Recipe**: {first["epochs"]} epochs of SGD with Nesterov momentum, batch {first["batch_size"]}, cosine from 0.05,
-  weight decay 5e-4, crop and flip; {first["steps"]:,} steps for every run. Short, because it ran on a processor.
+  weight decay 5e-4, crop and flip; {first["steps"]:,} steps for every run. Short, because it ran on a processor:
+  all students would gain from more epochs, and the order of the methods may change with them.
 - **Losses**: the defaults of `conf/method/`, not tuned.
 - **Seeds**: {", ".join(str(s) for s in sorted({r["seed"] for r in results}))}; the subset does not vary with the seed.
 - **Hardware**: {hardware["cpu"]} ({hardware["cpu_capability"]}), {args.jobs} runs at a time with
@@ -82,9 +118,43 @@ Accuracies in percent, mean ± sample standard deviation over n seeds. K branche
 
 {methods_table(results, SHOWN, "kd_mean")}
 
-Training time per run (other runs beside it on the machine, teacher outputs shared through tables; an indication of
-cost, not a measurement of speed): {cost}.
+{differences(results)}
+
+How to read it: three seeds tell large differences from chance, not small ones. `ekd_permuted` is EKD with its
+teachers shifted by one branch; as all branches start alike, its distance from `ekd` is chance, and any difference
+of that size between other rows may be chance too.
 """
+
+
+def readme_section(results: list[dict[str, Any]], origin: dict[str, Any]) -> str:
+    """The short version for the README."""
+    first, seeds = results[0], sorted({r["seed"] for r in results})
+    return f"""## A first result
+
+10 % of CIFAR-10 ({first["num_train_images"]:,} training images), teachers ResNet-20, -32, -56 (pretrained on all
+images), ResNet-8 students and a plain ResNet-14 of the branched student's cost, {first["epochs"]} epochs, untuned
+default weights, seeds {", ".join(map(str, seeds))}, on a processor ({origin["hardware"]["cpu"]},
+{origin["hardware"]["cpu_capability"]}). Details, and what the numbers do and do not say:
+[docs/results/cifar10_10pct.md](docs/results/cifar10_10pct.md).
+
+{short_table(results, SHOWN)}
+
+"""
+
+
+def write(args: argparse.Namespace) -> None:
+    """Writes the page, its data, and the README's section between its markers."""
+    results = collect(args)
+    origin = json.loads(next(args.runs.glob("*/provenance.json")).read_text())
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "cifar10_10pct.md").write_text(report(results, origin, args))
+    (args.output / "cifar10_10pct.json").write_text(json.dumps(results, indent=1) + "\n")
+    start, end = "<!-- first-result -->", "<!-- /first-result -->"
+    before, rest = args.readme.read_text().split(start)
+    args.readme.write_text(f"{before}{start}\n{readme_section(results, origin)}{end}{rest.split(end)[1]}")
+    for name in SHOWN:
+        values = [r["test_accuracy"] for r in results if r["method"] == name]
+        print(f"{name:18} {percent(summarise(values) if values else None)}  n={len(values)}")
 
 
 def main() -> None:
@@ -98,21 +168,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
     failures = 0
     if not args.report_only:
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(train, method, seed, args) for seed in args.seeds for method in METHODS]
+            jobs = [pool.submit(train, name, seed, args) for seed in args.seeds for name in RUNS]
             failures = sum(job.result() != 0 for job in jobs)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "cifar10_10pct.md").write_text(report(args))
-    rows = read_results(args.runs)
-    (args.output / "cifar10_10pct.json").write_text(json.dumps(rows, indent=1) + "\n")
-    for method in SHOWN:
-        values = [r["test_accuracy"] for r in rows if r["method"] == method]
-        print(f"{method:14} {percent(summarise(values) if values else None)}  n={len(values)}")
+    write(args)
     sys.exit(1 if failures else 0)
 
 

@@ -88,6 +88,20 @@ def percent(cell: Cell | None, *, signed: bool = False) -> str:
     return f"{100 * cell.mean:{sign}.2f}{spread}"
 
 
+def short_table(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> str:
+    """A Markdown table for a first look: accuracy (percent, mean ± sample standard deviation), capacity, n."""
+    lines = ["| method | test accuracy % | parameters | MACs | n |", "|---|---|---|---|---|"]
+    for method in methods:
+        rows = [r for r in results if r["method"] == method]
+        if not rows:
+            lines.append(f"| `{method}` | missing | | | 0 |")
+            continue
+        accuracy = percent(summarise(r["test_accuracy"] for r in rows))
+        size = f"{rows[0]['num_parameters']:,} | {rows[0]['macs'] / 1e6:.1f} M"
+        lines.append(f"| `{method}` | {accuracy} | {size} | {len(rows)} |")
+    return "\n".join(lines)
+
+
 def methods_table(results: Sequence[dict[str, Any]], methods: Sequence[str], reference: str) -> str:
     """A Markdown table with one row per method: accuracy over seeds, differences, capacity and cost.
 
