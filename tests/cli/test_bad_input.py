@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Outcome, call_train
+from whole_runs import TINY, Outcome, call_train
 
 REFUSED = [
     # what is written, and what the line must hold

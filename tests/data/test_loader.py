@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import random_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_images import random_set
 
 from ekd_lightning.data.images import ImageSet
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, gather_batch

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import Outcome
 from safetensors.torch import load_file
+from whole_runs import Outcome
 
 FOUR = ("recipe.epochs=4", "trainer.limit_train_batches=3")
 DROPOUT = (

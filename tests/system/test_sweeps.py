@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Outcome, call_train
+from whole_runs import TINY, Outcome, call_train
 
 from ekd_lightning.cli import train as program
 

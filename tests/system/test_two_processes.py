@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
+from whole_runs import TINY
 
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student

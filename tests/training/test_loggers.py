@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, call_train
+from whole_runs import TINY, call_train
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.training.loggers import MetricsCsv, check_loggers, make_loggers

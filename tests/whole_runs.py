@@ -1,0 +1,82 @@
+"""`ekd-train` called in this process, on a tiny task."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = (
+    "data.fraction=0.1",
+    "data.eval_batch_size=120",
+    "recipe.epochs=1",
+    "recipe.batch_size=32",
+    "+student.options={width: 0.5}",
+    "teachers.pool=[{train: resnet8, options: {width: 0.5}, seed: 0}, {train: resnet8, seed: 1}]",
+    "teachers.recipe.epochs=1",
+    "teachers.recipe.batch_size=32",
+    "trainer=cpu",
+    "trainer.precision=32-true",
+    "trainer.limit_test_batches=1",
+)
+"""129 training images of the bundled digits, 4 steps an epoch, two teachers of one epoch, 120 test images."""
+
+
+@dataclass
+class Outcome:
+    """What a call of `ekd-train` left behind."""
+
+    code: int
+    out: str
+    err: str
+    directory: Path
+    error: BaseException | None = None
+
+    def json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.directory / name).read_text())
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.json("result.json")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.json("status.json")
+
+
+def call_train(*words: str, directory: Path) -> Outcome:
+    """Calls `ekd-train` as the console script would, in the parent of the run's directory."""
+    from ekd_lightning.cli.train import main
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    out, err = io.StringIO(), io.StringIO()
+    code, failure = 0, None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ekd-train", *words])
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # so that what the program sets is undone
+        patch.chdir(directory.parent)
+        before = dict(os.environ)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException as error:  # a traceback: exit code 1
+                traceback.print_exc()
+                code, failure = 1, error
+        leaked = {name for name in os.environ if os.environ[name] != before.get(name)}
+    root.handlers, root.level = handlers, level
+    for name in leaked:
+        os.environ.pop(name, None)
+    return Outcome(code, out.getvalue(), err.getvalue(), directory, failure)
