@@ -39,6 +39,35 @@ RUNS = {
     "kd_mean_resnet14": ["method=kd_mean", "student.network=resnet14"],
 }
 SHOWN = ("ce", "kd_mean", "kd_mean_resnet14", "branched_ce", "ekd_mean", "ekd_permuted", "ekd")
+FIELDS = (
+    "method",
+    "student",
+    "num_teachers",
+    "num_branches",
+    "split_after",
+    "fraction",
+    "num_train_images",
+    "subset_sha256",
+    "seed",
+    "epochs",
+    "batch_size",
+    "steps",
+    "precision",
+    "num_parameters",
+    "macs",
+    "test_accuracy",
+    "test_accuracy_best",
+    "best_epoch",
+    "test_branch_accuracy",
+    "test_nll",
+    "test_ece",
+    "test_brier",
+    "test_disagreement",
+    "test_ambiguity",
+    "val_accuracy",
+    "train_seconds",
+    "teacher_table_hit_rate",
+)
 RECIPE = ("recipe.epochs=15", "recipe.batch_size=32", "recipe.lr=0.05")
 
 
@@ -148,7 +177,8 @@ def write(args: argparse.Namespace) -> None:
     origin = json.loads(next(args.runs.glob("*/provenance.json")).read_text())
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "cifar10_10pct.md").write_text(report(results, origin, args))
-    (args.output / "cifar10_10pct.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = [{field: result.get(field) for field in FIELDS} for result in results]
+    (args.output / "cifar10_10pct.json").write_text(json.dumps(rows, indent=1) + "\n")
     start, end = "<!-- first-result -->", "<!-- /first-result -->"
     before, rest = args.readme.read_text().split(start)
     args.readme.write_text(f"{before}{start}\n{readme_section(results, origin)}{end}{rest.split(end)[1]}")

@@ -4,8 +4,9 @@
 from ekd_lightning.networks import densenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
-from ekd_lightning.networks.registry import NetworkSpec, build_network, network_names, register_network
-from ekd_lightning.networks.staged import NORMALIZATIONS, Normalization, StagedNetwork, normalization
+from ekd_lightning.networks.registry import build_network, network_names, register_network
+from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization, normalization
+from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.student import ENSEMBLES, BranchedStudent
 from ekd_lightning.networks.teachers import TeacherEnsemble, TeacherIdentity
 from ekd_lightning.networks.weights import (

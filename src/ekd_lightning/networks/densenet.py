@@ -7,7 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.networks.registry import NetworkSpec, register_network
+from ekd_lightning.networks.registry import register_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 
 FORMS = ((40, 12), (100, 12), (100, 24), (190, 40))

@@ -6,7 +6,8 @@ from torch import nn
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import Conv2dNormActivation
 
-from ekd_lightning.networks.registry import NetworkSpec, register_network
+from ekd_lightning.networks.registry import register_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 
 # Stage: (expansion, channels, blocks, stride of the first block) as in the paper's table 2, except that

@@ -3,74 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.staged import Normalization, StagedNetwork, normalization
+from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import StagedNetwork
 
 Builder = Callable[..., StagedNetwork]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
 _BUILDERS: dict[str, Builder] = {}
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """All that determines a network's structure (not its weights).
-
-    Attributes:
-        name: a registered network.
-        num_classes: C, at least 1.
-        normalization: what the network does to images in [0, 1] first.
-        options: keyword arguments of the registered builder, JSON-able.
-
-    Raises:
-        UserError: when the class count is not a whole number above 0 or an option is not JSON-able.
-    """
-
-    name: str
-    num_classes: int
-    normalization: Normalization
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        if (
-            not isinstance(self.num_classes, int)
-            or isinstance(self.num_classes, bool)
-            or self.num_classes < 1
-        ):
-            raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be at least 1")
-        try:
-            # A private copy in its JSON form: equal specs are then equal whatever file they came from.
-            options = json.loads(json.dumps(dict(self.options)))
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"network {self.name!r}: options {self.options!r} are not JSON-able ({error})"
-            ) from None
-        object.__setattr__(self, "options", options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON-able values."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
-        """Rebuilds a spec from `to_dict` (a normalisation may also be given by its name).
-
-        Raises:
-            UserError: when a key is missing, unknown or of the wrong kind.
-        """
-        try:
-            statistics = values["normalization"]
-            named = isinstance(statistics, str)
-            statistics = normalization(statistics) if named else Normalization(**statistics)
-            rest = {key: value for key, value in values.items() if key != "normalization"}
-            return cls(normalization=statistics, **rest)
-        except (TypeError, KeyError) as error:
-            raise UserError(f"not a network spec: {dict(values)!r} ({error})") from None
 
 
 def register_network(name: str) -> Callable[[BuilderT], BuilderT]:

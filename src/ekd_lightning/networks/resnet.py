@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock
 
-from ekd_lightning.networks.registry import NetworkSpec, is_number, register_network, require
+from ekd_lightning.networks.registry import is_number, register_network, require
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)

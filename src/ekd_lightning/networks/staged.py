@@ -7,66 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.outputs import NetworkOutput
-
-if TYPE_CHECKING:
-    from ekd_lightning.networks.registry import NetworkSpec
-
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Per-channel statistics that a network applies to images in [0, 1].
-
-    Attributes:
-        mean: subtracted from the red, green and blue channel.
-        std: what the difference is divided by; every entry above 0.
-
-    Raises:
-        UserError: when there are not three numbers each, or a std is not above 0.
-    """
-
-    mean: Triple
-    std: Triple
-
-    def __post_init__(self) -> None:
-        try:
-            mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
-        except (TypeError, ValueError):
-            raise UserError(f"normalization: mean {self.mean!r}, std {self.std!r} are not numbers") from None
-        # A single comparison would let NaN through, hence the negation.
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise UserError(f"normalization: mean {mean}, std {std} must be three numbers each, std above 0")
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "std", std)
-
-
-NORMALIZATIONS: dict[str, Normalization] = {
-    "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": Normalization((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "unit": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "centered": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
-
-def normalization(name: str) -> Normalization:
-    """Looks up a named normalisation.
-
-    Raises:
-        UserError: when there is none of that name; the nearest one is offered.
-    """
-    if name not in NORMALIZATIONS:
-        raise unknown_name("normalization", name, NORMALIZATIONS)
-    return NORMALIZATIONS[name]
+from ekd_lightning.networks.spec import NetworkSpec, Normalization
 
 
 class Normalize(nn.Module):

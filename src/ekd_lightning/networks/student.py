@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.outputs import StudentOutput
-from ekd_lightning.networks.registry import NetworkSpec, build_network
+from ekd_lightning.networks.registry import build_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import Normalize, StagedNetwork, pool
 
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ekd_lightning.networks.registry import NetworkSpec, register_network
+from ekd_lightning.networks.registry import register_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 
 WIDTHS = (64, 128, 256, 512, 512)

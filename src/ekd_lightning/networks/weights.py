@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks.registry import NetworkSpec, build_network
+from ekd_lightning.networks.registry import build_network
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ekd_lightning.networks.registry import NetworkSpec, is_number, register_network, require
+from ekd_lightning.networks.registry import is_number, register_network, require
+from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
 
 FORMS = ((16, 1), (16, 2), (16, 4), (40, 1), (40, 2), (28, 4), (28, 10))
