@@ -9,8 +9,9 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from ekd_lightning.cli import ddp
-from ekd_lightning.cli.build import build
+from ekd_lightning.cli import ddp, sweep
+from ekd_lightning.cli.build import build, import_user_modules
+from ekd_lightning.cli.config import compose_settings
 from ekd_lightning.cli.edge import run_program
 from ekd_lightning.cli.sweep import SweepSummary, tell_sweep
 from ekd_lightning.errors import UserError
@@ -135,3 +136,48 @@ def test_a_sweep_tells_its_failures_once(tmp_path, capsys):
     ]
     tell_sweep()
     assert capsys.readouterr().out == ""
+
+
+def test_launch_variables_of_the_user_come_back(sweep_job, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    with ddp.ddp_reruns_this_job():
+        os.environ.update(MASTER_ADDR="changed", MASTER_PORT="1")
+    assert os.environ["MASTER_ADDR"] == "node0"
+    assert "MASTER_PORT" not in os.environ
+
+
+def test_nested_targets_are_checked_and_the_users_own_modules_allowed():
+    inner = {"_target_": "pytorch_lightning.callbacks.Timer", "duration": {"_target_": "os.system"}}
+    with pytest.raises(UserError, match=r"os\.system"):
+        build(inner, "callbacks.x")
+    with pytest.raises(UserError, match="has no _target_"):
+        build({"patience": 3}, "callbacks.x")
+    node = {"_target_": "fractions.Fraction", "numerator": 3}
+    with pytest.raises(UserError, match="must begin with"):
+        build(node, "callbacks.x")
+    assert build(node, "callbacks.x", ["fractions"]) == 3
+
+
+def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    sweep._folders.append(tmp_path)
+    sweep.tell_sweep()
+    told = capsys.readouterr().out
+    assert "0 of 1 runs done, 1 failed" in told
+    assert "see its log" in told
+
+
+def test_settings_can_be_composed_without_the_command():
+    settings = compose_settings("method=kd_mean", "data.fraction=0.5", "seed=4")
+    assert (settings.method.name, settings.student.branches, settings.data.fraction) == ("kd_mean", 1, 0.5)
+    assert settings.trainer["max_epochs"] == settings.recipe.epochs
+
+
+def test_a_users_module_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "own_parts_of_a_test.py").write_text("ANSWER = 42\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import_user_modules(["own_parts_of_a_test"])
+    assert sys.modules.pop("own_parts_of_a_test").ANSWER == 42
+    with pytest.raises(UserError, match="no_such_module_here"):
+        import_user_modules(["no_such_module_here"])

@@ -85,3 +85,9 @@ def test_only_what_does_not_change_the_result_may_change(run):
     ):
         with pytest.raises(UserError, match=key):
             check_unchanged(directory, changed)
+
+
+def test_flags_come_before_all_overrides(run):
+    directory = run()
+    found = expand_resume(["ekd-train", "--config-dir", "my_conf", f"resume={directory}"])
+    assert found[:5] == ["ekd-train", "--config-dir", "my_conf", "data=digits", "seed=3"]

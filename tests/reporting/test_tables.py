@@ -10,6 +10,7 @@ from ekd_lightning.reporting.tables import (
     paired_difference,
     percent,
     read_results,
+    short_table,
     summarise,
 )
 
@@ -111,3 +112,25 @@ def test_only_results_of_runs_that_are_done_are_read(tmp_path):
         if state:
             (folder / "status.json").write_text(json.dumps({"state": state}))
     assert [r["name"] for r in read_results(tmp_path)] == ["a", "b"]
+
+
+def test_runs_on_a_part_of_the_data_are_left_out(tmp_path):
+    for name, partial in (("a", True), ("b", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text('{"state": "done"}')
+        (tmp_path / name / "result.json").write_text(json.dumps({"name": name, "partial": partial}))
+    assert [r["name"] for r in read_results(tmp_path)] == ["b"]
+
+
+def test_two_runs_with_one_seed_are_not_mixed():
+    rows = [result("ekd", 0, 0.5), result("ekd", 0, 0.6), result("ce", 0, 0.4)]
+    with pytest.raises(ValueError, match="more than one run with seed 0"):
+        paired_difference(rows, "ekd", "ce")
+
+
+def test_the_short_table_shows_what_is_missing():
+    lines = short_table(
+        [result("ekd", 0, 0.5, num_parameters=1000, macs=2_000_000)], ["ce", "ekd"]
+    ).splitlines()
+    assert lines[2] == "| `ce` | missing | | | 0 |"
+    assert lines[3] == "| `ekd` | 50.00 | 1,000 | 2.0 M | 1 |"

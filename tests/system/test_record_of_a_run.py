@@ -87,6 +87,7 @@ def test_the_result_is_flat(run):
 def test_teachers_are_recorded_with_hash_and_accuracy(run):
     teachers = run.result["teachers"]
     assert [t["id"] for t in teachers] == ["resnet8-s0", "resnet8-s1"]
+    assert [t["trained_on"] for t in teachers] == ["subset", "subset"]
     assert all(len(t["sha256"]) == 64 and 0 <= t["test_accuracy"] <= 1 for t in teachers)
     origin = run.json("provenance.json")["teachers"]
     assert [t["sha256"] for t in origin] == [t["sha256"] for t in teachers]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import load_student
-from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.distiller import Distiller, has_fragile_convolution
 from ekd_lightning.training.prepare import prepare
 from ekd_lightning.training.run import run
 from ekd_lightning.training.teachers import gather_teachers
@@ -234,3 +234,10 @@ def test_plain_students_of_two_methods_start_alike(tiny_settings):
     (first, order), (second, same) = start(tiny_settings("method=ce")), start(tiny_settings("method=kd_mean"))
     assert order == same
     assert all(torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_convolutions_that_torch_fails_on_are_kept_out_of_channels_last():
+    shortcut = torch.nn.Conv2d(4, 8, 1, stride=2)
+    assert has_fragile_convolution(torch.nn.Sequential(shortcut))
+    for fine in (torch.nn.Conv2d(8, 16, 1, stride=2), torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(4, 8, 3, 2)):
+        assert not has_fragile_convolution(torch.nn.Sequential(fine))
