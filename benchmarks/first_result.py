@@ -68,7 +68,7 @@ FIELDS = (
     "train_seconds",
     "teacher_table_hit_rate",
 )
-RECIPE = ("recipe.epochs=15", "recipe.batch_size=32", "recipe.lr=0.05")
+RECIPE = ("recipe.epochs=30", "recipe.batch_size=64", "recipe.lr=0.05")
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> int:
