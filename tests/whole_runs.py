@@ -1,4 +1,4 @@
-"""`ekd-train` called in this process, on a tiny task."""
+"""`ekd-train` and `ekd-teach` called in this process, on a tiny task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ TINY = (
 
 @dataclass
 class Outcome:
-    """What a call of `ekd-train` left behind."""
+    """What a call left behind."""
 
     code: int
     out: str
@@ -57,13 +58,24 @@ def call_train(*words: str, directory: Path) -> Outcome:
     """Calls `ekd-train` as the console script would, in the parent of the run's directory."""
     from ekd_lightning.cli.train import main
 
+    return _call(main, ["ekd-train", *words], directory)
+
+
+def call_teach(*words: str, directory: Path) -> Outcome:
+    """The same for `ekd-teach`."""
+    from ekd_lightning.cli.teach import main
+
+    return _call(main, ["ekd-teach", *words], directory)
+
+
+def _call(main: Callable[[], None], argv: list[str], directory: Path) -> Outcome:
     directory.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     out, err = io.StringIO(), io.StringIO()
     code, failure = 0, None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ekd-train", *words])
+        patch.setattr(sys, "argv", argv)
         patch.setenv("HYDRA_FULL_ERROR", "1")  # so that what the program sets is undone
         patch.chdir(directory.parent)
         before = dict(os.environ)

@@ -1,0 +1,62 @@
+"""`ekd-teach`: the same teachers that `ekd-train` would take, each with its own test score."""
+
+from __future__ import annotations
+
+import pytest
+from whole_runs import TINY, call_teach, call_train
+
+from ekd_lightning.data import load_dataset
+from ekd_lightning.evaluation.evaluate import score_network
+from ekd_lightning.networks import load_network
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teach")
+    words = (*TINY, f"teachers.store={root / 'store'}")
+    first = call_teach(*words, f"hydra.run.dir={root / 'first'}", directory=root / "first")
+    again = call_teach(
+        *words, "teachers.count=1", f"hydra.run.dir={root / 'again'}", directory=root / "again"
+    )
+    student = call_train(*words, f"hydra.run.dir={root / 'student'}", directory=root / "student")
+    assert (first.code, again.code, student.code) == (0, 0, 0), first.err + again.err + student.err
+    return root, first, again, student
+
+
+def test_each_teacher_is_scored_on_the_whole_test_set(taught):
+    root, first, _, _ = taught
+    images = load_dataset("digits", root, download=False).test
+    found = {}
+    for path in (root / "store" / "teachers").glob("*/teacher.safetensors"):
+        scores = score_network(load_network(path), images, batch_size=120)
+        found[scores["accuracy"], scores["nll"]] = path
+    rows = first.json("teachers.json")["teachers"]
+    assert {(row["test_accuracy"], row["test_nll"]) for row in rows} == set(found)
+    for row in rows:
+        assert f"{100 * row['test_accuracy']:.2f}" in first.out
+        assert row["sha256"][:12] in first.out
+
+
+def test_a_teacher_is_trained_once_for_both_commands(taught):
+    _, first, again, student = taught
+    assert first.out.count("training teacher") == 2
+    assert "training teacher" not in again.out + student.out
+    rows = first.json("teachers.json")["teachers"]
+    assert again.json("teachers.json")["teachers"] == rows[:1]
+    assert [teacher["sha256"] for teacher in student.result["teachers"]] == [row["sha256"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("teachers.count=3", "the pool has only 2 teachers"),
+        ("teachers.pool=[cifar10_resnet20_akamster]", "did you mean 'cifar10_resnet20_akamaster'"),
+        ("teachers.train_on=everything", "teachers.train_on"),
+    ],
+)
+def test_one_line(tmp_path, word, named):
+    outcome = call_teach(*TINY, word, f"hydra.run.dir={tmp_path / 'run'}", directory=tmp_path / "run")
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("ekd-teach: error: ")
+    assert named in line
