@@ -239,3 +239,18 @@ def test_a_teacher_that_is_twice_in_the_pool_is_noticed(trained):
     twice = replace(settings, pool=[*settings.pool, *settings.pool])
     with pytest.warns(UserWarning, match="more than once"):
         plan_teachers(twice, teacher_data(), "cpu")
+
+
+def test_weights_that_cannot_be_had_lead_to_other_teachers(tmp_path):
+    data = teacher_data()
+    data = replace(data, dataset=replace(data.dataset, name="cifar10"))
+    settings = replace(
+        SETTINGS, pool=["cifar10_resnet20_akamaster"], weights_dir=str(tmp_path), download=False
+    )
+    (plan,) = plan_teachers(settings, data, "cpu")
+    with pytest.raises(UserError, match=r"teachers\.weights_dir.*teachers=trained"):
+        plan.obtain()
+    (tmp_path / "akamaster_cifar10_resnet20-12fca82f.th").write_bytes(b"other")
+    with pytest.raises(UserError) as caught:
+        plan.obtain()
+    assert "teachers=trained" not in str(caught.value)

@@ -134,7 +134,14 @@ def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherDat
         raise UserError(f"{key}={zoo_id}: a teacher for {known.data}, but data.name={data.dataset.name}")
 
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
-        network, entry = load_zoo_teacher(zoo_id, Path(settings.weights_dir), settings.download)
+        folder = Path(settings.weights_dir)
+        try:
+            network, entry = load_zoo_teacher(zoo_id, folder, settings.download)
+        except UserError as error:
+            if (folder / known.file).is_file():
+                raise
+            advice = "teachers.weights_dir names that folder; teachers=trained trains teachers instead"
+            raise UserError(f"{error} ({advice})") from None
         return network, {
             "trained_on": "published",
             "file": entry.file,
