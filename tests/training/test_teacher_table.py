@@ -12,24 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ekd_lightning.data.batch import Batch
-from ekd_lightning.data.views import CropFlip
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import (
-    NetworkSpec,
-    TeacherEnsemble,
-    TeacherIdentity,
-    build_network,
-    normalization,
-    state_sha256,
-)
 from ekd_lightning.training import table_budget, teacher_table
 from ekd_lightning.training.table_budget import check_disk, table_bytes
-from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
 from ekd_lightning.training.teacher_table import (
     TableKey,
     TeacherTable,
@@ -367,176 +355,11 @@ def test_rows_are_right_after_a_kill_while_filling(tmp_path, share):
     assert assert_right(filled(tmp_path, WIDE)) == WIDE.num_rows
 
 
-# --- the sources
-
-VIEWS = CropFlip(padding=1)
-SIDE = 8
-
-
-@pytest.fixture
-def ensemble() -> TeacherEnsemble:
-    torch.manual_seed(0)
-    spec = NetworkSpec("resnet8", C, normalization("cifar10"))
-    members = [build_network(spec) for _ in range(2)]
-    identities = [
-        TeacherIdentity(f"tutor{m}", state_sha256(net), "file", "resnet8") for m, net in enumerate(members)
-    ]
-    return TeacherEnsemble(members, identities)
-
-
-POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def make_batch(index: list[int], view: list[int]) -> Batch:
-    at, which = torch.tensor(index), torch.tensor(view)
-    return Batch(VIEWS(POOL[at], which), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
-
-
-def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
-    settings = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "include_pooled": True}
-    return TabledTeachers(ensemble, folder, **{**settings, **changes})
-
-
-def same(first, second) -> bool:
-    pairs = zip((first.logits, *first.pooled), (second.logits, *second.pooled), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
-    cold, batch = tabled(ensemble, tmp_path), make_batch([1, 5, 1, 39], [0, 17, 3, 2])
-    assert cold.hit_rate is None
-    first = cold(batch)
-    assert (cold.hits, cold.misses, cold.hit_rate) == (0, 8, 0.0)
-    assert same(first, cold(batch))
-    assert (cold.hits, cold.misses, cold.hit_rate) == (8, 8, 0.5)
-    warm = tabled(ensemble, tmp_path)
-    assert same(first, warm(batch))
-    assert (warm.hits, warm.misses, warm.hit_rate) == (8, 0, 1.0)
-    assert warm.disk_bytes() > 0
-
-
-def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
-    batch = make_batch(list(range(20)), [i % V for i in range(20)])
-    live, known = LiveTeachers(ensemble)(batch), tabled(ensemble, tmp_path)(batch)
-    assert live.logits.shape == known.logits.shape == (2, 20, C)
-    assert known.logits.dtype == torch.float32
-    assert [p.shape for p in known.pooled] == [p.shape for p in live.pooled]
-    assert known.stages == ({}, {})
-    torch.testing.assert_close(known.logits, live.logits, rtol=1e-3, atol=1e-4)
-    for a, b in zip(known.pooled, live.pooled, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert torch.equal(known.logits, known.logits.half().float())
-
-
-def test_only_missing_images_pass_through_a_teacher(ensemble, tmp_path):
-    seen: list[int] = []
-    genuine = ensemble.members[1].outputs
-    ensemble.members[1].outputs = lambda images: (seen.append(len(images)), genuine(images))[1]
-    source = tabled(ensemble, tmp_path)
-    source(make_batch([0, 1, 2], [0, 0, 0]))
-    mixed = source(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
-    assert seen == [3, 1]  # the repeated image is computed once
-    assert torch.equal(mixed.logits[:, 1], mixed.logits[:, 3])
-    assert same(mixed, source(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
-    assert seen == [3, 1]
-
-
-def test_without_pooled_there_are_none(ensemble, tmp_path):
-    source, batch = tabled(ensemble, tmp_path, include_pooled=False), make_batch([1], [1])
-    for _ in range(2):
-        assert source(batch).pooled == ()
-
-
-def test_another_image_set_or_format_shares_nothing(ensemble, tmp_path):
-    batch = make_batch([1, 2], [0, 1])
-    tabled(ensemble, tmp_path)(batch)
-    for change in ({"image_set_sha256": "c" * 64}, {"numeric_format": "bfloat16"}):
-        other = tabled(ensemble, tmp_path, **change)
-        other(batch)
-        assert other.hits == 0
-
-
-def test_the_students_autocast_does_not_reach_the_teachers(ensemble, tmp_path):
-    batch = make_batch([1, 2, 3], [0, 1, 2])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = tabled(ensemble, tmp_path / "a")(batch)
-        live = LiveTeachers(ensemble)(batch)
-    assert same(inside, tabled(ensemble, tmp_path / "b")(batch))
-    assert torch.equal(live.logits, LiveTeachers(ensemble)(batch).logits)
-
-
-def test_stages_come_from_live_teachers_with_one_warning(ensemble, tmp_path):
-    source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    with pytest.warns(RuntimeWarning, match="stage2"):
-        output = source(batch, ("stage2",))
-    assert [set(stages) for stages in output.stages] == [{"stage2"}, {"stage2"}]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        source(batch, ("stage2",))
-    assert source.hit_rate == 0.0
-
-
-def test_live_teachers_have_no_hit_rate(ensemble):
-    live = LiveTeachers(ensemble)
-    output = live(make_batch([1], [0]), ("stage1",))
-    assert not output.logits.requires_grad
-    assert (live.hits, live.misses, live.hit_rate) == (0, 0, None)
-
-
-def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    batch = make_batch([1, 2], [0, 1])
-    with pytest.warns(RuntimeWarning, match="teachers run live") as caught:
-        source = tabled(ensemble, tmp_path / "file" / "tables")
-    assert len(caught) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        results = [source(batch) for _ in range(2)]
-    assert same(results[0], results[1])
-    assert same(results[0], tabled(ensemble, tmp_path / "tables")(batch))
-    assert (source.hits, source.misses) == (0, 8)
-
-
-def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, monkeypatch):
-    source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
-    source(known)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.warns(RuntimeWarning, match="No space left") as caught:
-        results = [source(unknown) for _ in range(2)]
-    assert len(caught) == 1
-    assert same(results[0], results[1])
-    hits = source.hits
-    source(known)
-    assert source.hits == hits + 2
-
-
 def test_a_partly_written_row_is_an_error(tmp_path, monkeypatch):
     table = TeacherTable(tmp_path, KEY)
     monkeypatch.setattr(os, "pwrite", lambda *_: 3)
     with pytest.raises(OSError, match="in part"):
         table.write(*every_row(), *values(*every_row()))
-
-
-def test_a_table_cut_short_during_the_run_costs_one_warning(ensemble, tmp_path):
-    source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    first = source(batch)
-    for path in tmp_path.glob("*.rows"):
-        os.truncate(path, 0)
-    with pytest.warns(RuntimeWarning, match="cut short") as caught:
-        again = source(batch)
-    assert len(caught) == 1
-    assert same(first, again)
-
-
-def test_a_teacher_that_is_not_finite_is_named(ensemble, tmp_path):
-    with torch.no_grad():
-        ensemble.members[1].head.bias[0] = float("nan")
-    with pytest.raises(UserError, match="tutor1"):
-        tabled(ensemble, tmp_path)(make_batch([1], [0]))
 
 
 # --- the disk budget
@@ -561,16 +384,3 @@ def test_check_disk(tmp_path, monkeypatch):
         check_disk(folder, 12_300_000)
     check_disk(folder, 12_300_000, present_bytes=8_000_000)
     assert not folder.exists()
-
-
-def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble, tmp_path):
-    batch = make_batch([1, 5, 2, 39], [0, 17, 3, 2])
-    expected = tabled(ensemble, tmp_path)(batch)
-    narrow = tabled(ensemble, tmp_path, include_pooled=False)
-    found = narrow(batch)
-    assert (narrow.hits, narrow.misses, found.pooled) == (8, 0, ())
-    assert torch.equal(found.logits, expected.logits)
-    fresh = narrow(make_batch([7], [1]))  # what it adds must serve the runs that need features
-    wide = tabled(ensemble, tmp_path)
-    assert torch.equal(wide(make_batch([7], [1])).logits, fresh.logits)
-    assert (wide.hits, wide.misses) == (2, 0)

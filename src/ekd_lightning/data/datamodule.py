@@ -93,6 +93,18 @@ class ImageDataModule(pl.LightningDataModule):
             self._images(image_set, batch.index.device), batch, self.views if augment else None
         )
 
+    def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
+        """Views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
+
+        Args:
+            index: int64 [B], positions in the whole training set.
+            view: int64 [B], their views.
+            device: Where they are made.
+        """
+        everything = torch.ones_like(index, dtype=torch.bool)
+        rows = IndexBatch(self.dataset.train.labels[index], index, view, everything)
+        return gather_batch(self._images(self.dataset.train, device), rows, self.views).images
+
     def _images(self, image_set: ImageSet, device: torch.device) -> Tensor:
         """uint8 [N, 3, H, W] on the device, moved once."""
         key = image_set.split, device

@@ -130,10 +130,26 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
-    def __iter__(self) -> Iterator[IndexBatch]:
+    def rows(self, num_batches: int | None = None) -> tuple[Tensor, Tensor]:
+        """What this process will see in the epoch that was set last, before any image is made.
+
+        Args:
+            num_batches: The first so many batches; None for all.
+
+        Returns:
+            index and view, both int64 [N], batch by batch.
+        """
+        index, view = self._batches()
+        return index[:num_batches].flatten(), view[:num_batches].flatten()
+
+    def _batches(self) -> tuple[Tensor, Tensor]:
+        """Index and view of this process, int64 [batches, images in a batch]."""
         global_batches = self.sampler.order()[: len(self) * self.batch_size].view(len(self), self.batch_size)
         index = global_batches[:, self.rank :: self.world_size].contiguous()
-        view = self.sampler.views(index.flatten(), self._num_views).view_as(index)
+        return index, self.sampler.views(index.flatten(), self._num_views).view_as(index)
+
+    def __iter__(self) -> Iterator[IndexBatch]:
+        index, view = self._batches()
         labels, valid = self._labels[index], torch.ones_like(index, dtype=torch.bool)
         yield from map(IndexBatch, labels, index, view, valid)
 

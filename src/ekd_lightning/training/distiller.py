@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.outputs import TeacherOutput
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.settings import RecipeSettings
-from ekd_lightning.training.teacher_source import LiveTeachers
-
-
-class TeacherSource(Protocol):
-    """Where the teachers' outputs for a batch come from: the live networks, or a table of known rows."""
-
-    hits: int
-    misses: int
-
-    def __call__(self, batch: Batch, stages: tuple[str, ...] = ()) -> TeacherOutput:
-        """Returns the outputs of all teachers for the batch."""
-        ...
+from ekd_lightning.training.tabled_teachers import TabledTeachers
+from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 
 
 def has_fragile_convolution(module: nn.Module) -> bool:
@@ -85,7 +78,7 @@ class Distiller(ImageClassificationModule):
             self._memory_format = torch.contiguous_format
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
-        self.teachers = teachers.to(memory_format=self._memory_format) if teachers is not None else None
+        self.teachers = teachers
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
 
@@ -93,6 +86,18 @@ class Distiller(ImageClassificationModule):
         """Opens the source of teacher outputs in this process."""
         if self.teachers is not None and self.method.needs_teachers:
             self.teacher_source = self._make_source(self.teachers)
+
+    def on_train_epoch_start(self) -> None:
+        """Lets the source of teacher outputs prepare for the epoch, where it can."""
+        super().on_train_epoch_start()
+        source, loader = self.teacher_source, self.trainer.train_dataloader
+        data = getattr(self.trainer, "datamodule", None)
+        if source is None or not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
+            return
+        index, view = loader.rows(int(self.trainer.num_training_batches))
+        source.plan(len(index) * self.recipe.epochs)
+        if isinstance(source, TabledTeachers):
+            source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""

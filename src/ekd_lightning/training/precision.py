@@ -1,15 +1,26 @@
-"""What `precision: auto` means on this machine."""
+"""What `precision: auto` means on this machine, for a student and for its teachers."""
 
 from __future__ import annotations
 
 import torch
 
 
+def native_bfloat16(device_type: str) -> bool:
+    """Whether bfloat16 is multiplied by the hardware: emulated, it is slower than float32.
+
+    Args:
+        device_type: "cpu" (which needs AVX512-BF16 or AMX) or "cuda"; anything else has not been measured.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return device_type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def resolve_precision(precision: str | int | None, accelerator: str = "auto") -> str | int | None:
     """Turns `auto` into a Lightning precision; anything else passes through.
 
-    bfloat16 autocast where the hardware multiplies bfloat16 natively (CUDA devices that support it; CPUs with
-    AVX512-BF16 or AMX), float32 elsewhere: emulated bfloat16 is slower than float32.
+    bfloat16 autocast where the hardware multiplies bfloat16 natively, float32 elsewhere.
 
     Args:
         precision: `auto` or any value of Lightning's `precision` flag.
@@ -21,9 +32,12 @@ def resolve_precision(precision: str | int | None, accelerator: str = "auto") ->
     if precision != "auto":
         return precision
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    if on_gpu:
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        native = accelerator in ("auto", "cpu") and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return "bf16-mixed" if native else "32-true"
+    device_type = "cuda" if on_gpu else "cpu" if accelerator in ("auto", "cpu") else accelerator
+    return "bf16-mixed" if native_bfloat16(device_type) else "32-true"
+
+
+def teacher_dtype(precision: str, device_type: str) -> torch.dtype:
+    """What frozen teachers compute in: `teachers.precision` is auto, float32 or bfloat16."""
+    if precision == "auto":
+        return torch.bfloat16 if native_bfloat16(device_type) else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]

@@ -15,10 +15,11 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
-from ekd_lightning.training.distiller import TeacherSource
+from ekd_lightning.training.frozen_teachers import TeacherFormat
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.table_budget import check_disk, table_bytes
-from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
+from ekd_lightning.training.tabled_teachers import TabledTeachers
+from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
 
 
@@ -179,9 +180,10 @@ def table_folder(settings: Settings) -> Path:
 
 def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
     """How every process opens the teachers' outputs: as a table, or live."""
-    channels_last = settings.channels_last
+    teachers = settings.teachers
+    how = TeacherFormat(teachers.precision, teachers.fold, teachers.compile, settings.channels_last)
     if not prepared.table:
-        return partial(LiveTeachers, channels_last=channels_last)
+        return partial(LiveTeachers, how=how)
     return partial(
         TabledTeachers,
         folder=table_folder(settings),
@@ -189,5 +191,5 @@ def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherE
         num_images=len(prepared.dataset.train),
         views=prepared.views,
         include_pooled=prepared.method.needs_pooled,
-        channels_last=channels_last,
+        how=how,
     )

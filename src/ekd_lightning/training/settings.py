@@ -123,6 +123,12 @@ class TeacherSettings:
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_budget_gb: float = 20.0
     """Most disk that the tables of one run may need."""
+    precision: str = "auto"
+    """What frozen teachers compute in: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
+    fold: bool = True
+    """Whether batch norms are folded into convolutions."""
+    compile: str = "auto"
+    """Whether torch.compile is used: auto (when the work is long enough to pay for it), always or never."""
 
     def check(self) -> None:
         """Refuses impossible values.
@@ -136,8 +142,13 @@ class TeacherSettings:
             _require(self.count <= pool, "teachers.count", self.count, f"the pool has only {pool} teachers")
         if self.train_on not in ("subset", "all"):
             raise unknown_name("teachers.train_on", self.train_on, ("subset", "all"))
-        if self.table not in ("auto", "require", "off"):
-            raise unknown_name("teachers.table", self.table, ("auto", "require", "off"))
+        for name, allowed in (
+            ("table", ("auto", "require", "off")),
+            ("precision", ("auto", "float32", "bfloat16")),
+            ("compile", ("auto", "always", "never")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise unknown_name(f"teachers.{name}", getattr(self, name), allowed)
         for position in range(pool):
             self.entry(position)
         self.recipe.check("teachers.recipe")

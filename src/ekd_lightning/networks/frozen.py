@@ -1,0 +1,107 @@
+"""Networks that will only be asked, never trained: batch norm folded, in the format the hardware is fastest in.
+
+Shape letters: B batch, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+
+from ekd_lightning.networks.outputs import NetworkOutput
+from ekd_lightning.networks.staged import StagedNetwork, pool
+
+log = logging.getLogger(__name__)
+
+
+class FrozenNetwork(nn.Module):
+    """A copy of a staged network for inference.
+
+    Images are normalised and features pooled in float32, and the head computes in float32, whatever `dtype`
+    the convolutions take: half precision costs most where numbers are compared, and there it saves nothing.
+
+    Attributes:
+        dtype: What the stages compute in.
+        stage_names: Stages whose outputs are returned.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: StagedNetwork,
+        *,
+        dtype: torch.dtype = torch.float32,
+        fold: bool = True,
+        channels_last: bool = True,
+        stage_names: Sequence[str] = (),
+    ) -> None:
+        """Copies the network, which stays as it is; the copy is in eval mode and has no gradients.
+
+        Args:
+            network: The network; its batch norm statistics are those of inference.
+            dtype: What the stages compute in: torch.float32 or torch.bfloat16.
+            fold: Whether batch norms are folded into the convolutions before them.
+            channels_last: Memory format of the stages.
+            stage_names: Stages whose outputs are wanted. A batch norm at a stage's end is folded too, so
+                outputs equal those of the network within rounding.
+        """
+        super().__init__()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.dtype, self.stage_names, self._memory_format = dtype, tuple(stage_names), memory_format
+        network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.register_buffer("mean", network.normalize.mean, persistent=False)
+        self.register_buffer("std", network.normalize.std, persistent=False)
+        stages = {name: _folded(stage, name) if fold else stage for name, stage in network.stages.items()}
+        self.stages = nn.ModuleDict(stages).to(dtype)
+        self.stages.to(memory_format=memory_format)
+        self.head = network.head
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns logits [B, C], pooled features [B, D] and the wanted stages, all in float32.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], not normalised.
+        """
+        maps = ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
+        wanted = []
+        for name, stage in self.stages.items():
+            maps = stage(maps)
+            if name in self.stage_names:
+                wanted.append(maps.float())
+        pooled = pool(maps.float())
+        return self.head(pooled), pooled, *wanted
+
+    def named(self, results: tuple[Tensor, ...]) -> NetworkOutput:
+        """Gives the results of `forward` their names."""
+        logits, pooled, *stages = results
+        order = [name for name in self.stages if name in self.stage_names]
+        return NetworkOutput(logits, pooled, dict(zip(order, stages, strict=True)))
+
+    def traced(self) -> nn.Module:
+        """The same computation as one graph of its own, or this module where it cannot be traced.
+
+        `torch.compile` counts the variants of a piece of code and gives up after a few; with a graph each,
+        any number of teachers can be compiled.
+        """
+        try:
+            return fx.symbolic_trace(self)
+        except Exception as error:  # a network of a user's: data-dependent control flow raises many kinds
+            log.debug("%s cannot be traced: %s", type(self).__name__, error)
+            return self
+
+
+def _folded(stage: nn.Module, name: str) -> nn.Module:
+    """The stage with batch norms folded into convolutions; as it was where it cannot be traced."""
+    try:
+        return fuse(stage)
+    except Exception as error:
+        log.info("batch norms of %s are not folded: it cannot be traced (%s)", name, error)
+        return stage

@@ -1,0 +1,292 @@
+"""Teachers whose outputs are looked up in tables of known rows; only missing rows are computed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.training.epoch_memo import EpochMemo
+from ekd_lightning.training.frozen_teachers import TeacherFormat
+from ekd_lightning.training.teacher_source import LiveTeachers
+from ekd_lightning.training.teacher_table import TableKey, TeacherTable, to_float16
+
+if TYPE_CHECKING:
+    from ekd_lightning.data.views import ViewFamily
+    from ekd_lightning.networks.teachers import TeacherEnsemble
+
+log = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+Values = NDArray[np.float32]
+
+_BLOCK_CHUNKS = 32  # rows of an epoch are looked up in blocks of this many chunks, which bounds the memory
+_WORTH_A_LINE = 2.0  # seconds
+
+
+class TabledTeachers:
+    """Looks teacher outputs up, computes only what is missing and keeps it for every later epoch and run.
+
+    What is returned has always been rounded to float16, freshly computed or not, so that a cold and a warm
+    run see the same targets. Only for batches whose images are exactly the views that they name: nothing may
+    change or mix the images afterwards. Trouble with the disk costs one warning, then teachers run live.
+
+    Attributes:
+        hits: Rows found so far, counted per teacher and image.
+        misses: Rows computed so far, likewise.
+    """
+
+    def __init__(
+        self,
+        ensemble: TeacherEnsemble,
+        folder: str | os.PathLike[str],
+        *,
+        image_set_sha256: str,
+        num_images: int,
+        views: ViewFamily,
+        include_pooled: bool = False,
+        how: TeacherFormat | None = None,
+    ) -> None:
+        """Opens, or creates, one table per teacher.
+
+        Args:
+            ensemble: The frozen teachers; on the batches' device.
+            folder: Where the tables live.
+            image_set_sha256: Hash of the whole image set.
+            num_images: Images in the whole set; `batch.index` lies in 0..num_images-1.
+            views: The view family that `batch.view` refers to.
+            include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
+                is the empty tuple.
+            how: How the teachers compute; tables of another numeric format are not used.
+        """
+        self.hits = 0
+        self.misses = 0
+        self._ensemble = ensemble
+        self._live = LiveTeachers(ensemble, how)
+        self._folder = Path(folder)
+        self._num_images, self._num_views = num_images, views.num_views
+        self._names = [identity.id for identity in ensemble.identities]
+        self._widths = [width if include_pooled else 0 for width in ensemble.num_features]
+        self._include_pooled = include_pooled
+        self._writable = True
+        self._warned: set[str] = set()
+        self._memo: EpochMemo | None = None
+        self._tables: list[TeacherTable | None] = [None] * len(self._names)
+        self._open(image_set_sha256, num_images, views, self._live.frozen().numeric_format)
+
+    def _open(self, image_set_sha256: str, num_images: int, views: ViewFamily, numeric_format: str) -> None:
+        """Opens one table per teacher; those that cannot be opened stay None.
+
+        A table that holds pooled features too serves runs that need the logits only, so that the methods of a
+        sweep share their rows.
+        """
+        for m, identity in enumerate(self._ensemble.identities):
+            key = TableKey(
+                teacher_sha256=identity.sha256,
+                image_set_sha256=image_set_sha256,
+                num_images=num_images,
+                view_key=views.key,
+                num_views=views.num_views,
+                num_classes=self._ensemble.num_classes,
+                pooled_dim=self._widths[m],
+                numeric_format=numeric_format,
+            )
+            wider = replace(key, pooled_dim=self._ensemble.num_features[m])
+            if not self._include_pooled and (self._folder / f"{wider.name}.rows").is_file():
+                key, self._widths[m] = wider, wider.pooled_dim
+            try:
+                self._tables[m] = TeacherTable(self._folder, key, identity.id)
+            except OSError as error:
+                self._warn_disk(error)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the rows asked for that were found, in [0, 1]; None before the first batch."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
+
+    def disk_bytes(self) -> int:
+        """Bytes that the tables take on disk now."""
+        return sum(table.disk_bytes() for table in self._tables if table is not None)
+
+    def plan(self, rows: int) -> None:
+        """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        self._live.plan(rows)
+
+    def prepare_epoch(self, index: Tensor, view: Tensor, gather: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Completes the tables for all rows of an epoch and holds these ready on the device.
+
+        Missing rows are computed in large batches, all of one size. Until the next call, only batches made of
+        these rows may be asked for.
+
+        Args:
+            index: int64 [N], the images of this process in the epoch, each once.
+            view: int64 [N], their views.
+            gather: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
+
+        Raises:
+            UserError: A teacher's output is not finite.
+        """
+        start, before = time.perf_counter(), self.misses
+        blocks = []
+        for rows in torch.arange(len(index)).split(_BLOCK_CHUNKS * self._live.frozen().chunk):
+            some_index, some_view = index[rows], view[rows]
+
+            def images_of(
+                chosen: Rows, some_index: Tensor = some_index, some_view: Tensor = some_view
+            ) -> Tensor:
+                return gather(some_index[chosen], some_view[chosen])
+
+            blocks.append(self._complete(some_index.numpy(), some_view.numpy(), images_of))
+        self._memo = EpochMemo(
+            index,
+            view,
+            [_joined(block[m][0] for block in blocks) for m in range(len(self._names))],
+            [
+                _joined(block[m][1] for block in blocks)
+                for m in range(len(self._names))
+                if self._include_pooled
+            ],
+            num_images=self._num_images,
+            device=next(self._ensemble.parameters()).device,
+        )
+        seconds = time.perf_counter() - start
+        if seconds > _WORTH_A_LINE and self.misses > before:
+            log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
+
+    def __call__(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
+        """The outputs of all teachers for the batch, on its device.
+
+        Args:
+            batch: B images with their index and view.
+            stages: Names of the stages whose outputs are wanted. They are not stored: the teachers run live,
+                every row counts as a miss, and the first such batch causes a warning.
+
+        Returns:
+            Logits [M, B, C] in float32, rounded to float16; pooled features M x [B, D_m] likewise, or ().
+
+        Raises:
+            IndexError: An index or a view lies outside the image set or the view family.
+            UserError: A teacher's output is not finite.
+        """
+        if stages:
+            self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
+            self.misses += len(self._tables) * len(batch.index)
+            output = self._live(batch, stages)
+            return output if self._include_pooled else output._replace(pooled=())
+        if self._memo is not None:
+            return self._memo.look_up(batch)
+        index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
+        device = batch.images.device
+        found = self._complete(index, view, lambda chosen: batch.images[torch.from_numpy(chosen).to(device)])
+        return TeacherOutput(
+            logits=torch.from_numpy(np.stack([logits for logits, _ in found])).to(device),
+            pooled=tuple(torch.from_numpy(pooled).to(device) for _, pooled in found if pooled is not None)
+            if self._include_pooled
+            else (),
+            stages=tuple({} for _ in found),
+        )
+
+    def _complete(
+        self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor]
+    ) -> list[tuple[Values, Values | None]]:
+        """Logits [B, C] and pooled features [B, D_m] or None of every teacher, missing ones computed and kept.
+
+        `images_of` makes the images at some of the positions 0..B-1.
+        """
+        found = [self._look_up(m, index, view) for m in range(len(self._tables))]
+        present = np.stack([here for _, _, here in found])
+        self.hits += int(present.sum())
+        self.misses += int((~present).sum())
+        missing = np.flatnonzero(~present.all(axis=0))
+        # An image may occur twice in a batch; computed once, both get what the table gets.
+        _, first, inverse = np.unique(
+            index[missing] * self._num_views + view[missing], return_index=True, return_inverse=True
+        )
+        once = missing[first]
+        chunk = self._live.frozen().chunk
+        for start in range(0, len(once), chunk):
+            chosen = once[start : start + chunk]
+            images = images_of(chosen)
+            for m, (logits, pooled, here) in enumerate(found):
+                new = ~here[chosen]
+                if new.any():
+                    computed, features = self._compute(m, images)
+                    rows = chosen[new]
+                    logits[rows] = computed[new]
+                    if pooled is not None and features is not None:
+                        pooled[rows] = features[new]
+                    self._store(
+                        m, index[rows], view[rows], logits[rows], None if pooled is None else pooled[rows]
+                    )
+        source = once[inverse]
+        for logits, pooled, here in found:
+            twice = ~here[missing] & (source != missing)
+            logits[missing[twice]] = logits[source[twice]]
+            if pooled is not None:
+                pooled[missing[twice]] = pooled[source[twice]]
+        return [(logits, pooled) for logits, pooled, _ in found]
+
+    def _look_up(self, m: int, index: Rows, view: Rows) -> tuple[Values, Values | None, NDArray[np.bool_]]:
+        table = self._tables[m]
+        if table is not None:
+            try:
+                return table.read(index, view)
+            except OSError as error:
+                self._tables[m] = None
+                self._warn_disk(error)
+        B, D = len(index), self._widths[m]
+        logits = np.empty((B, self._ensemble.num_classes), dtype=np.float32)
+        pooled = np.empty((B, D), dtype=np.float32) if D else None
+        return logits, pooled, np.zeros(B, dtype=np.bool_)
+
+    def _compute(self, m: int, images: Tensor) -> tuple[Values, Values | None]:
+        """Passes images through teacher m; returns values as a table would hold them."""
+        output = self._live.frozen().ask(m, images)
+        logits = to_float16(output.logits.cpu().numpy(), self._names[m]).astype(np.float32)
+        if not self._widths[m]:
+            return logits, None
+        return logits, to_float16(output.pooled.cpu().numpy(), self._names[m]).astype(np.float32)
+
+    def _store(
+        self,
+        m: int,
+        index: NDArray[np.int64],
+        view: NDArray[np.int64],
+        logits: NDArray[np.float32],
+        pooled: NDArray[np.float32] | None,
+    ) -> None:
+        table = self._tables[m]
+        if table is None or not self._writable:
+            return
+        try:
+            table.write(index, view, logits, pooled)
+        except OSError as error:
+            self._writable = False  # known rows are still read
+            self._warn_disk(error)
+
+    def _warn_disk(self, error: OSError) -> None:
+        self._warn("disk", f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live")
+
+    def _warn(self, cause: str, message: str) -> None:
+        """Warns once per cause."""
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _joined(parts: Iterable[Values | None]) -> NDArray[np.float16]:
+    """The parts one below the other; they were rounded to float16 before, so nothing is lost."""
+    return np.concatenate([part.astype(np.float16) for part in parts if part is not None])
