@@ -61,6 +61,32 @@ def test_the_factor_goes_on_after_the_end():
     assert factor(1000) == pytest.approx(0.0, abs=1e-15)
 
 
+def by_hand(weight, gradients, recipe, factor):
+    """Sutskever et al. 2013 in PyTorch's form: v = m v + g + d w; w -= lr (g + d w + m v)."""
+    velocity = 0.0
+    for step, gradient in enumerate(gradients):
+        gradient = gradient + recipe.weight_decay * weight
+        velocity = recipe.momentum * velocity + gradient
+        weight = weight - recipe.lr * factor(step) * (gradient + recipe.momentum * velocity)
+    return weight
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_optimiser_takes_the_steps_of_the_formula(fused):
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(50, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(8, 50, generator=generator, dtype=torch.float64)
+    recipe = RecipeSettings(epochs=2, lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.01)
+    weight = torch.nn.Parameter(start.clone())
+    optimizer, schedule = make_optimizer([weight], recipe, STEPS, fused=fused)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        schedule.step()
+    expected = by_hand(start, gradients, recipe, lr_factor(recipe, STEPS))
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_optimiser_is_what_the_recipe_says():
     weight = torch.nn.Parameter(torch.ones(3))
     recipe = RecipeSettings(epochs=4, lr=0.3, momentum=0.8, nesterov=True, weight_decay=0.01)

@@ -70,7 +70,10 @@ class ImageClassificationModule(pl.LightningModule):
         parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
         self.trainer.fit_loop.setup_data()
         batches = float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
-        optimizer, schedule = make_optimizer(parameters, self.recipe, max(1, math.ceil(batches)))
+        # Lightning refuses to clip the gradients of a fused optimiser under automatic mixed precision.
+        fused = self.device.type in ("cpu", "cuda") and not self.trainer.gradient_clip_val
+        steps = max(1, math.ceil(batches))
+        optimizer, schedule = make_optimizer(parameters, self.recipe, steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

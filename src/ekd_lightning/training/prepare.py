@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.frozen_teachers import TeacherFormat
+from ekd_lightning.training.record import is_rank_zero
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.table_budget import check_disk, table_bytes
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     blanks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
     method = _build_method(settings, dataset, student, plans, blanks)
-    table = (
-        needs
-        and uses_table(settings, method)
-        and _table_fits(settings, dataset, subset, views, blanks, method)
-    )
+    table = needs and _uses_table(settings, dataset, subset, views, blanks, method)
     return Prepared(dataset, subset, views, datamodule, student, method, plans, table)
 
 
@@ -127,20 +127,7 @@ def _build_method(
     )
 
 
-def uses_table(settings: Settings, method: Method) -> bool:
-    """Whether teacher outputs are remembered.
-
-    Raises:
-        UserError: If a table is required and a term needs stage outputs, which are not kept.
-    """
-    if method.teacher_stages and settings.teachers.table == "require":
-        raise UserError(
-            f"teachers.table=require: stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
-        )
-    return settings.teachers.table != "off" and not method.teacher_stages
-
-
-def _table_fits(
+def _uses_table(
     settings: Settings,
     dataset: Dataset,
     subset: Subset,
@@ -148,7 +135,21 @@ def _table_fits(
     networks: list[StagedNetwork],
     method: Method,
 ) -> bool:
-    """Checks the tables' need against budget and disk; `auto` goes on without them, `require` does not."""
+    """Whether teacher outputs are remembered; says why not, or how large the tables may become.
+
+    Raises:
+        UserError: If tables are required and cannot be had.
+    """
+    problem = ""
+    if settings.teachers.table == "off":
+        problem = "teachers.table=off"
+    elif method.teacher_stages:
+        problem = f"stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
+    if problem:
+        if settings.teachers.table == "require":
+            raise UserError(f"teachers.table=require: {problem}")
+        _say(f"teachers run live: {problem}")
+        return False
     needed = sum(
         table_bytes(
             len(subset.train_index),
@@ -170,7 +171,15 @@ def _table_fits(
             raise UserError(f"teachers.table=require: {error} ({advice})") from None
         warnings.warn(f"{error} ({advice}); this run's teachers run live", stacklevel=3)
         return False
+    rows = len(subset.train_index) * views.num_views
+    size = f"{rows:,} rows ({len(subset.train_index):,} images, {views.num_views} views)"
+    _say(f"teacher tables: {len(networks)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
     return True
+
+
+def _say(line: str) -> None:
+    if is_rank_zero():
+        log.info(line)
 
 
 def table_folder(settings: Settings) -> Path:

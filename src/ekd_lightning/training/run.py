@@ -190,6 +190,7 @@ def _one_line(error: BaseException) -> str:
 def _free() -> None:
     """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
     gc.collect()
+    torch.compiler.reset()  # compiled teachers hold their weights
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -41,14 +41,22 @@ def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], f
 
 
 def make_optimizer(
-    parameters: list[torch.nn.Parameter], recipe: RecipeSettings, steps_per_epoch: int
+    parameters: list[torch.nn.Parameter], recipe: RecipeSettings, steps_per_epoch: int, *, fused: bool = False
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """SGD as the recipe says, with its schedule (to be stepped once per optimiser step)."""
+    """SGD as the recipe says, with its schedule (to be stepped once per optimiser step).
+
+    Args:
+        parameters: What is trained.
+        recipe: Checked recipe.
+        steps_per_epoch: Optimiser steps of one epoch.
+        fused: One kernel for all parameters instead of several for each; CPU and CUDA have it.
+    """
     optimizer = torch.optim.SGD(
         parameters,
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        fused=fused,
     )
     return optimizer, LambdaLR(optimizer, lr_factor(recipe, steps_per_epoch))
