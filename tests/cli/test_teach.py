@@ -60,3 +60,27 @@ def test_one_line(tmp_path, word, named):
     (line,) = outcome.err.splitlines()
     assert line.startswith("ekd-teach: error: ")
     assert named in line
+
+
+@pytest.mark.parametrize("fill", ["run", "all"])
+def test_a_table_filled_ahead_leaves_nothing_to_compute(taught, tmp_path, fill):
+    root, _, _, student = taught
+    words = (*TINY, f"teachers.store={root / 'store'}", "recipe.epochs=2", f"seed={len(fill)}")
+    directory = tmp_path / fill
+    filled = call_teach(*words, f"teachers.fill={fill}", f"hydra.run.dir={directory}", directory=directory)
+    assert filled.code == 0, filled.err
+    table = filled.json("teachers.json")["table"]
+    images = student.result["num_train_images"]
+    per_teacher = (
+        2 * (images // 32 * 32) if fill == "run" else 25 * images
+    )  # crops of padding 2, not mirrored
+    assert table["rows_found"] + table["rows_computed"] == 2 * per_teacher
+    again = call_train(*words, f"hydra.run.dir={tmp_path / 'student'}", directory=tmp_path / "student")
+    assert again.result["teacher_table_hit_rate"] == 1.0
+
+
+def test_nothing_to_fill_is_refused(tmp_path):
+    words = ("teachers.fill=run", "teachers.table=off", f"hydra.run.dir={tmp_path / 'run'}")
+    outcome = call_teach(*TINY, *words, directory=tmp_path / "run")
+    assert outcome.code == 2
+    assert "keeps no teacher tables" in outcome.err

@@ -62,12 +62,12 @@ def test_the_factor_goes_on_after_the_end():
 
 
 def by_hand(weight, gradients, recipe, factor):
-    """Sutskever et al. 2013 in PyTorch's form: v = m v + g + d w; w -= lr (g + d w + m v)."""
+    """Sutskever et al. 2013 in PyTorch's form: v = m v + (g + d w); w -= lr (g + d w + m v)."""
     velocity = 0.0
     for step, gradient in enumerate(gradients):
-        gradient = gradient + recipe.weight_decay * weight
-        velocity = recipe.momentum * velocity + gradient
-        weight = weight - recipe.lr * factor(step) * (gradient + recipe.momentum * velocity)
+        decayed = gradient + recipe.weight_decay * weight
+        velocity = recipe.momentum * velocity + decayed
+        weight = weight - recipe.lr * factor(step) * (decayed + recipe.momentum * velocity)
     return weight
 
 

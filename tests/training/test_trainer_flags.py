@@ -83,3 +83,9 @@ def test_flags_are_not_changed(tmp_path):
     flags = {**CPU, "precision": "auto", "enable_progress_bar": None}
     build_trainer(flags, tmp_path, [], [], in_sweep=False)
     assert flags == {**CPU, "precision": "auto", "enable_progress_bar": None}
+
+
+def test_gradients_can_be_clipped_in_mixed_precision(train, tmp_path):
+    """Lightning refuses that for fused optimisers."""
+    outcome = train(tmp_path / "run", "trainer.gradient_clip_val=1.0", "trainer.precision=bf16-mixed")
+    assert outcome.code == 0, outcome.err

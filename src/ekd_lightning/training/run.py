@@ -98,6 +98,8 @@ def _run(
     check_trainer(settings.trainer)
     check_loggers(settings.logger)
     check_metric(settings.metric)
+    if settings.teachers.fill != "none":
+        log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     facts = describe_run(settings, prepared)
     if record and settings.resume is None:

@@ -123,6 +123,8 @@ class TeacherSettings:
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_budget_gb: float = 20.0
     """Most disk that the tables of one run may need."""
+    fill: str = "none"
+    """What `ekd-teach` computes ahead: none, run (the rows that a run with these settings reads) or all views."""
     precision: str = "auto"
     """What frozen teachers compute in: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
     fold: bool = True
@@ -144,6 +146,7 @@ class TeacherSettings:
             raise unknown_name("teachers.train_on", self.train_on, ("subset", "all"))
         for name, allowed in (
             ("table", ("auto", "require", "off")),
+            ("fill", ("none", "run", "all")),
             ("precision", ("auto", "float32", "bfloat16")),
             ("compile", ("auto", "always", "never")),
         ):

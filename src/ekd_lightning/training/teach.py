@@ -10,6 +10,7 @@ import torch
 from ekd_lightning.data import Dataset
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.training.fill import fill_tables, prepare_fill
 from ekd_lightning.training.prepare import prepare_data
 from ekd_lightning.training.record import write_json
 from ekd_lightning.training.settings import Settings
@@ -21,7 +22,7 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     """Reads, downloads or trains the first `count` teachers of the pool and tests each.
 
     Args:
-        settings: The groups data and teachers are read.
+        settings: The groups data and teachers are read, and all that a run reads with `teachers.fill`.
         directory: Receives teachers.json.
 
     Returns:
@@ -31,17 +32,19 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
         UserError: For a user's mistake, before anything is trained.
     """
     settings.check()
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    to_fill = prepare_fill(settings, accelerator)
     dataset, subset, views = prepare_data(settings)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
-    plans = plan_teachers(settings.teachers, data, str(settings.trainer.get("accelerator", "auto")))
-    on_gpu = torch.cuda.is_available() and settings.trainer.get("accelerator", "auto") in (
-        "auto",
-        "gpu",
-        "cuda",
-    )
+    teachers = gather_teachers(plan_teachers(settings.teachers, data, accelerator))
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = score_teachers(settings, dataset, gather_teachers(plans), device)
-    write_json(directory / "teachers.json", {"data": dataset.name, "teachers": rows})
+    rows = score_teachers(settings, dataset, teachers, device)
+    record: dict[str, Any] = {"data": dataset.name, "teachers": rows}
+    if to_fill is not None:
+        found, computed = fill_tables(settings, to_fill, teachers, device)
+        record["table"] = {"rows_found": found, "rows_computed": computed}
+    write_json(directory / "teachers.json", record)
     return rows
 
 
