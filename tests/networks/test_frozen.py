@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from ekd_lightning.networks import NetworkSpec, StagedNetwork, build_network, network_names, normalization
-from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks import (
+    BranchedStudent,
+    NetworkSpec,
+    StagedNetwork,
+    build_network,
+    network_names,
+    normalization,
+)
+from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.weights import state_sha256
 
 SMALL = ("resnet8", "resnet14", "wrn_16_1", "densenetbc_40_12", "vgg8", "mobilenetv2")
@@ -105,3 +112,19 @@ def test_a_stage_that_cannot_be_traced_is_left_as_it_is():
         assert_same(frozen(images())[:1], (network(images()),))
         assert_same(frozen.traced()(images())[:1], (network(images()),))
     assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+
+
+@pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probs", "gate"])
+@pytest.mark.parametrize("split_after", ["stage1", "stage3", "stem"])
+def test_a_frozen_student_says_what_the_student_says(ensemble, split_after):
+    torch.manual_seed(2)
+    spec = NetworkSpec("resnet8", 10, normalization("cifar10"))
+    student = BranchedStudent(spec, branches=3, split_after=split_after, ensemble=ensemble)
+    student(images(16))  # batch norms get statistics of their own
+    student.eval()
+    with torch.no_grad():
+        expected = student(images())
+        assert_same((FrozenStudent(student)(images()),), (expected,))
+        half = FrozenStudent(student, dtype=torch.bfloat16)(images())
+    assert half.dtype == torch.float32
+    assert_same((half,), (expected,), rtol=0.05)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +16,7 @@ from torch.fx.experimental.optimization import fuse
 
 from ekd_lightning.networks.outputs import NetworkOutput
 from ekd_lightning.networks.staged import StagedNetwork, pool
+from ekd_lightning.networks.student import Branch, BranchedStudent, couple
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,48 @@ class FrozenNetwork(nn.Module):
         except Exception as error:  # a network of a user's: data-dependent control flow raises many kinds
             log.debug("%s cannot be traced: %s", type(self).__name__, error)
             return self
+
+
+class FrozenStudent(nn.Module):
+    """A copy of a branched student for inference; the same treatment as `FrozenNetwork`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        student: BranchedStudent,
+        *,
+        dtype: torch.dtype = torch.float32,
+        fold: bool = True,
+        channels_last: bool = True,
+    ) -> None:
+        """Copies the student, which stays as it is; see `FrozenNetwork`."""
+        super().__init__()
+        self.dtype = dtype
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        student = copy.deepcopy(student).eval().requires_grad_(False)
+        self.register_buffer("mean", student.trunk.normalize.mean, persistent=False)
+        self.register_buffer("std", student.trunk.normalize.std, persistent=False)
+        own = [cast(Branch, branch) for branch in student.branches]
+        parts = (student.trunk.stages, *(branch.stages for branch in own))
+        chains = [
+            nn.Sequential(*(_folded(stage, name) if fold else stage for name, stage in stages.items()))
+            for stages in parts
+        ]
+        self.trunk, *branches = (chain.to(dtype).to(memory_format=self._memory_format) for chain in chains)
+        self.branches = nn.ModuleList(branches)
+        self.heads = nn.ModuleList(branch.head for branch in own)
+        self.ensemble, self.gate = student.ensemble, student.gate
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The ensemble output [B, C] in float32 for images [B, 3, H, W] in [0, 1]."""
+        maps = ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
+        maps = self.trunk(maps)
+        branches = zip(self.branches, self.heads, strict=True)
+        logits = torch.stack([head(pool(branch(maps).float())) for branch, head in branches])
+        return couple(logits, maps.float(), self.ensemble, self.gate)
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:

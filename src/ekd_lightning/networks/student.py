@@ -78,6 +78,29 @@ class Gate(nn.Module):
         return _wide(scores).softmax(dim=1)
 
 
+def couple(branch_logits: Tensor, trunk_maps: Tensor, ensemble: str, gate: Gate | None) -> Tensor:
+    """Makes one prediction of the branches' logits.
+
+    Args:
+        branch_logits: [K, B, C].
+        trunk_maps: The trunk's output [B, channels, height, width]; only a gate reads it.
+        ensemble: `mean_logits`, `mean_probs` or `gate`.
+        gate: The gate; None for the other two.
+
+    Returns:
+        [B, C], at least in float32: logits, or log-probabilities for `mean_probs`.
+    """
+    logits = _wide(branch_logits)
+    if gate is not None:
+        # Not einsum: autocast would compute it in half precision.
+        weights = gate(trunk_maps).to(logits.dtype)
+        return (weights.T.unsqueeze(-1) * logits).sum(dim=0)
+    if ensemble == "mean_probs":
+        # log(1/K Σ p_k) without ever leaving the log domain.
+        return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+    return logits.mean(dim=0)
+
+
 class BranchedStudent(nn.Module):
     """K branches over a shared trunk, all cut from copies of one network.
 
@@ -172,7 +195,9 @@ class BranchedStudent(nn.Module):
         branch_logits = torch.stack([logits for logits, _, _ in results])
         pooled = torch.stack([features for _, features, _ in results])
         stages = tuple({**shared, **own} for _, _, own in results)
-        return StudentOutput(self._couple(branch_logits, maps), branch_logits, pooled, stages)
+        return StudentOutput(
+            couple(branch_logits, maps, self.ensemble, self.gate), branch_logits, pooled, stages
+        )
 
     def stage_shapes(self, image_size: int = 32) -> dict[str, tuple[int, int, int]]:
         """Tells the shape (channels, height, width) of each stage's output in every branch.
@@ -183,17 +208,6 @@ class BranchedStudent(nn.Module):
         with torch.no_grad():
             stages = probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta")).stages[0]
         return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}
-
-    def _couple(self, branch_logits: Tensor, trunk_maps: Tensor) -> Tensor:
-        logits = _wide(branch_logits)
-        if self.gate is not None:
-            # Not einsum: autocast would compute it in half precision.
-            weights = self.gate(trunk_maps).to(logits.dtype)
-            return (weights.T.unsqueeze(-1) * logits).sum(dim=0)
-        if self.ensemble == "mean_probs":
-            # log(1/K Σ p_k) without ever leaving the log domain.
-            return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
-        return logits.mean(dim=0)
 
 
 def _check(branches: int, split_after: str, ensemble: str) -> None:

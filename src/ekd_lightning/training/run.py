@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import save_student
+from ekd_lightning.networks import TeacherEnsemble, save_student
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.finish import cost, end_processes, final_scores, origin, read_checkpoint
@@ -114,14 +114,7 @@ def _run(
     teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
     if record:
         record.add_provenance(**origin(prepared, teachers))
-    module = Distiller(
-        prepared.student,
-        prepared.method,
-        settings.recipe,
-        teachers=teachers,
-        make_source=source_factory(settings, prepared),
-        channels_last=settings.channels_last,
-    )
+    module = make_distiller(settings, prepared, teachers)
     describe_metrics(loggers)
     finished = False
     try:
@@ -142,6 +135,18 @@ def _run(
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(directory / STUDENT, prepared.student, metadata)
     return result
+
+
+def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:
+    """The module of a run from its checked parts."""
+    return Distiller(
+        prepared.student,
+        prepared.method,
+        settings.recipe,
+        teachers=teachers,
+        make_source=source_factory(settings, prepared),
+        channels_last=settings.channels_last,
+    )
 
 
 def run_name(facts: dict[str, Any]) -> str:

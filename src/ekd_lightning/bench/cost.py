@@ -1,0 +1,136 @@
+"""The parts of the benchmark about cost: inference, memory, growth, share of the machine's peak."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekd_lightning.bench.machine import matmul_peak
+from ekd_lightning.bench.parts import Bench
+from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
+from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
+from ekd_lightning.training.precision import teacher_dtype
+
+
+class _Mean(nn.Module):
+    """An ensemble of networks as a user would deploy it: the mean of their logits."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers = [member(images) for member in self.members]
+        return torch.stack([a[0] if isinstance(a, tuple) else a for a in answers]).mean(0)
+
+
+def inference(bench: Bench) -> dict[str, Any]:
+    """(e) The student against each teacher and the ensemble of all: batch 1 and 128, plain, folded, compiled."""
+    student = bench.job().prepared().student.to(bench.device).eval()
+    networks = list(bench.teachers.to(bench.device).networks())
+    dtype = teacher_dtype("auto", bench.device.type)
+    folded = [FrozenNetwork(network, dtype=dtype) for network in networks]
+    names = [identity.id for identity in bench.teachers.identities]
+    plain: dict[str, nn.Module] = {"student": student, **dict(zip(names, networks, strict=True))}
+    fast: dict[str, nn.Module] = {
+        "student": FrozenStudent(student, dtype=dtype),
+        **dict(zip(names, folded, strict=True)),
+    }
+    plain["teacher ensemble"], fast["teacher ensemble"] = _Mean(list(networks)), _Mean(list(folded))
+    result: dict[str, Any] = {"unit": "images/s", "format": str(dtype).removeprefix("torch."), "batches": {}}
+    for batch in (1, 128):
+        images = bench.dataset.test.images[:batch].float().div(255).to(bench.device)
+        ways: dict[str, Callable[[], float]] = {}
+        for name, network in plain.items():
+            compiled = torch.compile(fast[name], dynamic=False, options={"freezing": True})
+            forms: dict[str, Callable[..., object]] = {
+                "plain": network,
+                "folded": fast[name],
+                "compiled": compiled,
+            }
+            for form, module in forms.items():
+                ways[f"{name}, {form}"] = _forward_rate(module, images, bench.device)
+        rates = take_turns(ways, bench.rounds)
+        rows = summary(rates, "teacher ensemble, plain")
+        for form in ("plain", "folded", "compiled"):
+            pairs = zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
+            rows[f"student, {form}"]["ratio_to_ensemble"] = statistics.median(a / b for a, b in pairs)
+        result["batches"][str(batch)] = rows
+        torch.compiler.reset()
+    result["parameters"] = {name: count_parameters(module) for name, module in plain.items()}
+    result["macs"] = {name: count_macs(module, bench.dataset.image_size) for name, module in plain.items()}
+    return result
+
+
+def _forward_rate(
+    module: Callable[..., object], images: torch.Tensor, device: torch.device
+) -> Callable[[], float]:
+    def forward() -> None:
+        with torch.no_grad():
+            module(images)
+
+    def measure() -> float:
+        return len(images) / statistics.median(seconds_of(forward, device) for _ in range(5))
+
+    return measure
+
+
+def memory() -> dict[str, Any]:
+    """(f) The peak of this process so far, which has held everything that a run holds."""
+    peak = {"process_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if torch.cuda.is_available():
+        peak["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return peak
+
+
+def growth(bench: Bench) -> dict[str, Any]:
+    """(g) How the speed of training changes with M, K, the batch size and the number of images; warm tables."""
+    result: dict[str, Any] = {"unit": "images/s"}
+    settings = bench.settings
+    with tempfile.TemporaryDirectory() as folder:
+
+        def rate(teachers: int | None = None, **changes: Any) -> float:
+            job = bench.job(replace(settings, **changes), teachers).with_store(Path(folder))
+            job.fit()
+            return job.fit()[0]
+
+        result["teachers"] = {m: rate(m) for m in range(1, bench.teachers.num_teachers + 1)}
+        result["branches"] = {k: rate(student=replace(settings.student, branches=k)) for k in (1, 2, 3, 4, 6)}
+        result["batch_size"] = {
+            b: rate(recipe=replace(settings.recipe, batch_size=b)) for b in (32, 64, 128, 256, 512)
+        }
+        result["images"] = {
+            int(10_000 * share): rate(data=replace(settings.data, fraction=None, per_class=int(1000 * share)))
+            for share in (0.1, 0.25, 0.5)
+        }
+    return result
+
+
+def peak_share(
+    bench: Bench, warm_images_per_second: float, teacher_rates: dict[str, float]
+) -> dict[str, Any]:
+    """(h) Share of the measured matrix-product peak; a training step counts three forward passes."""
+    peaks = {
+        name: matmul_peak(dtype, bench.device)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    }
+    format_ = str(teacher_dtype("auto", bench.device.type)).removeprefix("torch.")
+    student = bench.job().prepared().student
+    macs = {
+        i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.networks(), strict=True)
+    }
+    return {
+        "peak_gmacs": {name: value / 1e9 for name, value in peaks.items()},
+        "format": format_,
+        "student_training": 3 * count_macs(student) * warm_images_per_second / peaks[format_],
+        **{f"teacher {name}": macs[name] * rate / peaks[format_] for name, rate in teacher_rates.items()},
+    }

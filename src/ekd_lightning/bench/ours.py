@@ -1,0 +1,143 @@
+"""This package's side of the comparison: through Lightning as `ekd-train` does it, and as a bare loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ekd_lightning.bench.timing import seconds_of
+from ekd_lightning.data.loader import TrainLoader, gather_batch
+from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.loggers import MetricsCsv
+from ekd_lightning.training.prepare import Prepared, prepare, source_factory
+from ekd_lightning.training.run import make_distiller
+from ekd_lightning.training.schedule import make_optimizer
+from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.tabled_teachers import TabledTeachers
+from ekd_lightning.training.trainer import build_trainer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, to be timed.
+
+    Attributes:
+        settings: What to train.
+        teachers: Loaded once for all jobs.
+        device: Where.
+    """
+
+    settings: Settings
+    teachers: TeacherEnsemble | None
+    device: torch.device
+
+    def prepared(self) -> Prepared:
+        """Fresh parts: student, method, data module."""
+        return prepare(self.settings, "cpu" if self.device.type == "cpu" else "auto")
+
+    def with_store(self, store: Path) -> Job:
+        """The same with another store, e.g. an empty one."""
+        teachers = replace(self.settings.teachers, store=str(store))
+        return replace(self, settings=replace(self.settings, teachers=teachers))
+
+    def fit(self) -> tuple[float, Any]:
+        """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
+
+        Returns:
+            Images per second over all epochs, teachers included; and the trained module.
+        """
+        prepared = self.prepared()
+        module = make_distiller(self.settings, prepared, self.teachers)
+        report = EpochReport(self.settings.recipe.batch_size)
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            checkpoints = checkpoint_callbacks(Path(folder), with_best=False)
+            callbacks: list[pl.Callback] = [EpochSeed(self.settings.seed), report, *checkpoints]
+            trainer = build_trainer(
+                self.settings.trainer,
+                Path(folder),
+                [MetricsCsv(Path(folder) / "metrics.csv")],
+                callbacks,
+                in_sweep=True,
+            )
+            trainer.fit(module, datamodule=prepared.datamodule)
+        return report.images_seen / report.train_seconds, module
+
+
+class BareLoop:
+    """The same kernels, images, teacher tables and optimiser in a `for` loop, without Lightning."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, settings = job, job.settings
+        prepared = self.prepared = job.prepared()
+        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.student = prepared.student.to(job.device).to(memory_format=memory_format)
+        self.method = prepared.method.to(job.device)
+        assert job.teachers is not None
+        self.source = source_factory(settings, prepared)(job.teachers.to(job.device))
+        self.images = prepared.dataset.train.images.to(job.device)
+        self.loader = TrainLoader(
+            prepared.dataset.train,
+            prepared.subset.train_index,
+            prepared.views,
+            settings.recipe.batch_size,
+            settings.seed,
+        )
+        parameters = [*self.student.parameters(), *self.method.parameters()]
+        self.optimizer, self.schedule = make_optimizer(
+            parameters, settings.recipe, len(self.loader), fused=True
+        )
+        self._memory_format = memory_format
+
+    def images_per_second(self, epochs: int) -> float:
+        """The rate over some epochs, the first of the seed."""
+        seconds = seconds_of(lambda: self._epochs(epochs), self.job.device)
+        return epochs * len(self.loader) * self.job.settings.recipe.batch_size / seconds
+
+    def _epochs(self, count: int) -> None:
+        for epoch in range(count):
+            self._epoch(epoch)
+
+    def _epoch(self, epoch: int) -> None:
+        self.loader.sampler.set_epoch(epoch)
+        if isinstance(self.source, TabledTeachers):
+            gather = partial(self.prepared.datamodule.training_images, device=self.job.device)
+            self.source.prepare_epoch(*self.loader.rows(), gather)
+        half = self.job.settings.trainer.get("precision") == "bf16-mixed"
+        self.student.train()
+        for rows in self.loader:
+            batch = gather_batch(self.images, rows, self.prepared.views)
+            batch = batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
+            with torch.autocast(self.job.device.type, torch.bfloat16, enabled=half):
+                output = self.student.outputs(batch.images)
+                result = self.method(output, self.source(batch), batch, epoch=epoch)
+            self.optimizer.zero_grad()
+            result.total.backward()
+            self.optimizer.step()
+            self.schedule.step()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says about itself."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "ekd_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

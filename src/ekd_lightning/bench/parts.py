@@ -1,0 +1,223 @@
+"""The parts of the benchmark that compare the plain way and ours on the same work."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.bench.ours import BareLoop, Job
+from ekd_lightning.bench.plain import PlainLoop, best_workers, plain_loader
+from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.data import Dataset
+from ekd_lightning.data.loader import TrainLoader, gather_batch
+from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.training.frozen_teachers import FrozenTeachers, TeacherFormat
+from ekd_lightning.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured and how often.
+
+    Attributes:
+        settings: Data, pool of teachers, student, method, recipe and trainer flags of the job.
+        dataset: The images.
+        teachers: All teachers of the pool.
+        device: Where everything computes.
+        rounds: Counted rounds of every comparison.
+        plain_steps: Steps of the plain loop in a round; its speed does not change over an epoch.
+        workers: Numbers of loader workers that are tried for the plain loop.
+    """
+
+    settings: Settings
+    dataset: Dataset
+    teachers: TeacherEnsemble
+    device: torch.device
+    rounds: int = 3
+    plain_steps: int = 30
+    workers: tuple[int, ...] = (0, 1, 2)
+
+    def job(self, settings: Settings | None = None, teachers: int | None = None) -> Job:
+        """The job, with the first so many teachers."""
+        count = self.teachers.num_teachers if teachers is None else teachers
+        chosen = TeacherEnsemble(list(self.teachers.networks())[:count], self.teachers.identities[:count])
+        settings = settings or self.settings
+        pool = replace(settings.teachers, count=count)
+        return Job(replace(settings, teachers=pool), chosen, self.device)
+
+    def plain(self, job: Job, workers: int) -> PlainLoop:
+        """The plain loop of a job."""
+        prepared = job.prepared()
+        loader = plain_loader(
+            self.dataset.train, prepared.subset.train_index, job.settings.recipe.batch_size, workers
+        )
+        assert job.teachers is not None
+        return PlainLoop(loader, prepared.student, prepared.method, job.teachers, self.device)
+
+
+def loader_alone(bench: Bench) -> dict[str, Any]:
+    """(a) Images per second of the loaders, nothing trained: PIL in workers, and views in memory."""
+    prepared, batch_size = bench.job().prepared(), bench.settings.recipe.batch_size
+    index = prepared.subset.train_index
+    rates = best_workers(bench.dataset.train, index, batch_size, bench.workers, 2 * bench.plain_steps)
+    best = max(rates, key=rates.__getitem__)
+    images = bench.dataset.train.images.to(bench.device)
+    ours = TrainLoader(bench.dataset.train, index, prepared.views, batch_size, seed=0)
+
+    def measure_plain() -> float:
+        return best_workers(bench.dataset.train, index, batch_size, (best,), 2 * bench.plain_steps)[best]
+
+    def measure_ours() -> float:
+        def epoch() -> None:
+            for rows in ours:
+                gather_batch(images, rows, prepared.views)
+
+        return len(ours) * batch_size / seconds_of(epoch, bench.device)
+
+    found = take_turns({"plain": measure_plain, "views in memory": measure_ours}, bench.rounds)
+    return {"unit": "images/s", "workers": rates, "best_workers": best, "rates": summary(found, "plain")}
+
+
+FORMATS = {
+    "float32 eager": TeacherFormat("float32", fold=False, compile="never", channels_last=False),
+    "float32 folded": TeacherFormat("float32", compile="never"),
+    "float32 folded, compiled": TeacherFormat("float32", compile="always"),
+    "auto folded": TeacherFormat("auto", compile="never"),
+    "auto folded, compiled": TeacherFormat("auto", compile="always"),
+}
+"""How teachers can be asked; "auto" is bfloat16 where the hardware has it."""
+
+
+def teachers_alone(bench: Bench) -> dict[str, Any]:
+    """(b) Each teacher at batch 128 in every format; agreement with float32 on test images."""
+    batch = bench.dataset.test.images[:128].float().div(255).to(bench.device)
+    test = bench.dataset.test.images[:2048].float().div(255).to(bench.device)
+    result: dict[str, Any] = {"unit": "images/s", "batch": len(batch), "teachers": {}}
+    ready = {name: FrozenTeachers(bench.teachers.to(bench.device), how) for name, how in FORMATS.items()}
+    for m, identity in enumerate(bench.teachers.identities):
+        start = time.perf_counter()
+        ready["auto folded, compiled"].ask(m, batch)
+        compile_seconds = time.perf_counter() - start
+        ways = {
+            name: _rate(partial(frozen.ask, m, batch), len(batch), bench.device)
+            for name, frozen in ready.items()
+        }
+        rates = summary(take_turns(ways, bench.rounds), "float32 eager")
+        plain, fast = (
+            torch.cat([ready[name].ask(m, part).logits for part in test.split(128)])
+            for name in ("float32 eager", "auto folded, compiled")
+        )
+        result["teachers"][identity.id] = {
+            "rates": rates,
+            "first_call_seconds": compile_seconds,
+            "format": ready["auto folded, compiled"].numeric_format,
+            **agreement(plain, fast),
+        }
+    return result
+
+
+def agreement(plain: Tensor, fast: Tensor, temperature: float = 4.0) -> dict[str, float]:
+    """How far two sets of logits [B, C] lie apart: log-probabilities at T = 1 and T, and the same top class."""
+
+    def distance(T: float) -> float:
+        return float(((plain / T).log_softmax(-1) - (fast / T).log_softmax(-1)).abs().max())
+
+    return {
+        "max_log_prob_difference": distance(1.0),
+        f"max_log_prob_difference_at_T{temperature:g}": distance(temperature),
+        "top1_agreement": float((plain.argmax(-1) == fast.argmax(-1)).float().mean()),
+        "images": len(plain),
+    }
+
+
+def _rate(
+    work: Callable[[], object], count: int, device: torch.device, repeats: int = 5
+) -> Callable[[], float]:
+    def measure() -> float:
+        return count / statistics.median(seconds_of(work, device) for _ in range(repeats))
+
+    return measure
+
+
+def epoch(bench: Bench) -> dict[str, Any]:
+    """(c) A training epoch with all teachers: plain loop, cold table, warm table, bare loop with our kernels."""
+    job = bench.job()
+    loops = {workers: bench.plain(job, workers) for workers in bench.workers}
+    for loop in loops.values():
+        loop.step()
+    tried = {
+        workers: loop.images_per_second(max(3, bench.plain_steps // 3)) for workers, loop in loops.items()
+    }
+    best = max(tried, key=tried.__getitem__)
+    with tempfile.TemporaryDirectory() as folder:
+        warm = job.with_store(Path(folder) / "warm")
+        warm.fit()
+
+        def cold() -> float:
+            with tempfile.TemporaryDirectory() as empty:
+                return job.with_store(Path(empty)).fit()[0]
+
+        def bare() -> float:
+            return BareLoop(warm).images_per_second(job.settings.recipe.epochs)
+
+        ways = {
+            "plain": lambda: loops[best].images_per_second(bench.plain_steps),
+            "cold table": cold,
+            "warm table": lambda: warm.fit()[0],
+            "bare loop, warm table": bare,
+        }
+        rates = take_turns(ways, bench.rounds, warm_up=False)
+    found = summary(rates, "plain")
+    overhead = statistics.median(
+        b / w - 1 for b, w in zip(rates["bare loop, warm table"], rates["warm table"], strict=True)
+    )
+    return {
+        "unit": "images/s",
+        "plain_workers": tried,
+        "best_workers": best,
+        "rates": found,
+        "lightning_overhead": overhead,
+        "epochs": job.settings.recipe.epochs,
+        "images": len(job.prepared().subset.train_index),
+    }
+
+
+def sweep(bench: Bench) -> dict[str, Any]:
+    """(d) A sweep of teachers 1, 2, ... × branches 1, 2, 3, from an empty store; seconds in total.
+
+    The plain side's seconds are computed from its measured speed in each of the jobs.
+    """
+    counts, branches = range(1, bench.teachers.num_teachers + 1), (1, 2, 3)
+    plain_seconds, jobs = 0.0, []
+    for count in counts:
+        for number in branches:
+            student = replace(bench.settings.student, branches=number)
+            job = bench.job(replace(bench.settings, student=student), count)
+            jobs.append(job)
+            loop = bench.plain(job, 0)
+            loop.step()
+            images = len(job.prepared().subset.train_index) * job.settings.recipe.epochs
+            plain_seconds += images / loop.images_per_second(max(3, bench.plain_steps // 3))
+    with tempfile.TemporaryDirectory() as folder:
+        stored = [job.with_store(Path(folder)) for job in jobs]
+        start = time.perf_counter()
+        for job in stored:
+            job.fit()
+        seconds = time.perf_counter() - start
+    return {
+        "unit": "s",
+        "jobs": len(jobs),
+        "epochs": bench.settings.recipe.epochs,
+        "plain": plain_seconds,
+        "ours": seconds,
+        "ratio": plain_seconds / seconds,
+    }

@@ -1,0 +1,61 @@
+"""Fair timings: the ways take turns, so that a machine whose speed drifts is unfair to none of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that the work takes, with what it left running on the device."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Asks every way for a rate, round by round.
+
+    Args:
+        ways: Name -> measures once and returns a rate (larger is faster).
+        rounds: Measurements of each, at least 1.
+        warm_up: Whether a first round is thrown away.
+
+    Returns:
+        Name -> the rates of the counted rounds.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + warm_up):
+        for name, measure in ways.items():
+            rate = measure()
+            if number >= warm_up:
+                rates[name].append(rate)
+    return rates
+
+
+def summary(rates: Mapping[str, list[float]], against: str) -> dict[str, Any]:
+    """Median, minimum and maximum of each way, and its median ratio to `against`, round by round."""
+    return {
+        name: {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "ratio": statistics.median(
+                value / other for value, other in zip(values, rates[against], strict=True)
+            ),
+        }
+        for name, values in rates.items()
+    }

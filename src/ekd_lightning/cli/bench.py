@@ -1,0 +1,170 @@
+"""`ekd-bench`: the speed of this package against a plain PyTorch loop, on this machine and the same work."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ekd_lightning.cli.config import compose_settings
+from ekd_lightning.cli.edge import one_line
+from ekd_lightning.cli.train import quiet_libraries
+
+if TYPE_CHECKING:
+    from ekd_lightning.bench.parts import Bench
+
+PROGRAM = "ekd-bench"
+PARTS = {
+    "a": "the loader alone",
+    "b": "each teacher, plain and frozen",
+    "c": "a training epoch: plain loop, cold table, warm table, bare loop",
+    "d": "a sweep of teachers 1, 2, ... x branches 1, 2, 3",
+    "e": "inference of the student and of the teachers",
+    "g": "growth with teachers, branches, batch size and images",
+    "h": "share of the machine's matrix-product peak (runs b and c)",
+    "f": "memory of this process (after the other parts)",
+}
+EXAMPLES = """\
+examples:
+  ekd-bench                                                    bundled digits, all parts, some minutes
+  ekd-bench experiment=cifar10_limited data.fraction=1.0       full CIFAR-10, pretrained teachers
+  ekd-bench --parts abc --rounds 5 --output bench.json data=cifar10
+
+Overrides are those of ekd-train. Nothing else should run on the machine meanwhile.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-bench`.
+
+    Args:
+        argv: Arguments without the command's name; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Measure the plain way and this package's in turn, on the same work.\n\nparts:\n"
+        + "\n".join(f"  {key}  {text}" for key, text in PARTS.items()),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
+    parser.add_argument("--parts", default="".join(PARTS), help="letters of the parts (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
+    parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
+    parser.add_argument("--sweep-fraction", type=float, help="share of the data for part d")
+    parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every job of part d")
+    parser.add_argument("--output", type=Path, help="JSON file for all numbers")
+    args = parser.parse_args(argv)
+    unknown = [letter for letter in args.parts if letter not in PARTS]
+    if unknown or args.rounds < 1 or args.plain_steps < 1:
+        parser.error(
+            f"--parts {args.parts} --rounds {args.rounds}: parts are {', '.join(PARTS)}; at least 1 round"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with one_line(PROGRAM):
+        bench(args)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Runs the parts, prints each as it is finished, and writes the JSON file anew after each.
+
+    Raises:
+        UserError: For a user's mistake.
+    """
+    from ekd_lightning.training.record import provenance, write_json  # noqa: PLC0415 (slow; --help needs none)
+
+    quiet_libraries()
+    context = _context(args)
+    found: dict[str, Any] = {
+        "origin": provenance(),
+        "settings": " ".join(args.overrides),
+        "rounds": args.rounds,
+    }
+    wanted = [key for key in PARTS if key in args.parts]
+    for key in wanted:
+        print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
+        found[key] = _part(key, context, args, found)
+        _show(key, found[key])
+        if args.output:
+            write_json(args.output, found)
+
+
+def _context(args: argparse.Namespace) -> Bench:
+    import torch  # noqa: PLC0415
+
+    from ekd_lightning.bench.parts import Bench  # noqa: PLC0415
+    from ekd_lightning.training.precision import resolve_precision  # noqa: PLC0415
+    from ekd_lightning.training.prepare import prepare  # noqa: PLC0415
+    from ekd_lightning.training.teachers import gather_teachers  # noqa: PLC0415
+
+    precision = resolve_precision("auto")
+    fixed = [f"recipe.epochs={args.epochs}", f"trainer.precision={precision}", "trainer.devices=1"]
+    settings = compose_settings(*fixed, *args.overrides)
+    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Bench(
+        settings,
+        prepared.dataset,
+        gather_teachers(prepared.teachers).to(device),
+        device,
+        rounds=args.rounds,
+        plain_steps=args.plain_steps,
+    )
+
+
+def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import replace  # noqa: PLC0415
+
+    from ekd_lightning.bench import cost, parts  # noqa: PLC0415
+
+    if key == "d":
+        settings = replace(bench.settings, recipe=replace(bench.settings.recipe, epochs=args.sweep_epochs))
+        if args.sweep_fraction is not None:
+            settings = replace(
+                settings, data=replace(settings.data, fraction=args.sweep_fraction, per_class=None)
+            )
+        return parts.sweep(replace(bench, settings=settings))
+    if key == "h":
+        for needed, also in (("b", parts.teachers_alone), ("c", parts.epoch)):
+            if needed not in found:
+                found[needed] = also(bench)
+        teachers = {
+            name: row["rates"]["auto folded, compiled"]["median"]
+            for name, row in found["b"]["teachers"].items()
+        }
+        return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
+    if key == "f":
+        return cost.memory()
+    measure = {"a": parts.loader_alone, "b": parts.teachers_alone, "c": parts.epoch, "e": cost.inference}
+    return {**measure, "g": cost.growth}[key](bench)
+
+
+def _show(key: str, numbers: dict[str, Any]) -> None:
+    """One table per part; nested groups become rows."""
+    table = Table(title=f"({key}) {PARTS[key]}", title_justify="left")
+    for name in ("what", "median", "min", "max", "ratio"):
+        table.add_column(name, justify="left" if name == "what" else "right")
+    _rows(table, "", numbers)
+    Console(file=sys.stdout).print(table)
+
+
+def _rows(table: Table, name: str, value: Any) -> None:
+    if isinstance(value, dict) and "median" in value:
+        ratio = value.get("ratio_to_ensemble", value.get("ratio"))
+        table.add_row(name, *(f"{value[field]:,.0f}" for field in ("median", "min", "max")), f"{ratio:.2f}")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _rows(table, f"{name} {key}".strip() if key != "rates" else name, inner)
+    else:
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value), "", "", "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`ekd-bench`: turns are taken fairly, the plain side computes the same loss, and every number is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from whole_runs import TINY
+
+from ekd_lightning.bench.ours import BareLoop
+from ekd_lightning.bench.parts import Bench, agreement
+from ekd_lightning.bench.plain import PilImages
+from ekd_lightning.bench.timing import summary, take_turns
+from ekd_lightning.cli.bench import main
+from ekd_lightning.data import load_dataset
+from ekd_lightning.training.prepare import prepare
+from ekd_lightning.training.teachers import gather_teachers
+
+CPU = torch.device("cpu")
+
+
+def test_ways_take_turns_and_the_warm_up_does_not_count():
+    asked = []
+
+    def way(name, rates):
+        values = iter(rates)
+        return lambda: asked.append(name) or next(values)
+
+    rates = take_turns({"one": way("one", [9, 2, 4, 6]), "two": way("two", [9, 4, 2, 24])}, rounds=3)
+    assert asked == ["one", "two"] * 4
+    assert rates == {"one": [2, 4, 6], "two": [4, 2, 24]}
+    found = summary(rates, "one")
+    assert found["two"] == {"median": 4, "min": 2, "max": 24, "ratio": 2.0}  # ratios 2, 0.5, 4
+    assert found["one"]["ratio"] == 1.0
+
+
+def test_pil_images_are_the_images_when_nothing_moves():
+    images = load_dataset("digits", "unused").train
+    plain = PilImages(images, torch.tensor([5, 0]))
+    plain._transform.transforms = plain._transform.transforms[2:]  # neither crop nor flip
+    image, label = plain[0]
+    assert torch.equal(image, images.images[5].float() / 255)
+    assert label == int(images.labels[5])
+
+
+def test_agreement_by_hand():
+    plain, fast = torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 1.0]])
+    found = agreement(plain, fast, temperature=1.0)
+    assert found["top1_agreement"] == 0.5
+    assert found["max_log_prob_difference"] == pytest.approx(1.0)  # log-odds 1 against -1
+
+
+@pytest.fixture
+def bench(tiny_settings):
+    settings = tiny_settings("teachers.table=auto", "teachers.precision=float32", "teachers.compile=never")
+    prepared = prepare(settings, "cpu")
+    return Bench(settings, prepared.dataset, gather_teachers(prepared.teachers), CPU, 1, 2, (0,))
+
+
+def test_the_bare_loop_ends_with_the_weights_of_lightning(bench, tmp_path):
+    """What is compared is the same training: only Lightning lies between."""
+    job = bench.job().with_store(tmp_path)
+    rate, module = job.fit()
+    bare = BareLoop(job)
+    assert rate > 0
+    assert bare.images_per_second(1) > 0
+    for name, value in module.student.state_dict().items():
+        torch.testing.assert_close(bare.student.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_both_sides_compute_the_same_loss(bench):
+    """One step of the plain loop on one batch, against the bare loop's method on the same images."""
+    job = bench.job()
+    plain, bare = bench.plain(job, 0), BareLoop(job)
+    images, labels = next(iter(plain.loader))
+    with torch.no_grad():
+        taught = plain.teachers(images)
+        mine = bare.method(bare.student.outputs(images), taught, _batch(images, labels), epoch=0)
+        other = plain.method(plain.student.outputs(images), taught, _batch(images, labels), epoch=0)
+    torch.testing.assert_close(mine.total, other.total, rtol=1e-4, atol=1e-4)
+
+
+def _batch(images, labels):
+    from ekd_lightning.data.batch import Batch
+
+    return Batch(
+        images, labels, torch.zeros_like(labels), torch.zeros_like(labels), torch.ones_like(labels).bool()
+    )
+
+
+def test_the_command_writes_every_part(tmp_path, store, capsys):
+    output = tmp_path / "bench.json"
+    words = [*TINY, f"teachers.store={store}", "teachers.compile=never"]
+    options = ["--parts", "acd", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "1"]
+    main([*options, "--output", str(output), *words])
+    found = json.loads(output.read_text())
+    assert {"origin", "a", "c", "d"} <= set(found)
+    assert found["d"]["jobs"] == 6  # two teachers, three numbers of branches
+    assert set(found["c"]["rates"]) == {"plain", "cold table", "warm table", "bare loop, warm table"}
+    out = capsys.readouterr().out
+    assert "warm table" in out
+    assert "(d)" in out
+
+
+@pytest.mark.slow
+def test_the_slower_parts(tmp_path, store):
+    output = tmp_path / "bench.json"
+    words = [*TINY, f"teachers.store={store}"]
+    main(["--parts", "begh", "--rounds", "1", "--plain-steps", "2", "--output", str(output), *words])
+    found = json.loads(output.read_text())
+    for row in found["b"]["teachers"].values():
+        assert row["top1_agreement"] > 0.95
+    assert set(found["e"]["batches"]) == {"1", "128"}
+    assert 0 < found["h"]["student_training"] < 1
+
+
+@pytest.mark.parametrize("words", [["--parts", "z"], ["--rounds", "0"]])
+def test_impossible_options_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_a_users_mistake_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--parts", "a", "student.network=resnt8"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ekd-bench: error: ")
+    assert "did you mean 'resnet8'" in line
