@@ -17,6 +17,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.settings import RecipeSettings
 from ekd_lightning.training.tabled_teachers import TabledTeachers
@@ -49,6 +50,9 @@ class Distiller(ImageClassificationModule):
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
         channels_last: Memory format of images and student.
+        compile_student: Whether the student's forward and backward pass in training go through torch.compile;
+            the first step then takes long (up to a minute on two cores). Without a compiler this warns and
+            trains as if it were off.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Distiller(ImageClassificationModule):
         teachers: TeacherEnsemble | None = None,
         make_source: Callable[[TeacherEnsemble], TeacherSource] = LiveTeachers,
         channels_last: bool = True,
+        compile_student: bool = False,
     ) -> None:
         super().__init__(
             recipe,
@@ -76,6 +81,7 @@ class Distiller(ImageClassificationModule):
                 stacklevel=2,
             )
             self._memory_format = torch.contiguous_format
+        self._student_outputs = compiled_or_not(student.outputs) if compile_student else student.outputs
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers
@@ -101,7 +107,7 @@ class Distiller(ImageClassificationModule):
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""
-        student = self.student.outputs(batch.images)
+        student = self._student_outputs(batch.images)
         teachers = self._teach(batch) if self.method.needs_teachers else None
         steps = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
         result = self.method(

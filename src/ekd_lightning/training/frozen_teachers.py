@@ -6,7 +6,6 @@ Shape letters: B batch, C classes, D features, M teachers.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.outputs import NetworkOutput
 from ekd_lightning.networks.teachers import TeacherEnsemble
+from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.precision import teacher_dtype
 
 log = logging.getLogger(__name__)
@@ -133,16 +133,9 @@ class FrozenTeachers:
     def _compile(self, m: int, images: Tensor) -> None:
         """Compiles for this one batch size; smaller batches are filled up, larger ones are cut."""
         log.info("compiling teacher %s", self._names[m])
+        frozen = self._frozen[m]
         # Freezing: weights become constants, laid out as the kernels want them.
-        compiled = torch.compile(self._frozen[m].traced(), dynamic=False, options={"freezing": True})
-        try:
-            compiled(images)
-        except Exception as error:  # no C++ compiler, no Triton, a bug in a compiler: many kinds
-            reason = " ".join(str(error).split())[:200]
-            message = f"teachers are not compiled, which makes them slower ({type(error).__name__}: {reason})"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
-            self._choice = "never"
-            return
+        compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
         self._compiled[m] = len(images), compiled
 
 

@@ -192,6 +192,8 @@ class StudentSettings:
     ensemble: str = "mean_logits"
     normalization: Optional[str] = None
     """Named normalisation; null takes the data set's own."""
+    compile: bool = False
+    """Whether training steps of the student go through torch.compile: pays in long runs only."""
 
 
 @dataclass
