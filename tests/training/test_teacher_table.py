@@ -389,7 +389,7 @@ POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 def make_batch(index: list[int], view: list[int]) -> Batch:
     at, which = torch.tensor(index), torch.tensor(view)
-    return Batch(VIEWS(POOL[at], which), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
+    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
 
 
 def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import torch
 
-from ekd_lightning.data import Dataset, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.distiller import TeacherSource
-from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.settings import RecipeSettings, Settings
 from ekd_lightning.training.table_budget import check_disk, table_bytes
 from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
         batch_size=settings.recipe.batch_size,
         eval_batch_size=data.eval_batch_size,
         seed=settings.seed,
+        mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
     )
     student = build_student(settings, dataset)
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
@@ -85,7 +89,15 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
         val_fraction=data.val_fraction,
         seed=data.subset_seed,
     )
-    return dataset, subset, make_views(data.augmentation, data.padding, data.flip)
+    views = make_views(
+        data.augmentation,
+        data.padding,
+        data.flip,
+        options=data.augmentation_options,
+        pool_size=data.pool_size,
+        pool_seed=data.pool_seed,
+    )
+    return dataset, subset, views
 
 
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
@@ -130,13 +142,26 @@ def uses_table(settings: Settings, method: Method) -> bool:
     """Whether teacher outputs are remembered.
 
     Raises:
-        UserError: If a table is required and a term needs stage outputs, which are not kept.
+        UserError: If a table is required and images are mixed, or a term needs stage outputs, which are not
+            kept.
     """
+    if settings.teachers.table != "off" and (mixed := _mixed_images(settings.recipe)):
+        if settings.teachers.table == "require":
+            raise UserError(
+                f"teachers.table=require: with {mixed} images are not finite; set that to 0 or table=auto"
+            )
+        log.info("with %s images are not finite: this run's teachers run live", mixed)
+        return False
     if method.teacher_stages and settings.teachers.table == "require":
         raise UserError(
             f"teachers.table=require: stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
         )
     return settings.teachers.table != "off" and not method.teacher_stages
+
+
+def _mixed_images(recipe: RecipeSettings) -> str:
+    """The keys by which images are mixed, with their values; empty where none is."""
+    return " and ".join(f"recipe.{k}={v}" for k in ("mixup", "cutmix") if (v := getattr(recipe, k)))
 
 
 def _table_fits(
