@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional
 
@@ -81,6 +80,8 @@ class Mixing:
         return [self._share(row, height, width) for row in unit.reshape(num_batches, _USES)]
 
     def _share(self, unit: NDArray[np.float64], height: int, width: int) -> tuple[float, Box | None]:
+        from scipy.special import betaincinv  # noqa: PLC0415  # slow to import, not always needed
+
         is_cutmix = unit[0] < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
         alpha = self.cutmix if is_cutmix else self.mixup
         share = float(betaincinv(alpha, alpha, unit[1]))  # the quantile function of Beta(α, α)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from ekd_lightning.data.augmentations import check_integer, register_augmentation
 from ekd_lightning.data.order import Draws
@@ -17,9 +17,16 @@ BINS = 31
 """Magnitudes are 0 .. 30."""
 
 
+@cache
+def _tv() -> Any:
+    from torchvision.transforms.v2 import functional  # noqa: PLC0415  # over a second, and not always needed
+
+    return functional
+
+
 def _affine(images: Tensor, **changes: Any) -> Tensor:
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return tv.affine(images, **{**still, **changes})
+    return _tv().affine(images, **{**still, **changes})
 
 
 def _shear(value: float) -> float:
@@ -33,20 +40,20 @@ SIGNED: dict[str, Operation] = {
     "ShearY": lambda x, value: _affine(x, shear=[0.0, _shear(value)], center=[0, 0]),
     "TranslateX": lambda x, value: _affine(x, translate=[int(value), 0]),
     "TranslateY": lambda x, value: _affine(x, translate=[0, int(value)]),
-    "Rotate": lambda x, value: tv.rotate(x, angle=value),
-    "Brightness": lambda x, value: tv.adjust_brightness(x, 1.0 + value),
-    "Color": lambda x, value: tv.adjust_saturation(x, 1.0 + value),
-    "Contrast": lambda x, value: tv.adjust_contrast(x, 1.0 + value),
-    "Sharpness": lambda x, value: tv.adjust_sharpness(x, 1.0 + value),
+    "Rotate": lambda x, value: _tv().rotate(x, angle=value),
+    "Brightness": lambda x, value: _tv().adjust_brightness(x, 1.0 + value),
+    "Color": lambda x, value: _tv().adjust_saturation(x, 1.0 + value),
+    "Contrast": lambda x, value: _tv().adjust_contrast(x, 1.0 + value),
+    "Sharpness": lambda x, value: _tv().adjust_sharpness(x, 1.0 + value),
 }
 """Operations whose strength is negated for half of the images."""
 
 UNSIGNED: dict[str, Operation] = {
     "Identity": lambda x, value: x,
-    "Posterize": lambda x, value: tv.posterize(x, int(value)),
-    "Solarize": lambda x, value: tv.solarize(x, 255.0 * value),
-    "AutoContrast": lambda x, value: tv.autocontrast(x),
-    "Equalize": lambda x, value: tv.equalize(x),
+    "Posterize": lambda x, value: _tv().posterize(x, int(value)),
+    "Solarize": lambda x, value: _tv().solarize(x, 255.0 * value),
+    "AutoContrast": lambda x, value: _tv().autocontrast(x),
+    "Equalize": lambda x, value: _tv().equalize(x),
 }
 
 NAMES = (*SIGNED, *UNSIGNED)

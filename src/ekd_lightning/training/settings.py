@@ -41,7 +41,7 @@ class DataSettings:
     augmentation: Any = "crop_flip"
     """none, crop_flip, cutout, random_erasing, color, randaugment, or a list of them, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the augmentations by their names, e.g. {cutout: {size: 8}}."""
+    """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
     padding: int = 4
     """Of crop_flip: pixels added on every side."""
     flip: bool = True
