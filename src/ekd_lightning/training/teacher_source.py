@@ -163,11 +163,8 @@ class TabledTeachers:
 
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
-            ValueError: The images were mixed, so that they are no views.
             UserError: A teacher's output is not finite.
         """
-        if batch.soft_labels is not None:
-            raise ValueError("teacher tables know views of single images, not mixed ones")
         if stages:
             self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
             self.misses += len(self._tables) * len(batch.index)
