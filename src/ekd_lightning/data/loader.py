@@ -144,13 +144,14 @@ class TrainLoader:
         if self._mixing is None:
             yield from map(IndexBatch, labels, index, view, valid)
         else:
-            yield from map(IndexBatch, labels, index, view, valid, self._mixes(global_batches, labels))
+            yield from map(IndexBatch, labels, index, view, valid, self._mixes(labels))
 
-    def _mixes(self, global_batches: Tensor, labels: Tensor) -> Iterator[Mix]:
+    def _mixes(self, labels: Tensor) -> Iterator[Mix]:
         """What each batch of this process is mixed with; partners come from its whole global batch."""
         assert self._mixing is not None
         seed, epoch = self.sampler.seed, self.sampler.epoch
         rows = self._mixing.partners(seed, epoch, len(self), self.batch_size)
+        global_batches = self.sampler.order()[: rows.numel()].view_as(rows)
         index = global_batches.gather(1, rows)[:, self.rank :: self.world_size].contiguous()
         view = self.sampler.views(index.flatten(), self._num_views).view_as(index)
         shares = self._mixing.shares(seed, epoch, len(self), *self._image_shape)

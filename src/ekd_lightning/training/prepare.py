@@ -17,7 +17,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.distiller import TeacherSource
-from ekd_lightning.training.settings import RecipeSettings, Settings
+from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.table_budget import check_disk, table_bytes
 from ekd_lightning.training.teacher_source import LiveTeachers, TabledTeachers
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
@@ -145,7 +145,7 @@ def uses_table(settings: Settings, method: Method) -> bool:
         UserError: If a table is required and images are mixed, or a term needs stage outputs, which are not
             kept.
     """
-    if settings.teachers.table != "off" and (mixed := _mixed_images(settings.recipe)):
+    if settings.teachers.table != "off" and (mixed := settings.recipe.mixed("recipe")):
         if settings.teachers.table == "require":
             raise UserError(
                 f"teachers.table=require: with {mixed} images are not finite; set that to 0 or table=auto"
@@ -157,11 +157,6 @@ def uses_table(settings: Settings, method: Method) -> bool:
             f"teachers.table=require: stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
         )
     return settings.teachers.table != "off" and not method.teacher_stages
-
-
-def _mixed_images(recipe: RecipeSettings) -> str:
-    """The keys by which images are mixed, with their values; empty where none is."""
-    return " and ".join(f"recipe.{k}={v}" for k in ("mixup", "cutmix") if (v := getattr(recipe, k)))
 
 
 def _table_fits(

@@ -101,6 +101,11 @@ class RecipeSettings:
             fits = math.isfinite(alpha) and alpha >= 0
             _require(fits, f"{prefix}.{name}", alpha, "must be 0 (off) or a positive number")
 
+    def mixed(self, prefix: str) -> str:
+        """The keys by which images are mixed, with their values; empty where they are not."""
+        values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
+        return " and ".join(f"{prefix}.{name}={alpha}" for name, alpha in values.items() if alpha)
+
 
 @dataclass
 class TeacherEntry:
