@@ -147,10 +147,8 @@ def uses_table(settings: Settings, method: Method) -> bool:
     """
     if settings.teachers.table != "off" and (mixed := settings.recipe.mixed("recipe")):
         if settings.teachers.table == "require":
-            raise UserError(
-                f"teachers.table=require: with {mixed} images are not finite; set that to 0 or table=auto"
-            )
-        log.info("with %s images are not finite: this run's teachers run live", mixed)
+            raise UserError(f"teachers.table=require: with {mixed} images are not finite in number")
+        log.info("teachers run live: with %s images are not finite in number", mixed)
         return False
     if method.teacher_stages and settings.teachers.table == "require":
         raise UserError(
