@@ -148,6 +148,8 @@ def test_mistakes_get_one_line(augmentation, changes, message):
 def test_options_without_effect_are_warned_of():
     with pytest.warns(UserWarning, match=r"data\.augmentation_options\.cutout has no effect"):
         make_views("crop_flip", options={"cutout": {"size": 8}})
+    with pytest.warns(UserWarning, match=r"data\.pool_size=3 has no effect"):
+        make_views("none", pool_size=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_views(["crop_flip", "cutout"], options={"cutout": {"size": 8}})

@@ -39,6 +39,7 @@ def test_a_run_with_a_pool_remembers_its_teachers(train, tmp_path):
     words = (*POOL, "recipe.epochs=2", "teachers.table=require")
     first = train(tmp_path / "first", *words)
     assert (first.code, first.status["state"]) == (0, "done"), first.err
+    assert first.result["views"].startswith("pool2-seed0-crop_flip-padding2-noflip+cutout")
     rate = first.result["teacher_table_hit_rate"]
     assert 0 < rate < 1  # two views of an image, two epochs
     again = train(tmp_path / "again", *words)
@@ -52,6 +53,8 @@ def test_a_run_with_mixup_lets_its_teachers_run_live(train, tmp_path):
     outcome = train(tmp_path / "run", "recipe.mixup=0.2")
     assert (outcome.code, outcome.status["state"]) == (0, "done"), outcome.err
     assert outcome.result["teacher_table_hit_rate"] is None
+    assert (outcome.result["mixup"], outcome.result["cutmix"]) == (0.2, 0)
+    assert outcome.result["views"] == "crop_flip-padding2-noflip"
     with (outcome.directory / "metrics.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert float(rows[0]["train/ce_ensemble"]) > 0

@@ -87,8 +87,9 @@ class RandAugment:
     """N operations one after the other, each drawn from 14 with equal chance, all of magnitude M.
 
     Images that drew the same operation and sign are taken together, so that there are at most 23 calls of
-    torchvision for each of the N, whatever the batch size. Their numbers must be known to the host: on an
-    accelerator each batch waits once for the device. Pixels from outside the image are black.
+    torchvision for each of the N, whatever the batch size. The sizes of these groups must be known to the host:
+    on an accelerator each batch waits once for the device, beside what torchvision's own functions wait for
+    when they send a small matrix there. Pixels from outside the image are black.
 
     Source: Cubuk et al. 2020, arXiv 1909.13719, in the form of torchvision's RandAugment.
 

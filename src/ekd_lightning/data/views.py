@@ -175,6 +175,10 @@ def make_views(
     """
     names = _checked_names(augmentation)
     options = _checked_options(options or {}, names)
+    if names in (["none"], ["crop_flip"]) and pool_size != POOL_SIZE:
+        warnings.warn(
+            f"data.pool_size={pool_size} has no effect with data.augmentation={names}", stacklevel=2
+        )
     if names == ["none"]:
         return Identity()
     crop_flip = CropFlip(padding, flip)
