@@ -111,7 +111,7 @@ numbers = [views.identity_view, *torch.linspace(0, views.num_views - 1, 6).round
 figure, axes = plt.subplots(len(shown), len(numbers), figsize=(8.4, 5.2))
 for row, index in zip(axes, shown, strict=True):
     for column, (axis, view) in enumerate(zip(row, numbers, strict=True)):
-        image = views(dataset.train.images[index][None], torch.tensor([view]))[0]
+        image = views(dataset.train.images[index][None], torch.tensor([view]), index[None])[0]
         axis.imshow(image.permute(1, 2, 0))
         axis.set_xticks([])
         axis.set_yticks([])

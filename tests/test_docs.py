@@ -24,7 +24,7 @@ from torch.nn import functional
 from ekd_lightning.cli.build import import_user_modules
 from ekd_lightning.cli.config import register_schema, to_settings
 from ekd_lightning.cli.train import main as ekd_train
-from ekd_lightning.data import Batch, TrainLoader, catalog, gather_batch, load_dataset
+from ekd_lightning.data import Batch, TrainLoader, augmentations, catalog, gather_batch, load_dataset
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import TeacherEnsemble, convert, load_network, registry, state_sha256
 from ekd_lightning.training.prepare import Prepared, prepare
@@ -118,7 +118,14 @@ def extract(folder: Path) -> Snippets:
 @contextlib.contextmanager
 def registries_as_before() -> Iterator[None]:
     """Forgets afterwards what was registered inside."""
-    live = (registry._BUILDERS, terms._REGISTRY, catalog._LOADERS, catalog._LOADED, convert.KEY_MAPS)
+    live: tuple[dict[Any, Any], ...] = (
+        registry._BUILDERS,
+        terms._REGISTRY,
+        catalog._LOADERS,
+        catalog._LOADED,
+        convert.KEY_MAPS,
+        augmentations._REGISTRY,
+    )
     before = [dict(names) for names in live]
     try:
         yield
@@ -242,6 +249,19 @@ def test_the_data_set_loads_with_subsets_and_views(page: Snippets):
     assert dataset.train.labels[used].bincount().tolist() == [100, 100]
     assert prepared.views.num_views == 50
     assert [plan.spec.name for plan in prepared.teachers] == ["plain4", "plain4"]
+
+
+def test_the_augmentation_makes_a_pool_of_views(page: Snippets):
+    prepared = prepare(settings(page, "experiment=inverted", "data=stripes", "student=plain4"), "cpu")
+    views, images = prepared.views, prepared.dataset.train.images
+    assert (views.num_views, views.identity_view) == (32, None)
+    assert 'invert{"p": 0.2}' in views.key
+    alone = settings(page, "data=stripes", "student=plain4", "data.augmentation=invert")
+    index = torch.arange(400)
+    made = prepare(alone, "cpu").views(images, index % 64, index)
+    inverted = (made == 255 - images).flatten(1).all(1)
+    assert torch.equal(made[~inverted], images[~inverted])
+    assert 0.4 < float(inverted.float().mean()) < 0.6
 
 
 def call(words: list[str], directory: Path) -> dict[str, Any]:

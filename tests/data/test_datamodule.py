@@ -28,7 +28,8 @@ def assert_same(notes, reference):
     assert len(notes) == len(reference)
     for (epoch, batch), (expected_epoch, expected) in zip(notes, reference, strict=True):
         assert epoch == expected_epoch
-        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+        assert batch.soft_labels is None
+        assert all(torch.equal(a, b) for a, b in zip(batch[:5], expected[:5], strict=True))
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_test_set_is_not_touched_before_testing(datamodule, tmp_path):
 
 def test_images_are_moved_once_a_device(datamodule):
     rows = next(iter(datamodule.train_dataloader()))
-    meta = IndexBatch(*(field.to("meta") for field in rows))
+    meta = IndexBatch(*(field.to("meta") for field in rows[:4]))
     for batch in (rows, rows, meta, meta):
         datamodule.on_after_batch_transfer(batch, 0)
     kept = dict(datamodule._on_device)
@@ -144,7 +145,7 @@ def test_two_processes_see_the_same_global_batches(datamodule, tmp_path):
         assert epoch == other_epoch
         assert len(a.index) == 8
         merged.append(
-            (epoch, Batch(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(a, b, strict=True))))
+            (epoch, Batch(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(a[:5], b[:5], strict=True))))
         )
     assert_same(merged, plain_epochs(datamodule, range(2)))
     for epoch in range(2):

@@ -31,7 +31,7 @@ def test_all_162_views_equal_torchvision():
     family = CropFlip()
     assert family.num_views == 162
     images, view = random_images(162, 32, 32), torch.randperm(162)
-    ours = family(images, view)
+    ours = family(images, view, torch.arange(162))
     assert ours.dtype == torch.uint8
     for image, number, made in zip(images, view.tolist(), ours, strict=True):
         assert torch.equal(made, slow_view(image, number, 4))
@@ -44,7 +44,7 @@ def test_any_size_and_padding_equals_torchvision(height, width, padding, flip, d
     assert family.num_views == (2 * padding + 1) ** 2 * (1 + flip)
     numbers = data.draw(st.lists(st.integers(0, family.num_views - 1), min_size=1, max_size=6))
     images = random_images(len(numbers), height, width)
-    ours = family(images, torch.tensor(numbers))
+    ours = family(images, torch.tensor(numbers), torch.zeros(len(numbers), dtype=torch.int64))
     for image, number, made in zip(images, numbers, ours, strict=True):
         assert torch.equal(made, slow_view(image, number, padding))
 
@@ -52,13 +52,21 @@ def test_any_size_and_padding_equals_torchvision(height, width, padding, flip, d
 @pytest.mark.parametrize("family", [CropFlip(), CropFlip(0), CropFlip(2, flip=False), Identity()])
 def test_identity_view_leaves_images_alone(family):
     images = random_images(5, 9, 7)
-    assert torch.equal(family(images, torch.full((5,), family.identity_view)), images)
+    view = torch.full((5,), family.identity_view)
+    assert torch.equal(family(images, view, torch.arange(5)), images)
     assert 0 <= family.identity_view < family.num_views
 
 
 def test_keys_tell_families_apart():
     families = [CropFlip(), CropFlip(3), CropFlip(4, flip=False), Identity()]
     assert len({family.key for family in families}) == len(families)
+    # Tables and teachers on users' disks have these keys.
+    assert [family.key for family in families] == [
+        "crop_flip-padding4-flip",
+        "crop_flip-padding3-flip",
+        "crop_flip-padding4-noflip",
+        "none",
+    ]
 
 
 def test_make_views():
@@ -74,4 +82,5 @@ def test_make_views():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_views_on_the_gpu_equal_those_on_the_cpu():
     images, view = random_images(162, 32, 32), torch.arange(162)
-    assert torch.equal(CropFlip()(images.cuda(), view.cuda()).cpu(), CropFlip()(images, view))
+    on_gpu = CropFlip()(images.cuda(), view.cuda(), view.cuda())
+    assert torch.equal(on_gpu.cpu(), CropFlip()(images, view, view))

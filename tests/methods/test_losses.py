@@ -178,3 +178,26 @@ def test_half_precision_gives_float32_losses_close_to_full_precision():
 def test_shapes_that_would_broadcast_are_refused(loss):
     with pytest.raises(ValueError, match=r"\[3, 5, 4\].*\[1, 5, 4\]"):
         loss(rand(3, 5, 4), rand(1, 5, 4))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("leading", [(), (3,)])
+def test_cross_entropy_with_soft_labels_is_the_textbook_formula(leading, label_smoothing):
+    logits, targets = rand(*leading, 5, 4), torch.softmax(rand(5, 4, seed=1), dim=-1)
+    smooth = (1 - label_smoothing) * targets.numpy() + label_smoothing / 4
+    rows = [
+        -sum(p * np.log(q) for p, q in zip(smooth[b], reference.softmax(z[b]), strict=True))
+        for z in logits.numpy().reshape(-1, 5, 4)
+        for b in range(5)
+    ]
+    for given_targets, relative in ((targets, 1e-9), (targets.float(), 1e-6)):
+        found = losses.cross_entropy(logits, given_targets, label_smoothing)
+        assert found.item() == pytest.approx(np.mean(rows), rel=relative)
+
+
+def test_cross_entropy_with_one_hot_labels_is_that_with_labels():
+    logits, labels = rand(3, 5, 4).float(), torch.tensor([0, 3, 1, 1, 2])
+    hot = torch.nn.functional.one_hot(labels, 4).float()
+    torch.testing.assert_close(losses.cross_entropy(logits, hot), losses.cross_entropy(logits, labels))
+    half = losses.cross_entropy(logits.bfloat16(), hot)
+    assert half.dtype == torch.float32

@@ -204,3 +204,15 @@ def test_registering_a_name_twice_is_loud_but_redefining_a_class_is_not():
             pass
 
     del terms._REGISTRY["test_only_once"]
+
+
+@pytest.mark.parametrize("name", ["ce_ensemble", "ce_branch"])
+def test_cross_entropy_terms_use_soft_labels_where_there_are_any(name):
+    batch, student = make_batch(), make_student()
+    soft = torch.softmax(torch.randn(5, 4, generator=torch.Generator().manual_seed(9)), dim=-1)
+    term = build_term(name, 1.0, term_context())
+    logits = student.logits if name == "ce_ensemble" else student.branch_logits
+    hard, mixed = (term(step_context(student, None, b)) for b in (batch, batch._replace(soft_labels=soft)))
+    torch.testing.assert_close(hard, losses.cross_entropy(logits, batch.labels))
+    torch.testing.assert_close(mixed, -(soft * logits.log_softmax(-1)).sum(-1).mean())
+    assert not torch.isclose(hard, mixed)

@@ -35,6 +35,9 @@ def test_the_defaults_are_possible():
         ("gamma", 0.0),
         ("warmup_epochs", 60),
         ("warmup_epochs", -1),
+        ("mixup", -0.1),
+        ("cutmix", float("inf")),
+        ("cutmix", float("nan")),
     ],
 )
 def test_impossible_recipes(key, value):

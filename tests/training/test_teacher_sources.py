@@ -53,7 +53,7 @@ POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 def make_batch(index: list[int], view: list[int]) -> Batch:
     at, which = torch.tensor(index), torch.tensor(view)
-    return Batch(VIEWS(POOL[at], which), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
+    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
 
 
 def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
@@ -224,7 +224,7 @@ def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble
 
 
 def gather(index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    return VIEWS(POOL[index], view)
+    return VIEWS(POOL[index], view, index)
 
 
 @settings(max_examples=20, deadline=None)
@@ -275,6 +275,12 @@ def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):
         source = tabled(ensemble, tmp_path / "file" / "tables")
     source.prepare_epoch(batch.index, batch.view, gather)
     assert same(source(batch), tabled(ensemble, tmp_path / "tables")(batch))
+
+
+def test_mixed_images_are_refused(ensemble, tmp_path):
+    batch = make_batch([1], [0])
+    with pytest.raises(ValueError, match="mixed"):
+        tabled(ensemble, tmp_path)(batch._replace(soft_labels=torch.ones(1, C) / C))
 
 
 # --- the format

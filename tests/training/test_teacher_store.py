@@ -179,6 +179,8 @@ def entry(**changes):
                 {"lr": 0.2},
                 {"weight_decay": 0.0},
                 {"schedule": "step"},
+                {"mixup": 0.2},
+                {"cutmix": 1.0},
             )
         ),
     ],

@@ -1,26 +1,34 @@
 """Images in memory, subsets, views, batches; the LightningDataModule is in `data.datamodule`."""
 
+from ekd_lightning.data.augmentations import Augmentation, augmentation_names, register_augmentation
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import EpochSampler, EvalLoader, IndexBatch, TrainLoader, gather_batch
-from ekd_lightning.data.order import epoch_order, epoch_views, hash_uniform_u64
+from ekd_lightning.data.mixing import Mix, Mixing
+from ekd_lightning.data.order import Draws, epoch_order, epoch_views, hash_uniform_u64
 from ekd_lightning.data.subset import Subset, choose_subset
-from ekd_lightning.data.views import CropFlip, Identity, ViewFamily, make_views
+from ekd_lightning.data.views import CropFlip, Identity, Pool, ViewFamily, make_views
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "CropFlip",
     "Dataset",
+    "Draws",
     "EpochSampler",
     "EvalLoader",
     "Identity",
     "ImageSet",
     "IndexBatch",
+    "Mix",
+    "Mixing",
+    "Pool",
     "Subset",
     "TrainLoader",
     "ViewFamily",
+    "augmentation_names",
     "choose_subset",
     "dataset_names",
     "epoch_order",
@@ -30,5 +38,6 @@ __all__ = [
     "load_dataset",
     "make_views",
     "obtain",
+    "register_augmentation",
     "register_dataset",
 ]

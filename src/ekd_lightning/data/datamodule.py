@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
+from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import ViewFamily
 
@@ -26,7 +27,8 @@ class ImageDataModule(pl.LightningDataModule):
         views: The view family for training.
         batch_size: Images in a global training batch, shared by all processes.
         eval_batch_size: The most images per process in an evaluation batch.
-        seed: Seed of order and views.
+        seed: Seed of order, views and mixing.
+        mixing: Mixup or CutMix of training batches; None for neither.
 
     Raises:
         UserError: The batch size does not fit the subset; later, when training starts, the processes.
@@ -41,11 +43,13 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: int,
         eval_batch_size: int = 500,
         seed: int = 0,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
         check_batch_size(batch_size, len(subset.train_index))  # now, not after the teachers were trained
         self.dataset, self.subset, self.views = dataset, subset, views
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.mixing = mixing
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -69,6 +73,7 @@ class ImageDataModule(pl.LightningDataModule):
             self.seed,
             world_size=world_size,
             rank=rank,
+            mixing=self.mixing,
         )
         # Lightning's overfit_batches means the same batches again and again; it cannot see into this loader.
         loader.sampler.frozen = getattr(self.trainer, "overfit_batches", 0) > 0

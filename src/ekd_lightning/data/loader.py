@@ -20,18 +20,20 @@ from torch import Tensor
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.mixing import Mix, Mixing, mix_images, mix_labels
 from ekd_lightning.data.order import epoch_order, epoch_views
 from ekd_lightning.data.views import ViewFamily
 from ekd_lightning.errors import UserError
 
 
 class IndexBatch(NamedTuple):
-    """A batch before its images are gathered; the fields are those of `Batch`."""
+    """A batch before its images are gathered; the fields are those of `Batch`, and what it is mixed with."""
 
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
     view: Tensor
     valid: Tensor
+    mix: Mix | None = None
 
 
 class EpochSampler:
@@ -106,6 +108,7 @@ class TrainLoader:
         seed: The run's seed.
         world_size: Number of processes.
         rank: This process, 0 .. world_size-1.
+        mixing: Mixup, CutMix or both; None for neither.
 
     Raises:
         UserError: The batch size fits neither the images nor the processes.
@@ -121,11 +124,14 @@ class TrainLoader:
         *,
         world_size: int = 1,
         rank: int = 0,
+        mixing: Mixing | None = None,
     ) -> None:
         check_batch_size(batch_size, len(index), world_size)
         self.sampler = EpochSampler(index, seed)
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self._labels, self._num_views = image_set.labels, views.num_views
+        self._num_classes, self._image_shape = image_set.num_classes, image_set.images.shape[2:]
+        self._mixing = mixing or None  # one that mixes nothing is none
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
@@ -151,7 +157,24 @@ class TrainLoader:
     def __iter__(self) -> Iterator[IndexBatch]:
         index, view = self._batches()
         labels, valid = self._labels[index], torch.ones_like(index, dtype=torch.bool)
-        yield from map(IndexBatch, labels, index, view, valid)
+        if self._mixing is None:
+            yield from map(IndexBatch, labels, index, view, valid)
+        else:
+            yield from map(IndexBatch, labels, index, view, valid, self._mixes(labels))
+
+    def _mixes(self, labels: Tensor) -> Iterator[Mix]:
+        """What each batch of this process is mixed with; partners come from its whole global batch."""
+        assert self._mixing is not None
+        seed, epoch = self.sampler.seed, self.sampler.epoch
+        rows = self._mixing.partners(seed, epoch, len(self), self.batch_size)
+        global_batches = self.sampler.order()[: rows.numel()].view_as(rows)
+        index = global_batches.gather(1, rows)[:, self.rank :: self.world_size].contiguous()
+        view = self.sampler.views(index.flatten(), self._num_views).view_as(index)
+        shares = self._mixing.shares(seed, epoch, len(self), *self._image_shape)
+        for number, (share, box) in enumerate(shares):
+            partner_labels = self._labels[index[number]]
+            soft = mix_labels(labels[number], partner_labels, self._num_classes, share)
+            yield Mix(index[number], view[number], soft, share, box)
 
 
 class EvalLoader:
@@ -163,7 +186,7 @@ class EvalLoader:
     Args:
         image_set: The set that `index` points into.
         index: int64 [N], the positions to evaluate, in this order.
-        identity_view: The view number of the images as they are.
+        identity_view: The view number of the images as they are, if there is one; else `Batch.view` is -1.
         batch_size: The most images per process and batch.
         world_size: Number of processes.
         rank: This process, 0 .. world_size-1.
@@ -176,7 +199,7 @@ class EvalLoader:
         self,
         image_set: ImageSet,
         index: Tensor,
-        identity_view: int,
+        identity_view: int | None,
         batch_size: int,
         *,
         world_size: int = 1,
@@ -184,7 +207,8 @@ class EvalLoader:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"data.eval_batch_size={batch_size} must be at least 1")
-        self._labels, self._index, self._identity_view = image_set.labels, index, identity_view
+        self._labels, self._index = image_set.labels, index
+        self._identity_view = -1 if identity_view is None else identity_view
         self.world_size, self.rank = world_size, rank
         self._num_batches = -(-len(index) // (batch_size * world_size))
         self.batch_size = (
@@ -213,10 +237,27 @@ def gather_batch(images: Tensor, rows: IndexBatch, views: ViewFamily | None = No
         views: The family that `rows.view` numbers; None leaves the images as they are (evaluation).
 
     Returns:
-        The batch, images as float32 [B, 3, H, W] in [0, 1].
+        The batch, images as float32 [B, 3, H, W] in [0, 1], mixed where `rows.mix` says so.
     """
-    rows = IndexBatch(*(field.to(images.device, non_blocking=True) for field in rows))
-    chosen = images[rows.index]
+    rows = _on_device(rows, images.device)
+    index, view, mix = rows.index, rows.view, rows.mix
+    if mix is not None:  # partners are gathered here, whichever process has them in its own share
+        index, view = torch.cat((index, mix.index)), torch.cat((view, mix.view))
+    chosen = images[index]
     if views is not None:
-        chosen = views(chosen, rows.view)
-    return Batch(chosen.float().div_(255), rows.labels, rows.index, rows.view, rows.valid)
+        chosen = views(chosen, view, index)
+    chosen = chosen.float().div_(255)
+    soft_labels = None
+    if mix is not None:
+        own, partners = chosen.chunk(2)
+        chosen, soft_labels = mix_images(own, partners, mix.share, mix.box), mix.soft_labels
+    return Batch(chosen, rows.labels, rows.index, rows.view, rows.valid, soft_labels)
+
+
+def _on_device(rows: IndexBatch, device: torch.device) -> IndexBatch:
+    labels, index, view, valid = (field.to(device, non_blocking=True) for field in rows[:4])
+    mix = rows.mix
+    if mix is not None:
+        moved = {name: getattr(mix, name).to(device, non_blocking=True) for name in ("index", "view")}
+        mix = mix._replace(soft_labels=mix.soft_labels.to(device, non_blocking=True), **moved)
+    return IndexBatch(labels, index, view, valid, mix)

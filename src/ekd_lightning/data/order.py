@@ -21,6 +21,9 @@ STREAM_ORDER = 1
 STREAM_VIEW = 2
 STREAM_SUBSET = 3
 STREAM_SPLIT = 4
+STREAM_POOL = 5
+STREAM_MIX = 6
+STREAM_PARTNER = 8  # 7 is taken by training.callbacks
 
 _MASK = (1 << 64) - 1
 
@@ -31,6 +34,65 @@ def _splitmix64(x: UInt64Array) -> UInt64Array:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """One output of splitmix64 from each state, on the tensor's device.
+
+    Args:
+        x: int64, any shape; the 64 bits are taken as unsigned, since torch computes little in uint64.
+
+    Returns:
+        int64 of the same shape, the bits that `hash_uniform_u64` is made of.
+    """
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(bits: int) -> int:
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+def _shift_right(x: Tensor, places: int) -> Tensor:
+    return (x >> places) & ((1 << (64 - places)) - 1)  # the shift of an int64 would copy the sign
+
+
+class Draws:
+    """Uniform numbers for B views, each a pure function of (seed, place, call, view, index).
+
+    With K = `hash_uniform_u64(STREAM_POOL, seed, place, 0)` and sm = splitmix64, call c draws from the bits
+    sm(sm(sm(K ^ view) ^ index) ^ c); with a `count`, row j from sm(those ^ j). Nothing else has an influence:
+    not the rest of the batch, nor its size or order, nor the device.
+
+    Args:
+        seed: The pool's seed.
+        place: Which augmentation of a list draws, 0, 1, ...
+        view: int64 [B].
+        index: int64 [B], positions in the whole training set, on the same device.
+    """
+
+    def __init__(self, seed: int, place: int, view: Tensor, index: Tensor) -> None:
+        key = int(hash_uniform_u64(STREAM_POOL, seed, place, np.zeros(1, dtype=np.int64))[0])
+        self._base = splitmix64(splitmix64(view ^ _signed(key)) ^ index)
+        self._calls = 0
+
+    def _bits(self, count: int | None) -> Tensor:
+        bits = splitmix64(self._base ^ self._calls)
+        self._calls += 1
+        if count is None:
+            return bits
+        return splitmix64(bits ^ torch.arange(count, device=bits.device)[:, None])
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, count: int | None = None) -> Tensor:
+        """Draws float32 [B], or [count, B], uniform in [low, high), in steps of 2^-24 of the range."""
+        unit = _shift_right(self._bits(count), 40).float() * 2.0**-24
+        return low + (high - low) * unit
+
+    def integers(self, end: int | Tensor, count: int | None = None) -> Tensor:
+        """Draws int64 [B], or [count, B], uniform in 0 .. end-1; `end` is below 2^31, one for all or int64 [B]."""
+        return (_shift_right(self._bits(count), 32) * end) >> 32
 
 
 def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) -> UInt64Array:

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ekd_lightning.data import color, randaugment  # noqa: F401  # they register themselves
+from ekd_lightning.data.augmentations import (
+    OPTIONS_KEY,
+    Augmentation,
+    augmentation_names,
+    build_augmentation,
+)
+from ekd_lightning.data.order import Draws
 from ekd_lightning.errors import UserError, unknown_name
+
+POOL_SIZE = 64
 
 
 class ViewFamily(Protocol):
-    """A numbered family of augmentations.
+    """A numbered family of augmentations; each view is a pure function of the image, its index and the number.
 
     Attributes:
         num_views: V, how many views an image has.
-        identity_view: The number of the view that leaves the image as it is.
-        key: Says which family this is; part of content hashes.
+        key: Says which family this is, with all that determines its views; part of content hashes.
     """
 
     num_views: int
-    identity_view: int
     key: str
 
-    def __call__(self, images: Tensor, view: Tensor) -> Tensor:
+    @property
+    def identity_view(self) -> int | None:
+        """The number of the view that leaves every image as it is; None where no view is sure to.
+
+        Evaluation does not depend on it: there no view is made at all.
+        """
+        ...
+
+    def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image.
 
         Args:
             images: uint8 [B, 3, H, W].
             view: int64 [B], 0 .. V-1, on the images' device.
+            index: int64 [B], position of each image in the whole training set, on the images' device.
 
         Returns:
             uint8 [B, 3, H, W].
@@ -44,7 +63,7 @@ class Identity:
     identity_view = 0
     key = "none"
 
-    def __call__(self, images: Tensor, view: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Returns the images [B, 3, H, W] unchanged."""
         return images
 
@@ -72,7 +91,7 @@ class CropFlip:
         self.identity_view = padding * self.positions + padding
         self.key = f"crop_flip-padding{padding}-{'flip' if flip else 'noflip'}"
 
-    def __call__(self, images: Tensor, view: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image; see `ViewFamily`."""
         B, _, H, W = images.shape
         P = self.positions
@@ -85,22 +104,114 @@ class CropFlip:
         return torch.where((view >= P * P)[:, None, None, None], crop.flip(-1), crop)
 
 
-def make_views(augmentation: str, padding: int = 4, flip: bool = True) -> ViewFamily:
+class Pool:
+    """V draws of each image from augmentations that have no finite number of views of their own.
+
+    View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options): the
+    numbers come from `Draws`, on the images' device.
+
+    Args:
+        augmentations: Applied in this order; each with a key that tells its name and options.
+        num_views: V, 1 .. 2^31 - 1.
+        seed: Seed of the pool, apart from a run's seed: runs with the same pool share teacher tables.
+
+    Raises:
+        UserError: Another number of views.
+    """
+
+    identity_view = None
+
+    def __init__(
+        self, augmentations: Sequence[tuple[Augmentation, str]], num_views: int = POOL_SIZE, seed: int = 0
+    ) -> None:
+        if not 1 <= num_views < 1 << 31:
+            raise UserError(f"data.pool_size={num_views} must lie in 1..{(1 << 31) - 1}")
+        self.num_views, self.seed = num_views, seed
+        self.augmentations = [augmentation for augmentation, _ in augmentations]
+        self.key = f"pool{num_views}-seed{seed}-" + "+".join(key for _, key in augmentations)
+
+    def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        """Makes one view of each image; see `ViewFamily`."""
+        for place, augmentation in enumerate(self.augmentations):
+            images = augmentation(images, Draws(self.seed, place, view, index))
+        return images
+
+
+class _DrawnView:
+    """Any view of a finite family, as one augmentation of a pool."""
+
+    def __init__(self, family: CropFlip) -> None:
+        self.family = family
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        number = draws.integers(self.family.num_views)
+        return self.family(images, number, number)  # the family does not look at the index
+
+
+def make_views(
+    augmentation: str | Sequence[str],
+    padding: int = 4,
+    flip: bool = True,
+    *,
+    options: Mapping[str, Any] | None = None,
+    pool_size: int = POOL_SIZE,
+    pool_seed: int = 0,
+) -> ViewFamily:
     """Builds a view family by name.
 
     Args:
-        augmentation: "crop_flip" or "none".
+        augmentation: "none", "crop_flip", a registered augmentation, or a list of them to be applied in order.
         padding: For crop_flip: pixels added on every side.
         flip: For crop_flip: whether mirrored views belong to the family.
+        options: Options of the augmentations, by their names.
+        pool_size: V draws per image, for all but plain none and crop_flip.
+        pool_seed: Seed of these draws.
 
     Returns:
-        The family.
+        `Identity` for none, `CropFlip` for crop_flip alone, else a `Pool`.
 
     Raises:
-        UserError: An unknown name or a negative padding.
+        UserError: An unknown name or option, or a value that is not allowed.
     """
-    if augmentation == "crop_flip":
-        return CropFlip(padding, flip)
-    if augmentation == "none":
+    names = _checked_names(augmentation)
+    options = _checked_options(options or {}, names)
+    if names in (["none"], ["crop_flip"]) and pool_size != POOL_SIZE:
+        warnings.warn(
+            f"data.pool_size={pool_size} has no effect with data.augmentation={names}", stacklevel=2
+        )
+    if names == ["none"]:
         return Identity()
-    raise unknown_name("data.augmentation", augmentation, ("crop_flip", "none"))
+    crop_flip = CropFlip(padding, flip)
+    if names == ["crop_flip"]:
+        return crop_flip
+    parts = [
+        (_DrawnView(crop_flip), crop_flip.key)
+        if name == "crop_flip"
+        else build_augmentation(name, options.get(name, {}))
+        for name in names
+    ]
+    return Pool(parts, pool_size, pool_seed)
+
+
+def _checked_names(augmentation: object) -> list[str]:
+    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    if not isinstance(names, Sequence) or not names:
+        raise UserError(f"data.augmentation={augmentation}: must be a name or a list of names")
+    allowed = ("none", "crop_flip", *augmentation_names())
+    for name in names:
+        if name not in allowed:
+            raise unknown_name("data.augmentation", name, allowed)
+    if "none" in names and len(names) > 1:
+        raise UserError(f"data.augmentation={augmentation}: none stands alone")
+    return list(names)
+
+
+def _checked_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    for name, values in options.items():
+        if name not in augmentation_names():
+            raise unknown_name(f"augmentation in {OPTIONS_KEY}:", name, augmentation_names())
+        if not isinstance(values, Mapping):
+            raise UserError(f"{OPTIONS_KEY}.{name}={values!r}: must be a mapping from options to values")
+        if name not in names:
+            warnings.warn(f"{OPTIONS_KEY}.{name} has no effect with data.augmentation={names}", stacklevel=3)
+    return {name: dict(values) for name, values in options.items()}

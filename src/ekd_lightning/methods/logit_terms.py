@@ -38,7 +38,7 @@ def branch_factor(reduction: object, num_branches: int) -> float:
 
 @register_term("ce_ensemble")
 class CrossEntropyEnsemble(Term):
-    """CE(z̄, y): cross-entropy of the student's coupled prediction.
+    """CE(z̄, y): cross-entropy of the student's coupled prediction; y are the soft labels of mixed images.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -52,12 +52,12 @@ class CrossEntropyEnsemble(Term):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats."""
-        return losses.cross_entropy(context.student.logits, context.batch.labels, self.label_smoothing)
+        return losses.cross_entropy(context.student.logits, context.batch.targets, self.label_smoothing)
 
 
 @register_term("ce_branch")
 class CrossEntropyBranch(Term):
-    """mean_k CE(z_k, y): cross-entropy of every branch on its own.
+    """mean_k CE(z_k, y): cross-entropy of every branch on its own; y are the soft labels of mixed images.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -76,7 +76,7 @@ class CrossEntropyBranch(Term):
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""
         value = losses.cross_entropy(
-            context.student.branch_logits, context.batch.labels, self.label_smoothing
+            context.student.branch_logits, context.batch.targets, self.label_smoothing
         )
         return self.factor * value
 

@@ -26,16 +26,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
     Args:
         logits: [..., B, C]; leading dimensions (branches) are averaged over too.
-        labels: int64 [B], 0 .. C-1.
+        labels: int64 [B], 0 .. C-1; or probabilities [B, C], rows summing to 1.
         label_smoothing: Probability mass spread evenly over all classes, in [0, 1).
 
     Returns:
         Scalar, float32 or wider, in nats.
     """
     rows = at_least_float32(logits).flatten(0, -2)
-    return functional.cross_entropy(
-        rows, labels.repeat(len(rows) // max(len(labels), 1)), label_smoothing=label_smoothing
-    )
+    repeats = (len(rows) // max(len(labels), 1),) + (1,) * (labels.ndim - 1)
+    targets = labels.repeat(repeats)
+    if targets.is_floating_point():
+        targets = targets.to(rows)
+    return functional.cross_entropy(rows, targets, label_smoothing=label_smoothing)
 
 
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

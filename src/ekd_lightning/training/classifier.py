@@ -33,7 +33,7 @@ class Classifier(ImageClassificationModule):
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Cross-entropy of a batch; see the base class."""
         logits = self.network(batch.images).float()
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
         return loss, {"ce": loss.detach()}, logits
 
     def predict(self, images: Tensor) -> tuple[Tensor, None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ekd_lightning.data import Dataset, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers
@@ -61,6 +61,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
         batch_size=settings.recipe.batch_size,
         eval_batch_size=data.eval_batch_size,
         seed=settings.seed,
+        mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
     )
     student = build_student(settings, dataset)
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
@@ -86,7 +87,15 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
         val_fraction=data.val_fraction,
         seed=data.subset_seed,
     )
-    return dataset, subset, make_views(data.augmentation, data.padding, data.flip)
+    views = make_views(
+        data.augmentation,
+        data.padding,
+        data.flip,
+        options=data.augmentation_options,
+        pool_size=data.pool_size,
+        pool_seed=data.pool_seed,
+    )
+    return dataset, subset, views
 
 
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
@@ -143,6 +152,8 @@ def _uses_table(
     problem = ""
     if settings.teachers.table == "off":
         problem = "teachers.table=off"
+    elif mixed := settings.recipe.mixed("recipe"):
+        problem = f"with {mixed} images are not finite in number"
     elif method.teacher_stages:
         problem = f"stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
     if problem:

@@ -38,9 +38,18 @@ class DataSettings:
     """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
     val_fraction: float = 0.1
     """Share of the subset held out for validation, in [0, 1)."""
-    augmentation: str = "crop_flip"
+    augmentation: Any = "crop_flip"
+    """none, crop_flip, cutout, random_erasing, color, randaugment, or a list of them, applied in order."""
+    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
     padding: int = 4
+    """Of crop_flip: pixels added on every side."""
     flip: bool = True
+    """Of crop_flip: whether images are mirrored, too."""
+    pool_size: int = 64
+    """Draws per image for any augmentation but plain none and crop_flip, whose views are finite by themselves."""
+    pool_seed: int = 0
+    """Seed of these draws; apart from `seed`, so that all runs of a study share the teachers' tables."""
     eval_batch_size: int = 500
 
 
@@ -61,6 +70,10 @@ class RecipeSettings:
     """Points of the step schedule as shares of the training, in (0, 1)."""
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    mixup: float = 0.0
+    """α of mixup, 0 for none; with `cutmix` on, too, either is taken with equal chance in each batch."""
+    cutmix: float = 0.0
+    """α of CutMix, 0 for none."""
 
     def check(self, prefix: str) -> None:
         """Refuses impossible values, naming them with `prefix` (e.g. "recipe").
@@ -83,6 +96,15 @@ class RecipeSettings:
         _require(self.gamma > 0, f"{prefix}.gamma", self.gamma, "must be positive")
         fits = 0 <= self.warmup_epochs < self.epochs
         _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be in [0, {prefix}.epochs)")
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            fits = math.isfinite(alpha) and alpha >= 0
+            _require(fits, f"{prefix}.{name}", alpha, "must be 0 (off) or a positive number")
+
+    def mixed(self, prefix: str) -> str:
+        """The keys by which images are mixed, with their values; empty where they are not."""
+        values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
+        return " and ".join(f"{prefix}.{name}={alpha}" for name, alpha in values.items() if alpha)
 
 
 @dataclass

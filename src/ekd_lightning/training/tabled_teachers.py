@@ -180,7 +180,10 @@ class TabledTeachers:
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
             UserError: A teacher's output is not finite.
+            ValueError: The images were mixed, so they are not the views that the batch names.
         """
+        if batch.soft_labels is not None:
+            raise ValueError("mixed images have no rows in teacher tables")
         if stages:
             self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
             self.misses += len(self._tables) * len(batch.index)

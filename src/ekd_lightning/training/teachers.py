@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from ekd_lightning.data import Dataset, Subset, ViewFamily
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
@@ -238,7 +238,12 @@ def train_teacher(
             seed=seed,
         )
         module = ImageDataModule(
-            data.dataset, only_training, data.views, batch_size=recipe.batch_size, seed=seed
+            data.dataset,
+            only_training,
+            data.views,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            mixing=Mixing(recipe.mixup, recipe.cutmix),
         )
         trainer = pl.Trainer(
             accelerator=accelerator,

@@ -1,0 +1,231 @@
+"""Augmentations by name, for pools of draws; `cutout` and `random_erasing`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.data.order import Draws
+from ekd_lightning.errors import UserError, unknown_name
+
+OPTIONS_KEY = "data.augmentation_options"
+
+
+class Augmentation(Protocol):
+    """Changes every image of a batch by numbers of its own; built with keyword-only options."""
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments a batch.
+
+        What becomes of an image must depend on that image and on `draws` alone, not on its neighbours in the
+        batch, and no other source of randomness may be used.
+
+        Args:
+            images: uint8 [B, 3, H, W]; must not be changed in place.
+            draws: Random numbers, one for each image.
+
+        Returns:
+            uint8 [B, 3, H, W] on the same device.
+        """
+        ...
+
+
+AugmentationClass = TypeVar("AugmentationClass", bound=Callable[..., Augmentation])
+
+_REGISTRY: dict[str, Callable[..., Augmentation]] = {}
+
+
+def register_augmentation(name: str) -> Callable[[AugmentationClass], AugmentationClass]:
+    """Makes an augmentation available as `data.augmentation=name`.
+
+    Teachers and tables of teacher outputs are found again by name and options: when what an augmentation does
+    changes, its name must change too.
+
+    Args:
+        name: What the user writes.
+
+    Returns:
+        The decorator for the class; its keyword-only arguments are the options under
+        `data.augmentation_options.<name>`, and it raises UserError for values that are not allowed.
+
+    Raises:
+        ValueError: If another class has the name already.
+    """
+
+    def decorate(cls: AugmentationClass) -> AugmentationClass:
+        old = _REGISTRY.get(name)
+        if name in ("none", "crop_flip") or (old is not None and _origin(old) != _origin(cls)):
+            raise ValueError(f"augmentation {name!r} is registered twice, the second time by {_origin(cls)}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def _origin(cls: Callable[..., Augmentation]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def augmentation_names() -> tuple[str, ...]:
+    """The registered names, sorted; `none` and `crop_flip` are not among them."""
+    return tuple(sorted(_REGISTRY))
+
+
+def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentation, str]:
+    """Builds an augmentation by name.
+
+    Args:
+        name: A registered name.
+        options: Its options; those that are not given have their defaults.
+
+    Returns:
+        The augmentation, and a key with its name and all options.
+
+    Raises:
+        UserError: Unknown name or option, an option that is missing or has a value that is not allowed.
+    """
+    if name not in _REGISTRY:
+        raise unknown_name("augmentation", name, _REGISTRY)
+    parameters = inspect.signature(_REGISTRY[name]).parameters
+    for option in options:
+        if option not in parameters:
+            raise unknown_name(f"option in {OPTIONS_KEY}.{name}:", option, parameters)
+    values = {option: options.get(option, known.default) for option, known in parameters.items()}
+    for option, value in values.items():
+        if value is inspect.Parameter.empty:
+            raise UserError(f"{OPTIONS_KEY}.{name}.{option}: must be given")
+    return _REGISTRY[name](**options), name + json.dumps(values, sort_keys=True, default=str)
+
+
+def check_number(key: str, value: object, low: float, high: float = math.inf) -> float:
+    """Checks an option that must be a number.
+
+    Args:
+        key: `<augmentation>.<option>`, for the error.
+        value: What was given; strings and booleans are refused.
+        low: The smallest allowed value.
+        high: The largest.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        UserError: If it is not a finite number in [low, high].
+    """
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high:  # type: ignore[operator]
+        allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be a number {allowed}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_integer(key: str, value: object, low: int, high: float = math.inf) -> int:
+    """Checks an option that must be an integer; see `check_number`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        allowed = f"in {low}..{high}" if high < math.inf else f"of at least {low}"
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be an integer {allowed}")
+    return value
+
+
+def check_range(key: str, value: object, low: float, high: float = math.inf) -> tuple[float, float]:
+    """Checks an option that must be two increasing numbers, both as `check_number` wants them."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be a pair [smallest, largest]")
+    first, last = (check_number(key, item, low, high) for item in value)
+    if first > last:
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be increasing")
+    return first, last
+
+
+def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int, like: Tensor) -> Tensor:
+    """Marks one rectangle in each image.
+
+    Args:
+        top: int64 [B], first row; may lie outside the image, as may any other edge.
+        left: int64 [B], first column.
+        height: Rows, int64 [B] or one for all.
+        width: Columns, likewise.
+        like: The images [B, 3, H, W].
+
+    Returns:
+        bool [B, 1, H, W].
+    """
+    row = torch.arange(like.shape[2], device=like.device)
+    column = torch.arange(like.shape[3], device=like.device)
+    down, right = row - top[:, None], column - left[:, None]
+    bottom = height[:, None] if isinstance(height, Tensor) else height
+    end = width[:, None] if isinstance(width, Tensor) else width
+    in_rows, in_columns = (down >= 0) & (down < bottom), (right >= 0) & (right < end)
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
+@register_augmentation("cutout")
+class Cutout:
+    """A black square (zero) with its centre on any pixel, so that it may hang over the edge.
+
+    Source: DeVries and Taylor 2017, arXiv 1708.04552; they use 16 pixels on CIFAR-10 and 8 on CIFAR-100.
+
+    Args:
+        size: Side in pixels, at least 1.
+
+    Raises:
+        UserError: Another size.
+    """
+
+    def __init__(self, *, size: int = 16) -> None:
+        self.size = check_integer("cutout.size", size, 1)
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments a batch; see `Augmentation`."""
+        top = draws.integers(images.shape[2]) - self.size // 2
+        left = draws.integers(images.shape[3]) - self.size // 2
+        return images.masked_fill(rectangles(top, left, self.size, self.size, images), 0)
+
+
+@register_augmentation("random_erasing")
+class RandomErasing:
+    """A black rectangle (zero) within the image, in a share of the views.
+
+    Area and aspect ratio (height / width) are drawn up to ten times until the rectangle is smaller than the
+    image; if none is, the image stays as it is. Source: Zhong et al. 2017, arXiv 1708.04896, in the form of
+    torchvision's RandomErasing.
+
+    Args:
+        p: Probability that anything is erased, in [0, 1].
+        scale: Range of the erased share of the area, in [0, 1].
+        ratio: Range of the aspect ratio, whose logarithm is uniform; positive.
+
+    Raises:
+        UserError: Other values.
+    """
+
+    ATTEMPTS = 10
+
+    def __init__(
+        self, *, p: float = 0.5, scale: Sequence[float] = (0.02, 0.33), ratio: Sequence[float] = (0.3, 3.3)
+    ) -> None:
+        self.p = check_number("random_erasing.p", p, 0, 1)
+        self.scale = check_range("random_erasing.scale", scale, 0, 1)
+        low, high = check_range("random_erasing.ratio", ratio, 1e-6)
+        self.log_ratio = math.log(low), math.log(high)
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments a batch; see `Augmentation`."""
+        H, W = images.shape[2:]
+        area = H * W * draws.uniform(*self.scale, count=self.ATTEMPTS)
+        ratio = draws.uniform(*self.log_ratio, count=self.ATTEMPTS).exp()
+        heights, widths = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+        fits = (heights < H) & (widths < W)
+        first = fits.byte().argmax(0, keepdim=True)
+        height, width = heights.gather(0, first)[0].clamp(max=H), widths.gather(0, first)[0].clamp(max=W)
+        top, left = draws.integers(H - height + 1), draws.integers(W - width + 1)
+        erased = (draws.uniform() < self.p) & fits.any(0)
+        mask = rectangles(top, left, height, width, images) & erased[:, None, None, None]
+        return images.masked_fill(mask, 0)

@@ -1,0 +1,136 @@
+"""Mixup and CutMix: images blended in pairs, as pure functions of (seed, epoch, batch number).
+
+Partners lie within the global batch, so that any number of processes sees the same mixed images. Mixed images
+are not finite in number: no table of teacher outputs can hold them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from ekd_lightning.data.order import STREAM_MIX, STREAM_PARTNER, hash_uniform_u64
+from ekd_lightning.errors import UserError
+
+Box = tuple[int, int, int, int]
+_USES = 4  # numbers that one batch needs
+
+
+class Mix(NamedTuple):
+    """What a batch of B images is mixed with.
+
+    Attributes:
+        index: int64 [B], positions of the partners in the whole training set.
+        view: int64 [B], their views.
+        soft_labels: float32 [B, C], the mixed labels; rows sum to 1.
+        share: λ in [0, 1], the share of an image in its mixture with its partner.
+        box: For CutMix (top, bottom, left, right), the half-open rectangle that comes from the partner; None
+            for mixup.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    view: Tensor
+    soft_labels: Tensor
+    share: float
+    box: Box | None
+
+
+class Mixing:
+    """Draws how the batches of an epoch are mixed.
+
+    mixup (Zhang et al. 2017, arXiv 1710.09412): x̃ = λ x + (1-λ) x', λ ~ Beta(α, α) once per batch. CutMix (Yun
+    et al. 2019, arXiv 1905.04899): a rectangle of the partner with sides of sqrt(1-λ) of the image's, its centre
+    uniform, clipped at the edges; λ becomes the share that is left. Labels are mixed by the same λ.
+
+    Args:
+        mixup: α of mixup; 0 switches it off.
+        cutmix: α of CutMix; 0 switches it off. With both on, either is taken with equal chance in each batch.
+
+    Raises:
+        UserError: A negative or infinite α.
+    """
+
+    def __init__(self, mixup: float = 0.0, cutmix: float = 0.0) -> None:
+        for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if not 0 <= alpha < float("inf"):
+                raise UserError(f"recipe.{key}={alpha} must be 0 (off) or a positive number")
+        self.mixup, self.cutmix = mixup, cutmix
+
+    def __bool__(self) -> bool:
+        """Whether anything is mixed."""
+        return bool(self.mixup or self.cutmix)
+
+    def partners(self, seed: int, epoch: int, num_batches: int, batch_size: int) -> Tensor:
+        """int64 [num_batches, batch_size]: for each row of a global batch its partner's row, a permutation."""
+        rows = np.arange(num_batches * batch_size)
+        bits = hash_uniform_u64(STREAM_PARTNER, seed, epoch, rows).reshape(num_batches, batch_size)
+        return torch.from_numpy(bits.argsort(axis=1, kind="stable"))
+
+    def shares(
+        self, seed: int, epoch: int, num_batches: int, height: int, width: int
+    ) -> list[tuple[float, Box | None]]:
+        """Share λ and rectangle (see `Mix`) of each batch of an epoch, for images of height × width pixels."""
+        bits = hash_uniform_u64(STREAM_MIX, seed, epoch, np.arange(num_batches * _USES))
+        unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
+        return [self._share(row, height, width) for row in unit.reshape(num_batches, _USES)]
+
+    def _share(self, unit: NDArray[np.float64], height: int, width: int) -> tuple[float, Box | None]:
+        from scipy.special import betaincinv  # noqa: PLC0415  # slow to import, not always needed
+
+        is_cutmix = unit[0] < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
+        alpha = self.cutmix if is_cutmix else self.mixup
+        share = float(betaincinv(alpha, alpha, unit[1]))  # the quantile function of Beta(α, α)
+        if not is_cutmix:
+            return share, None
+        side = (1 - share) ** 0.5
+        top, bottom = _edges(unit[2], side, height)
+        left, right = _edges(unit[3], side, width)
+        return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+
+
+def _edges(unit: float, side: float, size: int) -> tuple[int, int]:
+    """First and last (exclusive) pixel along one axis, around a centre drawn from all pixels."""
+    length, centre = int(size * side), int(size * unit)
+    first = centre - length // 2
+    return max(first, 0), min(first + length, size)
+
+
+def mix_labels(labels: Tensor, partner_labels: Tensor, num_classes: int, share: float) -> Tensor:
+    """λ y + (1-λ) y' of one-hot labels.
+
+    Args:
+        labels: int64 [B].
+        partner_labels: int64 [B].
+        num_classes: C.
+        share: λ in [0, 1].
+
+    Returns:
+        float32 [B, C].
+    """
+    own, partner = (functional.one_hot(y, num_classes).float() for y in (labels, partner_labels))
+    return share * own + (1 - share) * partner
+
+
+def mix_images(images: Tensor, partners: Tensor, share: float, box: Box | None) -> Tensor:
+    """Mixes each image with its partner.
+
+    Args:
+        images: float32 [B, 3, H, W].
+        partners: The same shape.
+        share: λ in [0, 1]; for CutMix without effect, as the box says it all.
+        box: See `Mix`.
+
+    Returns:
+        float32 [B, 3, H, W].
+    """
+    if box is None:
+        return share * images + (1 - share) * partners
+    top, bottom, left, right = box
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
+    return mixed

@@ -1,0 +1,135 @@
+"""Whole runs with pools of views and with mixed images."""
+
+from __future__ import annotations
+
+import csv
+import logging
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ekd_lightning.data import Pool
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.training.classifier import Classifier
+from ekd_lightning.training.prepare import prepare
+from ekd_lightning.training.run import run
+from ekd_lightning.training.settings import RecipeSettings
+from ekd_lightning.training.teachers import TeacherData, train_teacher
+
+POOL = (
+    "data.augmentation=[crop_flip,cutout]",
+    "+data.augmentation_options.cutout.size=8",
+    "data.pool_size=2",
+    "method=ekd_mean",
+)
+
+
+class Batches(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[Batch] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(batch)
+
+
+def test_a_run_with_a_pool_remembers_its_teachers(train, tmp_path):
+    words = (*POOL, "recipe.epochs=2", "teachers.table=require")
+    first = train(tmp_path / "first", *words)
+    assert (first.code, first.status["state"]) == (0, "done"), first.err
+    assert first.result["views"].startswith("pool2-seed0-crop_flip-padding2-noflip+cutout")
+    rate = first.result["teacher_table_hit_rate"]
+    assert 0 < rate < 1  # two views of an image, two epochs
+    again = train(tmp_path / "again", *words)
+    assert again.result["teacher_table_hit_rate"] == 1
+    assert again.result["test_accuracy"] == first.result["test_accuracy"]
+    other = train(tmp_path / "other", *words, "data.pool_seed=1")
+    assert other.result["teacher_table_hit_rate"] < 1
+
+
+def test_a_run_with_mixup_lets_its_teachers_run_live(train, tmp_path):
+    outcome = train(tmp_path / "run", "recipe.mixup=0.2")
+    assert (outcome.code, outcome.status["state"]) == (0, "done"), outcome.err
+    assert outcome.result["teacher_table_hit_rate"] is None
+    assert (outcome.result["mixup"], outcome.result["cutmix"]) == (0.2, 0)
+    assert outcome.result["views"] == "crop_flip-padding2-noflip"
+    with (outcome.directory / "metrics.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert float(rows[0]["train/ce_ensemble"]) > 0
+
+
+def test_batches_of_a_mixed_run(tiny_settings, tmp_path):
+    spy = Batches()
+    words = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "method=branched_ce", "recipe.epochs=2")
+    run(tiny_settings(*words), tmp_path / "run", config={}, callbacks=[spy])
+    assert len(spy.seen) == 8
+    for batch in spy.seen:
+        assert batch.soft_labels.shape == (32, 10)
+        torch.testing.assert_close(batch.soft_labels.sum(1), torch.ones(32))
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_a_required_table_and_mixed_images_exclude_each_other(train, tmp_path, name):
+    outcome = train(tmp_path / "run", f"recipe.{name}=0.2", "teachers.table=require", "method=ekd_mean")
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert "teachers.table=require" in line
+    assert f"recipe.{name}=0.2" in line
+
+
+def test_an_automatic_table_and_mixed_images_are_reported_once(tiny_settings, caplog):
+    with caplog.at_level(logging.INFO, logger="ekd_lightning"):
+        mixed = prepare(tiny_settings("recipe.cutmix=1", "method=ekd_mean"), "cpu")
+        assert not mixed.table
+        (record,) = [entry for entry in caplog.records if "not finite" in entry.message]
+        assert record.levelno == logging.INFO
+        assert "recipe.cutmix=1.0" in record.message
+        caplog.clear()
+        assert prepare(tiny_settings("method=ekd_mean"), "cpu").table
+        assert not prepare(tiny_settings("method=ekd_mean", "teachers.table=off"), "cpu").table
+        assert not any("not finite" in entry.message for entry in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.augmentation=cutuot"], r"data\.augmentation 'cutuot'; did you mean 'cutout'"),
+        (["data.augmentation=cutout", "data.pool_size=0"], r"data\.pool_size=0"),
+        (
+            ["data.augmentation=cutout", "+data.augmentation_options={cutout: {sise: 3}}"],
+            "did you mean 'size'",
+        ),
+        (["recipe.mixup=-1"], r"recipe\.mixup=-1\.0: must be 0 \(off\) or a positive number"),
+    ],
+)
+def test_mistakes_are_refused_at_start(tiny_settings, words, message):
+    with pytest.raises(UserError, match=message):
+        prepare(tiny_settings(*words), "cpu")
+
+
+def test_teachers_on_demand_are_mixed_by_their_own_recipe(tiny_settings, tmp_path, monkeypatch):
+    prepared = prepare(tiny_settings("data.augmentation=[crop_flip,randaugment]"), "cpu")
+    assert isinstance(prepared.views, Pool)
+    seen: list[Batch] = []
+    losses = Classifier.losses
+    monkeypatch.setattr(Classifier, "losses", lambda self, batch: seen.append(batch) or losses(self, batch))
+    data = TeacherData(prepared.dataset, prepared.subset, prepared.views, "subset")
+    spec = NetworkSpec("resnet8", 10, normalization("unit"), {"width": 0.5})
+    train_teacher(spec, data, RecipeSettings(epochs=1, batch_size=32, cutmix=1.0), 0, tmp_path, "cpu")
+    assert len(seen) == 4
+    assert all(batch.soft_labels is not None for batch in seen)
+
+
+def test_a_classifier_uses_soft_labels():
+    network = build_network(NetworkSpec("resnet8", 4, normalization("unit"), {"width": 0.5})).eval()
+    module = Classifier(network, RecipeSettings(), label_smoothing=0.1)
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.softmax(torch.randn(6, 4, generator=generator), dim=-1)
+    rows = torch.zeros(6, dtype=torch.int64)
+    images = torch.rand(6, 3, 32, 32, generator=generator)
+    loss, terms, logits = module.losses(Batch(images, rows, rows, rows, rows == 0, soft))
+    expected = -((0.9 * soft + 0.025) * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(terms["ce"], expected.detach())
