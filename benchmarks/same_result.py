@@ -29,6 +29,7 @@ PLAIN = (
     "teachers.fold=false",
     "teachers.compile=never",
     "channels_last=false",
+    "student.compile=never",
 )
 ROWS = {
     "plain": (),
@@ -38,6 +39,7 @@ ROWS = {
     "teachers compiled": ("teachers.compile=always",),
     "channels-last": ("channels_last=true",),
     "student in bfloat16": ("trainer.precision=bf16-mixed",),
+    "student compiled": ("student.compile=always",),
     "all of them": (
         "teachers.table=require",
         "teachers.fold=true",
@@ -45,6 +47,7 @@ ROWS = {
         "teachers.compile=always",
         "channels_last=true",
         "trainer.precision=bf16-mixed",
+        "student.compile=always",
     ),
 }
 

@@ -19,6 +19,7 @@ from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.loggers import MetricsCsv
 from ekd_lightning.training.prepare import Prepared, prepare, source_factory
 from ekd_lightning.training.run import make_distiller
@@ -98,6 +99,10 @@ class BareLoop:
             parameters, settings.recipe, len(self.loader), fused=True
         )
         self._memory_format = memory_format
+        self.forward = self.student.outputs
+        if settings.student.compile == "always":
+            stages = tuple(self.method.student_stages)
+            self.forward = compiled_or_not(lambda images: self.student.outputs(images, stages))
 
     def images_per_second(self, epochs: int) -> float:
         """The rate over some epochs, the first of the seed."""
@@ -119,7 +124,7 @@ class BareLoop:
             batch = gather_batch(self.images, rows, self.prepared.views)
             batch = batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
             with torch.autocast(self.job.device.type, torch.bfloat16, enabled=half):
-                output = self.student.outputs(batch.images)
+                output = self.forward(batch.images)
                 result = self.method(output, self.source(batch), batch, epoch=epoch)
             self.optimizer.zero_grad()
             result.total.backward()

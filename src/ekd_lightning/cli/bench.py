@@ -107,6 +107,12 @@ def _context(args: argparse.Namespace) -> Bench:
     precision = resolve_precision("auto")
     fixed = [f"recipe.epochs={args.epochs}", f"trainer.precision={precision}", "trainer.devices=1"]
     settings = compose_settings(*fixed, *args.overrides)
+    # What a long run would choose: the benchmark's own trainings are too short to pay for compiling.
+    if settings.teachers.compile == "auto":
+        settings.teachers.compile = "always"
+    if settings.student.compile == "auto":
+        long_run = str(settings.trainer["precision"]).startswith("bf16") and not torch.cuda.is_available()
+        settings.student.compile = "always" if long_run else "never"
     prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Bench(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -184,20 +185,22 @@ class BranchedStudent(nn.Module):
         """
         return self.outputs(images).logits
 
-    def outputs(self, images: Tensor) -> StudentOutput:
+    def outputs(self, images: Tensor, stages: Sequence[str] | None = None) -> StudentOutput:
         """Like `forward`, with each branch's logits, pooled features and stage outputs.
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
+            stages: The stages whose outputs are wanted; None for all. A compiler need not keep the others.
         """
         maps, shared = self.trunk(images)
         results = [branch(maps) for branch in self.branches]
         branch_logits = torch.stack([logits for logits, _, _ in results])
         pooled = torch.stack([features for _, features, _ in results])
-        stages = tuple({**shared, **own} for _, _, own in results)
-        return StudentOutput(
-            couple(branch_logits, maps, self.ensemble, self.gate), branch_logits, pooled, stages
-        )
+        wanted = self._stage_names if stages is None else stages
+        everything = [{**shared, **own} for _, _, own in results]
+        kept = tuple({name: outputs[name] for name in wanted} for outputs in everything)
+        logits = couple(branch_logits, maps, self.ensemble, self.gate)
+        return StudentOutput(logits, branch_logits, pooled, kept)
 
     def stage_shapes(self, image_size: int = 32) -> dict[str, tuple[int, int, int]]:
         """Tells the shape (channels, height, width) of each stage's output in every branch.

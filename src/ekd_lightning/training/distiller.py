@@ -14,14 +14,19 @@ from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.settings import RecipeSettings
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
+
+COMPILE_STUDENT_MACS = 1.5e13
+"""Work of a training (three forward passes a step) from which compiling the student pays. On two cores with AMX it
+takes about 15 s and saves a fifth of the step."""
 
 
 def has_fragile_convolution(module: nn.Module) -> bool:
@@ -50,9 +55,9 @@ class Distiller(ImageClassificationModule):
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
         channels_last: Memory format of images and student.
-        compile_student: Whether the student's forward and backward pass in training go through torch.compile;
-            the first step then takes long (up to a minute on two cores). Without a compiler this warns and
-            trains as if it were off.
+        compile_student: Whether the student's forward and backward pass in training go through torch.compile:
+            "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then
+            takes long; without a working compiler this warns and trains as if it were off.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Distiller(ImageClassificationModule):
         teachers: TeacherEnsemble | None = None,
         make_source: Callable[[TeacherEnsemble], TeacherSource] = LiveTeachers,
         channels_last: bool = True,
-        compile_student: bool = False,
+        compile_student: str = "auto",
     ) -> None:
         super().__init__(
             recipe,
@@ -81,7 +86,8 @@ class Distiller(ImageClassificationModule):
                 stacklevel=2,
             )
             self._memory_format = torch.contiguous_format
-        self._student_outputs = compiled_or_not(student.outputs) if compile_student else student.outputs
+        self._compile_student = compile_student
+        self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers
@@ -105,8 +111,28 @@ class Distiller(ImageClassificationModule):
         if isinstance(source, TabledTeachers):
             source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
 
+    def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
+        """The student's forward pass in training, with the stages that the method reads; compiled or not."""
+        stages = tuple(self.method.student_stages)
+
+        def outputs(images: Tensor) -> StudentOutput:
+            return self.student.outputs(images, stages)
+
+        compiled = self._compile_student == "always"
+        # Compiled float32 steps are slower on a processor, and on accelerators nobody has measured.
+        if (
+            self._compile_student == "auto"
+            and self.device.type == "cpu"
+            and "bf16" in str(self.trainer.precision)
+        ):
+            images = self.recipe.epochs * int(self.trainer.num_training_batches) * self.recipe.batch_size
+            compiled = 3 * count_macs(self.student) * images >= COMPILE_STUDENT_MACS
+        return compiled_or_not(outputs) if compiled else outputs
+
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""
+        if self._student_outputs is None:
+            self._student_outputs = self._student_forward()
         student = self._student_outputs(batch.images)
         teachers = self._teach(batch) if self.method.needs_teachers else None
         steps = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))

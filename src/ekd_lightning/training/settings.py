@@ -214,8 +214,8 @@ class StudentSettings:
     ensemble: str = "mean_logits"
     normalization: Optional[str] = None
     """Named normalisation; null takes the data set's own."""
-    compile: bool = False
-    """Whether training steps of the student go through torch.compile: pays in long runs only."""
+    compile: str = "auto"
+    """Whether training steps go through torch.compile: auto (in long runs, where it pays), always or never."""
 
 
 @dataclass
@@ -286,6 +286,8 @@ class Settings:
         """
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         _require(self.student.branches >= 1, "student.branches", self.student.branches, "must be at least 1")
+        if self.student.compile not in ("auto", "always", "never"):
+            raise unknown_name("student.compile", self.student.compile, ("auto", "always", "never"))
         fraction = self.data.fraction
         if fraction is not None:
             _require(0 < fraction <= 1, "data.fraction", fraction, "must be in (0, 1]")
