@@ -105,12 +105,17 @@ def growth(bench: Bench) -> dict[str, Any]:
 
         result["teachers"] = {m: rate(m) for m in range(1, bench.teachers.num_teachers + 1)}
         result["branches"] = {k: rate(student=replace(settings.student, branches=k)) for k in (1, 2, 3, 4, 6)}
+        present = len(bench.job().prepared().subset.train_index)
         result["batch_size"] = {
-            b: rate(recipe=replace(settings.recipe, batch_size=b)) for b in (32, 64, 128, 256, 512)
+            b: rate(recipe=replace(settings.recipe, batch_size=b))
+            for b in (32, 64, 128, 256, 512)
+            if b <= present
         }
+        whole = len(bench.dataset.train)
         result["images"] = {
-            int(10_000 * share): rate(data=replace(settings.data, fraction=None, per_class=int(1000 * share)))
-            for share in (0.1, 0.25, 0.5)
+            round(whole * share): rate(data=replace(settings.data, fraction=share, per_class=None))
+            for share in (0.02, 0.1, 0.3)
+            if 0.8 * whole * share > settings.recipe.batch_size
         }
     return result
 

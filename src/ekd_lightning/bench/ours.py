@@ -72,6 +72,7 @@ class Job:
                 in_sweep=True,
             )
             trainer.fit(module, datamodule=prepared.datamodule)
+        torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
         return report.images_seen / report.train_seconds, module
 
 

@@ -167,7 +167,9 @@ def epoch(bench: Bench) -> dict[str, Any]:
                 return job.with_store(Path(empty)).fit()[0]
 
         def bare() -> float:
-            return BareLoop(warm).images_per_second(job.settings.recipe.epochs)
+            rate = BareLoop(warm).images_per_second(job.settings.recipe.epochs)
+            torch.compiler.reset()  # so that the next one pays for its tracing, as a run does
+            return rate
 
         ways = {
             "plain": lambda: loops[best].images_per_second(bench.plain_steps),

@@ -131,7 +131,10 @@ def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any
     from ekd_lightning.bench import cost, parts  # noqa: PLC0415
 
     if key == "d":
-        settings = replace(bench.settings, recipe=replace(bench.settings.recipe, epochs=args.sweep_epochs))
+        settings = compose_settings(
+            *args.overrides, f"recipe.epochs={args.sweep_epochs}"
+        )  # what a sweep would do
+        settings = replace(settings, trainer=bench.settings.trainer)
         if args.sweep_fraction is not None:
             settings = replace(
                 settings, data=replace(settings.data, fraction=args.sweep_fraction, per_class=None)
