@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ekd_lightning.reporting.tables import (
+    half_width,
     methods_table,
     paired_difference,
     percent,
@@ -104,13 +107,67 @@ def collect(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def differences(results: list[dict[str, Any]]) -> str:
-    """EKD against every control, paired by seed."""
-    lines = []
+    """EKD against every control, paired by seed, with Student's t interval."""
+    lines = ["| difference | points, paired by seed | 95 % interval | n |", "|---|---|---|---|"]
     for control in SHOWN[:-1]:
         difference = paired_difference(results, "ekd", control)
         if difference is not None:
-            lines.append(f"| `ekd` − `{control}` | {percent(difference, signed=True)} | {difference.n} |")
-    return "| difference | points, paired by seed | n |\n|---|---|---|\n" + "\n".join(lines)
+            half = half_width(difference)
+            shown = "–"
+            if half is not None:
+                low, high = 100 * (difference.mean - half), 100 * (difference.mean + half)
+                shown = f"{low:+.2f} to {high:+.2f}"
+            cell = percent(difference, signed=True)
+            lines.append(f"| `ekd` − `{control}` | {cell} | {shown} | {difference.n} |")
+    return "\n".join(lines)
+
+
+def verdict(results: list[dict[str, Any]], control: str) -> str:
+    """What the runs say of EKD against one control, in words."""
+    difference = paired_difference(results, "ekd", control)
+    half = half_width(difference) if difference is not None else None
+    if difference is None or half is None:
+        return f"not enough runs to compare it with `{control}`"
+    points = f"{100 * abs(difference.mean):.2f} points"
+    if abs(difference.mean) <= half:
+        return f"not clearly different from `{control}` ({100 * difference.mean:+.2f} points, within the interval)"
+    return f"**{points} {'above' if difference.mean > 0 else 'below'}** `{control}`"
+
+
+def verdicts(results: list[dict[str, Any]]) -> str:
+    """One sentence over all controls."""
+    text = "EKD is " + "; ".join(verdict(results, control) for control in SHOWN[:-1]) + "."
+    return textwrap.fill(text, 115)
+
+
+def origins(results: list[dict[str, Any]]) -> str:
+    """Where the difference to the plain distilled student comes from: the branches, and their coupling."""
+    lines = [
+        "| method | mean branch − plain `kd_mean` | ensemble − mean branch | sum | n |",
+        "|---|---|---|---|---|",
+    ]
+    for method in ("branched_ce", "ekd_mean", "ekd_permuted", "ekd"):
+        branches = [
+            {**r, "mean_branch": statistics.fmean(r["test_branch_accuracy"])}
+            for r in results
+            if r["method"] in (method, "kd_mean")
+        ]
+        parts = [
+            {**r, "method": name, "value": r[field]}
+            for r in branches
+            for name, field in (("branch", "mean_branch"), ("whole", "test_accuracy"))
+            if r["method"] == method
+        ]
+        plain = [{**r, "value": r["test_accuracy"]} for r in branches if r["method"] == "kd_mean"]
+        rows = [*parts, *plain]
+        cells = [
+            paired_difference(rows, *pair, "value")
+            for pair in (("branch", "kd_mean"), ("whole", "branch"), ("whole", "kd_mean"))
+        ]
+        n = cells[0].n if cells[0] else 0
+        shown = " | ".join(percent(cell, signed=True) for cell in cells)
+        lines.append(f"| `{method}` | {shown} | {n} |")
+    return "\n".join(lines)
 
 
 def report(results: list[dict[str, Any]], origin: dict[str, Any], args: argparse.Namespace) -> str:
@@ -149,9 +206,17 @@ Accuracies in percent, mean ± sample standard deviation over n seeds. K branche
 
 {differences(results)}
 
+{verdicts(results)}
+
+Where the difference to the plain distilled student comes from: what a branch alone is worth, and what coupling the
+branches adds.
+
+{origins(results)}
+
 How to read it: three seeds tell large differences from chance, not small ones. `ekd_permuted` is EKD with its
 teachers shifted by one branch; as all branches start alike, its distance from `ekd` is chance, and any difference
-of that size between other rows may be chance too.
+of that size between other rows may be chance too. The intervals take the runs' differences to be normal; they do not
+know of other subsets, schedules or tunings.
 """
 
 
@@ -167,6 +232,8 @@ default weights, seeds {", ".join(map(str, seeds))}, on a processor ({origin["ha
 [docs/results/cifar10_10pct.md](docs/results/cifar10_10pct.md).
 
 {short_table(results, SHOWN)}
+
+{verdicts(results)}
 
 """
 

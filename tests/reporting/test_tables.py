@@ -6,6 +6,7 @@ import pytest
 
 from ekd_lightning.reporting.tables import (
     Cell,
+    half_width,
     methods_table,
     paired_difference,
     percent,
@@ -134,3 +135,10 @@ def test_the_short_table_shows_what_is_missing():
     ).splitlines()
     assert lines[2] == "| `ce` | missing | | | 0 |"
     assert lines[3] == "| `ekd` | 50.00 | 1,000 | 2.0 M | 1 |"
+
+
+def test_the_interval_is_students():
+    # t(0.975, 2 degrees of freedom) = 4.302653 and t(0.95, 4) = 2.131847, from any table
+    assert half_width(Cell(5.0, 1.0, 3)) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert half_width(Cell(5.0, 2.0, 5), level=0.9) == pytest.approx(2 * 2.131847 / 5**0.5, rel=1e-6)
+    assert half_width(Cell(5.0, None, 1)) is None

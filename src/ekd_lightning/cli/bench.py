@@ -30,6 +30,7 @@ PARTS = {
     "h": "share of the machine's matrix-product peak (runs b and c)",
     "f": "memory of this process (after the other parts)",
 }
+_WIDTH = 120  # where there is no terminal
 EXAMPLES = """\
 examples:
   ekd-bench                                                    bundled digits, all parts, some minutes
@@ -161,7 +162,8 @@ def _show(key: str, numbers: dict[str, Any]) -> None:
     for name in ("what", "median", "min", "max", "ratio"):
         table.add_column(name, justify="left" if name == "what" else "right")
     _rows(table, "", numbers)
-    Console(file=sys.stdout).print(table)
+    console = Console(file=sys.stdout)
+    Console(file=sys.stdout, width=max(console.width, _WIDTH)).print(table)
 
 
 def _rows(table: Table, name: str, value: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ def summarise(values: Iterable[float]) -> Cell:
         raise ValueError("no values to summarise")
     spread = statistics.stdev(numbers) if len(numbers) > 1 else None
     return Cell(statistics.fmean(numbers), spread, len(numbers))
+
+
+def half_width(cell: Cell, level: float = 0.95) -> float | None:
+    """Half the width of Student's t interval for the mean, in the unit of the mean; None for a single run.
+
+    Args:
+        cell: Mean, standard deviation and n of (differences of) runs, taken to be normal.
+        level: Confidence in (0, 1).
+    """
+    if cell.std is None:
+        return None
+    return float(stats.t.ppf(0.5 + level / 2, cell.n - 1)) * cell.std / math.sqrt(cell.n)
 
 
 def paired_difference(
