@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-cifar10 data test test-all lint format type check notebooks results wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all lint format type check notebooks results bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ notebooks: $(READY) ## make the notebooks from their scripts
 
 results: $(READY) ## make docs/results anew (hours on a processor; stopped and started at will)
 	$(BIN)/python benchmarks/first_result.py
+
+bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
+	$(BIN)/ekd-bench
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -37,12 +37,12 @@ SOURCE = ROOT / "src" / "ekd_lightning"
 
 # -- the rooms ----------------------------------------------------------------------------------------------
 
-LEVELS = (("cli",), ("reporting", "training"), ("evaluation", "methods"), ("networks", "data"))
+LEVELS = (("cli",), ("bench",), ("reporting", "training"), ("evaluation", "methods"), ("networks", "data"))
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HYDRA = {"hydra", "omegaconf"}
 FRAMEWORKS = {*LIGHTNING, *HYDRA, "wandb"}
-ALLOWED = {"cli": FRAMEWORKS, "reporting": FRAMEWORKS - HYDRA, "training": FRAMEWORKS - HYDRA}
+ALLOWED = {"cli": FRAMEWORKS, **dict.fromkeys(("bench", "reporting", "training"), FRAMEWORKS - HYDRA)}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,210 @@
+"""The page and the chart of a run of `ekd-bench`: docs/results/speed.{md,json,svg}.
+
+ekd-bench --output bench.json experiment=cifar10_limited data.fraction=1.0 --sweep-fraction 0.1
+python benchmarks/speed_page.py bench.json --output docs/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+PLAIN, OURS = "#9aa5b1", "#1f6feb"
+
+
+def rate_rows(rates: dict[str, Any], field: str = "ratio") -> str:
+    """Rows of a Markdown table of rates."""
+    lines = ["| | median | min – max | ratio |", "|---|---|---|---|"]
+    for name, row in rates.items():
+        spread = f"{row['min']:,.0f} – {row['max']:,.0f}"
+        lines.append(f"| {name} | {row['median']:,.0f} | {spread} | {row.get(field, row['ratio']):.2f} |")
+    return "\n".join(lines)
+
+
+def plain_rows(values: dict[Any, float], head: str) -> str:
+    """One row of a Markdown table of numbers."""
+    keys = " | ".join(str(key) for key in values)
+    numbers = " | ".join(f"{value:,.0f}" for value in values.values())
+    return f"| {head} | {keys} |\n|{'---|' * (len(values) + 1)}\n| images/s | {numbers} |"
+
+
+def teachers_section(part: dict[str, Any]) -> str:
+    """(b): one table per teacher."""
+    parts = []
+    for name, row in part["teachers"].items():
+        parts.append(f"`{name}`, images/s at batch {part['batch']}:\n\n{rate_rows(row['rates'])}\n")
+        parts.append(
+            f"{row['format']} against float32 on {row['images']} test images: top-1 agreement "
+            f"{100 * row['top1_agreement']:.2f} %, largest difference of a log-probability "
+            f"{row['max_log_prob_difference_at_T4']:.3f} at T = 4 ({row['max_log_prob_difference']:.3f} at T = 1). "
+            f"The first call, with compiling, took {row['first_call_seconds']:.1f} s.\n"
+        )
+    return "\n".join(parts)
+
+
+def inference_section(part: dict[str, Any]) -> str:
+    """(e): what student and teachers cost when they are used."""
+    parts = []
+    for batch, rows in part["batches"].items():
+        forms = ("plain", "folded", "compiled")
+        ratios = ", ".join(f"{form} {rows[f'student, {form}']['ratio_to_ensemble']:.1f}" for form in forms)
+        parts.append(
+            f"Batch {batch}; student against the teacher ensemble in the same form: {ratios} times.\n"
+        )
+        parts.append(rate_rows(rows) + "\n")
+    return "\n".join(parts)
+
+
+def listed(values: dict[Any, float], unit: str = "") -> str:
+    """`0: 1,234, 2: 2,345`."""
+    return ", ".join(f"{key}: {value:,.0f}{unit}" for key, value in values.items())
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page in Markdown; only numbers of the file."""
+    hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
+    a, c, d, e, g, h = (found[key] for key in "acdegh")
+    shares = "\n".join(
+        f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float)
+    )
+    return f"""# Speed, against a plain PyTorch loop
+
+Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`speed.json`](speed.json).
+
+- **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}), GPUs:
+  {len(hardware["gpus"])}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
+- **Settings**: `{found["settings"]}`, batch 128, ResNet-8 student.
+- **How**: the ways take turns, {found["rounds"]} counted rounds each; medians of rates, and of ratios within a round.
+- **The plain loop** is what one would write with torchvision and a DataLoader: PIL transforms in workers, float32,
+  every teacher in every step; the same loss and the same student.
+
+![rates](speed.svg)
+
+## A training epoch with three teachers (c)
+
+CIFAR-10, {c["images"]:,} training images, {c["epochs"]} epoch(s) per measurement, three branches; images/s. The plain
+loop uses its best number of workers, {c["best_workers"]} (images/s by workers: {listed(c["plain_workers"])}). "Cold"
+begins with an empty table, "warm" reads one; both train through Lightning with the callbacks and loggers of
+`ekd-train`, and compile teachers and student as a long run does, with kernels from torch's cache on disk.
+
+{rate_rows(c["rates"])}
+
+Lightning over the bare loop with the same kernels: {100 * c["lightning_overhead"]:+.1f} % of time a step.
+
+## A sweep (d)
+
+{d["jobs"]} jobs, teachers 1, 2, 3 × branches 1, 2, 3, {d["epochs"]} epochs each, from an empty store, everything but
+the tests included: {d["ours"]:,.0f} s. The plain loop, computed from its measured speed in each job:
+{d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long.
+
+## The loader alone (a)
+
+{rate_rows(a["rates"])}
+
+PIL by number of workers, images/s: {listed(a["workers"])}.
+
+## Each teacher (b)
+
+{teachers_section(found["b"])}
+## Inference (e)
+
+Ratios are against the plain float32 ensemble of the three teachers; folded and compiled forms compute in
+{e["format"]}.
+
+{inference_section(e)}
+## Growth (g)
+
+Training with warm tables, images/s.
+
+{plain_rows(g["teachers"], "teachers")}
+
+{plain_rows(g["branches"], "branches")}
+
+{plain_rows(g["batch_size"], "batch size")}
+
+{plain_rows(g["images"], "images")}
+
+## Share of the machine's peak (h) and memory (f)
+
+Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. Reached in {h["format"]}, where a training
+step counts three forward passes:
+
+| work | share of the peak |
+|---|---|
+{shares}
+
+Peak memory of the benchmark's own process, which did all of the above: {found["f"]["process_gb"]:.1f} GB.
+"""
+
+
+def chart(found: dict[str, Any], path: Path) -> None:
+    """Three panels: training, teachers, inference."""
+    plt.rcParams.update(
+        {"font.size": 9, "svg.hashsalt": "ekd", "axes.spines.top": False, "axes.spines.right": False}
+    )
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    rates = found["c"]["rates"]
+    bars(
+        left, list(rates), [row["median"] for row in rates.values()], [row["ratio"] for row in rates.values()]
+    )
+    left.set_title("training epoch, three teachers")
+    teachers = found["b"]["teachers"]
+    names, values, ratios = [], [], []
+    for name, row in teachers.items():
+        short = next(part for part in name.split("_") if part.startswith(("resnet", "wrn", "densenet")))
+        for form in ("float32 eager", "auto folded", "auto folded, compiled"):
+            names.append(f"{short}, {form.replace('auto', row['format'])}")
+            values.append(row["rates"][form]["median"])
+            ratios.append(row["rates"][form]["ratio"])
+    bars(middle, names, values, ratios)
+    middle.set_title("a teacher alone, batch 128")
+    rows = found["e"]["batches"]["128"]
+    wanted = [
+        f"{who}, {form}"
+        for who in ("teacher ensemble", "student")
+        for form in ("plain", "folded", "compiled")
+    ]
+    bars(right, wanted, [rows[w]["median"] for w in wanted], [rows[w]["ratio"] for w in wanted])
+    right.set_title("inference, batch 128")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def bars(axes: Any, names: list[str], values: list[float], ratios: list[float]) -> None:
+    """Horizontal bars with their rate and ratio; the first of a group is grey."""
+    colors = [
+        PLAIN if abs(ratio - 1) < 1e-9 or "plain" in name else OURS
+        for name, ratio in zip(names, ratios, strict=True)
+    ]
+    positions = range(len(names))[::-1]
+    axes.barh(positions, values, color=colors)
+    for position, value, ratio in zip(positions, values, ratios, strict=True):
+        axes.text(value, position, f" {value:,.0f}  ({ratio:.1f}×)", va="center", fontsize=8)
+    axes.set_yticks(positions, names)
+    axes.set_xlim(0, max(values) * 1.35)
+    axes.set_xlabel("images/s (ratio to grey)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    args = parser.parse_args()
+    found = json.loads(args.file.read_text())
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.output / "speed.md").write_text(page(found))
+    chart(found, args.output / "speed.svg")
+
+
+if __name__ == "__main__":
+    main()
