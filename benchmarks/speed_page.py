@@ -70,7 +70,7 @@ def listed(values: dict[Any, float], unit: str = "") -> str:
 def page(found: dict[str, Any]) -> str:
     """The page in Markdown; only numbers of the file."""
     hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
-    a, c, d, e, g, h = (found[key] for key in "acdegh")
+    a, c, d, e, g, h, i = (found[key] for key in "acdeghi")
     shares = "\n".join(
         f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float)
     )
@@ -96,7 +96,12 @@ begins with an empty table, "warm" reads one; both train through Lightning with 
 
 {rate_rows(c["rates"])}
 
-Lightning over the bare loop with the same kernels: {100 * c["lightning_overhead"]:+.1f} % of time a step.
+## Lightning over the bare loop (i)
+
+The same kernels, tables and student, not compiled, {i["epochs"]} epochs of a part of the data in turn:
+{100 * i["overhead"]:+.1f} % of time.
+
+{rate_rows(i["rates"])}
 
 ## A sweep (d)
 

@@ -92,10 +92,10 @@ def _batch(images, labels):
 def test_the_command_writes_every_part(tmp_path, store, capsys):
     output = tmp_path / "bench.json"
     words = [*TINY, f"teachers.store={store}", "teachers.compile=never"]
-    options = ["--parts", "acd", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "1"]
+    options = ["--parts", "acdi", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "1"]
     main([*options, "--output", str(output), *words])
     found = json.loads(output.read_text())
-    assert {"origin", "a", "c", "d"} <= set(found)
+    assert {"origin", "a", "c", "d", "i"} <= set(found)
     assert found["d"]["jobs"] == 6  # two teachers, three numbers of branches
     assert set(found["c"]["rates"]) == {"plain", "cold table", "warm table", "bare loop, warm table"}
     out = capsys.readouterr().out

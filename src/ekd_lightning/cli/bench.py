@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from ekd_lightning.cli.train import quiet_libraries
 
 if TYPE_CHECKING:
     from ekd_lightning.bench.parts import Bench
+    from ekd_lightning.training.settings import Settings
 
 PROGRAM = "ekd-bench"
 PARTS = {
     "a": "the loader alone",
     "b": "each teacher, plain and frozen",
     "c": "a training epoch: plain loop, cold table, warm table, bare loop",
+    "i": "Lightning over the bare loop",
     "d": "a sweep of teachers 1, 2, ... x branches 1, 2, 3",
     "e": "inference of the student and of the teachers",
     "g": "growth with teachers, branches, batch size and images",
@@ -59,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
     parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
-    parser.add_argument("--sweep-fraction", type=float, help="share of the data for part d")
-    parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every job of part d")
+    parser.add_argument("--sweep-fraction", type=float, help="share of the data for parts d, g and i")
+    parser.add_argument(
+        "--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     args = parser.parse_args(argv)
     unknown = [letter for letter in args.parts if letter not in PARTS]
@@ -127,20 +132,12 @@ def _context(args: argparse.Namespace) -> Bench:
 
 
 def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import replace  # noqa: PLC0415
-
     from ekd_lightning.bench import cost, parts  # noqa: PLC0415
 
+    if key in "dgi":
+        bench = replace(bench, settings=_smaller(bench.settings, args, key))
     if key == "d":
-        settings = compose_settings(
-            *args.overrides, f"recipe.epochs={args.sweep_epochs}"
-        )  # what a sweep would do
-        settings = replace(settings, trainer=bench.settings.trainer)
-        if args.sweep_fraction is not None:
-            settings = replace(
-                settings, data=replace(settings.data, fraction=args.sweep_fraction, per_class=None)
-            )
-        return parts.sweep(replace(bench, settings=settings))
+        return parts.sweep(bench)
     if key == "h":
         for needed, also in (("b", parts.teachers_alone), ("c", parts.epoch)):
             if needed not in found:
@@ -152,8 +149,30 @@ def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any
         return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
     if key == "f":
         return cost.memory()
-    measure = {"a": parts.loader_alone, "b": parts.teachers_alone, "c": parts.epoch, "e": cost.inference}
+    measure = {
+        "a": parts.loader_alone,
+        "b": parts.teachers_alone,
+        "c": parts.epoch,
+        "e": cost.inference,
+        "i": parts.overhead,
+    }
     return {**measure, "g": cost.growth}[key](bench)
+
+
+def _smaller(settings: Settings, args: argparse.Namespace, key: str) -> Settings:
+    """The settings for the parts that train often; the sweep compiles when ekd-train would."""
+    data, recipe = settings.data, settings.recipe
+    if args.sweep_fraction is not None:
+        data = replace(data, fraction=args.sweep_fraction, per_class=None)
+    if key == "g":
+        return replace(settings, data=data)
+    settings = replace(settings, data=data, recipe=replace(recipe, epochs=args.sweep_epochs))
+    if key == "d":
+        chosen = compose_settings(*args.overrides)
+        teachers = replace(settings.teachers, compile=chosen.teachers.compile)
+        student = replace(settings.student, compile=chosen.student.compile)
+        settings = replace(settings, teachers=teachers, student=student)
+    return settings
 
 
 def _show(key: str, numbers: dict[str, Any]) -> None:
