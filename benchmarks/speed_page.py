@@ -53,8 +53,8 @@ def inference_section(part: dict[str, Any]) -> str:
     """(e): what student and teachers cost when they are used."""
     parts = []
     for batch, rows in part["batches"].items():
-        forms = ("plain", "folded", "compiled")
-        ratios = ", ".join(f"{form} {rows[f'student, {form}']['ratio_to_ensemble']:.1f}" for form in forms)
+        over = part["student_over_ensemble_in_the_same_form"][batch]
+        ratios = ", ".join(f"{form} {ratio:.1f}" for form, ratio in over.items())
         parts.append(
             f"Batch {batch}; student against the teacher ensemble in the same form: {ratios} times.\n"
         )
@@ -145,7 +145,8 @@ step counts three forward passes:
 |---|---|
 {shares}
 
-Peak memory of the benchmark's own process, which did all of the above: {found["f"]["process_gb"]:.1f} GB.
+Peak resident memory of `ekd-train` with these settings for one epoch, a process of its own:
+{found["f"]["run_gb"]:.2f} GB.
 """
 
 

@@ -92,10 +92,11 @@ def _batch(images, labels):
 def test_the_command_writes_every_part(tmp_path, store, capsys):
     output = tmp_path / "bench.json"
     words = [*TINY, f"teachers.store={store}", "teachers.compile=never"]
-    options = ["--parts", "acdi", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "1"]
+    options = ["--parts", "acdi", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "2"]
     main([*options, "--output", str(output), *words])
     found = json.loads(output.read_text())
     assert {"origin", "a", "c", "d", "i"} <= set(found)
+    assert found["d"]["epochs"] == found["i"]["epochs"] == 2
     assert found["d"]["jobs"] == 6  # two teachers, three numbers of branches
     assert set(found["c"]["rates"]) == {"plain", "cold table", "warm table", "bare loop, warm table"}
     out = capsys.readouterr().out
@@ -107,11 +108,12 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
 def test_the_slower_parts(tmp_path, store):
     output = tmp_path / "bench.json"
     words = [*TINY, f"teachers.store={store}"]
-    main(["--parts", "begh", "--rounds", "1", "--plain-steps", "2", "--output", str(output), *words])
+    main(["--parts", "beghf", "--rounds", "1", "--plain-steps", "2", "--output", str(output), *words])
     found = json.loads(output.read_text())
     for row in found["b"]["teachers"].values():
         assert row["top1_agreement"] > 0.95
     assert set(found["e"]["batches"]) == {"1", "128"}
+    assert 0.1 < found["f"]["run_gb"] < 20
     assert 0 < found["h"]["student_training"] < 1
 
 
@@ -130,3 +132,13 @@ def test_a_users_mistake_is_one_line(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ekd-bench: error: ")
     assert "did you mean 'resnet8'" in line
+
+
+@pytest.mark.parametrize(
+    ("word", "named"), [("recipe.mixup=0.2", "does not mix"), ("method=ce", "needs a method with teachers")]
+)
+def test_what_the_plain_loop_cannot_do_is_refused(tmp_path, store, capsys, word, named):
+    with pytest.raises(SystemExit) as stop:
+        main(["--parts", "a", *TINY, f"teachers.store={store}", word])
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err

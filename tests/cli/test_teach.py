@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from whole_runs import TINY, call_teach, call_train
 
@@ -77,6 +79,18 @@ def test_a_table_filled_ahead_leaves_nothing_to_compute(taught, tmp_path, fill):
     assert table["rows_found"] + table["rows_computed"] == 2 * per_teacher
     again = call_train(*words, f"hydra.run.dir={tmp_path / 'student'}", directory=tmp_path / "student")
     assert again.result["teacher_table_hit_rate"] == 1.0
+
+
+def test_a_table_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    words = ("teachers.fill=run", f"hydra.run.dir={tmp_path / 'run'}", f"teachers.store={tmp_path / 'store'}")
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        outcome = call_teach(*TINY, *words, directory=tmp_path / "run")
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.err
 
 
 def test_nothing_to_fill_is_refused(tmp_path):

@@ -80,6 +80,20 @@ def test_only_wanted_stages_are_returned_in_order():
     assert_same(found.stages.values(), (expected["stage1"], expected["stage3"]))
 
 
+@pytest.mark.parametrize("name", ["wrn_16_1", "densenetbc_40_12"])
+def test_batch_norms_that_cannot_be_folded_stay_in_float32(name):
+    """Pre-activation networks keep some; their statistics need more than 8 bits."""
+    network = lived(name)
+    frozen = FrozenNetwork(network, dtype=torch.bfloat16)
+    norms = [m for m in frozen.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert {tensor.dtype for m in norms for tensor in (m.weight, m.running_mean)} == {torch.float32}
+    with torch.no_grad():
+        logits, _ = frozen(images(16))
+        expected = network(images(16))
+    assert_same((logits,), (expected,), rtol=0.05)
+
+
 def test_bfloat16_stages_between_a_float32_beginning_and_end():
     network = lived("resnet8")
     frozen = FrozenNetwork(network, dtype=torch.bfloat16)

@@ -16,7 +16,8 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import load_student
-from ekd_lightning.training.distiller import Distiller, has_fragile_convolution
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.module import has_fragile_convolution
 from ekd_lightning.training.prepare import prepare
 from ekd_lightning.training.run import run
 from ekd_lightning.training.teachers import gather_teachers

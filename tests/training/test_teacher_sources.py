@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
     questions = []
     genuine = FrozenTeachers.ask
 
-    def ask(self, m, images):
+    def ask(self, m, images, *rest):
         questions.append((m, len(images)))
-        return genuine(self, m, images)
+        return genuine(self, m, images, *rest)
 
     monkeypatch.setattr(FrozenTeachers, "ask", ask)
     return questions
@@ -305,7 +306,8 @@ def test_formats_agree(ensemble, fold, channels_last):
         assert (output.logits.log_softmax(-1) - expected.logits[m].log_softmax(-1)).abs().max() < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("error:torch.compile does not work")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_teachers_agree_for_any_batch(ensemble):
     teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
     with torch.no_grad():
@@ -314,6 +316,25 @@ def test_compiled_teachers_agree_for_any_batch(ensemble):
         logits = teachers.ask(0, POOL[:size]).logits
         assert logits.shape == (size, C)
         torch.testing.assert_close(logits, expected[:size], rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, monkeypatch):
+    """What a killed run left in the table must not decide how the rest is rounded."""
+    sizes = []
+
+    def compiled(module, **_):
+        def call(images):
+            sizes.append(len(images))
+            return module(images)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setitem(frozen_teachers.CHUNK, "cpu", 16)
+    source = tabled(ensemble, tmp_path, how=TeacherFormat(precision="float32", compile="always"))
+    source(make_batch([1, 2], [0, 0]))  # the first question is about two images
+    source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather)
+    assert set(sizes) == {16}
 
 
 def test_without_a_compiler_teachers_are_asked_uncompiled(ensemble, monkeypatch):

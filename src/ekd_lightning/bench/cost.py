@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ekd_lightning.bench.parts import Bench
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
+from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.precision import teacher_dtype
 
 
@@ -51,7 +53,7 @@ def inference(bench: Bench) -> dict[str, Any]:
         images = bench.dataset.test.images[:batch].float().div(255).to(bench.device)
         ways: dict[str, Callable[[], float]] = {}
         for name, network in plain.items():
-            compiled = torch.compile(fast[name], dynamic=False, options={"freezing": True})
+            compiled = compiled_or_not(fast[name], options={"freezing": True})
             forms: dict[str, Callable[..., object]] = {
                 "plain": network,
                 "folded": fast[name],
@@ -61,10 +63,14 @@ def inference(bench: Bench) -> dict[str, Any]:
                 ways[f"{name}, {form}"] = _forward_rate(module, images, bench.device)
         rates = take_turns(ways, bench.rounds)
         rows = summary(rates, "teacher ensemble, plain")
-        for form in ("plain", "folded", "compiled"):
-            pairs = zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
-            rows[f"student, {form}"]["ratio_to_ensemble"] = statistics.median(a / b for a, b in pairs)
         result["batches"][str(batch)] = rows
+        result.setdefault("student_over_ensemble_in_the_same_form", {})[str(batch)] = {
+            form: statistics.median(
+                a / b
+                for a, b in zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
+            )
+            for form in ("plain", "folded", "compiled")
+        }
         torch.compiler.reset()
     result["parameters"] = {name: count_parameters(module) for name, module in plain.items()}
     result["macs"] = {name: count_macs(module, bench.dataset.image_size) for name, module in plain.items()}
@@ -84,18 +90,28 @@ def _forward_rate(
     return measure
 
 
-def memory() -> dict[str, Any]:
-    """(f) The peak of this process so far, which has held everything that a run holds."""
-    peak = {"process_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
-    if torch.cuda.is_available():
-        peak["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return peak
+_CHILD = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def memory(overrides: Sequence[str]) -> dict[str, Any]:
+    """(f) Peak resident memory of an `ekd-train` with these overrides: one epoch, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*overrides, "recipe.epochs=1", f"hydra.run.dir={folder}"]
+        command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    return {"run_gb": int(done.stdout.split()[-1]) * unit / 1e9}
 
 
 def growth(bench: Bench) -> dict[str, Any]:
     """(g) How the speed of training changes with M, K, the batch size and the number of images; warm tables."""
     result: dict[str, Any] = {"unit": "images/s"}
-    settings = bench.settings
+    # Not compiled: tracing would weigh on short epochs more than on long ones.
+    settings = replace(bench.settings, student=replace(bench.settings.student, compile="never"))
     with tempfile.TemporaryDirectory() as folder:
 
         def rate(teachers: int | None = None, **changes: Any) -> float:

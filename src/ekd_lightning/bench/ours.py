@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -52,18 +53,21 @@ class Job:
         teachers = replace(self.settings.teachers, store=str(store))
         return replace(self, settings=replace(self.settings, teachers=teachers))
 
-    def fit(self) -> tuple[float, Any]:
+    def fit(self, *, whole: bool = False) -> tuple[float, Any]:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
+
+        Args:
+            whole: Whether the ends of epochs count, where curves and checkpoints are written.
 
         Returns:
             Images per second over all epochs, teachers included; and the trained module.
         """
         prepared = self.prepared()
         module = make_distiller(self.settings, prepared, self.teachers)
-        report = EpochReport(self.settings.recipe.batch_size)
+        report, clock = EpochReport(self.settings.recipe.batch_size), WholeTraining()
         with tempfile.TemporaryDirectory() as folder, quiet():
             checkpoints = checkpoint_callbacks(Path(folder), with_best=False)
-            callbacks: list[pl.Callback] = [EpochSeed(self.settings.seed), report, *checkpoints]
+            callbacks: list[pl.Callback] = [EpochSeed(self.settings.seed), report, *checkpoints, clock]
             trainer = build_trainer(
                 self.settings.trainer,
                 Path(folder),
@@ -73,7 +77,23 @@ class Job:
             )
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
-        return report.images_seen / report.train_seconds, module
+        assert trainer.current_epoch == self.settings.recipe.epochs
+        return report.images_seen / (clock.seconds if whole else report.train_seconds), module
+
+
+class WholeTraining(pl.Callback):
+    """The seconds from the beginning of the first epoch to the end of the training."""
+
+    seconds = 0.0
+    _since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops it."""
+        self.seconds = time.perf_counter() - self._since
 
 
 class BareLoop:

@@ -101,6 +101,7 @@ class PlainLoop:
 
     def images_per_second(self, steps: int) -> float:
         """The rate over some steps, the loader included."""
+        self.teachers.to(self.device)  # Lightning takes them off the device when a fit of the other side ends
         seconds = seconds_of(lambda: self._steps(steps), self.device)
         return steps * int(self.loader.batch_size or 1) / seconds
 
@@ -114,7 +115,7 @@ def best_workers(
         loader = plain_loader(image_set, index, batch_size, workers)
         batch_iterator = iter(loader)
         next(batch_iterator)  # workers have started
-        count = min(batches, len(loader) - 1)
+        count = max(1, min(batches, len(loader) - 1))
         seconds = seconds_of(lambda i=batch_iterator, n=count: [next(i) for _ in range(n)])  # type: ignore[misc]
         rates[workers] = count * batch_size / seconds
     return rates

@@ -16,6 +16,7 @@ from rich.table import Table
 from ekd_lightning.cli.config import compose_settings
 from ekd_lightning.cli.edge import one_line
 from ekd_lightning.cli.train import quiet_libraries
+from ekd_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from ekd_lightning.bench.parts import Bench
@@ -31,7 +32,7 @@ PARTS = {
     "e": "inference of the student and of the teachers",
     "g": "growth with teachers, branches, batch size and images",
     "h": "share of the machine's matrix-product peak (runs b and c)",
-    "f": "memory of this process (after the other parts)",
+    "f": "memory of a run of one epoch",
 }
 _WIDTH = 120  # where there is no terminal
 EXAMPLES = """\
@@ -110,17 +111,24 @@ def _context(args: argparse.Namespace) -> Bench:
     from ekd_lightning.training.prepare import prepare  # noqa: PLC0415
     from ekd_lightning.training.teachers import gather_teachers  # noqa: PLC0415
 
-    precision = resolve_precision("auto")
-    fixed = [f"recipe.epochs={args.epochs}", f"trainer.precision={precision}", "trainer.devices=1"]
-    settings = compose_settings(*fixed, *args.overrides)
+    settings = compose_settings(f"recipe.epochs={args.epochs}", "trainer.devices=1", *args.overrides)
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    settings.trainer["precision"] = resolve_precision(settings.trainer.get("precision"), accelerator)
+    if settings.recipe.mixed("recipe"):
+        raise UserError(f"{settings.recipe.mixed('recipe')}: the plain loop does not mix images")
     # What a long run would choose: the benchmark's own trainings are too short to pay for compiling.
     if settings.teachers.compile == "auto":
         settings.teachers.compile = "always"
     if settings.student.compile == "auto":
-        long_run = str(settings.trainer["precision"]).startswith("bf16") and not torch.cuda.is_available()
+        long_run = str(settings.trainer["precision"]).startswith("bf16") and not on_gpu
         settings.student.compile = "always" if long_run else "never"
-    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = prepare(settings, accelerator)
+    if prepared.method.teacher_stages or not prepared.teachers:
+        raise UserError(
+            f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages"
+        )
+    device = torch.device("cuda" if on_gpu else "cpu")
     return Bench(
         settings,
         prepared.dataset,
@@ -148,7 +156,7 @@ def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any
         }
         return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
     if key == "f":
-        return cost.memory()
+        return cost.memory(args.overrides)
     measure = {
         "a": parts.loader_alone,
         "b": parts.teachers_alone,
@@ -166,7 +174,9 @@ def _smaller(settings: Settings, args: argparse.Namespace, key: str) -> Settings
         data = replace(data, fraction=args.sweep_fraction, per_class=None)
     if key == "g":
         return replace(settings, data=data)
-    settings = replace(settings, data=data, recipe=replace(recipe, epochs=args.sweep_epochs))
+    recipe = replace(recipe, epochs=args.sweep_epochs)
+    trainer = {**settings.trainer, "max_epochs": args.sweep_epochs}
+    settings = replace(settings, data=data, recipe=recipe, trainer=trainer)
     if key == "d":
         chosen = compose_settings(*args.overrides)
         teachers = replace(settings.teachers, compile=chosen.teachers.compile)
@@ -187,8 +197,8 @@ def _show(key: str, numbers: dict[str, Any]) -> None:
 
 def _rows(table: Table, name: str, value: Any) -> None:
     if isinstance(value, dict) and "median" in value:
-        ratio = value.get("ratio_to_ensemble", value.get("ratio"))
-        table.add_row(name, *(f"{value[field]:,.0f}" for field in ("median", "min", "max")), f"{ratio:.2f}")
+        numbers = (f"{value[field]:,.0f}" for field in ("median", "min", "max"))
+        table.add_row(name, *numbers, f"{value['ratio']:.2f}")
     elif isinstance(value, dict):
         for key, inner in value.items():
             _rows(table, f"{name} {key}".strip() if key != "rates" else name, inner)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -61,7 +61,7 @@ class FrozenNetwork(nn.Module):
         self.register_buffer("mean", network.normalize.mean, persistent=False)
         self.register_buffer("std", network.normalize.std, persistent=False)
         stages = {name: _folded(stage, name) if fold else stage for name, stage in network.stages.items()}
-        self.stages = nn.ModuleDict(stages).to(dtype)
+        self.stages = _in_format(nn.ModuleDict(stages), dtype)
         self.stages.to(memory_format=memory_format)
         self.head = network.head
         self.eval().requires_grad_(False)
@@ -127,7 +127,9 @@ class FrozenStudent(nn.Module):
             nn.Sequential(*(_folded(stage, name) if fold else stage for name, stage in stages.items()))
             for stages in parts
         ]
-        self.trunk, *branches = (chain.to(dtype).to(memory_format=self._memory_format) for chain in chains)
+        self.trunk, *branches = (
+            _in_format(chain, dtype).to(memory_format=self._memory_format) for chain in chains
+        )
         self.branches = nn.ModuleList(branches)
         self.heads = nn.ModuleList(branch.head for branch in own)
         self.ensemble, self.gate = student.ensemble, student.gate
@@ -140,6 +142,15 @@ class FrozenStudent(nn.Module):
         branches = zip(self.branches, self.heads, strict=True)
         logits = torch.stack([head(pool(branch(maps).float())) for branch, head in branches])
         return couple(logits, maps.float(), self.ensemble, self.gate)
+
+
+def _in_format(module: nn.Module, dtype: torch.dtype) -> Any:
+    """The module in `dtype`, but for batch norms that could not be folded: their statistics need float32."""
+    module.to(dtype)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.float()
+    return module
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:

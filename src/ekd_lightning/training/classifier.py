@@ -27,6 +27,7 @@ class Classifier(ImageClassificationModule):
         super().__init__(
             recipe, term_names=("ce",), num_classes=network.spec.num_classes, channels_last=channels_last
         )
+        self._spare_fragile(network)
         self.network = network
         self.label_smoothing = label_smoothing
 

@@ -1,4 +1,4 @@
-"""`torch.compile` that costs a warning, not the run, where it does not work."""
+"""`torch.compile` that costs a warning, not the run, where there is no working compiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
         options: For `torch.compile`.
 
     Returns:
-        The compiled function. If its first call fails, that call and all others go to `function`.
+        The compiled function. If its first call fails, that call and all others go to `function`; a failure
+        in compiling a backward pass shows later, and is not caught.
     """
     chosen: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
     tried = False
@@ -29,6 +30,8 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
         tried = True
         try:
             return chosen(*args)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # no C++ compiler, no Triton, a bug in a compiler: many kinds
             reason = " ".join(str(error).split())[:200]
             message = (

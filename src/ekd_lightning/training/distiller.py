@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
@@ -27,18 +25,6 @@ from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 COMPILE_STUDENT_MACS = 1.5e13
 """Work of a training (three forward passes a step) from which compiling the student pays. On two cores with AMX it
 takes about 15 s and saves a fifth of the step."""
-
-
-def has_fragile_convolution(module: nn.Module) -> bool:
-    """Whether a network has strided 1×1 convolutions from fewer than 8 channels.
-
-    In channels-last format torch 2.14 hangs, or corrupts memory, in their backward pass on a processor.
-    """
-    return any(
-        m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8
-        for m in module.modules()
-        if isinstance(m, nn.Conv2d)
-    )
 
 
 class Distiller(ImageClassificationModule):
@@ -80,12 +66,7 @@ class Distiller(ImageClassificationModule):
         )
         if method.needs_teachers and teachers is None:
             raise UserError(f"method {method.name!r} needs teachers, and there are none")
-        if channels_last and has_fragile_convolution(student):
-            warnings.warn(
-                "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
-                stacklevel=2,
-            )
-            self._memory_format = torch.contiguous_format
+        self._spare_fragile(student)
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.student = student.to(memory_format=self._memory_format)
@@ -106,10 +87,18 @@ class Distiller(ImageClassificationModule):
         data = getattr(self.trainer, "datamodule", None)
         if source is None or not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
             return
-        index, view = loader.rows(int(self.trainer.num_training_batches))
+        index, view = loader.rows(self._batches_to_come())
         source.plan(len(index) * self.recipe.epochs)
         if isinstance(source, TabledTeachers):
             source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
+
+    def _batches_to_come(self) -> int:
+        """Batches of this epoch, fewer where `trainer.max_steps` ends the training before."""
+        batches = int(self.trainer.num_training_batches)
+        if self.trainer.max_steps < 0:
+            return batches
+        left = self.trainer.max_steps - self.global_step
+        return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
     def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
         """The student's forward pass in training, with the stages that the method reads; compiled or not."""

@@ -49,6 +49,9 @@ def fill_tables(
 
     Returns:
         Rows found and rows computed, counted per teacher.
+
+    Raises:
+        UserError: The rows cannot be kept, e.g. because the disk is full.
     """
     source = source_factory(settings, prepared)(teachers.to(device))
     assert isinstance(source, TabledTeachers)  # prepare_fill made sure
@@ -57,6 +60,10 @@ def fill_tables(
     gather = partial(prepared.datamodule.training_images, device=device)
     for number, (index, view) in enumerate(parts, start=1):
         source.prepare_epoch(index, view, gather)
+        if not source.keeping:
+            raise UserError(
+                f"teachers.store={settings.teachers.store}: teacher tables cannot be written there"
+            )
         if number % max(1, len(parts) // 10) == 0:
             log.info("teacher tables: %d of %d parts filled", number, len(parts))
     return source.hits, source.misses

@@ -100,12 +100,13 @@ class FrozenTeachers:
         """
         self._planned_rows = rows
 
-    def ask(self, m: int, images: Tensor) -> NetworkOutput:
+    def ask(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
         """Outputs of teacher m (0-based), without gradient, whatever autocast is on.
 
         Args:
             m: Which teacher.
             images: [B, 3, H, W] in [0, 1], on the teachers' device.
+            batch_size: The size to compile for, where it is compiled; None for the size of the first batch.
 
         Returns:
             Logits [B, C], pooled features [B, D_m] and the stages wanted, in float32.
@@ -113,7 +114,7 @@ class FrozenTeachers:
         frozen = self._frozen[m]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             if self._wants_compiling(m, images):
-                self._compile(m, images)
+                self._compile(m, batch_size or len(images))
             if m not in self._compiled:
                 return frozen.named(frozen(images))
             size, compiled = self._compiled[m]
@@ -130,13 +131,13 @@ class FrozenTeachers:
             self._macs[m] = count_macs(self._frozen[m], images.shape[-1])
         return self._macs[m] * self._planned_rows >= self._from_macs
 
-    def _compile(self, m: int, images: Tensor) -> None:
+    def _compile(self, m: int, size: int) -> None:
         """Compiles for this one batch size; smaller batches are filled up, larger ones are cut."""
         log.info("compiling teacher %s", self._names[m])
         frozen = self._frozen[m]
         # Freezing: weights become constants, laid out as the kernels want them.
         compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
-        self._compiled[m] = len(images), compiled
+        self._compiled[m] = size, compiled
 
 
 def _filled(images: Tensor, size: int) -> Tensor:

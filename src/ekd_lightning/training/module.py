@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,18 @@ from ekd_lightning.training.step_log import StepLog
 
 class NonFiniteLossError(UserError):
     """A loss became infinite or not a number; the message says at which step and in which term."""
+
+
+def has_fragile_convolution(module: nn.Module) -> bool:
+    """Whether a network has strided 1×1 convolutions from fewer than 8 channels.
+
+    In channels-last format torch 2.14 hangs, or corrupts memory, in their backward pass on a processor.
+    """
+    return any(
+        m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8
+        for m in module.modules()
+        if isinstance(m, nn.Conv2d)
+    )
 
 
 class ImageClassificationModule(pl.LightningModule):
@@ -48,6 +61,15 @@ class ImageClassificationModule(pl.LightningModule):
         self._step_log = StepLog(self._log_names)
         self._epoch_lr = recipe.lr
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def _spare_fragile(self, network: nn.Module) -> None:
+        """Gives channels-last up for a network whose backward pass torch cannot compute in it."""
+        if self._memory_format is torch.channels_last and has_fragile_convolution(network):
+            warnings.warn(
+                "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
+                stacklevel=3,
+            )
+            self._memory_format = torch.contiguous_format
 
     # -- for subclasses ---------------------------------------------------------------------------------
 

@@ -13,8 +13,13 @@ def native_bfloat16(device_type: str) -> bool:
     """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return device_type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    if device_type != "cpu":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    older = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # before torch told it in public
+    return any(getattr(torch.cpu, name, bool)() for name in older)
 
 
 def resolve_precision(precision: str | int | None, accelerator: str = "auto") -> str | int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -198,7 +199,8 @@ def _one_line(error: BaseException) -> str:
 def _free() -> None:
     """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
     gc.collect()
-    torch.compiler.reset()  # compiled teachers hold their weights
+    if "torch._dynamo" in sys.modules:  # compiled teachers hold their weights
+        torch.compiler.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -34,6 +34,7 @@ Values = NDArray[np.float32]
 
 _BLOCK_CHUNKS = 32  # rows of an epoch are looked up in blocks of this many chunks, which bounds the memory
 _WORTH_A_LINE = 2.0  # seconds
+_PROGRESS_EVERY = 20.0  # seconds
 
 
 class TabledTeachers:
@@ -117,6 +118,11 @@ class TabledTeachers:
         asked = self.hits + self.misses
         return self.hits / asked if asked else None
 
+    @property
+    def keeping(self) -> bool:
+        """Whether new rows are kept: no table was lost, and the disk takes what is written."""
+        return self._writable and all(table is not None for table in self._tables)
+
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
         return sum(table.disk_bytes() for table in self._tables if table is not None)
@@ -139,7 +145,8 @@ class TabledTeachers:
         Raises:
             UserError: A teacher's output is not finite.
         """
-        start, before = time.perf_counter(), self.misses
+        said = start = time.perf_counter()
+        before = self.misses
         blocks = []
         for rows in torch.arange(len(index)).split(_BLOCK_CHUNKS * self._live.frozen().chunk):
             some_index, some_view = index[rows], view[rows]
@@ -150,6 +157,9 @@ class TabledTeachers:
                 return gather(some_index[chosen], some_view[chosen])
 
             blocks.append(self._complete(some_index.numpy(), some_view.numpy(), images_of))
+            if time.perf_counter() - said > _PROGRESS_EVERY:
+                said = time.perf_counter()
+                log.info("teachers: %d of %d images of the epoch are ready", int(rows[-1]) + 1, len(index))
         self._memo = EpochMemo(
             index,
             view,
@@ -257,7 +267,9 @@ class TabledTeachers:
 
     def _compute(self, m: int, images: Tensor) -> tuple[Values, Values | None]:
         """Passes images through teacher m; returns values as a table would hold them."""
-        output = self._live.frozen().ask(m, images)
+        # One size whatever is missing: how many rows a killed run left must not change the rounding of others.
+        teachers = self._live.frozen()
+        output = teachers.ask(m, images, teachers.chunk)
         logits = to_float16(output.logits.cpu().numpy(), self._names[m]).astype(np.float32)
         if not self._widths[m]:
             return logits, None
