@@ -384,3 +384,23 @@ def test_check_disk(tmp_path, monkeypatch):
         check_disk(folder, 12_300_000)
     check_disk(folder, 12_300_000, present_bytes=8_000_000)
     assert not folder.exists()
+
+
+def resident_kb(path: Path) -> int:
+    """Memory that this process holds of a mapped file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_reading_leaves_no_pages_of_the_file_in_the_process(tmp_path):
+    table = filled(tmp_path)
+    assert int(table._map.sum()) > 0  # touches every page
+    assert resident_kb(table.path) > 0
+    table.read(*every_row())
+    assert resident_kb(table.path) == 0

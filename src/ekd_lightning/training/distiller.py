@@ -102,10 +102,11 @@ class Distiller(ImageClassificationModule):
 
     def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
         """The student's forward pass in training, with the stages that the method reads; compiled or not."""
-        stages = tuple(self.method.student_stages)
+        # Not `self`: the compiler would guard a whole LightningModule in every step.
+        student, stages = self.student, tuple(self.method.student_stages)
 
         def outputs(images: Tensor) -> StudentOutput:
-            return self.student.outputs(images, stages)
+            return student.outputs(images, stages)
 
         compiled = self._compile_student == "always"
         # Compiled float32 steps are slower on a processor, and on accelerators nobody has measured.

@@ -152,8 +152,8 @@ class TeacherTable:
             self._fd = os.open(self.path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._fd)
         # Mapped through the descriptor: the name may meanwhile stand for a file built anew.
-        mapped = mmap.mmap(self._fd, self._file_bytes, prot=mmap.PROT_READ)
-        self._map = np.frombuffer(mapped, dtype=np.uint8).reshape(key.num_rows, self._row_bytes)
+        self._mapped = mmap.mmap(self._fd, self._file_bytes, prot=mmap.PROT_READ)
+        self._map = np.frombuffer(self._mapped, dtype=np.uint8).reshape(key.num_rows, self._row_bytes)
 
     def _defect(self) -> str | None:
         """Why the files cannot be used: "" when there are none, None when they can."""
@@ -216,6 +216,9 @@ class TeacherTable:
         if os.fstat(self._fd).st_size < self._file_bytes:
             raise OSError(f"teacher table {self.path} was cut short while in use")
         copied = self._map[rows]
+        if hasattr(mmap, "MADV_DONTNEED"):
+            # The kernel maps neighbours of every page that is touched; in the end they would be the whole file.
+            self._mapped.madvise(mmap.MADV_DONTNEED)
         records = copied.view(self._dtype)[:, 0]
         present = records["check"] == _check_values(copied.tobytes(), rows, self._row_bytes)
         logits, pooled = records["logits"].astype(np.float32), None
