@@ -146,7 +146,8 @@ step counts three forward passes:
 {shares}
 
 Peak resident memory of `ekd-train` with these settings for one epoch, a process of its own:
-{found["f"]["run_gb"]:.2f} GB.
+{found["f"]["run_gb"]:.2f} GB (measured at commit {found["f"].get("commit", found["origin"]["git"]["commit"])[:7]}, the
+rest at {found["origin"]["git"]["commit"][:7]}).
 """
 
 
