@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
-from ekd_lightning.methods.logit_terms import branch_factor
 from ekd_lightning.methods.options import choice
-from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, to_common_size
+from ekd_lightning.methods.terms import StepContext, TermContext, register_term
 
 
 class PooledAdapter(nn.Sequential):
@@ -58,7 +56,7 @@ class MapAdapter(nn.Sequential):
 
 
 @register_term("feature_branch")
-class FeatureBranch(Term):
+class FeatureBranch(PairTerm):
     """mean_k Σ_m A[k, m] · MSE(r_km(h_k), h_m): features of every branch approach those of its teachers.
 
     r_km is the identity or a trained projection that is not part of the student and is dropped after
@@ -82,9 +80,6 @@ class FeatureBranch(Term):
         UserError: For a stage that a network lacks, or `identity` between unequal channel counts.
     """
 
-    needs_teachers = True
-    uses_assignment = True
-
     def __init__(
         self,
         weight: float,
@@ -94,65 +89,25 @@ class FeatureBranch(Term):
         adapter: str = "auto",
         reduction: str = "mean",
     ) -> None:
-        super().__init__(weight)
-        assert context.assignment is not None
-        self.num_branches = context.num_branches
-        self.factor = branch_factor(reduction, context.num_branches)
-        self.pairs = tuple(context.assignment.pairs())
-        self._student_stage: str | None = None
-        self._teacher_stage: dict[int, str] = {}
-        self.needs_pooled = feature == "pooled"
-        if feature != "pooled":
-            self._student_stage = context.student_stage(feature)
-            teachers = sorted({m for _, m in self.pairs})
-            self._teacher_stage = {m: context.teacher_stage(m, feature) for m in teachers}
-            self.student_stages = (self._student_stage,)
-            self.teacher_stages = tuple(dict.fromkeys(self._teacher_stage.values()))
+        super().__init__(weight, context, reduction)
+        self.site = FeatureSite(feature, context, self.pairs)
+        self.needs_pooled = self.site.is_pooled
+        self.student_stages, self.teacher_stages = self.site.student_stages, self.site.teacher_stages
         choice("adapter", adapter, ("auto", "identity", "project"))
-        self.adapters = nn.ModuleDict({_key(k, m): self._adapter(context, m, adapter) for k, m in self.pairs})
+        self.adapters = nn.ModuleDict({_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
 
-    def _adapter(self, context: TermContext, m: int, kind: str) -> nn.Module:
-        if self._student_stage is None:
-            student, teacher = (context.student_features,), (context.teacher_features[m],)
-        else:
-            student = context.student_stage_shapes[self._student_stage]  # type: ignore[assignment]
-            teacher = context.teacher_stage_shapes[m][self._teacher_stage[m]]  # type: ignore[assignment]
-        agree = student[0] == teacher[0]
-        if kind == "identity" and not agree:
-            label = context.teacher_names[m] if context.teacher_names else f"number {m}"
-            raise UserError(
-                f"adapter=identity does not fit: the student {context.student_name!r} has shape"
-                f" {list(student)}, the teacher {label!r} {list(teacher)}; use auto or project"
-            )
-        if kind == "identity" or (kind == "auto" and agree):
+    def _adapter(self, m: int, kind: str) -> nn.Module:
+        if kind == "identity":
+            self.site.require_equal_channels(m, "adapter=identity does not fit (use auto or project)")
+        student, teacher = self.site.student_shape(), self.site.teacher_shape(m)
+        if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
             return nn.Identity()
-        make = PooledAdapter if self._student_stage is None else MapAdapter
-        return make(student[0], teacher[0])
+        return (PooledAdapter if self.site.is_pooled else MapAdapter)(student[0], teacher[0])
 
-    def forward(self, context: StepContext) -> Tensor:
-        """Returns the mean over all elements of the features and the mean or sum over the branches."""
-        assert context.assignment_KM is not None
-        # All pairs, even those that a random assignment gives no weight in this step: DDP wants a gradient
-        # for every parameter, and choosing pairs by value would have to wait for the device.
-        values = torch.stack([self._compare(context, k, m) for k, m in self.pairs])
-        weights = torch.stack([context.assignment_KM[k, m] for k, m in self.pairs]).to(values)
-        return self.factor * (weights * values).sum() / self.num_branches
-
-    def _compare(self, context: StepContext, k: int, m: int) -> Tensor:
-        student, teacher = self._features(context, k, m)
-        if student.shape[2:] != teacher.shape[2:]:
-            size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-            student, teacher = (functional.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
+        student, teacher = to_common_size(*self.site.features(context, k, m))
         return losses.mse(self.adapters[_key(k, m)](student), teacher)
-
-    def _features(self, context: StepContext, k: int, m: int) -> tuple[Tensor, Tensor]:
-        assert context.teachers is not None
-        if self._student_stage is None:
-            return context.student.pooled[k], context.teachers.pooled[m]
-        return (
-            context.student.stages[k][self._student_stage],
-            context.teachers.stages[m][self._teacher_stage[m]],
-        )
 
 
 def _key(k: int, m: int) -> str:

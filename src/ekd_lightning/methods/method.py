@@ -16,7 +16,9 @@ from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, build_assignment
 from ekd_lightning.methods.options import number
+from ekd_lightning.methods.schedule import WeightSchedule, read_schedule
 from ekd_lightning.methods.terms import (
+    LiveNetworks,
     StageShape,
     StepContext,
     Term,
@@ -84,6 +86,11 @@ class Method(nn.Module):
         return any(term.needs_pooled for _, term in self.named_terms())
 
     @property
+    def needs_networks(self) -> bool:
+        """Whether `forward` must be given the networks themselves."""
+        return any(term.needs_networks for _, term in self.named_terms())
+
+    @property
     def teacher_stages(self) -> tuple[str, ...]:
         """Names of the stage outputs that the teachers must return."""
         return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.teacher_stages))
@@ -101,6 +108,7 @@ class Method(nn.Module):
         epoch: int = 0,
         step: int = 0,
         progress: float = 0.0,
+        networks: LiveNetworks | None = None,
     ) -> MethodLoss:
         """Computes the loss of one step.
 
@@ -113,6 +121,7 @@ class Method(nn.Module):
             epoch: Counted from 0.
             step: Optimiser steps so far, counted from 0.
             progress: Share of the training that is done, in [0, 1].
+            networks: The networks themselves; needed by methods with `needs_networks`.
 
         Returns:
             The total and every term's unweighted value.
@@ -122,7 +131,9 @@ class Method(nn.Module):
                 built for).
         """
         assignment_KM = self._assignment_for(student, teachers, step)
-        context = StepContext(student, teachers, batch, assignment_KM, epoch, step, progress)
+        if networks is None and self.needs_networks:
+            raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
+        context = StepContext(student, teachers, batch, assignment_KM, epoch, step, progress, networks)
         values = {key: term(context) for key, term in self.named_terms()}
         total = torch.stack([term.weight_at(context) * values[key] for key, term in self.named_terms()]).sum()
         return MethodLoss(total, {key: value.detach() for key, value in values.items()})
@@ -157,25 +168,30 @@ def build_method(
     teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = (),
     student_name: str = "student",
     teacher_names: tuple[str, ...] = (),
+    train_index: Tensor | None = None,
+    train_labels: Tensor | None = None,
 ) -> Method:
     """Builds a method from plain settings.
 
     Args:
         name: The method's name in records.
-        terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), further options}.
-            A term of weight 0 is checked for typing errors but not built.
+        terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), schedule: see
+            `schedule.read_schedule` (default: constant), further options of the term}. A term of weight 0 is
+            checked for typing errors but not built.
         num_classes: C.
         num_branches: K >= 1.
         num_teachers: M, 0 for none.
         temperature: T > 0 for all terms that do not set their own; None for 4.
         assignment: A kind or explicit rows (see `make_assignment`); None for one_to_one.
-        seed: Of the random assignment.
+        seed: Of the random assignment, and of whatever a term draws.
         student_features: D of a branch's pooled features.
         teacher_features: D_m of every teacher.
         student_stage_shapes: Stage name -> (channels, height, width) of a branch, from input to output.
         teacher_stage_shapes: The same for every teacher.
         student_name: For error messages.
         teacher_names: For error messages.
+        train_index: int64 [n], the images trained on, as positions in the whole set; some terms need them.
+        train_labels: int64 [n], their labels.
 
     Returns:
         The method.
@@ -208,6 +224,9 @@ def build_method(
         teacher_stage_shapes=tuple(teacher_stage_shapes),
         student_name=student_name,
         teacher_names=tuple(teacher_names),
+        seed=seed,
+        train_index=train_index,
+        train_labels=train_labels,
     )
     method = Method(name, {key: spec.build(key, context) for key, spec in active.items()}, context.assignment)
     _warn_without_effect(method, temperature, assignment)
@@ -224,11 +243,15 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
     return any(term_class(spec.type).needs_teachers for spec in specs if spec.weight > 0)
 
 
+_OWN_KEYS = ("type", "weight", "schedule")
+
+
 class _TermSpec(NamedTuple):
     """One entry of the settings of a method, its names and weight checked."""
 
     type: str
     weight: float
+    schedule: WeightSchedule
     options: dict[str, Any]
 
     @classmethod
@@ -236,16 +259,19 @@ class _TermSpec(NamedTuple):
         where = f"method.terms.{key}"
         if not isinstance(spec, Mapping) or "weight" not in spec:
             raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
-        options = {str(name): value for name, value in spec.items() if name not in ("type", "weight")}
+        options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
         kind = str(spec.get("type") or key)
         check_option_names(kind, options)
-        return cls(kind, number(f"{where}.weight", spec["weight"], low=0.0), options)
+        weight = number(f"{where}.weight", spec["weight"], low=0.0)
+        return cls(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
 
     def build(self, key: str, context: TermContext) -> Term:
         try:
-            return build_term(self.type, self.weight, context, **self.options)
+            term = build_term(self.type, self.weight, context, **self.options)
         except UserError as error:
             raise UserError(f"method.terms.{key}: {error}") from None
+        term.schedule = self.schedule
+        return term
 
 
 def _check_key(key: str) -> None:

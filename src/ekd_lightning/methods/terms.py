@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,9 +16,29 @@ from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.options import number
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.methods.schedule import CONSTANT
+from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 
 StageShape = tuple[int, int, int]
+
+
+class LiveNetworks(Protocol):
+    """The networks themselves, for the few terms that ask about more than the batch's images.
+
+    Teachers answer in float32 as they were loaded, whatever the format of the tables.
+    """
+
+    def ask_student(self, images: Tensor) -> StudentOutput:
+        """The student's outputs for images [N, 3, H, W] in [0, 1], in its present mode, with gradients."""
+        ...
+
+    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+        """Teacher m's outputs (0-based), with gradients towards the images but never towards its weights."""
+        ...
+
+    def teacher_head(self, m: int) -> nn.Linear:
+        """The frozen classifier [D_m -> C] of teacher m."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class StepContext:
         epoch: Counted from 0.
         step: Optimiser steps so far, counted from 0.
         progress: Share of the whole training that is done, in [0, 1].
+        networks: The networks, for terms with `needs_networks`; else possibly None.
     """
 
     student: StudentOutput
@@ -42,6 +63,7 @@ class StepContext:
     epoch: int = 0
     step: int = 0
     progress: float = 0.0
+    networks: LiveNetworks | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,10 @@ class TermContext:
         teacher_stage_shapes: The same for each of the M teachers.
         student_name: For error messages.
         teacher_names: For error messages, M names or none.
+        seed: Of the run, for terms that draw something.
+        train_index: int64 [n], positions in the whole image set of the images trained on, ascending; None where
+            nobody knows.
+        train_labels: int64 [n], their labels.
     """
 
     num_classes: int
@@ -74,6 +100,13 @@ class TermContext:
     teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
     student_name: str = "student"
     teacher_names: tuple[str, ...] = ()
+    seed: int = 0
+    train_index: Tensor | None = None
+    train_labels: Tensor | None = None
+
+    def teacher_label(self, teacher: int) -> str:
+        """How messages call teacher m (0-based)."""
+        return repr(self.teacher_names[teacher]) if self.teacher_names else f"number {teacher}"
 
     def student_stage(self, name: str) -> str:
         """Resolves a stage of the student; see `teacher_stage`."""
@@ -92,8 +125,9 @@ class TermContext:
         Raises:
             UserError: If the network has no such stage; names stage, network and what there is.
         """
-        label = self.teacher_names[teacher] if self.teacher_names else f"number {teacher}"
-        return _resolve_stage(name, self.teacher_stage_shapes[teacher], f"the teacher {label!r}")
+        return _resolve_stage(
+            name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}"
+        )
 
 
 def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
@@ -114,8 +148,11 @@ class Term(nn.Module):
 
     Attributes:
         weight: Factor of this term in the total, >= 0.
+        schedule: Factor of the weight as a function of the training's progress; from the term's `schedule` in the
+            configuration.
         needs_teachers: Whether `context.teachers` must be there.
         needs_pooled: Whether it reads the teachers' pooled features.
+        needs_networks: Whether `context.networks` must be there.
         uses_assignment: Whether the assignment has an effect on this term.
         uses_temperature: Whether the method's temperature has an effect on this term.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
@@ -124,6 +161,7 @@ class Term(nn.Module):
 
     needs_teachers: bool = False
     needs_pooled: bool = False
+    needs_networks: bool = False
     uses_assignment: bool = False
     uses_temperature: bool = False
     teacher_stages: tuple[str, ...] = ()
@@ -132,17 +170,18 @@ class Term(nn.Module):
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = number("weight", weight, low=0.0)
+        self.schedule = CONSTANT
 
     def weight_at(self, context: StepContext) -> float:
-        """Returns the weight in one step; override it for warm-ups and ramps.
+        """Returns the weight in one step: `weight` times what the schedule says.
 
         Args:
-            context: The step; `epoch`, `step` and `progress` are what a schedule needs.
+            context: The step.
 
         Returns:
             The factor of this term's value in the total, >= 0.
         """
-        return self.weight
+        return self.weight * self.schedule(context.progress)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the unweighted value of the loss for one step.

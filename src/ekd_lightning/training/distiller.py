@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
@@ -15,7 +16,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.settings import RecipeSettings
@@ -25,6 +26,24 @@ from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 COMPILE_STUDENT_MACS = 1.5e13
 """Work of a training (three forward passes a step) from which compiling the student pays. On two cores with AMX it
 takes about 15 s and saves a fifth of the step."""
+
+
+class _LiveNetworks:
+    """The student, and the teachers as they were loaded, for terms that ask about images of their own."""
+
+    def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble | None) -> None:
+        self._student = student
+        self._members = [] if teachers is None else list(teachers.networks())
+
+    def ask_student(self, images: Tensor) -> StudentOutput:
+        return self._student.outputs(images)
+
+    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+        with torch.autocast(images.device.type, enabled=False):
+            return self._members[m].outputs(images)
+
+    def teacher_head(self, m: int) -> nn.Linear:
+        return self._members[m].head
 
 
 class Distiller(ImageClassificationModule):
@@ -72,6 +91,7 @@ class Distiller(ImageClassificationModule):
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers
+        self._live_networks = _LiveNetworks(self.student, teachers)
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
 
@@ -133,6 +153,7 @@ class Distiller(ImageClassificationModule):
             epoch=self.current_epoch,
             step=self.global_step,
             progress=min(1.0, self.global_step * self.trainer.accumulate_grad_batches / steps),
+            networks=self._live_networks,
         )
         return result.total, result.terms, student.logits
 

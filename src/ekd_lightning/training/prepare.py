@@ -67,7 +67,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     blanks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
-    method = _build_method(settings, dataset, student, plans, blanks)
+    method = _build_method(settings, dataset, subset, student, plans, blanks)
     table = needs and _uses_table(settings, dataset, subset, views, blanks, method)
     return Prepared(dataset, subset, views, datamodule, student, method, plans, table)
 
@@ -114,6 +114,7 @@ def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
 def _build_method(
     settings: Settings,
     dataset: Dataset,
+    subset: Subset,
     student: BranchedStudent,
     plans: list[PlannedTeacher],
     networks: list[StagedNetwork],
@@ -133,6 +134,8 @@ def _build_method(
         teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
         student_name=settings.student.network,
         teacher_names=tuple(plan.id for plan in plans),
+        train_index=subset.train_index,
+        train_labels=dataset.train.labels[subset.train_index],
     )
 
 

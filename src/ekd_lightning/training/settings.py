@@ -227,6 +227,9 @@ class MethodSettings:
     """T > 0 of all terms without their own; null means 4."""
     assignment: Any = None
     """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
+    teacher: Optional[str] = None
+    """For methods that know one teacher: best (of the pool on the validation split), first, or mean (the losses
+    against all of them, averaged); null: all teachers teach, by the assignment."""
     terms: dict[str, Any] = field(default_factory=dict)
 
 
@@ -293,5 +296,7 @@ class Settings:
             _require(0 < fraction <= 1, "data.fraction", fraction, "must be in (0, 1]")
         batch = self.data.eval_batch_size
         _require(batch >= 1, "data.eval_batch_size", batch, "at least 1")
+        if self.method.teacher not in (None, "best", "first", "mean"):
+            raise unknown_name("method.teacher", self.method.teacher, ("best", "first", "mean"))
         self.recipe.check("recipe")
         self.teachers.check()

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import build_method
+from ekd_lightning.methods.schedule import WeightSchedule, read_schedule
+
+from .helpers import make_batch, make_student, make_teachers, sizes
+
+SHARES = st.floats(0, 1, allow_nan=False)
+
+
+def test_no_schedule_is_constant():
+    assert read_schedule("x", None)(0.0) == read_schedule("x", None)(1.0) == 1.0
+
+
+@given(
+    shares=st.lists(SHARES, min_size=1, max_size=6, unique=True).map(sorted),
+    factors=st.lists(st.floats(0, 9), min_size=6, max_size=6),
+    progress=SHARES,
+)
+def test_points_are_numpys_interpolation(shares, factors, progress):
+    schedule = read_schedule("x", {"linear": list(zip(shares, factors, strict=False))})
+    expected = np.interp(progress, shares, factors[: len(shares)])
+    assert schedule(progress) == pytest.approx(expected, abs=1e-9)
+
+
+def test_two_points_with_one_share_are_a_jump():
+    schedule = read_schedule("x", {"linear": [[0, 1], [0.5, 1], [0.5, 4], [1, 2]]})
+    assert [schedule(p) for p in (0, 0.499, 0.5, 0.75, 1.0)] == pytest.approx([1, 1, 4, 3, 2])
+
+
+@given(until=st.floats(0.01, 1), progress=SHARES)
+def test_ramp_up(until, progress):
+    expected = math.exp(-5 * (1 - min(1.0, progress / until)) ** 2)
+    assert read_schedule("x", {"ramp_up": until})(progress) == pytest.approx(expected)
+
+
+def test_ramp_and_points_multiply():
+    both = read_schedule("x", {"linear": [[0, 4], [1, 2]], "ramp_up": 1.0})
+    assert both(0.5) == pytest.approx(3 * math.exp(-1.25))
+    assert WeightSchedule()(0.3) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "is not allowed"),
+        (3, "is not allowed"),
+        ({"linaer": [[0, 1]]}, "did you mean 'linear'"),
+        ({"linear": []}, "pairs"),
+        ({"linear": [0, 1]}, "pairs"),
+        ({"linear": "ab"}, "pairs"),
+        ({"linear": [[0, 1], [2, 1]]}, r"in \[0, 1\]"),
+        ({"linear": [[0.5, 1], [0.1, 1]]}, "in order"),
+        ({"linear": [[0, -1]]}, ">= 0"),
+        ({"ramp_up": 0}, r"\(0, 1\]"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_schedule("method.terms.kd.schedule", spec)
+    assert "\n" not in str(error.value)
+    assert "method.terms.kd.schedule" in str(error.value)
+
+
+def test_a_method_weighs_its_terms_by_progress():
+    terms = {
+        "ce_ensemble": {"weight": 2.0},
+        "kd_ensemble": {"weight": 3.0, "schedule": {"linear": [[0, 1], [0.5, 1], [0.5, 0]]}},
+    }
+    method = build_method("x", terms, **sizes())
+    outputs = make_student(), make_teachers(), make_batch()
+    early, late = method(*outputs, progress=0.2), method(*outputs, progress=0.6)
+    assert float(late.total) == pytest.approx(2 * float(late.terms["ce_ensemble"]))
+    assert float(early.total) == pytest.approx(
+        2 * float(early.terms["ce_ensemble"]) + 3 * float(early.terms["kd_ensemble"]), rel=1e-5
+    )
