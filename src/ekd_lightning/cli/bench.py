@@ -124,6 +124,10 @@ def _context(args: argparse.Namespace) -> Bench:
         long_run = str(settings.trainer["precision"]).startswith("bf16") and not on_gpu
         settings.student.compile = "always" if long_run else "never"
     prepared = prepare(settings, accelerator)
+    if settings.method.teacher is not None:
+        raise UserError(
+            f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool"
+        )
     if prepared.method.teacher_stages or not prepared.teachers:
         raise UserError(
             f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages"

@@ -10,7 +10,7 @@ from ekd_lightning.methods.assignment import (
     make_assignment,
 )
 from ekd_lightning.methods.losses import ambiguity, combine_teachers, cross_entropy, kd_divergence, mse
-from ekd_lightning.methods.method import Method, MethodLoss, build_method, needs_teachers
+from ekd_lightning.methods.method import Method, MethodLoss, build_method, needs_teachers, uses_assignment
 from ekd_lightning.methods.terms import (
     StepContext,
     Term,
@@ -44,4 +44,5 @@ __all__ = [
     "needs_teachers",
     "register_term",
     "term_names",
+    "uses_assignment",
 ]

@@ -239,8 +239,18 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
     Raises:
         UserError: As `build_method`, for unknown terms, options and weights.
     """
+    return any(term.needs_teachers for term in _classes(terms))
+
+
+def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Says whether the assignment has an effect on a method with these settings; raises as `needs_teachers`."""
+    return any(term.uses_assignment for term in _classes(terms))
+
+
+def _classes(terms: Mapping[str, Mapping[str, Any]]) -> list[type[Term]]:
+    """The classes of the terms that count; all are checked."""
     specs = [_TermSpec.read(key, spec) for key, spec in terms.items()]
-    return any(term_class(spec.type).needs_teachers for spec in specs if spec.weight > 0)
+    return [term_class(spec.type) for spec in specs if spec.weight > 0]
 
 
 _OWN_KEYS = ("type", "weight", "schedule")

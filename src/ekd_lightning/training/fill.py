@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.prepare import Prepared, prepare, source_factory
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.tabled_teachers import TabledTeachers
+from ekd_lightning.training.teachers import gather_teachers
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,7 @@ def prepare_fill(settings: Settings, accelerator: str) -> Prepared | None:
     return prepared
 
 
-def fill_tables(
-    settings: Settings, prepared: Prepared, teachers: TeacherEnsemble, device: torch.device
-) -> tuple[int, int]:
+def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
     """Computes the rows that are missing: those of one run (`teachers.fill=run`), or every view (`all`).
 
     Can be stopped and started again: rows that are there are not computed twice.
@@ -44,7 +43,6 @@ def fill_tables(
     Args:
         settings: The run's settings; with `run`, epochs, batch size and seed say which rows these are.
         prepared: What `prepare_fill` returned.
-        teachers: The teachers, in the pool's order.
         device: Where they compute.
 
     Returns:
@@ -53,7 +51,8 @@ def fill_tables(
     Raises:
         UserError: The rows cannot be kept, e.g. because the disk is full.
     """
-    source = source_factory(settings, prepared)(teachers.to(device))
+    prepared = choose_teacher(settings, prepared, device)
+    source = source_factory(settings, prepared)(gather_teachers(prepared.teachers).to(device))
     assert isinstance(source, TabledTeachers)  # prepare_fill made sure
     parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
     source.plan(sum(len(index) for index, _ in parts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import torch
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import Method, build_method, needs_teachers
-from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.methods import Method, build_method, needs_teachers, uses_assignment
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network
 from ekd_lightning.training.frozen_teachers import TeacherFormat
 from ekd_lightning.training.record import is_rank_zero
 from ekd_lightning.training.settings import Settings
@@ -40,6 +40,10 @@ class Prepared:
     teachers: list[PlannedTeacher]
     table: bool
     """Whether the teachers' outputs are remembered on disk."""
+    candidates: tuple[PlannedTeacher, ...] = ()
+    """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
+    validation_accuracies: dict[str, float] = field(default_factory=dict)
+    """What the choice was made by: teacher id -> accuracy in [0, 1]."""
 
 
 def prepare(settings: Settings, accelerator: str) -> Prepared:
@@ -66,10 +70,39 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     student = build_student(settings, dataset)
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
-    blanks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
-    method = _build_method(settings, dataset, subset, student, plans, blanks)
-    table = needs and _uses_table(settings, dataset, subset, views, blanks, method)
-    return Prepared(dataset, subset, views, datamodule, student, method, plans, table)
+    candidates = _candidates(settings, plans, subset)
+    # Of several candidates the widest is checked last: its tables are the largest.
+    order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
+    for taught_by in [[plan] for plan in order] or [plans]:
+        method = _build_method(settings, dataset, subset, student, taught_by)
+    table = needs and _uses_table(settings, dataset, subset, views, taught_by, method)
+    return Prepared(dataset, subset, views, datamodule, student, method, taught_by, table, candidates)
+
+
+def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
+    """The same run taught by other teachers, and the method built for them.
+
+    Raises:
+        UserError: If the method does not fit them.
+    """
+    method = _build_method(settings, prepared.dataset, prepared.subset, prepared.student, plans)
+    return replace(prepared, teachers=plans, method=method)
+
+
+def _candidates(
+    settings: Settings, plans: list[PlannedTeacher], subset: Subset
+) -> tuple[PlannedTeacher, ...]:
+    """The teachers among which `method.teacher=best` leaves a choice; cuts `plans` for `first`."""
+    choice = settings.method.teacher
+    if choice is not None and not plans:
+        warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
+    if choice == "first":
+        del plans[1:]
+    if choice != "best" or len(plans) < 2:
+        return ()
+    if not len(subset.val_index):
+        raise UserError("method.teacher=best needs validation images: set data.val_fraction, or choose first")
+    return tuple(plans)
 
 
 def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
@@ -117,26 +150,32 @@ def _build_method(
     subset: Subset,
     student: BranchedStudent,
     plans: list[PlannedTeacher],
-    networks: list[StagedNetwork],
 ) -> Method:
-    return build_method(
-        settings.method.name,
-        settings.method.terms,
-        num_classes=dataset.num_classes,
-        num_branches=student.num_branches,
-        num_teachers=len(plans),
-        temperature=settings.method.temperature,
-        assignment=settings.method.assignment,
-        seed=settings.seed,
-        student_features=student.num_features,
-        teacher_features=tuple(network.num_features for network in networks),
-        student_stage_shapes=student.stage_shapes(dataset.image_size),
-        teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
-        student_name=settings.student.network,
-        teacher_names=tuple(plan.id for plan in plans),
-        train_index=subset.train_index,
-        train_labels=dataset.train.labels[subset.train_index],
-    )
+    terms, assignment = settings.method.terms, settings.method.assignment
+    if settings.method.teacher == "mean" and assignment is None and uses_assignment(terms):
+        assignment = "mean"
+    networks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
+    # Adapters depend on the seed alone: not on the student, nor on how many teachers were candidates.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return build_method(
+            settings.method.name,
+            terms,
+            num_classes=dataset.num_classes,
+            num_branches=student.num_branches,
+            num_teachers=len(plans),
+            temperature=settings.method.temperature,
+            assignment=assignment,
+            seed=settings.seed,
+            student_features=student.num_features,
+            teacher_features=tuple(network.num_features for network in networks),
+            student_stage_shapes=student.stage_shapes(dataset.image_size),
+            teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
+            student_name=settings.student.network,
+            teacher_names=tuple(plan.id for plan in plans),
+            train_index=subset.train_index,
+            train_labels=dataset.train.labels[subset.train_index],
+        )
 
 
 def _uses_table(
@@ -144,7 +183,7 @@ def _uses_table(
     dataset: Dataset,
     subset: Subset,
     views: ViewFamily,
-    networks: list[StagedNetwork],
+    plans: list[PlannedTeacher],
     method: Method,
 ) -> bool:
     """Whether teacher outputs are remembered; says why not, or how large the tables may become.
@@ -169,11 +208,11 @@ def _uses_table(
             len(subset.train_index),
             views.num_views,
             dataset.num_classes,
-            network.num_features if method.needs_pooled else 0,
+            build_network(plan.spec).num_features if method.needs_pooled else 0,
             1,
             set_size=len(dataset.train),
         )
-        for network in networks
+        for plan in plans
     )
     folder = table_folder(settings)
     present = sum(path.stat().st_blocks * 512 for path in folder.glob("*.rows"))
@@ -187,7 +226,7 @@ def _uses_table(
         return False
     rows = len(subset.train_index) * views.num_views
     size = f"{rows:,} rows ({len(subset.train_index):,} images, {views.num_views} views)"
-    _say(f"teacher tables: {len(networks)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
+    _say(f"teacher tables: {len(plans)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
     return True
 
 

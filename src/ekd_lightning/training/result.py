@@ -70,6 +70,17 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    """Whom a method that knows one teacher was given, and why; once that is known."""
+    one = settings.method.teacher in ("best", "first") and len(prepared.teachers) == 1
+    return {
+        "teacher_choice": settings.method.teacher if prepared.teachers else None,
+        "teacher": prepared.teachers[0].id if one else None,
+        "teacher_val_accuracy": prepared.validation_accuracies,
+        "num_adapter_parameters": count_parameters(prepared.method),
+    }
+
+
 def _is_partial(flags: Mapping[str, Any]) -> bool:
     """Whether Lightning was told to look at a part of the data only; such results are no results."""
     limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")

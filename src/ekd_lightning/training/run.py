@@ -19,6 +19,7 @@ from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, save_student
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.finish import cost, end_processes, final_scores, origin, read_checkpoint
 from ekd_lightning.training.loggers import (
@@ -30,7 +31,7 @@ from ekd_lightning.training.loggers import (
 )
 from ekd_lightning.training.prepare import Prepared, prepare, source_factory
 from ekd_lightning.training.record import RunRecord, is_rank_zero
-from ekd_lightning.training.result import check_metric, describe_run
+from ekd_lightning.training.result import check_metric, describe_run, describe_teacher
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.teach import score_teachers
 from ekd_lightning.training.teachers import gather_teachers
@@ -112,6 +113,8 @@ def _run(
         settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
     )
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
+    facts |= describe_teacher(settings, prepared)
     teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
     if record:
         record.add_provenance(**origin(prepared, teachers))

@@ -42,7 +42,7 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     rows = score_teachers(settings, dataset, teachers, device)
     record: dict[str, Any] = {"data": dataset.name, "teachers": rows}
     if to_fill is not None:
-        found, computed = fill_tables(settings, to_fill, teachers, device)
+        found, computed = fill_tables(settings, to_fill, device)
         record["table"] = {"rows_found": found, "rows_computed": computed}
     write_json(directory / "teachers.json", record)
     return rows
