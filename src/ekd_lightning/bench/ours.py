@@ -22,10 +22,11 @@ from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.loggers import MetricsCsv
-from ekd_lightning.training.prepare import Prepared, prepare, source_factory
+from ekd_lightning.training.prepare import Prepared, prepare
 from ekd_lightning.training.run import make_distiller
 from ekd_lightning.training.schedule import make_optimizer
 from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.sources import source_factory
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.trainer import build_trainer
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.training.choice import choose_teacher
-from ekd_lightning.training.prepare import Prepared, prepare, source_factory
+from ekd_lightning.training.prepare import Prepared, prepare
 from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.sources import source_factory
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.teachers import gather_teachers
 

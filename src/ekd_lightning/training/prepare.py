@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +13,9 @@ from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subse
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers, uses_assignment
-from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network
-from ekd_lightning.training.frozen_teachers import TeacherFormat
-from ekd_lightning.training.record import is_rank_zero
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
 from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.table_budget import check_disk, table_bytes
-from ekd_lightning.training.tabled_teachers import TabledTeachers
-from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
+from ekd_lightning.training.sources import uses_tables
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
 
 log = logging.getLogger(__name__)
@@ -75,7 +69,7 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
     for taught_by in [[plan] for plan in order] or [plans]:
         method = _build_method(settings, dataset, subset, student, taught_by)
-    table = needs and _uses_table(settings, dataset, subset, views, taught_by, method)
+    table = needs and uses_tables(settings, dataset, subset, views, taught_by, method)
     return Prepared(dataset, subset, views, datamodule, student, method, taught_by, table, candidates)
 
 
@@ -176,82 +170,3 @@ def _build_method(
             train_index=subset.train_index,
             train_labels=dataset.train.labels[subset.train_index],
         )
-
-
-def _uses_table(
-    settings: Settings,
-    dataset: Dataset,
-    subset: Subset,
-    views: ViewFamily,
-    plans: list[PlannedTeacher],
-    method: Method,
-) -> bool:
-    """Whether teacher outputs are remembered; says why not, or how large the tables may become.
-
-    Raises:
-        UserError: If tables are required and cannot be had.
-    """
-    problem = ""
-    if settings.teachers.table == "off":
-        problem = "teachers.table=off"
-    elif mixed := settings.recipe.mixed("recipe"):
-        problem = f"with {mixed} images are not finite in number"
-    elif method.teacher_stages:
-        problem = f"stage outputs ({', '.join(method.teacher_stages)}) are not kept in tables"
-    if problem:
-        if settings.teachers.table == "require":
-            raise UserError(f"teachers.table=require: {problem}")
-        _say(f"teachers run live: {problem}")
-        return False
-    needed = sum(
-        table_bytes(
-            len(subset.train_index),
-            views.num_views,
-            dataset.num_classes,
-            build_network(plan.spec).num_features if method.needs_pooled else 0,
-            1,
-            set_size=len(dataset.train),
-        )
-        for plan in plans
-    )
-    folder = table_folder(settings)
-    present = sum(path.stat().st_blocks * 512 for path in folder.glob("*.rows"))
-    try:
-        check_disk(folder, needed, int(settings.teachers.table_budget_gb * 1e9), present)
-    except UserError as error:
-        advice = "see teachers.table_budget_gb and teachers.table=off"
-        if settings.teachers.table == "require":
-            raise UserError(f"teachers.table=require: {error} ({advice})") from None
-        warnings.warn(f"{error} ({advice}); this run's teachers run live", stacklevel=3)
-        return False
-    rows = len(subset.train_index) * views.num_views
-    size = f"{rows:,} rows ({len(subset.train_index):,} images, {views.num_views} views)"
-    _say(f"teacher tables: {len(plans)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
-    return True
-
-
-def _say(line: str) -> None:
-    if is_rank_zero():
-        log.info(line)
-
-
-def table_folder(settings: Settings) -> Path:
-    """Where the tables of teacher outputs lie."""
-    return Path(settings.teachers.store) / "tables"
-
-
-def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
-    """How every process opens the teachers' outputs: as a table, or live."""
-    teachers = settings.teachers
-    how = TeacherFormat(teachers.precision, teachers.fold, teachers.compile, settings.channels_last)
-    if not prepared.table:
-        return partial(LiveTeachers, how=how)
-    return partial(
-        TabledTeachers,
-        folder=table_folder(settings),
-        image_set_sha256=prepared.dataset.train.sha256,
-        num_images=len(prepared.dataset.train),
-        views=prepared.views,
-        include_pooled=prepared.method.needs_pooled,
-        how=how,
-    )

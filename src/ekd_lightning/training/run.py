@@ -29,10 +29,11 @@ from ekd_lightning.training.loggers import (
     finish_loggers,
     make_loggers,
 )
-from ekd_lightning.training.prepare import Prepared, prepare, source_factory
+from ekd_lightning.training.prepare import Prepared, prepare
 from ekd_lightning.training.record import RunRecord, is_rank_zero
 from ekd_lightning.training.result import check_metric, describe_run, describe_teacher
 from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.sources import source_factory
 from ekd_lightning.training.teach import score_teachers
 from ekd_lightning.training.teachers import gather_teachers
 from ekd_lightning.training.trainer import build_trainer, check_trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -40,6 +41,35 @@ def table_bytes(
     if set_size is not None:
         blocks = min(blocks, -(-set_size * per_image // _BLOCK))
     return num_teachers * blocks * _BLOCK
+
+
+def present_bytes(
+    folder: str | os.PathLike[str], image_set_sha256: str, view_key: str, num_teachers: int
+) -> int:
+    """What tables of these images and views take on disk already.
+
+    Which teachers a table is of is not known before these are loaded; of more tables than there are teachers the
+    smallest count, so that the disk is never thought fuller of a run's own rows than it is.
+
+    Args:
+        folder: Where the tables live; need not exist.
+        image_set_sha256: Hash of the whole image set.
+        view_key: The view family's key.
+        num_teachers: M.
+
+    Returns:
+        Bytes, holes not counted.
+    """
+    sizes = []
+    for sidecar in Path(folder).glob("*.json"):
+        rows = sidecar.with_suffix(".rows")
+        try:
+            facts = json.loads(sidecar.read_text(encoding="utf-8"))
+            if facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key:
+                sizes.append(rows.stat().st_blocks * 512)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no table, or none that anybody could read
+    return sum(sorted(sizes)[:num_teachers])
 
 
 def check_disk(

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.batch import Batch
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
 from ekd_lightning.training.epoch_memo import EpochMemo
 from ekd_lightning.training.frozen_teachers import TeacherFormat
+from ekd_lightning.training.stage_tables import StageTables
 from ekd_lightning.training.teacher_source import LiveTeachers
 from ekd_lightning.training.teacher_table import TableKey, TeacherTable, to_float16
 
@@ -58,6 +59,8 @@ class TabledTeachers:
         num_images: int,
         views: ViewFamily,
         include_pooled: bool = False,
+        keep_stages: Sequence[str] = (),
+        image_size: int = 32,
         how: TeacherFormat | None = None,
     ) -> None:
         """Opens, or creates, one table per teacher.
@@ -70,6 +73,8 @@ class TabledTeachers:
             views: The view family that `batch.view` refers to.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
+            keep_stages: Stages whose outputs are kept too; others are computed anew whenever they are asked for.
+            image_size: Height and width of the images; only stages depend on it.
             how: How the teachers compute; tables of another numeric format are not used.
         """
         self.hits = 0
@@ -85,25 +90,41 @@ class TabledTeachers:
         self._warned: set[str] = set()
         self._memo: EpochMemo | None = None
         self._tables: list[TeacherTable | None] = [None] * len(self._names)
-        self._open(image_set_sha256, num_images, views, self._live.frozen().numeric_format)
+        keys = [
+            TableKey(
+                teacher_sha256=identity.sha256,
+                image_set_sha256=image_set_sha256,
+                num_images=num_images,
+                view_key=views.key,
+                num_views=views.num_views,
+                num_classes=ensemble.num_classes,
+                pooled_dim=width,
+                numeric_format=self._live.frozen().numeric_format,
+            )
+            for identity, width in zip(ensemble.identities, self._widths, strict=True)
+        ]
+        self._open(keys)
+        self._stages: StageTables | None = None
+        if keep_stages:
+            self._stages = StageTables(
+                ensemble,
+                folder,
+                keys,
+                keep_stages,
+                image_size,
+                live=self._live,
+                on_computed=self._keep_computed,
+                on_trouble=self._warn_disk,
+            )
 
-    def _open(self, image_set_sha256: str, num_images: int, views: ViewFamily, numeric_format: str) -> None:
+    def _open(self, keys: list[TableKey]) -> None:
         """Opens one table per teacher; those that cannot be opened stay None.
 
         A table that holds pooled features too serves runs that need the logits only, so that the methods of a
         sweep share their rows.
         """
         for m, identity in enumerate(self._ensemble.identities):
-            key = TableKey(
-                teacher_sha256=identity.sha256,
-                image_set_sha256=image_set_sha256,
-                num_images=num_images,
-                view_key=views.key,
-                num_views=views.num_views,
-                num_classes=self._ensemble.num_classes,
-                pooled_dim=self._widths[m],
-                numeric_format=numeric_format,
-            )
+            key = keys[m]
             wider = replace(key, pooled_dim=self._ensemble.num_features[m])
             if not self._include_pooled and (self._folder / f"{wider.name}.rows").is_file():
                 key, self._widths[m] = wider, wider.pooled_dim
@@ -125,7 +146,8 @@ class TabledTeachers:
 
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
-        return sum(table.disk_bytes() for table in self._tables if table is not None)
+        stages = 0 if self._stages is None else self._stages.disk_bytes()
+        return stages + sum(table.disk_bytes() for table in self._tables if table is not None)
 
     def plan(self, rows: int) -> None:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
@@ -156,6 +178,8 @@ class TabledTeachers:
             ) -> Tensor:
                 return gather(some_index[chosen], some_view[chosen])
 
+            if self._stages is not None:
+                self._stages.complete(some_index.numpy(), some_view.numpy(), images_of)
             blocks.append(self._complete(some_index.numpy(), some_view.numpy(), images_of))
             if time.perf_counter() - said > _PROGRESS_EVERY:
                 said = time.perf_counter()
@@ -181,7 +205,7 @@ class TabledTeachers:
 
         Args:
             batch: B images with their index and view.
-            stages: Names of the stages whose outputs are wanted. They are not stored: the teachers run live,
+            stages: Names of the stages whose outputs are wanted. Where they are not kept the teachers run live,
                 every row counts as a miss, and the first such batch causes a warning.
 
         Returns:
@@ -195,10 +219,7 @@ class TabledTeachers:
         if batch.soft_labels is not None:
             raise ValueError("mixed images have no rows in teacher tables")
         if stages:
-            self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
-            self.misses += len(self._tables) * len(batch.index)
-            output = self._live(batch, stages)
-            return output if self._include_pooled else output._replace(pooled=())
+            return self._with_stages(batch, tuple(stages))
         if self._memo is not None:
             return self._memo.look_up(batch)
         index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
@@ -211,6 +232,25 @@ class TabledTeachers:
             else (),
             stages=tuple({} for _ in found),
         )
+
+    def _with_stages(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
+        """Outputs with stages: from their tables where these are kept, else from live teachers."""
+        if self._stages is not None and set(stages) <= set(self._stages.stages):
+            kept = tuple({name: maps[name] for name in stages} for maps in self._stages(batch))
+            return self(batch)._replace(stages=kept)
+        self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
+        self.misses += len(self._tables) * len(batch.index)
+        output = self._live(batch, stages)
+        return output if self._include_pooled else output._replace(pooled=())
+
+    def _keep_computed(self, m: int, index: Rows, view: Rows, output: NetworkOutput) -> None:
+        """Keeps logits and pooled features that were computed along with stages."""
+        if self._tables[m] is None or not self._writable:
+            return  # they will be computed, and counted, again
+        logits, pooled = self._as_kept(m, output)
+        self._store(m, index, view, logits, pooled)
+        self.misses += len(index)
+        self.hits -= len(index)  # the look-up that follows will find them
 
     def _complete(
         self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor]
@@ -269,7 +309,9 @@ class TabledTeachers:
         """Passes images through teacher m; returns values as a table would hold them."""
         # One size whatever is missing: how many rows a killed run left must not change the rounding of others.
         teachers = self._live.frozen()
-        output = teachers.ask(m, images, teachers.chunk)
+        return self._as_kept(m, teachers.ask(m, images, teachers.chunk))
+
+    def _as_kept(self, m: int, output: NetworkOutput) -> tuple[Values, Values | None]:
         logits = to_float16(output.logits.cpu().numpy(), self._names[m]).astype(np.float32)
         if not self._widths[m]:
             return logits, None

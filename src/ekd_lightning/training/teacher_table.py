@@ -41,7 +41,9 @@ class TableKey:
         view_key: The view family's key.
         num_views: V, at least 1.
         num_classes: C, at least 1.
-        pooled_dim: D, or 0 when the pooled features are not stored.
+        pooled_dim: D, or 0 when the pooled features are not stored. In a stage's table the number of values of that
+            stage's output, which is stored in place of the pooled features.
+        stage: Name of the stage whose output is stored; "" for the pooled features.
         numeric_format: How the teacher computes, e.g. "float32" or "bfloat16". Rows are always float16.
     """
 
@@ -53,6 +55,7 @@ class TableKey:
     num_classes: int
     pooled_dim: int = 0
     numeric_format: str = "float32"
+    stage: str = ""
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.num_views, self.num_classes) < 1 or self.pooled_dim < 0:
@@ -61,8 +64,11 @@ class TableKey:
     @property
     def description(self) -> dict[str, object]:
         """What the sidecar must say about the table."""
-        content = "logits+pooled" if self.pooled_dim else "logits"
-        return {"layout": _LAYOUT, "content": content, "stored": "float16", **asdict(self)}
+        content = f"logits+{self.stage or 'pooled'}" if self.pooled_dim else "logits"
+        facts = asdict(self)
+        if not self.stage:
+            del facts["stage"]  # tables without stages keep the names they always had
+        return {"layout": _LAYOUT, "content": content, "stored": "float16", **facts}
 
     @property
     def name(self) -> str:
