@@ -67,16 +67,28 @@ def listed(values: dict[Any, float], unit: str = "") -> str:
     return ", ".join(f"{key}: {value:,.0f}{unit}" for key, value in values.items())
 
 
-def page(found: dict[str, Any]) -> str:
+def profile_section(p: dict[str, Any]) -> str:
+    """(p): where a training step's time goes."""
+    rows = "\n".join(f"| {name} | {100 * share:.1f} % |" for name, share in p["shares"].items())
+    return f"""A training epoch with warm tables and three branches, {p["rate"]:,.0f} images/s without the profiler:
+
+| operators | share of their time |
+|---|---|
+{rows}
+
+If nothing but the convolutions took time, this would be {p["rate_of_the_convolutions_alone"]:,.0f} images/s."""
+
+
+def page(found: dict[str, Any], name: str) -> str:
     """The page in Markdown; only numbers of the file."""
     hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
-    a, c, d, e, g, h, i = (found[key] for key in "acdeghi")
+    a, c, d, e, g, h, i, p = (found[key] for key in "acdeghip")
     shares = "\n".join(
         f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float)
     )
     return f"""# Speed, against a plain PyTorch loop
 
-Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`speed.json`](speed.json).
+Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`{name}.json`]({name}.json).
 
 - **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}), GPUs:
   {len(hardware["gpus"])}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
@@ -85,7 +97,7 @@ Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`speed.j
 - **The plain loop** is what one would write with torchvision and a DataLoader: PIL transforms in workers, float32,
   every teacher in every step; the same loss and the same student.
 
-![rates](speed.svg)
+![rates]({name}.svg)
 
 ## A training epoch with three teachers (c)
 
@@ -107,7 +119,10 @@ The same kernels, tables and student, not compiled, {i["epochs"]} epochs of a pa
 
 {d["jobs"]} jobs, teachers 1, 2, 3 × branches 1, 2, 3, {d["epochs"]} epochs each, from an empty store, everything but
 the tests included: {d["ours"]:,.0f} s. The plain loop, computed from its measured speed in each job:
-{d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long.
+{d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long. Of our seconds, the students' steps took
+{d["students_seconds"]:,.0f}, teachers and tables {d["teachers_seconds"]:,.0f}, and starting, validating and ending
+the jobs {d["start_validation_and_end_seconds"]:,.0f}: had the teachers cost nothing, the ratio would be
+{d["plain"] / (d["ours"] - d["teachers_seconds"]):.1f}.
 
 ## The loader alone (a)
 
@@ -135,6 +150,10 @@ Training with warm tables, images/s.
 {plain_rows(g["batch_size"], "batch size")}
 
 {plain_rows(g["images"], "images")}
+
+## Where a training step's time goes (p)
+
+{profile_section(p)}
 
 ## Share of the machine's peak (h) and memory (f)
 
@@ -205,13 +224,14 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", default="speed", help="what the files are called")
     args = parser.parse_args()
     found = json.loads(args.file.read_text())
     found["origin"].pop("command", None)  # paths of the machine
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.output / "speed.md").write_text(page(found))
-    chart(found, args.output / "speed.svg")
+    (args.output / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.output / f"{args.name}.md").write_text(page(found, args.name))
+    chart(found, args.output / f"{args.name}.svg")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import torch
 from whole_runs import TINY
 
 from ekd_lightning.bench.ours import BareLoop
-from ekd_lightning.bench.parts import Bench, agreement
+from ekd_lightning.bench.parts import Bench, agreement, sweep
 from ekd_lightning.bench.plain import PilImages
+from ekd_lightning.bench.step_profile import by_group, step_profile
 from ekd_lightning.bench.timing import summary, take_turns
 from ekd_lightning.cli.bench import main
 from ekd_lightning.data import load_dataset
@@ -61,7 +62,7 @@ def bench(tiny_settings):
 def test_the_bare_loop_ends_with_the_weights_of_lightning(bench, tmp_path):
     """What is compared is the same training: only Lightning lies between."""
     job = bench.job().with_store(tmp_path)
-    rate, module = job.fit()
+    rate, module, _ = job.fit()
     bare = BareLoop(job)
     assert rate > 0
     assert bare.images_per_second(1) > 0
@@ -142,3 +143,29 @@ def test_what_the_plain_loop_cannot_do_is_refused(tmp_path, store, capsys, word,
         main(["--parts", "a", *TINY, f"teachers.store={store}", word])
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_every_operator_is_in_one_group():
+    times = {
+        "aten::convolution_backward": 5.0,
+        "aten::mkldnn_convolution": 2.0,
+        "## Call CompiledFxGraph fabc": 1.0,
+        "aten::_fused_sgd_": 1.0,
+        "aten::copy_": 1.0,
+    }
+    assert list(by_group(times).values()) == pytest.approx([0.5, 0.2, 0.1, 0.1, 0.1])
+    assert sum(by_group({"x": 0.0}).values()) == 0.0
+
+
+def test_the_time_of_a_sweep_is_attributed(bench):
+    found = sweep(bench)
+    parts = [value for name, value in found.items() if name.endswith("_seconds")]
+    assert len(parts) == 3
+    assert sum(parts) == pytest.approx(found["ours"], rel=0.05)
+    assert min(parts) > 0
+
+
+def test_a_step_profile_names_where_the_time_went(bench):
+    found = step_profile(bench)
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["rate_of_the_convolutions_alone"] > found["rate"] > 0

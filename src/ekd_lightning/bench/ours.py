@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,7 @@ from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.compiling import compiled_or_not
+from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.loggers import MetricsCsv
 from ekd_lightning.training.prepare import Prepared, prepare
 from ekd_lightning.training.run import make_distiller
@@ -29,6 +30,20 @@ from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import source_factory
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.trainer import build_trainer
+
+
+class Fitted(NamedTuple):
+    """A finished training.
+
+    Attributes:
+        images_per_second: Over all epochs.
+        module: The trained module.
+        seconds: What the rate is over.
+    """
+
+    images_per_second: float
+    module: Distiller
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -54,14 +69,14 @@ class Job:
         teachers = replace(self.settings.teachers, store=str(store))
         return replace(self, settings=replace(self.settings, teachers=teachers))
 
-    def fit(self, *, whole: bool = False) -> tuple[float, Any]:
+    def fit(self, *, whole: bool = False) -> Fitted:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
 
         Args:
             whole: Whether the ends of epochs count, where curves and checkpoints are written.
 
         Returns:
-            Images per second over all epochs, teachers included; and the trained module.
+            What it took, teachers included.
         """
         prepared = self.prepared()
         module = make_distiller(self.settings, prepared, self.teachers)
@@ -79,7 +94,8 @@ class Job:
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
         assert trainer.current_epoch == self.settings.recipe.epochs
-        return report.images_seen / (clock.seconds if whole else report.train_seconds), module
+        seconds = clock.seconds if whole else report.train_seconds
+        return Fitted(report.images_seen / seconds, module, seconds)
 
 
 class WholeTraining(pl.Callback):

@@ -32,6 +32,7 @@ PARTS = {
     "e": "inference of the student and of the teachers",
     "g": "growth with teachers, branches, batch size and images",
     "h": "share of the machine's matrix-product peak (runs b and c)",
+    "p": "where a training step's time goes, and what its convolutions alone allow",
     "f": "memory of a run of one epoch",
 }
 _WIDTH = 120  # where there is no terminal
@@ -144,7 +145,7 @@ def _context(args: argparse.Namespace) -> Bench:
 
 
 def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
-    from ekd_lightning.bench import cost, parts  # noqa: PLC0415
+    from ekd_lightning.bench import cost, parts, step_profile  # noqa: PLC0415
 
     if key in "dgi":
         bench = replace(bench, settings=_smaller(bench.settings, args, key))
@@ -166,9 +167,11 @@ def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any
         "b": parts.teachers_alone,
         "c": parts.epoch,
         "e": cost.inference,
+        "g": cost.growth,
         "i": parts.overhead,
+        "p": step_profile.step_profile,
     }
-    return {**measure, "g": cost.growth}[key](bench)
+    return measure[key](bench)
 
 
 def _smaller(settings: Settings, args: argparse.Namespace, key: str) -> Settings:

@@ -48,6 +48,7 @@ class TabledTeachers:
     Attributes:
         hits: Rows found so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
+        seconds: Time spent on preparing epochs so far: looking up, computing and keeping.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class TabledTeachers:
         """
         self.hits = 0
         self.misses = 0
+        self.seconds = 0.0
         self._ensemble = ensemble
         self._live = LiveTeachers(ensemble, how)
         self._folder = Path(folder)
@@ -197,6 +199,7 @@ class TabledTeachers:
             device=next(self._ensemble.parameters()).device,
         )
         seconds = time.perf_counter() - start
+        self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
             log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
 
