@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -169,3 +170,12 @@ def test_a_step_profile_names_where_the_time_went(bench):
     found = step_profile(bench)
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["rate_of_the_convolutions_alone"] > found["rate"] > 0
+
+
+def test_a_closed_plain_loop_has_no_workers_left(bench):
+    before = len(multiprocessing.active_children())
+    loop = bench.plain(bench.job(), 1)
+    loop.step()
+    assert len(multiprocessing.active_children()) == before + 1
+    loop.close()
+    assert len(multiprocessing.active_children()) == before

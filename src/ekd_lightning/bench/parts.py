@@ -244,6 +244,7 @@ def sweep(bench: Bench) -> dict[str, Any]:
             loop.step()
             images = len(job.prepared().subset.train_index) * job.settings.recipe.epochs
             plain_seconds += images / loop.images_per_second(max(3, bench.plain_steps // 3))
+            loop.close()
     with tempfile.TemporaryDirectory() as folder:
         stored = [job.with_store(Path(folder)) for job in jobs]
         start = time.perf_counter()
