@@ -21,14 +21,21 @@ from ekd_lightning.training.result import named_scores
 _CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
 
 
-def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule) -> dict[str, Any]:
-    """Scores on the test set, read here for the first time: with the best weights, then with the last ones."""
+def final_scores(
+    trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True
+) -> dict[str, Any]:
+    """Scores on the test set, read here for the first time: with the best weights, then with the last ones.
+
+    Without `test` only the validation scores of the last epoch.
+    """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if (
         data.num_val_images and "val/accuracy" not in metrics
     ):  # resumed after the last epoch: nothing was trained
         metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
     scores = named_scores("val", metrics)
+    if not test:
+        return scores
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
     if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
         last_weights = {name: value.clone() for name, value in module.state_dict().items()}

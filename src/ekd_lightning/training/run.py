@@ -51,6 +51,7 @@ def run(
     config: dict[str, Any] | None = None,
     sweep: str | None = None,
     callbacks: Sequence[Callback] = (),
+    test: bool = True,
 ) -> dict[str, Any]:
     """Runs one distillation and leaves its record in `directory`.
 
@@ -62,6 +63,8 @@ def run(
         config: The resolved configuration as plain containers, for loggers; None makes it from the settings.
         sweep: Name of the sweep this run belongs to; None for a single run.
         callbacks: Further Lightning callbacks.
+        test: Whether the test set is read once training is over. If not, the result holds validation scores
+            only and is marked `partial`, so that no report counts it; for choosing settings.
 
     Returns:
         The content of result.json (on other ranks, what they know of it).
@@ -76,7 +79,7 @@ def run(
     try:
         if record:
             record.start(resumed=settings.resume is not None)
-        result = _run(settings, directory, record, loggers, config, sweep, callbacks)
+        result = _run(settings, directory, record, loggers, config, sweep, callbacks, test)
         if record:
             record.result(result)
         return result
@@ -97,6 +100,7 @@ def _run(
     config: dict[str, Any],
     sweep: str | None,
     callbacks: Sequence[Callback],
+    test: bool,
 ) -> dict[str, Any]:
     check_trainer(settings.trainer)
     check_loggers(settings.logger)
@@ -126,12 +130,14 @@ def _run(
         _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
         result = {
             **facts,
-            **final_scores(trainer, module, prepared.datamodule),
+            **final_scores(trainer, module, prepared.datamodule, test=test),
             **cost(report, trainer, module),
         }
         finished = True
     finally:
         end_processes(trainer, wait=finished)
+    if not test:
+        return result | {"partial": True}
     if record:
         device = trainer.strategy.root_device
         result["teachers"] = (
