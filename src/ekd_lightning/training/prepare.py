@@ -14,6 +14,7 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
+from ekd_lightning.training.assistants import Chain, plan_chain
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import uses_tables
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
@@ -38,6 +39,8 @@ class Prepared:
     """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
     validation_accuracies: dict[str, float] = field(default_factory=dict)
     """What the choice was made by: teacher id -> accuracy in [0, 1]."""
+    chain: Chain | None = None
+    """The assistants between pool and student; `teachers` is then the last of them, candidates are for the first."""
 
 
 def prepare(settings: Settings, accelerator: str) -> Prepared:
@@ -65,12 +68,16 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     candidates = _candidates(settings, plans, subset)
+    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator)
     # Of several candidates the widest is checked last: its tables are the largest.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
-    for taught_by in [[plan] for plan in order] or [plans]:
+    choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
+    for taught_by in choices:
         method = _build_method(settings, dataset, subset, student, taught_by)
     table = needs and uses_tables(settings, dataset, subset, views, taught_by, method)
-    return Prepared(dataset, subset, views, datamodule, student, method, taught_by, table, candidates)
+    return Prepared(
+        dataset, subset, views, datamodule, student, method, taught_by, table, candidates, chain=chain
+    )
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
@@ -79,6 +86,9 @@ def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTea
     Raises:
         UserError: If the method does not fit them.
     """
+    if prepared.chain is not None:  # the method knows the last assistant only, and that stays the same
+        chain = prepared.chain.taught_by(plans)
+        return replace(prepared, teachers=[chain.last()], chain=chain)
     method = _build_method(settings, prepared.dataset, prepared.subset, prepared.student, plans)
     return replace(prepared, teachers=plans, method=method)
 

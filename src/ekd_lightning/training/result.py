@@ -45,6 +45,7 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "data": prepared.dataset.name,
         "student": settings.student.network,
         "num_teachers": len(prepared.teachers),
+        "assistants": [a.spec.name for a in prepared.chain.assistants] if prepared.chain else [],
         "num_branches": student.num_branches,
         "split_after": settings.student.split_after if student.num_branches > 1 else None,
         "ensemble": settings.student.ensemble,
@@ -72,10 +73,12 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 
 def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     """Whom a method that knows one teacher was given, and why; once that is known."""
-    one = settings.method.teacher in ("best", "first") and len(prepared.teachers) == 1
+    pool = prepared.chain.origins if prepared.chain else prepared.teachers
+    one = settings.method.teacher in ("best", "first") and len(pool) == 1
     return {
         "teacher_choice": settings.method.teacher if prepared.teachers else None,
-        "teacher": prepared.teachers[0].id if one else None,
+        "teacher": pool[0].id if one else None,
+        "pool_teachers": [plan.id for plan in pool],
         "teacher_val_accuracy": prepared.validation_accuracies,
         "num_adapter_parameters": count_parameters(prepared.method),
     }

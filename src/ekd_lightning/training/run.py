@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import Logger
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, save_student
+from ekd_lightning.training.assistants import describe_chain
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.distiller import Distiller
@@ -143,6 +144,8 @@ def _run(
         result["teachers"] = (
             [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
         )
+        if prepared.chain and teachers:
+            result |= describe_chain(settings, prepared.dataset, teachers.identities[0], device)
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(directory / STUDENT, prepared.student, metadata)
     return result

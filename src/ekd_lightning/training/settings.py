@@ -222,6 +222,20 @@ class StudentSettings:
 
 
 @dataclass
+class ChainSettings:
+    """How the assistants of `method.assistants` are trained."""
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What differs from the run's `recipe`: `method.chain.recipe={epochs: 240}`."""
+    temperature: Optional[float] = None
+    """T > 0; null takes the method's."""
+    ce_weight: Optional[float] = None
+    """1 - λ of the paper; null takes the weight of the method's ce_ensemble, see `assistants.link_terms`."""
+    kd_weight: Optional[float] = None
+    """λ of the paper, > 0; null takes the weight of the method's kd_ensemble, likewise."""
+
+
+@dataclass
 class MethodSettings:
     """A named list of weighted loss terms."""
 
@@ -233,6 +247,10 @@ class MethodSettings:
     teacher: Optional[str] = None
     """For methods that know one teacher: best (of the pool on the validation split), first, or mean (the losses
     against all of them, averaged); null: all teachers teach, by the assignment."""
+    assistants: Optional[list[Any]] = None
+    """Networks between teachers and student, from large to small: names, or mappings with network, options and
+    seed. Each is taught by the one before it, the student by the last alone; empty or null: no chain."""
+    chain: ChainSettings = field(default_factory=ChainSettings)
     terms: dict[str, Any] = field(default_factory=dict)
 
 

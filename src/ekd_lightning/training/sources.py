@@ -97,19 +97,26 @@ def table_folder(settings: Settings) -> Path:
 
 
 def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
-    """How every process opens the teachers' outputs: as a table, or live."""
+    """How every process of a run opens the teachers' outputs: as a table, or live."""
+    return make_source(settings, prepared.dataset, prepared.views, prepared.method, tables=prepared.table)
+
+
+def make_source(
+    settings: Settings, dataset: Dataset, views: ViewFamily, method: Method, *, tables: bool
+) -> Callable[[TeacherEnsemble], TeacherSource]:
+    """How teachers of any training with these settings are asked what `method` needs; `tables` as `uses_tables`."""
     teachers = settings.teachers
     how = TeacherFormat(teachers.precision, teachers.fold, teachers.compile, settings.channels_last)
-    if not prepared.table:
+    if not tables:
         return partial(LiveTeachers, how=how)
     return partial(
         TabledTeachers,
         folder=table_folder(settings),
-        image_set_sha256=prepared.dataset.train.sha256,
-        num_images=len(prepared.dataset.train),
-        views=prepared.views,
-        include_pooled=prepared.method.needs_pooled,
-        keep_stages=prepared.method.teacher_stages,
-        image_size=prepared.dataset.image_size,
+        image_set_sha256=dataset.train.sha256,
+        num_images=len(dataset.train),
+        views=views,
+        include_pooled=method.needs_pooled,
+        keep_stages=method.teacher_stages,
+        image_size=dataset.image_size,
         how=how,
     )

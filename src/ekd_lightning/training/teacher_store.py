@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _FORMAT = 1  # raise it when training changes so that older teachers must not be reused
 _WEIGHTS = "teacher.safetensors"
 _KEY = "key.json"
+COST = "cost.json"
+"""What a training may leave in its scratch folder: numbers of its cost, kept beside the weights."""
 
 
 class TeacherStore:
@@ -52,27 +54,44 @@ class TeacherStore:
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Weights file that belongs to `key`, whether it exists or not."""
-        return self.root / "teachers" / self.digest(key) / _WEIGHTS
+        return self.weights(self.digest(key))
 
-    def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:
+    def weights(self, digest: str) -> Path:
+        """Weights file of an entry by the digest of its key, whether it exists or not."""
+        return self.root / "teachers" / digest / _WEIGHTS
+
+    def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        """What the training of `key` said of its cost; empty where it said nothing."""
+        path = self.path(key).with_name(COST)
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def get_or_train(
+        self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork], *, resumable: bool = False
+    ) -> StagedNetwork:
         """Loads the teacher of `key`, training it first when the store lacks it.
 
         Args:
             key: All that determines the teacher, JSON-able.
-            train: Trains it; gets an empty scratch folder that is deleted afterwards.
+            train: Trains it; gets the path of a scratch folder that is deleted afterwards.
+            resumable: Whether the scratch folder outlives a training that fails or is killed, so that the next one
+                finds its checkpoints there. If not, `train` always starts without one.
         """
         final = self.path(key).parent
         with self._lock(final):
             self._remove_leftovers(final)
             if not (final / _WEIGHTS).is_file():
                 scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.part-"))
+                run = final.with_name(f"{final.name}.resume") if resumable else scratch / "run"
                 try:
-                    network = train(scratch / "run")
+                    network = train(run)
                     ready = scratch / "ready"
                     ready.mkdir()
                     save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
                     write_json(ready / _KEY, dict(key))
+                    if (run / COST).is_file():
+                        shutil.copy(run / COST, ready / COST)
                     os.replace(ready, final)
+                    shutil.rmtree(run, ignore_errors=True)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
         return load_network(final / _WEIGHTS)
