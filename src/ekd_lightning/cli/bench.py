@@ -108,10 +108,12 @@ def _context(args: argparse.Namespace) -> Bench:
     import torch  # noqa: PLC0415
 
     from ekd_lightning.bench.parts import Bench  # noqa: PLC0415
+    from ekd_lightning.training.allocator import keep_freed_memory  # noqa: PLC0415
     from ekd_lightning.training.precision import resolve_precision  # noqa: PLC0415
     from ekd_lightning.training.prepare import prepare  # noqa: PLC0415
     from ekd_lightning.training.teachers import gather_teachers  # noqa: PLC0415
 
+    keep_freed_memory()  # as every run does; the plain loop profits too
     settings = compose_settings(f"recipe.epochs={args.epochs}", "trainer.devices=1", *args.overrides)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")

@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import Logger
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, save_student
+from ekd_lightning.training.allocator import keep_freed_memory
 from ekd_lightning.training.assistants import describe_chain
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.choice import choose_teacher
@@ -77,6 +78,7 @@ def run(
     loggers: list[Logger] = []
     result = None
     config = asdict(settings) if config is None else config
+    keep_freed_memory()
     try:
         if record:
             record.start(resumed=settings.resume is not None)
