@@ -112,12 +112,10 @@ def test_an_interrupted_trial_does_not_count_and_is_repeated(tmp_path):
     whole, broken = opened(tmp_path / "whole"), opened(tmp_path / "broken")
     run_trials(whole, evaluate, trials=3)
     for fail_at in (0, 2):
-        calls = []
 
-        def fails(overrides, folder, report, at=fail_at, calls=calls):
-            calls.append(overrides)
+        def fails(overrides, folder, report, at=fail_at):
             folder.mkdir(parents=True)
-            if len(calls) + len(tried(broken)) > at + 1 and len(tried(broken)) == at + 1:
+            if len(tried(broken)) == at + 1:  # this one included
                 raise KeyboardInterrupt
             return evaluate(overrides, folder, report)
 
@@ -152,8 +150,7 @@ def test_hopeless_trials_are_pruned_and_count_but_never_the_default(tmp_path):
     assert found.pruned > 0
     pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
     assert {trial.last_step for trial in pruned} == {1}
-    unpruned = opened(tmp_path / "unpruned")
-    study = unpruned
+    study = unpruned = opened(tmp_path / "unpruned")
     run_trials(unpruned, falls, trials=10)
     assert outcome(unpruned).pruned == 0
 
@@ -407,7 +404,7 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
     assert result["partial"] is True
     assert result["val_accuracy"] == pytest.approx(values[0], abs=1e-6)
     assert not [name for name in result if name.startswith("test_")]
-    with pytest.raises(AssertionError, match="the test set's images was read"):  # a run with its test would
+    with pytest.raises(AssertionError, match=r"the test set's .* was read"):  # a run with its test would
         run.run(tiny_settings(override_), tmp_path / "run")
 
 

@@ -196,7 +196,7 @@ def override(key: str, value: Scalar) -> str:
     if isinstance(value, bool):
         return f"{key}={str(value).lower()}"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z][\w./-]*", value) and value.lower() not in _WORDS
+        plain = re.fullmatch(r"[A-Za-z][\w./-]*", value, re.ASCII) and value.lower() not in _WORDS
         return f"{key}={value}" if plain else f"{key}='{_escaped(value)}'"
     return f"{key}={value!r}"
 
