@@ -10,10 +10,14 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.options import choice
-from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, to_common_size
-from ekd_lightning.methods.terms import StepContext, TermContext, register_term
+from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, pair_key, to_common_size
+from ekd_lightning.methods.terms import StageShape, StepContext, TermContext, register_term
+
+ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
+REGRESSORS = ("conv_reg", "regressor")
 
 
 class PooledAdapter(nn.Sequential):
@@ -55,6 +59,41 @@ class MapAdapter(nn.Sequential):
         )
 
 
+class ConvRegressor(nn.Sequential):
+    """One convolution from the student's shape to the teacher's, then ReLU, as hints are trained with.
+
+    Of two published forms. Romero et al. (2015, section 2.2): no padding, kernel 1 + H - H_m, so that the sizes
+    match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm, and where one side is twice
+    the other takes 3×3 with stride 2, or a transposed 4×4. At equal sizes both are 1×1.
+
+    Args:
+        student: (C, H, W).
+        teacher: (C_m, H_m, W_m).
+        norm: False for Romero's form, True for RepDistiller's.
+
+    Raises:
+        UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form: and not half).
+    """
+
+    def __init__(self, student: StageShape, teacher: StageShape, norm: bool) -> None:
+        (C, *size), (C_m, *size_m) = student, teacher
+        bias = not norm  # batch norm takes any bias out again
+        conv: nn.Module
+        if norm and size == [2 * length for length in size_m]:
+            conv = nn.Conv2d(C, C_m, kernel_size=3, stride=2, padding=1, bias=bias)
+        elif norm and size_m == [2 * length for length in size]:
+            conv = nn.ConvTranspose2d(C, C_m, kernel_size=4, stride=2, padding=1, bias=bias)
+        elif size[0] >= size_m[0] and size[1] >= size_m[1]:
+            kernel = (1 + size[0] - size_m[0], 1 + size[1] - size_m[1])
+            conv = nn.Conv2d(C, C_m, kernel, bias=bias)
+        else:
+            raise UserError(
+                f"no regressor from the student's shape {list(student)} to the teacher's {list(teacher)}:"
+                " take another feature, or adapter=project, which averages the larger maps"
+            )
+        super().__init__(conv, *([nn.BatchNorm2d(C_m)] if norm else []), nn.ReLU())
+
+
 @register_term("feature_branch")
 class FeatureBranch(PairTerm):
     """mean_k Σ_m A[k, m] · MSE(r_km(h_k), h_m): features of every branch approach those of its teachers.
@@ -65,19 +104,22 @@ class FeatureBranch(PairTerm):
     reconstruction of EKD (see `losses`); which features the paper compares could not be verified.
 
     Maps of unequal height or width are first averaged (adaptive_avg_pool2d) to the smaller of the two, so
-    shapes "agree" when the channel counts do.
+    shapes "agree" when the channel counts do. The regressors of FitNets map sizes by themselves instead.
 
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the assignment. Pairs (branch, teacher) without weight get no
             adapter.
         feature: `pooled` (the head's input), `last` (each network's own last stage) or a stage name.
-        adapter: `identity`, `project` (1×1 convolution or linear map, no bias, then batch norm), or `auto`:
-            identity where the channel counts agree, else project.
+        adapter: `identity`, `project` (1×1 convolution or linear map, no bias, then batch norm), `auto`
+            (identity where the channel counts agree, else project); or, for maps, what FitNets are trained
+            with: `conv_reg` (RepDistiller's: convolution, batch norm, ReLU) or `regressor` (Romero et al.:
+            convolution, ReLU); see `ConvRegressor`.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For a stage that a network lacks, or `identity` between unequal channel counts.
+        UserError: For a stage that a network lacks, `identity` between unequal channel counts, or a regressor
+            for pooled features or from smaller maps to larger ones.
     """
 
     def __init__(
@@ -93,22 +135,27 @@ class FeatureBranch(PairTerm):
         self.site = FeatureSite(feature, context, self.pairs)
         self.needs_pooled = self.site.is_pooled
         self.student_stages, self.teacher_stages = self.site.student_stages, self.site.teacher_stages
-        choice("adapter", adapter, ("auto", "identity", "project"))
-        self.adapters = nn.ModuleDict({_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
+        self.sizes_by_adapter = choice("adapter", adapter, ADAPTERS) in REGRESSORS
+        self.adapters = nn.ModuleDict({pair_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
 
     def _adapter(self, m: int, kind: str) -> nn.Module:
         if kind == "identity":
             self.site.require_equal_channels(m, "adapter=identity does not fit (use auto or project)")
         student, teacher = self.site.student_shape(), self.site.teacher_shape(m)
+        if kind in REGRESSORS:
+            if self.site.is_pooled:
+                raise UserError(
+                    f"adapter={kind} is for maps, not for feature=pooled: choose a stage or `last`"
+                )
+            maps = cast(StageShape, student), cast(StageShape, teacher)
+            return ConvRegressor(*maps, norm=kind == "conv_reg")
         if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
             return nn.Identity()
         return (PooledAdapter if self.site.is_pooled else MapAdapter)(student[0], teacher[0])
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
-        student, teacher = to_common_size(*self.site.features(context, k, m))
-        return losses.mse(self.adapters[_key(k, m)](student), teacher)
-
-
-def _key(k: int, m: int) -> str:
-    return f"branch{k}_teacher{m}"
+        student, teacher = self.site.features(context, k, m)
+        if not self.sizes_by_adapter:
+            student, teacher = to_common_size(student, teacher)
+        return losses.mse(self.adapters[pair_key(k, m)](student), teacher)

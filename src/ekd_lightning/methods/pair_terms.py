@@ -124,6 +124,35 @@ class FeatureSite:
         )
 
 
+def map_sites(
+    stages: object, context: TermContext, pairs: Sequence[tuple[int, int]], least: int = 1
+) -> list[FeatureSite]:
+    """The places of a term that compares maps at several stages.
+
+    Args:
+        stages: The option `stages` as the user gave it: a list of stage names, each once.
+        context: The networks' sizes.
+        pairs: The term's (branch, teacher) pairs.
+        least: How many stages there must be.
+
+    Returns:
+        One place for each stage, in the given order.
+
+    Raises:
+        UserError: For anything else than such a list, or a stage that a network lacks.
+    """
+    names = list(stages) if isinstance(stages, (list, tuple)) else []
+    wrong = len(names) < least or len(set(map(str, names))) < len(names) or POOLED in names
+    if wrong or not all(isinstance(name, str) for name in names):
+        raise UserError(f"stages={stages!r} is not allowed; give a list of {least} or more different stages")
+    return [FeatureSite(name, context, pairs) for name in names]
+
+
+def pair_key(k: int, m: int) -> str:
+    """Names the adapters of branch k and teacher m in a ModuleDict."""
+    return f"branch{k}_teacher{m}"
+
+
 def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Averages maps (adaptive_avg_pool2d) to the smaller height and width of the two; vectors pass unchanged."""
     if first.shape[2:] == second.shape[2:]:

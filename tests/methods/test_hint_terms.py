@@ -1,0 +1,161 @@
+"""FitNets: the regressors of the hint, and two stages in one training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import ekd_lightning.conf
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import build_method, build_term
+from ekd_lightning.methods.feature_terms import ConvRegressor
+
+from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
+
+CONF = Path(next(iter(ekd_lightning.conf.__path__)))
+BOUNDARY = 0.1111
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("size_m", [(8, 8), (4, 4), (16, 16), (3, 6)])
+def test_regressors_bring_maps_to_the_teachers_shape(norm, size_m):
+    if not norm and size_m == (16, 16):
+        with pytest.raises(UserError, match=r"no regressor from .* \[3, 8, 8\] .* \[5, 16, 16\]") as error:
+            ConvRegressor((3, 8, 8), (5, *size_m), norm)
+        assert "\n" not in str(error.value)
+        return
+    regressor = ConvRegressor((3, 8, 8), (5, *size_m), norm)
+    out = regressor(torch.randn(2, 3, 8, 8))
+    assert out.shape == (2, 5, *size_m)
+    assert (out >= 0).all()
+    assert [type(layer) for layer in list(regressor)[1:]] == [*([nn.BatchNorm2d] if norm else []), nn.ReLU]
+
+
+@pytest.mark.parametrize(
+    ("norm", "size_m", "kernel"),
+    [
+        (True, (8, 8), (1, 1)),
+        (True, (4, 4), (3, 3)),
+        (True, (16, 16), (4, 4)),
+        (True, (6, 7), (3, 2)),
+        (False, (8, 8), (1, 1)),
+        (False, (4, 4), (5, 5)),
+    ],
+)
+def test_kernels_follow_the_ratio_of_the_sizes(norm, size_m, kernel):
+    conv = ConvRegressor((3, 8, 8), (5, *size_m), norm)[0]
+    assert conv.kernel_size == kernel
+    assert (conv.bias is None) == norm
+    assert isinstance(conv, nn.ConvTranspose2d) == (size_m == (16, 16))
+
+
+def test_neither_form_maps_to_maps_of_three_times_the_size():
+    with pytest.raises(UserError, match="no regressor"):
+        ConvRegressor((3, 4, 4), (3, 12, 12), norm=True)
+
+
+@pytest.mark.parametrize("adapter", ["conv_reg", "regressor"])
+def test_the_hint_is_the_mean_over_all_elements_at_the_teachers_size(adapter):
+    term = build_term("feature_branch", 1.0, term_context(1, 1), feature="stage2", adapter=adapter)
+    student, teachers = make_student(1), make_teachers(1)
+    value = term(step_context(student, teachers, make_batch()))
+    regressed = term.adapters["branch0_teacher0"](student.stages[0]["stage2"])
+    target = teachers.stages[0]["stage2"]  # [6, 2, 2] for the student's [6, 4, 4]
+    torch.testing.assert_close(value, (regressed - target).square().sum() / target.numel())
+    value.backward()
+    assert teachers.stages[0]["stage2"].grad is None
+    assert student.stages[0]["stage2"].grad.abs().sum() > 0
+    assert all(p.grad is not None for p in term.parameters())
+
+
+def test_a_regressor_by_hand_in_double_precision():
+    """Romero's form on [6, 4, 4] -> [6, 2, 2]: a 3×3 convolution without padding."""
+    term = build_term(
+        "feature_branch", 1.0, term_context(1, 1), feature="stage2", adapter="regressor"
+    ).double()
+    student, teachers = (make(1, B=2, dtype=torch.float64) for make in (make_student, make_teachers))
+    conv = term.adapters["branch0_teacher0"][0]
+    x, target, total = student.stages[0]["stage2"].detach(), teachers.stages[0]["stage2"].detach(), 0.0
+    for b in range(2):
+        for c in range(6):
+            for i in range(2):
+                for j in range(2):
+                    r = float(
+                        ((conv.weight[c] * x[b, :, i : i + 3, j : j + 3]).sum() + conv.bias[c]).detach()
+                    )
+                    total += (max(r, 0.0) - float(target[b, c, i, j])) ** 2
+    found = term(step_context(student, teachers, make_batch(B=2)))
+    assert found.item() == pytest.approx(total / (2 * 6 * 2 * 2))
+
+
+@pytest.mark.parametrize("adapter", ["conv_reg", "regressor"])
+def test_gradients_of_the_hint(adapter):
+    term = build_term("feature_branch", 1.0, term_context(1, 1), feature="stage2", adapter=adapter).double()
+    student, teachers = (make(1, B=2, dtype=torch.float64) for make in (make_student, make_teachers))
+
+    def value(stage2):
+        changed = student._replace(stages=({"stage2": stage2},))
+        return term(step_context(changed, teachers, make_batch(B=2)))
+
+    assert torch.autograd.gradcheck(value, student.stages[0]["stage2"].detach().requires_grad_())
+
+
+def test_regressors_are_for_maps():
+    with pytest.raises(UserError, match="adapter=conv_reg is for maps, not for feature=pooled"):
+        build_term("feature_branch", 1.0, term_context(), adapter="conv_reg")
+
+
+def two_stages(seed=0):
+    torch.manual_seed(seed)
+    spec = yaml.safe_load((CONF / "method" / "fitnet_two_stage.yaml").read_text())["method"]
+    return build_method("x", spec["terms"], temperature=spec["temperature"], **sizes(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("progress", "hint", "ce", "kd"),
+    [(0, 10, 0, 0), (0.11, 10, 0, 0), (BOUNDARY, 0, 1, 4), ((1 + BOUNDARY) / 2, 0, 1, 2.5), (1, 0, 1, 1)],
+)
+def test_two_stages_in_one_training(progress, hint, ce, kd):
+    method = two_stages()
+    loss = method(make_student(1), make_teachers(1), make_batch(), progress=progress)
+    terms = {name: float(value) for name, value in loss.terms.items()}
+    expected = hint * terms["hint"] + ce * terms["ce_ensemble"] + kd * 0.1111 * terms["kd_ensemble"]
+    assert float(loss.total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_kd_of_the_second_stage_is_the_papers_cross_entropy_but_for_a_constant():
+    """λ H(p_T(t), p_T(z)) without T²: the gradients agree."""
+    student, teachers = make_student(1), make_teachers(1)
+    method = two_stages()
+    method(student, teachers, make_batch(), progress=BOUNDARY).total.backward()
+    z, t = student.logits.detach().requires_grad_(), teachers.logits[0].detach()
+    hard = nn.functional.cross_entropy(z, make_batch().labels)
+    soft = -((t / 3).softmax(-1) * (z / 3).log_softmax(-1)).sum(-1).mean()
+    (hard + 4 * soft).backward()
+    torch.testing.assert_close(student.branch_logits.grad[0], z.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.5])
+def test_a_resumed_run_continues_in_its_stage(progress):
+    before = two_stages()
+    after = two_stages(seed=1)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    values = [
+        method(make_student(1), make_teachers(1), make_batch(), step=7, progress=progress).total
+        for method in (before, after)
+    ]
+    assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.5])
+def test_every_parameter_has_a_gradient_in_both_stages(progress):
+    method, student = two_stages(), make_student(1)
+    method(student, make_teachers(1), make_batch(), progress=progress).total.backward()
+    assert all(p.grad is not None for p in method.parameters())
+    moved = [bool(t.grad.any()) for t in (student.stages[0]["stage2"], student.branch_logits)]
+    assert moved == [progress < BOUNDARY, progress >= BOUNDARY]
