@@ -132,6 +132,8 @@ def test_every_method_builds_with_three_teachers(name, branches):
         teacher_stage_shapes=(shapes,) * 3,
         student_name="student",
         teacher_names=("a", "b", "c"),
+        train_index=torch.arange(20),
+        train_labels=torch.arange(20) % 10,
     )
     given = [key for key, term in settings.method.terms.items() if term["weight"] > 0]
     assert list(method.terms) == given

@@ -1,6 +1,13 @@
 """Losses, terms and methods: what a student is trained to do."""
 
-from ekd_lightning.methods import feature_terms, logit_terms  # importing them registers their terms
+from ekd_lightning.methods import (  # importing them registers their terms
+    attention_terms,
+    contrast_terms,
+    feature_terms,
+    flow_terms,
+    logit_terms,
+    vid_terms,
+)
 from ekd_lightning.methods.assignment import (
     Assignment,
     AssignmentSpec,
@@ -31,12 +38,15 @@ __all__ = [
     "Term",
     "TermContext",
     "ambiguity",
+    "attention_terms",
     "build_assignment",
     "build_method",
     "build_term",
     "combine_teachers",
+    "contrast_terms",
     "cross_entropy",
     "feature_terms",
+    "flow_terms",
     "kd_divergence",
     "logit_terms",
     "make_assignment",
@@ -45,4 +55,5 @@ __all__ = [
     "register_term",
     "term_names",
     "uses_assignment",
+    "vid_terms",
 ]
