@@ -23,9 +23,9 @@ from ekd_lightning.training.settings import RecipeSettings
 from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 
-COMPILE_STUDENT_MACS = 1.5e13
-"""Work of a training (three forward passes a step) from which compiling the student pays. On two cores with AMX it
-takes about 15 s and saves a fifth of the step."""
+COMPILE_STUDENT_MACS = 1e13
+"""Work of a training (three forward passes a step) from which compiling the student pays, even if nothing of it is
+in torch's cache. On two cores it then takes 15 to 35 s, else 2 s, and saves a fifth to a quarter of the step."""
 
 
 class _LiveNetworks:
