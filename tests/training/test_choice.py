@@ -90,5 +90,5 @@ def test_the_record_says_who_taught_and_why(train, tmp_path):
     assert result["teacher_choice"] == "best"
     assert result["num_teachers"] == 1
     assert result["teacher"] == result["teachers"][0]["id"]
-    accuracies = result["teacher_val_accuracy"]
+    accuracies = {row["id"]: row["val_accuracy"] for row in result["teacher_candidates"]}
     assert accuracies[result["teacher"]] == max(accuracies.values())

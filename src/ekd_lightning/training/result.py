@@ -79,7 +79,9 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "teacher_choice": settings.method.teacher if prepared.teachers else None,
         "teacher": pool[0].id if one else None,
         "pool_teachers": [plan.id for plan in pool],
-        "teacher_val_accuracy": prepared.validation_accuracies,
+        "teacher_candidates": [
+            {"id": name, "val_accuracy": value} for name, value in prepared.validation_accuracies.items()
+        ],
         "num_adapter_parameters": count_parameters(prepared.method),
     }
 
