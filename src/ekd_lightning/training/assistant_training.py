@@ -54,7 +54,9 @@ class Lesson:
     def flags(self) -> dict[str, Any]:
         """The trainer's flags that count, defaults left out."""
         given = {name: self.settings.trainer.get(name) for name in _FLAGS}
-        return {name: value for name, value in given.items() if value not in (None, 1)}
+        if given["accumulate_grad_batches"] == 1:
+            del given["accumulate_grad_batches"]
+        return {name: value for name, value in given.items() if value is not None}
 
     def key(self, spec: NetworkSpec, seed: int, teachers: Sequence[str]) -> dict[str, Any]:
         """All that determines an assistant, for the store; `teachers` are their SHA-256."""

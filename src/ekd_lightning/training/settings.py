@@ -226,7 +226,7 @@ class ChainSettings:
     """How the assistants of `method.assistants` are trained."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
-    """What differs from the run's `recipe`: `method.chain.recipe={epochs: 240}`."""
+    """What differs from the run's `recipe`: `+method.chain.recipe.epochs=240` on the command line."""
     temperature: Optional[float] = None
     """T > 0; null takes the method's."""
     ce_weight: Optional[float] = None
