@@ -367,7 +367,8 @@ def test_the_best_teacher_of_the_pool_teaches_the_first_link(tiny_settings):
     assert len(prepared.candidates) == 2
     chosen = choose_teacher(settings, prepared)
     (origin,) = chosen.chain.origins
-    assert chosen.validation_accuracies[origin.id] == max(chosen.validation_accuracies.values())
+    accuracies = {row["id"]: row["val_accuracy"] for row in chosen.candidate_scores}
+    assert accuracies[origin.id] == max(accuracies.values())
     assert [plan.source for plan in chosen.teachers] == ["assistant"]
     assert chosen.method is prepared.method
 

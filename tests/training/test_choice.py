@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.training import choice
 from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.prepare import prepare
 from ekd_lightning.training.teachers import gather_teachers
@@ -29,10 +30,21 @@ def test_best_is_the_one_with_most_right_validation_images(tiny_settings):
             float((network.eval()(images).argmax(-1) == labels).float().mean())
             for network in gather_teachers(list(prepared.candidates)).networks()
         ]
-    assert list(chosen.validation_accuracies.values()) == pytest.approx(right)
+    assert [row["val_accuracy"] for row in chosen.candidate_scores] == pytest.approx(right)
     winner = prepared.candidates[right.index(max(right))]
     assert [plan.id for plan in chosen.teachers] == [winner.id]
     assert not chosen.candidates
+
+
+@pytest.mark.parametrize(("nlls", "winner"), [((0.3, 0.1), 1), ((0.1, 0.3), 0), ((0.2, 0.2), 0)])
+def test_teachers_that_know_the_validation_images_differ_in_their_certainty(
+    tiny_settings, monkeypatch, nlls, winner
+):
+    """Networks trained on these images are right on all of them; the first is not the best for that."""
+    scores = iter([{"accuracy": 1.0, "nll": nll} for nll in nlls])
+    monkeypatch.setattr(choice, "score_network", lambda *args, **kwargs: next(scores))
+    settings = tiny_settings("method=kd_mean", "method.teacher=best")
+    assert [plan.id for plan in choose_teacher(settings, ready(settings)).teachers] == [f"resnet8-s{winner}"]
 
 
 def test_first_and_mean(tiny_settings):

@@ -6,6 +6,7 @@ import logging
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,8 @@ class Prepared:
     """Whether the teachers' outputs are remembered on disk."""
     candidates: tuple[PlannedTeacher, ...] = ()
     """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
-    validation_accuracies: dict[str, float] = field(default_factory=dict)
-    """What the choice was made by: teacher id -> accuracy in [0, 1]."""
+    candidate_scores: list[dict[str, Any]] = field(default_factory=list)
+    """What the choice was made by: id, val_accuracy in [0, 1] and val_nll in nats of every candidate."""
     chain: Chain | None = None
     """The assistants between pool and student; `teachers` is then the last of them, candidates are for the first."""
 

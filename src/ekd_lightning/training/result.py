@@ -79,9 +79,7 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "teacher_choice": settings.method.teacher if prepared.teachers else None,
         "teacher": pool[0].id if one else None,
         "pool_teachers": [plan.id for plan in pool],
-        "teacher_candidates": [
-            {"id": name, "val_accuracy": value} for name, value in prepared.validation_accuracies.items()
-        ],
+        "teacher_candidates": prepared.candidate_scores,
         "num_adapter_parameters": count_parameters(prepared.method),
     }
 
