@@ -48,16 +48,21 @@ def _hydra_main(cfg: DictConfig) -> float | None:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
                 return train(cfg)
-        try:  # of failed jobs Hydra tells only at the end, and of the first only
-            return train(cfg)
-        except Exception as error:
-            if isinstance(error, UserError):
-                log.error("%s", error)
-            else:
-                log.exception("this run failed")
-            # Hydra keeps the error until the sweep ends; its frames would keep the run's tensors on the device.
-            traceback.clear_frames(error.__traceback__)
-            raise
+        return train_in_sweep(cfg)
+
+
+def train_in_sweep(cfg: DictConfig) -> float | None:
+    """Runs one job of several; like `train`, but tells of a failure at once, as Hydra does so only at the end."""
+    try:
+        return train(cfg)
+    except Exception as error:
+        if isinstance(error, UserError):
+            log.error("%s", error)
+        else:
+            log.exception("this run failed")
+        # Hydra keeps the error until the sweep ends; its frames would keep the run's tensors on the device.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def train(cfg: DictConfig) -> float | None:

@@ -1,0 +1,269 @@
+"""What `ekd-compare` is asked for: rows × fractions × seeds, written down in study.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ekd_lightning.errors import UserError, unknown_name
+
+STUDY_FILE = "study.json"
+CONTROLS = ("ce", "branched_ce", "kd_mean", "ekd_mean")
+MATCHES = ("macs", "parameters")
+
+# Common settings that say how a run is carried out or where things lie, not what it computes.
+FREE = (
+    "resume",
+    "trainer.enable_progress_bar",
+    "logger",
+    "tags",
+    "metric",
+    "data.root",
+    "data.download",
+    "teachers.weights_dir",
+    "teachers.download",
+    "teachers.store",
+)
+# What a tuned row may not change: the rows would no longer be comparable.
+_PROTOCOL = (
+    "data",
+    "teachers",
+    "student",
+    "seed",
+    "trainer",
+    "experiment",
+    "recipe.epochs",
+    "recipe.batch_size",
+    "recipe.mixup",
+    "recipe.cutmix",
+)
+_BRANCHING = ("student.branches", "student.split_after", "student.ensemble")
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row of the study.
+
+    Attributes:
+        name: A method, `method@network`, or `kd_mean_macs` and the like.
+        overrides: What the row adds to the common overrides, for ekd-train.
+        without: Keys of common overrides that do not apply to the row.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that determines the runs of a study.
+
+    Attributes:
+        rows: By order.
+        fractions: Shares of the training images in (0, 1].
+        seeds: Not negative.
+        common: Overrides of all rows.
+        data: Name of the data set.
+    """
+
+    rows: tuple[RowPlan, ...]
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    common: tuple[str, ...] = field(default=())
+    data: str = ""
+
+    def words(self, row: RowPlan, fraction: float, seed: int) -> list[str]:
+        """The overrides of one run, as for ekd-train."""
+        common = [word for word in self.common if not is_under(key_of(word), row.without)]
+        return [*common, *row.overrides, f"data.fraction={fraction:g}", f"seed={seed}"]
+
+
+def key_of(word: str) -> str:
+    """The key of an override: `student.options` of `+student.options={width: 0.5}`."""
+    return word.split("=", 1)[0].lstrip("+~").split("@", 1)[0]
+
+
+def is_under(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the prefixes or lies below one."""
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Separates overrides of the runs from those of Hydra, which say how runs are launched.
+
+    Raises:
+        UserError: For a word that is no override, or that sets what the study itself varies.
+    """
+    hydra = tuple(word for word in words if key_of(word).startswith(("hydra.", "hydra/")))
+    common = tuple(word for word in words if word not in hydra)
+    for word in common:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word}: not an override (KEY=VALUE), nor an option of ekd-compare")
+        owner = {"method": "--methods", "seed": "--seeds", "data.fraction": "--fractions"}.get(key_of(word))
+        if owner:
+            raise UserError(f"{word}: a study varies it, give it with {owner}")
+        if key_of(word) in ("data.per_class", "resume"):
+            raise UserError(f"{word}: cannot be set in a study")
+    return common, hydra
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Reads `0,1,2`.
+
+    Raises:
+        UserError: For anything but different whole numbers that are not negative.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise UserError(f"--seeds {text}: give different whole numbers from 0 on, e.g. 0,1,2")
+    return tuple(int(word) for word in words)
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """Reads `0.05,0.1`.
+
+    Raises:
+        UserError: For anything but different numbers in (0, 1].
+    """
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    short = {f"{value:g}" for value in values}  # as directories are named
+    if not values or not all(0 < value <= 1 for value in values) or len(short) < len(values):
+        raise UserError(f"--fractions {text}: give different shares in (0, 1], e.g. 0.05,0.1")
+    return values
+
+
+def parse_matches(text: str) -> tuple[str, ...]:
+    """Reads `macs,parameters` or `none`.
+
+    Raises:
+        UserError: For another word.
+    """
+    if text == "none":
+        return ()
+    words = tuple(dict.fromkeys(text.split(",")))
+    for word in words:
+        if word not in MATCHES:
+            raise unknown_name("--match", word, (*MATCHES, "none"))
+    return words
+
+
+def make_row(name: str, methods: Sequence[str], networks: Sequence[str], plain: Iterable[str]) -> RowPlan:
+    """Makes a row of `method` or `method@network`.
+
+    Methods for plain students keep their one branch: common overrides of the branching do not apply to them. A row
+    with a network of its own does not get the options of the common one.
+
+    Args:
+        name: The row.
+        methods: Methods that exist.
+        networks: Networks that exist.
+        plain: Methods whose student is not branched.
+
+    Raises:
+        UserError: For an unknown method or network, with the nearest match.
+    """
+    method, at, network = name.partition("@")
+    if method not in methods:
+        raise unknown_name("method", method, methods)
+    if at and network not in networks:
+        raise unknown_name("network", network, networks)
+    without = _BRANCHING if method in set(plain) else ()
+    if not at:
+        return RowPlan(name, (f"method={method}",), without)
+    without = (*without, "student.network", "student.options")
+    return RowPlan(name, (f"method={method}", f"student.network={network}"), without)
+
+
+def tuned(row: RowPlan, folder: Path) -> RowPlan | None:
+    """The row with the overrides of `folder/<row>.yaml` (key `overrides`) appended; None without such a file.
+
+    Raises:
+        UserError: For a file of another form, or an override of what all rows must share.
+    """
+    path = folder / f"{row.name}.yaml"
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    words = content.get("overrides") if isinstance(content, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
+        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
+    for word in words:
+        if is_under(key_of(word), _PROTOCOL):
+            raise UserError(f"{path}: {word}: all rows of a study must share it")
+    return replace(row, overrides=(*row.overrides, *words))
+
+
+def write_study(study: Study, folder: Path) -> None:
+    """Writes study.json."""
+    from ekd_lightning.training.record import write_json  # noqa: PLC0415 (slow; --help needs none)
+
+    rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
+    content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
+    write_json(folder / STUDY_FILE, {**content, "common": list(study.common), "data": study.data})
+
+
+def read_study(folder: Path) -> Study | None:
+    """Reads study.json; None if the folder is new or empty.
+
+    Raises:
+        UserError: If the folder holds something else, or the file is damaged.
+    """
+    path = folder / STUDY_FILE
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        rows = tuple(
+            RowPlan(name, tuple(row["overrides"]), tuple(row["without"]))
+            for name, row in content["rows"].items()
+        )
+        fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
+        return Study(rows, fractions, seeds, tuple(content["common"]), str(content["data"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged") from None
+
+
+def union(old: Study, new: Study) -> Study:
+    """The study with further rows, fractions and seeds.
+
+    Raises:
+        UserError: If the common overrides differ, or a row is asked for in another way than before.
+    """
+    ours, theirs = (
+        [word for word in study.common if not is_under(key_of(word), FREE)] for study in (new, old)
+    )
+    if sorted(ours) != sorted(theirs):
+        different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
+        raise UserError(
+            f"{', '.join(different)}: the study has common overrides {' '.join(theirs) or '(none)'}; "
+            "other ones need another --output"
+        )
+    rows = {row.name: row for row in old.rows}
+    for row in new.rows:
+        before = rows.setdefault(row.name, row)
+        if before.overrides != row.overrides:
+            raise UserError(
+                f"row {row.name}: the study has it with {' '.join(before.overrides)}, "
+                f"now it is {' '.join(row.overrides)}; another --output, please"
+            )
+    return Study(
+        tuple(rows.values()),
+        tuple(sorted({*old.fractions, *new.fractions})),
+        tuple(sorted({*old.seeds, *new.seeds})),
+        new.common,
+        new.data,
+    )
