@@ -19,7 +19,6 @@ from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, save_student
 from ekd_lightning.training.allocator import keep_freed_memory
-from ekd_lightning.training.assistants import describe_chain
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.distiller import Distiller
@@ -36,7 +35,7 @@ from ekd_lightning.training.record import RunRecord, is_rank_zero
 from ekd_lightning.training.result import check_metric, describe_run, describe_teacher
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import source_factory
-from ekd_lightning.training.teach import score_teachers
+from ekd_lightning.training.teach import describe_chain, score_teachers
 from ekd_lightning.training.teachers import gather_teachers
 from ekd_lightning.training.trainer import build_trainer, check_trainer
 

@@ -9,7 +9,7 @@ import torch
 
 from ekd_lightning.data import Dataset
 from ekd_lightning.evaluation.efficiency import count_parameters
-from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
 from ekd_lightning.training.fill import fill_tables, prepare_fill
 from ekd_lightning.training.prepare import prepare_data
 from ekd_lightning.training.record import write_json
@@ -70,3 +70,37 @@ def score_teachers(
             }
         )
     return rows
+
+
+def describe_chain(
+    settings: Settings, dataset: Dataset, teacher: TeacherIdentity, device: torch.device
+) -> dict[str, Any]:
+    """The chain's part of the record, with each link's test scores.
+
+    Args:
+        settings: The run's.
+        dataset: For its test set.
+        teacher: The last assistant as `gather_teachers` identified it.
+        device: Where to compute.
+
+    Returns:
+        `chain`, one mapping per link, with test_accuracy in [0, 1] and test_nll in nats; `chain_seconds` and
+        `chain_steps`, what training them cost this run (0 for links that the store had; a run that only waited for
+        another one's training counts it, too); `chain_stored_seconds`, what all links cost whenever they were
+        trained.
+    """
+    store = TeacherStore(Path(settings.teachers.store))
+    links = []
+    for link in teacher.detail["chain"]:
+        network = load_network(store.weights(link["store_key"]))
+        scores = store.test_scores(
+            network, link["sha256"], dataset.test, settings.data.eval_batch_size, device
+        )
+        links.append({**link, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
+    here = [link for link in links if not link["found"]]
+    return {
+        "chain": links,
+        "chain_seconds": sum(link["train_seconds"] or 0.0 for link in here),
+        "chain_steps": sum(link["steps"] or 0 for link in here),
+        "chain_stored_seconds": sum(link["train_seconds"] or 0.0 for link in links),
+    }
