@@ -6,6 +6,8 @@ from ekd_lightning.methods import (  # importing them registers their terms
     feature_terms,
     flow_terms,
     logit_terms,
+    multi_teacher_terms,
+    online_terms,
     vid_terms,
 )
 from ekd_lightning.methods.assignment import (
@@ -51,7 +53,9 @@ __all__ = [
     "logit_terms",
     "make_assignment",
     "mse",
+    "multi_teacher_terms",
     "needs_teachers",
+    "online_terms",
     "register_term",
     "term_names",
     "uses_assignment",

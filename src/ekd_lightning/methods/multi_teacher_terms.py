@@ -1,0 +1,255 @@
+"""Terms that weigh several teachers image by image or batch by batch: EBKD, CA-MKD and AE-KD.
+
+Their logit terms act on the student's ensemble output z̄ and take all teachers, whatever the assignment.
+Shape letters: B batch, C classes, M teachers, K branches, D features, T temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods.feature_terms import MapAdapter, PooledAdapter
+from ekd_lightning.methods.losses import at_least_float32
+from ekd_lightning.methods.options import choice, number
+from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, to_common_size
+from ekd_lightning.methods.teacher_weights import (
+    MinNormWeights,
+    confidence_weights,
+    cross_entropies,
+    divergences,
+    entropy_weights,
+    logit_gradients,
+)
+from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+from ekd_lightning.networks.staged import pool
+
+SCALES = ("normalized", "published_code")
+
+
+class _WeightedDistillation(Term):
+    """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)); a subclass says what w is."""
+
+    needs_teachers = True
+
+    def __init__(self, weight: float, context: TermContext, temperature: float | None) -> None:
+        super().__init__(weight)
+        self.uses_temperature = temperature is None
+        chosen = context.temperature if temperature is None else temperature
+        self.temperature = number("temperature", chosen, above=0.0)
+
+    def teacher_weights(self, context: StepContext) -> Tensor:
+        """Weights [M, B] or [M, 1], detached."""
+        raise NotImplementedError
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch of the weighted sum over the teachers, in nats."""
+        assert context.teachers is not None
+        losses_MB = divergences(context.student.logits, context.teachers.logits, self.temperature)
+        return (self.teacher_weights(context) * losses_MB).sum(0).mean()
+
+
+@register_term("kd_ebkd")
+class EntropyDistillation(_WeightedDistillation):
+    """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with w_mb = (1 - H(p_mb) / Σ_j H(p_jb)) / (M - 1).
+
+    EBKD, the multi-teacher form of Kwon et al. (ICASSP 2020); see `teacher_weights.entropy_weights`. With one
+    teacher it is plain distillation.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        temperature: T > 0 of the distillation (entropies are taken at T = 1); None for the method's.
+        scale: `normalized`, where the weights of an image sum to 1; or `published_code`, the CA-MKD repository's
+            (1 - H / Σ H) / M, which sum to (M - 1) / M.
+
+    Raises:
+        UserError: For an unknown scale, or `published_code` with one teacher, whose weight would be 0.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        scale: str = "normalized",
+    ) -> None:
+        super().__init__(weight, context, temperature)
+        M, self.factor = context.num_teachers, 1.0
+        if choice("scale", scale, SCALES) == "published_code":
+            if M == 1:
+                raise UserError("scale=published_code gives a single teacher the weight 0; use normalized")
+            self.factor = (M - 1) / M
+
+    def teacher_weights(self, context: StepContext) -> Tensor:
+        """Weights [M, B]; columns sum to 1, or to (M - 1) / M in the published code's scale."""
+        assert context.teachers is not None
+        return self.factor * entropy_weights(context.teachers.logits)
+
+
+@register_term("kd_camkd")
+class ConfidenceDistillation(_WeightedDistillation):
+    """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with w_mb = (1 - softmax_m(CE_mb)) / (M - 1).
+
+    The logit term of CA-MKD (Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007). CE_mb is teacher m's
+    cross-entropy with the label (the soft label of a mixed image) at T = 1. With one teacher w = 1.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        temperature: T > 0; None for the method's.
+        scale: `normalized`, the paper's, where the weights of an image sum to 1; or `published_code`, divided
+            by M once more as in the authors' repository.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        scale: str = "normalized",
+    ) -> None:
+        super().__init__(weight, context, temperature)
+        self.factor = _confidence_factor(scale, context.num_teachers)
+
+    def teacher_weights(self, context: StepContext) -> Tensor:
+        """Weights [M, B]; columns sum to 1, or to 1 / M in the published code's scale."""
+        assert context.teachers is not None
+        errors_MB = cross_entropies(context.teachers.logits.detach(), context.batch.targets)
+        return self.factor * confidence_weights(errors_MB)
+
+
+@register_term("kd_aekd")
+class AdaptiveDistillation(_WeightedDistillation):
+    """Σ_m w_m · 1/B Σ_b T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the w whose combined gradient is smallest.
+
+    AE-KD (Du et al., "Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space", NeurIPS
+    2020): w = argmin ½ ‖Σ_m w_m g_m‖², Σ_m w_m = 1, 0 <= w_m <= tolerance, where g_m is the gradient of teacher
+    m's loss to the student's logits. It is taken from its closed form T (p_T(z̄) - p_T(t_m)), and the programme is
+    solved exactly (the authors' code uses a one-class support vector machine on the processor). Under DDP every
+    process weighs its own part of the batch.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        temperature: T > 0; None for the method's.
+        tolerance: Largest weight of one teacher, in [1/M, 1]; 1/M makes all weights equal. The smaller, the more
+            a disagreeing teacher is heard. Without effect with one teacher.
+        gradient: `batch_mean`: g_m [C] is the mean over the images, as in the authors' code. `images`: g_m
+            [B·C] keeps the images apart, the gradient of the batch's loss to all of its logits.
+
+    Raises:
+        UserError: If `tolerance * M` < 1, or there are too many teachers for the exact solution.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        tolerance: float = 0.6,
+        gradient: str = "batch_mean",
+    ) -> None:
+        super().__init__(weight, context, temperature)
+        self.gradient = choice("gradient", gradient, ("batch_mean", "images"))
+        self.solve = MinNormWeights(context.num_teachers, number("tolerance", tolerance, above=0.0))
+
+    def teacher_weights(self, context: StepContext) -> Tensor:
+        """Weights [M, 1], summing to 1."""
+        assert context.teachers is not None
+        gradients = logit_gradients(context.student.logits, context.teachers.logits, self.temperature)
+        vectors = gradients.mean(1) if self.gradient == "batch_mean" else gradients.flatten(1)
+        return self.solve(vectors)[:, None]
+
+
+@register_term("feature_camkd")
+class ConfidenceFeatures(Term):
+    """mean_k 1/B Σ_b Σ_m v_kmb MSE(r_km(h_kb), h_mb) with v_kmb = (1 - softmax_m(CE_kmb)) / (M - 1).
+
+    The feature term of CA-MKD (Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007). CE_kmb is the cross-entropy
+    of teacher m's own frozen classifier fed with the student's projected features, so a teacher counts where the
+    student can already use its features. r_km is a 1×1 convolution, batch norm and ReLU, as published, one for
+    every branch and teacher: each branch of a branched student is judged and taught on its own, and the mean over
+    branches keeps the scale of a plain student. MSE is the mean over an image's elements. Maps of unequal size
+    are averaged to the smaller one (the authors' code enlarges a smaller student map instead).
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes.
+        feature: `last`, the map of the last stage, as published; or `pooled`, its average over space, which
+            teacher tables hold anyway.
+        scale: `normalized`, the paper's; or `published_code`, divided by M once more.
+        detach_weights: Whether v is a constant. The paper does not say; the authors' code lets a gradient through
+            v, which rewards the student for making a teacher's classifier fail on features that fit badly.
+
+    Raises:
+        UserError: For an unknown feature or scale.
+    """
+
+    needs_teachers = True
+    needs_networks = True
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        feature: str = "last",
+        scale: str = "normalized",
+        detach_weights: bool = True,
+    ) -> None:
+        super().__init__(weight)
+        K, M = context.num_branches, context.num_teachers
+        self.num_branches, self.num_teachers = K, M
+        self.factor = _confidence_factor(scale, M)
+        self.detach_weights = bool(detach_weights)
+        pairs = [(k, m) for k in range(K) for m in range(M)]
+        self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs)
+        self.needs_pooled = self.site.is_pooled
+        self.student_stages, self.teacher_stages = self.site.student_stages, self.site.teacher_stages
+        make = PooledAdapter if self.site.is_pooled else MapAdapter
+        channels = self.site.student_shape()[0]
+        self.adapters = nn.ModuleDict(
+            {_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs}
+        )
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over branches and images of the weighted sum over the teachers."""
+        return torch.stack([self._branch(context, k) for k in range(self.num_branches)]).mean()
+
+    def _branch(self, context: StepContext, k: int) -> Tensor:
+        distances, errors = [], []
+        for m in range(self.num_teachers):
+            student, teacher = to_common_size(*self.site.features(context, k, m))
+            # Last-stage features of all our networks come out of a ReLU, so the projection's do too.
+            projected = functional.relu(self.adapters[_key(k, m)](student))
+            difference = at_least_float32(projected) - at_least_float32(teacher)
+            distances.append(difference.square().flatten(1).mean(1))
+            errors.append(self._error(context, m, projected))
+        weights_MB = self.factor * confidence_weights(torch.stack(errors))
+        return (weights_MB * torch.stack(distances)).sum(0).mean()
+
+    def _error(self, context: StepContext, m: int, projected: Tensor) -> Tensor:
+        """Cross-entropy [B] of teacher m's classifier on projected features [B, D_m] or [B, D_m, H, W]."""
+        assert context.networks is not None
+        features = projected.detach() if self.detach_weights else projected
+        head = context.networks.teacher_head(m)
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = features if self.site.is_pooled else pool(features)
+            # Detached: the classifier is frozen, but a plain loop may have left its requires_grad on.
+            bias = None if head.bias is None else head.bias.detach()
+            logits = functional.linear(pooled.to(head.weight.dtype), head.weight.detach(), bias)
+        return cross_entropies(logits[None], context.batch.targets)[0]
+
+
+def _confidence_factor(scale: str, num_teachers: int) -> float:
+    return 1.0 / num_teachers if choice("scale", scale, SCALES) == "published_code" else 1.0
+
+
+def _key(k: int, m: int) -> str:
+    return f"branch{k}_teacher{m}"
