@@ -2,12 +2,15 @@
 
 from ekd_lightning.methods import (  # importing them registers their terms
     attention_terms,
+    boundary_terms,
     contrast_terms,
     feature_terms,
     flow_terms,
     logit_terms,
+    logit_variants,
     multi_teacher_terms,
     online_terms,
+    relation_terms,
     vid_terms,
 )
 from ekd_lightning.methods.assignment import (
@@ -41,6 +44,7 @@ __all__ = [
     "TermContext",
     "ambiguity",
     "attention_terms",
+    "boundary_terms",
     "build_assignment",
     "build_method",
     "build_term",
@@ -51,12 +55,14 @@ __all__ = [
     "flow_terms",
     "kd_divergence",
     "logit_terms",
+    "logit_variants",
     "make_assignment",
     "mse",
     "multi_teacher_terms",
     "needs_teachers",
     "online_terms",
     "register_term",
+    "relation_terms",
     "term_names",
     "uses_assignment",
     "vid_terms",

@@ -40,6 +40,10 @@ class LiveNetworks(Protocol):
         """The frozen classifier [D_m -> C] of teacher m."""
         ...
 
+    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [1, 3, 1, 1] of teacher m's normalisation."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepContext:

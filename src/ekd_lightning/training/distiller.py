@@ -45,6 +45,9 @@ class _LiveNetworks:
     def teacher_head(self, m: int) -> nn.Linear:
         return self._members[m].head
 
+    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        return self._members[m].normalize.mean, self._members[m].normalize.std
+
 
 class Distiller(ImageClassificationModule):
     """Trains a branched student by a method, with or without frozen teachers.

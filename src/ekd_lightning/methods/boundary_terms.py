@@ -1,0 +1,184 @@
+"""Distillation at the teacher's decision boundary: images that an attack has carried just across it (BSS).
+
+Shape letters: B batch, N attacked images, C classes, M teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods.logit_variants import soft_cross_entropy
+from ekd_lightning.methods.losses import at_least_float32
+from ekd_lightning.methods.options import number
+from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+
+CLIP = 2.5
+"""Attacked images stay within so many standard deviations of the mean, as in the published code."""
+GAP_EPS = 1e-4
+_STREAM = 5  # apart from other draws by (seed, step)
+
+
+def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, most: int) -> Tensor:
+    """Chooses the images to attack: those that both networks classify rightly, and differ on most.
+
+    The difference is Σ_c (p_t - p_s)² over the classes but the true one.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        labels: int64 [B].
+        most: Number of images at most.
+
+    Returns:
+        int64 [N], N <= most, positions in the batch.
+    """
+    right = (student_logits.argmax(1) == labels) & (teacher_logits.argmax(1) == labels)
+    squared = (
+        at_least_float32(teacher_logits).softmax(1) - at_least_float32(student_logits).softmax(1)
+    ).square()
+    score = squared.sum(1) - squared.gather(1, labels[:, None])[:, 0]
+    # How many there are decides about shapes, so an accelerator is waited for here: the attack itself has loops.
+    base = right.nonzero()[:, 0]
+    return base[score[base].argsort(descending=True, stable=True)[:most]]
+
+
+def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws the class to attack towards, in proportion to the teacher's probabilities of the classes but its first.
+
+    Args:
+        teacher_logits: [N, C] with C >= 2.
+        uniform: [N] in [0, 1).
+
+    Returns:
+        int64 [N], never the teacher's own first class.
+    """
+    score, classes = at_least_float32(teacher_logits).softmax(1).sort(1, descending=True)
+    cumulated = score[:, 1:].cumsum(1)
+    wanted = uniform.to(cumulated)[:, None] * cumulated[:, -1:]
+    place = (cumulated < wanted).sum(1).clamp(max=cumulated.shape[1] - 1)
+    return classes[:, 1:].gather(1, place[:, None])[:, 0]
+
+
+def attack(
+    ask: Callable[[Tensor], Tensor],
+    images: Tensor,
+    target: Tensor,
+    statistics: tuple[Tensor, Tensor],
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """Carries images towards another class until the teacher's answer changes (Heo et al. 2019, algorithm 1).
+
+    A step is step_size · (z_first - z_target + 1e-4) · g / ‖g‖₂ with g the gradient of z_target - z_first, in the
+    normalised units of the teacher; an image that has changed class stays where it is.
+
+    Args:
+        ask: Images [N, 3, H, W] in [0, 1] -> the teacher's logits [N, C].
+        images: [N, 3, H, W].
+        target: int64 [N].
+        statistics: Mean and standard deviation of the teacher's normalisation, [1, 3, 1, 1].
+        steps: At most so many.
+        step_size: > 0.
+
+    Returns:
+        [N, 3, H, W], without gradient; within 2.5 standard deviations of the mean, so not always in [0, 1].
+    """
+    mean, std = statistics
+    low, high = mean - CLIP * std, mean + CLIP * std
+    moved, first = images.detach().clone(), torch.empty(0)
+    for step in range(steps):
+        with torch.enable_grad():
+            moved.requires_grad_()
+            logits = ask(moved)
+            if step == 0:
+                first = logits.argmax(1)
+            gap = (logits.gather(1, target[:, None]) - logits.gather(1, first[:, None]))[:, 0]
+            (gradient,) = torch.autograd.grad(gap.sum(), moved)
+        still = logits.argmax(1) == first
+        if not bool(still.any()):  # an accelerator waits, but is spared the steps that remain
+            return moved.detach()
+        gradient = gradient * std  # in normalised units
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
+        size = still * step_size * (GAP_EPS - gap.detach()) / length
+        moved = (moved.detach() + std * size[:, None, None, None] * gradient).clamp(low, high)
+    return moved.detach()
+
+
+@register_term("boundary")
+class BoundaryDistillation(Term):
+    """H(p_T(t(x')), p_T(z̄(x'))) on attacked images x'; no T², as published.
+
+    Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
+    student (its coupled output) and the teacher are asked live. Where the weight's schedule has come to 0 nothing is
+    computed. With several teachers each is attacked, and the mean is taken.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature, the seed.
+        temperature: T > 0; None for the method's.
+        images: Attacked images of a batch, at most; >= 1.
+        steps: Steps of an attack, at most; >= 1.
+        step_size: > 0, in normalised units.
+    """
+
+    needs_teachers = True
+    needs_networks = True
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        images: int = 64,
+        steps: int = 10,
+        step_size: float = 0.3,
+    ) -> None:
+        super().__init__(weight)
+        self.uses_temperature = temperature is None
+        chosen = context.temperature if temperature is None else temperature
+        self.temperature = number("temperature", chosen, above=0.0)
+        self.images, self.steps = _count("images", images), _count("steps", steps)
+        self.step_size = number("step_size", step_size, above=0.0)
+        self.num_teachers, self.seed = context.num_teachers, context.seed
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the attacked images and the teachers; 0 if there are none."""
+        nothing = 0.0 * context.student.logits.sum()
+        if self.weight_at(context) == 0.0:
+            return nothing
+        generator = np.random.default_rng((_STREAM, self.seed, context.step))
+        uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(nothing.device)
+        parts = [self._against(context, m, uniform) for m in range(self.num_teachers)]
+        return nothing + torch.stack([nothing if part is None else part for part in parts]).mean()
+
+    def _against(self, context: StepContext, m: int, uniform: Tensor) -> Tensor | None:
+        networks = context.networks
+        assert networks is not None
+        assert context.teachers is not None
+        teacher_logits = context.teachers.logits[m]
+        base = choose_base(context.student.logits.detach(), teacher_logits, context.batch.labels, self.images)
+        if not len(base):
+            return None
+        attacked = attack(
+            lambda images: networks.ask_teacher(m, images).logits,
+            context.batch.images[base],
+            draw_targets(teacher_logits[base], uniform[base]),
+            networks.teacher_statistics(m),
+            self.steps,
+            self.step_size,
+        )
+        with torch.no_grad():
+            target = networks.ask_teacher(m, attacked).logits
+        return soft_cross_entropy(networks.ask_student(attacked).logits, target, self.temperature)
+
+
+def _count(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
+    return value

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ekd_lightning.data import load_dataset
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import build_method, build_term
+from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targets
+from ekd_lightning.methods.logit_variants import soft_cross_entropy
+from ekd_lightning.methods.schedule import read_schedule
+from ekd_lightning.methods.terms import StepContext
+from ekd_lightning.networks import (
+    BranchedStudent,
+    NetworkSpec,
+    TeacherEnsemble,
+    TeacherIdentity,
+    build_network,
+    load_zoo_teacher,
+)
+from ekd_lightning.networks import normalization as statistics_of
+from ekd_lightning.training.distiller import _LiveNetworks
+
+from .helpers import make_batch, sizes, term_context
+
+B, C = 24, 4
+SPEC = NetworkSpec("resnet8", C, statistics_of("cifar10"), {"width": 0.5})
+
+
+@pytest.fixture
+def live():
+    torch.manual_seed(0)
+    teachers = TeacherEnsemble(
+        [build_network(SPEC) for _ in range(2)],
+        [TeacherIdentity(f"t{m}", "0" * 64, "file", "x") for m in range(2)],
+    )
+    return _LiveNetworks(BranchedStudent(SPEC, branches=1, split_after="none"), teachers)
+
+
+def images(seed=1):
+    return torch.rand(B, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_base_images_are_right_in_both_and_differ_most():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(40, 5, generator=generator) for _ in range(2))
+    labels = teacher.argmax(1)
+    found = choose_base(student, teacher, labels, 3).tolist()
+    p, q = teacher.softmax(1).numpy(), student.softmax(1).numpy()
+    right = [b for b in range(40) if student[b].argmax() == labels[b]]
+    score = {b: sum((p[b, c] - q[b, c]) ** 2 for c in range(5) if c != labels[b]) for b in right}
+    assert found == sorted(right, key=lambda b: -score[b])[:3]
+    assert len(choose_base(student, teacher, labels, 64)) == len(right)
+    assert len(choose_base(student, teacher, (labels + 1) % 5, 64)) == 0
+
+
+def test_targets_are_drawn_in_proportion_to_the_wrong_classes():
+    z = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    number = 20_000
+    uniform = torch.from_numpy(np.random.default_rng(0).random(number))
+    found = draw_targets(z.expand(number, 4), uniform)
+    counts = np.bincount(found.numpy(), minlength=4) / number
+    p = z.softmax(1)[0].numpy()
+    expected = np.array([0.0, p[1], p[2], p[3]]) / (1 - p[0])
+    np.testing.assert_allclose(counts, expected, atol=0.012)
+    assert draw_targets(z, torch.tensor([0.0])).item() == 2  # the likeliest comes first
+    assert draw_targets(z, torch.tensor([1.0 - 1e-9])).item() == 3
+
+
+def test_attacked_images_flip_the_teachers_class_or_had_all_steps(live):
+    def ask(x):
+        return live.ask_teacher(0, x).logits
+
+    x = images()
+    first = ask(x).argmax(1)
+    target = (first + 1) % C
+    # An untrained network's logits are small, and the step is proportional to their distance.
+    moved = attack(ask, x, target, live.teacher_statistics(0), steps=60, step_size=30.0)
+    changed = ask(moved).argmax(1) != first
+    assert changed.float().mean() > 0.9
+    assert not moved.requires_grad
+    mean, std = live.teacher_statistics(0)
+    assert bool(((moved - mean).abs() <= 2.5 * std + 1e-5).all())
+    assert all(p.grad is None for p in live._members[0].parameters())
+
+
+def test_one_step_of_an_attack_by_hand():
+    """For a linear teacher the gradient is known: the step is 0.3 (gap + 1e-4) g / |g| in normalised units."""
+    weight = torch.randn(3, 3 * 4 * 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mean, std = (
+        torch.full((1, 3, 1, 1), 0.5).double(),
+        torch.tensor([0.2, 0.25, 0.3]).double().view(1, 3, 1, 1),
+    )
+
+    def ask(x):
+        return ((x - mean) / std).flatten(1) @ weight.T
+
+    x = 0.5 + 0.02 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    first = ask(x).argmax(1)
+    target = (first + 1) % 3
+    found = attack(ask, x, target, (mean, std), steps=1, step_size=0.3)
+    for b in range(2):
+        g = weight[target[b]] - weight[first[b]]
+        gap = ask(x)[b, first[b]] - ask(x)[b, target[b]]
+        step = 0.3 * (gap + 1e-4) * g / g.norm()
+        expected = x[b] + std[0] * step.view(3, 4, 4)
+        torch.testing.assert_close(found[b], expected)
+
+
+def context(live, term_progress=0.0, step=0, labels=None):
+    x = images()
+    student = live.ask_student(x)
+    with torch.no_grad():
+        logits = torch.stack([live.ask_teacher(m, x).logits for m in range(2)])
+    # As right as teacher 0, with gradients towards the student.
+    student = student._replace(logits=student.logits + (logits[0] - student.logits).detach())
+    batch = make_batch(B, C)._replace(images=x, labels=logits[0].argmax(1) if labels is None else labels)
+    teachers = type("T", (), {"logits": logits})()
+    return StepContext(student, teachers, batch, step=step, progress=term_progress, networks=live)
+
+
+def make_term(**options):
+    return build_term("boundary", 1.0, term_context(1, 2), **options)
+
+
+def test_the_student_learns_from_attacked_images_and_the_teachers_do_not(live):
+    term = make_term()
+    value = term(context(live))
+    value.backward()
+    assert float(value.detach()) > 0
+    assert any(p.grad is not None and p.grad.any() for p in live._student.parameters())
+    assert all(p.grad is None for member in live._members for p in member.parameters())
+
+
+def test_the_draw_depends_on_seed_and_step_alone(live):
+    live._student.eval()
+    term = make_term()
+    values = [float(term(context(live, step=step)).detach()) for step in (3, 3, 4)]
+    assert values[0] == values[1]
+    other = build_term("boundary", 1.0, term_context(1, 2, seed=9))
+    assert {float(other(context(live, step=3)).detach()), values[2]} != {values[0]}
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not os.environ.get("EKD_WEIGHTS_DIR"), reason="no pretrained weights")
+def test_the_published_attack_flips_a_pretrained_teacher():
+    """Real images, a real teacher, the published ten steps of 0.3."""
+    teacher, _ = load_zoo_teacher("cifar10_resnet20_akamaster", Path(os.environ["EKD_WEIGHTS_DIR"]), False)
+    teacher = teacher.eval().requires_grad_(False)
+    x = load_dataset("cifar10", os.environ["EKD_DATA_ROOT"]).test.images[:64].float() / 255
+    first = teacher(x).argmax(1)
+    target = draw_targets(teacher(x), torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    statistics = teacher.normalize.mean, teacher.normalize.std
+    moved = attack(teacher, x, target, statistics, steps=10, step_size=0.3)
+    assert float((teacher(moved).argmax(1) != first).float().mean()) > 0.9
+    assert float((moved - x).abs().mean()) < 0.05  # just across the boundary
+
+
+def test_without_a_fitting_image_the_value_is_zero_with_a_graph(live):
+    with torch.no_grad():
+        wrong = (live.ask_teacher(0, images()).logits.argmax(1) + 1) % C
+        wrong = torch.where(live.ask_teacher(1, images()).logits.argmax(1) == wrong, (wrong + 1) % C, wrong)
+    value = make_term()(context(live, labels=wrong))
+    assert float(value.detach()) == 0.0
+    value.backward()
+
+
+def test_a_schedule_that_has_ended_costs_nothing(live, monkeypatch):
+    term = make_term()
+    term.schedule = read_schedule("x", {"linear": [[0, 2], [0.75, 0]]})
+    here = context(live, term_progress=0.8)
+    monkeypatch.setattr(live, "ask_teacher", None)
+    monkeypatch.setattr(live, "ask_student", None)
+    assert float(term(here).detach()) == 0.0
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_published_schedules(progress):
+    """ratio = max(3 (1 - e/E), 0) + 1 and attack_ratio = max(2 (1 - 4/3 e/E), 0)."""
+    kd = read_schedule("x", {"linear": [[0, 4], [1, 1]]})
+    boundary = read_schedule("x", {"linear": [[0, 2], [0.75, 0]]})
+    assert kd(progress) == pytest.approx(max(3 * (1 - progress), 0) + 1)
+    assert boundary(progress) == pytest.approx(max(2 * (1 - 4 / 3 * progress), 0))
+
+
+def test_a_ninth_of_hintons_loss_is_the_published_one_up_to_a_constant():
+    generator = torch.Generator().manual_seed(5)
+    z, t = torch.randn(8, 10, generator=generator).requires_grad_(), torch.randn(8, 10, generator=generator)
+    method = build_method("x", {"kd_ensemble": {"weight": 1 / 9}}, **{**sizes(1, 1, 10)}, temperature=3.0)
+    student = type("S", (), {"logits": z, "branch_logits": z[None]})()
+    teachers = type("T", (), {"logits": t[None]})()
+    total = method(student, teachers, make_batch(8, 10)).total
+    (ours,) = torch.autograd.grad(total, z)
+    (published,) = torch.autograd.grad(soft_cross_entropy(z, t, 3.0), z)
+    torch.testing.assert_close(ours, published)
+
+
+@pytest.mark.parametrize("options", [{"images": 0}, {"steps": 1.5}, {"step_size": 0.0}, {"temperature": -1}])
+def test_mistakes_are_one_line(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        make_term(**options)
