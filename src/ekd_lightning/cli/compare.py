@@ -126,7 +126,7 @@ def _compose(search: Sequence[str], overrides: Sequence[str]) -> DictConfig:
 def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / studies.LOCK_FILE, timeout=0):
             yield
     except Timeout:
         raise UserError(f"--output {folder}: another ekd-compare is at work there") from None
@@ -145,7 +145,7 @@ def ask(
     """
     if old is None and args.methods is None:
         raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
-    common = common if old is None or common else old.common
+    common = common if old is None else studies.continued(old, common)
     cfg = composer(overrides=common)
     import_user_modules(list(cfg.imports))
     default_fraction = cfg.data.fraction if cfg.data.fraction is not None else 1.0

@@ -13,6 +13,7 @@ import yaml
 from ekd_lightning.errors import UserError, unknown_name
 
 STUDY_FILE = "study.json"
+LOCK_FILE = ".lock"
 CONTROLS = ("ce", "branched_ce", "kd_mean", "ekd_mean")
 MATCHES = ("macs", "parameters")
 
@@ -222,7 +223,7 @@ def read_study(folder: Path) -> Study | None:
     """
     path = folder / STUDY_FILE
     if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and _is_empty(folder)):
             raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
         return None
     try:
@@ -235,6 +236,18 @@ def read_study(folder: Path) -> Study | None:
         return Study(rows, fractions, seeds, tuple(content["common"]), str(content["data"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged") from None
+
+
+def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The common overrides of a study that is called again: its own, where only places and the like are given."""
+    if not all(is_under(key_of(word), FREE) for word in words):
+        return words
+    given = {key_of(word) for word in words}
+    return (*(word for word in old.common if key_of(word) not in given), *words)
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK_FILE for path in folder.iterdir())
 
 
 def union(old: Study, new: Study) -> Study:

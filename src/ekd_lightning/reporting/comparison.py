@@ -240,6 +240,10 @@ def check_protocol(runs: Sequence[Run]) -> None:
 
 
 def _hashes(run: Run) -> list[str]:
+    """Of the pool's members that taught; with assistants in between, of those that taught the first of them."""
+    chain = (run.result or {}).get("chain")
+    if chain:
+        return list(chain[0]["teachers_sha256"])
     return [teacher["sha256"] for teacher in (run.result or {}).get("teachers") or []]
 
 

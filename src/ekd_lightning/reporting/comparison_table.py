@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ekd_lightning.reporting.comparison import Block, Difference, Row
+from ekd_lightning.reporting.comparison import Block, Row
 from ekd_lightning.reporting.tables import percent
 
 NOT_ENOUGH = "not enough runs"
@@ -49,7 +49,6 @@ def cells(row: Row, references: Sequence[str], line: str = "\n") -> list[str]:
         references: Those of its block.
         line: What separates the lines of a cell.
     """
-    seconds = row.mean("train_seconds")
     return [
         row.name,
         _values(row, "num_branches"),
@@ -61,9 +60,16 @@ def cells(row: Row, references: Sequence[str], line: str = "\n") -> list[str]:
         _values(row, "num_parameters", ",d"),
         _values(row, "num_adapter_parameters", ",d"),
         " / ".join(f"{value / 1e6:.1f} M" for value in row.distinct("macs")) or "–",
-        "–" if seconds is None else f"{seconds:.0f}",
+        _seconds(row, line),
         _values(row, "steps", ",d"),
     ]
+
+
+def _seconds(row: Row, line: str) -> str:
+    seconds, chain = row.mean("train_seconds"), row.mean("chain_stored_seconds")
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f}" + (f"{line}+ {chain:.0f} for assistants" if chain else "")
 
 
 def _values(row: Row, key: str, form: str = "") -> str:
@@ -86,15 +92,17 @@ def _difference(row: Row, reference: str, line: str) -> str:
     first = f"{100 * difference.cell.mean:+.2f}"
     if difference.half is None:
         return f"{first}{line}{NOT_ENOUGH}"
-    low, high = (100 * (difference.cell.mean + sign * difference.half) for sign in (-1, 1))
     pairs = f" (n {difference.cell.n})" if difference.cell.n != len(row.done) else ""
-    return f"{first} [{low:+.2f}, {high:+.2f}]{pairs}{line}{_p(difference)}"
+    if difference.p is None:  # the same difference in every pair
+        return f"{first}{pairs}{line}no spread"
+    low, high = (100 * (difference.cell.mean + sign * difference.half) for sign in (-1, 1))
+    return f"{first} [{low:+.2f}, {high:+.2f}]{pairs}{line}{_p(difference.p_holm)}"
 
 
-def _p(difference: Difference) -> str:
-    if difference.p_holm is None:
-        return "p – (no spread)"
-    return "p < 0.001" if difference.p_holm < 0.001 else f"p {difference.p_holm:.3f}"
+def _p(value: float | None) -> str:
+    if value is None:
+        return "p –"
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
 
 def title(block: Block) -> str:
@@ -162,6 +170,7 @@ def _record(block: Block, row: Row) -> dict[str, Any]:
     for key in ("num_parameters", "num_adapter_parameters", "macs", "steps"):
         record[key] = only(key)
     record["train_seconds"] = row.mean("train_seconds")
+    record["assistants_seconds"] = row.mean("chain_stored_seconds")
     for state in ("failed", "partial", "stopped", "missing"):
         record[state] = sum(run.state == state for run in row.runs)
     record["problems"] = row.problems or None

@@ -1,0 +1,321 @@
+"""`ekd-compare` on tiny runs: a study from start to table, and each way in which it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import yaml
+from whole_runs import TINY
+
+from ekd_lightning.cli import study as studies
+from ekd_lightning.cli.compare import main
+from ekd_lightning.errors import UserError
+
+WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
+ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")
+
+
+def call(*words: str):
+    """Calls the program; returns its exit code, standard output and standard error."""
+    root = logging.getLogger()
+    handlers, level, before = list(root.handlers), root.level, dict(os.environ)
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        root.handlers = [logging.StreamHandler(err)]
+        root.setLevel(logging.INFO)
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    root.handlers, root.level = handlers, level
+    os.environ.clear()
+    os.environ.update(before)
+    return code, out.getvalue(), err.getvalue()
+
+
+def table(folder):
+    return {row["row"]: row for row in json.loads((folder / "comparison.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def words(store):
+    return (*WHOLE_TEST, f"teachers.store={store}")
+
+
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    """A study of three rows and two seeds."""
+    folder = tmp_path_factory.mktemp("study") / "c"
+    code, out, err = call(*ROWS, "--seeds", "0,1", "--output", folder, *words)
+    assert code == 0, err
+    return folder, out, err
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    """A copy of the finished study, to be changed."""
+    return shutil.copytree(finished[0], tmp_path / "c")
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
+
+
+def test_a_study_runs_all_rows_and_leaves_ordinary_run_directories(finished):
+    folder, out, err = finished
+    names = {path.name for path in (folder / "runs").iterdir() if (path / "result.json").is_file()}
+    assert names == {f"{row}-f0.1-s{seed}" for row in ("ce", "kd_mean", "ekd") for seed in (0, 1)}
+    for name in names:
+        files = {path.name for path in (folder / "runs" / name).iterdir()}
+        assert {"config.yaml", "provenance.json", "status.json", "metrics.csv", ".hydra"} <= files
+    assert "6 runs in the study, 6 to be run" in err
+    assert "6 done" in out
+
+
+def test_the_table_holds_what_the_runs_found(finished):
+    folder, out, _ = finished
+    rows = table(folder)
+    for name, row in rows.items():
+        found = [
+            json.loads((folder / "runs" / f"{name}-f0.1-s{s}" / "result.json").read_text()) for s in (0, 1)
+        ]
+        assert row["by_seed"] == {"0": found[0]["test_accuracy"], "1": found[1]["test_accuracy"]}
+        assert (row["num_branches"], row["steps"]) == (3 if name == "ekd" else 1, found[0]["steps"])
+        assert name in out
+    assert (rows["ce"]["num_teachers"], rows["ekd"]["num_teachers"]) == (0, 2)
+    assert "comparison.csv" in {path.name for path in folder.iterdir()}
+    assert (folder / "comparison.md").read_text().count("| `") == 3
+
+
+def test_calling_again_runs_nothing(study):
+    before = stamps(study)
+    code, _, err = call("--output", study)
+    assert code == 0
+    assert "6 runs in the study, 0 to be run" in err
+    assert stamps(study) == before
+
+
+def test_the_report_alone_needs_the_folder_only(study):
+    (study / "comparison.json").unlink()
+    code, _, _ = call("--output", study, "--report-only")
+    assert code == 0
+    assert set(table(study)) == {"ce", "kd_mean", "ekd"}
+
+
+def test_a_stopped_run_goes_on_in_place_and_a_lost_one_starts_anew(study, finished):
+    stopped, lost = study / "runs" / "ekd-f0.1-s0", study / "runs" / "ce-f0.1-s1"
+    was = table(study)
+    (stopped / "result.json").unlink()
+    (stopped / "status.json").write_text(json.dumps({"state": "running", "error": None}))
+    shutil.rmtree(lost)
+    # The directory moved: what it says of itself must not matter.
+    code, _, err = call("--output", study)
+    assert code == 0, err
+    assert "2 to be run (1 of them resumed)" in err
+    assert "resumed" in json.loads((stopped / "provenance.json").read_text())
+    assert table(study)["ce"]["by_seed"] == was["ce"]["by_seed"]
+    assert table(study)["ekd"]["by_seed"] == was["ekd"]["by_seed"]
+    assert call("--output", study)[0] == 0  # `resume` in its configuration is no difference
+
+
+def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
+    failed = study / "runs" / "ekd-f0.1-s1"
+    shutil.rmtree(failed / "checkpoints")
+    (failed / "result.json").unlink()
+    (failed / "status.json").write_text(json.dumps({"state": "failed", "error": "the disk was full"}))
+    code, _, err = call("--output", study)
+    assert code == 1
+    assert "ekd-f0.1-s1 failed before: the disk was full (--retry-failed runs it again)" in err
+    assert table(study)["ekd"]["problems"] == "failed 1 of 2: the disk was full"
+    assert table(study)["ekd"]["n"] == 1
+    code, _, err = call("--output", study, "--retry-failed")
+    assert code == 0
+    assert "1 to be run" in err
+    assert table(study)["ekd"]["failed"] == 0
+
+
+def test_a_failing_row_does_not_stop_the_others(words, tmp_path):
+    folder = tmp_path / "c"
+    rows = ("--methods", "ekd,ce", "--no-controls", "--seeds", "0", "--fractions", "0.1")
+    code, out, _ = call(*rows, "--output", folder, *words, "student.split_after=stage9")
+    assert code == 1
+    assert table(folder)["ce"]["n"] == 1
+    assert table(folder)["ekd"]["problems"].startswith("failed 1 of 1: unknown split_after")
+    assert "1 done, 1 failed" in out or "1 failed, 1 done" in out
+
+
+def test_rows_and_seeds_can_be_added(study, words):
+    before = stamps(study)
+    more = ("--methods", "kd_mean@resnet14", "--no-controls")
+    code, _, err = call(*more, "--output", study, "--seeds", "0", *words)
+    assert code == 0, err
+    assert "8 runs in the study, 2 to be run" in err
+    now = stamps(study)
+    assert {path: now[path] for path in before} == before
+    result = json.loads((study / "runs" / "kd_mean@resnet14-f0.1-s0" / "result.json").read_text())
+    assert (result["student"], result["num_branches"]) == ("resnet14", 1)
+
+
+def test_other_common_overrides_are_refused_but_places_may_change(study, words):
+    before = stamps(study)
+    code, _, err = call("--output", study, *words, "recipe.lr=0.3")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("ekd-compare: error: recipe.lr: the study has common overrides")
+    assert call("--output", study, "data.root=elsewhere")[0] == 0
+    assert stamps(study) == before
+
+
+def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
+    path = study / "runs" / "ce-f0.1-s0" / "config.yaml"
+    path.write_text(path.read_text().replace("schedule: cosine", "schedule: step"))
+    code, _, err = call("--output", study)
+    assert code == 2
+    assert (
+        "ce-f0.1-s0: is there with another configuration (teachers.recipe.schedule, recipe.schedule differ)"
+        in err.splitlines()[-1]
+    )
+
+
+def test_runs_that_went_different_ways_are_refused(study):
+    path = study / "runs" / "ekd-f0.1-s1" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 99}))
+    code, _, err = call("--output", study, "--report-only")
+    assert code == 2
+    assert "ekd-f0.1-s1 differ in steps (4, 99)" in err
+
+
+def test_the_jobs_can_be_printed_instead(study):
+    shutil.rmtree(study / "runs" / "ce-f0.1-s1")
+    code, out, _ = call("--output", study, "--print-jobs")
+    assert code == 0
+    (line,) = out.splitlines()
+    assert line.startswith("ekd-train ")
+    assert "method=ce data.fraction=0.1 seed=1" in line
+    assert line.endswith(f"hydra.run.dir={study / 'runs' / 'ce-f0.1-s1'}")
+
+
+def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words):
+    folder = tmp_path / "c"
+    code, out, err = call("--methods", "ekd", "--seeds", "0", "--output", folder, "--print-jobs", *words)
+    assert code == 0, err
+    assert "added as controls: ce, branched_ce, kd_mean, ekd_mean" in err
+    assert "kd_mean_macs: resnet14, width 0.5" in err
+    assert "%)" in err
+    lines = out.splitlines()
+    assert len(lines) == 7
+    (macs,) = [line for line in lines if line.endswith("kd_mean_macs-f1-s0")]
+    assert "student.network=resnet14" in macs
+    assert "++student.options.width=0.5" in macs
+    assert "+student.options={width" not in macs
+    assert not folder.exists()
+
+
+def test_the_branching_of_the_study_is_not_forced_on_plain_students(tmp_path, words):
+    rows = ("--methods", "ce,ekd", "--no-controls", "--seeds", "0", "--fractions", "0.1")
+    _, out, _ = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, "student.branches=2")
+    found = {line.rsplit("/", 1)[1]: "student.branches=2" in line for line in out.splitlines()}
+    assert found == {"ce-f0.1-s0": False, "ekd-f0.1-s0": True}
+
+
+def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": ["method.temperature=2"]}))
+    options = ("--tuned", folder, "--output", tmp_path / "c", "--seeds", "0", "--print-jobs")
+    code, out, err = call(*ROWS, *options, *words)
+    assert code == 0
+    assert "ce: no ce.yaml in" in err
+    assert [line for line in out.splitlines() if "method=ekd method.temperature=2 " in line]
+    (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
+    code, _, err = call(*ROWS, *options, *words)
+    assert code == 2
+    assert "recipe.epochs=9: all rows of a study must share it" in err
+    (folder / "ekd.yaml").write_text("temperature: 2")
+    assert "must hold `overrides:`" in call(*ROWS, *options, *words)[2]
+
+
+MISTAKES = [
+    (("--methods", "ekdd"), "unknown method 'ekdd'; did you mean 'ekd'"),
+    (("--methods", "ekd@resnet9"), "unknown network 'resnet9'; did you mean 'resnet8'"),
+    (("--methods", "ekd", "--seeds", "0,x"), "--seeds 0,x: "),
+    (("--methods", "ekd", "--seeds", "1,1"), "--seeds 1,1: "),
+    (("--methods", "ekd", "--seeds", "-1"), "--seeds -1: "),
+    (("--methods", "ekd", "--fractions", "0"), "--fractions 0: "),
+    (("--methods", "ekd", "--fractions", "0.1,two"), "--fractions 0.1,two: "),
+    (("--methods", "ekd", "--match", "mac"), "unknown --match 'mac'; did you mean 'macs'"),
+    (("--methods", "ekd", "--tuned", "nowhere"), "--tuned nowhere: no such folder"),
+    (("--methods", ","), "--methods: which rows?"),
+    ((), "--methods: which rows?"),
+    (("--report-only",), "not a study, there is nothing to report"),
+    (("--methods", "ekd", "seed=3"), "seed=3: a study varies it, give it with --seeds"),
+    (("--methods", "ekd", "method=ce"), "method=ce: a study varies it, give it with --methods"),
+    (("--methods", "ekd", "digits"), "digits: not an override"),
+    (("--methods", "ekd", "recipe.lrr=1"), "unknown key 'recipe.lrr'; did you mean 'recipe.lr'"),
+    (("--methods", "ekd", "recipe.lr=-1"), "recipe.lr=-1.0: must be positive"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[message[:30] for _, message in MISTAKES])
+def test_a_mistake_is_one_line_before_anything_runs(words, message, tmp_path):
+    match = () if "--match" in words or not words else ("--match", "none")
+    code, _, err = call(*words, *match, "--output", tmp_path / "c")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("ekd-compare: error: ")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_a_folder_that_is_no_study_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    code, _, err = call("--methods", "ekd", "--output", tmp_path)
+    assert code == 2
+    assert "not a study (it has no study.json) and not empty" in err
+
+
+def test_a_study_file_reads_as_it_was_written(tmp_path):
+    rows = (
+        studies.RowPlan("ce", ("method=ce",), ("student.branches",)),
+        studies.RowPlan("ekd", ("method=ekd",)),
+    )
+    study = studies.Study(rows, (0.1, 1.0), (0, 2), ("recipe.lr=0.1",), "digits")
+    studies.write_study(study, tmp_path)
+    assert studies.read_study(tmp_path) == study
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        studies.read_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("a.b=1", "a.b"), ("+a.b={c: 1}", "a.b"), ("++a.b=x=y", "a.b"), ("~a", "a"), ("data@x=cifar10", "data")],
+)
+def test_keys_of_overrides(word, key):
+    assert studies.key_of(word) == key
+
+
+def test_rows_of_a_study_keep_their_way():
+    old = studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), (), "digits")
+    new = studies.Study((studies.RowPlan("ekd", ("method=ekd", "x=1")),), (0.2,), (1,), (), "digits")
+    with pytest.raises(
+        UserError, match="row ekd: the study has it with method=ekd, now it is method=ekd x=1"
+    ):
+        studies.union(old, new)
+    added = studies.union(old, studies.Study(old.rows, (0.2,), (1,), (), "digits"))
+    assert (added.fractions, added.seeds) == ((0.1, 0.2), (0, 1))
+
+
+def test_runs_can_go_side_by_side(words, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    folder = tmp_path / "c"
+    rows = ("--methods", "ekd,ce", "--no-controls", "--seeds", "0", "--fractions", "0.1")
+    code, _, err = call(*rows, "--output", folder, *words, "hydra/launcher=parallel")
+    assert code == 0, err
+    assert {name: row["n"] for name, row in table(folder).items()} == {"ekd": 1, "ce": 1}
