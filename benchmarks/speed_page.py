@@ -51,7 +51,10 @@ def teachers_section(part: dict[str, Any]) -> str:
 
 def inference_section(part: dict[str, Any]) -> str:
     """(e): what student and teachers cost when they are used."""
-    parts = []
+    parts = [
+        "Ratios are against the plain float32 ensemble of the three teachers; folded and compiled forms compute in "
+        f"{part['format']}.\n"
+    ]
     for batch, rows in part["batches"].items():
         over = part["student_over_ensemble_in_the_same_form"][batch]
         ratios = ", ".join(f"{form} {ratio:.1f}" for form, ratio in over.items())
@@ -79,95 +82,110 @@ def profile_section(p: dict[str, Any]) -> str:
 If nothing but the convolutions took time, this would be {p["rate_of_the_convolutions_alone"]:,.0f} images/s."""
 
 
-def page(found: dict[str, Any], name: str) -> str:
-    """The page in Markdown; only numbers of the file."""
-    hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
-    a, c, d, e, g, h, i, p = (found[key] for key in "acdeghip")
+def epoch_section(c: dict[str, Any]) -> str:
+    """(c): a training epoch."""
+    return f"""CIFAR-10, {c["images"]:,} training images, {c["epochs"]} epoch(s) per measurement, three branches;
+images/s. The plain loop uses its best number of workers, {c["best_workers"]} (images/s by workers:
+{listed(c["plain_workers"])}). "Cold" begins with an empty table, "warm" reads one; both train through Lightning with
+the callbacks and loggers of `ekd-train`, and compile teachers and student as a long run does, with kernels from torch's
+cache on disk.
+
+{rate_rows(c["rates"])}"""
+
+
+def overhead_section(i: dict[str, Any]) -> str:
+    """(i): what Lightning costs."""
+    return f"""The same kernels, tables and student, not compiled, {i["epochs"]} epochs of a part of the data in turn:
+{100 * i["overhead"]:+.1f} % of time.
+
+{rate_rows(i["rates"])}"""
+
+
+def sweep_section(d: dict[str, Any]) -> str:
+    """(d): a sweep."""
+    return f"""{d["jobs"]} jobs, teachers 1, 2, 3 × branches 1, 2, 3, {d["epochs"]} epochs each, from an empty store,
+everything but the tests included: {d["ours"]:,.0f} s. The plain loop, computed from its measured speed in each job:
+{d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long. Of our seconds, the students' steps took
+{d["students_seconds"]:,.0f}, teachers and tables {d["teachers_seconds"]:,.0f}, and starting, validating and ending
+the jobs {d["start_validation_and_end_seconds"]:,.0f}: had the teachers cost nothing, the ratio would be
+{d["plain"] / (d["ours"] - d["teachers_seconds"]):.1f}."""
+
+
+def loader_section(a: dict[str, Any]) -> str:
+    """(a): the loaders."""
+    return f"""{rate_rows(a["rates"])}
+
+PIL by number of workers, images/s: {listed(a["workers"])}."""
+
+
+def growth_section(g: dict[str, Any]) -> str:
+    """(g): growth."""
+    heads = {"teachers": "teachers", "branches": "branches", "batch_size": "batch size", "images": "images"}
+    tables = "\n\n".join(plain_rows(g[key], head) for key, head in heads.items())
+    return f"Training with warm tables, images/s.\n\n{tables}"
+
+
+def peak_section(h: dict[str, Any]) -> str:
+    """(h): share of the machine's peak."""
     shares = "\n".join(
         f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float)
+    )
+    return f"""Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. Reached in {h["format"]},
+where a training step counts three forward passes:
+
+| work | share of the peak |
+|---|---|
+{shares}"""
+
+
+def memory_section(f: dict[str, Any]) -> str:
+    """(f): memory."""
+    return f"""Peak resident memory of `ekd-train` with these settings for one epoch, a process of its own:
+{f["run_gb"]:.2f} GB."""
+
+
+SECTIONS = {
+    "c": ("A training epoch with three teachers", epoch_section),
+    "i": ("Lightning over the bare loop", overhead_section),
+    "d": ("A sweep", sweep_section),
+    "a": ("The loader alone", loader_section),
+    "b": ("Each teacher", teachers_section),
+    "e": ("Inference", inference_section),
+    "g": ("Growth", growth_section),
+    "p": ("Where a training step's time goes", profile_section),
+    "h": ("Share of the machine's peak", peak_section),
+    "f": ("Memory", memory_section),
+}
+
+
+def page(found: dict[str, Any], name: str) -> str:
+    """The page in Markdown; only numbers of the file, and only the parts that were measured."""
+    hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
+    picture = f"![rates]({name}.svg)\n\n" if has_chart(found) else ""
+    sections = "\n\n".join(
+        f"## {title} ({key})\n\n{write(found[key]).strip()}"
+        for key, (title, write) in SECTIONS.items()
+        if key in found
     )
     return f"""# Speed, against a plain PyTorch loop
 
 Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`{name}.json`]({name}.json).
 
 - **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}), GPUs:
-  {len(hardware["gpus"])}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}.
+  {len(hardware["gpus"])}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}; commit
+  {found["origin"]["git"]["commit"][:7]}.
 - **Settings**: `{found["settings"]}`, batch 128, ResNet-8 student.
 - **How**: the ways take turns, {found["rounds"]} counted rounds each; medians of rates, and of ratios within a round.
 - **The plain loop** is what one would write with torchvision and a DataLoader: PIL transforms in workers, float32,
   every teacher in every step; the same loss and the same student.
 
-![rates]({name}.svg)
-
-## A training epoch with three teachers (c)
-
-CIFAR-10, {c["images"]:,} training images, {c["epochs"]} epoch(s) per measurement, three branches; images/s. The plain
-loop uses its best number of workers, {c["best_workers"]} (images/s by workers: {listed(c["plain_workers"])}). "Cold"
-begins with an empty table, "warm" reads one; both train through Lightning with the callbacks and loggers of
-`ekd-train`, and compile teachers and student as a long run does, with kernels from torch's cache on disk.
-
-{rate_rows(c["rates"])}
-
-## Lightning over the bare loop (i)
-
-The same kernels, tables and student, not compiled, {i["epochs"]} epochs of a part of the data in turn:
-{100 * i["overhead"]:+.1f} % of time.
-
-{rate_rows(i["rates"])}
-
-## A sweep (d)
-
-{d["jobs"]} jobs, teachers 1, 2, 3 × branches 1, 2, 3, {d["epochs"]} epochs each, from an empty store, everything but
-the tests included: {d["ours"]:,.0f} s. The plain loop, computed from its measured speed in each job:
-{d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long. Of our seconds, the students' steps took
-{d["students_seconds"]:,.0f}, teachers and tables {d["teachers_seconds"]:,.0f}, and starting, validating and ending
-the jobs {d["start_validation_and_end_seconds"]:,.0f}: had the teachers cost nothing, the ratio would be
-{d["plain"] / (d["ours"] - d["teachers_seconds"]):.1f}.
-
-## The loader alone (a)
-
-{rate_rows(a["rates"])}
-
-PIL by number of workers, images/s: {listed(a["workers"])}.
-
-## Each teacher (b)
-
-{teachers_section(found["b"])}
-## Inference (e)
-
-Ratios are against the plain float32 ensemble of the three teachers; folded and compiled forms compute in
-{e["format"]}.
-
-{inference_section(e)}
-## Growth (g)
-
-Training with warm tables, images/s.
-
-{plain_rows(g["teachers"], "teachers")}
-
-{plain_rows(g["branches"], "branches")}
-
-{plain_rows(g["batch_size"], "batch size")}
-
-{plain_rows(g["images"], "images")}
-
-## Where a training step's time goes (p)
-
-{profile_section(p)}
-
-## Share of the machine's peak (h) and memory (f)
-
-Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. Reached in {h["format"]}, where a training
-step counts three forward passes:
-
-| work | share of the peak |
-|---|---|
-{shares}
-
-Peak resident memory of `ekd-train` with these settings for one epoch, a process of its own:
-{found["f"]["run_gb"]:.2f} GB (measured at commit {found["f"].get("commit", found["origin"]["git"]["commit"])[:7]}, the
-rest at {found["origin"]["git"]["commit"][:7]}).
+{picture}{sections}
 """
+
+
+def has_chart(found: dict[str, Any]) -> bool:
+    """Whether all that the chart shows was measured."""
+    return all(key in found for key in "bce")
 
 
 def chart(found: dict[str, Any], path: Path) -> None:
@@ -222,16 +240,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="of one machine and one commit; parts are put together"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--name", default="speed", help="what the files are called")
     args = parser.parse_args()
-    found = json.loads(args.file.read_text())
+    found: dict[str, Any] = {}
+    for file in args.files:
+        found |= json.loads(file.read_text())
     found["origin"].pop("command", None)  # paths of the machine
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.output / f"{args.name}.md").write_text(page(found, args.name))
-    chart(found, args.output / f"{args.name}.svg")
+    if has_chart(found):
+        chart(found, args.output / f"{args.name}.svg")
 
 
 if __name__ == "__main__":
