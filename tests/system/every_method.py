@@ -39,7 +39,6 @@ def run_all(folder: Path, store: Path, devices: int, methods: list[str], rank: i
     from ekd_lightning.training.run import run
 
     quiet_libraries()
-    logging.disable(logging.INFO)
     errors = {}
     for name in methods:
         own = [f"method={name}", f"trainer.devices={devices}", f"teachers.store={store}"]
@@ -63,6 +62,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    logging.disable(logging.INFO)
     folder, store, devices, *methods = sys.argv[1:]
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     errors = run_all(Path(folder), Path(store), int(devices), methods, rank)

@@ -134,3 +134,12 @@ def test_debug_presets_run(train, tmp_path, debug):
 def test_options_run(train, tmp_path, words):
     outcome = train(tmp_path / "run", *words, "trainer.limit_train_batches=1")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("limit", "partial"), [("null", False), ("1.0", False), ("1", True), ("0.5", True), ("2", True)]
+)
+def test_a_result_from_a_part_of_the_test_set_says_so(train, tmp_path, limit, partial):
+    """One batch (1) is not all of them (1.0)."""
+    outcome = train(tmp_path / "run", "method=ce", f"trainer.limit_test_batches={limit}")
+    assert outcome.result["partial"] is partial

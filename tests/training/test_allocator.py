@@ -11,15 +11,14 @@ from ekd_lightning.training import allocator
 GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 FAULTS = """
-import resource, sys
+import resource
 import torch
 from ekd_lightning.training.allocator import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+assert keep_freed_memory()
 for _ in range(20):
     before = faults()
     parts = [torch.ones(2**20) for _ in range(16)]

@@ -86,10 +86,10 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 
 def _is_partial(flags: Mapping[str, Any]) -> bool:
     """Whether Lightning was told to look at a part of the data only; such results are no results."""
-    limits = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
-    return bool(flags.get("fast_dev_run") or flags.get("overfit_batches")) or any(
-        flags.get(name) not in (None, 1.0) for name in limits
-    )
+    limits = [flags.get(f"limit_{part}_batches") for part in ("train", "val", "test")]
+    # To Lightning 1.0 is all of the data, and 1 is one batch.
+    limited = any(limit is not None and (limit != 1.0 or isinstance(limit, int)) for limit in limits)
+    return bool(flags.get("fast_dev_run") or flags.get("overfit_batches")) or limited
 
 
 def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:
