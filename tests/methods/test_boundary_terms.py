@@ -203,3 +203,18 @@ def test_a_ninth_of_hintons_loss_is_the_published_one_up_to_a_constant():
 def test_mistakes_are_one_line(options):
     with pytest.raises(UserError, match=next(iter(options))):
         make_term(**options)
+
+
+def test_one_attacked_image_counts_as_itself_where_batch_norm_needs_two(live):
+    live._student.eval()
+    here = context(live)
+    (base,) = [choose_base(here.student.logits.detach(), here.teachers.logits[0], here.batch.labels, 1)]
+    term = make_term(images=1)
+    asked = []
+    ask = live.ask_student
+    live.ask_student = lambda x: asked.append(x) or ask(x)
+    value = term(here)
+    assert [len(x) for x in asked if len(x) != B] == [2] * len(asked)
+    assert torch.equal(asked[0][0], asked[0][1])
+    assert float(value.detach()) >= 0
+    assert len(base) == 1

@@ -219,3 +219,32 @@ def test_of_a_chain_the_pool_counts_and_the_assistants_time_is_shown():
     assert "+ 42 for assistants" in markdown(compare([*RUNS, *row.runs], "digits"))
     with pytest.raises(UserError, match="differ in teachers"):
         compare([*RUNS, run("takd", 0, 0.7, chain=[{"teachers_sha256": ["c"]}], **more)], "digits")
+
+
+@pytest.mark.parametrize("images", [360, 10_000])
+def test_equal_counts_of_images_have_no_spread_though_recorded_in_float32(images):
+    """Accuracies come from float32: the same three images more are not the same number in every pair."""
+    ours, theirs = ([np.float32((c + d) / images) for c in (287, 301, 294)] for d in (3, 0))
+    found = paired([float(a) - float(b) for a, b in zip(ours, theirs, strict=True)])
+    assert found.p is None
+    none = paired([float(a) - float(np.float32(float(a) + 1e-8)) for a in ours])
+    assert none.p == 1.0
+
+
+def test_the_same_difference_in_every_pair_counts_among_the_tests():
+    """It has no p value to show, but it was tested: the others are corrected for it."""
+    accuracies = {"ce": (0.5, 0.6, 0.7), "ekd": (0.6, 0.7, 0.8), "kd_mean": (0.52, 0.66, 0.74)}
+    runs = [run(row, seed, value) for row, values in accuracies.items() for seed, value in enumerate(values)]
+    (block,) = compare(runs, "digits")
+    rows = {row.name: row.differences["ce"] for row in block.rows if row.name != "ce"}
+    assert rows["ekd"].p is None
+    assert rows["ekd"].p_holm is None
+    alone = rows["kd_mean"].p
+    assert rows["kd_mean"].p_holm == pytest.approx(
+        alone
+    )  # the smallest p of 2 is the other's; this one is times 1
+    third = [run("kd", seed, value) for seed, value in enumerate((0.53, 0.61, 0.72))]
+    (block,) = compare([*runs, *third], "digits")
+    found = {row.name: row.differences["ce"] for row in block.rows if row.name in ("kd", "kd_mean")}
+    smallest = min(found.values(), key=lambda one: one.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, 2 * smallest.p))

@@ -30,14 +30,8 @@ print(last)
 
 @pytest.mark.skipif(not GLIBC, reason="no glibc")
 def test_memory_is_mapped_once():
-    def faults(word):
-        done = subprocess.run(
-            [sys.executable, "-c", FAULTS, word], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
-
-    assert faults("keep") < 100  # 64 MB are 16,384 pages
-    assert faults("default") > 1000
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # 64 MB are 16,384 pages
 
 
 def test_other_systems_are_left_alone(monkeypatch):

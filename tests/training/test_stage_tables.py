@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -173,11 +174,26 @@ def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp
     tabled(ensemble, tmp_path, image_set_sha256="c" * 64)(batch, STAGES)
     assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
     assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
-    sizes = sorted(
-        path.stat().st_blocks * 512
+    own = {
+        path: json.loads(path.with_suffix(".json").read_text()).get("stage", "")
         for path in tmp_path.glob("*.rows")
         if '"' + "b" * 64 + '"' in path.with_suffix(".json").read_text()
-    )
-    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 2) == sum(sizes[:2]) > 0
+    }
+    blocks = {path: path.stat().st_blocks * 512 for path in own}
+    ordinary = sum(size for path, size in blocks.items() if not own[path])
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 2) == ordinary > 0
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 2, STAGES) == sum(blocks.values()) > ordinary
+    smallest = min(size for path, size in blocks.items() if not own[path])
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 1) == smallest
     (tmp_path / "broken.json").write_text("{")
-    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 100) == sum(sizes)
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 100, STAGES) == sum(blocks.values())
+
+
+def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tmp_path):
+    batch = make_batch([4, 5], [4, 5])
+    first = tabled(ensemble, tmp_path, keep_stages=())(batch)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.rows")}
+    source = tabled(ensemble, tmp_path)
+    source.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i))
+    assert {path: path.read_bytes() for path in before} == before
+    assert torch.equal(source(batch, STAGES).logits, first.logits)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.logit_variants import soft_cross_entropy
@@ -164,7 +164,7 @@ class BoundaryDistillation(Term):
         teacher_logits = context.teachers.logits[m]
         base = choose_base(context.student.logits.detach(), teacher_logits, context.batch.labels, self.images)
         if not len(base):
-            return None
+            return _keep_in_step(context)
         attacked = attack(
             lambda images: networks.ask_teacher(m, images).logits,
             context.batch.images[base],
@@ -175,7 +175,17 @@ class BoundaryDistillation(Term):
         )
         with torch.no_grad():
             target = networks.ask_teacher(m, attacked).logits
+        if len(attacked) == 1:  # one image alone has no batch statistics; twice, its mean is the same
+            attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
         return soft_cross_entropy(networks.ask_student(attacked).logits, target, self.temperature)
+
+
+def _keep_in_step(context: StepContext) -> Tensor | None:
+    """Where batch norms are synchronised, processes without an image to attack must ask the student as others do."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    assert context.networks is not None
+    return 0.0 * context.networks.ask_student(context.batch.images[:2]).logits.sum()
 
 
 def _count(key: str, value: object) -> int:

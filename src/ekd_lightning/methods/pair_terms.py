@@ -67,7 +67,7 @@ class FeatureSite:
         """Resolves the place in the student and in the teachers of all pairs.
 
         Raises:
-            UserError: A network has no such stage.
+            UserError: A network has no such stage, or `last` has different names in different teachers.
         """
         self.name = name
         self._context = context
@@ -78,6 +78,9 @@ class FeatureSite:
             self._teacher = {m: context.teacher_stage(m, name) for m in sorted({m for _, m in pairs})}
         self.student_stages = () if self._student is None else (self._student,)
         self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
+        for m in self._teacher:
+            for stage in self.teacher_stages:  # all teachers are asked for all of them
+                context.teacher_stage(m, stage)
 
     @property
     def is_pooled(self) -> bool:

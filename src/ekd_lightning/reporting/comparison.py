@@ -31,8 +31,24 @@ _PROTOCOL = (
     "epochs_done",
     "batch_size",
     "steps",
+    "precision",
+    "num_devices",
 )
-_ROW = ("student", "num_branches", "split_after", "num_teachers", "num_parameters", "macs", "teacher_choice")
+_ROW = (
+    "student",
+    "num_branches",
+    "split_after",
+    "ensemble",
+    "temperature",
+    "assignment",
+    "assistants",
+    "num_teachers",
+    "num_parameters",
+    "macs",
+    "teacher_choice",
+)
+_EQUAL = 1e-6
+"""Accuracies are recorded in float32; what is closer than this is the same number of images."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +190,13 @@ def _differences(rows: Mapping[str, Row], reference: str, level: float) -> dict[
         common = sorted(ours.keys() & theirs.keys())
         if name != reference and common:
             found[name] = paired([ours[seed] - theirs[seed] for seed in common], level)
-    tested = {name: one.p for name, one in found.items() if one.p is not None}
+    # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
+    tested = {name: one.p or 0.0 for name, one in found.items() if one.half is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {name: Difference(d.cell, d.half, d.p, corrected.get(name)) for name, d in found.items()}
+    return {
+        name: Difference(d.cell, d.half, d.p, None if d.p is None else corrected[name])
+        for name, d in found.items()
+    }
 
 
 def paired(differences: Sequence[float], level: float = 0.95) -> Difference:
@@ -189,8 +209,8 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Difference:
     half = half_width(cell, level)
     if cell.std is None:
         return Difference(cell, None, None)
-    if max(differences) - min(differences) < 1e-12:  # no spread: the statistic is 0 / 0 or infinite
-        return Difference(cell, half, 1.0 if abs(cell.mean) < 1e-12 else None)
+    if max(differences) - min(differences) < _EQUAL:  # no spread: the statistic is 0 / 0 or infinite
+        return Difference(cell, half, 1.0 if abs(cell.mean) < _EQUAL else None)
     return Difference(cell, half, float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 

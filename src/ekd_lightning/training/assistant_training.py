@@ -73,6 +73,7 @@ class Lesson:
             "terms": {name: dict(term) for name, term in self.terms.items()},
             "temperature": float(DEFAULT_TEMPERATURE if self.temperature is None else self.temperature),
             "precision": self.precision,
+            "teachers_precision": self.settings.teachers.precision,
             "trainer": self.flags(),
         }
 

@@ -245,8 +245,9 @@ class MethodSettings:
     assignment: Any = None
     """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
     teacher: Optional[str] = None
-    """For methods that know one teacher: best (of the pool on the validation split), first, or mean (the losses
-    against all of them, averaged); null: all teachers teach, by the assignment."""
+    """For methods that know one teacher: best (of the pool on the validation split), first, or mean (logits are
+    averaged; losses of features, relations and the boundary are taken against each teacher, and averaged); null: all
+    teachers teach, by the assignment."""
     assistants: Optional[list[Any]] = None
     """Networks between teachers and student, from large to small: names, or mappings with network, options and
     seed. Each is taught by the one before it, the student by the last alone; empty or null: no chain."""

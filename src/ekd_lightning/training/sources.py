@@ -62,7 +62,7 @@ def uses_tables(
             needed += table_bytes(images, asked, dataset.num_classes, prod(shapes[stage]), 1)
     folder = table_folder(settings)
     try:
-        present = present_bytes(folder, dataset.train.sha256, views.key, len(plans))
+        present = present_bytes(folder, dataset.train.sha256, views.key, len(plans), method.teacher_stages)
         check_disk(folder, needed, int(settings.teachers.table_budget_gb * 1e9), present)
     except UserError as error:
         if settings.teachers.table == "require":

@@ -56,7 +56,7 @@ class StageTables:
             stages: Names of stages that all teachers have.
             image_size: Height and width of the images.
             live: Computes what is missing.
-            on_computed: Hears of everything computed: teacher, index, view and outputs.
+            on_computed: Hears of all that `complete` computed: teacher, index, view and outputs.
             on_trouble: Hears of disks that are full, read-only and the like.
         """
         self.stages = tuple(stages)
@@ -98,7 +98,8 @@ class StageTables:
             images = images_of(chosen)
             for m in range(len(self._tables)):
                 if not present[m, chosen].all():
-                    self._compute(m, index[chosen], view[chosen], images)
+                    output = self._compute(m, index[chosen], view[chosen], images)
+                    self._on_computed(m, index[chosen], view[chosen], output)
 
     def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], ...]:
         """The stage outputs of all teachers for a batch, float32 [B, channels, height, width] on its device."""
@@ -120,7 +121,6 @@ class StageTables:
         teachers = self._live.frozen(self.stages)
         output = teachers.ask(m, images, teachers.chunk)
         self._keep(m, index, view, output)
-        self._on_computed(m, index, view, output)
         return output
 
     def _rounded(self, m: int, maps: Tensor) -> NDArray[np.float16]:

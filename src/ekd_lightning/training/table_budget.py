@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ekd_lightning.errors import UserError
@@ -44,32 +45,39 @@ def table_bytes(
 
 
 def present_bytes(
-    folder: str | os.PathLike[str], image_set_sha256: str, view_key: str, num_teachers: int
+    folder: str | os.PathLike[str],
+    image_set_sha256: str,
+    view_key: str,
+    num_teachers: int,
+    stages: Sequence[str] = (),
 ) -> int:
     """What tables of these images and views take on disk already.
 
-    Which teachers a table is of is not known before these are loaded; of more tables than there are teachers the
-    smallest count, so that the disk is never thought fuller of a run's own rows than it is.
+    Which teachers a table is of is not known before these are loaded; of more tables of a kind (ordinary ones, or
+    those of a stage) than there are teachers the smallest count, so that the disk is never thought fuller of a run's
+    own rows than it is.
 
     Args:
         folder: Where the tables live; need not exist.
         image_set_sha256: Hash of the whole image set.
         view_key: The view family's key.
         num_teachers: M.
+        stages: Stages whose tables count too.
 
     Returns:
         Bytes, holes not counted.
     """
-    sizes = []
+    sizes: dict[str, list[int]] = {kind: [] for kind in ("", *stages)}
     for sidecar in Path(folder).glob("*.json"):
         rows = sidecar.with_suffix(".rows")
         try:
             facts = json.loads(sidecar.read_text(encoding="utf-8"))
-            if facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key:
-                sizes.append(rows.stat().st_blocks * 512)
+            same = facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key
+            if same and facts.get("stage", "") in sizes:
+                sizes[facts.get("stage", "")].append(rows.stat().st_blocks * 512)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no table, or none that anybody could read
-    return sum(sorted(sizes)[:num_teachers])
+    return sum(sum(sorted(own)[:num_teachers]) for own in sizes.values())
 
 
 def check_disk(

@@ -251,7 +251,9 @@ class TabledTeachers:
         if self._tables[m] is None or not self._writable:
             return  # they will be computed, and counted, again
         logits, pooled = self._as_kept(m, output)
-        self._store(m, index, view, logits, pooled)
+        # Rows that are there stay as they are: another graph may have rounded these otherwise.
+        new = ~self._look_up(m, index, view)[2]
+        self._store(m, index[new], view[new], logits[new], None if pooled is None else pooled[new])
         self.misses += len(index)
         self.hits -= len(index)  # the look-up that follows will find them
 
