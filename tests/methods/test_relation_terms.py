@@ -76,6 +76,37 @@ def test_images_in_one_place_have_finite_gradients(function):
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("function", [relative_distances, angles, similarities])
+@pytest.mark.parametrize("case", ["twins", "near twins", "dead"])
+def test_a_degenerate_image_of_the_student_does_not_blow_up_the_gradient(function, case):
+    """The teacher tells apart what the student does not; published codes give gradients of 1e9 and more here."""
+    student, teacher = features(seed=1).float(), features(seed=2).float()
+    if case == "dead":
+        student[2] = 0.0
+    else:
+        student[1] = student[0] + (1e-7 if case == "near twins" else 0.0)
+    student.requires_grad_()
+    functional.smooth_l1_loss(function(student), function(teacher)).backward()
+    assert torch.isfinite(student.grad).all()
+    assert student.grad.abs().max() < 1.0
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("function", [relative_distances, angles, similarities])
+def test_a_last_batch_of_one_image_is_survived(function):
+    x = features(1).requires_grad_()
+    function(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_products_are_not_rounded_under_autocast():
+    student, teachers = make_student(), make_teachers()
+    for name in ("rkd_distance", "rkd_angle", "similarity"):
+        plain = term_value(name, student, teachers)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(term_value(name, student, teachers), plain)
+
+
 def term_value(name, student, teachers, assignment="mean", **options):
     term = build_term(name, 1.0, term_context(assignment=assignment), **options)
     return term(step_context(student, teachers, make_batch(), assignment))

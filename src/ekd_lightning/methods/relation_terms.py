@@ -14,6 +14,26 @@ from ekd_lightning.methods.losses import at_least_float32
 from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm
 from ekd_lightning.methods.terms import StepContext, TermContext, register_term
 
+SHORTEST = 1e-4
+"""A vector shorter than this share of the others' root mean square counts as having no direction."""
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Brings vectors to length 1, and those that are (nearly) 0 to 0, with gradient 0.
+
+    The published codes divide by max(length, 1e-12) instead: at 0, where two images coincide or one has no active
+    feature at all, that multiplies a gradient by 1e12.
+
+    Args:
+        vectors: [..., D].
+
+    Returns:
+        The same shape; scaling all vectors together changes nothing.
+    """
+    squared = vectors.square().sum(-1, keepdim=True)
+    long = squared > SHORTEST**2 * squared.detach().mean()
+    return torch.where(long, vectors / torch.where(long, squared, 1.0).sqrt(), 0.0)
+
 
 def relative_distances(features: Tensor) -> Tensor:
     """Distances between all pairs of images over their mean (Park et al., CVPR 2019, equations 6 and 7).
@@ -42,11 +62,11 @@ def angles(features: Tensor) -> Tensor:
         features: [B, D].
 
     Returns:
-        [B, B, B], indices j, i, k; float32 or wider; 0 where i or k is j.
+        [B, B, B], indices j, i, k; float32 or wider; 0 where i or k is j, or in its place.
     """
     x = at_least_float32(features)
-    directions = functional.normalize(x[None] - x[:, None], dim=-1)
-    return directions @ directions.transpose(1, 2)
+    from_j = directions(x[None] - x[:, None])
+    return from_j @ from_j.transpose(1, 2)
 
 
 def similarities(features: Tensor) -> Tensor:
@@ -56,10 +76,11 @@ def similarities(features: Tensor) -> Tensor:
         features: [B, ...], flattened.
 
     Returns:
-        [B, B], float32 or wider; rotating or scaling the features changes nothing.
+        [B, B], float32 or wider; rotating or scaling the features changes nothing. A row of 0 for an image without
+        any feature.
     """
     x = at_least_float32(features).flatten(1)
-    return functional.normalize(x @ x.T, dim=1)
+    return directions(x @ x.T)
 
 
 class _Relation(PairTerm):
