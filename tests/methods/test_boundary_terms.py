@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from ekd_lightning.networks import (
     load_zoo_teacher,
 )
 from ekd_lightning.networks import normalization as statistics_of
+from ekd_lightning.networks.outputs import TeacherOutput
 from ekd_lightning.training.distiller import _LiveNetworks
 
 from .helpers import make_batch, sizes, term_context
@@ -79,12 +81,11 @@ def test_attacked_images_flip_the_teachers_class_or_had_all_steps(live):
     first = ask(x).argmax(1)
     target = (first + 1) % C
     # An untrained network's logits are small, and the step is proportional to their distance.
-    moved = attack(ask, x, target, live.teacher_statistics(0), steps=60, step_size=30.0)
+    moved = attack(ask, x, target, live.teacher_statistics(0)[1], steps=60, step_size=30.0)
     changed = ask(moved).argmax(1) != first
     assert changed.float().mean() > 0.9
     assert not moved.requires_grad
-    mean, std = live.teacher_statistics(0)
-    assert bool(((moved - mean).abs() <= 2.5 * std + 1e-5).all())
+    assert 0.0 <= float(moved.min()) <= float(moved.max()) <= 1.0
     assert all(p.grad is None for p in live._members[0].parameters())
 
 
@@ -102,7 +103,7 @@ def test_one_step_of_an_attack_by_hand():
     x = 0.5 + 0.02 * torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     first = ask(x).argmax(1)
     target = (first + 1) % 3
-    found = attack(ask, x, target, (mean, std), steps=1, step_size=0.3)
+    found = attack(ask, x, target, std, steps=1, step_size=0.3)
     for b in range(2):
         g = weight[target[b]] - weight[first[b]]
         gap = ask(x)[b, first[b]] - ask(x)[b, target[b]]
@@ -154,8 +155,7 @@ def test_the_published_attack_flips_a_pretrained_teacher():
     x = load_dataset("cifar10", os.environ["EKD_DATA_ROOT"]).test.images[:64].float() / 255
     first = teacher(x).argmax(1)
     target = draw_targets(teacher(x), torch.rand(64, generator=torch.Generator().manual_seed(0)))
-    statistics = teacher.normalize.mean, teacher.normalize.std
-    moved = attack(teacher, x, target, statistics, steps=10, step_size=0.3)
+    moved = attack(teacher, x, target, teacher.normalize.std, steps=10, step_size=0.3)
     assert float((teacher(moved).argmax(1) != first).float().mean()) > 0.9
     assert float((moved - x).abs().mean()) < 0.05  # just across the boundary
 
@@ -176,6 +176,38 @@ def test_a_schedule_that_has_ended_costs_nothing(live, monkeypatch):
     monkeypatch.setattr(live, "ask_teacher", None)
     monkeypatch.setattr(live, "ask_student", None)
     assert float(term(here).detach()) == 0.0
+
+
+def test_a_mixed_image_has_the_class_of_its_larger_share(live):
+    live._student.eval()
+    here = context(live)
+    labels = here.batch.labels
+    soft = 0.6 * torch.nn.functional.one_hot(labels, C) + 0.4 * torch.nn.functional.one_hot(
+        (labels + 1) % C, C
+    )
+    mixed = replace(here, batch=here.batch._replace(labels=(labels + 1) % C, soft_labels=soft))
+    torch.testing.assert_close(make_term()(mixed), make_term()(here))
+
+
+def test_a_single_image_to_attack_is_survived_where_maps_are_one_by_one():
+    """Batch norm in training refuses one value per channel."""
+    torch.manual_seed(0)
+    student = BranchedStudent(SPEC, branches=1, split_after="none")
+    teachers = TeacherEnsemble([build_network(SPEC)], [TeacherIdentity("t", "0" * 64, "file", "x")])
+    live = _LiveNetworks(student, teachers)
+    x = torch.rand(B, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    outputs = live.ask_student(x)
+    assert outputs.stages[0]["stage3"].shape[-2:] == (1, 1)
+    logits = live.ask_teacher(0, x).logits.detach()
+    outputs = outputs._replace(logits=outputs.logits + (logits - outputs.logits).detach())
+    labels = logits.argmax(1)
+    labels[1:] = (labels[1:] + 1) % C
+    batch = make_batch(B, C)._replace(images=x, labels=labels)
+    value = build_term("boundary", 1.0, term_context(1, 1))(
+        StepContext(outputs, TeacherOutput(logits[None], (), ()), batch, networks=live)
+    )
+    assert torch.isfinite(value)
+    assert float(value.detach()) > 0
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -17,8 +17,6 @@ from ekd_lightning.methods.losses import at_least_float32
 from ekd_lightning.methods.options import number
 from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
 
-CLIP = 2.5
-"""Attacked images stay within so many standard deviations of the mean, as in the published code."""
 GAP_EPS = 1e-4
 _STREAM = 5  # apart from other draws by (seed, step)
 
@@ -68,28 +66,30 @@ def attack(
     ask: Callable[[Tensor], Tensor],
     images: Tensor,
     target: Tensor,
-    statistics: tuple[Tensor, Tensor],
+    std: Tensor,
     steps: int,
     step_size: float,
 ) -> Tensor:
     """Carries images towards another class until the teacher's answer changes (Heo et al. 2019, algorithm 1).
 
     A step is step_size · (z_first - z_target + 1e-4) · g / ‖g‖₂ with g the gradient of z_target - z_first, in the
-    normalised units of the teacher; an image that has changed class stays where it is.
+    normalised units of the teacher; an image that has changed class stays where it is. As a normalised image is
+    (x - mean) / std, the gradient there is std · ∇ₓ, and a step there is one of std times its length here.
+
+    Pixels stay in [0, 1]. The published code clips at 2.5 standard deviations, a stand-in for that range: under
+    CIFAR-10's statistics it is [-0.06, 1.0] and dims white images, under others it is far outside.
 
     Args:
         ask: Images [N, 3, H, W] in [0, 1] -> the teacher's logits [N, C].
         images: [N, 3, H, W].
         target: int64 [N].
-        statistics: Mean and standard deviation of the teacher's normalisation, [1, 3, 1, 1].
+        std: Standard deviation of the teacher's normalisation, [1, 3, 1, 1].
         steps: At most so many.
         step_size: > 0.
 
     Returns:
-        [N, 3, H, W], without gradient; within 2.5 standard deviations of the mean, so not always in [0, 1].
+        [N, 3, H, W] in [0, 1], without gradient.
     """
-    mean, std = statistics
-    low, high = mean - CLIP * std, mean + CLIP * std
     moved, first = images.detach().clone(), torch.empty(0)
     for step in range(steps):
         with torch.enable_grad():
@@ -105,7 +105,7 @@ def attack(
         gradient = gradient * std  # in normalised units
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
         size = still * step_size * (GAP_EPS - gap.detach()) / length
-        moved = (moved.detach() + std * size[:, None, None, None] * gradient).clamp(low, high)
+        moved = (moved.detach() + std * size[:, None, None, None] * gradient).clamp(0.0, 1.0)
     return moved.detach()
 
 
@@ -115,7 +115,12 @@ class BoundaryDistillation(Term):
 
     Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
     student (its coupled output) and the teacher are asked live. Where the weight's schedule has come to 0 nothing is
-    computed. With several teachers each is attacked, and the mean is taken.
+    computed. With several teachers each is attacked, and the mean is taken. Of a mixed image the class with the larger
+    share counts as the label.
+
+    The student is asked in its present mode: its batch norms take their statistics from the attacked images, and
+    remember them, as in the authors' code. `trainer.sync_batchnorm` would make all processes ask it equally often,
+    which they do not when one has no image to attack: leave it off.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -154,28 +159,33 @@ class BoundaryDistillation(Term):
             return nothing
         generator = np.random.default_rng((_STREAM, self.seed, context.step))
         uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(nothing.device)
-        parts = [self._against(context, m, uniform) for m in range(self.num_teachers)]
+        soft = context.batch.soft_labels
+        labels = context.batch.labels if soft is None else soft.argmax(-1)
+        parts = [self._against(context, m, labels, uniform) for m in range(self.num_teachers)]
         return nothing + torch.stack([nothing if part is None else part for part in parts]).mean()
 
-    def _against(self, context: StepContext, m: int, uniform: Tensor) -> Tensor | None:
+    def _against(self, context: StepContext, m: int, labels: Tensor, uniform: Tensor) -> Tensor | None:
         networks = context.networks
         assert networks is not None
         assert context.teachers is not None
         teacher_logits = context.teachers.logits[m]
-        base = choose_base(context.student.logits.detach(), teacher_logits, context.batch.labels, self.images)
+        base = choose_base(context.student.logits.detach(), teacher_logits, labels, self.images)
         if not len(base):
             return _keep_in_step(context)
         attacked = attack(
             lambda images: networks.ask_teacher(m, images).logits,
             context.batch.images[base],
             draw_targets(teacher_logits[base], uniform[base]),
-            networks.teacher_statistics(m),
+            networks.teacher_statistics(m)[1],
             self.steps,
             self.step_size,
         )
         with torch.no_grad():
             target = networks.ask_teacher(m, attacked).logits
         if len(attacked) == 1:  # one image alone has no batch statistics; twice, its mean is the same
+            attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
+        if len(attacked) == 1:
+            # One image has no batch statistics where maps are 1×1; twice the same has, and the same mean.
             attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
         return soft_cross_entropy(networks.ask_student(attacked).logits, target, self.temperature)
 
