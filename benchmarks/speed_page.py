@@ -158,10 +158,11 @@ SECTIONS = {
 }
 
 
-def page(found: dict[str, Any], name: str) -> str:
+def page(found: dict[str, Any], name: str, note: str = "") -> str:
     """The page in Markdown; only numbers of the file, and only the parts that were measured."""
     hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
     picture = f"![rates]({name}.svg)\n\n" if has_chart(found) else ""
+    extra = f"- {note}\n" if note else ""
     sections = "\n\n".join(
         f"## {title} ({key})\n\n{write(found[key]).strip()}"
         for key, (title, write) in SECTIONS.items()
@@ -178,7 +179,7 @@ Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`{name}.
 - **How**: the ways take turns, {found["rounds"]} counted rounds each; medians of rates, and of ratios within a round.
 - **The plain loop** is what one would write with torchvision and a DataLoader: PIL transforms in workers, float32,
   every teacher in every step; the same loss and the same student.
-
+{extra}
 {picture}{sections}
 """
 
@@ -245,6 +246,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--name", default="speed", help="what the files are called")
+    parser.add_argument("--note", default="", help="one more line about the measurement")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     for file in args.files:
@@ -252,7 +254,7 @@ def main() -> None:
     found["origin"].pop("command", None)  # paths of the machine
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.output / f"{args.name}.md").write_text(page(found, args.name))
+    (args.output / f"{args.name}.md").write_text(page(found, args.name, args.note))
     if has_chart(found):
         chart(found, args.output / f"{args.name}.svg")
 

@@ -119,8 +119,7 @@ class BoundaryDistillation(Term):
     share counts as the label.
 
     The student is asked in its present mode: its batch norms take their statistics from the attacked images, and
-    remember them, as in the authors' code. `trainer.sync_batchnorm` would make all processes ask it equally often,
-    which they do not when one has no image to attack: leave it off.
+    remember them, as in the authors' code.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -182,8 +181,6 @@ class BoundaryDistillation(Term):
         )
         with torch.no_grad():
             target = networks.ask_teacher(m, attacked).logits
-        if len(attacked) == 1:  # one image alone has no batch statistics; twice, its mean is the same
-            attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
         if len(attacked) == 1:
             # One image has no batch statistics where maps are 1×1; twice the same has, and the same mean.
             attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
