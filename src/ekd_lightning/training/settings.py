@@ -145,7 +145,8 @@ class TeacherSettings:
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_stages: bool = False
     """Whether stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for the
-    last stage of a CIFAR ResNet. Otherwise such methods ask their teachers live."""
+    last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
+    Otherwise such methods ask their teachers live."""
     table_budget_gb: float = 20.0
     """Most disk that the tables of one run may need."""
     fill: str = "none"
