@@ -3,6 +3,7 @@
 # Importing a family registers its networks.
 from ekd_lightning.networks import densenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
+from ekd_lightning.networks.cut import cut_branches
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.networks.registry import build_network, network_names, register_network
 from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization, normalization
@@ -38,6 +39,7 @@ __all__ = [
     "ZooEntry",
     "build_network",
     "convert_state",
+    "cut_branches",
     "file_sha256",
     "load_foreign",
     "load_network",
