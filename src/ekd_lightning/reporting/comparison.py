@@ -18,7 +18,7 @@ from ekd_lightning.reporting.tables import Cell, half_width, summarise
 REFERENCES = ("ce", "ekd")
 """Rows that differences are taken to, where a study has them."""
 
-_PROTOCOL = (
+PROTOCOL = (
     "data",
     "fraction",
     "subset_sha256",
@@ -34,6 +34,7 @@ _PROTOCOL = (
     "precision",
     "num_devices",
 )
+"""Fields of a result that runs must share to be compared."""
 _ROW = (
     "student",
     "num_branches",
@@ -183,18 +184,38 @@ def _accuracies(row: Row) -> dict[int, float]:
 
 def _differences(rows: Mapping[str, Row], reference: str, level: float) -> dict[str, Difference]:
     """Every other row against the reference; rows without a common seed are left out."""
-    theirs = _accuracies(rows[reference])
+    return paired_by_seed({name: _accuracies(row) for name, row in rows.items()}, reference, level)
+
+
+def paired_by_seed(
+    values: Mapping[str, Mapping[int, float]], reference: str, level: float = 0.95
+) -> dict[str, Difference]:
+    """Differences to a reference, paired by seed, with p values corrected over all that are compared.
+
+    Args:
+        values: Name -> seed -> figure.
+        reference: One of the names.
+        level: Confidence of the intervals in (0, 1).
+
+    Returns:
+        By name; those without a common seed, and the reference, are left out.
+    """
+    theirs = values[reference]
     found = {}
-    for name, row in rows.items():
-        ours = _accuracies(row)
+    for name, ours in values.items():
         common = sorted(ours.keys() & theirs.keys())
         if name != reference and common:
             found[name] = paired([ours[seed] - theirs[seed] for seed in common], level)
+    return corrected(found)
+
+
+def corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The differences with p values corrected for their number by Holm's method."""
     # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
     tested = {name: one.p or 0.0 for name, one in found.items() if one.half is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
-        name: Difference(d.cell, d.half, d.p, None if d.p is None else corrected[name])
+        name: Difference(d.cell, d.half, d.p, None if d.p is None else p_holm[name])
         for name, d in found.items()
     }
 
@@ -245,13 +266,13 @@ def check_protocol(runs: Sequence[Run]) -> None:
         UserError: Naming the field and two runs.
     """
     done = [run for run in runs if run.state == "done" and run.result is not None]
-    for field_name in _PROTOCOL:
+    for field_name in PROTOCOL:
         _same(done, field_name, [(run.result or {}).get(field_name) for run in done])
     for name in dict.fromkeys(run.row for run in done):
         own = [run for run in done if run.row == name]
         for field_name in _ROW:
             _same(own, field_name, [(run.result or {}).get(field_name) for run in own])
-    taught = [(run, _hashes(run)) for run in done if _hashes(run)]
+    taught = [(run, hashes) for run in done if (hashes := taught_by(run.result or {}))]
     whole = [(run, hashes) for run, hashes in taught if not _chose(run)]
     _same([run for run, _ in whole], "teachers", [hashes for _, hashes in whole])
     for run, hashes in taught:
@@ -259,12 +280,12 @@ def check_protocol(runs: Sequence[Run]) -> None:
             _refuse("teachers", run, whole[0][0], hashes, whole[0][1])
 
 
-def _hashes(run: Run) -> list[str]:
-    """Of the pool's members that taught; with assistants in between, of those that taught the first of them."""
-    chain = (run.result or {}).get("chain")
+def taught_by(result: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the pool's members that taught; with assistants in between, of those that taught the first."""
+    chain = result.get("chain")
     if chain:
         return list(chain[0]["teachers_sha256"])
-    return [teacher["sha256"] for teacher in (run.result or {}).get("teachers") or []]
+    return [teacher["sha256"] for teacher in result.get("teachers") or []]
 
 
 def _chose(run: Run) -> bool:

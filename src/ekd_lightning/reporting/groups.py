@@ -1,0 +1,230 @@
+"""Runs that differ in their seed alone, as groups: one row of a table, one point of a curve.
+
+Nothing is averaged over groups. Which groups may be compared with each other, `blocks` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ekd_lightning.reporting import setups
+from ekd_lightning.reporting.collection import Collection, RunEntry
+from ekd_lightning.reporting.comparison import Difference, paired_by_seed, taught_by
+from ekd_lightning.reporting.protocols import Protocol
+from ekd_lightning.reporting.tables import Cell, half_width, summarise
+
+FEW = 5
+"""Below this many runs an interval is shown with a warning."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: The method, and what sets it apart from other groups of the method, e.g. `ekd`, `ekd, K=2, M=3`,
+            `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks.
+        method: Name of the method.
+        data: Name of the data set.
+        fraction: Share of the training images in (0, 1]; None if no run is done and none was set.
+        protocol: Shared by all its runs.
+        student: Name of the student's network.
+        num_teachers: M; None if no run is done.
+        num_branches: K.
+        taught_by: SHA-256 of the teachers, in their order; of all of them where a method chose one per run.
+        runs: Those that count, one per seed, by seed; then those that do not: older duplicates are not among
+            them, failed, partial and running ones are.
+        duplicates: Runs that are done, but of which there is a newer one with the same seed; they do not count.
+        varied: What the label is made of, beside the method: setting -> value.
+    """
+
+    label: str
+    method: str
+    data: str
+    fraction: float | None
+    protocol: Protocol
+    student: str | None
+    num_teachers: int | None
+    num_branches: int | None
+    taught_by: tuple[str, ...]
+    runs: tuple[RunEntry, ...]
+    duplicates: tuple[RunEntry, ...] = ()
+    varied: Mapping[str, Any] | None = None
+
+    @cached_property
+    def done(self) -> tuple[RunEntry, ...]:
+        """The runs that count, by seed."""
+        return tuple(run for run in self.runs if run.state == "done")
+
+    @property
+    def others(self) -> tuple[RunEntry, ...]:
+        """Failed, partial and running ones."""
+        return tuple(run for run in self.runs if run.state != "done")
+
+    @property
+    def n(self) -> int:
+        """Number of runs that count."""
+        return len(self.done)
+
+    @property
+    def accuracy(self) -> Cell | None:
+        """Test accuracy in [0, 1]; None if no run is done."""
+        return self.values("test_accuracy")
+
+    def by_seed(self, key: str, *index: int | str) -> dict[int, float]:
+        """A figure of each run that has it, by seed.
+
+        Args:
+            key: Field of the results.
+            index: Where in it, if it is a list or a mapping: `by_seed("test_branch_cka", 0, 1)`,
+                `by_seed("corruption_accuracy", "fog", 4)`.
+        """
+        found = {}
+        for run in self.done:
+            value = _at(run.result or {}, (key, *index))
+            if value is not None:
+                found[int(run.get("seed"))] = value
+        return found
+
+    def values(self, key: str, *index: int | str) -> Cell | None:
+        """Mean, sample standard deviation and n of a figure over the runs that have it; None if none has."""
+        numbers = list(self.by_seed(key, *index).values())
+        return summarise(numbers) if numbers else None
+
+    def interval(self, key: str, *index: int | str, level: float = 0.95) -> tuple[float, float] | None:
+        """Student's t interval for the mean of a figure; None with fewer than two runs that have it."""
+        cell = self.values(key, *index)
+        half = half_width(cell, level) if cell else None
+        return None if cell is None or half is None else (cell.mean - half, cell.mean + half)
+
+    def array(self, key: str) -> np.ndarray | None:
+        """Mean over runs of a field that is a list (of lists) of numbers, NaN for null.
+
+        Returns:
+            float [...] in the field's shape; None if no run has it, or the runs differ in its shape.
+        """
+        found = [np.array(run.get(key), dtype=float) for run in self.done if run.get(key) is not None]
+        if not found or any(one.shape != found[0].shape for one in found):
+            return None
+        return np.mean(found, axis=0)
+
+    def only(self, key: str) -> Any:
+        """The value of a field if all runs that have it agree in it; else None."""
+        values = self.distinct(key)
+        return values[0] if len(values) == 1 else None
+
+    def distinct(self, key: str) -> list[Any]:
+        """The different values of a field, in order of appearance; None is no value."""
+        found: list[Any] = []
+        for run in self.done:
+            value = run.get(key)
+            if value is not None and value not in found:
+                found.append(value)
+        return found
+
+
+def group(collection: Collection) -> list[Group]:
+    """Puts together the runs that differ in their seed alone.
+
+    Two runs belong together if protocol, method, student, teachers, every weight and every setting of recipe and
+    method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name), the
+    others are kept as duplicates. A run without a result goes to the group whose configuration it has, if there
+    is one, and makes a group of its own otherwise.
+
+    Returns:
+        The groups by data set, fraction and label; independent of the order of the runs.
+    """
+    runs = sorted(collection.runs, key=lambda run: run.name)
+    members: dict[Any, list[RunEntry]] = defaultdict(list)
+    whole: dict[Any, Any] = {}
+    for run in runs:
+        if run.result is not None:
+            members[setups.key(run)].append(run)
+    for key, own in members.items():
+        for run in own:
+            whole.setdefault(setups.whole_key(run), key)
+    for run in runs:
+        if run.result is None:
+            words = setups.whole_key(run)
+            members[whole.get(words, ("without a result", words))].append(run)
+    labels = setups.labels(list(members.values()))
+    made = [_group(own, *labels[position]) for position, own in enumerate(members.values())]
+    return sorted(made, key=_order)
+
+
+def _group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any]) -> Group:
+    newest: dict[int, RunEntry] = {}
+    duplicates: list[RunEntry] = []
+    for run in sorted(members, key=lambda run: (run.time or "", run.name)):
+        if run.state == "done":
+            seed = int(run.get("seed"))
+            duplicates += [newest[seed]] if seed in newest else []
+            newest[seed] = run
+    done = [newest[seed] for seed in sorted(newest)]
+    others = [run for run in members if run.state != "done"]
+    first = next((run for run in [*done, *others] if run.result is not None), members[0])
+    taught = dict.fromkeys(sha for run in members for sha in taught_by(run.result or {}))
+    return Group(
+        label=label,
+        method=str(first.get("method") or "unknown"),
+        data=Protocol.of(first).data,
+        fraction=first.get("fraction"),
+        protocol=Protocol.of(first),
+        student=first.get("student"),
+        num_teachers=first.get("num_teachers"),
+        num_branches=first.get("num_branches"),
+        taught_by=tuple(taught),
+        runs=(*done, *others),
+        duplicates=tuple(duplicates),
+        varied=varied,
+    )
+
+
+def differences(
+    groups: Sequence[Group], reference: str, key: str = "test_accuracy", level: float = 0.95
+) -> dict[str, Difference]:
+    """Every other group minus the reference, paired by seed, with p values corrected by Holm's method.
+
+    Args:
+        groups: Those of one block.
+        reference: Label of one of them.
+        key: Field of the results that is compared.
+        level: Confidence of the intervals in (0, 1).
+
+    Returns:
+        By label; groups without a common seed are left out.
+
+    Raises:
+        ValueError: If the groups went different ways, or none has the label.
+    """
+    done = [one for one in groups if one.n]
+    if len({one.protocol for one in done}) > 1:
+        raise ValueError("groups of different protocols are not compared")
+    values = {one.label: one.by_seed(key) for one in groups}
+    if reference not in values:
+        raise ValueError(f"no group {reference!r}")
+    return paired_by_seed(values, reference, level)
+
+
+def _order(one: Group) -> tuple[Any, ...]:
+    numbers = [one.fraction or 0.0, one.num_branches or 0, one.num_teachers or 0]
+    return (one.data, numbers[0], one.method, *numbers[1:], one.label, repr(one.protocol), one.runs[0].name)
+
+
+def _at(value: Any, path: Sequence[int | str]) -> float | None:
+    """A number inside nested lists and mappings; None where there is none."""
+    for step in path:
+        if isinstance(step, str):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        else:
+            value = value[step] if isinstance(value, list) and -len(value) <= step < len(value) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,229 @@
+"""What was set in a run, beside its seed: what makes two runs the same but for it, and what to call them.
+
+Settings that say where things lie or how a run is carried out, but not what it computes, are no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ekd_lightning.reporting.collection import RunEntry
+from ekd_lightning.reporting.comparison import taught_by
+from ekd_lightning.reporting.protocols import Protocol, Way, places
+
+_RESULT = {
+    "student": "student",
+    "K": "num_branches",
+    "M": "num_teachers",
+    "split": "split_after",
+    "ensemble": "ensemble",
+    "T": "temperature",
+    "assignment": "assignment",
+    "assistants": "assistants",
+    "teacher": "teacher_choice",
+}
+_DERIVED = ("teachers", "MACs", "parameters")
+"""They follow from the rest, unless something is set that no file tells."""
+_CONFIG = (
+    "student.options",
+    "student.normalization",
+    "method",
+    "recipe",
+    "callbacks",
+    "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.accumulate_grad_batches",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "trainer.sync_batchnorm",
+)
+_TOLD = ("method.name", "method.temperature", "method.assignment", "method.teacher", "method.assistants")
+"""Results have them under other names."""
+_TEACHERS = ("teachers.pool", "teachers.count", "teachers.recipe", "teachers.train_on")
+_PLAIN = ("split", "ensemble")  # mean nothing for one branch
+_UNKNOWN = "unknown settings"
+
+
+def describe(run: RunEntry) -> dict[str, Any]:
+    """What was set, flat: short names of what results hold, dotted keys of what the configuration alone holds."""
+    found = {name: run.get(field) for name, field in _RESULT.items()}
+    if found["K"] == 1:
+        found |= dict.fromkeys(_PLAIN)
+    found["assistants"] = found["assistants"] or None
+    result = run.result or {}
+    found |= {
+        key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")
+    }
+    chosen = result.get("teacher_choice") in ("best", "first")
+    found["teachers"] = result.get("pool_teachers") if chosen else taught_by(result)
+    found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
+    if not run.config:
+        return {**found, _UNKNOWN: True}
+    return {**found, **_configured(run, _CONFIG)}
+
+
+def _configured(run: RunEntry, prefixes: Iterable[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for prefix in prefixes:
+        _flatten(run.setting(prefix), prefix, flat)
+    return {key: value for key, value in flat.items() if key not in _TOLD and not _is_weight(key)}
+
+
+def _is_weight(key: str) -> bool:
+    return key.startswith("method.terms.") and key.endswith(".weight") and key.count(".") == 3
+
+
+def _flatten(value: Any, prefix: str, into: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(item, f"{prefix}.{key}", into)
+    elif value is not None:
+        into[prefix] = value
+
+
+def key(run: RunEntry) -> str:
+    """Equal for two runs with results that differ in their seed alone."""
+    protocol = vars(Protocol.of(run))
+    return _text({"protocol": protocol, "method": run.get("method"), "setup": describe(run)})
+
+
+def whole_key(run: RunEntry) -> str:
+    """Equal for two runs, with or without a result, whose configurations differ in the seed alone."""
+    if not run.config:
+        return _text({"name": run.name})
+    prefixes = (
+        "student",
+        "method",
+        "recipe",
+        "callbacks",
+        "data",
+        *_CONFIG[5:],
+        *_TEACHERS,
+        "trainer.precision",
+    )
+    flat: dict[str, Any] = {}
+    for prefix in prefixes:
+        _flatten(run.setting(prefix), prefix, flat)
+    places_and_cost = ("data.root", "data.download", "data.eval_batch_size", "student.compile")
+    return _text({name: value for name, value in flat.items() if name not in places_and_cost})
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, Any]]]:
+    """Names groups by their method and what varies within it.
+
+    A setting is part of the label if it differs between groups of the method that can be compared; then it is in
+    all labels of that method and data set, so that a label means the same everywhere. The student network that
+    most groups of a data set have goes without saying.
+
+    Args:
+        groups: Runs of each, the first of which speaks for all.
+
+    Returns:
+        For each the label and the settings in it.
+    """
+    firsts = [next((run for run in group if run.result is not None), group[0]) for group in groups]
+    setups = [describe(run) for run in firsts]
+    ways = [_way(group, first) for group, first in zip(groups, firsts, strict=True)]
+    usual = _usual_students(firsts)
+    classes: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for position, run in enumerate(firsts):
+        classes[ways[position].protocol.data, str(run.get("method") or "unknown")].append(position)
+    made: list[tuple[str, dict[str, Any]]] = [("", {})] * len(groups)
+    for (data, method), members in classes.items():
+        near = [
+            [members[p] for p in place.members] for place in places([ways[position] for position in members])
+        ]
+        told = _told(setups, near)
+        for position in members:
+            varied = {name: setups[position].get(name) for name in told}
+            shown = [
+                _word(name, value)
+                for name, value in varied.items()
+                if (name, value) != ("student", usual[data])
+            ]
+            made[position] = (", ".join([method, *filter(None, shown)]), varied)
+    return _numbered(made, ways)
+
+
+def _way(group: Sequence[RunEntry], first: RunEntry) -> Way:
+    taught = frozenset(sha for run in group for sha in taught_by(run.result or {}))
+    return Way(Protocol.of(first), taught, first.result is not None)
+
+
+def _usual_students(runs: Sequence[RunEntry]) -> dict[str, Any]:
+    """The most frequent network of each data set; of equally frequent ones the first by name."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        counts[Protocol.of(run).data][str(run.get("student"))] += 1
+    return {data: min(count, key=lambda name: (-count[name], name)) for data, count in counts.items()}
+
+
+def _told(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]]) -> list[str]:
+    """Names of the settings that differ among neighbours, and of as many derived ones as it takes to tell them."""
+    names = dict.fromkeys(name for place in near for position in place for name in setups[position])
+    told = [name for name in names if name not in _DERIVED and any(_varies(name, setups, p) for p in near)]
+    for name in _DERIVED:
+        unclear = [place for place in near if not _apart(told, setups, place)]
+        if any(_varies(name, setups, place) for place in unclear):
+            told.append(name)
+    return told
+
+
+def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
+    values = [setups[position].get(name) for position in place if _knows(setups[position], name)]
+    known = [value for value in values if value is not None]
+    count = known if name in _RESULT or name in _DERIVED else values
+    return any(value != count[0] for value in count)
+
+
+def _knows(setup: Mapping[str, Any], name: str) -> bool:
+    """Whether a run could tell: one without a configuration knows nothing of its settings."""
+    return "." not in name or _UNKNOWN not in setup
+
+
+def _apart(told: Sequence[str], setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
+    texts = {_text({name: setups[position].get(name) for name in told}) for position in place}
+    return len(texts) == len(place)
+
+
+def _word(name: str, value: Any) -> str:
+    """How a setting is written in a label; empty for what a run does not have."""
+    if value is None or value == []:
+        return ""
+    if name == "student":
+        return str(value)
+    if name == _UNKNOWN:
+        return "settings not recorded"
+    short = name.removeprefix("method.terms.").removeprefix("student.options.")
+    short = short.removeprefix("recipe.").removeprefix("method.").removeprefix("trainer.")
+    if name == "teachers":
+        value = "+".join(str(one)[:8] for one in value)
+    return f"{short}={_short(value)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, (list, dict)) else str(value)
+
+
+def _numbered(
+    made: Sequence[tuple[str, dict[str, Any]]], ways: Sequence[Way]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Makes labels unique in each place where nothing recorded tells two groups apart."""
+    found = list(made)
+    for place in places(ways):
+        seen: Counter[str] = Counter()
+        for position in place.members:
+            label, varied = found[position]
+            seen[label] += 1
+            if seen[label] > 1:
+                found[position] = (f"{label} #{seen[label]}", varied)
+    return found
