@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,17 +20,15 @@ from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
 from ekd_lightning.training.epoch_memo import EpochMemo
 from ekd_lightning.training.frozen_teachers import TeacherFormat
 from ekd_lightning.training.stage_tables import StageTables
+from ekd_lightning.training.table_set import Rows, TableSet, Values
 from ekd_lightning.training.teacher_source import LiveTeachers
-from ekd_lightning.training.teacher_table import TableKey, TeacherTable, to_float16
+from ekd_lightning.training.teacher_table import TableKey
 
 if TYPE_CHECKING:
     from ekd_lightning.data.views import ViewFamily
     from ekd_lightning.networks.teachers import TeacherEnsemble
 
 log = logging.getLogger(__name__)
-
-Rows = NDArray[np.int64]
-Values = NDArray[np.float32]
 
 _BLOCK_CHUNKS = 32  # rows of an epoch are looked up in blocks of this many chunks, which bounds the memory
 _WORTH_A_LINE = 2.0  # seconds
@@ -85,13 +82,9 @@ class TabledTeachers:
         self._live = LiveTeachers(ensemble, how)
         self._folder = Path(folder)
         self._num_images, self._num_views = num_images, views.num_views
-        self._names = [identity.id for identity in ensemble.identities]
-        self._widths = [width if include_pooled else 0 for width in ensemble.num_features]
         self._include_pooled = include_pooled
-        self._writable = True
-        self._warned: set[str] = set()
+        self._warned = False
         self._memo: EpochMemo | None = None
-        self._tables: list[TeacherTable | None] = [None] * len(self._names)
         keys = [
             TableKey(
                 teacher_sha256=identity.sha256,
@@ -100,12 +93,12 @@ class TabledTeachers:
                 view_key=views.key,
                 num_views=views.num_views,
                 num_classes=ensemble.num_classes,
-                pooled_dim=width,
+                pooled_dim=width if include_pooled else 0,
                 numeric_format=self._live.frozen().numeric_format,
             )
-            for identity, width in zip(ensemble.identities, self._widths, strict=True)
+            for identity, width in zip(ensemble.identities, ensemble.num_features, strict=True)
         ]
-        self._open(keys)
+        self._tables = TableSet(ensemble, self._folder, keys, on_trouble=self._warn_disk)
         self._stages: StageTables | None = None
         if keep_stages:
             self._stages = StageTables(
@@ -119,22 +112,6 @@ class TabledTeachers:
                 on_trouble=self._warn_disk,
             )
 
-    def _open(self, keys: list[TableKey]) -> None:
-        """Opens one table per teacher; those that cannot be opened stay None.
-
-        A table that holds pooled features too serves runs that need the logits only, so that the methods of a
-        sweep share their rows.
-        """
-        for m, identity in enumerate(self._ensemble.identities):
-            key = keys[m]
-            wider = replace(key, pooled_dim=self._ensemble.num_features[m])
-            if not self._include_pooled and (self._folder / f"{wider.name}.rows").is_file():
-                key, self._widths[m] = wider, wider.pooled_dim
-            try:
-                self._tables[m] = TeacherTable(self._folder, key, identity.id)
-            except OSError as error:
-                self._warn_disk(error)
-
     @property
     def hit_rate(self) -> float | None:
         """Share of the rows asked for that were found, in [0, 1]; None before the first batch."""
@@ -144,12 +121,12 @@ class TabledTeachers:
     @property
     def keeping(self) -> bool:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
-        return self._writable and all(table is not None for table in self._tables)
+        return self._tables.keeping
 
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
         stages = 0 if self._stages is None else self._stages.disk_bytes()
-        return stages + sum(table.disk_bytes() for table in self._tables if table is not None)
+        return stages + self._tables.disk_bytes()
 
     def plan(self, rows: int) -> None:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
@@ -189,10 +166,10 @@ class TabledTeachers:
         self._memo = EpochMemo(
             index,
             view,
-            [_joined(block[m][0] for block in blocks) for m in range(len(self._names))],
+            [_joined(block[m][0] for block in blocks) for m in range(len(self._tables))],
             [
                 _joined(block[m][1] for block in blocks)
-                for m in range(len(self._names))
+                for m in range(len(self._tables))
                 if self._include_pooled
             ],
             num_images=self._num_images,
@@ -209,7 +186,7 @@ class TabledTeachers:
         Args:
             batch: B images with their index and view.
             stages: Names of the stages whose outputs are wanted. Where they are not kept the teachers run live,
-                every row counts as a miss, and the first such batch causes a warning.
+                and every row counts as a miss.
 
         Returns:
             Logits [M, B, C] in float32, rounded to float16; pooled features M x [B, D_m] likewise, or ().
@@ -241,19 +218,18 @@ class TabledTeachers:
         if self._stages is not None and set(stages) <= set(self._stages.stages):
             kept = tuple({name: maps[name] for name in stages} for maps in self._stages(batch))
             return self(batch)._replace(stages=kept)
-        self._warn("stages", f"teacher tables hold no stages ({', '.join(stages)}): teachers run live")
         self.misses += len(self._tables) * len(batch.index)
         output = self._live(batch, stages)
         return output if self._include_pooled else output._replace(pooled=())
 
     def _keep_computed(self, m: int, index: Rows, view: Rows, output: NetworkOutput) -> None:
         """Keeps logits and pooled features that were computed along with stages."""
-        if self._tables[m] is None or not self._writable:
+        if not self._tables.keeps(m):
             return  # they will be computed, and counted, again
-        logits, pooled = self._as_kept(m, output)
+        logits, pooled = self._tables.as_kept(m, output)
         # Rows that are there stay as they are: another graph may have rounded these otherwise.
-        new = ~self._look_up(m, index, view)[2]
-        self._store(m, index[new], view[new], logits[new], None if pooled is None else pooled[new])
+        new = ~self._tables.read(m, index, view)[2]
+        self._tables.write(m, index[new], view[new], logits[new], None if pooled is None else pooled[new])
         self.misses += len(index)
         self.hits -= len(index)  # the look-up that follows will find them
 
@@ -264,7 +240,7 @@ class TabledTeachers:
 
         `images_of` makes the images at some of the positions 0..B-1.
         """
-        found = [self._look_up(m, index, view) for m in range(len(self._tables))]
+        found = [self._tables.read(m, index, view) for m in range(len(self._tables))]
         present = np.stack([here for _, _, here in found])
         self.hits += int(present.sum())
         self.misses += int((~present).sum())
@@ -286,9 +262,8 @@ class TabledTeachers:
                     logits[rows] = computed[new]
                     if pooled is not None and features is not None:
                         pooled[rows] = features[new]
-                    self._store(
-                        m, index[rows], view[rows], logits[rows], None if pooled is None else pooled[rows]
-                    )
+                    kept = None if pooled is None else pooled[rows]
+                    self._tables.write(m, index[rows], view[rows], logits[rows], kept)
         source = once[inverse]
         for logits, pooled, here in found:
             twice = ~here[missing] & (source != missing)
@@ -297,56 +272,18 @@ class TabledTeachers:
                 pooled[missing[twice]] = pooled[source[twice]]
         return [(logits, pooled) for logits, pooled, _ in found]
 
-    def _look_up(self, m: int, index: Rows, view: Rows) -> tuple[Values, Values | None, NDArray[np.bool_]]:
-        table = self._tables[m]
-        if table is not None:
-            try:
-                return table.read(index, view)
-            except OSError as error:
-                self._tables[m] = None
-                self._warn_disk(error)
-        B, D = len(index), self._widths[m]
-        logits = np.empty((B, self._ensemble.num_classes), dtype=np.float32)
-        pooled = np.empty((B, D), dtype=np.float32) if D else None
-        return logits, pooled, np.zeros(B, dtype=np.bool_)
-
     def _compute(self, m: int, images: Tensor) -> tuple[Values, Values | None]:
         """Passes images through teacher m; returns values as a table would hold them."""
         # One size whatever is missing: how many rows a killed run left must not change the rounding of others.
         teachers = self._live.frozen()
-        return self._as_kept(m, teachers.ask(m, images, teachers.chunk))
-
-    def _as_kept(self, m: int, output: NetworkOutput) -> tuple[Values, Values | None]:
-        logits = to_float16(output.logits.cpu().numpy(), self._names[m]).astype(np.float32)
-        if not self._widths[m]:
-            return logits, None
-        return logits, to_float16(output.pooled.cpu().numpy(), self._names[m]).astype(np.float32)
-
-    def _store(
-        self,
-        m: int,
-        index: NDArray[np.int64],
-        view: NDArray[np.int64],
-        logits: NDArray[np.float32],
-        pooled: NDArray[np.float32] | None,
-    ) -> None:
-        table = self._tables[m]
-        if table is None or not self._writable:
-            return
-        try:
-            table.write(index, view, logits, pooled)
-        except OSError as error:
-            self._writable = False  # known rows are still read
-            self._warn_disk(error)
+        return self._tables.as_kept(m, teachers.ask(m, images, teachers.chunk))
 
     def _warn_disk(self, error: OSError) -> None:
-        self._warn("disk", f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live")
-
-    def _warn(self, cause: str, message: str) -> None:
-        """Warns once per cause."""
-        if cause not in self._warned:
-            self._warned.add(cause)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        """Warns, once."""
+        if not self._warned:
+            self._warned = True
+            text = f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _joined(parts: Iterable[Values | None]) -> NDArray[np.float16]:
