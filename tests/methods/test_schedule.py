@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,58 @@ def test_a_method_weighs_its_terms_by_progress():
     assert float(early.total) == pytest.approx(
         2 * float(early.terms["ce_ensemble"]) + 3 * float(early.terms["kd_ensemble"]), rel=1e-5
     )
+
+
+STAGED = {
+    "hint": {
+        "type": "feature_branch",
+        "weight": 10.0,
+        "feature": "stage1",
+        "schedule": {"linear": [[0, 1], [0.3, 1], [0.3, 0]]},
+    },
+    "kd_ensemble": {"weight": 0.5, "schedule": {"linear": [[0.3, 0], [0.3, 1], [0.8, 1], [0.8, 0]]}},
+    "ce_ensemble": {"weight": 2.0, "schedule": {"linear": [[0.3, 0], [0.3, 1]]}},
+}
+
+
+def test_a_method_says_what_it_asks_for_by_progress():
+    method = build_method("x", STAGED, **sizes())
+    asked = [method.asks_teachers(progress) for progress in (0.0, 0.29, 0.3, 0.79, 0.8, 1.0)]
+    assert asked == [(True, ("stage1",))] * 2 + [(True, ())] * 2 + [(False, ())] * 2
+    assert method.reads_tables
+    assert not build_method("x", {"hint": STAGED["hint"]}, **sizes()).reads_tables
+
+
+def test_an_idle_term_costs_nothing_and_leaves_zero_gradients():
+    method = build_method("x", STAGED, **sizes())
+    alone = build_method("x", {"ce_ensemble": {"weight": 2.0}}, **sizes())
+    student, other = make_student(), make_student()
+    found = method(student, None, make_batch(), progress=0.9)
+    expected = alone(other, None, make_batch())
+    found.total.backward()
+    expected.total.backward()
+    assert torch.equal(found.total, expected.total)
+    assert torch.equal(student.branch_logits.grad, other.branch_logits.grad)
+    assert float(found.terms["hint"]) == float(found.terms["kd_ensemble"]) == 0.0
+    adapters = list(method.terms["hint"].parameters())
+    assert adapters
+    assert all(p.grad is not None and not p.grad.any() for p in adapters)
+    # In the first part only the hint counts: logits still get a gradient, of zero.
+    student = make_student()
+    method(student, make_teachers(), make_batch(), progress=0.0).total.backward()
+    assert not student.branch_logits.grad.any()
+    assert student.stages[0]["stage1"].grad.any()
+
+
+def test_a_method_whose_terms_are_all_idle_is_computed_nevertheless():
+    ends = {"ce_ensemble": {"weight": 1.0, "schedule": {"linear": [[0, 1], [0.5, 0]]}}}
+    result = build_method("x", ends, **sizes())(make_student(), None, make_batch(), progress=0.9)
+    assert float(result.total) == 0.0
+    assert result.total.requires_grad
+    assert float(result.terms["ce_ensemble"]) > 0.0
+
+
+def test_teachers_that_are_needed_now_must_be_there():
+    method = build_method("x", STAGED, **sizes())
+    with pytest.raises(ValueError, match="needs the teachers"):
+        method(make_student(), None, make_batch(), progress=0.5)

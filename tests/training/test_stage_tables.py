@@ -162,6 +162,18 @@ def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
     assert runs[0].result["test_nll"] == runs[1].result["test_nll"]
 
 
+def test_a_method_that_needs_stages_for_a_while_reads_tables_afterwards(train, tmp_path):
+    hint = "{weight: 1.0, feature: stage2, schedule: {linear: [[0, 1], [0.5, 1], [0.5, 0]]}}"
+    words = (f"+method.terms.feature_branch={hint}", "method.terms.kd_branch.weight=1", "recipe.epochs=2")
+    first, second = (
+        train(tmp_path / f"run{i}", *words, f"teachers.store={tmp_path / 's'}") for i in range(2)
+    )
+    assert (first.code, second.code) == (0, 0), first.err
+    # 4 steps an epoch, none in tables in the first: two teachers × 128 images live, then 128 looked up.
+    assert first.result["teacher_table_hit_rate"] < second.result["teacher_table_hit_rate"] == 0.5
+    assert first.result["test_nll"] == second.result["test_nll"]
+
+
 def test_tables_that_would_not_fit_are_refused_where_required(tiny_settings):
     small = "teachers.table_budget_gb=0.001"
     with pytest.raises(UserError, match=r"teachers\.table=require.*budget"):

@@ -21,8 +21,9 @@ from ekd_lightning.methods.assignment import (
     build_assignment,
     make_assignment,
 )
+from ekd_lightning.methods.build import build_method, needs_teachers, uses_assignment
 from ekd_lightning.methods.losses import ambiguity, combine_teachers, cross_entropy, kd_divergence, mse
-from ekd_lightning.methods.method import Method, MethodLoss, build_method, needs_teachers, uses_assignment
+from ekd_lightning.methods.method import Method, MethodLoss
 from ekd_lightning.methods.terms import (
     StepContext,
     Term,

@@ -1,36 +1,27 @@
-"""A method: a named list of weighted terms, and how it is built from plain settings.
+"""A method: a named list of weighted terms.
 
 Shape letters: B batch, C classes, M teachers, K branches.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, build_assignment
-from ekd_lightning.methods.options import number
-from ekd_lightning.methods.schedule import WeightSchedule, read_schedule
+from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.terms import (
     LiveNetworks,
-    StageShape,
     StepContext,
     Term,
-    TermContext,
-    build_term,
-    check_option_names,
-    term_class,
 )
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 
-DEFAULT_TEMPERATURE = 4.0
-DEFAULT_ASSIGNMENT = "one_to_one"
+_PARTS = 240  # how finely schedules are looked through
 
 
 class MethodLoss(NamedTuple):
@@ -39,7 +30,7 @@ class MethodLoss(NamedTuple):
     Attributes:
         total: Scalar with gradient, Σ weight · value.
         terms: Term name -> unweighted value, a detached scalar on the loss's device (reading it
-            synchronises).
+            synchronises); 0 for terms that were not computed because their weight was 0 in this step.
     """
 
     total: Tensor
@@ -95,6 +86,26 @@ class Method(nn.Module):
         """Names of the stage outputs that the teachers must return."""
         return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.teacher_stages))
 
+    def counting_terms(self, progress: float) -> dict[str, Term]:
+        """The terms that are computed at a share of the training in [0, 1].
+
+        Those whose schedule gives them weight 0 are not; if that leaves none, all are.
+        """
+        everything = dict(self.named_terms())
+        return {key: term for key, term in everything.items() if not term.is_idle(progress)} or everything
+
+    def asks_teachers(self, progress: float) -> tuple[bool, tuple[str, ...]]:
+        """Whether teachers must answer at a share of the training, and the stages they must return then."""
+        terms = self.counting_terms(progress).values()
+        stages = dict.fromkeys(stage for term in terms for stage in term.teacher_stages)
+        return any(term.needs_teachers for term in terms), tuple(stages)
+
+    @property
+    def reads_tables(self) -> bool:
+        """Whether, in some part of the training, the teachers are asked for more than nothing, but for no stages."""
+        asked = (self.asks_teachers(part / _PARTS) for part in range(_PARTS))
+        return any(needed and not stages for needed, stages in asked)
+
     @property
     def student_stages(self) -> tuple[str, ...]:
         """Names of the student's stage outputs that some term reads."""
@@ -116,7 +127,8 @@ class Method(nn.Module):
 
         Args:
             student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
-            teachers: Outputs for the same images, logits [M, B, C]; None if the method needs none.
+            teachers: Outputs for the same images, logits [M, B, C]; None if the method needs none then, see
+                `asks_teachers`.
             batch: The batch.
             epoch: Counted from 0.
             step: Optimiser steps so far, counted from 0.
@@ -130,19 +142,39 @@ class Method(nn.Module):
             ValueError: If the outputs do not fit the method (teachers missing, other K or M than it was
                 built for).
         """
-        assignment_KM = self._assignment_for(student, teachers, step)
-        if networks is None and self.needs_networks:
+        counting = self.counting_terms(progress)
+        if teachers is None and any(term.needs_teachers for term in counting.values()):
+            raise ValueError(f"method {self.name!r} needs the teachers' outputs")
+        if networks is None and any(term.needs_networks for term in counting.values()):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
+        assignment_KM = self._assignment_for(student, teachers, step)
         context = StepContext(student, teachers, batch, assignment_KM, epoch, step, progress, networks)
-        values = {key: term(context) for key, term in self.named_terms()}
-        total = torch.stack([term.weight_at(context) * values[key] for key, term in self.named_terms()]).sum()
-        return MethodLoss(total, {key: value.detach() for key, value in values.items()})
+        values = {key: term(context) for key, term in counting.items()}
+        weighted = [term.weight_at(context) * values[key] for key, term in counting.items()]
+        if len(counting) < len(self.terms):
+            weighted.append(self._nothing(student, counting))
+        zero = student.logits.new_zeros(())
+        terms = {key: values[key].detach() if key in values else zero for key in self.terms}
+        return MethodLoss(torch.stack(weighted).sum(), terms)
+
+    def _nothing(self, student: StudentOutput, counting: Mapping[str, Term]) -> Tensor:
+        """0, with a gradient of 0 for all that only idle terms reach.
+
+        Without it such parameters would have no gradient: distributed training would wait for it, and weight decay
+        would pass them by.
+        """
+        idle = [
+            parameter
+            for key, term in self.named_terms()
+            if key not in counting
+            for parameter in term.parameters()
+        ]
+        reached = [student.logits, student.branch_logits, *idle]
+        return torch.stack([(values.float() * 0.0).sum() for values in reached]).sum()
 
     def _assignment_for(
         self, student: StudentOutput, teachers: TeacherOutput | None, step: int
     ) -> Tensor | None:
-        if teachers is None and self.needs_teachers:
-            raise ValueError(f"method {self.name!r} needs the teachers' outputs")
         if self.assignment is None or teachers is None:
             return None
         built = (self.assignment.num_branches, self.assignment.num_teachers)
@@ -152,168 +184,11 @@ class Method(nn.Module):
         return self.assignment.matrix(step).to(student.logits.device)
 
 
-def build_method(
-    name: str,
-    terms: Mapping[str, Mapping[str, Any]],
-    *,
-    num_classes: int,
-    num_branches: int,
-    num_teachers: int,
-    temperature: float | None = None,
-    assignment: AssignmentSpec | None = None,
-    seed: int = 0,
-    student_features: int = 0,
-    teacher_features: tuple[int, ...] = (),
-    student_stage_shapes: Mapping[str, StageShape] | None = None,
-    teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = (),
-    student_name: str = "student",
-    teacher_names: tuple[str, ...] = (),
-    train_index: Tensor | None = None,
-    train_labels: Tensor | None = None,
-) -> Method:
-    """Builds a method from plain settings.
-
-    Args:
-        name: The method's name in records.
-        terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), schedule: see
-            `schedule.read_schedule` (default: constant), further options of the term}. A term of weight 0 is
-            checked for typing errors but not built.
-        num_classes: C.
-        num_branches: K >= 1.
-        num_teachers: M, 0 for none.
-        temperature: T > 0 for all terms that do not set their own; None for 4.
-        assignment: A kind or explicit rows (see `make_assignment`); None for one_to_one.
-        seed: Of the random assignment, and of whatever a term draws.
-        student_features: D of a branch's pooled features.
-        teacher_features: D_m of every teacher.
-        student_stage_shapes: Stage name -> (channels, height, width) of a branch, from input to output.
-        teacher_stage_shapes: The same for every teacher.
-        student_name: For error messages.
-        teacher_names: For error messages.
-        train_index: int64 [n], the images trained on, as positions in the whole set; some terms need them.
-        train_labels: int64 [n], their labels.
-
-    Returns:
-        The method.
-
-    Raises:
-        UserError: For an unknown term, option or stage, a weight that is negative or not finite, a
-            temperature that is not positive, an assignment that does not fit, or when no term has a positive
-            weight.
-    """
-    if num_branches < 1:
-        raise UserError(f"number of branches={num_branches} is not allowed; give an integer >= 1")
-    specs = {key: _TermSpec.read(key, spec) for key, spec in terms.items()}
-    active = {key: spec for key, spec in specs.items() if spec.weight > 0}
-    uses_assignment = num_teachers > 0 and any(
-        term_class(spec.type).uses_assignment for spec in active.values()
-    )
-    context = TermContext(
-        num_classes=num_classes,
-        num_branches=num_branches,
-        num_teachers=num_teachers,
-        temperature=_or_default(temperature),
-        assignment=(
-            build_assignment(_or_one_to_one(assignment), num_branches, num_teachers, seed)
-            if uses_assignment
-            else None
-        ),
-        student_features=student_features,
-        teacher_features=tuple(teacher_features),
-        student_stage_shapes=student_stage_shapes or {},
-        teacher_stage_shapes=tuple(teacher_stage_shapes),
-        student_name=student_name,
-        teacher_names=tuple(teacher_names),
-        seed=seed,
-        train_index=train_index,
-        train_labels=train_labels,
-    )
-    method = Method(name, {key: spec.build(key, context) for key, spec in active.items()}, context.assignment)
-    _warn_without_effect(method, temperature, assignment)
-    return method
-
-
-def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Says whether a method with these settings needs teachers, before any network is there.
-
-    Raises:
-        UserError: As `build_method`, for unknown terms, options and weights.
-    """
-    return any(term.needs_teachers for term in _classes(terms))
-
-
-def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Says whether the assignment has an effect on a method with these settings; raises as `needs_teachers`."""
-    return any(term.uses_assignment for term in _classes(terms))
-
-
-def _classes(terms: Mapping[str, Mapping[str, Any]]) -> list[type[Term]]:
-    """The classes of the terms that count; all are checked."""
-    specs = [_TermSpec.read(key, spec) for key, spec in terms.items()]
-    return [term_class(spec.type) for spec in specs if spec.weight > 0]
-
-
-_OWN_KEYS = ("type", "weight", "schedule")
-
-
-class _TermSpec(NamedTuple):
-    """One entry of the settings of a method, its names and weight checked."""
-
-    type: str
-    weight: float
-    schedule: WeightSchedule
-    options: dict[str, Any]
-
-    @classmethod
-    def read(cls, key: str, spec: Mapping[str, Any]) -> _TermSpec:
-        where = f"method.terms.{key}"
-        if not isinstance(spec, Mapping) or "weight" not in spec:
-            raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
-        options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
-        kind = str(spec.get("type") or key)
-        check_option_names(kind, options)
-        weight = number(f"{where}.weight", spec["weight"], low=0.0)
-        return cls(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
-
-    def build(self, key: str, context: TermContext) -> Term:
-        try:
-            term = build_term(self.type, self.weight, context, **self.options)
-        except UserError as error:
-            raise UserError(f"method.terms.{key}: {error}") from None
-        term.schedule = self.schedule
-        return term
-
-
 def _check_key(key: str) -> None:
     # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
     if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
         raise UserError(
             f"method.terms.{key}: not a usable name for a term; choose another and set its `type`"
-        )
-
-
-def _or_default(temperature: float | None) -> float:
-    if temperature is None:
-        return DEFAULT_TEMPERATURE
-    return number("method.temperature", temperature, above=0.0)
-
-
-def _or_one_to_one(assignment: AssignmentSpec | None) -> AssignmentSpec:
-    return DEFAULT_ASSIGNMENT if assignment is None else assignment
-
-
-def _warn_without_effect(
-    method: Method, temperature: float | None, assignment: AssignmentSpec | None
-) -> None:
-    used = [term for _, term in method.named_terms()]
-    if temperature is not None and not any(term.uses_temperature for term in used):
-        warnings.warn(
-            f"method.temperature={temperature} has no effect: no term of {method.name!r} uses it",
-            stacklevel=3,
-        )
-    if assignment is not None and not any(term.uses_assignment for term in used):
-        warnings.warn(
-            f"method.assignment={assignment} has no effect: no term of {method.name!r} uses it", stacklevel=3
         )
 
 

@@ -187,6 +187,10 @@ class Term(nn.Module):
         """
         return self.weight * self.schedule(context.progress)
 
+    def is_idle(self, progress: float) -> bool:
+        """Whether the term counts for nothing at a share of the training in [0, 1], so that it is not computed."""
+        return self.weight * self.schedule(progress) == 0.0
+
     def forward(self, context: StepContext) -> Tensor:
         """Returns the unweighted value of the loss for one step.
 

@@ -15,7 +15,7 @@ import torch
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.methods import Method, build_method
-from ekd_lightning.methods.method import DEFAULT_TEMPERATURE
+from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller

@@ -110,9 +110,10 @@ class Distiller(ImageClassificationModule):
         data = getattr(self.trainer, "datamodule", None)
         if source is None or not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
             return
-        index, view = loader.rows(self._batches_to_come())
+        batches = self._batches_to_come()
+        index, view = loader.rows(batches)
         source.plan(len(index) * self.recipe.epochs)
-        if isinstance(source, TabledTeachers):
+        if isinstance(source, TabledTeachers) and self._looks_up(batches):
             source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
 
     def _batches_to_come(self) -> int:
@@ -122,6 +123,17 @@ class Distiller(ImageClassificationModule):
             return batches
         left = self.trainer.max_steps - self.global_step
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
+
+    def _looks_up(self, batches: int) -> bool:
+        """Whether some of the next batches ask the teachers for what their tables hold."""
+        asked = (self.method.asks_teachers(self._progress(batch)) for batch in range(batches))
+        return any(needed and not stages for needed, stages in asked)
+
+    def _progress(self, ahead: int = 0) -> float:
+        """Share of the training in [0, 1] that is done, `ahead` batches from now."""
+        batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
+        steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
+        return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
 
     def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
         """The student's forward pass in training, with the stages that the method reads; compiled or not."""
@@ -147,22 +159,23 @@ class Distiller(ImageClassificationModule):
         if self._student_outputs is None:
             self._student_outputs = self._student_forward()
         student = self._student_outputs(batch.images)
-        teachers = self._teach(batch) if self.method.needs_teachers else None
-        steps = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
+        progress = self._progress()
+        needed, stages = self.method.asks_teachers(progress)
+        teachers = self._teach(batch, stages) if needed else None
         result = self.method(
             student,
             teachers,
             batch,
             epoch=self.current_epoch,
             step=self.global_step,
-            progress=min(1.0, self.global_step * self.trainer.accumulate_grad_batches / steps),
+            progress=progress,
             networks=self._live_networks,
         )
         return result.total, result.terms, student.logits
 
-    def _teach(self, batch: Batch) -> TeacherOutput:
+    def _teach(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
         assert self.teacher_source is not None  # opened when the fit started
-        return self.teacher_source(batch, tuple(self.method.teacher_stages))
+        return self.teacher_source(batch, stages)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Ensemble logits [B, C] and branch logits [K, B, C] of images [B, 3, H, W]."""

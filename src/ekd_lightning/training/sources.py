@@ -58,11 +58,13 @@ def uses_tables(
         shapes = network.stage_shapes(dataset.image_size)
         # Rows as large as these are blocks of the disk by themselves, so a run needs only those that it asks for.
         asked = min(views.num_views, settings.recipe.epochs)
-        for stage in method.teacher_stages:
+        for stage in _kept_stages(settings, method):
             needed += table_bytes(images, asked, dataset.num_classes, prod(shapes[stage]), 1)
     folder = table_folder(settings)
     try:
-        present = present_bytes(folder, dataset.train.sha256, views.key, len(plans), method.teacher_stages)
+        present = present_bytes(
+            folder, dataset.train.sha256, views.key, len(plans), _kept_stages(settings, method)
+        )
         check_disk(folder, needed, int(settings.teachers.table_budget_gb * 1e9), present)
     except UserError as error:
         if settings.teachers.table == "require":
@@ -80,10 +82,18 @@ def _why_live(settings: Settings, method: Method) -> str:
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):
         return f"with {mixed} images are not finite in number"
-    if method.teacher_stages and not settings.teachers.table_stages:
+    if method.teacher_stages and not settings.teachers.table_stages and not method.reads_tables:
         stages = ", ".join(method.teacher_stages)
         return f"stage outputs ({stages}) are not kept in tables (teachers.table_stages=true keeps them)"
     return ""
+
+
+def _kept_stages(settings: Settings, method: Method) -> tuple[str, ...]:
+    """Stages with tables of their own.
+
+    Without them, a method that needs stages for a part of its training asks the teachers live in that part.
+    """
+    return method.teacher_stages if settings.teachers.table_stages else ()
 
 
 def _say(line: str) -> None:
@@ -116,7 +126,7 @@ def make_source(
         num_images=len(dataset.train),
         views=views,
         include_pooled=method.needs_pooled,
-        keep_stages=method.teacher_stages,
+        keep_stages=_kept_stages(settings, method),
         image_size=dataset.image_size,
         how=how,
     )
