@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -56,7 +56,7 @@ class Group:
     taught_by: tuple[str, ...]
     runs: tuple[RunEntry, ...]
     duplicates: tuple[RunEntry, ...] = ()
-    varied: Mapping[str, Any] | None = None
+    varied: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def done(self) -> tuple[RunEntry, ...]:

@@ -12,12 +12,19 @@ Both are imported when they are needed: matplotlib and plotly are optional.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from ekd_lightning.reporting.answer import Answer
-from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.collection import Collection
-from ekd_lightning.reporting.groups import Group
+from ekd_lightning.errors import unknown_name
+from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
+from ekd_lightning.reporting.blocks import Block, blocks
+from ekd_lightning.reporting.collection import STATES, Collection
+from ekd_lightning.reporting.groups import Group, group
+from ekd_lightning.reporting.report_rows import difference_record, record, rows
+
+DEFAULT_TITLE = "Ensemble knowledge distillation: results"
 
 
 @dataclass(frozen=True)
@@ -41,3 +48,127 @@ class Report:
     reference: dict[str, str]
     answers: tuple[Answer, ...]
     notes: tuple[str, ...]
+
+    @property
+    def lead(self) -> str:
+        """The answer of all blocks together, in a sentence or two."""
+        return lead(self.answers) if self.answers else "No run is done: there is nothing to say yet."
+
+    def references(self, block: Block) -> tuple[str, ...]:
+        """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""
+        subjects = [a.subject.label for a in self.answers if a.block.key == block.key and a.subject]
+        return tuple(dict.fromkeys([*filter(None, [self.reference.get(block.key)]), *subjects]))
+
+
+def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: str | None = None) -> Report:
+    """Groups the runs, compares them, and puts the answer in words.
+
+    Args:
+        collection: The runs.
+        title: Of the page.
+        reference: Label of the groups, or name of the method, that differences are taken to. By default the plain
+            student (`ce`), else EKD, else the first group that is done.
+
+    Raises:
+        UserError: If no block has the reference.
+    """
+    groups = group(collection)
+    found = blocks(groups)
+    chosen = {block.key: one.label for block in found if (one := _reference(block, reference)) is not None}
+    if reference is not None and not chosen:
+        labels = {one.label for one in groups if one.n}
+        raise unknown_name("--reference", reference, labels | {one.method for one in groups if one.n})
+    told = answers(found)
+    notes = (*collection.problems, *_notes(groups, found))
+    return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(told), notes)
+
+
+def _reference(block: Block, asked: str | None) -> Group | None:
+    done = [one for one in block.groups if one.n]
+    if asked is not None:
+        exact = [one for one in done if one.label == asked]
+        return exact[0] if exact else strongest([one for one in done if one.method == asked])
+    for method in ("ce", "ekd"):
+        own = [one for one in done if one.method == method]
+        if own:
+            return min(own, key=lambda one: (len(one.label), one.label))
+    return done[0] if done else None
+
+
+def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
+    told = []
+    for one in groups:
+        for run in one.duplicates:
+            seed = int(run.get("seed"))
+            newest = next(other.name for other in one.done if int(other.get("seed")) == seed)
+            told.append(
+                f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts"
+            )
+    alike: dict[tuple[str, float | None], list[Block]] = defaultdict(list)
+    for block in found:
+        alike[block.data, block.fraction].append(block)
+    for (data, fraction), same in alike.items():
+        if len(same) > 1:
+            share = "" if fraction is None else f", {100 * fraction:g} %"
+            told.append(
+                f"{data}{share}: runs went {len(same)} different ways and are kept apart, never averaged "
+                f"or compared across: {'; '.join(block.title for block in same)}"
+            )
+    partial = [run.name for one in groups for run in one.others if run.state == "partial"]
+    if partial:
+        more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
+        told.append(f"{partial[0]}{more}: saw a part of the data only, left out of all means")
+    return told
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """What the page shows, as JSON: answers, rows and differences of every block, runs that do not count."""
+    return {
+        "title": report.title,
+        "lead": report.lead,
+        "runs": {state: report.collection.count(state) for state in STATES},
+        "blocks": [_block(report, block) for block in report.blocks],
+        "not_done": [
+            {
+                "run": run.name,
+                "setting": one.label,
+                "seed": run.get("seed"),
+                "state": run.state,
+                "error": run.error,
+            }
+            for one in report.groups
+            for run in one.others
+        ],
+        "notes": list(report.notes),
+    }
+
+
+def _block(report: Report, block: Block) -> dict[str, Any]:
+    told = next((one for one in report.answers if one.block.key == block.key), None)
+    return {
+        "key": block.key,
+        "title": block.title,
+        "protocol": asdict(block.protocol),
+        "teachers": [dict(teacher) for teacher in block.teachers],
+        "reference": report.reference.get(block.key),
+        "answer": _answer(told) if told else None,
+        "rows": [record(row) for row in rows(block, report.references(block))],
+    }
+
+
+def _answer(told: Answer) -> dict[str, Any]:
+    return {
+        "subject": told.subject.label if told.subject else None,
+        "headline": told.headline,
+        "findings": [
+            {
+                "role": finding.role,
+                "other": finding.other.label,
+                "verdict": finding.verdict,
+                "difference": difference_record(finding.difference) if finding.difference else None,
+                "sentence": finding.sentence,
+            }
+            for finding in told.findings
+        ],
+        "remarks": list(told.remarks),
+    }

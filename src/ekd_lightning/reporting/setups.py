@@ -27,9 +27,8 @@ _RESULT = {
 }
 _DERIVED = ("teachers", "MACs", "parameters")
 """They follow from the rest, unless something is set that no file tells."""
-_CONFIG = (
-    "student.options",
-    "student.normalization",
+_STUDENT = ("student.options", "student.normalization")
+_REST = (
     "method",
     "recipe",
     "callbacks",
@@ -40,9 +39,21 @@ _CONFIG = (
     "trainer.gradient_clip_algorithm",
     "trainer.sync_batchnorm",
 )
+"""What a result does not tell, but the configuration does."""
+_WHOLE = (
+    "student",
+    "data",
+    "teachers.pool",
+    "teachers.count",
+    "teachers.recipe",
+    "teachers.train_on",
+    "trainer.precision",
+    *_REST,
+)
+"""What stands for the rest where there is no result."""
+_PLACES = ("data.root", "data.download", "data.eval_batch_size", "student.compile")
 _TOLD = ("method.name", "method.temperature", "method.assignment", "method.teacher", "method.assistants")
 """Results have them under other names."""
-_TEACHERS = ("teachers.pool", "teachers.count", "teachers.recipe", "teachers.train_on")
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
 
@@ -62,14 +73,20 @@ def describe(run: RunEntry) -> dict[str, Any]:
     found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
     if not run.config:
         return {**found, _UNKNOWN: True}
-    return {**found, **_configured(run, _CONFIG)}
+    return {**found, **settings(run)}
 
 
-def _configured(run: RunEntry, prefixes: Iterable[str]) -> dict[str, Any]:
+def settings(run: RunEntry) -> dict[str, Any]:
+    """Settings that the configuration alone tells, by dotted keys; those that are null are left out."""
+    flat = _flat(run, (*_STUDENT, *_REST))
+    return {key: value for key, value in flat.items() if key not in _TOLD and not _is_weight(key)}
+
+
+def _flat(run: RunEntry, prefixes: Iterable[str]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for prefix in prefixes:
         _flatten(run.setting(prefix), prefix, flat)
-    return {key: value for key, value in flat.items() if key not in _TOLD and not _is_weight(key)}
+    return flat
 
 
 def _is_weight(key: str) -> bool:
@@ -94,21 +111,7 @@ def whole_key(run: RunEntry) -> str:
     """Equal for two runs, with or without a result, whose configurations differ in the seed alone."""
     if not run.config:
         return _text({"name": run.name})
-    prefixes = (
-        "student",
-        "method",
-        "recipe",
-        "callbacks",
-        "data",
-        *_CONFIG[5:],
-        *_TEACHERS,
-        "trainer.precision",
-    )
-    flat: dict[str, Any] = {}
-    for prefix in prefixes:
-        _flatten(run.setting(prefix), prefix, flat)
-    places_and_cost = ("data.root", "data.download", "data.eval_batch_size", "student.compile")
-    return _text({name: value for name, value in flat.items() if name not in places_and_cost})
+    return _text({name: value for name, value in _flat(run, _WHOLE).items() if name not in _PLACES})
 
 
 def _text(content: Mapping[str, Any]) -> str:

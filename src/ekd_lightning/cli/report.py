@@ -1,0 +1,217 @@
+"""`ekd-report`: the results of many runs as tables, figures and one HTML page that begins with the answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ekd_lightning.cli.edge import one_line
+from ekd_lightning.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from ekd_lightning.reporting.report import Report
+
+PROGRAM = "ekd-report"
+PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tables.md", "summary.json"
+FORMATS = ("svg", "png")
+_SHOWN = 12  # notes in the terminal; the page has all of them
+EXAMPLES = """\
+examples:
+  ekd-report multirun/2026-01-31/12-00-00 -o report         one sweep
+  ekd-report compare/c10 compare/c100 -o report             several studies; data sets and protocols stay apart
+  ekd-report outputs -o report --reference kd_mean          differences to kd_mean instead of the plain student
+  ekd-report compare/c10 -o report --force                  once more, over an earlier report
+  ekd-report compare/c10 -o report --no-page --no-figures   the tables alone: needs neither matplotlib nor plotly
+
+It writes index.html, figures/, tables.md, runs.csv (one row per run) and summary.json. Runs are found at any depth
+below the given folders. docs/reporting.md tells how they are grouped and compared.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Report on any number of runs: does EKD help, how much, at what cost?",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, sweeps, studies")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report"
+    )
+    parser.add_argument(
+        "--reference", metavar="LABEL", help="what differences are taken to (default: ce, else ekd)"
+    )
+    parser.add_argument("--title", help="title of the page")
+    parser.add_argument("--force", action="store_true", help="write over an earlier report")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")
+    parser.add_argument("--no-figures", action="store_true", help="no figures as files")
+    parser.add_argument("--no-page", action="store_true", help="no HTML page")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-report`; exit code 2 for a user's mistake.
+
+    Args:
+        argv: Arguments without the command's name; those of the process if None.
+    """
+    args = make_parser().parse_args(argv)
+    with one_line(PROGRAM):
+        run_report(args)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    """Reads the runs and writes the report.
+
+    Raises:
+        UserError: For a user's mistake, before anything is written.
+    """
+    formats = [] if args.no_figures else parse_formats(args.formats)
+    check_packages(figures=bool(formats), page=not args.no_page)
+    check_output(args.output, force=args.force)
+    from ekd_lightning.reporting.collection import collect  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
+
+    report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
+    files = write_report(report, args.output, formats, page=not args.no_page)
+    _print(report, args.output, files)
+
+
+def parse_formats(text: str) -> list[str]:
+    """Reads `svg,png`.
+
+    Raises:
+        UserError: For another word, or none.
+    """
+    words = list(dict.fromkeys(word.strip().lower() for word in text.split(",") if word.strip()))
+    for word in words:
+        if word not in FORMATS:
+            raise unknown_name("--formats", word, FORMATS)
+    if not words:
+        raise UserError(f"--formats {text!r}: give one of {', '.join(FORMATS)}, or --no-figures")
+    return words
+
+
+def check_packages(*, figures: bool, page: bool) -> None:
+    """Refuses what cannot be drawn for want of a package.
+
+    Raises:
+        UserError: Naming the extra to install, and the option that does without.
+    """
+    for needed, package, option in (
+        (figures, "matplotlib", "--no-figures"),
+        (page, "plotly", "--no-page"),
+    ):
+        if needed and find_spec(package) is None:
+            raise UserError(
+                f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
+            )
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """Refuses a folder with something in it.
+
+    Raises:
+        UserError: If it is a file, or not empty and `force` is not given, or holds something else than a report.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file")
+    if not any(folder.iterdir()):
+        return
+    if not force:
+        raise UserError(f"--output {folder}: is not empty; --force writes over an earlier report")
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"--output {folder}: is not empty and no report (it has no {SUMMARY})")
+
+
+def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
+    """Writes all files of a report, in place of those of an earlier one.
+
+    Args:
+        report: What is to be said.
+        folder: Made if need be.
+        formats: Of the figures; none if empty.
+        page: Whether to write the HTML page.
+
+    Returns:
+        The files, in the order of writing.
+    """
+    from ekd_lightning.reporting import report_tables  # noqa: PLC0415
+    from ekd_lightning.reporting.report import summary  # noqa: PLC0415
+
+    _remove_earlier(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        SUMMARY: report_tables.summary_json(
+            summary(report)
+        ),  # first, so that what is cut short is known as a report
+        TABLES: report_tables.markdown(report),
+        RUNS: report_tables.runs_csv(report),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    files = [folder / name for name in texts]
+    if formats:
+        from ekd_lightning.reporting.figures import write_figures  # noqa: PLC0415 (needs matplotlib)
+
+        files += write_figures(report, folder / FIGURES, formats)
+    if page:
+        from ekd_lightning.reporting.page import write_page  # noqa: PLC0415 (needs plotly)
+
+        write_page(report, folder / PAGE)
+        files.append(folder / PAGE)
+    content = summary(report) | {"files": [path.relative_to(folder).as_posix() for path in files]}
+    (folder / SUMMARY).write_text(report_tables.summary_json(content), encoding="utf-8")
+    return files
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes what an earlier report wrote, as its summary lists it: no figure of it is left to pass for a new one."""
+    try:
+        listed: Any = json.loads((folder / SUMMARY).read_bytes()).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        return
+    root = folder.resolve()
+    for name in listed if isinstance(listed, list) else []:
+        path = (folder / str(name)).resolve()
+        if (
+            path.is_file()
+            and root in path.parents
+            and path.suffix in (".svg", ".png", ".html", ".md", ".csv", ".json")
+        ):
+            path.unlink()
+
+
+def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
+    for note in report.notes[:_SHOWN]:
+        print(f"{PROGRAM}: {note}", file=sys.stderr)
+    if len(report.notes) > _SHOWN:
+        print(
+            f"{PROGRAM}: and {len(report.notes) - _SHOWN} more notes, see {folder / TABLES}", file=sys.stderr
+        )
+    print(report.lead)
+    if len(report.answers) > 1:
+        for one in report.answers:
+            print(f"- {one.headline}")
+    states = ", ".join(f"{count} {state}" for state in _states() if (count := report.collection.count(state)))
+    page = folder / PAGE
+    print(f"{states}; {len(files)} files in {folder}" + (f", open {page}" if page in files else ""))
+
+
+def _states() -> tuple[str, ...]:
+    from ekd_lightning.reporting.collection import STATES  # noqa: PLC0415
+
+    return STATES
+
+
+if __name__ == "__main__":
+    main()

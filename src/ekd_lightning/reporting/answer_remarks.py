@@ -1,0 +1,174 @@
+"""What else a block says of EKD: its settings, its cost, its heterogeneity, and what is missing to be sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ekd_lightning.reporting import answer_words
+from ekd_lightning.reporting.answer_words import listed, plural, share
+from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.comparison import Difference, paired_by_seed
+from ekd_lightning.reporting.groups import FEW, Group
+
+_TOLD = 0.05
+
+
+def remarks(
+    block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[Difference | None]
+) -> list[str]:
+    """All remarks that the runs give reason to.
+
+    Args:
+        block: The block.
+        subject: The group of EKD that is spoken of.
+        controls: Those it was compared with, by role.
+        differences: All differences that were told.
+    """
+    siblings = [
+        group
+        for group in block.groups
+        if group.method == "ekd" and group.n and group.student == subject.student
+    ]
+    found = [answer_words.chosen(subject, len(siblings))] if len(siblings) > 1 else []
+    found += [_trend("K", subject, siblings), _trend("M", subject, siblings)]
+    found += [_cost(subject, controls.get("plain")), _ensemble(subject), _disagreement(subject, controls)]
+    found += [_margin(subject), _chance(block, subject)]
+    if "equal_cost" not in controls:
+        found.append(answer_words.no_equal_cost())
+    pairs = [
+        difference.cell.n for difference in differences if difference is not None and difference.cell.n > 1
+    ]
+    if pairs and min(pairs) < FEW:
+        found.append(answer_words.few(min(pairs)))
+    found.append(_not_done(block))
+    return [sentence for sentence in found if sentence]
+
+
+def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
+    """Accuracy over K at the subject's M, or over M at its K; only where nothing else varies."""
+    number, fixed = ("num_branches", "num_teachers") if letter == "K" else ("num_teachers", "num_branches")
+    own: dict[int, Group] = {}
+    for group in [*siblings, subject]:
+        if getattr(group, fixed) == getattr(subject, fixed) and _alike(group, subject, letter):
+            own[getattr(group, number)] = group
+    cells = {count: group.accuracy for count, group in own.items() if group.accuracy is not None}
+    if len(cells) < 2:
+        return ""
+    best = max(cells, key=lambda count: cells[count].mean)
+    values = {str(count): group.by_seed("test_accuracy") for count, group in own.items()}
+    found = paired_by_seed(values, str(best))
+    apart = {count: _apart(found.get(str(count))) for count in cells if count != best}
+    return answer_words.trend(letter, cells, best, apart)
+
+
+def _alike(group: Group, subject: Group, letter: str) -> bool:
+    """Whether nothing but K (or M, and what follows from it) sets two groups apart."""
+    follow = {"K": ("K", "split", "MACs", "parameters"), "M": ("M", "teachers")}[letter]
+    ours, theirs = (
+        {name: value for name, value in one.varied.items() if name not in follow} for one in (subject, group)
+    )
+    return ours == theirs
+
+
+def _apart(difference: Difference | None) -> bool | None:
+    if difference is None or difference.half is None:
+        return None
+    return difference.p_holm is not None and difference.p_holm < _TOLD
+
+
+def _cost(subject: Group, plain: Group | None) -> str:
+    cells = [subject.values(key) for key in ("num_parameters", "macs", "train_seconds")]
+    if any(cell is None for cell in cells):
+        return ""
+    parameters, macs, seconds = (cell.mean for cell in cells if cell is not None)
+    times = ["", "", ""]
+    if plain is not None and plain.label != subject.label:
+        theirs = [plain.values(key) for key in ("num_parameters", "macs", "train_seconds")]
+        times = [
+            f" ({ours / cell.mean:.1f} × the plain student)" if cell and cell.mean else ""
+            for ours, cell in zip((parameters, macs, seconds), theirs, strict=True)
+        ]
+    return (
+        f"Cost: {parameters:,.0f} parameters{times[0]}, {macs / 1e6:.1f} M MACs{times[1]}, {seconds:.0f} s of "
+        f"training{times[2]}, which depends on what else the machine did."
+    )
+
+
+def _ensemble(subject: Group) -> str:
+    parts = []
+    for key, what in (
+        ("test_gain_over_mean_branch", "their mean"),
+        ("test_gain_over_best_branch", "the best of them on the test set"),
+    ):
+        cell, interval = subject.values(key), subject.interval(key)
+        if cell is not None:
+            low_high = " to ".join(map(answer_words.points, interval)) if interval else ""
+            within = f"95 % interval {low_high}" if interval else "not enough runs for an interval"
+            parts.append(f"minus {what} {answer_words.points(cell.mean)} points ({within}, n = {cell.n})")
+    return f"Accuracy of the ensemble of branches {', '.join(parts)}." if parts else ""
+
+
+def _disagreement(subject: Group, controls: Mapping[str, Group]) -> str:
+    ours = subject.values("test_disagreement")
+    if ours is None or (subject.num_branches or 1) < 2:
+        return ""
+    text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
+    control = controls.get("mean_teacher")
+    theirs = control.values("test_disagreement") if control else None
+    if theirs is None:
+        return f"{text}."
+    return (
+        f"{text}; where all branches imitate the mean teacher it is {share(theirs.mean)} % "
+        f"(n = {plural(theirs.n, 'run')})."
+    )
+
+
+def _margin(subject: Group) -> str:
+    key = "test_own_teacher_cka_margin"
+    cell, interval = subject.values(key), subject.interval(key)
+    if cell is None:
+        return ""
+    between = (
+        f"95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
+        if interval
+        else "not enough runs for an interval"
+    )
+    return (
+        f"A branch's features resemble those of its own teacher more than those of the others by {cell.mean:+.3f} "
+        f"in linear CKA ({between}, n = {plural(cell.n, 'run')})."
+    )
+
+
+def _chance(block: Block, subject: Group) -> str:
+    """EKD with its teachers shifted differs from EKD by chance alone: its distance shows how large chance is."""
+    shifted = [
+        group
+        for group in block.groups
+        if group.method == "ekd_permuted"
+        and group.n
+        and (group.student, group.num_branches, group.taught_by)
+        == (subject.student, subject.num_branches, subject.taught_by)
+    ]
+    if not shifted:
+        return ""
+    values = {"ekd": subject.by_seed("test_accuracy"), "": shifted[0].by_seed("test_accuracy")}
+    found = paired_by_seed(values, "").get("ekd")
+    if found is None:
+        return ""
+    spread = f" ± {share(found.cell.std)}" if found.cell.std is not None else ""
+    return (
+        f"For the size of chance: with its teachers shifted by one branch ({shifted[0].label}), which should change "
+        f"nothing, EKD differs by {answer_words.points(found.cell.mean)}{spread} points "
+        f"(n = {plural(found.cell.n, 'pair')} of runs)."
+    )
+
+
+def _not_done(block: Block) -> str:
+    states = [run.state for group in block.groups for run in group.others]
+    words = {
+        "failed": "failed",
+        "running": "are still running or were killed",
+        "partial": "saw a part of the data only",
+    }
+    told = [f"{states.count(state)} {text}" for state, text in words.items() if state in states]
+    return f"Not counted here: of the runs of this block {listed(told)}." if told else ""

@@ -1,0 +1,224 @@
+"""Sentences of the answer, made from numbers; which numbers, `answer` decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ekd_lightning.reporting.comparison import Difference
+from ekd_lightning.reporting.groups import FEW, Group
+from ekd_lightning.reporting.tables import Cell
+
+SUBJECT = "EKD"
+ROLES = {
+    "plain": "the plain student",
+    "plain_taught": "the plain student taught by the mean of the teachers",
+    "equal_cost": "the plain student of equal cost",
+    "branched_untaught": "the branched student without teachers",
+    "mean_teacher": "the branched student whose branches all imitate the mean teacher",
+    "best": "the best other method",
+}
+"""What the others are, in the order in which they are spoken of."""
+
+
+def name(group: Group, role: str) -> str:
+    """What another is, and its label, e.g. `the plain student (ce)`."""
+    return f"{ROLES[role]} ({group.label})"
+
+
+def subject_name(group: Group) -> str:
+    """EKD, and its label where that says more."""
+    return SUBJECT if group.label == "ekd" else f"{SUBJECT} ({group.label})"
+
+
+def points(value: float) -> str:
+    """A difference of shares as points with its sign, e.g. `+5.43`."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def share(value: float) -> str:
+    """A share as percent, e.g. `71.55`."""
+    return f"{100 * value:.2f}"
+
+
+def plural(count: int, word: str) -> str:
+    """A count and its noun, e.g. `1 pair`, `3 pairs`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def p_value(value: float) -> str:
+    """E.g. `p 0.012`, `p < 0.001`."""
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+
+
+def interval(difference: Difference) -> str:
+    """Its 95 % interval in points, e.g. `+4.10 to +6.76`.
+
+    Raises:
+        ValueError: If the difference has none.
+    """
+    if difference.half is None:
+        raise ValueError("no interval")
+    return " to ".join(points(difference.cell.mean + sign * difference.half) for sign in (-1, 1))
+
+
+def comparison(
+    verdict: str, other: str, difference: Difference | None, accuracies: tuple[float, float], compared: int
+) -> str:
+    """EKD against another, as a sentence.
+
+    Args:
+        verdict: One of `answer.VERDICTS`.
+        other: What the other is called.
+        difference: EKD minus the other, with the corrected p value; None without a common seed.
+        accuracies: Mean test accuracies of EKD and the other over the seeds that both have.
+        compared: For how many comparisons p is corrected.
+    """
+    if difference is None:
+        return f"Not enough runs to compare {SUBJECT} with {other}: they have no seed in common."
+    cell, (ours, theirs) = difference.cell, accuracies
+    both = f"{share(ours)} against {share(theirs)} %"
+    if difference.half is None:
+        return (
+            f"Not enough runs to compare {SUBJECT} with {other}: n = {plural(cell.n, 'pair')} of runs, "
+            f"which differ by {points(cell.mean)} points ({both})."
+        )
+    if difference.p is None:
+        return (
+            f"{SUBJECT} and {other} differ by {points(cell.mean)} points in each of n = {cell.n} pairs of runs "
+            f"({both}); without any spread the difference cannot be tested."
+        )
+    pairs = f"n = {plural(cell.n, 'pair')} of runs"
+    numbers = f"95 % interval {interval(difference)}, {pairs}, {_corrected(difference, compared)}"
+    if verdict == "ahead":
+        return f"{SUBJECT} beats {other} by {share(abs(cell.mean))} points: {both} ({numbers})."
+    if verdict == "behind":
+        return f"{SUBJECT} loses to {other} by {share(abs(cell.mean))} points: {both} ({numbers})."
+    return (
+        f"No difference between {SUBJECT} and {other} can be told from n = {cell.n}: "
+        f"{points(cell.mean)} points, {both} ({numbers}{_though(difference)})."
+    )
+
+
+def _corrected(difference: Difference, compared: int) -> str:
+    p = difference.p_holm if difference.p_holm is not None else difference.p
+    assert p is not None
+    return p_value(p) + (f" corrected for {compared} comparisons" if compared > 1 else "")
+
+
+def _though(difference: Difference) -> str:
+    """Says it where the interval alone would have told a difference."""
+    assert difference.half is not None
+    outside = abs(difference.cell.mean) > difference.half
+    return "; the interval alone leaves 0 out, which one in 20 does by chance" if outside else ""
+
+
+def headline(where: str, subject: Group | None, verdicts: Mapping[str, Sequence[str]]) -> str:
+    """The sentence to lead with.
+
+    Args:
+        where: Title of the block.
+        subject: The group of EKD; None if none is done.
+        verdicts: Verdict -> roles of the others.
+    """
+    if subject is None or subject.accuracy is None:
+        return f"{where}: no run of {SUBJECT} is done, so nothing can be said of it."
+    start = (
+        f"{where}: {subject_name(subject)} reaches {share(subject.accuracy.mean)} % test accuracy "
+        f"(mean of n = {plural(subject.n, 'run')})"
+    )
+    told = [
+        f"{words} {listed([ROLES[role] for role in verdicts[verdict]])}"
+        for verdict, words in (
+            ("ahead", "beats"),
+            ("behind", "loses to"),
+            ("undecided", "cannot be told apart from"),
+        )
+        if verdicts.get(verdict)
+    ]
+    if not told:
+        why = "not enough runs" if verdicts.get("not_enough") else "no run of another method is done"
+        return f"{start}; {why} to say whether it helps."
+    missing = verdicts.get("not_enough")
+    rest = (
+        f" Not enough runs to compare it with {listed([ROLES[role] for role in missing])}." if missing else ""
+    )
+    return f"{start}. It {'; it '.join(told)}.{rest}"
+
+
+def lead(counts: Mapping[str, Mapping[str, int]], blocks: int) -> str:
+    """One sentence over several blocks.
+
+    Args:
+        counts: Role -> verdict -> number of blocks.
+        blocks: How many blocks there are.
+    """
+    words = {"behind": "loses in", "undecided": "cannot be told apart in", "not_enough": "not enough runs in"}
+    told = []
+    for role, found in counts.items():
+        rest = ", ".join(f"{words[verdict]} {found[verdict]}" for verdict in words if found.get(verdict))
+        total = sum(found.values())
+        told.append(f"{ROLES[role]} in {found.get('ahead', 0)} of {total}" + (f" ({rest})" if rest else ""))
+    if not told:
+        return (
+            f"{plural(blocks, 'setting')} of data and protocol, in none of which {SUBJECT} can be compared."
+        )
+    return f"Over {plural(blocks, 'setting')} of data and protocol, {SUBJECT} beats {'; '.join(told)}."
+
+
+def listed(words: Sequence[str]) -> str:
+    """E.g. `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def best_of(other: Group, count: int) -> str:
+    """What the best other method is called."""
+    among = f"the best of {count} others" if count > 1 else "the only other"
+    return f"{other.label} ({among} at no more cost)"
+
+
+def no_equal_cost() -> str:
+    """The remark for a block without the control that decides."""
+    return (
+        "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
+        "comes from the method or from the larger network is open."
+    )
+
+
+def chosen(subject: Group, count: int) -> str:
+    """How the group of EKD was chosen from several."""
+    return (
+        f"Of {count} settings of {SUBJECT} with this student, {subject.label} is spoken of: it has the highest "
+        "validation accuracy. The test set had no part in the choice."
+    )
+
+
+def trend(letter: str, accuracies: Mapping[int, Cell], best: int, apart: Mapping[int, bool | None]) -> str:
+    """Accuracy over K or M.
+
+    Args:
+        letter: `K` or `M`.
+        accuracies: By number of branches or teachers.
+        best: The number with the highest accuracy.
+        apart: For each other number, whether it can be told from the best; None without enough runs.
+    """
+    words = {"K": "branches", "M": "teachers"}
+    numbers = ", ".join(
+        f"{letter} = {number}: {share(cell.mean)} % (n = {cell.n})"
+        for number, cell in sorted(accuracies.items())
+    )
+    below = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told]
+    equal = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is False]
+    unknown = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is None]
+    parts = [f"highest is {letter} = {best}"]
+    parts += [f"{listed(below)} can be told to be lower"] if below else []
+    parts += [f"{listed(equal)} cannot be told apart from it"] if equal else []
+    parts += [f"not enough runs for {listed(unknown)}"] if unknown else []
+    return f"Number of {words[letter]}: {numbers}; {', '.join(parts)}."
+
+
+def few(smallest: int) -> str:
+    """The remark for few runs."""
+    return (
+        f"Some of these comparisons rest on n = {smallest} (fewer than {FEW} pairs): their intervals presume that "
+        "differences are normal, and cannot check it."
+    )
