@@ -9,11 +9,10 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from ekd_lightning.cli import ddp, sweep
+from ekd_lightning.cli import ddp
 from ekd_lightning.cli.build import build, import_user_modules
 from ekd_lightning.cli.config import compose_settings
-from ekd_lightning.cli.edge import run_program
-from ekd_lightning.cli.sweep import SweepSummary, tell_sweep
+from ekd_lightning.cli.edge import one_line, run_program
 from ekd_lightning.errors import UserError
 
 
@@ -46,7 +45,35 @@ def test_a_mistake_is_one_line(capsys, error, line):
     assert capsys.readouterr().err == line + "\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), KeyboardInterrupt(), SystemExit(3)])
+def interrupted_by_lightning() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def told_before() -> None:
+    with one_line("inner"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (fail(KeyboardInterrupt()), "ekd-x: interrupted"),
+        (fail(KeyboardInterrupt("2 of 3 done")), "ekd-x: interrupted: 2 of 3 done"),
+        (interrupted_by_lightning, "ekd-x: interrupted"),
+        (told_before, "inner: interrupted"),
+    ],
+)
+def test_an_interruption_is_one_line(capsys, body, line):
+    with pytest.raises(SystemExit) as stop:
+        run_program("ekd-x", body)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(3)])
 def test_our_own_mistakes_keep_their_traceback(capsys, error):
     with pytest.raises(type(error)) as caught:
         run_program("ekd-x", fail(error))
@@ -99,6 +126,12 @@ def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_p
     assert not any(name in os.environ for name in ddp._LAUNCH_ENV)
 
 
+def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job):
+    with ddp.ddp_reruns_this_job(program="train.py"):
+        assert sys.argv[0] == "train.py"
+    assert sys.argv[0] == "ekd-train"
+
+
 def test_also_after_a_failure(sweep_job):
     before = list(sys.argv)
 
@@ -122,22 +155,6 @@ def test_a_rank_that_others_started_is_left_alone(sweep_job, monkeypatch, name):
     assert os.environ[name] == "1"
 
 
-def test_a_sweep_tells_its_failures_once(tmp_path, capsys):
-    for job, status in enumerate(
-        ['{"state": "done"}', '{"state": "failed", "error": "x=1: no"}', '{"state": "running"}']
-    ):
-        (tmp_path / str(job)).mkdir()
-        (tmp_path / str(job) / "status.json").write_text(status)
-    SweepSummary().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
-    tell_sweep()
-    assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}: 1 of 3 runs done, 1 failed",
-        "  failed: 1  x=1: no",
-    ]
-    tell_sweep()
-    assert capsys.readouterr().out == ""
-
-
 def test_launch_variables_of_the_user_come_back(sweep_job, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node0")
     with ddp.ddp_reruns_this_job():
@@ -156,15 +173,6 @@ def test_nested_targets_are_checked_and_the_users_own_modules_allowed():
     with pytest.raises(UserError, match="must begin with"):
         build(node, "callbacks.x")
     assert build(node, "callbacks.x", ["fractions"]) == 3
-
-
-def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
-    (tmp_path / "0" / ".hydra").mkdir(parents=True)
-    sweep._folders.append(tmp_path)
-    sweep.tell_sweep()
-    told = capsys.readouterr().out
-    assert "0 of 1 runs done, 1 failed" in told
-    assert "see its log" in told
 
 
 def test_settings_can_be_composed_without_the_command():

@@ -22,11 +22,14 @@ def launched_by_others() -> bool:
 
 
 @contextlib.contextmanager
-def ddp_reruns_this_job() -> Iterator[None]:
+def ddp_reruns_this_job(program: str | None = None) -> Iterator[None]:
     """Makes Lightning start the other ranks with *this job* rather than with the whole sweep.
 
     Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values, and it
     leaves LOCAL_RANK behind, which the next job of the sweep would take for its own.
+
+    Args:
+        program: The file that runs one job, where this command does something else; None if this command does.
     """
     if launched_by_others():
         yield
@@ -35,7 +38,7 @@ def ddp_reruns_this_job() -> Iterator[None]:
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
     kept = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-    sys.argv = [argv[0], *config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
+    sys.argv = [program or argv[0], *config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
     environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     with read_write(hydra), open_dict(hydra):
         run_dir, hydra.run.dir = hydra.run.dir, hydra.runtime.output_dir

@@ -18,8 +18,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.training.record import is_rank_zero
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 
 # A place that cannot be written is the user's to change; other OSErrors may be bugs.
 _PLACE_ERRORS = (
@@ -35,7 +37,7 @@ _PLACE_ERRORS = (
 
 
 def run_program(program: str, body: Callable[[], object]) -> None:
-    """Runs `body`, turning a user's mistake into one line on stderr and exit code 2.
+    """Runs `body`, turning a user's mistake into one line on stderr and exit code 2, Ctrl-C into 130.
 
     Anything else is a bug of ours and keeps its traceback.
     """
@@ -46,9 +48,19 @@ def run_program(program: str, body: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def one_line(program: str) -> Iterator[None]:
-    """Turns a user's mistake inside the `with` block into one line on stderr and exit code 2."""
+    """Turns what a user causes inside the `with` block into one line on stderr.
+
+    A mistake ends with exit code 2, Ctrl-C with exit code 130.
+    """
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        what = str(stop) if isinstance(stop, KeyboardInterrupt) else ""
+        if is_rank_zero():
+            print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except UserError as error:
         _exit(program, str(error))
     except MissingConfigException as error:
@@ -59,6 +71,13 @@ def one_line(program: str) -> Iterator[None]:
         if error.errno not in _PLACE_ERRORS:
             raise
         _exit(program, f"{error.filename or 'output'}: {error.strerror}")
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception means Ctrl-C that nobody told of yet; Lightning turns it into a SystemExit."""
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, KeyboardInterrupt) and error.code != EXIT_INTERRUPTED
+    return isinstance(error, KeyboardInterrupt)
 
 
 def _prefix(error: ConfigKeyError | ConfigAttributeError) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ekd_lightning.cli.config import changed_keys, read_config
+from ekd_lightning.cli.config import CONFIG_FILE, changed_keys, read_config
 from ekd_lightning.cli.ddp import config_flags
+from ekd_lightning.cli.sweep_jobs import SWEEP_FILE
 from ekd_lightning.errors import UserError
 
 # What may change between the parts of a run without changing what is computed.
-_FREE = (
+FREE = (
     "resume",
     "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.max_time",
     "trainer.enable_progress_bar",
+    "evaluation",
     "logger",
     "callbacks",
     "tags",
@@ -30,6 +33,33 @@ _FREE = (
     "teachers.download",
     "teachers.store",
 )
+
+
+def resume_word(argv: Sequence[str]) -> Path | None:
+    """The folder that `resume=` names on a command line; the last one counts, `resume=null` is none."""
+    given = [word for word in argv[1:] if word.startswith("resume=")]
+    if not given or given[-1] in ("resume=null", "resume="):
+        return None
+    return Path(given[-1].removeprefix("resume=").strip("'\"")).absolute()
+
+
+def named_sweep(argv: Sequence[str]) -> Path | None:
+    """The folder that `resume=` names, if it is that of a whole sweep.
+
+    Raises:
+        UserError: For a sweep that was not planned ahead.
+    """
+    folder = resume_word(argv)
+    if folder is None or (folder / CONFIG_FILE).is_file():
+        return None
+    if (folder / SWEEP_FILE).is_file():
+        return folder
+    if (folder / "multirun.yaml").is_file():
+        raise UserError(
+            f"resume={folder}: a sweep without a plan ({SWEEP_FILE}), as other sweepers than Hydra's own leave it; "
+            "its runs can be continued one by one"
+        )
+    return None
 
 
 def expand_resume(argv: list[str]) -> list[str]:
@@ -46,10 +76,10 @@ def expand_resume(argv: list[str]) -> list[str]:
     Raises:
         UserError: If DIR is not a stopped run.
     """
-    given = [word for word in argv[1:] if word.startswith("resume=")]
-    if not given or given[-1] in ("resume=null", "resume="):
+    directory = resume_word(argv)
+    if directory is None:
         return argv
-    directory = Path(given[-1].removeprefix("resume=").strip("'\"")).absolute()
+    given = [word for word in argv[1:] if word.startswith("resume=")]
     recorded = read_config(directory)
     if _is_complete(directory, recorded):
         raise UserError(f"resume={directory}: this run is done, there is nothing to continue")
@@ -79,7 +109,7 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     changed = [
         key
         for key in changed_keys(read_config(directory), plain)
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
     if changed:
         raise UserError(

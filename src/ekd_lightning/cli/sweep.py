@@ -1,39 +1,246 @@
-"""What a sweep says at its end: which jobs are done and which failed."""
+"""A multirun from start to end: its plan on disk, its progress, its summary, and what Ctrl-C leaves."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import (
+    BasicSweeper,
+)  # how it expands a sweep has no public name
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
 
-_folders: list[Path] = []
+from ekd_lightning.cli.sweep_jobs import (
+    LOCK_FILE,
+    Sweep,
+    SweepJob,
+    found_sweep,
+    look,
+    mark_interrupted,
+    settled,
+    varied_keys,
+    varied_values,
+    write_sweep,
+)
+from ekd_lightning.cli.sweep_progress import look_now, watched
+from ekd_lightning.training.record import now
+
+_WIDTH = 160  # where there is no terminal
+_GRACE_SECONDS = 30.0  # for the processes of an interrupted sweep to say so and end
+_open: list[tuple[Path, contextlib.ExitStack]] = []
+"""The sweep that runs in this process, if one does; Hydra tells callbacks of its end only if no job failed."""
 
 
 class SweepSummary(Callback):
-    """Notes where a multirun keeps its jobs, for `tell_sweep`."""
+    """Writes down what a multirun is going to do, and follows it; `tell_sweep` ends it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Notes the folder, at the start: Hydra calls `on_multirun_end` only when no job failed."""
-        _folders.append(Path(str(config.hydra.sweep.dir)))
+        """Plans the jobs, before the first one starts."""
+        folder = Path(str(config.hydra.sweep.dir)).absolute()
+        stack = contextlib.ExitStack()
+        _open.append((folder, stack))
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(
+            Timeout, OSError, NotImplementedError
+        ):  # some shared file systems have no locks
+            stack.enter_context(FileLock(folder / LOCK_FILE, timeout=0))
+        jobs = plan_jobs(config, folder)
+        if jobs is not None:
+            sweep = describe_sweep(config, folder, jobs)
+            write_sweep(sweep)
+            stack.enter_context(watched(sweep))
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Tells of it at once where the job ran in the sweep's own process."""
+        look_now()
+
+
+def plan_jobs(config: DictConfig, folder: Path) -> tuple[SweepJob, ...] | None:
+    """The jobs that Hydra's own sweeper is going to start.
+
+    Args:
+        config: Composed configuration of the multirun, with the node `hydra`.
+        folder: Folder of the sweep.
+
+    Returns:
+        The jobs in their order; None for another sweeper, which decides as it goes.
+    """
+    hydra = config.hydra
+    if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
+        return None
+    words = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()] + list(
+        hydra.overrides.task
+    )
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    (every,) = BasicSweeper.split_arguments(parsed, None)
+    plain = OmegaConf.to_container(hydra.sweep, resolve=False)
+    assert isinstance(plain, dict)
+    by_number = plain["subdir"] == "${hydra.job.num}"
+    return tuple(
+        SweepJob(
+            folder / (str(number) if by_number else subdirectory(config, overrides, number)), tuple(overrides)
+        )
+        for number, overrides in enumerate(every)
+    )
+
+
+def subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
+    """The directory of a job below its sweep's, as the launcher will resolve it.
+
+    Args:
+        config: Composed configuration of the multirun.
+        overrides: Those of the job.
+        number: Its number, from 0 on.
+    """
+    job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.num = number
+        job.hydra.job.id = str(number)
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    try:
+        instance.set_config(job)
+        return str(OmegaConf.select(job, "hydra.sweep.subdir"))
+    finally:
+        instance.cfg = before
+
+
+def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[SweepJob]) -> Sweep:
+    """The sweep with all that is needed to start jobs of it again."""
+    hydra = config.hydra
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if jobs else set()
+    return Sweep(
+        folder,
+        tuple(jobs),
+        tuple(hydra.overrides.hydra),
+        tuple(word for word in (jobs[0].overrides if jobs else ()) if word in common),
+        str(hydra.job.config_name or "train"),
+        str(folders[0]) if folders else None,
+        now(),
+    )
 
 
 def tell_sweep() -> None:
-    """Prints the counts and one line per failed job of the sweep that ran in this process, if one did."""
-    while _folders:
-        folder = _folders.pop()
-        runs = sorted({path.parent for name in (".hydra", "status.json") for path in folder.rglob(name)})
-        states = {run: _status(run / "status.json") for run in runs}
-        failed = {run: status for run, status in states.items() if status["state"] == "failed"}
-        done = sum(status["state"] == "done" for status in states.values())
-        print(f"{folder}: {done} of {len(states)} runs done, {len(failed)} failed")
-        for run, status in failed.items():
-            print(f"  failed: {run.relative_to(folder)}  {status['error']}")
+    """Ends the sweep that ran in this process, if one did, and prints its summary."""
+    while _open:
+        folder, stack = _open.pop()
+        stack.close()
+        tell(folder)
 
 
-def _status(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {"state": "failed", "error": "ended before it had a record; see its log"}
-    return dict(json.loads(path.read_text()))
+def tell(folder: Path) -> None:
+    """Prints what the runs of a sweep found, which failed and why, and where everything is."""
+    from ekd_lightning.reporting.sweep_table import SweepRow, sweep_tables  # noqa: PLC0415 (slow; --help needs none)
+
+    sweep = found_sweep(folder)
+    states = settled(look(job, sweep.started) for job in sweep.jobs)
+    if not any(state.state != "waiting" for state in states):
+        return  # it was refused before its first job
+    keys = varied_keys(sweep.jobs)
+    rows = [
+        SweepRow(
+            s.job.directory.relative_to(folder).as_posix(), varied_values(s.job, keys), s.state, s.result
+        )
+        for s in states
+    ]
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=_WIDTH, highlight=False)
+    for table in sweep_tables(rows, keys):
+        console.print(table)
+    done = sum(state.state in ("done", "partial") for state in states)
+    failed = [state for state in states if state.state == "failed"]
+    print(f"{folder}: {done} of {len(states)} runs done, {len(failed)} failed")
+    for state in failed:
+        print(f"  failed: {state.job.directory.relative_to(folder)}  {state.error}")
+    place = as_typed(folder)
+    if done < len(states):
+        print(f"continue:  ekd-train resume={place}")
+    if done:
+        print(f"report:    ekd-report {place} -o {as_typed(folder / 'report')}")
+
+
+def interrupted_sweep() -> str | None:
+    """Ends what an interrupted sweep has left running, and says how it stands.
+
+    Returns:
+        One line; None if no sweep ran in this process.
+    """
+    if not _open:
+        return None
+    folder, stack = _open.pop()
+    sweep = found_sweep(folder)
+    stop_local_queue(folder)
+    stack.close()
+    return stopped(sweep)
+
+
+def stopped(sweep: Sweep, command: str | None = None) -> str:
+    """Marks the runs of a sweep whose processes have ended as interrupted, and says in a line how it stands.
+
+    Args:
+        sweep: The sweep.
+        command: What continues it; by default `ekd-train resume=FOLDER`.
+    """
+    mark_interrupted(sweep.jobs)
+    states = [look(job, sweep.started) for job in sweep.jobs]
+    counts = {name: sum(state.state in kinds for state in states) for name, kinds in _COUNTED.items()}
+    said = [f"{counts['done']} of {len(states)} runs done"]
+    said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
+    return f"{', '.join(said)}; to continue: {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
+
+
+_COUNTED = {
+    "done": ("done", "partial"),
+    "failed": ("failed",),
+    "stopped": ("stopped",),
+    "not started": ("waiting",),
+}
+
+
+def stop_local_queue(folder: Path) -> None:
+    """Ends jobs of submitit's local executor, which outlive the process that started them.
+
+    Its folders are named by the process that looks after each job, a child of ours; interrupted, it passes that on.
+
+    Args:
+        folder: Folder of the sweep.
+    """
+    children = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
+    alive = [pid for pid in children if _is_our_child(pid)]
+    for pid in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    until = time.monotonic() + _GRACE_SECONDS
+    for pid in alive:
+        while _is_our_child(pid) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def _is_our_child(pid: int) -> bool:
+    """Whether a process is a child of this one and still runs."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except (ChildProcessError, OverflowError):
+        return False
+
+
+def as_typed(path: Path) -> str:
+    """A path as one would type it here, in a shell."""
+    here = Path.cwd()
+    return shlex.quote(path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path))

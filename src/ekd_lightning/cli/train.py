@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from ekd_lightning.cli.build import build, import_user_modules
 from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
-from ekd_lightning.cli.edge import one_line, run_program
-from ekd_lightning.cli.resume import check_unchanged, expand_resume
-from ekd_lightning.cli.sweep import tell_sweep
+from ekd_lightning.cli.edge import is_interrupt, one_line, run_program
+from ekd_lightning.cli.resume import check_unchanged, expand_resume, named_sweep
+from ekd_lightning.cli.sweep import as_typed, interrupted_sweep, tell_sweep
 from ekd_lightning.errors import UserError
 from ekd_lightning.training.record import is_rank_zero
 
@@ -33,9 +33,17 @@ def main() -> None:
     register_schema()
 
     def body() -> None:
+        if (sweep := named_sweep(sys.argv)) is not None:
+            from ekd_lightning.cli.sweep_resume import resume_sweep  # noqa: PLC0415 (rarely needed)
+
+            sys.exit(0 if resume_sweep(sweep, sys.argv) else 1)
         sys.argv = expand_resume(sys.argv)
         try:
             _hydra_main()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if is_interrupt(stop):
+                raise KeyboardInterrupt(interrupted_sweep() or "") from None
+            raise
         finally:
             tell_sweep()
 
@@ -47,8 +55,19 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     with ddp_reruns_this_job():
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
-                return train(cfg)
+                return train_alone(cfg)
         return train_in_sweep(cfg)
+
+
+def train_alone(cfg: DictConfig) -> float | None:
+    """Runs one job that is no part of a sweep; if it is interrupted, says how it can be continued."""
+    try:
+        return train(cfg)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        place = as_typed(Path(HydraConfig.get().runtime.output_dir))
+        raise KeyboardInterrupt(f"to continue: {PROGRAM} resume={place}") from None
 
 
 def train_in_sweep(cfg: DictConfig) -> float | None:
