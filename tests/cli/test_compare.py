@@ -233,6 +233,11 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     assert code == 0
     assert "ce: no ce.yaml in" in err
     assert [line for line in out.splitlines() if "method=ekd method.temperature=2 " in line]
+    protocol = {"data": "cifar10", "fraction": 0.02}
+    (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [], "protocol": protocol}))
+    err = call(*ROWS, *options, *words)[2]
+    assert "was tuned on cifar10, the study is on digits" in err
+    assert "was tuned at fraction 0.02, and is used at 0.1" in err
     (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
     code, _, err = call(*ROWS, *options, *words)
     assert code == 2

@@ -152,6 +152,8 @@ def ask(
     fractions = studies.parse_fractions(args.fractions) if args.fractions else (default_fraction,)
     seeds = studies.parse_seeds(args.seeds) if args.seeds else (0, 1, 2)
     rows = [] if args.methods is None else _rows(args, common, old, composer)
+    if args.tuned:
+        rows = _with_tuned(rows, args.tuned, cfg.data.name, fractions)
     if old is None:
         return Study(tuple(rows), fractions, seeds, common, cfg.data.name)
     asked = Study(
@@ -194,7 +196,7 @@ def _rows(
             match = match_student(by, composer(overrides=common))
             log.info("%s: %s", name, match)
             rows.append(_matched(name, kd_mean, match))
-    return _with_tuned(rows, args.tuned) if args.tuned else rows
+    return rows
 
 
 def match_student(by: str, cfg: DictConfig) -> Match:
@@ -223,12 +225,14 @@ def _matched(name: str, kd_mean: RowPlan, match: Match) -> RowPlan:
     return RowPlan(name, (*kd_mean.overrides, f"student.network={match.network}", *options), without)
 
 
-def _with_tuned(rows: Sequence[RowPlan], folder: Path) -> list[RowPlan]:
+def _with_tuned(
+    rows: Sequence[RowPlan], folder: Path, data: str, fractions: Sequence[float]
+) -> list[RowPlan]:
     if not folder.is_dir():
         raise UserError(f"--tuned {folder}: no such folder")
     found = []
     for row in rows:
-        one = studies.tuned(row, folder)
+        one = studies.tuned(row, folder, data, fractions)
         if one is None:
             log.warning("%s: no %s.yaml in %s, the method's defaults are used", row.name, row.name, folder)
         found.append(one or row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 
 from ekd_lightning.errors import UserError, unknown_name
 
+log = logging.getLogger(__name__)
+
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
 CONTROLS = ("ce", "branched_ce", "kd_mean", "ekd_mean")
@@ -20,6 +23,7 @@ MATCHES = ("macs", "parameters")
 # Common settings that say how a run is carried out or where things lie, not what it computes.
 FREE = (
     "resume",
+    "evaluation",
     "trainer.enable_progress_bar",
     "logger",
     "tags",
@@ -184,8 +188,14 @@ def make_row(name: str, methods: Sequence[str], networks: Sequence[str], plain: 
     return RowPlan(name, (f"method={method}", f"student.network={network}"), without)
 
 
-def tuned(row: RowPlan, folder: Path) -> RowPlan | None:
+def tuned(row: RowPlan, folder: Path, data: str = "", fractions: Sequence[float] = ()) -> RowPlan | None:
     """The row with the overrides of `folder/<row>.yaml` (key `overrides`) appended; None without such a file.
+
+    Args:
+        row: The row.
+        folder: Where the files are.
+        data: Data set of the study, and
+        fractions: its fractions: if the file says that it was tuned on others, a warning tells.
 
     Raises:
         UserError: For a file of another form, or an override of what all rows must share.
@@ -203,7 +213,19 @@ def tuned(row: RowPlan, folder: Path) -> RowPlan | None:
     for word in words:
         if is_under(key_of(word), _PROTOCOL):
             raise UserError(f"{path}: {word}: all rows of a study must share it")
+    _warn_of_other_data(path, content.get("protocol"), data, fractions)
     return replace(row, overrides=(*row.overrides, *words))
+
+
+def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
+    known = protocol if isinstance(protocol, dict) else {}
+    if data and known.get("data", data) != data:
+        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
+    others = [f"{fraction:g}" for fraction in fractions if known.get("fraction", fraction) != fraction]
+    if others:
+        log.warning(
+            "%s was tuned at fraction %s, and is used at %s", path, known["fraction"], ", ".join(others)
+        )
 
 
 def write_study(study: Study, folder: Path) -> None:

@@ -19,7 +19,7 @@ from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.precision import resolve_precision
+from ekd_lightning.training.precision import device_type_of, resolve_precision, teacher_dtype
 from ekd_lightning.training.record import write_json
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import make_source
@@ -73,7 +73,9 @@ class Lesson:
             "terms": {name: dict(term) for name, term in self.terms.items()},
             "temperature": float(DEFAULT_TEMPERATURE if self.temperature is None else self.temperature),
             "precision": self.precision,
-            "teachers_precision": self.settings.teachers.precision,
+            "teachers_precision": str(
+                teacher_dtype(self.settings.teachers.precision, device_type_of(self.accelerator))
+            ),
             "trainer": self.flags(),
         }
 

@@ -36,9 +36,13 @@ def resolve_precision(precision: str | int | None, accelerator: str = "auto") ->
     """
     if precision != "auto":
         return precision
+    return "bf16-mixed" if native_bfloat16(device_type_of(accelerator)) else "32-true"
+
+
+def device_type_of(accelerator: str) -> str:
+    """The device type behind Lightning's `accelerator` flag on this machine, as far as we know it."""
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    device_type = "cuda" if on_gpu else "cpu" if accelerator in ("auto", "cpu") else accelerator
-    return "bf16-mixed" if native_bfloat16(device_type) else "32-true"
+    return "cuda" if on_gpu else "cpu" if accelerator in ("auto", "cpu") else accelerator
 
 
 def teacher_dtype(precision: str, device_type: str) -> torch.dtype:
