@@ -1,0 +1,56 @@
+// What everything else uses: elements made without parsing markup, numbers as text, packed content.
+
+const byId = (id) => document.getElementById(id);
+
+/** An element; attributes starting with "on" are listeners. Children are nodes or text, never markup. */
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const DASH = "–";
+const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
+const minus = (text) => text.replace("-", "−");
+const signed = (value, digits) => minus((value >= 0 ? "+" : "") + value.toFixed(digits));
+
+/** Numbers as texts, by kind. */
+const FORMATS = {
+  percent: (value) => minus((100 * value).toFixed(2)),
+  points: (value) => signed(100 * value, 2),
+  plain: (value) => (Math.abs(value) >= 1e-3 || value === 0 ? minus(value.toFixed(3)) : minus(value.toExponential(1))),
+  count: (value) => Math.round(value).toLocaleString("en-US"),
+  millions: (value) => `${(value / 1e6).toFixed(2)} M`,
+  bytes: (value) => (value >= 1e6 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e3).toFixed(0)} kB`),
+  milliseconds: (value) => value.toPrecision(3),
+  seconds: (value) => (value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en-US")),
+};
+const format = (value, kind) => (known(value) ? FORMATS[kind](value) : DASH);
+const pValue = (p) => (!known(p) ? "" : p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
+const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
+const share = (fraction) => `${Number((100 * fraction).toPrecision(4))} %`;
+const compare = (a, b) => (typeof a === "number" && typeof b === "number"
+  ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+const distinct = (values) => [...new Set(values)].sort(compare);
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+/** Unpacks gzip in base64. */
+async function unpack(text) {
+  if (typeof DecompressionStream === "undefined") throw new Error("this browser cannot unpack it (no DecompressionStream)");
+  const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

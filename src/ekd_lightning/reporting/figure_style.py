@@ -1,0 +1,207 @@
+"""How every figure looks, and how it is written: one style, one colour per setting, no global state of pyplot."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.estimates import Estimate
+from ekd_lightning.reporting.palette import LIGHT, SHADES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", ":", "-.")
+DPI = 300
+WIDTH = 6.9
+"""Inches: two columns of a paper."""
+PANEL = 2.4
+"""Inches: height of a panel."""
+INK, GREY, PALE = "#191C20", "#505862", "#B8BDC4"
+_RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a label is a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": "#333333",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E8EB",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "svg.fonttype": "none",  # text stays text: it can be searched, edited and read aloud
+    "svg.hashsalt": "ekd-lightning",  # the same figure, the same file
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style, for the time in which figures are made and written.
+
+    Raises:
+        UserError: Without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: PLC0415
+    except ImportError:
+        raise UserError(
+            "figures need matplotlib: pip install 'ekd-lightning[report]', or leave them out with --no-figures"
+        ) from None
+    log = logging.getLogger("matplotlib.font_manager")  # that one of several fonts is missing is no news
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with matplotlib.rc_context(_RC):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+class Looks:
+    """Colour, marker and dash of each label, the same in all figures of a report.
+
+    Args:
+        labels: In the order in which colours are given out; past the eighth they come again with another dash.
+    """
+
+    def __init__(self, labels: Iterable[str]) -> None:
+        self._order = {label: position for position, label in enumerate(dict.fromkeys(labels))}
+
+    def __call__(self, label: str) -> dict[str, Any]:
+        """Keyword arguments for a line of matplotlib."""
+        position = self._order.setdefault(label, len(self._order))
+        turn = position // len(LIGHT)
+        return {
+            "color": LIGHT[position % len(LIGHT)],
+            "marker": MARKERS[(position + turn) % len(MARKERS)],
+            "linestyle": DASHES[turn % len(DASHES)],
+        }
+
+
+def panels(
+    count: int, most: int = 3, height: float = PANEL, width: float = WIDTH
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most `most` beside each other.
+
+    Args:
+        count: Of panels.
+        most: In a row; the figure is narrower where there are fewer.
+        height: Of a panel, in inches.
+        width: Of the figure with a full row, in inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    columns = min(count, most)
+    rows = math.ceil(count / columns)
+    wide = width if columns == most else max(width * columns / most, 0.62 * width)
+    figure = Figure(figsize=(wide, rows * height + 0.35))
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
+
+
+def shades() -> Colormap:
+    """Colours of heat maps: light enough that dark text can be read on each."""
+    from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
+
+    return LinearSegmentedColormap.from_list("ekd", SHADES)
+
+
+def points(
+    axes: Axes,
+    xs: Sequence[float],
+    values: Sequence[Estimate],
+    look: dict[str, Any],
+    label: str | None = None,
+    scale: float = 100.0,
+) -> None:
+    """A line through means with a band of intervals; single runs are hollow marks outside of any band."""
+    pairs = list(zip(xs, values, strict=True))
+    axes.plot(xs, [scale * v.mean for v in values], label=label, **look | {"marker": None})
+    for hollow in (False, True):
+        some = [(x, v) for x, v in pairs if (v.half is None) == hollow]
+        if some and len(pairs) <= 30:
+            face = {"markerfacecolor": "white"} if hollow else {}
+            axes.plot(
+                *zip(*((x, scale * v.mean) for x, v in some), strict=True), **look | {"linestyle": ""} | face
+            )
+    banded = [(x, v) for x, v in pairs if v.half is not None]
+    if banded:
+        lows, highs = ([scale * getattr(v, end) for _, v in banded] for end in ("low", "high"))
+        axes.fill_between([x for x, _ in banded], lows, highs, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def bar(value: Estimate, scale: float = 100.0) -> float | None:
+    """Half of an interval as matplotlib's error bars take it; None without one."""
+    return None if value.half is None else scale * value.half
+
+
+def limit_accuracy(axes: Axes, values: Iterable[Estimate], axis: str = "y") -> None:
+    """Shows all intervals, but nothing beyond 0 and 100 percent."""
+    ends = [100 * end for value in values for end in (value.low, value.high)]
+    room = 0.04 * (max(ends) - min(ends)) + 0.1
+    limits = max(-0.5, min(ends) - room), min(100.5, max(ends) + room)
+    (axes.set_ylim if axis == "y" else axes.set_xlim)(*limits)
+
+
+def counts(values: Iterable[Estimate | int]) -> str:
+    """How many runs stand behind a figure, e.g. `n = 3` or `n = 1 to 3`."""
+    numbers = [value if isinstance(value, int) else value.n for value in values]
+    low, high = min(numbers), max(numbers)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def band_text(values: Iterable[Estimate], what: str = "band") -> str:
+    """What the marks of a figure mean, with n."""
+    found = list(values)
+    alone = "; hollow: one run, no interval" if any(value.half is None for value in found) else ""
+    return f"Mean and 95 % {what} over seeds, {counts(found)}{alone}."
+
+
+def note(figure: Figure, text: str) -> None:
+    """A line below a figure."""
+    figure.supxlabel(text, fontsize=7, color=GREY, x=0.005, ha="left")
+
+
+def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+    """One legend for all panels, below them."""
+    handles = {
+        label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
+
+
+def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes `stem`.svg or `stem`.png, the latter with 300 dots an inch."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it holds for all formats, and takes longer than to draw
+    files = []
+    for ending in formats:
+        path = stem.with_name(f"{stem.name}.{ending}")  # a fraction has a point of its own
+        told = {"Date": None, "Title": stem.name} if ending == "svg" else {"Title": stem.name}
+        figure.savefig(path, dpi=DPI, metadata=told)
+        files.append(path)
+    return files

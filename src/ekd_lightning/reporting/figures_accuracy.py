@@ -1,0 +1,275 @@
+"""Figures of accuracy: against training images, numbers of teachers and branches, cost, and a reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ekd_lightning.reporting import figure_style as fs
+from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.comparison import Difference
+from ekd_lightning.reporting.estimates import Estimate, Point, field, of_cell, pareto, prefixes
+from ekd_lightning.reporting.groups import Group, differences
+from ekd_lightning.reporting.lines import families, grids, over_fractions
+from ekd_lightning.reporting.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 6
+"""In a panel; further ones get a panel of their own."""
+_MOST_NAMED = 14
+"""Points of a cost figure that are told by name."""
+ACCURACY = "test accuracy, %"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure.
+
+    Attributes:
+        name: Of its file, without ending.
+        figure: The figure.
+        caption: What it shows, with n.
+    """
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+def file_name(kind: str, key: str) -> str:
+    """A name for a file, whatever a data set is called."""
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)}"
+
+
+def accuracy(group: Group) -> Estimate:
+    """Test accuracy of a group with a run that is done."""
+    found = field(group, "test_accuracy")
+    assert found is not None
+    return found
+
+
+def done(block: Block) -> list[Group]:
+    """The groups of a block with results."""
+    return [group for group in block.groups if group.n]
+
+
+def chunks(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups for panels: the more accurate ones first, `MOST_LINES` in each, about equally many."""
+    ordered = sorted(groups, key=lambda group: -accuracy(group).mean)
+    count = -(-len(ordered) // MOST_LINES)
+    size = -(-len(ordered) // count) if count else 1
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def by_fraction(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy against the share of training images, one line per setting; a figure per data set and protocol."""
+    for position, blocks in enumerate(families(report.blocks).values()):
+        lines = over_fractions(blocks)
+        if not lines:
+            continue
+        last = chunks([line[-1] for line in lines.values()])
+        figure, axes = fs.panels(len(last), most=2, height=2.7)
+        for panel, ends in zip(axes, last, strict=True):
+            own = {group.label: lines[group.label] for group in ends}
+            _fraction_panel(panel, own, looks)
+        shown = [accuracy(group) for line in lines.values() for group in line]
+        caption = f"{blocks[0].data}: {fs.band_text(shown)}"
+        fs.note(figure, caption)
+        yield Drawn(file_name("accuracy_by_fraction", f"{blocks[0].data}-{position + 1}"), figure, caption)
+
+
+def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: fs.Looks) -> None:
+    for label, line in lines.items():
+        fs.points(
+            axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label
+        )
+    ticks = sorted({100 * (group.fraction or 0) for line in lines.values() for group in line})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("training images, %")
+    axes.set_ylabel(ACCURACY)
+    fs.limit_accuracy(axes, [accuracy(group) for line in lines.values() for group in line])
+    axes.legend(loc="best")
+
+
+def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Heat maps of accuracy over teachers and branches, one panel per method; a figure per block."""
+    for block in report.blocks:
+        found = {name: cells for name, cells in grids(block).items() if _is_grid(cells)}
+        if not found:
+            continue
+        figure, axes = fs.panels(len(found), most=2, height=2.5)
+        for panel, (name, cells) in zip(axes, found.items(), strict=True):
+            _grid_panel(panel, name, cells)
+        numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
+        caption = (
+            f"{block.title}: {ACCURACY}, mean ± half of the 95 % interval over seeds, {fs.counts(numbers)}."
+        )
+        fs.note(figure, caption)
+        yield Drawn(file_name("teachers_branches", block.key), figure, caption)
+
+
+def _is_grid(cells: Mapping[tuple[int, int], Group]) -> bool:
+    return len({m for m, _ in cells}) > 1 or len({k for _, k in cells}) > 1
+
+
+def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -> None:
+    import numpy as np  # noqa: PLC0415
+
+    teachers, branches = sorted({m for m, _ in cells}), sorted({k for _, k in cells})
+    values = np.full((len(teachers), len(branches)), np.nan)
+    for (m, k), group in cells.items():
+        value = accuracy(group)
+        row, column = teachers.index(m), branches.index(k)
+        values[row, column] = 100 * value.mean
+        spread = "no interval" if value.half is None else f"± {100 * value.half:.2f}"
+        text = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=fs.INK, linespacing=1.3)
+    image = axes.imshow(values, cmap=fs.shades(), aspect="auto", origin="lower")
+    axes.set_xticks(range(len(branches)), [str(k) for k in branches])
+    axes.set_yticks(range(len(teachers)), [str(m) for m in teachers])
+    axes.set_xlabel("branches K")
+    axes.set_ylabel("teachers M")
+    axes.set_title(name)
+    axes.grid(False)
+    axes.figure.colorbar(image, ax=axes, label=ACCURACY)
+
+
+def by_cost(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy against multiply-accumulates and parameters, with the Pareto front; a figure per block."""
+    for block in report.blocks:
+        groups = [group for group in done(block) if field(group, "macs") and field(group, "num_parameters")]
+        if len(groups) < 2:
+            continue
+        figure, axes = fs.panels(2, most=2, height=3.0)
+        named = _named(groups, report.references(block))
+        for panel, key in zip(axes, ("macs", "num_parameters"), strict=True):
+            _cost_panel(panel, groups, key, looks, named)
+        fs.key(figure, axes)
+        caption = f"{block.title}: {fs.band_text([accuracy(g) for g in groups], 'interval')} " + _cost_words(
+            groups
+        )
+        fs.note(figure, caption)
+        yield Drawn(file_name("accuracy_cost", block.key), figure, caption)
+
+
+def _cost_words(groups: Sequence[Group]) -> str:
+    small = (
+        " Small open circles: the first j branches of a student alone." if any(map(prefixes, groups)) else ""
+    )
+    return f"Dashed: Pareto front of the means.{small}"
+
+
+def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
+    """Labels of points that are told by name: those on a front, the references, and the most accurate ones."""
+    if len(groups) <= _MOST_NAMED:
+        return {group.label for group in groups}
+    best = sorted(groups, key=lambda group: -accuracy(group).mean)
+    fronts = [_front(groups, key) for key in ("macs", "num_parameters")]
+    on_front = [
+        g
+        for g in groups
+        if any(
+            (_cost(g, k), accuracy(g).mean) in f
+            for k, f in zip(("macs", "num_parameters"), fronts, strict=True)
+        )
+    ]
+    wanted = dict.fromkeys([*references, *(group.label for group in (*on_front, *best))])
+    return set(list(wanted)[:_MOST_NAMED])
+
+
+def _cost(group: Group, key: str) -> float:
+    found = field(group, key)
+    assert found is not None
+    return found.mean / 1e6
+
+
+def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
+    return pareto([(_cost(group, key), accuracy(group).mean) for group in groups])
+
+
+def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: fs.Looks, named: set[str]) -> None:
+    front = _front(groups, key)
+    xs, ys = zip(*front, strict=True)
+    axes.step(
+        xs,
+        [100 * y for y in ys],
+        where="post",
+        color=fs.GREY,
+        linestyle="--",
+        linewidth=1,
+        label="Pareto front",
+    )
+    for group in groups:
+        value, known = accuracy(group), group.label in named
+        look = looks(group.label) if known else {"color": fs.PALE, "marker": "o"}
+        face = "white" if value.half is None else look["color"]
+        axes.errorbar(
+            _cost(group, key), 100 * value.mean, yerr=fs.bar(value), **look | {"linestyle": ""},
+            markerfacecolor=face, elinewidth=1, label=group.label if known else "others", zorder=3 if known else 2,
+        )  # fmt: skip
+        if known:
+            _prefix_points(axes, prefixes(group), key, look["color"])
+    axes.set_xlabel("multiply-accumulates of an image, millions" if key == "macs" else "parameters, millions")
+    axes.set_ylabel(ACCURACY)
+    fs.limit_accuracy(
+        axes,
+        [accuracy(group) for group in groups]
+        + [p.accuracy for g in groups for p in prefixes(g) if g.label in named],
+    )
+
+
+def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -> None:
+    costs = [point.macs if key == "macs" else point.num_parameters for point in points]
+    if len(points) < 2 or None in costs:
+        return
+    xs = [float(cost or 0) / 1e6 for cost in costs]
+    ys = [100 * point.accuracy.mean for point in points]
+    bars = [fs.bar(point.accuracy) or 0.0 for point in points[:-1]]
+    axes.plot(xs, ys, color=colour, linewidth=0.8, linestyle=":")
+    axes.errorbar(
+        xs[:-1], ys[:-1], yerr=bars, color=colour, linestyle="", marker="o", markersize=3,
+        markerfacecolor="white", elinewidth=0.7,
+    )  # fmt: skip
+
+
+def by_difference(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Bars of differences to the references of a block, with intervals; a figure per block."""
+    for block in report.blocks:
+        groups = done(block)
+        found = {name: differences(groups, name) for name in report.references(block)}
+        sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
+        sure = {name: one for name, one in sure.items() if one}
+        if not sure:
+            continue
+        rows = max(len(one) for one in sure.values())
+        figure, axes = fs.panels(len(sure), most=2, height=0.9 + 0.19 * rows)
+        for panel, (name, one) in zip(axes, sure.items(), strict=True):
+            _difference_panel(panel, name, one, looks)
+        alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
+        few = f" Not enough runs: {', '.join(alone)}." if alone else ""
+        numbers = [d.cell.n for one in sure.values() for d in one.values()]
+        caption = f"{block.title}: mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
+        fs.note(figure, caption)
+        yield Drawn(file_name("differences", block.key), figure, caption)
+
+
+def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], looks: fs.Looks) -> None:
+    rows = sorted(found.items(), key=lambda item: item[1].cell.mean)
+    values = [of_cell(difference.cell) for _, difference in rows]
+    colours = [looks(label)["color"] for label, _ in rows]
+    axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
+    axes.errorbar(
+        [100 * v.mean for v in values], range(len(rows)), xerr=[fs.bar(v) or 0.0 for v in values],
+        color=fs.INK, linestyle="", elinewidth=1,
+    )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.axvline(0, color=fs.GREY, linewidth=0.8)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(f"points of accuracy above {name}")

@@ -1,0 +1,236 @@
+"""Figures of what happens inside: branches, training, calibration, corruptions, similarity of features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ekd_lightning.reporting import figure_style as fs
+from ekd_lightning.reporting import run_files
+from ekd_lightning.reporting.estimates import Estimate, field, own_teachers, per_item, severities
+from ekd_lightning.reporting.figures_accuracy import ACCURACY, Drawn, accuracy, chunks, done, file_name
+from ekd_lightning.reporting.groups import Group
+from ekd_lightning.reporting.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Rectangle
+
+_MOST_ROWS = 20
+_MOST_PANELS = 6
+_CURVE = "val/accuracy"
+
+
+def _best(groups: Sequence[Group], references: Sequence[str], most: int) -> list[Group]:
+    """The references of a block, then the most accurate groups."""
+    return sorted(groups, key=lambda group: (group.label not in references, -accuracy(group).mean))[:most]
+
+
+def _rest(groups: Sequence[Group], shown: Sequence[Group]) -> str:
+    left = len(groups) - len(shown)
+    return f" {left} more settings are on the page." if left else ""
+
+
+def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy of every branch, of their ensemble, and of the best possible choice; a figure per block."""
+    for block in report.blocks:
+        groups = [group for group in done(block) if len(per_item(group, "test_branch_accuracy")) > 1]
+        if not groups:
+            continue
+        shown = sorted(_best(groups, report.references(block), _MOST_ROWS), key=lambda g: accuracy(g).mean)
+        figure, (axes,) = fs.panels(1, most=1, height=0.8 + 0.26 * len(shown))
+        for row, group in enumerate(shown):
+            _branch_row(axes, row, group, named=row == len(shown) - 1)
+        axes.set_yticks(range(len(shown)), [group.label for group in shown])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlabel(ACCURACY)
+        drawn = [one for group in shown for one in _parts(group)]
+        fs.limit_accuracy(axes, drawn, "x")
+        fs.key(figure, [axes])
+        caption = f"{block.title}: {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}"
+        fs.note(figure, caption)
+        yield Drawn(file_name("branches", block.key), figure, caption)
+
+
+def _parts(group: Group) -> list[Estimate]:
+    oracle = field(group, "test_oracle_accuracy")
+    return [*per_item(group, "test_branch_accuracy"), accuracy(group), *([oracle] if oracle else [])]
+
+
+def _branch_row(axes: Axes, row: int, group: Group, *, named: bool) -> None:
+    single = per_item(group, "test_branch_accuracy")
+    oracle = field(group, "test_oracle_accuracy")
+    step = 0.5 / max(len(single), 1)
+    for k, value in enumerate(single):
+        place = row + step * ((len(single) - 1) / 2 - k)
+        _mark(
+            axes, value, place, "o", fs.PALE, "branches" if named and not k else None, size=3.5, edge=fs.GREY
+        )
+    _mark(axes, accuracy(group), row, "D", fs.LIGHT[0], "ensemble" if named else None, size=5)
+    if oracle:
+        _mark(axes, oracle, row, "^", fs.LIGHT[1], "any branch right" if named else None, size=4.5)
+
+
+def _mark(
+    axes: Axes,
+    value: Estimate,
+    row: float,
+    marker: str,
+    colour: str,
+    label: str | None,
+    size: float,
+    edge: str = "",
+) -> None:
+    axes.errorbar(
+        100 * value.mean, row, xerr=fs.bar(value), color=edge or colour, marker=marker, markersize=size, linestyle="",
+        markerfacecolor="white" if value.half is None else colour, elinewidth=0.8, label=label,
+    )  # fmt: skip
+
+
+def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy on the validation split by epoch; a figure per block."""
+    for block in report.blocks:
+        found = {group.label: run_files.curves(group, (_CURVE,)).get(_CURVE, []) for group in done(block)}
+        groups = [group for group in done(block) if len(found[group.label]) > 1]
+        if not groups:
+            continue
+        parts = chunks(groups)
+        figure, axes = fs.panels(len(parts), most=2, height=2.5)
+        for panel, part in zip(axes, parts, strict=True):
+            for group in part:
+                epochs, values = zip(*found[group.label], strict=True)
+                fs.points(panel, epochs, values, looks(group.label), group.label)
+            panel.set_xlabel("epoch")
+            panel.set_ylabel("validation accuracy, %")
+            fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
+            panel.legend(loc="lower right")
+        caption = f"{block.title}: {fs.band_text([found[group.label][-1][1] for group in groups])}"
+        fs.note(figure, caption)
+        yield Drawn(file_name("learning_curves", block.key), figure, caption)
+
+
+def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy against confidence in 15 bins, before and after temperature scaling; a figure per block."""
+    for block in report.blocks:
+        arrays = {group.label: run_files.read_arrays(group) for group in done(block)}
+        groups = [group for group in done(block) if run_files.reliability(arrays[group.label])]
+        if not groups:
+            continue
+        shown = _best(groups, report.references(block), _MOST_PANELS)
+        figure, axes = fs.panels(len(shown), most=3, height=2.4)
+        for panel, group in zip(axes, shown, strict=True):
+            _reliability_panel(panel, group, arrays[group.label])
+        fs.key(figure, axes)
+        numbers = [len(arrays[group.label]) for group in shown]
+        caption = (
+            f"{block.title}: 15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
+            f"Larger marks hold more images.{_rest(groups, shown)}"
+        )
+        fs.note(figure, caption)
+        yield Drawn(file_name("reliability", block.key), figure, caption)
+
+
+def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_files.Array]]) -> None:
+    axes.plot([0, 1], [0, 1], color=fs.GREY, linestyle="--", linewidth=0.8, label="calibrated")
+    told = []
+    kinds = (
+        ("", "as trained", fs.LIGHT[1], "o", "test_ece"),
+        ("_calibrated", "temperature-scaled", fs.LIGHT[0], "s", "test_ece_calibrated"),
+    )
+    for suffix, name, colour, marker, key in kinds:
+        bins = run_files.reliability(arrays, suffix)
+        if not bins:
+            continue
+        xs, ys = [b.confidence for b in bins], [b.accuracy.mean for b in bins]
+        bars = [fs.bar(b.accuracy, 1) or 0.0 for b in bins]
+        axes.errorbar(xs, ys, yerr=bars, color=colour, linewidth=1, elinewidth=0.7, label=name)
+        axes.scatter(xs, ys, s=[4 + 50 * b.share for b in bins], color=colour, marker=marker, zorder=3)
+        error = field(group, key)
+        told += [f"{error.mean:.3f}"] if error else []
+    axes.set_title(group.label)
+    axes.text(
+        0.97, 0.04, "ECE " + " → ".join(told), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY
+    )
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+
+
+_UNDER_SHIFT = (
+    ("corruption_accuracy_by_severity", "test_accuracy", ACCURACY, 100.0),
+    ("corruption_nll_by_severity", "test_nll", "NLL, nats", 1.0),
+    ("corruption_ece_by_severity", "test_ece", "ECE", 1.0),
+)
+
+
+def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Accuracy, NLL and ECE by severity of corruption, each a mean over corruptions; a figure per block."""
+    for block in report.blocks:
+        groups = [group for group in done(block) if severities(group)]
+        if not groups:
+            continue
+        shown = _best(groups, report.references(block), 8)
+        figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
+        for panel, (key, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
+            for group in shown:
+                values = [*filter(None, [field(group, clean)]), *severities(group, key)]
+                xs = list(range(6 - len(values), 6))
+                fs.points(panel, xs, values, looks(group.label), group.label, scale)
+            panel.set(xlabel="severity (0: clean)", ylabel=title)
+        fs.key(figure, axes)
+        sources = sorted({str(group.only("corruption_source")) for group in shown})
+        told = fs.band_text([severities(group)[0] for group in shown])
+        caption = f"{block.title}, {' and '.join(sources)} corruptions: {told}{_rest(groups, shown)}"
+        fs.note(figure, caption)
+        yield Drawn(file_name("corruptions", block.key), figure, caption)
+
+
+def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """CKA of branches with each other and with the teachers; a figure per block."""
+    for block in report.blocks:
+        groups = [group for group in done(block) if _matrix(group, "test_branch_cka") is not None]
+        if not groups:
+            continue
+        shown = _best(groups, report.references(block), _MOST_PANELS // 2)
+        figure, axes = fs.panels(2 * len(shown), most=2, height=2.1)
+        for position, group in enumerate(shown):
+            _matrix_panel(axes[2 * position], group, "test_branch_cka", "branch")
+            _matrix_panel(axes[2 * position + 1], group, "test_branch_teacher_cka", "teacher")
+        numbers = [sum(run.get("test_branch_cka") is not None for run in group.done) for group in shown]
+        caption = (
+            f"{block.title}: linear CKA of pooled features on the test images, mean over seeds, "
+            f"{fs.counts(numbers)}. Framed: the branch's own teacher.{_rest(groups, shown)}"
+        )
+        fs.note(figure, caption)
+        yield Drawn(file_name("similarity", block.key), figure, caption)
+
+
+def _matrix(group: Group, key: str) -> run_files.Array | None:
+    found = group.array(key)
+    return found if found is not None and found.ndim == 2 and found.size else None
+
+
+def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
+    values = _matrix(group, key)
+    if values is None:
+        axes.set_axis_off()
+        return
+    rows, columns = values.shape
+    image = axes.imshow(values, cmap=fs.shades(), vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in zip(
+        ((r, c) for r in range(rows) for c in range(columns)), values.flat, strict=True
+    ):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=fs.INK)
+    if name == "teacher":
+        for branch, teacher in enumerate(own_teachers(group)[:rows]):
+            if teacher is not None and teacher < columns:
+                axes.add_patch(_frame(teacher, branch))
+    axes.set_xticks(range(columns), [f"{name} {c + 1}" for c in range(columns)])
+    axes.set_yticks(range(rows), [f"branch {r + 1}" for r in range(rows)])
+    axes.grid(False)
+    axes.set_title(group.label)
+    axes.figure.colorbar(image, ax=axes, label="CKA")
+
+
+def _frame(column: int, row: int) -> Rectangle:
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    return Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor=fs.INK, linewidth=1.5)

@@ -1,0 +1,173 @@
+"""The report as one HTML page that needs nothing but itself: no network, no files beside it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting import palette
+from ekd_lightning.reporting.answer import Answer
+from ekd_lightning.reporting.page_data import page_data, short_paths
+from ekd_lightning.reporting.report import Report
+
+_SCRIPTS = (
+    "base.js",
+    "table.js",
+    "filters.js",
+    "rows.js",
+    "runs.js",
+    "chart_frame.js",
+    "charts_accuracy.js",
+    "charts_detail.js",
+    "page.js",
+)
+_OPEN = 4
+"""Answers that are shown at once; further blocks are folded."""
+_NOTES = """\
+<ul>
+<li>One row is one setting: runs that differ in their seed alone. n is the number of runs that are done; failed,
+partial and running ones never count.</li>
+<li>± is half of Student’s 95 % t interval for the mean over seeds. It says how much seeds matter, not how well the
+test set stands for the world. With one run there is no interval, and no bar.</li>
+<li>Differences are paired: the same seed, hence the same subset and order, on both sides. p is that of the paired
+t-test, corrected by Holm’s method over the settings of a block. ▲ and ▼ mark intervals that leave out 0.</li>
+<li>Settings are compared only inside a block: same data, subset, views, epochs, batch size, steps, precision, and
+teachers from one pool.</li>
+<li>Accuracy is that of the last epoch on the test set; nothing was selected on it.</li>
+<li>The view (filters, text) is kept in the page’s address, and can be sent as a link to the file.</li>
+</ul>
+"""
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Writes the page.
+
+    Args:
+        report: What it shows.
+        path: An `.html` file; its folder exists.
+
+    Raises:
+        UserError: Without plotly.
+    """
+    path.write_text(page(report), encoding="utf-8")
+
+
+def page(report: Report) -> str:
+    """The page as text; everything that runs have recorded is in it as escaped text or JSON, never as markup.
+
+    Raises:
+        UserError: Without plotly.
+    """
+    data = page_data(report, {"light": palette.LIGHT, "dark": palette.DARK})
+    return _fill(
+        _asset("page.html"),
+        title=escape(report.title),
+        subtitle=escape(_subtitle(report)),
+        css=_asset("page.css"),
+        theme_js=_asset("theme.js"),
+        answer=_answers(report.answers),
+        alarm=_alarm(report),
+        notes=_NOTES,
+        footer=_footer(),
+        payload=script_json(data.payload),
+        details=pack(script_json(data.details)),
+        js='(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "})();",
+        plotly=pack(plotly_js()),
+    )
+
+
+def _fill(template: str, **values: str) -> str:
+    """Puts values into `{{name}}`, in one go: what a value contains is never looked at again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("ekd_lightning.reporting") / "assets" / name).read_text(encoding="utf-8")
+
+
+def script_json(content: Any) -> str:
+    """JSON that may stand inside a script element: no `<`, so neither an end of it nor a comment, whatever the text.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
+
+
+def pack(text: str) -> str:
+    """Base64 of gzip; the page unpacks it. A third of the size, and nothing in it can be taken for markup."""
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+
+
+def plotly_js() -> str:
+    """The plotting library of the page.
+
+    Raises:
+        UserError: Without plotly.
+    """
+    try:
+        from plotly.offline import get_plotlyjs  # noqa: PLC0415
+    except ImportError:
+        raise UserError(
+            "the page needs plotly: pip install 'ekd-lightning[report]', or leave the page out"
+        ) from None
+    return str(get_plotlyjs())
+
+
+def _subtitle(report: Report) -> str:
+    states = {state: report.collection.count(state) for state in ("done", "failed", "partial", "running")}
+    told = ", ".join(f"{count:,} {state}" for state, count in states.items() if count)
+    settings = sum(1 for group in report.groups if group.n)
+    return f"{len(report.collection.runs):,} runs ({told}), {settings:,} settings with results"
+
+
+def _answers(answers: Sequence[Answer]) -> str:
+    if not answers:
+        return "<p class='lead'>No run is done, so there is no answer yet.</p>"
+    shown = [_answer(answer, titled=len(answers) > 1) for answer in answers]
+    folded = shown[_OPEN:]
+    more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
+    return "".join(shown[:_OPEN]) + more
+
+
+def _answer(answer: Answer, *, titled: bool) -> str:
+    title = f"<h3>{escape(answer.block.title)}</h3>" if titled else ""
+    context = "" if titled else f"<p class='soft small'>{escape(answer.block.title)}</p>"
+    sentences = [finding.sentence for finding in answer.findings]
+    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    remarks = "".join(f"<p class='small'>{escape(remark)}</p>" for remark in answer.remarks)
+    return f"{title}<p class='lead'>{escape(answer.headline)}</p>{context}<ul>{listed}</ul>{remarks}"
+
+
+def _alarm(report: Report) -> str:
+    """What a reader has to know before the numbers: failed runs, and files that were left out."""
+    failed = report.collection.count("failed")
+    told = []
+    if failed:
+        runs = "1 run" if failed == 1 else f"{failed:,} runs"
+        told.append(f"<p><strong>{runs} failed</strong>: <a href='#runs' id='to-failed'>see why</a>.</p>")
+    notes = [short_paths(note) for note in report.notes]
+    if notes:
+        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+        told.append(
+            f"<details{' open' if len(notes) <= _OPEN else ''}><summary>Notes ({len(notes)})</summary>"
+            f"<ul>{items}</ul></details>"
+        )
+    return f"<div class='alarm'>{''.join(told)}</div>" if told else ""
+
+
+def _footer() -> str:
+    from ekd_lightning import __version__  # noqa: PLC0415
+
+    return f"<p>Made by ekd-report of ekd-lightning {escape(__version__)}. This file loads nothing from elsewhere.</p>"
