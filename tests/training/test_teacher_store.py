@@ -110,21 +110,57 @@ def test_a_store_that_cannot_be_written(tmp_path):
         TeacherStore(tmp_path / "file").get_or_train(KEY, Trainer())
 
 
-def test_scores_are_computed_once_per_teacher_and_test_set(tmp_path, monkeypatch):
+def test_a_teacher_is_asked_about_a_test_set_once(tmp_path, monkeypatch):
+    """Its scores and its outputs come from the same pass."""
+    from ekd_lightning.evaluation.evaluate import score_network
     from ekd_lightning.training import teacher_store
 
-    calls = []
+    asked = []
 
-    def score(network, images, **options):
-        calls.append(images)
-        return {"accuracy": 0.5}
+    def predict(network, images, **options):
+        asked.append(images)
+        return teacher_predict(network, images, **options)
 
-    monkeypatch.setattr(teacher_store, "score_network", score)
-    data, network = load_dataset("digits", tmp_path), build_network(SPEC)
+    teacher_predict = teacher_store.predict
+    monkeypatch.setattr(teacher_store, "predict", predict)
+    data, network = load_dataset("digits", tmp_path), build_network(SPEC).eval()
+    expected = score_network(build_network(SPEC), data.test)
     for sha, images in (("a", data.test), ("a", data.test), ("b", data.test), ("a", data.train)):
         found = TeacherStore(tmp_path).test_scores(network, sha, images, 100, device="cpu")
-        assert found == {"accuracy": 0.5}
-    assert len(calls) == 3
+        assert found.keys() == expected.keys()
+    assert len(asked) == 3
+    assert found == pytest.approx(score_network(network, data.train))
+
+    kept = TeacherStore(tmp_path).test_outputs(pytest.fail, "a", data.test, 7, "cpu")
+    assert [len(part) for part in kept] == [360, 360]
+    with torch.no_grad():
+        alone = network.outputs(data.test.images[:3].float() / 255)
+    assert torch.allclose(kept.logits[:3], alone.logits, atol=1e-5)
+    assert torch.allclose(kept.pooled[:3], alone.pooled, atol=1e-5)
+    assert not list((tmp_path / "outputs").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "rows"])
+def test_damaged_outputs_are_made_anew(tmp_path, caplog, damage):
+    import safetensors.torch
+
+    data, network = load_dataset("digits", tmp_path), build_network(SPEC).eval()
+    store = TeacherStore(tmp_path)
+    good = store.test_outputs(lambda: network, "a", data.test, 100, "cpu")
+    (path,) = (tmp_path / "outputs").glob("*.safetensors")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        safetensors.torch.save_file(
+            {"x": torch.zeros(1)}
+            if damage == "foreign"
+            else {n: v[:9].clone() for n, v in good._asdict().items()},
+            path,
+        )
+    again = store.test_outputs(lambda: network, "a", data.test, 100, "cpu")
+    assert torch.equal(again.logits, good.logits)
+    assert "damaged, its teacher is asked again" in caplog.text
+    assert len(store.test_outputs(pytest.fail, "a", data.test, 100, "cpu").logits) == 360
 
 
 # -- what determines a teacher trained on demand --------------------------------------------------------

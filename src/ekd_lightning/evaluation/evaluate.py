@@ -1,10 +1,11 @@
-"""Scores of one network on one image set, by a plain PyTorch loop."""
+"""Scores of one network on one image set, by a plain PyTorch loop; or of logits that are there already."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.evaluation.scores import ClassificationScores
@@ -31,4 +32,11 @@ def score_network(
     for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
         batch = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
         scores.update(network(batch).float(), labels.to(device))
+    return scores.compute()
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What `score_network` returns, of logits [N, C] of a whole image set and its labels, int64 [N]."""
+    scores = ClassificationScores(logits.shape[-1], sync_on_compute=False).to(logits.device)
+    scores.update(logits, labels)
     return scores.compute()

@@ -29,6 +29,9 @@ _PACKAGES = (
     "numpy",
 )
 
+ARRAYS = "arrays.npz"
+"""Beside result.json: what plots need and no table shows."""
+
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` so that a reader sees the old file or the new one, never a part.
@@ -40,11 +43,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` so that a reader sees the old file or the new one, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -148,7 +156,8 @@ class RunRecord:
         A resumed run keeps its first provenance and appends this start to it.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "result.json").unlink(missing_ok=True)
+        for name in ("result.json", ARRAYS):
+            (self.directory / name).unlink(missing_ok=True)
         path = self.directory / "provenance.json"
         here = provenance()
         if resumed and path.is_file():

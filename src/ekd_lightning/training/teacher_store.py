@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.evaluate import score_network
+from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.evaluation.predict import Predictions, predict
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
-from ekd_lightning.training.record import write_json
+from ekd_lightning.training.record import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ COST = "cost.json"
 
 
 class TeacherStore:
-    """A content-addressed folder of trained teachers and of teachers' test scores.
+    """A content-addressed folder of trained teachers, and of what teachers say of test sets.
 
     An entry appears by one rename, after it is complete; a killed training leaves only a temporary folder that
     no reader looks at. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
@@ -100,14 +103,46 @@ class TeacherStore:
         self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         """Scores of a teacher on a test set, computed once per (teacher, test set)."""
-        path = self.root / "scores" / f"{self.digest({'teacher': sha256, 'images': images.sha256})}.json"
+        path = self.root / "scores" / f"{self._of(sha256, images)}.json"
         if path.is_file():
             return dict(json.loads(path.read_text()))
-        scores = score_network(network, images, batch_size=batch_size, device=device)
+        found = self.test_outputs(lambda: network, sha256, images, batch_size, device)
+        scores = score_logits(found.logits, images.labels)
         write_json(path, scores)
         return scores
 
-    def _lock(self, final: Path) -> FileLock:
+    def test_outputs(
+        self,
+        network: Callable[[], StagedNetwork],
+        sha256: str,
+        images: ImageSet,
+        batch_size: int,
+        device: torch.device,
+    ) -> Predictions:
+        """What a teacher says of a test set, asked once per (teacher, test set) and kept; in float32.
+
+        Args:
+            network: Gives the teacher; not called where its outputs are kept already.
+            sha256: Its `state_sha256`.
+            images: The test set.
+            batch_size: Images per forward pass.
+            device: Where to compute.
+        """
+        path = self.root / "outputs" / f"{self._of(sha256, images)}.safetensors"
+        with self._lock(path, "asking this teacher about the test set"):
+            found = _read_outputs(path, len(images)) if path.is_file() else None
+            if found is None:
+                teacher = network().to(device)
+                found = predict(teacher, images, batch_size=batch_size, device=device)
+                write_bytes(
+                    path, safetensors.torch.save({k: v.contiguous() for k, v in found._asdict().items()})
+                )
+        return found
+
+    def _of(self, sha256: str, images: ImageSet) -> str:
+        return self.digest({"teacher": sha256, "images": images.sha256})
+
+    def _lock(self, final: Path, doing: str = "training this teacher") -> FileLock:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -116,7 +151,7 @@ class TeacherStore:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("another run is training this teacher: waiting for it (%s)", final.name[:12])
+            log.info("another run is %s: waiting for it (%s)", doing, final.name[:12])
         else:
             lock.release()
         return lock
@@ -129,3 +164,16 @@ class TeacherStore:
             shutil.rmtree(part, ignore_errors=True)
         if final.is_dir() and not (final / _WEIGHTS).is_file():
             shutil.rmtree(final)  # somebody took the weights away
+
+
+def _read_outputs(path: Path, count: int) -> Predictions | None:
+    """What `test_outputs` kept; None, with a warning, for a file that is damaged."""
+    try:
+        found = Predictions(**safetensors.torch.load_file(str(path)))
+    except (safetensors.SafetensorError, TypeError, OSError) as error:
+        log.warning("%s: damaged, its teacher is asked again (%s)", path, error)
+        return None
+    if len(found.logits) != count or len(found.pooled) != count:
+        log.warning("%s: damaged, its teacher is asked again (not %d images)", path, count)
+        return None
+    return found
