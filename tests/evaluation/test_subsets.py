@@ -98,6 +98,16 @@ def test_a_subset_is_the_cut_student(ensemble):
     assert torch.allclose(logits.float(), found.logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("ensemble", ["mean_logits", "gate"])
+def test_costs_of_many_branches_are_those_of_cut_students(ensemble):
+    student = BranchedStudent(SPEC, branches=5, split_after="stage2", ensemble=ensemble)
+    five = sub.costs_by_size(student, 32)
+    assert five[-1] == (count_macs(student, 32), count_parameters(student))
+    cut = cut_branches(student, range(4))
+    assert five[3] == (count_macs(cut, 32), count_parameters(cut))
+    assert sub.costs_by_size(cut_branches(student, [0]), 32) == five[:1]
+
+
 def test_a_gate_that_gives_some_branches_nothing_weighs_them_equally():
     branches, _ = random_logits(N=2)
     weights = torch.tensor([[0.0, 0.0, 1.0], [0.25, 0.75, 0.0]])

@@ -46,7 +46,7 @@ def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
     for i, x in enumerate(rows):
         for j, y in enumerate(columns):
             if scale := scales[0][i] * scales[1][j]:
-                found[i, j] = float((y.T @ x).square().sum()) / scale
+                found[i, j] = min(float((y.T @ x).square().sum()) / scale, 1.0)  # but for rounding it is
     return found
 
 

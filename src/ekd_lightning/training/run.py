@@ -17,11 +17,13 @@ from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import TeacherEnsemble, save_student
+from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.training.allocator import keep_freed_memory
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.choice import choose_teacher
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.evaluate_run import evaluate_new_run
+from ekd_lightning.training.evaluation_context import EvaluationContext
 from ekd_lightning.training.finish import cost, end_processes, final_scores, origin, read_checkpoint
 from ekd_lightning.training.loggers import (
     MetricsCsv,
@@ -149,7 +151,25 @@ def _run(
             result |= describe_chain(settings, prepared.dataset, teachers.identities[0], device)
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(directory / STUDENT, prepared.student, metadata)
+        if not result["partial"]:
+            result = evaluate_new_run(
+                _context(settings, directory, prepared, teachers, result, device), directory
+            )
     return result
+
+
+def _context(
+    settings: Settings,
+    directory: Path,
+    prepared: Prepared,
+    teachers: TeacherEnsemble | None,
+    result: dict[str, Any],
+    device: torch.device,
+) -> EvaluationContext:
+    # What was saved, whatever the trainer left in memory.
+    student = load_student(directory / STUDENT).to(device)
+    gather = None if teachers is None else lambda: teachers
+    return EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
 
 
 def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:

@@ -279,6 +279,28 @@ class LoggerSettings:
     tensorboard: bool = False
 
 
+EVALUATION_PARTS = ("predictions", "generalisation", "flatness", "corruptions", "efficiency")
+"""Parts of the evaluation of a trained student, in the order in which they are run."""
+
+
+@dataclass
+class EvaluationSettings:
+    """What is found out about the trained student beside its test scores."""
+
+    parts: list[str] = field(default_factory=lambda: ["predictions", "generalisation"])
+    """Which parts follow the training; `ekd-evaluate` adds any to a finished run."""
+
+    def check(self) -> None:
+        """Refuses unknown parts.
+
+        Raises:
+            UserError: At the first one.
+        """
+        for name in self.parts:
+            if name not in EVALUATION_PARTS:
+                raise unknown_name("part in evaluation.parts", name, EVALUATION_PARTS)
+
+
 @dataclass
 class Settings:
     """Everything that determines a run."""
@@ -290,6 +312,7 @@ class Settings:
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of pytorch_lightning.Trainer; `precision: auto` is ours."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     callbacks: dict[str, Any] = field(default_factory=dict)
     """Additional Lightning callbacks, each a node with `_target_`."""
@@ -323,3 +346,4 @@ class Settings:
             raise unknown_name("method.teacher", self.method.teacher, ("best", "first", "mean"))
         self.recipe.check("recipe")
         self.teachers.check()
+        self.evaluation.check()

@@ -1,0 +1,261 @@
+"""`ekd-evaluate`: finds out more about finished runs, and writes it into their records."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ekd_lightning.cli.build import import_user_modules
+from ekd_lightning.cli.config import CONFIG_FILE, read_config
+from ekd_lightning.cli.edge import one_line
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.training.settings import EVALUATION_PARTS, EvaluationSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ekd_lightning.training.evaluate_run import Outcome
+
+PROGRAM = "ekd-evaluate"
+PARTS = {
+    "predictions": "calibration, subsets of branches, diversity, similarity to the teachers, classes",
+    "generalisation": "accuracy and NLL on the training images, and the gap to the test images",
+    "flatness": "sharpness, and the loss along random directions around the weights",
+    "corruptions": "accuracy and calibration on corrupted test images",
+    "efficiency": "size, latency, throughput and memory of the student as it is deployed",
+}
+PLACES = (
+    "data.root",
+    "data.download",
+    "teachers.weights_dir",
+    "teachers.download",
+    "teachers.store",
+)
+"""What may be set on opening a run beside the group `evaluation`: where things are by now."""
+
+EXAMPLES = """\
+examples:
+  ekd-evaluate outputs/cifar10/ekd/2026-01-31_12-00-00                  what is missing of the standard parts
+  ekd-evaluate multirun/2026-01-31/12-00-00 --parts all                 every finished run of a sweep, all parts
+  ekd-evaluate RUN --parts flatness,corruptions --device cuda
+  ekd-evaluate RUN --force data.root=/data teachers.store=/shared/store   again, with data and teachers elsewhere
+
+What is found is added to the run's result.json and arrays.npz; docs/evaluation.md defines every field.
+"""
+log = logging.getLogger(__name__)
+_WIDTH = 160  # where there is no terminal
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Evaluate finished runs further and add what is found to their records.\n\nparts:\n"
+        + "\n".join(f"  {name:15} {text}" for name, text in PARTS.items()),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN",
+        help="directory of a run, or a folder with runs; KEY=VALUE says where data and teachers are by now",
+    )
+    standard = ",".join(EvaluationSettings().parts)
+    parser.add_argument("--parts", default=standard, help=f"names, or all (default: {standard})")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
+    parser.add_argument("--force", action="store_true", help="run parts again that are there already")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-evaluate`; exit code 1 if the evaluation of a run failed, 2 for a user's mistake.
+
+    Args:
+        argv: Arguments without the command's name; those of the process if None.
+    """
+    args = make_parser().parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with one_line(PROGRAM):
+        complete = run_evaluate(args)
+    if not complete:
+        sys.exit(1)
+
+
+def run_evaluate(args: argparse.Namespace) -> bool:
+    """Evaluates every run and prints a table of them.
+
+    Returns:
+        Whether all that was asked for is there now.
+
+    Raises:
+        UserError: For a user's mistake, before anything is evaluated.
+    """
+    overrides = [word for word in args.words if is_override(word)]
+    parts = parse_parts(args.parts)
+    if args.batch_size is not None:
+        if args.batch_size < 1:
+            raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+        overrides.append(f"data.eval_batch_size={args.batch_size}")
+    places = [Path(word) for word in args.words if not is_override(word)]
+    runs = find_runs(places)
+    device = choose_device(args.device)
+    table, complete = _table(), True
+    for position, directory in enumerate(runs, 1):
+        print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
+        try:
+            outcome = _evaluate(directory, parts, overrides, device, args.force)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            complete = False
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            table.add_row(str(directory), "", "", "", "", "", "[red]failed")
+            continue
+        complete = complete and not outcome.errors
+        _add_row(table, directory, outcome)
+    console = Console(file=sys.stdout)
+    (console if console.is_terminal else Console(file=sys.stdout, width=_WIDTH)).print(table)
+    return complete
+
+
+def is_override(word: str) -> bool:
+    """Whether a word sets a key. A folder whose name looks like that can be written as ./NAME=...
+
+    Raises:
+        UserError: For a key that a finished run cannot change.
+    """
+    found = re.match(r"([A-Za-z_][\w.]*)=", word)
+    if not found:
+        return False
+    key = found[1]
+    if key not in PLACES and not key.startswith("evaluation."):
+        raise UserError(
+            f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)} and evaluation.*"
+        )
+    return True
+
+
+def parse_parts(text: str) -> list[str]:
+    """The parts that are named, separated by commas.
+
+    Raises:
+        UserError: For an unknown one, or none.
+    """
+    if text.strip() == "all":
+        return list(EVALUATION_PARTS)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in EVALUATION_PARTS:
+            raise unknown_name("part", name, (*EVALUATION_PARTS, "all"))
+    if not names:
+        raise UserError(f"--parts {text!r}: name at least one of {', '.join(EVALUATION_PARTS)}")
+    return names
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """The runs that are meant: directories of runs themselves, and all finished runs in folders.
+
+    Raises:
+        UserError: For a place that is not there, or in which no run is done.
+    """
+    from ekd_lightning.cli.runs import read_result  # noqa: PLC0415 (slow; --help needs none)
+
+    if not places:
+        raise UserError("RUN: name the directory of a run, or a folder with runs")
+    found: dict[Path, None] = {}
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such directory")
+        if (place / "status.json").is_file() or (place / CONFIG_FILE).is_file():
+            read_result(place)
+            found[place] = None
+            continue
+        below = sorted(path.parent for path in place.rglob("status.json"))
+        done = [directory for directory in below if _is_done(directory)]
+        if not done:
+            what = f"none of its {len(below)} runs is done" if below else "no run is there"
+            raise UserError(f"{place}: {what}")
+        if len(done) < len(below):
+            log.info("%s: %d runs that are not done, or partial, are left out", place, len(below) - len(done))
+        found.update(dict.fromkeys(done))
+    return list(found)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that is meant.
+
+    Raises:
+        UserError: For CUDA where there is none.
+    """
+    import torch  # noqa: PLC0415
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device, or PyTorch does not see it")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _is_done(directory: Path) -> bool:
+    from ekd_lightning.cli.runs import read_result  # noqa: PLC0415
+
+    try:
+        return not read_result(directory).get("partial")
+    except UserError:
+        return False
+
+
+def _evaluate(
+    directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
+) -> Outcome:
+    from ekd_lightning.cli.runs import open_run  # noqa: PLC0415
+    from ekd_lightning.training.evaluate_run import evaluate_finished_run  # noqa: PLC0415
+    from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
+
+    import_user_modules(list(read_config(directory).get("imports") or []))
+    run = open_run(directory, overrides)
+    if run.result.get("partial"):
+        raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
+    context = open_context(directory, run.settings, run.result, run.student, device)
+    return evaluate_finished_run(context, directory, parts, force=force)
+
+
+def _table() -> Table:
+    table = Table(title="evaluated runs", title_justify="left")
+    for name in ("run", "method", "accuracy %", "mean branch %", "ECE", "ECE calibrated"):
+        table.add_column(name, justify="left" if name in ("run", "method") else "right", overflow="fold")
+    table.add_column("parts", overflow="fold")
+    return table
+
+
+def _add_row(table: Table, directory: Path, outcome: Outcome) -> None:
+    result = outcome.result
+    said = [*outcome.done, *(f"[dim]{name} (was there)[/dim]" for name in outcome.skipped)]
+    said += [f"[red]{name} failed[/red]" for name in outcome.errors]
+    table.add_row(
+        str(directory),
+        str(result.get("method")),
+        _number(result.get("test_accuracy"), 100, 2),
+        _number(result.get("test_mean_branch_accuracy"), 100, 2),
+        _number(result.get("test_ece"), 1, 4),
+        _number(result.get("test_ece_calibrated"), 1, 4),
+        ", ".join(said),
+    )
+
+
+def _number(value: Any, factor: int, digits: int) -> str:
+    return "" if value is None else f"{factor * value:.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()
