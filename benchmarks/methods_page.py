@@ -1,0 +1,223 @@
+"""The page of a study of `ekd-compare` over many methods: docs/results/methods_*.{md,json}.
+
+    ekd-compare --methods ... --fractions 0.1 --seeds 0,1,2 --output compare/c10 experiment=cifar10_limited ...
+    python benchmarks/methods_page.py compare/c10 docs/results/methods_cifar10_10pct.md
+
+Everything is computed from the runs' files, whatever comes out. What stands in an existing page between the two marks
+`<!-- notes -->` was written by hand after looking into single rows, and is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.cli.study import read_study
+from ekd_lightning.cli.study_runs import RUNS, read_runs
+from ekd_lightning.reporting.comparison import Block, Difference, Row, compare, paired
+from ekd_lightning.reporting.comparison_table import json_text
+from ekd_lightning.reporting.tables import percent
+
+FAMILIES = {
+    "Supervised": ("ce", "ce_label_smoothing", "ce@resnet20"),
+    "One teacher, plain student": (
+        *("kd", "dkd", "kd_logit_std", "fitnet", "fitnet_two_stage", "attention"),
+        *("fsp", "bss", "sp", "vid", "rkd", "crd", "takd"),
+    ),
+    "Several teachers, plain student": ("kd_mean", "ebkd", "aekd", "camkd"),
+    "Branches without teachers": ("branched_ce", "dml", "one", "okddip"),
+    "Teachers and branches": ("ekd", "ekd_mean", "hydra_heads"),
+    "Variants and ablations of EKD": (
+        *("ekd_permuted", "ekd_random", "ekd_no_feature", "ekd_branch_only", "ekd_ensemble_only", "ekd_smd"),
+    ),
+    "Plain students of EKD's cost, taught by the mean of the teachers": (
+        "kd_mean_macs",
+        "kd_mean_parameters",
+    ),
+}
+NOTES = "<!-- notes -->"
+
+
+def difference(one: Row, other: Row) -> Difference | None:
+    """One row minus another, paired by seed."""
+    ours, theirs = ({r["seed"]: float(r["test_accuracy"]) for r in row.done} for row in (one, other))
+    common = sorted(ours.keys() & theirs.keys())
+    return paired([ours[seed] - theirs[seed] for seed in common]) if common else None
+
+
+def interval(found: Difference | None) -> str:
+    """Points with the 95 % interval."""
+    if found is None:
+        return "–"
+    mean = f"{100 * found.cell.mean:+.2f}"
+    if found.half is None:
+        return f"{mean} (n {found.cell.n}: not enough runs)"
+    low, high = (100 * (found.cell.mean + sign * found.half) for sign in (-1, 1))
+    return f"{mean} [{low:+.2f}, {high:+.2f}]"
+
+
+def shown(row: Row, reference: str) -> str:
+    """The difference to a reference of the block, with Holm's p."""
+    found = row.differences.get(reference)
+    if row.name == reference:
+        return ""
+    p = found.p_holm if found else None
+    return interval(found) + (f", p {max(p, 0.001):.3f}" if p is not None else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A family, the best first."""
+    heads = ("row", "K", "M", "test accuracy %", "n", "− ce", "− ekd", "parameters", "MACs", "")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in sorted(rows, key=lambda r: -(r.accuracy.mean if r.accuracy else -1)):
+        first = row.done[0] if row.done else {}
+        cells = [
+            f"`{row.name}`",
+            *(str(first.get(key, "–")) for key in ("num_branches", "num_teachers")),
+            percent(row.accuracy),
+            str(len(row.done)),
+            shown(row, "ce"),
+            shown(row, "ekd"),
+            f"{first['num_parameters']:,}" if first else "–",
+            f"{first['macs'] / 1e6:.1f} M" if first else "–",
+            row.problems,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def side(found: Difference | None) -> str:
+    """above, below or unclear: whether the 95 % interval leaves 0 out."""
+    if found is None or found.half is None:
+        return "not enough runs"
+    if abs(found.cell.mean) <= found.half:
+        return "unclear"
+    return "above" if found.cell.mean > 0 else "below"
+
+
+def named(rows: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return ", ".join(f"`{name}`" for name in rows) or "none"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list, wrapped."""
+    return "\n".join(textwrap.fill(f"- {line}", 115, subsequent_indent="  ") for line in lines)
+
+
+def findings(rows: dict[str, Row]) -> str:
+    """What the numbers say, in sentences."""
+    lines = []
+    for reference, what in (("ce", "the plain student without a teacher (`ce`)"), ("ekd", "`ekd`")):
+        sides: dict[str, list[str]] = {}
+        for row in rows.values():
+            if row.name != reference and row.accuracy:
+                sides.setdefault(side(row.differences.get(reference)), []).append(row.name)
+        lines.append(
+            f"Against {what}, by the 95 % interval of the paired difference (not corrected for the number of rows): "
+            f"above it {named(sides.get('above', []))}; below it {named(sides.get('below', []))}; not told apart "
+            f"{named(sides.get('unclear', []))}; not enough runs {named(sides.get('not enough runs', []))}."
+        )
+    for name, what in (
+        ("kd_mean_macs", "MACs"),
+        ("kd_mean_parameters", "parameters"),
+        ("kd_mean", "network"),
+    ):
+        if name in rows and "ekd" in rows:
+            found = difference(rows["ekd"], rows[name])
+            verdict = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not told apart"}.get(
+                side(found), ""
+            )
+            lines.append(
+                f"EKD against plain distillation of the same {what} (`{name}`): {interval(found)}{verdict}."
+            )
+    return bullets(lines)
+
+
+def setup(block: Block, folder: Path) -> str:
+    """What was run, on what, as the records say."""
+    done = [(row, result) for row in block.rows for result in row.done]
+    first = done[0][1]
+    taught = max((result for _, result in done), key=lambda r: len(r["teachers"]))
+    origin = [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
+    machines = sorted({f"{o['hardware']['cpu']} ({o['hardware']['cpu_capability']})" for o in origin})
+    threads = sorted({o["hardware"]["threads"] for o in origin})
+    versions = sorted({f"torch {o['packages']['torch']}" for o in origin})
+    seeds = sorted({result["seed"] for _, result in done})
+    teachers = ", ".join(f"`{t['id']}` ({100 * t['test_accuracy']:.2f} %)" for t in taught["teachers"])
+    lines = (
+        f"**Data**: {block.data}, {first['num_train_images']:,} training and {first['num_val_images']:,} validation "
+        f"images (subset `{first['subset_sha256'][:12]}`, the same for all runs); each run reads the test set once, "
+        "at its end.",
+        f"**Teachers**: {teachers}. They were trained by others on all training images, so also on those that the "
+        "students must not see, and are right on nearly all validation images.",
+        f"**Steps**: {first['epochs']} epochs of batch {first['batch_size']}, {first['steps']:,} steps for every run, "
+        f"{first['precision']}. Short, because it ran on a processor: all students would gain from more, and the "
+        "order of the methods may change with them.",
+        "**Weights** of the losses: the defaults of `conf/method/`, published ones where there are any; no row was "
+        "tuned.",
+        f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
+        f"**Hardware**: {'; '.join(machines)}, runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
+    )
+    return bullets(lines)
+
+
+def page(block: Block, folder: Path, notes: str) -> str:
+    """The whole page."""
+    rows = {row.name: row for row in block.rows}
+    known = {name for names in FAMILIES.values() for name in names}
+    families = {**FAMILIES, "Others": tuple(name for name in rows if name not in known)}
+    tables = "\n\n".join(
+        f"### {family}\n\n{table([rows[name] for name in names if name in rows])}"
+        for family, names in families.items()
+        if any(name in rows for name in names)
+    )
+    return f"""# All methods on {100 * block.fraction:g} % of {block.data}
+
+Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. Nothing here is a number of the EKD paper or
+of any other, and none can be compared with one.
+
+{setup(block, folder)}
+
+## What comes out
+
+{findings(rows)}
+
+{NOTES}
+{notes.strip()}
+{NOTES}
+
+## Tables
+
+Accuracy in percent with the weights after the last epoch, mean ± sample standard deviation over n seeds. Differences in
+points, paired by seed, with the 95 % t interval; p of the paired t-test after Holm's correction over all rows. With
+three seeds the corrected test finds large differences only. K branches, M teachers.
+
+{tables}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="--output of ekd-compare")
+    parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
+    args = parser.parse_args()
+    study = read_study(args.folder)
+    if study is None:
+        parser.error(f"{args.folder}: no study of ekd-compare")
+    blocks = compare(read_runs(study, args.folder), study.data)
+    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
+    notes = parts[1] if len(parts) == 3 else ""
+    args.page.write_text(page(blocks[0], args.folder, notes))
+    records: Any = json.loads(json_text(blocks))
+    args.page.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
