@@ -1,4 +1,4 @@
-"""Groups of runs that may be compared, put together: blocks, and curves over fractions."""
+"""Groups of runs that may be compared, put together as blocks."""
 
 from __future__ import annotations
 
@@ -39,21 +39,6 @@ class Block:
         return next((group for group in self.groups if group.label == label), None)
 
 
-@dataclass(frozen=True)
-class Series:
-    """One curve over fractions: groups with one label that went the same way but for the fraction.
-
-    Attributes:
-        label: Of the groups.
-        data: Name of the data set.
-        groups: By fraction, ascending, each with at least one run that is done.
-    """
-
-    label: str
-    data: str
-    groups: tuple[Group, ...]
-
-
 def blocks(groups: Sequence[Group]) -> list[Block]:
     """Puts groups into blocks by data set, fraction, protocol and pool of teachers.
 
@@ -72,9 +57,9 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
     for place in found:
         alike[place.protocol.data, place.protocol.fraction].append(place)
     return [
-        _block(place, [groups[position] for position in place.members], position, same)
+        _block(place, [groups[p] for p in place.members], number, _apart(same))
         for same in alike.values()
-        for position, place in enumerate(same)
+        for number, place in enumerate(same)
     ]
 
 
@@ -82,13 +67,12 @@ def _has_result(group: Group) -> bool:
     return any(run.result is not None for run in group.runs)
 
 
-def _block(place: Place, groups: Sequence[Group], position: int, same: Sequence[Place]) -> Block:
+def _block(place: Place, groups: Sequence[Group], number: int, apart: Sequence[str]) -> Block:
     protocol = place.protocol
     share = "" if protocol.fraction is None else f"-f{protocol.fraction:g}"
-    words = [_what(protocol), *_apart(place, same)]
     return Block(
-        key=f"{protocol.data}{share}" + (f"-{position + 1}" if position else ""),
-        title=", ".join(words),
+        key=f"{protocol.data}{share}" + (f"-{number + 1}" if number else ""),
+        title=", ".join([_what(protocol), *(_words(name, place) for name in apart)]),
         data=protocol.data,
         fraction=protocol.fraction,
         protocol=protocol,
@@ -103,16 +87,17 @@ def _what(protocol: Protocol) -> str:
     return f"{protocol.data}, {100 * protocol.fraction:g} % of the training images"
 
 
-def _apart(place: Place, same: Sequence[Place]) -> list[str]:
-    """What sets a place apart from others of the same data and fraction, in words."""
-    told = [
-        f"{field.name.removesuffix('_sha256').replace('_', ' ')} {_short(getattr(place.protocol, field.name))}"
-        for field in fields(Protocol)
-        if len({getattr(other.protocol, field.name) for other in same}) > 1
-    ]
-    if len({other.pool for other in same}) > 1 and place.pool:
-        told.append("teachers " + " ".join(sha[:6] for sha in sorted(place.pool)))
-    return told
+def _apart(same: Sequence[Place]) -> list[str]:
+    """What sets places of the same data and fraction apart: fields of the protocol, and their teachers."""
+    told = [f.name for f in fields(Protocol) if len({getattr(other.protocol, f.name) for other in same}) > 1]
+    return told + (["teachers"] if len({other.pool for other in same}) > 1 else [])
+
+
+def _words(name: str, place: Place) -> str:
+    if name == "teachers":
+        return "teachers " + (" ".join(sha[:6] for sha in sorted(place.pool)) or "none")
+    words = name.removesuffix("_sha256").replace("_", " ")
+    return f"{words} {_short(getattr(place.protocol, name))}"
 
 
 def _short(value: Any) -> str:
@@ -131,19 +116,3 @@ def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:
                 if teacher.get("sha256") in one.taught_by:  # an assistant is none of the pool
                     found.setdefault(teacher["sha256"], teacher)
     return tuple(found.values())
-
-
-def series(groups: Sequence[Group]) -> list[Series]:
-    """Puts together groups that differ in the fraction alone.
-
-    Returns:
-        By data set and label; groups of another protocol or other teachers are a series of their own.
-    """
-    found: dict[Any, list[Group]] = defaultdict(list)
-    for one in groups:
-        if one.n:
-            found[one.data, one.label, one.protocol.family, one.taught_by].append(one)
-    return [
-        Series(own[0].label, own[0].data, tuple(sorted(own, key=lambda one: one.fraction or 0.0)))
-        for own in found.values()
-    ]

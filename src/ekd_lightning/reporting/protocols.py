@@ -20,6 +20,7 @@ class Protocol:
     data: str
     fraction: float | None
     subset_sha256: str | None = None
+    subset_seed: int | None = None
     num_train_images: int | None = None
     num_val_images: int | None = None
     views: str | None = None

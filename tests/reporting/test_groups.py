@@ -1,0 +1,285 @@
+"""Runs that differ in their seed alone are one group, whatever their order; statistics are those of scipy."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_runs import ACCURACIES, TEACHERS, collection, entry, result, study
+from scipy import stats
+
+from ekd_lightning.reporting.blocks import blocks
+from ekd_lightning.reporting.comparison import holm
+from ekd_lightning.reporting.groups import differences, group
+
+METHODS = ("ce", "kd_mean", "ekd")
+WAYS = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(METHODS),
+        "seed": st.integers(0, 2),
+        "K": st.sampled_from([1, 3]),
+        "M": st.sampled_from([1, 3]),
+        "fraction": st.sampled_from([0.1, 1.0]),
+        "lr": st.sampled_from([0.1, 0.2]),
+        "steps": st.sampled_from([100, 200]),
+        "state": st.sampled_from(["done", "done", "done", "partial", "failed", "running"]),
+        "time": st.sampled_from(["2026-01-01", "2026-01-02"]),
+    }
+)
+
+
+def make(position, way):
+    way = dict(way)
+    lr, state, time = way.pop("lr"), way.pop("state"), way.pop("time")
+    return entry(
+        result(accuracy=0.5 + position / 100, **way), f"run{position:02d}", state, time, recipe__lr=lr
+    )
+
+
+def what(run, way):
+    """What tells groups apart, by an independent rule; runs without teachers have no M."""
+    return (
+        way["method"],
+        way["K"],
+        0 if way["method"] == "ce" else way["M"],
+        way["fraction"],
+        way["lr"],
+        way["steps"],
+    )
+
+
+def seen(groups):
+    return [(one.label, one.protocol, one.runs, one.duplicates) for one in groups]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WAYS, min_size=1, max_size=14), st.randoms())
+def test_any_order_of_runs_gives_the_same_groups_and_each_run_is_in_one(ways, random):
+    runs = [make(position, way) for position, way in enumerate(ways)]
+    groups = group(collection(*runs))
+    shuffled = list(runs)
+    random.shuffle(shuffled)
+    assert seen(group(collection(*shuffled))) == seen(groups)
+
+    members = [run.name for one in groups for run in (*one.runs, *one.duplicates)]
+    assert sorted(members) == [run.name for run in runs]
+    expected = defaultdict(set)
+    for run, way in zip(runs, ways, strict=True):
+        if run.result is not None:
+            expected[what(run, way)].add(run.name)
+    found = [{run.name for run in (*one.runs, *one.duplicates) if run.result} for one in groups]
+    assert sorted(map(sorted, filter(None, found))) == sorted(map(sorted, expected.values()))
+
+    for one in groups:
+        seeds = [run.get("seed") for run in one.done]
+        assert seeds == sorted(set(seeds))
+        newest = {run.get("seed"): run for run in one.done}
+        assert all(
+            (old.time, old.name) <= (newest[old.get("seed")].time, newest[old.get("seed")].name)
+            for old in one.duplicates
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WAYS, min_size=1, max_size=14))
+def test_blocks_hold_every_group_share_the_protocol_and_tell_groups_apart(ways):
+    groups = group(collection(*(make(position, way) for position, way in enumerate(ways))))
+    made = blocks(groups)
+    assert {id(one) for block in made for one in block.groups} == {id(one) for one in groups}
+    assert len({block.key for block in made}) == len(made) == len({block.title for block in made})
+    for block in made:
+        labels = [one.label for one in block.groups]
+        assert len(set(labels)) == len(labels)
+        known = [one for one in block.groups if any(run.result for run in one.runs)]
+        assert {one.protocol for one in known} <= {block.protocol}
+        pool = {teacher["sha256"] for teacher in block.teachers}
+        assert all(set(one.taught_by) <= pool for one in known if one.n)
+
+
+def labels(*runs):
+    return [one.label for one in group(collection(*runs))]
+
+
+def test_labels_tell_what_varies_within_the_method_and_no_more():
+    assert labels(entry(result("ce")), entry(result("ekd"))) == ["ce", "ekd"]
+    assert labels(entry(result("ekd", K=2), "a"), entry(result("ekd", K=3), "b")) == ["ekd, K=2", "ekd, K=3"]
+    assert labels(entry(result("ekd", K=2, M=1), "a"), entry(result("ekd", K=3, M=2), "b")) == [
+        "ekd, K=2, M=1",
+        "ekd, K=3, M=2",
+    ]
+    assert labels(entry(result(), "a"), entry(result(split_after="stem"), "b")) == [
+        "ekd, split=stage1",
+        "ekd, split=stem",
+    ]
+    assert labels(entry(result(), "a"), entry(result(weight_ce_ensemble=1.0), "b")) == [
+        "ekd, ce_ensemble=0.1",
+        "ekd, ce_ensemble=1",
+    ]
+    assert labels(entry(result(), "a"), entry(result(), "b", recipe__lr=0.5)) == [
+        "ekd, lr=0.1",
+        "ekd, lr=0.5",
+    ]
+    assert labels(entry(result(), "a"), entry(result(), "b", student__options={"width": 0.5})) == [
+        "ekd",
+        "ekd, width=0.5",
+    ]
+
+
+def test_the_usual_student_goes_without_saying():
+    runs = [*study(), entry(result("kd_mean", student="resnet14"), "m")]
+    assert labels(*runs) == ["branched_ce", "ce", "ekd", "ekd_mean", "kd_mean", "kd_mean, resnet14"]
+
+
+def test_a_label_means_the_same_in_every_block():
+    runs = [entry(result(K=K, fraction=f), f"{K}{f}") for K, f in ((2, 0.1), (3, 0.1), (3, 1.0))]
+    assert labels(*runs) == ["ekd, K=2", "ekd, K=3", "ekd, K=3"]
+
+
+def test_a_sweep_over_teachers_leaves_runs_without_teachers_one_group():
+    runs = [entry(result("ce", seed=m), f"ce{m}", teachers__count=m) for m in (1, 2, 3)]
+    (one,) = group(collection(*runs))
+    assert one.n == 3
+
+
+def test_places_and_loggers_do_not_tell_groups_apart():
+    runs = [
+        entry(result(), "a"),
+        entry(result(seed=1), "b", data__root="/elsewhere", trainer__accelerator="gpu"),
+    ]
+    assert len(group(collection(*runs))) == 1
+
+
+def test_the_newest_of_two_runs_with_one_seed_counts():
+    old, new = (
+        entry(result(accuracy=0.5), "a", time="2026-01-02"),
+        entry(result(accuracy=0.6), "b", time="2026-01-03"),
+    )
+    (one,) = group(collection(new, old))
+    assert (one.done, one.duplicates) == ((new,), (old,))
+    assert one.accuracy.mean == 0.6
+
+
+def test_a_failed_run_goes_to_the_group_with_its_settings():
+    runs = [entry(result(K=K, seed=s), f"{K}{s}") for K in (2, 3) for s in (0, 1)]
+    failed = entry(result(K=3, seed=2), "f", "failed")
+    groups = {one.label: one for one in group(collection(*runs, failed))}
+    assert groups["ekd, K=3"].others == (failed,)
+    assert groups["ekd, K=3"].n == 2
+    assert groups["ekd, K=2"].others == ()
+
+
+def test_a_method_of_which_every_run_failed_has_a_row_where_it_fits():
+    runs = [*study(), entry(result("fitnet"), "f", "failed")]
+    (block,) = blocks(group(collection(*runs)))
+    row = block.find("fitnet")
+    assert (row.n, row.accuracy, row.num_teachers, len(row.others)) == (0, None, None, 1)
+    assert "fitnet" not in differences(block.groups, "ce")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 5),
+        ("subset_sha256", "t" * 64),
+        ("epochs", 9),
+        ("batch_size", 32),
+        ("views", "none"),
+        ("precision", "16"),
+    ],
+)
+def test_another_protocol_is_another_block(field, value):
+    groups = group(collection(*study(), *study(**{field: value})))
+    made = blocks(groups)
+    assert [len(block.groups) for block in made] == [5, 5]
+    assert [block.key for block in made] == ["cifar10-f0.1", "cifar10-f0.1-2"]
+    assert all(one.n == 3 for one in groups)
+    words = field.removesuffix("_sha256").replace("_", " ")
+    assert all(f", {words} " in block.title for block in made)
+    with pytest.raises(ValueError, match="different protocols"):
+        differences(groups, "ce")
+
+
+def test_data_sets_and_fractions_are_blocks():
+    groups = group(collection(*study(), *study(fraction=0.05), *study(data="cifar100")))
+    assert [block.title for block in blocks(groups)] == [
+        "cifar10, 5 % of the training images",
+        "cifar10, 10 % of the training images",
+        "cifar100, 10 % of the training images",
+    ]
+
+
+def test_a_sweep_over_teachers_is_one_block_and_other_teachers_another():
+    runs = [entry(result(M=m), f"m{m}") for m in (1, 2, 3)]
+    ce = entry(result("ce"), "ce")
+    (block,) = blocks(group(collection(*runs, ce)))
+    assert [teacher["id"] for teacher in block.teachers] == ["teacher0", "teacher1", "teacher2"]
+    other = entry(result(M=1, teachers=[TEACHERS[3]]), "other")
+    first, second = blocks(group(collection(*runs, ce, other)))
+    assert [one.label for one in first.groups] == ["ce", "ekd, M=1", "ekd, M=2", "ekd, M=3"]
+    assert [one.label for one in second.groups] == ["ce", "ekd, M=1"]
+    assert "teachers" in first.title
+
+
+def test_a_chosen_teacher_comes_from_the_pool():
+    more = {"teacher_choice": "best", "pool_teachers": ["teacher0", "teacher1", "teacher2"]}
+    runs = [entry(result("kd", s, M=1, teachers=[TEACHERS[s]], **more), f"kd{s}") for s in (0, 1)]
+    groups = group(collection(*runs, entry(result("ekd"), "ekd")))
+    assert [(one.label, one.n) for one in groups] == [("ekd", 1), ("kd", 2)]
+    assert len(blocks(groups)) == 1
+
+
+def test_settings_that_nothing_records_are_not_invented():
+    one, other = entry(result(seed=0), "a"), entry(result(seed=1), "b")
+    vars(other)["config"] = {}
+    assert labels(one, other) == ["ekd", "ekd, settings not recorded"]
+
+
+def test_figures_of_a_group_against_scipy():
+    values = [0.61, 0.64, 0.6, 0.7]
+    runs = [entry(result(accuracy=v, seed=s), f"{s}") for s, v in enumerate(values)]
+    (one,) = group(collection(*runs))
+    assert (one.accuracy.mean, one.accuracy.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    expected = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert one.interval("test_accuracy", level=0.9) == pytest.approx(expected)
+    assert one.values("test_branch_accuracy", 1).mean == pytest.approx(np.mean(values) - 0.02)
+    assert one.array("test_branch_accuracy") == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
+    assert one.only("num_branches") == 3
+    assert one.only("train_seconds") is None
+
+
+@pytest.mark.parametrize("key", ["nothing", "method", "test_branch_accuracy", "partial", "teacher"])
+def test_what_is_no_number_has_no_cell(key):
+    (one,) = group(collection(entry(result())))
+    assert (one.values(key), one.interval(key)) == (None, None)
+    assert one.values(key, 7) is None
+    assert one.values(key, "x") is None
+
+
+def test_null_and_nan_are_left_out():
+    runs = [entry(result(seed=s, sharpness_sam=v), f"{s}") for s, v in enumerate([None, float("nan"), 0.5])]
+    (one,) = group(collection(*runs))
+    assert one.values("sharpness_sam").n == 1
+    assert one.interval("sharpness_sam") is None
+
+
+def test_one_run_has_no_interval():
+    (one,) = group(collection(entry(result())))
+    assert (one.accuracy.n, one.accuracy.std, one.interval("test_accuracy")) == (1, None, None)
+
+
+def test_differences_are_paired_by_seed_and_corrected_over_the_block():
+    (block,) = blocks(group(collection(*study())))
+    found = differences(block.groups, "ce")
+    others = [one.label for one in block.groups if one.label != "ce"]
+    raw = [stats.ttest_rel(ACCURACIES[label], ACCURACIES["ce"]).pvalue for label in others]
+    assert [found[label].p for label in others] == pytest.approx(raw)
+    assert [found[label].p_holm for label in others] == pytest.approx(holm(raw))
+    assert "ce" not in found
+    difference = np.subtract(ACCURACIES["ekd"], ACCURACIES["ce"])
+    half = stats.t.ppf(0.975, 2) * stats.sem(difference)
+    assert (found["ekd"].cell.mean, found["ekd"].half) == pytest.approx((difference.mean(), half))
+    with pytest.raises(ValueError, match="no group 'nobody'"):
+        differences(block.groups, "nobody")
