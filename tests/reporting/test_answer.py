@@ -1,0 +1,378 @@
+"""The answer in words, sentence by sentence: each number in it is computed from the runs, by a rule told here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_runs import collection, entry, result, study
+from scipy import stats
+
+from ekd_lightning.reporting import answer_words
+from ekd_lightning.reporting.answer import LEVEL, answer, answers, judge, lead, spoken_of
+from ekd_lightning.reporting.blocks import blocks
+from ekd_lightning.reporting.comparison import Difference, holm, paired
+from ekd_lightning.reporting.groups import group
+from ekd_lightning.reporting.tables import Cell
+
+REAL = Path(__file__).resolve().parents[2] / "docs" / "results" / "cifar10_10pct.json"
+EKD = (0.72, 0.73, 0.76)
+
+
+def told(*runs):
+    (block,) = blocks(group(collection(*runs)))
+    return answer(block)
+
+
+def of(found, role):
+    return next(finding for finding in found.findings if finding.role == role)
+
+
+def against(method, values, ekd=EKD, **more):
+    """EKD against one other method."""
+    runs = study({"ekd": ekd})
+    return told(*runs, *(entry(result(method, s, v, **more), f"o{s}") for s, v in enumerate(values)))
+
+
+def test_ahead():
+    found = of(against("ce", (0.60, 0.62, 0.62)), "plain")
+    test = stats.ttest_rel(EKD, (0.60, 0.62, 0.62))
+    low, high = test.confidence_interval(0.95)
+    assert found.verdict == "ahead"
+    assert found.sentence == (
+        f"EKD beats the plain student (ce) by 12.33 points: 73.67 against 61.33 % (95 % interval +{100 * low:.2f} to "
+        f"+{100 * high:.2f}, n = 3 pairs of runs, p {test.pvalue:.3f})."
+    )
+
+
+def test_behind():
+    found = of(against("kd_mean", (0.80, 0.82, 0.83)), "plain_taught")
+    assert found.verdict == "behind"
+    assert found.sentence.startswith(
+        "EKD loses to the plain student taught by the mean of the teachers (kd_mean) by 8.00 points: "
+        "73.67 against 81.67 % (95 % interval −10.48 to −5.52, n = 3 pairs of runs, p 0.005"
+    )
+
+
+def test_undecided_says_from_how_many_runs():
+    found = of(against("ce", (0.75, 0.71, 0.74)), "plain")
+    assert found.verdict == "undecided"
+    assert found.sentence.startswith(
+        "No difference between EKD and the plain student (ce) can be told from n = 3: +0.33 points, 73.67 against "
+        "73.33 % (95 % interval "
+    )
+
+
+def test_undecided_tells_that_the_interval_alone_would_have_told_a_difference():
+    controls = {"ce": (0.70, 0.70, 0.72), "kd_mean": (0.70, 0.72, 0.75), "ekd_mean": (0.70, 0.71, 0.75)}
+    found = of(told(*study({"ekd": EKD, **controls})), "plain")
+    raw = stats.ttest_rel(EKD, controls["ce"]).pvalue
+    assert raw < LEVEL < found.difference.p_holm
+    assert found.sentence.endswith(
+        f"p {found.difference.p_holm:.3f} corrected for 3 comparisons; the interval alone leaves 0 out, which one in "
+        "20 does by chance)."
+    )
+
+
+def test_one_pair_is_not_enough():
+    found = against("ce", (0.6,), ekd=(0.7,))
+    assert of(found, "plain").verdict == "not_enough"
+    assert of(found, "plain").sentence == (
+        "Not enough runs to compare EKD with the plain student (ce): n = 1 pair of runs, which differ by +10.00 points "
+        "(70.00 against 60.00 %)."
+    )
+    assert found.headline == (
+        "cifar10, 10 % of the training images: EKD reaches 70.00 % test accuracy (mean of n = 1 run); not enough runs "
+        "to say whether it helps."
+    )
+
+
+def test_no_seed_in_common():
+    found = told(entry(result("ekd", 0), "a"), entry(result("ce", 1), "b"))
+    assert (of(found, "plain").verdict, of(found, "plain").difference) == ("not_enough", None)
+    assert of(found, "plain").sentence == (
+        "Not enough runs to compare EKD with the plain student (ce): they have no seed in common."
+    )
+
+
+def test_the_same_difference_in_every_pair_cannot_be_tested():
+    found = of(against("ce", (0.71, 0.72, 0.75)), "plain")
+    assert found.verdict == "not_enough"
+    assert found.sentence == (
+        "EKD and the plain student (ce) differ by +1.00 points in each of n = 3 pairs of runs (73.67 against 72.67 %); "
+        "without any spread the difference cannot be tested."
+    )
+
+
+def test_means_are_those_of_the_common_seeds():
+    runs = [*study({"ekd": (0.70, 0.72, 0.99)}), *study({"ce": (0.60, 0.61)})]
+    assert "71.00 against 60.50 %" in of(told(*runs), "plain").sentence
+
+
+def test_every_control_is_named_by_its_role():
+    accuracies = {
+        "ekd": (0.72, 0.73, 0.76, 0.74, 0.75),
+        "ce": (0.60, 0.61, 0.62, 0.60, 0.61),
+        "kd_mean": (0.70, 0.71, 0.73, 0.71, 0.74),
+        "branched_ce": (0.62, 0.61, 0.63, 0.60, 0.62),
+        "ekd_mean": (0.72, 0.74, 0.75, 0.73, 0.76),
+    }
+    big = (0.75, 0.77, 0.78, 0.78, 0.78)
+    runs = [entry(result("kd_mean", s, v, student="resnet14"), f"big{s}") for s, v in enumerate(big)]
+    found = told(*study(accuracies), *runs)
+    assert [(finding.role, finding.other.label, finding.verdict) for finding in found.findings] == [
+        ("plain", "ce", "ahead"),
+        ("plain_taught", "kd_mean", "ahead"),
+        ("equal_cost", "kd_mean, resnet14", "behind"),
+        ("branched_untaught", "branched_ce", "ahead"),
+        ("mean_teacher", "ekd_mean", "undecided"),
+        ("best", "kd_mean, resnet14", "behind"),
+    ]
+    assert found.headline == (
+        "cifar10, 10 % of the training images: EKD reaches 74.00 % test accuracy (mean of n = 5 runs). It beats the "
+        "plain student, the plain student taught by the mean of the teachers and the branched student without "
+        "teachers; it loses to the plain student of equal cost and the best other method; it cannot be told apart "
+        "from the branched student whose branches all imitate the mean teacher."
+    )
+    controls = {**accuracies, "big": big}
+    names = ("ce", "kd_mean", "big", "branched_ce", "ekd_mean")
+    raw = [stats.ttest_rel(accuracies["ekd"], controls[name]).pvalue for name in names]
+    assert [finding.difference.p_holm for finding in found.findings[:5]] == pytest.approx(holm(raw))
+    assert "corrected for 5 comparisons" in found.findings[0].sentence
+    others = ("ce", "kd_mean", "big", "branched_ce")  # ekd_mean is a control of EKD, no other method
+    among = [stats.ttest_rel(accuracies["ekd"], controls[name]).pvalue for name in others]
+    assert found.findings[5].difference.p_holm == pytest.approx(holm(among)[2])
+    assert found.findings[5].sentence.startswith(
+        "EKD loses to kd_mean, resnet14 (the best of 4 others at no more cost) by 3.20 points: 74.00 against 77.20 %"
+    )
+
+
+def test_a_larger_network_is_no_competitor_and_equal_cost_means_macs():
+    runs = [entry(result("kd_mean", s, 0.9 + s / 100, student="resnet20"), f"big{s}") for s in range(3)]
+    found = told(*study(), *runs)
+    assert "equal_cost" not in {finding.role for finding in found.findings}
+    assert of(found, "best").other.label == "kd_mean"
+    assert answer_words.no_equal_cost() in found.remarks
+    without_teachers = [entry(result("ce", s, 0.9, student="resnet14"), f"ce{s}") for s in range(3)]
+    assert "equal_cost" not in {finding.role for finding in told(*study(), *without_teachers).findings}
+
+
+def test_a_plain_student_of_another_width_is_no_control():
+    narrow = [entry(result("ekd", s, v), f"e{s}", student__options={"width": 0.5}) for s, v in enumerate(EKD)]
+    wide = [entry(result("ce", s, 0.6 + s / 50), f"c{s}") for s in range(3)]
+    assert "plain" not in {finding.role for finding in told(*narrow, *wide).findings}
+    same = [entry(result("ce", s, 0.5 + s / 50), f"n{s}", student__options={"width": 0.5}) for s in range(3)]
+    assert of(told(*narrow, *wide, *same), "plain").other.label == "ce, width=0.5"
+
+
+def test_no_run_of_ekd():
+    found = told(*study({"ce": (0.6, 0.7)}))
+    assert (found.subject, found.findings) == (None, ())
+    assert found.headline == (
+        "cifar10, 10 % of the training images: no run of EKD is done, so nothing can be said of it."
+    )
+
+
+def test_ekd_alone():
+    assert told(*study({"ekd": EKD})).headline == (
+        "cifar10, 10 % of the training images: EKD reaches 73.67 % test accuracy (mean of n = 3 runs); no run of "
+        "another method is done to say whether it helps."
+    )
+
+
+def grid(accuracy):
+    return [
+        entry(
+            result("ekd", s, accuracy(K, M, s), K=K, M=M, val_accuracy=0.5 + K / 100 + M / 50), f"{K}{M}{s}"
+        )
+        for K in (1, 2, 3)
+        for M in (1, 2)
+        for s in range(3)
+    ]
+
+
+def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
+    found = told(*grid(lambda K, M, s: 0.9 - K / 100 - M / 50 + s / 500))
+    assert found.subject.label == "ekd, K=3, M=2"
+    assert found.headline.startswith(
+        "cifar10, 10 % of the training images: EKD (ekd, K=3, M=2) reaches 83.20 %"
+    )
+    assert (
+        "Of 6 settings of EKD with this student, ekd, K=3, M=2 is spoken of: it has the highest validation accuracy. "
+        "The test set had no part in the choice."
+    ) in found.remarks
+
+
+def test_a_single_run_is_not_spoken_of_where_others_have_more():
+    lucky = entry(result("ekd", 0, 0.99, K=2), "lucky")
+    assert told(lucky, *study({"ekd": EKD})).subject.label == "ekd, K=3"
+    (block,) = blocks(group(collection(lucky)))
+    assert spoken_of(block).label == "ekd"
+
+
+def test_accuracy_over_branches_and_teachers():
+    noise = {(1, 0): 0.001, (2, 1): 0.002, (3, 2): 0.001}
+    found = told(
+        *grid(lambda K, M, s: 0.70 + (0.05 if K > 1 else 0) + 0.001 * M + s / 100 + noise.get((K, s), 0))
+    )
+    (over_k,) = [remark for remark in found.remarks if remark.startswith("Number of branches")]
+    assert over_k.startswith(
+        "Number of branches: K = 1: 71.23 % (n = 3), K = 2: 76.27 % (n = 3), K = 3: 76.23 % (n = 3);"
+    )
+    assert over_k.endswith(
+        "; highest is K = 2, K = 1 can be told to be lower, K = 3 cannot be told apart from it."
+    )
+    assert any(
+        remark.startswith("Number of teachers: M = 1: 76.13 % (n = 3), M = 2: ") for remark in found.remarks
+    )
+
+
+def test_costs_are_told_against_the_plain_student():
+    (cost,) = [remark for remark in told(*study()).remarks if remark.startswith("Cost")]
+    assert cost == (
+        "Cost: 223,854 parameters (2.9 × the plain student), 27.2 M MACs (2.2 × the plain student), 101 s of training "
+        "(1.0 × the plain student), which depends on what else the machine did."
+    )
+    (alone,) = [remark for remark in told(*study({"ekd": EKD})).remarks if remark.startswith("Cost")]
+    assert "×" not in alone
+
+
+def test_heterogeneity():
+    runs = [
+        entry(
+            result("ekd", s, v, test_disagreement=0.2 + s / 100, test_gain_over_mean_branch=0.01 + s / 1000,
+                   test_own_teacher_cka_margin=0.03 + s / 100),
+            f"e{s}",
+        )
+        for s, v in enumerate(EKD)
+    ]  # fmt: skip
+    control = study({"ekd_mean": EKD}, test_disagreement=0.15)
+    remarks = told(*runs, *control).remarks
+    half = 100 * stats.t.ppf(0.975, 2) * 0.001 / np.sqrt(3)
+    assert (
+        f"Accuracy of the ensemble of branches minus their mean +1.10 points (95 % interval +{1.1 - half:.2f} to "
+        f"+{1.1 + half:.2f}, n = 3)."
+    ) in remarks
+    assert (
+        "Two branches of EKD disagree on 21.00 % of the test images (n = 3 runs); where all branches imitate the mean "
+        "teacher it is 15.00 % (n = 3 runs)."
+    ) in remarks
+    half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
+    assert (
+        "A branch's features resemble those of its own teacher more than those of the others by +0.040 in linear CKA "
+        f"(95 % interval {0.04 - half:+.3f} to {0.04 + half:+.3f}, n = 3 runs)."
+    ) in remarks
+
+
+def test_the_size_of_chance():
+    found = told(*study({"ekd": EKD, "ekd_permuted": (0.73, 0.72, 0.76)}))
+    assert (
+        "For the size of chance: with its teachers shifted by one branch (ekd_permuted), which should change nothing, "
+        "EKD differs by +0.00 ± 1.00 points (n = 3 pairs of runs)."
+    ) in found.remarks
+
+
+def test_few_runs_and_runs_that_do_not_count_are_told():
+    failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "running")]
+    remarks = told(*study(), *failed).remarks
+    assert answer_words.few(3) in remarks
+    assert (
+        "Not counted here: of the runs of this block 1 failed and 1 are still running or were killed."
+        in remarks
+    )
+    many = {"ekd": np.linspace(0.7, 0.75, 5).tolist(), "ce": [0.6, 0.62, 0.6, 0.61, 0.63]}
+    assert not [remark for remark in told(*study(many)).remarks if "Some of these" in remark]
+
+
+def test_over_several_blocks_the_lead_counts():
+    runs = [*study(), *study(fraction=0.05), *study({"ekd": (0.6,)}, data="digits")]
+    found = answers(blocks(group(collection(*runs))))
+    assert lead(found) == (
+        "Over 3 settings of data and protocol, EKD beats the plain student in 2 of 2; the plain student taught by the "
+        "mean of the teachers in 2 of 2; the branched student without teachers in 2 of 2; the branched student whose "
+        "branches all imitate the mean teacher in 0 of 2 (cannot be told apart in 2); the best other method in 2 of 2."
+    )
+    assert lead(found[:1]) == found[0].headline
+    nothing = answers(
+        blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits"))))
+    )
+    assert lead(nothing) == "2 settings of data and protocol, in none of which EKD can be compared."
+
+
+def test_blocks_without_a_finished_run_have_no_answer():
+    assert answers(blocks(group(collection(entry(result(), "f", "failed"))))) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-0.3, 0.3), min_size=1, max_size=6))
+def test_a_verdict_needs_a_significant_difference(values):
+    difference = paired(values)
+    verdict = judge(difference)
+    if len(values) < 2 or difference.p is None:
+        assert verdict == "not_enough"
+    elif difference.p < LEVEL:
+        assert verdict == ("ahead" if difference.cell.mean > 0 else "behind")
+        assert abs(difference.cell.mean) > difference.half  # the two agree before correction
+    else:
+        assert verdict == "undecided"
+    sentence = answer_words.comparison(verdict, "x", difference, (0.5, 0.5), 1)
+    assert sentence.endswith(".")
+    starts = {
+        "ahead": "EKD beats x",
+        "behind": "EKD loses to x",
+        "undecided": "No difference between EKD and x",
+        "not_enough": ("Not enough runs to compare EKD with x", "EKD and x differ"),
+    }
+    assert sentence.startswith(starts[verdict])
+    assert f"n = {len(values)}" in sentence
+
+
+def test_small_words():
+    assert answer_words.listed([]) == ""
+    assert answer_words.listed(["a"]) == "a"
+    assert answer_words.listed(["a", "b", "c"]) == "a, b and c"
+    assert answer_words.plural(1, "run") == "1 run"
+    assert answer_words.p_value(0.0004) == "p < 0.001"
+    with pytest.raises(ValueError, match="no interval"):
+        answer_words.interval(Difference(Cell(0.1, None, 1), None, None))
+
+
+def test_the_published_first_result_is_told_as_its_numbers_are():
+    """Real runs: verdicts and numbers are those of scipy on the accuracies, corrected by Holm."""
+    recorded = json.loads(REAL.read_text())
+    runs = [
+        entry(
+            {**result(r["method"], K=r["num_branches"], M=r["num_teachers"], student=r["student"]), **r},
+            f"r{i}",
+        )
+        for i, r in enumerate(recorded)
+    ]
+    found = told(*runs)
+    values = {}
+    for r in recorded:
+        key = (r["method"], r["student"])
+        values.setdefault(key, {})[r["seed"]] = r["test_accuracy"]
+    keys = {
+        "plain": ("ce", "resnet8"),
+        "plain_taught": ("kd_mean", "resnet8"),
+        "equal_cost": ("kd_mean_resnet14", "resnet14"),
+        "branched_untaught": ("branched_ce", "resnet8"),
+        "mean_teacher": ("ekd_mean", "resnet8"),
+    }
+    by_role = {role: [values[key][seed] for seed in sorted(values[key])] for role, key in keys.items()}
+    ours = [values["ekd", "resnet8"][seed] for seed in sorted(values["ekd", "resnet8"])]
+    p = dict(
+        zip(by_role, holm([stats.ttest_rel(ours, other).pvalue for other in by_role.values()]), strict=True)
+    )
+    assert {finding.role for finding in found.findings} == {*keys, "best"}
+    for role, other in by_role.items():
+        mean = np.mean(ours) - np.mean(other)
+        expected = "undecided" if p[role] >= LEVEL else "ahead" if mean > 0 else "behind"
+        finding = of(found, role)
+        assert (finding.verdict, finding.difference.p_holm) == (expected, pytest.approx(p[role])), role
+        assert re.search(rf"\b{abs(100 * mean):.2f} points", finding.sentence)
