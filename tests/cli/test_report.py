@@ -1,0 +1,164 @@
+"""`ekd-report` from the command line to its files, and each way to ask for something impossible."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+from made_runs import result, write_run, write_study
+
+from ekd_lightning.cli import report as program
+from ekd_lightning.cli.report import main
+
+TABLES = ("--no-page", "--no-figures")
+
+
+def call(capsys, *words):
+    """Exit code, standard output and standard error."""
+    code = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, *words):
+    code, out, err = call(capsys, *words)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("ekd-report: error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("runs"))
+
+
+def test_the_tables_of_a_study(runs, tmp_path, capsys):
+    code, out, err = call(capsys, runs, "-o", tmp_path / "out", *TABLES)
+    assert (code, err) == (0, "")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"tables.md", "runs.csv", "summary.json"}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["files"]) == files
+    assert summary["lead"] in out
+    assert out.splitlines()[-1] == f"15 done; 3 files in {tmp_path / 'out'}"
+
+
+def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path, capsys):
+    write_study(tmp_path / "in")
+    write_run(tmp_path / "in" / "half", result())
+    (tmp_path / "in" / "half" / "result.json").write_text('{"meth')
+    code, out, err = call(capsys, tmp_path / "in", "-o", tmp_path / "out", *TABLES)
+    assert code == 0
+    assert err == "ekd-report: half/result.json: damaged or half-written; counted as failed\n"
+    assert "15 done, 1 failed" in out
+    assert "half-written" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_an_existing_output_is_kept_without_force(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    call(capsys, runs, "-o", out, *TABLES)
+    before = (out / "tables.md").read_text()
+    assert "is not empty; --force writes over" in refused(capsys, runs, "-o", out, "--title", "New", *TABLES)
+    assert (out / "tables.md").read_text() == before
+    assert call(capsys, runs, "-o", out, "--title", "New", "--force", *TABLES)[0] == 0
+    assert (out / "tables.md").read_text().startswith("# New\n")
+
+
+def test_force_removes_what_the_earlier_report_wrote_and_nothing_else(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    call(capsys, runs, "-o", out, *TABLES)
+    summary = json.loads((out / "summary.json").read_text())
+    for path in (out / "figures" / "old.svg", out / "mine.txt", tmp_path / "outside.svg"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    summary["files"] += ["figures/old.svg", "mine.txt", "../outside.svg", 3]
+    (out / "summary.json").write_text(json.dumps(summary))
+    assert call(capsys, runs, "-o", out, "--force", *TABLES)[0] == 0
+    assert not (out / "figures" / "old.svg").exists()
+    assert (out / "mine.txt").exists()
+    assert (tmp_path / "outside.svg").exists()
+
+
+def test_force_does_not_write_into_another_folder(runs, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("")
+    assert "not empty and no report" in refused(capsys, runs, "-o", tmp_path, "--force", *TABLES)
+    assert "is a file" in refused(capsys, runs, "-o", tmp_path / "thesis.tex", *TABLES)
+
+
+BAD = [
+    (["{runs}", "--formats", "pgn"], "unknown --formats 'pgn'; did you mean 'png'? (allowed: png, svg)"),
+    (["{runs}", "--formats", ","], "--formats ',': give one of svg, png, or --no-figures"),
+    (["{runs}", "--reference", "kd_men", *TABLES], "unknown --reference 'kd_men'; did you mean 'kd_mean'?"),
+    (["{empty}", *TABLES], "no runs (no status.json or result.json)"),
+    (["{empty}/nowhere", *TABLES], "nowhere: no such folder"),
+    ([__file__, *TABLES], "test_report.py: neither a folder of runs nor a result.json"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=range(len(BAD)))
+def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, capsys, words, said):
+    (tmp_path / "empty").mkdir()
+    places = {"runs": runs, "empty": tmp_path / "empty"}
+    line = refused(capsys, *(word.format(**places) for word in words), "-o", tmp_path / "out")
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "option"), [("matplotlib", "--no-figures"), ("plotly", "--no-page")])
+def test_a_missing_package_names_the_extra_and_the_option(
+    runs, tmp_path, capsys, monkeypatch, package, option
+):
+    real = program.find_spec
+    monkeypatch.setattr(program, "find_spec", lambda name: None if name == package else real(name))
+    line = refused(capsys, runs, "-o", tmp_path / "out")
+    assert (
+        f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
+        in line
+    )
+    assert not (tmp_path / "out").exists()
+    assert call(capsys, runs, "-o", tmp_path / "out", *TABLES)[0] == 0
+
+
+def test_help_has_examples(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert "ekd-report compare/c10 compare/c100 -o report" in out
+
+
+def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path, capsys):
+    code, out, err = call(capsys, runs, "-o", tmp_path / "out", "--formats", "svg")
+    assert (code, err) == (0, "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    figures = [name for name in summary["files"] if name.startswith("figures/")]
+    assert {name.rpartition(".")[2] for name in figures} == {"svg", "md"}
+    assert [name for name in summary["files"] if not (tmp_path / "out" / name).is_file()] == []
+    assert "<html" in (tmp_path / "out" / "index.html").read_text()
+    assert out.endswith(f"open {tmp_path / 'out' / 'index.html'}\n")
+
+
+@pytest.mark.slow
+def test_a_thousand_runs(tmp_path, capsys):
+    """All are read, and every figure is right; docs/reporting.md tells how long it takes."""
+    chance = random.Random(0)
+    for number in range(1000):
+        K, M, seed, fraction = (
+            number % 5 + 1,
+            number // 5 % 4 + 1,
+            number // 20 % 10,
+            (number // 200 + 1) / 10,
+        )
+        made = result("ekd", seed, 0.5 + 0.3 * chance.random(), K=K, M=M, fraction=fraction)
+        write_run(tmp_path / "in" / f"{number // 100}" / f"{number}", made)
+    code, out, _ = call(capsys, tmp_path / "in", "-o", tmp_path / "out", *TABLES)
+    assert code == 0
+    assert "1000 done" in out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [len(block["rows"]) for block in summary["blocks"]] == [20] * 5
+    assert all(row["n"] == 10 for block in summary["blocks"] for row in block["rows"])
+    shutil.rmtree(tmp_path / "in")

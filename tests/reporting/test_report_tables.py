@@ -1,0 +1,159 @@
+"""A report as tables, CSV and JSON: all say the same, nothing is averaged over what may not be, all runs are in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from made_runs import ACCURACIES, collection, entry, result, study
+from scipy import stats
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.comparison import holm
+from ekd_lightning.reporting.report import make_report, summary
+from ekd_lightning.reporting.report_tables import flatten, markdown, runs_csv, summary_json
+
+
+def report(*runs, **more):
+    return make_report(collection(*runs), **more)
+
+
+def line(page, label):
+    return next(row for row in page.splitlines() if row.startswith(f"| `{label}` |"))
+
+
+def test_the_table_holds_the_statistics_of_scipy():
+    page = markdown(report(*study()))
+    ekd, ce = np.array(ACCURACIES["ekd"]), np.array(ACCURACIES["ce"])
+    low, high = stats.t.interval(0.95, 2, loc=ekd.mean(), scale=stats.sem(ekd))
+    others = [name for name in sorted(ACCURACIES) if name != "ce"]
+    p = holm([stats.ttest_rel(ACCURACIES[name], ce).pvalue for name in others])[others.index("ekd")]
+    between = stats.ttest_rel(ekd, ce).confidence_interval(0.95)
+    cells = [cell.strip() for cell in line(page, "ekd").strip("|").split("|")]
+    assert cells[1:4] == ["3", "3", "3"]
+    assert (
+        cells[4]
+        == f"{100 * ekd.mean():.2f} ± {100 * ekd.std(ddof=1):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+    )
+    assert cells[5] == f"+12.67 [{100 * between.low:+.2f}, {100 * between.high:+.2f}], n 3, p {p:.3f}"
+    assert cells[6] == ""  # EKD minus itself
+    assert cells[7:] == ["0.263", "0.050", "+2.00", "223,854", "27.2 M", "101", ""]
+
+
+def test_a_single_run_has_no_interval_and_says_so():
+    page = markdown(report(*study({"ce": (0.6,), "ekd": (0.7,)})))
+    assert "| 70.00 (not enough runs) | +10.00 (not enough runs) |" in line(page, "ekd")
+    assert "±" not in line(page, "ekd")
+
+
+def test_data_sets_and_protocols_have_tables_of_their_own_and_a_note_says_so():
+    runs = [*study(), *study(data="digits"), *study({"ekd": (0.1, 0.1, 0.1)}, steps=9)]
+    found = report(*runs)
+    page = markdown(found)
+    heads = [row for row in page.splitlines() if row.startswith("## ")]
+    assert heads[:3] == [
+        "## cifar10, 10 % of the training images, steps 140",
+        "## cifar10, 10 % of the training images, steps 9",
+        "## digits, 10 % of the training images",
+    ]
+    assert found.notes == (
+        "cifar10, 10 %: runs went 2 different ways and are kept apart, never averaged or compared across: "
+        "cifar10, 10 % of the training images, steps 140; cifar10, 10 % of the training images, steps 9",
+    )
+    assert found.notes[0] in page
+    assert [one["n"] for block in summary(found)["blocks"] for one in block["rows"]] == [3] * 11
+
+
+def test_duplicates_partial_and_failed_runs_are_told():
+    old = entry(result("ekd", 0, 0.1), "old", time="2025")
+    half = entry(result("ekd", 5, 0.1), "half", "partial")
+    broken = entry(result("ekd", 7), "broken", "failed")
+    found = report(*study(), old, half, broken)
+    # Without a time a run is older than any that has one.
+    assert found.notes[0] == "ekd-{}-s0 and old: ekd, seed 0, twice; the newer, old, counts"
+    assert found.notes[1] == "half: saw a part of the data only, left out of all means"
+    page = markdown(found)
+    assert "| broken | `ekd` | 7 | failed | broke |" in page
+    assert "| half | `ekd` | 5 | partial |  |" in page
+    assert line(page, "ekd").endswith("| 1 partial, 1 failed |")
+    assert found.groups[2].n == 3
+
+
+def test_errors_do_not_break_the_table():
+    broken = entry(result("ekd", 7), "broken", "failed")
+    object.__setattr__(broken, "error", "a | b\nc")
+    assert "| broken | `ekd` | 7 | failed | a \\| b c |" in markdown(report(broken))
+
+
+def test_only_failed_runs_make_a_report_all_the_same():
+    found = report(entry(result("ekd"), "f", "failed"))
+    assert found.lead == "No run is done: there is nothing to say yet."
+    assert "No run is done here." in markdown(found)
+    assert summary(found)["runs"] == {"done": 0, "failed": 1, "partial": 0, "running": 0}
+    assert len(list(csv.DictReader(io.StringIO(runs_csv(found))))) == 1
+
+
+def test_the_reference_is_the_plain_student_unless_asked():
+    assert report(*study()).reference == {"cifar10-f0.1": "ce"}
+    assert report(*study({"kd": (0.5,), "ekd": (0.6,)})).reference == {"cifar10-f0.1": "ekd"}
+    assert report(*study({"kd": (0.5,)})).reference == {"cifar10-f0.1": "kd"}
+    both = [*study(), *study({"ekd": (0.5,)}, data="digits")]
+    assert report(*both, reference="kd_mean").reference == {"cifar10-f0.1": "kd_mean"}
+    grid = [entry(result(K=K, val_accuracy=K / 10), f"{K}") for K in (1, 2)]
+    assert report(*grid, reference="ekd, K=1").reference == {"cifar10-f0.1": "ekd, K=1"}
+    assert report(*grid, reference="ekd").reference == {"cifar10-f0.1": "ekd, K=2"}
+    with pytest.raises(
+        UserError, match=r"unknown --reference 'kd_men'; did you mean 'kd_mean'\? \(allowed: "
+    ):
+        report(*study(), reference="kd_men")
+
+
+def test_csv_has_a_row_for_every_run_and_a_column_for_every_field():
+    subsets = [{"branches": [0], "accuracy": 0.6}, {"branches": [0, 2], "accuracy": 0.7}]
+    early = [{"threshold": 0.9, "mean_branches": 1.5}]
+    more = {"test_subsets": subsets, "test_early_exit": early, "corruption_accuracy": {"fog": [0.5, 0.4]}}
+    found = report(
+        entry(result(accuracy=0.75, tags=["a", "b"], **more), "one"), entry(result(seed=1), "two", "failed")
+    )
+    done, failed = csv.DictReader(io.StringIO(runs_csv(found)))
+    assert (done["run"], done["state"], done["counts"], done["setting"]) == ("one", "done", "True", "ekd")
+    assert float(done["test_accuracy"]) == 0.75
+    assert float(done["test_branch_accuracy_2"]) == pytest.approx(0.72)
+    assert float(done["test_subsets_0+2_accuracy"]) == 0.7
+    assert float(done["test_early_exit_0.9_mean_branches"]) == 1.5
+    assert float(done["corruption_accuracy_fog_1"]) == 0.4
+    assert done["tags"] == "a b"
+    assert done["teachers_1_id"] == "teacher1"
+    assert float(done["recipe.lr"]) == 0.1
+    assert (failed["state"], failed["error"], failed["test_accuracy"], failed["seed"]) == (
+        "failed",
+        "broke",
+        "",
+        "1",
+    )
+
+
+def test_flatten_keeps_every_leaf():
+    into = {}
+    flatten({"a": [1, [2, None]], "b": {"c": "x"}}, "f", into)
+    assert into == {"f_a_0": 1, "f_a_1_0": 2, "f_a_1_1": None, "f_b_c": "x"}
+
+
+def test_summary_table_and_answer_say_the_same():
+    found = report(*study(), title="Title")
+    content = json.loads(summary_json(summary(found)))
+    (block,) = content["blocks"]
+    rows = {row["label"]: row for row in block["rows"]}
+    assert content["title"] == "Title"
+    assert content["lead"] == block["answer"]["headline"] == found.answers[0].headline
+    assert rows["ekd"]["test_accuracy"] == pytest.approx(np.mean(ACCURACIES["ekd"]))
+    assert rows["ekd"]["seeds"] == [0, 1, 2]
+    assert rows["ekd"]["differences"]["ce"]["mean"] == pytest.approx(0.38 / 3)
+    plain = block["answer"]["findings"][0]
+    assert (plain["role"], plain["other"], plain["verdict"]) == ("plain", "ce", "ahead")
+    assert plain["difference"]["mean"] == pytest.approx(rows["ekd"]["differences"]["ce"]["mean"])
+    assert block["protocol"]["steps"] == 140
+    assert content["lead"] in markdown(found)
