@@ -4,11 +4,25 @@ Several frozen teachers teach one compact student with parallel branches
 (after Asif, Tang, Harrer, ECAI 2020, arXiv 1909.08097, rebuilt from its abstract).
 """
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ekd_lightning.networks import DeployedModel
 
 try:
     __version__ = version("ekd-lightning")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "load"]
+
+
+def load(path: str | Path, device: str = "cpu") -> DeployedModel:
+    """Reads a student that `ekd-export` wrote; see `ekd_lightning.networks.load_deployed`."""
+    from ekd_lightning.networks import load_deployed  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+
+    return load_deployed(path, device)

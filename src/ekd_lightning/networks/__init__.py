@@ -4,6 +4,9 @@
 from ekd_lightning.networks import densenet, mobilenet, resnet, vgg, wide_resnet  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
 from ekd_lightning.networks.cut import cut_branches
+from ekd_lightning.networks.deploy import DeployedSpec, DeployedStudent
+from ekd_lightning.networks.deployed_load import load_deployed
+from ekd_lightning.networks.deployed_model import DeployedModel
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.networks.registry import build_network, network_names, register_network
 from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization, normalization
@@ -28,6 +31,9 @@ __all__ = [
     "KEY_MAPS",
     "NORMALIZATIONS",
     "BranchedStudent",
+    "DeployedModel",
+    "DeployedSpec",
+    "DeployedStudent",
     "NetworkOutput",
     "NetworkSpec",
     "Normalization",
@@ -41,6 +47,7 @@ __all__ = [
     "convert_state",
     "cut_branches",
     "file_sha256",
+    "load_deployed",
     "load_foreign",
     "load_network",
     "load_student",

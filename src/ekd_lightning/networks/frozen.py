@@ -13,10 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from ekd_lightning.networks.outputs import NetworkOutput
 from ekd_lightning.networks.staged import StagedNetwork, pool
-from ekd_lightning.networks.student import Branch, BranchedStudent, couple
+from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class FrozenStudent(nn.Module):
         )
         self.branches = nn.ModuleList(branches)
         self.heads = nn.ModuleList(branch.head for branch in own)
-        self.ensemble, self.gate = student.ensemble, student.gate
+        self.ensemble = student.ensemble
+        self.gate = _folded_gate(student.gate) if fold and student.gate is not None else student.gate
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,3 +162,10 @@ def _folded(stage: nn.Module, name: str) -> nn.Module:
     except Exception as error:
         log.info("batch norms of %s are not folded: it cannot be traced (%s)", name, error)
         return stage
+
+
+def _folded_gate(gate: Gate) -> Gate:
+    """The gate, its batch norm folded into its linear layer; it is changed in place."""
+    if isinstance(gate.bn, nn.BatchNorm1d):
+        gate.fc, gate.bn = fuse_linear_bn_eval(gate.fc, gate.bn), nn.Identity()
+    return gate

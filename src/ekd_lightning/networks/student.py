@@ -71,7 +71,7 @@ class Gate(nn.Module):
     def __init__(self, num_features: int, branches: int) -> None:
         super().__init__()
         self.fc = nn.Linear(num_features, branches)
-        self.bn = nn.BatchNorm1d(branches)
+        self.bn: nn.BatchNorm1d | nn.Identity = nn.BatchNorm1d(branches)
 
     def forward(self, trunk_maps: Tensor) -> Tensor:
         """Maps the trunk's output [B, channels, height, width] to weights [B, K] that sum to 1."""

@@ -119,7 +119,7 @@ def read_spec(path: str | Path) -> NetworkSpec:
     return NetworkSpec.from_dict(_read_spec(path, "network"))
 
 
-def state_sha256(network: StagedNetwork) -> str:
+def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
     """Hashes what a network is: its spec and its weights, whatever file, device or layout they are in.
 
     Returns:

@@ -1,0 +1,162 @@
+"""A deployed student as the content of a file: safetensors, ONNX or torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks.deploy import DeployedStudent
+from ekd_lightning.networks.deployed_model import pack_metadata
+
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+"""Formats, and how their files are called."""
+
+METADATA_FILE = "ekd_metadata.json"  # inside a .pt2
+ONNX_OPSET = 18
+
+_SEAL = re.compile(rb"ekd_sha256\W{1,5}([0-9a-f]{64})")
+_UNSEALED = "0" * 64
+
+
+def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
+    """The content of a file that `load_deployed` reads.
+
+    Args:
+        student: On the CPU.
+        metadata: JSON-able values, `class_names` and `image_size` among them; the student's spec is added.
+        file_format: One of `SUFFIXES`.
+
+    Raises:
+        UserError: If a package that the format needs is not installed, or the student cannot be exported.
+    """
+    strings = pack_metadata({**metadata, "spec": student.spec.to_dict()})
+    writers: dict[str, Callable[[DeployedStudent, dict[str, str], int], bytes]] = {
+        "safetensors": _to_safetensors,
+        "onnx": _to_onnx,
+        "torch-export": _to_torch_export,
+    }
+    try:
+        return writers[file_format](student, strings, int(metadata["image_size"]))
+    except UserError:
+        raise
+    except Exception as error:  # a network of a user's may do what a tracer does not know: many kinds
+        raise UserError(
+            f"the student cannot be written as {file_format} ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def seal(content: bytes) -> bytes:
+    """Writes the SHA-256 of a file's content into its metadata, where 64 zeros stand for it.
+
+    Neither safetensors nor ONNX would notice a weight that changed on disk.
+    """
+    return _SEAL.sub(lambda found: found[0][:-64] + _digest(content).encode(), content, count=1)
+
+
+def is_intact(content: bytes) -> bool:
+    """Whether the content is what `seal` saw."""
+    found = _SEAL.search(content)
+    if found is None:
+        return False
+    start, end = found.span(1)
+    return _digest(content[:start] + _UNSEALED.encode() + content[end:]) == found[1].decode()
+
+
+def with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:
+    """Serialises an ONNX model (an `onnx.ModelProto`) with these strings in its metadata."""
+    import onnx  # noqa: PLC0415  # optional
+
+    onnx.helper.set_model_props(model, {**strings, "ekd_sha256": _UNSEALED})
+    return seal(model.SerializeToString())
+
+
+def require(extra: str, *packages: str) -> None:
+    """Refuses what needs a package that is not installed.
+
+    Raises:
+        UserError: Naming the package and the extra of this project that holds it.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'")
+
+
+def _to_safetensors(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
+    state = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
+    return seal(safetensors.torch.save(state, {**strings, "ekd_sha256": _UNSEALED}))
+
+
+def _to_torch_export(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
+    with _quietly():
+        program = torch.export.export(
+            student, (_example(image_size),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
+        for node in program.graph.nodes:  # they name files of this machine
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("nn_module_stack", None)
+        file = io.BytesIO()
+        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(strings)})
+    return file.getvalue()
+
+
+def _to_onnx(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
+    require("export", "onnx", "onnxscript")
+    with _quietly():
+        program = torch.onnx.export(
+            student,
+            (_example(image_size),),
+            dynamo=True,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            input_names=["images"],
+            output_names=list(student.spec.outputs),
+            opset_version=ONNX_OPSET,
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True
+    model = program.model_proto
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            del node.metadata_props[:]
+    del model.graph.metadata_props[:]
+    return with_onnx_metadata(model, strings)
+
+
+def _example(image_size: int) -> torch.Tensor:
+    # Of a batch of one, tracing would make a constant.
+    return torch.zeros(2, 3, image_size, image_size)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' remarks on their own progress; errors are raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
