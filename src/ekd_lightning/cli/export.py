@@ -1,0 +1,286 @@
+"""`ekd-export`: the student of a finished run as files for use, each checked, with a model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ekd_lightning.cli.edge import one_line
+from ekd_lightning.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from ekd_lightning.training.evaluation_context import EvaluationContext
+    from ekd_lightning.training.export import ExportOptions
+
+PROGRAM = "ekd-export"
+CARD = "README.md"
+PLACES = ("data.root", "data.download")
+_WIDTH = 160  # where there is no terminal
+EXAMPLES = """\
+examples:
+  ekd-export RUN                                          RUN/export/student.safetensors and a model card
+  ekd-export RUN --format onnx,torch-export -o exported   for ONNX Runtime, and for PyTorch alone
+  ekd-export RUN --format onnx --int8                     also quantised to int8, its accuracy stated
+  ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
+  ekd-export RUN data.root=/data                          where the data are elsewhere by now
+
+RUN is the directory of a finished run. In Python, without Lightning or Hydra:
+  model = ekd_lightning.load("RUN/export/student.safetensors"); logits = model(images)
+
+Every file is read back and asked about all test images before it gets its name. docs/export.md tells more.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Write the student of a finished run as files for use, check them, and fill a model card.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="directory of a finished run")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=f"where things are by now: {', '.join(PLACES)}")
+    add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
+    add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
+    add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
+    add("--weights", default="last", help="last (default) or best, by validation accuracy")
+    add(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold batch norm into the convolutions before it (default: yes)",
+    )
+    add("--probabilities", action="store_true", help="return probabilities beside logits")
+    add("--int8", action="store_true", help="also an ONNX file quantised to int8")
+    add("--calibration-images", type=int, default=512, help="training images that int8 takes its ranges from")
+    add(
+        "--max-drop",
+        type=float,
+        default=0.02,
+        help="accuracy that int8 may lose, of 1 (default: %(default)s)",
+    )
+    add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
+    add(
+        "--push-to",
+        metavar="REPO",
+        help="print the command that uploads the folder to a Hugging Face repository",
+    )
+    add("--upload", action="store_true", help="with --push-to: upload it")
+    add("--force", action="store_true", help="overwrite")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-export`; exit code 1 if a file failed its check, 2 for a user's mistake.
+
+    Args:
+        argv: Arguments without the command's name; those of the process if None.
+    """
+    args = make_parser().parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with one_line(PROGRAM):
+        failure = run_export(args)
+    if failure:
+        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run_export(args: argparse.Namespace) -> str | None:
+    """Exports, and says what came of it.
+
+    Returns:
+        Why a file was removed again; None if all passed their checks.
+
+    Raises:
+        UserError: For a user's mistake, before anything is written.
+    """
+    options = _options(args)
+    for word in args.overrides:
+        if word.partition("=")[0] not in PLACES or "=" not in word:
+            raise UserError(
+                f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}"
+            )
+    folder = args.output or args.run / "export"
+    from ekd_lightning.training import export  # noqa: PLC0415 (slow; --help and misspellings need none)
+
+    export.refuse_existing(folder, options, args.force)
+    _refuse_foreign_card(folder, export.read_export(folder), args.force)
+    context, provenance = _open(args, options)
+    failure = None
+    try:
+        record = export.export_student(context, provenance, folder, options, force=args.force)
+    except export.CheckFailedError as error:
+        failure, record = str(error), export.read_export(folder) or {}
+    if record.get("files"):
+        _show(record, folder)
+        _write_card(record, context.result, folder, args)
+        if not failure:
+            _say_accuracy(record, context.result)
+            _push(args, folder)
+    return failure
+
+
+def _options(args: argparse.Namespace) -> ExportOptions:
+    """Checks what needs no file.
+
+    Raises:
+        UserError: For a value that cannot be.
+    """
+    from ekd_lightning.networks.deployed_bytes import SUFFIXES  # noqa: PLC0415
+    from ekd_lightning.training.export import WEIGHTS, ExportOptions  # noqa: PLC0415
+
+    formats = tuple(dict.fromkeys(word.strip() for word in args.format.split(",")))
+    for name in formats:
+        if name not in SUFFIXES:
+            raise unknown_name("format", name, SUFFIXES)
+    if args.weights not in WEIGHTS:
+        raise unknown_name("--weights", args.weights, WEIGHTS)
+    if args.int8 and "onnx" not in formats:
+        raise UserError(
+            f"--int8 --format {args.format}: ONNX Runtime quantises, add onnx (PyTorch itself has no quantiser for "
+            "exported programs, and safetensors holds weights only)"
+        )
+    if args.output is not None and args.output.suffix in SUFFIXES.values():
+        raise UserError(
+            f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}"
+        )
+    if args.calibration_images < 1:
+        raise UserError(f"--calibration-images {args.calibration_images}: must be at least 1")
+    if not 0 <= args.max_drop <= 1:
+        raise UserError(f"--max-drop {args.max_drop}: must lie in [0, 1]")
+    if args.upload and not args.push_to:
+        raise UserError("--upload: needs --push-to REPO")
+    if args.upload:
+        from ekd_lightning.networks.deployed_bytes import require  # noqa: PLC0415
+
+        require("hub", "huggingface_hub")
+    return ExportOptions(
+        formats,
+        branches=_branches(args.branches),
+        weights=args.weights,
+        fold=args.fold,
+        probabilities=args.probabilities,
+        int8=args.int8,
+        calibration_images=args.calibration_images,
+        max_drop=args.max_drop,
+    )
+
+
+def _branches(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"--branches {text}: whole numbers with commas between, e.g. 0,2") from None
+
+
+def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
+    import torch  # noqa: PLC0415
+
+    from ekd_lightning.cli.build import import_user_modules  # noqa: PLC0415
+    from ekd_lightning.cli.config import CONFIG_FILE, read_config  # noqa: PLC0415
+    from ekd_lightning.cli.runs import open_run, read_result  # noqa: PLC0415
+    from ekd_lightning.networks import cut_branches  # noqa: PLC0415
+    from ekd_lightning.training.export import choose_weights  # noqa: PLC0415
+    from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
+
+    if not args.run.is_dir():
+        raise UserError(f"{args.run}: no such directory")
+    read_result(args.run)  # an unfinished run has no student, and its own message
+    if (args.run / CONFIG_FILE).is_file():
+        import_user_modules(list(read_config(args.run).get("imports") or []))
+    run = open_run(args.run, args.overrides)
+    student = choose_weights(args.run, run.student, options.weights)
+    if options.branches is not None:
+        cut_branches(student, options.branches)  # refuses before the data are read
+    context = open_context(args.run, run.settings, run.result, student, torch.device("cpu"))
+    path = args.run / "provenance.json"
+    return context, json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _show(record: dict[str, Any], folder: Path) -> None:
+    table = Table(
+        title=f"{folder}: checked on {record['test_metrics']['images']:,} test images", title_justify="left"
+    )
+    for name in ("file", "precision", "kB", "accuracy %", "Δ accuracy", "max |Δlogit|", "allowed", "changed"):
+        table.add_column(name, justify="left" if name in ("file", "precision") else "right")
+    for name, facts in record["files"].items():
+        allowed = facts["tolerance"]
+        table.add_row(
+            name,
+            facts["precision"] + (", folded" if facts["folded"] else ""),
+            f"{facts['bytes'] / 1000:,.1f}",
+            f"{100 * facts['accuracy']:.2f}",
+            f"{100 * facts['accuracy_difference']:+.2f}",
+            f"{facts['max_difference']:.2g}",
+            "" if allowed is None else f"{allowed:.2g}",
+            str(facts["changed"]),
+        )
+    console = Console(file=sys.stdout)
+    (console if console.is_terminal else Console(file=sys.stdout, width=_WIDTH)).print(table)
+
+
+def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
+    student = record["student"]
+    recorded = result.get("test_accuracy_best" if student["weights"] == "best" else "test_accuracy")
+    whole = len(student["branches"]) == student["of_branches"]
+    said = f"; the run recorded {100 * recorded:.2f} %" if whole and recorded is not None else ""
+    print(f"student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{said}")
+
+
+def _refuse_foreign_card(folder: Path, record: dict[str, Any] | None, force: bool) -> None:
+    if record is None and (folder / CARD).exists() and not force:
+        raise UserError(f"{folder / CARD} exists and is no model card of an export (--force overwrites it)")
+
+
+def _write_card(
+    record: dict[str, Any], result: Mapping[str, Any], folder: Path, args: argparse.Namespace
+) -> None:
+    """Writes the card, unless somebody has edited it since it was written."""
+    from ekd_lightning.networks import file_sha256  # noqa: PLC0415
+    from ekd_lightning.reporting.model_card import model_card  # noqa: PLC0415
+    from ekd_lightning.training.export import EXPORT  # noqa: PLC0415
+    from ekd_lightning.training.record import write_json, write_text  # noqa: PLC0415
+
+    path = folder / CARD
+    if path.is_file() and not args.force and file_sha256(path) != record.get("card_sha256"):
+        print(f"model card: {path} was edited and is left as it is (--force writes it anew)")
+        return
+    write_text(path, model_card(record, result, license_id=args.license))
+    write_json(folder / EXPORT, {**record, "card_sha256": file_sha256(path)})
+    print(f"model card: {path}")
+
+
+def _push(args: argparse.Namespace, folder: Path) -> None:
+    """Uploads if that was asked for by a word of its own; otherwise says how."""
+    if not args.push_to:
+        return
+    if not args.upload:
+        command = shlex.join(["hf", "upload", args.push_to, str(folder), "."])
+        print(f"nothing was uploaded; to do so: {command}   (or add --upload)")
+        return
+    import huggingface_hub  # noqa: PLC0415  # optional
+
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(args.push_to, repo_type="model", private=True, exist_ok=True)
+        place = api.upload_folder(repo_id=args.push_to, folder_path=str(folder), repo_type="model")
+    except Exception as error:  # the hub's and the network's kinds
+        raise UserError(f"--push-to {args.push_to}: {' '.join(str(error).split())[:300]}") from None
+    print(f"uploaded to {place}")
+
+
+if __name__ == "__main__":
+    main()
