@@ -27,6 +27,7 @@ TINY = (
     "teachers.recipe.batch_size=32",
     "trainer=cpu",
     "trainer.precision=32-true",
+    "evaluation=none",  # tests that look at it ask for it
 )
 """129 training images of the bundled digits, 4 steps an epoch, two teachers of one epoch, 360 test images."""
 

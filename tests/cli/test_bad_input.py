@@ -50,6 +50,8 @@ REFUSED = [
     (["method.temperature=0"], ["method.temperature=0"]),
     (["method.assignment=one_to_on"], ["did you mean 'one_to_one'"]),
     (["seed=-1"], ["seed=-1"]),
+    (["evaluation=ful"], ["evaluation 'ful'", "did you mean 'full'"]),
+    (["evaluation.parts=[predictions,flatnes]"], ["evaluation.parts 'flatnes'", "did you mean 'flatness'"]),
     (["metric=test_acc"], ["metric 'test_acc'", "did you mean 'test_accuracy'"]),
     (["logger=wandb", "logger.wandb.mode=ofline"], ["logger.wandb.mode", "did you mean 'offline'"]),
     (["+callbacks.x={_target_: os.system, command: 'touch hacked'}"], ["callbacks.x._target_=os.system"]),

@@ -15,9 +15,8 @@ from ekd_lightning.training.prepare import prepare
 
 @pytest.fixture(scope="module")
 def run(train, tmp_path_factory):
-    outcome = train(
-        tmp_path_factory.mktemp("record") / "run", "trainer.limit_test_batches=null", "tags=[a,b]"
-    )
+    directory = tmp_path_factory.mktemp("record") / "run"
+    outcome = train(directory, "trainer.limit_test_batches=null", "tags=[a,b]", "evaluation=standard")
     assert outcome.code == 0, outcome.err
     return outcome
 
@@ -33,6 +32,7 @@ def test_the_files(run):
         "metrics.csv",
         "result.json",
         "student.safetensors",
+        "arrays.npz",
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "train.log",
@@ -77,11 +77,32 @@ def test_the_result_has_every_field(run):
     assert len(result["subset_sha256"]) == 64
 
 
-def test_the_result_is_flat_but_for_lists_of_networks(run):
+def test_the_result_is_flat_but_for_lists_of_networks_and_the_evaluation(run):
+    """Numbers, words and lists of them; matrices and points of curves are lists of equal rows."""
     for name, value in run.result.items():
-        if name not in ("teachers", "teacher_candidates", "chain"):
-            assert not isinstance(value, dict)
-            assert not isinstance(value, list) or all(isinstance(item, (int, float, str)) for item in value)
+        if name in ("teachers", "teacher_candidates", "chain", "evaluation_seconds"):
+            continue
+        assert not isinstance(value, dict), name
+        if isinstance(value, list):
+            kinds = {type(item) if isinstance(item, (list, dict)) else None for item in value}
+            assert len(kinds) <= 1, name
+            rows = [tuple(item) if isinstance(item, dict) else len(item) for item in value if kinds - {None}]
+            assert len(set(rows)) <= 1, name
+
+
+def test_the_evaluation_is_in_the_record(run):
+    assert run.result["evaluated"] == ["predictions", "generalisation"]
+    assert run.result["evaluation_error"] is None
+    subsets = run.result["test_subsets"]
+    assert subsets[-1]["branches"] == [0, 1, 2]
+    assert subsets[-1]["accuracy"] == pytest.approx(run.result["test_accuracy"], abs=1e-7)
+    assert (subsets[-1]["macs"], subsets[-1]["num_parameters"]) == (
+        run.result["macs"],
+        run.result["num_parameters"],
+    )
+    assert [row["accuracy"] for row in subsets[:3]] == pytest.approx(
+        run.result["test_branch_accuracy"], abs=1e-7
+    )
 
 
 def test_teachers_are_recorded_with_hash_and_accuracy(run):

@@ -11,9 +11,13 @@ import pytest
 import torch
 from whole_runs import TINY
 
+from ekd_lightning.cli.runs import open_run
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
+from ekd_lightning.training.evaluate_run import plain
+from ekd_lightning.training.predictions import predictions
 from ekd_lightning.training.prepare import prepare
+from ekd_lightning.training.recorded_run import open_context
 
 WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]
 
@@ -25,8 +29,9 @@ def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
     own = [
         "trainer=ddp_sim",
         "data.eval_batch_size=77",  # 360 test and 15 validation images: padding on the second process
-        "trainer.limit_train_batches=2",
+        "trainer.max_steps=2",
         "student.branches=0,1,2",
+        "evaluation.parts=[predictions]",
         f"teachers.store={store}",
         f"hydra.sweep.dir={folder}",
     ]
@@ -55,6 +60,7 @@ def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
         result = json.loads((folder / str(job) / "result.json").read_text())
         assert (result["num_devices"], result["num_branches"], result["steps"]) == (2, job, 2)
         assert_scores_of_one_process(folder / str(job), result, tiny_settings())
+        assert_evaluation_of_one_process(folder / str(job), result)
 
 
 def assert_scores_of_one_process(directory, result, settings):
@@ -71,3 +77,22 @@ def assert_scores_of_one_process(directory, result, settings):
     assert branches == [round(360 * value) for value in expected["branch_accuracy"]]
     for name in ("nll", "ece", "brier"):
         assert result[f"test_{name}"] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+
+
+def assert_evaluation_of_one_process(directory, result):
+    """What follows a training of two processes is what `ekd-evaluate` finds alone, with other batches."""
+    assert (result["evaluated"], result["evaluation_error"]) == (["predictions"], None)
+    run = open_run(directory, ["data.eval_batch_size=360"])
+    context = open_context(directory, run.settings, run.result, run.student, torch.device("cpu"))
+    found = plain(predictions(context).fields)
+    for name, value in found.items():
+        assert flat(result[name]) == pytest.approx(flat(value), rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
+def flat(value):
+    """The numbers in nested lists and mappings, in order; None as NaN."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in flat(item)]
+    return [float("nan") if value is None else float(value)]

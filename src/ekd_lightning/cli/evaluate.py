@@ -50,7 +50,6 @@ examples:
 
 What is found is added to the run's result.json and arrays.npz; docs/evaluation.md defines every field.
 """
-log = logging.getLogger(__name__)
 _WIDTH = 160  # where there is no terminal
 
 
@@ -122,6 +121,8 @@ def run_evaluate(args: argparse.Namespace) -> bool:
             table.add_row(str(directory), "", "", "", "", "", "[red]failed")
             continue
         complete = complete and not outcome.errors
+        for line in outcome.errors.values():
+            print(f"{PROGRAM}: error: {directory}: {line}", file=sys.stderr)
         _add_row(table, directory, outcome)
     console = Console(file=sys.stdout)
     (console if console.is_terminal else Console(file=sys.stdout, width=_WIDTH)).print(table)
@@ -186,7 +187,8 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
             what = f"none of its {len(below)} runs is done" if below else "no run is there"
             raise UserError(f"{place}: {what}")
         if len(done) < len(below):
-            log.info("%s: %d runs that are not done, or partial, are left out", place, len(below) - len(done))
+            left = len(below) - len(done)
+            print(f"{place}: left out {left} of {len(below)} runs, not done or partial", file=sys.stderr)
         found.update(dict.fromkeys(done))
     return list(found)
 

@@ -129,7 +129,9 @@ def _run_parts(
         except Exception as error:
             # Training took long, and this can be made up for: one warning, and the next part.
             outcome.errors[name] = f"{name}: {_one_line(error)}"
-            log.warning("evaluation: %s", outcome.errors[name], exc_info=not isinstance(error, UserError))
+            bug = not isinstance(error, UserError)
+            if bug or not write:  # else the caller tells
+                log.warning("evaluation: %s", outcome.errors[name], exc_info=bug)
             continue
         outcome.result.update(result)
         outcome.done.append(name)
