@@ -32,7 +32,7 @@ def remarks(
     found = [answer_words.chosen(subject, len(siblings))] if len(siblings) > 1 else []
     found += [_trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), _disagreement(subject, controls)]
-    found += [_margin(subject), _chance(block, subject)]
+    found += [_margin(subject, controls), _chance(block, subject)]
     if "equal_cost" not in controls:
         found.append(answer_words.no_equal_cost())
     pairs = [
@@ -123,20 +123,31 @@ def _disagreement(subject: Group, controls: Mapping[str, Group]) -> str:
     )
 
 
-def _margin(subject: Group) -> str:
+def _margin(subject: Group, controls: Mapping[str, Group]) -> str:
+    """The paper's explanation in one number: is a branch more like its own teacher than like the others?"""
     key = "test_own_teacher_cka_margin"
     cell, interval = subject.values(key), subject.interval(key)
     if cell is None:
         return ""
-    between = (
-        f"95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
-        if interval
-        else "not enough runs for an interval"
+    within = "not enough runs for an interval"
+    if interval is not None:
+        within = f"95 % interval {_signed(interval[0])} to {_signed(interval[1])}"
+    text = (
+        f"Linear CKA of a branch's features with its own teacher's minus that with the others': {_signed(cell.mean)} "
+        f"({within}, n = {plural(cell.n, 'run')})"
     )
+    control = controls.get("mean_teacher")
+    theirs = control.values("test_one_to_one_cka_margin") if control else None
+    if theirs is None:
+        return f"{text}."
     return (
-        f"A branch's features resemble those of its own teacher more than those of the others by {cell.mean:+.3f} "
-        f"in linear CKA ({between}, n = {plural(cell.n, 'run')})."
+        f"{text}; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
+        f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})."
     )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _chance(block: Block, subject: Group) -> str:

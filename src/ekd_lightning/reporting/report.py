@@ -118,6 +118,14 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         told.append(f"{partial[0]}{more}: saw a part of the data only, left out of all means")
+    broken = [
+        (run.name, error) for one in groups for run in one.done if (error := run.get("evaluation_error"))
+    ]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        told.append(
+            f"{broken[0][0]}{more}: a part of the evaluation failed ({broken[0][1]}); its figures are missing"
+        )
     return told
 
 
