@@ -211,6 +211,8 @@ def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
 def test_a_single_run_is_not_spoken_of_where_others_have_more():
     lucky = entry(result("ekd", 0, 0.99, K=2), "lucky")
     assert told(lucky, *study({"ekd": EKD})).subject.label == "ekd, K=3"
+    controls = [*study({"ce": (0.6, 0.61, 0.6)}), entry(result("ce", 0, 0.9, temperature=1.0), "once")]
+    assert of(told(*study({"ekd": EKD}), *controls), "plain").other.label == "ce, T=4"
     (block,) = blocks(group(collection(lucky)))
     assert spoken_of(block).label == "ekd"
 

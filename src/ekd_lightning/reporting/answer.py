@@ -97,10 +97,7 @@ def lead(found: Sequence[Answer]) -> str:
 
 
 def spoken_of(block: Block) -> Group | None:
-    """The group of EKD that is compared: of the student that most of them have, the best on validation.
-
-    Groups with a single run are left aside where others have more.
-    """
+    """The group of EKD that is compared: of the student that most of them have, the strongest."""
     own = [group for group in block.groups if group.method == "ekd" and group.n]
     if not own:
         return None
@@ -109,13 +106,16 @@ def spoken_of(block: Block) -> Group | None:
     usual = min(
         (g for g in own if students[g.student] == most), key=lambda g: (_macs(g) or 0.0, g.label)
     ).student
-    own = [group for group in own if group.student == usual]
-    return strongest([group for group in own if group.n > 1] or own)
+    return strongest([group for group in own if group.student == usual])
 
 
 def strongest(groups: Sequence[Group]) -> Group | None:
-    """The group with the highest validation accuracy; the test set has no part in it. None without groups."""
-    return max(groups, key=lambda group: _mean(group, "val_accuracy"), default=None)
+    """The group with the highest validation accuracy; the test set has no part in it. None without groups.
+
+    Groups with a single run are left aside where others have more.
+    """
+    several = [group for group in groups if group.n > 1]
+    return max(several or groups, key=lambda group: _mean(group, "val_accuracy"), default=None)
 
 
 def _mean(group: Group, key: str) -> float:
