@@ -301,5 +301,5 @@ def test_the_record_holds_the_files_that_the_page_lists(page: Snippets, tmp_path
     listed = re.findall(
         r"^\| `([\w./]+)` \|", PAGE.read_text().split("## The run and its record")[1], re.MULTILINE
     )
-    assert len(listed) == 7
+    assert len(listed) == 8
     assert [name for name in listed if not (tmp_path / "run" / name).exists()] == []

@@ -32,6 +32,7 @@ GROUPS = (
     "logger",
     "callbacks",
     "experiment",
+    "evaluation",
     "debug",
 )
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +148,12 @@ def test_every_student_has_the_same_fields_and_arrays(make):
     assert np.isnan(found[2].arrays["reliability_accuracy_calibrated"]).all()
     assert mean["test_own_teacher_cka_margin"] is None
     assert mean["test_one_to_one_cka_margin"] is not None
+
+
+def test_every_field_and_array_is_defined_in_the_docs(make):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    found = predictions(make(branches=1))
+    assert [name for name in (*found.fields, *found.arrays) if f"`{name}`" not in page] == []
 
 
 def test_teachers_that_were_asked_before_are_not_needed(make):
