@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import csv
 import os
-import struct
 from pathlib import Path
 
 import pytest
 import yaml
+from wandb_files import offline_runs, records, unpacked
 from whole_runs import TINY, call_train
 
 from ekd_lightning.errors import UserError
@@ -15,6 +15,10 @@ from ekd_lightning.training.settings import LoggerSettings, WandbSettings
 
 FAST = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
 OFFLINE = ("logger=wandb", "logger.wandb.mode=offline", *FAST)
+
+
+SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "generalisation/")
+"""What an evaluation found is in result.json and on dashboards, not among the curves."""
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -97,7 +101,7 @@ def test_tensorboard_holds_the_same_scalars(train, tmp_path):
     assert outcome.code == 0, outcome.err
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    names = set(events.Tags()["scalars"])
+    names = {name for name in events.Tags()["scalars"] if not name.startswith(SECTIONS)}
     table = rows(tmp_path / "run" / "metrics.csv")
     assert names == set(table[0]) - {"step"}
     for name in names - {"epoch"}:
@@ -115,35 +119,6 @@ def _quiet_wandb(monkeypatch, tmp_path_factory):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path_factory.mktemp("wandb")))
-
-
-def offline_runs(directory: Path) -> list[Path]:
-    return sorted((directory / "wandb").glob("offline-run-*"))
-
-
-def records(folder: Path) -> dict[str, list]:
-    """Everything an offline run would send, by kind; the file is a LevelDB log after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    (file,) = folder.glob("*.wandb")
-    data, position, found, parts = file.read_bytes(), 7, {}, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:  # no record begins at the very end of a block
-            position += left
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record.FromString(parts)
-            name, parts = record.WhichOneof("record_type"), b""
-            found.setdefault(name, []).append(getattr(record, name))
-    return found
-
-
-def unpacked(items) -> dict[str, object]:
-    return {item.key or "/".join(item.nested_key): yaml.safe_load(item.value_json) for item in items}
 
 
 @pytest.fixture(scope="module")

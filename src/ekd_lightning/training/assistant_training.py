@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -23,6 +24,7 @@ from ekd_lightning.training.precision import device_type_of, resolve_precision, 
 from ekd_lightning.training.record import write_json
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import make_source
+from ekd_lightning.training.teacher_curves import TeacherCurves, open_curves
 from ekd_lightning.training.teacher_store import COST
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class Lesson:
     table: bool
     """Whether the teachers' outputs are remembered on disk."""
     accelerator: str
+    curves: TeacherCurves | None = None
+    """Who may see curves of the assistants."""
 
     @property
     def precision(self) -> str:
@@ -134,10 +138,15 @@ def train_assistant(
             compile_student=lesson.settings.student.compile,
         )
         report = EpochReport(recipe.batch_size)
-        trainer = _trainer(lesson, scratch, [EpochSeed(seed), report])
-        trainer.fit(
-            module, datamodule=_images(lesson, seed), ckpt_path=_last_checkpoint(scratch), weights_only=True
-        )
+        facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
+        with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
+            trainer = _trainer(lesson, scratch, [EpochSeed(seed), report], loggers)
+            trainer.fit(
+                module,
+                datamodule=_images(lesson, seed),
+                ckpt_path=_last_checkpoint(scratch),
+                weights_only=True,
+            )
         network = _plain(student, spec)
     write_json(scratch / COST, {"train_seconds": report.train_seconds, "steps": trainer.global_step})
     return network
@@ -164,14 +173,16 @@ def _images(lesson: Lesson, seed: int) -> ImageDataModule:
     )
 
 
-def _trainer(lesson: Lesson, scratch: Path, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _trainer(
+    lesson: Lesson, scratch: Path, callbacks: Sequence[pl.Callback], loggers: list[Logger]
+) -> pl.Trainer:
     return pl.Trainer(
         accelerator=lesson.accelerator,
         devices=1,
         max_epochs=lesson.settings.recipe.epochs,
         precision=lesson.precision,  # type: ignore[arg-type]  # a string that Lightning checks
         default_root_dir=scratch,
-        logger=False,
+        logger=loggers,
         callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), *callbacks],
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -35,6 +35,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.training.assistant_training import Lesson, link_method, train_assistant
 from ekd_lightning.training.settings import ChainSettings, RecipeSettings, Settings
 from ekd_lightning.training.sources import uses_tables
+from ekd_lightning.training.teacher_curves import TeacherCurves
 from ekd_lightning.training.teacher_store import TeacherStore
 from ekd_lightning.training.teachers import PlannedTeacher, gather_teachers, usual_normalization
 
@@ -78,6 +79,7 @@ def plan_chain(
     teachers: list[PlannedTeacher],
     student: torch.nn.Module,
     accelerator: str,
+    curves: TeacherCurves | None = None,
 ) -> Chain | None:
     """Reads `method.assistants` and checks all that can be checked before training.
 
@@ -89,6 +91,7 @@ def plan_chain(
         teachers: Those that may teach the first assistant.
         student: For its size.
         accelerator: Lightning's flag.
+        curves: Where their curves go; None for nowhere.
 
     Returns:
         The chain; None without assistants.
@@ -117,6 +120,7 @@ def plan_chain(
         temperature=_temperature(settings),
         table=False,
         accelerator=accelerator,
+        curves=curves,
     )
     origins = teachers[:1] if method.teacher == "best" else teachers
     asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]

@@ -20,6 +20,19 @@ log = logging.getLogger(__name__)
 
 _WANDB_MODES = ("online", "offline", "disabled", "shared")
 _WANDB_ID = "wandb_run_id.txt"
+_SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
+
+_SUMMARIES = {
+    "train/*": "min",
+    "train/accuracy": "max",
+    "val/accuracy": "max",
+    "val/top5": "max",
+    "val/branch_accuracy_*": "max",
+    "val/nll": "min",
+    "val/ece": "min",
+    "val/brier": "min",
+}
+"""Which value of a curve W&B's tables show, where it is not the last one."""
 
 
 class MetricsCsv(Logger):
@@ -98,11 +111,29 @@ def make_loggers(
     Raises:
         UserError: For an unknown W&B mode or a package that is not installed.
     """
-    loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv")]
+    selected = selected_loggers(settings, directory, name=name, sweep=sweep, config=config)
+    return [MetricsCsv(directory / "metrics.csv"), *selected]
+
+
+def selected_loggers(
+    settings: LoggerSettings,
+    directory: Path,
+    *,
+    name: str,
+    sweep: str | None,
+    config: dict[str, Any],
+    job_type: str = "student",
+) -> list[Logger]:
+    """The loggers of a run that were selected, without metrics.csv; arguments as for `make_loggers`.
+
+    `job_type` is W&B's word for the kind of run: `student`, `teacher`, `assistant`, `evaluation`.
+    """
+    loggers: list[Logger] = []
     if settings.tensorboard:
         loggers.append(_tensorboard(directory))
     if settings.wandb.enabled:
-        loggers.append(_wandb(settings.wandb, directory, name=name, sweep=sweep, config=config))
+        made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
+        loggers.append(made)
     return loggers
 
 
@@ -125,10 +156,17 @@ def _tensorboard(directory: Path) -> Logger:
 
 
 def _wandb(
-    settings: WandbSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any]
+    settings: WandbSettings,
+    directory: Path,
+    *,
+    name: str,
+    sweep: str | None,
+    config: dict[str, Any],
+    job_type: str,
 ) -> Logger:
     # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
     options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
+    directory.mkdir(parents=True, exist_ok=True)
     return WandbLogger(
         name=name,
         id=wandb_run_id(directory),
@@ -136,8 +174,8 @@ def _wandb(
         save_dir=str(directory),
         project=settings.project,
         entity=settings.entity,
-        group=settings.group or sweep,
-        job_type="student",
+        group=settings.group or sweep or os.environ.get(_SWEEP_ID),
+        job_type=job_type,
         tags=settings.tags or None,
         notes=settings.notes,
         log_model=settings.log_model,
@@ -146,24 +184,65 @@ def _wandb(
     )
 
 
+def in_wandb_sweep() -> bool:
+    """Whether an agent of a W&B sweep started this process."""
+    return _SWEEP_ID in os.environ
+
+
 @rank_zero_only
 def wandb_run_id(directory: Path) -> str:
-    """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it."""
+    """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it.
+
+    An agent of a W&B sweep decides it for the runs that it starts.
+    """
     from wandb.sdk.lib.runid import generate_id  # noqa: PLC0415 (slow to import, and only where it is selected)
 
     path = directory / _WANDB_ID
     if not path.is_file():
-        path.write_text(generate_id() + "\n")
+        given = os.environ.get("WANDB_RUN_ID") if in_wandb_sweep() else None
+        path.write_text((given or generate_id()) + "\n")
     return path.read_text().strip()
 
 
-def describe_metrics(loggers: list[Logger]) -> None:
-    """Tells W&B which value of a curve its tables should show, and that epochs are the axis."""
+def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
+    """Tells W&B what the axis is, which value of a curve its tables show, and by what runs can be grouped.
+
+    Args:
+        loggers: The run's loggers.
+        columns: Flat facts of the run, for columns beside the nested configuration.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
-            logger.experiment.define_metric("epoch")
-            logger.experiment.define_metric("*", step_metric="epoch")
-            logger.experiment.define_metric("val/accuracy", step_metric="epoch", summary="max")
+            run = logger.experiment
+            run.define_metric("epoch", hidden=True)
+            run.define_metric("trainer/global_step", hidden=True)
+            run.define_metric("*", step_metric="epoch")
+            for name, summary in _SUMMARIES.items():
+                run.define_metric(name, step_metric="epoch", summary=summary)
+            # Two tests, with the best and the last weights, make no curve; `evaluation/...` says what they found.
+            run.define_metric("test/*", step_metric="epoch", hidden=True)
+            if columns:
+                run.config.update(columns, allow_val_change=True)
+
+
+_RENAMED = {"method": "method_name", "data": "data_name", "student": "student_network"}
+
+
+def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run as flat columns with the names of result.json, for grouping, filters and sweeps.
+
+    Names that the nested configuration has for groups get another one: `method_name`, `data_name`,
+    `student_network`. Lists and mappings become text.
+
+    Args:
+        facts: What is known of the run before training.
+        config: The nested configuration.
+    """
+    columns: dict[str, Any] = {}
+    for name, value in facts.items():
+        plain = value if value is None or isinstance(value, (int, float, str)) else str(value)
+        columns[_RENAMED.get(name, name)] = plain
+    return {name: value for name, value in columns.items() if name not in config}
 
 
 def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None) -> None:
@@ -189,7 +268,7 @@ def _finish(logger: Logger, result: dict[str, Any] | None) -> None:
     import wandb  # noqa: PLC0415
 
     if wandb.run is not None:
-        if result is not None:
+        if result:
             wandb.run.summary.update(_summary(result))
         wandb.finish(exit_code=1 if result is None else 0)
 

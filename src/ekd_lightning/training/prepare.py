@@ -18,6 +18,7 @@ from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
 from ekd_lightning.training.assistants import Chain, plan_chain
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import uses_tables
+from ekd_lightning.training.teacher_curves import TeacherCurves
 from ekd_lightning.training.teachers import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,15 @@ class Prepared:
     """The assistants between pool and student; `teachers` is then the last of them, candidates are for the first."""
 
 
-def prepare(settings: Settings, accelerator: str) -> Prepared:
+def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None = None) -> Prepared:
     """Builds everything that costs little and checks everything that can be checked.
 
     The student's initial weights depend on `settings.seed` and the student's settings alone.
+
+    Args:
+        settings: The run's.
+        accelerator: Lightning's flag.
+        curves: Where curves of teachers and assistants go that have to be trained; None for nowhere.
 
     Raises:
         UserError: At the first setting that does not fit.
@@ -66,10 +72,10 @@ def prepare(settings: Settings, accelerator: str) -> Prepared:
         mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
     )
     student = build_student(settings, dataset)
-    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     candidates = _candidates(settings, plans, subset)
-    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator)
+    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
     # Of several candidates the widest is checked last: its tables are the largest.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
     choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]

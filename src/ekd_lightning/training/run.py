@@ -21,6 +21,7 @@ from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.training.allocator import keep_freed_memory
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.choice import choose_teacher
+from ekd_lightning.training.dashboards import log_evaluation
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.evaluate_run import evaluate_new_run
 from ekd_lightning.training.evaluation_context import EvaluationContext
@@ -30,6 +31,7 @@ from ekd_lightning.training.loggers import (
     check_loggers,
     describe_metrics,
     finish_loggers,
+    flat_columns,
     make_loggers,
 )
 from ekd_lightning.training.prepare import Prepared, prepare
@@ -38,6 +40,7 @@ from ekd_lightning.training.result import check_metric, describe_run, describe_t
 from ekd_lightning.training.settings import Settings
 from ekd_lightning.training.sources import source_factory
 from ekd_lightning.training.teach import describe_chain, score_teachers
+from ekd_lightning.training.teacher_curves import TeacherCurves
 from ekd_lightning.training.teachers import gather_teachers
 from ekd_lightning.training.trainer import build_trainer, check_trainer
 
@@ -111,7 +114,8 @@ def _run(
     check_metric(settings.metric)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
-    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    curves = TeacherCurves(settings.logger, directory, sweep)
+    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")), curves)
     facts = describe_run(settings, prepared)
     if record and settings.resume is None:
         record.forget_earlier_run()
@@ -128,7 +132,7 @@ def _run(
     if record:
         record.add_provenance(**origin(prepared, teachers))
     module = make_distiller(settings, prepared, teachers)
-    describe_metrics(loggers)
+    describe_metrics(loggers, flat_columns(facts, config))
     finished = False
     try:
         _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
@@ -155,6 +159,7 @@ def _run(
             result = evaluate_new_run(
                 _context(settings, directory, prepared, teachers, result, device), directory
             )
+        log_evaluation(loggers, result, directory, prepared.dataset)
     return result
 
 

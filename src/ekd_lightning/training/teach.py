@@ -11,9 +11,11 @@ from ekd_lightning.data import Dataset
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
 from ekd_lightning.training.fill import fill_tables, prepare_fill
+from ekd_lightning.training.loggers import check_loggers
 from ekd_lightning.training.prepare import prepare_data
 from ekd_lightning.training.record import write_json
 from ekd_lightning.training.settings import Settings
+from ekd_lightning.training.teacher_curves import TeacherCurves
 from ekd_lightning.training.teacher_store import TeacherStore
 from ekd_lightning.training.teachers import TeacherData, gather_teachers, plan_teachers
 
@@ -32,10 +34,12 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
         UserError: For a user's mistake, before anything is trained.
     """
     settings.check()
+    check_loggers(settings.logger)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     to_fill = prepare_fill(settings, accelerator)
     dataset, subset, views = prepare_data(settings)
-    data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    curves = TeacherCurves(settings.logger, directory)
+    data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
     teachers = gather_teachers(plan_teachers(settings.teachers, data, accelerator))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")

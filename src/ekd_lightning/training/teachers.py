@@ -34,6 +34,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.classifier import Classifier
 from ekd_lightning.training.settings import RecipeSettings, TeacherEntry, TeacherSettings
+from ekd_lightning.training.teacher_curves import TeacherCurves, open_curves
 from ekd_lightning.training.teacher_store import TeacherStore
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,13 @@ class PlannedTeacher:
 
 @dataclass(frozen=True)
 class TeacherData:
-    """What a teacher trained on demand may see."""
+    """What a teacher trained on demand may see, and who may see its curves."""
 
     dataset: Dataset
     subset: Subset
     views: ViewFamily
     train_on: str
+    curves: TeacherCurves | None = None
 
     def index(self) -> torch.Tensor:
         """Training images of the teacher, int64: those of the student, or all."""
@@ -245,20 +247,22 @@ def train_teacher(
             seed=seed,
             mixing=Mixing(recipe.mixup, recipe.cutmix),
         )
-        trainer = pl.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            max_epochs=recipe.epochs,
-            default_root_dir=scratch,
-            logger=False,
-            callbacks=[
-                *checkpoint_callbacks(scratch, with_best=False),
-                EpochSeed(seed),
-                EpochReport(recipe.batch_size),
-            ],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(Classifier(network, recipe), datamodule=module)
+        facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
+        with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
+            trainer = pl.Trainer(
+                accelerator=accelerator,
+                devices=1,
+                max_epochs=recipe.epochs,
+                default_root_dir=scratch,
+                logger=loggers,
+                callbacks=[
+                    *checkpoint_callbacks(scratch, with_best=False),
+                    EpochSeed(seed),
+                    EpochReport(recipe.batch_size),
+                ],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+            trainer.fit(Classifier(network, recipe), datamodule=module)
     return network.eval().cpu()

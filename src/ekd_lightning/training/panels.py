@@ -1,0 +1,232 @@
+"""What a dashboard shows of an evaluation, taken from result.json and arrays.npz; knows no dashboard.
+
+Names are `<section>/<what>`, as dashboards group panels by the part before the slash. Shape letters: N test images,
+C classes, K branches, M teachers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_EXAMPLES = 32
+
+_SECTIONS = (
+    ("corruptions", ("corruption_",)),
+    ("flatness", ("sharpness", "loss_rise_")),
+    ("generalisation", ("gap_", "train_accuracy", "train_nll")),
+    ("efficiency", ("latency_", "throughput_", "memory_", "deployed_")),
+    (
+        "calibration",
+        ("calibration_", "test_nll", "test_ece", "test_adaptive_ece", "test_brier", "test_overconfidence"),
+    ),
+    (
+        "diversity",
+        (
+            "test_disagreement",
+            "test_ambiguity",
+            "test_pairwise_",
+            "test_q_statistic",
+            "test_double_fault",
+            "test_error_correlation",
+            "test_branch_variance",
+            "test_mutual_information",
+        ),
+    ),
+    ("fidelity", ("test_teacher_", "test_own_teacher_")),
+    ("evaluation", ("test_",)),
+    ("validation", ("val_",)),
+)
+"""Section of a field by its beginning; the first that fits. Other fields are no findings."""
+
+
+class Table(NamedTuple):
+    """Rows of numbers and strings under named columns."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+class Lines(NamedTuple):
+    """Lines over a common axis: name to x and y values, of equal length for each line."""
+
+    x_name: str
+    y_name: str
+    lines: dict[str, tuple[list[float], list[float]]]
+
+
+class Example(NamedTuple):
+    """A test image that the ensemble output gets wrong.
+
+    Attributes:
+        place: In the test set, from 0 on.
+        image: uint8 [H, W, 3].
+        true: Name of its class.
+        predicted: Name of the class it was taken for.
+        confidence: Probability of that class, in [0, 1].
+    """
+
+    place: int
+    image: NDArray[np.uint8]
+    true: str
+    predicted: str
+    confidence: float
+
+    @property
+    def caption(self) -> str:
+        """True and predicted class in words."""
+        return f"{self.true}, taken for {self.predicted} ({100 * self.confidence:.0f} %)"
+
+
+def scalars(result: Mapping[str, Any]) -> dict[str, float]:
+    """Every finite number that was found, by `<section>/<field>`; branches one by one, counted from 0.
+
+    Of the weights of the best epoch only the accuracies: all else is of the last epoch's weights.
+    """
+    found: dict[str, float] = {}
+    for name, value in result.items():
+        section = _section(name)
+        if section is None or name.endswith("_last") or (name.endswith("_best") and "accuracy" not in name):
+            continue
+        if _is_number(value):
+            found[f"{section}/{name}"] = float(value)
+        elif name == "test_branch_accuracy" and isinstance(value, list):
+            found |= {f"{section}/{name}_{k}": float(item) for k, item in enumerate(value)}
+    return found
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """Tables of branches, operating points, early exits, classes, and how like branches and teachers are."""
+    made = {"evaluation/branches": branch_table(result)}
+    subsets = result.get("test_subsets") or []
+    if subsets:
+        columns = ["branches", "accuracy", "nll", "macs", "num_parameters"]
+        rows = [["+".join(map(str, s["branches"])), *(s.get(name) for name in columns[1:])] for s in subsets]
+        made["evaluation/operating_points"] = Table(columns, rows)
+    exits = result.get("test_early_exit") or []
+    if exits:
+        columns = list(exits[0])
+        made["evaluation/early_exit"] = Table(columns, [[row.get(name) for name in columns] for row in exits])
+    for name, section in (
+        ("test_branch_agreement", "diversity"),
+        ("test_branch_cka", "diversity"),
+        ("test_branch_teacher_cka", "fidelity"),
+        ("test_branch_teacher_agreement", "fidelity"),
+        ("test_branch_teacher_kl", "fidelity"),
+    ):
+        if result.get(name):
+            made[f"{section}/{name.removeprefix('test_')}"] = _matrix_table(result, name)
+    return made
+
+
+def branch_table(result: Mapping[str, Any]) -> Table:
+    """One row per branch, and one for the ensemble output: accuracies in [0, 1], and the branch's own teachers."""
+    test = result.get("test_branch_accuracy") or []
+    validation = result.get("val_branch_accuracy") or [None] * len(test)
+    rows: list[list[Any]] = [
+        [str(k), accuracy, validation[k] if k < len(validation) else None] for k, accuracy in enumerate(test)
+    ]
+    rows.append(["ensemble", result.get("test_accuracy"), result.get("val_accuracy")])
+    return Table(["branch", "test accuracy", "val accuracy"], rows)
+
+
+def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, Lines]:
+    """Reliability before and after temperature scaling, accuracy against cost, corruption and loss curves."""
+    made: dict[str, Lines] = {}
+    reliability = {
+        name: _reliability(arrays, suffix)
+        for name, suffix in (("as trained", ""), ("temperature scaled", "_calibrated"))
+        if f"reliability_accuracy{suffix}" in arrays
+    }
+    if reliability:
+        reliability["perfect"] = ([0.0, 1.0], [0.0, 1.0])
+        made["calibration/reliability"] = Lines("confidence", "accuracy", reliability)
+    prefixes = [
+        s for s in result.get("test_subsets") or [] if s["branches"] == list(range(len(s["branches"])))
+    ]
+    if len(prefixes) > 1:
+        line = ([float(s["macs"]) for s in prefixes], [float(s["accuracy"]) for s in prefixes])
+        made["evaluation/accuracy_against_macs"] = Lines("MACs", "accuracy", {"first branches": line})
+    by_severity = result.get("corruption_accuracy_by_severity")
+    if by_severity:
+        line = ([float(severity) for severity in range(1, len(by_severity) + 1)], list(by_severity))
+        made["corruptions/accuracy_by_severity"] = Lines("severity", "accuracy", {"mean": line})
+    if "loss_curve_loss" in arrays:
+        alpha = [float(value) for value in arrays["loss_curve_alpha"]]
+        lines = {
+            f"direction {d}": (alpha, [float(v) for v in row])
+            for d, row in enumerate(arrays["loss_curve_loss"])
+        }
+        made["flatness/loss_curve"] = Lines("distance", "loss", lines)
+    return made
+
+
+def misclassified(
+    arrays: Mapping[str, NDArray[Any]],
+    images: NDArray[np.uint8],
+    class_names: Sequence[str],
+    most: int = MOST_EXAMPLES,
+) -> list[Example]:
+    """The test images that are taken for another class with the most confidence, by falling confidence.
+
+    Depends on the arrays alone: of equally confident ones the first in the test set comes first.
+
+    Args:
+        arrays: With `ensemble_probs` [N, C] and `labels` [N]; without them nothing is found.
+        images: uint8 [N, 3, H, W].
+        class_names: C names.
+        most: At most so many.
+    """
+    if "ensemble_probs" not in arrays or "labels" not in arrays:
+        return []
+    probs, labels = arrays["ensemble_probs"].astype(np.float32), arrays["labels"].astype(np.int64)
+    predicted, rows = probs.argmax(axis=1), np.arange(len(labels))
+    # Rounded to half precision two classes may come out equal: then nobody can say here which was predicted.
+    wrong = np.flatnonzero(probs[rows, predicted] > probs[rows, labels])
+    order = wrong[np.argsort(-probs[wrong, predicted[wrong]], kind="stable")][:most]
+    return [
+        Example(
+            int(i),
+            np.ascontiguousarray(images[i].transpose(1, 2, 0)),
+            class_names[labels[i]],
+            class_names[predicted[i]],
+            float(probs[i, predicted[i]]),
+        )
+        for i in order
+    ]
+
+
+def _section(name: str) -> str | None:
+    return next((section for section, starts in _SECTIONS if name.startswith(starts)), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _reliability(arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[list[float], list[float]]:
+    filled = arrays[f"reliability_count{suffix}"] > 0
+    confidence, accuracy = arrays[f"reliability_confidence{suffix}"], arrays[f"reliability_accuracy{suffix}"]
+    return [float(v) for v in confidence[filled]], [float(v) for v in accuracy[filled]]
+
+
+def _matrix_table(result: Mapping[str, Any], name: str) -> Table:
+    """A matrix as one row per cell: branches below, branches or teachers beside."""
+    teachers = [teacher["id"] for teacher in result.get("teachers") or []]
+    with_teachers = "teacher" in name
+    rows = [
+        [f"branch {k}", _other(j, with_teachers, teachers), value]
+        for k, row in enumerate(result[name])
+        for j, value in enumerate(row)
+    ]
+    return Table(["branch", "teacher" if with_teachers else "other", "value"], rows)
+
+
+def _other(number: int, with_teachers: bool, teachers: Sequence[str]) -> str:
+    if not with_teachers:
+        return f"branch {number}"
+    return teachers[number] if number < len(teachers) else f"teacher {number}"

@@ -1,0 +1,50 @@
+"""Reads what W&B wrote offline: all that a later `wandb sync` would send."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import yaml
+
+
+def offline_runs(directory: Path) -> list[Path]:
+    return sorted((directory / "wandb").glob("offline-run-*"))
+
+
+def records(folder: Path) -> dict[str, list]:
+    """Everything an offline run would send, by kind; the file is a LevelDB log after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("*.wandb")
+    data, position, found, parts = file.read_bytes(), 7, {}, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # no record begins at the very end of a block
+            position += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(parts)
+            name, parts = record.WhichOneof("record_type"), b""
+            found.setdefault(name, []).append(getattr(record, name))
+    return found
+
+
+def unpacked(items) -> dict[str, object]:
+    return {item.key or "/".join(item.nested_key): yaml.safe_load(item.value_json) for item in items}
+
+
+def summary_of(folder: Path) -> dict[str, object]:
+    """What the summary of a run came to, as far as we set it."""
+    found: dict[str, object] = {}
+    for item in records(folder).get("summary", []):
+        found.update(unpacked(item.update))
+    return found
+
+
+def history_of(folder: Path) -> list[dict[str, object]]:
+    """The rows of a run's history."""
+    return [unpacked(row.item) for row in records(folder).get("history", [])]
