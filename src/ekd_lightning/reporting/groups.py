@@ -39,8 +39,7 @@ class Group:
         num_teachers: M; None if no run is done.
         num_branches: K.
         taught_by: SHA-256 of the teachers, in their order; of all of them where a method chose one per run.
-        runs: Those that count, one per seed, by seed; then those that do not: older duplicates are not among
-            them, failed, partial and running ones are.
+        runs: Those that count, one per seed, by seed; then failed, partial and running ones, which do not.
         duplicates: Runs that are done, but of which there is a newer one with the same seed; they do not count.
         varied: What the label is made of, beside the method: setting -> value.
     """
