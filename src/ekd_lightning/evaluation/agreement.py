@@ -93,4 +93,6 @@ def ask(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) ->
         images: N >= 1 images.
         batch_size: Images per call.
     """
-    return torch.cat([model(batch).float().cpu() for batch in batches(images, batch_size, "cpu")])
+    # Contiguous, as most callers of a deployed model will give them.
+    given = (batch.contiguous() for batch in batches(images, batch_size, "cpu"))
+    return torch.cat([model(batch).float().cpu() for batch in given])

@@ -1,0 +1,299 @@
+"""A deployed student says what the trained one says: in memory, from each kind of file, at any batch size."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ekd_lightning import load
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import (
+    BranchedStudent,
+    DeployedModel,
+    DeployedSpec,
+    DeployedStudent,
+    NetworkSpec,
+    cut_branches,
+    load_deployed,
+    normalization,
+    save_student,
+)
+from ekd_lightning.networks.deployed_bytes import SUFFIXES, to_bytes
+from ekd_lightning.networks.quantize import quantize_onnx
+
+NAMES = [f"class {i}" for i in range(6)]
+METADATA = {
+    "class_names": NAMES,
+    "image_size": 16,
+    "data": {"name": "nothing", "fraction": 0.1},
+    "note": 'a "b" ü',
+}
+ENSEMBLES = ("mean_logits", "mean_probs", "gate")
+FILES = {
+    # format: ensemble, branches, folded, with probabilities; each costs seconds of tracing
+    "safetensors": [("gate", (2, 0), False, False), ("mean_probs", (1,), True, True)],
+    "onnx": [("gate", (2, 0), True, True), ("mean_probs", (0, 1, 2), False, False)],
+    "torch-export": [("gate", (2, 0), True, True), ("mean_logits", (0, 1, 2), False, False)],
+}
+
+
+def lived(ensemble: str = "mean_logits", split_after: str = "stage1") -> BranchedStudent:
+    """A student whose batch norms, the gate's too, have statistics and scales of their own."""
+    torch.manual_seed(3)
+    spec = NetworkSpec("resnet8", len(NAMES), normalization("cifar10"), {"width": 0.25})
+    student = BranchedStudent(spec, branches=3, split_after=split_after, ensemble=ensemble).eval()
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return student
+
+
+def images(batch: int) -> torch.Tensor:
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One good file of each format: the first of `FILES`."""
+    made = tmp_path_factory.mktemp("deployed")
+    for name, suffix in SUFFIXES.items():
+        (made / f"good{suffix}").write_bytes(content(name, *FILES[name][0]))
+    return made
+
+
+def content(
+    file_format: str, ensemble: str, branches: tuple[int, ...], fold: bool, probabilities: bool
+) -> bytes:
+    student = cut_branches(lived(ensemble), branches)
+    return to_bytes(DeployedStudent(student, fold=fold, probabilities=probabilities), METADATA, file_format)
+
+
+def coupled(
+    branch_logits: np.ndarray, weights: np.ndarray, ensemble: str, kept: tuple[int, ...]
+) -> np.ndarray:
+    """The prediction of some branches, image by image, from the definitions."""
+    rows = []
+    for b in range(branch_logits.shape[1]):
+        logits = [branch_logits[k, b].astype(float) for k in kept]
+        if ensemble == "mean_probs":
+            rows.append(np.log(np.mean([np.exp(z) / np.exp(z).sum() for z in logits], axis=0)))
+        else:
+            w = [1.0] * len(kept) if ensemble == "mean_logits" else [float(weights[b, k]) for k in kept]
+            rows.append(sum(wk / sum(w) * z for wk, z in zip(w, logits, strict=True)))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+def test_every_subset_folded_or_not_is_coupled_by_definition(ensemble, tmp_path):
+    student = lived(ensemble)
+    with torch.no_grad():
+        output = student.outputs(images(7))
+        gate = student.gate(output.stages[0]["stage1"]) if student.gate else torch.ones(7, 3)
+    for kept, fold in product([(0,), (2,), (0, 2), (2, 1, 0)], [True, False]):
+        expected = coupled(output.branch_logits.numpy(), gate.numpy(), ensemble, kept)
+        path = tmp_path / "student.safetensors"
+        path.write_bytes(content("safetensors", ensemble, kept, fold, False))
+        assert_same(load(path)(images(7)), torch.from_numpy(expected).float())
+
+
+@pytest.mark.parametrize("file_format", SUFFIXES)
+def test_each_format_says_what_the_student_says_at_any_batch_size(file_format, folder, tmp_path):
+    for position, (ensemble, branches, fold, probabilities) in enumerate(FILES[file_format]):
+        path = folder / f"good{SUFFIXES[file_format]}"
+        if position:
+            path = tmp_path / f"student{SUFFIXES[file_format]}"
+            path.write_bytes(content(file_format, ensemble, branches, fold, probabilities))
+        model, student = load_deployed(path), cut_branches(lived(ensemble), branches)
+        for batch in (1, 7, 64):
+            with torch.no_grad():
+                expected = student(images(batch))
+            assert_same(model(images(batch)), expected)
+            assert_same(model.probabilities(images(batch)), expected.softmax(-1))
+        assert model.format == file_format
+        assert {key: model.metadata[key] for key in METADATA} == METADATA
+        spec = DeployedSpec.from_dict(model.metadata["spec"])
+        assert (spec.branches, spec.ensemble, spec.folded) == (
+            len(branches),
+            student.ensemble,
+            fold,
+        )
+        assert spec.outputs == (("logits", "probabilities") if probabilities else ("logits",))
+
+
+@pytest.mark.parametrize("split_after", ["none", "stem", "stage3"])
+def test_wherever_branches_begin(split_after, tmp_path):
+    student = lived(split_after=split_after)
+    path = tmp_path / "student.safetensors"
+    path.write_bytes(to_bytes(DeployedStudent(student), METADATA, "safetensors"))
+    with torch.no_grad():
+        assert_same(load(path)(images(5)), student(images(5)))
+
+
+def test_second_output_of_the_runtimes_themselves(folder):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(folder / "good.onnx"))
+    logits, probabilities = map(torch.from_numpy, session.run(None, {"images": images(3).numpy()}))
+    assert_same(probabilities, logits.softmax(-1))
+    assert session.get_inputs()[0].shape == ["batch", 3, 16, 16]
+    first, second = torch.export.load(folder / "good.pt2").module()(images(3))
+    assert_same(first, logits)
+    assert_same(second, probabilities)
+
+
+def test_a_folded_student_has_no_batch_norm_and_no_gradient():
+    folded, plain = DeployedStudent(lived("gate")), DeployedStudent(lived("gate"), fold=False)
+    norms = nn.BatchNorm1d | nn.BatchNorm2d
+    assert not any(isinstance(module, norms) for module in folded.modules())
+    assert any(isinstance(module, norms) for module in plain.modules())
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+def test_the_student_and_the_random_generator_stay_as_they_were(folder):
+    student = lived("gate")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    state = torch.get_rng_state()
+    DeployedStudent(student)
+    load_deployed(folder / "good.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    after = student.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_files_name_no_place_of_the_machine_that_made_them(folder):
+    package = str(Path(sys.modules["ekd_lightning"].__file__).parent).encode()
+    for suffix in SUFFIXES.values():
+        found = (folder / f"good{suffix}").read_bytes()
+        assert package not in found
+        assert b"frozen.py" not in found
+
+
+def test_loading_imports_neither_lightning_nor_hydra_nor_wandb(folder):
+    code = (
+        "import sys, torch, ekd_lightning\n"
+        "for path in sys.argv[1:]:\n"
+        "    print(ekd_lightning.load(path)(torch.rand(2, 3, 16, 16)).shape)\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    files = [str(folder / f"good{suffix}") for suffix in SUFFIXES.values()]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    *shapes, modules = done.stdout.splitlines()
+    assert shapes == ["torch.Size([2, 6])"] * 3
+    for name in ("pytorch_lightning", "lightning", "hydra", "omegaconf", "wandb", "onnxscript"):
+        assert f"'{name}'" not in modules
+
+
+def test_what_a_model_accepts(folder):
+    model = load(folder / "good.safetensors")
+    assert isinstance(model, DeployedModel)
+    assert model.class_names == tuple(NAMES)
+    assert "2 branches, 6 classes" in repr(model)
+    with pytest.raises(TypeError, match="divide by 255"):
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    for shape in ((3, 16, 16), (1, 1, 16, 16), (1, 3, 32, 32)):
+        with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]"):
+            model(torch.zeros(shape))
+    expected = model(images(4)).softmax(-1)
+    for (name, share), row in zip(model.classify(images(4)), expected, strict=True):
+        assert name == NAMES[int(row.argmax())]
+        assert share == pytest.approx(float(row.max()))
+    assert_same(model(images(4).double()), model(images(4)))
+
+
+# -- files that are not what they should be ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+def test_damage_is_one_line_that_names_the_file(suffix, folder, tmp_path):
+    good = (folder / f"good{suffix}").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    wrong = {"half": good[: len(good) // 2], "flipped": bytes(flipped), "empty": b"", "text": b"hello " * 40}
+    for name, data in wrong.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            load(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_kinds(folder, tmp_path):
+    save_student(tmp_path / "student.safetensors", lived())
+    with pytest.raises(UserError, match=r"holds a student, not a deployed student \(ekd-export"):
+        load(tmp_path / "student.safetensors")
+    with pytest.raises(UserError, match=r"cannot be read"):
+        load(tmp_path / "none.onnx")
+    with pytest.raises(UserError, match=r"those end in .safetensors, .onnx, .pt2"):
+        load(tmp_path / "model.pth")
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    torch.export.save(program, tmp_path / "other.pt2")
+    with pytest.raises(UserError, match="holds nothing of ours"):
+        load(tmp_path / "other.pt2")
+
+
+def test_a_missing_runtime_names_the_extra(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"onnxruntime is not installed: pip install 'ekd-lightning\[export\]'"
+    ):
+        load(folder / "good.onnx")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(UserError, match="device cuda"):
+        load(folder / "good.safetensors", device="cuda")
+
+
+# -- int8 -------------------------------------------------------------------------------------------------
+
+
+def test_int8_per_channel_but_for_the_first_convolution_and_the_heads(folder, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    student = cut_branches(lived("gate"), (2, 0))
+    given = (folder / "good.onnx").read_bytes()
+    strings = _props(onnx, given)
+    path = tmp_path / "int8.onnx"
+    path.write_bytes(quantize_onnx(given, (images(16).numpy() for _ in range(2)), strings))
+    model = load(path)
+    assert model.metadata["class_names"] == NAMES
+    with torch.no_grad():
+        expected = student(images(64))
+    error = (model(images(64)) - expected).abs()
+    assert 0 < float(error.mean()) < 0.1 * float(expected.std())
+    graph = onnx.load(str(path)).graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    eights = [
+        tensor
+        for tensor in weights.values()
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+    ]
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(eights) == len(convolutions) - 1
+    for tensor in eights:
+        values = onnx.numpy_helper.to_array(tensor)
+        assert abs(values).max() <= 64  # 7 bits, without saturation where there is no VNNI
+        scale = weights[tensor.name.removesuffix("_quantized") + "_scale"]
+        assert list(scale.dims) == [tensor.dims[0]]
+    assert len(path.read_bytes()) < len(given)
+
+
+def _props(onnx, model: bytes) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load_from_string(model).metadata_props}
