@@ -67,9 +67,11 @@ def test_a_start_withdraws_an_older_result(tmp_path):
     own = RunRecord(tmp_path / "run")
     own.start(resumed=False)
     own.result({"x": 1})
+    (tmp_path / "run" / "arrays.npz").write_bytes(b"its arrays")
     assert read(tmp_path / "run" / "status.json")["state"] == "done"
     RunRecord(tmp_path / "run").start(resumed=False)
     assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "arrays.npz").exists()
     assert read(tmp_path / "run" / "status.json")["state"] == "running"
 
 
