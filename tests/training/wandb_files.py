@@ -34,7 +34,15 @@ def records(folder: Path) -> dict[str, list]:
 
 
 def unpacked(items) -> dict[str, object]:
-    return {item.key or "/".join(item.nested_key): yaml.safe_load(item.value_json) for item in items}
+    """Values by key; what a key holds below itself is a mapping again."""
+    found: dict = {}
+    for item in items:
+        *path, last = [item.key] if item.key else list(item.nested_key)
+        place = found
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = yaml.safe_load(item.value_json)
+    return found
 
 
 def summary_of(folder: Path) -> dict[str, object]:

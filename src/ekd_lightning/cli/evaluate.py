@@ -16,6 +16,7 @@ from rich.table import Table
 from ekd_lightning.cli.build import import_user_modules
 from ekd_lightning.cli.config import CONFIG_FILE, read_config
 from ekd_lightning.cli.edge import one_line
+from ekd_lightning.cli.sweep_jobs import sweep_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.training.settings import EVALUATION_PARTS, EvaluationSettings
 
@@ -221,6 +222,7 @@ def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
 ) -> Outcome:
     from ekd_lightning.cli.runs import open_run  # noqa: PLC0415
+    from ekd_lightning.training.dashboards import log_evaluation_run  # noqa: PLC0415
     from ekd_lightning.training.evaluate_run import evaluate_finished_run  # noqa: PLC0415
     from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
 
@@ -229,7 +231,17 @@ def _evaluate(
     if run.result.get("partial"):
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
     context = open_context(directory, run.settings, run.result, run.student, device)
-    return evaluate_finished_run(context, directory, parts, force=force)
+    outcome = evaluate_finished_run(context, directory, parts, force=force)
+    if outcome.done:
+        log_evaluation_run(
+            run.settings.logger,
+            outcome.result,
+            directory,
+            context.dataset,
+            config=read_config(directory),
+            sweep=sweep_of(directory),
+        )
+    return outcome
 
 
 def _table() -> Table:

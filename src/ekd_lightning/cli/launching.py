@@ -22,7 +22,7 @@ from ekd_lightning.cli import train
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
 from ekd_lightning.cli.edge import is_interrupt
 from ekd_lightning.cli.study_runs import Job
-from ekd_lightning.cli.sweep import stop_local_queue, stopped
+from ekd_lightning.cli.sweep import stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.cli.sweep_jobs import Sweep, SweepJob
 from ekd_lightning.cli.sweep_progress import watched
 
@@ -115,4 +115,5 @@ def launch(
         stop_local_queue(folder)
         raise KeyboardInterrupt(stopped(whole, command)) from None
     except Exception as error:  # a job that was killed outright; what is known of it stands in its directory
-        log.error("the launcher ended early: %s: %s", type(error).__name__, error)
+        wait_for_local_queue(folder)
+        log.error("the launcher ended early: %s: %s", type(error).__name__, str(error).splitlines()[0])

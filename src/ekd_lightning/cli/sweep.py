@@ -213,23 +213,44 @@ _COUNTED = {
 }
 
 
+def lost_job(error: BaseException) -> str | None:
+    """What a launcher says of a job whose process was killed, in one line; None if that is not what happened.
+
+    Jobs of submitit's local executor that are still at work are waited for: they lack nothing.
+    """
+    if not type(error).__module__.startswith(("joblib", "submitit")):
+        return None
+    for folder, _ in _open:
+        wait_for_local_queue(folder)
+    return f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
+
+
 def stop_local_queue(folder: Path) -> None:
     """Ends jobs of submitit's local executor, which outlive the process that started them.
-
-    Its folders are named by the process that looks after each job, a child of ours; interrupted, it passes that on.
 
     Args:
         folder: Folder of the sweep.
     """
-    children = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
-    alive = [pid for pid in children if _is_our_child(pid)]
-    for pid in alive:
+    for pid in (alive := _local_queue(folder)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
     until = time.monotonic() + _GRACE_SECONDS
     for pid in alive:
         while _is_our_child(pid) and time.monotonic() < until:
             time.sleep(0.05)
+
+
+def wait_for_local_queue(folder: Path) -> None:
+    """Waits until all jobs of submitit's local executor have ended."""
+    for pid in _local_queue(folder):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _local_queue(folder: Path) -> list[int]:
+    """Processes that look after a job for submitit, our children; it names its folders by them."""
+    found = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
+    return [pid for pid in found if _is_our_child(pid)]
 
 
 def _is_our_child(pid: int) -> bool:

@@ -127,6 +127,14 @@ def found_sweep(folder: Path) -> Sweep:
     return Sweep(folder, tuple(SweepJob(run, tuple(recorded_overrides(run))) for run in runs))
 
 
+def sweep_of(directory: Path) -> str | None:
+    """Name of the sweep that a run belongs to, as its dashboards have it; None for a single run."""
+    for folder in directory.absolute().parents:
+        if (folder / SWEEP_FILE).is_file() or (folder / "multirun.yaml").is_file():
+            return "/".join(folder.parts[-2:])
+    return None
+
+
 def recorded_overrides(directory: Path) -> list[str]:
     """The overrides that a run was started with; empty where Hydra wrote none down."""
     path = directory / ".hydra" / "overrides.yaml"

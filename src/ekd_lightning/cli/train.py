@@ -19,7 +19,7 @@ from ekd_lightning.cli.config import register_schema, to_plain, to_settings, wri
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
 from ekd_lightning.cli.edge import is_interrupt, one_line, run_program
 from ekd_lightning.cli.resume import check_unchanged, expand_resume, named_sweep
-from ekd_lightning.cli.sweep import as_typed, interrupted_sweep, tell_sweep
+from ekd_lightning.cli.sweep import as_typed, interrupted_sweep, lost_job, tell_sweep
 from ekd_lightning.errors import UserError
 from ekd_lightning.training.record import is_rank_zero
 
@@ -44,6 +44,11 @@ def main() -> None:
             if is_interrupt(stop):
                 raise KeyboardInterrupt(interrupted_sweep() or "") from None
             raise
+        except Exception as error:
+            if (lost := lost_job(error)) is None:
+                raise
+            print(f"{PROGRAM}: error: {lost}", file=sys.stderr)
+            sys.exit(1)
         finally:
             tell_sweep()
 

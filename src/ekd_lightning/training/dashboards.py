@@ -157,8 +157,11 @@ def log_evaluation_run(
     loggers = selected_loggers(
         settings, directory / EVALUATION, name=name, sweep=sweep, config=config, job_type=EVALUATION
     )
-    describe_metrics(loggers, flat_columns(result_facts(result), config))
-    log_evaluation(loggers, result, directory, dataset)
+    try:
+        describe_metrics(loggers, flat_columns(result_facts(result), config))
+        log_evaluation(loggers, result, directory, dataset)
+    except Exception:  # no server, no login
+        log.exception("%s: no dashboard has this evaluation; its record does", directory)
     finish_loggers(loggers, result=result)
 
 
