@@ -161,6 +161,8 @@ def own_teachers(group: Group) -> list[int | None]:
     K, M, spec = group.num_branches or 0, group.num_teachers or 0, group.only("assignment")
     if not M or spec is None:
         return [None] * K
+    if M == 1:
+        return [0] * K
     if spec in ("one_to_one", "permuted"):
         shift = int(spec == "permuted")
         return [(k + shift) % M for k in range(K)]

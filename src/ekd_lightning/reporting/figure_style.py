@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.palette import LIGHT, SHADES
+from ekd_lightning.reporting.run_files import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +27,10 @@ WIDTH = 6.9
 """Inches: two columns of a paper."""
 PANEL = 2.4
 """Inches: height of a panel."""
+_MANY = 12
+"""Points of a line beyond which only some are marked."""
+_LETTERS = 17
+"""Of a note, to an inch."""
 INK, GREY, PALE = "#191C20", "#505862", "#B8BDC4"
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -123,7 +129,7 @@ def panels(
     return figure, [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
 
 
-def shades() -> Colormap:
+def _shades() -> Colormap:
     """Colours of heat maps: light enough that dark text can be read on each."""
     from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
 
@@ -138,12 +144,18 @@ def points(
     label: str | None = None,
     scale: float = 100.0,
 ) -> None:
-    """A line through means with a band of intervals; single runs are hollow marks outside of any band."""
+    """A line through means with a band of intervals; of short lines, points of single runs are hollow marks."""
     pairs = list(zip(xs, values, strict=True))
-    axes.plot(xs, [scale * v.mean for v in values], label=label, **look | {"marker": None})
+    many = len(pairs) > _MANY
+    axes.plot(
+        xs,
+        [scale * v.mean for v in values],
+        label=label,
+        **look | ({"marker": None} if not many else {"markevery": len(pairs) // 5}),
+    )
     for hollow in (False, True):
         some = [(x, v) for x, v in pairs if (v.half is None) == hollow]
-        if some and len(pairs) <= 30:
+        if some and not many:
             face = {"markerfacecolor": "white"} if hollow else {}
             axes.plot(
                 *zip(*((x, scale * v.mean) for x, v in some), strict=True), **look | {"linestyle": ""} | face
@@ -152,6 +164,43 @@ def points(
     if banded:
         lows, highs = ([scale * getattr(v, end) for _, v in banded] for end in ("low", "high"))
         axes.fill_between([x for x, _ in banded], lows, highs, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def heat_map(
+    axes: Axes, values: Array, texts: Sequence[Sequence[str]], limits: tuple[float, float], label: str
+) -> None:
+    """A matrix as coloured cells with a text in each; row 0 is at the bottom.
+
+    Args:
+        axes: Where.
+        values: float [rows, columns]; NaN leaves a cell empty.
+        texts: Of each cell.
+        limits: Values of the first and the last colour.
+        label: Of the scale.
+    """
+    rows, columns = values.shape
+    edges = [[at - 0.5 for at in range(count + 1)] for count in (columns, rows)]
+    mesh = axes.pcolormesh(
+        *edges, values, cmap=_shades(), vmin=limits[0], vmax=limits[1], edgecolors="white", lw=1.5
+    )
+    for row in range(rows):
+        for column in range(columns):
+            axes.text(
+                column,
+                row,
+                texts[row][column],
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=INK,
+                linespacing=1.3,
+            )
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    scale = axes.figure.colorbar(mesh, ax=axes, label=label)
+    scale.outline.set_visible(False)
 
 
 def bar(value: Estimate, scale: float = 100.0) -> float | None:
@@ -177,13 +226,18 @@ def counts(values: Iterable[Estimate | int]) -> str:
 def band_text(values: Iterable[Estimate], what: str = "band") -> str:
     """What the marks of a figure mean, with n."""
     found = list(values)
-    alone = "; hollow: one run, no interval" if any(value.half is None for value in found) else ""
+    if all(value.half is None for value in found):
+        return f"Not enough runs for intervals, {counts(found)}."
+    alone = (
+        "; where one run is done there is no interval" if any(value.half is None for value in found) else ""
+    )
     return f"Mean and 95 % {what} over seeds, {counts(found)}{alone}."
 
 
 def note(figure: Figure, text: str) -> None:
     """A line below a figure."""
-    figure.supxlabel(text, fontsize=7, color=GREY, x=0.005, ha="left")
+    wide = int(_LETTERS * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(text, wide), fontsize=7, color=GREY, x=0.005, ha="left")
 
 
 def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
@@ -192,6 +246,11 @@ def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
         label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
+
+
+def legend_above(axes: Axes) -> None:
+    """The legend of one panel, where it hides nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:

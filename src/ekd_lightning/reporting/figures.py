@@ -9,6 +9,7 @@ from pathlib import Path
 from ekd_lightning.reporting import figures_accuracy, figures_detail
 from ekd_lightning.reporting.figure_style import Looks, save, style
 from ekd_lightning.reporting.figures_accuracy import Drawn
+from ekd_lightning.reporting.lines import ordered_labels
 from ekd_lightning.reporting.report import Report
 
 LIST = "figures.md"
@@ -66,7 +67,7 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
         UserError: Without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    looks = Looks(group.label for block in report.blocks for group in block.groups)
+    looks = Looks(ordered_labels(report))
     files: list[Path] = []
     lines = ["# Figures", ""]
     left_out = []

@@ -23,6 +23,8 @@ MOST_LINES = 6
 """In a panel; further ones get a panel of their own."""
 _MOST_NAMED = 14
 """Points of a cost figure that are told by name."""
+_LONG_LABEL = 20
+"""Letters beyond which bars need the whole width."""
 ACCURACY = "test accuracy, %"
 
 
@@ -78,7 +80,7 @@ def by_fraction(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             own = {group.label: lines[group.label] for group in ends}
             _fraction_panel(panel, own, looks)
         shown = [accuracy(group) for line in lines.values() for group in line]
-        caption = f"{blocks[0].data}: {fs.band_text(shown)}"
+        caption = f"{blocks[0].data}. {fs.band_text(shown)}"
         fs.note(figure, caption)
         yield Drawn(file_name("accuracy_by_fraction", f"{blocks[0].data}-{position + 1}"), figure, caption)
 
@@ -95,7 +97,7 @@ def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: fs.
     axes.set_xlabel("training images, %")
     axes.set_ylabel(ACCURACY)
     fs.limit_accuracy(axes, [accuracy(group) for line in lines.values() for group in line])
-    axes.legend(loc="best")
+    fs.legend_above(axes)
 
 
 def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
@@ -108,9 +110,7 @@ def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         for panel, (name, cells) in zip(axes, found.items(), strict=True):
             _grid_panel(panel, name, cells)
         numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
-        caption = (
-            f"{block.title}: {ACCURACY}, mean ± half of the 95 % interval over seeds, {fs.counts(numbers)}."
-        )
+        caption = f"{block.title}. Test accuracy, mean ± half of the 95 % interval over seeds, {fs.counts(numbers)}."
         fs.note(figure, caption)
         yield Drawn(file_name("teachers_branches", block.key), figure, caption)
 
@@ -124,21 +124,19 @@ def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -
 
     teachers, branches = sorted({m for m, _ in cells}), sorted({k for _, k in cells})
     values = np.full((len(teachers), len(branches)), np.nan)
+    texts = [[""] * len(branches) for _ in teachers]
     for (m, k), group in cells.items():
         value = accuracy(group)
         row, column = teachers.index(m), branches.index(k)
         values[row, column] = 100 * value.mean
         spread = "no interval" if value.half is None else f"± {100 * value.half:.2f}"
-        text = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=fs.INK, linespacing=1.3)
-    image = axes.imshow(values, cmap=fs.shades(), aspect="auto", origin="lower")
+        texts[row][column] = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
+    fs.heat_map(axes, values, texts, (np.nanmin(values), np.nanmax(values)), ACCURACY)
     axes.set_xticks(range(len(branches)), [str(k) for k in branches])
     axes.set_yticks(range(len(teachers)), [str(m) for m in teachers])
     axes.set_xlabel("branches K")
     axes.set_ylabel("teachers M")
     axes.set_title(name)
-    axes.grid(False)
-    axes.figure.colorbar(image, ax=axes, label=ACCURACY)
 
 
 def by_cost(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
@@ -149,20 +147,31 @@ def by_cost(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             continue
         figure, axes = fs.panels(2, most=2, height=3.0)
         named = _named(groups, report.references(block))
+        cut = _cut(groups, report.references(block))
+        shown = [accuracy(group) for group in groups]
         for panel, key in zip(axes, ("macs", "num_parameters"), strict=True):
             _cost_panel(panel, groups, key, looks, named)
+            for group in cut:
+                _prefix_points(panel, prefixes(group), key, looks(group.label)["color"])
+            fs.limit_accuracy(
+                panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))]
+            )
         fs.key(figure, axes)
-        caption = f"{block.title}: {fs.band_text([accuracy(g) for g in groups], 'interval')} " + _cost_words(
-            groups
-        )
+        caption = f"{block.title}. {fs.band_text(shown, 'interval')} {_cost_words(cut)}"
         fs.note(figure, caption)
         yield Drawn(file_name("accuracy_cost", block.key), figure, caption)
 
 
-def _cost_words(groups: Sequence[Group]) -> str:
-    small = (
-        " Small open circles: the first j branches of a student alone." if any(map(prefixes, groups)) else ""
-    )
+def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
+    """The branched references, or else the most accurate branched group: those whose prefixes are drawn."""
+    branched = [group for group in groups if len(prefixes(group)) > 1]
+    best = sorted(branched, key=lambda group: -accuracy(group).mean)
+    return [group for group in branched if group.label in references] or best[:1]
+
+
+def _cost_words(cut: Sequence[Group]) -> str:
+    names = ", ".join(group.label for group in cut)
+    small = f" Dotted: the first j branches alone ({names})." if cut else ""
     return f"Dashed: Pareto front of the means.{small}"
 
 
@@ -171,14 +180,11 @@ def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
     if len(groups) <= _MOST_NAMED:
         return {group.label for group in groups}
     best = sorted(groups, key=lambda group: -accuracy(group).mean)
-    fronts = [_front(groups, key) for key in ("macs", "num_parameters")]
     on_front = [
-        g
-        for g in groups
-        if any(
-            (_cost(g, k), accuracy(g).mean) in f
-            for k, f in zip(("macs", "num_parameters"), fronts, strict=True)
-        )
+        group
+        for key in ("macs", "num_parameters")
+        for group in groups
+        if (_cost(group, key), accuracy(group).mean) in _front(groups, key)
     ]
     wanted = dict.fromkeys([*references, *(group.label for group in (*on_front, *best))])
     return set(list(wanted)[:_MOST_NAMED])
@@ -206,23 +212,28 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: fs.Looks, 
         linewidth=1,
         label="Pareto front",
     )
-    for group in groups:
+    places = beside([_cost(group, key) for group in groups])
+    for group, place in zip(groups, places, strict=True):
         value, known = accuracy(group), group.label in named
         look = looks(group.label) if known else {"color": fs.PALE, "marker": "o"}
         face = "white" if value.half is None else look["color"]
         axes.errorbar(
-            _cost(group, key), 100 * value.mean, yerr=fs.bar(value), **look | {"linestyle": ""},
+            place, 100 * value.mean, yerr=fs.bar(value), **look | {"linestyle": ""},
             markerfacecolor=face, elinewidth=1, label=group.label if known else "others", zorder=3 if known else 2,
         )  # fmt: skip
-        if known:
-            _prefix_points(axes, prefixes(group), key, look["color"])
     axes.set_xlabel("multiply-accumulates of an image, millions" if key == "macs" else "parameters, millions")
     axes.set_ylabel(ACCURACY)
-    fs.limit_accuracy(
-        axes,
-        [accuracy(group) for group in groups]
-        + [p.accuracy for g in groups for p in prefixes(g) if g.label in named],
-    )
+
+
+def beside(costs: Sequence[float]) -> list[float]:
+    """Where points are drawn that cost the same: a little beside each other."""
+    width = max(costs) - min(costs) or 1.0
+    places = []
+    for position, cost in enumerate(costs):
+        same = [at for at, other in enumerate(costs) if other == cost]
+        step = min(0.012, 0.08 / len(same)) * width
+        places.append(cost + step * (same.index(position) - (len(same) - 1) / 2))
+    return places
 
 
 def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -> None:
@@ -249,13 +260,14 @@ def by_difference(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         if not sure:
             continue
         rows = max(len(one) for one in sure.values())
-        figure, axes = fs.panels(len(sure), most=2, height=0.9 + 0.19 * rows)
+        long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
+        figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
         for panel, (name, one) in zip(axes, sure.items(), strict=True):
             _difference_panel(panel, name, one, looks)
         alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
         few = f" Not enough runs: {', '.join(alone)}." if alone else ""
         numbers = [d.cell.n for one in sure.values() for d in one.values()]
-        caption = f"{block.title}: mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
+        caption = f"{block.title}. Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
         fs.note(figure, caption)
         yield Drawn(file_name("differences", block.key), figure, caption)
 
@@ -272,4 +284,5 @@ def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], lo
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.axvline(0, color=fs.GREY, linewidth=0.8)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"points of accuracy above {name}")
+    axes.set_title(f"minus {name}")
+    axes.set_xlabel("points of accuracy")

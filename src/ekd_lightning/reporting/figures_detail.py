@@ -47,7 +47,7 @@ def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         drawn = [one for group in shown for one in _parts(group)]
         fs.limit_accuracy(axes, drawn, "x")
         fs.key(figure, [axes])
-        caption = f"{block.title}: {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}"
+        caption = f"{block.title}. {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}"
         fs.note(figure, caption)
         yield Drawn(file_name("branches", block.key), figure, caption)
 
@@ -89,6 +89,8 @@ def _mark(
 
 def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy on the validation split by epoch; a figure per block."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
     for block in report.blocks:
         found = {group.label: run_files.curves(group, (_CURVE,)).get(_CURVE, []) for group in done(block)}
         groups = [group for group in done(block) if len(found[group.label]) > 1]
@@ -101,10 +103,11 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
                 epochs, values = zip(*found[group.label], strict=True)
                 fs.points(panel, epochs, values, looks(group.label), group.label)
             panel.set_xlabel("epoch")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_ylabel("validation accuracy, %")
             fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
-            panel.legend(loc="lower right")
-        caption = f"{block.title}: {fs.band_text([found[group.label][-1][1] for group in groups])}"
+            fs.legend_above(panel)
+        caption = f"{block.title}. {fs.band_text([found[group.label][-1][1] for group in groups])}"
         fs.note(figure, caption)
         yield Drawn(file_name("learning_curves", block.key), figure, caption)
 
@@ -123,7 +126,7 @@ def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         fs.key(figure, axes)
         numbers = [len(arrays[group.label]) for group in shown]
         caption = (
-            f"{block.title}: 15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
+            f"{block.title}. 15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
             f"Larger marks hold more images.{_rest(groups, shown)}"
         )
         fs.note(figure, caption)
@@ -178,7 +181,7 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         fs.key(figure, axes)
         sources = sorted({str(group.only("corruption_source")) for group in shown})
         told = fs.band_text([severities(group)[0] for group in shown])
-        caption = f"{block.title}, {' and '.join(sources)} corruptions: {told}{_rest(groups, shown)}"
+        caption = f"{block.title}, {' and '.join(sources)} corruptions. {told}{_rest(groups, shown)}"
         fs.note(figure, caption)
         yield Drawn(file_name("corruptions", block.key), figure, caption)
 
@@ -196,7 +199,7 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             _matrix_panel(axes[2 * position + 1], group, "test_branch_teacher_cka", "teacher")
         numbers = [sum(run.get("test_branch_cka") is not None for run in group.done) for group in shown]
         caption = (
-            f"{block.title}: linear CKA of pooled features on the test images, mean over seeds, "
+            f"{block.title}. Linear CKA of pooled features on the test images, mean over seeds, "
             f"{fs.counts(numbers)}. Framed: the branch's own teacher.{_rest(groups, shown)}"
         )
         fs.note(figure, caption)
@@ -214,20 +217,16 @@ def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
         axes.set_axis_off()
         return
     rows, columns = values.shape
-    image = axes.imshow(values, cmap=fs.shades(), vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in zip(
-        ((r, c) for r in range(rows) for c in range(columns)), values.flat, strict=True
-    ):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=fs.INK)
+    texts = [[f"{value:.2f}" for value in row] for row in values.tolist()]
+    fs.heat_map(axes, values, texts, (0.0, 1.0), "CKA")
+    axes.invert_yaxis()
     if name == "teacher":
         for branch, teacher in enumerate(own_teachers(group)[:rows]):
             if teacher is not None and teacher < columns:
                 axes.add_patch(_frame(teacher, branch))
     axes.set_xticks(range(columns), [f"{name} {c + 1}" for c in range(columns)])
     axes.set_yticks(range(rows), [f"branch {r + 1}" for r in range(rows)])
-    axes.grid(False)
     axes.set_title(group.label)
-    axes.figure.colorbar(image, ax=axes, label="CKA")
 
 
 def _frame(column: int, row: int) -> Rectangle:

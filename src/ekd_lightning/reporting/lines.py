@@ -8,9 +8,12 @@ from typing import Any
 
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.groups import Group
+from ekd_lightning.reporting.report import Report
 
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
 """Settings that vary in a grid of teachers and branches, and what follows from them."""
+_FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
+"""Methods that have the clearest colours, as they are what others are held against."""
 Family = tuple[Any, ...]
 
 
@@ -65,3 +68,17 @@ def grids(block: Block) -> dict[str, dict[tuple[int, int], Group]]:
         if group.n and group.num_teachers is not None and group.num_branches is not None:
             found[grid_name(group)].setdefault((group.num_teachers, group.num_branches), group)
     return {name: cells for name, cells in sorted(found.items()) if len(cells) > 1}
+
+
+def ordered_labels(report: Report) -> list[str]:
+    """All labels, in the order in which colours are given out: references and what matters first, then as they come."""
+    labels = {group.label: group.method for block in report.blocks for group in block.groups}
+    named = [label for block in report.blocks for label in report.references(block)]
+    rank = {method: position for position, method in enumerate(_FIRST)}
+
+    def order(label: str) -> tuple[int, int]:
+        method = labels[label]
+        plain = label == method and method in rank
+        return (int(not plain and label not in named), rank.get(method, len(rank)))
+
+    return sorted(labels, key=order)

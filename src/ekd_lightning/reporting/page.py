@@ -6,7 +6,6 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -38,7 +37,8 @@ partial and running ones never count.</li>
 <li>± is half of Student’s 95 % t interval for the mean over seeds. It says how much seeds matter, not how well the
 test set stands for the world. With one run there is no interval, and no bar.</li>
 <li>Differences are paired: the same seed, hence the same subset and order, on both sides. p is that of the paired
-t-test, corrected by Holm’s method over the settings of a block. ▲ and ▼ mark intervals that leave out 0.</li>
+t-test, corrected by Holm’s method over the settings of a block. ▲ and ▼ mark differences
+whose corrected p is below 0.05.</li>
 <li>Settings are compared only inside a block: same data, subset, views, epochs, batch size, steps, precision, and
 teachers from one pool.</li>
 <li>Accuracy is that of the last epoch on the test set; nothing was selected on it.</li>
@@ -73,7 +73,7 @@ def page(report: Report) -> str:
         subtitle=escape(_subtitle(report)),
         css=_asset("page.css"),
         theme_js=_asset("theme.js"),
-        answer=_answers(report.answers),
+        answer=_answers(report),
         alarm=_alarm(report),
         notes=_NOTES,
         footer=_footer(),
@@ -132,22 +132,31 @@ def _subtitle(report: Report) -> str:
     return f"{len(report.collection.runs):,} runs ({told}), {settings:,} settings with results"
 
 
-def _answers(answers: Sequence[Answer]) -> str:
+def _answers(report: Report) -> str:
+    answers = report.answers
     if not answers:
-        return "<p class='lead'>No run is done, so there is no answer yet.</p>"
+        return f"<p class='lead'>{escape(report.lead)}</p>"
     shown = [_answer(answer, titled=len(answers) > 1) for answer in answers]
+    lead = f"<p class='lead'>{escape(report.lead)}</p>" if len(answers) > 1 else ""
     folded = shown[_OPEN:]
     more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
-    return "".join(shown[:_OPEN]) + more
+    return lead + "".join(shown[:_OPEN]) + more
 
 
 def _answer(answer: Answer, *, titled: bool) -> str:
-    title = f"<h3>{escape(answer.block.title)}</h3>" if titled else ""
-    context = "" if titled else f"<p class='soft small'>{escape(answer.block.title)}</p>"
-    sentences = [finding.sentence for finding in answer.findings]
-    listed = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    remarks = "".join(f"<p class='small'>{escape(remark)}</p>" for remark in answer.remarks)
-    return f"{title}<p class='lead'>{escape(answer.headline)}</p>{context}<ul>{listed}</ul>{remarks}"
+    """One block; of several, only what leads is unfolded."""
+    title = answer.block.title
+    head = "" if answer.headline.startswith(title) else f"<h3>{escape(title)}</h3>"
+    findings = "".join(f"<li>{escape(finding.sentence)}</li>" for finding in answer.findings)
+    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in answer.remarks)
+    size = "strong" if titled else "lead"
+    folded = "" if titled else " open"
+    parts = [
+        f"<details{folded}><summary>{name}</summary><ul>{items}</ul></details>"
+        for name, items in (("Comparisons", findings), ("Cost, choices and caveats", remarks))
+        if items
+    ]
+    return f"{head}<p class='{size}'>{escape(answer.headline)}</p>{''.join(parts)}"
 
 
 def _alarm(report: Report) -> str:
@@ -157,14 +166,12 @@ def _alarm(report: Report) -> str:
     if failed:
         runs = "1 run" if failed == 1 else f"{failed:,} runs"
         told.append(f"<p><strong>{runs} failed</strong>: <a href='#runs' id='to-failed'>see why</a>.</p>")
-    notes = [short_paths(note) for note in report.notes]
-    if notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        told.append(
-            f"<details{' open' if len(notes) <= _OPEN else ''}><summary>Notes ({len(notes)})</summary>"
-            f"<ul>{items}</ul></details>"
-        )
-    return f"<div class='alarm'>{''.join(told)}</div>" if told else ""
+    alarm = f"<div class='alarm'>{''.join(told)}</div>" if told else ""
+    notes = "".join(f"<li>{escape(short_paths(note))}</li>" for note in report.notes)
+    folded = " open" if len(report.notes) <= _OPEN else ""
+    count = len(report.notes)
+    more = f"<details{folded}><summary>Notes on the runs ({count})</summary><ul>{notes}</ul></details>"
+    return alarm + (f"<div class='notes'>{more}</div>" if notes else "")
 
 
 def _footer() -> str:

@@ -24,7 +24,7 @@ from ekd_lightning.reporting.estimates import (
     subsets,
 )
 from ekd_lightning.reporting.groups import Group, differences
-from ekd_lightning.reporting.lines import families, grid_name
+from ekd_lightning.reporting.lines import families, grid_name, ordered_labels
 from ekd_lightning.reporting.report import Report
 
 MAIN = "main"
@@ -35,7 +35,7 @@ _MOST_REFERENCES = 8
 _DIGITS = 6
 _LONG = 400
 """Characters of a list or mapping that are still shown in a run's record."""
-_FOLDERS = re.compile(r"(?<![\w.…/])/(?:[^\s/'\",:]+/)+")
+_FOLDERS = re.compile(r"(?<![\w.…/<])/(?:[\w.+@~=-]+/)+")
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,18 @@ def page_data(report: Report, palette: Mapping[str, Sequence[str]]) -> PageData:
     ids = {run.name: f"r{position}" for position, run in enumerate(report.collection.runs)}
     members = enumerate(families(report.blocks).values())
     family_of = {block.key: position for position, own in members for block in own}
+    subjects = {told.block.key: told.subject.label for told in report.answers if told.subject}
     groups, names = [], []
     for block in report.blocks:
         found = _differences(block, report.reference.get(block.key))
         names += list(found)
-        groups += [_group(one, block, found, ids, family_of.get(block.key)) for one in block.groups]
+        for one in block.groups:
+            subject = one.label == subjects.get(block.key)
+            groups.append(
+                _group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject}
+            )
     payload = {
-        "labels": list(dict.fromkeys(group["label"] for group in groups)),
+        "labels": ordered_labels(report),
         "references": _references(names, report.reference),
         "palette": {name: list(colours) for name, colours in palette.items()},
         "blocks": [{"key": block.key, "title": block.title} for block in report.blocks],
@@ -102,13 +107,11 @@ def _group(
     block: Block,
     references: Mapping[str, tuple[str, Mapping[str, Difference]]],
     ids: Mapping[str, str],
-    family: int | None,
 ) -> dict[str, Any]:
     arrays = run_files.read_arrays(group)
     return {
         "id": f"{block.key}/{group.label}",
         "block": block.key,
-        "family": family,
         "label": group.label,
         "grid": grid_name(group),
         "data": group.data,

@@ -1,12 +1,14 @@
 // What all charts share: colours, layout, the frame around a chart, and when it is drawn.
 
+const PAPER = 640; // width of a chart on A4, in CSS pixels
+let printing = false;
 const MOST_LINES = 8; // more cannot be told apart
 
 /** Text for Plotly, which reads tags and templates in it. */
 const inert = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;");
 const fade = (colour, alpha) => `rgba(${[1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)).join(",")},${alpha})`;
 const dark = () => document.documentElement.dataset.theme === "dark";
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+const touch = () => matchMedia("(pointer: coarse)").matches;
 const low = (figure) => figure.mean - (figure.half || 0);
 const high = (figure) => figure.mean + (figure.half || 0);
 const interval = (figure, scale = 100, digits = 2) => (known(figure.half)
@@ -40,7 +42,8 @@ function layout(x, y, more = {}) {
     font: { family: style("--sans"), size: 12, color: style("--ink") }, hovermode: "closest",
     hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--edge"), font: { color: style("--ink") }, align: "left" },
     legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 11 } }, transition: { duration: 0 },
-    xaxis: x, yaxis: y, dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", ...more,
+    xaxis: x, yaxis: y, dragmode: touch() ? false : "zoom",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--accent") }, ...more,
   };
 }
 
@@ -73,6 +76,14 @@ function bandTraces(name, points, look, scale = 100, hover = (point) => String(p
   return traces;
 }
 
+/** What a legend below a chart needs beyond the two lines that every chart has room for. */
+function legendHeight(traces, width) {
+  const names = traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => trace.name.length);
+  if (names.length < 2) return 0;
+  const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
+  return 19 * Math.max(0, Math.ceil(names.length / beside) - 2);
+}
+
 /** Error bars, but none where there is no interval. */
 const bars = (figures, colour, scale = 100) => ({ type: "data", array: figures.map((f) => scale * (f.half || 0)), color: colour, thickness: 1.5,
   width: 4, visible: figures.some((f) => known(f.half)) });
@@ -103,9 +114,11 @@ class ChartFrame {
   draw() {
     if (!this.stale || !this.built || this.built.missing || !window.Plotly) return;
     this.stale = false;
-    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    const options = { responsive: !printing, displaylogo: false, displayModeBar: touch() ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { format: "svg", filename: `ekd-${this.chart.id}` } };
-    window.Plotly.react(this.plot, this.built.traces, this.built.layout, options);
+    const size = printing ? { width: PAPER, autosize: false } : { autosize: true };
+    const height = this.built.layout.height + legendHeight(this.built.traces, printing ? PAPER : this.plot.clientWidth);
+    window.Plotly.react(this.plot, this.built.traces, { ...this.built.layout, ...size, height }, options);
     this.plot.firstElementChild?.setAttribute("aria-hidden", "true"); // its values are in the table below it
   }
 

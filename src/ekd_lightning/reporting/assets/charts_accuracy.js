@@ -91,7 +91,7 @@ function byCost({ block, look, row, cost }) {
     line: { color: style("--edge"), width: 1.5, dash: "dash", shape: "hv" } });
   const head = field === "macs" ? "multiply-accumulates of an image, millions" : "parameters, millions";
   return {
-    traces, layout: layout(axis(head), accuracyAxis([...have.map(accuracy), ...prefixes.map((p) => p.figure)]), { height: 440 }),
+    traces, layout: layout(axis(head), accuracyAxis([...have.map(accuracy), ...prefixes.map((p) => p.figure)]), { height: 400 }),
     caption: `Mean with 95 % interval, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. Settings of the same cost stand beside each other.`
       + (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),
     table: { head: [`Setting (${(field === "macs" ? "M MACs" : "M parameters")})`, "Accuracy %", "± (95 %)", "n"],

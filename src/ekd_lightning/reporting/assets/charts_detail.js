@@ -4,21 +4,21 @@ function branches({ block, look }) {
   const all = block.filter((group) => group.branch_accuracy.length > 1);
   if (!all.length) return { missing: "accuracy of branches (no student has several)" };
   const have = all.slice(0, 2 * MOST_LINES);
-  const names = have.map((group) => inert(group.label)).reverse();
-  const dots = (name, symbol, size, colour, pick) => {
+  const most = Math.max(...have.map((group) => group.branch_accuracy.length));
+  const place = (group, part = null) => -have.indexOf(group) - (part === null ? 0 : (0.5 * (part - (group.branch_accuracy.length - 1) / 2)) / most);
+  const dots = (name, symbol, size, colour, pick, part = null) => {
     const some = have.filter((group) => pick(group));
     const figures = some.map(pick);
-    return { type: "scatter", mode: "markers", name, y: some.map((group) => inert(group.label)), x: figures.map((f) => 100 * f.mean),
+    return { type: "scatter", mode: "markers", name, y: some.map((group) => place(group, part)), x: figures.map((f) => 100 * f.mean),
       error_x: bars(figures, colour), marker: { symbol, size, color: colour, line: { width: 1, color: colour } },
-      text: figures.map((f) => `${name}: ${(100 * f.mean).toFixed(2)} % ${interval(f)}`), hovertemplate: "%{y}<br>%{text}<extra></extra>" };
+      text: figures.map((f, at) => `${inert(some[at].label)}<br>${name}: ${(100 * f.mean).toFixed(2)} % ${interval(f)}`), hovertemplate: "%{text}<extra></extra>" };
   };
-  const most = Math.max(...have.map((group) => group.branch_accuracy.length));
-  const traces = Array.from({ length: most }, (_, k) => dots(`branch ${k + 1}`, "line-ns-open", 16, look({ branch: k }).colour, (g) => g.branch_accuracy[k]));
+  const traces = Array.from({ length: most }, (_, k) => dots(`branch ${k + 1}`, ["circle", "square", "triangle-up", "cross"][k % 4], 6, look({ branch: k }).colour, (g) => g.branch_accuracy[k], k));
   traces.push(dots("ensemble", "diamond", 11, style("--ink"), accuracy), dots("any branch right", "triangle-up-open", 10, style("--soft"), (g) => g.metrics.test_oracle_accuracy));
   return {
     traces: traces.filter((trace) => trace.x.length),
     layout: layout(accuracyAxis(have.flatMap((g) => [...g.branch_accuracy, accuracy(g), g.metrics.test_oracle_accuracy].filter(Boolean))),
-      axis("", { type: "category", categoryorder: "array", categoryarray: names }), { height: Math.max(260, 140 + 28 * have.length), margin: { l: 110, r: 14, t: 12, b: 46 } }),
+      axis("", { tickvals: have.map((g) => place(g)), ticktext: have.map((g) => inert(g.label)), range: [0.6 - have.length, 0.6] }), { height: Math.max(280, 140 + 34 * have.length), margin: { l: 110, r: 14, t: 12, b: 46 } }),
     caption: `Mean with 95 % interval over seeds, ${nOf(have)}.${all.length > have.length ? ` The first ${have.length} of ${all.length} settings.` : ""}`,
     table: { head: ["Setting, part", "Accuracy %", "± (95 %)", "n"], rows: have.flatMap((g) => [
       ...g.branch_accuracy.map((f, k) => valueRow(`${g.label}, branch ${k + 1}`, f)), valueRow(`${g.label}, ensemble`, accuracy(g)),
@@ -77,16 +77,16 @@ function corruptions({ block, look }) {
 function similarity({ row }) {
   const blocks = [["between branches", row?.cka?.branch, "branch"], ["with teachers", row?.cka?.teacher, "teacher"]].filter(([, one]) => one);
   if (!blocks.length) return { missing: "similarity of features (the chosen setting has no CKA on record)" };
-  const number = (name, count) => Array.from({ length: count }, (_, at) => `${name} ${at + 1}`);
-  const rows = number("branch", blocks[0][1].length);
-  const traces = blocks.map(([, z, name], at) => ({ type: "heatmap", z, x: number(name, z[0].length), y: rows, xaxis: at ? "x2" : "x", yaxis: at ? "y2" : "y", colorscale: SHADES, textfont: { color: ON_SHADES },
-    zmin: 0, zmax: 1, xgap: 2, ygap: 2, texttemplate: "%{z:.3f}", hovertemplate: "%{y}, %{x}<br>CKA %{z:.4f}<extra></extra>", showscale: at === blocks.length - 1,
+  const number = (count) => Array.from({ length: count }, (_, at) => String(at + 1));
+  const rows = number(blocks[0][1].length);
+  const traces = blocks.map(([, z, name], at) => ({ type: "heatmap", z, x: number(z[0].length), y: rows, xaxis: at ? "x2" : "x", yaxis: at ? "y2" : "y", colorscale: SHADES, textfont: { color: ON_SHADES },
+    zmin: 0, zmax: 1, xgap: 2, ygap: 2, texttemplate: "%{z:.3f}", hovertemplate: `branch %{y}, ${name} %{x}<br>CKA %{z:.4f}<extra></extra>`, showscale: at === blocks.length - 1,
     colorbar: { title: { text: "linear CKA", side: "right" }, thickness: 12, outlinewidth: 0 } }));
   const own = (row.own_teachers || []).map((teacher, k) => [teacher, k]).filter(([teacher]) => known(teacher));
   const shapes = blocks.length > 1 ? own.map(([teacher, k]) => ({ type: "rect", xref: "x2", yref: "y2", x0: teacher - 0.46, x1: teacher + 0.46, y0: k - 0.46, y1: k + 0.46, line: { color: ON_SHADES, width: 2.5 } })) : [];
-  const more = blocks.length > 1 ? { grid: { rows: 1, columns: 2, pattern: "independent" }, xaxis2: axis("", { type: "category", showgrid: false }), yaxis2: axis("", { type: "category", autorange: "reversed", showgrid: false, showticklabels: false }) } : {};
+  const more = blocks.length > 1 ? { grid: { rows: 1, columns: 2, pattern: "independent" }, xaxis2: axis(blocks[1][2], { type: "category", showgrid: false }), yaxis2: axis("", { type: "category", autorange: "reversed", showgrid: false, showticklabels: false }) } : {};
   return {
-    traces, layout: layout(axis("", { type: "category", showgrid: false }), axis("", { type: "category", autorange: "reversed", showgrid: false }), { ...more, shapes, margin: { l: 70, r: 10, t: 12, b: 46 } }),
+    traces, layout: layout(axis(blocks[0][2], { type: "category", showgrid: false }), axis("branch", { type: "category", autorange: "reversed", showgrid: false }), { ...more, shapes, margin: { l: 46, r: 10, t: 12, b: 46 } }),
     caption: `${row.label}: linear CKA of pooled features on the test images, mean over seeds, n = ${row.cka.n}.${shapes.length ? " Framed: the branch’s own teacher." : ""}`,
     table: { head: ["Pair", "CKA"], rows: blocks.flatMap(([, z, name]) => z.flatMap((line, k) => line.map((value, at) => [`branch ${k + 1}, ${name} ${at + 1}`, value.toFixed(4)]))) },
   };

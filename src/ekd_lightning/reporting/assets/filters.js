@@ -65,6 +65,12 @@ class Filters {
     try { history.replaceState(null, "", `#${to}`); } catch { /* some viewers forbid it: the view is not in the address */ }
   }
 
+  /** What is chosen, in words, for paper. */
+  told() {
+    const chosen = FILTERS.filter(({ key }) => this.chosen[key].size).map(({ key, label, text }) => `${label.toLowerCase()} ${[...this.chosen[key]].map((value) => text(key === "fraction" ? Number(value) : value)).join(", ")}`);
+    return [...chosen, ...(this.words ? [`text “${this.words}”`] : [])].join("; ");
+  }
+
   /** Whether a setting, or a run with the fields of one, is looked at. */
   passes(one) {
     for (const { key } of FILTERS) {

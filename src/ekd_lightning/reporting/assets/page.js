@@ -24,7 +24,7 @@ function charts() {
   const blocks = payload.blocks.filter(({ key }) => shown.some((group) => group.block === key && group.n));
   const size = (key) => shown.filter((group) => group.block === key && group.n).length;
   if (!blocks.some(({ key }) => key === chosen.block)) chosen.block = [...blocks].sort((a, b) => size(b.key) - size(a.key))[0]?.key ?? null;
-  const block = shown.filter((group) => group.block === chosen.block && group.n);
+  const block = byInterest(shown.filter((group) => group.block === chosen.block && group.n));
   const family = block[0]?.family;
   if (!block.some((group) => group.id === chosen.row)) chosen.row = closer(block)?.id ?? null;
   const curves = distinct(block.flatMap((group) => Object.keys(group.curves)));
@@ -41,9 +41,15 @@ function charts() {
   byId("chart-away").textContent = away.length ? `Not drawn: ${away.join("; ")}.` : "";
 }
 
+/** What the answer speaks of and references first, then the more accurate ones: charts that hold few show these. */
+function byInterest(groups) {
+  const rank = (group) => (group.subject ? 0 : group.reference_of.includes(rows.reference) ? 1 : 2);
+  return [...groups].sort((a, b) => rank(a) - rank(b) || b.metrics.test_accuracy.mean - a.metrics.test_accuracy.mean);
+}
+
 /** The setting of EKD itself if there is one, else the one with most to look at. */
 function closer(block) {
-  const richness = (group) => (group.cka ? 2 : 0) + (group.reliability ? 1 : 0) + (group.method === "ekd" ? 0.5 : 0);
+  const richness = (group) => (group.cka ? 2 : 0) + (group.reliability ? 1 : 0) + (group.method === "ekd" ? 0.5 : 0) + (group.subject ? 4 : 0);
   return [...block].sort((a, b) => richness(b) - richness(a))[0];
 }
 
@@ -53,6 +59,8 @@ function update() {
   rows.show(shown);
   runs.show(seen);
   byId("shown").textContent = `${shown.length.toLocaleString("en-US")} of ${plural(payload.groups.length, "setting")}, ${seen.length.toLocaleString("en-US")} of ${plural(payload.runs.length, "run")}`;
+  const told = filters.told();
+  byId("view").textContent = (told ? `Only ${told}: ` : "") + byId("shown").textContent;
   charts();
 }
 
@@ -68,16 +76,21 @@ function themed() {
 byId("theme").addEventListener("click", () => setTheme(dark() ? "light" : "dark"));
 addEventListener("themechange", themed);
 byId("print").addEventListener("click", () => window.print());
-byId("to-failed")?.addEventListener("click", () => { runs.table.sorted = { key: "state", down: true }; runs.table.draw(); });
+byId("to-failed")?.addEventListener("click", () => { runs.table.sorted = { key: "state", down: false }; runs.table.draw(); });
 
 // Paper is white and holds everything: all charts are drawn before, and the reader's theme comes back after.
 let before = null;
 addEventListener("beforeprint", () => {
   before = document.documentElement.dataset.theme;
+  printing = true;
   for (const frame of frames) frame.visible = true;
+  for (const part of document.querySelectorAll("#answer details")) part.open = true;
   setTheme("light", false);
 });
-addEventListener("afterprint", () => { if (before) setTheme(before, false); });
+addEventListener("afterprint", () => {
+  printing = false;
+  if (before) setTheme(before, false);
+});
 
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {

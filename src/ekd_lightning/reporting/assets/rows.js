@@ -62,8 +62,10 @@ function differenceCell(difference) {
   if (!difference) return DASH;
   const value = format(difference.mean, "points");
   if (!known(difference.half)) return [value, h("span", { class: "sub" }, "not enough runs")];
+  if (!known(difference.p)) return [value, h("span", { class: "sub" }, `the same in ${difference.n} pairs`)];
   const [low, high] = [difference.mean - difference.half, difference.mean + difference.half];
-  const side = low > 0 ? "up" : high < 0 ? "down" : "";
+  const sure = known(difference.p) && difference.p < 0.05; // corrected; an interval alone takes no account of the others
+  const side = !sure ? "" : low > 0 ? "up" : high < 0 ? "down" : "";
   const arrow = { up: "▲ ", down: "▼ ", "": "" }[side];
   return [h("span", { class: side }, arrow + value),
     h("span", { class: "sub" }, `[${format(low, "points")}, ${format(high, "points")}] ${pValue(difference.p)}`)];

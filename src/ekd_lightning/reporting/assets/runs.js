@@ -1,5 +1,7 @@
 // The table of runs, and the record of one run.
 
+const STATES = ["failed", "partial", "running", "done"]; // what needs a look comes first
+
 class Runs {
   constructor(payload, packed) {
     this.payload = payload; this.packed = packed; this.details = null;
@@ -15,7 +17,7 @@ class Runs {
     const plain = (key) => (run) => (known(run[key]) ? String(run[key]) : DASH);
     const all = [
       field("name", "Run", false, (run) => h("button", { type: "button", class: "link", onclick: () => this.open(run) }, run.name)),
-      field("state", "State", false, (run) => h("span", { class: `state ${run.state === "done" ? "" : "failed"}` }, run.state)),
+      { key: "state", label: "State", value: (run) => STATES.indexOf(run.state), cell: (run) => h("span", { class: `state ${run.state === "done" ? "" : "failed"}` }, run.state) },
       field("data", "Data", false, plain("data")), field("method", "Method", false, plain("method")),
       field("fraction", "Images", true, (run) => (known(run.fraction) ? share(run.fraction) : DASH)),
       field("branches", "K", true, plain("branches")), field("teachers", "M", true, plain("teachers")),

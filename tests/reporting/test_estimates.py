@@ -1,0 +1,145 @@
+"""Estimates that figures and page draw, against scipy, NumPy and brute force."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_runs import result, write_run
+from rich_runs import arrays
+from scipy import stats
+
+from ekd_lightning.methods.assignment import make_assignment
+from ekd_lightning.reporting import estimates, run_files
+from ekd_lightning.reporting.blocks import blocks
+from ekd_lightning.reporting.collection import collect
+from ekd_lightning.reporting.groups import group
+
+NUMBERS = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=8))
+def test_an_estimate_is_the_t_interval(values):
+    found = estimates.estimate(values)
+    assert found.n == len(values)
+    assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
+    if len(values) < 2:
+        assert found.half is None
+        assert found.low == found.high == found.mean
+    elif np.ptp(values) > 1e-6:
+        low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+        assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+def test_what_is_not_finite_does_not_count():
+    assert estimates.estimate([np.nan, np.inf]) is None
+    assert estimates.estimate([np.nan, 2.0]).n == 1
+    assert estimates.estimate([]) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_holds_exactly_what_nothing_beats(points):
+    def beaten(point):
+        cost, gain = point
+        return any(c <= cost and g >= gain and (c, g) != point for c, g in points)
+
+    assert estimates.pareto(points) == sorted({point for point in points if not beaten(point)})
+
+
+def only_group(folder: Path):
+    (block,) = blocks(group(collect([folder])))
+    (found,) = block.groups
+    return found
+
+
+@pytest.mark.parametrize(("K", "M"), [(1, 1), (2, 3), (3, 3), (4, 3), (3, 1)])
+@pytest.mark.parametrize("kind", ["one_to_one", "permuted", "mean", "random"])
+@pytest.mark.filterwarnings("ignore:assignment=")
+def test_own_teachers_are_those_of_the_assignment(tmp_path, kind, K, M):
+    write_run(tmp_path / "run", result(K=K, M=M, assignment=kind))
+    rows = make_assignment(kind, K, M).tolist() if kind != "random" else [[1 / M] * M] * K
+    expected = [row.index(1.0) if 1.0 in row else None for row in rows]
+    assert estimates.own_teachers(only_group(tmp_path)) == expected
+
+
+def test_explicit_rows_have_an_own_teacher_where_they_name_one(tmp_path):
+    write_run(tmp_path / "run", result(K=2, M=2, assignment=[[0.5, 0.5], [0.0, 1.0]]))
+    assert estimates.own_teachers(only_group(tmp_path)) == [None, 1]
+
+
+def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
+    lengths, made = (5, 5, 3), {}
+    for seed, length in enumerate(lengths):
+        folder = write_run(tmp_path / f"s{seed}", result(seed=seed))
+        made[seed] = [0.1 * epoch + 0.01 * seed**2 for epoch in range(length)]
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["step", "val/accuracy", "epoch", "test/accuracy"])
+            rows.writerows([7 * epoch, value, float(epoch), ""] for epoch, value in enumerate(made[seed]))
+            rows.writerow([99, "", float(length), 0.9])  # the row of the test
+    found = run_files.curves(only_group(tmp_path))
+    assert set(found) == {"val/accuracy"}
+    for epoch, one in found["val/accuracy"]:
+        values = [line[epoch - 1] for line in made.values() if len(line) >= epoch]
+        assert (one.mean, one.n) == (pytest.approx(np.mean(values)), len(values))
+    assert [epoch for epoch, _ in found["val/accuracy"]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("content", ["", "step\n1\n", "epoch,val/accuracy\nx,y\n", "epoch,val/accuracy\n0"])
+def test_a_damaged_curve_is_left_out(tmp_path, content):
+    write_run(tmp_path / "run", result())
+    (tmp_path / "run" / "metrics.csv").write_text(content)
+    assert run_files.curves(only_group(tmp_path)) == {}
+
+
+@given(st.integers(1, 1000))
+def test_thinned_curves_keep_their_end(length):
+    epochs = list(range(1, length + 1))
+    kept = run_files.thin(epochs)
+    assert kept[-1] == length
+    assert len(kept) <= run_files.MOST_EPOCHS
+    assert set(kept) <= set(epochs)
+
+
+def test_reliability_pools_the_runs(tmp_path):
+    made = [arrays(seed) for seed in range(3)]
+    found = run_files.reliability(made, "_calibrated")
+    counts = np.stack([one["reliability_count_calibrated"] for one in made])
+    total = counts.sum()
+    full = [b for b in range(counts.shape[1]) if counts[:, b].sum()]
+    assert len(found) == len(full)
+    for one, b in zip(found, full, strict=True):
+        confidence = [run["reliability_confidence_calibrated"][b] for run in made]
+        accuracy = [run["reliability_accuracy_calibrated"][b] for run in made]
+        assert one.share == pytest.approx(counts[:, b].sum() / total)
+        assert one.confidence == pytest.approx(np.dot(confidence, counts[:, b]) / counts[:, b].sum())
+        assert one.accuracy.mean == pytest.approx(np.mean(accuracy))
+    assert sum(one.share for one in found) == pytest.approx(1)
+    assert run_files.reliability([{}, {}]) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", b"nothing"])
+def test_damaged_arrays_are_left_out(tmp_path, content):
+    write_run(tmp_path / "run", result())
+    (tmp_path / "run" / "arrays.npz").write_bytes(content)
+    assert run_files.read_arrays(only_group(tmp_path)) == []
+
+
+def test_arrays_are_never_unpickled(tmp_path):
+    write_run(tmp_path / "run", result())
+    np.savez(tmp_path / "run" / "arrays.npz", reliability_count=np.array([{}], dtype=object))
+    assert run_files.read_arrays(only_group(tmp_path)) == []
+
+
+def test_prefixes_are_the_subsets_that_begin_with_the_first_branch(rich_report):
+    found = next(one for one in rich_report.groups if one.label == "ekd, K=3, M=3")
+    assert [point.name for point in estimates.prefixes(found)] == [(0,), (0, 1), (0, 1, 2)]
+    recorded = [json.loads((run.directory / "result.json").read_text())["test_subsets"] for run in found.done]
+    for point in estimates.subsets(found):
+        values = [s["accuracy"] for one in recorded for s in one if tuple(s["branches"]) == point.name]
+        assert point.accuracy.mean == pytest.approx(np.mean(values))
