@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,9 @@ def _unpickling(name: str, data: bytes) -> str | None:
     if not data:
         return None
     try:
-        torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception:  # damaged ones raise many kinds
         return f"its member {name!r} holds more than tensors: opening it would run code, or it is damaged"
     return None

@@ -103,6 +103,8 @@ def limits(export: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"It was trained and tested on {size}×{size} images of one data set; photographs scaled down to that size "
         "are another distribution.",
     ]
+    if result.get("partial"):
+        points.insert(0, "**It is of a debugging run, which saw a part of the data only.**")
     accuracies = export["test_metrics"].get("class_accuracy") or []
     ranked = sorted((a, name) for a, name in zip(accuracies, classes, strict=True) if a is not None)
     if len(ranked) > 1:

@@ -1,0 +1,145 @@
+"""What a model card says follows from the record, and what is not known is not said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from ekd_lightning.reporting.model_card import model_card, model_name
+
+
+def export(**student: Any) -> dict[str, Any]:
+    return {
+        "class_names": ["cat", "dog", "owl"],
+        "image_size": 32,
+        "library": {"name": "ekd-lightning", "version": "1.2"},
+        "spec": {"network": {"name": "resnet20"}, "split_after": "stage1", "ensemble": "mean_probs"},
+        "student": {
+            "branches": [0, 1],
+            "of_branches": 2,
+            "weights": "last",
+            "sha256": "ab" * 32,
+            "num_parameters": 12345,
+            "macs": 67890,
+            **student,
+        },
+        "data": {
+            "name": "cifar100",
+            "fraction": 0.05,
+            "num_train_images": 2250,
+            "num_val_images": 250,
+            "test_sha256": "cd" * 32,
+            "subset_sha256": "ef" * 32,
+        },
+        "method": {
+            "name": "ekd",
+            "temperature": 4.0,
+            "assignment": None,
+            "terms": {"ce_branch": 0.1},
+            "teachers": [],
+        },
+        "recipe": {
+            "epochs": 3,
+            "batch_size": 32,
+            "lr": 0.05,
+            "schedule": "cosine",
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+        },
+        "seed": 7,
+        "test_metrics": {
+            "images": 100,
+            "accuracy": 0.5,
+            "top5": 0.9,
+            "nll": None,
+            "ece": 0.125,
+            "brier": 0.6,
+            "class_accuracy": [0.25, None, 0.75],
+        },
+        "run": {"hardware": {"cpu": "Z80", "threads": 1, "gpus": []}, "packages": {}},
+        "files": {
+            "student.onnx": {
+                "format": "onnx",
+                "precision": "float32",
+                "folded": False,
+                "outputs": ["logits"],
+                "bytes": 1500,
+                "accuracy": 0.5,
+                "accuracy_difference": 0.0,
+                "max_difference": 1e-6,
+                "tolerance": 1e-4,
+                "changed": 0,
+                "images": 100,
+            }
+        },
+    }
+
+
+def test_the_header_is_what_the_hub_reads():
+    card = model_card(export(), {}, license_id="apache-2.0")
+    facts = yaml.safe_load(card.split("---\n")[1])
+    assert facts["license"] == "apache-2.0"
+    assert facts["datasets"] == ["uoft-cs/cifar100"]
+    assert facts["pipeline_tag"] == "image-classification"
+    (model,) = facts["model-index"]
+    assert model["name"] == model_name(export()) == "ekd-cifar100-resnet20x2"
+    (entry,) = model["results"]
+    assert entry["dataset"] == {"name": "CIFAR-100", "type": "uoft-cs/cifar100", "split": "test"}
+    # an NLL that was not finite is left out, not invented
+    assert [(m["type"], m["value"]) for m in entry["metrics"]] == [
+        ("accuracy", 0.5),
+        ("expected_calibration_error", 0.125),
+        ("brier_score", 0.6),
+    ]
+
+
+def test_what_the_text_says():
+    card = model_card(
+        export(), {"train_seconds": 12.4, "corruption_mce": 0.4, "corruption_source": "regenerated"}
+    )
+    for said in (
+        "learned from labels alone",
+        "the logarithm of the mean of their probabilities",
+        "2,250 training images (5 % of the training set)",
+        "n = 1, seed 7",
+        "| top-5 accuracy | 90.00 % |",
+        "| NLL (nats) | not known |",
+        "weakest on cat (25.00 %) and owl (75.00 %), strongest on owl",
+        "corrupted test images (regenerated)",
+        "Training took 12 s on Z80",
+        "no temperature has been fitted",
+    ):
+        assert said in card, said
+    for unsaid in ("debugging", "frozen teacher", "None", "Teachers had seen", "torch.export program"):
+        assert unsaid not in card, unsaid
+
+
+@pytest.mark.parametrize(
+    ("student", "said"), [({}, True), ({"branches": [1]}, False), ({"weights": "best"}, False)]
+)
+def test_what_holds_of_the_whole_student_is_not_said_of_a_part(student, said):
+    found = {
+        "calibration_temperature": 1.7,
+        "test_ece_calibrated": 0.01,
+        "latency_ms_batch1": 2.5,
+        "efficiency_device": "cpu",
+        "efficiency_threads": 1,
+    }
+    card = model_card(export(**student), found)
+    assert ("dividing the logits by 1.7" in card) == said
+    assert ("2.50 ms" in card) == (student.get("branches") is None)
+
+
+def test_a_debugging_run_is_called_one():
+    assert "debugging run" in model_card(export(), {"partial": True})
+
+
+def test_teachers_that_saw_everything_are_told_of():
+    record = export()
+    record["method"]["teachers"] = [{"id": "big", "sha256": "12" * 32, "trained_on": "published"}]
+    card = model_card(record, {})
+    assert "learned from 1 frozen teacher with" in card
+    assert "| `big` |  | not known | published | `1212121212121212…` |" in card
+    assert "Teachers had seen all training images" in card
