@@ -84,7 +84,9 @@ class DatasetLoss:
         return losses.sum(dtype=torch.float64)
 
 
-def sharpness(loss: Loss, weights: Weights, *, rho: float, adaptive: bool = False) -> float:
+def sharpness(
+    loss: Loss, weights: Weights, *, rho: float, adaptive: bool = False, gradient: Weights | None = None
+) -> float:
     """By how much the loss rises when the weights take one step of a given length uphill.
 
     L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖
@@ -97,11 +99,12 @@ def sharpness(loss: Loss, weights: Weights, *, rho: float, adaptive: bool = Fals
         weights: Where.
         rho: ρ > 0; usual are 0.05, and 0.5 adaptively.
         adaptive: Which of the two.
+        gradient: The loss's gradient there, if it is known already.
 
     Returns:
         The rise; 0 where the gradient is 0.
     """
-    gradient = loss.gradient(weights)
+    gradient = loss.gradient(weights) if gradient is None else gradient
     scaled = {name: weights[name].abs() * g if adaptive else g for name, g in gradient.items()}
     norm = torch.stack([part.double().square().sum() for part in scaled.values()]).sum().sqrt()
     scale = rho / (norm + 1e-12)

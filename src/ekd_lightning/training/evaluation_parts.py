@@ -93,9 +93,10 @@ def flatness(
         and `loss_curve_loss [D, A]`, in nats.
     """
     loss = _training_loss(context, sharpness_images)
+    gradient = loss.gradient(loss.weights)
     fields: dict[str, object] = {
-        "sharpness_sam": sharpness(loss, loss.weights, rho=0.05),
-        "sharpness_adaptive": sharpness(loss, loss.weights, rho=0.5, adaptive=True),
+        "sharpness_sam": sharpness(loss, loss.weights, rho=0.05, gradient=gradient),
+        "sharpness_adaptive": sharpness(loss, loss.weights, rho=0.5, adaptive=True, gradient=gradient),
         "sharpness_images": loss.num_images,
     }
     if directions == 0:
