@@ -53,8 +53,12 @@ bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bun
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
-wandb-sync: $(READY) ## upload W&B runs that were made offline
-	find outputs multirun -type d -name 'offline-run-*' -exec $(BIN)/wandb sync {} +
+RUNS ?= outputs multirun
+wandb-sync: $(READY) ## upload W&B runs that were made offline, below RUNS="outputs multirun"
+	@set --; for place in $(RUNS); do [ ! -d "$$place" ] || set -- "$$@" "$$place"; done; \
+	if [ $$# -eq 0 ] || [ -z "$$(find "$$@" -type d -name 'offline-run-*' -print -quit)" ]; then \
+		echo 'no offline runs below $(RUNS)'; \
+	else find "$$@" -type d -name 'offline-run-*' -exec $(BIN)/wandb sync {} +; fi
 
 clean: ## remove what was built, but no data, store or results
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,105 @@
+"""`ekd-dashboard`: saves a workspace, or a report, in a project of Weights & Biases."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ekd_lightning.cli.edge import one_line
+from ekd_lightning.errors import UserError
+
+PROGRAM = "ekd-dashboard"
+EXAMPLES = """\
+examples:
+  ekd-dashboard --entity me                                    a workspace for the project ekd-lightning
+  ekd-dashboard --entity me --project c10 --group 2026-01-31/12-00-00      one sweep of it
+  ekd-dashboard --entity me --report                           a report with the same panels, as a draft
+  ekd-dashboard --entity me --dry-run                          what would be saved; needs no network
+
+Runs get there by logger=wandb, those made offline by `make wandb-sync`. docs/dashboards.md tells more.
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Save a workspace, or a report, with panels for distillation runs in a W&B project.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--entity", required=True, help="user or team")
+    parser.add_argument("--project", default="ekd-lightning", help="default: ekd-lightning")
+    parser.add_argument("--group", help="only runs of this sweep, as W&B shows its group")
+    parser.add_argument("--name", default="Ensemble distillation", help="title of the view")
+    parser.add_argument("--report", action="store_true", help="a report instead of a workspace")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing, say what would be saved")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-dashboard`; exit code 2 for a user's mistake.
+
+    Args:
+        argv: Arguments without the command's name; those of the process if None.
+    """
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    with one_line(PROGRAM):
+        run_dashboard(args)
+
+
+def run_dashboard(args: argparse.Namespace) -> None:
+    """Builds the view, and saves it unless that is not wanted.
+
+    Raises:
+        UserError: Without the package, without a login, or if W&B refuses.
+    """
+    from ekd_lightning.reporting.wandb_views import (  # noqa: PLC0415 (slow; --help needs none)
+        build_report,
+        build_workspace,
+        panel_sections,
+    )
+
+    for option in ("entity", "project", "name"):
+        if not getattr(args, option).strip():
+            raise UserError(f"--{option}: must not be empty")
+    view = (build_report if args.report else build_workspace)(
+        args.entity, args.project, args.name, args.group
+    )
+    if args.dry_run:
+        kind = "report" if args.report else "workspace"
+        print(f"{kind} {args.name!r} for {args.entity}/{args.project}, not sent:")
+        for title, panels in panel_sections().items():
+            print(f"  {title}: {len(panels)} panels")
+        return
+    print(save(view, f"{args.entity}/{args.project}"))
+
+
+def save(view: Any, place: str) -> str:
+    """Sends a workspace or a report; the only place that talks to W&B.
+
+    Args:
+        view: As built.
+        place: Entity and project, for the message.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: Without a login, without a network, or if W&B refuses.
+    """
+    try:
+        view.save()
+    except (
+        Exception
+    ) as error:  # without a login the package raises a bare Exception, else errors of many kinds
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{place}: not saved: {text}") from None
+    return str(view.url)
+
+
+if __name__ == "__main__":
+    main()
