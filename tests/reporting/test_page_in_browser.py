@@ -153,7 +153,9 @@ def test_numbers_are_those_of_the_report(show, rich_report):
     for group in block.groups:
         if group.n > 1:
             low, high = group.interval("test_accuracy")
-            assert shown[group.label] == f"{100 * group.accuracy.mean:.2f} ± {50 * (high - low):.2f}"
+            assert (
+                shown[group.label] == f"{100 * group.accuracy.mean:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+            )
     assert shown["crd"] == "71.00"  # one run: no interval
     difference = dict(zip(cells(page, "row-table", 0), cells(page, "row-table", 3), strict=True))
     assert "not enough runs" in difference["crd"]
@@ -227,7 +229,8 @@ def test_dark_follows_the_system_and_the_button(show):
     button = page.get_by_role("button", name="Dark mode")
     assert button.get_attribute("aria-pressed") == "true"
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"{ground} === 'rgb(255, 255, 255)'")
+    page.wait_for_selector("html[data-theme=light]")
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
     button.click()
     assert page.evaluate(ground) == "rgb(20, 23, 27)"
     page.locator("#chart-cost").scroll_into_view_if_needed()

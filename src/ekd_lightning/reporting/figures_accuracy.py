@@ -110,7 +110,7 @@ def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         for panel, (name, cells) in zip(axes, found.items(), strict=True):
             _grid_panel(panel, name, cells)
         numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
-        caption = f"{block.title}. Test accuracy, mean ± half of the 95 % interval over seeds, {fs.counts(numbers)}."
+        caption = f"{block.title}. Test accuracy, mean and 95 % interval over seeds, {fs.counts(numbers)}."
         fs.note(figure, caption)
         yield Drawn(file_name("teachers_branches", block.key), figure, caption)
 
@@ -129,7 +129,7 @@ def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -
         value = accuracy(group)
         row, column = teachers.index(m), branches.index(k)
         values[row, column] = 100 * value.mean
-        spread = "no interval" if value.half is None else f"± {100 * value.half:.2f}"
+        spread = "no interval" if value.half is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
         texts[row][column] = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
     fs.heat_map(axes, values, texts, (np.nanmin(values), np.nanmax(values)), ACCURACY)
     axes.set_xticks(range(len(branches)), [str(k) for k in branches])

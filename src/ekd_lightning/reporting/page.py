@@ -34,7 +34,7 @@ _NOTES = """\
 <ul>
 <li>One row is one setting: runs that differ in their seed alone. n is the number of runs that are done; failed,
 partial and running ones never count.</li>
-<li>± is half of Student’s 95 % t interval for the mean over seeds. It says how much seeds matter, not how well the
+<li>Brackets are Student’s 95 % t interval for the mean over seeds. It says how much seeds matter, not how well the
 test set stands for the world. With one run there is no interval, and no bar.</li>
 <li>Differences are paired: the same seed, hence the same subset and order, on both sides. p is that of the paired
 t-test, corrected by Holm’s method over the settings of a block. ▲ and ▼ mark differences

@@ -38,6 +38,8 @@ const FORMATS = {
   seconds: (value) => (value < 10 ? value.toFixed(1) : Math.round(value).toLocaleString("en-US")),
 };
 const format = (value, kind) => (known(value) ? FORMATS[kind](value) : DASH);
+/** The ends of an interval around a mean. */
+const ends = ({ mean: middle, half }, kind) => `[${format(middle - half, kind)}, ${format(middle + half, kind)}]`;
 const pValue = (p) => (!known(p) ? "" : p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
 const share = (fraction) => `${Number((100 * fraction).toPrecision(4))} %`;

@@ -11,8 +11,8 @@ const dark = () => document.documentElement.dataset.theme === "dark";
 const touch = () => matchMedia("(pointer: coarse)").matches;
 const low = (figure) => figure.mean - (figure.half || 0);
 const high = (figure) => figure.mean + (figure.half || 0);
-const interval = (figure, scale = 100, digits = 2) => (known(figure.half)
-  ? `± ${(scale * figure.half).toFixed(digits)} (95 %, n = ${figure.n})` : `n = ${figure.n}: not enough runs for an interval`);
+const interval = (figure, kind = "percent") => (known(figure.half)
+  ? `${ends(figure, kind)} (95 %, n = ${figure.n})` : `n = ${figure.n}: not enough runs for an interval`);
 const runsBehind = (numbers) => {
   const [from, to] = [Math.min(...numbers), Math.max(...numbers)];
   return from === to ? `n = ${from}` : `n = ${from} to ${to}`;
@@ -59,9 +59,10 @@ const SHADES = [[0, "#f4f1de"], [0.5, "#a9d5c3"], [1, "#4ea5c4"]];
 const ON_SHADES = "#191c20";
 
 /** A line through points with a band; points: {x, figure}. Intervals of single runs do not exist, and are not drawn. */
-function bandTraces(name, points, look, scale = 100, hover = (point) => String(point.x)) {
+function bandTraces(name, points, look, kind = "percent", hover = (point) => String(point.x)) {
   const banded = points.filter((point) => known(point.figure.half));
   const legend = inert(name);
+  const scale = kind === "percent" ? 100 : 1;
   const traces = [];
   if (banded.length) {
     traces.push({ type: "scatter", mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: fade(look.colour, dark() ? 0.22 : 0.15),
@@ -71,7 +72,7 @@ function bandTraces(name, points, look, scale = 100, hover = (point) => String(p
   traces.push({ type: "scatter", mode: points.length > 60 ? "lines" : "lines+markers", name: legend, legendgroup: legend,
     x: points.map((p) => p.x), y: points.map((p) => scale * p.figure.mean), line: { color: look.colour, dash: look.dash, width: 2 },
     marker: { color: look.colour, symbol: look.symbol, size: points.length > 15 ? 4 : 8 },
-    text: points.map((p) => `${legend}<br>${inert(hover(p))}: ${(scale * p.figure.mean).toFixed(scale === 100 ? 2 : 3)} ${interval(p.figure, scale, scale === 100 ? 2 : 3)}`),
+    text: points.map((p) => `${legend}<br>${inert(hover(p))}: ${format(p.figure.mean, kind)} ${interval(p.figure, kind)}`),
     hovertemplate: "%{text}<extra></extra>" });
   return traces;
 }

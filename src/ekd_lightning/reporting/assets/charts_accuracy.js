@@ -5,7 +5,7 @@ const accuracy = (group) => group.metrics.test_accuracy;
 const measured = (groups) => groups.filter((group) => accuracy(group));
 const nOf = (groups) => runsBehind(groups.map((group) => accuracy(group).n));
 const cut = (all, what) => (all.length > MOST_LINES ? ` The first ${MOST_LINES} of ${all.length} ${what} are drawn: filter to see others.` : "");
-const valueRow = (name, figure) => [name, (100 * figure.mean).toFixed(2), known(figure.half) ? (100 * figure.half).toFixed(2) : "not enough runs", String(figure.n)];
+const valueRow = (name, figure) => [name, (100 * figure.mean).toFixed(2), known(figure.half) ? ends(figure, "percent") : "not enough runs", String(figure.n)];
 
 function byFraction({ groups, look }) {
   const lines = new Map();
@@ -19,12 +19,12 @@ function byFraction({ groups, look }) {
   const ticks = distinct(kept.flatMap(([, own]) => own.map((one) => one.fraction)));
   const traces = kept.flatMap(([name, own]) => bandTraces(name,
     own.sort((a, b) => a.fraction - b.fraction).map((one) => ({ x: 100 * one.fraction, figure: accuracy(one) })),
-    look(own[0]), 100, (point) => `${Number(point.x.toPrecision(6))} % of the images`));
+    look(own[0]), "percent", (point) => `${Number(point.x.toPrecision(6))} % of the images`));
   return {
     traces, layout: layout(axis("training images, %", { type: "log", tickvals: ticks.map((f) => 100 * f), ticktext: ticks.map((f) => String(Number((100 * f).toPrecision(6)))) }),
       accuracyAxis(kept.flatMap(([, own]) => own.map(accuracy)))),
     caption: `Mean and 95 % band over seeds, ${nOf(kept.flatMap(([, own]) => own))}.${cut(drawn, "methods")}`,
-    table: { head: ["Method, images", "Accuracy %", "± (95 %)", "n"],
+    table: { head: ["Method, images", "Accuracy %", "95 % interval", "n"],
       rows: kept.flatMap(([name, own]) => own.map((one) => valueRow(`${name}, ${share(one.fraction)}`, accuracy(one)))) },
   };
 }
@@ -41,7 +41,7 @@ function byCounts({ block }) {
   const [teachers, branches] = [distinct(best.map((g) => g.teachers)), distinct(best.map((g) => g.branches))];
   const at = (m, k) => best.find((g) => g.teachers === m && g.branches === k);
   const cells = teachers.flatMap((m) => branches.map((k) => ({ m, k, group: at(m, k) })));
-  const text = ({ group }) => (group ? `<b>${(100 * accuracy(group).mean).toFixed(2)}</b><br>${known(accuracy(group).half) ? `± ${(100 * accuracy(group).half).toFixed(2)}` : "±  –"}<br>n = ${accuracy(group).n}` : "");
+  const text = ({ group }) => (group ? `<b>${(100 * accuracy(group).mean).toFixed(2)}</b><br>${known(accuracy(group).half) ? ends(accuracy(group), "percent") : "no interval"}<br>n = ${accuracy(group).n}` : "");
   return {
     traces: [{ type: "heatmap", x: branches.map(String), y: teachers.map(String), colorscale: SHADES, textfont: { color: ON_SHADES }, xgap: 2, ygap: 2,
       z: teachers.map((m) => branches.map((k) => (at(m, k) ? 100 * accuracy(at(m, k)).mean : null))),
@@ -49,8 +49,8 @@ function byCounts({ block }) {
       texttemplate: "%{text}", hovertemplate: "M = %{y}, K = %{x}<br>%{text}<extra></extra>", hoverongaps: false,
       colorbar: { title: { text: "accuracy, %", side: "right" }, thickness: 12, outlinewidth: 0 } }],
     layout: layout(axis("branches K", { type: "category" }), axis("teachers M", { type: "category" }), { margin: { l: 50, r: 10, t: 12, b: 46 } }),
-    caption: `${best[0].grid}: mean, half of the 95 % interval, n. Empty: no run is done.`,
-    table: { head: ["M, K", "Accuracy %", "± (95 %)", "n"], rows: cells.filter((c) => c.group).map((c) => valueRow(`M = ${c.m}, K = ${c.k}`, accuracy(c.group))) },
+    caption: `${best[0].grid}: mean, 95 % interval, n. Empty: no run is done.`,
+    table: { head: ["M, K", "Accuracy %", "95 % interval", "n"], rows: cells.filter((c) => c.group).map((c) => valueRow(`M = ${c.m}, K = ${c.k}`, accuracy(c.group))) },
   };
 }
 
@@ -94,7 +94,7 @@ function byCost({ block, look, row, cost }) {
     traces, layout: layout(axis(head), accuracyAxis([...have.map(accuracy), ...prefixes.map((p) => p.figure)]), { height: 400 }),
     caption: `Mean with 95 % interval, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. Settings of the same cost stand beside each other.`
       + (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),
-    table: { head: [`Setting (${(field === "macs" ? "M MACs" : "M parameters")})`, "Accuracy %", "± (95 %)", "n"],
+    table: { head: [`Setting (${(field === "macs" ? "M MACs" : "M parameters")})`, "Accuracy %", "95 % interval", "n"],
       rows: points.map(({ group, x }) => valueRow(`${group.label} (${x.toFixed(2)})`, accuracy(group))) },
   };
 }
@@ -127,12 +127,12 @@ function differences({ block, look, reference }) {
   return {
     traces: [{ type: "bar", orientation: "h", y: names, x: values.map((d) => 100 * d.mean), marker: { color: sure.map((g) => fade(look(g).colour, 0.75)) },
       error_x: { type: "data", array: values.map((d) => 100 * d.half), color: style("--ink"), thickness: 1.5, width: 4 },
-      text: values.map((d) => `${format(d.mean, "points")} ${interval(d)}<br>${pValue(d.p)}`), textposition: "none", hovertemplate: "%{y}<br>%{text}<extra></extra>" }],
+      text: values.map((d) => `${format(d.mean, "points")} ${interval(d, "points")}<br>${pValue(d.p)}`), textposition: "none", hovertemplate: "%{y}<br>%{text}<extra></extra>" }],
     layout: layout(axis(`points of accuracy above ${inert(to)}`, { zeroline: true, zerolinecolor: style("--edge"), zerolinewidth: 1.5 }),
       axis("", { type: "category", showgrid: false }), { height: Math.max(220, 90 + 26 * sure.length), showlegend: false, margin: { l: 110, r: 14, t: 12, b: 46 } }),
     caption: `Mean difference paired by seed with its 95 % interval, ${runsBehind(values.map((d) => d.n))}.`
       + (unsure ? ` Not enough runs for an interval: ${have.filter((g) => !sure.includes(g)).map((g) => g.label).join(", ")}.` : ""),
-    table: { head: ["Setting", `− ${to}, points`, "± (95 %)", "n", "p (Holm)"],
-      rows: [...sure].reverse().map((g) => [...valueRow(g.label, g.differences[reference]), pValue(g.differences[reference].p)]) },
+    table: { head: ["Setting", `− ${to}, points`, "95 % interval", "n", "p (Holm)"],
+      rows: [...sure].reverse().map((g) => [g.label, format(g.differences[reference].mean, "points"), ends(g.differences[reference], "points"), String(g.differences[reference].n), pValue(g.differences[reference].p)]) },
   };
 }

@@ -20,7 +20,7 @@ function branches({ block, look }) {
     layout: layout(accuracyAxis(have.flatMap((g) => [...g.branch_accuracy, accuracy(g), g.metrics.test_oracle_accuracy].filter(Boolean))),
       axis("", { tickvals: have.map((g) => place(g)), ticktext: have.map((g) => inert(g.label)), range: [0.6 - have.length, 0.6] }), { height: Math.max(280, 140 + 34 * have.length), margin: { l: 110, r: 14, t: 12, b: 46 } }),
     caption: `Mean with 95 % interval over seeds, ${nOf(have)}.${all.length > have.length ? ` The first ${have.length} of ${all.length} settings.` : ""}`,
-    table: { head: ["Setting, part", "Accuracy %", "± (95 %)", "n"], rows: have.flatMap((g) => [
+    table: { head: ["Setting, part", "Accuracy %", "95 % interval", "n"], rows: have.flatMap((g) => [
       ...g.branch_accuracy.map((f, k) => valueRow(`${g.label}, branch ${k + 1}`, f)), valueRow(`${g.label}, ensemble`, accuracy(g)),
       ...(g.metrics.test_oracle_accuracy ? [valueRow(`${g.label}, any branch right`, g.metrics.test_oracle_accuracy)] : [])]) },
   };
@@ -31,15 +31,15 @@ function learning({ block, look, curve }) {
   const all = block.filter((group) => group.curves[key]?.length > 1);
   if (!all.length) return { missing: "learning curves (no metrics.csv with two epochs)" };
   const have = all.slice(0, MOST_LINES);
-  const scale = key.endsWith("accuracy") ? 100 : 1;
+  const kind = key.endsWith("accuracy") ? "percent" : "plain";
   const points = (group) => group.curves[key].map(([x, mean_, half, n]) => ({ x, figure: { mean: mean_, half, n } }));
   const last = have.map((group) => points(group).at(-1).figure);
   return {
-    traces: have.flatMap((group) => bandTraces(group.label, points(group), look(group), scale, (point) => `epoch ${point.x}`)),
-    layout: layout(axis("epoch"), scale === 100 ? accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure)), `${key.replace("/", " ")}, %`) : axis(key.replace("/", " "))),
+    traces: have.flatMap((group) => bandTraces(group.label, points(group), look(group), kind, (point) => `epoch ${point.x}`)),
+    layout: layout(axis("epoch"), kind === "percent" ? accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure)), `${key.replace("/", " ")}, %`) : axis(key.replace("/", " "))),
     caption: `Mean and 95 % band over seeds, ${runsBehind(last.map((f) => f.n))}.${cut(all, "settings")}`,
-    table: { head: ["Setting, last epoch", key, "± (95 %)", "n"], rows: have.map((g, at) => [g.label, (scale * last[at].mean).toFixed(3),
-      known(last[at].half) ? (scale * last[at].half).toFixed(3) : "not enough runs", String(last[at].n)]) },
+    table: { head: ["Setting, last epoch", key, "95 % interval", "n"], rows: have.map((g, at) => [g.label, format(last[at].mean, kind),
+      known(last[at].half) ? ends(last[at], kind) : "not enough runs", String(last[at].n)]) },
   };
 }
 
@@ -51,7 +51,7 @@ function reliability({ row }) {
   both.forEach(([name, bins], at) => traces.push({ type: "scatter", mode: "lines+markers", name, x: bins.map((b) => b.confidence), y: bins.map((b) => b.accuracy.mean),
     error_y: bars(bins.map((b) => b.accuracy), colours[at], 1), marker: { symbol: at ? "square" : "circle", size: bins.map((b) => 5 + 11 * Math.sqrt(b.share)), color: colours[at] },
     line: { color: colours[at], width: 1.5 }, hovertemplate: "%{text}<extra></extra>",
-    text: bins.map((b) => `${name}<br>confidence ${b.confidence.toFixed(3)}<br>accuracy ${b.accuracy.mean.toFixed(3)} ${interval(b.accuracy, 1, 3)}<br>${(100 * b.share).toFixed(1)} % of the images`) }));
+    text: bins.map((b) => `${name}<br>confidence ${b.confidence.toFixed(3)}<br>accuracy ${b.accuracy.mean.toFixed(3)} ${interval(b.accuracy, "plain")}<br>${(100 * b.share).toFixed(1)} % of the images`) }));
   const n = row.reliability.n;
   return {
     traces, layout: layout(axis("confidence", { range: [0, 1.02] }), axis("accuracy", { range: [0, 1.02] })),
@@ -67,10 +67,10 @@ function corruptions({ block, look }) {
   const clean = (group) => (accuracy(group) ? [{ x: 0, figure: accuracy(group) }] : []);
   const points = (group) => [...clean(group), ...group.severity.map((figure, at) => ({ x: at + 1, figure }))];
   return {
-    traces: have.flatMap((group) => bandTraces(group.label, points(group), look(group), 100, (point) => (point.x ? `severity ${point.x}` : "clean images"))),
+    traces: have.flatMap((group) => bandTraces(group.label, points(group), look(group), "percent", (point) => (point.x ? `severity ${point.x}` : "clean images"))),
     layout: layout(axis("severity (0: clean)", { dtick: 1 }), accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure)))),
     caption: `Mean over corruptions, mean and 95 % band over seeds, ${runsBehind(have.map((g) => g.severity[0].n))}; images ${distinct(have.map((g) => g.corruption_source)).join(" and ")}.${cut(all, "settings")}`,
-    table: { head: ["Setting, severity", "Accuracy %", "± (95 %)", "n"], rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))) },
+    table: { head: ["Setting, severity", "Accuracy %", "95 % interval", "n"], rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))) },
   };
 }
 

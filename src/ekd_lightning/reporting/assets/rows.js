@@ -47,14 +47,12 @@ const THEMES = {
     ["train_seconds", "Training s", "depends on what else the machine did", "seconds"]]],
 };
 
-/** Mean with its interval below; a field is {mean, half, n}. */
+/** Mean with its interval; a field is {mean, half, n}. */
 function figureCell(figure, kind) {
   if (!figure) return DASH;
   const top = format(figure.mean, kind);
   if (!known(figure.half) || ["count", "millions", "bytes"].includes(kind)) return top;
-  const scale = kind === "percent" || kind === "points" ? 100 * figure.half : figure.half;
-  const digits = kind === "percent" || kind === "points" ? 2 : kind === "plain" ? 3 : 1;
-  return [top, h("span", { class: "soft" }, ` ± ${scale.toFixed(digits)}`)];
+  return [top, h("span", { class: "soft" }, ` ${ends(figure, kind)}`)];
 }
 
 function differenceCell(difference) {
@@ -68,7 +66,7 @@ function differenceCell(difference) {
   const side = !sure ? "" : low > 0 ? "up" : high < 0 ? "down" : "";
   const arrow = { up: "▲ ", down: "▼ ", "": "" }[side];
   return [h("span", { class: side }, arrow + value),
-    h("span", { class: "sub" }, `[${format(low, "points")}, ${format(high, "points")}] ${pValue(difference.p)}`)];
+    h("span", { class: "sub" }, `${ends(difference, "points")} ${pValue(difference.p)}`)];
 }
 
 /** Mean and interval on the axis that all shown rows share. */
