@@ -154,7 +154,10 @@ def tell(folder: Path) -> None:
     keys = varied_keys(sweep.jobs)
     rows = [
         SweepRow(
-            s.job.directory.relative_to(folder).as_posix(), varied_values(s.job, keys), s.state, s.result
+            s.job.directory.relative_to(folder).as_posix(),
+            varied_values(s.job, keys),
+            "not started" if s.state == "waiting" else s.state,
+            s.result,
         )
         for s in states
     ]
@@ -222,7 +225,9 @@ def lost_job(error: BaseException) -> str | None:
         return None
     for folder, _ in _open:
         wait_for_local_queue(folder)
-    return f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
+    return (
+        f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
+    )
 
 
 def stop_local_queue(folder: Path) -> None:
