@@ -28,7 +28,7 @@ FAMILIES = {
         *("kd", "dkd", "kd_logit_std", "fitnet", "fitnet_two_stage", "attention"),
         *("fsp", "bss", "sp", "vid", "rkd", "crd", "takd"),
     ),
-    "Several teachers, plain student": ("kd_mean", "ebkd", "aekd", "camkd"),
+    "Several teachers, plain student": ("kd_mean", "kd_mean_feature", "ebkd", "aekd", "camkd"),
     "Branches without teachers": ("branched_ce", "dml", "one", "okddip"),
     "Teachers and branches": ("ekd", "ekd_mean", "hydra_heads"),
     "Variants and ablations of EKD": (
