@@ -208,6 +208,11 @@ def bar(value: Estimate, scale: float = 100.0) -> float | None:
     return None if value.half is None else scale * value.half
 
 
+def bars(values: Iterable[Estimate], scale: float = 100.0) -> list[float]:
+    """The same for several values; NaN draws none."""
+    return [math.nan if value.half is None else scale * value.half for value in values]
+
+
 def limit_accuracy(axes: Axes, values: Iterable[Estimate], axis: str = "y") -> None:
     """Shows all intervals, but nothing beyond 0 and 100 percent."""
     ends = [100 * end for value in values for end in (value.low, value.high)]

@@ -242,7 +242,7 @@ def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -
         return
     xs = [float(cost or 0) / 1e6 for cost in costs]
     ys = [100 * point.accuracy.mean for point in points]
-    bars = [fs.bar(point.accuracy) or 0.0 for point in points[:-1]]
+    bars = fs.bars(point.accuracy for point in points[:-1])
     axes.plot(xs, ys, color=colour, linewidth=0.8, linestyle=":")
     axes.errorbar(
         xs[:-1], ys[:-1], yerr=bars, color=colour, linestyle="", marker="o", markersize=3,
@@ -278,7 +278,7 @@ def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], lo
     colours = [looks(label)["color"] for label, _ in rows]
     axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
     axes.errorbar(
-        [100 * v.mean for v in values], range(len(rows)), xerr=[fs.bar(v) or 0.0 for v in values],
+        [100 * v.mean for v in values], range(len(rows)), xerr=fs.bars(values),
         color=fs.INK, linestyle="", elinewidth=1,
     )  # fmt: skip
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])

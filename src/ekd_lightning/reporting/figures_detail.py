@@ -145,7 +145,7 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
         if not bins:
             continue
         xs, ys = [b.confidence for b in bins], [b.accuracy.mean for b in bins]
-        bars = [fs.bar(b.accuracy, 1) or 0.0 for b in bins]
+        bars = fs.bars((b.accuracy for b in bins), 1)
         axes.errorbar(xs, ys, yerr=bars, color=colour, linewidth=1, elinewidth=0.7, label=name)
         axes.scatter(xs, ys, s=[4 + 50 * b.share for b in bins], color=colour, marker=marker, zorder=3)
         error = field(group, key)

@@ -21,11 +21,14 @@ _SCRIPTS = (
     "base.js",
     "table.js",
     "filters.js",
+    "columns.js",
     "rows.js",
     "runs.js",
     "chart_frame.js",
     "charts_accuracy.js",
+    "charts_cost.js",
     "charts_detail.js",
+    "charts_closer.js",
     "page.js",
 )
 _OPEN = 4

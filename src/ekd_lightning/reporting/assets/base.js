@@ -30,7 +30,8 @@ const signed = (value, digits) => minus((value >= 0 ? "+" : "") + value.toFixed(
 const FORMATS = {
   percent: (value) => minus((100 * value).toFixed(2)),
   points: (value) => signed(100 * value, 2),
-  plain: (value) => (Math.abs(value) >= 1e-3 || value === 0 ? minus(value.toFixed(3)) : minus(value.toExponential(1))),
+  plain: (value) =>
+    Math.abs(value) >= 1e-3 || value === 0 ? minus(value.toFixed(3)) : minus(value.toExponential(1)),
   count: (value) => Math.round(value).toLocaleString("en-US"),
   millions: (value) => `${(value / 1e6).toFixed(2)} M`,
   bytes: (value) => (value >= 1e6 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e3).toFixed(0)} kB`),
@@ -39,18 +40,22 @@ const FORMATS = {
 };
 const format = (value, kind) => (known(value) ? FORMATS[kind](value) : DASH);
 /** The ends of an interval around a mean. */
-const ends = ({ mean: middle, half }, kind) => `[${format(middle - half, kind)}, ${format(middle + half, kind)}]`;
+const ends = ({ mean: middle, half }, kind) =>
+  `[${format(middle - half, kind)}, ${format(middle + half, kind)}]`;
 const pValue = (p) => (!known(p) ? "" : p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
 const share = (fraction) => `${Number((100 * fraction).toPrecision(4))} %`;
-const compare = (a, b) => (typeof a === "number" && typeof b === "number"
-  ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
+const compare = (a, b) =>
+  typeof a === "number" && typeof b === "number"
+    ? a - b
+    : String(a).localeCompare(String(b), "en", { numeric: true });
 const distinct = (values) => [...new Set(values)].sort(compare);
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /** Unpacks gzip in base64. */
 async function unpack(text) {
-  if (typeof DecompressionStream === "undefined") throw new Error("this browser cannot unpack it (no DecompressionStream)");
+  if (typeof DecompressionStream === "undefined")
+    throw new Error("this browser cannot unpack it (no DecompressionStream)");
   const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }

@@ -5,14 +5,18 @@ let printing = false;
 const MOST_LINES = 8; // more cannot be told apart
 
 /** Text for Plotly, which reads tags and templates in it. */
-const inert = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;");
-const fade = (colour, alpha) => `rgba(${[1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)).join(",")},${alpha})`;
+const inert = (text) =>
+  String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;");
+const fade = (colour, alpha) =>
+  `rgba(${[1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)).join(",")},${alpha})`;
 const dark = () => document.documentElement.dataset.theme === "dark";
 const touch = () => matchMedia("(pointer: coarse)").matches;
 const low = (figure) => figure.mean - (figure.half || 0);
 const high = (figure) => figure.mean + (figure.half || 0);
-const interval = (figure, kind = "percent") => (known(figure.half)
-  ? `${ends(figure, kind)} (95 %, n = ${figure.n})` : `n = ${figure.n}: not enough runs for an interval`);
+const interval = (figure, kind = "percent") =>
+  known(figure.half)
+    ? `${ends(figure, kind)} (95 %, n = ${figure.n})`
+    : `n = ${figure.n}: not enough runs for an interval`;
 const runsBehind = (numbers) => {
   const [from, to] = [Math.min(...numbers), Math.max(...numbers)];
   return from === to ? `n = ${from}` : `n = ${from} to ${to}`;
@@ -20,42 +24,77 @@ const runsBehind = (numbers) => {
 
 /** Colour, marker and dash of a method, the same in all charts. */
 class Looks {
-  constructor(names, palette) { this.names = names; this.palette = palette; }
+  constructor(names, palette) {
+    this.names = names;
+    this.palette = palette;
+  }
   at(name) {
     const position = Math.max(0, this.names.indexOf(name));
     const colours = this.palette[dark() ? "dark" : "light"];
     const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star"];
     const turn = Math.floor(position / colours.length);
-    return { colour: colours[position % colours.length], symbol: symbols[(position + turn) % symbols.length],
-      dash: ["solid", "dash", "dot", "dashdot"][turn % 4] };
+    return {
+      colour: colours[position % colours.length],
+      symbol: symbols[(position + turn) % symbols.length],
+      dash: ["solid", "dash", "dot", "dashdot"][turn % 4],
+    };
   }
 }
 
 function axis(title, more = {}) {
-  return { title: { text: title, standoff: 8 }, gridcolor: style("--line"), linecolor: style("--edge"), zeroline: false,
-    automargin: true, showline: true, ticks: "outside", tickcolor: style("--edge"), ticklen: 4, ...more };
+  return {
+    title: { text: title, standoff: 8 },
+    gridcolor: style("--line"),
+    linecolor: style("--edge"),
+    zeroline: false,
+    automargin: true,
+    showline: true,
+    ticks: "outside",
+    tickcolor: style("--edge"),
+    ticklen: 4,
+    ...more,
+  };
 }
 
 function layout(x, y, more = {}) {
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 14, t: 12, b: 46 }, height: 340,
-    font: { family: style("--sans"), size: 12, color: style("--ink") }, hovermode: "closest",
-    hoverlabel: { bgcolor: style("--raised"), bordercolor: style("--edge"), font: { color: style("--ink") }, align: "left" },
-    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 11 } }, transition: { duration: 0 },
-    xaxis: x, yaxis: y, dragmode: touch() ? false : "zoom",
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--accent") }, ...more,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 56, r: 14, t: 12, b: 46 },
+    height: 340,
+    font: { family: style("--sans"), size: 12, color: style("--ink") },
+    hovermode: "closest",
+    hoverlabel: {
+      bgcolor: style("--raised"),
+      bordercolor: style("--edge"),
+      font: { color: style("--ink") },
+      align: "left",
+    },
+    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 11 } },
+    transition: { duration: 0 },
+    xaxis: x,
+    yaxis: y,
+    dragmode: touch() ? false : "zoom",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: style("--soft"), activecolor: style("--accent") },
+    ...more,
   };
 }
 
 /** The axis of accuracies in percent: what is drawn, and never beyond what an accuracy can be. */
 function accuracyAxis(figures, title = "test accuracy, %") {
-  const [from, to] = [Math.min(...figures.map(low)), Math.max(...figures.map(high))].map((value) => 100 * value);
+  const [from, to] = [Math.min(...figures.map(low)), Math.max(...figures.map(high))].map(
+    (value) => 100 * value,
+  );
   const room = 0.04 * (to - from) + 0.1;
   return axis(title, { range: [Math.max(-0.5, from - room), Math.min(100.5, to + room)] });
 }
 
 /** Light enough for dark text on every step, on light and dark ground. */
-const SHADES = [[0, "#f4f1de"], [0.5, "#a9d5c3"], [1, "#4ea5c4"]];
+const SHADES = [
+  [0, "#f4f1de"],
+  [0.5, "#a9d5c3"],
+  [1, "#4ea5c4"],
+];
 const ON_SHADES = "#191c20";
 
 /** A line through points with a band; points: {x, figure}. Intervals of single runs do not exist, and are not drawn. */
@@ -65,39 +104,82 @@ function bandTraces(name, points, look, kind = "percent", hover = (point) => Str
   const scale = kind === "percent" ? 100 : 1;
   const traces = [];
   if (banded.length) {
-    traces.push({ type: "scatter", mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: fade(look.colour, dark() ? 0.22 : 0.15),
-      x: [...banded.map((p) => p.x), ...banded.map((p) => p.x).reverse()], hoverinfo: "skip", showlegend: false, legendgroup: legend,
-      y: [...banded.map((p) => scale * high(p.figure)), ...banded.map((p) => scale * low(p.figure)).reverse()] });
+    traces.push({
+      type: "scatter",
+      mode: "lines",
+      line: { width: 0 },
+      fill: "toself",
+      fillcolor: fade(look.colour, dark() ? 0.22 : 0.15),
+      x: [...banded.map((p) => p.x), ...banded.map((p) => p.x).reverse()],
+      hoverinfo: "skip",
+      showlegend: false,
+      legendgroup: legend,
+      y: [
+        ...banded.map((p) => scale * high(p.figure)),
+        ...banded.map((p) => scale * low(p.figure)).reverse(),
+      ],
+    });
   }
-  traces.push({ type: "scatter", mode: points.length > 60 ? "lines" : "lines+markers", name: legend, legendgroup: legend,
-    x: points.map((p) => p.x), y: points.map((p) => scale * p.figure.mean), line: { color: look.colour, dash: look.dash, width: 2 },
+  traces.push({
+    type: "scatter",
+    mode: points.length > 60 ? "lines" : "lines+markers",
+    name: legend,
+    legendgroup: legend,
+    x: points.map((p) => p.x),
+    y: points.map((p) => scale * p.figure.mean),
+    line: { color: look.colour, dash: look.dash, width: 2 },
     marker: { color: look.colour, symbol: look.symbol, size: points.length > 15 ? 4 : 8 },
-    text: points.map((p) => `${legend}<br>${inert(hover(p))}: ${format(p.figure.mean, kind)} ${interval(p.figure, kind)}`),
-    hovertemplate: "%{text}<extra></extra>" });
+    text: points.map(
+      (p) => `${legend}<br>${inert(hover(p))}: ${format(p.figure.mean, kind)} ${interval(p.figure, kind)}`,
+    ),
+    hovertemplate: "%{text}<extra></extra>",
+  });
   return traces;
 }
 
 /** What a legend below a chart needs beyond the two lines that every chart has room for. */
 function legendHeight(traces, width) {
-  const names = traces.filter((trace) => trace.name && trace.showlegend !== false).map((trace) => trace.name.length);
+  const names = traces
+    .filter((trace) => trace.name && trace.showlegend !== false)
+    .map((trace) => trace.name.length);
   if (names.length < 2) return 0;
   const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
   return 19 * Math.max(0, Math.ceil(names.length / beside) - 2);
 }
 
 /** Error bars, but none where there is no interval. */
-const bars = (figures, colour, scale = 100) => ({ type: "data", array: figures.map((f) => scale * (f.half || 0)), color: colour, thickness: 1.5,
-  width: 4, visible: figures.some((f) => known(f.half)) });
+const bars = (figures, colour, scale = 100) => ({
+  type: "data",
+  array: figures.map((f) => (known(f.half) ? scale * f.half : null)),
+  color: colour,
+  thickness: 1.5,
+  width: 4,
+  visible: figures.some((f) => known(f.half)),
+});
 
 class ChartFrame {
   constructor(chart, grid) {
-    this.chart = chart; this.drawn = false; this.stale = true; this.visible = false;
+    this.chart = chart;
+    this.drawn = false;
+    this.stale = true;
+    this.visible = false;
     this.plot = h("div", { class: "plot", id: `plot-${chart.id}` });
     this.caption = h("figcaption", { id: `caption-${chart.id}` });
     this.values = h("details", {}, h("summary", {}, "Values"));
     this.values.addEventListener("toggle", () => this.table());
-    this.box = h("figure", { id: `chart-${chart.id}`, class: chart.full ? "full" : null, "aria-labelledby": `title-${chart.id}`,
-      "aria-describedby": `caption-${chart.id}` }, h("h3", { id: `title-${chart.id}` }, chart.title), this.plot, this.caption, this.values);
+    this.box = h(
+      "figure",
+      {
+        id: `chart-${chart.id}`,
+        class: chart.full ? "full" : null,
+        "aria-labelledby": `title-${chart.id}`,
+        "aria-describedby": `caption-${chart.id}`,
+      },
+      h("h3", { id: `title-${chart.id}` }, chart.title),
+      this.plot,
+      this.caption,
+      this.values,
+    );
     grid.append(this.box);
   }
 
@@ -108,28 +190,71 @@ class ChartFrame {
     this.box.hidden = Boolean(this.built.missing);
     this.caption.textContent = this.built.caption || "";
     this.values.open = false;
+    if (!this.built.missing) this.plot.style.minHeight = `${this.height()}px`; // nothing moves when it is drawn
     if (this.visible) this.draw();
     return this.built.missing;
+  }
+
+  height() {
+    const { traces, layout: form } = this.built;
+    return form.height + legendHeight(traces, printing ? PAPER : this.plot.clientWidth);
   }
 
   draw() {
     if (!this.stale || !this.built || this.built.missing || !window.Plotly) return;
     this.stale = false;
-    const options = { responsive: !printing, displaylogo: false, displayModeBar: touch() ? false : "hover", modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-      toImageButtonOptions: { format: "svg", filename: `ekd-${this.chart.id}` } };
+    const options = {
+      responsive: !printing,
+      displaylogo: false,
+      displayModeBar: touch() ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      toImageButtonOptions: { format: "svg", filename: `ekd-${this.chart.id}` },
+    };
     const size = printing ? { width: PAPER, autosize: false } : { autosize: true };
-    const height = this.built.layout.height + legendHeight(this.built.traces, printing ? PAPER : this.plot.clientWidth);
-    window.Plotly.react(this.plot, this.built.traces, { ...this.built.layout, ...size, height }, options);
+    window.Plotly.react(
+      this.plot,
+      this.built.traces,
+      { ...this.built.layout, ...size, height: this.height() },
+      options,
+    );
     this.plot.firstElementChild?.setAttribute("aria-hidden", "true"); // its values are in the table below it
   }
 
   table() {
     if (!this.values.open) return;
     const { head, rows } = this.built.table;
-    const table = h("table", {}, h("caption", { class: "unseen" }, this.chart.title),
-      h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col", class: "plain" }, text)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell, at) => h(at ? "td" : "th", { scope: at ? null : "row" }, cell))))));
-    this.values.replaceChildren(this.values.firstElementChild,
-      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Values of: ${this.chart.title}` }, table));
+    const table = h(
+      "table",
+      {},
+      h("caption", { class: "unseen" }, this.chart.title),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((text) => h("th", { scope: "col", class: "plain" }, text)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((cell, at) => h(at ? "td" : "th", { scope: at ? null : "row" }, cell)),
+          ),
+        ),
+      ),
+    );
+    this.values.replaceChildren(
+      this.values.firstElementChild,
+      h(
+        "div",
+        { class: "scroll", tabindex: "0", role: "region", "aria-label": `Values of: ${this.chart.title}` },
+        table,
+      ),
+    );
   }
 }

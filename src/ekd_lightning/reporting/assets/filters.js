@@ -11,29 +11,54 @@ const FILTERS = [
 
 class Filters {
   constructor(groups, onchange) {
-    this.groups = groups; this.onchange = onchange;
+    this.groups = groups;
+    this.onchange = onchange;
     this.chosen = Object.fromEntries(FILTERS.map(({ key }) => [key, new Set()]));
     this.words = "";
     this.read();
     this.draw();
     byId("find").value = this.words;
-    byId("find").addEventListener("input", (event) => { this.words = event.target.value; this.changed(); });
+    byId("find").addEventListener("input", (event) => {
+      this.words = event.target.value;
+      this.changed();
+    });
     byId("clear").addEventListener("click", () => this.clear());
     byId("filter-form").addEventListener("submit", (event) => event.preventDefault());
     byId("filter-form").addEventListener("change", (event) => this.toggled(event.target));
-    addEventListener("hashchange", () => { if (location.hash.includes("=")) { this.read(); this.draw(); this.onchange(); } });
+    addEventListener("hashchange", () => {
+      if (location.hash.includes("=")) {
+        this.read();
+        this.draw();
+        this.onchange();
+      }
+    });
   }
 
   draw() {
-    byId("filter-groups").replaceChildren(...FILTERS.map(({ key, label, text }) => {
-      const values = distinct(this.groups.map((group) => group[key]).filter(known));
-      if (values.length < 2) return "";
-      return h("fieldset", {}, h("legend", {}, label), h("div", { class: "pills" }, values.map((value) => {
-        const checked = this.chosen[key].has(String(value));
-        return h("label", { class: "pill" },
-          h("input", { type: "checkbox", name: key, value, checked }), h("span", {}, text(value)));
-      })));
-    }));
+    byId("filter-groups").replaceChildren(
+      ...FILTERS.map(({ key, label, text }) => {
+        const values = distinct(this.groups.map((group) => group[key]).filter(known));
+        if (values.length < 2) return "";
+        return h(
+          "fieldset",
+          {},
+          h("legend", {}, label),
+          h(
+            "div",
+            { class: "pills" },
+            values.map((value) => {
+              const checked = this.chosen[key].has(String(value));
+              return h(
+                "label",
+                { class: "pill" },
+                h("input", { type: "checkbox", name: key, value, checked }),
+                h("span", {}, text(value)),
+              );
+            }),
+          ),
+        );
+      }),
+    );
   }
 
   toggled(input) {
@@ -50,7 +75,10 @@ class Filters {
     this.changed();
   }
 
-  changed() { this.write(); this.onchange(); }
+  changed() {
+    this.write();
+    this.onchange();
+  }
 
   read() {
     const from = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
@@ -60,14 +88,22 @@ class Filters {
 
   write() {
     const to = new URLSearchParams();
-    for (const [key, values] of Object.entries(this.chosen)) for (const value of values) to.append(key, value);
+    for (const [key, values] of Object.entries(this.chosen))
+      for (const value of values) to.append(key, value);
     if (this.words) to.set("find", this.words);
-    try { history.replaceState(null, "", `#${to}`); } catch { /* some viewers forbid it: the view is not in the address */ }
+    try {
+      history.replaceState(null, "", `#${to}`);
+    } catch {
+      /* some viewers forbid it: the view is not in the address */
+    }
   }
 
   /** What is chosen, in words, for paper. */
   told() {
-    const chosen = FILTERS.filter(({ key }) => this.chosen[key].size).map(({ key, label, text }) => `${label.toLowerCase()} ${[...this.chosen[key]].map((value) => text(key === "fraction" ? Number(value) : value)).join(", ")}`);
+    const chosen = FILTERS.filter(({ key }) => this.chosen[key].size).map(
+      ({ key, label, text }) =>
+        `${label.toLowerCase()} ${[...this.chosen[key]].map((value) => text(key === "fraction" ? Number(value) : value)).join(", ")}`,
+    );
     return [...chosen, ...(this.words ? [`text “${this.words}”`] : [])].join("; ");
   }
 
@@ -79,6 +115,9 @@ class Filters {
     }
     if (!this.words) return true;
     const all = one.text;
-    return this.words.toLowerCase().split(/\s+/).every((word) => all.includes(word));
+    return this.words
+      .toLowerCase()
+      .split(/\s+/)
+      .every((word) => all.includes(word));
   }
 }

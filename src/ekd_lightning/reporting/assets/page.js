@@ -3,10 +3,17 @@
 const payload = JSON.parse(byId("payload").textContent);
 const lower = (...words) => words.filter(known).join(" ").toLowerCase();
 for (const group of payload.groups) group.text = lower(group.label, group.method, group.student, group.data);
-for (const run of payload.runs) run.text = lower(run.name, run.method, run.student, run.data, run.state, run.error);
+for (const run of payload.runs)
+  run.text = lower(run.name, run.method, run.student, run.data, run.state, run.error);
 
 const looks = new Looks(payload.labels, payload.palette);
-const look = (group) => ("branch" in group ? new Looks(Array.from({ length: 64 }, (_, at) => at), payload.palette).at(group.branch) : looks.at(group.label));
+const look = (group) =>
+  "branch" in group
+    ? new Looks(
+        Array.from({ length: 64 }, (_, at) => at),
+        payload.palette,
+      ).at(group.branch)
+    : looks.at(group.label);
 const runs = new Runs(payload, byId("details").textContent);
 const rows = new Rows(payload, (run) => runs.open(run));
 const frames = CHARTS.map((chart) => new ChartFrame(chart, byId("chart-grid")));
@@ -16,27 +23,67 @@ const chosen = { block: null, row: null, cost: "macs", curve: "val/accuracy" };
 let shown = [];
 
 function select(label, key, pairs) {
-  return pairs.length < 2 ? "" : h("label", {}, label, h("select", { id: `choose-${key}`, onchange: (event) => { chosen[key] = event.target.value; charts(); } },
-    pairs.map(([value, text]) => h("option", { value, selected: value === chosen[key] }, text))));
+  return pairs.length < 2
+    ? ""
+    : h(
+        "label",
+        {},
+        label,
+        h(
+          "select",
+          {
+            id: `choose-${key}`,
+            onchange: (event) => {
+              chosen[key] = event.target.value;
+              charts();
+            },
+          },
+          pairs.map(([value, text]) => h("option", { value, selected: value === chosen[key] }, text)),
+        ),
+      );
 }
 
 function charts() {
   const blocks = payload.blocks.filter(({ key }) => shown.some((group) => group.block === key && group.n));
   const size = (key) => shown.filter((group) => group.block === key && group.n).length;
-  if (!blocks.some(({ key }) => key === chosen.block)) chosen.block = [...blocks].sort((a, b) => size(b.key) - size(a.key))[0]?.key ?? null;
+  if (!blocks.some(({ key }) => key === chosen.block))
+    chosen.block = [...blocks].sort((a, b) => size(b.key) - size(a.key))[0]?.key ?? null;
   const block = byInterest(shown.filter((group) => group.block === chosen.block && group.n));
   const family = block[0]?.family;
   if (!block.some((group) => group.id === chosen.row)) chosen.row = closer(block)?.id ?? null;
   const curves = distinct(block.flatMap((group) => Object.keys(group.curves)));
   const focus = document.activeElement?.id;
   byId("chart-tools").replaceChildren(
-    select("Data and images", "block", blocks.map(({ key, title }) => [key, title])),
-    select("Closer look at", "row", block.map((group) => [group.id, group.label])),
-    select("Cost", "cost", [["macs", "multiply-accumulates"], ["parameters", "parameters"]]),
-    select("Curve", "curve", curves.map((name) => [name, name.replace("/", " ")])));
+    select(
+      "Data and images",
+      "block",
+      blocks.map(({ key, title }) => [key, title]),
+    ),
+    select(
+      "Closer look at",
+      "row",
+      block.map((group) => [group.id, group.label]),
+    ),
+    select("Cost", "cost", [
+      ["macs", "multiply-accumulates"],
+      ["parameters", "parameters"],
+    ]),
+    select(
+      "Curve",
+      "curve",
+      curves.map((name) => [name, name.replace("/", " ")]),
+    ),
+  );
   if (focus?.startsWith("choose-")) byId(focus)?.focus();
-  const view = { groups: shown.filter((group) => group.family === family && group.n), block, row: block.find((group) => group.id === chosen.row),
-    look, reference: rows.reference, cost: chosen.cost, curve: chosen.curve };
+  const view = {
+    groups: shown.filter((group) => group.family === family && group.n),
+    block,
+    row: block.find((group) => group.id === chosen.row),
+    look,
+    reference: rows.reference,
+    cost: chosen.cost,
+    curve: chosen.curve,
+  };
   const away = frames.map((frame) => frame.take(view)).filter(Boolean);
   byId("chart-away").textContent = away.length ? `Not drawn: ${away.join("; ")}.` : "";
 }
@@ -44,12 +91,18 @@ function charts() {
 /** What the answer speaks of and references first, then the more accurate ones: charts that hold few show these. */
 function byInterest(groups) {
   const rank = (group) => (group.subject ? 0 : group.reference_of.includes(rows.reference) ? 1 : 2);
-  return [...groups].sort((a, b) => rank(a) - rank(b) || b.metrics.test_accuracy.mean - a.metrics.test_accuracy.mean);
+  return [...groups].sort(
+    (a, b) => rank(a) - rank(b) || b.metrics.test_accuracy.mean - a.metrics.test_accuracy.mean,
+  );
 }
 
 /** The setting of EKD itself if there is one, else the one with most to look at. */
 function closer(block) {
-  const richness = (group) => (group.cka ? 2 : 0) + (group.reliability ? 1 : 0) + (group.method === "ekd" ? 0.5 : 0) + (group.subject ? 4 : 0);
+  const richness = (group) =>
+    (group.cka ? 2 : 0) +
+    (group.reliability ? 1 : 0) +
+    (group.method === "ekd" ? 0.5 : 0) +
+    (group.subject ? 4 : 0);
   return [...block].sort((a, b) => richness(b) - richness(a))[0];
 }
 
@@ -58,7 +111,8 @@ function update() {
   const seen = payload.runs.filter((run) => filters.passes(run));
   rows.show(shown);
   runs.show(seen);
-  byId("shown").textContent = `${shown.length.toLocaleString("en-US")} of ${plural(payload.groups.length, "setting")}, ${seen.length.toLocaleString("en-US")} of ${plural(payload.runs.length, "run")}`;
+  byId("shown").textContent =
+    `${shown.length.toLocaleString("en-US")} of ${plural(payload.groups.length, "setting")}, ${seen.length.toLocaleString("en-US")} of ${plural(payload.runs.length, "run")}`;
   const told = filters.told();
   byId("view").textContent = (told ? `Only ${told}: ` : "") + byId("shown").textContent;
   charts();
@@ -70,13 +124,18 @@ rows.onchange = charts;
 function themed() {
   const on = dark();
   byId("theme").setAttribute("aria-pressed", String(on));
-  for (const frame of frames) { frame.stale = true; }
+  for (const frame of frames) {
+    frame.stale = true;
+  }
   charts();
 }
 byId("theme").addEventListener("click", () => setTheme(dark() ? "light" : "dark"));
 addEventListener("themechange", themed);
 byId("print").addEventListener("click", () => window.print());
-byId("to-failed")?.addEventListener("click", () => { runs.table.sorted = { key: "state", down: false }; runs.table.draw(); });
+byId("to-failed")?.addEventListener("click", () => {
+  runs.table.sorted = { key: "state", down: false };
+  runs.table.draw();
+});
 
 // Paper is white and holds everything: all charts are drawn before, and the reader's theme comes back after.
 let before = null;
@@ -92,14 +151,17 @@ addEventListener("afterprint", () => {
   if (before) setTheme(before, false);
 });
 
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) {
-    if (!entry.isIntersecting) continue;
-    const frame = frames.find(({ box }) => box === entry.target);
-    frame.visible = true;
-    frame.draw();
-  }
-}, { rootMargin: "600px" });
+const seen = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      const frame = frames.find(({ box }) => box === entry.target);
+      frame.visible = true;
+      frame.draw();
+    }
+  },
+  { rootMargin: "600px" },
+);
 
 update();
 byId("theme").setAttribute("aria-pressed", String(dark()));
@@ -109,7 +171,8 @@ addEventListener("DOMContentLoaded", async () => {
   try {
     document.head.append(h("script", {}, await unpack(byId("plotly").textContent)));
   } catch (error) {
-    byId("chart-away").textContent = `Charts are not drawn: ${error.message}. The same charts lie beside this page as SVG and PNG.`;
+    byId("chart-away").textContent =
+      `Charts are not drawn: ${error.message}. The same charts lie beside this page as SVG and PNG.`;
     byId("chart-grid").hidden = true;
   }
   for (const { box } of frames) seen.observe(box);

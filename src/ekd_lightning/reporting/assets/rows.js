@@ -1,52 +1,5 @@
 // The table of results: one row per setting.
 
-/** Fields by theme; [field, head, what it is, kind of number]. */
-const THEMES = {
-  overview: ["Overview", [
-    ["test_nll", "NLL", "negative log-likelihood on the test images, in nats", "plain"],
-    ["test_ece", "ECE", "expected calibration error, 15 bins", "plain"],
-    ["macs", "MACs", "multiply-accumulates of one image", "millions"],
-    ["num_parameters", "Parameters", "of the student", "count"]]],
-  branches: ["Branches", [
-    ["test_mean_branch_accuracy", "Mean branch %", "mean of the branches' accuracies", "percent"],
-    ["test_best_branch_accuracy", "Best branch %", "accuracy of the best branch", "percent"],
-    ["test_gain_over_mean_branch", "Gain over mean", "ensemble minus mean branch, in points", "points"],
-    ["test_gain_over_best_branch", "Gain over best", "ensemble minus best branch, in points", "points"],
-    ["test_oracle_accuracy", "Oracle %", "images that at least one branch gets right", "percent"]]],
-  diversity: ["Heterogeneity", [
-    ["test_disagreement", "Disagreement", "share of images on which two branches differ, mean over pairs", "plain"],
-    ["test_ambiguity", "Ambiguity", "mean branch NLL minus NLL of their geometric mean, in nats", "plain"],
-    ["test_pairwise_js", "JS", "Jensen-Shannon divergence of the branches, in nats", "plain"],
-    ["test_q_statistic", "Q", "Yule's Q of correct answers, mean over pairs: lower is more diverse", "plain"],
-    ["test_error_correlation", "Error corr.", "correlation of correct answers, mean over pairs", "plain"],
-    ["test_own_teacher_cka_margin", "Own − other CKA", "CKA to the own teacher minus mean CKA to the others", "plain"]]],
-  calibration: ["Calibration", [
-    ["test_nll", "NLL", "negative log-likelihood, in nats", "plain"],
-    ["test_nll_calibrated", "NLL calibrated", "after temperature scaling on the validation split", "plain"],
-    ["test_ece", "ECE", "expected calibration error, 15 bins", "plain"],
-    ["test_ece_calibrated", "ECE calibrated", "after temperature scaling on the validation split", "plain"],
-    ["test_brier", "Brier", "in [0, 2]", "plain"],
-    ["calibration_temperature", "Temperature", "fitted on the validation split", "plain"]]],
-  fidelity: ["Fidelity to teachers", [
-    ["test_teacher_agreement", "Agreement %", "same class as the teacher ensemble", "percent"],
-    ["test_teacher_kl", "KL", "of teacher ensemble and student, in nats", "plain"],
-    ["test_own_teacher_agreement_margin", "Own − other", "agreement with the own teacher minus mean of the others, in points", "points"]]],
-  generalisation: ["Robustness, generalisation", [
-    ["corruption_mce", "Corruption error %", "mean over corruptions and severities", "percent"],
-    ["gap_accuracy", "Accuracy gap", "training minus test accuracy, in points", "points"],
-    ["gap_nll", "NLL gap", "test minus training NLL, in nats", "plain"],
-    ["sharpness_sam", "SAM sharpness", "rise of the loss at radius 0.05", "plain"],
-    ["sharpness_adaptive", "Adaptive sharpness", "rise of the loss at adaptive radius 0.5", "plain"],
-    ["loss_rise_at_half", "Rise at ½", "rise of the loss half way along filter-normalised directions", "plain"]]],
-  cost: ["Cost", [
-    ["num_parameters", "Parameters", "of the student", "count"],
-    ["macs", "MACs", "multiply-accumulates of one image", "millions"],
-    ["deployed_bytes", "Size", "of the deployed form on disk", "bytes"],
-    ["latency_ms_batch1", "ms, batch 1", "latency of the deployed form", "milliseconds"],
-    ["latency_ms_batch128", "ms, batch 128", "latency of the deployed form", "milliseconds"],
-    ["train_seconds", "Training s", "depends on what else the machine did", "seconds"]]],
-};
-
 /** Mean with its interval; a field is {mean, half, n}. */
 function figureCell(figure, kind) {
   if (!figure) return DASH;
@@ -65,59 +18,107 @@ function differenceCell(difference) {
   const sure = known(difference.p) && difference.p < 0.05; // corrected; an interval alone takes no account of the others
   const side = !sure ? "" : low > 0 ? "up" : high < 0 ? "down" : "";
   const arrow = { up: "▲ ", down: "▼ ", "": "" }[side];
-  return [h("span", { class: side }, arrow + value),
-    h("span", { class: "sub" }, `${ends(difference, "points")} ${pValue(difference.p)}`)];
+  return [
+    h("span", { class: side }, arrow + value),
+    h("span", { class: "sub" }, `${ends(difference, "points")} ${pValue(difference.p)}`),
+  ];
 }
 
 /** Mean and interval on the axis that all shown rows share. */
 function track(figure, low, high) {
   if (!figure) return "";
   const at = (value) => 4 + 136 * ((value - low) / (high - low || 1));
-  const picture = svg("svg", { class: "track", viewBox: "0 0 144 20", "aria-hidden": "true" },
-    svg("line", { class: "axis", x1: 0, x2: 144, y1: 10, y2: 10 }));
+  const picture = svg(
+    "svg",
+    { class: "track", viewBox: "0 0 144 20", "aria-hidden": "true" },
+    svg("line", { class: "axis", x1: 0, x2: 144, y1: 10, y2: 10 }),
+  );
   if (known(figure.half)) {
-    const [from, to] = [Math.max(0, at(figure.mean - figure.half)), Math.min(144, at(figure.mean + figure.half))];
+    const [from, to] = [
+      Math.max(0, at(figure.mean - figure.half)),
+      Math.min(144, at(figure.mean + figure.half)),
+    ];
     picture.append(svg("line", { x1: from, x2: to, y1: 10, y2: 10 }));
   }
-  picture.append(svg("circle", { class: known(figure.half) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }));
+  picture.append(
+    svg("circle", { class: known(figure.half) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }),
+  );
   return picture;
 }
 
 class Rows {
   constructor(payload, openRun) {
-    this.payload = payload; this.openRun = openRun;
+    this.payload = payload;
+    this.openRun = openRun;
     this.runs = new Map(payload.runs.map((run) => [run.id, run]));
     this.theme = "overview";
     this.reference = payload.references[0]?.key || null;
     this.table = new SortedTable(byId("row-table"), "Results by setting", {
-      rowKey: (row) => row.id, section: (row) => this.title(row), detail: (row) => this.seeds(row),
+      rowKey: (row) => row.id,
+      section: (row) => this.title(row),
+      detail: (row) => this.seeds(row),
     });
     this.tools();
   }
 
   tools() {
-    const change = (name) => (event) => { this[name] = event.target.value; this.show(this.shown); this.onchange?.(); };
+    const change = (name) => (event) => {
+      this[name] = event.target.value;
+      this.show(this.shown);
+      this.onchange?.();
+    };
     const has = (fields) => this.payload.groups.some((group) => fields.some(([key]) => group.metrics[key]));
     const themes = Object.entries(THEMES).filter(([, [, fields]]) => has(fields));
-    const options = (pairs, chosen) => pairs.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
+    const options = (pairs, chosen) =>
+      pairs.map(([value, text]) => h("option", { value, selected: value === chosen }, text));
     byId("row-tools").replaceChildren(
-      h("label", {}, "Columns", h("select", { id: "theme-columns", onchange: change("theme") },
-        options(themes.map(([key, [text]]) => [key, text]), this.theme))),
-      this.payload.references.length ? h("label", {}, "Difference to", h("select", { id: "reference", onchange: change("reference") },
-        options(this.payload.references.map(({ key, text }) => [key, text]), this.reference))) : "");
+      h(
+        "label",
+        {},
+        "Columns",
+        h(
+          "select",
+          { id: "theme-columns", onchange: change("theme") },
+          options(
+            themes.map(([key, [text]]) => [key, text]),
+            this.theme,
+          ),
+        ),
+      ),
+      this.payload.references.length
+        ? h(
+            "label",
+            {},
+            "Difference to",
+            h(
+              "select",
+              { id: "reference", onchange: change("reference") },
+              options(
+                this.payload.references.map(({ key, text }) => [key, text]),
+                this.reference,
+              ),
+            ),
+          )
+        : "",
+    );
   }
 
   /** Of the block of a row: what it is, and what its differences are taken to. */
   title(row) {
     const block = this.payload.blocks.find(({ key }) => key === row.block);
-    const to = this.payload.groups.find((one) => one.block === row.block && one.reference_of.includes(this.reference));
+    const to = this.payload.groups.find(
+      (one) => one.block === row.block && one.reference_of.includes(this.reference),
+    );
     return block.title + (to ? `; differences to ${to.label}` : "");
   }
 
   show(groups) {
     this.shown = groups;
     this.ranges = {};
-    for (const { block, metrics: { test_accuracy: one } } of groups) {
+    for (const {
+      block,
+      metrics: { test_accuracy: one },
+    } of groups) {
       if (!one) continue;
       const range = (this.ranges[block] ||= [1, 0]);
       range[0] = Math.max(0, Math.min(range[0], one.mean - (one.half || 0)));
@@ -131,45 +132,115 @@ class Rows {
     return many ? "Difference" : `− ${text}`;
   }
 
-  difference(row) { return row.reference_of.includes(this.reference) ? "self" : row.differences[this.reference]; }
+  difference(row) {
+    return row.reference_of.includes(this.reference) ? "self" : row.differences[this.reference];
+  }
 
   columns() {
     const text = (key, label, title, write = String) => ({
-      key, label, title, number: typeof this.payload.groups[0]?.[key] === "number", value: (row) => row[key],
+      key,
+      label,
+      title,
+      number: typeof this.payload.groups[0]?.[key] === "number",
+      value: (row) => row[key],
       cell: (row) => (known(row[key]) ? write(row[key]) : DASH),
     });
     const varies = (column) => distinct(this.payload.groups.map((row) => row[column.key])).length > 1;
-    const shared = [text("data", "Data", "data set"), text("student", "Student", "the student's network")].filter(varies);
-    const counts = [text("fraction", "Images", "share of the training images", share),
-      text("branches", "K", "branches"), text("teachers", "M", "teachers")].filter(varies);
-    const fields = THEMES[this.theme][1].filter(([key]) => this.payload.groups.some((row) => row.metrics[key]));
+    const shared = [
+      text("data", "Data", "data set"),
+      text("student", "Student", "the student's network"),
+    ].filter(varies);
+    const counts = [
+      text("fraction", "Images", "share of the training images", share),
+      text("branches", "K", "branches"),
+      text("teachers", "M", "teachers"),
+    ].filter(varies);
+    const fields = THEMES[this.theme][1].filter(([key]) =>
+      this.payload.groups.some((row) => row.metrics[key]),
+    );
     return [
       { key: "label", label: "Method", value: (row) => row.label, cell: (row) => row.label },
-      { key: "accuracy", label: "Accuracy %", title: "test accuracy of the last epoch", number: true,
-        value: (row) => row.metrics.test_accuracy?.mean, cell: (row) => figureCell(row.metrics.test_accuracy, "percent") },
-      { key: "track", label: "Interval", title: "mean and 95 % interval; the rows of a block share the axis",
-        cell: (row) => track(row.metrics.test_accuracy, ...(this.ranges[row.block] || [0, 1])) },
-      ...(this.reference ? [{ key: "difference", label: this.differenceHead(), number: true,
-        title: "difference in points, paired by seed", value: (row) => this.difference(row)?.mean,
-        cell: (row) => differenceCell(this.difference(row)) }] : []),
-      { key: "n", label: "n", title: "runs that are done", number: true, value: (row) => row.n, cell: (row) => this.count(row) },
-      ...counts, ...shared,
+      {
+        key: "accuracy",
+        label: "Accuracy %",
+        title: "test accuracy of the last epoch",
+        number: true,
+        value: (row) => row.metrics.test_accuracy?.mean,
+        cell: (row) => figureCell(row.metrics.test_accuracy, "percent"),
+      },
+      {
+        key: "track",
+        label: "Interval",
+        title: "mean and 95 % interval; the rows of a block share the axis",
+        cell: (row) => track(row.metrics.test_accuracy, ...(this.ranges[row.block] || [0, 1])),
+      },
+      ...(this.reference
+        ? [
+            {
+              key: "difference",
+              label: this.differenceHead(),
+              number: true,
+              title: "difference in points, paired by seed",
+              value: (row) => this.difference(row)?.mean,
+              cell: (row) => differenceCell(this.difference(row)),
+            },
+          ]
+        : []),
+      {
+        key: "n",
+        label: "n",
+        title: "runs that are done",
+        number: true,
+        value: (row) => row.n,
+        cell: (row) => this.count(row),
+      },
+      ...counts,
+      ...shared,
       ...fields.map(([key, label, title, kind]) => ({
-        key, label, title, number: true, value: (row) => row.metrics[key]?.mean, cell: (row) => figureCell(row.metrics[key], kind) })),
+        key,
+        label,
+        title,
+        number: true,
+        value: (row) => row.metrics[key]?.mean,
+        cell: (row) => figureCell(row.metrics[key], kind),
+      })),
     ];
   }
 
   count(row) {
     const open = this.table.unfolded.has(row.id);
     const text = row.failed ? `${row.n} + ${row.failed} failed` : String(row.n);
-    return h("button", { type: "button", "aria-expanded": String(open), onclick: () => this.table.toggle(row),
-      "aria-label": `${text} runs of ${row.label}: ${open ? "hide" : "show"}` }, `${text} ${open ? "▴" : "▾"}`);
+    return h(
+      "button",
+      {
+        type: "button",
+        "aria-expanded": String(open),
+        onclick: () => this.table.toggle(row),
+        "aria-label": `${text} runs of ${row.label}: ${open ? "hide" : "show"}`,
+      },
+      `${text} ${open ? "▴" : "▾"}`,
+    );
   }
 
   seeds(row) {
     const runs = row.runs.map((id) => this.runs.get(id)).filter(Boolean);
-    return h("div", { class: "bar" }, runs.map((run) => h("span", {},
-      h("button", { type: "button", class: "link", onclick: () => this.openRun(run) }, `seed ${known(run.seed) ? run.seed : "?"}`),
-      run.state === "done" ? ` ${format(run.accuracy, "percent")} %` : [" ", h("span", { class: `state ${run.state}` }, run.state)])));
+    return h(
+      "div",
+      { class: "bar" },
+      runs.map((run) =>
+        h(
+          "span",
+          {},
+          h(
+            "button",
+            { type: "button", class: "link", onclick: () => this.openRun(run) },
+            `seed ${known(run.seed) ? run.seed : "?"}`,
+          ),
+          run.state === "done"
+            ? ` ${format(run.accuracy, "percent")} %`
+            : [" ", h("span", { class: `state ${run.state}` }, run.state)],
+        ),
+      ),
+    );
   }
 }

@@ -4,11 +4,15 @@ const STATES = ["failed", "partial", "running", "done"]; // what needs a look co
 
 class Runs {
   constructor(payload, packed) {
-    this.payload = payload; this.packed = packed; this.details = null;
+    this.payload = payload;
+    this.packed = packed;
+    this.details = null;
     this.table = new SortedTable(byId("run-table"), "Runs", { rowKey: (run) => run.id });
     this.dialog = byId("run");
     byId("run-close").addEventListener("click", () => this.dialog.close());
-    this.dialog.addEventListener("click", (event) => { if (event.target === this.dialog) this.dialog.close(); });
+    this.dialog.addEventListener("click", (event) => {
+      if (event.target === this.dialog) this.dialog.close();
+    });
     this.dialog.addEventListener("close", () => this.opener?.isConnected && this.opener.focus());
   }
 
@@ -16,17 +20,29 @@ class Runs {
     const field = (key, label, number, cell) => ({ key, label, number, value: (run) => run[key], cell });
     const plain = (key) => (run) => (known(run[key]) ? String(run[key]) : DASH);
     const all = [
-      field("name", "Run", false, (run) => h("button", { type: "button", class: "link", onclick: () => this.open(run) }, run.name)),
-      { key: "state", label: "State", value: (run) => STATES.indexOf(run.state), cell: (run) => h("span", { class: `state ${run.state === "done" ? "" : "failed"}` }, run.state) },
-      field("data", "Data", false, plain("data")), field("method", "Method", false, plain("method")),
+      field("name", "Run", false, (run) =>
+        h("button", { type: "button", class: "link", onclick: () => this.open(run) }, run.name),
+      ),
+      {
+        key: "state",
+        label: "State",
+        value: (run) => STATES.indexOf(run.state),
+        cell: (run) => h("span", { class: `state ${run.state === "done" ? "" : "failed"}` }, run.state),
+      },
+      field("data", "Data", false, plain("data")),
+      field("method", "Method", false, plain("method")),
       field("fraction", "Images", true, (run) => (known(run.fraction) ? share(run.fraction) : DASH)),
-      field("branches", "K", true, plain("branches")), field("teachers", "M", true, plain("teachers")),
+      field("branches", "K", true, plain("branches")),
+      field("teachers", "M", true, plain("teachers")),
       field("seed", "Seed", true, plain("seed")),
       field("accuracy", "Accuracy %", true, (run) => format(run.accuracy, "percent")),
       field("seconds", "Training s", true, (run) => format(run.seconds, "seconds")),
       { ...field("error", "What went wrong", false, (run) => run.error || ""), wide: true },
     ];
-    this.table.update(runs, all.filter((column) => column.key !== "error" || runs.some((run) => run.error)));
+    this.table.update(
+      runs,
+      all.filter((column) => column.key !== "error" || runs.some((run) => run.error)),
+    );
   }
 
   async record(run) {
@@ -43,32 +59,79 @@ class Runs {
     byId("run-close").focus();
     try {
       const { config, result, provenance } = await this.record(run);
-      body.replaceChildren(...this.summary(run), ...this.text("Configuration", config),
-        ...this.fields("Result", result), ...this.text("Provenance", provenance));
+      body.replaceChildren(
+        ...this.summary(run),
+        ...this.text("Configuration", config),
+        ...this.fields("Result", result),
+        ...this.text("Provenance", provenance),
+      );
     } catch (error) {
-      body.replaceChildren(...this.summary(run), h("p", { class: "alarm" }, `The record is not shown: ${error.message}.`));
+      body.replaceChildren(
+        ...this.summary(run),
+        h("p", { class: "alarm" }, `The record is not shown: ${error.message}.`),
+      );
     }
   }
 
   summary(run) {
-    const pairs = [["State", run.state], ["Data set", run.data], ["Method", run.method], ["Seed", run.seed]];
-    const list = h("dl", {}, pairs.filter(([, value]) => known(value)).flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, String(value))]));
-    return [run.error ? h("pre", { class: "alarm", tabindex: "0", "aria-label": "Error" }, run.error) : "", list];
+    const pairs = [
+      ["State", run.state],
+      ["Data set", run.data],
+      ["Method", run.method],
+      ["Seed", run.seed],
+    ];
+    const list = h(
+      "dl",
+      {},
+      pairs
+        .filter(([, value]) => known(value))
+        .flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, String(value))]),
+    );
+    return [
+      run.error ? h("pre", { class: "alarm", tabindex: "0", "aria-label": "Error" }, run.error) : "",
+      list,
+    ];
   }
 
   text(title, content) {
     if (!content) return [];
-    const copy = h("button", { type: "button", onclick: async () => {
-      try { await navigator.clipboard.writeText(content); copy.textContent = "Copied"; } catch { copy.textContent = "Select and copy it below"; }
-    } }, "Copy");
-    return [h("div", { class: "bar" }, h("h3", { class: "grow" }, title), copy), h("pre", { tabindex: "0", "aria-label": title }, content)];
+    const copy = h(
+      "button",
+      {
+        type: "button",
+        onclick: async () => {
+          try {
+            await navigator.clipboard.writeText(content);
+            copy.textContent = "Copied";
+          } catch {
+            copy.textContent = "Select and copy it below";
+          }
+        },
+      },
+      "Copy",
+    );
+    return [
+      h("div", { class: "bar" }, h("h3", { class: "grow" }, title), copy),
+      h("pre", { tabindex: "0", "aria-label": title }, content),
+    ];
   }
 
   fields(title, record) {
     if (!record || !Object.keys(record).length) return [];
     const write = (value) => {
-      return typeof value === "object" && value !== null ? JSON.stringify(value) : typeof value === "number" ? minus(String(value)) : String(value);
+      return typeof value === "object" && value !== null
+        ? JSON.stringify(value)
+        : typeof value === "number"
+          ? minus(String(value))
+          : String(value);
     };
-    return [h("h3", {}, title), h("dl", {}, Object.entries(record).flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, write(value))]))];
+    return [
+      h("h3", {}, title),
+      h(
+        "dl",
+        {},
+        Object.entries(record).flatMap(([key, value]) => [h("dt", {}, key), h("dd", {}, write(value))]),
+      ),
+    ];
   }
 }

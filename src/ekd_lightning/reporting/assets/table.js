@@ -12,14 +12,19 @@ class SortedTable {
    */
   constructor(place, label, options = {}) {
     Object.assign(this, { place, label, ...options });
-    this.rows = []; this.columns = []; this.page = 0; this.all = false;
+    this.rows = [];
+    this.columns = [];
+    this.page = 0;
+    this.all = false;
     this.sorted = options.sorted || null; // {key, down}
     this.unfolded = new Set();
   }
 
   /** Shows other rows or columns; a column: {key, label, title, number, value: row => to sort by, cell: row => node or text}. */
   update(rows, columns) {
-    this.rows = rows; this.columns = columns; this.page = 0;
+    this.rows = rows;
+    this.columns = columns;
+    this.page = 0;
     this.draw();
   }
 
@@ -57,37 +62,73 @@ class SortedTable {
     for (const row of shown) {
       if (sections && this.section(row) !== section) {
         section = this.section(row);
-        body.append(h("tr", { class: "section" }, h("th", { scope: "rowgroup", colspan: this.columns.length }, section)));
+        body.append(
+          h(
+            "tr",
+            { class: "section" },
+            h("th", { scope: "rowgroup", colspan: this.columns.length }, section),
+          ),
+        );
       }
       body.append(this.line(row));
       if (this.unfolded.has(this.rowKey(row))) body.append(this.below(row));
     }
     const table = h("table", {}, h("caption", { class: "unseen" }, this.label), this.head(), body);
-    const frame = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": this.label }, table);
+    const frame = h(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": this.label },
+      table,
+    );
     this.place.replaceChildren(frame, this.pager(rows.length, pages));
   }
 
   head() {
-    return h("thead", {}, h("tr", {}, this.columns.map((column) => {
-      const kind = column.number ? "number" : "";
-      if (!column.value) return h("th", { scope: "col", class: `plain ${kind}`, title: column.title }, column.label);
-      const by = this.sorted && this.sorted.key === column.key;
-      const sort = by ? (this.sorted.down ? "descending" : "ascending") : "none";
-      const button = h("button", { type: "button", title: column.title, onclick: () => this.sortBy(column) }, column.label);
-      return h("th", { scope: "col", class: kind, "aria-sort": sort, "data-key": column.key }, button);
-    })));
+    return h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        this.columns.map((column) => {
+          const kind = column.number ? "number" : "";
+          if (!column.value)
+            return h("th", { scope: "col", class: `plain ${kind}`, title: column.title }, column.label);
+          const by = this.sorted && this.sorted.key === column.key;
+          const sort = by ? (this.sorted.down ? "descending" : "ascending") : "none";
+          const button = h(
+            "button",
+            { type: "button", title: column.title, onclick: () => this.sortBy(column) },
+            column.label,
+          );
+          return h("th", { scope: "col", class: kind, "aria-sort": sort, "data-key": column.key }, button);
+        }),
+      ),
+    );
   }
 
   line(row) {
-    return h("tr", { "data-row": this.rowKey(row) }, this.columns.map((column, position) => h(
-      position ? "td" : "th",
-      { class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null,
-        scope: position ? null : "row" },
-      column.cell(row))));
+    return h(
+      "tr",
+      { "data-row": this.rowKey(row) },
+      this.columns.map((column, position) =>
+        h(
+          position ? "td" : "th",
+          {
+            class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null,
+            scope: position ? null : "row",
+          },
+          column.cell(row),
+        ),
+      ),
+    );
   }
 
   below(row) {
-    return h("tr", { class: "below" }, h("td", { colspan: this.columns.length, class: "wide" }, this.detail(row)));
+    return h(
+      "tr",
+      { class: "below" },
+      h("td", { colspan: this.columns.length, class: "wide" }, this.detail(row)),
+    );
   }
 
   toggle(row) {
@@ -101,15 +142,47 @@ class SortedTable {
     if (count <= PAGE) return "";
     const from = this.all ? 1 : this.page * PAGE + 1;
     const to = this.all ? count : Math.min(count, (this.page + 1) * PAGE);
-    const step = (by, text) => h("button", {
-      type: "button", "data-step": by, disabled: this.page + by < 0 || this.page + by >= pages,
-      onclick: () => { this.page += by; this.draw(); this.refocus(by); },
-    }, text);
-    const every = h("button", {
-      type: "button", "data-step": "all", onclick: () => { this.all = !this.all; this.page = 0; this.draw(); this.refocus("all"); },
-    }, this.all ? "Show pages" : "Show all");
-    return h("div", { class: "pager" }, this.all ? "" : step(-1, "Previous"), this.all ? "" : step(1, "Next"), every,
-      h("span", { role: "status", class: "small soft" }, `${from} to ${to} of ${count.toLocaleString("en-US")}`));
+    const step = (by, text) =>
+      h(
+        "button",
+        {
+          type: "button",
+          "data-step": by,
+          disabled: this.page + by < 0 || this.page + by >= pages,
+          onclick: () => {
+            this.page += by;
+            this.draw();
+            this.refocus(by);
+          },
+        },
+        text,
+      );
+    const every = h(
+      "button",
+      {
+        type: "button",
+        "data-step": "all",
+        onclick: () => {
+          this.all = !this.all;
+          this.page = 0;
+          this.draw();
+          this.refocus("all");
+        },
+      },
+      this.all ? "Show pages" : "Show all",
+    );
+    return h(
+      "div",
+      { class: "pager" },
+      this.all ? "" : step(-1, "Previous"),
+      this.all ? "" : step(1, "Next"),
+      every,
+      h(
+        "span",
+        { role: "status", class: "small soft" },
+        `${from} to ${to} of ${count.toLocaleString("en-US")}`,
+      ),
+    );
   }
 
   refocus(step) {

@@ -2,8 +2,14 @@
 (() => {
   const system = matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
-  try { chosen = localStorage.getItem("ekd-theme"); } catch { /* no storage for this file: the system decides */ }
-  const show = (theme) => { document.documentElement.dataset.theme = theme; };
+  try {
+    chosen = localStorage.getItem("ekd-theme");
+  } catch {
+    /* no storage for this file: the system decides */
+  }
+  const show = (theme) => {
+    document.documentElement.dataset.theme = theme;
+  };
   show(chosen === "dark" || chosen === "light" ? chosen : system.matches ? "dark" : "light");
   system.addEventListener("change", (event) => {
     if (chosen) return;
@@ -14,7 +20,11 @@
     show(theme);
     if (keep) {
       chosen = theme;
-      try { localStorage.setItem("ekd-theme", theme); } catch { /* it holds until the page is closed */ }
+      try {
+        localStorage.setItem("ekd-theme", theme);
+      } catch {
+        /* it holds until the page is closed */
+      }
     }
     dispatchEvent(new Event("themechange"));
   };
