@@ -7,7 +7,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_module
+from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from hypothesis import given
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.cli import sweep as sweeps
 from ekd_lightning.cli.config import register_schema
-from ekd_lightning.cli.sweep import as_typed, lost_job, plan_jobs, stopped, tell
+from ekd_lightning.cli.sweep import as_typed, is_queued, lost_job, plan_jobs, stopped, tell
 from ekd_lightning.cli.sweep_jobs import (
     JobState,
     Sweep,
@@ -205,6 +205,21 @@ def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
     expected = "1 of 4 runs done, 1 failed, 1 stopped, 1 not started"
     assert stopped(sweep) == f"{expected}; to continue: ekd-train resume={sweep.folder.name}"
     assert stopped(sweep, "ekd-compare --output x").endswith("; to continue: ekd-compare --output x")
+
+
+def test_jobs_of_a_cluster_go_on_without_us(sweep):
+    leave(sweep.folder / "0", "running")
+    said = stopped(sweep, queued=True)
+    assert said.startswith(
+        "0 of 4 runs done, 1 running, 3 not started; to continue, once the queue is empty: "
+    )
+    assert look(sweep.jobs[0]).state == "running"
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        for launcher, queued in (("basic", False), ("slurm", True)):
+            if queued:
+                pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+            cfg = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+            assert is_queued(cfg) == queued
 
 
 def test_a_path_can_be_pasted_into_a_shell(tmp_path, monkeypatch):

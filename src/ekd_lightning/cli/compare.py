@@ -251,6 +251,7 @@ def _run(
 ) -> None:
     from ekd_lightning.cli.launching import launch  # noqa: PLC0415
     from ekd_lightning.cli.study_runs import RUNS, plan  # noqa: PLC0415
+    from ekd_lightning.cli.sweep import as_typed  # noqa: PLC0415
 
     jobs, left = plan(study, folder, composer, retry_failed=retry)
     studies.write_study(study, folder)
@@ -260,7 +261,7 @@ def _run(
     for run in left:
         log.warning("%s failed before: %s (--retry-failed runs it again)", run.name, run.error)
     if jobs:
-        launch(jobs, folder / RUNS, hydra_words)
+        launch(jobs, folder / RUNS, hydra_words, command=f"{PROGRAM} --output {as_typed(folder)}")
 
 
 def report(study: Study, folder: Path) -> bool:

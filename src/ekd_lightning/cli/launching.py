@@ -22,7 +22,7 @@ from ekd_lightning.cli import train
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
 from ekd_lightning.cli.edge import is_interrupt
 from ekd_lightning.cli.study_runs import Job
-from ekd_lightning.cli.sweep import stop_local_queue, stopped, wait_for_local_queue
+from ekd_lightning.cli.sweep import is_queued, stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.cli.sweep_jobs import Sweep, SweepJob
 from ekd_lightning.cli.sweep_progress import watched
 
@@ -113,7 +113,7 @@ def launch(
         if not is_interrupt(stop):
             raise
         stop_local_queue(folder)
-        raise KeyboardInterrupt(stopped(whole, command)) from None
+        raise KeyboardInterrupt(stopped(whole, command, queued=is_queued(config))) from None
     except Exception as error:  # a job that was killed outright; what is known of it stands in its directory
         wait_for_local_queue(folder)
         log.error("the launcher ended early: %s: %s", type(error).__name__, str(error).splitlines()[0])

@@ -40,8 +40,9 @@ from ekd_lightning.training.record import now
 
 _WIDTH = 160  # where there is no terminal
 _GRACE_SECONDS = 30.0  # for the processes of an interrupted sweep to say so and end
-_open: list[tuple[Path, contextlib.ExitStack]] = []
-"""The sweep that runs in this process, if one does; Hydra tells callbacks of its end only if no job failed."""
+_open: list[tuple[Path, contextlib.ExitStack, bool]] = []
+"""The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
+Hydra tells callbacks of the end only if no job failed."""
 
 
 class SweepSummary(Callback):
@@ -51,7 +52,7 @@ class SweepSummary(Callback):
         """Plans the jobs, before the first one starts."""
         folder = Path(str(config.hydra.sweep.dir)).absolute()
         stack = contextlib.ExitStack()
-        _open.append((folder, stack))
+        _open.append((folder, stack, is_queued(config)))
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(
             Timeout, OSError, NotImplementedError
@@ -138,7 +139,7 @@ def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[SweepJob]) -
 def tell_sweep() -> None:
     """Ends the sweep that ran in this process, if one did, and prints its summary."""
     while _open:
-        folder, stack = _open.pop()
+        folder, stack, _ = _open.pop()
         stack.close()
         tell(folder)
 
@@ -186,32 +187,41 @@ def interrupted_sweep() -> str | None:
     """
     if not _open:
         return None
-    folder, stack = _open.pop()
+    folder, stack, queued = _open.pop()
     sweep = found_sweep(folder)
     stop_local_queue(folder)
     stack.close()
-    return stopped(sweep)
+    return stopped(sweep, queued=queued)
 
 
-def stopped(sweep: Sweep, command: str | None = None) -> str:
+def is_queued(config: DictConfig) -> bool:
+    """Whether jobs are handed to a cluster, where they go on whatever happens to this process."""
+    return str(config.hydra.launcher._target_).endswith("SlurmLauncher")
+
+
+def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
     """Marks the runs of a sweep whose processes have ended as interrupted, and says in a line how it stands.
 
     Args:
         sweep: The sweep.
         command: What continues it; by default `ekd-train resume=FOLDER`.
+        queued: Whether its jobs are in a queue elsewhere; then they have not ended, and none is marked.
     """
-    mark_interrupted(sweep.jobs)
+    if not queued:
+        mark_interrupted(sweep.jobs)
     states = [look(job, sweep.started) for job in sweep.jobs]
     counts = {name: sum(state.state in kinds for state in states) for name, kinds in _COUNTED.items()}
     said = [f"{counts['done']} of {len(states)} runs done"]
     said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
-    return f"{', '.join(said)}; to continue: {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
+    first = "to continue, once the queue is empty:" if queued else "to continue:"
+    return f"{', '.join(said)}; {first} {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
 
 
 _COUNTED = {
     "done": ("done", "partial"),
     "failed": ("failed",),
     "stopped": ("stopped",),
+    "running": ("running",),
     "not started": ("waiting",),
 }
 
@@ -223,7 +233,7 @@ def lost_job(error: BaseException) -> str | None:
     """
     if not type(error).__module__.startswith(("joblib", "submitit")):
         return None
-    for folder, _ in _open:
+    for folder, *_ in _open:
         wait_for_local_queue(folder)
     return (
         f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
