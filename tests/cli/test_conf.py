@@ -80,12 +80,16 @@ def test_the_main_files_compose(name):
     to_settings(composed(name=name)).check()
 
 
-@pytest.mark.parametrize(("launcher", "plugin"), [("parallel", "joblib"), ("slurm", "submitit")])
+@pytest.mark.parametrize(
+    ("launcher", "plugin"), [("parallel", "joblib"), ("processes", "submitit"), ("slurm", "submitit")]
+)
 def test_launchers_compose_with_their_plugins(launcher, plugin):
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     cfg = composed(f"hydra/launcher={launcher}", "trainer.devices=2", hydra=True)
     node = OmegaConf.to_container(cfg, resolve=False)["hydra"]["launcher"]
     assert "Launcher" in node["_target_"]
+    if launcher == "processes":
+        assert cfg.hydra.launcher.gpus_per_node == 2
     if launcher == "slurm":
         assert (cfg.hydra.launcher.tasks_per_node, cfg.hydra.launcher.gpus_per_node) == (2, 2)
 
