@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekd_lightning.cli import sweep as sweeps
+from ekd_lightning.cli import local_queue
 from ekd_lightning.cli.config import register_schema
 from ekd_lightning.cli.sweep import as_typed, is_queued, lost_job, plan_jobs, stopped, tell
 from ekd_lightning.cli.sweep_jobs import (
@@ -343,8 +343,8 @@ def test_nobody_elses_process_is_taken_for_a_job(tmp_path):
     (tmp_path / ".submitit" / "1").mkdir(parents=True)
     (tmp_path / ".submitit" / "%j").mkdir()
     (tmp_path / ".submitit" / "99999999999999999999").mkdir()
-    sweeps.stop_local_queue(tmp_path)
-    sweeps.wait_for_local_queue(tmp_path)
+    local_queue.stop_local_queue(tmp_path)
+    local_queue.wait_for_local_queue(tmp_path)
 
 
 def test_a_state_without_a_result_is_empty(tmp_path):

@@ -21,8 +21,9 @@ from omegaconf import DictConfig
 from ekd_lightning.cli import train
 from ekd_lightning.cli.ddp import ddp_reruns_this_job
 from ekd_lightning.cli.edge import is_interrupt
+from ekd_lightning.cli.local_queue import stop_local_queue, wait_for_local_queue
 from ekd_lightning.cli.study_runs import Job
-from ekd_lightning.cli.sweep import is_queued, stop_local_queue, stopped, wait_for_local_queue
+from ekd_lightning.cli.sweep import is_queued, stopped
 from ekd_lightning.cli.sweep_jobs import Sweep, SweepJob
 from ekd_lightning.cli.sweep_progress import watched
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from ekd_lightning.cli.local_queue import stop_local_queue, wait_for_local_queue
 from ekd_lightning.cli.sweep_jobs import (
     LOCK_FILE,
     Sweep,
@@ -39,7 +37,6 @@ from ekd_lightning.cli.sweep_progress import look_now, watched
 from ekd_lightning.training.record import now
 
 _WIDTH = 160  # where there is no terminal
-_GRACE_SECONDS = 30.0  # for the processes of an interrupted sweep to say so and end
 _open: list[tuple[Path, contextlib.ExitStack, bool]] = []
 """The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
 Hydra tells callbacks of the end only if no job failed."""
@@ -238,42 +235,6 @@ def lost_job(error: BaseException) -> str | None:
     return (
         f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
     )
-
-
-def stop_local_queue(folder: Path) -> None:
-    """Ends jobs of submitit's local executor, which outlive the process that started them.
-
-    Args:
-        folder: Folder of the sweep.
-    """
-    for pid in (alive := _local_queue(folder)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGINT)
-    until = time.monotonic() + _GRACE_SECONDS
-    for pid in alive:
-        while _is_our_child(pid) and time.monotonic() < until:
-            time.sleep(0.05)
-
-
-def wait_for_local_queue(folder: Path) -> None:
-    """Waits until all jobs of submitit's local executor have ended."""
-    for pid in _local_queue(folder):
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-
-
-def _local_queue(folder: Path) -> list[int]:
-    """Processes that look after a job for submitit, our children; it names its folders by them."""
-    found = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
-    return [pid for pid in found if _is_our_child(pid)]
-
-
-def _is_our_child(pid: int) -> bool:
-    """Whether a process is a child of this one and still runs."""
-    try:
-        return os.waitpid(pid, os.WNOHANG) == (0, 0)
-    except (ChildProcessError, OverflowError):
-        return False
 
 
 def as_typed(path: Path) -> str:

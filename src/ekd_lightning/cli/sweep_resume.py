@@ -28,8 +28,6 @@ from ekd_lightning.cli.sweep_jobs import (
 )
 from ekd_lightning.errors import UserError
 
-log = logging.getLogger(__name__)
-
 # Where the sweep is and that it is one is known; these are given anew.
 _OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
 _LAUNCHER = ("hydra/launcher", "hydra.launcher")
@@ -62,15 +60,9 @@ def resume_sweep(folder: Path, argv: Sequence[str]) -> bool:
         states = settled(look(job, sweep.started) for job in sweep.jobs)
         jobs = [_job(state, extra) for state in states if state.state not in ("done", "partial")]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        resumed = sum(job.resumed for job in jobs)
-        log.info(
-            "%s: %d of %d runs are done; %d to be run, %d of them from their last checkpoint",
-            as_typed(folder),
-            len(states) - len(jobs),
-            len(states),
-            len(jobs),
-            resumed,
-        )
+        done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
+        print(f"{as_typed(folder)}: {done} of {len(states)} runs are done; ", end="")
+        print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         if jobs:
             launch(jobs, folder, hydra_words, sweep=sweep)
         tell(folder)

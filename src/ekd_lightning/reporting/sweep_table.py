@@ -85,7 +85,7 @@ def _runs(rows: Sequence[SweepRow], keys: Sequence[str], *, mark: bool, left_out
         table.add_row(
             row.name,
             *(row.varied.get(key, "–") for key in keys),
-            Text(f"{_BEST} " if is_best else "", "yellow") + Text(_percent(row.accuracy)),
+            _marked(_percent(row.accuracy), is_best),
             _percent(row.result.get("val_accuracy")),
             _number(row.result.get("train_seconds")),
             Text(row.state, _STYLES.get(row.state, "")),
@@ -107,7 +107,7 @@ def _means(groups: Mapping[tuple[str, ...], Sequence[SweepRow]], keys: Sequence[
         known = [float(value) for value in seconds if value is not None]
         table.add_row(
             *values,
-            Text(f"{_BEST} " if is_best else "", "yellow") + Text(percent(cell)),
+            _marked(percent(cell), is_best),
             str(cell.n),
             _number(summarise(known).mean if known else None),
             style="bold" if is_best else "",
@@ -122,6 +122,10 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], caption: str |
     for name in right:
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     return table
+
+
+def _marked(text: str, is_best: bool) -> Text:
+    return Text.assemble((f"{_BEST} ", "yellow"), text) if is_best else Text(text)
 
 
 def _percent(value: float | None) -> str:
