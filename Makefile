@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# Whole files in parallel, one thread each: two busy torch processes of several threads stall each other.
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help run run-cifar10 data test test-all lint format type check notebooks results bench wheel wandb-sync clean
@@ -23,10 +25,10 @@ test: $(READY) ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(TESTS)
 
 test-all: $(READY) ## the slow tests, too
-	$(BIN)/pytest -m "slow or not slow"
+	$(TESTS) -m "slow or not slow"
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
