@@ -183,3 +183,18 @@ def test_text_can_be_read_in_both_themes(theme):
     assert (
         min(contrast(colours["edge"], ground) for ground in grounds[:2]) >= 3
     )  # borders of what can be pressed
+
+
+def test_verdicts_are_those_of_the_answer(text, rich_report):
+    table = re.search(r"<table id='verdicts'>.*?</table>", text, re.DOTALL).group(0)
+    marks = {
+        "ahead": "▲ ahead",
+        "behind": "▼ behind",
+        "undecided": "≈ undecided",
+        "not_enough": "not enough runs",
+    }
+    for verdict, mark in marks.items():
+        findings = [f for told in rich_report.answers for f in told.findings if f.verdict == verdict]
+        assert table.count(mark) == len(findings)
+    shown = {f.other.label for told in rich_report.answers for f in told.findings}
+    assert set(re.findall(r"class='sub'>(.*?), n = \d", table)) == shown

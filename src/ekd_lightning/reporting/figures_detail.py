@@ -189,7 +189,8 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
 def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """CKA of branches with each other and with the teachers; a figure per block."""
     for block in report.blocks:
-        groups = [group for group in done(block) if _matrix(group, "test_branch_cka") is not None]
+        branched = [group for group in done(block) if (group.num_branches or 1) > 1]
+        groups = [group for group in branched if _matrix(group, "test_branch_cka") is not None]
         if not groups:
             continue
         shown = _best(groups, report.references(block), _MOST_PANELS // 2)

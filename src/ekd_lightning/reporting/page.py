@@ -13,8 +13,8 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting import palette
-from ekd_lightning.reporting.answer import Answer
-from ekd_lightning.reporting.page_data import page_data, short_paths
+from ekd_lightning.reporting.page_answer import alarm, answers
+from ekd_lightning.reporting.page_data import page_data
 from ekd_lightning.reporting.report import Report
 
 _SCRIPTS = (
@@ -31,8 +31,6 @@ _SCRIPTS = (
     "charts_closer.js",
     "page.js",
 )
-_OPEN = 4
-"""Answers that are shown at once; further blocks are folded."""
 _NOTES = """\
 <ul>
 <li>One row is one setting: runs that differ in their seed alone. n is the number of runs that are done; failed,
@@ -76,8 +74,8 @@ def page(report: Report) -> str:
         subtitle=escape(_subtitle(report)),
         css=_asset("page.css"),
         theme_js=_asset("theme.js"),
-        answer=_answers(report),
-        alarm=_alarm(report),
+        answer=answers(report),
+        alarm=alarm(report),
         notes=_NOTES,
         footer=_footer(),
         payload=script_json(data.payload),
@@ -133,48 +131,6 @@ def _subtitle(report: Report) -> str:
     told = ", ".join(f"{count:,} {state}" for state, count in states.items() if count)
     settings = sum(1 for group in report.groups if group.n)
     return f"{len(report.collection.runs):,} runs ({told}), {settings:,} settings with results"
-
-
-def _answers(report: Report) -> str:
-    answers = report.answers
-    if not answers:
-        return f"<p class='lead'>{escape(report.lead)}</p>"
-    shown = [_answer(answer, titled=len(answers) > 1) for answer in answers]
-    lead = f"<p class='lead'>{escape(report.lead)}</p>" if len(answers) > 1 else ""
-    folded = shown[_OPEN:]
-    more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
-    return lead + "".join(shown[:_OPEN]) + more
-
-
-def _answer(answer: Answer, *, titled: bool) -> str:
-    """One block; of several, only what leads is unfolded."""
-    title = answer.block.title
-    head = "" if answer.headline.startswith(title) else f"<h3>{escape(title)}</h3>"
-    findings = "".join(f"<li>{escape(finding.sentence)}</li>" for finding in answer.findings)
-    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in answer.remarks)
-    size = "strong" if titled else "lead"
-    folded = "" if titled else " open"
-    parts = [
-        f"<details{folded}><summary>{name}</summary><ul>{items}</ul></details>"
-        for name, items in (("Comparisons", findings), ("Cost, choices and caveats", remarks))
-        if items
-    ]
-    return f"{head}<p class='{size}'>{escape(answer.headline)}</p>{''.join(parts)}"
-
-
-def _alarm(report: Report) -> str:
-    """What a reader has to know before the numbers: failed runs, and files that were left out."""
-    failed = report.collection.count("failed")
-    told = []
-    if failed:
-        runs = "1 run" if failed == 1 else f"{failed:,} runs"
-        told.append(f"<p><strong>{runs} failed</strong>: <a href='#runs' id='to-failed'>see why</a>.</p>")
-    alarm = f"<div class='alarm'>{''.join(told)}</div>" if told else ""
-    notes = "".join(f"<li>{escape(short_paths(note))}</li>" for note in report.notes)
-    folded = " open" if len(report.notes) <= _OPEN else ""
-    count = len(report.notes)
-    more = f"<details{folded}><summary>Notes on the runs ({count})</summary><ul>{notes}</ul></details>"
-    return alarm + (f"<div class='notes'>{more}</div>" if notes else "")
 
 
 def _footer() -> str:

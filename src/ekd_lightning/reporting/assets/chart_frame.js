@@ -1,5 +1,6 @@
 // What all charts share: colours, layout, the frame around a chart, and when it is drawn.
 
+const LINE = 19; // height of a line of a legend
 const PAPER = 640; // width of a chart on A4, in CSS pixels
 let printing = false;
 const MOST_LINES = 8; // more cannot be told apart
@@ -70,7 +71,7 @@ function layout(x, y, more = {}) {
       font: { color: style("--ink") },
       align: "left",
     },
-    legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 11 } },
+    legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: { size: 11 } },
     transition: { duration: 0 },
     xaxis: x,
     yaxis: y,
@@ -137,14 +138,14 @@ function bandTraces(name, points, look, kind = "percent", hover = (point) => Str
   return traces;
 }
 
-/** What a legend below a chart needs beyond the two lines that every chart has room for. */
-function legendHeight(traces, width) {
+/** Lines of a legend below a chart. */
+function legendLines(traces, width) {
   const names = traces
     .filter((trace) => trace.name && trace.showlegend !== false)
     .map((trace) => trace.name.length);
   if (names.length < 2) return 0;
   const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
-  return 19 * Math.max(0, Math.ceil(names.length / beside) - 2);
+  return Math.ceil(names.length / beside);
 }
 
 /** Error bars, but none where there is no interval. */
@@ -196,8 +197,11 @@ class ChartFrame {
   }
 
   height() {
-    const { traces, layout: form } = this.built;
-    return form.height + legendHeight(traces, printing ? PAPER : this.plot.clientWidth);
+    return this.built.layout.height + LINE * Math.max(0, this.lines() - 2);
+  }
+
+  lines() {
+    return legendLines(this.built.traces, printing ? PAPER : this.plot.clientWidth);
   }
 
   draw() {
@@ -211,12 +215,9 @@ class ChartFrame {
       toImageButtonOptions: { format: "svg", filename: `ekd-${this.chart.id}` },
     };
     const size = printing ? { width: PAPER, autosize: false } : { autosize: true };
-    window.Plotly.react(
-      this.plot,
-      this.built.traces,
-      { ...this.built.layout, ...size, height: this.height() },
-      options,
-    );
+    const { layout: form, traces } = this.built;
+    const margin = { ...form.margin, b: form.margin.b + LINE * this.lines() };
+    window.Plotly.react(this.plot, traces, { ...form, ...size, margin, height: this.height() }, options);
     this.plot.firstElementChild?.setAttribute("aria-hidden", "true"); // its values are in the table below it
   }
 

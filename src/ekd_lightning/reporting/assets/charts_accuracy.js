@@ -34,7 +34,7 @@ function byFraction({ groups, look }) {
         .map((one) => ({ x: 100 * one.fraction, figure: accuracy(one) })),
       look(own[0]),
       "percent",
-      (point) => `${Number(point.x.toPrecision(6))} % of the images`,
+      (point) => `${Number(point.x.toPrecision(4))} % of the images`,
     ),
   );
   return {
@@ -43,7 +43,7 @@ function byFraction({ groups, look }) {
       axis("training images, %", {
         type: "log",
         tickvals: ticks.map((f) => 100 * f),
-        ticktext: ticks.map((f) => String(Number((100 * f).toPrecision(6)))),
+        ticktext: ticks.map((f) => String(Number((100 * f).toPrecision(4)))),
       }),
       accuracyAxis(kept.flatMap(([, own]) => own.map(accuracy))),
     ),

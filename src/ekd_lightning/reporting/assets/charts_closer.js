@@ -108,10 +108,11 @@ function ownFrames(row) {
 
 function similarity({ row }) {
   const panels = [
-    { values: row?.cka?.branch, name: "branch" },
+    { values: row?.branches > 1 ? row.cka?.branch : null, name: "branch" },
     { values: row?.cka?.teacher, name: "teacher" },
   ].filter(({ values }) => values);
-  if (!panels.length) return { missing: "similarity of features (the chosen setting has no CKA on record)" };
+  if (!panels.length || !(row.branches > 1))
+    return { missing: "similarity of features (the chosen setting has one branch, or no CKA on record)" };
   const two = panels.length > 1;
   const shapes = two ? ownFrames(row) : [];
   const beside = two

@@ -113,10 +113,10 @@ function byCost({ block, look, row, cost }) {
   besideEachOther(points);
   const traces = [
     frontTrace(points),
-    ...points.map((p) => settingTrace(p, look(p.group), points.length <= 2 * MOST_LINES)),
+    ...points.map((p, at) => settingTrace(p, look(p.group), at < 2 * MOST_LINES)),
   ];
   const prefixes = prefixPoints(row, field);
-  const exits = field === "macs" ? row?.exits || [] : [];
+  const exits = field === "macs" ? (row?.branches > 1 && row.exits) || [] : [];
   if (prefixes.length > 1) traces.push(prefixTrace(row, prefixes, look(row).colour));
   if (exits.length > 1) traces.push(exitTrace(row, exits, look(row).colour));
   const head = field === "macs" ? "multiply-accumulates of an image, millions" : "parameters, millions";
@@ -127,6 +127,7 @@ function byCost({ block, look, row, cost }) {
     caption:
       `Mean with 95 % interval, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. ` +
       "Settings of the same cost stand beside each other." +
+      (points.length > 2 * MOST_LINES ? " Those without a name in the legend tell it on hovering." : "") +
       (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),
     table: {
       head: [`Setting (${field === "macs" ? "M MACs" : "M parameters"})`, "Accuracy %", "95 % interval", "n"],
