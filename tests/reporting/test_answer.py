@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import collection, entry, result, study
+from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
 from ekd_lightning.reporting import answer_words
@@ -232,6 +232,65 @@ def test_accuracy_over_branches_and_teachers():
     assert any(
         remark.startswith("Number of teachers: M = 1: 76.13 % (n = 3), M = 2: ") for remark in found.remarks
     )
+
+
+def test_the_best_number_is_picked_by_its_result_so_p_is_corrected_for_every_pair():
+    values = {1: (0.701, 0.712, 0.721), 2: (0.696, 0.713, 0.721), 3: (0.704, 0.718, 0.727)}
+    runs = [
+        entry(result("ekd", s, v, K=K, val_accuracy=0.5), f"{K}{s}")
+        for K, row in values.items()
+        for s, v in enumerate(row)
+    ]
+    p = [stats.ttest_rel(values[a], values[b]).pvalue for a, b in ((1, 3), (2, 3), (1, 2))]
+    assert max(holm(p[:2])) < LEVEL < min(holm(p)[:2])
+    (over_k,) = [remark for remark in told(*runs).remarks if remark.startswith("Number of branches")]
+    assert over_k.endswith("highest is K = 3, K = 1 and K = 2 cannot be told apart from it.")
+
+
+def test_a_number_of_teachers_that_several_settings_have_says_nothing():
+    runs = study({"ekd": EKD}, val_accuracy=0.9)
+    for m in range(2):
+        runs += study({"ekd": (0.5, 0.52, 0.51)}, M=1, teachers=TEACHERS[m : m + 1])
+    assert not [remark for remark in told(*runs).remarks if remark.startswith("Number of teachers")]
+    assert [remark for remark in told(*runs[:6]).remarks if remark.startswith("Number of teachers")]
+
+
+def test_another_with_a_single_run_is_not_passed_over_in_silence():
+    found = told(
+        *study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.95, K=1), "lucky")
+    )
+    best = of(found, "best")
+    assert best.sentence.startswith("EKD beats kd_mean (the only other with enough runs at no more cost) by ")
+    assert found.headline.endswith(
+        " dkd (95.00 %) has a higher test accuracy than the best other method that was compared, but not enough runs."
+    )
+    below = told(
+        *study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.3, K=1), "poor")
+    )
+    assert "dkd" not in below.headline
+
+
+def test_how_ekd_was_chosen_is_told_as_it_was():
+    lucky = entry(result("ekd", 0, 0.99, K=2), "lucky")
+    (chosen,) = [remark for remark in told(*study({"ekd": EKD}), lucky).remarks if "is spoken of" in remark]
+    assert "it has the highest validation accuracy of those with several runs." in chosen
+    silent = [*study({"ekd": EKD}, val_accuracy=None), *study({"ekd": EKD}, val_accuracy=None, K=2)]
+    (chosen,) = [remark for remark in told(*silent).remarks if "is spoken of" in remark]
+    assert "validation accuracies are not recorded" in chosen
+    assert "highest" not in chosen
+
+
+def test_chance_is_measured_with_the_same_settings():
+    runs = [entry(result("ekd", s, v), f"e{s}") for s, v in enumerate(EKD)]
+    for lr, drop in ((9.0, 0.4), (0.1, 0.0)):
+        runs += [
+            entry(result("ekd_permuted", s, v - drop), f"{lr}-{s}", recipe__lr=lr) for s, v in enumerate(EKD)
+        ]
+    (chance,) = [remark for remark in told(*runs).remarks if "size of chance" in remark]
+    assert "(ekd_permuted, lr=0.1)" in chance
+    assert not [
+        remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=9" in remark
+    ]
 
 
 def test_costs_are_told_against_the_plain_student():

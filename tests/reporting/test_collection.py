@@ -169,3 +169,11 @@ def test_nothing_to_report_on_is_refused_by_name(tmp_path):
         UserError, match=r"^no runs: a/result.json: not a result of this package .* \(and 1 more\)$"
     ):
         collect([tmp_path])
+
+
+def test_a_number_that_is_none_is_read_as_null(tmp_path):
+    made = result("ekd") | {"test_nll": float("nan"), "test_branch_accuracy": [0.5, float("inf")]}
+    write_run(tmp_path / "a", made)
+    (run,) = collect([tmp_path]).runs
+    assert run.get("test_nll") is None
+    assert run.get("test_branch_accuracy") == [0.5, None]

@@ -11,7 +11,7 @@ from made_runs import result, write_run
 from PIL import Image
 
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting import figures, figures_accuracy, palette
+from ekd_lightning.reporting import figures, figures_accuracy, figures_detail, palette
 from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.report import make_report
@@ -163,3 +163,25 @@ def test_colours_are_told_apart_with_and_without_red_or_green_cones(colours, kin
     seen = oklab(linear @ np.transpose(BLINDNESS[kind_of_vision]))
     away = np.linalg.norm(seen[:, None] - seen[None], axis=-1)[np.triu_indices(len(seen), 1)]
     assert away.min() > 0.06
+
+
+def test_curves_of_differently_corrupted_images_are_in_figures_of_their_own(tmp_path):
+    for method, source in (("ekd", "official"), ("kd_mean", "regenerated"), ("ce", "official")):
+        curves = {
+            f"corruption_{what}_by_severity": [0.5, 0.4, 0.3, 0.2, 0.1] for what in ("accuracy", "nll", "ece")
+        }
+        write_run(
+            tmp_path / method, result(method, corruption_source=source, corruption_images=2000, **curves)
+        )
+    report = make_report(collect([tmp_path]))
+    looks = fs.Looks([group.label for group in report.groups])
+    with fs.style():
+        drawn = list(figures_detail.corruption_curves(report, looks))
+    found = {
+        one.caption.split(", ")[2]: {
+            text.get_text() for legend in one.figure.legends for text in legend.texts
+        }
+        for one in drawn
+    }
+    assert found == {"official corruptions": {"ce", "ekd"}, "regenerated corruptions": {"kd_mean"}}
+    assert len({one.name for one in drawn}) == 2

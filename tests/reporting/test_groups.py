@@ -14,6 +14,7 @@ from scipy import stats
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.comparison import holm
 from ekd_lightning.reporting.groups import differences, group
+from ekd_lightning.reporting.report import make_report
 
 METHODS = ("ce", "kd_mean", "ekd")
 WAYS = st.fixed_dictionaries(
@@ -283,3 +284,36 @@ def test_differences_are_paired_by_seed_and_corrected_over_the_block():
     assert (found["ekd"].cell.mean, found["ekd"].half) == pytest.approx((difference.mean(), half))
     with pytest.raises(ValueError, match="no group 'nobody'"):
         differences(block.groups, "nobody")
+
+
+def measured(seed, source, value, **more):
+    made = result("ekd", seed, 0.7 + seed / 100, corruption_source=source, corruption_mce=value, **more)
+    return entry({**made, "corruption_accuracy_by_severity": [1 - value] * 5}, f"{source}{seed}")
+
+
+def test_figures_that_were_measured_in_different_ways_have_no_mean():
+    (mixed,) = group(collection(measured(0, "official", 0.3), measured(1, "regenerated", 0.5)))
+    assert mixed.values("corruption_mce") is None
+    assert mixed.by_seed("corruption_accuracy_by_severity", 0) == {}
+    assert mixed.accuracy.n == 2
+    (same,) = group(collection(measured(0, "official", 0.3), measured(1, "official", 0.5)))
+    assert same.values("corruption_mce").mean == pytest.approx(0.4)
+    left = [measured(s, "official", 0.3, corruption_left_out=["snow"] * s) for s in range(2)]
+    assert group(collection(*left))[0].values("corruption_mce") is None
+    unknown = [measured(0, "official", 0.3), measured(1, "official", 0.5, corruption_images=10_000)]
+    assert group(collection(*unknown))[0].values("corruption_mce").n == 2
+    machines = [
+        entry(result("ekd", s, 0.7, latency_ms_batch1=1.0 + s, efficiency_threads=1 + s), f"{s}")
+        for s in range(2)
+    ]
+    assert group(collection(*machines))[0].values("latency_ms_batch1") is None
+
+
+def test_a_note_tells_what_was_measured_in_different_ways():
+    other = {**measured(0, "regenerated", 0.5).result, "method": "ce"}
+    told = make_report(collection(measured(0, "official", 0.3), entry(other, "ce"))).notes
+    assert [
+        note for note in told if "(corruption source regenerated, official) and are not comparable" in note
+    ]
+    alike = make_report(collection(measured(0, "official", 0.3), measured(1, "official", 0.3))).notes
+    assert not [note for note in alike if "different ways" in note]

@@ -76,11 +76,11 @@ def answer(block: Block) -> Answer:
         return Answer(block, None, answer_words.headline(block.title, None, {}))
     controls = {role: other for role, pick in _CONTROLS.items() if (other := pick(block, subject))}
     findings = _findings(subject, controls)
-    best = _against_best(block, subject)
+    best, above = _against_best(block, subject)
     if best is not None:
         findings.append(best)
     verdicts = {v: [f.role for f in findings if f.verdict == v] for v in VERDICTS}
-    headline = answer_words.headline(block.title, subject, verdicts)
+    headline = answer_words.headline(block.title, subject, verdicts, above)
     remarks = answer_remarks.remarks(block, subject, controls, [f.difference for f in findings])
     return Answer(block, subject, headline, tuple(findings), tuple(remarks))
 
@@ -192,8 +192,12 @@ def _findings(subject: Group, controls: dict[str, Group]) -> list[Finding]:
     ]
 
 
-def _against_best(block: Block, subject: Group) -> Finding | None:
-    """Against the highest test accuracy of the others; its p value is corrected for having been picked."""
+def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Group]]:
+    """Against the highest test accuracy of the others; its p value is corrected for having been picked.
+
+    Returns:
+        The comparison, and the others that have not enough runs to be compared, but a higher test accuracy.
+    """
     cost = _macs(subject)
     others = {
         group.label: group
@@ -203,12 +207,16 @@ def _against_best(block: Block, subject: Group) -> Finding | None:
         and (not cost or (_macs(group) or 0.0) <= cost * (1 + SAME_COST))
     }
     if not others:
-        return None
+        return None, []
     found = _minus(others, subject)
     tested = [label for label, difference in found.items() if difference.half is not None]
-    best = max((others[label] for label in tested or others), key=lambda group: _mean(group, _ACCURACY))
-    called = answer_words.best_of(best, len(others))
-    return _finding("best", best, subject, found.get(best.label), called, len(tested))
+    picked = tested or list(others)
+    best = max((others[label] for label in picked), key=lambda group: _mean(group, _ACCURACY))
+    above = [
+        g for g in others.values() if g.label not in picked and _mean(g, _ACCURACY) > _mean(best, _ACCURACY)
+    ]
+    called = answer_words.best_of(best, len(picked), left=len(others) - len(picked))
+    return _finding("best", best, subject, found.get(best.label), called, len(tested)), above
 
 
 def _minus(others: dict[str, Group], subject: Group) -> dict[str, Difference]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 from ekd_lightning.reporting import answer_words
 from ekd_lightning.reporting.answer_words import listed, plural, share
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference, paired_by_seed
+from ekd_lightning.reporting.comparison import Difference, corrected, paired, paired_by_seed
 from ekd_lightning.reporting.groups import FEW, Group
+from ekd_lightning.reporting.setups import describe
 
 _TOLD = 0.05
 
@@ -29,7 +32,7 @@ def remarks(
         for group in block.groups
         if group.method == "ekd" and group.n and group.student == subject.student
     ]
-    found = [answer_words.chosen(subject, len(siblings))] if len(siblings) > 1 else []
+    found = [answer_words.chosen(subject, siblings)] if len(siblings) > 1 else []
     found += [_trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), _disagreement(subject, controls)]
     found += [_margin(subject, controls), _chance(block, subject)]
@@ -47,18 +50,35 @@ def remarks(
 def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     """Accuracy over K at the subject's M, or over M at its K; only where nothing else varies."""
     number, fixed = ("num_branches", "num_teachers") if letter == "K" else ("num_teachers", "num_branches")
-    own: dict[int, Group] = {}
-    for group in [*siblings, subject]:
+    alike: dict[int, list[Group]] = defaultdict(list)
+    for group in siblings:
         if getattr(group, fixed) == getattr(subject, fixed) and _alike(group, subject, letter):
-            own[getattr(group, number)] = group
+            alike[getattr(group, number)].append(group)
+    alike[getattr(subject, number)] = [subject]
+    own = {
+        count: groups[0] for count, groups in alike.items() if len(groups) == 1
+    }  # else which teachers decides
     cells = {count: group.accuracy for count, group in own.items() if group.accuracy is not None}
     if len(cells) < 2:
         return ""
     best = max(cells, key=lambda count: cells[count].mean)
-    values = {str(count): group.by_seed("test_accuracy") for count, group in own.items()}
-    found = paired_by_seed(values, str(best))
-    apart = {count: _apart(found.get(str(count))) for count in cells if count != best}
+    found = _every_pair({count: group.by_seed("test_accuracy") for count, group in own.items()})
+    apart = {count: _apart(found.get(_pair(count, best))) for count in cells if count != best}
     return answer_words.trend(letter, cells, best, apart)
+
+
+def _every_pair(values: Mapping[int, Mapping[int, float]]) -> dict[str, Difference]:
+    """Each against each, corrected for all of them: the best is picked by its result, so any pair may be the one."""
+    found = {}
+    for one, other in combinations(sorted(values), 2):
+        common = sorted(values[one].keys() & values[other].keys())
+        if common:
+            found[_pair(one, other)] = paired([values[one][seed] - values[other][seed] for seed in common])
+    return corrected(found)
+
+
+def _pair(one: int, other: int) -> str:
+    return f"{min(one, other)}-{max(one, other)}"
 
 
 def _alike(group: Group, subject: Group, letter: str) -> bool:
@@ -159,6 +179,7 @@ def _chance(block: Block, subject: Group) -> str:
         and group.n
         and (group.student, group.num_branches, group.taught_by)
         == (subject.student, subject.num_branches, subject.taught_by)
+        and _same_settings(group, subject)
     ]
     if not shifted:
         return ""
@@ -172,6 +193,13 @@ def _chance(block: Block, subject: Group) -> str:
         f"nothing, EKD differs by {answer_words.points(found.cell.mean)}{spread} points "
         f"(n = {plural(found.cell.n, 'pair')} of runs)."
     )
+
+
+def _same_settings(group: Group, subject: Group) -> bool:
+    """Whether what sets either apart from others of its method is the same in both."""
+    ours, theirs = (describe(one.done[0]) for one in (subject, group))
+    names = {*group.varied, *subject.varied} - {"assignment"}
+    return all(ours.get(name) == theirs.get(name) for name in names)
 
 
 def _not_done(block: Block) -> str:

@@ -112,13 +112,16 @@ def _though(difference: Difference) -> str:
     return "; the interval alone leaves 0 out, which one in 20 does by chance" if outside else ""
 
 
-def headline(where: str, subject: Group | None, verdicts: Mapping[str, Sequence[str]]) -> str:
+def headline(
+    where: str, subject: Group | None, verdicts: Mapping[str, Sequence[str]], above: Sequence[Group] = ()
+) -> str:
     """The sentence to lead with.
 
     Args:
         where: Title of the block.
         subject: The group of EKD; None if none is done.
         verdicts: Verdict -> roles of the others.
+        above: Others that are more accurate than the best that was compared, but have not enough runs.
     """
     if subject is None or subject.accuracy is None:
         return f"{where}: no run of {SUBJECT} is done, so nothing can be said of it."
@@ -142,7 +145,15 @@ def headline(where: str, subject: Group | None, verdicts: Mapping[str, Sequence[
     rest = (
         f" Not enough runs to compare it with {listed([ROLES[role] for role in missing])}." if missing else ""
     )
-    return f"{start}. It {'; it '.join(told)}.{rest}"
+    return f"{start}. It {'; it '.join(told)}.{rest}{_above(above)}"
+
+
+def _above(groups: Sequence[Group]) -> str:
+    if not groups:
+        return ""
+    names = listed([f"{g.label} ({share(g.accuracy.mean)} %)" for g in groups if g.accuracy is not None])
+    has = "has" if len(groups) == 1 else "have"
+    return f" {names} {has} a higher test accuracy than the best other method that was compared, but not enough runs."
 
 
 def lead(counts: Mapping[str, Mapping[str, int]], blocks: int) -> str:
@@ -170,10 +181,16 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
-def best_of(other: Group, count: int) -> str:
-    """What the best other method is called."""
+def best_of(other: Group, count: int, left: int = 0) -> str:
+    """What the best other method is called.
+
+    Args:
+        other: Its group.
+        count: From how many it was picked.
+        left: How many more there are, which have not enough runs.
+    """
     among = f"the best of {count} others" if count > 1 else "the only other"
-    return f"{other.label} ({among} at no more cost)"
+    return f"{other.label} ({among}{' with enough runs' if left else ''} at no more cost)"
 
 
 def no_equal_cost() -> str:
@@ -184,12 +201,18 @@ def no_equal_cost() -> str:
     )
 
 
-def chosen(subject: Group, count: int) -> str:
-    """How the group of EKD was chosen from several."""
-    return (
-        f"Of {count} settings of {SUBJECT} with this student, {subject.label} is spoken of: it has the highest "
-        "validation accuracy. The test set had no part in the choice."
-    )
+def chosen(subject: Group, siblings: Sequence[Group]) -> str:
+    """How the group of EKD was chosen from several.
+
+    Args:
+        subject: The group.
+        siblings: All that it was chosen from, itself among them.
+    """
+    start = f"Of {len(siblings)} settings of {SUBJECT} with this student, {subject.label} is spoken of: it "
+    if subject.values("val_accuracy") is None:
+        return f"{start}comes first; validation accuracies are not recorded. The test set had no part in the choice."
+    among = " of those with several runs" if any(g.n == 1 for g in siblings) and subject.n > 1 else ""
+    return f"{start}has the highest validation accuracy{among}. The test set had no part in the choice."
 
 
 def trend(letter: str, accuracies: Mapping[int, Cell], best: int, apart: Mapping[int, bool | None]) -> str:

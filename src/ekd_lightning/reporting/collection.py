@@ -244,7 +244,7 @@ def check_result(result: Mapping[str, Any]) -> None:
 def _json(path: Path) -> dict[str, Any] | None:
     """Content of a JSON object; None without the file."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # NaN: as runs write it, null
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -150,7 +150,7 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
         axes.scatter(xs, ys, s=[4 + 50 * b.share for b in bins], color=colour, marker=marker, zorder=3)
         error = field(group, key)
         told += [f"{error.mean:.3f}"] if error else []
-    axes.set_title(group.label)
+    fs.title(axes, group.label)
     axes.text(
         0.97, 0.04, "ECE " + " → ".join(told), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY
     )
@@ -165,25 +165,40 @@ _UNDER_SHIFT = (
 
 
 def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
-    """Accuracy, NLL and ECE by severity of corruption, each a mean over corruptions; a figure per block."""
+    """Accuracy, NLL and ECE by severity of corruption, each a mean over corruptions.
+
+    A figure per block, and one for each way in which its corrupted images were made.
+    """
     for block in report.blocks:
-        groups = [group for group in done(block) if severities(group)]
-        if not groups:
-            continue
-        shown = _best(groups, report.references(block), 8)
-        figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
-        for panel, (key, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
-            for group in shown:
-                values = [*filter(None, [field(group, clean)]), *severities(group, key)]
-                xs = list(range(6 - len(values), 6))
-                fs.points(panel, xs, values, looks(group.label), group.label, scale)
-            panel.set(xlabel="severity (0: clean)", ylabel=title)
-        fs.key(figure, axes)
-        sources = sorted({str(group.only("corruption_source")) for group in shown})
-        told = fs.band_text([severities(group)[0] for group in shown])
-        caption = f"{block.title}, {' and '.join(sources)} corruptions. {told}{_rest(groups, shown)}"
-        fs.note(figure, caption)
-        yield Drawn(file_name("corruptions", block.key), figure, caption)
+        alike: dict[str, list[Group]] = {}
+        for group in done(block):
+            if severities(group):
+                alike.setdefault(_corrupted(group), []).append(group)
+        for number, (told, groups) in enumerate(alike.items()):
+            shown = _best(groups, report.references(block), 8)
+            figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
+            for panel, (key, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
+                for group in shown:
+                    values = [*filter(None, [field(group, clean)]), *severities(group, key)]
+                    xs = list(range(6 - len(values), 6))
+                    fs.points(panel, xs, values, looks(group.label), group.label, scale)
+                panel.set(xlabel="severity (0: clean)", ylabel=title)
+            fs.key(figure, axes)
+            band = fs.band_text([severities(group)[0] for group in shown])
+            caption = f"{block.title}, {told}. {band}{_rest(groups, shown)}"
+            fs.note(figure, caption)
+            suffix = f"-way{number + 1}" if number else ""
+            yield Drawn(file_name("corruptions", block.key) + suffix, figure, caption)
+
+
+def _corrupted(group: Group) -> str:
+    """How the corrupted images of a group were made, in words; what is compared shares it."""
+    source, images = group.only("corruption_source"), group.only("corruption_images")
+    left = group.only("corruption_left_out") or []
+    told = [f"{source or 'unknown'} corruptions"]
+    told += [f"{images:,} images"] if images else []
+    told += [f"without {', '.join(left)}"] if left else []
+    return ", ".join(told)
 
 
 def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
@@ -193,7 +208,7 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         groups = [group for group in branched if _matrix(group, "test_branch_cka") is not None]
         if not groups:
             continue
-        shown = _best(groups, report.references(block), _MOST_PANELS // 2)
+        shown = _heterogeneous(groups) or _best(groups, report.references(block), _MOST_PANELS // 2)
         figure, axes = fs.panels(2 * len(shown), most=2, height=2.1)
         for position, group in enumerate(shown):
             _matrix_panel(axes[2 * position], group, "test_branch_cka", "branch")
@@ -205,6 +220,13 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         )
         fs.note(figure, caption)
         yield Drawn(file_name("similarity", block.key), figure, caption)
+
+
+def _heterogeneous(groups: Sequence[Group]) -> list[Group]:
+    """EKD and the controls of what its branches learn from their teachers; the most accurate group of each."""
+    methods = ("ekd", "ekd_permuted", "ekd_mean")
+    best = {group.method: group for group in sorted(groups, key=lambda group: accuracy(group).mean)}
+    return [best[method] for method in methods if method in best]
 
 
 def _matrix(group: Group, key: str) -> run_files.Array | None:
@@ -227,7 +249,7 @@ def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
                 axes.add_patch(_frame(teacher, branch))
     axes.set_xticks(range(columns), [f"{name} {c + 1}" for c in range(columns)])
     axes.set_yticks(range(rows), [f"branch {r + 1}" for r in range(rows)])
-    axes.set_title(group.label)
+    fs.title(axes, group.label)
 
 
 def _frame(column: int, row: int) -> Rectangle:

@@ -22,6 +22,19 @@ from ekd_lightning.reporting.tables import Cell, half_width, summarise
 
 FEW = 5
 """Below this many runs an interval is shown with a warning."""
+MEASURED = {
+    "figures on corrupted images": (
+        ("corruption_",),
+        ("corruption_source", "corruption_images", "corruption_left_out"),
+    ),
+    "sharpness": (("sharpness_",), ("sharpness_images",)),
+    "latency, throughput and memory": (
+        ("latency_", "throughput_", "memory_"),
+        ("efficiency_device", "efficiency_threads"),
+    ),
+}
+"""What later evaluations measure -> how its fields begin, and the fields that tell how it was measured. Runs that
+disagree in one of these have no common mean."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +91,19 @@ class Group:
         return self.values("test_accuracy")
 
     def by_seed(self, key: str, *index: int | str) -> dict[int, float]:
-        """A figure of each run that has it, by seed.
+        """A figure of each run that has it, by seed; empty where the runs measured it in different ways.
 
         Args:
             key: Field of the results.
             index: Where in it, if it is a list or a mapping: `by_seed("test_branch_cka", 0, 1)`,
                 `by_seed("corruption_accuracy", "fog", 4)`.
         """
-        found = {}
-        for run in self.done:
-            value = _at(run.result or {}, (key, *index))
-            if value is not None:
-                found[int(run.get("seed"))] = value
-        return found
+        values = [(run, _at(run.result or {}, (key, *index))) for run in self.done]
+        found = [(run, value) for run, value in values if value is not None]
+        for starts, ways in MEASURED.values():
+            if key.startswith(starts) and disagreements([run for run, _ in found], ways):
+                return {}
+        return {int(run.get("seed")): value for run, value in found}
 
     def values(self, key: str, *index: int | str) -> Cell | None:
         """Mean, sample standard deviation and n of a figure over the runs that have it; None if none has."""
@@ -127,6 +140,20 @@ class Group:
             if value is not None and value not in found:
                 found.append(value)
         return found
+
+
+def disagreements(runs: Sequence[RunEntry], keys: Sequence[str]) -> dict[str, list[Any]]:
+    """Those of some fields in which runs differ, with their values; a run that has not recorded one says nothing."""
+    found: dict[str, list[Any]] = {}
+    for key in keys:
+        values: list[Any] = []
+        for run in runs:
+            value = run.get(key)
+            if value is not None and value not in values:
+                values.append(value)
+        if len(values) > 1:
+            found[key] = values
+    return found
 
 
 def group(collection: Collection) -> list[Group]:

@@ -13,7 +13,7 @@ Both are imported when they are needed: matplotlib and plotly are optional.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ekd_lightning.errors import unknown_name
 from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
 from ekd_lightning.reporting.blocks import Block, blocks
 from ekd_lightning.reporting.collection import STATES, Collection
-from ekd_lightning.reporting.groups import Group, group
+from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
 from ekd_lightning.reporting.report_rows import difference_record, record, rows
 
 DEFAULT_TITLE = "Ensemble knowledge distillation: results"
@@ -114,6 +114,7 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
                 f"{data}{share}: runs went {len(same)} different ways and are kept apart, never averaged "
                 f"or compared across: {'; '.join(block.title for block in same)}"
             )
+    told += [note for block in found for note in _measured(block)]
     partial = [run.name for one in groups for run in one.others if run.state == "partial"]
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
@@ -127,6 +128,29 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
             f"{broken[0][0]}{more}: a part of the evaluation failed ({broken[0][1]}); its figures are missing"
         )
     return told
+
+
+def _measured(block: Block) -> list[str]:
+    """What the runs of a block measured in different ways."""
+    told = []
+    for what, (starts, ways) in MEASURED.items():
+        runs = [run for one in block.groups for run in one.done if _has(run.result or {}, starts)]
+        found = disagreements(runs, ways)
+        if found:
+            words = [f"{key.replace('_', ' ')} {', '.join(map(_words, found[key]))}" for key in found]
+            told.append(
+                f"{block.title}: {what} were measured in different ways ({'; '.join(words)}) and are not comparable "
+                "between settings; a setting whose runs differ in it has none"
+            )
+    return told
+
+
+def _has(result: Mapping[str, Any], starts: tuple[str, ...]) -> bool:
+    return any(key.startswith(starts) and value is not None for key, value in result.items())
+
+
+def _words(value: Any) -> str:
+    return (" ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def summary(report: Report) -> dict[str, Any]:
