@@ -282,14 +282,14 @@ def test_how_ekd_was_chosen_is_told_as_it_was():
 
 def test_chance_is_measured_with_the_same_settings():
     runs = [entry(result("ekd", s, v), f"e{s}") for s, v in enumerate(EKD)]
-    for lr, drop in ((9.0, 0.4), (0.1, 0.0)):
+    for lr, drop in ((0.01, 0.4), (0.1, 0.0)):
         runs += [
             entry(result("ekd_permuted", s, v - drop), f"{lr}-{s}", recipe__lr=lr) for s, v in enumerate(EKD)
         ]
     (chance,) = [remark for remark in told(*runs).remarks if "size of chance" in remark]
     assert "(ekd_permuted, lr=0.1)" in chance
     assert not [
-        remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=9" in remark
+        remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=0.01" in remark
     ]
 
 
