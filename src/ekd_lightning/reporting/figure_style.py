@@ -29,6 +29,8 @@ PANEL = 2.4
 """Inches: height of a panel."""
 _MANY = 12
 """Points of a line beyond which only some are marked."""
+_SHORT = 20
+"""Letters of a name that leaves room for another beside it."""
 _LETTERS = 17
 """Of a note, to an inch."""
 INK, GREY, PALE = "#191C20", "#505862", "#B8BDC4"
@@ -255,7 +257,13 @@ def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
 
 def legend_above(axes: Axes) -> None:
     """The legend of one panel, where it hides nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2)
+    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if longest <= _SHORT else 1)
+
+
+def title(axes: Axes, text: str, letters: int = 26) -> None:
+    """A title of one panel, in as many lines as it takes."""
+    axes.set_title(textwrap.fill(text, letters))
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
