@@ -174,6 +174,23 @@ def test_a_method_that_needs_stages_for_a_while_reads_tables_afterwards(train, t
     assert first.result["test_nll"] == second.result["test_nll"]
 
 
+def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_path, monkeypatch):
+    """An epoch finds its own rows, not those of the one before."""
+    prepared = []
+
+    def prepare_epoch(self, index, view, gather):
+        prepared.append(len(index))
+        return whole(self, index, view, gather)
+
+    whole = TabledTeachers.prepare_epoch
+    monkeypatch.setattr(TabledTeachers, "prepare_epoch", prepare_epoch)
+    late = "{weight: 1.0, feature: stage2, schedule: {linear: [[0, 0], [0.5, 0], [0.5, 1]]}}"
+    words = (f"+method.terms.feature_branch={late}", "method.terms.kd_branch.weight=1", "recipe.epochs=2")
+    run = train(tmp_path / "run", *words, "teachers.table_stages=true", f"teachers.store={tmp_path / 's'}")
+    assert run.code == 0, run.err
+    assert prepared == [128, 128]
+
+
 def test_tables_that_would_not_fit_are_refused_where_required(tiny_settings):
     small = "teachers.table_budget_gb=0.001"
     with pytest.raises(UserError, match=r"teachers\.table=require.*budget"):

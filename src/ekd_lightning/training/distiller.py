@@ -113,7 +113,7 @@ class Distiller(ImageClassificationModule):
         batches = self._batches_to_come()
         index, view = loader.rows(batches)
         source.plan(len(index) * self.recipe.epochs)
-        if isinstance(source, TabledTeachers) and self._looks_up(batches):
+        if isinstance(source, TabledTeachers) and self._looks_up(source, batches):
             source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
 
     def _batches_to_come(self) -> int:
@@ -124,10 +124,10 @@ class Distiller(ImageClassificationModule):
         left = self.trainer.max_steps - self.global_step
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
-    def _looks_up(self, batches: int) -> bool:
+    def _looks_up(self, source: TabledTeachers, batches: int) -> bool:
         """Whether some of the next batches ask the teachers for what their tables hold."""
         asked = (self.method.asks_teachers(self._progress(batch)) for batch in range(batches))
-        return any(needed and not stages for needed, stages in asked)
+        return any(needed and source.keeps_stages(stages) for needed, stages in asked)
 
     def _progress(self, ahead: int = 0) -> float:
         """Share of the training in [0, 1] that is done, `ahead` batches from now."""

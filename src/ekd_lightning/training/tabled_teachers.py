@@ -123,6 +123,10 @@ class TabledTeachers:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
         return self._tables.keeping
 
+    def keeps_stages(self, stages: Sequence[str]) -> bool:
+        """Whether answers with the outputs of these stages come from tables; without stages they always do."""
+        return not stages or (self._stages is not None and set(stages) <= set(self._stages.stages))
+
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
         stages = 0 if self._stages is None else self._stages.disk_bytes()
@@ -215,7 +219,7 @@ class TabledTeachers:
 
     def _with_stages(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
         """Outputs with stages: from their tables where these are kept, else from live teachers."""
-        if self._stages is not None and set(stages) <= set(self._stages.stages):
+        if self._stages is not None and self.keeps_stages(stages):
             kept = tuple({name: maps[name] for name in stages} for maps in self._stages(batch))
             return self(batch)._replace(stages=kept)
         self.misses += len(self._tables) * len(batch.index)
