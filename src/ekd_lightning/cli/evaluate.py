@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.cli.build import import_user_modules
 from ekd_lightning.cli.config import CONFIG_FILE, read_config
 from ekd_lightning.cli.edge import one_line
 from ekd_lightning.cli.sweep_jobs import sweep_of
@@ -40,7 +39,7 @@ PLACES = (
     "teachers.download",
     "teachers.store",
 )
-"""What may be set on opening a run beside the group `evaluation`: where things are by now."""
+"""What may be set on opening a run: where things are by now."""
 
 EXAMPLES = """\
 examples:
@@ -140,10 +139,10 @@ def is_override(word: str) -> bool:
     if not found:
         return False
     key = found[1]
-    if key not in PLACES and not key.startswith("evaluation."):
-        raise UserError(
-            f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)} and evaluation.*"
-        )
+    if key == "evaluation.parts":
+        raise UserError(f"{word}: name the parts with --parts")
+    if key not in PLACES:
+        raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
     return True
 
 
@@ -226,7 +225,6 @@ def _evaluate(
     from ekd_lightning.training.evaluate_run import evaluate_finished_run  # noqa: PLC0415
     from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
 
-    import_user_modules(list(read_config(directory).get("imports") or []))
     run = open_run(directory, overrides)
     if run.result.get("partial"):
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")

@@ -189,18 +189,11 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.cli.build import import_user_modules  # noqa: PLC0415
-    from ekd_lightning.cli.config import CONFIG_FILE, read_config  # noqa: PLC0415
-    from ekd_lightning.cli.runs import open_run, read_result  # noqa: PLC0415
+    from ekd_lightning.cli.runs import open_run  # noqa: PLC0415
     from ekd_lightning.networks import cut_branches  # noqa: PLC0415
     from ekd_lightning.training.export import choose_weights  # noqa: PLC0415
     from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
 
-    if not args.run.is_dir():
-        raise UserError(f"{args.run}: no such directory")
-    read_result(args.run)  # an unfinished run has no student, and its own message
-    if (args.run / CONFIG_FILE).is_file():
-        import_user_modules(list(read_config(args.run).get("imports") or []))
     run = open_run(args.run, args.overrides)
     student = choose_weights(args.run, run.student, options.weights)
     if options.branches is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ekd_lightning.cli.build import import_user_modules
 from ekd_lightning.cli.config import CONFIG_FILE, to_settings
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import BranchedStudent, load_student
@@ -35,23 +36,21 @@ class FinishedRun:
 
 
 def open_run(directory: Path, overrides: Sequence[str] = ()) -> FinishedRun:
-    """Reads a finished run.
+    """Reads a finished run; modules of the user's own that it imported are imported again.
 
     Args:
         directory: The run's directory.
         overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`.
 
     Raises:
-        UserError: If it is not the directory of a run, the run is not done, or a file is damaged.
+        UserError: If it is not the directory of a run, the run is not done, or a file is damaged, or a module
+            that it imported is not there.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    return FinishedRun(
-        directory,
-        _read_settings(directory, overrides),
-        read_result(directory),
-        load_student(directory / STUDENT),
-    )
+    settings, result = _read_settings(directory, overrides), read_result(directory)
+    import_user_modules(settings.imports)  # its student, data and terms may be the user's own
+    return FinishedRun(directory, settings, result, load_student(directory / STUDENT))
 
 
 def read_result(directory: Path) -> dict[str, Any]:
