@@ -7,15 +7,16 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekd_lightning.cli import local_queue
+from ekd_lightning.cli import launching, local_queue, sweep_resume
 from ekd_lightning.cli.config import register_schema
-from ekd_lightning.cli.sweep import as_typed, is_queued, lost_job, plan_jobs, stopped, tell
+from ekd_lightning.cli.sweep import as_typed, is_queued, locked, lost_job, plan_jobs, stopped, tell
 from ekd_lightning.cli.sweep_jobs import (
     JobState,
     Sweep,
@@ -349,3 +350,39 @@ def test_nobody_elses_process_is_taken_for_a_job(tmp_path):
 
 def test_a_state_without_a_result_is_empty(tmp_path):
     assert JobState(job(tmp_path, "0"), "waiting").result == {}
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available")])
+def test_a_file_system_without_locks_is_no_reason_not_to_sweep(tmp_path, monkeypatch, error):
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        pass
+    with sweep_resume._alone(tmp_path):
+        pass
+
+
+def test_a_taken_lock_is_told_apart_from_none(tmp_path):
+    with locked(tmp_path), pytest.raises(Timeout), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "first\nsecond"])
+def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, caplog, text):
+    class Silent(launching.ListSweeper):
+        def setup(self, **kwargs):
+            pass
+
+        def sweep(self, arguments):
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(launching, "ListSweeper", Silent)
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        register_schema()
+        launching.launch([], tmp_path, [])
+    (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
+    assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"

@@ -165,6 +165,22 @@ def test_a_sweep_is_not_continued_while_it_runs(stopped):
     assert "this sweep is running" in outcome.err
 
 
+def test_two_sweeps_do_not_share_a_folder(store, tmp_path):
+    from filelock import FileLock
+
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        outcome = call_train(
+            "-m", *TINY, *LONG, f"teachers.store={store}", f"hydra.sweep.dir={folder}", directory=folder
+        )
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert "another sweep is running in this folder" in line
+    assert not list(folder.rglob("status.json"))
+    assert not (folder / "sweep.json").exists()
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

@@ -117,4 +117,5 @@ def launch(
         raise KeyboardInterrupt(stopped(whole, command, queued=is_queued(config))) from None
     except Exception as error:  # a job that was killed outright; what is known of it stands in its directory
         wait_for_local_queue(folder)
-        log.error("the launcher ended early: %s: %s", type(error).__name__, str(error).splitlines()[0])
+        first = (str(error).splitlines() or ["no message"])[0]
+        log.error("the launcher ended early: %s: %s", type(error).__name__, first)

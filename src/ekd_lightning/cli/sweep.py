@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from ekd_lightning.cli.ddp import launched_by_others
+from ekd_lightning.cli.edge import EXIT_USER_ERROR
 from ekd_lightning.cli.local_queue import stop_local_queue, wait_for_local_queue
 from ekd_lightning.cli.sweep_jobs import (
     LOCK_FILE,
@@ -36,6 +39,8 @@ from ekd_lightning.cli.sweep_jobs import (
 from ekd_lightning.cli.sweep_progress import look_now, watched
 from ekd_lightning.training.record import now
 
+log = logging.getLogger(__name__)
+
 _WIDTH = 160  # where there is no terminal
 _open: list[tuple[Path, contextlib.ExitStack, bool]] = []
 """The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
@@ -49,12 +54,13 @@ class SweepSummary(Callback):
         """Plans the jobs, before the first one starts."""
         folder = Path(str(config.hydra.sweep.dir)).absolute()
         stack = contextlib.ExitStack()
-        _open.append((folder, stack, is_queued(config)))
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(
-            Timeout, OSError, NotImplementedError
-        ):  # some shared file systems have no locks
-            stack.enter_context(FileLock(folder / LOCK_FILE, timeout=0))
+        try:
+            stack.enter_context(locked(folder))
+        except Timeout:
+            if not launched_by_others():  # else the other ranks of torchrun are in the same folder
+                _refuse(folder)
+        _open.append((folder, stack, is_queued(config)))
         jobs = plan_jobs(config, folder)
         if jobs is not None:
             sweep = describe_sweep(config, folder, jobs)
@@ -64,6 +70,36 @@ class SweepSummary(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Tells of it at once where the job ran in the sweep's own process."""
         look_now()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The lock of a sweep's folder; none where the file system has no locks, as some shared ones.
+
+    Raises:
+        Timeout: If another process has it.
+    """
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError):
+        log.warning("%s: no lock on this file system, so take care that no other sweep uses it", folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse(folder: Path) -> None:
+    """Ends the program: Hydra makes warnings of a callback's errors, but lets an exit pass."""
+    print(
+        f"ekd-train: error: {as_typed(folder)}: another sweep is running in this folder; give this one its own with "
+        "hydra.sweep.dir=...",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_USER_ERROR)
 
 
 def plan_jobs(config: DictConfig, folder: Path) -> tuple[SweepJob, ...] | None:

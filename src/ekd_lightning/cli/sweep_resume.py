@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from hydra._internal.hydra import Hydra  # with which hydra.main sets itself up; there is no public name
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -16,9 +17,8 @@ from hydra.core.global_hydra import GlobalHydra
 from ekd_lightning.cli.resume import FREE
 from ekd_lightning.cli.study import is_under, key_of
 from ekd_lightning.cli.study_runs import Job
-from ekd_lightning.cli.sweep import as_typed, tell
+from ekd_lightning.cli.sweep import as_typed, locked, tell
 from ekd_lightning.cli.sweep_jobs import (
-    LOCK_FILE,
     JobState,
     Sweep,
     look,
@@ -119,12 +119,9 @@ def _configured(sweep: Sweep) -> Iterator[None]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"resume={folder}: this sweep is running") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except Timeout:
+            raise UserError(f"resume={folder}: this sweep is running") from None
         yield
-    finally:
-        lock.release()
