@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_runs import result, write_run
+from made_runs import collection, entry, result, write_run
 from rich_runs import arrays
 from scipy import stats
 
@@ -143,3 +143,12 @@ def test_prefixes_are_the_subsets_that_begin_with_the_first_branch(rich_report):
     for point in estimates.subsets(found):
         values = [s["accuracy"] for one in recorded for s in one if tuple(s["branches"]) == point.name]
         assert point.accuracy.mean == pytest.approx(np.mean(values))
+
+
+def test_a_branch_without_a_figure_leaves_its_run_out_of_the_mean_branch():
+    runs = [
+        entry(result("ekd", s, 0.7, test_branch_accuracy=row), f"{s}")
+        for s, row in enumerate(([None, 0.5], [0.4, 0.6]))
+    ]
+    found = estimates.scalars(group(collection(*runs))[0])["test_mean_branch_accuracy"]
+    assert (found.mean, found.n) == (0.5, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from made_runs import ACCURACIES, collection, entry, result, study
 from scipy import stats
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.collection import RunEntry
 from ekd_lightning.reporting.comparison import holm
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.reporting.report_tables import flatten, markdown, runs_csv, summary_json
@@ -165,3 +167,10 @@ def test_summary_table_and_answer_say_the_same():
     assert plain["difference"]["mean"] == pytest.approx(rows["ekd"]["differences"]["ce"]["mean"])
     assert block["protocol"]["steps"] == 140
     assert content["lead"] in markdown(found)
+
+
+def test_angle_brackets_of_errors_and_names_are_text():
+    failed = RunEntry(Path("/nowhere/f"), "f", "failed", error="expected <class 'int'> | None, p < 0.05")
+    text = markdown(make_report(collection(*study(), failed), "A <b>title</b>"))
+    assert "expected \\<class 'int'> \\| None, p < 0.05" in text
+    assert text.startswith("# A \\<b>title\\</b>\n")

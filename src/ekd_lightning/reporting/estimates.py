@@ -71,7 +71,7 @@ def scalars(group: Group, level: float = LEVEL) -> dict[str, Estimate]:
 
 def _mean_branch(group: Group) -> list[float]:
     rows = [run.get("test_branch_accuracy") or [] for run in group.done]
-    return [sum(row) / len(row) for row in rows if row]
+    return [sum(row) / len(row) for row in rows if row and None not in row]
 
 
 def per_item(group: Group, key: str, level: float = LEVEL) -> list[Estimate]:

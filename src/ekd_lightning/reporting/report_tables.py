@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,16 +32,16 @@ _EMPTY = "–"
 
 def markdown(report: Report) -> str:
     """The whole report as a Markdown page."""
-    parts = [f"# {report.title}\n", f"{report.lead}\n"]
+    parts = [f"# {_prose(report.title)}\n", f"{_prose(report.lead)}\n"]
     for block in report.blocks:
         parts += [
-            f"## {block.title}\n",
+            f"## {_prose(block.title)}\n",
             *_answer(report, block),
             block_table(block, report.references(block)),
         ]
     parts += ["## How to read the tables\n", LEGEND]
     if report.notes:
-        parts += ["## Notes\n", "".join(f"- {_safe(note)}\n" for note in report.notes)]
+        parts += ["## Notes\n", "".join(f"- {_prose(note)}\n" for note in report.notes)]
     parts += _not_done(report)
     return "\n".join(parts)
 
@@ -50,7 +51,7 @@ def _answer(report: Report, block: Block) -> list[str]:
     if found is None:
         return ["No run is done here.\n"]
     sentences = [*(finding.sentence for finding in found.findings), *found.remarks]
-    return [f"{found.headline}\n", "".join(f"- {_safe(sentence)}\n" for sentence in sentences)]
+    return [f"{_prose(found.headline)}\n", "".join(f"- {_prose(sentence)}\n" for sentence in sentences)]
 
 
 def columns(references: Sequence[str]) -> list[str]:
@@ -96,7 +97,7 @@ def block_table(block: Block, references: Sequence[str]) -> str:
     """A block as a Markdown table."""
     heads = columns(references)
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    lines += [f"| {' | '.join(map(_safe, cells(row)))} |" for row in rows(block, references)]
+    lines += [f"| {' | '.join(map(_cell, cells(row)))} |" for row in rows(block, references)]
     return "\n".join(lines) + "\n"
 
 
@@ -146,14 +147,19 @@ def _not_done(report: Report) -> list[str]:
         return []
     lines = ["| run | setting | seed | state | error |", "|---|---|---|---|---|"]
     for run, group in sorted(left, key=lambda pair: pair[0].name):
-        texts = [run.name, f"`{group.label}`", str(run.get("seed")), run.state, run.error or ""]
-        lines.append(f"| {' | '.join(map(_safe, texts))} |")
+        texts = [run.name, f"`{group.label}`", str(run.get("seed")), run.state, _prose(run.error or "")]
+        lines.append(f"| {' | '.join(map(_cell, texts))} |")
     return ["## Runs that do not count\n", "\n".join(lines) + "\n"]
 
 
-def _safe(text: str) -> str:
+def _cell(text: str) -> str:
     """Text that does not break a table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _prose(text: str) -> str:
+    """Text in one line, in which `<class 'int'>` is no markup that a reader would not see."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", " ".join(text.split()))
 
 
 def runs_csv(report: Report) -> str:
