@@ -152,3 +152,16 @@ def test_a_branch_without_a_figure_leaves_its_run_out_of_the_mean_branch():
     ]
     found = estimates.scalars(group(collection(*runs))[0])["test_mean_branch_accuracy"]
     assert (found.mean, found.n) == (0.5, 1)
+
+
+def test_what_is_null_is_left_out(tmp_path):
+    subsets = [
+        {"branches": [0], "accuracy": None, "macs": 1},
+        {"branches": [0, 1], "accuracy": 0.7, "macs": 2},
+    ]
+    made = result(K=2, test_branch_accuracy=[None, 0.5], test_subsets=subsets, test_early_exit=None)
+    write_run(tmp_path / "run", made)
+    found = only_group(tmp_path)
+    assert [point.name for point in estimates.subsets(found)] == [(0, 1)]
+    assert estimates.early_exits(found) == []
+    assert "test_mean_branch_accuracy" not in estimates.scalars(found)

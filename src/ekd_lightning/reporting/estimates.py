@@ -71,7 +71,11 @@ def scalars(group: Group, level: float = LEVEL) -> dict[str, Estimate]:
 
 def _mean_branch(group: Group) -> list[float]:
     rows = [run.get("test_branch_accuracy") or [] for run in group.done]
-    return [sum(row) / len(row) for row in rows if row and None not in row]
+    return [sum(row) / len(row) for row in rows if row and all(map(_is_number, row))]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def per_item(group: Group, key: str, level: float = LEVEL) -> list[Estimate]:
@@ -135,7 +139,8 @@ def _collate(group: Group, key: str, name: Any) -> dict[Any, list[Mapping[str, A
     found: dict[Any, list[Mapping[str, Any]]] = {}
     for run in group.done:
         for row in run.get(key) or ():
-            found.setdefault(name(row), []).append(row)
+            if all(_is_number(row.get(figure)) for figure in ("accuracy", "macs")):
+                found.setdefault(name(row), []).append(row)
     return found
 
 
