@@ -40,6 +40,7 @@ FAMILIES = {
     ),
 }
 NOTES = "<!-- notes -->"
+DEFAULTS = "the defaults of `conf/method/`, published ones where there are any; no row was tuned"
 
 
 def difference(one: Row, other: Row) -> Difference | None:
@@ -138,7 +139,7 @@ def findings(rows: dict[str, Row]) -> str:
     return bullets(lines)
 
 
-def setup(block: Block, folder: Path) -> str:
+def setup(block: Block, folder: Path, weights: str) -> str:
     """What was run, on what, as the records say."""
     done = [(row, result) for row in block.rows for result in row.done]
     first = done[0][1]
@@ -158,8 +159,7 @@ def setup(block: Block, folder: Path) -> str:
         f"**Steps**: {first['epochs']} epochs of batch {first['batch_size']}, {first['steps']:,} steps for every run, "
         f"{first['precision']}. Short, because it ran on a processor: all students would gain from more, and the "
         "order of the methods may change with them.",
-        "**Weights** of the losses: the defaults of `conf/method/`, published ones where there are any; no row was "
-        "tuned.",
+        f"**Weights** of the losses: {weights}.",
         f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
         f"**Hardware**: {'; '.join(machines)}, runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
     )
@@ -181,7 +181,7 @@ def page(block: Block, folder: Path, notes: str) -> str:
 Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. Nothing here is a number of the EKD paper or
 of any other, and none can be compared with one.
 
-{setup(block, folder)}
+{setup(block, folder, DEFAULTS)}
 
 ## What comes out
 

@@ -1,0 +1,155 @@
+"""The page of a small search for a setting in which EKD wins at equal MACs: docs/results/equal_macs_*.{md,json}.
+
+    ekd-train experiment=cifar10_limited data.val_fraction=0.5 hydra.run.dir=search/<name> ...    the trials
+    ekd-compare --methods ekd,kd_mean@resnet14,... --tuned ... --no-controls --output compare/5pct ...
+    python benchmarks/equal_macs_page.py search compare/5pct docs/results/equal_macs_cifar10_5pct.md
+
+The trials' test figures are not read. What stands in an existing page between the two marks `<!-- notes -->` was
+written by hand, and is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+from methods_page import NOTES, bullets, difference, interval, setup, side
+
+from ekd_lightning.cli.study import read_study
+from ekd_lightning.cli.study_runs import read_runs
+from ekd_lightning.reporting.comparison import Block, Row, compare
+from ekd_lightning.reporting.comparison_table import json_text
+from ekd_lightning.reporting.tables import percent
+
+
+def trials(folder: Path) -> list[dict[str, Any]]:
+    """What each trial was, and its accuracy on the validation images."""
+    found = []
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        config = yaml.safe_load(path.with_name("config.yaml").read_text())
+        words = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
+        own = [
+            w for w in words if w.startswith(("method.", "+method.", "recipe.lr")) and w != "recipe.lr=0.05"
+        ]
+        found.append(
+            {
+                "method": result["method"],
+                "student": f"{config['student']['network']}, K {result['num_branches']}",
+                "macs": result["macs"],
+                "settings": " ".join(own) or "defaults",
+                "val_accuracy": result["val_accuracy"],
+                "seed": result["seed"],
+                "train": result["num_train_images"],
+                "val": result["num_val_images"],
+            }
+        )
+    return sorted(found, key=lambda t: (t["method"], t["student"], -t["val_accuracy"]))
+
+
+def trial_table(found: list[dict[str, Any]]) -> str:
+    """One line per trial, the best of each method first."""
+    lines = ["| method | student | MACs | settings | validation accuracy % |", "|---|---|---|---|---|"]
+    for t in found:
+        cells = (
+            t["method"],
+            t["student"],
+            f"{t['macs'] / 1e6:.1f} M",
+            t["settings"],
+            f"{100 * t['val_accuracy']:.2f}",
+        )
+        lines.append("| `{}` | {} | {} | {} | {} |".format(*cells))
+    return "\n".join(lines)
+
+
+def outcome(rows: list[Row]) -> str:
+    """The rows, and every pair of them."""
+    lines = [
+        "| row | settings | MACs | test accuracy % | mean branch | NLL | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        first = row.done[0]
+        branch = [sum(r["test_branch_accuracy"]) / len(r["test_branch_accuracy"]) for r in row.done]
+        weights = {
+            key.removeprefix("weight_"): value for key, value in first.items() if key.startswith("weight_")
+        }
+        shown = f"T {first['temperature']:g}; " + ", ".join(
+            f"{key} {value:g}" for key, value in weights.items()
+        )
+        lines.append(
+            f"| `{row.name}` | {shown} | {first['macs'] / 1e6:.1f} M | {percent(row.accuracy)} | "
+            f"{100 * sum(branch) / len(branch):.2f} | {row.mean('test_nll'):.3f} | {len(row.done)} |"
+        )
+    lines += ["", "| difference, paired by seed | points with 95 % interval | |", "|---|---|---|"]
+    for one, other in combinations(rows, 2):
+        found = difference(one, other)
+        lines.append(f"| `{one.name}` − `{other.name}` | {interval(found)} | {side(found)} |")
+    return "\n".join(lines)
+
+
+def page(block: Block, found: list[dict[str, Any]], folder: Path, notes: str) -> str:
+    """The whole page."""
+    counts: dict[str, int] = {}
+    for t in found:
+        key = f"{t['method']} ({t['student']})"
+        counts[key] = counts.get(key, 0) + 1
+    error = 100 * (0.64 * 0.36 / found[0]["val"]) ** 0.5
+    first = found[0]
+    counted = ", ".join(f"{n} {key}" for key, n in counts.items())
+    facts = (
+        f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation images, all "
+        f"from the 10 % subset; trials: {counted}. The standard error of one accuracy is about {error:.1f} points, so "
+        "settings that lie closer are not told apart, and the best of several looks better than it is.",
+        "**Confirmation**: the best setting of each method on fewer images and over seeds; each run reads the test set "
+        "once, at its end.",
+    )
+    return f"""# EKD at equal MACs with 5 % of the labels of {block.data}
+
+Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
+distillation into a student of the same MACs? Both are given the best of several settings, chosen on validation images,
+and the choice is confirmed on the test set over seeds.
+
+{bullets(facts)}
+
+## Confirmation
+
+{setup(block, folder, "those of the best trials, see the table")}
+
+{outcome([row for row in block.rows if row.done])}
+
+{NOTES}
+{notes.strip()}
+{NOTES}
+
+## Trials
+
+{trial_table(found)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("trials", type=Path, help="folder of the trials' run directories")
+    parser.add_argument("study", type=Path, help="--output of ekd-compare")
+    parser.add_argument("page", type=Path)
+    args = parser.parse_args()
+    study = read_study(args.study)
+    if study is None:
+        parser.error(f"{args.study}: no study of ekd-compare")
+    blocks = compare(read_runs(study, args.study), study.data)
+    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
+    found = trials(args.trials)
+    args.page.write_text(page(blocks[0], found, args.study, parts[1] if len(parts) == 3 else ""))
+    data = {"trials": found, "confirmation": json.loads(json_text(blocks))}
+    args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
