@@ -91,3 +91,11 @@ def test_flags_come_before_all_overrides(run):
     directory = run()
     found = expand_resume(["ekd-train", "--config-dir", "my_conf", f"resume={directory}"])
     assert found[:5] == ["ekd-train", "--config-dir", "my_conf", "data=digits", "seed=3"]
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a list", "b: \x00"])
+def test_a_damaged_configuration_is_told_by_path(run, text):
+    directory = run()
+    (directory / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: damaged"):
+        check_unchanged(directory, PLAIN)

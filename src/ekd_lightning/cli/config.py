@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -77,13 +78,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Reads what `write_config` wrote.
 
     Raises:
-        UserError: If the directory is not that of a run.
+        UserError: If the directory is not that of a run, or the file is damaged.
     """
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"resume={directory}: not the directory of a run (it has no {CONFIG_FILE})")
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(plain, dict)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: damaged (not a mapping)")
     return {str(key): value for key, value in plain.items()}
 
 

@@ -84,7 +84,7 @@ def _block(place: Place, groups: Sequence[Group], number: int, apart: Sequence[s
 def _what(protocol: Protocol) -> str:
     if protocol.fraction is None:
         return protocol.data
-    return f"{protocol.data}, {100 * protocol.fraction:g} % of the training images"
+    return f"{protocol.data}, {100 * protocol.fraction:.4g} % of the training images"
 
 
 def _apart(same: Sequence[Place]) -> list[str]:

@@ -109,7 +109,7 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
         alike[block.data, block.fraction].append(block)
     for (data, fraction), same in alike.items():
         if len(same) > 1:
-            share = "" if fraction is None else f", {100 * fraction:g} %"
+            share = "" if fraction is None else f", {100 * fraction:.4g} %"
             told.append(
                 f"{data}{share}: runs went {len(same)} different ways and are kept apart, never averaged "
                 f"or compared across: {'; '.join(block.title for block in same)}"
