@@ -269,7 +269,7 @@ def test_runs_that_cannot_be_exported(run, tmp_path, capsys):
 
     assert "no such directory" in refused(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "has no status.json" in refused(tmp_path / "empty")
+    assert "has no config.yaml" in refused(tmp_path / "empty")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
     (copy / "checkpoints" / "best.ckpt").write_bytes(b"broken")

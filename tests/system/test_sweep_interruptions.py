@@ -45,6 +45,8 @@ def started(folder: Path, store: Path, *words: str) -> Iterator[subprocess.Popen
         stderr=pipe,
         text=True,
         start_new_session=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
