@@ -37,6 +37,9 @@ def started(folder: Path, store: Path, *words: str) -> Iterator[subprocess.Popen
     command = [sys.executable, "-m", "ekd_lightning.cli.train", "-m", *TINY, *LONG, *SEEDS, *own, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that; a handler they do not.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command,
         cwd=folder.parent,
@@ -45,8 +48,6 @@ def started(folder: Path, store: Path, *words: str) -> Iterator[subprocess.Popen
         stderr=pipe,
         text=True,
         start_new_session=True,
-        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
