@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from ekd_lightning.data import Dataset, ImageSet, choose_subset, load_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, corrupt
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
+from ekd_lightning.training import evaluation_context
 from ekd_lightning.training import evaluation_parts as parts
 from ekd_lightning.training.evaluate_run import merge
 from ekd_lightning.training.evaluation_context import EvaluationContext
@@ -96,6 +98,20 @@ def test_generalisation_on_the_images_that_were_seen(context, dataset):
         "gap_accuracy": pytest.approx(train[0] - test[0]),
         "gap_nll": pytest.approx(test[1] - train[1], rel=1e-4),
     }
+
+
+def test_parts_share_one_pass_over_the_test_images(context, monkeypatch):
+    asked = []
+
+    def predict_student(student, images, **options):
+        asked.append(images.split)
+        return evaluation_predict(student, images, **options)
+
+    evaluation_predict = evaluation_context.predict_student
+    monkeypatch.setattr(evaluation_context, "predict_student", predict_student)
+    fresh = dataclasses.replace(context)
+    assert parts.generalisation(fresh) == parts.generalisation(fresh)
+    assert asked == ["test"]
 
 
 def test_flatness_on_a_fixed_choice_of_training_images(context, dataset):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data import ImageSet
+from ekd_lightning.evaluation.predict import batches
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import StagedNetwork
 
@@ -29,8 +30,9 @@ def score_network(
     """
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     scores = ClassificationScores(images.num_classes, sync_on_compute=False).to(device)  # one process alone
-    for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
-        batch = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+    for batch, labels in zip(
+        batches(images, batch_size, device), images.labels.split(batch_size), strict=True
+    ):
         scores.update(network(batch).float(), labels.to(device))
     return scores.compute()
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ekd_lightning.data import Dataset, Subset
+from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.training.settings import Settings
 
@@ -54,6 +55,12 @@ class EvaluationContext:
     def teachers(self) -> TeacherEnsemble | None:
         """The run's teachers on `device`, loaded when first asked for; None if it had none."""
         return None if self.gather is None else self.gather().to(self.device)
+
+    @cached_property
+    def test_predictions(self) -> StudentPredictions:
+        """What the student says of the test images; several parts read it, so it is asked once."""
+        batch_size = self.settings.data.eval_batch_size
+        return predict_student(self.student, self.dataset.test, batch_size=batch_size, device=self.device)
 
 
 Part = Callable[[EvaluationContext], Findings]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ekd_lightning.data import ImageSet
 from ekd_lightning.evaluation.corruption_sets import corrupted_sets
 from ekd_lightning.evaluation.corruptions import MAIN
+from ekd_lightning.evaluation.evaluate import score_logits
 from ekd_lightning.evaluation.flatness import (
     DatasetLoss,
     curve_alphas,
@@ -52,12 +53,7 @@ def generalisation(context: EvaluationContext) -> Findings:
         train_set.num_classes,
         context.device,
     )
-    test = score_batches(
-        student,
-        _batches(test_set, torch.arange(len(test_set)), batch),
-        test_set.num_classes,
-        context.device,
-    )
+    test = score_logits(context.test_predictions.logits, test_set.labels)
     return Findings(
         {
             "train_accuracy": train["accuracy"],

@@ -61,11 +61,13 @@ def predictions(context: EvaluationContext) -> Findings:
         context: A trained student and its data.
     """
     test = context.dataset.test
-    said = _asked(context, test)
+    said = context.test_predictions
     temperature = None
     if len(context.subset.val_index):
         held_out = _validation(context)
-        temperature = fit_temperature(_asked(context, held_out).logits, held_out.labels)
+        batch_size = context.settings.data.eval_batch_size
+        asked = predict_student(context.student, held_out, batch_size=batch_size, device=context.device)
+        temperature = fit_temperature(asked.logits, held_out.labels)
     scores, diagrams = _calibration(said.logits, test.labels, temperature)
     fields = {
         **_accuracy(said, test.labels),
@@ -82,11 +84,6 @@ def predictions(context: EvaluationContext) -> Findings:
     }
     fields["test_class_accuracy"] = class_accuracy(arrays["confusion"])
     return Findings(fields, arrays | diagrams)
-
-
-def _asked(context: EvaluationContext, images: ImageSet) -> StudentPredictions:
-    batch_size = context.settings.data.eval_batch_size
-    return predict_student(context.student, images, batch_size=batch_size, device=context.device)
 
 
 def _accuracy(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
