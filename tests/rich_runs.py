@@ -37,6 +37,9 @@ def rich_result(method: str, seed: int, accuracy: float, **more: Any) -> dict[st
         "calibration_temperature": 1.7,
         "test_js": 0.1,
         "corruption_source": "regenerated",
+        "corruption_clean_accuracy": accuracy + 0.01,
+        "corruption_clean_nll": 1 - accuracy,
+        "corruption_clean_ece": 0.05,
         "corruption_mce": 1 - accuracy + 0.2,
         "corruption_accuracy_by_severity": [
             accuracy - 0.07 * s + 0.01 * float(rng.random()) for s in range(1, 6)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_runs import ACCURACIES, collection, entry, result, study
+from made_runs import ACCURACIES, collection, entry, result, study, write_run
 from scipy import stats
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.reporting.collection import RunEntry
+from ekd_lightning.reporting.collection import RunEntry, collect
 from ekd_lightning.reporting.comparison import holm
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.reporting.report_tables import flatten, markdown, runs_csv, summary_json
@@ -42,7 +42,7 @@ def test_the_table_holds_the_statistics_of_scipy():
     )
     assert cells[5] == f"+12.67 [{100 * between.low:+.2f}, {100 * between.high:+.2f}], n 3, p {p:.3f}"
     assert cells[6] == ""  # EKD minus itself
-    assert cells[7:] == ["0.263", "0.050", "+2.00", "223,854", "27.2 M", "101", ""]
+    assert cells[7:] == ["0.263", "0.050", "+2.00", "–", "223,854", "27.2 M", "101", ""]
 
 
 def test_a_single_run_has_no_interval_and_says_so():
@@ -174,3 +174,38 @@ def test_angle_brackets_of_errors_and_names_are_text():
     text = markdown(make_report(collection(*study(), failed), "A <b>title</b>"))
     assert "expected \\<class 'int'> \\| None, p < 0.05" in text
     assert text.startswith("# A \\<b>title\\</b>\n")
+
+
+def test_how_much_seeds_disagree_is_told_where_runs_kept_their_predictions(tmp_path):
+    labels = np.array([0, 1, 1, 0])
+    probs = np.random.default_rng(0).dirichlet([1, 1], size=(3, 4)).astype(np.float16)
+    for seed in range(3):
+        write_run(tmp_path / f"ekd{seed}", result("ekd", seed))
+        np.savez(tmp_path / f"ekd{seed}" / "arrays.npz", ensemble_probs=probs[seed], labels=labels)
+        write_run(tmp_path / f"ce{seed}", result("ce", seed))
+    found = make_report(collect([tmp_path]))
+    predicted = probs.argmax(-1)
+    pairs = [(predicted[i] != predicted[j]).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
+    cells = [cell.strip() for cell in line(markdown(found), "ekd").strip("|").split("|")]
+    assert cells[-5] == f"{100 * np.mean(pairs):.1f}"
+    rows = {row["label"]: row for row in summary(found)["blocks"][0]["rows"]}
+    assert rows["ekd"]["seed_disagreement"] == pytest.approx(np.mean(pairs))
+    assert rows["ekd"]["seed_variance"] == pytest.approx(probs.astype(float).var(0, ddof=1).sum(-1).mean())
+    assert "seed_disagreement" not in rows["ce"]
+    np.savez(tmp_path / "ekd0" / "arrays.npz", ensemble_probs=probs[0], labels=1 - labels)  # of other images
+    assert "–" in line(markdown(make_report(collect([tmp_path]))), "ekd").split("|")[-6]
+
+
+def test_on_what_the_runs_were_made_is_told(tmp_path):
+    hardware = {"cpu": "A <b> CPU", "cpu_capability": "AVX2", "threads": 1, "gpus": ["G", "G"]}
+    for seed in range(3):
+        write_run(tmp_path / str(seed), result("ekd", seed))
+    for seed in range(2):
+        told = {"hardware": hardware, "packages": {"torch": "2.14.1"}}
+        (tmp_path / str(seed) / "provenance.json").write_text(json.dumps(told))
+    (tmp_path / "2" / "provenance.json").write_text("{ half")
+    found = make_report(collect([tmp_path]))
+    one, other = "2 × G, A <b> CPU (AVX2), 1 thread, torch 2.14.1 (2 runs)", "unknown hardware (1 run)"
+    assert found.machines == (one, other)
+    assert summary(found)["machines"] == [one, other]
+    assert "Made on: 2 × G, A \\<b> CPU (AVX2)" in markdown(found)

@@ -145,6 +145,7 @@ def test_corruptions_that_are_regenerated(context, dataset):
     labels = dataset.test.labels[index]
     clean = scores(context, dataset.test.images[index], labels)
     assert found["corruption_clean_accuracy"] == pytest.approx(clean[0])
+    assert found["corruption_clean_nll"] == pytest.approx(clean[1], rel=1e-5)
     nll, accuracy = np.zeros((14, 5)), np.zeros((14, 5))
     main = [name for name in MAIN if name != "frost"]
     assert list(found["corruption_accuracy"]) == [*main, *EXTRA]

@@ -79,6 +79,16 @@ class RunEntry:
             return {}
         return content if isinstance(content, dict) else {}
 
+    @cached_property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the run was made, read when first asked for; empty where that is unknown."""
+        path = self.file(PROVENANCE)
+        try:
+            content = {} if path is None else json.loads(path.read_text())
+        except (ValueError, OSError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where it is not there."""
         value: Any = self.config

@@ -149,6 +149,16 @@ def severities(group: Group, key: str = "corruption_accuracy_by_severity") -> li
     return per_item(group, key)
 
 
+def corrupted(group: Group) -> str:
+    """How the corrupted images of a group were made, in words; what is compared shares it."""
+    source, images = group.only("corruption_source"), group.only("corruption_images")
+    left = group.only("corruption_left_out") or []
+    told = [f"{source or 'unknown'} corruptions"]
+    told += [f"{images:,} images"] if images else []
+    told += [f"without {', '.join(left)}"] if left else []
+    return ", ".join(told)
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points (cost, gain) that no other point beats in one and equals or beats in the other, by cost."""
     front: list[tuple[float, float]] = []

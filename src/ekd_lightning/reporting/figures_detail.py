@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import run_files
-from ekd_lightning.reporting.estimates import Estimate, field, own_teachers, per_item, severities
+from ekd_lightning.reporting.estimates import Estimate, corrupted, field, own_teachers, per_item, severities
 from ekd_lightning.reporting.figures_accuracy import ACCURACY, Drawn, accuracy, chunks, done, file_name
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
@@ -158,9 +158,9 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
 
 
 _UNDER_SHIFT = (
-    ("corruption_accuracy_by_severity", "test_accuracy", ACCURACY, 100.0),
-    ("corruption_nll_by_severity", "test_nll", "NLL, nats", 1.0),
-    ("corruption_ece_by_severity", "test_ece", "ECE", 1.0),
+    ("corruption_accuracy_by_severity", "corruption_clean_accuracy", ACCURACY, 100.0),
+    ("corruption_nll_by_severity", "corruption_clean_nll", "NLL, nats", 1.0),
+    ("corruption_ece_by_severity", "corruption_clean_ece", "ECE", 1.0),
 )
 
 
@@ -173,7 +173,7 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         alike: dict[str, list[Group]] = {}
         for group in done(block):
             if severities(group):
-                alike.setdefault(_corrupted(group), []).append(group)
+                alike.setdefault(corrupted(group), []).append(group)
         for number, (told, groups) in enumerate(alike.items()):
             shown = _best(groups, report.references(block), 8)
             figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
@@ -189,16 +189,6 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             fs.note(figure, caption)
             suffix = f"-way{number + 1}" if number else ""
             yield Drawn(file_name("corruptions", block.key) + suffix, figure, caption)
-
-
-def _corrupted(group: Group) -> str:
-    """How the corrupted images of a group were made, in words; what is compared shares it."""
-    source, images = group.only("corruption_source"), group.only("corruption_images")
-    left = group.only("corruption_left_out") or []
-    told = [f"{source or 'unknown'} corruptions"]
-    told += [f"{images:,} images"] if images else []
-    told += [f"without {', '.join(left)}"] if left else []
-    return ", ".join(told)
 
 
 def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:

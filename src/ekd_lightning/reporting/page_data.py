@@ -16,7 +16,9 @@ from ekd_lightning.reporting.comparison import Difference
 from ekd_lightning.reporting.estimates import (
     Estimate,
     Point,
+    corrupted,
     early_exits,
+    field,
     own_teachers,
     per_item,
     scalars,
@@ -134,7 +136,8 @@ def _group(
         "subsets": [_point(point) for point in subsets(group)],
         "exits": [_point(point) for point in early_exits(group)],
         "severity": [one(value) for value in severities(group)],
-        "corruption_source": group.only("corruption_source"),
+        "clean": one(clean) if (clean := field(group, "corruption_clean_accuracy")) else None,
+        "corrupted": corrupted(group),
         "curves": {
             name: [[epoch, plain(e.mean), plain(e.half), e.n] for epoch, e in points]
             for name, points in run_files.curves(group).items()

@@ -12,13 +12,15 @@ Both are imported when they are needed: matplotlib and plotly are optional.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from ekd_lightning.errors import unknown_name
 from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
+from ekd_lightning.reporting.answer_words import plural
 from ekd_lightning.reporting.blocks import Block, blocks
 from ekd_lightning.reporting.collection import STATES, Collection
 from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
@@ -54,6 +56,12 @@ class Report:
         """The answer of all blocks together, in a sentence or two."""
         return lead(self.answers) if self.answers else "No run is done: there is nothing to say yet."
 
+    @cached_property
+    def machines(self) -> tuple[str, ...]:
+        """On what the runs that are done were made, each with their number; the most frequent first."""
+        told = Counter(_machine(run.provenance) for run in self.collection.runs if run.state == "done")
+        return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in told.most_common())
+
     def references(self, block: Block) -> tuple[str, ...]:
         """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""
         subjects = [a.subject.label for a in self.answers if a.block.key == block.key and a.subject]
@@ -81,6 +89,18 @@ def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: s
     told = answers(found)
     notes = (*collection.problems, *_notes(groups, found))
     return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(told), notes)
+
+
+def _machine(provenance: Mapping[str, Any]) -> str:
+    """E.g. `AMD EPYC (AVX512), 1 thread, torch 2.14.1`."""
+    hardware, packages = provenance.get("hardware") or {}, provenance.get("packages") or {}
+    if not hardware:
+        return "unknown hardware"
+    gpus = Counter(hardware.get("gpus") or [])
+    processor = f"{hardware.get('cpu')} ({hardware.get('cpu_capability')})"
+    parts = [f"{count} × {gpu}" for gpu, count in gpus.items()]
+    parts += [processor, plural(hardware.get("threads") or 0, "thread"), f"torch {packages.get('torch')}"]
+    return ", ".join(parts)
 
 
 def _reference(block: Block, asked: str | None) -> Group | None:
@@ -158,6 +178,7 @@ def summary(report: Report) -> dict[str, Any]:
     return {
         "title": report.title,
         "lead": report.lead,
+        "machines": list(report.machines),
         "runs": {state: report.collection.count(state) for state in STATES},
         "blocks": [_block(report, block) for block in report.blocks],
         "not_done": [

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ekd_lightning.evaluation.diversity import Spread
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.comparison import Difference
 from ekd_lightning.reporting.groups import Group, differences
+from ekd_lightning.reporting.run_files import seed_spread
 
 MEANS = (
     "test_nll",
@@ -40,6 +42,8 @@ class GroupRow:
 
     group: Group
     differences: Mapping[str, Difference | None]
+    spread: Spread | None = None
+    """How much its runs differ from seed to seed; None unless two of them have their predictions."""
 
 
 def rows(block: Block, references: Sequence[str]) -> list[GroupRow]:
@@ -51,7 +55,11 @@ def rows(block: Block, references: Sequence[str]) -> list[GroupRow]:
     """
     found = {reference: differences(block.groups, reference) for reference in references}
     return [
-        GroupRow(group, {reference: found[reference].get(group.label) for reference in references})
+        GroupRow(
+            group,
+            {reference: found[reference].get(group.label) for reference in references},
+            seed_spread(group),
+        )
         for group in block.groups
     ]
 
@@ -79,6 +87,8 @@ def record(row: GroupRow) -> dict[str, Any]:
         cell = group.values(key)
         if cell is not None:
             found[key] = cell.mean
+    if row.spread is not None:
+        found |= {"seed_variance": row.spread.variance, "seed_disagreement": row.spread.disagreement}
     states = [run.state for run in group.others]
     return found | {state: states.count(state) for state in ("failed", "partial", "running")}
 

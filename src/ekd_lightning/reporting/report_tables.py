@@ -23,7 +23,8 @@ LEGEND = f"""\
 One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last
 epoch, in percent: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences
 are in points, paired by seed, with their 95 % interval; p is that of a paired t-test, corrected by Holm's method
-over the rows of the block. Gain is that of the ensemble over the mean of its branches, in points. K branches, M
+over the rows of the block. Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree:
+the share of test images on which two runs of the row predict different classes, mean over pairs. K branches, M
 teachers. Seconds of training depend on what else the machine did. With fewer than {FEW} runs an interval rests on
 the assumption that runs are normal, and is wide.
 """
@@ -40,6 +41,7 @@ def markdown(report: Report) -> str:
             block_table(block, report.references(block)),
         ]
     parts += ["## How to read the tables\n", LEGEND]
+    parts += [f"Made on: {_prose('; '.join(report.machines) or 'no run is done')}.\n"]
     if report.notes:
         parts += ["## Notes\n", "".join(f"- {_prose(note)}\n" for note in report.notes)]
     parts += _not_done(report)
@@ -66,6 +68,7 @@ def columns(references: Sequence[str]) -> list[str]:
         "NLL",
         "ECE",
         "gain",
+        "seeds disagree %",
         "parameters",
         "MACs",
         "train s",
@@ -86,6 +89,7 @@ def cells(row: GroupRow) -> list[str]:
         _mean(group, "test_nll", ".3f"),
         _mean(group, "test_ece", ".3f"),
         _mean(group, "test_gain_over_mean_branch", "+.2f", 100),
+        _EMPTY if row.spread is None else f"{100 * row.spread.disagreement:.1f}",
         _mean(group, "num_parameters", ",.0f"),
         _mean(group, "macs", ".1f", 1e-6, " M"),
         _mean(group, "train_seconds", ".0f"),

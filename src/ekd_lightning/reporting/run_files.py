@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.reporting.collection import RunEntry
 from ekd_lightning.reporting.estimates import Estimate, estimate
 from ekd_lightning.reporting.groups import Group
@@ -109,6 +110,18 @@ def reliability(arrays: Sequence[dict[str, np.ndarray]], suffix: str = "") -> li
             pooled = float(np.average(confidence[full, b], weights=count[full, b]))
             bins.append(Bin(pooled, level, float(count[:, b].sum() / count.sum())))
     return bins
+
+
+def seed_spread(group: Group) -> Spread | None:
+    """How much the runs of a group differ on the same test images; None unless two of them have their predictions."""
+    names = ("ensemble_probs", "labels")
+    have = [one for one in read_arrays(group, names) if all(name in one for name in names)]
+    if len(have) < 2 or any(not np.array_equal(one["labels"], have[0]["labels"]) for one in have):
+        return None
+    probs = [one["ensemble_probs"] for one in have]
+    if any(part.shape != probs[0].shape for part in probs):
+        return None
+    return spread_over_runs(np.stack(probs), have[0]["labels"])
 
 
 def read_arrays(group: Group, names: Sequence[str] | None = None) -> list[dict[str, np.ndarray]]:

@@ -121,9 +121,10 @@ def corruptions(
 
     Returns:
         `corruption_source` (`official` or `regenerated`), `corruption_images`, `corruption_left_out` (main
-        corruptions that could not be made), `corruption_clean_accuracy` (the same images, as they are),
-        `corruption_mce`, `corruption_accuracy` {name: [5]}, and `corruption_accuracy_by_severity`,
-        `corruption_nll_by_severity`, `corruption_ece_by_severity`: means over the main corruptions.
+        corruptions that could not be made); `corruption_clean_accuracy`, `corruption_clean_nll` and
+        `corruption_clean_ece` of the same images as they are; `corruption_mce`, `corruption_accuracy` {name: [5]};
+        and `corruption_accuracy_by_severity`, `corruption_nll_by_severity`, `corruption_ece_by_severity`: means
+        over the main corruptions.
 
     Raises:
         UserError: The official folder, or that of the frost photographs, is incomplete or damaged.
@@ -139,7 +140,7 @@ def corruptions(
             "corruption_source": sets.source,
             "corruption_images": len(index),
             "corruption_left_out": [name for name in MAIN if name not in sets.names],
-            "corruption_clean_accuracy": clean["accuracy"],
+            **{f"corruption_clean_{s}": clean[s] for s in ("accuracy", "nll", "ece")},
             "corruption_mce": mean_corruption_error(found),
             "corruption_accuracy": {name: scores["accuracy"] for name, scores in found.items()},
             **{f"corruption_{s}_by_severity": mean_by_severity(found, s) for s in ("accuracy", "nll", "ece")},

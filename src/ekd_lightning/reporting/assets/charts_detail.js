@@ -109,10 +109,15 @@ function learning({ block, look, curve }) {
 }
 
 function corruptions({ block, look }) {
-  const all = block.filter((group) => group.severity.length);
-  if (!all.length) return { missing: "corruptions (no run was evaluated on corrupted images)" };
+  const measured = block.filter((group) => group.severity.length);
+  if (!measured.length) return { missing: "corruptions (no run was evaluated on corrupted images)" };
+  // Only settings that were asked about the same images share the axes: those of the way that most have.
+  const ways = distinct(measured.map((group) => group.corrupted));
+  const asked = (way) => measured.filter((group) => group.corrupted === way);
+  const all = ways.map(asked).reduce((most, some) => (some.length > most.length ? some : most));
+  const others = measured.length - all.length;
   const have = all.slice(0, MOST_LINES);
-  const clean = (group) => (accuracy(group) ? [{ x: 0, figure: accuracy(group) }] : []);
+  const clean = (group) => (group.clean ? [{ x: 0, figure: group.clean }] : []);
   const points = (group) => [...clean(group), ...group.severity.map((figure, at) => ({ x: at + 1, figure }))];
   return {
     traces: have.flatMap((group) =>
@@ -124,7 +129,7 @@ function corruptions({ block, look }) {
       axis("severity (0: clean)", { dtick: 1 }),
       accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure))),
     ),
-    caption: `Mean over corruptions, mean and 95 % band over seeds, ${runsBehind(have.map((g) => g.severity[0].n))}; images ${distinct(have.map((g) => g.corruption_source)).join(" and ")}.${cut(all, "settings")}`,
+    caption: `Mean over corruptions, mean and 95 % band over seeds, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} asked about other images.` : ""}${cut(all, "settings")}`,
     table: {
       head: ["Setting, severity", "Accuracy %", "95 % interval", "n"],
       rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))),
