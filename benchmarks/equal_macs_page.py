@@ -98,7 +98,8 @@ def page(block: Block, found: list[dict[str, Any]], folder: Path, notes: str) ->
     for t in found:
         key = f"{t['method']} ({t['student']})"
         counts[key] = counts.get(key, 0) + 1
-    error = 100 * (0.64 * 0.36 / found[0]["val"]) ** 0.5
+    mean = sum(t["val_accuracy"] for t in found) / len(found)
+    error = 100 * (mean * (1 - mean) / found[0]["val"]) ** 0.5
     first = found[0]
     counted = ", ".join(f"{n} {key}" for key, n in counts.items())
     facts = (
