@@ -203,9 +203,20 @@ def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
         "cifar10, 10 % of the training images: EKD (ekd, K=3, M=2) reaches 83.20 %"
     )
     assert (
-        "Of 6 settings of EKD with this student, ekd, K=3, M=2 is spoken of: it has the highest validation accuracy. "
+        "Of 4 settings of EKD with this student and several branches, ekd, K=3, M=2 is spoken of: it has the highest "
+        "validation accuracy. "
         "The test set had no part in the choice."
     ) in found.remarks
+
+
+def test_with_one_branch_it_is_plain_distillation_and_speaks_only_where_there_is_nothing_else():
+    runs = [
+        entry(result("ekd", s, 0.6, K=K, val_accuracy=0.9 - K / 10), f"{K}{s}")
+        for K in (1, 2)
+        for s in (0, 1)
+    ]
+    assert told(*runs).subject.label == "ekd, K=2"
+    assert told(*runs[:2]).subject.num_branches == 1
 
 
 def test_a_single_run_is_not_spoken_of_where_others_have_more():

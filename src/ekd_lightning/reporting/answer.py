@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ekd_lightning.reporting import answer_remarks, answer_words
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.comparison import Difference, paired_by_seed
-from ekd_lightning.reporting.groups import Group
+from ekd_lightning.reporting.groups import Group, branched
 
 VERDICTS = ("ahead", "behind", "undecided", "not_enough")
 LEVEL = 0.05
@@ -97,8 +97,11 @@ def lead(found: Sequence[Answer]) -> str:
 
 
 def spoken_of(block: Block) -> Group | None:
-    """The group of EKD that is compared: of the student that most of them have, the strongest."""
-    own = [group for group in block.groups if group.method == "ekd" and group.n]
+    """The group of EKD that is compared: of the student that most of them have, the strongest.
+
+    With one branch EKD is plain distillation, so that speaks for it only where there is nothing else.
+    """
+    own = branched([group for group in block.groups if group.method == "ekd" and group.n])
     if not own:
         return None
     students = Counter(group.student for group in own)

@@ -10,7 +10,7 @@ from ekd_lightning.reporting import answer_words
 from ekd_lightning.reporting.answer_words import listed, plural, share
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.comparison import Difference, corrected, paired, paired_by_seed
-from ekd_lightning.reporting.groups import FEW, Group
+from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
 
 _TOLD = 0.05
@@ -32,7 +32,8 @@ def remarks(
         for group in block.groups
         if group.method == "ekd" and group.n and group.student == subject.student
     ]
-    found = [answer_words.chosen(subject, siblings)] if len(siblings) > 1 else []
+    able = branched(siblings)
+    found = [answer_words.chosen(subject, able)] if len(able) > 1 else []
     found += [_trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), _disagreement(subject, controls)]
     found += [_margin(subject, controls), _chance(block, subject)]

@@ -208,7 +208,8 @@ def chosen(subject: Group, siblings: Sequence[Group]) -> str:
         subject: The group.
         siblings: All that it was chosen from, itself among them.
     """
-    start = f"Of {len(siblings)} settings of {SUBJECT} with this student, {subject.label} is spoken of: it "
+    several = " and several branches" if (subject.num_branches or 1) > 1 else ""
+    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} is spoken of: it "
     if subject.values("val_accuracy") is None:
         return f"{start}comes first; validation accuracies are not recorded. The test set had no part in the choice."
     among = " of those with several runs" if any(g.n == 1 for g in siblings) and subject.n > 1 else ""

@@ -156,6 +156,11 @@ def disagreements(runs: Sequence[RunEntry], keys: Sequence[str]) -> dict[str, li
     return found
 
 
+def branched(groups: Sequence[Group]) -> list[Group]:
+    """Those with several branches; all where none has: with one branch EKD is plain distillation."""
+    return [one for one in groups if (one.num_branches or 1) > 1] or list(groups)
+
+
 def group(collection: Collection) -> list[Group]:
     """Puts together the runs that differ in their seed alone.
 
