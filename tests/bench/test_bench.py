@@ -177,5 +177,7 @@ def test_a_closed_plain_loop_has_no_workers_left(bench):
     loop = bench.plain(bench.job(), 1)
     loop.step()
     (worker,) = set(multiprocessing.active_children()) - before
+    held = loop.loader._iterator  # as a traceback or a debugger may
     loop.close()
     assert not worker.is_alive()
+    assert held is not None

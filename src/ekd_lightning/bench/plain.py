@@ -108,7 +108,13 @@ class PlainLoop:
     def close(self) -> None:
         """Ends the loader's workers now; left to the garbage collector they end, slowly, in another way's time."""
         self._batches.close()
+        iterator = self.loader._iterator
         self.loader._iterator = None
+        if iterator is not None and self.loader.num_workers:
+            # Dropping the iterator is not enough: something else may hold it, and it does not wait to the end.
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in iterator._workers:  # type: ignore[attr-defined]
+                worker.join()
 
 
 def best_workers(
