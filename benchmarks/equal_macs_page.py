@@ -26,6 +26,12 @@ from ekd_lightning.reporting.comparison_table import json_text
 from ekd_lightning.reporting.tables import percent
 
 
+def weights(result: dict[str, Any]) -> str:
+    """The temperature and the terms' weights of a run."""
+    found = {key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")}
+    return f"T {result['temperature']:g}; " + ", ".join(f"{key} {value:g}" for key, value in found.items())
+
+
 def trials(folder: Path) -> list[dict[str, Any]]:
     """What each trial was, and its accuracy on the validation images."""
     found = []
@@ -33,15 +39,14 @@ def trials(folder: Path) -> list[dict[str, Any]]:
         result = json.loads(path.read_text())
         config = yaml.safe_load(path.with_name("config.yaml").read_text())
         words = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
-        own = [
-            w for w in words if w.startswith(("method.", "+method.", "recipe.lr")) and w != "recipe.lr=0.05"
-        ]
+        # The weights are said whole: a default of then need not be the default of now.
+        own = [w for w in words if w.startswith("recipe.lr") or w.endswith("feature=last")]
         found.append(
             {
                 "method": result["method"],
                 "student": f"{config['student']['network']}, K {result['num_branches']}",
                 "macs": result["macs"],
-                "settings": " ".join(own) or "defaults",
+                "settings": "; ".join([weights(result), *(w for w in own if w != "recipe.lr=0.05")]),
                 "val_accuracy": result["val_accuracy"],
                 "seed": result["seed"],
                 "train": result["num_train_images"],
@@ -75,14 +80,8 @@ def outcome(rows: list[Row]) -> str:
     for row in rows:
         first = row.done[0]
         branch = [sum(r["test_branch_accuracy"]) / len(r["test_branch_accuracy"]) for r in row.done]
-        weights = {
-            key.removeprefix("weight_"): value for key, value in first.items() if key.startswith("weight_")
-        }
-        shown = f"T {first['temperature']:g}; " + ", ".join(
-            f"{key} {value:g}" for key, value in weights.items()
-        )
         lines.append(
-            f"| `{row.name}` | {shown} | {first['macs'] / 1e6:.1f} M | {percent(row.accuracy)} | "
+            f"| `{row.name}` | {weights(first)} | {first['macs'] / 1e6:.1f} M | {percent(row.accuracy)} | "
             f"{100 * sum(branch) / len(branch):.2f} | {row.mean('test_nll'):.3f} | {len(row.done)} |"
         )
     lines += ["", "| difference, paired by seed | points with 95 % interval | |", "|---|---|---|"]
