@@ -35,6 +35,8 @@ class TrainingImages(nn.Module):
         UserError: If all images are of one class, so that there are no negatives.
     """
 
+    same_in_all_processes = True
+
     def __init__(self, index: Tensor, labels: Tensor, seed: int) -> None:
         super().__init__()
         counts_C = torch.bincount(labels)
@@ -115,6 +117,7 @@ class MemoryBank(nn.Module):
     """
 
     bank: Tensor
+    same_in_all_processes = True  # drawn alike, and `update` gathers; tells the trainer not to broadcast it
 
     def __init__(self, num_images: int, features: int, momentum: float, generator: torch.Generator) -> None:
         super().__init__()

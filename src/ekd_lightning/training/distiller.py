@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -97,6 +98,17 @@ class Distiller(ImageClassificationModule):
         self._live_networks = _LiveNetworks(self.student, teachers)
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
+        self._spare_broadcasts()
+
+    def _spare_broadcasts(self) -> None:
+        """Names for DDP what is equal in all processes anyway; it would broadcast such buffers in every step."""
+        same = [
+            name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)
+        ]
+        prefixes = ("teachers.", *(f"{name}." for name in same))
+        named = (*self.named_parameters(), *self.named_buffers())
+        names = [name for name, _ in named if name.startswith(prefixes)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""
