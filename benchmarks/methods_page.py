@@ -43,8 +43,8 @@ FAMILIES = {
 VERDICTS = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not told apart"}
 NOTES = "<!-- notes -->"
 DEFAULTS = (
-    "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen on "
-    "validation images ([search](equal_macs_cifar10_5pct.md)). Nothing else was tuned"
+    "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen "
+    "on validation images ([search](equal_macs_cifar10_5pct.md)). Nothing else was tuned"
 )
 
 

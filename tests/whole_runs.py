@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytorch_lightning import Callback, Trainer
 
 TINY = (
     "data.fraction=0.1",
@@ -30,6 +31,14 @@ TINY = (
     "evaluation=none",  # tests that look at it ask for it
 )
 """129 training images of the bundled digits, 4 steps an epoch, two teachers of one epoch, 360 test images."""
+
+
+class FailsIfTaught(Callback):
+    """Stops a run that has teachers as its training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if pl_module.teachers is not None:
+            raise RuntimeError("out of chalk")
 
 
 @dataclass

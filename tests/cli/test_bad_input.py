@@ -35,7 +35,7 @@ REFUSED = [
     (["trainer.limit_train_batches=0"], ["trainer.limit_train_batches=0"]),
     (["trainer.precision=17"], ["17"]),
     (["teachers.count=3"], ["teachers.count=3", "only 2 teachers"]),
-    (["teachers.count=0"], ["teachers.count=0"]),
+    (["teachers.count=0"], ["teachers.count=0", "the method 'ekd' needs teachers"]),
     (["student.branches=0"], ["student.branches=0", "at least 1"]),
     (["student.branches=-1"], ["student.branches=-1"]),
     (["student.split_after=stage9"], ["stage9", "did you mean 'stage3'"]),

@@ -125,6 +125,36 @@ def test_a_stopped_run_goes_on_in_place_and_a_lost_one_starts_anew(study, finish
     assert call("--output", study)[0] == 0  # `resume` in its configuration is no difference
 
 
+def test_places_that_changed_reach_a_run_that_goes_on(study, tmp_path):
+    stopped = study / "runs" / "ekd-f0.1-s0"
+    (stopped / "result.json").unlink()
+    (stopped / "status.json").write_text(json.dumps({"state": "failed", "error": "interrupted"}))
+    code, out, _ = call("--output", study, "--print-jobs", f"data.root={tmp_path}/moved")
+    assert code == 0
+    (line,) = out.splitlines()
+    assert line.startswith(f"ekd-train resume={stopped} ")
+    assert f"data.root={tmp_path}/moved" in line
+    code, _, err = call("--output", study, f"data.root={tmp_path}/moved")
+    assert code == 0, err
+    assert f"root: {tmp_path}/moved" in (stopped / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--tuned", "."), "--tuned: is about rows: say which with --methods"),
+        (("--match", "macs"), "--match: is about rows: say which with --methods"),
+        (("--no-controls",), "--no-controls: is about rows: say which with --methods"),
+        (("--report-only", "--seeds", "0"), "--seeds: has no effect on --report-only"),
+        (("--report-only", "recipe.lr=1"), "recipe.lr=1: has no effect on --report-only"),
+    ],
+)
+def test_words_that_would_be_ignored_are_refused(finished, given, message):
+    code, _, err = call("--output", finished[0], *given)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+
+
 def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
     failed = study / "runs" / "ekd-f0.1-s1"
     shutil.rmtree(failed / "checkpoints")
@@ -144,11 +174,32 @@ def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
 def test_a_failing_row_does_not_stop_the_others(words, tmp_path):
     folder = tmp_path / "c"
     rows = ("--methods", "ekd,ce", "--no-controls", "--seeds", "0", "--fractions", "0.1")
-    code, out, _ = call(*rows, "--output", folder, *words, "student.split_after=stage9")
+    fails = ("imports=[whole_runs]", "+callbacks.fails._target_=whole_runs.FailsIfTaught")
+    code, out, _ = call(*rows, "--output", folder, *words, *fails)
     assert code == 1
     assert table(folder)["ce"]["n"] == 1
-    assert table(folder)["ekd"]["problems"].startswith("failed 1 of 1: unknown split_after")
+    assert table(folder)["ekd"]["problems"].startswith("failed 1 of 1: RuntimeError: out of chalk")
     assert "1 done, 1 failed" in out or "1 failed, 1 done" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "word", "message"),
+    [
+        ("ce,fsp", "teachers.count=2", "row fsp: "),  # needs equal channels
+        ("ce,okddip", "+method.terms.leader.temperature=0", "row ce: "),
+        (
+            "ce,ekd",
+            "student.split_after=stage9",
+            "row ekd: unknown split_after for network 'resnet8': 'stage9'; did you mean 'stage3'",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_is_refused_before_any_other_trains(words, tmp_path, rows, word, message):
+    asked = ("--methods", rows, "--no-controls", "--seeds", "0", "--fractions", "0.1")
+    code, _, err = call(*asked, "--output", tmp_path / "c", *words, word)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert not list(tmp_path.rglob("config.yaml"))
 
 
 def test_rows_and_seeds_can_be_added(study, words):
@@ -191,6 +242,15 @@ def test_runs_that_went_different_ways_are_refused(study):
     assert "ekd-f0.1-s1 differ in steps (4, 99)" in err
 
 
+@pytest.mark.parametrize(("key", "value"), [("method", "ekd_mean"), ("weight_kd_branch", 0.5)])
+def test_runs_of_one_row_are_of_one_method(study, key, value):
+    path = study / "runs" / "ekd-f0.1-s1" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    code, _, err = call("--output", study, "--report-only")
+    assert code == 2
+    assert f"ekd-f0.1-s0 and ekd-f0.1-s1 differ in {key} " in err
+
+
 def test_the_jobs_can_be_printed_instead(study):
     shutil.rmtree(study / "runs" / "ce-f0.1-s1")
     code, out, _ = call("--output", study, "--print-jobs")
@@ -205,16 +265,21 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     folder = tmp_path / "c"
     code, out, err = call("--methods", "ekd", "--seeds", "0", "--output", folder, "--print-jobs", *words)
     assert code == 0, err
-    assert "added as controls: ce, branched_ce, kd_mean, ekd_mean" in err
-    assert "kd_mean_macs: resnet14, width 0.5" in err
+    assert "added as controls: ce, branched_ce, kd_mean, kd_mean_feature, ekd_mean" in err
+    assert "kd_mean_macs, kd_mean_feature_macs: resnet14, width 0.5" in err
     assert "%)" in err
     lines = out.splitlines()
-    assert len(lines) == 7
-    (macs,) = [line for line in lines if line.endswith("kd_mean_macs-f1-s0")]
-    assert "student.network=resnet14" in macs
-    assert "++student.options.width=0.5" in macs
-    assert "+student.options={width" not in macs
-    assert not folder.exists()
+    assert len(lines) == 10
+    for method in ("kd_mean", "kd_mean_feature"):
+        (macs,) = [line for line in lines if line.endswith(f"/{method}_macs-f1-s0")]
+        assert f"method={method} student.network=resnet14" in macs
+        assert "++student.options.width=0.5" in macs
+        assert "+student.options={width" not in macs
+    # Once the jobs have run elsewhere, the folder's table can be made.
+    assert len(studies.read_study(folder).rows) == 10
+    code, out, _ = call("--output", folder, "--report-only")
+    assert code == 1
+    assert "10 missing" in out
 
 
 def test_the_branching_of_the_study_is_not_forced_on_plain_students(tmp_path, words):
@@ -222,6 +287,24 @@ def test_the_branching_of_the_study_is_not_forced_on_plain_students(tmp_path, wo
     _, out, _ = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, "student.branches=2")
     found = {line.rsplit("/", 1)[1]: "student.branches=2" in line for line in out.splitlines()}
     assert found == {"ce-f0.1-s0": False, "ekd-f0.1-s0": True}
+
+
+def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
+    rows = ("--methods", "one,dml,okddip,hydra_heads,ekd_permuted", "--no-controls", "--seeds", "0")
+    branching = ("student.branches=2", "student.split_after=stem", "student.ensemble=mean_probs")
+    _, out, err = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, *branching)
+    found = {
+        line.split("method=")[1].split()[0]: [word for word in branching if word in line]
+        for line in out.splitlines()
+    }
+    assert found == {
+        "one": [],
+        "dml": [branching[2]],
+        "okddip": [branching[2]],
+        "hydra_heads": [branching[0]],  # as many heads as there are teachers
+        "ekd_permuted": list(branching),
+    }
+    assert f"one has its own branching: {' '.join(branching)} does not reach it" in err
 
 
 def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
@@ -244,6 +327,34 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     assert "recipe.epochs=9: all rows of a study must share it" in err
     (folder / "ekd.yaml").write_text("temperature: 2")
     assert "must hold `overrides:`" in call(*ROWS, *options, *words)[2]
+    (folder / "ekd.yaml").write_bytes(b"overrides: [\xff]")
+    assert "ekd.yaml: not YAML" in call(*ROWS, *options, *words)[2].splitlines()[-1]
+    (folder / "ekd.yaml").write_text("overrides: [method=ce]")
+    assert "method=ce: all rows of a study must share it" in call(*ROWS, *options, *words)[2]
+    (folder / "ekd.yaml").write_text("{method: ce, overrides: []}")
+    assert "was tuned for the method ce, the row ekd is of ekd" in call(*ROWS, *options, *words)[2]
+
+
+def test_rows_of_other_networks_are_tuned_too_and_the_tables_say_it(tmp_path, words):
+    folder, study = tmp_path / "tuned", tmp_path / "c"
+    folder.mkdir()
+    (folder / "kd_mean.yaml").write_text(yaml.safe_dump({"overrides": ["method.temperature=2"]}))
+    own = {"method": "kd_mean@resnet20", "overrides": ["method.temperature=3"]}
+    (folder / "kd_mean@resnet20.yaml").write_text(yaml.safe_dump(own))
+    rows = ("--methods", "ce,kd_mean@resnet14,kd_mean@resnet20", "--no-controls", "--fractions", "0.1")
+    options = ("--tuned", folder, "--output", study, "--seeds", "0", "--print-jobs")
+    _, out, err = call(*rows, *options, *words)
+    assert "method.temperature=2 " in next(line for line in out.splitlines() if "resnet14" in line)
+    assert "method.temperature=3 " in next(line for line in out.splitlines() if "resnet20" in line)
+    assert "kd_mean@resnet14: as tuned for another network, kd_mean.yaml" in err
+    call("--output", study, "--report-only")
+    said = {name: row["settings"] for name, row in table(study).items()}
+    assert said == {
+        "ce": "defaults",
+        "kd_mean@resnet14": "student.network=resnet14 method.temperature=2",
+        "kd_mean@resnet20": "student.network=resnet20 method.temperature=3",
+    }
+    assert "| student.network=resnet14 method.temperature=2 |" in (study / "comparison.md").read_text()
 
 
 MISTAKES = [

@@ -124,7 +124,7 @@ def test_two_stages_in_one_training(progress, hint, ce, kd):
     method = two_stages()
     loss = method(make_student(1), make_teachers(1), make_batch(), progress=progress)
     terms = {name: float(value) for name, value in loss.terms.items()}
-    expected = hint * terms["hint"] + ce * terms["ce_ensemble"] + kd * 0.1111 * terms["kd_ensemble"]
+    expected = hint * terms["hint"] + ce * terms["ce_ensemble"] + kd * terms["kd_ensemble"]
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
 
 

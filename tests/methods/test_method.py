@@ -303,3 +303,12 @@ def test_methods_and_evaluation_need_neither_lightning_nor_hydra_nor_wandb():
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_branch_makes_the_cross_entropy_count_twice_and_that_is_said():
+    terms = {"ce_ensemble": {"weight": 1.0}, "ce_branch": {"weight": 1.0}}
+    with pytest.warns(UserWarning, match="one branch: ce_branch repeats ce_ensemble"):
+        method = build_method("x", terms, **sizes(1, 0))
+    student, batch = make_student(1), make_batch()
+    alone = build_method("x", {"ce_ensemble": {"weight": 1.0}}, **sizes(1, 0))
+    torch.testing.assert_close(method(student, None, batch).total, 2 * alone(student, None, batch).total)

@@ -41,6 +41,14 @@ def test_the_option_temperature_overrides_the_methods(name):
     assert build_term("kd_branch", 1.0, term_context()).uses_temperature
 
 
+@pytest.mark.parametrize("name", ["kd_ensemble", "kd_branch"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 8.0])
+def test_plain_divergence_has_no_squared_temperature(name, temperature):
+    plain = value(name, temperature=temperature, loss="kl_plain")
+    torch.testing.assert_close(plain * temperature**2, value(name, temperature=temperature))
+    assert build_term(name, 1.0, term_context(), loss="kl_plain").uses_temperature
+
+
 def test_mse_on_logits_compares_with_the_mean_of_the_teachers():
     student, teachers = make_student(), make_teachers()
     expected = losses.mse(student.logits, teachers.logits.mean(0))
@@ -138,7 +146,7 @@ def test_half_precision_features_give_a_float32_loss():
         ("kd_branch", {"temperature": "4"}, "temperature='4'"),
         ("kd_branch", {"temperature": float("inf")}, "temperature=inf"),
         ("kd_branch", {"combine": "sum"}, "combine 'sum' .*logits, probabilities"),
-        ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, mse_logits"),
+        ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, kl_plain, mse_logits"),
         (
             "kd_branch",
             {"loss": "mse_logits", "combine": "probabilities"},

@@ -57,7 +57,7 @@ def test_impossible_recipes(key, value):
         (Settings(data=DataSettings(fraction=1.5)), "data.fraction=1.5"),
         (Settings(data=DataSettings(eval_batch_size=0)), "data.eval_batch_size=0"),
         (Settings(teachers=TeacherSettings(pool=["a"], count=2)), "teachers.count=2: the pool has only 1"),
-        (Settings(teachers=TeacherSettings(pool=["a"], count=0)), "teachers.count=0"),
+        (Settings(teachers=TeacherSettings(pool=["a"], count=-1)), "teachers.count=-1"),
         (Settings(teachers=TeacherSettings(train_on="al")), "'all'"),
         (Settings(teachers=TeacherSettings(table="on")), "teachers.table"),
         (Settings(teachers=TeacherSettings(pool=[{}])), "teachers.pool[0]"),

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 from rich.console import Console
 
 from ekd_lightning.cli import study as studies
 from ekd_lightning.cli.build import import_user_modules
-from ekd_lightning.cli.config import register_schema, to_settings
+from ekd_lightning.cli.config import register_schema
 from ekd_lightning.cli.edge import one_line
-from ekd_lightning.cli.study import CONTROLS, RowPlan, Study
+from ekd_lightning.cli.study import Study
+from ekd_lightning.cli.study_rows import parse_matches, plan_rows
+from ekd_lightning.cli.study_tuned import with_tuned
 from ekd_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from ekd_lightning.networks.matching import Match
     from ekd_lightning.reporting.comparison import Block
 
 PROGRAM = "ekd-compare"
@@ -104,18 +103,38 @@ def run_compare(args: argparse.Namespace) -> bool:
     if args.report_only:
         if old is None:
             raise UserError(f"--output {args.output}: not a study, there is nothing to report")
+        other = (
+            "methods",
+            "fractions",
+            "seeds",
+            "match",
+            "no_controls",
+            "tuned",
+            "print_jobs",
+            "retry_failed",
+        )
+        _refuse(args, (*other, "overrides"), "has no effect on --report-only, which shows all that is there")
         return report(old, folder)
     common, hydra_words = studies.split_overrides(args.overrides)
     with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"):
         search = [word for word in hydra_words if studies.key_of(word) == "hydra.searchpath"]
         composer = partial(_compose, search)
         study = ask(args, common, old, composer)
-        if args.print_jobs:
-            _print_jobs(study, folder, composer, args.retry_failed)
-            return True
         with _alone(folder):
+            if args.print_jobs:
+                _print_jobs(study, folder, composer, args.retry_failed)
+                return True
             _run(study, folder, composer, hydra_words, args.retry_failed)
     return report(study, folder)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Refuses options that would be ignored."""
+    for name in names:
+        value = getattr(args, name)
+        if value:
+            word = value[0] if name == "overrides" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{word}: {why}")
 
 
 def _compose(search: Sequence[str], overrides: Sequence[str]) -> DictConfig:
@@ -143,17 +162,22 @@ def ask(
     Raises:
         UserError: For unknown names, bad numbers, or what contradicts the folder's study.
     """
-    if old is None and args.methods is None:
-        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+    if args.methods is None:
+        if old is None:
+            raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+        _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
     common = common if old is None else studies.continued(old, common)
     cfg = composer(overrides=common)
     import_user_modules(list(cfg.imports))
     default_fraction = cfg.data.fraction if cfg.data.fraction is not None else 1.0
     fractions = studies.parse_fractions(args.fractions) if args.fractions else (default_fraction,)
     seeds = studies.parse_seeds(args.seeds) if args.seeds else (0, 1, 2)
-    rows = [] if args.methods is None else _rows(args, common, old, composer)
+    rows = []
+    if args.methods is not None:
+        matches = parse_matches(args.match or ("none" if args.no_controls else "macs,parameters"))
+        rows = plan_rows(args.methods, matches, not args.no_controls, common, old, composer)
     if args.tuned:
-        rows = _with_tuned(rows, args.tuned, cfg.data.name, fractions)
+        rows = with_tuned(rows, args.tuned, cfg.data.name, fractions)
     if old is None:
         return Study(tuple(rows), fractions, seeds, common, cfg.data.name)
     asked = Study(
@@ -166,83 +190,12 @@ def ask(
     return studies.union(old, asked)
 
 
-def _rows(
-    args: argparse.Namespace,
-    common: tuple[str, ...],
-    old: Study | None,
-    composer: Callable[..., DictConfig],
-) -> list[RowPlan]:
-    """The rows that were asked for, then the controls, then the students of equal cost."""
-    from ekd_lightning.networks import network_names  # noqa: PLC0415 (slow; --help needs none)
-
-    matches = studies.parse_matches(args.match or ("none" if args.no_controls else "macs,parameters"))
-    methods = GlobalHydra.instance().config_loader().get_group_options("method", ObjectType.CONFIG)
-    asked = list(dict.fromkeys(word.strip() for word in args.methods.split(",") if word.strip()))
-    if not asked:
-        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
-    extra = [] if args.no_controls else [name for name in CONTROLS if name not in asked]
-    if extra:
-        log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
-    names = [*asked, *extra, *(["kd_mean"] if matches else [])]
-    known = {name.partition("@")[0] for name in names} & set(methods)
-    plain = {name for name in known if composer(overrides=[f"method={name}"]).student.branches == 1}
-    make = partial(studies.make_row, methods=methods, networks=network_names(), plain=plain)
-    rows = [make(name) for name in [*asked, *extra]]
-    recorded = {row.name for row in old.rows} if old else set()
-    kd_mean = make("kd_mean")
-    for by in matches:
-        name = f"kd_mean_{by}"
-        if name not in recorded:  # once found, a study keeps it
-            match = match_student(by, composer(overrides=common))
-            log.info("%s: %s", name, match)
-            rows.append(_matched(name, kd_mean, match))
-    return rows
-
-
-def match_student(by: str, cfg: DictConfig) -> Match:
-    """The plain network whose MACs or parameters come nearest to those of the study's student.
-
-    Args:
-        by: `macs` or `parameters`.
-        cfg: Composed configuration with the study's student.
-    """
-    from ekd_lightning.data import load_dataset  # noqa: PLC0415 (slow; --help needs none)
-    from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
-    from ekd_lightning.networks.matching import match_network  # noqa: PLC0415
-    from ekd_lightning.training.prepare import build_student  # noqa: PLC0415
-
-    settings = to_settings(cfg)
-    data = settings.data
-    dataset = load_dataset(data.name, Path(data.root), data.download)
-    student = build_student(settings, dataset)
-    cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
-    return match_network(student.spec, cost(student), cost)
-
-
-def _matched(name: str, kd_mean: RowPlan, match: Match) -> RowPlan:
-    options = [f"++student.options.{key}={value}" for key, value in match.options.items()]
-    without = (*kd_mean.without, "student.network", "student.options")
-    return RowPlan(name, (*kd_mean.overrides, f"student.network={match.network}", *options), without)
-
-
-def _with_tuned(
-    rows: Sequence[RowPlan], folder: Path, data: str, fractions: Sequence[float]
-) -> list[RowPlan]:
-    if not folder.is_dir():
-        raise UserError(f"--tuned {folder}: no such folder")
-    found = []
-    for row in rows:
-        one = studies.tuned(row, folder, data, fractions)
-        if one is None:
-            log.warning("%s: no %s.yaml in %s, the method's defaults are used", row.name, row.name, folder)
-        found.append(one or row)
-    return found
-
-
 def _print_jobs(study: Study, folder: Path, composer: Callable[..., DictConfig], retry: bool) -> None:
     from ekd_lightning.cli.study_runs import commands, plan  # noqa: PLC0415
 
-    for line in commands(plan(study, folder, composer, retry_failed=retry)[0]):
+    jobs = plan(study, folder, composer, retry_failed=retry)[0]
+    studies.write_study(study, folder)  # for --report-only, once the jobs have run
+    for line in commands(jobs):
         print(line)
 
 
@@ -278,20 +231,20 @@ def report(study: Study, folder: Path) -> bool:
 
     runs = read_runs(study, folder)
     blocks = compare(runs, study.data)
-    _write(blocks, folder)
+    _write(blocks, folder, {row.name: " ".join(row.overrides[1:]) for row in study.rows})
     _print(blocks, folder)
     states = Counter(run.state for run in runs)
     print(f"{folder}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
     return set(states) == {"done"}
 
 
-def _write(blocks: Sequence[Block], folder: Path) -> None:
+def _write(blocks: Sequence[Block], folder: Path, settings: Mapping[str, str]) -> None:
     from ekd_lightning.reporting.comparison_table import csv_text, json_text, markdown  # noqa: PLC0415
     from ekd_lightning.training.record import write_text  # noqa: PLC0415
 
     made: dict[str, Any] = {"csv": csv_text, "md": markdown, "json": json_text}
     for ending, make in made.items():
-        write_text(folder / f"comparison.{ending}", make(blocks))
+        write_text(folder / f"comparison.{ending}", make(blocks, settings))
 
 
 def _print(blocks: Sequence[Block], folder: Path) -> None:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ekd_lightning.errors import UserError, unknown_name
-
-log = logging.getLogger(__name__)
+from ekd_lightning.errors import UserError
 
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
-CONTROLS = ("ce", "branched_ce", "kd_mean", "ekd_mean")
-MATCHES = ("macs", "parameters")
 
 # Common settings that say how a run is carried out or where things lie, not what it computes.
 FREE = (
@@ -34,20 +27,6 @@ FREE = (
     "teachers.download",
     "teachers.store",
 )
-# What a tuned row may not change: the rows would no longer be comparable.
-_PROTOCOL = (
-    "data",
-    "teachers",
-    "student",
-    "seed",
-    "trainer",
-    "experiment",
-    "recipe.epochs",
-    "recipe.batch_size",
-    "recipe.mixup",
-    "recipe.cutmix",
-)
-_BRANCHING = ("student.branches", "student.split_after", "student.ensemble")
 
 
 @dataclass(frozen=True)
@@ -144,88 +123,6 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     if not values or not all(0 < value <= 1 for value in values) or len(short) < len(values):
         raise UserError(f"--fractions {text}: give different shares in (0, 1], e.g. 0.05,0.1")
     return values
-
-
-def parse_matches(text: str) -> tuple[str, ...]:
-    """Reads `macs,parameters` or `none`.
-
-    Raises:
-        UserError: For another word.
-    """
-    if text == "none":
-        return ()
-    words = tuple(dict.fromkeys(text.split(",")))
-    for word in words:
-        if word not in MATCHES:
-            raise unknown_name("--match", word, (*MATCHES, "none"))
-    return words
-
-
-def make_row(name: str, methods: Sequence[str], networks: Sequence[str], plain: Iterable[str]) -> RowPlan:
-    """Makes a row of `method` or `method@network`.
-
-    Methods for plain students keep their one branch: common overrides of the branching do not apply to them. A row
-    with a network of its own does not get the options of the common one.
-
-    Args:
-        name: The row.
-        methods: Methods that exist.
-        networks: Networks that exist.
-        plain: Methods whose student is not branched.
-
-    Raises:
-        UserError: For an unknown method or network, with the nearest match.
-    """
-    method, at, network = name.partition("@")
-    if method not in methods:
-        raise unknown_name("method", method, methods)
-    if at and network not in networks:
-        raise unknown_name("network", network, networks)
-    without = _BRANCHING if method in set(plain) else ()
-    if not at:
-        return RowPlan(name, (f"method={method}",), without)
-    without = (*without, "student.network", "student.options")
-    return RowPlan(name, (f"method={method}", f"student.network={network}"), without)
-
-
-def tuned(row: RowPlan, folder: Path, data: str = "", fractions: Sequence[float] = ()) -> RowPlan | None:
-    """The row with the overrides of `folder/<row>.yaml` (key `overrides`) appended; None without such a file.
-
-    Args:
-        row: The row.
-        folder: Where the files are.
-        data: Data set of the study, and
-        fractions: its fractions: if the file says that it was tuned on others, a warning tells.
-
-    Raises:
-        UserError: For a file of another form, or an override of what all rows must share.
-    """
-    path = folder / f"{row.name}.yaml"
-    if not path.is_file():
-        return None
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    words = content.get("overrides") if isinstance(content, dict) else None
-    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
-        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
-    for word in words:
-        if is_under(key_of(word), _PROTOCOL):
-            raise UserError(f"{path}: {word}: all rows of a study must share it")
-    _warn_of_other_data(path, content.get("protocol"), data, fractions)
-    return replace(row, overrides=(*row.overrides, *words))
-
-
-def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
-    known = protocol if isinstance(protocol, dict) else {}
-    if data and known.get("data", data) != data:
-        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
-    others = [f"{fraction:g}" for fraction in fractions if known.get("fraction", fraction) != fraction]
-    if others:
-        log.warning(
-            "%s was tuned at fraction %s, and is used at %s", path, known["fraction"], ", ".join(others)
-        )
 
 
 def write_study(study: Study, folder: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from ekd_lightning.cli.config import CONFIG_FILE, changed_keys, read_config, to_plain
-from ekd_lightning.cli.study import FREE, RowPlan, Study, is_under
+from ekd_lightning.cli.study import FREE, RowPlan, Study, is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.comparison import Run
+
+if TYPE_CHECKING:
+    from ekd_lightning.training.settings import Settings
 
 RUNS = "runs"
 
@@ -98,12 +102,13 @@ def plan(study: Study, folder: Path, compose: Any, *, retry_failed: bool) -> tup
         The jobs, and the failed runs that are left alone.
 
     Raises:
-        UserError: If overrides do not compose into possible settings, or a run is there with another configuration.
+        UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
     """
     from ekd_lightning.cli.config import to_settings  # noqa: PLC0415
 
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     left: list[Run] = []
+    checked: set[tuple[str, float]] = set()
     for row, fraction, seed in every(study):
         run, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
         directory = folder / RUNS / run.name
@@ -119,17 +124,35 @@ def plan(study: Study, folder: Path, compose: Any, *, retry_failed: bool) -> tup
             left.append(run)
             continue
         resumed = checkpoint and (directory / ".hydra" / "overrides.yaml").is_file()
-        job = Job(directory, tuple(_recorded(directory) if resumed else words), resumed)
+        if (row.name, fraction) not in checked:
+            _check_row(row, to_settings(cfg))
+            checked.add((row.name, fraction))
+        free = [word for word in study.common if is_under(key_of(word), FREE)]
+        job = Job(directory, tuple(_resumed_words(directory, free) if resumed else words), resumed)
         ordered.append(((fraction, seed, -len(cfg.method.terms)), job))
     # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
     # others then read.
     return [job for _, job in sorted(ordered, key=lambda pair: pair[0])], left
 
 
-def _recorded(directory: Path) -> list[str]:
-    """The overrides that a run was started with."""
+def _check_row(row: RowPlan, settings: Settings) -> None:
+    """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
+    from ekd_lightning.training.prepare import prepare  # noqa: PLC0415 (slow; --help needs none)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run says them
+            prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from None
+
+
+def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
+    """The overrides that a run was started with, but for places and the like, which may have changed since."""
     words: Any = OmegaConf.to_container(OmegaConf.load(directory / ".hydra" / "overrides.yaml"))
-    return [str(word) for word in words if not str(word).startswith("resume=")]
+    given = {key_of(word) for word in free}
+    first = [str(word) for word in words if key_of(str(word)) not in given]
+    return [*(word for word in first if not word.startswith("resume=")), *free]
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:
@@ -137,7 +160,9 @@ def commands(jobs: Sequence[Job]) -> list[str]:
     import shlex  # noqa: PLC0415
 
     return [
-        shlex.join(["ekd-train", f"resume={job.directory}"])
+        shlex.join(
+            ["ekd-train", f"resume={job.directory}", *(w for w in job.words if is_under(key_of(w), FREE))]
+        )
         if job.resumed
         else shlex.join(["ekd-train", *job.words, f"hydra.run.dir={job.directory}"])
         for job in jobs

@@ -229,8 +229,10 @@ def _prepare(settings: Settings) -> Prepared:
         raise UserError(
             f"trainer.devices={devices}: a trial has one device; start several processes with one --output"
         )
-    if not re.fullmatch(r"\w[\w.+-]*", settings.method.name):
-        raise UserError(f"method.name={settings.method.name}: names files here; use letters, digits and _.+-")
+    if not re.fullmatch(r"\w[\w.+@-]*", settings.method.name):
+        raise UserError(
+            f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-"
+        )
     prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     if not prepared.datamodule.num_val_images:
         raise UserError(

@@ -107,6 +107,8 @@ def build_method(
     )
     method = Method(name, {key: spec.build(key, context) for key, spec in active.items()}, context.assignment)
     _warn_without_effect(method, temperature, assignment)
+    if num_branches == 1:
+        _warn_of_one_branch(method)
     return method
 
 
@@ -169,6 +171,17 @@ def _or_default(temperature: float | None) -> float:
 
 def _or_one_to_one(assignment: AssignmentSpec | None) -> AssignmentSpec:
     return DEFAULT_ASSIGNMENT if assignment is None else assignment
+
+
+def _warn_of_one_branch(method: Method) -> None:
+    kinds = {type(term): key for key, term in method.named_terms()}
+    branch, ensemble = kinds.get(term_class("ce_branch")), kinds.get(term_class("ce_ensemble"))
+    if branch and ensemble:
+        warnings.warn(
+            f"the student of {method.name!r} has one branch: {branch} repeats {ensemble}, so the cross-entropy "
+            "counts twice",
+            stacklevel=3,
+        )
 
 
 def _warn_without_effect(

@@ -91,10 +91,10 @@ class _Distillation(Term):
     ) -> None:
         super().__init__(weight)
         self.combine = choice("combine", combine, ("logits", "probabilities"))
-        self.loss = choice("loss", loss, ("kl", "mse_logits"))
+        self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
             raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
-        self.uses_temperature = temperature is None and self.loss == "kl"
+        self.uses_temperature = temperature is None and self.loss != "mse_logits"
         chosen = context.temperature if temperature is None else temperature
         self.temperature = number("temperature", chosen, above=0.0)
 
@@ -103,7 +103,8 @@ class _Distillation(Term):
         target = losses.combine_teachers(context.teachers.logits, weights, self.temperature, self.combine)
         if self.loss == "mse_logits":
             return losses.mse(student_logits, target)
-        return losses.kd_divergence(student_logits, target, self.temperature)
+        value = losses.kd_divergence(student_logits, target, self.temperature)
+        return value / self.temperature**2 if self.loss == "kl_plain" else value
 
 
 @register_term("kd_ensemble")
@@ -116,8 +117,9 @@ class DistillationEnsemble(_Distillation):
         temperature: T > 0; None for the method's.
         combine: How the teachers are averaged, `logits` or `probabilities`. For sums of
             logits see `losses.combine_teachers`.
-        loss: `kl`, or `mse_logits` for the mean squared error of plain logits (no T, no T²). A student whose
-            ensemble output averages probabilities gives log-probabilities as logits: use `kl` there.
+        loss: `kl`; `kl_plain` without the factor T²; or `mse_logits` for the mean squared error of plain logits (no
+            T, no T²). A student whose ensemble output averages probabilities gives log-probabilities as logits: use
+            `kl` there.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class DistillationBranch(_Distillation):
         temperature: T > 0; None for the method's.
         combine: How several teachers of one branch are combined, `logits` or `probabilities`; see
             `kd_ensemble`.
-        loss: `kl` or `mse_logits`; see `kd_ensemble`.
+        loss: `kl`, `kl_plain` or `mse_logits`; see `kd_ensemble`.
         reduction: `mean` or `sum` over the K branches.
     """
 

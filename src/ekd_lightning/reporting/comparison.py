@@ -36,6 +36,7 @@ PROTOCOL = (
 )
 """Fields of a result that runs must share to be compared."""
 _ROW = (
+    "method",
     "student",
     "num_branches",
     "split_after",
@@ -260,7 +261,7 @@ def check_protocol(runs: Sequence[Run]) -> None:
 
     Images, views, epochs, batch size and steps must be the same for all of them. The pool of teachers must be the
     same for all that were taught by all of it; a method that was given one teacher must have it from this pool.
-    Within a row, the networks must be the same, too.
+    Within a row, method, weights of the terms and networks must be the same, too.
 
     Raises:
         UserError: Naming the field and two runs.
@@ -270,7 +271,8 @@ def check_protocol(runs: Sequence[Run]) -> None:
         _same(done, field_name, [(run.result or {}).get(field_name) for run in done])
     for name in dict.fromkeys(run.row for run in done):
         own = [run for run in done if run.row == name]
-        for field_name in _ROW:
+        weights = {key for run in own for key in run.result or {} if key.startswith("weight_")}
+        for field_name in (*_ROW, *sorted(weights)):
             _same(own, field_name, [(run.result or {}).get(field_name) for run in own])
     taught = [(run, hashes) for run in done if (hashes := taught_by(run.result or {}))]
     whole = [(run, hashes) for run, hashes in taught if not _chose(run)]

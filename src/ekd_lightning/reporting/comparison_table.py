@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -124,25 +124,35 @@ def rich_table(block: Block) -> Table:
     return table
 
 
-def markdown(blocks: Sequence[Block]) -> str:
-    """All blocks as a Markdown page."""
+def markdown(blocks: Sequence[Block], settings: Mapping[str, str] | None = None) -> str:
+    """All blocks as a Markdown page.
+
+    Args:
+        blocks: The blocks.
+        settings: By row, what it changes of its method's defaults; None if that is not known.
+    """
     parts = ["# Comparison\n", LEGEND]
     for block in blocks:
         heads = columns(block.references)
+        if settings is not None:
+            heads = [*heads, "settings"]
         lines = [f"## {title(block)}\n", f"| {' | '.join(heads)} | |", "|" + "---|" * (len(heads) + 1)]
         for row in block.rows:
-            own = [f"`{row.name}`", *cells(row, block.references, "; ")[1:], row.problems.replace("|", "\\|")]
+            own = [f"`{row.name}`", *cells(row, block.references, "; ")[1:]]
+            if settings is not None:
+                own.append(settings.get(row.name) or "defaults")
+            own.append(row.problems.replace("|", "\\|"))
             lines.append("| " + " | ".join(own) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def records(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+def records(blocks: Sequence[Block], settings: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """All rows of all blocks as flat records, accuracies and differences in [0, 1] and [-1, 1]."""
-    return [_record(block, row) for block in blocks for row in block.rows]
+    return [_record(block, row, settings) for block in blocks for row in block.rows]
 
 
-def _record(block: Block, row: Row) -> dict[str, Any]:
+def _record(block: Block, row: Row, settings: Mapping[str, str] | None) -> dict[str, Any]:
     def only(key: str) -> Any:
         values = row.distinct(key)
         return values[0] if len(values) == 1 else "/".join(map(str, values)) or None
@@ -174,12 +184,14 @@ def _record(block: Block, row: Row) -> dict[str, Any]:
     for state in ("failed", "partial", "stopped", "missing"):
         record[state] = sum(run.state == state for run in row.runs)
     record["problems"] = row.problems or None
+    if settings is not None:
+        record["settings"] = settings.get(row.name) or "defaults"
     return record
 
 
-def csv_text(blocks: Sequence[Block]) -> str:
+def csv_text(blocks: Sequence[Block], settings: Mapping[str, str] | None = None) -> str:
     """The records as CSV; columns of references that a block lacks are empty."""
-    rows = records(blocks)
+    rows = records(blocks, settings)
     heads = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, heads, lineterminator="\n")
@@ -188,10 +200,10 @@ def csv_text(blocks: Sequence[Block]) -> str:
     return stream.getvalue()
 
 
-def json_text(blocks: Sequence[Block]) -> str:
+def json_text(blocks: Sequence[Block], settings: Mapping[str, str] | None = None) -> str:
     """The records, and with each the accuracy of every seed, as JSON."""
     rows = [
-        {**_record(block, row), "by_seed": {str(r.seed): _one(r) for r in row.runs}}
+        {**_record(block, row, settings), "by_seed": {str(r.seed): _one(r) for r in row.runs}}
         for block in blocks
         for row in block.rows
     ]

@@ -60,6 +60,8 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     """
     settings.check()
     needs = needs_teachers(settings.method.terms)
+    if needs and settings.teachers.count == 0:
+        raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
     data = settings.data
     dataset, subset, views = prepare_data(settings)
     datamodule = ImageDataModule(

@@ -166,7 +166,7 @@ class TeacherSettings:
         """
         pool = len(self.pool)
         if self.count is not None:
-            _require(self.count >= 1, "teachers.count", self.count, "must be at least 1")
+            _require(self.count >= 0, "teachers.count", self.count, "must be at least 0")
             _require(self.count <= pool, "teachers.count", self.count, f"the pool has only {pool} teachers")
         if self.train_on not in ("subset", "all"):
             raise unknown_name("teachers.train_on", self.train_on, ("subset", "all"))
