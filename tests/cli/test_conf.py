@@ -208,5 +208,5 @@ def test_defaults_of_the_schema_that_conf_does_not_repeat():
     from ekd_lightning.training.settings import Settings
 
     settings = to_settings(composed())
-    assert (settings.seed, settings.metric, settings.resume) == (0, "test_accuracy", None)
+    assert (settings.seed, settings.metric, settings.resume) == (0, "val_accuracy", None)
     assert settings.channels_last == Settings().channels_last

@@ -152,6 +152,19 @@ def test_every_control_is_named_by_its_role():
     )
 
 
+@pytest.mark.parametrize(("weight", "named"), [(100.0, True), (0.0, False), (None, False)])
+def test_ekd_with_features_is_held_against_a_plain_student_with_them(weight, named):
+    runs = [entry(result("kd_mean_feature", s, 0.7 + s / 100, K=1), f"f{s}") for s in range(3)]
+    ours = [entry(result("ekd", s, 0.6 + s / 50, weight_feature_branch=weight), f"e{s}") for s in range(3)]
+    found = told(*ours, *runs)
+    assert ("same_features" in {finding.role for finding in found.findings}) is named
+    if named:
+        assert (
+            "the plain student that imitates the same features (kd_mean_feature)"
+            in of(found, "same_features").sentence
+        )
+
+
 def test_a_larger_network_is_no_competitor_and_equal_cost_means_macs():
     runs = [entry(result("kd_mean", s, 0.9 + s / 100, student="resnet20"), f"big{s}") for s in range(3)]
     found = told(*study(), *runs)

@@ -30,7 +30,7 @@ class Finding:
     """EKD against one other.
 
     Attributes:
-        role: What the other is: `plain`, `plain_taught`, `equal_cost`, `branched_untaught`, `mean_teacher`, `best`.
+        role: What the other is: one of `answer_words.ROLES`.
         other: Its group.
         difference: EKD minus the other; None without a common seed. `p_holm` is corrected over the named controls,
             that of `best` over all other methods.
@@ -177,9 +177,15 @@ def _equal_cost(block: Block, subject: Group) -> Group | None:
     )
 
 
+def _same_features(block: Block, subject: Group) -> Group | None:
+    """The plain student that imitates the teachers' features, where EKD's branches do."""
+    return _control("kd_mean_feature")(block, subject) if subject.only("weight_feature_branch") else None
+
+
 _CONTROLS: dict[str, Callable[[Block, Group], Group | None]] = {
     "plain": _control("ce"),
     "plain_taught": _control("kd_mean"),
+    "same_features": _same_features,
     "equal_cost": _equal_cost,
     "branched_untaught": _control("branched_ce", branched=True),
     "mean_teacher": _control("ekd_mean", branched=True),

@@ -12,6 +12,7 @@ SUBJECT = "EKD"
 ROLES = {
     "plain": "the plain student",
     "plain_taught": "the plain student taught by the mean of the teachers",
+    "same_features": "the plain student that imitates the same features",
     "equal_cost": "the plain student of equal cost",
     "branched_untaught": "the branched student without teachers",
     "mean_teacher": "the branched student whose branches all imitate the mean teacher",

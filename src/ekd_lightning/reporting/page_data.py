@@ -31,7 +31,7 @@ from ekd_lightning.reporting.report import Report
 
 MAIN = "main"
 """Name of the reference that the report takes for a block; further ones go by their label."""
-CONTROLS = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean")
+CONTROLS = ("ekd", "ce", "kd_mean", "kd_mean_feature", "branched_ce", "ekd_mean")
 """Methods that a reader may want differences to, too."""
 _MOST_REFERENCES = 8
 _DIGITS = 6

@@ -319,7 +319,7 @@ class Settings:
     seed: int = 0
     channels_last: bool = True
     """Memory format of images and convolutions; changes the speed, not what is computed."""
-    metric: str = "test_accuracy"
+    metric: str = "val_accuracy"
     """Field of result.json that a run returns to a sweeper."""
     tags: list[str] = field(default_factory=list)
     imports: list[str] = field(default_factory=list)
