@@ -2,7 +2,9 @@
 
     ekd-train experiment=cifar10_limited data.val_fraction=0.5 hydra.run.dir=search/<name> ...    the trials
     ekd-compare --methods ekd,kd_mean@resnet14,... --tuned ... --no-controls --output compare/5pct ...
-    python benchmarks/equal_macs_page.py search compare/5pct docs/results/equal_macs_cifar10_5pct.md
+    python benchmarks/equal_macs_page.py search compare/5pct docs/results/equal_macs_cifar10_5pct.md --later later
+
+--later are trials made after the confirmation, which had no part in its choice.
 
 The trials' test figures are not read. What stands in an existing page between the two marks `<!-- notes -->` was
 written by hand, and is kept.
@@ -40,11 +42,19 @@ def trials(folder: Path) -> list[dict[str, Any]]:
         config = yaml.safe_load(path.with_name("config.yaml").read_text())
         words = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
         # The weights are said whole: a default of then need not be the default of now.
-        own = [w for w in words if w.startswith("recipe.lr") or w.endswith("feature=last")]
+        own = [
+            word.split("feature_branch.")[-1]
+            for word in words
+            if word.startswith("recipe.lr") or word.endswith(("=last", "=conv_reg"))
+        ]
+        if any(word.endswith("reduction=sum") for word in words):
+            own.append("summed over branches")
+        branches, split = result["num_branches"], result.get("split_after")
+        shape = f"K {branches}" + (f" after {split}" if branches > 1 and split else "")
         found.append(
             {
                 "method": result["method"],
-                "student": f"{config['student']['network']}, K {result['num_branches']}",
+                "student": f"{config['student']['network']}, {shape}",
                 "macs": result["macs"],
                 "settings": "; ".join([weights(result), *(w for w in own if w != "recipe.lr=0.05")]),
                 "val_accuracy": result["val_accuracy"],
@@ -91,7 +101,9 @@ def outcome(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(block: Block, found: list[dict[str, Any]], folder: Path, notes: str) -> str:
+def page(
+    block: Block, found: list[dict[str, Any]], later: list[dict[str, Any]], folder: Path, notes: str
+) -> str:
     """The whole page."""
     counts: dict[str, int] = {}
     for t in found:
@@ -129,6 +141,19 @@ and the choice is confirmed on the test set over seeds.
 ## Trials
 
 {trial_table(found)}
+{later_trials(later)}"""
+
+
+def later_trials(found: list[dict[str, Any]]) -> str:
+    """The section of trials that came after the confirmation; empty without any."""
+    if not found:
+        return ""
+    return f"""
+## Later trials
+
+Made after the confirmation on the same images, with the same schedule; none is confirmed on the test set.
+
+{trial_table(found)}
 """
 
 
@@ -139,6 +164,7 @@ def main() -> None:
     parser.add_argument("trials", type=Path, help="folder of the trials' run directories")
     parser.add_argument("study", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path)
+    parser.add_argument("--later", type=Path, help="folder of trials made after the confirmation")
     args = parser.parse_args()
     study = read_study(args.study)
     if study is None:
@@ -146,8 +172,9 @@ def main() -> None:
     blocks = compare(read_runs(study, args.study), study.data)
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     found = trials(args.trials)
-    args.page.write_text(page(blocks[0], found, args.study, parts[1] if len(parts) == 3 else ""))
-    data = {"trials": found, "confirmation": json.loads(json_text(blocks))}
+    later = trials(args.later) if args.later else []
+    args.page.write_text(page(blocks[0], found, later, args.study, parts[1] if len(parts) == 3 else ""))
+    data = {"trials": found, "later_trials": later, "confirmation": json.loads(json_text(blocks))}
     args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
