@@ -7,6 +7,9 @@ READY  := $(VENV)/.ready
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
+# Rows of `make results`; ekd-compare adds the controls and the plain students of equal cost.
+METHODS := ekd $(filter-out ekd,$(basename $(notdir $(wildcard conf/method/*.yaml)))) ce@resnet20
+
 .PHONY: help run run-cifar10 data test test-all lint format type check notebooks results bench wheel wandb-sync clean
 
 help: ## show this list
@@ -46,8 +49,11 @@ check: $(READY) ## all pre-commit hooks on all files
 notebooks: $(READY) ## make the notebooks from their scripts
 	$(BIN)/python notebooks/tools/generate.py
 
-results: $(READY) ## make docs/results anew (hours on a processor; stopped and started at will)
-	$(BIN)/python benchmarks/first_result.py
+results: $(READY) ## the comparison of all methods in docs/results (hours on a processor; stopped and started at will)
+	$(BIN)/ekd-compare --methods "$$(echo $(METHODS) | tr ' ' ,)" --fractions 0.1 --seeds 0,1,2 --output runs/methods \
+		experiment=cifar10_limited recipe.epochs=20 recipe.batch_size=64 recipe.lr=0.05 \
+		hydra/launcher=parallel hydra.launcher.n_jobs=2
+	$(BIN)/python benchmarks/methods_page.py runs/methods docs/results/methods_cifar10_10pct.md --readme README.md
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench
