@@ -120,9 +120,9 @@ def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
     for name, what in (
         ("ce", "the plain student without a teacher"),
         ("kd_mean", "plain distillation of the same network"),
-        ("kd_mean_feature", "the same with the teachers' pooled features"),
+        ("kd_mean_feature", "the same network that also imitates the teachers' pooled features"),
         ("kd_mean_macs", "plain distillation of the same MACs"),
-        ("kd_mean_feature_macs", "the same with the teachers' pooled features"),
+        ("kd_mean_feature_macs", "a student of the same MACs that also imitates these features"),
         ("kd_mean_parameters", "plain distillation of the same parameters"),
         ("branched_ce", "the same branches without teachers"),
         ("ekd_mean", "the same branches, all taught by the mean of the teachers"),
