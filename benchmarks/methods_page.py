@@ -43,7 +43,8 @@ VERDICTS = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not tol
 NOTES = "<!-- notes -->"
 DEFAULTS = (
     "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen "
-    "on validation images ([search](equal_macs_cifar10_5pct.md)). Nothing else was tuned"
+    "on validation images ([search](equal_macs_cifar10_5pct.md)), the hint weight of two-stage FitNets by its loss on "
+    "training images. Nothing else was tuned"
 )
 
 
@@ -157,8 +158,7 @@ def setup(block: Block, folder: Path, weights: str) -> str:
     done = [(row, result) for row in block.rows for result in row.done]
     first = done[0][1]
     taught = max((result for _, result in done), key=lambda r: len(r["teachers"]))
-    origin = [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
-    machines = sorted({f"{o['hardware']['cpu']} ({o['hardware']['cpu_capability']})" for o in origin})
+    origin = provenances(folder)
     threads = sorted({o["hardware"]["threads"] for o in origin})
     versions = sorted({f"torch {o['packages']['torch']}" for o in origin})
     seeds = sorted({result["seed"] for _, result in done})
@@ -174,7 +174,7 @@ def setup(block: Block, folder: Path, weights: str) -> str:
         "order of the methods may change with them.",
         f"**Weights** of the losses: {weights}.",
         f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
-        f"**Hardware**: {'; '.join(machines)}, runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
+        f"**Hardware**: {machines(origin)}, runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
     )
     return bullets(lines)
 
@@ -220,7 +220,17 @@ def best_of(rows: dict[str, Row], family: str) -> str | None:
     return max(known, key=lambda row: row.accuracy.mean if row.accuracy else 0.0).name if known else None
 
 
-def readme_section(block: Block, page: Path) -> str:
+def machines(origin: Iterable[dict[str, Any]]) -> str:
+    """The processors that runs were made on."""
+    return "; ".join(sorted({f"{o['hardware']['cpu']} ({o['hardware']['cpu_capability']})" for o in origin}))
+
+
+def provenances(folder: Path) -> list[dict[str, Any]]:
+    """Where the runs of a study come from."""
+    return [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
+
+
+def readme_section(block: Block, page: Path, folder: Path) -> str:
     """The short version for the README: EKD, its controls, and the best of each family of methods."""
     rows = {row.name: row for row in block.rows}
     best = [best_of(rows, family) for family in list(FAMILIES)[1:4]]
@@ -237,9 +247,10 @@ def readme_section(block: Block, page: Path) -> str:
     intro = (
         f"{counted} rows, {100 * block.fraction:g} % of {block.data} ({first['num_train_images']:,} training images), "
         f"pretrained teachers ResNet-20, -32, -56, students ResNet-8, plain or with three branches, {first['epochs']} "
-        f"epochs, default weights, seeds {seeds}. Here "
+        f"epochs, default weights, seeds {seeds}, on a "
+        f"processor: {machines(provenances(folder))}. Here "
         "are EKD, its controls, and of each other family the row that did best on the test set, which flatters it. All "
-        f"rows, the hardware, and what the numbers do and do not say: [{page}]({page})."
+        f"rows, and what the numbers do and do not say: [{page}]({page})."
     )
     table = "\n".join(lines)
     return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n\n{findings(rows, controls_only=True)}\n\n"
@@ -268,7 +279,7 @@ def main() -> None:
     notes = parts[1] if len(parts) == 3 else ""
     args.page.write_text(page(blocks[0], args.folder, notes))
     if args.readme:
-        write_readme(args.readme, readme_section(blocks[0], args.page))
+        write_readme(args.readme, readme_section(blocks[0], args.page, args.folder))
     records: Any = json.loads(json_text(blocks))
     args.page.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
 

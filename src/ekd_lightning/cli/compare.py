@@ -231,7 +231,7 @@ def report(study: Study, folder: Path) -> bool:
 
     runs = read_runs(study, folder)
     blocks = compare(runs, study.data)
-    _write(blocks, folder, {row.name: " ".join(row.overrides[1:]) for row in study.rows})
+    _write(blocks, folder, {row.name: row.settings for row in study.rows})
     _print(blocks, folder)
     states = Counter(run.state for run in runs)
     print(f"{folder}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))

@@ -35,13 +35,23 @@ class RowPlan:
 
     Attributes:
         name: A method, `method@network`, or `kd_mean_macs` and the like.
-        overrides: What the row adds to the common overrides, for ekd-train.
+        overrides: What the row adds to the common overrides, for ekd-train; `method=...` comes first.
         without: Keys of common overrides that do not apply to the row.
     """
 
     name: str
     overrides: tuple[str, ...]
     without: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """The method's name in conf/method."""
+        return self.overrides[0].removeprefix("method=")
+
+    @property
+    def settings(self) -> str:
+        """What the row changes of its method's defaults, as overrides; empty for nothing."""
+        return " ".join(self.overrides[1:])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,12 +140,16 @@ def _check_row(row: RowPlan, settings: Settings) -> None:
     """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
     from ekd_lightning.training.prepare import prepare  # noqa: PLC0415 (slow; --help needs none)
 
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # what is to be said, the run says
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run says them
+            warnings.simplefilter("ignore")
             prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
+    finally:
+        logging.disable(before)
 
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:

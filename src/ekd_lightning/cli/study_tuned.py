@@ -54,16 +54,15 @@ def with_tuned(
 
 
 def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
-    method = row.overrides[0].removeprefix("method=")
-    names = dict.fromkeys((f"{row.name}.yaml", f"{method}.yaml"))
+    names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         log.warning("%s: no %s in %s, the method's defaults are used", row.name, " or ".join(names), folder)
         return row
     content = _read(path)
-    if content.get("method", method) not in (method, row.name):
+    if content.get("method", row.method) not in (row.method, row.name):
         raise UserError(
-            f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {method}"
+            f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}"
         )
     if path.stem != row.name:
         log.info("%s: as tuned for another network, %s", row.name, path.name)
