@@ -321,6 +321,11 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     err = call(*ROWS, *options, *words)[2]
     assert "was tuned on cifar10, the study is on digits" in err
     assert "was tuned at fraction 0.02, and is used at 0.1" in err
+    # What `data.fraction=0.1` gives of a data set that ten does not divide.
+    (folder / "ekd.yaml").write_text(
+        yaml.safe_dump({"overrides": [], "protocol": {**protocol, "fraction": 0.1002}})
+    )
+    assert "was tuned at fraction" not in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
     code, _, err = call(*ROWS, *options, *words)
     assert code == 2

@@ -112,6 +112,39 @@ def test_one_step_of_an_attack_by_hand():
         torch.testing.assert_close(found[b], expected)
 
 
+def test_an_attack_asks_about_images_only_until_they_cross(live):
+    """As if every image had been attacked alone; those that have crossed are not asked about again."""
+    x, std, asked = images(), live.teacher_statistics(0)[1], []
+
+    def ask(x):
+        asked.append(len(x))
+        return live.ask_teacher(0, x).logits
+
+    target = (ask(x).argmax(1) + 1) % C
+    options = {"std": std, "steps": 25, "step_size": 30.0}
+    asked.clear()
+    together = attack(ask, x, target, **options)
+    counts = list(asked)
+    asked.clear()
+    alone = [attack(ask, x[b : b + 1], target[b : b + 1], **options) for b in range(B)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 1, "all images crossed at once: the test shows nothing"
+    assert sum(counts) == len(asked)
+
+
+def test_a_teacher_asked_live_is_the_teacher(live):
+    """Folding batch norms changes its answers and its gradients by rounding only."""
+    x, member = images().requires_grad_(), live._members[1]
+    found, expected = live.ask_teacher(1, x), member.outputs(x)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.stages.keys() == expected.stages.keys()
+    for name, stage in expected.stages.items():
+        torch.testing.assert_close(found.stages[name], stage, atol=1e-5, rtol=1e-4)
+    got, wanted = (torch.autograd.grad(out.logits.square().sum(), x)[0] for out in (found, expected))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
+
+
 def context(live, term_progress=0.0, step=0, labels=None):
     x = images()
     student = live.ask_student(x)

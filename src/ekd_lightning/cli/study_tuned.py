@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,8 +89,11 @@ def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequenc
     known = protocol if isinstance(protocol, dict) else {}
     if data and known.get("data", data) != data:
         log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
-    others = [f"{fraction:g}" for fraction in fractions if known.get("fraction", fraction) != fraction]
+    tuned_at = known.get("fraction")
+    # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
+    is_number = isinstance(tuned_at, float | int)
+    others = [f"{f:g}" for f in fractions if is_number and not math.isclose(tuned_at, f, rel_tol=0.01)]
     if others:
         log.warning(
-            "%s was tuned at fraction %s, and is used at %s", path, known["fraction"], ", ".join(others)
+            "%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others)
         )

@@ -80,7 +80,7 @@ def attack(
     CIFAR-10's statistics it is [-0.06, 1.0] and dims white images, under others it is far outside.
 
     Args:
-        ask: Images [N, 3, H, W] in [0, 1] -> the teacher's logits [N, C].
+        ask: Images [n, 3, H, W] in [0, 1] -> the teacher's logits [n, C], each image's its own; n <= N falls.
         images: [N, 3, H, W].
         target: int64 [N].
         std: Standard deviation of the teacher's normalisation, [1, 3, 1, 1].
@@ -90,23 +90,27 @@ def attack(
     Returns:
         [N, 3, H, W] in [0, 1], without gradient.
     """
-    moved, first = images.detach().clone(), torch.empty(0)
+    moved = images.detach().clone()
+    at, x, goal, first = torch.arange(len(moved), device=moved.device), moved, target, torch.empty(0)
     for step in range(steps):
         with torch.enable_grad():
-            moved.requires_grad_()
-            logits = ask(moved)
+            x = x.detach().requires_grad_()
+            logits = ask(x)
             if step == 0:
                 first = logits.argmax(1)
-            gap = (logits.gather(1, target[:, None]) - logits.gather(1, first[:, None]))[:, 0]
-            (gradient,) = torch.autograd.grad(gap.sum(), moved)
-        still = logits.argmax(1) == first
-        if not bool(still.any()):  # an accelerator waits, but is spared the steps that remain
-            return moved.detach()
-        gradient = gradient * std  # in normalised units
+            gap = (logits.gather(1, goal[:, None]) - logits.gather(1, first[:, None]))[:, 0]
+            (gradient,) = torch.autograd.grad(gap.sum(), x)
+        # An accelerator waits here, but is spared the images that have changed class: most of them, soon.
+        on = (logits.argmax(1) == first).nonzero()[:, 0]
+        if not len(on):
+            break
+        at, goal, first = at[on], goal[on], first[on]
+        gradient = gradient[on] * std  # in normalised units
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
-        size = still * step_size * (GAP_EPS - gap.detach()) / length
-        moved = (moved.detach() + std * size[:, None, None, None] * gradient).clamp(0.0, 1.0)
-    return moved.detach()
+        size = step_size * (GAP_EPS - gap.detach()[on]) / length
+        x = (x.detach()[on] + std * size[:, None, None, None] * gradient).clamp(0.0, 1.0)
+        moved[at] = x
+    return moved
 
 
 @register_term("boundary")

@@ -25,7 +25,7 @@ StageShape = tuple[int, int, int]
 class LiveNetworks(Protocol):
     """The networks themselves, for the few terms that ask about more than the batch's images.
 
-    Teachers answer in float32 as they were loaded, whatever the format of the tables.
+    Teachers answer in float32, whatever the format of the tables.
     """
 
     def ask_student(self, images: Tensor) -> StudentOutput:
