@@ -4,7 +4,12 @@
     ekd-compare --methods ekd,kd_mean@resnet14,... --tuned ... --no-controls --output compare/5pct ...
     python benchmarks/equal_macs_page.py search compare/5pct docs/results/equal_macs_cifar10_5pct.md --later later
 
---later are trials made after the confirmation, which had no part in its choice.
+The trials may also be those of ekd-tune, one file per row:
+
+    ekd-tune --output tuned method=ekd method.name=ekd@resnet14 ... data.fraction=0.06 data.val_fraction=0.8333
+    python benchmarks/equal_macs_page.py tuned compare/1pct docs/results/equal_macs_cifar10_1pct.md
+
+--later are trials made after the confirmation, which had no part in its choice; --later-study confirms their best.
 
 The trials' test figures are not read. What stands in an existing page between the two marks `<!-- notes -->` was
 written by hand, and is kept.
@@ -101,26 +106,87 @@ def outcome(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def page(
-    block: Block, found: list[dict[str, Any]], later: list[dict[str, Any]], folder: Path, notes: str
-) -> str:
-    """The whole page."""
+def tuned(folder: Path) -> list[dict[str, Any]]:
+    """What `ekd-tune` found for each row."""
+    return [{"row": path.stem, **yaml.safe_load(path.read_text())} for path in sorted(folder.glob("*.yaml"))]
+
+
+def tuned_table(found: list[dict[str, Any]]) -> str:
+    """One line per row: its budget, its default and its best trial."""
+    heads = ("row", "trials", "pruned", "searched", "best", "validation accuracy %", "of the default %")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for t in found:
+        default = "–" if t["default_value"] is None else f"{100 * t['default_value']:.2f}"
+        searched = "; ".join(f"{short(key)} {said(values)}" for key, values in t["space"].items())
+        best = ", ".join(map(short, t["overrides"])) or "the default"
+        cells = (
+            f"`{t['row']}`",
+            t["trials"],
+            t["pruned"],
+            searched,
+            best,
+            f"{100 * t['value']:.2f}",
+            default,
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def short(key: str) -> str:
+    """A setting without the words that all share."""
+    return key.lstrip("+").removeprefix("method.").removeprefix("terms.")
+
+
+def said(values: dict[str, Any]) -> str:
+    """A range or choices, for people."""
+    if "choices" in values:
+        return "/".join(map(str, values["choices"]))
+    return f"{values['low']:g} to {values['high']:g}"
+
+
+def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> tuple[str, ...]:
+    """How the settings were chosen."""
+    said = (
+        "**Confirmation**: the best setting of each method on fewer images and over seeds; each run reads the test set "
+        "once, at its end.",
+    )
+    if tuning:
+        first = tuning[0]
+        protocol, seeds = first["protocol"], ", ".join(map(str, first["seeds"]))
+        images = f"{first['validation_images']:,} validation images"
+        error = 100 * first["standard_error"]
+        return (
+            f"**Search** by `ekd-tune`: seed {seeds}, {protocol['epochs']} epochs, {images}; the same number of trials "
+            f"for every method, the first of which is the default. The standard error of one accuracy is about "
+            f"{error:.1f} points, so settings that lie closer are not told apart, and the best of several looks better "
+            "than it is.",
+            *said,
+        )
     counts: dict[str, int] = {}
     for t in found:
         key = f"{t['method']} ({t['student']})"
         counts[key] = counts.get(key, 0) + 1
     mean = sum(t["val_accuracy"] for t in found) / len(found)
-    error = 100 * (mean * (1 - mean) / found[0]["val"]) ** 0.5
-    first = found[0]
+    first, error = found[0], 100 * (mean * (1 - mean) / found[0]["val"]) ** 0.5
     counted = ", ".join(f"{n} {key}" for key, n in counts.items())
-    facts = (
+    return (
         f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation images, all "
         f"from the 10 % subset; trials: {counted}. The standard error of one accuracy is about {error:.1f} points, so "
         "settings that lie closer are not told apart, and the best of several looks better than it is.",
-        "**Confirmation**: the best setting of each method on fewer images and over seeds; each run reads the test set "
-        "once, at its end.",
+        *said,
     )
-    return f"""# EKD at equal MACs with 5 % of the labels of {block.data}
+
+
+def page(
+    block: Block,
+    facts: tuple[str, ...],
+    tables: str,
+    folder: Path,
+    second: tuple[Block, Path] | None,
+    notes: str,
+) -> str:
+    """The whole page."""
+    return f"""# EKD at equal MACs with {100 * block.fraction:g} % of the labels of {block.data}
 
 Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
 distillation into a student of the same MACs? Both are given the best of several settings, chosen on validation images,
@@ -133,48 +199,76 @@ and the choice is confirmed on the test set over seeds.
 {setup(block, folder, "those of the best trials, see the table")}
 
 {outcome([row for row in block.rows if row.done])}
-
+{second_confirmation(second)}
 {NOTES}
 {notes.strip()}
 {NOTES}
 
-## Trials
-
-{trial_table(found)}
-{later_trials(later)}"""
+{tables}"""
 
 
-def later_trials(found: list[dict[str, Any]]) -> str:
-    """The section of trials that came after the confirmation; empty without any."""
-    if not found:
+def second_confirmation(second: tuple[Block, Path] | None) -> str:
+    """The section of the best of the later trials; empty without."""
+    if second is None:
         return ""
+    block, folder = second
     return f"""
+## Confirmation of the later trials
+
+{setup(block, folder, "those of the best later trial of each method, see the table")}
+
+{outcome([row for row in block.rows if row.done])}
+"""
+
+
+def trial_sections(found: list[dict[str, Any]], later: list[dict[str, Any]]) -> str:
+    """The tables of trials at the page's end."""
+    text = f"## Trials\n\n{trial_table(found)}\n"
+    if not later:
+        return text
+    return f"""{text}
 ## Later trials
 
-Made after the confirmation on the same images, with the same schedule; none is confirmed on the test set.
+Made after the first confirmation on the same images, with the same schedule. The best of each method was confirmed on
+the test set where a section above says so.
 
-{trial_table(found)}
+{trial_table(later)}
 """
+
+
+def read_block(parser: argparse.ArgumentParser, folder: Path) -> Block:
+    """The one comparison of a study of `ekd-compare`."""
+    study = read_study(folder)
+    if study is None:
+        parser.error(f"{folder}: no study of ekd-compare")
+    return compare(read_runs(study, folder), study.data)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("trials", type=Path, help="folder of the trials' run directories")
+    parser.add_argument(
+        "trials", type=Path, help="folder of the trials' run directories, or --output of ekd-tune"
+    )
     parser.add_argument("study", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path)
     parser.add_argument("--later", type=Path, help="folder of trials made after the confirmation")
+    parser.add_argument("--later-study", type=Path, help="--output of ekd-compare with the best of these")
     args = parser.parse_args()
-    study = read_study(args.study)
-    if study is None:
-        parser.error(f"{args.study}: no study of ekd-compare")
-    blocks = compare(read_runs(study, args.study), study.data)
-    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
-    found = trials(args.trials)
+    block = read_block(parser, args.study)
+    second = read_block(parser, args.later_study) if args.later_study else None
+    found, tuning = trials(args.trials), tuned(args.trials)
     later = trials(args.later) if args.later else []
-    args.page.write_text(page(blocks[0], found, later, args.study, parts[1] if len(parts) == 3 else ""))
-    data = {"trials": found, "later_trials": later, "confirmation": json.loads(json_text(blocks))}
+    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
+    notes = parts[1] if len(parts) == 3 else ""
+    tables = trial_sections(found, later) if found else f"## Search\n\n{tuned_table(tuning)}\n"
+    facts = search_facts(found, [] if found else tuning)
+    both = (second, args.later_study) if second else None
+    args.page.write_text(page(block, facts, tables, args.study, both, notes))
+    data = {"trials": found or tuning, "later_trials": later, "confirmation": json.loads(json_text([block]))}
+    if second:
+        data["later_confirmation"] = json.loads(json_text([second]))
     args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 
