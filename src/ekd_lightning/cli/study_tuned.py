@@ -94,6 +94,4 @@ def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequenc
     is_number = isinstance(tuned_at, float | int)
     others = [f"{f:g}" for f in fractions if is_number and not math.isclose(tuned_at, f, rel_tol=0.01)]
     if others:
-        log.warning(
-            "%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others)
-        )
+        log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))
