@@ -91,7 +91,7 @@ def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequenc
         log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
     tuned_at = known.get("fraction")
     # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
-    is_number = isinstance(tuned_at, float | int)
-    others = [f"{f:g}" for f in fractions if is_number and not math.isclose(tuned_at, f, rel_tol=0.01)]
+    tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
+    others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
     if others:
         log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))
