@@ -9,7 +9,12 @@ The trials may also be those of ekd-tune, one file per row:
     ekd-tune --output tuned method=ekd method.name=ekd@resnet14 ... data.fraction=0.06 data.val_fraction=0.8333
     python benchmarks/equal_macs_page.py tuned compare/1pct docs/results/equal_macs_cifar10_1pct.md
 
---later are trials made after the confirmation, which had no part in its choice; --later-study confirms their best.
+or, to confirm them, the later trials of an earlier page:
+
+    python benchmarks/equal_macs_page.py docs/results/equal_macs_cifar10_5pct.json compare/5pct_maps \
+        docs/results/equal_macs_cifar10_5pct_maps.md --later more
+
+--later are trials that had no part in the choice of what was confirmed.
 
 The trials' test figures are not read. What stands in an existing page between the two marks `<!-- notes -->` was
 written by hand, and is kept.
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from earlier import with_machines
 from methods_page import NOTES, bullets, difference, interval, setup, side
 
 from ekd_lightning.cli.study import read_study
@@ -40,7 +46,9 @@ def weights(result: dict[str, Any]) -> str:
 
 
 def trials(folder: Path) -> list[dict[str, Any]]:
-    """What each trial was, and its accuracy on the validation images."""
+    """What each trial was, and its accuracy on validation images; of an earlier page's .json, its later ones."""
+    if folder.suffix == ".json":
+        return list(json.loads(folder.read_text())["later_trials"])
     found = []
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
@@ -54,6 +62,9 @@ def trials(folder: Path) -> list[dict[str, Any]]:
         ]
         if any(word.endswith("reduction=sum") for word in words):
             own.append("summed over branches")
+        families = [t["id"] for t in result["teachers"] if "densenet" in t["id"]]
+        if families:
+            own.append(f"taught by {', '.join(t['id'].removeprefix('cifar10_') for t in result['teachers'])}")
         branches, split = result["num_branches"], result.get("split_after")
         shape = f"K {branches}" + (f" after {split}" if branches > 1 and split else "")
         found.append(
@@ -182,7 +193,6 @@ def page(
     facts: tuple[str, ...],
     tables: str,
     folder: Path,
-    second: tuple[Block, Path] | None,
     notes: str,
 ) -> str:
     """The whole page."""
@@ -199,26 +209,11 @@ and the choice is confirmed on the test set over seeds.
 {setup(block, folder, "those of the best trials, see the table")}
 
 {outcome([row for row in block.rows if row.done])}
-{second_confirmation(second)}
 {NOTES}
 {notes.strip()}
 {NOTES}
 
 {tables}"""
-
-
-def second_confirmation(second: tuple[Block, Path] | None) -> str:
-    """The section of the best of the later trials; empty without."""
-    if second is None:
-        return ""
-    block, folder = second
-    return f"""
-## Confirmation of the later trials
-
-{setup(block, folder, "those of the best later trial of each method, see the table")}
-
-{outcome([row for row in block.rows if row.done])}
-"""
 
 
 def trial_sections(found: list[dict[str, Any]], later: list[dict[str, Any]]) -> str:
@@ -229,8 +224,7 @@ def trial_sections(found: list[dict[str, Any]], later: list[dict[str, Any]]) -> 
     return f"""{text}
 ## Later trials
 
-Made after the first confirmation on the same images, with the same schedule. The best of each method was confirmed on
-the test set where a section above says so.
+On the same images, with the same schedule; they had no part in the choice of what is confirmed above.
 
 {trial_table(later)}
 """
@@ -241,7 +235,7 @@ def read_block(parser: argparse.ArgumentParser, folder: Path) -> Block:
     study = read_study(folder)
     if study is None:
         parser.error(f"{folder}: no study of ekd-compare")
-    return compare(read_runs(study, folder), study.data)[0]
+    return compare(with_machines(read_runs(study, folder), folder), study.data)[0]
 
 
 def main() -> None:
@@ -253,22 +247,18 @@ def main() -> None:
     )
     parser.add_argument("study", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path)
-    parser.add_argument("--later", type=Path, help="folder of trials made after the confirmation")
-    parser.add_argument("--later-study", type=Path, help="--output of ekd-compare with the best of these")
+    parser.add_argument("--later", type=Path, help="folder of further trials")
     args = parser.parse_args()
     block = read_block(parser, args.study)
-    second = read_block(parser, args.later_study) if args.later_study else None
-    found, tuning = trials(args.trials), tuned(args.trials)
+    found = trials(args.trials)
+    tuning = [] if found else tuned(args.trials)
     later = trials(args.later) if args.later else []
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     notes = parts[1] if len(parts) == 3 else ""
     tables = trial_sections(found, later) if found else f"## Search\n\n{tuned_table(tuning)}\n"
-    facts = search_facts(found, [] if found else tuning)
-    both = (second, args.later_study) if second else None
-    args.page.write_text(page(block, facts, tables, args.study, both, notes))
+    facts = search_facts(found, tuning)
+    args.page.write_text(page(block, facts, tables, args.study, notes))
     data = {"trials": found or tuning, "later_trials": later, "confirmation": json.loads(json_text([block]))}
-    if second:
-        data["later_confirmation"] = json.loads(json_text([second]))
     args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 
 

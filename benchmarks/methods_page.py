@@ -3,6 +3,8 @@
     ekd-compare --methods ... --fractions 0.1 --seeds 0,1,2 --output compare/c10 experiment=cifar10_limited ...
     python benchmarks/methods_page.py compare/c10 docs/results/methods_cifar10_10pct.md
 
+A study can go on where the folders of its first runs are not: --earlier takes their accuracies from the page's .json.
+
 Everything is computed from the runs' files, whatever comes out. With --readme the README's section is made anew. What
 stands in an existing page between the two marks `<!-- notes -->` was written by hand after looking into single rows,
 and is kept.
@@ -16,6 +18,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from earlier import Repeat, merged, with_machines
 
 from ekd_lightning.cli.study import read_study
 from ekd_lightning.cli.study_runs import RUNS, read_runs
@@ -153,6 +157,36 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
+def made_on(block: Block) -> str:
+    """The processors of a block's runs; where there are several, which runs are those of the lesser ones."""
+    runs: dict[str, list[str]] = {}
+    for row in block.rows:
+        for place in row.distinct("machine"):
+            seeds = [str(r["seed"]) for r in row.done if r["machine"] == place]
+            whole = len(seeds) == len(row.done)
+            runs.setdefault(place, []).append(
+                f"`{row.name}`" + ("" if whole else f" seed {', '.join(seeds)}")
+            )
+    first, *others = sorted(runs, key=lambda place: -len(runs[place]))
+    return "; ".join([first, *(f"{place} for {', '.join(runs[place])}" for place in others)])
+
+
+def repeated(repeats: Sequence[Repeat]) -> str:
+    """A section about the runs that were made twice; empty without."""
+    if not repeats:
+        return ""
+    lines = ["| row | seed | accuracy % | again | difference |", "|---|---|---|---|---|"]
+    for r in repeats:
+        figures = f"{100 * r.earlier:.2f} | {100 * r.again:.2f} | {100 * (r.again - r.earlier):+.2f}"
+        lines.append(f"| `{r.row}` | {r.seed} | {figures} |")
+    text = (
+        "The same images, order, initial weights and code of losses on the second machine: what is left is rounding, "
+        "which training amplifies. The first accuracy counts above, whatever the second was."
+    )
+    table = "\n".join(lines)
+    return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}\n"
+
+
 def setup(block: Block, folder: Path, weights: str) -> str:
     """What was run, on what, as the records say."""
     done = [(row, result) for row in block.rows for result in row.done]
@@ -174,12 +208,12 @@ def setup(block: Block, folder: Path, weights: str) -> str:
         "order of the methods may change with them.",
         f"**Weights** of the losses: {weights}.",
         f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
-        f"**Hardware**: {machines(origin)}, runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
+        f"**Hardware**: {made_on(block)}; runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
     )
     return bullets(lines)
 
 
-def page(block: Block, folder: Path, notes: str) -> str:
+def page(block: Block, folder: Path, notes: str, repeats: Sequence[Repeat] = ()) -> str:
     """The whole page."""
     rows = {row.name: row for row in block.rows}
     known = {name for names in FAMILIES.values() for name in names}
@@ -211,7 +245,7 @@ points, paired by seed, with the 95 % t interval; p of the paired t-test after H
 three seeds the corrected test finds large differences only. K branches, M teachers.
 
 {tables}
-"""
+{repeated(repeats)}"""
 
 
 def best_of(rows: dict[str, Row], family: str) -> str | None:
@@ -220,17 +254,12 @@ def best_of(rows: dict[str, Row], family: str) -> str | None:
     return max(known, key=lambda row: row.accuracy.mean if row.accuracy else 0.0).name if known else None
 
 
-def machines(origin: Iterable[dict[str, Any]]) -> str:
-    """The processors that runs were made on."""
-    return "; ".join(sorted({f"{o['hardware']['cpu']} ({o['hardware']['cpu_capability']})" for o in origin}))
-
-
 def provenances(folder: Path) -> list[dict[str, Any]]:
     """Where the runs of a study come from."""
     return [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
 
 
-def readme_section(block: Block, page: Path, folder: Path) -> str:
+def readme_section(block: Block, page: Path) -> str:
     """The short version for the README: EKD, its controls, and the best of each family of methods."""
     rows = {row.name: row for row in block.rows}
     best = [best_of(rows, family) for family in list(FAMILIES)[1:4]]
@@ -244,11 +273,12 @@ def readme_section(block: Block, page: Path, folder: Path) -> str:
         size = f"{row.done[0]['num_parameters']:,} | {row.done[0]['macs'] / 1e6:.1f} M"
         lines.append(f"| `{row.name}` | {percent(row.accuracy)} | {size} | {len(row.done)} |")
     seeds = ", ".join(map(str, sorted({r["seed"] for row in shown for r in row.done})))
+    processors = "; ".join(dict.fromkeys(place for row in block.rows for place in row.distinct("machine")))
     intro = (
         f"{counted} rows, {100 * block.fraction:g} % of {block.data} ({first['num_train_images']:,} training images), "
         f"pretrained teachers ResNet-20, -32, -56, students ResNet-8, plain or with three branches, {first['epochs']} "
         f"epochs, default weights, seeds {seeds}, on a "
-        f"processor: {machines(provenances(folder))}. Here "
+        f"processor ({processors}). Here "
         "are EKD, its controls, and of each other family the row that did best on the test set, which flatters it. All "
         f"rows, and what the numbers do and do not say: [{page}]({page})."
     )
@@ -269,19 +299,28 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
+    parser.add_argument("--earlier", type=Path, help="a page's .json, with runs whose folders are elsewhere")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
     study = read_study(args.folder)
     if study is None:
         parser.error(f"{args.folder}: no study of ekd-compare")
-    blocks = compare(read_runs(study, args.folder), study.data)
+    runs, repeats = with_machines(read_runs(study, args.folder), args.folder), []
+    if args.earlier:
+        runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
+    block = compare(runs, study.data)[0]
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     notes = parts[1] if len(parts) == 3 else ""
-    args.page.write_text(page(blocks[0], args.folder, notes))
+    args.page.write_text(page(block, args.folder, notes, repeats))
     if args.readme:
-        write_readme(args.readme, readme_section(blocks[0], args.page, args.folder))
-    records: Any = json.loads(json_text(blocks))
-    args.page.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+        write_readme(args.readme, readme_section(block, args.page))
+    args.page.with_suffix(".json").write_text(json.dumps(records(block), indent=1) + "\n")
+
+
+def records(block: Block) -> list[dict[str, Any]]:
+    """The rows as they are kept beside the page, with the machine of every run."""
+    made = {row.name: {str(r["seed"]): r["machine"] for r in row.done} for row in block.rows}
+    return [{**record, "machines": made[record["row"]]} for record in json.loads(json_text([block]))]
 
 
 if __name__ == "__main__":
