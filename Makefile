@@ -53,7 +53,8 @@ results: $(READY) ## the comparison of all methods in docs/results (hours on a p
 	$(BIN)/ekd-compare --methods "$$(echo $(METHODS) | tr ' ' ,)" --fractions 0.1 --seeds 0,1,2 --output runs/methods \
 		experiment=cifar10_limited recipe.epochs=20 recipe.batch_size=64 recipe.lr=0.05 \
 		hydra/launcher=parallel hydra.launcher.n_jobs=2
-	$(BIN)/python benchmarks/methods_page.py runs/methods docs/results/methods_cifar10_10pct.md --readme README.md
+	$(BIN)/python benchmarks/methods_page.py runs/methods docs/results/methods_cifar10_10pct.md --readme README.md \
+		--figure docs/results/figures/methods_cifar10_10pct.svg
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench

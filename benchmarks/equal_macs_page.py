@@ -30,7 +30,8 @@ from typing import Any
 
 import yaml
 from earlier import with_machines
-from methods_page import NOTES, bullets, difference, interval, setup, side
+from methods_page import NOTES
+from page_parts import bullets, difference, interval, setup, side
 
 from ekd_lightning.cli.study import read_study
 from ekd_lightning.cli.study_runs import read_runs

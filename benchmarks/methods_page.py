@@ -15,15 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from earlier import Repeat, merged, with_machines
+from page_parts import bullets, difference, interval, named, setup, side, table
 
 from ekd_lightning.cli.study import read_study
-from ekd_lightning.cli.study_runs import RUNS, read_runs
-from ekd_lightning.reporting.comparison import Block, Difference, Row, compare, paired
+from ekd_lightning.cli.study_runs import read_runs
+from ekd_lightning.reporting import figure_style, figures_difference
+from ekd_lightning.reporting.comparison import Block, Row, compare
 from ekd_lightning.reporting.comparison_table import json_text
 from ekd_lightning.reporting.tables import percent
 
@@ -52,73 +54,6 @@ DEFAULTS = (
 )
 
 
-def difference(one: Row, other: Row) -> Difference | None:
-    """One row minus another, paired by seed."""
-    ours, theirs = ({r["seed"]: float(r["test_accuracy"]) for r in row.done} for row in (one, other))
-    common = sorted(ours.keys() & theirs.keys())
-    return paired([ours[seed] - theirs[seed] for seed in common]) if common else None
-
-
-def interval(found: Difference | None) -> str:
-    """Points with the 95 % interval."""
-    if found is None:
-        return "–"
-    mean = f"{100 * found.cell.mean:+.2f}"
-    if found.half is None:
-        return f"{mean} (n {found.cell.n}: not enough runs)"
-    low, high = (100 * (found.cell.mean + sign * found.half) for sign in (-1, 1))
-    return f"{mean} [{low:+.2f}, {high:+.2f}]"
-
-
-def shown(row: Row, reference: str) -> str:
-    """The difference to a reference of the block, with Holm's p."""
-    found = row.differences.get(reference)
-    if row.name == reference:
-        return ""
-    p = found.p_holm if found else None
-    return interval(found) + (f", p {max(p, 0.001):.3f}" if p is not None else "")
-
-
-def table(rows: Sequence[Row]) -> str:
-    """A family, the best first."""
-    heads = ("row", "K", "M", "test accuracy %", "n", "− ce", "− ekd", "parameters", "MACs", "")
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in sorted(rows, key=lambda r: -(r.accuracy.mean if r.accuracy else -1)):
-        first = row.done[0] if row.done else {}
-        cells = [
-            f"`{row.name}`",
-            *(str(first.get(key, "–")) for key in ("num_branches", "num_teachers")),
-            percent(row.accuracy),
-            str(len(row.done)),
-            shown(row, "ce"),
-            shown(row, "ekd"),
-            f"{first['num_parameters']:,}" if first else "–",
-            f"{first['macs'] / 1e6:.1f} M" if first else "–",
-            row.problems,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def side(found: Difference | None) -> str:
-    """above, below or unclear: whether the 95 % interval leaves 0 out."""
-    if found is None or found.half is None:
-        return "not enough runs"
-    if abs(found.cell.mean) <= found.half:
-        return "unclear"
-    return "above" if found.cell.mean > 0 else "below"
-
-
-def named(rows: Sequence[str]) -> str:
-    """Names in a sentence."""
-    return ", ".join(f"`{name}`" for name in rows) or "none"
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """A list, wrapped."""
-    return "\n".join(textwrap.fill(f"- {line}", 115, subsequent_indent="  ") for line in lines)
-
-
 def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
     """What the numbers say, in sentences; of all rows, or of EKD's controls."""
     lines = [] if controls_only else all_findings(rows)
@@ -134,9 +69,7 @@ def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
     ):
         if name in rows and "ekd" in rows:
             found = difference(rows["ekd"], rows[name])
-            verdict = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not told apart"}.get(
-                side(found), ""
-            )
+            verdict = VERDICTS.get(side(found), "")
             lines.append(f"EKD against {what} (`{name}`): {interval(found)}{verdict}.")
     return bullets(lines)
 
@@ -157,20 +90,6 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def made_on(block: Block) -> str:
-    """The processors of a block's runs; where there are several, which runs are those of the lesser ones."""
-    runs: dict[str, list[str]] = {}
-    for row in block.rows:
-        for place in row.distinct("machine"):
-            seeds = [str(r["seed"]) for r in row.done if r["machine"] == place]
-            whole = len(seeds) == len(row.done)
-            runs.setdefault(place, []).append(
-                f"`{row.name}`" + ("" if whole else f" seed {', '.join(seeds)}")
-            )
-    first, *others = sorted(runs, key=lambda place: -len(runs[place]))
-    return "; ".join([first, *(f"{place} for {', '.join(runs[place])}" for place in others)])
-
-
 def repeated(repeats: Sequence[Repeat]) -> str:
     """A section about the runs that were made twice; empty without."""
     if not repeats:
@@ -185,32 +104,6 @@ def repeated(repeats: Sequence[Repeat]) -> str:
     )
     table = "\n".join(lines)
     return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}\n"
-
-
-def setup(block: Block, folder: Path, weights: str) -> str:
-    """What was run, on what, as the records say."""
-    done = [(row, result) for row in block.rows for result in row.done]
-    first = done[0][1]
-    taught = max((result for _, result in done), key=lambda r: len(r["teachers"]))
-    origin = provenances(folder)
-    threads = sorted({o["hardware"]["threads"] for o in origin})
-    versions = sorted({f"torch {o['packages']['torch']}" for o in origin})
-    seeds = sorted({result["seed"] for _, result in done})
-    teachers = ", ".join(f"`{t['id']}` ({100 * t['test_accuracy']:.2f} %)" for t in taught["teachers"])
-    lines = (
-        f"**Data**: {block.data}, {first['num_train_images']:,} training and {first['num_val_images']:,} validation "
-        f"images (subset `{first['subset_sha256'][:12]}`, the same for all runs); each run reads the test set once, "
-        "at its end.",
-        f"**Teachers**: {teachers}. They were trained by others on all training images, so also on those that the "
-        "students must not see, and are right on nearly all validation images.",
-        f"**Steps**: {first['epochs']} epochs of batch {first['batch_size']}, {first['steps']:,} steps for every run, "
-        f"{first['precision']}. Short, because it ran on a processor: all students would gain from more, and the "
-        "order of the methods may change with them.",
-        f"**Weights** of the losses: {weights}.",
-        f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
-        f"**Hardware**: {made_on(block)}; runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
-    )
-    return bullets(lines)
 
 
 def page(block: Block, folder: Path, notes: str, repeats: Sequence[Repeat] = ()) -> str:
@@ -254,11 +147,6 @@ def best_of(rows: dict[str, Row], family: str) -> str | None:
     return max(known, key=lambda row: row.accuracy.mean if row.accuracy else 0.0).name if known else None
 
 
-def provenances(folder: Path) -> list[dict[str, Any]]:
-    """Where the runs of a study come from."""
-    return [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
-
-
 def readme_section(block: Block, page: Path) -> str:
     """The short version for the README: EKD, its controls, and the best of each family of methods."""
     rows = {row.name: row for row in block.rows}
@@ -286,6 +174,20 @@ def readme_section(block: Block, page: Path) -> str:
     return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n\n{findings(rows, controls_only=True)}\n\n"
 
 
+def draw(block: Block, path: Path) -> None:
+    """The differences as `ekd-report` draws them."""
+    found = {
+        reference: {row.name: d for row in block.rows if (d := row.differences.get(reference))}
+        for reference in block.references
+    }
+    looks = figure_style.Looks([row.name for row in block.rows])
+    title = f"{block.data}, {100 * block.fraction:g} % of the training images"
+    with figure_style.style():
+        drawn = figures_difference.difference_figure(found, title, looks)
+        if drawn:
+            figure_style.save(drawn[0], path.with_suffix(""), [path.suffix.removeprefix(".")])
+
+
 def write_readme(readme: Path, section: str) -> None:
     """Puts the section between its marks."""
     start, end = "<!-- first-result -->", "<!-- /first-result -->"
@@ -300,6 +202,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
     parser.add_argument("--earlier", type=Path, help="a page's .json, with runs whose folders are elsewhere")
+    parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
     study = read_study(args.folder)
@@ -312,6 +215,8 @@ def main() -> None:
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     notes = parts[1] if len(parts) == 3 else ""
     args.page.write_text(page(block, args.folder, notes, repeats))
+    if args.figure:
+        draw(block, args.figure)
     if args.readme:
         write_readme(args.readme, readme_section(block, args.page))
     args.page.with_suffix(".json").write_text(json.dumps(records(block), indent=1) + "\n")

@@ -11,7 +11,7 @@ from made_runs import result, write_run
 from PIL import Image
 
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting import figures, figures_accuracy, figures_detail, palette
+from ekd_lightning.reporting import figures, figures_accuracy, figures_detail, figures_difference, palette
 from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.report import make_report
@@ -85,7 +85,7 @@ def test_single_runs_have_no_bars(tmp_path):
         write_run(tmp_path / name, result(name, 0, 0.7))
     report = make_report(collect([tmp_path]))
     with fs.style():
-        assert not list(figures_accuracy.by_difference(report, fs.Looks([])))
+        assert not list(figures_difference.by_difference(report, fs.Looks([])))
         (drawn,) = figures_accuracy.by_cost(report, fs.Looks([]))
         bars = [one for axes in drawn.figure.axes for one in axes.containers if one.has_yerr]
     assert not bars

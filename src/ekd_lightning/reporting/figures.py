@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ekd_lightning.reporting import figures_accuracy, figures_detail
+from ekd_lightning.reporting import figures_accuracy, figures_detail, figures_difference
 from ekd_lightning.reporting.figure_style import Looks, save, style
 from ekd_lightning.reporting.figures_accuracy import Drawn
 from ekd_lightning.reporting.lines import ordered_labels
@@ -38,7 +38,9 @@ KINDS = (
         figures_accuracy.by_counts,
     ),
     Kind("accuracy against cost", "two settings in one block", figures_accuracy.by_cost),
-    Kind("ablations and controls", "two seeds in common with the reference", figures_accuracy.by_difference),
+    Kind(
+        "ablations and controls", "two seeds in common with the reference", figures_difference.by_difference
+    ),
     Kind("branches", "a student with several branches", figures_detail.branches),
     Kind("learning curves", "metrics.csv with two epochs", figures_detail.learning_curves),
     Kind("calibration", "arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),

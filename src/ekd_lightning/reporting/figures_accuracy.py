@@ -1,4 +1,4 @@
-"""Figures of accuracy: against training images, numbers of teachers and branches, cost, and a reference."""
+"""Figures of accuracy: against training images, numbers of teachers and branches, and cost."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference
-from ekd_lightning.reporting.estimates import Estimate, Point, field, of_cell, pareto, prefixes
-from ekd_lightning.reporting.groups import Group, differences
+from ekd_lightning.reporting.estimates import Estimate, Point, field, pareto, prefixes
+from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.lines import families, grids, over_fractions
 from ekd_lightning.reporting.report import Report
 
@@ -23,8 +22,6 @@ MOST_LINES = 6
 """In a panel; further ones get a panel of their own."""
 _MOST_NAMED = 14
 """Points of a cost figure that are told by name."""
-_LONG_LABEL = 20
-"""Letters beyond which bars need the whole width."""
 ACCURACY = "test accuracy, %"
 
 
@@ -248,41 +245,3 @@ def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -
         xs[:-1], ys[:-1], yerr=bars, color=colour, linestyle="", marker="o", markersize=3,
         markerfacecolor="white", elinewidth=0.7,
     )  # fmt: skip
-
-
-def by_difference(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
-    """Bars of differences to the references of a block, with intervals; a figure per block."""
-    for block in report.blocks:
-        groups = done(block)
-        found = {name: differences(groups, name) for name in report.references(block)}
-        sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
-        sure = {name: one for name, one in sure.items() if one}
-        if not sure:
-            continue
-        rows = max(len(one) for one in sure.values())
-        long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
-        figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
-        for panel, (name, one) in zip(axes, sure.items(), strict=True):
-            _difference_panel(panel, name, one, looks)
-        alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
-        few = f" Not enough runs: {', '.join(alone)}." if alone else ""
-        numbers = [d.cell.n for one in sure.values() for d in one.values()]
-        caption = f"{block.title}. Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
-        fs.note(figure, caption)
-        yield Drawn(file_name("differences", block.key), figure, caption)
-
-
-def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], looks: fs.Looks) -> None:
-    rows = sorted(found.items(), key=lambda item: item[1].cell.mean)
-    values = [of_cell(difference.cell) for _, difference in rows]
-    colours = [looks(label)["color"] for label, _ in rows]
-    axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
-    axes.errorbar(
-        [100 * v.mean for v in values], range(len(rows)), xerr=fs.bars(values),
-        color=fs.INK, linestyle="", elinewidth=1,
-    )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.axvline(0, color=fs.GREY, linewidth=0.8)
-    axes.grid(visible=False, axis="y")
-    axes.set_title(f"minus {name}")
-    axes.set_xlabel("points of accuracy")

@@ -1,0 +1,125 @@
+"""What the pages of `ekd-compare`'s studies say and how: set-up, rows, differences."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.cli.study_runs import RUNS
+from ekd_lightning.reporting.comparison import Block, Difference, Row, paired
+from ekd_lightning.reporting.tables import percent
+
+
+def difference(one: Row, other: Row) -> Difference | None:
+    """One row minus another, paired by seed."""
+    ours, theirs = ({r["seed"]: float(r["test_accuracy"]) for r in row.done} for row in (one, other))
+    common = sorted(ours.keys() & theirs.keys())
+    return paired([ours[seed] - theirs[seed] for seed in common]) if common else None
+
+
+def interval(found: Difference | None) -> str:
+    """Points with the 95 % interval."""
+    if found is None:
+        return "–"
+    mean = f"{100 * found.cell.mean:+.2f}"
+    if found.half is None:
+        return f"{mean} (n {found.cell.n}: not enough runs)"
+    low, high = (100 * (found.cell.mean + sign * found.half) for sign in (-1, 1))
+    return f"{mean} [{low:+.2f}, {high:+.2f}]"
+
+
+def shown(row: Row, reference: str) -> str:
+    """The difference to a reference of the block, with Holm's p."""
+    found = row.differences.get(reference)
+    if row.name == reference:
+        return ""
+    p = found.p_holm if found else None
+    return interval(found) + (f", p {max(p, 0.001):.3f}" if p is not None else "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A family, the best first."""
+    heads = ("row", "K", "M", "test accuracy %", "n", "− ce", "− ekd", "parameters", "MACs", "")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for row in sorted(rows, key=lambda r: -(r.accuracy.mean if r.accuracy else -1)):
+        first = row.done[0] if row.done else {}
+        cells = [
+            f"`{row.name}`",
+            *(str(first.get(key, "–")) for key in ("num_branches", "num_teachers")),
+            percent(row.accuracy),
+            str(len(row.done)),
+            shown(row, "ce"),
+            shown(row, "ekd"),
+            f"{first['num_parameters']:,}" if first else "–",
+            f"{first['macs'] / 1e6:.1f} M" if first else "–",
+            row.problems,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def side(found: Difference | None) -> str:
+    """above, below or unclear: whether the 95 % interval leaves 0 out."""
+    if found is None or found.half is None:
+        return "not enough runs"
+    if abs(found.cell.mean) <= found.half:
+        return "unclear"
+    return "above" if found.cell.mean > 0 else "below"
+
+
+def named(rows: Sequence[str]) -> str:
+    """Names in a sentence."""
+    return ", ".join(f"`{name}`" for name in rows) or "none"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list, wrapped."""
+    return "\n".join(textwrap.fill(f"- {line}", 115, subsequent_indent="  ") for line in lines)
+
+
+def made_on(block: Block) -> str:
+    """The processors of a block's runs; where there are several, which runs are those of the lesser ones."""
+    runs: dict[str, list[str]] = {}
+    for row in block.rows:
+        for place in row.distinct("machine"):
+            seeds = [str(r["seed"]) for r in row.done if r["machine"] == place]
+            whole = len(seeds) == len(row.done)
+            runs.setdefault(place, []).append(
+                f"`{row.name}`" + ("" if whole else f" seed {', '.join(seeds)}")
+            )
+    first, *others = sorted(runs, key=lambda place: -len(runs[place]))
+    return "; ".join([first, *(f"{place} for {', '.join(runs[place])}" for place in others)])
+
+
+def setup(block: Block, folder: Path, weights: str) -> str:
+    """What was run, on what, as the records say."""
+    done = [(row, result) for row in block.rows for result in row.done]
+    first = done[0][1]
+    taught = max((result for _, result in done), key=lambda r: len(r["teachers"]))
+    origin = provenances(folder)
+    threads = sorted({o["hardware"]["threads"] for o in origin})
+    versions = sorted({f"torch {o['packages']['torch']}" for o in origin})
+    seeds = sorted({result["seed"] for _, result in done})
+    teachers = ", ".join(f"`{t['id']}` ({100 * t['test_accuracy']:.2f} %)" for t in taught["teachers"])
+    lines = (
+        f"**Data**: {block.data}, {first['num_train_images']:,} training and {first['num_val_images']:,} validation "
+        f"images (subset `{first['subset_sha256'][:12]}`, the same for all runs); each run reads the test set once, "
+        "at its end.",
+        f"**Teachers**: {teachers}. They were trained by others on all training images, so also on those that the "
+        "students must not see, and are right on nearly all validation images.",
+        f"**Steps**: {first['epochs']} epochs of batch {first['batch_size']}, {first['steps']:,} steps for every run, "
+        f"{first['precision']}. Short, because it ran on a processor: all students would gain from more, and the "
+        "order of the methods may change with them.",
+        f"**Weights** of the losses: {weights}.",
+        f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
+        f"**Hardware**: {made_on(block)}; runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
+    )
+    return bullets(lines)
+
+
+def provenances(folder: Path) -> list[dict[str, Any]]:
+    """Where the runs of a study come from."""
+    return [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
