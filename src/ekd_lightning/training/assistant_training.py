@@ -135,6 +135,7 @@ def train_assistant(
                 lesson.settings, lesson.dataset, lesson.views, method, tables=lesson.table
             ),
             channels_last=lesson.settings.channels_last,
+            fold_teachers=lesson.settings.teachers.fold,
             compile_student=lesson.settings.student.compile,
         )
         report = EpochReport(recipe.batch_size)

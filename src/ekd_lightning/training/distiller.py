@@ -33,24 +33,34 @@ in torch's cache. On two cores it then takes 15 to 35 s, else 2 s, and saves a f
 class _LiveNetworks:
     """The student, and the teachers in float32, for terms that ask about images of their own.
 
-    Teachers are folded when they are first asked.
+    Teachers are copied, and folded, when they are first asked.
     """
 
-    def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble | None) -> None:
+    def __init__(
+        self,
+        student: BranchedStudent,
+        teachers: TeacherEnsemble | None,
+        *,
+        fold: bool = True,
+        channels_last: bool = True,
+    ) -> None:
         self._student = student
+        self._fold, self._channels_last = fold, channels_last
         self._members = [] if teachers is None else list(teachers.networks())
-        self._folded: dict[tuple[int, torch.device], FrozenNetwork] = {}
+        self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
 
     def ask_student(self, images: Tensor) -> StudentOutput:
         return self._student.outputs(images)
 
     def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
         key, member = (m, images.device), self._members[m]
-        if key not in self._folded:
-            self._folded[key] = FrozenNetwork(member, stage_names=member.stage_names).to(images.device)
-        folded = self._folded[key]
+        if key not in self._frozen:
+            self._frozen[key] = FrozenNetwork(
+                member, fold=self._fold, channels_last=self._channels_last, stage_names=member.stage_names
+            ).to(images.device)
+        frozen = self._frozen[key]
         with torch.autocast(images.device.type, enabled=False):
-            return folded.named(folded(images))
+            return frozen.named(frozen(images))
 
     def teacher_head(self, m: int) -> nn.Linear:
         return self._members[m].head
@@ -72,7 +82,8 @@ class Distiller(ImageClassificationModule):
         teachers: The frozen ensemble; None for methods without teachers.
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
-        channels_last: Memory format of images and student.
+        channels_last: Memory format of images, student, and teachers that are asked about images of a term's own.
+        fold_teachers: Whether batch norms of teachers that are so asked are folded into the convolutions.
         compile_student: Whether the student's forward and backward pass in training go through torch.compile:
             "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then
             takes long; without a working compiler this warns and trains as if it were off.
@@ -87,6 +98,7 @@ class Distiller(ImageClassificationModule):
         teachers: TeacherEnsemble | None = None,
         make_source: Callable[[TeacherEnsemble], TeacherSource] = LiveTeachers,
         channels_last: bool = True,
+        fold_teachers: bool = True,
         compile_student: str = "auto",
     ) -> None:
         super().__init__(
@@ -104,7 +116,9 @@ class Distiller(ImageClassificationModule):
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers
-        self._live_networks = _LiveNetworks(self.student, teachers)
+        self._live_networks = _LiveNetworks(
+            self.student, teachers, fold=fold_teachers, channels_last=channels_last
+        )
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
         self._spare_broadcasts()

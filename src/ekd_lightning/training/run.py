@@ -186,6 +186,7 @@ def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnse
         teachers=teachers,
         make_source=source_factory(settings, prepared),
         channels_last=settings.channels_last,
+        fold_teachers=settings.teachers.fold,
         compile_student=settings.student.compile,
     )
 
