@@ -1,12 +1,13 @@
-"""Runs that an earlier page recorded in its .json, put together with those of a study that goes on elsewhere.
+"""Runs whose folders are not at hand, but their records are, put together with those of a study that goes on elsewhere.
 
-An accuracy and the cost of its row are all that is left of such a run; the study's own runs say the rest.
+The file of the earlier runs holds `protocol` (what is known of how they were made), `machine`, and `rows`, as
+`ekd-compare` writes them to comparison.json. Of a run an accuracy is left, of a row its cost and teacher.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,69 +16,120 @@ from ekd_lightning.cli.study_runs import RUNS
 from ekd_lightning.reporting.comparison import PROTOCOL, Run
 
 COST = ("num_branches", "num_teachers", "num_parameters", "num_adapter_parameters", "macs", "steps")
-AVERAGED = ("train_seconds",)
+NEEDED = ("data", "fraction", "subset_sha256", "epochs", "batch_size", "precision")
+"""What must be known of earlier runs, and be the same."""
+_KEPT = (
+    "method",
+    "student",
+    "split_after",
+    "ensemble",
+    "temperature",
+    "assignment",
+    "assistants",
+    "teacher_choice",
+)
 
 
 @dataclass(frozen=True)
 class Repeat:
-    """A run that was made twice, on two machines; accuracies in [0, 1]."""
+    """A run that was made twice, on two machines.
+
+    Attributes:
+        row: Its row.
+        seed: Its seed.
+        earlier: Test accuracy in [0, 1].
+        again: The same of the second run, or what became of it.
+    """
 
     row: str
     seed: int
     earlier: float
-    again: float
-
-
-def machine(provenance: dict[str, Any]) -> str:
-    """The processor a run was made on."""
-    return f"{provenance['hardware']['cpu']} ({provenance['hardware']['cpu_capability']})"
+    again: float | str
 
 
 def with_machines(runs: Iterable[Run], folder: Path) -> list[Run]:
-    """The runs of a study, each with the key `machine` in its result."""
+    """The runs of a study, each with `machine`, `threads` and `torch` in its result."""
 
     def told(run: Run) -> Run:
         if run.result is None:
             return run
-        provenance = json.loads((folder / RUNS / run.name / "provenance.json").read_text())
-        return replace(run, result={**run.result, "machine": machine(provenance)})
+        made = json.loads((folder / RUNS / run.name / "provenance.json").read_text())
+        hardware = made["hardware"]
+        machine = f"{hardware['cpu']} ({hardware['cpu_capability']})"
+        own = {"machine": machine, "threads": hardware["threads"], "torch": made["packages"]["torch"]}
+        return replace(run, result={**run.result, **own})
 
     return [told(run) for run in runs]
 
 
-def merged(runs: Sequence[Run], records: Sequence[dict[str, Any]]) -> tuple[list[Run], list[Repeat]]:
+def merged(runs: Sequence[Run], earlier: Mapping[str, Any]) -> tuple[list[Run], list[Repeat]]:
     """The earlier runs, and those of the study that are not among them.
 
     Args:
-        runs: Of the study; at least one is done.
-        records: Of the earlier page, one per row, with `by_seed` and `machines`.
+        runs: Of the study, from `with_machines`.
+        earlier: Content of the earlier runs' file.
 
     Returns:
-        All runs, and those of the study that repeat an earlier one. Whatever came out, the earlier one counts.
+        All runs, and those that were made a second time. Whatever came out then, the first counts.
 
     Raises:
-        ValueError: If a row cost something else then, or took other steps.
+        ValueError: If the file does not say how its runs were made, or they went another way than those of the study.
     """
-    done = [run for run in runs if run.state == "done" and run.result]
+    done = [run.result for run in runs if run.state == "done" and run.result]
+    if not done:
+        raise ValueError("the study has no finished run")
+    for key in NEEDED:
+        if key not in earlier.get("protocol", {}):
+            raise ValueError(f"the earlier runs' file does not know their {key}")
+    for key, value in earlier["protocol"].items():
+        for result in done:
+            _same(key, value, result.get(key))
     known = {(run.row, run.fraction, run.seed): run for run in runs}
+    made = {key: earlier["protocol"].get(key) for key in ("threads", "torch")}
     repeats = []
-    for record in records:
-        made = {seed: value for seed, value in record["by_seed"].items() if isinstance(value, float)}
-        if not made:
-            continue
-        own = next((run.result for run in done if run.row == record["row"]), None)
-        common = {key: (done[0].result or {}).get(key) for key in PROTOCOL}
-        for key in COST:
-            there = own.get(key) if own else common.get(key, record[key])
-            if there != record[key]:
-                raise ValueError(f"{record['row']}: {key} was {record[key]}, is {there}")
-        cost = {key: record[key] for key in (*COST, *AVERAGED)}
-        for seed, accuracy in made.items():
+    for record in earlier["rows"]:
+        base = made | _result(
+            record, done, [run.result for run in runs if run.row == record["row"] and run.result]
+        )
+        for seed, outcome in record["by_seed"].items():
             place = (record["row"], record["fraction"], int(seed))
+            if not isinstance(outcome, float):  # what failed then is not hidden, unless it was made up for
+                known.setdefault(place, Run(*place, outcome))
+                continue
             again = known.get(place)
-            if again and again.state == "done" and again.result:
-                repeats.append(Repeat(place[0], place[2], accuracy, float(again.result["test_accuracy"])))
-            result = {"teachers": [], **common, **(own or {}), **cost}
-            result |= {"seed": int(seed), "test_accuracy": accuracy, "machine": record["machines"][seed]}
+            if again and again.state != "missing":
+                second = (
+                    again.result["test_accuracy"] if again.state == "done" and again.result else again.state
+                )
+                repeats.append(Repeat(place[0], place[2], outcome, second))
+            result = {**base, "seed": int(seed), "test_accuracy": outcome, "machine": earlier["machine"]}
             known[place] = Run(*place, "done", result)
     return list(known.values()), repeats
+
+
+def _result(
+    record: Mapping[str, Any], done: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the runs of an earlier row have in common; of its method only what the study's runs of the row know."""
+    _same("fraction", record["fraction"], done[0]["fraction"])
+    _same("data", record["data"], done[0]["data"])
+    for key in COST if own else ("steps",):
+        if record[key] is not None:
+            _same(f"{key} of {record['row']}", record[key], (own or done)[0][key])
+    first = own[0] if own else {}
+    kept = {key: value for key, value in first.items() if key in _KEPT or key.startswith("weight_")}
+    teacher = None if record["teacher"] == "all" else record["teacher"]
+    return {
+        **{key: done[0].get(key) for key in PROTOCOL},
+        **kept,
+        **{key: record[key] for key in (*COST, "train_seconds")},
+        "teacher": teacher,
+        "teachers": [],
+        "chain_stored_seconds": record["assistants_seconds"],
+    }
+
+
+def _same(what: str, earlier: Any, now: Any) -> None:
+    """Hashes may be known by their first digits."""
+    if earlier != now and not (what.endswith("sha256") and earlier and str(now).startswith(str(earlier))):
+        raise ValueError(f"{what} was {earlier}, is {now}")

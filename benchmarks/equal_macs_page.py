@@ -2,17 +2,17 @@
 
     ekd-train experiment=cifar10_limited data.val_fraction=0.5 hydra.run.dir=search/<name> ...    the trials
     ekd-compare --methods ekd,kd_mean@resnet14,... --tuned ... --no-controls --output compare/5pct ...
-    python benchmarks/equal_macs_page.py search compare/5pct docs/results/equal_macs_cifar10_5pct.md --later later
+    python benchmarks/equal_macs_page.py compare/5pct docs/results/equal_macs_cifar10_5pct.md --trials search
 
 The trials may also be those of ekd-tune, one file per row:
 
     ekd-tune --output tuned method=ekd method.name=ekd@resnet14 ... data.fraction=0.06 data.val_fraction=0.8333
-    python benchmarks/equal_macs_page.py tuned compare/1pct docs/results/equal_macs_cifar10_1pct.md
+    python benchmarks/equal_macs_page.py compare/1pct docs/results/equal_macs_cifar10_1pct.md --tuned tuned
 
-or, to confirm them, the later trials of an earlier page:
+or, to confirm them, the later trials of an earlier page, and more of the kind:
 
-    python benchmarks/equal_macs_page.py docs/results/equal_macs_cifar10_5pct.json compare/5pct_maps \
-        docs/results/equal_macs_cifar10_5pct_maps.md --later more
+    python benchmarks/equal_macs_page.py compare/5pct_maps docs/results/equal_macs_cifar10_5pct_maps.md \
+        --trials docs/results/equal_macs_cifar10_5pct.json search --later later
 
 --later are trials that had no part in the choice of what was confirmed.
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ def trials(folder: Path) -> list[dict[str, Any]]:
                 "val": result["num_val_images"],
             }
         )
+    return found
+
+
+def ranked(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trials by method and student, the best first."""
     return sorted(found, key=lambda t: (t["method"], t["student"], -t["val_accuracy"]))
 
 
@@ -119,13 +125,38 @@ def outcome(rows: list[Row]) -> str:
 
 
 def tuned(folder: Path) -> list[dict[str, Any]]:
-    """What `ekd-tune` found for each row."""
-    return [{"row": path.stem, **yaml.safe_load(path.read_text())} for path in sorted(folder.glob("*.yaml"))]
+    """What `ekd-tune` found for each row.
+
+    Raises:
+        ValueError: If rows had other budgets, images or epochs, or a search is not at its end.
+    """
+    found = [{"row": path.stem, **yaml.safe_load(path.read_text())} for path in sorted(folder.glob("*.yaml"))]
+    if not found:
+        raise ValueError(f"{folder}: no result of ekd-tune")
+    for t in found:
+        if t["trials"] != t["budget"]:
+            raise ValueError(f"{t['row']}: {t['trials']} of {t['budget']} trials")
+        for key in ("budget", "seeds", "validation_images"):
+            if t[key] != found[0][key]:
+                raise ValueError(f"{t['row']} and {found[0]['row']} were searched with other {key}")
+        for key in ("data", "fraction", "subset_sha256", "epochs"):
+            if t["protocol"][key] != found[0]["protocol"][key]:
+                raise ValueError(f"{t['row']} and {found[0]['row']} were searched with other {key}")
+    return found
 
 
 def tuned_table(found: list[dict[str, Any]]) -> str:
     """One line per row: its budget, its default and its best trial."""
-    heads = ("row", "trials", "pruned", "searched", "best", "validation accuracy %", "of the default %")
+    heads = (
+        "row",
+        "trials",
+        "pruned",
+        "diverged",
+        "searched",
+        "best",
+        "validation accuracy %",
+        "of the default %",
+    )
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for t in found:
         default = "–" if t["default_value"] is None else f"{100 * t['default_value']:.2f}"
@@ -135,6 +166,7 @@ def tuned_table(found: list[dict[str, Any]]) -> str:
             f"`{t['row']}`",
             t["trials"],
             t["pruned"],
+            t["diverged"],
             searched,
             best,
             f"{100 * t['value']:.2f}",
@@ -182,8 +214,8 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
     first, error = found[0], 100 * (mean * (1 - mean) / found[0]["val"]) ** 0.5
     counted = ", ".join(f"{n} {key}" for key, n in counts.items())
     return (
-        f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation images, all "
-        f"from the 10 % subset; trials: {counted}. The standard error of one accuracy is about {error:.1f} points, so "
+        f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation "
+        f"images; trials: {counted}. The standard error of one accuracy is about {error:.1f} points, so "
         "settings that lie closer are not told apart, and the best of several looks better than it is.",
         *said,
     )
@@ -193,21 +225,20 @@ def page(
     block: Block,
     facts: tuple[str, ...],
     tables: str,
-    folder: Path,
     notes: str,
 ) -> str:
     """The whole page."""
     return f"""# EKD at equal MACs with {100 * block.fraction:g} % of the labels of {block.data}
 
 Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
-distillation into a student of the same MACs? Both are given the best of several settings, chosen on validation images,
-and the choice is confirmed on the test set over seeds.
+distillation into a student of the same MACs? Each row has the best of the settings that were tried for its method and
+network, chosen on validation images, and the choice is confirmed on the test set over seeds.
 
 {bullets(facts)}
 
 ## Confirmation
 
-{setup(block, folder, "those of the best trials, see the table")}
+{setup(block, "those of the best trials, see the table")}
 
 {outcome([row for row in block.rows if row.done])}
 {NOTES}
@@ -217,15 +248,14 @@ and the choice is confirmed on the test set over seeds.
 {tables}"""
 
 
-def trial_sections(found: list[dict[str, Any]], later: list[dict[str, Any]]) -> str:
-    """The tables of trials at the page's end."""
-    text = f"## Trials\n\n{trial_table(found)}\n"
+def later_section(later: list[dict[str, Any]]) -> str:
+    """The table of trials that nothing was chosen from; empty without."""
     if not later:
-        return text
-    return f"""{text}
-## Later trials
+        return ""
+    return f"""
+## Further trials
 
-On the same images, with the same schedule; they had no part in the choice of what is confirmed above.
+With the same schedule; they had no part in the choice of what is confirmed above.
 
 {trial_table(later)}
 """
@@ -236,29 +266,36 @@ def read_block(parser: argparse.ArgumentParser, folder: Path) -> Block:
     study = read_study(folder)
     if study is None:
         parser.error(f"{folder}: no study of ekd-compare")
-    return compare(with_machines(read_runs(study, folder), folder), study.data)[0]
+    blocks = compare(with_machines(read_runs(study, folder), folder), study.data)
+    if len(blocks) != 1:
+        parser.error(f"{folder}: several fractions, and a page is about one")
+    return blocks[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "trials", type=Path, help="folder of the trials' run directories, or --output of ekd-tune"
-    )
     parser.add_argument("study", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--trials", type=Path, nargs="+", help="folders of trials, or an earlier page's .json")
+    given.add_argument("--tuned", type=Path, help="--output of ekd-tune")
     parser.add_argument("--later", type=Path, help="folder of further trials")
     args = parser.parse_args()
     block = read_block(parser, args.study)
-    found = trials(args.trials)
-    tuning = [] if found else tuned(args.trials)
-    later = trials(args.later) if args.later else []
+    try:
+        tuning = tuned(args.tuned) if args.tuned else []
+    except ValueError as error:
+        parser.error(str(error))
+    found = ranked(trial for place in args.trials or () for trial in trials(place))
+    if args.trials and not found:
+        parser.error("no trials")
+    later = ranked(trials(args.later)) if args.later else []
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     notes = parts[1] if len(parts) == 3 else ""
-    tables = trial_sections(found, later) if found else f"## Search\n\n{tuned_table(tuning)}\n"
-    facts = search_facts(found, tuning)
-    args.page.write_text(page(block, facts, tables, args.study, notes))
+    first = f"## Search\n\n{tuned_table(tuning)}\n" if tuning else f"## Trials\n\n{trial_table(found)}\n"
+    args.page.write_text(page(block, search_facts(found, tuning), first + later_section(later), notes))
     data = {"trials": found or tuning, "later_trials": later, "confirmation": json.loads(json_text([block]))}
     args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 

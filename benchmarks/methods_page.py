@@ -3,7 +3,8 @@
     ekd-compare --methods ... --fractions 0.1 --seeds 0,1,2 --output compare/c10 experiment=cifar10_limited ...
     python benchmarks/methods_page.py compare/c10 docs/results/methods_cifar10_10pct.md
 
-A study can go on where the folders of its first runs are not: --earlier takes their accuracies from the page's .json.
+A study can go on where the folders of its first runs are not: --earlier FILE takes their accuracies from a file of
+records, see earlier.py.
 
 Everything is computed from the runs' files, whatever comes out. With --readme the README's section is made anew. What
 stands in an existing page between the two marks `<!-- notes -->` was written by hand after looking into single rows,
@@ -96,17 +97,19 @@ def repeated(repeats: Sequence[Repeat]) -> str:
         return ""
     lines = ["| row | seed | accuracy % | again | difference |", "|---|---|---|---|---|"]
     for r in repeats:
-        figures = f"{100 * r.earlier:.2f} | {100 * r.again:.2f} | {100 * (r.again - r.earlier):+.2f}"
-        lines.append(f"| `{r.row}` | {r.seed} | {figures} |")
+        done = isinstance(r.again, float)
+        again = f"{100 * r.again:.2f} | {100 * (r.again - r.earlier):+.2f}" if done else f"{r.again} | –"
+        lines.append(f"| `{r.row}` | {r.seed} | {100 * r.earlier:.2f} | {again} |")
     text = (
-        "The same images, order, initial weights and code of losses on the second machine: what is left is rounding, "
-        "which training amplifies. The first accuracy counts above, whatever the second was."
+        "The same seeds, images and settings on the second machine. Processors round differently, and training "
+        "amplifies it; whether anything else differed the records of the first runs do not tell. The first accuracy "
+        "counts above, whatever the second was."
     )
     table = "\n".join(lines)
     return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}\n"
 
 
-def page(block: Block, folder: Path, notes: str, repeats: Sequence[Repeat] = ()) -> str:
+def page(block: Block, notes: str, repeats: Sequence[Repeat] = ()) -> str:
     """The whole page."""
     rows = {row.name: row for row in block.rows}
     known = {name for names in FAMILIES.values() for name in names}
@@ -121,7 +124,7 @@ def page(block: Block, folder: Path, notes: str, repeats: Sequence[Repeat] = ())
 Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. Nothing here is a number of the EKD paper or
 of any other, and none can be compared with one.
 
-{setup(block, folder, DEFAULTS)}
+{setup(block, DEFAULTS)}
 
 ## What comes out
 
@@ -201,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
-    parser.add_argument("--earlier", type=Path, help="a page's .json, with runs whose folders are elsewhere")
+    parser.add_argument("--earlier", type=Path, help="records of runs whose folders are elsewhere")
     parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
@@ -210,22 +213,31 @@ def main() -> None:
         parser.error(f"{args.folder}: no study of ekd-compare")
     runs, repeats = with_machines(read_runs(study, args.folder), args.folder), []
     if args.earlier:
-        runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
+        try:
+            runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
+        except ValueError as error:
+            parser.error(f"{args.earlier}: {error}")
     block = compare(runs, study.data)[0]
     parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
     notes = parts[1] if len(parts) == 3 else ""
-    args.page.write_text(page(block, args.folder, notes, repeats))
+    args.page.write_text(page(block, notes, repeats))
     if args.figure:
         draw(block, args.figure)
     if args.readme:
         write_readme(args.readme, readme_section(block, args.page))
-    args.page.with_suffix(".json").write_text(json.dumps(records(block), indent=1) + "\n")
+    args.page.with_suffix(".json").write_text(json.dumps(records(block, repeats), indent=1) + "\n")
 
 
-def records(block: Block) -> list[dict[str, Any]]:
-    """The rows as they are kept beside the page, with the machine of every run."""
+def records(block: Block, repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
+    """The rows as they are kept beside the page, with the machine of every run, and what repeats had."""
     made = {row.name: {str(r["seed"]): r["machine"] for r in row.done} for row in block.rows}
-    return [{**record, "machines": made[record["row"]]} for record in json.loads(json_text([block]))]
+    again: dict[str, dict[str, float | str]] = {}
+    for r in repeats:
+        again.setdefault(r.row, {})[str(r.seed)] = r.again
+    return [
+        {**record, "machines": made[record["row"]], "again_by_seed": again.get(record["row"])}
+        for record in json.loads(json_text([block]))
+    ]
 
 
 if __name__ == "__main__":

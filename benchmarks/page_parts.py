@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
-from ekd_lightning.cli.study_runs import RUNS
 from ekd_lightning.reporting.comparison import Block, Difference, Row, paired
 from ekd_lightning.reporting.tables import percent
 
@@ -91,17 +87,19 @@ def made_on(block: Block) -> str:
                 f"`{row.name}`" + ("" if whole else f" seed {', '.join(seeds)}")
             )
     first, *others = sorted(runs, key=lambda place: -len(runs[place]))
-    return "; ".join([first, *(f"{place} for {', '.join(runs[place])}" for place in others)])
+    if not others:
+        return first
+    rest = "; ".join(f"{place} for {', '.join(runs[place])}" for place in others)
+    return f"{first}; {rest}, so differences between these rows and others are also ones of machines (see the end)"
 
 
-def setup(block: Block, folder: Path, weights: str) -> str:
-    """What was run, on what, as the records say."""
+def setup(block: Block, weights: str) -> str:
+    """What was run, on what, as the records of runs from `with_machines` say."""
     done = [(row, result) for row in block.rows for result in row.done]
     first = done[0][1]
     taught = max((result for _, result in done), key=lambda r: len(r["teachers"]))
-    origin = provenances(folder)
-    threads = sorted({o["hardware"]["threads"] for o in origin})
-    versions = sorted({f"torch {o['packages']['torch']}" for o in origin})
+    threads = sorted({result["threads"] for _, result in done})
+    versions = sorted({f"torch {result['torch']}" for _, result in done})
     seeds = sorted({result["seed"] for _, result in done})
     teachers = ", ".join(f"`{t['id']}` ({100 * t['test_accuracy']:.2f} %)" for t in taught["teachers"])
     lines = (
@@ -118,8 +116,3 @@ def setup(block: Block, folder: Path, weights: str) -> str:
         f"**Hardware**: {made_on(block)}; runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
     )
     return bullets(lines)
-
-
-def provenances(folder: Path) -> list[dict[str, Any]]:
-    """Where the runs of a study come from."""
-    return [json.loads(path.read_text()) for path in sorted((folder / RUNS).glob("*/provenance.json"))]
