@@ -125,6 +125,17 @@ def test_exactly_the_written_rows_are_present(tmp_path_factory, rows, with_poole
     assert (pooled is not None) == with_pooled
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's list of mappings")
+def test_nothing_is_read_ahead(tmp_path):
+    """Of a large table the system would fetch megabytes of holes around every row, and drop what is needed for them."""
+    table = filled(tmp_path)
+    table.read(*every_row())  # which drops mapped pages, and must not drop the advice
+    mappings = Path("/proc/self/smaps").read_text().split(str(table.path))[1:]
+    flags = [line.split() for one in mappings for line in one.splitlines() if line.startswith("VmFlags")]
+    assert len(mappings) == 1
+    assert "rr" in flags[0]  # "random read advise provided", proc(5)
+
+
 def test_an_empty_batch_is_fine(tmp_path):
     none = np.zeros(0, np.int64)
     table = TeacherTable(tmp_path, KEY)

@@ -159,6 +159,9 @@ class TeacherTable:
         self._close = weakref.finalize(self, os.close, self._fd)
         # Mapped through the descriptor: the name may meanwhile stand for a file built anew.
         self._mapped = mmap.mmap(self._fd, self._file_bytes, prot=mmap.PROT_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            # Rows are far apart. Read ahead, megabytes of a large table's holes would come along with every row.
+            self._mapped.madvise(mmap.MADV_RANDOM)
         self._map = np.frombuffer(self._mapped, dtype=np.uint8).reshape(key.num_rows, self._row_bytes)
 
     def _defect(self) -> str | None:
