@@ -241,6 +241,7 @@ network, chosen on validation images, and the choice is confirmed on the test se
 {setup(block, "those of the best trials, see the table")}
 
 {outcome([row for row in block.rows if row.done])}
+
 {NOTES}
 {notes.strip()}
 {NOTES}
