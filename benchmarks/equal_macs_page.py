@@ -107,14 +107,15 @@ def trial_table(found: list[dict[str, Any]]) -> str:
 def outcome(rows: list[Row]) -> str:
     """The rows, and every pair of them."""
     lines = [
-        "| row | settings | MACs | test accuracy % | mean branch | NLL | n |",
-        "|---|---|---|---|---|---|---|",
+        "| row | settings | parameters | MACs | test accuracy % | mean branch | NLL | n |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         first = row.done[0]
         branch = [sum(r["test_branch_accuracy"]) / len(r["test_branch_accuracy"]) for r in row.done]
         lines.append(
-            f"| `{row.name}` | {weights(first)} | {first['macs'] / 1e6:.1f} M | {percent(row.accuracy)} | "
+            f"| `{row.name}` | {weights(first)} | {first['num_parameters']:,} | {first['macs'] / 1e6:.1f} M | "
+            f"{percent(row.accuracy)} | "
             f"{100 * sum(branch) / len(branch):.2f} | {row.mean('test_nll'):.3f} | {len(row.done)} |"
         )
     lines += ["", "| difference, paired by seed | points with 95 % interval | |", "|---|---|---|"]
@@ -232,7 +233,8 @@ def page(
 
 Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
 distillation into a student of the same MACs? Each row has the best of the settings that were tried for its method and
-network, chosen on validation images, and the choice is confirmed on the test set over seeds.
+network, chosen on validation images, and the choice is confirmed on the test set over seeds. Rows called `*_macs` are
+of the plain ResNet whose MACs are closest to EKD's, and take the settings of their method's other row.
 
 {bullets(facts)}
 
