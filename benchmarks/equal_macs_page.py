@@ -69,10 +69,12 @@ def trials(folder: Path) -> list[dict[str, Any]]:
             own.append(f"taught by {', '.join(t['id'].removeprefix('cifar10_') for t in result['teachers'])}")
         branches, split = result["num_branches"], result.get("split_after")
         shape = f"K {branches}" + (f" after {split}" if branches > 1 and split else "")
+        width = (config["student"].get("options") or {}).get("width", 1)
+        network = config["student"]["network"] + (f" of width {width:g}" if width != 1 else "")
         found.append(
             {
                 "method": result["method"],
-                "student": f"{config['student']['network']}, {shape}",
+                "student": f"{network}, {shape}",
                 "macs": result["macs"],
                 "settings": "; ".join([weights(result), *(w for w in own if w != "recipe.lr=0.05")]),
                 "val_accuracy": result["val_accuracy"],
