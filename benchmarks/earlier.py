@@ -6,28 +6,15 @@ The file of the earlier runs holds `protocol` (what is known of how they were ma
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ekd_lightning.cli.study_runs import RUNS
-from ekd_lightning.reporting.comparison import PROTOCOL, Run
+from ekd_lightning.reporting.comparison import PROTOCOL, ROW, Run
 
 COST = ("num_branches", "num_teachers", "num_parameters", "num_adapter_parameters", "macs", "steps")
 NEEDED = ("data", "fraction", "subset_sha256", "epochs", "batch_size", "precision")
 """What must be known of earlier runs, and be the same."""
-_KEPT = (
-    "method",
-    "student",
-    "split_after",
-    "ensemble",
-    "temperature",
-    "assignment",
-    "assistants",
-    "teacher_choice",
-)
 
 
 @dataclass(frozen=True)
@@ -47,26 +34,11 @@ class Repeat:
     again: float | str
 
 
-def with_machines(runs: Iterable[Run], folder: Path) -> list[Run]:
-    """The runs of a study, each with `machine`, `threads` and `torch` in its result."""
-
-    def told(run: Run) -> Run:
-        if run.result is None:
-            return run
-        made = json.loads((folder / RUNS / run.name / "provenance.json").read_text())
-        hardware = made["hardware"]
-        machine = f"{hardware['cpu']} ({hardware['cpu_capability']})"
-        own = {"machine": machine, "threads": hardware["threads"], "torch": made["packages"]["torch"]}
-        return replace(run, result={**run.result, **own})
-
-    return [told(run) for run in runs]
-
-
 def merged(runs: Sequence[Run], earlier: Mapping[str, Any]) -> tuple[list[Run], list[Repeat]]:
     """The earlier runs, and those of the study that are not among them.
 
     Args:
-        runs: Of the study, from `with_machines`.
+        runs: Of the study, from `page_parts.with_machines`.
         earlier: Content of the earlier runs' file.
 
     Returns:
@@ -117,7 +89,7 @@ def _result(
         if record[key] is not None:
             _same(f"{key} of {record['row']}", record[key], (own or done)[0][key])
     first = own[0] if own else {}
-    kept = {key: value for key, value in first.items() if key in _KEPT or key.startswith("weight_")}
+    kept = {key: value for key, value in first.items() if key in ROW or key.startswith("weight_")}
     teacher = None if record["teacher"] == "all" else record["teacher"]
     return {
         **{key: done[0].get(key) for key in PROTOCOL},

@@ -30,12 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from earlier import with_machines
-from methods_page import NOTES
-from page_parts import bullets, difference, interval, setup, side
+from page_parts import NOTES, bullets, difference, interval, kept_notes, read_study_runs, setup, side
 
-from ekd_lightning.cli.study import read_study
-from ekd_lightning.cli.study_runs import read_runs
 from ekd_lightning.reporting.comparison import Block, Row, compare
 from ekd_lightning.reporting.comparison_table import json_text
 from ekd_lightning.reporting.tables import percent
@@ -47,8 +43,11 @@ def weights(result: dict[str, Any]) -> str:
     return f"T {result['temperature']:g}; " + ", ".join(f"{key} {value:g}" for key, value in found.items())
 
 
-def trials(folder: Path) -> list[dict[str, Any]]:
-    """What each trial was, and its accuracy on validation images; of an earlier page's .json, its later ones."""
+def trials(folder: Path, usual: set[str]) -> list[dict[str, Any]]:
+    """What each trial was, and its accuracy on validation images; of an earlier page's .json, its later ones.
+
+    Teachers are told where they are not the usual ones.
+    """
     if folder.suffix == ".json":
         return list(json.loads(folder.read_text())["later_trials"])
     found = []
@@ -64,9 +63,9 @@ def trials(folder: Path) -> list[dict[str, Any]]:
         ]
         if any(word.endswith("reduction=sum") for word in words):
             own.append("summed over branches")
-        families = [t["id"] for t in result["teachers"] if "densenet" in t["id"]]
-        if families:
-            own.append(f"taught by {', '.join(t['id'].removeprefix('cifar10_') for t in result['teachers'])}")
+        taught = [t["id"] for t in result["teachers"]]
+        if not set(taught) <= usual:
+            own.append(f"taught by {', '.join(name.removeprefix('cifar10_') for name in taught)}")
         branches, split = result["num_branches"], result.get("split_after")
         shape = f"K {branches}" + (f" after {split}" if branches > 1 and split else "")
         width = (config["student"].get("options") or {}).get("width", 1)
@@ -268,10 +267,8 @@ With the same schedule; they had no part in the choice of what is confirmed abov
 
 def read_block(parser: argparse.ArgumentParser, folder: Path) -> Block:
     """The one comparison of a study of `ekd-compare`."""
-    study = read_study(folder)
-    if study is None:
-        parser.error(f"{folder}: no study of ekd-compare")
-    blocks = compare(with_machines(read_runs(study, folder), folder), study.data)
+    data, runs = read_study_runs(parser, folder)
+    blocks = compare(runs, data)
     if len(blocks) != 1:
         parser.error(f"{folder}: several fractions, and a page is about one")
     return blocks[0]
@@ -293,14 +290,15 @@ def main() -> None:
         tuning = tuned(args.tuned) if args.tuned else []
     except ValueError as error:
         parser.error(str(error))
-    found = ranked(trial for place in args.trials or () for trial in trials(place))
+    usual = {t["id"] for row in block.rows for result in row.done for t in result["teachers"]}
+    found = ranked(trial for place in args.trials or () for trial in trials(place, usual))
     if args.trials and not found:
         parser.error("no trials")
-    later = ranked(trials(args.later)) if args.later else []
-    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
-    notes = parts[1] if len(parts) == 3 else ""
+    later = ranked(trials(args.later, usual)) if args.later else []
     first = f"## Search\n\n{tuned_table(tuning)}\n" if tuning else f"## Trials\n\n{trial_table(found)}\n"
-    args.page.write_text(page(block, search_facts(found, tuning), first + later_section(later), notes))
+    args.page.write_text(
+        page(block, search_facts(found, tuning), first + later_section(later), kept_notes(args.page))
+    )
     data = {"trials": found or tuning, "later_trials": later, "confirmation": json.loads(json_text([block]))}
     args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
 

@@ -20,14 +20,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from earlier import Repeat, merged, with_machines
-from page_parts import bullets, difference, interval, named, setup, side, table
+from earlier import Repeat, merged
+from page_parts import (
+    NOTES,
+    bullets,
+    difference,
+    interval,
+    kept_notes,
+    named,
+    read_study_runs,
+    setup,
+    side,
+    table,
+)
 
-from ekd_lightning.cli.study import read_study
-from ekd_lightning.cli.study_runs import read_runs
 from ekd_lightning.reporting import figure_style, figures_difference
 from ekd_lightning.reporting.comparison import Block, Row, compare
-from ekd_lightning.reporting.comparison_table import json_text
+from ekd_lightning.reporting.comparison_table import json_text, title
 from ekd_lightning.reporting.tables import percent
 
 FAMILIES = {
@@ -47,7 +56,6 @@ FAMILIES = {
     ),
 }
 VERDICTS = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not told apart"}
-NOTES = "<!-- notes -->"
 DEFAULTS = (
     "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen "
     "on validation images ([search](equal_macs_cifar10_5pct.md)), the hint weight of two-stage FitNets by its loss on "
@@ -184,9 +192,8 @@ def draw(block: Block, path: Path) -> None:
         for reference in block.references
     }
     looks = figure_style.Looks([row.name for row in block.rows])
-    title = f"{block.data}, {100 * block.fraction:g} % of the training images"
     with figure_style.style():
-        drawn = figures_difference.difference_figure(found, title, looks)
+        drawn = figures_difference.difference_figure(found, title(block), looks)
         if drawn:
             figure_style.save(drawn[0], path.with_suffix(""), [path.suffix.removeprefix(".")])
 
@@ -208,19 +215,15 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
-    study = read_study(args.folder)
-    if study is None:
-        parser.error(f"{args.folder}: no study of ekd-compare")
-    runs, repeats = with_machines(read_runs(study, args.folder), args.folder), []
+    data, runs = read_study_runs(parser, args.folder)
+    repeats: list[Repeat] = []
     if args.earlier:
         try:
             runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
         except ValueError as error:
             parser.error(f"{args.earlier}: {error}")
-    block = compare(runs, study.data)[0]
-    parts = args.page.read_text().split(NOTES) if args.page.is_file() else []
-    notes = parts[1] if len(parts) == 3 else ""
-    args.page.write_text(page(block, notes, repeats))
+    block = compare(runs, data)[0]
+    args.page.write_text(page(block, kept_notes(args.page), repeats))
     if args.figure:
         draw(block, args.figure)
     if args.readme:

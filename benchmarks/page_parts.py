@@ -1,12 +1,49 @@
-"""What the pages of `ekd-compare`'s studies say and how: set-up, rows, differences."""
+"""What the pages of `ekd-compare`'s studies have in common: their runs, set-up, rows, differences, and notes."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from ekd_lightning.reporting.comparison import Block, Difference, Row, paired
+from ekd_lightning.cli.study import read_study
+from ekd_lightning.cli.study_runs import RUNS, read_runs
+from ekd_lightning.reporting.comparison import Block, Difference, Row, Run, paired
 from ekd_lightning.reporting.tables import percent
+
+NOTES = "<!-- notes -->"
+
+
+def read_study_runs(parser: argparse.ArgumentParser, folder: Path) -> tuple[str, list[Run]]:
+    """The data set of a study of `ekd-compare`, and its runs with their machines."""
+    study = read_study(folder)
+    if study is None:
+        parser.error(f"{folder}: no study of ekd-compare")
+    return study.data, with_machines(read_runs(study, folder), folder)
+
+
+def with_machines(runs: Iterable[Run], folder: Path) -> list[Run]:
+    """The runs of a study, each with `machine`, `threads` and `torch` in its result."""
+
+    def told(run: Run) -> Run:
+        if run.result is None:
+            return run
+        made = json.loads((folder / RUNS / run.name / "provenance.json").read_text())
+        hardware = made["hardware"]
+        machine = f"{hardware['cpu']} ({hardware['cpu_capability']})"
+        own = {"machine": machine, "threads": hardware["threads"], "torch": made["packages"]["torch"]}
+        return replace(run, result={**run.result, **own})
+
+    return [told(run) for run in runs]
+
+
+def kept_notes(page: Path) -> str:
+    """What stands in an existing page between the two marks."""
+    parts = page.read_text().split(NOTES) if page.is_file() else []
+    return parts[1] if len(parts) == 3 else ""
 
 
 def difference(one: Row, other: Row) -> Difference | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lived_networks import with_lived_norms
 from torch import nn
 
 from ekd_lightning.data import load_dataset
@@ -35,21 +36,10 @@ B, C = 24, 4
 SPEC = NetworkSpec("resnet8", C, statistics_of("cifar10"), {"width": 0.5})
 
 
-def lived(network):
-    """The network with statistics and scales of its own in its batch norms."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return network
-
-
 def make_live(**options):
     torch.manual_seed(0)
     teachers = TeacherEnsemble(
-        [lived(build_network(SPEC)) for _ in range(2)],
+        [with_lived_norms(build_network(SPEC)) for _ in range(2)],
         [TeacherIdentity(f"t{m}", "0" * 64, "file", "x") for m in range(2)],
     )
     return _LiveNetworks(BranchedStudent(SPEC, branches=1, split_after="none"), teachers, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lived_networks import with_lived_norms
 from torch import nn
 
 from ekd_lightning.networks import (
@@ -23,14 +24,7 @@ SMALL = ("resnet8", "resnet14", "wrn_16_1", "densenetbc_40_12", "vgg8", "mobilen
 def lived(name: str, seed: int = 0, **options) -> StagedNetwork:
     """A network whose batch norms have statistics and scales of their own."""
     torch.manual_seed(seed)
-    network = build_network(NetworkSpec(name, 10, normalization("cifar10"), options)).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
-    return network
+    return with_lived_norms(build_network(NetworkSpec(name, 10, normalization("cifar10"), options)).eval())
 
 
 def images(batch: int = 4) -> torch.Tensor:

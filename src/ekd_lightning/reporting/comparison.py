@@ -35,7 +35,7 @@ PROTOCOL = (
     "num_devices",
 )
 """Fields of a result that runs must share to be compared."""
-_ROW = (
+ROW = (
     "method",
     "student",
     "num_branches",
@@ -49,6 +49,7 @@ _ROW = (
     "macs",
     "teacher_choice",
 )
+"""Fields of a result that runs of one row must share."""
 _EQUAL = 1e-6
 """Accuracies are recorded in float32; what is closer than this is the same number of images."""
 
@@ -272,7 +273,7 @@ def check_protocol(runs: Sequence[Run]) -> None:
     for name in dict.fromkeys(run.row for run in done):
         own = [run for run in done if run.row == name]
         weights = {key for run in own for key in run.result or {} if key.startswith("weight_")}
-        for field_name in (*_ROW, *sorted(weights)):
+        for field_name in (*ROW, *sorted(weights)):
             _same(own, field_name, [(run.result or {}).get(field_name) for run in own])
     taught = [(run, hashes) for run in done if (hashes := taught_by(run.result or {}))]
     whole = [(run, hashes) for run, hashes in taught if not _chose(run)]
