@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
-from ekd_lightning.training.precision import native_bfloat16
-from ekd_lightning.training.record import provenance
+from ekd_lightning.runs.record import provenance
+from ekd_lightning.teachers.precision import native_bfloat16
 
 BATCH, STEPS = 128, 12
 

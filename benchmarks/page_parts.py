@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ekd_lightning.cli.study import read_study
-from ekd_lightning.cli.study_runs import RUNS, read_runs
 from ekd_lightning.reporting.comparison import Block, Difference, Row, Run, paired
 from ekd_lightning.reporting.tables import percent
+from ekd_lightning.studies.plan import read_study
+from ekd_lightning.studies.study_runs import RUNS, read_runs
 
 NOTES = "<!-- notes -->"
 

@@ -15,10 +15,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.cli.config import compose_settings
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.training.record import provenance
-from ekd_lightning.training.run import run
+from ekd_lightning.config.config import compose_settings
+from ekd_lightning.pipeline.run import run
+from ekd_lightning.runs.record import provenance
 
 PLAIN = (
     "experiment=quick",

@@ -24,9 +24,9 @@ import yaml
 
 from ekd_lightning.methods import make_assignment
 from ekd_lightning.networks import load_student
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.run import run
-from ekd_lightning.training.settings import (
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.run import run
+from ekd_lightning.settings import (
     DataSettings,
     MethodSettings,
     RecipeSettings,
@@ -34,7 +34,7 @@ from ekd_lightning.training.settings import (
     StudentSettings,
     TeacherSettings,
 )
-from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.training.pool import gather_teachers
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning")

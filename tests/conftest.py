@@ -32,7 +32,7 @@ def tiny_settings(store: Path) -> Callable[..., Any]:
     """`tiny_settings(*overrides)` composes the tiny task into typed settings, for tests below the command."""
     from hydra import compose, initialize_config_module
 
-    from ekd_lightning.cli.config import register_schema, to_settings
+    from ekd_lightning.config.config import register_schema, to_settings
 
     def settings(*overrides: str) -> Any:
         register_schema()

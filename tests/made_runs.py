@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ekd_lightning.reporting.collection import Collection, RunEntry
+from ekd_lightning.runs.collection import Collection, RunEntry
 
 TEACHERS = [
     {"id": f"teacher{m}", "sha256": f"{m}" * 64, "test_accuracy": 0.9 + m / 100, "num_parameters": 270_000}

@@ -21,15 +21,15 @@ import torch
 from hydra import compose, initialize_config_module
 from torch.nn import functional
 
-from ekd_lightning.cli.build import import_user_modules
-from ekd_lightning.cli.config import register_schema, to_settings
 from ekd_lightning.cli.train import main as ekd_train
+from ekd_lightning.config.build import import_user_modules
+from ekd_lightning.config.config import register_schema, to_settings
 from ekd_lightning.data import Batch, TrainLoader, augmentations, catalog, gather_batch, load_dataset
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import TeacherEnsemble, convert, load_network, registry, state_sha256
-from ekd_lightning.training.prepare import Prepared, prepare
-from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.pipeline.prepare import Prepared, prepare
+from ekd_lightning.settings import Settings
+from ekd_lightning.training.pool import gather_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
@@ -37,12 +37,25 @@ SOURCE = ROOT / "src" / "ekd_lightning"
 
 # -- the rooms ----------------------------------------------------------------------------------------------
 
-LEVELS = (("cli",), ("bench",), ("reporting", "training"), ("evaluation", "methods"), ("networks", "data"))
+LEVELS = (
+    ("cli",),
+    ("bench", "studies"),
+    ("config", "reporting"),
+    ("pipeline",),
+    ("training",),
+    ("teachers",),
+    ("runs", "tracking"),
+    ("evaluation", "methods"),
+    ("networks", "data"),
+)
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 HYDRA = {"hydra", "omegaconf"}
 FRAMEWORKS = {*LIGHTNING, *HYDRA, "wandb"}
-ALLOWED = {"cli": FRAMEWORKS, **dict.fromkeys(("bench", "reporting", "training"), FRAMEWORKS - HYDRA)}
+ALLOWED = {
+    **dict.fromkeys(("cli", "config", "studies"), FRAMEWORKS),
+    **dict.fromkeys(("bench", "reporting", "tracking", "training", "pipeline"), FRAMEWORKS - HYDRA),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -69,6 +82,22 @@ def test_a_room_imports_itself_and_rooms_further_right_only(room: str):
     for path in (SOURCE / room).rglob("*.py"):
         used = {name.split(".")[1] for name in imports(path) if name.startswith("ekd_lightning.")}
         assert used & set(LEVEL) <= allowed, path
+
+
+def test_no_circle_of_files():
+    files = {
+        ".".join(("ekd_lightning", *path.relative_to(SOURCE).with_suffix("").parts)): path
+        for path in SOURCE.rglob("*.py")
+        if path.stem != "__init__"
+    }
+    left = {
+        name: {other for used in imports(path) for other in (used, used.rpartition(".")[0]) if other in files}
+        for name, path in files.items()
+    }
+    while free := [name for name, uses in left.items() if not uses & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
 
 
 @pytest.mark.parametrize("room", LEVEL)

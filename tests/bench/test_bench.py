@@ -16,8 +16,8 @@ from ekd_lightning.bench.step_profile import by_group, step_profile
 from ekd_lightning.bench.timing import summary, take_turns
 from ekd_lightning.cli.bench import main
 from ekd_lightning.data import load_dataset
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.training.pool import gather_teachers
 
 CPU = torch.device("cpu")
 

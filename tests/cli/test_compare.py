@@ -13,9 +13,9 @@ import pytest
 import yaml
 from whole_runs import TINY
 
-from ekd_lightning.cli import study as studies
 from ekd_lightning.cli.compare import main
 from ekd_lightning.errors import UserError
+from ekd_lightning.studies import plan as studies
 
 WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
 ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")

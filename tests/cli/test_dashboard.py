@@ -15,10 +15,10 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 
-from ekd_lightning.cli.config import register_schema, to_settings
 from ekd_lightning.cli.dashboard import main
-from ekd_lightning.training.panels import scalars
-from ekd_lightning.training.result import RETURNABLE
+from ekd_lightning.config.config import register_schema, to_settings
+from ekd_lightning.pipeline.result import RETURNABLE
+from ekd_lightning.tracking.panels import scalars
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())

@@ -46,7 +46,7 @@ def refused(outcome: Outcome) -> str:
 
 
 def test_a_study_leaves_its_result_and_goes_on_where_it_stopped(tune, tmp_path, caplog):
-    caplog.set_level("INFO", "ekd_lightning.training.tuning")
+    caplog.set_level("INFO", "ekd_lightning.studies.tuning")
     first = tune("--trials", "2", "method=kd_mean")
     found = result(first)
     assert (found["trials"], found["budget"], found["seeds"], found["pruned"]) == (2, 2, [0], 0)
@@ -173,7 +173,7 @@ def test_a_study_without_a_complete_trial_says_so(tune):
 
 def test_the_page_is_true(tmp_path):
     from ekd_lightning.cli import tune as command
-    from ekd_lightning.training.search_space import read_space
+    from ekd_lightning.studies.search_space import read_space
 
     text = PAGE.read_text()
     spaces = re.findall(r"```yaml\n(# space.*?)```", text, re.DOTALL)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich_runs import write_rich_study
 
-from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.report import Report, make_report
+from ekd_lightning.runs.collection import collect
 
 
 @pytest.fixture(scope="session")

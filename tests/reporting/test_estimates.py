@@ -17,8 +17,8 @@ from scipy import stats
 from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.reporting import estimates, run_files
 from ekd_lightning.reporting.blocks import blocks
-from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.groups import group
+from ekd_lightning.runs.collection import collect
 
 NUMBERS = st.floats(-1e3, 1e3, allow_nan=False)
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures, figures_accuracy, figures_detail, figures_difference, palette
-from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.report import make_report
+from ekd_lightning.runs.collection import collect
 
 matplotlib = pytest.importorskip("matplotlib")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -17,9 +17,9 @@ from test_figures import contrast
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting import page
-from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.page_data import plain, short_paths
 from ekd_lightning.reporting.report import make_report
+from ekd_lightning.runs.collection import collect
 
 VOID = {"meta", "link", "input", "br", "img", "hr"}
 

@@ -12,9 +12,9 @@ import pytest
 from made_runs import result, write_run
 from rich_runs import EVIL
 
-from ekd_lightning.reporting.collection import collect
 from ekd_lightning.reporting.page import write_page
 from ekd_lightning.reporting.report import make_report
+from ekd_lightning.runs.collection import collect
 
 CHROMIUM = os.environ.get("EKD_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -11,7 +11,7 @@ import torch
 
 from ekd_lightning.data import TrainLoader
 from ekd_lightning.networks import state_sha256
-from ekd_lightning.training.prepare import prepare
+from ekd_lightning.pipeline.prepare import prepare
 
 CONF = Path(next(iter(ekd_lightning.conf.__path__)))
 METHODS = sorted(path.stem for path in CONF.glob("method/*.yaml"))

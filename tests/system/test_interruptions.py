@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file
 
-from ekd_lightning.training import loggers
+from ekd_lightning.tracking import loggers
 
 THREE = ("recipe.epochs=3", "trainer.limit_train_batches=4")
 

@@ -10,7 +10,7 @@ from torch import no_grad
 
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
-from ekd_lightning.training.prepare import prepare
+from ekd_lightning.pipeline.prepare import prepare
 
 
 @pytest.fixture(scope="module")

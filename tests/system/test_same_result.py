@@ -10,10 +10,10 @@ import torch
 from torchvision.transforms import functional
 
 from ekd_lightning.data.loader import TrainLoader, gather_batch
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.run import make_distiller
-from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.run import make_distiller
+from ekd_lightning.settings import Settings
+from ekd_lightning.training.pool import gather_teachers
 
 PLAIN = (
     "teachers.table=off",

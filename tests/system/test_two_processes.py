@@ -11,13 +11,13 @@ import pytest
 import torch
 from whole_runs import TINY
 
-from ekd_lightning.cli.runs import open_run
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
-from ekd_lightning.training.evaluate_run import plain
-from ekd_lightning.training.predictions import predictions
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.recorded_run import open_context
+from ekd_lightning.pipeline.evaluate_run import plain
+from ekd_lightning.pipeline.predictions import predictions
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.recorded_run import open_context
+from ekd_lightning.pipeline.reopen import open_run
 
 WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]
 

@@ -13,11 +13,11 @@ from ekd_lightning.data import Pool
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.run import run
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.classifier import Classifier
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.run import run
-from ekd_lightning.training.settings import RecipeSettings
-from ekd_lightning.training.teachers import TeacherData, train_teacher
+from ekd_lightning.training.pool import TeacherData, train_teacher
 
 POOL = (
     "data.augmentation=[crop_flip,cutout]",

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from ekd_lightning.training.run import run
+from ekd_lightning.pipeline.run import run
 
 
 class Keep(pl.Callback):

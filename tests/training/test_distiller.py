@@ -16,11 +16,11 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import load_student
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.run import run
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import has_fragile_convolution
-from ekd_lightning.training.prepare import prepare
-from ekd_lightning.training.run import run
-from ekd_lightning.training.teachers import gather_teachers
+from ekd_lightning.training.pool import gather_teachers
 
 EPOCHS, STEPS = 3, 4
 WEIGHTS = {"ce_ensemble": 0.1, "ce_branch": 0.3, "kd_ensemble": 0.9, "kd_branch": 0.7, "feature_branch": 2.0}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.schedule import lr_factor, make_optimizer
-from ekd_lightning.training.settings import RecipeSettings
 
 STEPS = 5
 

@@ -19,16 +19,16 @@ import torch
 from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.pipeline.prepare import Prepared, prepare
+from ekd_lightning.pipeline.run import make_distiller
+from ekd_lightning.pipeline.sources import source_factory
+from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.compiling import compiled_or_not
+from ekd_lightning.teachers.tabled import TabledTeachers
+from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
-from ekd_lightning.training.compiling import compiled_or_not
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.loggers import MetricsCsv
-from ekd_lightning.training.prepare import Prepared, prepare
-from ekd_lightning.training.run import make_distiller
 from ekd_lightning.training.schedule import make_optimizer
-from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.sources import source_factory
-from ekd_lightning.training.tabled_teachers import TabledTeachers
 from ekd_lightning.training.trainer import build_trainer
 
 

@@ -21,9 +21,9 @@ from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
-from ekd_lightning.training.frozen_teachers import FrozenTeachers, TeacherFormat
-from ekd_lightning.training.settings import Settings
-from ekd_lightning.training.tabled_teachers import TabledTeachers
+from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+from ekd_lightning.teachers.tabled import TabledTeachers
 
 
 @dataclass(frozen=True)

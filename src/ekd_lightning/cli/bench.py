@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.cli.config import compose_settings
-from ekd_lightning.cli.edge import one_line
 from ekd_lightning.cli.train import quiet_libraries
+from ekd_lightning.config.config import compose_settings
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from ekd_lightning.bench.parts import Bench
-    from ekd_lightning.training.settings import Settings
+    from ekd_lightning.settings import Settings
 
 PROGRAM = "ekd-bench"
 PARTS = {
@@ -86,7 +86,7 @@ def bench(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake.
     """
-    from ekd_lightning.training.record import provenance, write_json  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.runs.record import provenance, write_json  # noqa: PLC0415 (slow; --help needs none)
 
     quiet_libraries()
     context = _context(args)
@@ -108,10 +108,10 @@ def _context(args: argparse.Namespace) -> Bench:
     import torch  # noqa: PLC0415
 
     from ekd_lightning.bench.parts import Bench  # noqa: PLC0415
+    from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415
+    from ekd_lightning.teachers.precision import resolve_precision  # noqa: PLC0415
     from ekd_lightning.training.allocator import keep_freed_memory  # noqa: PLC0415
-    from ekd_lightning.training.precision import resolve_precision  # noqa: PLC0415
-    from ekd_lightning.training.prepare import prepare  # noqa: PLC0415
-    from ekd_lightning.training.teachers import gather_teachers  # noqa: PLC0415
+    from ekd_lightning.training.pool import gather_teachers  # noqa: PLC0415
 
     keep_freed_memory()  # as every run does; the plain loop profits too
     settings = compose_settings(f"recipe.epochs={args.epochs}", "trainer.devices=1", *args.overrides)

@@ -18,14 +18,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ekd_lightning.cli import study as studies
-from ekd_lightning.cli.build import import_user_modules
-from ekd_lightning.cli.config import register_schema
-from ekd_lightning.cli.edge import one_line
-from ekd_lightning.cli.study import Study
-from ekd_lightning.cli.study_rows import parse_matches, plan_rows
-from ekd_lightning.cli.study_tuned import with_tuned
+from ekd_lightning.config.build import import_user_modules
+from ekd_lightning.config.config import register_schema
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
+from ekd_lightning.studies import plan as studies
+from ekd_lightning.studies.plan import Study
+from ekd_lightning.studies.study_rows import parse_matches, plan_rows
+from ekd_lightning.studies.study_tuned import with_tuned
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.comparison import Block
@@ -191,7 +191,7 @@ def ask(
 
 
 def _print_jobs(study: Study, folder: Path, composer: Callable[..., DictConfig], retry: bool) -> None:
-    from ekd_lightning.cli.study_runs import commands, plan  # noqa: PLC0415
+    from ekd_lightning.studies.study_runs import commands, plan  # noqa: PLC0415
 
     jobs = plan(study, folder, composer, retry_failed=retry)[0]
     studies.write_study(study, folder)  # for --report-only, once the jobs have run
@@ -202,9 +202,9 @@ def _print_jobs(study: Study, folder: Path, composer: Callable[..., DictConfig],
 def _run(
     study: Study, folder: Path, composer: Callable[..., DictConfig], hydra_words: Sequence[str], retry: bool
 ) -> None:
-    from ekd_lightning.cli.launching import launch  # noqa: PLC0415
-    from ekd_lightning.cli.study_runs import RUNS, plan  # noqa: PLC0415
-    from ekd_lightning.cli.sweep import as_typed  # noqa: PLC0415
+    from ekd_lightning.studies.launching import launch  # noqa: PLC0415
+    from ekd_lightning.studies.study_runs import RUNS, plan  # noqa: PLC0415
+    from ekd_lightning.studies.sweep import as_typed  # noqa: PLC0415
 
     jobs, left = plan(study, folder, composer, retry_failed=retry)
     studies.write_study(study, folder)
@@ -226,8 +226,8 @@ def report(study: Study, folder: Path) -> bool:
     Raises:
         UserError: If runs went different ways.
     """
-    from ekd_lightning.cli.study_runs import read_runs  # noqa: PLC0415
     from ekd_lightning.reporting.comparison import compare  # noqa: PLC0415
+    from ekd_lightning.studies.study_runs import read_runs  # noqa: PLC0415
 
     runs = read_runs(study, folder)
     blocks = compare(runs, study.data)
@@ -240,7 +240,7 @@ def report(study: Study, folder: Path) -> bool:
 
 def _write(blocks: Sequence[Block], folder: Path, settings: Mapping[str, str]) -> None:
     from ekd_lightning.reporting.comparison_table import csv_text, json_text, markdown  # noqa: PLC0415
-    from ekd_lightning.training.record import write_text  # noqa: PLC0415
+    from ekd_lightning.runs.record import write_text  # noqa: PLC0415
 
     made: dict[str, Any] = {"csv": csv_text, "md": markdown, "json": json_text}
     for ending, make in made.items():

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ekd_lightning.cli.edge import one_line
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
 
 PROGRAM = "ekd-dashboard"

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.cli.config import CONFIG_FILE, read_config
-from ekd_lightning.cli.edge import one_line
-from ekd_lightning.cli.sweep_jobs import sweep_of
+from ekd_lightning.config.config import CONFIG_FILE, read_config
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.training.settings import EVALUATION_PARTS, EvaluationSettings
+from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings
+from ekd_lightning.studies.sweep_jobs import sweep_of
 
 if TYPE_CHECKING:
     import torch
 
-    from ekd_lightning.training.evaluate_run import Outcome
+    from ekd_lightning.pipeline.evaluate_run import Outcome
 
 PROGRAM = "ekd-evaluate"
 PARTS = {
@@ -169,7 +169,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: For a place that is not there, or in which no run is done.
     """
-    from ekd_lightning.cli.runs import read_result  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.pipeline.reopen import read_result  # noqa: PLC0415 (slow; --help needs none)
 
     if not places:
         raise UserError("RUN: name the directory of a run, or a folder with runs")
@@ -209,7 +209,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _is_done(directory: Path) -> bool:
-    from ekd_lightning.cli.runs import read_result  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopen import read_result  # noqa: PLC0415
 
     try:
         return not read_result(directory).get("partial")
@@ -220,10 +220,10 @@ def _is_done(directory: Path) -> bool:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
 ) -> Outcome:
-    from ekd_lightning.cli.runs import open_run  # noqa: PLC0415
-    from ekd_lightning.training.dashboards import log_evaluation_run  # noqa: PLC0415
-    from ekd_lightning.training.evaluate_run import evaluate_finished_run  # noqa: PLC0415
-    from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
+    from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run  # noqa: PLC0415
+    from ekd_lightning.pipeline.recorded_run import open_context  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopen import open_run  # noqa: PLC0415
+    from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
     run = open_run(directory, overrides)
     if run.result.get("partial"):

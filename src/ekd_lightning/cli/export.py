@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.cli.edge import one_line
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from ekd_lightning.training.evaluation_context import EvaluationContext
-    from ekd_lightning.training.export import ExportOptions
+    from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+    from ekd_lightning.pipeline.export import ExportOptions
 
 PROGRAM = "ekd-export"
 CARD = "README.md"
@@ -138,7 +138,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         UserError: For a value that cannot be.
     """
     from ekd_lightning.networks.deployed_bytes import SUFFIXES  # noqa: PLC0415
-    from ekd_lightning.training.export import WEIGHTS, ExportOptions  # noqa: PLC0415
+    from ekd_lightning.pipeline.export import WEIGHTS, ExportOptions  # noqa: PLC0415
 
     formats = tuple(dict.fromkeys(word.strip() for word in args.format.split(",")))
     for name in formats:
@@ -189,10 +189,10 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.cli.runs import open_run  # noqa: PLC0415
     from ekd_lightning.networks import cut_branches  # noqa: PLC0415
-    from ekd_lightning.training.export import choose_weights  # noqa: PLC0415
-    from ekd_lightning.training.recorded_run import open_context  # noqa: PLC0415
+    from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
+    from ekd_lightning.pipeline.recorded_run import open_context  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopen import open_run  # noqa: PLC0415
 
     run = open_run(args.run, args.overrides)
     student = choose_weights(args.run, run.student, options.weights)
@@ -243,9 +243,9 @@ def _write_card(
 ) -> None:
     """Writes the card, unless somebody has edited it since it was written."""
     from ekd_lightning.networks import file_sha256  # noqa: PLC0415
+    from ekd_lightning.pipeline.export import EXPORT  # noqa: PLC0415
     from ekd_lightning.reporting.model_card import model_card  # noqa: PLC0415
-    from ekd_lightning.training.export import EXPORT  # noqa: PLC0415
-    from ekd_lightning.training.record import write_json, write_text  # noqa: PLC0415
+    from ekd_lightning.runs.record import write_json, write_text  # noqa: PLC0415
 
     path = folder / CARD
     if path.is_file() and not args.force and file_sha256(path) != record.get("card_sha256"):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ekd_lightning.cli.edge import one_line
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def run_report(args: argparse.Namespace) -> None:
     formats = [] if args.no_figures else parse_formats(args.formats)
     check_packages(figures=bool(formats), page=not args.no_page)
     check_output(args.output, force=args.force)
-    from ekd_lightning.reporting.collection import collect  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
+    from ekd_lightning.runs.collection import collect  # noqa: PLC0415 (slow; --help needs none)
 
     report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
     files = write_report(report, args.output, formats, page=not args.no_page)
@@ -208,7 +208,7 @@ def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
 
 
 def _states() -> tuple[str, ...]:
-    from ekd_lightning.reporting.collection import STATES  # noqa: PLC0415
+    from ekd_lightning.runs.collection import STATES  # noqa: PLC0415
 
     return STATES
 

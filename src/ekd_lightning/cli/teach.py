@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.cli.build import import_user_modules
-from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
-from ekd_lightning.cli.edge import one_line, run_program
 from ekd_lightning.cli.train import quiet_libraries
+from ekd_lightning.config.build import import_user_modules
+from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.config.edge import one_line, run_program
 
 PROGRAM = "ekd-teach"
 
@@ -39,7 +39,7 @@ def teach(cfg: DictConfig) -> None:
     Raises:
         UserError: For a user's mistake.
     """
-    from ekd_lightning.training.teach import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.pipeline.teach import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
     quiet_libraries()
     directory = Path(HydraConfig.get().runtime.output_dir)

@@ -14,14 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ekd_lightning.cli.build import build, import_user_modules
-from ekd_lightning.cli.config import register_schema, to_plain, to_settings, write_config
-from ekd_lightning.cli.ddp import ddp_reruns_this_job
-from ekd_lightning.cli.edge import is_interrupt, one_line, run_program
-from ekd_lightning.cli.resume import check_unchanged, expand_resume, named_sweep
-from ekd_lightning.cli.sweep import as_typed, interrupted_sweep, lost_job, tell_sweep
+from ekd_lightning.config.build import build, import_user_modules
+from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.config.edge import is_interrupt, one_line, run_program
+from ekd_lightning.config.resume import check_unchanged, expand_resume, named_sweep
 from ekd_lightning.errors import UserError
-from ekd_lightning.training.record import is_rank_zero
+from ekd_lightning.runs.record import is_rank_zero
+from ekd_lightning.studies.ddp import ddp_reruns_this_job
+from ekd_lightning.studies.sweep import as_typed, interrupted_sweep, lost_job, tell_sweep
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     def body() -> None:
         if (sweep := named_sweep(sys.argv)) is not None:
-            from ekd_lightning.cli.sweep_resume import resume_sweep  # noqa: PLC0415 (rarely needed)
+            from ekd_lightning.studies.sweep_resume import resume_sweep  # noqa: PLC0415 (rarely needed)
 
             sys.exit(0 if resume_sweep(sweep, sys.argv) else 1)
         sys.argv = expand_resume(sys.argv)
@@ -101,7 +101,7 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         UserError: For a user's mistake; everything it leaves behind says `failed`.
     """
-    from ekd_lightning.training.run import run  # noqa: PLC0415 (slow imports; --help and --cfg need none)
+    from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow imports; --help and --cfg need none)
 
     quiet_libraries()
     directory = Path(HydraConfig.get().runtime.output_dir)

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from ekd_lightning.cli.build import build, import_user_modules
-from ekd_lightning.cli.config import register_schema, to_plain, to_settings
-from ekd_lightning.cli.edge import one_line
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.cli.tuned import read_overrides, show_outcome, warn_of_other_budgets, write_outcome
+from ekd_lightning.config.build import build, import_user_modules
+from ekd_lightning.config.config import register_schema, to_plain, to_settings
+from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
+from ekd_lightning.studies.tuned import read_overrides, show_outcome, warn_of_other_budgets, write_outcome
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback
 
-    from ekd_lightning.training.prepare import Prepared
-    from ekd_lightning.training.search_space import SearchSpace
-    from ekd_lightning.training.settings import Settings
+    from ekd_lightning.pipeline.prepare import Prepared
+    from ekd_lightning.settings import Settings
+    from ekd_lightning.studies.search_space import SearchSpace
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,9 @@ Overrides are those of ekd-train; what they set is not searched. See docs/tuning
 # Lines of every single run stay out of the terminal, unless --verbose asks for them.
 _TALKS = (
     __name__,
-    "ekd_lightning.cli.tuned",
-    "ekd_lightning.training.tuning",
-    "ekd_lightning.training.teachers",
+    "ekd_lightning.studies.tuned",
+    "ekd_lightning.studies.tuning",
+    "ekd_lightning.training.pool",
 )
 # Keys that do not change what a trial finds, or that a study sets itself.
 _FREE = (
@@ -165,7 +165,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def _search_space(path: Path | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
     """The user's search space, checked, or the method's own."""
-    from ekd_lightning.training.search_space import derive_space, read_space  # noqa: PLC0415
+    from ekd_lightning.studies.search_space import derive_space, read_space  # noqa: PLC0415
 
     if path is not None:
         space = read_space(path)
@@ -220,7 +220,7 @@ def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
 
 def _prepare(settings: Settings) -> Prepared:
     """Makes all checks that a run makes before it trains, and those of a study."""
-    from ekd_lightning.training.prepare import prepare  # noqa: PLC0415
+    from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415
 
     if settings.resume is not None:
         raise UserError(f"resume={settings.resume}: has no meaning here; the same --output goes on")
@@ -244,7 +244,7 @@ def _prepare(settings: Settings) -> Prepared:
 
 def _try_ends(base: list[str], space: SearchSpace) -> None:
     """Composes and checks runs with the ends and choices of a user's space, so that mistakes show at once."""
-    from ekd_lightning.training.search_space import override  # noqa: PLC0415
+    from ekd_lightning.studies.search_space import override  # noqa: PLC0415
 
     probes = {key: values.probes() for key, values in space.items()}
     for position in range(max(len(values) for values in probes.values())):
@@ -265,7 +265,7 @@ def _facts(
     args: argparse.Namespace, seeds: list[int], settings: Settings, prepared: Prepared, space: SearchSpace
 ) -> dict[str, Any]:
     """What a result says of how it was found."""
-    from ekd_lightning.training.search_space import describe_space  # noqa: PLC0415
+    from ekd_lightning.studies.search_space import describe_space  # noqa: PLC0415
 
     return {
         "method": settings.method.name,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ekd_lightning.reporting.groups import Group
-from ekd_lightning.reporting.protocols import Place, Protocol, Way, places
+from ekd_lightning.runs.protocol import Place, Protocol, Way, places
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.reporting import setups
-from ekd_lightning.reporting.collection import Collection, RunEntry
 from ekd_lightning.reporting.comparison import Difference, paired_by_seed, taught_by
-from ekd_lightning.reporting.protocols import Protocol
 from ekd_lightning.reporting.tables import Cell, half_width, summarise
+from ekd_lightning.runs.collection import Collection, RunEntry
+from ekd_lightning.runs.protocol import Protocol
 
 FEW = 5
 """Below this many runs an interval is shown with a warning."""

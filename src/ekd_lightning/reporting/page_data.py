@@ -11,7 +11,6 @@ from typing import Any
 
 from ekd_lightning.reporting import run_files
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.collection import PROVENANCE, RunEntry
 from ekd_lightning.reporting.comparison import Difference
 from ekd_lightning.reporting.estimates import (
     Estimate,
@@ -28,6 +27,7 @@ from ekd_lightning.reporting.estimates import (
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.lines import families, grid_name, ordered_labels
 from ekd_lightning.reporting.report import Report
+from ekd_lightning.runs.collection import PROVENANCE, RunEntry
 
 MAIN = "main"
 """Name of the reference that the report takes for a block; further ones go by their label."""

@@ -22,9 +22,9 @@ from ekd_lightning.errors import unknown_name
 from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
 from ekd_lightning.reporting.answer_words import plural
 from ekd_lightning.reporting.blocks import Block, blocks
-from ekd_lightning.reporting.collection import STATES, Collection
 from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
 from ekd_lightning.reporting.report_rows import difference_record, record, rows
+from ekd_lightning.runs.collection import STATES, Collection
 
 DEFAULT_TITLE = "Ensemble knowledge distillation: results"
 

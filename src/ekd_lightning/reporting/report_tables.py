@@ -11,13 +11,13 @@ from typing import Any
 
 from ekd_lightning.reporting import setups
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.collection import RunEntry
 from ekd_lightning.reporting.comparison import Difference
 from ekd_lightning.reporting.comparison_table import NOT_ENOUGH
 from ekd_lightning.reporting.groups import FEW, Group
 from ekd_lightning.reporting.report import Report
 from ekd_lightning.reporting.report_rows import GroupRow, rows
 from ekd_lightning.reporting.tables import percent
+from ekd_lightning.runs.collection import RunEntry
 
 LEGEND = f"""\
 One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last

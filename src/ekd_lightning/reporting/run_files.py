@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
-from ekd_lightning.reporting.collection import RunEntry
 from ekd_lightning.reporting.estimates import Estimate, estimate
 from ekd_lightning.reporting.groups import Group
+from ekd_lightning.runs.collection import RunEntry
 
 Array = np.ndarray
 log = logging.getLogger(__name__)

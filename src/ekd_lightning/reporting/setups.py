@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ekd_lightning.reporting.collection import RunEntry
 from ekd_lightning.reporting.comparison import taught_by
-from ekd_lightning.reporting.protocols import Protocol, Way, places
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.protocol import Protocol, Way, places
 
 _RESULT = {
     "student": "student",

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.networks import StagedNetwork
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.module import ImageClassificationModule
-from ekd_lightning.training.settings import RecipeSettings
 
 
 class Classifier(ImageClassificationModule):

@@ -19,11 +19,11 @@ from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
-from ekd_lightning.training.compiling import compiled_or_not
+from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.teachers.compiling import compiled_or_not
+from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
+from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.module import ImageClassificationModule
-from ekd_lightning.training.settings import RecipeSettings
-from ekd_lightning.training.tabled_teachers import TabledTeachers
-from ekd_lightning.training.teacher_source import LiveTeachers, TeacherSource
 
 COMPILE_STUDENT_MACS = 1e13
 """Work of a training (three forward passes a step) from which compiling the student pays, even if nothing of it is

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.schedule import make_optimizer
-from ekd_lightning.training.settings import RecipeSettings
 from ekd_lightning.training.step_log import StepLog
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ekd_lightning.training.settings import RecipeSettings
+from ekd_lightning.settings import RecipeSettings
 
 
 def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], float]:

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.training.precision import resolve_precision
+from ekd_lightning.teachers.precision import resolve_precision
 
 _OURS = {
     "logger": "use the logger group (logger=wandb, logger.tensorboard=true)",

@@ -1,0 +1,1 @@
+"""Configuration: from Hydra to settings and back."""

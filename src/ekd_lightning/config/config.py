@@ -1,0 +1,104 @@
+"""From Hydra's composed configuration to typed settings, and back to plain containers for the record."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.runs.record import write_text
+from ekd_lightning.settings import Settings
+
+CONFIG_FILE = "config.yaml"
+
+
+def register_schema() -> None:
+    """Makes the typed schema known to Hydra as `ekd_schema`; conf/train.yaml starts from it."""
+    ConfigStore.instance().store(name="ekd_schema", node=Settings)
+
+
+def compose_settings(*overrides: str) -> Settings:
+    """Composes settings as `ekd-train` would, for notebooks and scripts.
+
+    Args:
+        overrides: As on the command line, e.g. "method=kd_mean", "data.fraction=0.1".
+
+    Returns:
+        Typed settings, to be changed or handed to `ekd_lightning.pipeline.run.run`.
+    """
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        return to_settings(compose("train", overrides=list(overrides)))
+
+
+def to_settings(cfg: DictConfig) -> Settings:
+    """Resolves a composed configuration into typed settings.
+
+    Raises:
+        UserError: If a mandatory value (`???`) is missing, or a key is unknown.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]}: must be given on the command line")
+    settings = OmegaConf.to_object(cfg)
+    assert isinstance(settings, Settings)  # the schema is the root of the defaults list
+    _refuse_unknown_keys(settings)
+    return settings
+
+
+def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
+    """Finds what `+key=value` added: Hydra lets a plus pass the schema."""
+    known = [item.name for item in fields(settings)]
+    for name, value in vars(settings).items():
+        if name not in known:
+            raise unknown_name("key", f"{prefix}{name}", (f"{prefix}{other}" for other in known))
+        if is_dataclass(value):
+            _refuse_unknown_keys(value, f"{prefix}{name}.")
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as nested plain containers, as loggers and files want it."""
+    plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def write_config(plain: dict[str, Any], directory: Path) -> None:
+    """Writes the resolved configuration into the run's directory."""
+    write_text(directory / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads what `write_config` wrote.
+
+    Raises:
+        UserError: If the directory is not that of a run, or the file is damaged.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"resume={directory}: not the directory of a run (it has no {CONFIG_FILE})")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: damaged (not a mapping)")
+    return {str(key): value for key, value in plain.items()}
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two plain configurations."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = list(dict.fromkeys([*old, *new]))
+        return [
+            key
+            for name in names
+            for key in changed_keys(old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [prefix]

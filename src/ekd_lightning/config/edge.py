@@ -1,0 +1,116 @@
+"""Where programs meet people: a user's mistake becomes one line and a non-zero exit, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.runs.record import is_rank_zero
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
+
+# A place that cannot be written is the user's to change; other OSErrors may be bugs.
+_PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
+
+
+def run_program(program: str, body: Callable[[], object]) -> None:
+    """Runs `body`, turning a user's mistake into one line on stderr and exit code 2, Ctrl-C into 130.
+
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
+    with one_line(program):
+        body()
+
+
+@contextlib.contextmanager
+def one_line(program: str) -> Iterator[None]:
+    """Turns what a user causes inside the `with` block into one line on stderr.
+
+    A mistake ends with exit code 2, Ctrl-C with exit code 130.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        what = str(stop) if isinstance(stop, KeyboardInterrupt) else ""
+        if is_rank_zero():
+            print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except UserError as error:
+        _exit(program, str(error))
+    except MissingConfigException as error:
+        _exit(program, _missing_config(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(program, _config_error(error))
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        _exit(program, f"{error.filename or 'output'}: {error.strerror}")
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception means Ctrl-C that nobody told of yet; Lightning turns it into a SystemExit."""
+    if isinstance(error, SystemExit):
+        return isinstance(error.__context__, KeyboardInterrupt) and error.code != EXIT_INTERRUPTED
+    return isinstance(error, KeyboardInterrupt)
+
+
+def _prefix(error: ConfigKeyError | ConfigAttributeError) -> str:
+    parent, _, _ = str(error.full_key or "").rpartition(".")
+    return f"{parent}." if parent else ""
+
+
+def _exit(program: str, message: str) -> None:
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _missing_config(error: MissingConfigException) -> str:
+    wanted, options = error.missing_cfg_file, error.options
+    if not wanted or not options:
+        return str(error)
+    group, _, name = str(wanted).removesuffix(".yaml").rpartition("/")
+    return str(unknown_name(group or "configuration", name, options))
+
+
+def _config_error(error: Exception) -> str:
+    """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(
+        cause.parent_node, DictConfig
+    ):
+        allowed = [_prefix(cause) + str(key) for key in cause.parent_node]
+        return str(unknown_name("key", cause.full_key, allowed))
+    lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]
+    key = next((line.removeprefix("full_key: ") for line in kept if line.startswith("full_key: ")), None)
+    telling = [line for line in dict.fromkeys(kept) if not line.startswith("full_key: ")]
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: {telling[0]}"
+    text = "; ".join(telling[:2])
+    return f"{key}: {text}" if key and key not in text else text

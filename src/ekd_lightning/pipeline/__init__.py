@@ -1,0 +1,1 @@
+"""A run: from settings to a finished run, and back."""

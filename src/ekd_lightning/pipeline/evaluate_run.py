@@ -1,0 +1,208 @@
+"""Runs the parts of an evaluation and writes what they found into the run's record."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings, Part
+from ekd_lightning.runs.record import ARRAYS, write_bytes, write_json
+from ekd_lightning.settings import EVALUATION_PARTS
+
+log = logging.getLogger(__name__)
+
+_PLACES = {
+    "predictions": "ekd_lightning.pipeline.predictions",
+    "generalisation": "ekd_lightning.pipeline.evaluation_parts",
+    "flatness": "ekd_lightning.pipeline.evaluation_parts",
+    "corruptions": "ekd_lightning.pipeline.evaluation_parts",
+    "efficiency": "ekd_lightning.pipeline.evaluation_parts",
+}
+EVALUATED, ERROR, SECONDS = "evaluated", "evaluation_error", "evaluation_seconds"
+"""Fields of result.json: which parts are in it, why others are not, and what each part took."""
+
+_BETWEEN = "; "  # between the errors of two parts
+
+
+class Outcome(NamedTuple):
+    """What came of an evaluation.
+
+    Attributes:
+        result: Content of result.json, as it is now.
+        done: Parts that were run.
+        skipped: Parts that were there already.
+        errors: Parts that failed, each with one line that says why.
+    """
+
+    result: dict[str, Any]
+    done: list[str]
+    skipped: list[str]
+    errors: dict[str, str]
+
+
+def find_part(name: str) -> Part:
+    """The function of a part; its module is imported now, as some need much.
+
+    Raises:
+        UserError: For an unknown name.
+    """
+    if name not in _PLACES:
+        raise unknown_name("part", name, EVALUATION_PARTS)
+    part: Part = getattr(importlib.import_module(_PLACES[name]), name)
+    return part
+
+
+def evaluate_new_run(context: EvaluationContext, directory: Path) -> dict[str, Any]:
+    """Runs the parts of `evaluation.parts` after a training. A part that fails loses its findings, not the run.
+
+    Args:
+        context: The trained student; its `result` holds what is known of the run.
+        directory: The run's; receives the arrays file.
+
+    Returns:
+        The result with what was found; the caller writes it.
+    """
+    outcome = _run_parts(context, directory, context.settings.evaluation.parts, force=True, write=False)
+    return outcome.result
+
+
+def evaluate_finished_run(
+    context: EvaluationContext, directory: Path, parts: Sequence[str], *, force: bool = False
+) -> Outcome:
+    """Runs parts for a run that is done, and writes result.json and the arrays file after each.
+
+    What other parts, and the run itself, wrote there is kept.
+
+    Args:
+        context: The run's student, data and result.
+        directory: The run's directory.
+        parts: Their names.
+        force: Whether parts that are there already are run again.
+    """
+    return _run_parts(context, directory, parts, force=force, write=True)
+
+
+def read_arrays(directory: Path) -> dict[str, np.ndarray]:
+    """Reads a run's arrays file; empty without one.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = directory / ARRAYS
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
+        ) from None
+
+
+def _run_parts(
+    context: EvaluationContext, directory: Path, parts: Sequence[str], *, force: bool, write: bool
+) -> Outcome:
+    outcome = Outcome({EVALUATED: [], **context.result}, [], [], {})
+    there = outcome.result.get(EVALUATED) or []
+    for name in [name for name in EVALUATION_PARTS if name in parts]:
+        if name in there and not force:
+            outcome.skipped.append(name)
+            continue
+        start = time.perf_counter()
+        try:
+            findings = find_part(name)(context)
+            seconds = time.perf_counter() - start
+            result = _kept(directory, findings, name, seconds, outcome.result, write=write)
+        except Exception as error:
+            # Training took long, and this can be made up for: one warning, and the next part.
+            outcome.errors[name] = f"{name}: {_one_line(error)}"
+            bug = not isinstance(error, UserError)
+            if bug or not write:  # else the caller tells
+                log.warning("evaluation: %s", outcome.errors[name], exc_info=bug)
+            continue
+        outcome.result.update(result)
+        outcome.done.append(name)
+    if not write:
+        outcome.result[ERROR] = _BETWEEN.join(outcome.errors.values()) or None
+    return outcome
+
+
+def _kept(
+    directory: Path, findings: Findings, part: str, seconds: float, result: Mapping[str, Any], *, write: bool
+) -> dict[str, Any]:
+    """Adds a part's findings to the arrays file and, if it is to be written, to result.json; returns the latter."""
+    # Two evaluations of a finished run may be at work, each with parts of its own: read again what is there.
+    with FileLock(directory / ".evaluation.lock") if write else nullcontext():
+        arrays = read_arrays(directory)
+        now = json.loads((directory / "result.json").read_text()) if write else result
+        merged = merge(now, findings, part, seconds)
+        if not write and not arrays.keys().isdisjoint(findings.arrays):
+            raise ValueError(f"part {part!r} and others write the same arrays: {sorted(findings.arrays)}")
+        _write_arrays(directory, arrays | dict(findings.arrays))
+        if write:
+            write_json(directory / "result.json", merged)
+    return merged
+
+
+def merge(result: Mapping[str, Any], findings: Findings, part: str, seconds: float) -> dict[str, Any]:
+    """The result with a part's findings, which replace those that it left there before.
+
+    Args:
+        result: Of the run, with the parts that are there.
+        findings: Of the part.
+        part: Its name.
+        seconds: What it took.
+
+    Raises:
+        ValueError: If a part that was not there finds something under a name that is taken.
+    """
+    there = list(result.get(EVALUATED) or [])
+    own = (EVALUATED, ERROR, SECONDS)
+    taken = [name for name in findings.fields if name in own or (part not in there and name in result)]
+    if taken:
+        raise ValueError(f"part {part!r} and others write the same names: {', '.join(taken)}")
+    lines = (result.get(ERROR) or "").split(_BETWEEN)
+    left = [line for line in lines if not line.startswith(f"{part}: ")]
+    return {
+        **result,
+        **{name: plain(value) for name, value in findings.fields.items()},
+        EVALUATED: [name for name in EVALUATION_PARTS if name in {*there, part}],
+        SECONDS: {**(result.get(SECONDS) or {}), part: round(seconds, 3)},
+        ERROR: _BETWEEN.join(left) or None,
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value with NumPy's numbers and arrays as Python's, for JSON."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def _write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if arrays:
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type] # names are not its own options
+        write_bytes(directory / ARRAYS, stream.getvalue())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()).replace(_BETWEEN, ", ")
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

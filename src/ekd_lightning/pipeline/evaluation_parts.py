@@ -1,0 +1,208 @@
+"""Parts of the evaluation of a finished run beside its predictions: gap, flatness, corruptions, cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekd_lightning.data import ImageSet
+from ekd_lightning.evaluation.corruption_sets import corrupted_sets
+from ekd_lightning.evaluation.corruptions import MAIN
+from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.evaluation.flatness import (
+    DatasetLoss,
+    curve_alphas,
+    loss_curves,
+    loss_rise,
+    sharpness,
+)
+from ekd_lightning.evaluation.inference_cost import measure_latency, peak_memory, stored_bytes
+from ekd_lightning.evaluation.robustness import (
+    mean_by_severity,
+    mean_corruption_error,
+    score_batches,
+    score_corruptions,
+    spread_index,
+)
+from ekd_lightning.networks import BranchedStudent
+from ekd_lightning.networks.frozen import FrozenStudent
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.runs.record import provenance
+
+
+def generalisation(context: EvaluationContext) -> Findings:
+    """How much better the student is on the images that it was trained on.
+
+    Both sides are computed here, in float32 and without augmentation, so that they differ in the images alone.
+
+    Returns:
+        `train_accuracy`, `train_nll`; `gap_accuracy` (train - test) and `gap_nll` (test - train), both positive
+        where the training images are the easier ones.
+    """
+    student = _for_inference(context)
+    train_set, test_set = context.dataset.train, context.dataset.test
+    batch = context.settings.data.eval_batch_size
+    train = score_batches(
+        student,
+        _batches(train_set, context.subset.train_index, batch),
+        train_set.num_classes,
+        context.device,
+    )
+    test = score_logits(context.test_predictions.logits, test_set.labels)
+    return Findings(
+        {
+            "train_accuracy": train["accuracy"],
+            "train_nll": train["nll"],
+            "gap_accuracy": train["accuracy"] - test["accuracy"],
+            "gap_nll": test["nll"] - train["nll"],
+        }
+    )
+
+
+def flatness(
+    context: EvaluationContext,
+    *,
+    sharpness_images: int = 5000,
+    curve_images: int = 1000,
+    directions: int = 5,
+    points: int = 17,
+    seed: int = 0,
+) -> Findings:
+    """How the loss of the ensemble output on training images changes around the weights.
+
+    Args:
+        context: The run.
+        sharpness_images: Training images that sharpness is taken on, evenly spread; all if there are fewer.
+        curve_images: The same for the curves, which need the loss `directions · (points + 3)` times or so.
+        directions: D, at least 1; 0 leaves the curves out.
+        points: Equal distances from -1 to 1 on each curve, at least 2.
+        seed: Of the first direction; the others take the numbers that follow.
+
+    Returns:
+        `sharpness_sam` (ρ = 0.05), `sharpness_adaptive` (ρ = 0.5), `sharpness_images`; with curves also
+        `loss_rise_at_quarter`, `loss_rise_at_half`, `loss_curve_images`, and the arrays `loss_curve_alpha [A]`
+        and `loss_curve_loss [D, A]`, in nats.
+    """
+    loss = _training_loss(context, sharpness_images)
+    gradient = loss.gradient(loss.weights)
+    fields: dict[str, object] = {
+        "sharpness_sam": sharpness(loss, loss.weights, rho=0.05, gradient=gradient),
+        "sharpness_adaptive": sharpness(loss, loss.weights, rho=0.5, adaptive=True, gradient=gradient),
+        "sharpness_images": loss.num_images,
+    }
+    if directions == 0:
+        return Findings(fields)
+    loss = _training_loss(context, curve_images)
+    alphas = curve_alphas(points)
+    curves = loss_curves(loss, loss.weights, alphas, range(seed, seed + directions))
+    fields |= {
+        "loss_rise_at_quarter": loss_rise(curves, alphas, 0.25),
+        "loss_rise_at_half": loss_rise(curves, alphas, 0.5),
+        "loss_curve_images": loss.num_images,
+    }
+    return Findings(fields, {"loss_curve_alpha": np.array(alphas), "loss_curve_loss": curves.numpy()})
+
+
+def corruptions(
+    context: EvaluationContext, *, images: int | None = 2000, seed: int = 0, extra: bool = False
+) -> Findings:
+    """How the student fares on corrupted test images, official ones where `data.root` has them.
+
+    Args:
+        context: The run.
+        images: Test images to take, evenly spread, for each of 15 corruptions × 5 severities; None for all.
+        seed: Of regenerated images.
+        extra: Whether the four extra corruptions are scored, too; no mean includes them.
+
+    Returns:
+        `corruption_source` (`official` or `regenerated`), `corruption_images`, `corruption_left_out` (main
+        corruptions that could not be made); `corruption_clean_accuracy`, `corruption_clean_nll` and
+        `corruption_clean_ece` of the same images as they are; `corruption_mce`, `corruption_accuracy` {name: [5]};
+        and `corruption_accuracy_by_severity`, `corruption_nll_by_severity`, `corruption_ece_by_severity`: means
+        over the main corruptions.
+
+    Raises:
+        UserError: The official folder, or that of the frost photographs, is incomplete or damaged.
+    """
+    test, batch = context.dataset.test, context.settings.data.eval_batch_size
+    sets = corrupted_sets(test, Path(context.settings.data.root), extra=extra, seed=seed)
+    index = spread_index(len(test), images)
+    student = _for_inference(context)
+    clean = score_batches(student, _batches(test, index, batch), test.num_classes, context.device)
+    found = score_corruptions(student, sets, test, index, batch_size=batch, device=context.device)
+    return Findings(
+        {
+            "corruption_source": sets.source,
+            "corruption_images": len(index),
+            "corruption_left_out": [name for name in MAIN if name not in sets.names],
+            **{f"corruption_clean_{s}": clean[s] for s in ("accuracy", "nll", "ece")},
+            "corruption_mce": mean_corruption_error(found),
+            "corruption_accuracy": {name: scores["accuracy"] for name, scores in found.items()},
+            **{f"corruption_{s}_by_severity": mean_by_severity(found, s) for s in ("accuracy", "nll", "ece")},
+        }
+    )
+
+
+def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findings:
+    """What the deployed form costs: batch norm folded into the convolutions, channels-last, float32, not compiled.
+
+    Args:
+        context: The run.
+        min_seconds: How long at least each batch size is timed.
+
+    Returns:
+        `deployed_bytes`; `latency_ms_batch1`, `latency_ms_batch128` (medians) and `latency_iqr_ms_batch1`,
+        `latency_iqr_ms_batch128`; `throughput_batch128` in images/s; `memory_bytes_batch128` (see `peak_memory`);
+        `efficiency_device`, `efficiency_threads`.
+    """
+    deployed = FrozenStudent(context.student).to(context.device)
+    images = context.dataset.test.images[:1].to(context.device).float().div(255)
+    one = measure_latency(deployed, images, min_seconds=min_seconds)
+    images = images.repeat(128, 1, 1, 1)  # what is in an image has no influence on the time
+    many = measure_latency(deployed, images, min_seconds=min_seconds)
+    return Findings(
+        {
+            "deployed_bytes": stored_bytes(deployed),
+            "latency_ms_batch1": one.median * 1e3,
+            "latency_iqr_ms_batch1": one.iqr * 1e3,
+            "latency_ms_batch128": many.median * 1e3,
+            "latency_iqr_ms_batch128": many.iqr * 1e3,
+            "throughput_batch128": len(images) / many.median,
+            "memory_bytes_batch128": peak_memory(deployed, images),
+            "efficiency_device": device_name(context.device),
+            "efficiency_threads": many.threads,
+        }
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: the name of the card, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return str(provenance()["hardware"]["cpu"])
+    return device.type
+
+
+def _for_inference(context: EvaluationContext) -> BranchedStudent:
+    """A copy of the student for float32 and channels-last; the context's own is left as it is."""
+    return copy.deepcopy(context.student).eval().float().to(memory_format=torch.channels_last)
+
+
+def _batches(images: ImageSet, index: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in index.split(batch_size):
+        place = part.to(images.images.device)
+        yield images.images[place], images.labels[place]
+
+
+def _training_loss(context: EvaluationContext, most: int) -> DatasetLoss:
+    train = context.dataset.train
+    chosen = context.subset.train_index[spread_index(len(context.subset.train_index), most)]
+    place = chosen.to(train.images.device)
+    batch = context.settings.data.eval_batch_size
+    return DatasetLoss(_for_inference(context), train.images[place], train.labels[place], batch_size=batch)

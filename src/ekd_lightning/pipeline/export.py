@@ -1,0 +1,265 @@
+"""Writes the student of a finished run as files for use, and keeps only those that say what it says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.agreement import Agreement, ask, compare_logits, default_tolerance
+from ekd_lightning.networks import BranchedStudent, cut_branches, file_sha256, load_deployed
+from ekd_lightning.networks.deploy import DeployedStudent
+from ekd_lightning.networks.deployed_bytes import SUFFIXES, require, to_bytes
+from ekd_lightning.networks.deployed_model import pack_metadata
+from ekd_lightning.networks.quantize import quantize_onnx
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.export_metadata import describe_export, measure
+from ekd_lightning.pipeline.finish import read_checkpoint
+from ekd_lightning.runs.record import now, write_json
+
+EXPORT = "export.json"
+INT8 = "student.int8.onnx"
+WEIGHTS = ("last", "best")
+_PREFIX = "student."  # of the student's weights in a checkpoint
+_CALIBRATION_BATCH = 64
+
+
+class CheckFailedError(Exception):
+    """A written file does not say what the student says; it has been removed."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is to be written.
+
+    Attributes:
+        formats: Some of `SUFFIXES`, each once.
+        branches: Which branches are kept, in this order; None for all.
+        weights: `last` or `best`, for the student's record.
+        fold: Whether batch norms are folded.
+        probabilities: Whether files return probabilities beside logits.
+        int8: Whether an ONNX file quantised to int8 is written, too.
+        calibration_images: Training images of which int8 takes its ranges, at least 1.
+        max_drop: By how much of 1 the accuracy of the int8 file may be lower.
+        tolerance: Largest |Δlogit| of the others; None for `default_tolerance`.
+    """
+
+    formats: tuple[str, ...]
+    branches: tuple[int, ...] | None = None
+    weights: str = "last"
+    fold: bool = True
+    probabilities: bool = False
+    int8: bool = False
+    calibration_images: int = 512
+    max_drop: float = 0.02
+    tolerance: float | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files."""
+        return (*(f"student{SUFFIXES[name]}" for name in self.formats), *((INT8,) if self.int8 else ()))
+
+
+def choose_weights(directory: Path, student: BranchedStudent, weights: str) -> BranchedStudent:
+    """The run's student with the weights of the last epoch (which it has), or of the best on validation images.
+
+    Raises:
+        UserError: If there is no best checkpoint, or it is damaged or another student's.
+    """
+    if weights == "last":
+        return student
+    path = directory / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise UserError(
+            f"--weights best: the run has no {path} (it had no validation images, or it was removed)"
+        )
+    state = read_checkpoint(path).get("state_dict", {})
+    own = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
+    best = copy.deepcopy(student)
+    try:
+        best.load_state_dict(own, strict=True)
+    except (RuntimeError, AttributeError):
+        raise UserError(f"{path}: not a checkpoint of this run's student") from None
+    return best.eval()
+
+
+def read_export(folder: Path) -> dict[str, Any] | None:
+    """Content of a folder's export.json; None without one.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = folder / EXPORT
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content["files"], dict) and isinstance(content["student"], dict):
+            return dict(content)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: damaged, or not written by ekd-export; choose another folder with -o")
+
+
+def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:
+    """Refuses to overwrite; needs nothing but the folder.
+
+    Raises:
+        UserError: If the folder holds one of the files, and not `force`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; exports go to a folder")
+    read_export(folder)
+    there = [name for name in options.files if (folder / name).exists()]
+    if there and not force:
+        raise UserError(f"{folder / there[0]} exists (--force overwrites it, -o names another folder)")
+
+
+def export_student(
+    context: EvaluationContext,
+    provenance: Mapping[str, Any],
+    folder: Path,
+    options: ExportOptions,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes the files, checks each on all test images, and records them in export.json.
+
+    A file appears under its name only after its check. Files of the same student that are in the folder stay and
+    keep their place in export.json.
+
+    Args:
+        context: The run; its student has the weights that are to be exported, on the CPU.
+        provenance: Content of the run's provenance.json.
+        folder: Where to; made if missing.
+        options: What to write.
+        force: Whether to overwrite, and to replace the export of another student.
+
+    Returns:
+        The content of export.json.
+
+    Raises:
+        UserError: If branches are not there, a file exists, the folder holds another student, or a package is missing.
+        CheckFailedError: If a file does not say what the student says.
+    """
+    refuse_existing(folder, options, force)
+    require("export", *_packages(options))
+    branches = options.branches or tuple(range(context.student.num_branches))
+    student = cut_branches(context.student, branches).eval()
+    test = context.dataset.test
+    batch_size = context.settings.data.eval_batch_size
+    reference = ask(student, test, batch_size)
+    metrics = measure(reference, test.labels)
+    metadata = describe_export(context, provenance, student, branches, options.weights, metrics)
+    deployed = DeployedStudent(student, fold=options.fold, probabilities=options.probabilities)
+    record = _record(folder, {**metadata, "spec": deployed.spec.to_dict()}, force)
+    tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, facts, content in _contents(context, deployed, metadata, options):
+        temporary = folder / f".{uuid.uuid4().hex[:8]}.{name}"
+        try:
+            temporary.write_bytes(content)
+            found = compare_logits(_ask_file(temporary, context), reference, test.labels, tolerance)
+            _require_agreement(
+                folder / name, found, None if facts["precision"] == "float32" else options.max_drop
+            )
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+        record["files"][name] = {**facts, **_file_facts(folder / name, found)}
+        write_json(folder / EXPORT, record)
+    return record
+
+
+def _packages(options: ExportOptions) -> tuple[str, ...]:
+    return ("onnx", "onnxscript", "onnxruntime") if "onnx" in options.formats or options.int8 else ()
+
+
+def _record(folder: Path, metadata: dict[str, Any], force: bool) -> dict[str, Any]:
+    """export.json as it is before the first file: that of the same student goes on."""
+    old = read_export(folder)
+    if old and old["student"] == metadata["student"]:
+        return {**old, **metadata, "files": dict(old["files"])}
+    if old and not force:
+        raise UserError(
+            f"{folder} holds the export of another student (--force replaces it, -o names another folder)"
+        )
+    for name in old["files"] if old else ():
+        (folder / Path(name).name).unlink(missing_ok=True)
+    return {**metadata, "files": {}}
+
+
+def _contents(
+    context: EvaluationContext, deployed: DeployedStudent, metadata: dict[str, Any], options: ExportOptions
+) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+    """Name, facts and content of each file."""
+    onnx: bytes | None = None
+    for file_format in options.formats:
+        facts = {"format": file_format, "precision": "float32", "folded": options.fold}
+        facts["outputs"] = list(deployed.spec.outputs)
+        content = to_bytes(deployed, {**metadata, "precision": "float32"}, file_format)
+        onnx = content if file_format == "onnx" else onnx
+        yield f"student{SUFFIXES[file_format]}", facts, content
+    if options.int8:
+        onnx = onnx or to_bytes(deployed, metadata, "onnx")
+        strings = pack_metadata({**metadata, "precision": "int8", "spec": deployed.spec.to_dict()})
+        index = _spread(context.subset.train_index, options.calibration_images)
+        facts = {
+            "format": "onnx",
+            "precision": "int8",
+            "folded": True,
+            "outputs": list(deployed.spec.outputs),
+        }
+        facts["calibration_images"] = len(index)
+        yield INT8, facts, quantize_onnx(onnx, _calibration(context.dataset.train.images[index]), strings)
+
+
+def _spread(index: Tensor, count: int) -> Tensor:
+    """`count` of the indices, spread evenly, so that a data set sorted by class is covered."""
+    count = min(count, len(index))
+    return index[torch.linspace(0, len(index) - 1, count).long()]
+
+
+def _calibration(images: Tensor) -> Iterator[np.ndarray]:
+    for pixels in images.split(_CALIBRATION_BATCH):
+        yield pixels.float().div_(255).numpy()
+
+
+def _ask_file(path: Path, context: EvaluationContext) -> Tensor:
+    return ask(load_deployed(path), context.dataset.test, context.settings.data.eval_batch_size)
+
+
+def _require_agreement(path: Path, found: Agreement, max_drop: float | None) -> None:
+    """Refuses a float32 file that differs by more than rounding, an int8 one that is wrong too often."""
+    said = f"accuracy {found.accuracy:.4f}, the student's {found.reference_accuracy:.4f}"
+    if max_drop is None and not found.is_same:
+        raise CheckFailedError(
+            f"{path} does not say what the student says and was removed: max |Δlogit| {found.max_difference:.3g}, "
+            f"allowed {found.tolerance:.3g}; {found.changed_clearly} predictions of {found.images} changed; {said}"
+        )
+    if max_drop is not None and not found.reference_accuracy - found.accuracy <= max_drop:
+        raise CheckFailedError(
+            f"{path} loses more accuracy than --max-drop {max_drop:g} allows and was removed: {said}"
+        )
+
+
+def _file_facts(path: Path, found: Agreement) -> dict[str, Any]:
+    facts = found._asdict()
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        **{name: value for name, value in facts.items() if name != "tolerance"},
+        "accuracy_difference": round(found.accuracy - found.reference_accuracy, 12),
+        "tolerance": found.tolerance if found.is_same else None,
+        "written": now(),
+    }

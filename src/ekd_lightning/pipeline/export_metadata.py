@@ -1,0 +1,135 @@
+"""What an exported student says of itself: classes, data, method, metrics, hashes, versions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+from ekd_lightning import __version__
+from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
+from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.networks import BranchedStudent, state_sha256
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+
+_PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
+_OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accuracy", "num_parameters")
+
+
+def measure(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Scores on the test set: those of `score_logits`, and the accuracy of each class.
+
+    Args:
+        logits: float32 [N, C].
+        labels: int64 [N].
+
+    Returns:
+        `images`, `accuracy`, `nll`, `ece`, `brier`, perhaps `top5`, and `class_accuracy` (None for a class without
+        images). Numbers that are not finite are None.
+    """
+    hit = logits.argmax(-1) == labels
+    counts = labels.bincount(minlength=logits.shape[1]).tolist()
+    correct = labels[hit].bincount(minlength=logits.shape[1]).tolist()
+    by_class = [c / n if n else None for c, n in zip(correct, counts, strict=True)]
+    scores = {name: _finite(value) for name, value in score_logits(logits, labels).items()}
+    return {"images": len(labels), **scores, "class_accuracy": by_class}
+
+
+def describe_export(
+    context: EvaluationContext,
+    provenance: Mapping[str, Any],
+    student: BranchedStudent,
+    branches: Sequence[int],
+    weights: str,
+    metrics: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The metadata that every format holds, JSON-able.
+
+    Args:
+        context: The run's settings, result and data.
+        provenance: Content of its provenance.json.
+        student: What is exported, branches cut.
+        branches: Which of the run's branches these are.
+        weights: `last` or `best`.
+        metrics: What `measure` found for this student.
+    """
+    data = context.dataset
+    return {
+        "library": {"name": "ekd-lightning", "version": __version__},
+        "task": "image-classification",
+        "class_names": list(data.class_names),
+        "image_size": data.image_size,
+        "input": {
+            "name": "images",
+            "type": "float32",
+            "shape": ["batch", 3, data.image_size, data.image_size],
+            "range": [0, 1],
+            "channels": "RGB",
+            "normalization": {**student.spec.to_dict()["normalization"], "inside": True},
+        },
+        "data": {
+            "name": data.name,
+            "fraction": context.result.get("fraction"),
+            "num_train_images": len(context.subset.train_index),
+            "num_val_images": len(context.subset.val_index),
+            "subset_sha256": context.subset.sha256,
+            "train_sha256": data.train.sha256,
+            "test_sha256": data.test.sha256,
+        },
+        "student": {
+            "branches": list(branches),
+            "of_branches": context.student.num_branches,
+            "weights": weights,
+            "sha256": state_sha256(student),
+            "num_parameters": count_parameters(student),
+            "macs": count_macs(student, data.image_size),
+        },
+        "method": _method(context, provenance),
+        "recipe": asdict(context.settings.recipe),
+        "seed": context.settings.seed,
+        "test_metrics": dict(metrics),
+        "run": _run(provenance),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _method(context: EvaluationContext, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    method, result = context.settings.method, context.result
+    scored = {teacher.get("id"): teacher for teacher in result.get("teachers") or []}
+    teachers = []
+    for entry in provenance.get("teachers") or []:
+        known = {**entry, **scored.get(entry.get("id"), {})}
+        teachers.append({key: known[key] for key in _OF_A_TEACHER if key in known})
+    return {
+        "name": method.name,
+        "temperature": method.temperature,
+        "assignment": result.get("assignment"),
+        "terms": {name: term["weight"] for name, term in method.terms.items()},
+        "teachers": teachers,
+    }
+
+
+def _run(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    hardware = provenance.get("hardware") or {}
+    return {
+        "commit": (provenance.get("git") or {}).get("commit"),
+        "started": provenance.get("started"),
+        "python": provenance.get("python"),
+        "packages": provenance.get("packages") or {},
+        "hardware": {key: hardware.get(key) for key in ("cpu", "cpu_count", "threads", "gpus")},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""What happens after the last training step: the test, the costs, the origin, and the end of other processes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.pipeline.prepare import Prepared
+from ekd_lightning.pipeline.result import named_scores
+from ekd_lightning.training.callbacks import EpochReport
+from ekd_lightning.training.distiller import Distiller
+
+_CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
+
+
+def final_scores(
+    trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True
+) -> dict[str, Any]:
+    """Scores on the test set, read here for the first time: with the best weights, then with the last ones.
+
+    Without `test` only the validation scores of the last epoch.
+    """
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    if (
+        data.num_val_images and "val/accuracy" not in metrics
+    ):  # resumed after the last epoch: nothing was trained
+        metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
+    scores = named_scores("val", metrics)
+    if not test:
+        return scores
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
+    if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
+        last_weights = {name: value.clone() for name, value in module.state_dict().items()}
+        state = read_checkpoint(Path(best.best_model_path))
+        module.load_state_dict(state["state_dict"])
+        scores |= named_scores("test", _test(trainer, module, data), "_best")
+        scores["val_accuracy_best"] = float(best.best_model_score)
+        scores["best_epoch"] = int(state["epoch"]) + 1
+        module.load_state_dict(last_weights)
+    last = named_scores("test", _test(trainer, module, data))
+    return scores | last | {"test_accuracy_last": last["test_accuracy"]}
+
+
+def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule) -> dict[str, float]:
+    return dict(trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, without unpickling code.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    try:
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise UserError(
+            f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})"
+        ) from None
+
+
+def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:
+    """What the training took, as this process saw it."""
+    seconds = report.train_seconds
+    source = module.teacher_source
+    asked = source.hits + source.misses if source is not None else 0
+    return {
+        "train_seconds": seconds,
+        "images_per_second": report.images_seen / seconds if seconds > 0 else None,
+        "teacher_table_hit_rate": source.hits / asked if source is not None and asked else None,
+        "epochs_done": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "num_devices": trainer.world_size,
+        "precision": str(trainer.precision),
+    }
+
+
+def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
+    """Hashes of data and teachers, for the provenance."""
+    identities = [] if teachers is None else teachers.identities
+    return {
+        "data": {
+            "name": prepared.dataset.name,
+            "source": prepared.dataset.source,
+            "train_sha256": prepared.dataset.train.sha256,
+            "test_sha256": prepared.dataset.test.sha256,
+            "subset_sha256": prepared.subset.sha256,
+        },
+        "teachers": [
+            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
+            for t in identities
+        ],
+    }
+
+
+def end_processes(trainer: pl.Trainer, *, wait: bool) -> None:
+    """Ends the ranks that Lightning's launcher started, and its watch over them.
+
+    The watch kills *this* process when any of them ever ended with an error, also when it has long gone on to the
+    next job of a sweep. It looks at the launcher's own list, so emptying that ends it.
+
+    Args:
+        trainer: The run's trainer.
+        wait: Whether they may finish by themselves first; after a failure they are killed.
+    """
+    started = getattr(trainer.strategy.launcher, "procs", None)
+    if not started or not all(isinstance(process, subprocess.Popen) for process in started):
+        return
+    processes = list(started)
+    started.clear()
+    for process in processes:
+        if wait:
+            try:
+                process.wait(_CHILD_SECONDS)
+                continue
+            except subprocess.TimeoutExpired:
+                pass
+        process.kill()
+        process.wait()

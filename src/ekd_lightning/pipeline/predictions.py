@@ -1,0 +1,233 @@
+"""Part `predictions` of the evaluation: what one pass over test and validation images tells of a student.
+
+Shape letters: N test images, C classes, K branches, M teachers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekd_lightning.data import ImageSet
+from ekd_lightning.evaluation.calibration import fit_temperature, reliability, score_probabilities
+from ekd_lightning.evaluation.confusion import class_accuracy, confusion_matrix
+from ekd_lightning.evaluation.diversity import diversity
+from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
+from ekd_lightning.evaluation.similarity import (
+    agreement_matrix,
+    cka_matrix,
+    fidelity,
+    kl_matrix,
+    own_teachers,
+    teacher_margin,
+)
+from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
+from ekd_lightning.methods import make_assignment, uses_assignment
+from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.store import TeacherStore
+
+NOMINAL = ("one_to_one", "permuted")
+"""Assignments whose margins every branched student with teachers has, whatever it was trained with."""
+
+
+@dataclass(frozen=True)
+class TeacherPredictions:
+    """What M teachers say of the test images.
+
+    Attributes:
+        logits: float32 [M, N, C].
+        pooled: M tensors [N, D_m].
+    """
+
+    logits: Tensor
+    pooled: tuple[Tensor, ...]
+
+
+def predictions(context: EvaluationContext) -> Findings:
+    """Asks the student about every test and validation image once, in float32, and its teachers about the test images.
+
+    The fields are defined in docs/evaluation.md. Those that a student does not have (one branch, no teachers, no
+    validation images) are None, so that evaluating again replaces all that was there.
+
+    Args:
+        context: A trained student and its data.
+    """
+    test = context.dataset.test
+    said = context.test_predictions
+    temperature = None
+    if len(context.subset.val_index):
+        held_out = _validation(context)
+        batch_size = context.settings.data.eval_batch_size
+        asked = predict_student(context.student, held_out, batch_size=batch_size, device=context.device)
+        temperature = fit_temperature(asked.logits, held_out.labels)
+    scores, diagrams = _calibration(said.logits, test.labels, temperature)
+    fields = {
+        **_accuracy(said, test.labels),
+        **scores,
+        **_operating_points(context, said),
+        **_heterogeneity(said, test.labels),
+        **_imitation(context.settings, said, _teachers(context), test.labels),
+    }
+    arrays = {
+        "confusion": confusion_matrix(said.logits.argmax(-1), test.labels, test.num_classes),
+        "ensemble_probs": said.logits.double().softmax(-1).numpy().astype(np.float16),
+        "labels": test.labels.numpy(),
+        "branch_predictions": said.branch_logits.argmax(-1).numpy(),
+    }
+    fields["test_class_accuracy"] = class_accuracy(arrays["confusion"])
+    return Findings(fields, arrays | diagrams)
+
+
+def _accuracy(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
+    accuracy = float((said.logits.argmax(-1) == labels).double().mean())
+    branches = (said.branch_logits.argmax(-1) == labels).double().mean(-1)
+    mean, best = float(branches.mean()), float(branches.max())
+    return {
+        "test_mean_branch_accuracy": mean,
+        "test_best_branch_accuracy": best,
+        "test_gain_over_mean_branch": accuracy - mean,
+        "test_gain_over_best_branch": accuracy - best,
+    }
+
+
+def _calibration(
+    logits: Tensor, labels: Tensor, temperature: float | None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    before = score_probabilities(logits, labels)
+    scaled = logits.double() / (temperature or 1.0)
+    after = None if temperature is None else score_probabilities(scaled, labels)
+    fields = {
+        "test_adaptive_ece": before.adaptive_ece,
+        "test_overconfidence": before.overconfidence,
+        "calibration_temperature": temperature,
+        "test_nll_calibrated": after and after.nll,
+        "test_ece_calibrated": after and after.ece,
+        "test_adaptive_ece_calibrated": after and after.adaptive_ece,
+        "test_brier_calibrated": after and after.brier,
+    }
+    arrays = {}
+    for suffix, shown in (("", logits.double()), ("_calibrated", scaled)):
+        diagram = reliability(shown.softmax(-1), labels)
+        known = not suffix or after is not None
+        arrays[f"reliability_confidence{suffix}"] = (
+            diagram.confidence if known else diagram.confidence * np.nan
+        )
+        arrays[f"reliability_accuracy{suffix}"] = diagram.accuracy if known else diagram.accuracy * np.nan
+        arrays[f"reliability_count{suffix}"] = diagram.count if known else diagram.count * 0
+    return fields, arrays
+
+
+def _operating_points(context: EvaluationContext, said: StudentPredictions) -> dict[str, Any]:
+    student, dataset = context.student, context.dataset
+    costs = costs_by_size(student, dataset.image_size)
+    how = (dataset.test.labels, costs, student.ensemble, said.gate_weights)
+    return {
+        "test_subsets": [row._asdict() for row in score_subsets(said.branch_logits, *how)],
+        "test_early_exit": [row._asdict() for row in early_exit(said.branch_logits, *how)],
+    }
+
+
+def _heterogeneity(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
+    found = diversity(said.branch_logits, labels)
+    branches = said.branch_logits.argmax(-1)
+    return {
+        "test_oracle_accuracy": found.oracle_accuracy,
+        "test_pairwise_kl": found.pairwise_kl,
+        "test_pairwise_js": found.pairwise_js,
+        "test_mutual_information": found.mutual_information,
+        "test_q_statistic": found.q_statistic,
+        "test_double_fault": found.double_fault,
+        "test_error_correlation": found.error_correlation,
+        "test_branch_variance": found.variance,
+        "test_branch_agreement": agreement_matrix(branches, branches).tolist(),
+        "test_branch_cka": cka_matrix(list(said.pooled), list(said.pooled)).tolist(),
+    }
+
+
+def _imitation(
+    settings: Settings, said: StudentPredictions, teachers: TeacherPredictions | None, labels: Tensor
+) -> dict[str, Any]:
+    margins = [
+        f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")
+    ]
+    names = ["test_branch_teacher_cka", "test_branch_teacher_agreement", "test_branch_teacher_kl"]
+    names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
+    if teachers is None:
+        return dict.fromkeys(names)
+    together = teachers.logits.mean(0)
+    cka = cka_matrix(list(said.pooled), list(teachers.pooled))
+    agreement = agreement_matrix(said.branch_logits.argmax(-1), teachers.logits.argmax(-1))
+    whole = fidelity(said.logits, together)
+    fields: dict[str, Any] = {
+        "test_branch_teacher_cka": cka.tolist(),
+        "test_branch_teacher_agreement": agreement.tolist(),
+        "test_branch_teacher_kl": kl_matrix(said.branch_logits, teachers.logits).tolist(),
+        "test_teacher_agreement": whole.agreement,
+        "test_teacher_kl": whole.kl,
+        "test_teacher_ensemble_accuracy": float((together.argmax(-1) == labels).double().mean()),
+    }
+    K, M = cka.shape
+    for kind, own in [
+        ("own_teacher", trained_with(settings, K, M)),
+        *((k, nominal(k, K, M)) for k in NOMINAL),
+    ]:
+        fields[f"test_{kind}_cka_margin"] = teacher_margin(cka, own)
+        fields[f"test_{kind}_agreement_margin"] = teacher_margin(agreement, own)
+    return fields
+
+
+def trained_with(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
+    """Each branch's own teacher in a run; None where it had none (mean, random, or a method without branch terms)."""
+    kind = settings.method.assignment
+    if not uses_assignment(settings.method.terms) or kind == "random":
+        return [None] * num_branches
+    if kind is None:
+        kind = "mean" if settings.method.teacher == "mean" else "one_to_one"
+    return nominal(kind, num_branches, num_teachers)
+
+
+def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]:
+    """Each branch's own teacher under an assignment."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run has told of idle teachers
+        return own_teachers(make_assignment(kind, num_branches, num_teachers))
+
+
+def _teachers(context: EvaluationContext) -> TeacherPredictions | None:
+    """What the run's teachers say of the test images; the store remembers it for all runs."""
+    entries = context.result.get("teachers") or []
+    if not entries:
+        return None
+    store = TeacherStore(Path(context.settings.teachers.store))
+    batch_size = context.settings.data.eval_batch_size
+    found = [
+        store.test_outputs(
+            lambda m=m: list(_loaded(context).networks())[m],  # type: ignore[misc]
+            entry["sha256"],
+            context.dataset.test,
+            batch_size,
+            context.device,
+        )
+        for m, entry in enumerate(entries)
+    ]
+    return TeacherPredictions(torch.stack([one.logits for one in found]), tuple(one.pooled for one in found))
+
+
+def _loaded(context: EvaluationContext) -> TeacherEnsemble:
+    teachers = context.teachers
+    if teachers is None:
+        raise ValueError("the run's record names teachers, and none can be loaded")
+    return teachers
+
+
+def _validation(context: EvaluationContext) -> ImageSet:
+    train, index = context.dataset.train, context.subset.val_index
+    return replace(train, split="validation", images=train.images[index], labels=train.labels[index])

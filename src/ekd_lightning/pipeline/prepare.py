@@ -1,0 +1,191 @@
+"""Turns settings into the parts of a run, cheapest checks first, before anything expensive starts."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Method, build_method, needs_teachers, uses_assignment
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
+from ekd_lightning.pipeline.sources import uses_tables
+from ekd_lightning.settings import Settings
+from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.training.chain import Chain, plan_chain
+from ekd_lightning.training.pool import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The checked parts of a run. Teachers are planned, not loaded."""
+
+    dataset: Dataset
+    subset: Subset
+    views: ViewFamily
+    datamodule: ImageDataModule
+    student: BranchedStudent
+    method: Method
+    teachers: list[PlannedTeacher]
+    table: bool
+    """Whether the teachers' outputs are remembered on disk."""
+    candidates: tuple[PlannedTeacher, ...] = ()
+    """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
+    candidate_scores: list[dict[str, Any]] = field(default_factory=list)
+    """What the choice was made by: id, val_accuracy in [0, 1] and val_nll in nats of every candidate."""
+    chain: Chain | None = None
+    """The assistants between pool and student; `teachers` is then the last of them, candidates are for the first."""
+
+
+def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None = None) -> Prepared:
+    """Builds everything that costs little and checks everything that can be checked.
+
+    The student's initial weights depend on `settings.seed` and the student's settings alone.
+
+    Args:
+        settings: The run's.
+        accelerator: Lightning's flag.
+        curves: Where curves of teachers and assistants go that have to be trained; None for nowhere.
+
+    Raises:
+        UserError: At the first setting that does not fit.
+    """
+    settings.check()
+    needs = needs_teachers(settings.method.terms)
+    if needs and settings.teachers.count == 0:
+        raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
+    data = settings.data
+    dataset, subset, views = prepare_data(settings)
+    datamodule = ImageDataModule(
+        dataset,
+        subset,
+        views,
+        batch_size=settings.recipe.batch_size,
+        eval_batch_size=data.eval_batch_size,
+        seed=settings.seed,
+        mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
+    )
+    student = build_student(settings, dataset)
+    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
+    plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
+    candidates = _candidates(settings, plans, subset)
+    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
+    # Of several candidates the widest is checked last: its tables are the largest.
+    order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
+    choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
+    for taught_by in choices:
+        method = _build_method(settings, dataset, subset, student, taught_by)
+    table = needs and uses_tables(settings, dataset, subset, views, taught_by, method)
+    return Prepared(
+        dataset, subset, views, datamodule, student, method, taught_by, table, candidates, chain=chain
+    )
+
+
+def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
+    """The same run taught by other teachers, and the method built for them.
+
+    Raises:
+        UserError: If the method does not fit them.
+    """
+    if prepared.chain is not None:  # the method knows the last assistant only, and that stays the same
+        chain = prepared.chain.taught_by(plans)
+        return replace(prepared, teachers=[chain.last()], chain=chain)
+    method = _build_method(settings, prepared.dataset, prepared.subset, prepared.student, plans)
+    return replace(prepared, teachers=plans, method=method)
+
+
+def _candidates(
+    settings: Settings, plans: list[PlannedTeacher], subset: Subset
+) -> tuple[PlannedTeacher, ...]:
+    """The teachers among which `method.teacher=best` leaves a choice; cuts `plans` for `first`."""
+    choice = settings.method.teacher
+    if choice is not None and not plans:
+        warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
+    if choice == "first":
+        del plans[1:]
+    if choice != "best" or len(plans) < 2:
+        return ()
+    if not len(subset.val_index):
+        raise UserError("method.teacher=best needs validation images: set data.val_fraction, or choose first")
+    return tuple(plans)
+
+
+def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
+    """The images, which of them a run may see, and how they are augmented.
+
+    Raises:
+        UserError: For an unknown or missing data set, or a subset that leaves a class empty.
+    """
+    data = settings.data
+    dataset = load_dataset(data.name, Path(data.root), data.download)
+    subset = choose_subset(
+        dataset.train.labels,
+        fraction=data.fraction,
+        per_class=data.per_class,
+        val_fraction=data.val_fraction,
+        seed=data.subset_seed,
+    )
+    views = make_views(
+        data.augmentation,
+        data.padding,
+        data.flip,
+        options=data.augmentation_options,
+        pool_size=data.pool_size,
+        pool_seed=data.pool_seed,
+    )
+    return dataset, subset, views
+
+
+def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
+    """The student with initial weights that depend on the seed alone."""
+    student = settings.student
+    statistics = usual_normalization(dataset, student.normalization)
+    spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
+    torch.manual_seed(settings.seed)
+    if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
+        warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
+    return BranchedStudent(
+        spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble
+    )
+
+
+def _build_method(
+    settings: Settings,
+    dataset: Dataset,
+    subset: Subset,
+    student: BranchedStudent,
+    plans: list[PlannedTeacher],
+) -> Method:
+    terms, assignment = settings.method.terms, settings.method.assignment
+    if settings.method.teacher == "mean" and assignment is None and uses_assignment(terms):
+        assignment = "mean"
+    networks = [build_network(plan.spec) for plan in plans]  # for their shapes; the weights come later
+    # Adapters depend on the seed alone: not on the student, nor on how many teachers were candidates.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return build_method(
+            settings.method.name,
+            terms,
+            num_classes=dataset.num_classes,
+            num_branches=student.num_branches,
+            num_teachers=len(plans),
+            temperature=settings.method.temperature,
+            assignment=assignment,
+            seed=settings.seed,
+            student_features=student.num_features,
+            teacher_features=tuple(network.num_features for network in networks),
+            student_stage_shapes=student.stage_shapes(dataset.image_size),
+            teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
+            student_name=settings.student.network,
+            teacher_names=tuple(plan.id for plan in plans),
+            train_index=subset.train_index,
+            train_labels=dataset.train.labels[subset.train_index],
+        )

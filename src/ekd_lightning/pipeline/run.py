@@ -1,0 +1,246 @@
+"""One run: prepare, gather teachers, train, test once, and leave the record."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import Logger
+
+from ekd_lightning.data.loader import check_batch_size
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
+from ekd_lightning.pipeline.choice import choose_teacher
+from ekd_lightning.pipeline.evaluate_run import evaluate_new_run
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin, read_checkpoint
+from ekd_lightning.pipeline.prepare import Prepared, prepare
+from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
+from ekd_lightning.pipeline.sources import source_factory
+from ekd_lightning.pipeline.teach import describe_chain, score_teachers
+from ekd_lightning.runs.record import RunRecord, is_rank_zero
+from ekd_lightning.settings import Settings
+from ekd_lightning.tracking.dashboards import log_evaluation
+from ekd_lightning.tracking.loggers import (
+    MetricsCsv,
+    check_loggers,
+    describe_metrics,
+    finish_loggers,
+    flat_columns,
+    make_loggers,
+)
+from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.training.allocator import keep_freed_memory
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.trainer import build_trainer, check_trainer
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+STUDENT = "student.safetensors"
+
+
+def run(
+    settings: Settings,
+    directory: Path,
+    *,
+    config: dict[str, Any] | None = None,
+    sweep: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    test: bool = True,
+) -> dict[str, Any]:
+    """Runs one distillation and leaves its record in `directory`.
+
+    Every process of a distributed run calls this; only global rank 0 writes the record.
+
+    Args:
+        settings: What to run.
+        directory: The run's directory.
+        config: The resolved configuration as plain containers, for loggers; None makes it from the settings.
+        sweep: Name of the sweep this run belongs to; None for a single run.
+        callbacks: Further Lightning callbacks.
+        test: Whether the test set is read once training is over. If not, the result holds validation scores
+            only and is marked `partial`, so that no report counts it; for choosing settings.
+
+    Returns:
+        The content of result.json (on other ranks, what they know of it).
+
+    Raises:
+        UserError: For settings that do not fit, before training starts; or a loss that is not finite.
+    """
+    record = RunRecord(directory) if is_rank_zero() else None
+    loggers: list[Logger] = []
+    result = None
+    config = asdict(settings) if config is None else config
+    keep_freed_memory()
+    try:
+        if record:
+            record.start(resumed=settings.resume is not None)
+        result = _run(settings, directory, record, loggers, config, sweep, callbacks, test)
+        if record:
+            record.result(result)
+        return result
+    except BaseException as error:
+        if record:
+            record.status("failed", _one_line(error))
+        raise
+    finally:
+        finish_loggers(loggers, result=result)
+        _free()
+
+
+def _run(
+    settings: Settings,
+    directory: Path,
+    record: RunRecord | None,
+    loggers: list[Logger],
+    config: dict[str, Any],
+    sweep: str | None,
+    callbacks: Sequence[Callback],
+    test: bool,
+) -> dict[str, Any]:
+    check_trainer(settings.trainer)
+    check_loggers(settings.logger)
+    check_metric(settings.metric)
+    if settings.teachers.fill != "none":
+        log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
+    curves = TeacherCurves(settings.logger, directory, sweep)
+    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")), curves)
+    facts = describe_run(settings, prepared)
+    if record and settings.resume is None:
+        record.forget_earlier_run()
+    loggers += make_loggers(settings.logger, directory, name=run_name(facts), sweep=sweep, config=config)
+    report = EpochReport(settings.recipe.batch_size)
+    own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
+    trainer = build_trainer(
+        settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
+    )
+    check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
+    facts |= describe_teacher(settings, prepared)
+    teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
+    if record:
+        record.add_provenance(**origin(prepared, teachers))
+    module = make_distiller(settings, prepared, teachers)
+    describe_metrics(loggers, flat_columns(facts, config))
+    finished = False
+    try:
+        _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
+        result = {
+            **facts,
+            **final_scores(trainer, module, prepared.datamodule, test=test),
+            **cost(report, trainer, module),
+        }
+        finished = True
+    finally:
+        end_processes(trainer, wait=finished)
+    if not test:
+        return result | {"partial": True}
+    if record:
+        device = trainer.strategy.root_device
+        result["teachers"] = (
+            [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
+        )
+        if prepared.chain and teachers:
+            result |= describe_chain(settings, prepared.dataset, teachers.identities[0], device)
+        metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
+        save_student(directory / STUDENT, prepared.student, metadata)
+        if not result["partial"]:
+            result = evaluate_new_run(
+                _context(settings, directory, prepared, teachers, result, device), directory
+            )
+        log_evaluation(loggers, result, directory, prepared.dataset)
+    return result
+
+
+def _context(
+    settings: Settings,
+    directory: Path,
+    prepared: Prepared,
+    teachers: TeacherEnsemble | None,
+    result: dict[str, Any],
+    device: torch.device,
+) -> EvaluationContext:
+    # What was saved, whatever the trainer left in memory.
+    student = load_student(directory / STUDENT).to(device)
+    gather = None if teachers is None else lambda: teachers
+    return EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
+
+
+def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:
+    """The module of a run from its checked parts."""
+    return Distiller(
+        prepared.student,
+        prepared.method,
+        settings.recipe,
+        teachers=teachers,
+        make_source=source_factory(settings, prepared),
+        channels_last=settings.channels_last,
+        fold_teachers=settings.teachers.fold,
+        compile_student=settings.student.compile,
+    )
+
+
+def run_name(facts: dict[str, Any]) -> str:
+    """A readable name: method, teachers, branches, share of the data, seed."""
+    share = f"{100 * facts['fraction']:g}"
+    return f"{facts['method']}-T{facts['num_teachers']}-B{facts['num_branches']}-f{share}-s{facts['seed']}"
+
+
+def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> list[ModelCheckpoint]:
+    if settings.trainer.get("enable_checkpointing") is False or settings.trainer.get("fast_dev_run"):
+        return []
+    return checkpoint_callbacks(
+        directory.absolute() / CHECKPOINTS, with_best=prepared.datamodule.num_val_images > 0
+    )
+
+
+def _resume_point(settings: Settings, directory: Path) -> Path | None:
+    if settings.resume is None:
+        return None
+    last = directory / CHECKPOINTS / "last.ckpt"
+    if not last.is_file():
+        log.info("no checkpoint in %s yet: starting from the beginning", directory)
+        return None
+    return last
+
+
+def _fit(
+    trainer: pl.Trainer, module: Distiller, prepared: Prepared, checkpoint: Path | None, loggers: list[Logger]
+) -> None:
+    step = 0
+    if checkpoint is not None:
+        step = int(read_checkpoint(checkpoint)["global_step"])
+        log.info("resuming from %s at step %d", checkpoint, step)
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.forget_from(step)
+    trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns the first into the second
+        return "interrupted"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _free() -> None:
+    """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:  # compiled teachers hold their weights
+        torch.compiler.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

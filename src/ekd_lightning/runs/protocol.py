@@ -1,0 +1,120 @@
+"""Which runs went the same way, so that they may be compared."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ekd_lightning.runs.collection import RunEntry
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What runs must share to be compared; None where a run has not recorded it.
+
+    Teachers are no part of it, since a sweep varies their number: see `places`.
+    """
+
+    data: str
+    fraction: float | None
+    subset_sha256: str | None = None
+    subset_seed: int | None = None
+    num_train_images: int | None = None
+    num_val_images: int | None = None
+    views: str | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    epochs: int | None = None
+    epochs_done: int | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    precision: str | None = None
+    num_devices: int | None = None
+
+    @classmethod
+    def of(cls, run: RunEntry) -> Protocol:
+        """The protocol of a run; of one without a result, what its configuration says of it."""
+        values = {field.name: run.get(field.name) for field in fields(cls)}
+        values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
+        return cls(**values)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """The protocol but for what follows from the fraction: points of one curve over fractions share it."""
+        follows = ("fraction", "subset_sha256", "num_train_images", "num_val_images", "steps")
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
+
+    def fits(self, other: Protocol) -> bool:
+        """Whether the two agree in all that both have recorded."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(ours == theirs for ours, theirs in pairs if ours is not None and theirs is not None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are comparable.
+
+    Attributes:
+        protocol: That of all of them.
+        pool: SHA-256 of teachers; everything here was taught by some of them, or none.
+        members: Positions of what is here, ascending.
+    """
+
+    protocol: Protocol
+    pool: frozenset[str]
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How something went.
+
+    Attributes:
+        protocol: Its protocol.
+        taught_by: SHA-256 of its teachers.
+        complete: Whether there is a result; else both are what little is known.
+    """
+
+    protocol: Protocol
+    taught_by: frozenset[str]
+    complete: bool
+
+
+def places(ways: Sequence[Way]) -> list[Place]:
+    """Sorts things into places where they may be compared.
+
+    Those in one place share the protocol, and their teachers come from one pool: the sets of teachers that no other
+    set contains are the pools. So a sweep over the number of teachers is one place; two sweeps with different
+    teachers are two, and what had no teachers at all is in both. Something without a result goes wherever it fits,
+    or to a place of its own.
+
+    Returns:
+        Places in the order of the first of their members; every position is in at least one.
+    """
+    same: dict[Protocol, list[int]] = defaultdict(list)
+    for position, way in enumerate(ways):
+        if way.complete:
+            same[way.protocol].append(position)
+    found: list[tuple[Protocol, frozenset[str], list[int]]] = []
+    for protocol, inside in same.items():
+        for pool in largest(ways[position].taught_by for position in inside):
+            found.append((protocol, pool, [p for p in inside if ways[p].taught_by <= pool]))
+    alone: dict[Protocol, list[int]] = defaultdict(list)
+    for position, way in enumerate(ways):
+        if not way.complete:
+            fitting = [members for protocol, _, members in found if way.protocol.fits(protocol)]
+            for members in fitting:
+                members.append(position)
+            if not fitting:
+                alone[way.protocol].append(position)
+    found += [(protocol, frozenset(), members) for protocol, members in alone.items()]
+    made = [Place(protocol, pool, tuple(sorted(members))) for protocol, pool, members in found]
+    return sorted(made, key=lambda place: (place.members[0], sorted(place.pool)))
+
+
+def largest(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
+    """Of some sets those that no other one contains, sorted."""
+    distinct = set(sets)
+    return sorted((one for one in distinct if not any(one < other for other in distinct)), key=sorted)

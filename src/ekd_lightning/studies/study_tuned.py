@@ -1,0 +1,97 @@
+"""Rows of a study with the settings that `ekd-tune` found."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.studies.plan import RowPlan, is_under, key_of
+
+log = logging.getLogger(__name__)
+
+# What a tuned row may not change: the rows would no longer be comparable.
+_PROTOCOL = (
+    "data",
+    "teachers",
+    "student",
+    "seed",
+    "trainer",
+    "experiment",
+    "recipe.epochs",
+    "recipe.batch_size",
+    "recipe.mixup",
+    "recipe.cutmix",
+    "method.name",
+)
+
+
+def with_tuned(
+    rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()
+) -> list[RowPlan]:
+    """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
+
+    A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
+    method; a row without any file keeps its defaults. Both are said.
+
+    Args:
+        rows: The rows.
+        folder: Where the files are.
+        data: Data set of the study, and
+        fractions: its fractions: if a file says that it was tuned on others, a warning tells.
+
+    Raises:
+        UserError: For a missing folder, a file of another form or method, or an override of what all rows must share.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--tuned {folder}: no such folder")
+    return [_with_file(row, folder, data, fractions) for row in rows]
+
+
+def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
+    names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        log.warning("%s: no %s in %s, the method's defaults are used", row.name, " or ".join(names), folder)
+        return row
+    content = _read(path)
+    if content.get("method", row.method) not in (row.method, row.name):
+        raise UserError(
+            f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}"
+        )
+    if path.stem != row.name:
+        log.info("%s: as tuned for another network, %s", row.name, path.name)
+    _warn_of_other_data(path, content.get("protocol"), data, fractions)
+    return replace(row, overrides=(*row.overrides, *content["overrides"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    words = content.get("overrides") if isinstance(content, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
+        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
+    for word in words:
+        if key_of(word) == "method" or is_under(key_of(word), _PROTOCOL):
+            raise UserError(f"{path}: {word}: all rows of a study must share it")
+    return dict(content)
+
+
+def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
+    known = protocol if isinstance(protocol, dict) else {}
+    if data and known.get("data", data) != data:
+        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
+    tuned_at = known.get("fraction")
+    # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
+    tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
+    others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
+    if others:
+        log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))

@@ -1,0 +1,217 @@
+"""A study on disk: the trials of one configuration, shared by all processes that work on it.
+
+Trial number n of the budget is a pure function of the sampler's seed, n and the trials before it, so a study that
+was stopped and resumed tries what the uninterrupted one would have tried.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ekd_lightning.data.order import hash_uniform_u64
+from ekd_lightning.errors import UserError
+from ekd_lightning.runs.record import write_json
+from ekd_lightning.studies.search_space import Choices, Interval, Scalar, SearchSpace, override
+
+DESCRIPTION = "study.json"
+JOURNAL = "trials.journal"
+_TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
+_PRUNE_AFTER = 5  # complete trials, of which a median means something
+_COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+
+
+class TuningStudy:
+    """One study on disk, opened by one of possibly several processes.
+
+    Args:
+        folder: The study's own folder; made if needed.
+        description: What determines the study besides its trials, as plain containers.
+        space: What is searched.
+        defaults: The configuration's own values of searched keys, as far as they lie in the space.
+        seed: Of the sampler, >= 0.
+        warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
+
+    Raises:
+        UserError: If the folder holds a study with another description, or a damaged one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        description: dict[str, Any],
+        space: SearchSpace,
+        defaults: dict[str, Scalar],
+        *,
+        seed: int = 0,
+        warmup_steps: int | None = None,
+    ) -> None:
+        self.folder, self.space, self.defaults, self.seed = folder, space, defaults, seed
+        self.prunes = warmup_steps is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._workers = folder / "workers"
+        self._workers.mkdir(exist_ok=True)
+        self._lock = FileLock(folder / "study.lock")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with self._lock:
+            _check_description(folder, description)
+            self._study = _open(folder, warmup_steps)
+        self._name = uuid.uuid4().hex
+        # Held as long as this process lives, whatever ends it: a running trial without it has died.
+        self._alive = FileLock(self._workers / self._name)
+        self._alive.acquire()
+
+    def close(self) -> None:
+        """Says that no trial of this process is running."""
+        self._alive.release()
+        (self._workers / self._name).unlink(missing_ok=True)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials so far, those of other processes included."""
+        return self._study.get_trials(deepcopy=False)
+
+    def claim(self, budget: int) -> optuna.Trial | None:
+        """Starts the next trial.
+
+        Args:
+            budget: Trials the study may have in all; complete, pruned and running ones count.
+
+        Returns:
+            The trial, its `overrides` among its user attributes; None when the budget is used up.
+        """
+        with self._lock:
+            self._bury_dead()
+            counted = [trial for trial in self.trials if trial.state in _COUNTED]
+            if len(counted) >= budget:
+                return None
+            if not any(trial.user_attrs.get("default") for trial in counted):
+                self._enqueue_default()
+            self._study.sampler = _sampler(self.seed, len(counted))
+            trial = self._study.ask()
+            trial.set_user_attr("worker", self._name)
+            trial.set_user_attr("overrides", self._suggest(trial))
+        return trial
+
+    def tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
+        """Records how a trial ended."""
+        self._study.tell(trial, value, state=state)
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial works; nothing of it is kept."""
+        return self.folder / "trials" / str(number)
+
+    def _enqueue_default(self) -> None:
+        waiting = [trial for trial in self.trials if trial.state == TrialState.WAITING]
+        if not waiting:
+            self._study.enqueue_trial(self.defaults, {"default": True})
+
+    def _suggest(self, trial: optuna.Trial) -> list[str]:
+        if trial.user_attrs.get("default"):  # as configured, also where the space does not contain that
+            for key in self.defaults:
+                _sample(trial, key, self.space[key])
+            return []
+        values = {
+            key: dimension.tidy(_sample(trial, key, dimension)) for key, dimension in self.space.items()
+        }
+        return [override(key, value) for key, value in values.items()]
+
+    def _bury_dead(self) -> None:
+        """Takes running trials of processes that were killed out of the count."""
+        for trial in self.trials:
+            worker = trial.user_attrs.get("worker")
+            if trial.state != TrialState.RUNNING or worker == self._name:
+                continue
+            if worker is None or self._is_dead(worker):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+                shutil.rmtree(self.trial_folder(trial.number), ignore_errors=True)
+
+    def _is_dead(self, worker: str) -> bool:
+        path = self._workers / worker
+        if not path.exists():
+            return True
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        lock.release()
+        path.unlink(missing_ok=True)
+        return True
+
+
+def _check_description(folder: Path, description: dict[str, Any]) -> None:
+    """Leaves the description of a new study; refuses one that differs from what is there."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        if (folder / JOURNAL).exists():
+            raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
+        write_json(path, description)
+        return
+    try:
+        recorded = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: damaged; choose another --output") from None
+    old, new = (_flat(content) for content in (recorded, json.loads(json.dumps(description))))
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, _flat) != new.get(key, _flat)]
+    if changed:
+        raise UserError(
+            f"{folder}: holds a study of another configuration ({', '.join(changed[:5])} differ); "
+            "choose another --output, or repeat its settings"
+        )
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict) or not content:
+        return {prefix: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}.{key}".lstrip("."))
+    return flat
+
+
+def _open(folder: Path, warmup_steps: int | None) -> optuna.Study:
+    path = folder / JOURNAL
+    pruner = (
+        optuna.pruners.NopPruner()
+        if warmup_steps is None
+        else optuna.pruners.MedianPruner(n_startup_trials=_PRUNE_AFTER, n_warmup_steps=warmup_steps)
+    )
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        return optuna.create_study(
+            storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a journal of trials, or damaged ({type(error).__name__})") from None
+
+
+def _sampler(seed: int, position: int) -> TPESampler:
+    """The sampler of trial `position` of the budget.
+
+    A new one for each: a resumed study would otherwise repeat its first draws, and two processes each other's.
+    """
+    drawn = int(hash_uniform_u64(_TRIALS_STREAM, seed, position, np.zeros(1, dtype=np.int64))[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=drawn % 2**32, multivariate=True, constant_liar=True)
+
+
+def _sample(trial: optuna.Trial, key: str, dimension: Interval | Choices) -> Any:
+    if isinstance(dimension, Choices):
+        return trial.suggest_categorical(key, dimension.values)
+    if dimension.integer:
+        return trial.suggest_int(key, int(dimension.low), int(dimension.high), log=dimension.log)
+    return trial.suggest_float(key, dimension.low, dimension.high, log=dimension.log)

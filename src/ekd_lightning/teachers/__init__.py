@@ -1,0 +1,1 @@
+"""Teachers: what each says of a view of an image."""

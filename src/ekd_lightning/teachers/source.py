@@ -1,0 +1,90 @@
+"""Where a training step gets its teachers' outputs: the interface, and the teachers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.teachers import TeacherEnsemble
+from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+
+
+class TeacherSource(Protocol):
+    """Where the teachers' outputs for a batch come from.
+
+    Attributes:
+        hits: Rows found in a table so far, counted per teacher and image.
+        misses: Rows computed so far, likewise.
+    """
+
+    hits: int
+    misses: int
+
+    def plan(self, rows: int) -> None:
+        """Hears how many images the run will probably ask about."""
+        ...
+
+    def __call__(self, batch: Batch, stages: tuple[str, ...] = ()) -> TeacherOutput:
+        """Returns the outputs of all teachers for the batch."""
+        ...
+
+
+class LiveTeachers:
+    """Passes every batch through every teacher.
+
+    Attributes:
+        hits: Always 0.
+        misses: Always 0; nothing is looked up.
+        hit_rate: Always None.
+    """
+
+    hits = 0
+    misses = 0
+    hit_rate: float | None = None
+
+    def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
+        """Takes the teachers as they are; what they compute in is decided when they are first asked.
+
+        Args:
+            ensemble: The frozen teachers; on the batches' device when they are asked.
+            how: Their format.
+        """
+        self._ensemble, self._how = ensemble, how
+        self._frozen: dict[tuple[str, ...], FrozenTeachers] = {}
+        self._planned_rows = 0
+
+    def plan(self, rows: int) -> None:
+        """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        self._planned_rows = rows
+
+    def __call__(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
+        """The outputs of all teachers for the batch, on its device.
+
+        Args:
+            batch: B images.
+            stages: Names of the stages whose outputs are wanted.
+
+        Returns:
+            Logits [M, B, C], pooled features M x [B, D_m] and the wanted stages, in float32.
+
+        Raises:
+            UserError: A teacher lacks a stage.
+        """
+        teachers = self.frozen(tuple(stages))
+        results = [teachers.ask(m, batch.images) for m in range(self._ensemble.num_teachers)]
+        return TeacherOutput(
+            logits=torch.stack([result.logits for result in results]),
+            pooled=tuple(result.pooled for result in results),
+            stages=tuple({name: result.stages[name] for name in stages} for result in results),
+        )
+
+    def frozen(self, stages: tuple[str, ...] = ()) -> FrozenTeachers:
+        """The frozen copies that return these stages, made when first asked for."""
+        if stages not in self._frozen:
+            self._frozen[stages] = FrozenTeachers(self._ensemble, self._how, stages)
+        self._frozen[stages].plan(self._planned_rows)
+        return self._frozen[stages]

@@ -1,0 +1,184 @@
+"""Trained teachers, kept once for all runs: a folder whose names are hashes of all that determines the content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+
+from ekd_lightning.data import ImageSet
+from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.evaluation.predict import Predictions, predict
+from ekd_lightning.networks import StagedNetwork, load_network, save_network
+from ekd_lightning.runs.record import write_bytes, write_json
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it when training changes so that older teachers must not be reused
+_WEIGHTS = "teacher.safetensors"
+_KEY = "key.json"
+COST = "cost.json"
+"""What a training may leave in its scratch folder: numbers of its cost, kept beside the weights."""
+
+
+class TeacherStore:
+    """A content-addressed folder of trained teachers, and of what teachers say of test sets.
+
+    An entry appears by one rename, after it is complete; a killed training leaves only a temporary folder that
+    no reader looks at. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
+
+    Args:
+        root: Folder of the store; made when first needed.
+
+    Raises:
+        UserError: On use, if the folder cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @staticmethod
+    def digest(key: Mapping[str, Any]) -> str:
+        """SHA-256 of a key; equal keys in any order give equal digests."""
+        text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Weights file that belongs to `key`, whether it exists or not."""
+        return self.weights(self.digest(key))
+
+    def weights(self, digest: str) -> Path:
+        """Weights file of an entry by the digest of its key, whether it exists or not."""
+        return self.root / "teachers" / digest / _WEIGHTS
+
+    def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        """What the training of `key` said of its cost; empty where it said nothing."""
+        path = self.path(key).with_name(COST)
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def get_or_train(
+        self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork], *, resumable: bool = False
+    ) -> StagedNetwork:
+        """Loads the teacher of `key`, training it first when the store lacks it.
+
+        Args:
+            key: All that determines the teacher, JSON-able.
+            train: Trains it; gets the path of a scratch folder that is deleted afterwards.
+            resumable: Whether the scratch folder outlives a training that fails or is killed, so that the next one
+                finds its checkpoints there. If not, `train` always starts without one.
+        """
+        final = self.path(key).parent
+        with self._lock(final):
+            self._remove_leftovers(final)
+            if not (final / _WEIGHTS).is_file():
+                scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.part-"))
+                run = final.with_name(f"{final.name}.resume") if resumable else scratch / "run"
+                try:
+                    network = train(run)
+                    ready = scratch / "ready"
+                    ready.mkdir()
+                    save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
+                    write_json(ready / _KEY, dict(key))
+                    if (run / COST).is_file():
+                        shutil.copy(run / COST, ready / COST)
+                    os.replace(ready, final)
+                    shutil.rmtree(run, ignore_errors=True)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+        return load_network(final / _WEIGHTS)
+
+    def test_scores(
+        self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Scores of a teacher on a test set, computed once per (teacher, test set)."""
+        path = self.root / "scores" / f"{self._of(sha256, images)}.json"
+        if path.is_file():
+            return dict(json.loads(path.read_text()))
+        found = self.test_outputs(lambda: network, sha256, images, batch_size, device)
+        scores = score_logits(found.logits, images.labels)
+        write_json(path, scores)
+        return scores
+
+    def test_outputs(
+        self,
+        network: Callable[[], StagedNetwork],
+        sha256: str,
+        images: ImageSet,
+        batch_size: int,
+        device: torch.device,
+    ) -> Predictions:
+        """What a teacher says of a test set, asked once per (teacher, test set) and kept; in float32.
+
+        Args:
+            network: Gives the teacher; not called where its outputs are kept already.
+            sha256: Its `state_sha256`.
+            images: The test set.
+            batch_size: Images per forward pass.
+            device: Where to compute.
+        """
+        path = self.root / "outputs" / f"{self._of(sha256, images)}.safetensors"
+        found = _read_outputs(path, len(images))  # without a lock: a store may be shared read-only
+        if found is not None:
+            return found
+        with self._lock(path, "asking this teacher about the test set"):
+            found = _read_outputs(path, len(images))
+            if found is None:
+                teacher = network().to(device)
+                found = predict(teacher, images, batch_size=batch_size, device=device)
+                write_bytes(
+                    path, safetensors.torch.save({k: v.contiguous() for k, v in found._asdict().items()})
+                )
+        return found
+
+    def _of(self, sha256: str, images: ImageSet) -> str:
+        return self.digest({"teacher": sha256, "images": images.sha256})
+
+    def _lock(self, final: Path, doing: str = "training this teacher") -> FileLock:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"teachers.store={self.root}: cannot be written ({error.strerror})") from None
+        lock = FileLock(f"{final}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run is %s: waiting for it (%s)", doing, final.name[:12])
+        else:
+            lock.release()
+        return lock
+
+    @staticmethod
+    def _remove_leftovers(final: Path) -> None:
+        # Holding the lock, nobody else is building this entry: what is left was left by a killed process.
+        for part in final.parent.glob(f"{final.name}.part-*"):
+            log.info("removing an unfinished training of a teacher: %s", part.name)
+            shutil.rmtree(part, ignore_errors=True)
+        if final.is_dir() and not (final / _WEIGHTS).is_file():
+            shutil.rmtree(final)  # somebody took the weights away
+
+
+def _read_outputs(path: Path, count: int) -> Predictions | None:
+    """What `test_outputs` kept; None without a file, and, with a warning, for one that is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = Predictions(**safetensors.torch.load_file(str(path)))
+    except (safetensors.SafetensorError, TypeError, OSError) as error:
+        log.warning("%s: damaged, its teacher is asked again (%s)", path, error)
+        return None
+    if len(found.logits) != count or len(found.pooled) != count:
+        log.warning("%s: damaged, its teacher is asked again (not %d images)", path, count)
+        return None
+    return found

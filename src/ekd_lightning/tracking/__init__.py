@@ -1,0 +1,1 @@
+"""Loggers and panels: where curves go."""

@@ -1,0 +1,283 @@
+"""Where curves go: metrics.csv always; Weights & Biases and TensorBoard when selected."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.settings import LoggerSettings, WandbSettings
+
+log = logging.getLogger(__name__)
+
+_WANDB_MODES = ("online", "offline", "disabled", "shared")
+_WANDB_ID = "wandb_run_id.txt"
+_SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
+
+_SUMMARIES = {
+    "train/*": "min",
+    "train/accuracy": "max",
+    "val/accuracy": "max",
+    "val/top5": "max",
+    "val/branch_accuracy_*": "max",
+    "val/nll": "min",
+    "val/ece": "min",
+    "val/brier": "min",
+}
+"""Which value of a curve W&B's tables show, where it is not the last one."""
+
+
+class MetricsCsv(Logger):
+    """metrics.csv: one row per logged step, columns in order of first appearance.
+
+    Lightning's CSVLogger deletes the rows of the first try when a run is resumed; this one keeps those up to the
+    checkpoint's step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._rows: dict[int, dict[str, str]] = {}
+        if path.is_file():
+            with path.open(newline="") as stream:
+                rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(stream)]
+            self._rows = {int(row["step"]): row for row in rows}
+
+    @property
+    def name(self) -> str:
+        """Empty: the file lies in the run's directory itself."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty, as `name`."""
+        return ""
+
+    def forget_from(self, step: int) -> None:
+        """Drops the rows that training will log again when it goes on after `step` optimiser steps.
+
+        An epoch's row carries its last step, counted from 0; so the row of a final test has number `step`.
+        """
+        self._rows = {number: row for number, row in self._rows.items() if number < step}
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the resolved configuration has its own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Adds values to the row of a step."""
+        row = self._rows.setdefault(int(step or 0), {"step": str(int(step or 0))})
+        row.update({name: repr(float(value)) for name, value in metrics.items()})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the whole file anew, atomically; it has one row per epoch."""
+        columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
+        part = self.path.with_suffix(".csv.part")
+        with part.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=columns, restval="")
+            writer.writeheader()
+            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        os.replace(part, self.path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes what is there."""
+        if self._rows:
+            self.save()
+
+
+def make_loggers(
+    settings: LoggerSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any]
+) -> list[Logger]:
+    """Builds the loggers of a run; metrics.csv first.
+
+    Args:
+        settings: What is selected.
+        directory: The run's directory; every logger writes below it.
+        name: Readable name of the run.
+        sweep: Name of the sweep, for grouping; None for a single run.
+        config: Resolved, nested configuration as plain containers.
+
+    Raises:
+        UserError: For an unknown W&B mode or a package that is not installed.
+    """
+    selected = selected_loggers(settings, directory, name=name, sweep=sweep, config=config)
+    return [MetricsCsv(directory / "metrics.csv"), *selected]
+
+
+def selected_loggers(
+    settings: LoggerSettings,
+    directory: Path,
+    *,
+    name: str,
+    sweep: str | None,
+    config: dict[str, Any],
+    job_type: str = "student",
+) -> list[Logger]:
+    """The loggers of a run that were selected, without metrics.csv; arguments as for `make_loggers`.
+
+    `job_type` is W&B's word for the kind of run: `student`, `teacher`, `assistant`, `evaluation`.
+    """
+    loggers: list[Logger] = []
+    if settings.tensorboard:
+        loggers.append(_tensorboard(directory))
+    if settings.wandb.enabled:
+        made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
+        loggers.append(made)
+    return loggers
+
+
+def check_loggers(settings: LoggerSettings) -> None:
+    """Refuses an unknown W&B mode before anything is started."""
+    mode = settings.wandb.mode
+    if mode is not None and mode not in _WANDB_MODES:
+        raise unknown_name("logger.wandb.mode", mode, _WANDB_MODES)
+
+
+def _tensorboard(directory: Path) -> Logger:
+    from pytorch_lightning.loggers import TensorBoardLogger  # noqa: PLC0415 (an optional package behind it)
+
+    try:
+        return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", default_hp_metric=False)
+    except ModuleNotFoundError:
+        raise UserError(
+            "logger.tensorboard=true: install it with `pip install 'ekd-lightning[tensorboard]'`"
+        ) from None
+
+
+def _wandb(
+    settings: WandbSettings,
+    directory: Path,
+    *,
+    name: str,
+    sweep: str | None,
+    config: dict[str, Any],
+    job_type: str,
+) -> Logger:
+    # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
+    options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
+    directory.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        name=name,
+        id=wandb_run_id(directory),
+        resume="allow",
+        save_dir=str(directory),
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group or sweep or os.environ.get(_SWEEP_ID),
+        job_type=job_type,
+        tags=settings.tags or None,
+        notes=settings.notes,
+        log_model=settings.log_model,
+        config=config,
+        **options,
+    )
+
+
+def in_wandb_sweep() -> bool:
+    """Whether an agent of a W&B sweep started this process."""
+    return _SWEEP_ID in os.environ
+
+
+@rank_zero_only
+def wandb_run_id(directory: Path) -> str:
+    """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it.
+
+    An agent of a W&B sweep decides it for the runs that it starts.
+    """
+    from wandb.sdk.lib.runid import generate_id  # noqa: PLC0415 (slow to import, and only where it is selected)
+
+    path = directory / _WANDB_ID
+    if not path.is_file():
+        given = os.environ.get("WANDB_RUN_ID") if in_wandb_sweep() else None
+        path.write_text((given or generate_id()) + "\n")
+    return path.read_text().strip()
+
+
+def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
+    """Tells W&B what the axis is, which value of a curve its tables show, and by what runs can be grouped.
+
+    Args:
+        loggers: The run's loggers.
+        columns: Flat facts of the run, for columns beside the nested configuration.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
+            run = logger.experiment
+            run.define_metric("epoch", hidden=True)
+            run.define_metric("trainer/global_step", hidden=True)
+            run.define_metric("*", step_metric="epoch")
+            for name, summary in _SUMMARIES.items():
+                run.define_metric(name, step_metric="epoch", summary=summary)
+            # Two tests, with the best and the last weights, make no curve; `evaluation/...` says what they found.
+            run.define_metric("test/*", step_metric="epoch", hidden=True)
+            if columns:
+                run.config.update(columns, allow_val_change=True)
+
+
+_RENAMED = {"method": "method_name", "data": "data_name", "student": "student_network"}
+
+
+def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run as flat columns with the names of result.json, for grouping, filters and sweeps.
+
+    Names that the nested configuration has for groups get another one: `method_name`, `data_name`,
+    `student_network`. Lists and mappings become text.
+
+    Args:
+        facts: What is known of the run before training.
+        config: The nested configuration.
+    """
+    columns: dict[str, Any] = {}
+    for name, value in facts.items():
+        plain = value if value is None or isinstance(value, (int, float, str)) else str(value)
+        columns[_RENAMED.get(name, name)] = plain
+    return {name: value for name, value in columns.items() if name not in config}
+
+
+def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None) -> None:
+    """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures.
+
+    Trouble here is logged and goes no further: the run's own record is complete without it.
+
+    Args:
+        loggers: The run's loggers.
+        result: What the run found; None if it failed.
+    """
+    for logger in loggers:
+        try:
+            _finish(logger, result)
+        except Exception:
+            log.exception("%s could not be ended properly", type(logger).__name__)
+
+
+def _finish(logger: Logger, result: dict[str, Any] | None) -> None:
+    if not isinstance(logger, WandbLogger):
+        logger.finalize("failed" if result is None else "success")
+        return
+    import wandb  # noqa: PLC0415
+
+    if wandb.run is not None:
+        if result:
+            wandb.run.summary.update(_summary(result))
+        wandb.finish(exit_code=1 if result is None else 0)
+
+
+def _summary(result: dict[str, Any]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for name, value in result.items():
+        if isinstance(value, (int, float, str)):
+            summary[name] = value
+        elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
+            summary.update({f"{name}_{k}": item for k, item in enumerate(value)})
+    return summary

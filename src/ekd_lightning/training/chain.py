@@ -1,0 +1,295 @@
+"""Teacher assistants: a chain teacher → assistant → ... → student, planned and checked before anything is trained.
+
+Mirzadeh et al. 2020 (AAAI, arXiv 1902.03393), section "Teacher Assistant Knowledge Distillation": each network of
+the chain is trained by plain distillation from the one before it, L = (1 - λ) CE + λ T² KL (their equation 3; KL is
+the batch mean).
+
+The first assistant is taught by the run's teachers (by the mean of their logits where there are several), the
+student by the last assistant alone, with whatever method the run has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ekd_lightning.data import Dataset, Subset, ViewFamily
+from ekd_lightning.data.loader import check_batch_size
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.evaluation.efficiency import count_parameters
+from ekd_lightning.methods.options import number
+from ekd_lightning.networks import (
+    NetworkSpec,
+    StagedNetwork,
+    TeacherEnsemble,
+    TeacherIdentity,
+    build_network,
+    state_sha256,
+)
+from ekd_lightning.pipeline.sources import uses_tables
+from ekd_lightning.settings import ChainSettings, RecipeSettings, Settings
+from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.training.chain_training import Lesson, link_method, train_assistant
+from ekd_lightning.training.pool import PlannedTeacher, gather_teachers, usual_normalization
+
+DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
+"""What a link's terms weigh where the method has no kd_ensemble whose weights it could take."""
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """One network of the chain, checked and not trained yet."""
+
+    id: str
+    spec: NetworkSpec
+    seed: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The teachers at its head, the assistants from large to small, and how these are trained."""
+
+    origins: tuple[PlannedTeacher, ...]
+    assistants: tuple[Assistant, ...]
+    lesson: Lesson
+
+    def taught_by(self, origins: list[PlannedTeacher]) -> Chain:
+        """The same chain with other teachers at its head."""
+        return replace(self, origins=tuple(origins))
+
+    def last(self) -> PlannedTeacher:
+        """The student's teacher: obtaining it trains all links that the store lacks."""
+        last = self.assistants[-1]
+        return PlannedTeacher(last.id, last.spec, "assistant", partial(_obtain, self))
+
+
+def plan_chain(
+    settings: Settings,
+    dataset: Dataset,
+    subset: Subset,
+    views: ViewFamily,
+    teachers: list[PlannedTeacher],
+    student: torch.nn.Module,
+    accelerator: str,
+    curves: TeacherCurves | None = None,
+) -> Chain | None:
+    """Reads `method.assistants` and checks all that can be checked before training.
+
+    Args:
+        settings: The run's.
+        dataset: The images.
+        subset: Those that the student sees; the assistants see the same.
+        views: The student's view family.
+        teachers: Those that may teach the first assistant.
+        student: For its size.
+        accelerator: Lightning's flag.
+        curves: Where their curves go; None for nowhere.
+
+    Returns:
+        The chain; None without assistants.
+
+    Raises:
+        UserError: For assistants of a method without teachers, an unknown network or option, or a recipe,
+            temperature or weight that is impossible.
+    """
+    method = settings.method
+    if not method.assistants:
+        if method.chain != ChainSettings():
+            warnings.warn("method.chain has no effect without method.assistants", stacklevel=3)
+        return None
+    if not teachers:
+        raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} has no teachers")
+    assistants = tuple(_assistants(settings, dataset))
+    _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
+    recipe = _recipe(settings)
+    check_batch_size(recipe.batch_size, len(subset.train_index))
+    lesson = Lesson(
+        replace(settings, recipe=recipe),
+        dataset,
+        subset,
+        views,
+        terms=link_terms(settings),
+        temperature=_temperature(settings),
+        table=False,
+        accelerator=accelerator,
+        curves=curves,
+    )
+    origins = teachers[:1] if method.teacher == "best" else teachers
+    asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]
+    table = uses_tables(
+        lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0)
+    )
+    return Chain(tuple(teachers), assistants, replace(lesson, table=table))
+
+
+def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The two terms of every link: the method's own ce_ensemble and kd_ensemble, as far as it has them.
+
+    They keep their options (label smoothing, how teachers are combined). A method that has no kd_ensemble, or gives
+    it no weight, has no (1 - λ) and λ to offer: then the weights are 0.1 and 0.9. `method.chain` overrides both.
+
+    Raises:
+        UserError: For a negative weight, or a kd_weight of 0.
+    """
+    chain = settings.method.chain
+    ce, kd = (_term(settings.method.terms, kind) for kind in ("ce_ensemble", "kd_ensemble"))
+    if not kd.get("weight"):
+        ce, kd = {"weight": DEFAULT_CE_WEIGHT}, {"weight": DEFAULT_KD_WEIGHT}
+    if chain.temperature is not None:
+        kd.pop("temperature", None)
+    if chain.ce_weight is not None:
+        ce["weight"] = number("method.chain.ce_weight", chain.ce_weight, low=0.0)
+    if chain.kd_weight is not None:
+        kd["weight"] = number("method.chain.kd_weight", chain.kd_weight, above=0.0)
+    terms = {"ce_ensemble": {"weight": 0.0, **ce}, "kd_ensemble": kd}
+    return {name: {**term, "weight": float(term["weight"])} for name, term in terms.items()}
+
+
+def _term(terms: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Options and weight of the first term of a type; empty if there is none."""
+    found = (term for name, term in terms.items() if (term.get("type") or name) == kind)
+    return {name: value for name, value in next(found, {}).items() if name != "type"}
+
+
+def _temperature(settings: Settings) -> float | None:
+    chosen = settings.method.chain.temperature
+    if chosen is None:
+        return settings.method.temperature
+    return number("method.chain.temperature", chosen, above=0.0)
+
+
+def _recipe(settings: Settings) -> RecipeSettings:
+    """The run's recipe with the changes of `method.chain.recipe`."""
+    changes, key = settings.method.chain.recipe, "method.chain.recipe"
+    names = [item.name for item in fields(RecipeSettings)]
+    for name, value in changes.items():
+        if name not in names:
+            raise unknown_name(f"key of {key}", name, names)
+        kind = type(getattr(settings.recipe, name))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{key}.{name}={value!r}: must be of type {kind.__name__}")
+    recipe = replace(settings.recipe, **changes)
+    recipe.check(key if changes else "recipe")
+    return recipe
+
+
+def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
+    assistants = []
+    for position, node in enumerate(settings.method.assistants or []):
+        key = f"method.assistants[{position}]"
+        entry = _entry(key, node)
+        seed = entry.get("seed")
+        seed = settings.seed if seed is None else seed
+        if type(seed) is not int or seed < 0:
+            raise UserError(f"{key}.seed={seed!r}: must be a whole number of at least 0")
+        statistics = usual_normalization(dataset, None)
+        try:
+            spec = NetworkSpec(
+                str(entry["network"]), dataset.num_classes, statistics, entry.get("options") or {}
+            )
+            size = _size(spec)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        assistants.append(Assistant(f"{spec.name}-s{seed}-assistant", spec, seed, size))
+    return assistants
+
+
+def _entry(key: str, node: Any) -> dict[str, Any]:
+    if isinstance(node, str):
+        return {"network": node}
+    if not isinstance(node, dict) or not node.get("network"):
+        raise UserError(
+            f"{key}={node}: must be a network's name, or a mapping with network, options and seed"
+        )
+    allowed = ("network", "options", "seed")
+    for name in node:
+        if name not in allowed:
+            raise unknown_name(f"key of {key}", name, allowed)
+    if not isinstance(node.get("options") or {}, dict):
+        raise UserError(f"{key}.options={node['options']!r}: must be a mapping")
+    return node
+
+
+def _size(spec: NetworkSpec) -> int:
+    with torch.random.fork_rng(devices=[]):  # planning must not advance the run's generator
+        return count_parameters(build_network(spec))
+
+
+def _warn_of_sizes(
+    assistants: tuple[Assistant, ...], teachers: list[PlannedTeacher], student: int, student_name: str
+) -> None:
+    """Warns of a chain whose parameters do not fall from teacher to student."""
+    sizes = {plan.id: _size(plan.spec) for plan in teachers}
+    above, above_size = max(sizes.items(), key=lambda item: item[1])
+    for position, assistant in enumerate(assistants):
+        name, size = f"method.assistants[{position}]={assistant.spec.name}", assistant.num_parameters
+        if size > above_size:
+            warnings.warn(
+                f"{name} has {size:,} parameters, more than {above} above it ({above_size:,})", stacklevel=4
+            )
+        if size < student:
+            warnings.warn(
+                f"{name} has {size:,} parameters, fewer than the student {student_name} ({student:,})",
+                stacklevel=4,
+            )
+        above, above_size = assistant.spec.name, size
+
+
+def _nobody() -> tuple[StagedNetwork, dict[str, Any]]:
+    raise AssertionError("stands for an assistant's size only")
+
+
+def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
+    """The last assistant; the links come from the store, or are trained one after the other."""
+    teachers = gather_teachers(list(chain.origins))
+    links = []
+    for assistant in chain.assistants:
+        network, link = _obtain_link(chain.lesson, assistant, teachers)
+        links.append(link)
+        identity = TeacherIdentity(assistant.id, link["sha256"], "assistant", assistant.spec.name)
+        teachers = TeacherEnsemble([network], [identity])
+    last = links[-1]
+    return network, {
+        "trained_on": "subset",
+        "seed": last["seed"],
+        "store_key": last["store_key"],
+        "chain": links,
+    }
+
+
+def _obtain_link(
+    lesson: Lesson, assistant: Assistant, teachers: TeacherEnsemble
+) -> tuple[StagedNetwork, dict[str, Any]]:
+    """One assistant, and what the record says of it."""
+    store = TeacherStore(Path(lesson.settings.teachers.store))
+    hashes = [identity.sha256 for identity in teachers.identities]
+    key = lesson.key(assistant.spec, assistant.seed, hashes)
+    found = store.path(key).is_file()
+    # Every process of a distributed run comes here; the first one trains under the lock, the others wait and read.
+    network = store.get_or_train(
+        key,
+        lambda scratch: train_assistant(lesson, assistant.spec, assistant.seed, teachers, scratch),
+        resumable=True,
+    )
+    cost = store.cost(key)
+    return network, {
+        "id": assistant.id,
+        "network": assistant.spec.name,
+        "sha256": state_sha256(network),
+        "teachers": [identity.id for identity in teachers.identities],
+        "teachers_sha256": hashes,
+        "num_parameters": assistant.num_parameters,
+        "seed": assistant.seed,
+        "store_key": store.digest(key),
+        "found": found,
+        "train_seconds": cost.get("train_seconds"),
+        "steps": cost.get("steps"),
+    }

@@ -1,0 +1,216 @@
+"""One link of a chain of assistants: a plain network distilled from frozen teachers, as a student would be."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.methods import Method, build_method
+from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.pipeline.sources import make_source
+from ekd_lightning.runs.record import write_json
+from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.precision import device_type_of, resolve_precision, teacher_dtype
+from ekd_lightning.teachers.store import COST
+from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.distiller import Distiller
+
+log = logging.getLogger(__name__)
+
+_FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+"""Flags of the run's trainer that change what is learned; an assistant is trained with them, too."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What all links of a chain have in common."""
+
+    settings: Settings
+    """The run's, with the recipe of the assistants in place of the student's."""
+    dataset: Dataset
+    subset: Subset
+    views: ViewFamily
+    terms: Mapping[str, Mapping[str, Any]]
+    temperature: float | None
+    table: bool
+    """Whether the teachers' outputs are remembered on disk."""
+    accelerator: str
+    curves: TeacherCurves | None = None
+    """Who may see curves of the assistants."""
+
+    @property
+    def precision(self) -> str:
+        """Lightning's precision, the same as the student's."""
+        return str(resolve_precision(self.settings.trainer.get("precision"), self.accelerator) or "32-true")
+
+    def flags(self) -> dict[str, Any]:
+        """The trainer's flags that count, defaults left out."""
+        given = {name: self.settings.trainer.get(name) for name in _FLAGS}
+        if given["accumulate_grad_batches"] == 1:
+            del given["accumulate_grad_batches"]
+        return {name: value for name, value in given.items() if value is not None}
+
+    def key(self, spec: NetworkSpec, seed: int, teachers: Sequence[str]) -> dict[str, Any]:
+        """All that determines an assistant, for the store; `teachers` are their SHA-256."""
+        return {
+            "kind": "assistant",
+            "network": spec.to_dict(),
+            "data": self.dataset.name,
+            "images": self.dataset.train.sha256,
+            "subset": self.subset.sha256,
+            "views": self.views.key,
+            "recipe": asdict(self.settings.recipe),
+            "seed": seed,
+            "teachers": list(teachers),
+            "terms": {name: dict(term) for name, term in self.terms.items()},
+            "temperature": float(DEFAULT_TEMPERATURE if self.temperature is None else self.temperature),
+            "precision": self.precision,
+            "teachers_precision": str(
+                teacher_dtype(self.settings.teachers.precision, device_type_of(self.accelerator))
+            ),
+            "trainer": self.flags(),
+        }
+
+
+def link_method(lesson: Lesson, num_teachers: int, *, seed: int) -> Method:
+    """(1 - λ) CE + λ T² KL for a plain network.
+
+    Raises:
+        UserError: For an impossible option of a term.
+    """
+    return build_method(
+        "assistant",
+        lesson.terms,
+        num_classes=lesson.dataset.num_classes,
+        num_branches=1,
+        num_teachers=num_teachers,
+        temperature=lesson.temperature,
+        seed=seed,
+    )
+
+
+def train_assistant(
+    lesson: Lesson, spec: NetworkSpec, seed: int, teachers: TeacherEnsemble, scratch: Path
+) -> StagedNetwork:
+    """Distils the teachers into one network on one device, as the run does with a plain student.
+
+    It sees the student's training images in the student's views; with the student's seed and recipe, in the same
+    batches. An earlier try that was killed is continued from its last whole epoch.
+
+    Args:
+        lesson: What is taught, from what.
+        spec: Network to build.
+        seed: Initialisation, order and views.
+        teachers: The frozen ensemble.
+        scratch: Folder with the checkpoints of an earlier try, if there was one; receives ours, and the cost.
+
+    Returns:
+        The network with its last weights, in eval mode on the CPU.
+    """
+    recipe = lesson.settings.recipe
+    names = ", ".join(identity.id for identity in teachers.identities)
+    log.info("training assistant %s (seed %d), taught by %s", spec.name, seed, names)
+    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
+        torch.manual_seed(seed)
+        student = BranchedStudent(spec, branches=1, split_after="none")
+        method = link_method(lesson, teachers.num_teachers, seed=seed)
+        module = Distiller(
+            student,
+            method,
+            recipe,
+            teachers=teachers,
+            make_source=make_source(
+                lesson.settings, lesson.dataset, lesson.views, method, tables=lesson.table
+            ),
+            channels_last=lesson.settings.channels_last,
+            fold_teachers=lesson.settings.teachers.fold,
+            compile_student=lesson.settings.student.compile,
+        )
+        report = EpochReport(recipe.batch_size)
+        facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
+        with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
+            trainer = _trainer(lesson, scratch, [EpochSeed(seed), report], loggers)
+            trainer.fit(
+                module,
+                datamodule=_images(lesson, seed),
+                ckpt_path=_last_checkpoint(scratch),
+                weights_only=True,
+            )
+        network = _plain(student, spec)
+    write_json(scratch / COST, {"train_seconds": report.train_seconds, "steps": trainer.global_step})
+    return network
+
+
+def _images(lesson: Lesson, seed: int) -> ImageDataModule:
+    """The student's training images; nothing is chosen by validation, so none are held out for it a second time."""
+    recipe, index = lesson.settings.recipe, lesson.subset.train_index
+    only_training = Subset(
+        train_index=index,
+        val_index=index[:0],
+        sha256=lesson.subset.sha256,
+        fraction=lesson.subset.fraction,
+        per_class=lesson.subset.per_class,
+        seed=lesson.subset.seed,
+    )
+    return ImageDataModule(
+        lesson.dataset,
+        only_training,
+        lesson.views,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        mixing=Mixing(recipe.mixup, recipe.cutmix),
+    )
+
+
+def _trainer(
+    lesson: Lesson, scratch: Path, callbacks: Sequence[pl.Callback], loggers: list[Logger]
+) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=lesson.accelerator,
+        devices=1,
+        max_epochs=lesson.settings.recipe.epochs,
+        precision=lesson.precision,  # type: ignore[arg-type]  # a string that Lightning checks
+        default_root_dir=scratch,
+        logger=loggers,
+        callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), *callbacks],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **lesson.flags(),
+    )
+
+
+def _last_checkpoint(scratch: Path) -> Path | None:
+    """Where an earlier try stopped; None if it left nothing that can be read."""
+    path = scratch / "last.ckpt"
+    if not path.is_file():
+        return None
+    try:
+        step = int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
+    except Exception as error:  # torch raises many kinds for damaged files
+        warnings.warn(f"{path}: damaged ({type(error).__name__}); this assistant starts again", stacklevel=2)
+        path.unlink()
+        return None
+    log.info("going on from %s at step %d", path, step)
+    return path
+
+
+def _plain(student: BranchedStudent, spec: NetworkSpec) -> StagedNetwork:
+    """The one branch of a student without a trunk, as a network of its own."""
+    network = build_network(spec)
+    branch = student.branches[0]
+    network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
+    network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
+    return network.eval()

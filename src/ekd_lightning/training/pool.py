@@ -1,0 +1,268 @@
+"""From the configured pool to a frozen ensemble: plan first (cheap, every check), then load or train."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import (
+    NetworkSpec,
+    Normalization,
+    StagedNetwork,
+    TeacherEnsemble,
+    TeacherIdentity,
+    build_network,
+    file_sha256,
+    load_foreign,
+    load_network,
+    load_zoo_teacher,
+    normalization,
+    read_spec,
+    state_sha256,
+    zoo_entry,
+)
+from ekd_lightning.settings import RecipeSettings, TeacherEntry, TeacherSettings
+from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A pool member whose settings were checked and whose weights were not touched yet."""
+
+    id: str
+    spec: NetworkSpec
+    source: str
+    obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """What a teacher trained on demand may see, and who may see its curves."""
+
+    dataset: Dataset
+    subset: Subset
+    views: ViewFamily
+    train_on: str
+    curves: TeacherCurves | None = None
+
+    def index(self) -> torch.Tensor:
+        """Training images of the teacher, int64: those of the student, or all."""
+        if self.train_on == "subset":
+            return self.subset.train_index
+        return torch.arange(len(self.dataset.train))
+
+
+def usual_normalization(dataset: Dataset, name: str | None) -> Normalization:
+    """The named normalisation; without a name the data set's usual one."""
+    return normalization(name or dataset.normalization)
+
+
+def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
+    """Checks the first `count` members of the pool against the data set.
+
+    Returns:
+        One plan per teacher; none has been loaded or trained.
+
+    Raises:
+        UserError: For an empty pool, unknown names, or a teacher of another data set or class count.
+    """
+    count = len(settings.pool) if settings.count is None else settings.count
+    if count == 0:
+        raise UserError("teachers.pool=[]: the method needs at least one teacher")
+    plans = [
+        _plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)
+    ]
+    for plan in plans:
+        if plan.spec.num_classes != data.dataset.num_classes:
+            raise UserError(
+                f"teacher {plan.id!r} has {plan.spec.num_classes} classes, "
+                f"data set {data.dataset.name!r} has {data.dataset.num_classes}"
+            )
+    twice = {plan.id for plan in plans if sum(other.id == plan.id for other in plans) > 1}
+    if twice:
+        warnings.warn(f"teachers {sorted(twice)} are in the pool more than once", stacklevel=2)
+    return plans
+
+
+def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
+    """Loads or trains the planned teachers and freezes them."""
+    # Training comes last: a damaged file must not show only after hours.
+    order = sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
+    obtained = {m: plans[m].obtain() for m in order}
+    members, identities = [], []
+    for m, plan in enumerate(plans):
+        network, detail = obtained[m]
+        members.append(network)
+        identities.append(
+            TeacherIdentity(
+                id=plan.id,
+                sha256=state_sha256(network),
+                source=plan.source,
+                network=network.spec.name,
+                detail=detail,
+            )
+        )
+    return TeacherEnsemble(members, identities)
+
+
+def _plan(
+    settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
+) -> PlannedTeacher:
+    if entry.zoo:
+        return _plan_zoo(settings, entry.zoo, key, data)
+    if entry.file:
+        return _plan_file(entry, key, data)
+    return _plan_trained(settings, entry, data, accelerator)
+
+
+def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherData) -> PlannedTeacher:
+    known = zoo_entry(zoo_id)
+    if known.data != data.dataset.name:
+        raise UserError(f"{key}={zoo_id}: a teacher for {known.data}, but data.name={data.dataset.name}")
+
+    def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
+        folder = Path(settings.weights_dir)
+        try:
+            network, entry = load_zoo_teacher(zoo_id, folder, settings.download)
+        except UserError as error:
+            if (folder / known.file).is_file():
+                raise
+            advice = "teachers.weights_dir names that folder; teachers=trained trains teachers instead"
+            raise UserError(f"{error} ({advice})") from None
+        return network, {
+            "trained_on": "published",
+            "file": entry.file,
+            "file_sha256": entry.sha256,
+            "published_accuracy": entry.accuracy,
+        }
+
+    return PlannedTeacher(zoo_id, known.spec, "zoo", obtain)
+
+
+def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeacher:
+    path = Path(str(entry.file))
+    if not path.is_file():
+        raise UserError(f"{key}.file={path}: no such file")
+    detail = {"file": path.name, "file_sha256": file_sha256(path)}
+    if entry.network is None:
+        spec = read_spec(path)
+        return PlannedTeacher(path.stem, spec, "file", lambda: (load_network(path), detail))
+    if entry.key_map is None:
+        raise UserError(f"{key}.key_map: needed beside network={entry.network} to read a foreign checkpoint")
+    spec = NetworkSpec(
+        entry.network,
+        data.dataset.num_classes,
+        usual_normalization(data.dataset, entry.normalization),
+        entry.options,
+    )
+    key_map = entry.key_map
+    return PlannedTeacher(path.stem, spec, "file", lambda: (load_foreign(path, spec, key_map), detail))
+
+
+def _plan_trained(
+    settings: TeacherSettings, entry: TeacherEntry, data: TeacherData, accelerator: str
+) -> PlannedTeacher:
+    spec = NetworkSpec(
+        str(entry.train),
+        data.dataset.num_classes,
+        usual_normalization(data.dataset, entry.normalization),
+        entry.options,
+    )
+    build_network(spec)  # an unknown network or option is refused now, not after other teachers were trained
+    key = {
+        "network": spec.to_dict(),
+        "data": data.dataset.name,
+        "images": data.dataset.train.sha256,
+        "train_on": data.train_on,
+        "subset": data.subset.sha256 if data.train_on == "subset" else "all",
+        "views": data.views.key,
+        "recipe": asdict(settings.recipe),
+        "seed": entry.seed,
+    }
+    store = TeacherStore(Path(settings.store))
+
+    def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
+        network = store.get_or_train(
+            key, lambda scratch: train_teacher(spec, data, settings.recipe, entry.seed, scratch, accelerator)
+        )
+        return network, {"trained_on": data.train_on, "seed": entry.seed, "store_key": store.digest(key)}
+
+    return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain)
+
+
+def train_teacher(
+    spec: NetworkSpec,
+    data: TeacherData,
+    recipe: RecipeSettings,
+    seed: int,
+    scratch: Path,
+    accelerator: str = "auto",
+) -> StagedNetwork:
+    """Trains one network by cross-entropy on one device.
+
+    Args:
+        spec: Network to build.
+        data: Images it may see, and their augmentation.
+        recipe: Optimiser and schedule.
+        seed: Initialisation, order and views.
+        scratch: Folder for what Lightning writes.
+        accelerator: Lightning's flag.
+
+    Returns:
+        The network with its last weights, in eval mode on the CPU.
+    """
+    index = data.index()
+    log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
+    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
+        torch.manual_seed(seed)
+        network = build_network(spec)
+        only_training = Subset(
+            train_index=index,
+            val_index=index[:0],
+            sha256="",
+            fraction=len(index) / len(data.dataset.train),
+            per_class=None,
+            seed=seed,
+        )
+        module = ImageDataModule(
+            data.dataset,
+            only_training,
+            data.views,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            mixing=Mixing(recipe.mixup, recipe.cutmix),
+        )
+        facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
+        with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
+            trainer = pl.Trainer(
+                accelerator=accelerator,
+                devices=1,
+                max_epochs=recipe.epochs,
+                default_root_dir=scratch,
+                logger=loggers,
+                callbacks=[
+                    *checkpoint_callbacks(scratch, with_best=False),
+                    EpochSeed(seed),
+                    EpochReport(recipe.batch_size),
+                ],
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+            trainer.fit(Classifier(network, recipe), datamodule=module)
+    return network.eval().cpu()

@@ -1,0 +1,212 @@
+"""Every file of conf/: it composes, its values are possible, and nothing in it is unknown."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+
+import ekd_lightning.conf
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from ekd_lightning.config.build import build
+from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.data.views import make_views
+from ekd_lightning.methods import build_method
+from ekd_lightning.networks import NetworkSpec, build_network, normalization, zoo_entry
+from ekd_lightning.training.trainer import check_trainer
+
+CONF = Path(next(iter(ekd_lightning.conf.__path__)))
+GROUPS = (
+    "data",
+    "teachers",
+    "student",
+    "method",
+    "recipe",
+    "trainer",
+    "logger",
+    "callbacks",
+    "experiment",
+    "evaluation",
+    "debug",
+)
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
+OPTIONS = [(path.parent.as_posix(), path.name) for path in FILES if path.parent.as_posix() in GROUPS]
+OURS = {
+    "devices": 1,
+    "max_epochs": 15,
+    "precision": "auto",
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+def composed(*overrides: str, name: str = "train", hydra: bool = False):
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        return compose(name, overrides=list(overrides), return_hydra_config=hydra)
+
+
+def option_names(group: str) -> list[str]:
+    return [name for other, name in OPTIONS if other == group]
+
+
+def test_every_file_is_in_a_known_place():
+    elsewhere = [path.as_posix() for path in FILES if path.parent.as_posix() not in GROUPS]
+    assert {name.split("/")[0] for name in elsewhere} <= {"train", "teach", "hydra", "local"}
+    assert {group for group, _ in OPTIONS} == set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=["/".join(pair) for pair in OPTIONS])
+def test_every_option_composes_into_possible_settings(group, name, tmp_path):
+    cfg = composed(f"{group}={name}")
+    settings = to_settings(cfg)
+    settings.check()
+    check_trainer(settings.trainer)
+    for key, node in settings.callbacks.items():
+        assert isinstance(build(node, key), pl.Callback)
+    plain = to_plain(cfg)
+    write_config(plain, tmp_path)  # what is written down is what was composed
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == plain
+
+
+@pytest.mark.parametrize("name", ["train", "teach"])
+def test_the_main_files_compose(name):
+    to_settings(composed(name=name)).check()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin"), [("parallel", "joblib"), ("processes", "submitit"), ("slurm", "submitit")]
+)
+def test_launchers_compose_with_their_plugins(launcher, plugin):
+    pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+    cfg = composed(f"hydra/launcher={launcher}", "trainer.devices=2", hydra=True)
+    node = OmegaConf.to_container(cfg, resolve=False)["hydra"]["launcher"]
+    assert "Launcher" in node["_target_"]
+    if launcher == "processes":
+        assert cfg.hydra.launcher.gpus_per_node == 2
+    if launcher == "slurm":
+        assert (cfg.hydra.launcher.tasks_per_node, cfg.hydra.launcher.gpus_per_node) == (2, 2)
+
+
+def test_trainer_flags_are_those_of_lightning_with_its_defaults_but_ours():
+    flags = yaml.safe_load((CONF / "trainer" / "default.yaml").read_text())
+    signature = inspect.signature(pl.Trainer).parameters
+    assert set(flags) == set(signature) - {"logger", "callbacks", "default_root_dir"}
+    different = {name for name, value in flags.items() if value != signature[name].default}
+    same_meaning = {"log_every_n_steps", "accumulate_grad_batches"} & different  # null means these numbers
+    assert different - same_meaning == set(OURS)
+    trainer = to_settings(composed()).trainer
+    assert {name: trainer[name] for name in OURS} == OURS
+
+
+@pytest.mark.parametrize("name", option_names("trainer"))
+def test_a_trainer_option_changes_only_what_it_says(name):
+    own = yaml.safe_load((CONF / "trainer" / f"{name}.yaml").read_text())
+    found, default = (to_settings(composed(f"trainer={n}")).trainer for n in (name, "default"))
+    own.pop("defaults", None)
+    if name != "default":
+        assert {key for key in found if found[key] != default[key]} <= set(own)
+
+
+@pytest.mark.parametrize("name", option_names("method"))
+@pytest.mark.parametrize("branches", [None, 3])
+def test_every_method_builds_with_three_teachers(name, branches):
+    settings = to_settings(
+        composed(f"method={name}", *([f"student.branches={branches}"] if branches else []))
+    )
+    assert settings.method.name == name
+    shapes = {"stem": (16, 32, 32), "stage1": (16, 32, 32), "stage2": (32, 16, 16), "stage3": (64, 8, 8)}
+    method = build_method(
+        name,
+        settings.method.terms,
+        num_classes=10,
+        num_branches=settings.student.branches,
+        num_teachers=3,
+        temperature=settings.method.temperature,
+        assignment=settings.method.assignment,
+        seed=0,
+        student_features=64,
+        teacher_features=(64, 64, 64),
+        student_stage_shapes=shapes,
+        teacher_stage_shapes=(shapes,) * 3,
+        student_name="student",
+        teacher_names=("a", "b", "c"),
+        train_index=torch.arange(20),
+        train_labels=torch.arange(20) % 10,
+    )
+    given = [key for key, term in settings.method.terms.items() if term["weight"] > 0]
+    assert list(method.terms) == given
+
+
+def test_one_override_is_an_ablation():
+    ablation = ([], ["method.terms.feature_branch.weight=0"])
+    whole, without = (to_settings(composed(*words)).method.terms for words in ablation)
+    expected = copy.deepcopy(whole)
+    expected["feature_branch"]["weight"] = 0
+    assert without == expected
+
+
+@pytest.mark.parametrize("name", option_names("student"))
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "digits"])
+def test_every_student_builds_for_every_data_set(name, data):
+    from ekd_lightning.networks import BranchedStudent
+
+    student = to_settings(composed(f"student={name}", f"data={data}")).student
+    spec = NetworkSpec(student.network, 10, normalization("unit"), student.options)
+    with torch.device("meta"):
+        built = BranchedStudent(
+            spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble
+        )
+    assert built.num_branches == 3
+
+
+@pytest.mark.parametrize("name", option_names("teachers"))
+def test_every_teacher_of_every_pool_exists(name):
+    teachers = to_settings(composed(f"teachers={name}")).teachers
+    entries = [teachers.entry(position) for position in range(len(teachers.pool))]
+    for entry in entries:
+        if entry.zoo:
+            assert zoo_entry(entry.zoo).data in name
+        else:
+            with torch.device("meta"):
+                build_network(NetworkSpec(entry.train, 10, normalization("unit"), entry.options))
+    assert len({(e.zoo, e.train, e.seed) for e in entries}) == len(entries)
+
+
+@pytest.mark.parametrize("name", option_names("data"))
+def test_every_data_option_brings_its_teachers_recipe_and_views(name):
+    cfg = composed(f"data={name}", hydra=True)
+    choices = cfg.hydra.runtime.choices
+    assert (choices.teachers, choices.recipe) == (name, name)
+    data = to_settings(composed(f"data={name}")).data
+    assert make_views(data.augmentation, data.padding, data.flip).num_views == (
+        25 if name == "digits" else 162
+    )
+
+
+def test_a_chosen_pool_or_recipe_is_kept_beside_the_data():
+    cfg = composed("data=cifar10", "teachers=trained", "recipe=step", hydra=True)
+    assert (cfg.hydra.runtime.choices.teachers, cfg.hydra.runtime.choices.recipe) == ("trained", "step")
+
+
+@pytest.mark.parametrize("name", ["sweep_counts", "sweep_fraction"])
+def test_stored_sweeps_are_sweeps_of_known_keys(name):
+    cfg = composed(f"experiment={name}", hydra=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    for key, values in cfg.hydra.sweeper.params.items():
+        for value in str(values).split(","):
+            to_settings(composed(f"experiment={name}", f"{key}={value}")).check()
+
+
+def test_defaults_of_the_schema_that_conf_does_not_repeat():
+    from ekd_lightning.settings import Settings
+
+    settings = to_settings(composed())
+    assert (settings.seed, settings.metric, settings.resume) == (0, "val_accuracy", None)
+    assert settings.channels_last == Settings().channels_last

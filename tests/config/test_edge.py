@@ -1,0 +1,191 @@
+"""The edge itself: what becomes one line, what keeps its traceback, what `_target_` may name."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from ekd_lightning.config.build import build, import_user_modules
+from ekd_lightning.config.config import compose_settings
+from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.errors import UserError
+from ekd_lightning.studies import ddp
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in ("HYDRA_FULL_ERROR", *ddp._LAUNCH_ENV, "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")  # so that it is restored whatever happens to it
+        monkeypatch.delenv(name)
+
+
+def fail(error: BaseException):
+    def body():
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("x=1: too\n  much"), "ekd-x: error: x=1: too much"),
+        (PermissionError(13, "Permission denied", "/a"), "ekd-x: error: /a: Permission denied"),
+        (FileExistsError(17, "File exists", "/a"), "ekd-x: error: /a: File exists"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as stop:
+        run_program("ekd-x", fail(error))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+def interrupted_by_lightning() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def told_before() -> None:
+    with one_line("inner"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (fail(KeyboardInterrupt()), "ekd-x: interrupted"),
+        (fail(KeyboardInterrupt("2 of 3 done")), "ekd-x: interrupted: 2 of 3 done"),
+        (interrupted_by_lightning, "ekd-x: interrupted"),
+        (told_before, "inner: interrupted"),
+    ],
+)
+def test_an_interruption_is_one_line(capsys, body, line):
+    with pytest.raises(SystemExit) as stop:
+        run_program("ekd-x", body)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(3)])
+def test_our_own_mistakes_keep_their_traceback(capsys, error):
+    with pytest.raises(type(error)) as caught:
+        run_program("ekd-x", fail(error))
+    assert caught.value is error
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("target", ["os.system", "ekd_lightningx.run", "builtins.eval", "", "torch.load"])
+def test_only_known_packages_may_be_built(target):
+    with pytest.raises(UserError, match=r"callbacks\.x\._target_"):
+        build({"_target_": target}, "callbacks.x")
+
+
+def test_what_refuses_its_arguments_is_named():
+    with pytest.raises(UserError, match=r"^callbacks\.x: .*patients") as caught:
+        build(
+            {"_target_": "pytorch_lightning.callbacks.EarlyStopping", "monitor": "a", "patients": 3},
+            "callbacks.x",
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def sweep_job(tmp_path, monkeypatch):
+    """A job of a multirun, as Hydra would tell it."""
+    hydra = {
+        "overrides": {
+            "task": ["seed=1", "recipe.lr=0.1"],
+            "hydra": ["hydra.sweep.dir=x", "+hydra.searchpath=[file://own]", "hydra.mode=MULTIRUN"],
+        },
+        "run": {"dir": "elsewhere"},
+        "runtime": {"output_dir": str(tmp_path / "1")},
+    }
+    cfg = OmegaConf.create(hydra)
+    OmegaConf.set_struct(cfg, True)
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: cfg))
+    monkeypatch.setattr(sys, "argv", ["ekd-train", "-m", "-cn", "teach", "seed=1,2", "recipe.lr=0.1"])
+    return cfg
+
+
+def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_path):
+    before = list(sys.argv)
+    with ddp.ddp_reruns_this_job():
+        job = ["seed=1", "recipe.lr=0.1", "+hydra.searchpath=[file://own]", "hydra.mode=RUN"]
+        assert sys.argv == ["ekd-train", "-cn", "teach", *job]
+        assert sweep_job.run.dir == str(tmp_path / "1")
+        os.environ.update(LOCAL_RANK="0", NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
+    assert sys.argv == before
+    assert sweep_job.run.dir == "elsewhere"
+    assert not any(name in os.environ for name in ddp._LAUNCH_ENV)
+
+
+def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job):
+    with ddp.ddp_reruns_this_job(program="train.py"):
+        assert sys.argv[0] == "train.py"
+    assert sys.argv[0] == "ekd-train"
+
+
+def test_also_after_a_failure(sweep_job):
+    before = list(sys.argv)
+
+    def fails() -> None:
+        with ddp.ddp_reruns_this_job():
+            os.environ["LOCAL_RANK"] = "0"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert sys.argv == before
+    assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"])
+def test_a_rank_that_others_started_is_left_alone(sweep_job, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    before = list(sys.argv)
+    with ddp.ddp_reruns_this_job():
+        assert sys.argv == before
+    assert os.environ[name] == "1"
+
+
+def test_launch_variables_of_the_user_come_back(sweep_job, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    with ddp.ddp_reruns_this_job():
+        os.environ.update(MASTER_ADDR="changed", MASTER_PORT="1")
+    assert os.environ["MASTER_ADDR"] == "node0"
+    assert "MASTER_PORT" not in os.environ
+
+
+def test_nested_targets_are_checked_and_the_users_own_modules_allowed():
+    inner = {"_target_": "pytorch_lightning.callbacks.Timer", "duration": {"_target_": "os.system"}}
+    with pytest.raises(UserError, match=r"os\.system"):
+        build(inner, "callbacks.x")
+    with pytest.raises(UserError, match="has no _target_"):
+        build({"patience": 3}, "callbacks.x")
+    node = {"_target_": "fractions.Fraction", "numerator": 3}
+    with pytest.raises(UserError, match="must begin with"):
+        build(node, "callbacks.x")
+    assert build(node, "callbacks.x", ["fractions"]) == 3
+
+
+def test_settings_can_be_composed_without_the_command():
+    settings = compose_settings("method=kd_mean", "data.fraction=0.5", "seed=4")
+    assert (settings.method.name, settings.student.branches, settings.data.fraction) == ("kd_mean", 1, 0.5)
+    assert settings.trainer["max_epochs"] == settings.recipe.epochs
+
+
+def test_a_users_module_is_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "own_parts_of_a_test.py").write_text("ANSWER = 42\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import_user_modules(["own_parts_of_a_test"])
+    assert sys.modules.pop("own_parts_of_a_test").ANSWER == 42
+    with pytest.raises(UserError, match="no_such_module_here"):
+        import_user_modules(["no_such_module_here"])

@@ -1,0 +1,101 @@
+"""What `resume=DIR` is replaced by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ekd_lightning.config.config import changed_keys, write_config
+from ekd_lightning.config.resume import check_unchanged, expand_resume
+from ekd_lightning.errors import UserError
+
+PLAIN = {"recipe": {"epochs": 4, "lr": 0.1}, "trainer": {"max_epochs": 4}, "tags": []}
+
+
+@pytest.fixture
+def run(tmp_path):
+    def make(state="failed", epochs_done=None, overrides=("data=digits", "seed=3")):
+        write_config(PLAIN, tmp_path)
+        (tmp_path / "status.json").write_text(json.dumps({"state": state}))
+        if epochs_done is not None:
+            (tmp_path / "result.json").write_text(json.dumps({"epochs_done": epochs_done}))
+        (tmp_path / ".hydra").mkdir(exist_ok=True)
+        (tmp_path / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in overrides))
+        return tmp_path
+
+    return make
+
+
+def test_without_resume_nothing_changes():
+    for argv in (["ekd-train"], ["ekd-train", "seed=1"], ["ekd-train", "resume=null"]):
+        assert expand_resume(argv) is argv
+
+
+def test_recorded_overrides_come_first_and_new_ones_win(run):
+    directory = run()
+    found = expand_resume(["ekd-train", f"resume={directory}", "seed=4", "data=digits", "hydra.run.dir=x"])
+    own = [f"resume='{directory}'", f"hydra.run.dir='{directory}'", "hydra.output_subdir=null"]
+    assert found == ["ekd-train", "data=digits", "seed=3", "seed=4", *own, "hydra.mode=RUN"]
+
+
+def test_a_child_process_gets_the_same_words_again(run):
+    once = expand_resume(["ekd-train", f"resume={run()}", "trainer.max_epochs=9"])
+    assert expand_resume(once) == once
+
+
+@pytest.mark.parametrize(
+    ("state", "epochs_done"), [("running", None), ("failed", None), ("failed", 4), ("done", 3)]
+)
+def test_what_did_not_go_to_its_end_can_go_on(run, state, epochs_done):
+    expand_resume(["ekd-train", f"resume={run(state, epochs_done)}"])
+
+
+def test_what_did_cannot(run):
+    with pytest.raises(UserError, match="nothing to continue"):
+        expand_resume(["ekd-train", f"resume={run('done', 4)}"])
+
+
+@pytest.mark.parametrize("word", ["-m", "--multirun"])
+def test_a_sweep_cannot_resume(run, word):
+    with pytest.raises(UserError, match="multirun"):
+        expand_resume(["ekd-train", word, f"resume={run()}"])
+
+
+def test_a_run_without_its_start_cannot_resume(run):
+    directory = run()
+    (directory / ".hydra" / "overrides.yaml").unlink()
+    with pytest.raises(UserError, match=r"overrides\.yaml"):
+        expand_resume(["ekd-train", f"resume={directory}"])
+
+
+def test_changed_keys_are_dotted():
+    new = {"recipe": {"epochs": 4, "lr": 0.2, "new": 1}, "trainer": {"max_epochs": 4}, "tags": ["a"]}
+    assert changed_keys(PLAIN, new) == ["recipe.lr", "recipe.new", "tags"]
+    assert changed_keys(PLAIN, PLAIN) == []
+
+
+def test_only_what_does_not_change_the_result_may_change(run):
+    directory = run()
+    check_unchanged(directory, {**PLAIN, "trainer": {"max_epochs": 2}, "tags": ["x"], "resume": "y"})
+    for key, changed in (
+        ("recipe.lr", {**PLAIN, "recipe": {"epochs": 4, "lr": 0.2}}),
+        ("trainer.devices", {**PLAIN, "trainer": {"max_epochs": 4, "devices": 2}}),
+        ("tagsx", {**PLAIN, "tagsx": 1}),
+    ):
+        with pytest.raises(UserError, match=key):
+            check_unchanged(directory, changed)
+
+
+def test_flags_come_before_all_overrides(run):
+    directory = run()
+    found = expand_resume(["ekd-train", "--config-dir", "my_conf", f"resume={directory}"])
+    assert found[:5] == ["ekd-train", "--config-dir", "my_conf", "data=digits", "seed=3"]
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- a list", "b: \x00"])
+def test_a_damaged_configuration_is_told_by_path(run, text):
+    directory = run()
+    (directory / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml: damaged"):
+        check_unchanged(directory, PLAIN)

@@ -1,0 +1,209 @@
+"""How parts of an evaluation are run, kept, replaced and refused; the parts here are made up."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ekd_lightning.data import choose_subset, load_dataset
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
+from ekd_lightning.pipeline import evaluate_run
+from ekd_lightning.pipeline.evaluate_run import (
+    evaluate_finished_run,
+    evaluate_new_run,
+    find_part,
+    merge,
+    read_arrays,
+)
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.runs.record import write_json
+from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
+
+RESULT = {"method": "ekd", "test_accuracy": 0.5}
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Made-up parts by name; each counts its calls in `parts.calls`."""
+
+    class Parts(dict):
+        calls: list[str]
+
+    found = Parts()
+
+    def find(name):
+        def part(context):
+            found.calls.append(name)
+            answer = found[name]
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        return part
+
+    found.calls = []
+    monkeypatch.setattr(evaluate_run, "find_part", find)
+    return found
+
+
+def context(*parts, result=RESULT):
+    dataset = load_dataset("digits", "unused")
+    spec = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.5})
+    student = BranchedStudent(spec, branches=2, split_after="stage1").eval()
+    settings = Settings(evaluation=EvaluationSettings(parts=list(parts)))
+    subset = choose_subset(dataset.train.labels, fraction=0.1)
+    return EvaluationContext(settings, result, student, dataset, subset, torch.device("cpu"))
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The directory of a run without evaluation."""
+    write_json(tmp_path / "result.json", RESULT)
+    return tmp_path
+
+
+def read(directory):
+    return json.loads((directory / "result.json").read_text())
+
+
+def test_a_new_run_gets_what_its_parts_find(tmp_path, parts):
+    parts["predictions"] = Findings({"a": np.float32(0.5), "b": np.arange(3)}, {"x": np.arange(4)})
+    parts["generalisation"] = Findings(
+        {"c": {"d": [np.int64(1), math.nan]}}, {"y": np.ones((2, 2), np.float16)}
+    )
+    found = evaluate_new_run(context("generalisation", "predictions"), tmp_path)
+    assert found.items() >= {**RESULT, "a": 0.5, "b": [0, 1, 2], "evaluation_error": None}.items()
+    assert found["c"]["d"][0] == 1
+    assert found["evaluated"] == ["predictions", "generalisation"]
+    assert found["evaluation_seconds"].keys() == {"predictions", "generalisation"}
+    arrays = read_arrays(tmp_path)
+    np.testing.assert_array_equal(arrays["x"], np.arange(4))
+    assert arrays["y"].dtype == np.float16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz"]  # the caller writes the rest
+
+
+def test_without_parts_the_record_says_so(tmp_path, parts):
+    found = evaluate_new_run(context(), tmp_path)
+    assert found == {**RESULT, "evaluated": [], "evaluation_error": None}
+
+
+@pytest.mark.parametrize("error", [UserError("no such; folder"), RuntimeError("out of\nmemory")])
+def test_a_part_that_fails_is_stated_and_loses_nothing_else(tmp_path, parts, caplog, error):
+    parts |= {"predictions": error, "generalisation": Findings({"c": 1}), "flatness": error}
+    found = evaluate_new_run(context("predictions", "generalisation", "flatness"), tmp_path)
+    assert (found["evaluated"], found["c"], found["method"]) == (["generalisation"], 1, "ekd")
+    line = "no such, folder" if isinstance(error, UserError) else "RuntimeError: out of memory"
+    assert found["evaluation_error"] == f"predictions: {line}; flatness: {line}"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert ("Traceback" in caplog.text) is not isinstance(error, UserError)
+
+    write_json(tmp_path / "result.json", found)
+    parts |= {"predictions": Findings({"a": 1}), "flatness": Findings({"f": 1})}
+    evaluate_finished_run(context(result=found), tmp_path, ["predictions"])
+    assert read(tmp_path)["evaluation_error"] == f"flatness: {line}"
+    evaluate_finished_run(context(result=read(tmp_path)), tmp_path, ["flatness"])
+    assert read(tmp_path)["evaluation_error"] is None
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
+def test_who_stops_a_run_stops_its_evaluation(tmp_path, parts, stop):
+    parts["predictions"] = stop
+    with pytest.raises(type(stop)):
+        evaluate_new_run(context("predictions"), tmp_path)
+
+
+def test_parts_are_added_to_a_finished_run_once(finished, parts):
+    parts["efficiency"] = Findings({"ms": 2.0}, {"x": np.zeros(1)})
+    parts["predictions"] = Findings({"a": 1}, {"y": np.zeros(2)})
+    first = evaluate_finished_run(context(), finished, ["efficiency"])
+    assert (first.done, first.skipped, first.errors) == (["efficiency"], [], {})
+    second = evaluate_finished_run(context(result=read(finished)), finished, ["efficiency", "predictions"])
+    assert (second.done, second.skipped) == (["predictions"], ["efficiency"])
+    assert parts.calls == ["efficiency", "predictions"]
+    found = read(finished)
+    assert found == second.result
+    assert found.items() >= {**RESULT, "ms": 2.0, "a": 1}.items()
+    assert found["evaluated"] == ["predictions", "efficiency"]
+    assert read_arrays(finished).keys() == {"x", "y"}
+
+
+def test_by_force_a_part_replaces_what_it_wrote_and_nothing_else(finished, parts):
+    parts |= {"predictions": Findings({"a": 1}, {"x": np.zeros(1)}), "efficiency": Findings({"ms": 2.0})}
+    evaluate_finished_run(context(), finished, ["predictions", "efficiency"])
+    parts["predictions"] = Findings({"a": 7, "new": None}, {"x": np.ones(1)})
+    evaluate_finished_run(context(result=read(finished)), finished, ["predictions"], force=True)
+    found = read(finished)
+    assert (found["a"], found["new"], found["ms"]) == (7, None, 2.0)
+    assert read_arrays(finished)["x"] == 1
+
+
+def test_a_failure_leaves_the_record_of_a_finished_run_as_it_was(finished, parts):
+    parts["predictions"] = RuntimeError("broken")
+    before = (finished / "result.json").read_bytes()
+    outcome = evaluate_finished_run(context(), finished, ["predictions"])
+    assert outcome.errors == {"predictions": "predictions: RuntimeError: broken"}
+    assert (finished / "result.json").read_bytes() == before
+
+
+def test_two_evaluations_at_once_keep_each_others_findings(finished, parts):
+    """Both opened the run when nothing was there yet."""
+    parts |= {
+        "predictions": Findings({"a": 1}, {"x": np.zeros(1)}),
+        "efficiency": Findings({"ms": 2.0}, {"y": np.zeros(1)}),
+    }
+    first, second = context(), context()
+    evaluate_finished_run(first, finished, ["predictions"])
+    evaluate_finished_run(second, finished, ["efficiency"])
+    assert read(finished).items() >= {"a": 1, "ms": 2.0}.items()
+    assert read(finished)["evaluated"] == ["predictions", "efficiency"]
+    assert read_arrays(finished).keys() == {"x", "y"}
+
+
+@pytest.mark.parametrize("taken", ["test_accuracy", "a", "evaluated"])
+def test_names_of_others_are_not_taken(taken):
+    result = merge(RESULT, Findings({"a": 1}), "predictions", 0.1)
+    with pytest.raises(ValueError, match=taken):
+        merge(result, Findings({taken: 0}), "efficiency", 0.1)
+
+
+def test_arrays_of_others_are_not_taken(tmp_path, parts):
+    parts |= {"predictions": Findings({}, {"x": np.zeros(1)}), "flatness": Findings({}, {"x": np.ones(1)})}
+    found = evaluate_new_run(context("predictions", "flatness"), tmp_path)
+    assert "same arrays" in found["evaluation_error"]
+    assert read_arrays(tmp_path)["x"] == 0
+
+
+def test_a_killed_evaluation_can_be_repeated(finished, parts, monkeypatch):
+    """Killed between the two files: the arrays are there, the result is the old one."""
+    parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_run, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_finished_run(context(), finished, ["predictions"])
+    assert read(finished) == RESULT
+    assert evaluate_finished_run(context(), finished, ["predictions"]).done == ["predictions"]
+
+
+def test_damaged_arrays_are_named(finished, parts):
+    (finished / "arrays.npz").write_bytes(b"PK\x03\x04 half a file")
+    parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
+    outcome = evaluate_finished_run(context(), finished, ["predictions"])
+    assert "arrays.npz: damaged" in outcome.errors["predictions"]
+    np.savez(finished / "arrays.npz", x=np.array([object()]))  # would be unpickled
+    with pytest.raises(UserError, match="damaged"):
+        read_arrays(finished)
+
+
+@pytest.mark.parametrize("name", EVALUATION_PARTS)
+def test_every_part_is_there(name):
+    assert find_part(name).__name__ == name
+
+
+def test_an_unknown_part():
+    with pytest.raises(UserError, match="did you mean 'flatness'"):
+        find_part("flatnes")

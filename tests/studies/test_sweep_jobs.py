@@ -1,0 +1,388 @@
+"""A sweep on disk: its plan, how jobs stand, the lines it says on its way, and its summary."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekd_lightning.config.config import register_schema
+from ekd_lightning.errors import UserError
+from ekd_lightning.studies import launching, local_queue, sweep_resume
+from ekd_lightning.studies.sweep import as_typed, is_queued, locked, lost_job, plan_jobs, stopped, tell
+from ekd_lightning.studies.sweep_jobs import (
+    JobState,
+    Sweep,
+    SweepJob,
+    found_sweep,
+    look,
+    mark_interrupted,
+    read_sweep,
+    settled,
+    sweep_of,
+    varied_keys,
+    varied_values,
+    write_sweep,
+)
+from ekd_lightning.studies.sweep_progress import Progress, readable, seconds_left
+
+START = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
+
+
+def at(seconds: float) -> str:
+    return (START + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def job(folder: Path, name: str, *overrides: str) -> SweepJob:
+    return SweepJob(folder / name, overrides)
+
+
+def leave(directory: Path, state: str, *, since: float = 0, end: float = 0, error=None, **result) -> None:
+    """What a run leaves in its directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "provenance.json").write_text(json.dumps({"started": at(since)}))
+    (directory / "status.json").write_text(json.dumps({"state": state, "error": error, "time": at(end)}))
+    if state == "done":
+        (directory / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Sweep:
+    jobs = tuple(job(tmp_path, str(n), "data=digits", f"seed={n}", "lr=1") for n in range(4))
+    return Sweep(tmp_path, jobs, ("hydra/launcher=basic",), ("data=digits", "lr=1"), "train", None, at(0))
+
+
+# -- the plan -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_survives_writing_and_reading_and_moving(sweep, tmp_path):
+    write_sweep(sweep)
+    assert read_sweep(tmp_path) == sweep
+    moved = tmp_path.with_name(f"{tmp_path.name} moved")
+    tmp_path.rename(moved)
+    assert [j.directory for j in read_sweep(moved).jobs] == [moved / str(n) for n in range(4)]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"jobs": 3}'])
+def test_a_damaged_plan_is_named(tmp_path, text):
+    assert read_sweep(tmp_path) is None
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match=r"sweep\.json: damaged"):
+        read_sweep(tmp_path)
+
+
+def composed(*words: str):
+    register_schema()
+    return GlobalHydra.instance().hydra.compose_config(
+        "train", list(words), run_mode=RunMode.MULTIRUN, with_log_configuration=False
+    )
+
+
+def planned(folder: Path, *words: str) -> list[tuple[str, dict[str, str]]]:
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        jobs = plan_jobs(composed(*words), folder)
+    keys = varied_keys(jobs)
+    return [(j.directory.relative_to(folder).as_posix(), varied_values(j, keys)) for j in jobs]
+
+
+def test_the_plan_is_the_product_in_hydras_order(tmp_path):
+    found = planned(tmp_path, "method=ce,ekd", "seed=range(2)", "data.fraction=0.1")
+    assert found == [
+        ("0", {"method": "ce", "seed": "0"}),
+        ("1", {"method": "ce", "seed": "1"}),
+        ("2", {"method": "ekd", "seed": "0"}),
+        ("3", {"method": "ekd", "seed": "1"}),
+    ]
+
+
+def test_directories_of_ones_own_are_known_ahead(tmp_path):
+    subdir = "hydra.sweep.subdir=${method.name}/s${seed}_${hydra:job.num}"
+    found = planned(tmp_path, "method=ce,ekd", "seed=3", subdir)
+    assert [name for name, _ in found] == ["ce/s3_0", "ekd/s3_1"]
+
+
+def test_a_sweep_stored_in_an_experiment_is_planned_from_it(tmp_path):
+    found = planned(tmp_path, "experiment=sweep_counts", "seed=7,8")
+    assert len(found) == 3 * 3 * 2
+    assert found[0][1] == {"teachers.count": "1", "student.branches": "1", "seed": "7"}
+
+
+def test_other_sweepers_decide_as_they_go(tmp_path):
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        cfg = composed("seed=1")
+        cfg.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+        assert plan_jobs(cfg, tmp_path) is None
+
+
+def test_runs_of_an_unplanned_sweep_are_found_with_their_overrides(tmp_path):
+    (tmp_path / "a" / ".hydra").mkdir(parents=True)
+    (tmp_path / "a" / ".hydra" / "overrides.yaml").write_text("- seed=1\n- resume=x\n")
+    leave(tmp_path / "b" / "c", "done")
+    assert found_sweep(tmp_path).jobs == (job(tmp_path, "a", "seed=1"), job(tmp_path, "b/c"))
+
+
+def test_the_sweep_of_a_run_is_named_as_dashboards_do(tmp_path):
+    run = tmp_path / "day" / "time" / "ekd" / "0"
+    run.mkdir(parents=True)
+    assert sweep_of(run) is None
+    (tmp_path / "day" / "time" / "multirun.yaml").touch()
+    assert sweep_of(run) == "day/time"
+
+
+# -- how jobs stand -------------------------------------------------------------------------------------
+
+
+def test_every_state_is_told_apart(tmp_path):
+    cases = {
+        "waiting": lambda d: None,
+        "running": lambda d: leave(d, "running", since=3),
+        "done": lambda d: leave(d, "done", since=10, end=45, test_accuracy=0.5),
+        "partial": lambda d: leave(d, "done", partial=True),
+        "stopped": lambda d: leave(d, "failed", error="interrupted"),
+        "failed": lambda d: leave(d, "failed", error="x=1: no\nsecond line"),
+    }
+    for state, write in cases.items():
+        write(tmp_path / state)
+        found = look(job(tmp_path, state))
+        assert found.state == state
+        assert found.ended == (state not in ("waiting", "running"))
+    assert look(job(tmp_path, "done")).seconds == 35
+    assert look(job(tmp_path, "done")).result == {"test_accuracy": 0.5}
+    assert look(job(tmp_path, "failed")).error == "x=1: no"
+    assert look(job(tmp_path, "running")).since == START + timedelta(seconds=3)
+
+
+@pytest.mark.parametrize("name", ["status.json", "result.json"])
+@pytest.mark.parametrize("text", ["", "{", "3", "\x00"])
+def test_damaged_files_are_failures(tmp_path, name, text):
+    leave(tmp_path / "0", "done")
+    (tmp_path / "0" / name).write_text(text)
+    assert look(job(tmp_path, "0")).error == f"{name}: damaged"
+
+
+def test_what_an_earlier_sweep_left_in_the_folder_does_not_count(tmp_path):
+    leave(tmp_path / "0", "done", end=-10)
+    assert look(job(tmp_path, "0"), at(0)).state == "waiting"
+
+
+def test_a_resumed_job_took_its_last_part(tmp_path):
+    leave(tmp_path / "0", "done", since=0, end=100)
+    first = {"started": at(0), "resumed": [{"started": at(30)}, {"started": at(80)}]}
+    (tmp_path / "0" / "provenance.json").write_text(json.dumps(first))
+    assert look(job(tmp_path, "0")).seconds == 20
+
+
+def test_once_all_have_gone_home_nobody_is_running(tmp_path):
+    leave(tmp_path / "0", "running")
+    (tmp_path / "1" / ".hydra").mkdir(parents=True)
+    states = settled(look(job(tmp_path, name), at(0)) for name in "012")
+    assert [s.state for s in states] == ["failed", "failed", "waiting"]
+    assert [s.error for s in states][:2] == [
+        "killed: it ended without a word",
+        "ended before it had a record; see its log",
+    ]
+
+
+def test_an_interruption_marks_those_that_were_running(sweep):
+    for name, state in zip("012", ("done", "running", "failed"), strict=True):
+        leave(sweep.folder / name, state, error="x" if state == "failed" else None)
+    mark_interrupted(sweep.jobs)
+    assert [look(j).state for j in sweep.jobs] == ["done", "stopped", "failed", "waiting"]
+    assert json.loads((sweep.folder / "1" / "status.json").read_text())["error"] == "interrupted"
+
+
+def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
+    for name, state in zip("012", ("done", "running", "failed"), strict=True):
+        leave(sweep.folder / name, state, error="x")
+    monkeypatch.chdir(sweep.folder.parent)
+    expected = "1 of 4 runs done, 1 failed, 1 stopped, 1 not started"
+    assert stopped(sweep) == f"{expected}; to continue: ekd-train resume={sweep.folder.name}"
+    assert stopped(sweep, "ekd-compare --output x").endswith("; to continue: ekd-compare --output x")
+
+
+def test_jobs_of_a_cluster_go_on_without_us(sweep):
+    leave(sweep.folder / "0", "running")
+    said = stopped(sweep, queued=True)
+    assert said.startswith(
+        "0 of 4 runs done, 1 running, 3 not started; to continue, once the queue is empty: "
+    )
+    assert look(sweep.jobs[0]).state == "running"
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        for launcher, queued in (("basic", False), ("slurm", True)):
+            if queued:
+                pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+            cfg = compose("train", overrides=[f"hydra/launcher={launcher}"], return_hydra_config=True)
+            assert is_queued(cfg) == queued
+
+
+def test_a_path_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert as_typed(tmp_path / "a b") == "'a b'"
+    assert as_typed(Path("/elsewhere/x")) == "/elsewhere/x"
+
+
+# -- progress -------------------------------------------------------------------------------------------
+
+
+@given(
+    st.floats(1, 1e4),
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.integers(0, 20),
+)
+def test_time_left_of_equal_jobs_is_that_of_a_schedule(duration, done, workers, waiting):
+    # Workers that just began, and whole rounds of waiting jobs: the schedule is rounds × duration.
+    rounds = -(-waiting // workers)
+    left = seconds_left([duration] * done, [0.0] * workers, rounds * workers, workers)
+    assert left == pytest.approx((rounds + 1) * duration)
+
+
+def test_time_left_counts_what_runs_and_never_goes_below_nothing():
+    assert seconds_left([], [1.0], 3, 1) is None
+    assert seconds_left([10.0, 20.0], [5.0], 2, 1) == 15 + 15 + 10
+    assert seconds_left([10.0], [99.0], 0, 1) == 0
+    assert seconds_left([10.0], [], 2, 0) == 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (99.4, "99 s"), (120, "2 min"), (3599, "1 h 00 min"), (12_000, "3 h 20 min")],
+)
+def test_durations_are_readable(seconds, words):
+    assert readable(seconds) == words
+
+
+def test_each_job_that_ends_is_a_line_and_no_job_is_told_twice(sweep):
+    leave(sweep.folder / "0", "done", since=0, end=5, test_accuracy=0.25)
+    lines: list[str] = []
+    progress = Progress(sweep, lambda text: lines.append(text.plain))
+    progress.look()
+    assert lines == []  # done before
+    leave(sweep.folder / "1", "done", since=10, end=40, test_accuracy=0.7155)
+    progress.look()
+    progress.look()
+    assert lines == [
+        "sweep 2/4 ━━━━━━────── seed=1: test accuracy 71.55 %, 30 s  (2 waiting, about 60 s left)"
+    ]
+    leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no")
+    leave(sweep.folder / "3", "running", since=-1e6)
+    progress.look()
+    assert lines[1] == (
+        "sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)"
+    )
+    leave(sweep.folder / "3", "done", since=43, end=44, test_accuracy=1)
+    progress.look()
+    assert lines[2] == "sweep 4/4 ━━━━━━━━━━━━ seed=3: test accuracy 100.00 %, 1 s  (1 failed)"
+
+
+def test_a_failed_job_that_is_tried_again_is_told_when_it_ends_again(sweep):
+    leave(sweep.folder / "0", "failed", end=5, error="x")
+    lines: list[str] = []
+    progress = Progress(sweep, lambda text: lines.append(text.plain), since=at(10))
+    progress.look()
+    assert lines == []
+    leave(sweep.folder / "0", "done", since=11, end=12, test_accuracy=0.5)
+    progress.look()
+    assert len(lines) == 1
+
+
+# -- the end --------------------------------------------------------------------------------------------
+
+
+def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypatch):
+    monkeypatch.chdir(sweep.folder.parent)
+    write_sweep(sweep)
+    leave(sweep.folder / "0", "done", test_accuracy=0.5, val_accuracy=0.4, train_seconds=12.3)
+    leave(sweep.folder / "1", "failed", error="lr=1: no")
+    leave(sweep.folder / "2", "running")
+    tell(sweep.folder)
+    name, lines = sweep.folder.name, capsys.readouterr().out.splitlines()
+    assert lines[-5:] == [
+        f"{sweep.folder}: 1 of 4 runs done, 2 failed",
+        "  failed: 1  lr=1: no",
+        "  failed: 2  killed: it ended without a word",
+        f"continue:  ekd-train resume={name}",
+        f"report:    ekd-report {name} -o {name}/report",
+    ]
+    assert any(line.split() == ["0", "0", "50.00", "40.00", "12", "done"] for line in lines)
+    assert any(line.split()[-2:] == ["not", "started"] for line in lines)
+
+
+def test_a_sweep_that_was_refused_at_once_says_nothing(sweep, capsys):
+    write_sweep(sweep)
+    tell(sweep.folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    tell(tmp_path)
+    told = capsys.readouterr().out
+    assert "0 of 1 runs done, 1 failed" in told
+    assert "see its log" in told
+
+
+def test_a_killed_worker_is_one_line_and_our_own_mistakes_are_not():
+    class TerminatedWorkerError(Exception):
+        pass
+
+    TerminatedWorkerError.__module__ = "joblib.externals.loky.process_executor"
+    assert lost_job(TerminatedWorkerError("ended\n  unexpectedly")) == "a job was killed: ended"
+    assert lost_job(TerminatedWorkerError()) == "a job was killed: TerminatedWorkerError"
+    assert lost_job(ValueError("ours")) is None
+
+
+def test_nobody_elses_process_is_taken_for_a_job(tmp_path):
+    (tmp_path / ".submitit" / "1").mkdir(parents=True)
+    (tmp_path / ".submitit" / "%j").mkdir()
+    (tmp_path / ".submitit" / "99999999999999999999").mkdir()
+    local_queue.stop_local_queue(tmp_path)
+    local_queue.wait_for_local_queue(tmp_path)
+
+
+def test_a_state_without_a_result_is_empty(tmp_path):
+    assert JobState(job(tmp_path, "0"), "waiting").result == {}
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available")])
+def test_a_file_system_without_locks_is_no_reason_not_to_sweep(tmp_path, monkeypatch, error):
+    def acquire(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path):
+        pass
+    with sweep_resume._alone(tmp_path):
+        pass
+
+
+def test_a_taken_lock_is_told_apart_from_none(tmp_path):
+    with locked(tmp_path), pytest.raises(Timeout), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "first\nsecond"])
+def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, caplog, text):
+    class Silent(launching.ListSweeper):
+        def setup(self, **kwargs):
+            pass
+
+        def sweep(self, arguments):
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(launching, "ListSweeper", Silent)
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        register_schema()
+        launching.launch([], tmp_path, [])
+    (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
+    assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"

@@ -1,0 +1,228 @@
+"""Stage outputs of teachers: kept in tables of their own where a run asks for it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.views import CropFlip
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import (
+    NetworkSpec,
+    TeacherEnsemble,
+    TeacherIdentity,
+    build_network,
+    normalization,
+    state_sha256,
+)
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.table_budget import present_bytes
+from ekd_lightning.teachers.frozen import TeacherFormat
+from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers.tabled import TabledTeachers
+
+N, C, SIDE = 30, 5, 8
+VIEWS = CropFlip(padding=1)
+PLAIN = TeacherFormat(precision="float32", compile="never")
+STAGES = ("stage2", "stage3")
+POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+FITNET = "+method.terms.feature_branch={weight: 1.0, feature: stage2}"
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> TeacherEnsemble:
+    torch.manual_seed(0)
+    members = [
+        build_network(NetworkSpec(name, C, normalization("cifar10"))) for name in ("resnet8", "resnet14")
+    ]
+    identities = [TeacherIdentity(f"t{m}", state_sha256(net), "file", "x") for m, net in enumerate(members)]
+    return TeacherEnsemble(members, identities)
+
+
+def make_batch(index, view) -> Batch:
+    at, which = torch.tensor(index), torch.tensor(view)
+    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
+
+
+def tabled(ensemble, folder: Path, **changes) -> TabledTeachers:
+    usual = {
+        "image_set_sha256": "b" * 64,
+        "num_images": N,
+        "views": VIEWS,
+        "include_pooled": True,
+        "how": PLAIN,
+    }
+    return TabledTeachers(ensemble, folder, **{**usual, "keep_stages": STAGES, "image_size": SIDE, **changes})
+
+
+def equal(first, second) -> bool:
+    return (
+        torch.equal(first.logits, second.logits)
+        and all(torch.equal(a, b) for a, b in zip(first.pooled, second.pooled, strict=True))
+        and all(
+            torch.equal(a[name], b[name])
+            for a, b in zip(first.stages, second.stages, strict=True)
+            for name in a
+        )
+    )
+
+
+def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_path):
+    batch = make_batch([3, 0, 3, 29], [1, 7, 1, 17])
+    live = LiveTeachers(ensemble, PLAIN)(batch, STAGES)
+    cold, warm = tabled(ensemble, tmp_path), tabled(ensemble, tmp_path)
+    first, second = cold(batch, STAGES), warm(batch, STAGES)
+    assert equal(first, second)
+    assert (warm.hits, warm.misses) == (8, 0)
+    for found, expected in zip(first.stages, live.stages, strict=True):
+        assert set(found) == set(STAGES)
+        for name in STAGES:
+            torch.testing.assert_close(found[name], expected[name].half().float(), rtol=1e-3, atol=1e-3)
+            assert found[name].shape == expected[name].shape
+    torch.testing.assert_close(first.logits, live.logits, rtol=1e-3, atol=2e-3)
+
+
+def test_a_part_of_the_stages_can_be_asked_for(ensemble, tmp_path):
+    batch = make_batch([1, 2], [0, 1])
+    found = tabled(ensemble, tmp_path)(batch, ("stage3",))
+    assert [set(stages) for stages in found.stages] == [{"stage3"}, {"stage3"}]
+
+
+def test_an_epoch_ahead_computes_every_row_once(ensemble, tmp_path, monkeypatch):
+    source = tabled(ensemble, tmp_path)
+    index, view = torch.arange(N), torch.arange(N) % VIEWS.num_views
+    asked = []
+    frozen = source._live.frozen
+    original = type(frozen(STAGES)).ask
+
+    def ask(self, m, images, batch_size=None):
+        asked.append(len(images))
+        return original(self, m, images, batch_size)
+
+    monkeypatch.setattr(type(frozen(STAGES)), "ask", ask)
+    source.prepare_epoch(index, view, lambda i, v: VIEWS(POOL[i], v, i))
+    assert sum(asked) == 2 * N  # logits, pooled features and stages in one pass
+    assert (source.hits, source.misses) == (0, 2 * N)
+    batch = make_batch([4, 5], [4, 5])
+    output = source(batch, STAGES)
+    assert sum(asked) == 2 * N
+    assert equal(output, tabled(ensemble, tmp_path)(batch, STAGES))
+
+
+def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_path):
+    tabled(ensemble, tmp_path)
+    assert len(list(tmp_path.glob("*.rows"))) == 2 * (1 + len(STAGES))
+    before = set(tmp_path.glob("*.rows"))
+    tabled(ensemble, tmp_path, keep_stages=())
+    assert set(tmp_path.glob("*.rows")) == before
+
+
+def test_a_damaged_stage_row_is_computed_again(ensemble, tmp_path):
+    batch = make_batch([2, 9], [3, 3])
+    first = tabled(ensemble, tmp_path)(batch, STAGES)
+    for path in tmp_path.glob("*.rows"):
+        blob = bytearray(path.read_bytes())
+        blob[:] = bytes(b ^ 0xFF if b else 0 for b in blob)
+        path.write_bytes(bytes(blob))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert equal(tabled(ensemble, tmp_path)(batch, STAGES), first)
+    assert equal(tabled(ensemble, tmp_path)(batch, STAGES), first)
+
+
+def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    batch = make_batch([2, 9], [3, 3])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = tabled(ensemble, blocked)
+        found = [source(batch, STAGES) for _ in range(2)]
+    assert len([w for w in caught if "cannot be kept" in str(w.message)]) == 1
+    assert equal(found[0], found[1])
+    assert (source.hits, source.misses) == (0, 8)
+
+
+def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
+    live = prepare(tiny_settings(FITNET), "cpu")
+    assert not live.table
+    kept = prepare(tiny_settings(FITNET, "teachers.table_stages=true"), "cpu")
+    assert kept.table
+    runs = [
+        train(tmp_path / f"run{i}", FITNET, "teachers.table_stages=true", f"teachers.store={tmp_path / 's'}")
+        for i in range(2)
+    ]
+    assert [run.code for run in runs] == [0, 0], runs[0].err
+    assert [run.result["teacher_table_hit_rate"] for run in runs] == [0.0, 1.0]
+    assert runs[0].result["test_nll"] == runs[1].result["test_nll"]
+
+
+def test_a_method_that_needs_stages_for_a_while_reads_tables_afterwards(train, tmp_path):
+    hint = "{weight: 1.0, feature: stage2, schedule: {linear: [[0, 1], [0.5, 1], [0.5, 0]]}}"
+    words = (f"+method.terms.feature_branch={hint}", "method.terms.kd_branch.weight=1", "recipe.epochs=2")
+    first, second = (
+        train(tmp_path / f"run{i}", *words, f"teachers.store={tmp_path / 's'}") for i in range(2)
+    )
+    assert (first.code, second.code) == (0, 0), first.err
+    # 4 steps an epoch, none in tables in the first: two teachers × 128 images live, then 128 looked up.
+    assert first.result["teacher_table_hit_rate"] < second.result["teacher_table_hit_rate"] == 0.5
+    assert first.result["test_nll"] == second.result["test_nll"]
+
+
+def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_path, monkeypatch):
+    """An epoch finds its own rows, not those of the one before."""
+    prepared = []
+
+    def prepare_epoch(self, index, view, gather):
+        prepared.append(len(index))
+        return whole(self, index, view, gather)
+
+    whole = TabledTeachers.prepare_epoch
+    monkeypatch.setattr(TabledTeachers, "prepare_epoch", prepare_epoch)
+    late = "{weight: 1.0, feature: stage2, schedule: {linear: [[0, 0], [0.5, 0], [0.5, 1]]}}"
+    words = (f"+method.terms.feature_branch={late}", "method.terms.kd_branch.weight=1", "recipe.epochs=2")
+    run = train(tmp_path / "run", *words, "teachers.table_stages=true", f"teachers.store={tmp_path / 's'}")
+    assert run.code == 0, run.err
+    assert prepared == [128, 128]
+
+
+def test_tables_that_would_not_fit_are_refused_where_required(tiny_settings):
+    small = "teachers.table_budget_gb=0.001"
+    with pytest.raises(UserError, match=r"teachers\.table=require.*budget"):
+        prepare(tiny_settings(FITNET, "teachers.table_stages=true", "teachers.table=require", small), "cpu")
+
+
+def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp_path):
+    batch = make_batch([2, 9], [3, 3])
+    tabled(ensemble, tmp_path)(batch, STAGES)
+    tabled(ensemble, tmp_path, image_set_sha256="c" * 64)(batch, STAGES)
+    assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
+    assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
+    own = {
+        path: json.loads(path.with_suffix(".json").read_text()).get("stage", "")
+        for path in tmp_path.glob("*.rows")
+        if '"' + "b" * 64 + '"' in path.with_suffix(".json").read_text()
+    }
+    blocks = {path: path.stat().st_blocks * 512 for path in own}
+    ordinary = sum(size for path, size in blocks.items() if not own[path])
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 2) == ordinary > 0
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 2, STAGES) == sum(blocks.values()) > ordinary
+    smallest = min(size for path, size in blocks.items() if not own[path])
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 1) == smallest
+    (tmp_path / "broken.json").write_text("{")
+    assert present_bytes(tmp_path, "b" * 64, VIEWS.key, 100, STAGES) == sum(blocks.values())
+
+
+def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tmp_path):
+    batch = make_batch([4, 5], [4, 5])
+    first = tabled(ensemble, tmp_path, keep_stages=())(batch)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.rows")}
+    source = tabled(ensemble, tmp_path)
+    source.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i))
+    assert {path: path.read_bytes() for path in before} == before
+    assert torch.equal(source(batch, STAGES).logits, first.logits)

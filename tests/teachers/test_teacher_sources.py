@@ -1,0 +1,377 @@
+"""Live and tabled teachers: the same answers, asked live, batch by batch or an epoch ahead."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.views import CropFlip
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import (
+    NetworkSpec,
+    TeacherEnsemble,
+    TeacherIdentity,
+    build_network,
+    normalization,
+    state_sha256,
+)
+from ekd_lightning.teachers import frozen as frozen_teachers
+from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers.tabled import TabledTeachers
+
+N, C = 40, 5  # images of the set, classes
+PLAIN = TeacherFormat(precision="float32", compile="never")
+
+
+VIEWS = CropFlip(padding=1)
+V = VIEWS.num_views
+SIDE = 8
+
+
+@pytest.fixture
+def ensemble() -> TeacherEnsemble:
+    torch.manual_seed(0)
+    spec = NetworkSpec("resnet8", C, normalization("cifar10"))
+    members = [build_network(spec) for _ in range(2)]
+    identities = [
+        TeacherIdentity(f"tutor{m}", state_sha256(net), "file", "resnet8") for m, net in enumerate(members)
+    ]
+    return TeacherEnsemble(members, identities)
+
+
+POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def make_batch(index: list[int], view: list[int]) -> Batch:
+    at, which = torch.tensor(index), torch.tensor(view)
+    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
+
+
+def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
+    usual = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "include_pooled": True}
+    return TabledTeachers(ensemble, folder, **{**usual, "how": PLAIN, **changes})
+
+
+def same(first, second) -> bool:
+    pairs = zip((first.logits, *first.pooled), (second.logits, *second.pooled), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
+    cold, batch = tabled(ensemble, tmp_path), make_batch([1, 5, 1, 39], [0, 17, 3, 2])
+    assert cold.hit_rate is None
+    first = cold(batch)
+    assert (cold.hits, cold.misses, cold.hit_rate) == (0, 8, 0.0)
+    assert same(first, cold(batch))
+    assert (cold.hits, cold.misses, cold.hit_rate) == (8, 8, 0.5)
+    warm = tabled(ensemble, tmp_path)
+    assert same(first, warm(batch))
+    assert (warm.hits, warm.misses, warm.hit_rate) == (8, 0, 1.0)
+    assert warm.disk_bytes() > 0
+
+
+def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
+    batch = make_batch(list(range(20)), [i % V for i in range(20)])
+    live, known = LiveTeachers(ensemble, PLAIN)(batch), tabled(ensemble, tmp_path)(batch)
+    assert live.logits.shape == known.logits.shape == (2, 20, C)
+    assert known.logits.dtype == torch.float32
+    assert [p.shape for p in known.pooled] == [p.shape for p in live.pooled]
+    assert known.stages == ({}, {})
+    torch.testing.assert_close(known.logits, live.logits, rtol=1e-3, atol=1e-4)
+    for a, b in zip(known.pooled, live.pooled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert torch.equal(known.logits, known.logits.half().float())
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[int, int]]:
+    """(teacher, number of images) of every question to a teacher."""
+    questions = []
+    genuine = FrozenTeachers.ask
+
+    def ask(self, m, images, *rest):
+        questions.append((m, len(images)))
+        return genuine(self, m, images, *rest)
+
+    monkeypatch.setattr(FrozenTeachers, "ask", ask)
+    return questions
+
+
+def test_only_missing_images_pass_through_a_teacher(ensemble, tmp_path, asked):
+    source = tabled(ensemble, tmp_path)
+    source(make_batch([0, 1, 2], [0, 0, 0]))
+    mixed = source(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
+    assert asked == [(0, 3), (1, 3), (0, 1), (1, 1)]  # the repeated image is computed once
+    assert torch.equal(mixed.logits[:, 1], mixed.logits[:, 3])
+    assert same(mixed, source(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
+    assert len(asked) == 4
+
+
+def test_without_pooled_there_are_none(ensemble, tmp_path):
+    source, batch = tabled(ensemble, tmp_path, include_pooled=False), make_batch([1], [1])
+    for _ in range(2):
+        assert source(batch).pooled == ()
+
+
+def test_another_image_set_or_format_shares_nothing(ensemble, tmp_path):
+    batch = make_batch([1, 2], [0, 1])
+    tabled(ensemble, tmp_path)(batch)
+    for change in ({"image_set_sha256": "c" * 64}, {"how": TeacherFormat(precision="bfloat16")}):
+        other = tabled(ensemble, tmp_path, **change)
+        other(batch)
+        assert other.hits == 0
+
+
+def test_the_students_autocast_does_not_reach_the_teachers(ensemble, tmp_path):
+    batch = make_batch([1, 2, 3], [0, 1, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = tabled(ensemble, tmp_path / "a")(batch)
+        live = LiveTeachers(ensemble, PLAIN)(batch)
+    assert same(inside, tabled(ensemble, tmp_path / "b")(batch))
+    assert torch.equal(live.logits, LiveTeachers(ensemble, PLAIN)(batch).logits)
+
+
+def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
+    source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
+    output, live = source(batch, ("stage2",)), LiveTeachers(ensemble, PLAIN)(batch, ("stage2",))
+    for found, expected in zip(output.stages, live.stages, strict=True):
+        assert set(found) == {"stage2"}
+        assert torch.equal(found["stage2"], expected["stage2"])
+    assert source.hit_rate == 0.0
+
+
+def test_live_teachers_have_no_hit_rate(ensemble):
+    live = LiveTeachers(ensemble, PLAIN)
+    output = live(make_batch([1], [0]), ("stage1",))
+    assert not output.logits.requires_grad
+    assert (live.hits, live.misses, live.hit_rate) == (0, 0, None)
+
+
+def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    batch = make_batch([1, 2], [0, 1])
+    with pytest.warns(RuntimeWarning, match="teachers run live") as caught:
+        source = tabled(ensemble, tmp_path / "file" / "tables")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = [source(batch) for _ in range(2)]
+    assert same(results[0], results[1])
+    assert same(results[0], tabled(ensemble, tmp_path / "tables")(batch))
+    assert (source.hits, source.misses) == (0, 8)
+
+
+def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, monkeypatch):
+    source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
+    source(known)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.warns(RuntimeWarning, match="No space left") as caught:
+        results = [source(unknown) for _ in range(2)]
+    assert len(caught) == 1
+    assert same(results[0], results[1])
+    hits = source.hits
+    source(known)
+    assert source.hits == hits + 2
+
+
+def test_a_table_cut_short_during_the_run_costs_one_warning(ensemble, tmp_path):
+    source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
+    first = source(batch)
+    for path in tmp_path.glob("*.rows"):
+        os.truncate(path, 0)
+    with pytest.warns(RuntimeWarning, match="cut short") as caught:
+        again = source(batch)
+    assert len(caught) == 1
+    assert same(first, again)
+
+
+def test_a_teacher_that_is_not_finite_is_named(ensemble, tmp_path):
+    with torch.no_grad():
+        ensemble.members[1].head.bias[0] = float("nan")
+    with pytest.raises(UserError, match="tutor1"):
+        tabled(ensemble, tmp_path)(make_batch([1], [0]))
+
+
+def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble, tmp_path):
+    batch = make_batch([1, 5, 2, 39], [0, 17, 3, 2])
+    expected = tabled(ensemble, tmp_path)(batch)
+    narrow = tabled(ensemble, tmp_path, include_pooled=False)
+    found = narrow(batch)
+    assert (narrow.hits, narrow.misses, found.pooled) == (8, 0, ())
+    assert torch.equal(found.logits, expected.logits)
+    fresh = narrow(make_batch([7], [1]))  # what it adds must serve the runs that need features
+    wide = tabled(ensemble, tmp_path)
+    assert torch.equal(wide(make_batch([7], [1])).logits, fresh.logits)
+    assert (wide.hits, wide.misses) == (2, 0)
+
+
+# --- an epoch ahead
+
+
+def gather(index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    return VIEWS(POOL[index], view, index)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(N)), st.integers(0, N), st.integers(1, 50), st.integers(0, 2**31))
+def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, known, chunk, seed):
+    torch.manual_seed(0)
+    ensemble = TeacherEnsemble(
+        [build_network(NetworkSpec("resnet8", C, normalization("unit"), {"width": 0.25})) for _ in range(2)],
+        [TeacherIdentity(f"t{m}", f"{m}" * 64, "file", "resnet8") for m in range(2)],
+    ).eval()
+    folder = tmp_path_factory.mktemp("tables")
+    index = torch.tensor(order)
+    view = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
+    expected = LiveTeachers(ensemble, PLAIN)(make_batch(order, view.tolist()))
+    source = tabled(ensemble, folder)
+    if known:
+        source(make_batch(order[:known], view[:known].tolist()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(frozen_teachers.CHUNK, "cpu", chunk)
+        source = tabled(ensemble, folder)
+        source.prepare_epoch(index, view, gather)
+        assert (source.hits, source.misses) == (2 * known, 2 * (N - known))
+        whole = source(make_batch(order, view.tolist()))
+        warm = tabled(ensemble, folder)
+        warm.prepare_epoch(index, view, gather)
+        again = warm(make_batch(order, view.tolist()))
+    assert (warm.hits, warm.misses) == (2 * N, 0)
+    assert same(whole, again)
+    torch.testing.assert_close(whole.logits, expected.logits, rtol=1e-3, atol=1e-3)
+    for one, other in zip(whole.pooled, expected.pooled, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_row_that_was_not_prepared_is_nan(ensemble, tmp_path):
+    source = tabled(ensemble, tmp_path)
+    source.prepare_epoch(torch.tensor([3, 1]), torch.tensor([0, 2]), gather)
+    found = source(make_batch([1, 3, 3, 5], [2, 0, 1, 0]))
+    known = torch.tensor([True, True, False, False])
+    assert torch.equal(found.logits.isfinite().all(dim=(0, 2)), known)
+    for pooled in found.pooled:
+        assert torch.equal(pooled.isfinite().all(dim=1), known)
+
+
+def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    batch = make_batch([4, 2], [1, 0])
+    with pytest.warns(RuntimeWarning, match="teachers run live"):
+        source = tabled(ensemble, tmp_path / "file" / "tables")
+    source.prepare_epoch(batch.index, batch.view, gather)
+    assert same(source(batch), tabled(ensemble, tmp_path / "tables")(batch))
+
+
+def test_mixed_images_are_refused(ensemble, tmp_path):
+    batch = make_batch([1], [0])
+    with pytest.raises(ValueError, match="mixed"):
+        tabled(ensemble, tmp_path)(batch._replace(soft_labels=torch.ones(1, C) / C))
+
+
+# --- the format
+
+
+def ready(ensemble: TeacherEnsemble, images: torch.Tensor, **how):
+    teachers = FrozenTeachers(ensemble, TeacherFormat(**how))
+    return [teachers.ask(m, images) for m in range(2)]
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_formats_agree(ensemble, fold, channels_last):
+    with torch.no_grad():
+        expected = ensemble(POOL)
+    found = ready(ensemble, POOL, precision="float32", fold=fold, channels_last=channels_last)
+    for m, output in enumerate(found):
+        torch.testing.assert_close(output.logits, expected.logits[m], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.pooled, expected.pooled[m], rtol=1e-4, atol=1e-5)
+    half = ready(ensemble, POOL, precision="bfloat16", fold=fold, channels_last=channels_last)
+    for m, output in enumerate(half):
+        assert (output.logits.log_softmax(-1) - expected.logits[m].log_softmax(-1)).abs().max() < 0.05
+
+
+@pytest.mark.filterwarnings("error:torch.compile does not work")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_teachers_agree_for_any_batch(ensemble):
+    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
+    with torch.no_grad():
+        expected = ensemble(POOL).logits[0]
+    for size in (16, 3, 40, 1):  # the first is compiled; others are filled up or cut
+        logits = teachers.ask(0, POOL[:size]).logits
+        assert logits.shape == (size, C)
+        torch.testing.assert_close(logits, expected[:size], rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, monkeypatch):
+    """What a killed run left in the table must not decide how the rest is rounded."""
+    sizes = []
+
+    def compiled(module, **_):
+        def call(images):
+            sizes.append(len(images))
+            return module(images)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setitem(frozen_teachers.CHUNK, "cpu", 16)
+    source = tabled(ensemble, tmp_path, how=TeacherFormat(precision="float32", compile="always"))
+    source(make_batch([1, 2], [0, 0]))  # the first question is about two images
+    source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather)
+    assert set(sizes) == {16}
+
+
+def test_without_a_compiler_teachers_are_asked_uncompiled(ensemble, monkeypatch):
+    def broken(*args, **kwargs):
+        def call(images):
+            raise RuntimeError("No working C++ compiler found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
+    with pytest.warns(
+        RuntimeWarning, match=r"torch.compile does not work here.*No working C\+\+ compiler"
+    ) as caught:
+        answers = [teachers.ask(m, POOL) for m in (0, 1, 0)]
+    assert len(caught) == 2  # one for each teacher
+    expected = ready(ensemble, POOL, precision="float32", compile="never")
+    assert torch.equal(answers[0].logits, expected[0].logits)
+    assert torch.equal(answers[1].logits, expected[1].logits)
+
+
+def test_only_long_work_is_compiled(ensemble, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
+    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32"))
+    macs = frozen_teachers.count_macs(ensemble.members[0], SIDE)
+    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) - 1)
+    teachers.ask(0, POOL)
+    assert compiled == []
+    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) + 1)
+    teachers.ask(0, POOL)
+    teachers.ask(0, POOL)
+    assert len(compiled) == 1
+    never = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="never"))
+    never.plan(10**12)
+    never.ask(0, POOL)
+    assert len(compiled) == 1
+
+
+def test_a_stage_that_a_teacher_lacks_is_refused(ensemble):
+    with pytest.raises(UserError, match=r"stage of teacher 'tutor0'.*stage9"):
+        LiveTeachers(ensemble, PLAIN)(make_batch([1], [0]), ("stage9",))

@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.pipeline import table_budget
+from ekd_lightning.pipeline.table_budget import check_disk, table_bytes
+from ekd_lightning.teachers import table as teacher_table
+from ekd_lightning.teachers.table import (
+    TableKey,
+    TeacherTable,
+    row_dtype,
+    to_float16,
+)
+
+N, V, C, D = 40, 18, 5, 7
+KEY = TableKey("a" * 64, "b" * 64, N, "crop_flip-padding1-flip", V, C, D)
+
+
+def every_row(key: TableKey = KEY) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.arange(key.num_rows)
+    return rows // key.num_views, rows % key.num_views
+
+
+def values(index: np.ndarray, view: np.ndarray, key: TableKey = KEY) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs that depend on the row, exact in float16."""
+    rows = (index * key.num_views + view)[:, None]
+    logits = (rows * 31 + np.arange(key.num_classes)) % 997 - 498
+    pooled = (rows * 17 + np.arange(key.pooled_dim)) % 1009 / 8
+    return logits.astype(np.float32), pooled.astype(np.float32)
+
+
+def filled(folder: Path, key: TableKey = KEY) -> TeacherTable:
+    table = TeacherTable(folder, key, "tutor")
+    table.write(*every_row(key), *values(*every_row(key), key))
+    return table
+
+
+def assert_right(table: TeacherTable) -> int:
+    """Checks every present row; returns how many there are."""
+    index, view = every_row(table.key)
+    logits, pooled, present = table.read(index, view)
+    wanted_logits, wanted_pooled = values(index, view, table.key)
+    np.testing.assert_array_equal(logits[present], wanted_logits[present])
+    np.testing.assert_array_equal(pooled[present], wanted_pooled[present])
+    assert np.isnan(logits[~present]).all()
+    assert np.isnan(pooled[~present]).all()
+    return int(present.sum())
+
+
+# --- the file
+
+
+def test_round_trip_equals_float16_rounding(tmp_path):
+    rng = np.random.default_rng(0)
+    index, view = np.array([3, 0, 39, 3]), np.array([17, 0, 17, 2])
+    logits = rng.normal(0, 30, (4, C)).astype(np.float32)
+    pooled = rng.normal(0, 1e-6, (4, D)).astype(np.float32)
+    table = TeacherTable(tmp_path, KEY)
+    table.write(index, view, logits, pooled)
+    for reader in (table, TeacherTable(tmp_path, KEY)):
+        read_logits, read_pooled, present = reader.read(index, view)
+        assert present.all()
+        assert read_logits.dtype == read_pooled.dtype == np.float32
+        np.testing.assert_array_equal(read_logits, logits.astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(read_pooled, pooled.astype(np.float16).astype(np.float32))
+    assert table.fill_fraction() == 4 / KEY.num_rows
+
+
+def test_holes_are_absent_and_zero_outputs_present(tmp_path):
+    table = TeacherTable(tmp_path, KEY)
+    index, view = every_row()
+    assert not table.read(index, view)[2].any()
+    assert table.disk_bytes() == 0
+    table.write(index, view, np.zeros((len(index), C), np.float32), np.zeros((len(index), D), np.float32))
+    logits, pooled, present = table.read(index, view)
+    assert present.all()
+    assert not logits.any()
+    assert not pooled.any()
+
+
+def test_the_check_value_of_a_written_row_is_never_that_of_a_hole():
+    # Row numbers whose mixed-in value cancels the CRC would otherwise look like holes.
+    size = row_dtype(1, 0).itemsize
+    blob = bytes(size)
+    factor = 0x9E3779B1
+    row = teacher_table.zlib.crc32(blob[:-4]) * pow(factor, -1, 1 << 32) % (1 << 32)
+    assert teacher_table._check_values(blob, np.array([row]), size)[0] == 1
+
+
+@given(rows=st.lists(st.integers(0, 2**40), unique=True, min_size=2, max_size=20))
+def test_no_two_rows_accept_each_others_payload(rows):
+    size = row_dtype(C, 0).itemsize
+    low = np.unique(np.array(rows) % 2**32)
+    checks = teacher_table._check_values(bytes(size) * len(low), low, size)
+    assert len(np.unique(checks)) == len(low)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, N * V - 1), max_size=30), max_size=4), with_pooled=st.booleans())
+def test_exactly_the_written_rows_are_present(tmp_path_factory, rows, with_pooled):
+    key = TableKey("a" * 64, "b" * 64, N, "v", V, C, D if with_pooled else 0)
+    table = TeacherTable(tmp_path_factory.mktemp("table"), key)
+    for some in rows:
+        index, view = np.array(some, np.int64) // V, np.array(some, np.int64) % V
+        logits, pooled = values(index, view, key)
+        table.write(index, view, logits, pooled if with_pooled else None)
+    index, view = every_row(key)
+    logits, pooled, present = table.read(index, view)
+    known = sorted({row for some in rows for row in some})
+    assert np.flatnonzero(present).tolist() == known
+    np.testing.assert_array_equal(logits[present], values(index, view, key)[0][present])
+    assert (pooled is not None) == with_pooled
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's list of mappings")
+def test_nothing_is_read_ahead(tmp_path):
+    """Of a large table the system would fetch megabytes of holes around every row, and drop what is needed for them."""
+    table = filled(tmp_path)
+    table.read(*every_row())  # which drops mapped pages, and must not drop the advice
+    mappings = Path("/proc/self/smaps").read_text().split(str(table.path))[1:]
+    flags = [line.split() for one in mappings for line in one.splitlines() if line.startswith("VmFlags")]
+    assert len(mappings) == 1
+    assert "rr" in flags[0]  # "random read advise provided", proc(5)
+
+
+def test_an_empty_batch_is_fine(tmp_path):
+    none = np.zeros(0, np.int64)
+    table = TeacherTable(tmp_path, KEY)
+    table.write(none, none, np.zeros((0, C), np.float32), np.zeros((0, D), np.float32))
+    assert table.read(none, none)[2].shape == (0,)
+
+
+@pytest.mark.parametrize(("index", "view"), [(-1, 0), (N, 0), (0, -1), (0, V)])
+def test_rows_outside_the_table_are_refused(tmp_path, index, view):
+    table = TeacherTable(tmp_path, KEY)
+    at = np.array([index]), np.array([view])
+    with pytest.raises(IndexError, match="must lie in"):
+        table.read(*at)
+    with pytest.raises(IndexError, match="must lie in"):
+        table.write(*at, np.zeros((1, C), np.float32), np.zeros((1, D), np.float32))
+
+
+def test_values_beyond_float16_are_clipped():
+    stored = to_float16(np.array([1e30, -70000.0, 65504.0, 1.0], np.float32), "tutor")
+    assert stored.tolist() == [65504.0, -65504.0, 65504.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_never_stored(tmp_path, bad):
+    table = TeacherTable(tmp_path, KEY, "tutor")
+    index, view = np.arange(3), np.arange(3)
+    for spoilt in (0, 1):
+        outputs = [array.copy() for array in values(index, view)]
+        outputs[spoilt][1, 2] = bad
+        with pytest.raises(UserError, match="tutor"):
+            table.write(index, view, *outputs)
+    assert assert_right(table) == 0
+
+
+def test_pooled_features_must_match_the_content(tmp_path):
+    index, view = np.arange(3), np.arange(3)
+    with pytest.raises(ValueError, match="pooled"):
+        TeacherTable(tmp_path, KEY).write(index, view, values(index, view)[0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"teacher_sha256": "c" * 64},
+        {"image_set_sha256": "c" * 64},
+        {"view_key": "crop_flip-padding1-noflip"},
+        {"num_views": V + 1},
+        {"num_images": N + 1},
+        {"pooled_dim": 0},
+        {"numeric_format": "bfloat16"},
+    ],
+)
+def test_rows_of_another_key_are_never_read(tmp_path, other):
+    table = filled(tmp_path)
+    stranger = TeacherTable(tmp_path, TableKey(**{**vars(KEY), **other}))
+    assert stranger.path != table.path
+    assert not stranger.read(np.arange(N), np.zeros(N, np.int64))[2].any()
+
+
+def test_a_row_at_a_wrong_place_is_absent(tmp_path):
+    table = filled(tmp_path)
+    data, size = bytearray(table.path.read_bytes()), row_dtype(C, D).itemsize
+    data[5 * size : 6 * size] = data[9 * size : 10 * size]
+    table.path.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match=table.path.name):
+        assert assert_right(TeacherTable(tmp_path, KEY)) == KEY.num_rows - 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(place=st.integers(0, N * V * row_dtype(C, D).itemsize - 1), bit=st.integers(0, 7))
+def test_an_altered_byte_costs_one_row_and_is_repaired(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.mktemp("table")
+    table = filled(folder)
+    with table.path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ (1 << bit)]))
+    with pytest.warns(RuntimeWarning, match=table.path.name):
+        assert assert_right(table) == KEY.num_rows - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.write(*every_row(), *values(*every_row()))
+        assert assert_right(table) == KEY.num_rows
+
+
+@pytest.mark.parametrize("part", [1, 10, row_dtype(C, D).itemsize - 1])
+def test_a_torn_row_is_absent(tmp_path, part):
+    table, size = filled(tmp_path), row_dtype(C, D).itemsize
+    row = table.path.read_bytes()[100 * size : 101 * size]
+    with table.path.open("r+b") as file:
+        file.seek(100 * size)
+        file.write(row[:part] + bytes(size - part))
+    with pytest.warns(RuntimeWarning, match="half-written"):
+        assert assert_right(table) == KEY.num_rows - 1
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _lengthen(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _alter_sidecar(path: Path) -> None:
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace("a" * 64, "c" * 64))
+
+
+def _break_sidecar(path: Path) -> None:
+    path.with_suffix(".json").write_bytes(b"\xff{")
+
+
+def _lose_sidecar(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [_truncate, _lengthen, _empty, _alter_sidecar, _break_sidecar, _lose_sidecar]
+)
+def test_a_damaged_table_is_named_and_built_anew(tmp_path, damage):
+    table = filled(tmp_path)
+    table.close()
+    damage(table.path)
+    with pytest.warns(RuntimeWarning, match=table.path.name):
+        again = TeacherTable(tmp_path, KEY)
+    assert assert_right(again) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert assert_right(filled(tmp_path)) == KEY.num_rows
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock", ".rows"]
+
+
+def test_a_builder_killed_half_way_leaves_nothing_to_trust(tmp_path):
+    table = filled(tmp_path)
+    os.replace(table.path, table.path.with_name(table.path.name + ".tmp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert assert_right(TeacherTable(tmp_path, KEY)) == 0
+
+
+def test_a_file_cut_short_while_open_is_an_error_not_a_crash(tmp_path):
+    table = filled(tmp_path)
+    _empty(table.path)
+    with pytest.raises(OSError, match="cut short"):
+        assert_right(table)
+
+
+def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
+    filled(tmp_path).close()
+    genuine = os.open
+
+    def read_only(path, flags, *rest, **more):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "read-only file system", str(path))
+        return genuine(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    table = TeacherTable(tmp_path, KEY)
+    assert assert_right(table) == KEY.num_rows
+    with pytest.raises(OSError, match="descriptor"):
+        table.write(*every_row(), *values(*every_row()))
+
+
+# --- several processes
+
+FILLER = """
+import sys, numpy as np
+from ekd_lightning.teachers.table import TableKey, TeacherTable
+folder, seed, forever = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "forever"
+key = TableKey("a" * 64, "b" * 64, {images}, "v", {views}, {classes}, {features})
+table, rng = TeacherTable(folder, key), np.random.default_rng(seed)
+{source}
+print("ready", flush=True)
+sys.stdin.readline()
+again = True
+while again:
+    for rows in np.array_split(rng.permutation(key.num_rows), 40):
+        index, view = rows // key.num_views, rows % key.num_views
+        logits, pooled, present = table.read(index, view)
+        wanted = values(index, view, key)
+        assert (logits[present] == wanted[0][present]).all() and (pooled[present] == wanted[1][present]).all()
+        table.write(index, view, *wanted)
+    again = forever
+"""
+# Wide rows cross page boundaries often.
+WIDE = TableKey("a" * 64, "b" * 64, 150, "v", V, 10, 301)
+
+
+def start_filler(folder: Path, seed: int, forever: bool = False) -> subprocess.Popen[str]:
+    source = "KEY = key\n" + inspect.getsource(values)
+    script = FILLER.format(images=150, views=V, classes=10, features=301, source=source)
+    arguments = [sys.executable, "-W", "ignore", "-c", script, str(folder), str(seed), "forever" * forever]
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_fill_at_once(tmp_path):
+    fillers = [start_filler(tmp_path, seed) for seed in (1, 2)]
+    for filler in fillers:
+        assert filler.stdout.readline() == "ready\n"
+    for filler in fillers:
+        filler.stdin.write("go\n")
+        filler.stdin.flush()
+    for filler in fillers:
+        filler.communicate(timeout=60)
+        assert filler.returncode == 0
+    assert assert_right(TeacherTable(tmp_path, WIDE)) == WIDE.num_rows
+
+
+@pytest.mark.filterwarnings("ignore:teacher table")
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_rows_are_right_after_a_kill_while_filling(tmp_path, share):
+    table = TeacherTable(tmp_path, WIDE)
+    with start_filler(tmp_path, 3, forever=True) as filler:
+        assert filler.stdout.readline() == "ready\n"
+        filler.stdin.write("go\n")
+        filler.stdin.flush()
+        while table.fill_fraction() <= share:
+            assert filler.poll() is None
+        filler.send_signal(signal.SIGKILL)
+        assert filler.wait(timeout=60) == -signal.SIGKILL
+    assert assert_right(TeacherTable(tmp_path, WIDE)) > 0
+    assert assert_right(filled(tmp_path, WIDE)) == WIDE.num_rows
+
+
+def test_a_partly_written_row_is_an_error(tmp_path, monkeypatch):
+    table = TeacherTable(tmp_path, KEY)
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    with pytest.raises(OSError, match="in part"):
+        table.write(*every_row(), *values(*every_row()))
+
+
+# --- the disk budget
+
+
+def test_table_bytes_bounds_what_a_full_table_takes(tmp_path):
+    table = filled(tmp_path)
+    os.fsync(table._fd)
+    assert table.disk_bytes() <= table_bytes(N, V, C, D, 1)
+    assert table_bytes(N, V, C, D, 3) == 3 * table_bytes(N, V, C, D, 1)
+    tight = table_bytes(50_000, 162, 10, 0, 1, set_size=50_000)
+    assert 50_000 * 162 * 24 <= tight <= 50_000 * 162 * 24 + 4096
+
+
+def test_check_disk(tmp_path, monkeypatch):
+    folder = tmp_path / "not" / "there" / "yet"
+    check_disk(folder, 10_000, 10_000)
+    with pytest.raises(UserError, match=r"12\.3 MB.*10\.0 MB"):
+        check_disk(folder, 12_300_000, 10_000_000)
+    monkeypatch.setattr(table_budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
+    with pytest.raises(UserError, match=r"12\.3 MB.*5\.0 MB are free"):
+        check_disk(folder, 12_300_000)
+    check_disk(folder, 12_300_000, present_bytes=8_000_000)
+    assert not folder.exists()
+
+
+def resident_kb(path: Path) -> int:
+    """Memory that this process holds of a mapped file."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+def test_reading_leaves_no_pages_of_the_file_in_the_process(tmp_path):
+    table = filled(tmp_path)
+    assert int(table._map.sum()) > 0  # touches every page
+    assert resident_kb(table.path) > 0
+    table.read(*every_row())
+    assert resident_kb(table.path) == 0
