@@ -1,0 +1,250 @@
+"""Lock of a directory: held by one process while it works there, and freed by the system however that process ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: as on a file system without locks
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".run.lock"
+_PATIENCE_SECONDS = 0.5  # `is_held` takes a free lock for an instant; nobody is refused because of that
+_LONGEST_COMMAND = 200
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_open: set[int] = set()
+"""File descriptors of all locks of this process. A forked child closes its copies, as they would keep a lock alive."""
+
+
+class LockedError(UserError):
+    """The directory is in use by another process, or by another run of this one."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, as the lock file names it."""
+
+    pid: int
+    host: str
+    command: str
+
+    @classmethod
+    def this(cls) -> Holder:
+        """This process."""
+        words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return cls(os.getpid(), socket.gethostname(), words[:_LONGEST_COMMAND])
+
+    def is_alive(self) -> bool:
+        """Whether it is another process of this machine that runs."""
+        if self.host != socket.gethostname() or self.pid == os.getpid():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}: {self.command}"
+
+
+class DirectoryLock:
+    """The lock of a directory, as a context manager.
+
+    It excludes other processes and other runs of this process alike. The directory is made if it is missing, and
+    removed again at the end if nothing came to lie in it. Of a distributed job only global rank 0 takes the lock.
+
+    On a file system without locks it warns once, and only sees processes of the same machine.
+
+    Args:
+        directory: The directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()  # whatever becomes of the working directory
+        self._file: int | None = None
+        self._owner = 0
+        self._made: list[Path] = []
+
+    def __enter__(self) -> DirectoryLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            LockedError: If somebody else holds it, naming who; nothing has been written then.
+            OSError: If the directory cannot be written.
+        """
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while self._file is None:
+            self._made += make_directory(self.directory)
+            try:
+                file = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # its last holder removed the directory again
+                continue
+            try:
+                if self._try(file):
+                    self._file, file = file, -1
+                elif time.monotonic() > until:
+                    raise LockedError(f"{self.directory}: in use by {_holder(file) or 'another process'}")
+                else:
+                    time.sleep(0.01)
+            finally:
+                if file >= 0:
+                    os.close(file)
+        _open.add(self._file)
+        self._owner = os.getpid()
+        content = json.dumps(asdict(Holder.this())).encode()
+        os.truncate(self._file, 0)
+        os.pwrite(self._file, content, 0)
+
+    def _try(self, file: int) -> bool:
+        """Locks an open lock file, if it is free and still the one that the directory shows."""
+        try:
+            _flock(file, exclusive=True)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            found = _holder(file)
+            if found is not None and found.is_alive():
+                return False
+            _warn_once(os.fstat(file).st_dev, self.directory)
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.directory / LOCK_FILE))
+        except FileNotFoundError:  # its last holder removed it in between
+            return False
+
+    def release(self) -> None:
+        """Frees the lock; nothing happens if it is not held, or in a forked child of its holder."""
+        if self._file is None or self._owner != os.getpid():
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(self.directory / LOCK_FILE)  # before it is free, so never that of the next holder
+        _open.discard(self._file)
+        os.close(self._file)
+        self._file = None
+        remove_empty(self._made)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether somebody holds the lock of a directory, this process included."""
+    try:
+        file = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError:  # it is there, and not ours
+        return True
+    try:
+        _flock(file, exclusive=False)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        found = _holder(file)
+        return found is not None and (found.is_alive() or found.pid == os.getpid())
+    finally:
+        os.close(file)
+
+
+def holder(directory: Path) -> Holder | None:
+    """Who holds the lock of a directory; None if nobody does, or nobody knows."""
+    if not is_held(directory):
+        return None
+    try:
+        file = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _holder(file)
+    finally:
+        os.close(file)
+
+
+def make_directory(directory: Path) -> list[Path]:
+    """Makes a directory and its parents.
+
+    Returns:
+        Those that were missing, outermost first; for `remove_empty`.
+
+    Raises:
+        OSError: If one cannot be made, or is a file.
+    """
+    missing: list[Path] = []
+    for path in (directory, *directory.parents):
+        if path.exists():
+            break
+        missing.insert(0, path)
+    made: list[Path] = []
+    for path in missing:
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            path.mkdir()
+            made.append(path)
+    directory.mkdir(exist_ok=True)  # tells of a file in its place
+    return made
+
+
+def remove_empty(directories: list[Path]) -> None:
+    """Removes those of nested directories, outermost first, that hold nothing but each other."""
+    for path in reversed(directories):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def _flock(file: int, *, exclusive: bool) -> None:
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
+def _holder(file: int) -> Holder | None:
+    try:
+        content: Any = json.loads(os.pread(file, 4096, 0))
+        return Holder(int(content["pid"]), str(content["host"]), str(content["command"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+_warned: set[int] = set()
+
+
+def _warn_once(device: int, directory: Path) -> None:
+    if device not in _warned:
+        log.warning("%s: this file system has no locks, so take care that no other run uses it", directory)
+    _warned.add(device)
+
+
+def _close_in_child() -> None:
+    while _open:
+        with contextlib.suppress(OSError):
+            os.close(_open.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
