@@ -34,7 +34,7 @@ from page_parts import NOTES, bullets, difference, interval, kept_notes, read_st
 
 from ekd_lightning.reporting.comparison import Block, Row, compare
 from ekd_lightning.reporting.comparison_table import json_text
-from ekd_lightning.reporting.tables import percent
+from ekd_lightning.reporting.estimates import percent
 
 
 def weights(result: dict[str, Any]) -> str:

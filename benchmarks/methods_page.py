@@ -37,7 +37,7 @@ from page_parts import (
 from ekd_lightning.reporting import figure_style, figures_difference
 from ekd_lightning.reporting.comparison import Block, Row, compare
 from ekd_lightning.reporting.comparison_table import json_text, title
-from ekd_lightning.reporting.tables import percent
+from ekd_lightning.reporting.estimates import percent
 
 FAMILIES = {
     "Supervised": ("ce", "ce_label_smoothing", "ce@resnet20"),

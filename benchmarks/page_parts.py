@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ekd_lightning.reporting.comparison import Block, Difference, Row, Run, paired
-from ekd_lightning.reporting.tables import percent
+from ekd_lightning.reporting.comparison import Block, Row, Run
+from ekd_lightning.reporting.estimates import Difference, paired, percent
 from ekd_lightning.studies.plan import read_study
 from ekd_lightning.studies.study_runs import RUNS, read_runs
 
@@ -57,10 +57,10 @@ def interval(found: Difference | None) -> str:
     """Points with the 95 % interval."""
     if found is None:
         return "–"
-    mean = f"{100 * found.cell.mean:+.2f}"
+    mean = f"{100 * found.mean:+.2f}"
     if found.half is None:
-        return f"{mean} (n {found.cell.n}: not enough runs)"
-    low, high = (100 * (found.cell.mean + sign * found.half) for sign in (-1, 1))
+        return f"{mean} (n {found.n}: not enough runs)"
+    low, high = (100 * (found.mean + sign * found.half) for sign in (-1, 1))
     return f"{mean} [{low:+.2f}, {high:+.2f}]"
 
 
@@ -98,9 +98,9 @@ def side(found: Difference | None) -> str:
     """above, below or unclear: whether the 95 % interval leaves 0 out."""
     if found is None or found.half is None:
         return "not enough runs"
-    if abs(found.cell.mean) <= found.half:
+    if abs(found.mean) <= found.half:
         return "unclear"
-    return "above" if found.cell.mean > 0 else "below"
+    return "above" if found.mean > 0 else "below"
 
 
 def named(rows: Sequence[str]) -> str:

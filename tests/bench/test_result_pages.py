@@ -88,7 +88,7 @@ def test_earlier_runs_count_and_the_study_adds_those_that_were_missing(earlier: 
     assert outcomes(block, "kd") == [(0, "done", 0.65, "there"), (1, "done", 0.75, "here")]
     assert outcomes(block, "sp") == [(0, "done", 0.4, "here")]
     kd = next(row for row in block.rows if row.name == "kd")
-    assert kd.differences["ce"].cell.mean == pytest.approx((0.15 + 0.15) / 2)
+    assert kd.differences["ce"].mean == pytest.approx((0.15 + 0.15) / 2)
     # What came out the second time never replaces the first, and a second run that failed is told.
     assert [(r.row, r.seed, r.earlier, r.again) for r in repeats] == [
         ("ce", 0, 0.5, 0.9), ("ce", 1, 0.6, "failed"), ("kd", 0, 0.65, 0.7),

@@ -14,11 +14,10 @@ from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
 from ekd_lightning.reporting import answer_words
-from ekd_lightning.reporting.answer import LEVEL, answer, answers, judge, lead, spoken_of
+from ekd_lightning.reporting.answer import answer, answers, judge, lead, spoken_of
 from ekd_lightning.reporting.blocks import blocks
-from ekd_lightning.reporting.comparison import Difference, holm, paired
+from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, holm, paired
 from ekd_lightning.reporting.groups import group
-from ekd_lightning.reporting.tables import Cell
 
 REAL = Path(__file__).resolve().parents[2] / "docs" / "results" / "cifar10_10pct.json"
 EKD = (0.72, 0.73, 0.76)
@@ -72,7 +71,7 @@ def test_undecided_tells_that_the_interval_alone_would_have_told_a_difference():
     controls = {"ce": (0.70, 0.70, 0.72), "kd_mean": (0.70, 0.72, 0.75), "ekd_mean": (0.70, 0.71, 0.75)}
     found = of(told(*study({"ekd": EKD, **controls})), "plain")
     raw = stats.ttest_rel(EKD, controls["ce"]).pvalue
-    assert raw < LEVEL < found.difference.p_holm
+    assert raw < SIGNIFICANCE < found.difference.p_holm
     assert found.sentence.endswith(
         f"p {found.difference.p_holm:.3f} corrected for 3 comparisons; the interval alone leaves 0 out, which one in "
         "20 does by chance)."
@@ -266,7 +265,7 @@ def test_the_best_number_is_picked_by_its_result_so_p_is_corrected_for_every_pai
         for s, v in enumerate(row)
     ]
     p = [stats.ttest_rel(values[a], values[b]).pvalue for a, b in ((1, 3), (2, 3), (1, 2))]
-    assert max(holm(p[:2])) < LEVEL < min(holm(p)[:2])
+    assert max(holm(p[:2])) < SIGNIFICANCE < min(holm(p)[:2])
     (over_k,) = [remark for remark in told(*runs).remarks if remark.startswith("Number of branches")]
     assert over_k.endswith("highest is K = 3, K = 1 and K = 2 cannot be told apart from it.")
 
@@ -401,9 +400,9 @@ def test_a_verdict_needs_a_significant_difference(values):
     verdict = judge(difference)
     if len(values) < 2 or difference.p is None:
         assert verdict == "not_enough"
-    elif difference.p < LEVEL:
-        assert verdict == ("ahead" if difference.cell.mean > 0 else "behind")
-        assert abs(difference.cell.mean) > difference.half  # the two agree before correction
+    elif difference.p < SIGNIFICANCE:
+        assert verdict == ("ahead" if difference.mean > 0 else "behind")
+        assert abs(difference.mean) > difference.half  # the two agree before correction
     else:
         assert verdict == "undecided"
     sentence = answer_words.comparison(verdict, "x", difference, (0.5, 0.5), 1)
@@ -425,7 +424,7 @@ def test_small_words():
     assert answer_words.plural(1, "run") == "1 run"
     assert answer_words.p_value(0.0004) == "p < 0.001"
     with pytest.raises(ValueError, match="no interval"):
-        answer_words.interval(Difference(Cell(0.1, None, 1), None, None))
+        answer_words.interval(Difference(0.1, None, 1))
 
 
 def test_the_published_first_result_is_told_as_its_numbers_are():
@@ -458,7 +457,7 @@ def test_the_published_first_result_is_told_as_its_numbers_are():
     assert {finding.role for finding in found.findings} == {*keys, "best"}
     for role, other in by_role.items():
         mean = np.mean(ours) - np.mean(other)
-        expected = "undecided" if p[role] >= LEVEL else "ahead" if mean > 0 else "behind"
+        expected = "undecided" if p[role] >= SIGNIFICANCE else "ahead" if mean > 0 else "behind"
         finding = of(found, role)
         assert (finding.verdict, finding.difference.p_holm) == (expected, pytest.approx(p[role])), role
         assert re.search(rf"\b{abs(100 * mean):.2f} points", finding.sentence)

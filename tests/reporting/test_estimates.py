@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from rich_runs import arrays
 from scipy import stats
 
 from ekd_lightning.methods.assignment import make_assignment
-from ekd_lightning.reporting import estimates, run_files
+from ekd_lightning.reporting import branches, run_files
 from ekd_lightning.reporting.blocks import blocks
+from ekd_lightning.reporting.estimates import Estimate, estimate, holm, paired, percent
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.runs.collection import collect
 
@@ -25,7 +27,7 @@ NUMBERS = st.floats(-1e3, 1e3, allow_nan=False)
 
 @given(st.lists(NUMBERS, min_size=1, max_size=8))
 def test_an_estimate_is_the_t_interval(values):
-    found = estimates.estimate(values)
+    found = estimate(values)
     assert found.n == len(values)
     assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
     if len(values) < 2:
@@ -37,9 +39,83 @@ def test_an_estimate_is_the_t_interval(values):
 
 
 def test_what_is_not_finite_does_not_count():
-    assert estimates.estimate([np.nan, np.inf]) is None
-    assert estimates.estimate([np.nan, 2.0]).n == 1
-    assert estimates.estimate([]) is None
+    assert estimate([np.nan, np.inf]) is None
+    assert estimate([np.nan, 2.0]).n == 1
+    assert estimate([]) is None
+
+
+def test_mean_and_sample_deviation():
+    assert estimate([1.0, 2.0, 4.0]) == Estimate(pytest.approx(7 / 3), pytest.approx((7 / 3) ** 0.5), 3)
+    assert estimate(iter([5.0])) == Estimate(5.0, None, 1)
+
+
+def test_percent():
+    assert percent(Estimate(0.78021, 0.00312, 3)) == "78.02 ± 0.31"
+    assert percent(Estimate(0.78, None, 1)) == "78.00"
+    assert percent(None) == "–"
+
+
+def test_the_interval_is_students():
+    # t(0.975, 2 degrees of freedom) = 4.302653 and t(0.95, 4) = 2.131847, from any table
+    assert Estimate(5.0, 1.0, 3).half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert Estimate(5.0, 2.0, 5).half_width(0.9) == pytest.approx(2 * 2.131847 / 5**0.5, rel=1e-6)
+    assert Estimate(5.0, None, 1).half is None
+
+
+def test_holm_against_a_worked_example():
+    # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and the last is raised to the one before it.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+P_VALUES = st.lists(st.floats(0, 1), max_size=8)
+
+
+@given(P_VALUES)
+def test_holm_never_lowers_keeps_the_order_and_stays_within_bonferroni(p):
+    corrected = holm(p)
+    assert all(raw <= new <= min(1, len(p) * raw) + 1e-12 for raw, new in zip(p, corrected, strict=True))
+    order = np.argsort(p, kind="stable")
+    assert all(np.diff(np.array(corrected)[order]) >= 0)
+
+
+@given(P_VALUES, st.randoms())
+def test_holm_does_not_depend_on_the_order(p, random):
+    order = list(range(len(p)))
+    random.shuffle(order)
+    corrected = holm(p)
+    assert holm([p[i] for i in order]) == pytest.approx([corrected[i] for i in order])
+
+
+@given(st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-3), min_size=3, max_size=8, unique=True))
+def test_the_paired_test_is_that_of_the_formula(values):
+    found = paired(values)
+    n, mean = len(values), math.fsum(values) / len(values)
+    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    if error < 1e-9:
+        return
+    p = 2 * stats.t.sf(abs(mean / error), n - 1)
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    assert found.half == pytest.approx(stats.t.ppf(0.975, n - 1) * error)
+    assert found.p == pytest.approx(p, abs=1e-9)
+
+
+def test_one_pair_is_not_enough_and_no_spread_has_no_p():
+    assert (paired([0.1]).half, paired([0.1]).p) == (None, None)
+    assert paired([0.0, 0.0]).p == 1.0
+    assert paired([0.1, 0.1, 0.1]).p is None
+
+
+@pytest.mark.parametrize("images", [360, 10_000])
+def test_equal_counts_of_images_have_no_spread_though_recorded_in_float32(images):
+    """Accuracies come from float32: the same three images more are not the same number in every pair."""
+    ours, theirs = ([np.float32((c + d) / images) for c in (287, 301, 294)] for d in (3, 0))
+    found = paired([float(a) - float(b) for a, b in zip(ours, theirs, strict=True)])
+    assert found.p is None
+    none = paired([float(a) - float(np.float32(float(a) + 1e-8)) for a in ours])
+    assert none.p == 1.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
@@ -48,7 +124,7 @@ def test_the_front_holds_exactly_what_nothing_beats(points):
         cost, gain = point
         return any(c <= cost and g >= gain and (c, g) != point for c, g in points)
 
-    assert estimates.pareto(points) == sorted({point for point in points if not beaten(point)})
+    assert branches.pareto(points) == sorted({point for point in points if not beaten(point)})
 
 
 def only_group(folder: Path):
@@ -64,12 +140,12 @@ def test_own_teachers_are_those_of_the_assignment(tmp_path, kind, K, M):
     write_run(tmp_path / "run", result(K=K, M=M, assignment=kind))
     rows = make_assignment(kind, K, M).tolist() if kind != "random" else [[1 / M] * M] * K
     expected = [row.index(1.0) if 1.0 in row else None for row in rows]
-    assert estimates.own_teachers(only_group(tmp_path)) == expected
+    assert branches.own_teachers(only_group(tmp_path)) == expected
 
 
 def test_explicit_rows_have_an_own_teacher_where_they_name_one(tmp_path):
     write_run(tmp_path / "run", result(K=2, M=2, assignment=[[0.5, 0.5], [0.0, 1.0]]))
-    assert estimates.own_teachers(only_group(tmp_path)) == [None, 1]
+    assert branches.own_teachers(only_group(tmp_path)) == [None, 1]
 
 
 def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
@@ -138,9 +214,9 @@ def test_arrays_are_never_unpickled(tmp_path):
 
 def test_prefixes_are_the_subsets_that_begin_with_the_first_branch(rich_report):
     found = next(one for one in rich_report.groups if one.label == "ekd, K=3, M=3")
-    assert [point.name for point in estimates.prefixes(found)] == [(0,), (0, 1), (0, 1, 2)]
+    assert [point.name for point in branches.prefixes(found)] == [(0,), (0, 1), (0, 1, 2)]
     recorded = [json.loads((run.directory / "result.json").read_text())["test_subsets"] for run in found.done]
-    for point in estimates.subsets(found):
+    for point in branches.subsets(found):
         values = [s["accuracy"] for one in recorded for s in one if tuple(s["branches"]) == point.name]
         assert point.accuracy.mean == pytest.approx(np.mean(values))
 
@@ -150,7 +226,7 @@ def test_a_branch_without_a_figure_leaves_its_run_out_of_the_mean_branch():
         entry(result("ekd", s, 0.7, test_branch_accuracy=row), f"{s}")
         for s, row in enumerate(([None, 0.5], [0.4, 0.6]))
     ]
-    found = estimates.scalars(group(collection(*runs))[0])["test_mean_branch_accuracy"]
+    found = group(collection(*runs))[0].scalars()["test_mean_branch_accuracy"]
     assert (found.mean, found.n) == (0.5, 1)
 
 
@@ -162,6 +238,6 @@ def test_what_is_null_is_left_out(tmp_path):
     made = result(K=2, test_branch_accuracy=[None, 0.5], test_subsets=subsets, test_early_exit=None)
     write_run(tmp_path / "run", made)
     found = only_group(tmp_path)
-    assert [point.name for point in estimates.subsets(found)] == [(0, 1)]
-    assert estimates.early_exits(found) == []
-    assert "test_mean_branch_accuracy" not in estimates.scalars(found)
+    assert [point.name for point in branches.subsets(found)] == [(0, 1)]
+    assert branches.early_exits(found) == []
+    assert "test_mean_branch_accuracy" not in found.scalars()

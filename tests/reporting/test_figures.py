@@ -92,10 +92,14 @@ def test_single_runs_have_no_bars(tmp_path):
     assert "Not enough runs" in drawn.caption
 
 
+def with_half(mean: float, half: float) -> Estimate:
+    return Estimate(mean, half / Estimate(mean, 1.0, 3).half, 3)
+
+
 def test_bars_are_as_long_as_the_intervals():
     with fs.style():
         _, (axes,) = fs.panels(1)
-        fs.points(axes, [1, 2], [Estimate(0.5, 0.1, 3), Estimate(0.6, 0.2, 3)], fs.Looks(["a"])("a"))
+        fs.points(axes, [1, 2], [with_half(0.5, 0.1), with_half(0.6, 0.2)], fs.Looks(["a"])("a"))
         (band,) = axes.collections
         ends = band.get_paths()[0].vertices
     assert ends[:, 1].min() == pytest.approx(40)

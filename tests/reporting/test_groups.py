@@ -12,7 +12,7 @@ from made_runs import ACCURACIES, TEACHERS, collection, entry, result, study
 from scipy import stats
 
 from ekd_lightning.reporting.blocks import blocks
-from ekd_lightning.reporting.comparison import holm
+from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.reporting.groups import differences, group
 from ekd_lightning.reporting.report import make_report
 
@@ -244,7 +244,9 @@ def test_figures_of_a_group_against_scipy():
     (one,) = group(collection(*runs))
     assert (one.accuracy.mean, one.accuracy.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     expected = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
-    assert one.interval("test_accuracy", level=0.9) == pytest.approx(expected)
+    found = one.values("test_accuracy")
+    half = found.half_width(0.9)
+    assert (found.mean - half, found.mean + half) == pytest.approx(expected)
     assert one.values("test_branch_accuracy", 1).mean == pytest.approx(np.mean(values) - 0.02)
     assert one.array("test_branch_accuracy") == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
     assert one.only("num_branches") == 3
@@ -254,7 +256,7 @@ def test_figures_of_a_group_against_scipy():
 @pytest.mark.parametrize("key", ["nothing", "method", "test_branch_accuracy", "partial", "teacher"])
 def test_what_is_no_number_has_no_cell(key):
     (one,) = group(collection(entry(result())))
-    assert (one.values(key), one.interval(key)) == (None, None)
+    assert one.values(key) is None
     assert one.values(key, 7) is None
     assert one.values(key, "x") is None
 
@@ -262,13 +264,13 @@ def test_what_is_no_number_has_no_cell(key):
 def test_null_and_nan_are_left_out():
     runs = [entry(result(seed=s, sharpness_sam=v), f"{s}") for s, v in enumerate([None, float("nan"), 0.5])]
     (one,) = group(collection(*runs))
-    assert one.values("sharpness_sam").n == 1
-    assert one.interval("sharpness_sam") is None
+    found = one.values("sharpness_sam")
+    assert (found.n, found.half) == (1, None)
 
 
 def test_one_run_has_no_interval():
     (one,) = group(collection(entry(result())))
-    assert (one.accuracy.n, one.accuracy.std, one.interval("test_accuracy")) == (1, None, None)
+    assert (one.accuracy.n, one.accuracy.std, one.accuracy.half) == (1, None, None)
 
 
 def test_differences_are_paired_by_seed_and_corrected_over_the_block():
@@ -281,7 +283,7 @@ def test_differences_are_paired_by_seed_and_corrected_over_the_block():
     assert "ce" not in found
     difference = np.subtract(ACCURACIES["ekd"], ACCURACIES["ce"])
     half = stats.t.ppf(0.975, 2) * stats.sem(difference)
-    assert (found["ekd"].cell.mean, found["ekd"].half) == pytest.approx((difference.mean(), half))
+    assert (found["ekd"].mean, found["ekd"].half) == pytest.approx((difference.mean(), half))
     with pytest.raises(ValueError, match="no group 'nobody'"):
         differences(block.groups, "nobody")
 

@@ -166,7 +166,7 @@ def test_numbers_are_those_of_the_report(show, rich_report):
     shown = dict(zip(cells(page, "row-table", 0), cells(page, "row-table", 1), strict=True))
     for group in block.groups:
         if group.n > 1:
-            low, high = group.interval("test_accuracy")
+            low, high = group.accuracy.low, group.accuracy.high
             assert (
                 shown[group.label] == f"{100 * group.accuracy.mean:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
             )

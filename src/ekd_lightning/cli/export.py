@@ -112,7 +112,7 @@ def run_export(args: argparse.Namespace) -> str | None:
                 f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}"
             )
     folder = args.output or args.run / "export"
-    from ekd_lightning.training import export  # noqa: PLC0415 (slow; --help and misspellings need none)
+    from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
 
     export.refuse_existing(folder, options, args.force)
     _refuse_foreign_card(folder, export.read_export(folder), args.force)

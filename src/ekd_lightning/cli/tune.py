@@ -118,7 +118,7 @@ def tune(args: argparse.Namespace) -> None:
     seeds = _check(args)
     quiet_libraries()
     _need_optuna()
-    from ekd_lightning.training import search_space, study, tuning  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.studies import search_space, trials, tuning  # noqa: PLC0415 (slow; --help needs none)
 
     base = [*args.overrides, *([] if args.epochs is None else [f"recipe.epochs={args.epochs}"])]
     cfg = _compose(base)
@@ -134,7 +134,7 @@ def tune(args: argparse.Namespace) -> None:
         "seeds": seeds,
         "sampler_seed": args.sampler_seed,
     }
-    opened = study.TuningStudy(
+    opened = trials.TuningStudy(
         args.output / settings.method.name,
         identity,
         space,

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 from ekd_lightning.reporting import answer_remarks, answer_words
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference, paired_by_seed
+from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, paired_by_seed
 from ekd_lightning.reporting.groups import Group, branched
 
 VERDICTS = ("ahead", "behind", "undecided", "not_enough")
-LEVEL = 0.05
-"""Corrected p values below it tell a difference."""
 SAME_COST = 0.05
 """MACs within this share are equal cost."""
 _ACCURACY = "test_accuracy"
@@ -194,7 +192,7 @@ _CONTROLS: dict[str, Callable[[Block, Group], Group | None]] = {
 
 def _findings(subject: Group, controls: dict[str, Group]) -> list[Finding]:
     found = _minus({other.label: other for other in controls.values()}, subject)
-    count = sum(difference.half is not None for difference in found.values())
+    count = sum(difference.std is not None for difference in found.values())
     return [
         _finding(role, other, subject, found.get(other.label), answer_words.name(other, role), count)
         for role, other in controls.items()
@@ -218,7 +216,7 @@ def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Gr
     if not others:
         return None, []
     found = _minus(others, subject)
-    tested = [label for label, difference in found.items() if difference.half is not None]
+    tested = [label for label, difference in found.items() if difference.std is not None]
     picked = tested or list(others)
     best = max((others[label] for label in picked), key=lambda group: _mean(group, _ACCURACY))
     above = [
@@ -257,6 +255,6 @@ def judge(difference: Difference | None) -> str:
     if difference is None or difference.p is None:  # too few, or without any spread
         return "not_enough"
     p = difference.p_holm if difference.p_holm is not None else difference.p
-    if p >= LEVEL:
+    if p >= SIGNIFICANCE:
         return "undecided"
-    return "ahead" if difference.cell.mean > 0 else "behind"
+    return "ahead" if difference.mean > 0 else "behind"

@@ -9,11 +9,9 @@ from itertools import combinations
 from ekd_lightning.reporting import answer_words
 from ekd_lightning.reporting.answer_words import listed, plural, share
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference, corrected, paired, paired_by_seed
+from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, corrected, paired, paired_by_seed
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
-
-_TOLD = 0.05
 
 
 def remarks(
@@ -39,9 +37,7 @@ def remarks(
     found += [_margin(subject, controls), _chance(block, subject)]
     if "equal_cost" not in controls:
         found.append(answer_words.no_equal_cost())
-    pairs = [
-        difference.cell.n for difference in differences if difference is not None and difference.cell.n > 1
-    ]
+    pairs = [difference.n for difference in differences if difference is not None and difference.n > 1]
     if pairs and min(pairs) < FEW:
         found.append(answer_words.few(min(pairs)))
     found.append(_not_done(block))
@@ -94,7 +90,7 @@ def _alike(group: Group, subject: Group, letter: str) -> bool:
 def _apart(difference: Difference | None) -> bool | None:
     if difference is None or difference.half is None:
         return None
-    return difference.p_holm is not None and difference.p_holm < _TOLD
+    return difference.p_holm is not None and difference.p_holm < SIGNIFICANCE
 
 
 def _cost(subject: Group, plain: Group | None) -> str:
@@ -121,10 +117,10 @@ def _ensemble(subject: Group) -> str:
         ("test_gain_over_mean_branch", "their mean"),
         ("test_gain_over_best_branch", "the best of them on the test set"),
     ):
-        cell, interval = subject.values(key), subject.interval(key)
+        cell = subject.values(key)
         if cell is not None:
-            low_high = " to ".join(map(answer_words.points, interval)) if interval else ""
-            within = f"95 % interval {low_high}" if interval else "not enough runs for an interval"
+            low_high = " to ".join(map(answer_words.points, (cell.low, cell.high)))
+            within = "not enough runs for an interval" if cell.std is None else f"95 % interval {low_high}"
             parts.append(f"minus {what} {answer_words.points(cell.mean)} points ({within}, n = {cell.n})")
     return f"Accuracy of the ensemble of branches {', '.join(parts)}." if parts else ""
 
@@ -147,12 +143,12 @@ def _disagreement(subject: Group, controls: Mapping[str, Group]) -> str:
 def _margin(subject: Group, controls: Mapping[str, Group]) -> str:
     """The paper's explanation in one number: is a branch more like its own teacher than like the others?"""
     key = "test_own_teacher_cka_margin"
-    cell, interval = subject.values(key), subject.interval(key)
+    cell = subject.values(key)
     if cell is None:
         return ""
     within = "not enough runs for an interval"
-    if interval is not None:
-        within = f"95 % interval {_signed(interval[0])} to {_signed(interval[1])}"
+    if cell.std is not None:
+        within = f"95 % interval {_signed(cell.low)} to {_signed(cell.high)}"
     text = (
         f"Linear CKA of a branch's features with its own teacher's minus that with the others': {_signed(cell.mean)} "
         f"({within}, n = {plural(cell.n, 'run')})"
@@ -188,11 +184,11 @@ def _chance(block: Block, subject: Group) -> str:
     found = paired_by_seed(values, "").get("ekd")
     if found is None:
         return ""
-    spread = f" ± {share(found.cell.std)}" if found.cell.std is not None else ""
+    spread = f" ± {share(found.std)}" if found.std is not None else ""
     return (
         f"For the size of chance: with its teachers shifted by one branch ({shifted[0].label}), which should change "
-        f"nothing, EKD differs by {answer_words.points(found.cell.mean)}{spread} points "
-        f"(n = {plural(found.cell.n, 'pair')} of runs)."
+        f"nothing, EKD differs by {answer_words.points(found.mean)}{spread} points "
+        f"(n = {plural(found.n, 'pair')} of runs)."
     )
 
 

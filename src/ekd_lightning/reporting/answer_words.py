@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ekd_lightning.reporting.comparison import Difference
+from ekd_lightning.reporting.estimates import Difference, Estimate, p_value
 from ekd_lightning.reporting.groups import FEW, Group
-from ekd_lightning.reporting.tables import Cell
 
 SUBJECT = "EKD"
 ROLES = {
@@ -46,20 +45,15 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def p_value(value: float) -> str:
-    """E.g. `p 0.012`, `p < 0.001`."""
-    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
-
-
 def interval(difference: Difference) -> str:
     """Its 95 % interval in points, e.g. `+4.10 to +6.76`.
 
     Raises:
         ValueError: If the difference has none.
     """
-    if difference.half is None:
+    if difference.std is None:
         raise ValueError("no interval")
-    return " to ".join(points(difference.cell.mean + sign * difference.half) for sign in (-1, 1))
+    return f"{points(difference.low)} to {points(difference.high)}"
 
 
 def comparison(
@@ -76,27 +70,27 @@ def comparison(
     """
     if difference is None:
         return f"Not enough runs to compare {SUBJECT} with {other}: they have no seed in common."
-    cell, (ours, theirs) = difference.cell, accuracies
+    ours, theirs = accuracies
     both = f"{share(ours)} against {share(theirs)} %"
-    if difference.half is None:
+    if difference.std is None:
         return (
-            f"Not enough runs to compare {SUBJECT} with {other}: n = {plural(cell.n, 'pair')} of runs, "
-            f"which differ by {points(cell.mean)} points ({both})."
+            f"Not enough runs to compare {SUBJECT} with {other}: n = {plural(difference.n, 'pair')} of runs, "
+            f"which differ by {points(difference.mean)} points ({both})."
         )
     if difference.p is None:
         return (
-            f"{SUBJECT} and {other} differ by {points(cell.mean)} points in each of n = {cell.n} pairs of runs "
-            f"({both}); without any spread the difference cannot be tested."
+            f"{SUBJECT} and {other} differ by {points(difference.mean)} points in each of n = {difference.n} pairs of "
+            f"runs ({both}); without any spread the difference cannot be tested."
         )
-    pairs = f"n = {plural(cell.n, 'pair')} of runs"
+    pairs = f"n = {plural(difference.n, 'pair')} of runs"
     numbers = f"95 % interval {interval(difference)}, {pairs}, {_corrected(difference, compared)}"
     if verdict == "ahead":
-        return f"{SUBJECT} beats {other} by {share(abs(cell.mean))} points: {both} ({numbers})."
+        return f"{SUBJECT} beats {other} by {share(abs(difference.mean))} points: {both} ({numbers})."
     if verdict == "behind":
-        return f"{SUBJECT} loses to {other} by {share(abs(cell.mean))} points: {both} ({numbers})."
+        return f"{SUBJECT} loses to {other} by {share(abs(difference.mean))} points: {both} ({numbers})."
     return (
-        f"No difference between {SUBJECT} and {other} can be told from n = {cell.n}: "
-        f"{points(cell.mean)} points, {both} ({numbers}{_though(difference)})."
+        f"No difference between {SUBJECT} and {other} can be told from n = {difference.n}: "
+        f"{points(difference.mean)} points, {both} ({numbers}{_though(difference)})."
     )
 
 
@@ -109,7 +103,7 @@ def _corrected(difference: Difference, compared: int) -> str:
 def _though(difference: Difference) -> str:
     """Says it where the interval alone would have told a difference."""
     assert difference.half is not None
-    outside = abs(difference.cell.mean) > difference.half
+    outside = abs(difference.mean) > difference.half
     return "; the interval alone leaves 0 out, which one in 20 does by chance" if outside else ""
 
 
@@ -217,7 +211,9 @@ def chosen(subject: Group, siblings: Sequence[Group]) -> str:
     return f"{start}has the highest validation accuracy{among}. The test set had no part in the choice."
 
 
-def trend(letter: str, accuracies: Mapping[int, Cell], best: int, apart: Mapping[int, bool | None]) -> str:
+def trend(
+    letter: str, accuracies: Mapping[int, Estimate], best: int, apart: Mapping[int, bool | None]
+) -> str:
     """Accuracy over K or M.
 
     Args:

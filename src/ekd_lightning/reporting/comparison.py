@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scipy import stats
-
 from ekd_lightning.errors import UserError
-from ekd_lightning.reporting.tables import Cell, half_width, summarise
+from ekd_lightning.reporting.estimates import Difference, Estimate, estimate, paired_by_seed
+from ekd_lightning.reporting.setups import taught_by
 
 REFERENCES = ("ce", "ekd")
 """Rows that differences are taken to, where a study has them."""
@@ -50,8 +49,6 @@ ROW = (
     "teacher_choice",
 )
 """Fields of a result that runs of one row must share."""
-_EQUAL = 1e-6
-"""Accuracies are recorded in float32; what is closer than this is the same number of images."""
 
 
 @dataclass(frozen=True)
@@ -81,30 +78,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A row minus a reference, paired by seed.
-
-    Attributes:
-        cell: Mean, standard deviation and n of the differences of accuracies in [0, 1].
-        half: Half the width of the 95 % t interval; None with fewer than two pairs.
-        p: Two-sided p value of the paired t-test; None with fewer than two pairs, or where all differences are
-            the same number other than 0, which has no spread to compare it with.
-        p_holm: The same, corrected over the rows of the block.
-    """
-
-    cell: Cell
-    half: float | None
-    p: float | None
-    p_holm: float | None = None
-
-
-@dataclass(frozen=True)
 class Row:
     """One line of a block; figures are None where no run is done."""
 
     name: str
     runs: tuple[Run, ...]
-    accuracy: Cell | None
+    accuracy: Estimate | None
     differences: Mapping[str, Difference | None] = field(default_factory=dict)
 
     @property
@@ -118,8 +97,8 @@ class Row:
 
     def mean(self, key: str) -> float | None:
         """Mean of a field over the runs that have it."""
-        values = [float(r[key]) for r in self.done if r.get(key) is not None]
-        return summarise(values).mean if values else None
+        found = estimate(float(r[key]) for r in self.done if r.get(key) is not None)
+        return found.mean if found else None
 
     @property
     def problems(self) -> str:
@@ -143,13 +122,12 @@ class Block:
     references: tuple[str, ...]
 
 
-def compare(runs: Sequence[Run], data: str, level: float = 0.95) -> list[Block]:
+def compare(runs: Sequence[Run], data: str) -> list[Block]:
     """Puts the runs of a study into blocks and tests the differences in each.
 
     Args:
         runs: All runs that the study asks for, done or not; rows keep the order of their first appearance.
         data: Name of the data set.
-        level: Confidence of the intervals in (0, 1).
 
     Returns:
         One block per fraction, ascending.
@@ -164,7 +142,7 @@ def compare(runs: Sequence[Run], data: str, level: float = 0.95) -> list[Block]:
         names = list(dict.fromkeys(run.row for run in inside))
         references = tuple(name for name in REFERENCES if name in names)
         rows = {name: _row(name, inside) for name in names}
-        tested = {reference: _differences(rows, reference, level) for reference in references}
+        tested = {reference: _differences(rows, reference) for reference in references}
         whole = [
             Row(row.name, row.runs, row.accuracy, {r: tested[r].get(name) for r in references if r != name})
             for name, row in rows.items()
@@ -176,85 +154,16 @@ def compare(runs: Sequence[Run], data: str, level: float = 0.95) -> list[Block]:
 def _row(name: str, runs: Iterable[Run]) -> Row:
     own = tuple(sorted((run for run in runs if run.row == name), key=lambda run: run.seed))
     row = Row(name, own, None)
-    done = [float(result["test_accuracy"]) for result in row.done]
-    return Row(name, own, summarise(done) if done else None)
+    return Row(name, own, estimate(float(result["test_accuracy"]) for result in row.done))
 
 
 def _accuracies(row: Row) -> dict[int, float]:
     return {r.seed: float(r.result["test_accuracy"]) for r in row.runs if r.state == "done" and r.result}
 
 
-def _differences(rows: Mapping[str, Row], reference: str, level: float) -> dict[str, Difference]:
+def _differences(rows: Mapping[str, Row], reference: str) -> dict[str, Difference]:
     """Every other row against the reference; rows without a common seed are left out."""
-    return paired_by_seed({name: _accuracies(row) for name, row in rows.items()}, reference, level)
-
-
-def paired_by_seed(
-    values: Mapping[str, Mapping[int, float]], reference: str, level: float = 0.95
-) -> dict[str, Difference]:
-    """Differences to a reference, paired by seed, with p values corrected over all that are compared.
-
-    Args:
-        values: Name -> seed -> figure.
-        reference: One of the names.
-        level: Confidence of the intervals in (0, 1).
-
-    Returns:
-        By name; those without a common seed, and the reference, are left out.
-    """
-    theirs = values[reference]
-    found = {}
-    for name, ours in values.items():
-        common = sorted(ours.keys() & theirs.keys())
-        if name != reference and common:
-            found[name] = paired([ours[seed] - theirs[seed] for seed in common], level)
-    return corrected(found)
-
-
-def corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The differences with p values corrected for their number by Holm's method."""
-    # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
-    tested = {name: one.p or 0.0 for name, one in found.items() if one.half is not None}
-    p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {
-        name: Difference(d.cell, d.half, d.p, None if d.p is None else p_holm[name])
-        for name, d in found.items()
-    }
-
-
-def paired(differences: Sequence[float], level: float = 0.95) -> Difference:
-    """Student's t interval and two-sided paired t-test (Student 1908) of differences, one per seed.
-
-    Raises:
-        ValueError: Without differences.
-    """
-    cell = summarise(differences)
-    half = half_width(cell, level)
-    if cell.std is None:
-        return Difference(cell, None, None)
-    if max(differences) - min(differences) < _EQUAL:  # no spread: the statistic is 0 / 0 or infinite
-        return Difference(cell, half, 1.0 if abs(cell.mean) < _EQUAL else None)
-    return Difference(cell, half, float(stats.ttest_1samp(differences, 0.0).pvalue))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects p values for their number by the step-down method of Holm (1979).
-
-    The i-th smallest of m (from 0) is multiplied by m - i, made at least as large as the corrected ones before
-    it, and cut at 1.
-
-    Args:
-        p_values: In [0, 1], any number of them.
-
-    Returns:
-        The corrected values, in the order of `p_values`.
-    """
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, position in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[position]))
-        corrected[position] = largest
-    return corrected
+    return paired_by_seed({name: _accuracies(row) for name, row in rows.items()}, reference)
 
 
 def check_protocol(runs: Sequence[Run]) -> None:
@@ -281,14 +190,6 @@ def check_protocol(runs: Sequence[Run]) -> None:
     for run, hashes in taught:
         if whole and not set(hashes) <= set(whole[0][1]):
             _refuse("teachers", run, whole[0][0], hashes, whole[0][1])
-
-
-def taught_by(result: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of the pool's members that taught; with assistants in between, of those that taught the first."""
-    chain = result.get("chain")
-    if chain:
-        return list(chain[0]["teachers_sha256"])
-    return [teacher["sha256"] for teacher in result.get("teachers") or []]
 
 
 def _chose(run: Run) -> bool:

@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ekd_lightning.reporting.comparison import Block, Row
-from ekd_lightning.reporting.tables import percent
+from ekd_lightning.reporting.estimates import NOT_ENOUGH, p_value, percent
 
-NOT_ENOUGH = "not enough runs"
 LEGEND = """\
 Test accuracy with the weights after the last epoch, in percent: mean ± sample standard deviation over n seeds.
 Differences are in points, paired by seed, with the 95 % t interval; p is that of a paired t-test, corrected by
@@ -89,20 +88,14 @@ def _difference(row: Row, reference: str, line: str) -> str:
     difference = row.differences.get(reference)
     if difference is None:
         return "–"
-    first = f"{100 * difference.cell.mean:+.2f}"
-    if difference.half is None:
+    first = f"{100 * difference.mean:+.2f}"
+    if difference.std is None:
         return f"{first}{line}{NOT_ENOUGH}"
-    pairs = f" (n {difference.cell.n})" if difference.cell.n != len(row.done) else ""
+    pairs = f" (n {difference.n})" if difference.n != len(row.done) else ""
     if difference.p is None:  # the same difference in every pair
         return f"{first}{pairs}{line}no spread"
-    low, high = (100 * (difference.cell.mean + sign * difference.half) for sign in (-1, 1))
-    return f"{first} [{low:+.2f}, {high:+.2f}]{pairs}{line}{_p(difference.p_holm)}"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "p –"
-    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+    interval = f"[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+    return f"{first} {interval}{pairs}{line}{p_value(difference.p_holm or 0.0)}"
 
 
 def title(block: Block) -> str:
@@ -171,8 +164,8 @@ def _record(block: Block, row: Row, settings: Mapping[str, str] | None) -> dict[
     for name in block.references:
         difference = row.differences.get(name)
         record |= {
-            f"minus_{name}": difference.cell.mean if difference else None,
-            f"minus_{name}_n": difference.cell.n if difference else None,
+            f"minus_{name}": difference.mean if difference else None,
+            f"minus_{name}_n": difference.n if difference else None,
             f"minus_{name}_half_width": difference.half if difference else None,
             f"minus_{name}_p": difference.p if difference else None,
             f"minus_{name}_p_holm": difference.p_holm if difference else None,

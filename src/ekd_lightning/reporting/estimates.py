@@ -1,30 +1,50 @@
-"""What a group of runs says, as estimates: a mean, half of its 95 % interval, and n. Figures and page draw these."""
+"""Estimates over runs: a mean with its spread and 95 % interval, and differences paired by seed."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cache
 
-from ekd_lightning.reporting.groups import Group
-from ekd_lightning.reporting.tables import Cell, half_width, summarise
+from scipy import stats
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
+"""Of all intervals."""
+SIGNIFICANCE = 0.05
+"""Corrected p values below this tell a difference."""
+NOT_ENOUGH = "not enough runs"
+_EQUAL = 1e-6
+"""Accuracies are recorded in float32; what is closer than this is the same number of images."""
 
 
-class Estimate(NamedTuple):
+@dataclass(frozen=True)
+class Estimate:
     """A mean over runs.
 
     Attributes:
         mean: Arithmetic mean.
-        half: Half the width of Student's t interval, in the unit of the mean; None with fewer than two runs.
+        std: Sample standard deviation (n - 1); None for a single run.
         n: Number of runs.
     """
 
     mean: float
-    half: float | None
+    std: float | None
     n: int
+
+    def half_width(self, level: float = CONFIDENCE) -> float | None:
+        """Half the width of Student's t interval, in the unit of the mean; None for a single run.
+
+        Args:
+            level: Confidence in (0, 1).
+        """
+        return None if self.std is None else _quantile(level, self.n - 1) * self.std / math.sqrt(self.n)
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the 95 % interval; None for a single run."""
+        return self.half_width()
 
     @property
     def low(self) -> float:
@@ -37,150 +57,120 @@ class Estimate(NamedTuple):
         return self.mean + (self.half or 0.0)
 
 
-def estimate(values: Iterable[float], level: float = LEVEL) -> Estimate | None:
-    """Mean and interval of finite numbers, one per run; None without any."""
-    numbers = [float(value) for value in values if math.isfinite(value)]
-    return of_cell(summarise(numbers), level) if numbers else None
-
-
-def of_cell(cell: Cell, level: float = LEVEL) -> Estimate:
-    """The same for a summary that exists."""
-    return Estimate(cell.mean, half_width(cell, level), cell.n)
-
-
-def field(group: Group, key: str, *index: int | str, level: float = LEVEL) -> Estimate | None:
-    """A figure of the results of a group; None if no run has it."""
-    return estimate(group.by_seed(key, *index).values(), level)
-
-
-def scalars(group: Group, level: float = LEVEL) -> dict[str, Estimate]:
-    """Every field of the results that is a number, by its name."""
-    keys = {
-        key: None
-        for run in group.done
-        for key, value in (run.result or {}).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-    found = {key: field(group, key, level=level) for key in keys}
-    if (
-        "test_mean_branch_accuracy" not in found
-    ):  # runs that were not evaluated further have the branches alone
-        found["test_mean_branch_accuracy"] = estimate(_mean_branch(group), level)
-    return {key: one for key, one in found.items() if one is not None}
-
-
-def _mean_branch(group: Group) -> list[float]:
-    rows = [run.get("test_branch_accuracy") or [] for run in group.done]
-    return [sum(row) / len(row) for row in rows if row and all(map(_is_number, row))]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def per_item(group: Group, key: str, level: float = LEVEL) -> list[Estimate]:
-    """A field that is a list of numbers, entry by entry, up to the first that no run has."""
-    found: list[Estimate] = []
-    while (one := field(group, key, len(found), level=level)) is not None:
-        found.append(one)
-    return found
-
-
 @dataclass(frozen=True)
-class Point:
-    """An operating point of a student: some of its branches, or an exit threshold.
+class Difference(Estimate):
+    """One minus another, paired by seed: differences of accuracies in [0, 1].
 
     Attributes:
-        name: Branches, e.g. `(0, 1)`, or the threshold of confidence.
-        accuracy: In [0, 1].
-        macs: Multiply-accumulates of an image, the mean over images with early exit.
-        num_parameters: Of what is run; None with early exit, which keeps all.
-        mean_branches: Branches that an image passes, in [1, K].
+        p: Two-sided p value of the paired t-test; None with fewer than two pairs, or where all differences are
+            the same number other than 0, which has no spread to compare it with.
+        p_holm: The same, corrected for the number of comparisons.
     """
 
-    name: tuple[int, ...] | float
-    accuracy: Estimate
-    macs: float
-    num_parameters: float | None
-    mean_branches: float
+    p: float | None = None
+    p_holm: float | None = None
 
 
-def subsets(group: Group, level: float = LEVEL) -> list[Point]:
-    """Operating points by the branches that are kept, those with fewer branches first."""
-    points = []
-    for branches, rows in _collate(group, "test_subsets", lambda row: tuple(row["branches"])).items():
-        accuracy = estimate((row["accuracy"] for row in rows), level)
-        if accuracy is not None:
-            first = rows[0]
-            points.append(
-                Point(branches, accuracy, first["macs"], first.get("num_parameters"), float(len(branches)))
-            )
-    return sorted(points, key=lambda point: (point.mean_branches, point.name))
+@cache
+def _quantile(level: float, freedom: int) -> float:
+    """Of Student's t; scipy takes longer for it than for everything else in a report."""
+    return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
-def prefixes(group: Group, level: float = LEVEL) -> list[Point]:
-    """The operating points that keep the first 1, 2, ..., K branches."""
-    return [point for point in subsets(group, level) if point.name == tuple(range(int(point.mean_branches)))]
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean, spread and number of finite values, one per run; None without any."""
+    numbers = [float(value) for value in values if math.isfinite(value)]
+    if not numbers:
+        return None
+    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Estimate(statistics.fmean(numbers), spread, len(numbers))
 
 
-def early_exits(group: Group, level: float = LEVEL) -> list[Point]:
-    """Operating points by the confidence at which no further branch is asked, the cheapest first."""
-    points = []
-    for threshold, rows in _collate(group, "test_early_exit", lambda row: float(row["threshold"])).items():
-        accuracy = estimate((row["accuracy"] for row in rows), level)
-        if accuracy is not None:
-            macs, used = (sum(row[key] for row in rows) / len(rows) for key in ("macs", "mean_branches"))
-            points.append(Point(threshold, accuracy, macs, None, used))
-    return sorted(points, key=lambda point: point.macs)
+def paired(differences: Sequence[float]) -> Difference:
+    """Student's t interval and two-sided paired t-test (Student 1908) of differences, one per seed.
 
-
-def _collate(group: Group, key: str, name: Any) -> dict[Any, list[Mapping[str, Any]]]:
-    """Entries of a list of records over the runs of a group, by their name."""
-    found: dict[Any, list[Mapping[str, Any]]] = {}
-    for run in group.done:
-        for row in run.get(key) or ():
-            if all(_is_number(row.get(figure)) for figure in ("accuracy", "macs")):
-                found.setdefault(name(row), []).append(row)
-    return found
-
-
-def severities(group: Group, key: str = "corruption_accuracy_by_severity") -> list[Estimate]:
-    """A figure at corruption severities 1 to 5, each a mean over corruptions; empty where it was not measured."""
-    return per_item(group, key)
-
-
-def corrupted(group: Group) -> str:
-    """How the corrupted images of a group were made, in words; what is compared shares it."""
-    source, images = group.only("corruption_source"), group.only("corruption_images")
-    left = group.only("corruption_left_out") or []
-    told = [f"{source or 'unknown'} corruptions"]
-    told += [f"{images:,} images"] if images else []
-    told += [f"without {', '.join(left)}"] if left else []
-    return ", ".join(told)
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (cost, gain) that no other point beats in one and equals or beats in the other, by cost."""
-    front: list[tuple[float, float]] = []
-    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or gain > front[-1][1]:
-            front.append((cost, gain))
-    return front
-
-
-def own_teachers(group: Group) -> list[int | None]:
-    """Which teacher each branch imitates, from 0; None for a branch without exactly one.
-
-    Rules as in `ekd_lightning.methods.assignment`.
+    Raises:
+        ValueError: Without differences.
     """
-    K, M, spec = group.num_branches or 0, group.num_teachers or 0, group.only("assignment")
-    if not M or spec is None:
-        return [None] * K
-    if M == 1:
-        return [0] * K
-    if spec in ("one_to_one", "permuted"):
-        shift = int(spec == "permuted")
-        return [(k + shift) % M for k in range(K)]
-    if isinstance(spec, list) and len(spec) == K:
-        return [row.index(max(row)) if max(row) == sum(row) else None for row in spec]
-    return [None] * K
+    found = estimate(differences)
+    if found is None:
+        raise ValueError("no differences")
+    difference = Difference(found.mean, found.std, found.n)
+    if found.std is None:
+        return difference
+    if max(differences) - min(differences) < _EQUAL:  # no spread: the statistic is 0 / 0 or infinite
+        return replace(difference, p=1.0 if abs(found.mean) < _EQUAL else None)
+    return replace(difference, p=float(stats.ttest_1samp(differences, 0.0).pvalue))
+
+
+def paired_by_seed(values: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, Difference]:
+    """Differences to a reference, paired by seed, with p values corrected over all that are compared.
+
+    Args:
+        values: Name -> seed -> figure.
+        reference: One of the names.
+
+    Returns:
+        By name; those without a common seed, and the reference, are left out.
+    """
+    theirs = values[reference]
+    found = {}
+    for name, ours in values.items():
+        common = sorted(ours.keys() & theirs.keys())
+        if name != reference and common:
+            found[name] = paired([ours[seed] - theirs[seed] for seed in common])
+    return corrected(found)
+
+
+def corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
+    """The differences with p values corrected for their number by Holm's method."""
+    # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
+    tested = {name: one.p or 0.0 for name, one in found.items() if one.std is not None}
+    p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {name: replace(one, p_holm=None if one.p is None else p_holm[name]) for name, one in found.items()}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects p values for their number by the step-down method of Holm (1979).
+
+    The i-th smallest of m (from 0) is multiplied by m - i, made at least as large as the corrected ones before
+    it, and cut at 1.
+
+    Args:
+        p_values: In [0, 1], any number of them.
+
+    Returns:
+        The corrected values, in the order of `p_values`.
+    """
+    raised = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, position in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[position]))
+        raised[position] = largest
+    return raised
+
+
+def percent(value: Estimate | None) -> str:
+    """A share as percent with its spread, e.g. `78.02 ± 0.31`."""
+    if value is None:
+        return "–"
+    spread = "" if value.std is None else f" ± {100 * value.std:.2f}"
+    return f"{100 * value.mean:.2f}{spread}"
+
+
+def p_value(value: float) -> str:
+    """E.g. `p 0.012`, `p < 0.001`."""
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+
+
+def difference_text(value: Difference | None) -> str:
+    """In points, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`; with fewer than two pairs it says so."""
+    if value is None:
+        return "–"
+    mean = f"{100 * value.mean:+.2f}"
+    if value.std is None:
+        return f"{mean} ({NOT_ENOUGH})"
+    if value.p is None:  # the same difference in every pair
+        return f"{mean} (n {value.n}, no spread)"
+    p = value.p if value.p_holm is None else value.p_holm
+    return f"{mean} [{100 * value.low:+.2f}, {100 * value.high:+.2f}], n {value.n}, {p_value(p)}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from ekd_lightning.reporting import figures_accuracy, figures_detail, figures_difference
 from ekd_lightning.reporting.figure_style import Looks, save, style
 from ekd_lightning.reporting.figures_accuracy import Drawn
-from ekd_lightning.reporting.lines import ordered_labels
 from ekd_lightning.reporting.report import Report
 
 LIST = "figures.md"
@@ -69,7 +68,7 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
         UserError: Without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    looks = Looks(ordered_labels(report))
+    looks = Looks(report.ordered_labels)
     files: list[Path] = []
     lines = ["# Figures", ""]
     left_out = []

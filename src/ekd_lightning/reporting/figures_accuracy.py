@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import Estimate, Point, field, pareto, prefixes
+from ekd_lightning.reporting.blocks import Block, families, grids, over_fractions
+from ekd_lightning.reporting.branches import Point, pareto, prefixes
+from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.groups import Group
-from ekd_lightning.reporting.lines import families, grids, over_fractions
 from ekd_lightning.reporting.report import Report
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def file_name(kind: str, key: str) -> str:
 
 def accuracy(group: Group) -> Estimate:
     """Test accuracy of a group with a run that is done."""
-    found = field(group, "test_accuracy")
+    found = group.accuracy
     assert found is not None
     return found
 
@@ -139,7 +139,7 @@ def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -
 def by_cost(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy against multiply-accumulates and parameters, with the Pareto front; a figure per block."""
     for block in report.blocks:
-        groups = [group for group in done(block) if field(group, "macs") and field(group, "num_parameters")]
+        groups = [group for group in done(block) if group.values("macs") and group.values("num_parameters")]
         if len(groups) < 2:
             continue
         figure, axes = fs.panels(2, most=2, height=3.0)
@@ -188,7 +188,7 @@ def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
 
 
 def _cost(group: Group, key: str) -> float:
-    found = field(group, key)
+    found = group.values(key)
     assert found is not None
     return found.mean / 1e6
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import run_files
-from ekd_lightning.reporting.estimates import Estimate, corrupted, field, own_teachers, per_item, severities
+from ekd_lightning.reporting.branches import own_teachers
+from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.figures_accuracy import ACCURACY, Drawn, accuracy, chunks, done, file_name
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
@@ -34,7 +35,7 @@ def _rest(groups: Sequence[Group], shown: Sequence[Group]) -> str:
 def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy of every branch, of their ensemble, and of the best possible choice; a figure per block."""
     for block in report.blocks:
-        groups = [group for group in done(block) if len(per_item(group, "test_branch_accuracy")) > 1]
+        groups = [group for group in done(block) if len(group.per_item("test_branch_accuracy")) > 1]
         if not groups:
             continue
         shown = sorted(_best(groups, report.references(block), _MOST_ROWS), key=lambda g: accuracy(g).mean)
@@ -53,13 +54,13 @@ def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
 
 
 def _parts(group: Group) -> list[Estimate]:
-    oracle = field(group, "test_oracle_accuracy")
-    return [*per_item(group, "test_branch_accuracy"), accuracy(group), *([oracle] if oracle else [])]
+    oracle = group.values("test_oracle_accuracy")
+    return [*group.per_item("test_branch_accuracy"), accuracy(group), *([oracle] if oracle else [])]
 
 
 def _branch_row(axes: Axes, row: int, group: Group, *, named: bool) -> None:
-    single = per_item(group, "test_branch_accuracy")
-    oracle = field(group, "test_oracle_accuracy")
+    single = group.per_item("test_branch_accuracy")
+    oracle = group.values("test_oracle_accuracy")
     step = 0.5 / max(len(single), 1)
     for k, value in enumerate(single):
         place = row + step * ((len(single) - 1) / 2 - k)
@@ -148,7 +149,7 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
         bars = fs.bars((b.accuracy for b in bins), 1)
         axes.errorbar(xs, ys, yerr=bars, color=colour, linewidth=1, elinewidth=0.7, label=name)
         axes.scatter(xs, ys, s=[4 + 50 * b.share for b in bins], color=colour, marker=marker, zorder=3)
-        error = field(group, key)
+        error = group.values(key)
         told += [f"{error.mean:.3f}"] if error else []
     fs.title(axes, group.label)
     axes.text(
@@ -157,8 +158,9 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
 
 
+_SEVERITIES = "corruption_accuracy_by_severity"
 _UNDER_SHIFT = (
-    ("corruption_accuracy_by_severity", "corruption_clean_accuracy", ACCURACY, 100.0),
+    (_SEVERITIES, "corruption_clean_accuracy", ACCURACY, 100.0),
     ("corruption_nll_by_severity", "corruption_clean_nll", "NLL, nats", 1.0),
     ("corruption_ece_by_severity", "corruption_clean_ece", "ECE", 1.0),
 )
@@ -172,19 +174,19 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     for block in report.blocks:
         alike: dict[str, list[Group]] = {}
         for group in done(block):
-            if severities(group):
-                alike.setdefault(corrupted(group), []).append(group)
+            if group.per_item(_SEVERITIES):
+                alike.setdefault(group.corrupted, []).append(group)
         for number, (told, groups) in enumerate(alike.items()):
             shown = _best(groups, report.references(block), 8)
             figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
             for panel, (key, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
                 for group in shown:
-                    values = [*filter(None, [field(group, clean)]), *severities(group, key)]
+                    values = [*filter(None, [group.values(clean)]), *group.per_item(key)]
                     xs = list(range(6 - len(values), 6))
                     fs.points(panel, xs, values, looks(group.label), group.label, scale)
                 panel.set(xlabel="severity (0: clean)", ylabel=title)
             fs.key(figure, axes)
-            band = fs.band_text([severities(group)[0] for group in shown])
+            band = fs.band_text([group.per_item(_SEVERITIES)[0] for group in shown])
             caption = f"{block.title}, {told}. {band}{_rest(groups, shown)}"
             fs.note(figure, caption)
             suffix = f"-way{number + 1}" if number else ""

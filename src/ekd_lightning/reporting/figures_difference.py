@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting.comparison import Difference
-from ekd_lightning.reporting.estimates import of_cell
+from ekd_lightning.reporting.estimates import Difference
 from ekd_lightning.reporting.figures_accuracy import Drawn, done, file_name
 from ekd_lightning.reporting.groups import differences
 from ekd_lightning.reporting.report import Report
@@ -43,7 +42,7 @@ def difference_figure(
     Returns:
         The figure and its caption; None if no difference has an interval.
     """
-    sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
+    sure = {name: {k: d for k, d in one.items() if d.std is not None} for name, one in found.items()}
     sure = {name: one for name, one in sure.items() if one}
     if not sure:
         return None
@@ -52,17 +51,17 @@ def difference_figure(
     figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
     for panel, (name, one) in zip(axes, sure.items(), strict=True):
         _difference_panel(panel, name, one, looks)
-    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
+    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.std is None})
     few = f" Not enough runs: {', '.join(alone)}." if alone else ""
-    numbers = [d.cell.n for one in sure.values() for d in one.values()]
+    numbers = [d.n for one in sure.values() for d in one.values()]
     caption = f"{title}. Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
     fs.note(figure, caption)
     return figure, caption
 
 
 def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], looks: fs.Looks) -> None:
-    rows = sorted(found.items(), key=lambda item: item[1].cell.mean)
-    values = [of_cell(difference.cell) for _, difference in rows]
+    rows = sorted(found.items(), key=lambda item: item[1].mean)
+    values = [difference for _, difference in rows]
     colours = [looks(label)["color"] for label, _ in rows]
     axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
     axes.errorbar(

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.reporting import setups
-from ekd_lightning.reporting.comparison import Difference, paired_by_seed, taught_by
-from ekd_lightning.reporting.tables import Cell, half_width, summarise
+from ekd_lightning.reporting.estimates import Difference, Estimate, estimate, paired_by_seed
+from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
 
@@ -86,7 +86,7 @@ class Group:
         return len(self.done)
 
     @property
-    def accuracy(self) -> Cell | None:
+    def accuracy(self) -> Estimate | None:
         """Test accuracy in [0, 1]; None if no run is done."""
         return self.values("test_accuracy")
 
@@ -105,16 +105,38 @@ class Group:
                 return {}
         return {int(run.get("seed")): value for run, value in found}
 
-    def values(self, key: str, *index: int | str) -> Cell | None:
-        """Mean, sample standard deviation and n of a figure over the runs that have it; None if none has."""
-        numbers = list(self.by_seed(key, *index).values())
-        return summarise(numbers) if numbers else None
+    def values(self, key: str, *index: int | str) -> Estimate | None:
+        """A figure over the runs that have it; None if none has."""
+        return estimate(self.by_seed(key, *index).values())
 
-    def interval(self, key: str, *index: int | str, level: float = 0.95) -> tuple[float, float] | None:
-        """Student's t interval for the mean of a figure; None with fewer than two runs that have it."""
-        cell = self.values(key, *index)
-        half = half_width(cell, level) if cell else None
-        return None if cell is None or half is None else (cell.mean - half, cell.mean + half)
+    def per_item(self, key: str) -> list[Estimate]:
+        """A field that is a list of numbers, entry by entry, up to the first that no run has."""
+        found: list[Estimate] = []
+        while (one := self.values(key, len(found))) is not None:
+            found.append(one)
+        return found
+
+    def scalars(self) -> dict[str, Estimate]:
+        """Every field of the results that is a number, by its name."""
+        keys = dict.fromkeys(
+            key for run in self.done for key, value in (run.result or {}).items() if is_number(value)
+        )
+        found = {key: self.values(key) for key in keys}
+        if "test_mean_branch_accuracy" not in found:  # not evaluated further: there are the branches alone
+            rows = [run.get("test_branch_accuracy") or [] for run in self.done]
+            means = [sum(row) / len(row) for row in rows if row and all(map(is_number, row))]
+            found["test_mean_branch_accuracy"] = estimate(means)
+        return {key: one for key, one in found.items() if one is not None}
+
+    @property
+    def corrupted(self) -> str:
+        """How its corrupted images were made, in words; what is compared shares it."""
+        source, images = self.only("corruption_source"), self.only("corruption_images")
+        left = self.only("corruption_left_out") or []
+        told = [f"{source or 'unknown'} corruptions"]
+        told += [f"{images:,} images"] if images else []
+        told += [f"without {', '.join(left)}"] if left else []
+        return ", ".join(told)
 
     def array(self, key: str) -> np.ndarray | None:
         """Mean over runs of a field that is a list (of lists) of numbers, NaN for null.
@@ -218,16 +240,13 @@ def _group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any]) -
     )
 
 
-def differences(
-    groups: Sequence[Group], reference: str, key: str = "test_accuracy", level: float = 0.95
-) -> dict[str, Difference]:
+def differences(groups: Sequence[Group], reference: str, key: str = "test_accuracy") -> dict[str, Difference]:
     """Every other group minus the reference, paired by seed, with p values corrected by Holm's method.
 
     Args:
         groups: Those of one block.
         reference: Label of one of them.
         key: Field of the results that is compared.
-        level: Confidence of the intervals in (0, 1).
 
     Returns:
         By label; groups without a common seed are left out.
@@ -241,7 +260,7 @@ def differences(
     values = {one.label: one.by_seed(key) for one in groups}
     if reference not in values:
         raise ValueError(f"no group {reference!r}")
-    return paired_by_seed(values, reference, level)
+    return paired_by_seed(values, reference)
 
 
 def _order(one: Group) -> tuple[Any, ...]:
@@ -256,6 +275,9 @@ def _at(value: Any, path: Sequence[int | str]) -> float | None:
             value = value.get(step) if isinstance(value, Mapping) else None
         else:
             value = value[step] if isinstance(value, list) and -len(value) <= step < len(value) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field of a result holds a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

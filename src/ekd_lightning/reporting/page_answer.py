@@ -85,8 +85,8 @@ def _verdict(finding: Finding | None) -> str:
     if finding is None:
         return "<td class='soft'>no such run</td>"
     difference = finding.difference
-    value = "" if difference is None else f"{100 * difference.cell.mean:+.2f}".replace("-", "−")
+    value = "" if difference is None else f"{100 * difference.mean:+.2f}".replace("-", "−")
     kind, mark = _MARKS.get(finding.verdict, ("", "not enough runs"))
-    n = "" if difference is None else f", n = {difference.cell.n}"
+    n = "" if difference is None else f", n = {difference.n}"
     who = f"<span class='sub'>{escape(finding.other.label)}{n}</span>"
     return f"<td title='{escape(finding.sentence)}'><span class='{kind}'>{mark}</span> {value}{who}</td>"

@@ -10,22 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.reporting import run_files
-from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference
-from ekd_lightning.reporting.estimates import (
-    Estimate,
-    Point,
-    corrupted,
-    early_exits,
-    field,
-    own_teachers,
-    per_item,
-    scalars,
-    severities,
-    subsets,
-)
+from ekd_lightning.reporting.blocks import Block, families, grid_name
+from ekd_lightning.reporting.branches import Point, early_exits, own_teachers, subsets
+from ekd_lightning.reporting.estimates import Difference, Estimate
 from ekd_lightning.reporting.groups import Group, differences
-from ekd_lightning.reporting.lines import families, grid_name, ordered_labels
 from ekd_lightning.reporting.report import Report
 from ekd_lightning.runs.collection import PROVENANCE, RunEntry
 
@@ -74,7 +62,7 @@ def page_data(report: Report, palette: Mapping[str, Sequence[str]]) -> PageData:
                 _group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject}
             )
     payload = {
-        "labels": ordered_labels(report),
+        "labels": report.ordered_labels,
         "references": _references(names, report.reference),
         "palette": {name: list(colours) for name, colours in palette.items()},
         "blocks": [{"key": block.key, "title": block.title} for block in report.blocks],
@@ -125,19 +113,19 @@ def _group(
         "n": group.n,
         "failed": sum(run.state == "failed" for run in group.others),
         "runs": [ids[run.name] for run in (*group.runs, *group.duplicates)],
-        "metrics": {key: one(value) for key, value in scalars(group).items()},
+        "metrics": {key: one(value) for key, value in group.scalars().items()},
         "reference_of": [name for name, (label, _) in references.items() if label == group.label],
         "differences": {
             name: _difference(found[group.label], label)
             for name, (label, found) in references.items()
             if group.label in found
         },
-        "branch_accuracy": [one(value) for value in per_item(group, "test_branch_accuracy")],
+        "branch_accuracy": [one(value) for value in group.per_item("test_branch_accuracy")],
         "subsets": [_point(point) for point in subsets(group)],
         "exits": [_point(point) for point in early_exits(group)],
-        "severity": [one(value) for value in severities(group)],
-        "clean": one(clean) if (clean := field(group, "corruption_clean_accuracy")) else None,
-        "corrupted": corrupted(group),
+        "severity": [one(value) for value in group.per_item("corruption_accuracy_by_severity")],
+        "clean": one(clean) if (clean := group.values("corruption_clean_accuracy")) else None,
+        "corrupted": group.corrupted,
         "curves": {
             name: [[epoch, plain(e.mean), plain(e.half), e.n] for epoch, e in points]
             for name, points in run_files.curves(group).items()
@@ -163,9 +151,9 @@ def plain(value: float | None) -> float | int | None:
 def _difference(found: Difference, label: str) -> dict[str, Any]:
     return {
         "to": label,
-        "mean": plain(found.cell.mean),
+        "mean": plain(found.mean),
         "half": plain(found.half),
-        "n": found.cell.n,
+        "n": found.n,
         "p": plain(found.p_holm),
     }
 

@@ -26,6 +26,8 @@ from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
 from ekd_lightning.reporting.report_rows import difference_record, record, rows
 from ekd_lightning.runs.collection import STATES, Collection
 
+_FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
+"""Methods that have the clearest colours, as they are what others are held against."""
 DEFAULT_TITLE = "Ensemble knowledge distillation: results"
 
 
@@ -61,6 +63,20 @@ class Report:
         """On what the runs that are done were made, each with their number; the most frequent first."""
         told = Counter(_machine(run.provenance) for run in self.collection.runs if run.state == "done")
         return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in told.most_common())
+
+    @cached_property
+    def ordered_labels(self) -> list[str]:
+        """All labels in the order in which colours are given out: references and what matters first."""
+        labels = {group.label: group.method for block in self.blocks for group in block.groups}
+        named = [label for block in self.blocks for label in self.references(block)]
+        rank = {method: position for position, method in enumerate(_FIRST)}
+
+        def order(label: str) -> tuple[bool, int]:
+            method = labels[label]
+            first = label in named or (label == method and method in rank)
+            return (not first, rank.get(method, len(rank)))
+
+        return sorted(labels, key=order)
 
     def references(self, block: Block) -> tuple[str, ...]:
         """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""

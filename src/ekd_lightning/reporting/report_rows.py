@@ -8,7 +8,7 @@ from typing import Any
 
 from ekd_lightning.evaluation.diversity import Spread
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference
+from ekd_lightning.reporting.estimates import Difference
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.run_files import seed_spread
 
@@ -67,7 +67,7 @@ def rows(block: Block, references: Sequence[str]) -> list[GroupRow]:
 def record(row: GroupRow) -> dict[str, Any]:
     """A row as a flat record; accuracies in [0, 1], differences in [-1, 1], half widths of 95 % intervals."""
     group = row.group
-    accuracy, interval = group.accuracy, group.interval("test_accuracy")
+    accuracy = group.accuracy
     found: dict[str, Any] = {
         "label": group.label,
         "method": group.method,
@@ -78,7 +78,9 @@ def record(row: GroupRow) -> dict[str, Any]:
         "seeds": [int(run.get("seed")) for run in group.done],
         "test_accuracy": accuracy.mean if accuracy else None,
         "test_accuracy_std": accuracy.std if accuracy else None,
-        "test_accuracy_interval": list(interval) if interval else None,
+        "test_accuracy_interval": [accuracy.low, accuracy.high]
+        if accuracy and accuracy.std is not None
+        else None,
         "differences": {
             label: difference_record(one) for label, one in row.differences.items() if one is not None
         },
@@ -96,8 +98,8 @@ def record(row: GroupRow) -> dict[str, Any]:
 def difference_record(difference: Difference) -> dict[str, Any]:
     """A difference as a record: mean, n, half width of its 95 % interval, p and the corrected p."""
     return {
-        "mean": difference.cell.mean,
-        "n": difference.cell.n,
+        "mean": difference.mean,
+        "n": difference.n,
         "half_width": difference.half,
         "p": difference.p,
         "p_holm": difference.p_holm,

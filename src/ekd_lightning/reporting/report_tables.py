@@ -11,12 +11,10 @@ from typing import Any
 
 from ekd_lightning.reporting import setups
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.comparison import Difference
-from ekd_lightning.reporting.comparison_table import NOT_ENOUGH
+from ekd_lightning.reporting.estimates import NOT_ENOUGH, difference_text, percent
 from ekd_lightning.reporting.groups import FEW, Group
 from ekd_lightning.reporting.report import Report
 from ekd_lightning.reporting.report_rows import GroupRow, rows
-from ekd_lightning.reporting.tables import percent
 from ekd_lightning.runs.collection import RunEntry
 
 LEGEND = f"""\
@@ -85,7 +83,7 @@ def cells(row: GroupRow) -> list[str]:
         _count(group.num_teachers),
         str(group.n),
         accuracy(group),
-        *("" if label == group.label else difference(one) for label, one in row.differences.items()),
+        *("" if label == group.label else difference_text(one) for label, one in row.differences.items()),
         _mean(group, "test_nll", ".3f"),
         _mean(group, "test_ece", ".3f"),
         _mean(group, "test_gain_over_mean_branch", "+.2f", 100),
@@ -107,28 +105,12 @@ def block_table(block: Block, references: Sequence[str]) -> str:
 
 def accuracy(group: Group) -> str:
     """E.g. `71.55 ± 0.29 [70.83, 72.27]`; a single run has no interval, and says so."""
-    if group.accuracy is None:
+    found = group.accuracy
+    if found is None:
         return _EMPTY
-    interval = group.interval("test_accuracy")
-    if interval is None:
-        return f"{percent(group.accuracy)} ({NOT_ENOUGH})"
-    return f"{percent(group.accuracy)} [{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
-
-
-def difference(one: Difference | None) -> str:
-    """E.g. `+5.43 [+4.10, +6.76], p 0.012`; with fewer than two pairs it says so."""
-    if one is None:
-        return _EMPTY
-    mean = f"{100 * one.cell.mean:+.2f}"
-    if one.half is None:
-        return f"{mean} ({NOT_ENOUGH})"
-    if one.p is None:
-        return f"{mean} (n {one.cell.n}, no spread)"
-    low, high = (100 * (one.cell.mean + sign * one.half) for sign in (-1, 1))
-    p = one.p if one.p_holm is None else one.p_holm
-    return f"{mean} [{low:+.2f}, {high:+.2f}], n {one.cell.n}, " + (
-        "p < 0.001" if p < 0.001 else f"p {p:.3f}"
-    )
+    if found.std is None:
+        return f"{percent(found)} ({NOT_ENOUGH})"
+    return f"{percent(found)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
 
 
 def _mean(group: Group, key: str, form: str, scale: float = 1, unit: str = "") -> str:

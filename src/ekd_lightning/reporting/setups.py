@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ekd_lightning.reporting.comparison import taught_by
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Protocol, Way, places
 
@@ -56,6 +55,14 @@ _TOLD = ("method.name", "method.temperature", "method.assignment", "method.teach
 """Results have them under other names."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
+
+
+def taught_by(result: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of the pool's members that taught; with assistants in between, of those that taught the first."""
+    chain = result.get("chain")
+    if chain:
+        return list(chain[0]["teachers_sha256"])
+    return [teacher["sha256"] for teacher in result.get("teachers") or []]
 
 
 def describe(run: RunEntry) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ekd_lightning.reporting.tables import percent, summarise
+from ekd_lightning.reporting.estimates import estimate, percent
 
 SEED = "seed"
 MOST_ROWS = 60
@@ -96,20 +96,21 @@ def _runs(rows: Sequence[SweepRow], keys: Sequence[str], *, mark: bool, left_out
 
 def _means(groups: Mapping[tuple[str, ...], Sequence[SweepRow]], keys: Sequence[str]) -> Table:
     cells = {
-        values: summarise(r.accuracy for r in group if r.accuracy is not None)
+        values: estimate(row.accuracy for row in group if row.accuracy is not None)
         for values, group in groups.items()
     }
-    best = max(cell.mean for cell in cells.values()) if len(cells) > 1 else None
+    best = max(cell.mean for cell in cells.values() if cell) if len(cells) > 1 else None
     table = _table("means over seeds ± std", keys, ["test %", "n", "train s"], None)
     for values, cell in cells.items():
+        assert cell is not None  # only runs with an accuracy are in groups
         is_best = best is not None and cell.mean == best
         seconds = [row.result.get("train_seconds") for row in groups[values]]
-        known = [float(value) for value in seconds if value is not None]
+        known = estimate(float(value) for value in seconds if value is not None)
         table.add_row(
             *values,
             _marked(percent(cell), is_best),
             str(cell.n),
-            _number(summarise(known).mean if known else None),
+            _number(known.mean if known else None),
             style="bold" if is_best else "",
         )
     return table
