@@ -74,9 +74,9 @@ def equal(first, second) -> bool:
 
 def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_path):
     batch = make_batch([3, 0, 3, 29], [1, 7, 1, 17])
-    live = LiveTeachers(ensemble, PLAIN)(batch, STAGES)
+    live = LiveTeachers(ensemble, PLAIN).ask(batch, STAGES)
     cold, warm = tabled(ensemble, tmp_path), tabled(ensemble, tmp_path)
-    first, second = cold(batch, STAGES), warm(batch, STAGES)
+    first, second = cold.ask(batch, STAGES), warm.ask(batch, STAGES)
     assert equal(first, second)
     assert (warm.hits, warm.misses) == (8, 0)
     for found, expected in zip(first.stages, live.stages, strict=True):
@@ -89,7 +89,7 @@ def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_pat
 
 def test_a_part_of_the_stages_can_be_asked_for(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
-    found = tabled(ensemble, tmp_path)(batch, ("stage3",))
+    found = tabled(ensemble, tmp_path).ask(batch, ("stage3",))
     assert [set(stages) for stages in found.stages] == [{"stage3"}, {"stage3"}]
 
 
@@ -105,13 +105,13 @@ def test_an_epoch_ahead_computes_every_row_once(ensemble, tmp_path, monkeypatch)
         return original(self, m, images, batch_size)
 
     monkeypatch.setattr(type(frozen(STAGES)), "ask", ask)
-    source.prepare_epoch(index, view, lambda i, v: VIEWS(POOL[i], v, i))
+    source.prepare_epoch(index, view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
     assert sum(asked) == 2 * N  # logits, pooled features and stages in one pass
     assert (source.hits, source.misses) == (0, 2 * N)
     batch = make_batch([4, 5], [4, 5])
-    output = source(batch, STAGES)
+    output = source.ask(batch, STAGES)
     assert sum(asked) == 2 * N
-    assert equal(output, tabled(ensemble, tmp_path)(batch, STAGES))
+    assert equal(output, tabled(ensemble, tmp_path).ask(batch, STAGES))
 
 
 def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_path):
@@ -124,15 +124,15 @@ def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_pa
 
 def test_a_damaged_stage_row_is_computed_again(ensemble, tmp_path):
     batch = make_batch([2, 9], [3, 3])
-    first = tabled(ensemble, tmp_path)(batch, STAGES)
+    first = tabled(ensemble, tmp_path).ask(batch, STAGES)
     for path in tmp_path.glob("*.rows"):
         blob = bytearray(path.read_bytes())
         blob[:] = bytes(b ^ 0xFF if b else 0 for b in blob)
         path.write_bytes(bytes(blob))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert equal(tabled(ensemble, tmp_path)(batch, STAGES), first)
-    assert equal(tabled(ensemble, tmp_path)(batch, STAGES), first)
+        assert equal(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
+    assert equal(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
 
 
 def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
@@ -142,7 +142,7 @@ def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = tabled(ensemble, blocked)
-        found = [source(batch, STAGES) for _ in range(2)]
+        found = [source.ask(batch, STAGES) for _ in range(2)]
     assert len([w for w in caught if "cannot be kept" in str(w.message)]) == 1
     assert equal(found[0], found[1])
     assert (source.hits, source.misses) == (0, 8)
@@ -178,9 +178,9 @@ def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_
     """An epoch finds its own rows, not those of the one before."""
     prepared = []
 
-    def prepare_epoch(self, index, view, gather):
+    def prepare_epoch(self, index, view, *rest):
         prepared.append(len(index))
-        return whole(self, index, view, gather)
+        return whole(self, index, view, *rest)
 
     whole = TabledTeachers.prepare_epoch
     monkeypatch.setattr(TabledTeachers, "prepare_epoch", prepare_epoch)
@@ -199,8 +199,8 @@ def test_tables_that_would_not_fit_are_refused_where_required(tiny_settings):
 
 def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp_path):
     batch = make_batch([2, 9], [3, 3])
-    tabled(ensemble, tmp_path)(batch, STAGES)
-    tabled(ensemble, tmp_path, image_set_sha256="c" * 64)(batch, STAGES)
+    tabled(ensemble, tmp_path).ask(batch, STAGES)
+    tabled(ensemble, tmp_path, image_set_sha256="c" * 64).ask(batch, STAGES)
     assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
     assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
     own = {
@@ -220,9 +220,9 @@ def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp
 
 def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tmp_path):
     batch = make_batch([4, 5], [4, 5])
-    first = tabled(ensemble, tmp_path, keep_stages=())(batch)
+    first = tabled(ensemble, tmp_path, keep_stages=()).ask(batch)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.rows")}
     source = tabled(ensemble, tmp_path)
-    source.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i))
+    source.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
     assert {path: path.read_bytes() for path in before} == before
-    assert torch.equal(source(batch, STAGES).logits, first.logits)
+    assert torch.equal(source.ask(batch, STAGES).logits, first.logits)

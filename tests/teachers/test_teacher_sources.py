@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.views import CropFlip
@@ -70,19 +72,19 @@ def same(first, second) -> bool:
 def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
     cold, batch = tabled(ensemble, tmp_path), make_batch([1, 5, 1, 39], [0, 17, 3, 2])
     assert cold.hit_rate is None
-    first = cold(batch)
+    first = cold.ask(batch)
     assert (cold.hits, cold.misses, cold.hit_rate) == (0, 8, 0.0)
-    assert same(first, cold(batch))
+    assert same(first, cold.ask(batch))
     assert (cold.hits, cold.misses, cold.hit_rate) == (8, 8, 0.5)
     warm = tabled(ensemble, tmp_path)
-    assert same(first, warm(batch))
+    assert same(first, warm.ask(batch))
     assert (warm.hits, warm.misses, warm.hit_rate) == (8, 0, 1.0)
     assert warm.disk_bytes() > 0
 
 
 def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
     batch = make_batch(list(range(20)), [i % V for i in range(20)])
-    live, known = LiveTeachers(ensemble, PLAIN)(batch), tabled(ensemble, tmp_path)(batch)
+    live, known = LiveTeachers(ensemble, PLAIN).ask(batch), tabled(ensemble, tmp_path).ask(batch)
     assert live.logits.shape == known.logits.shape == (2, 20, C)
     assert known.logits.dtype == torch.float32
     assert [p.shape for p in known.pooled] == [p.shape for p in live.pooled]
@@ -109,41 +111,41 @@ def asked(monkeypatch) -> list[tuple[int, int]]:
 
 def test_only_missing_images_pass_through_a_teacher(ensemble, tmp_path, asked):
     source = tabled(ensemble, tmp_path)
-    source(make_batch([0, 1, 2], [0, 0, 0]))
-    mixed = source(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
+    source.ask(make_batch([0, 1, 2], [0, 0, 0]))
+    mixed = source.ask(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
     assert asked == [(0, 3), (1, 3), (0, 1), (1, 1)]  # the repeated image is computed once
     assert torch.equal(mixed.logits[:, 1], mixed.logits[:, 3])
-    assert same(mixed, source(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
+    assert same(mixed, source.ask(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
     assert len(asked) == 4
 
 
 def test_without_pooled_there_are_none(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path, include_pooled=False), make_batch([1], [1])
     for _ in range(2):
-        assert source(batch).pooled == ()
+        assert source.ask(batch).pooled == ()
 
 
 def test_another_image_set_or_format_shares_nothing(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
-    tabled(ensemble, tmp_path)(batch)
+    tabled(ensemble, tmp_path).ask(batch)
     for change in ({"image_set_sha256": "c" * 64}, {"how": TeacherFormat(precision="bfloat16")}):
         other = tabled(ensemble, tmp_path, **change)
-        other(batch)
+        other.ask(batch)
         assert other.hits == 0
 
 
 def test_the_students_autocast_does_not_reach_the_teachers(ensemble, tmp_path):
     batch = make_batch([1, 2, 3], [0, 1, 2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = tabled(ensemble, tmp_path / "a")(batch)
-        live = LiveTeachers(ensemble, PLAIN)(batch)
-    assert same(inside, tabled(ensemble, tmp_path / "b")(batch))
-    assert torch.equal(live.logits, LiveTeachers(ensemble, PLAIN)(batch).logits)
+        inside = tabled(ensemble, tmp_path / "a").ask(batch)
+        live = LiveTeachers(ensemble, PLAIN).ask(batch)
+    assert same(inside, tabled(ensemble, tmp_path / "b").ask(batch))
+    assert torch.equal(live.logits, LiveTeachers(ensemble, PLAIN).ask(batch).logits)
 
 
 def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    output, live = source(batch, ("stage2",)), LiveTeachers(ensemble, PLAIN)(batch, ("stage2",))
+    output, live = source.ask(batch, ("stage2",)), LiveTeachers(ensemble, PLAIN).ask(batch, ("stage2",))
     for found, expected in zip(output.stages, live.stages, strict=True):
         assert set(found) == {"stage2"}
         assert torch.equal(found["stage2"], expected["stage2"])
@@ -152,7 +154,7 @@ def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
 
 def test_live_teachers_have_no_hit_rate(ensemble):
     live = LiveTeachers(ensemble, PLAIN)
-    output = live(make_batch([1], [0]), ("stage1",))
+    output = live.ask(make_batch([1], [0]), ("stage1",))
     assert not output.logits.requires_grad
     assert (live.hits, live.misses, live.hit_rate) == (0, 0, None)
 
@@ -165,36 +167,36 @@ def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path):
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = [source(batch) for _ in range(2)]
+        results = [source.ask(batch) for _ in range(2)]
     assert same(results[0], results[1])
-    assert same(results[0], tabled(ensemble, tmp_path / "tables")(batch))
+    assert same(results[0], tabled(ensemble, tmp_path / "tables").ask(batch))
     assert (source.hits, source.misses) == (0, 8)
 
 
 def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, monkeypatch):
     source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
-    source(known)
+    source.ask(known)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.warns(RuntimeWarning, match="No space left") as caught:
-        results = [source(unknown) for _ in range(2)]
+        results = [source.ask(unknown) for _ in range(2)]
     assert len(caught) == 1
     assert same(results[0], results[1])
     hits = source.hits
-    source(known)
+    source.ask(known)
     assert source.hits == hits + 2
 
 
 def test_a_table_cut_short_during_the_run_costs_one_warning(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    first = source(batch)
+    first = source.ask(batch)
     for path in tmp_path.glob("*.rows"):
         os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="cut short") as caught:
-        again = source(batch)
+        again = source.ask(batch)
     assert len(caught) == 1
     assert same(first, again)
 
@@ -203,19 +205,19 @@ def test_a_teacher_that_is_not_finite_is_named(ensemble, tmp_path):
     with torch.no_grad():
         ensemble.members[1].head.bias[0] = float("nan")
     with pytest.raises(UserError, match="tutor1"):
-        tabled(ensemble, tmp_path)(make_batch([1], [0]))
+        tabled(ensemble, tmp_path).ask(make_batch([1], [0]))
 
 
 def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble, tmp_path):
     batch = make_batch([1, 5, 2, 39], [0, 17, 3, 2])
-    expected = tabled(ensemble, tmp_path)(batch)
+    expected = tabled(ensemble, tmp_path).ask(batch)
     narrow = tabled(ensemble, tmp_path, include_pooled=False)
-    found = narrow(batch)
+    found = narrow.ask(batch)
     assert (narrow.hits, narrow.misses, found.pooled) == (8, 0, ())
     assert torch.equal(found.logits, expected.logits)
-    fresh = narrow(make_batch([7], [1]))  # what it adds must serve the runs that need features
+    fresh = narrow.ask(make_batch([7], [1]))  # what it adds must serve the runs that need features
     wide = tabled(ensemble, tmp_path)
-    assert torch.equal(wide(make_batch([7], [1])).logits, fresh.logits)
+    assert torch.equal(wide.ask(make_batch([7], [1])).logits, fresh.logits)
     assert (wide.hits, wide.misses) == (2, 0)
 
 
@@ -237,19 +239,19 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
     folder = tmp_path_factory.mktemp("tables")
     index = torch.tensor(order)
     view = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
-    expected = LiveTeachers(ensemble, PLAIN)(make_batch(order, view.tolist()))
+    expected = LiveTeachers(ensemble, PLAIN).ask(make_batch(order, view.tolist()))
     source = tabled(ensemble, folder)
     if known:
-        source(make_batch(order[:known], view[:known].tolist()))
+        source.ask(make_batch(order[:known], view[:known].tolist()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(frozen_teachers.CHUNK, "cpu", chunk)
         source = tabled(ensemble, folder)
-        source.prepare_epoch(index, view, gather)
+        source.prepare_epoch(index, view, gather, {(): N})
         assert (source.hits, source.misses) == (2 * known, 2 * (N - known))
-        whole = source(make_batch(order, view.tolist()))
+        whole = source.ask(make_batch(order, view.tolist()))
         warm = tabled(ensemble, folder)
-        warm.prepare_epoch(index, view, gather)
-        again = warm(make_batch(order, view.tolist()))
+        warm.prepare_epoch(index, view, gather, {(): N})
+        again = warm.ask(make_batch(order, view.tolist()))
     assert (warm.hits, warm.misses) == (2 * N, 0)
     assert same(whole, again)
     torch.testing.assert_close(whole.logits, expected.logits, rtol=1e-3, atol=1e-3)
@@ -259,12 +261,41 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
 
 def test_a_row_that_was_not_prepared_is_nan(ensemble, tmp_path):
     source = tabled(ensemble, tmp_path)
-    source.prepare_epoch(torch.tensor([3, 1]), torch.tensor([0, 2]), gather)
-    found = source(make_batch([1, 3, 3, 5], [2, 0, 1, 0]))
+    source.prepare_epoch(torch.tensor([3, 1]), torch.tensor([0, 2]), gather, {(): 2})
+    found = source.ask(make_batch([1, 3, 3, 5], [2, 0, 1, 0]))
     known = torch.tensor([True, True, False, False])
     assert torch.equal(found.logits.isfinite().all(dim=(0, 2)), known)
     for pooled in found.pooled:
         assert torch.equal(pooled.isfinite().all(dim=1), known)
+
+
+def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble, tmp_path):
+    """What a CUDA graph records: operations without a value's influence, on tensors that stay where they are."""
+    source = tabled(ensemble, tmp_path)
+    index = torch.arange(N)
+    for view, size in ((torch.zeros_like(index), N), (index % V, N), (index % 5, N - 3)):
+        source.prepare_epoch(index[:size], view[:size], gather, {(): size})
+        assert source.captured()
+        if not view.any():
+            recorded = make_fx(source.ask, tracing_mode="real")(make_batch([1, 2], [0, 0]))
+        batch = make_batch([5, 30], view[[5, 30]].tolist())
+        assert same(recorded(batch), source.ask(batch))
+        assert recorded(batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stages", [(), ("stage2",)])
+def test_what_may_be_recorded_asks_no_value(ensemble, tmp_path, stages):
+    sources = tabled(ensemble, tmp_path), LiveTeachers(ensemble, PLAIN)
+    batch = make_batch([1, 2], [0, 0])
+    for source in sources:
+        source.prepare_epoch(batch.index, batch.view, gather, {stages: 2})
+        source.ask(batch, stages)
+        assert source.captured(stages)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            fake = Batch(*(fakes.from_tensor(part) for part in batch[:5]))
+            answer = source.ask(fake, stages)
+        assert answer.logits.shape == (2, 2, C)
+        assert set(answer.stages[1]) == set(stages)
 
 
 def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):
@@ -272,14 +303,14 @@ def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):
     batch = make_batch([4, 2], [1, 0])
     with pytest.warns(RuntimeWarning, match="teachers run live"):
         source = tabled(ensemble, tmp_path / "file" / "tables")
-    source.prepare_epoch(batch.index, batch.view, gather)
-    assert same(source(batch), tabled(ensemble, tmp_path / "tables")(batch))
+    source.prepare_epoch(batch.index, batch.view, gather, {(): 2})
+    assert same(source.ask(batch), tabled(ensemble, tmp_path / "tables").ask(batch))
 
 
 def test_mixed_images_are_refused(ensemble, tmp_path):
     batch = make_batch([1], [0])
     with pytest.raises(ValueError, match="mixed"):
-        tabled(ensemble, tmp_path)(batch._replace(soft_labels=torch.ones(1, C) / C))
+        tabled(ensemble, tmp_path).ask(batch._replace(soft_labels=torch.ones(1, C) / C))
 
 
 # --- the format
@@ -330,8 +361,8 @@ def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, m
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setitem(frozen_teachers.CHUNK, "cpu", 16)
     source = tabled(ensemble, tmp_path, how=TeacherFormat(precision="float32", compile="always"))
-    source(make_batch([1, 2], [0, 0]))  # the first question is about two images
-    source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather)
+    source.ask(make_batch([1, 2], [0, 0]))  # the first question is about two images
+    source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather, {(): N})
     assert set(sizes) == {16}
 
 
@@ -374,4 +405,4 @@ def test_only_long_work_is_compiled(ensemble, monkeypatch):
 
 def test_a_stage_that_a_teacher_lacks_is_refused(ensemble):
     with pytest.raises(UserError, match=r"stage of teacher 'tutor0'.*stage9"):
-        LiveTeachers(ensemble, PLAIN)(make_batch([1], [0]), ("stage9",))
+        LiveTeachers(ensemble, PLAIN).ask(make_batch([1], [0]), ("stage9",))

@@ -24,7 +24,6 @@ from ekd_lightning.pipeline.run import make_distiller
 from ekd_lightning.pipeline.sources import source_factory
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.compiling import compiled_or_not
-from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
@@ -153,9 +152,9 @@ class BareLoop:
 
     def _epoch(self, epoch: int) -> None:
         self.loader.sampler.set_epoch(epoch)
-        if isinstance(self.source, TabledTeachers):
-            gather = partial(self.prepared.datamodule.training_images, device=self.job.device)
-            self.source.prepare_epoch(*self.loader.rows(), gather)
+        index, view = self.loader.rows()
+        gather = partial(self.prepared.datamodule.training_images, device=self.job.device)
+        self.source.prepare_epoch(index, view, gather, {(): len(index)})
         half = self.job.settings.trainer.get("precision") == "bf16-mixed"
         self.student.train()
         for rows in self.loader:
@@ -163,7 +162,7 @@ class BareLoop:
             batch = batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
             with torch.autocast(self.job.device.type, torch.bfloat16, enabled=half):
                 output = self.forward(batch.images)
-                result = self.method(output, self.source(batch), batch, epoch=epoch)
+                result = self.method(output, self.source.ask(batch), batch, epoch=epoch)
             self.optimizer.zero_grad()
             result.total.backward()
             self.optimizer.step()

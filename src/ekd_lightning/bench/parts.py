@@ -23,7 +23,6 @@ from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
-from ekd_lightning.teachers.tabled import TabledTeachers
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def _attributed(job: Job) -> dict[str, float]:
     """Trains a job; seconds by what they were spent on."""
     start = time.perf_counter()
     _, module, training = job.fit()
-    teachers = module.teacher_source.seconds if isinstance(module.teacher_source, TabledTeachers) else 0.0
+    teachers = 0.0 if module.teacher_source is None else module.teacher_source.seconds
     return {
         "teachers_seconds": teachers,
         "students_seconds": training - teachers,

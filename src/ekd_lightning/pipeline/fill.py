@@ -58,8 +58,9 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
     parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
     source.plan(sum(len(index) for index, _ in parts))
     gather = partial(prepared.datamodule.training_images, device=device)
+    kept = prepared.method.teacher_stages if settings.teachers.table_stages else ()
     for number, (index, view) in enumerate(parts, start=1):
-        source.prepare_epoch(index, view, gather)
+        source.prepare_epoch(index, view, gather, {kept: len(index)})
         if not source.keeping:
             raise UserError(
                 f"teachers.store={settings.teachers.store}: teacher tables cannot be written there"

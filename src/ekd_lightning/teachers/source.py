@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.networks.outputs import TeacherOutput
 from ekd_lightning.networks.teachers import TeacherEnsemble
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+
+Stages = tuple[str, ...]
+ImagesOf = Callable[[Tensor, Tensor], Tensor]
+Asked = Mapping[Stages, int]
 
 
 class TeacherSource(Protocol):
@@ -19,17 +24,40 @@ class TeacherSource(Protocol):
     Attributes:
         hits: Rows found in a table so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
+        seconds: Time spent on preparing epochs so far.
     """
 
     hits: int
     misses: int
+    seconds: float
 
     def plan(self, rows: int) -> None:
         """Hears how many images the run will probably ask about."""
         ...
 
-    def __call__(self, batch: Batch, stages: tuple[str, ...] = ()) -> TeacherOutput:
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
+        """Hears what the next epoch's batches hold, so that the answers can be ready.
+
+        Args:
+            index: int64 [N], the images of this process in the epoch, each once.
+            view: int64 [N], their views.
+            images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
+            asked: The stages that will be asked for, with how many of the N images; () stands for logits and
+                pooled features alone.
+        """
+        ...
+
+    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """Returns the outputs of all teachers for the batch."""
+        ...
+
+    def captured(self, stages: Stages = ()) -> bool:
+        """Whether `ask` with these stages may be recorded in a CUDA graph and replayed for other batches.
+
+        It is then made of tensor operations on the device alone, whose shapes do not depend on values, and all that
+        it reads stays where it is: what `prepare_epoch` changes, it changes in place. Holds from `prepare_epoch`
+        on, after the first `ask` of a kind.
+        """
         ...
 
 
@@ -39,11 +67,13 @@ class LiveTeachers:
     Attributes:
         hits: Always 0.
         misses: Always 0; nothing is looked up.
+        seconds: Always 0; nothing is prepared.
         hit_rate: Always None.
     """
 
     hits = 0
     misses = 0
+    seconds = 0.0
     hit_rate: float | None = None
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
@@ -61,7 +91,14 @@ class LiveTeachers:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
         self._planned_rows = rows
 
-    def __call__(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
+        """Does nothing: every batch is asked about when it comes."""
+
+    def captured(self, stages: Stages = ()) -> bool:
+        """Always: a forward pass is all there is."""
+        return True
+
+    def ask(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
         """The outputs of all teachers for the batch, on its device.
 
         Args:

@@ -19,7 +19,7 @@ from ekd_lightning.data.batch import Batch
 from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
 from ekd_lightning.teachers.epoch_memo import EpochMemo
 from ekd_lightning.teachers.frozen import TeacherFormat
-from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages
 from ekd_lightning.teachers.stage_tables import StageTables
 from ekd_lightning.teachers.table import TableKey
 from ekd_lightning.teachers.table_set import Rows, TableSet, Values
@@ -84,6 +84,7 @@ class TabledTeachers:
         self._num_images, self._num_views = num_images, views.num_views
         self._include_pooled = include_pooled
         self._warned = False
+        self._prepared = False
         self._memo: EpochMemo | None = None
         keys = [
             TableKey(
@@ -136,55 +137,66 @@ class TabledTeachers:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
         self._live.plan(rows)
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, gather: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
         """Completes the tables for all rows of an epoch and holds these ready on the device.
 
         Missing rows are computed in large batches, all of one size. Until the next call, only batches made of
-        these rows may be asked for.
+        these rows may be asked for. Nothing is looked up where all that is asked for comes from live teachers.
 
         Args:
             index: int64 [N], the images of this process in the epoch, each once.
             view: int64 [N], their views.
-            gather: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
+            images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
+            asked: The stages that will be asked for, with how many of the images.
 
         Raises:
             UserError: A teacher's output is not finite.
         """
+        self._prepared = True
+        self.misses += len(self._tables) * sum(
+            images for stages, images in asked.items() if not self.keeps_stages(stages)
+        )
+        if not any(self.keeps_stages(stages) for stages in asked):
+            return
         said = start = time.perf_counter()
         before = self.misses
         blocks = []
         for rows in torch.arange(len(index)).split(_BLOCK_CHUNKS * self._live.frozen().chunk):
             some_index, some_view = index[rows], view[rows]
 
-            def images_of(
+            def chosen_images(
                 chosen: Rows, some_index: Tensor = some_index, some_view: Tensor = some_view
             ) -> Tensor:
-                return gather(some_index[chosen], some_view[chosen])
+                return images_of(some_index[chosen], some_view[chosen])
 
             if self._stages is not None:
-                self._stages.complete(some_index.numpy(), some_view.numpy(), images_of)
-            blocks.append(self._complete(some_index.numpy(), some_view.numpy(), images_of))
+                self._stages.complete(some_index.numpy(), some_view.numpy(), chosen_images)
+            blocks.append(self._complete(some_index.numpy(), some_view.numpy(), chosen_images))
             if time.perf_counter() - said > _PROGRESS_EVERY:
                 said = time.perf_counter()
                 log.info("teachers: %d of %d images of the epoch are ready", int(rows[-1]) + 1, len(index))
-        self._memo = EpochMemo(
+        teachers = range(len(self._tables))
+        if self._memo is None or not self._memo.holds(len(index)):
+            widths = self._ensemble.num_features if self._include_pooled else ()
+            device = next(self._ensemble.parameters()).device
+            shape = len(teachers), self._ensemble.num_classes
+            self._memo = EpochMemo(len(index), self._num_images, shape, widths, device)
+        self._memo.fill(
             index,
             view,
-            [_joined(block[m][0] for block in blocks) for m in range(len(self._tables))],
-            [
-                _joined(block[m][1] for block in blocks)
-                for m in range(len(self._tables))
-                if self._include_pooled
-            ],
-            num_images=self._num_images,
-            device=next(self._ensemble.parameters()).device,
+            [_joined(block[m][0] for block in blocks) for m in teachers],
+            [_joined(block[m][1] for block in blocks) for m in teachers if self._include_pooled],
         )
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
             log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
 
-    def __call__(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
+    def captured(self, stages: Stages = ()) -> bool:
+        """Whether `ask` only looks rows up on the device, or passes images through live teachers."""
+        return self._memo is not None if not stages else not self.keeps_stages(stages)
+
+    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """The outputs of all teachers for the batch, on its device.
 
         Args:
@@ -221,9 +233,10 @@ class TabledTeachers:
         """Outputs with stages: from their tables where these are kept, else from live teachers."""
         if self._stages is not None and self.keeps_stages(stages):
             kept = tuple({name: maps[name] for name in stages} for maps in self._stages(batch))
-            return self(batch)._replace(stages=kept)
-        self.misses += len(self._tables) * len(batch.index)
-        output = self._live(batch, stages)
+            return self.ask(batch)._replace(stages=kept)
+        if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
+            self.misses += len(self._tables) * len(batch.index)
+        output = self._live.ask(batch, stages)
         return output if self._include_pooled else output._replace(pooled=())
 
     def _keep_computed(self, m: int, index: Rows, view: Rows, output: NetworkOutput) -> None:

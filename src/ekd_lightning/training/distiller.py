@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,6 @@ from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, Teacher
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.compiling import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
-from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.module import ImageClassificationModule
 
 COMPILE_STUDENT_MACS = 1e13
@@ -148,8 +148,11 @@ class Distiller(ImageClassificationModule):
         batches = self._batches_to_come()
         index, view = loader.rows(batches)
         source.plan(len(index) * self.recipe.epochs)
-        if isinstance(source, TabledTeachers) and self._looks_up(source, batches):
-            source.prepare_epoch(index, view, partial(data.training_images, device=self.device))
+        asked: Counter[tuple[str, ...]] = Counter()
+        for batch in range(batches):
+            needed, stages = self.method.asks_teachers(self._progress(batch))
+            asked[stages] += needed * len(index) // batches
+        source.prepare_epoch(index, view, partial(data.training_images, device=self.device), +asked)
 
     def _batches_to_come(self) -> int:
         """Batches of this epoch, fewer where `trainer.max_steps` ends the training before."""
@@ -158,11 +161,6 @@ class Distiller(ImageClassificationModule):
             return batches
         left = self.trainer.max_steps - self.global_step
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
-
-    def _looks_up(self, source: TabledTeachers, batches: int) -> bool:
-        """Whether some of the next batches ask the teachers for what their tables hold."""
-        asked = (self.method.asks_teachers(self._progress(batch)) for batch in range(batches))
-        return any(needed and source.keeps_stages(stages) for needed, stages in asked)
 
     def _progress(self, ahead: int = 0) -> float:
         """Share of the training in [0, 1] that is done, `ahead` batches from now."""
@@ -210,7 +208,7 @@ class Distiller(ImageClassificationModule):
 
     def _teach(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
         assert self.teacher_source is not None  # opened when the fit started
-        return self.teacher_source(batch, stages)
+        return self.teacher_source.ask(batch, stages)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Ensemble logits [B, C] and branch logits [K, B, C] of images [B, 3, H, W]."""
