@@ -11,8 +11,8 @@ from whole_runs import TINY, Outcome, _call
 
 from ekd_lightning.cli.evaluate import PARTS, is_override, main, parse_parts
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_json
 from ekd_lightning.pipeline import evaluate_run
-from ekd_lightning.runs.record import write_json
 from ekd_lightning.settings import EVALUATION_PARTS
 
 

@@ -19,7 +19,8 @@ import yaml
 from ekd_lightning import load
 from ekd_lightning.cli import export as command
 from ekd_lightning.data import load_dataset
-from ekd_lightning.networks import cut_branches, file_sha256, load_student
+from ekd_lightning.files import file_sha256
+from ekd_lightning.networks import cut_branches, load_student
 from ekd_lightning.pipeline import export
 
 ALL = ("--format", "safetensors,onnx,torch-export", "--int8", "--max-drop", "0.1")

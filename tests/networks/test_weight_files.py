@@ -18,7 +18,6 @@ from ekd_lightning.networks import (
     NetworkSpec,
     StagedNetwork,
     build_network,
-    file_sha256,
     load_network,
     load_student,
     normalization,
@@ -28,7 +27,6 @@ from ekd_lightning.networks import (
     save_student,
     state_sha256,
 )
-from ekd_lightning.networks import weights as weights_module
 
 
 def _network(seed: int = 0, statistics: str = "cifar10", **options: Any) -> StagedNetwork:
@@ -117,7 +115,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights_module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match=r"cannot be written.*No space"):
         save_network(path, _network(seed=1))
     assert path.read_bytes() == before
@@ -139,13 +137,6 @@ def test_state_hash_is_of_content_only() -> None:
     with torch.no_grad():
         network.head.bias[3] += 1e-6
     assert digest != state_sha256(network)
-
-
-def test_file_hash(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    with pytest.raises(UserError, match="no such file"):
-        file_sha256(tmp_path / "g")
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "net"])

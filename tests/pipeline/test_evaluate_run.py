@@ -11,6 +11,7 @@ import torch
 
 from ekd_lightning.data import choose_subset, load_dataset
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_json
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import evaluate_run
 from ekd_lightning.pipeline.evaluate_run import (
@@ -21,7 +22,6 @@ from ekd_lightning.pipeline.evaluate_run import (
     read_arrays,
 )
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
-from ekd_lightning.runs.record import write_json
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
 
 RESULT = {"method": "ekd", "test_accuracy": 0.5}

@@ -1,46 +1,15 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 
 import pytest
 
 from ekd_lightning.runs import record
-from ekd_lightning.runs.record import RunRecord, is_rank_zero, write_json, write_text
+from ekd_lightning.runs.record import RunRecord, is_rank_zero
 
 
 def read(path):
     return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-
-
-def test_json_is_strict(tmp_path):
-    content = {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": -math.inf}, "e": (1, 2), 3: None, "f": True}
-    write_json(tmp_path / "x.json", content)
-    expected = {"a": None, "b": [None, 1.5], "c": {"d": None}, "e": [1, 2], "3": None, "f": True}
-    assert read(tmp_path / "x.json") == expected
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "x.txt"
-    write_text(path, "old")
-
-    def broken(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_what_is_not_json_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert read(path) == {"a": 1}
 
 
 @pytest.mark.parametrize(

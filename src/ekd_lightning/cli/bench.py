@@ -17,6 +17,7 @@ from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_json
 
 if TYPE_CHECKING:
     from ekd_lightning.bench.parts import Bench
@@ -86,7 +87,7 @@ def bench(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake.
     """
-    from ekd_lightning.runs.record import provenance, write_json  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.runs.record import provenance  # noqa: PLC0415 (slow; --help needs none)
 
     quiet_libraries()
     context = _context(args)

@@ -22,6 +22,7 @@ from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_text
 from ekd_lightning.studies import plan as studies
 from ekd_lightning.studies.plan import Study
 from ekd_lightning.studies.study_rows import parse_matches, plan_rows
@@ -240,7 +241,6 @@ def report(study: Study, folder: Path) -> bool:
 
 def _write(blocks: Sequence[Block], folder: Path, settings: Mapping[str, str]) -> None:
     from ekd_lightning.reporting.comparison_table import csv_text, json_text, markdown  # noqa: PLC0415
-    from ekd_lightning.runs.record import write_text  # noqa: PLC0415
 
     made: dict[str, Any] = {"csv": csv_text, "md": markdown, "json": json_text}
     for ending, make in made.items():

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import file_sha256, write_json, write_text
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.evaluation_context import EvaluationContext
@@ -242,10 +243,8 @@ def _write_card(
     record: dict[str, Any], result: Mapping[str, Any], folder: Path, args: argparse.Namespace
 ) -> None:
     """Writes the card, unless somebody has edited it since it was written."""
-    from ekd_lightning.networks import file_sha256  # noqa: PLC0415
     from ekd_lightning.pipeline.export import EXPORT  # noqa: PLC0415
     from ekd_lightning.reporting.model_card import model_card  # noqa: PLC0415
-    from ekd_lightning.runs.record import write_json, write_text  # noqa: PLC0415
 
     path = folder / CARD
     if path.is_file() and not args.force and file_sha256(path) != record.get("card_sha256"):

@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.runs.record import write_text
+from ekd_lightning.files import write_text
 from ekd_lightning.settings import Settings
 
 CONFIG_FILE = "config.yaml"

@@ -14,7 +14,6 @@ from ekd_lightning.networks.staged import StagedNetwork
 from ekd_lightning.networks.student import ENSEMBLES, BranchedStudent
 from ekd_lightning.networks.teachers import TeacherEnsemble, TeacherIdentity
 from ekd_lightning.networks.weights import (
-    file_sha256,
     load_network,
     load_student,
     read_foreign_checkpoint,
@@ -46,7 +45,6 @@ __all__ = [
     "build_network",
     "convert_state",
     "cut_branches",
-    "file_sha256",
     "load_deployed",
     "load_foreign",
     "load_network",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +15,7 @@ import safetensors.torch
 import torch
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed_model import pack_metadata
 
@@ -25,9 +24,6 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt
 
 METADATA_FILE = "ekd_metadata.json"  # inside a .pt2
 ONNX_OPSET = 18
-
-_SEAL = re.compile(rb"ekd_sha256\W{1,5}([0-9a-f]{64})")
-_UNSEALED = "0" * 64
 
 
 def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
@@ -57,28 +53,11 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
         ) from error
 
 
-def seal(content: bytes) -> bytes:
-    """Writes the SHA-256 of a file's content into its metadata, where 64 zeros stand for it.
-
-    Neither safetensors nor ONNX would notice a weight that changed on disk.
-    """
-    return _SEAL.sub(lambda found: found[0][:-64] + _digest(content).encode(), content, count=1)
-
-
-def is_intact(content: bytes) -> bool:
-    """Whether the content is what `seal` saw."""
-    found = _SEAL.search(content)
-    if found is None:
-        return False
-    start, end = found.span(1)
-    return _digest(content[:start] + _UNSEALED.encode() + content[end:]) == found[1].decode()
-
-
 def with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:
     """Serialises an ONNX model (an `onnx.ModelProto`) with these strings in its metadata."""
     import onnx  # noqa: PLC0415  # optional
 
-    onnx.helper.set_model_props(model, {**strings, "ekd_sha256": _UNSEALED})
+    onnx.helper.set_model_props(model, {**strings, SEAL: UNSEALED})
     return seal(model.SerializeToString())
 
 
@@ -95,7 +74,7 @@ def require(extra: str, *packages: str) -> None:
 
 def _to_safetensors(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
     state = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
-    return seal(safetensors.torch.save(state, {**strings, "ekd_sha256": _UNSEALED}))
+    return seal(safetensors.torch.save(state, {**strings, SEAL: UNSEALED}))
 
 
 def _to_torch_export(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
@@ -152,10 +131,6 @@ def _quietly() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

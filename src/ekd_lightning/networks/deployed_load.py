@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import is_intact
 from ekd_lightning.networks.deploy import DeployedSpec
-from ekd_lightning.networks.deployed_bytes import METADATA_FILE, SUFFIXES, is_intact, require
+from ekd_lightning.networks.deployed_bytes import METADATA_FILE, SUFFIXES, require
 from ekd_lightning.networks.deployed_model import DeployedModel, unpack_metadata
 from ekd_lightning.networks.pt2_check import check_archive
 

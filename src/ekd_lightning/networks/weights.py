@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.spec import NetworkSpec
 from ekd_lightning.networks.staged import StagedNetwork
@@ -95,7 +93,7 @@ def load_student(path: str | Path) -> BranchedStudent:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Reads the strings kept in a safetensors file, without its tensors.
+    """Reads the strings kept in a safetensors file, without its tensors; its checksum is not among them.
 
     Raises:
         UserError: when the file is missing or not a whole safetensors file.
@@ -104,7 +102,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     _require_file(path)
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            return dict(file.metadata() or {})
+            return {key: value for key, value in (file.metadata() or {}).items() if key != SEAL}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
 
@@ -130,21 +128,6 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(values.numpy()))
-    return digest.hexdigest()
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hashes a file's bytes: 64 hexadecimal digits.
-
-    Raises:
-        UserError: when there is no such file.
-    """
-    path = Path(path)
-    _require_file(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     return digest.hexdigest()
 
 
@@ -203,22 +186,30 @@ def _save(
             raise ValueError(
                 f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are ours"
             )
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    content = safetensors.torch.save(state, {**metadata, _KIND: kind, _SPEC: json.dumps(spec)})
-    # In the same folder, so that the last step is a rename within one file system.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    write_sealed_tensors(path, module.state_dict(), {**metadata, _KIND: kind, _SPEC: json.dumps(spec)})
+
+
+def write_sealed_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named tensors as safetensors with a checksum of the whole file in its metadata; see `files.replacing`."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, seal(safetensors.torch.save(state, {**(metadata or {}), SEAL: UNSEALED})))
+
+
+def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file; its checksum is checked if it has one.
+
+    Raises:
+        DamagedFileError: If it is no safetensors file, or not what was written.
+        OSError: If it cannot be read.
+    """
+    content = path.read_bytes()
+    require_intact(path, content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
 
 
 def _read_spec(path: Path, kind: str) -> dict[str, Any]:
@@ -235,8 +226,8 @@ def _read_spec(path: Path, kind: str) -> dict[str, Any]:
 
 def _fill(path: Path, module: nn.Module) -> None:
     try:
-        module.load_state_dict(safetensors.torch.load_file(str(path)), strict=True)
-    except (RuntimeError, safetensors.SafetensorError) as error:
+        module.load_state_dict(read_sealed_tensors(path), strict=True)
+    except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its own description ({_line(error)})") from None
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from filelock import FileLock
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import write_bytes, write_json
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings, Part
-from ekd_lightning.runs.record import ARRAYS, write_bytes, write_json
+from ekd_lightning.runs.record import ARRAYS
 from ekd_lightning.settings import EVALUATION_PARTS
 
 log = logging.getLogger(__name__)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.agreement import Agreement, ask, compare_logits, default_tolerance
-from ekd_lightning.networks import BranchedStudent, cut_branches, file_sha256, load_deployed
+from ekd_lightning.files import file_sha256, replacing, write_json
+from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed_bytes import SUFFIXES, require, to_bytes
 from ekd_lightning.networks.deployed_model import pack_metadata
@@ -25,7 +24,7 @@ from ekd_lightning.networks.quantize import quantize_onnx
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.pipeline.finish import read_checkpoint
-from ekd_lightning.runs.record import now, write_json
+from ekd_lightning.runs.record import now
 
 EXPORT = "export.json"
 INT8 = "student.int8.onnx"
@@ -166,16 +165,12 @@ def export_student(
     tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
     folder.mkdir(parents=True, exist_ok=True)
     for name, facts, content in _contents(context, deployed, metadata, options):
-        temporary = folder / f".{uuid.uuid4().hex[:8]}.{name}"
-        try:
+        with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
             found = compare_logits(_ask_file(temporary, context), reference, test.labels, tolerance)
             _require_agreement(
                 folder / name, found, None if facts["precision"] == "float32" else options.max_drop
             )
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
         record["files"][name] = {**facts, **_file_facts(folder / name, found)}
         write_json(folder / EXPORT, record)
     return record

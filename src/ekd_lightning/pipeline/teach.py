@@ -9,10 +9,10 @@ import torch
 
 from ekd_lightning.data import Dataset
 from ekd_lightning.evaluation.efficiency import count_parameters
+from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
 from ekd_lightning.pipeline.fill import fill_tables, prepare_fill
 from ekd_lightning.pipeline.prepare import prepare_data
-from ekd_lightning.runs.record import write_json
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.loggers import check_loggers

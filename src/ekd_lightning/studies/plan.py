@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_json
 
 STUDY_FILE = "study.json"
 LOCK_FILE = ".lock"
@@ -137,8 +138,6 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
-    from ekd_lightning.runs.record import write_json  # noqa: PLC0415 (slow; --help needs none)
-
     rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
     content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
     write_json(folder / STUDY_FILE, {**content, "common": list(study.common), "data": study.data})

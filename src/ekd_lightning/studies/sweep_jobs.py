@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.runs.record import now, write_json
+from ekd_lightning.files import write_json
+from ekd_lightning.runs.record import now
 from ekd_lightning.studies.plan import key_of
 
 SWEEP_FILE = "sweep.json"

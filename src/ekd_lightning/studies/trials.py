@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
-from ekd_lightning.runs.record import write_json
+from ekd_lightning.files import write_json
 from ekd_lightning.studies.search_space import Choices, Interval, Scalar, SearchSpace, override
 
 DESCRIPTION = "study.json"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.runs.record import write_text
+from ekd_lightning.files import write_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -21,8 +21,8 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.evaluate import score_logits
 from ekd_lightning.evaluation.predict import Predictions, predict
+from ekd_lightning.files import write_bytes, write_json
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
-from ekd_lightning.runs.record import write_bytes, write_json
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import replacing, write_text
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,10 @@ class MetricsCsv(Logger):
     def save(self) -> None:
         """Writes the whole file anew, atomically; it has one row per epoch."""
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        part = self.path.with_suffix(".csv.part")
-        with part.open("w", newline="") as stream:
+        with replacing(self.path) as part, part.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, fieldnames=columns, restval="")
             writer.writeheader()
             writer.writerows(self._rows[step] for step in sorted(self._rows))
-        os.replace(part, self.path)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -200,7 +199,7 @@ def wandb_run_id(directory: Path) -> str:
     path = directory / _WANDB_ID
     if not path.is_file():
         given = os.environ.get("WANDB_RUN_ID") if in_wandb_sweep() else None
-        path.write_text((given or generate_id()) + "\n")
+        write_text(path, (given or generate_id()) + "\n")
     return path.read_text().strip()
 
 

@@ -15,11 +15,11 @@ from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.files import write_json
 from ekd_lightning.methods import Method, build_method
 from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.pipeline.sources import make_source
-from ekd_lightning.runs.record import write_json
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.precision import device_type_of, resolve_precision, teacher_dtype
 from ekd_lightning.teachers.store import COST

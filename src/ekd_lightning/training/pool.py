@@ -15,6 +15,7 @@ import torch
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import file_sha256
 from ekd_lightning.networks import (
     NetworkSpec,
     Normalization,
@@ -22,7 +23,6 @@ from ekd_lightning.networks import (
     TeacherEnsemble,
     TeacherIdentity,
     build_network,
-    file_sha256,
     load_foreign,
     load_network,
     load_zoo_teacher,

@@ -1,0 +1,200 @@
+"""Files that are replaced whole and can tell when their content changed: a kill or a full disk leaves the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.errors import UserError
+
+SEAL = "ekd_sha256"
+"""The name under which a sealed file holds its checksum."""
+UNSEALED = "0" * 64
+"""What stands for the checksum until `seal` fills it in."""
+
+_SEALED = re.compile(SEAL.encode() + rb"\W{1,5}([0-9a-f]{64})")
+_PART = ".part-"
+
+
+class DamagedFileError(UserError):
+    """A file whose content is not what was written; it may be possible to make it again."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Lets a block write a file beside `path`, which takes its place once the block is done and the disk has it.
+
+    At every instant `path` is the old file or the new one, after a power cut, too. The folder is made if missing.
+
+    Yields:
+        The file to write: empty, in the same folder, with the same suffix.
+
+    Raises:
+        UserError: If the disk refuses (full, read-only, ...), naming `path`, which is then as it was.
+    """
+    temporary = path.with_name(f"{_PART}{uuid.uuid4().hex[:8]}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def remove_parts(path: Path) -> None:
+    """Removes what killed writers of `path` left beside it; for files that have one writer at a time."""
+    if path.parent.is_dir():
+        for part in path.parent.iterdir():
+            if part.name.startswith(_PART) and part.name.endswith(f".{path.name}"):
+                part.unlink(missing_ok=True)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Renames a folder whose files are written and synced, so that it appears whole or not at all.
+
+    Raises:
+        UserError: If the file system refuses, naming `target`.
+    """
+    try:
+        _sync_folder(source)
+        os.replace(source, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+
+
+def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> None:
+    """Writes `content` as JSON; see `replacing`. Non-finite numbers become null: JSON has no word for them.
+
+    Args:
+        path: The file.
+        content: What to write.
+        sealed: Whether the file carries its own checksum, for `read_json`.
+    """
+    plain = _finite({**content, SEAL: UNSEALED} if sealed else content)
+    text = (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode()
+    write_bytes(path, seal(text) if sealed else text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a mapping that `write_json` wrote, and checks its checksum if it has one.
+
+    Raises:
+        DamagedFileError: If it is no JSON, no mapping, or not what was written.
+        OSError: If it cannot be read.
+    """
+    text = path.read_bytes()
+    require_intact(path, text)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: damaged, not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path}: damaged, holds no mapping (a {type(content).__name__})")
+    content.pop(SEAL, None)
+    return content
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` in UTF-8; see `replacing`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Writes `content`; see `replacing`."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
+
+
+def seal(content: bytes) -> bytes:
+    """Writes the SHA-256 of a file's content into it, where `UNSEALED` stands after `SEAL`.
+
+    Neither safetensors, ONNX, JSON nor a checkpoint would notice a number that changed on disk.
+    """
+    return _SEALED.sub(lambda found: found[0][:-64] + _digest(content).encode(), content, count=1)
+
+
+def is_intact(content: bytes) -> bool | None:
+    """Whether the content is what `seal` saw; None if it holds no checksum."""
+    place = content.find(SEAL.encode())
+    if place < 0:
+        return None
+    found = _SEALED.match(content, place)
+    if found is None:
+        return False
+    start, end = found.span(1)
+    view = memoryview(content)
+    return _digest(view[:start], UNSEALED.encode(), view[end:]) == found[1].decode()
+
+
+def require_intact(path: Path, content: bytes) -> None:
+    """Refuses content that changed since it was sealed; what was never sealed is accepted.
+
+    Raises:
+        DamagedFileError: Naming the file.
+    """
+    if is_intact(content) is False:
+        raise DamagedFileError(
+            f"{path}: damaged or changed, its content is not that which was written (SHA-256)"
+        )
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hashes a file's bytes: 64 hexadecimal digits.
+
+    Raises:
+        UserError: When there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    # What was renamed is in place already; some file systems cannot sync a folder.
+    with contextlib.suppress(OSError):
+        _sync(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
