@@ -81,7 +81,7 @@ def test_two_steps_against_loops_with_explicit_negatives(scores):
     z_s = z_t = None
     for number, places in enumerate([(0, 4, 7), (4, 1, 2, 8)]):
         rows = term.images.rows(INDEX[list(places)])
-        negatives = term.images.negatives(rows, M_NEG, number).tolist()
+        negatives = term.images.negatives(rows, M_NEG, torch.tensor(number)).tolist()
         s_bank, t_bank = (side.memory.bank.numpy().copy() for side in (s_side, t_side))
         value, student, teachers = step(term, places, number, seed=number)
         v_s, v_t = embed(s_side, student.pooled[0]), embed(t_side, teachers.pooled[0])
@@ -110,19 +110,21 @@ def test_both_ways_to_compute_scores_are_equal(dtype):
 def test_negatives_are_of_other_classes_and_a_pure_function_of_seed_step_and_image():
     images = TrainingImages(INDEX, LABELS, seed=5)
     rows = images.rows(INDEX)
-    drawn = images.negatives(rows, 501, step=3)
+    drawn = images.negatives(rows, 501, step=torch.tensor(3))
     labels, whole = LABELS[torch.argsort(rows)], drawn.shape
     assert whole == (9, 501)
     assert (labels[drawn] != LABELS[:, None]).all()
-    assert torch.equal(images.negatives(rows[[6, 1]], 501, step=3), drawn[[6, 1]])
-    assert not torch.equal(images.negatives(rows, 501, step=4), drawn)
-    assert not torch.equal(TrainingImages(INDEX, LABELS, seed=6).negatives(rows, 501, step=3), drawn)
+    assert torch.equal(images.negatives(rows[[6, 1]], 501, step=torch.tensor(3)), drawn[[6, 1]])
+    assert not torch.equal(images.negatives(rows, 501, step=torch.tensor(4)), drawn)
+    assert not torch.equal(
+        TrainingImages(INDEX, LABELS, seed=6).negatives(rows, 501, step=torch.tensor(3)), drawn
+    )
 
 
 def test_negatives_are_uniform():
     images = TrainingImages(INDEX, LABELS, seed=0)
     rows = images.rows(INDEX[:2])
-    drawn = torch.cat([images.negatives(rows, 5001, step) for step in range(4)], dim=1)
+    drawn = torch.cat([images.negatives(rows, 5001, torch.tensor(step)) for step in range(4)], dim=1)
     for row, own in zip(drawn, LABELS[:2], strict=True):
         counts = torch.bincount(row, minlength=n)
         others = counts[counts > 0].double()

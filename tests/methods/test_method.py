@@ -199,8 +199,8 @@ def test_type_lets_one_term_occur_twice():
 
 def test_weights_can_follow_the_time():
     class Ramp(Term):
-        def weight_at(self, context):
-            return self.weight * context.progress
+        def weight_at(self, progress):
+            return self.weight * progress
 
         def forward(self, context):
             return context.student.logits.square().mean()

@@ -136,6 +136,7 @@ class BoundaryDistillation(Term):
 
     needs_teachers = True
     needs_networks = True
+    captures = False  # how many images are attacked, and for how long, depends on what the networks answer
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class BoundaryDistillation(Term):
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the attacked images and the teachers; 0 if there are none."""
         nothing = 0.0 * context.student.logits.sum()
-        if self.weight_at(context) == 0.0:
+        if self.weight_at(context.progress) == 0.0:
             return nothing
         generator = np.random.default_rng((_STREAM, self.seed, context.step))
         uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(nothing.device)

@@ -195,7 +195,7 @@ class ContrastiveRepresentation(PairTerm):
 
     def _drawn(self, context: StepContext) -> Draw:
         rows = self.images.rows(context.batch.index)
-        drawn = self.images.negatives(rows, self.negatives, context.step)
+        drawn = self.images.negatives(rows, self.negatives, context.step_tensor())
         if self.scores == "gathered":
             times = torch.ones(1, 1 + self.negatives, device=rows.device)
             times[:, 0] = 0

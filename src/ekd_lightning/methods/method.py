@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.assignment import Assignment
+from ekd_lightning.methods.assignment import Assignment, RandomAssignment
 from ekd_lightning.methods.terms import (
     LiveNetworks,
     StepContext,
@@ -92,13 +92,24 @@ class Method(nn.Module):
         Those whose schedule gives them weight 0 are not; if that leaves none, all are.
         """
         everything = dict(self.named_terms())
-        return {key: term for key, term in everything.items() if not term.is_idle(progress)} or everything
+        return {
+            key: term for key, term in everything.items() if term.weight_at(progress) != 0.0
+        } or everything
 
     def asks_teachers(self, progress: float) -> tuple[bool, tuple[str, ...]]:
         """Whether teachers must answer at a share of the training, and the stages they must return then."""
         terms = self.counting_terms(progress).values()
         stages = dict.fromkeys(stage for term in terms for stage in term.teacher_stages)
         return any(term.needs_teachers for term in terms), tuple(stages)
+
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The factor in the total of each of the `counting_terms` at a share of the training in [0, 1]."""
+        return {key: term.weight_at(progress) for key, term in self.counting_terms(progress).items()}
+
+    def assignment_at(self, step: int) -> Tensor | None:
+        """The matrix [K, M] that is drawn for a step, on the CPU; None where it is the same in all steps."""
+        drawn = isinstance(self.assignment, RandomAssignment)
+        return self.assignment.matrix(step) if drawn and self.assignment is not None else None
 
     @property
     def reads_tables(self) -> bool:
@@ -120,10 +131,18 @@ class Method(nn.Module):
         step: int = 0,
         progress: float = 0.0,
         networks: LiveNetworks | None = None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        assignment_KM: Tensor | None = None,
+        step_t: Tensor | None = None,
     ) -> MethodLoss:
         """Computes the loss of one step.
 
         All rows of the batch count: `batch.valid` is always True in training.
+
+        `weights`, `assignment_KM` and `step_t` give as tensors on the device what else follows from `step` and
+        `progress`, so that the forward pass can be recorded as a CUDA graph and replayed in later steps: for the same
+        `counting_terms`, all of which must have `captures`.
 
         Args:
             student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
@@ -134,6 +153,9 @@ class Method(nn.Module):
             step: Optimiser steps so far, counted from 0.
             progress: Share of the training that is done, in [0, 1].
             networks: The networks themselves; needed by methods with `needs_networks`.
+            weights: Term name -> float32 scalar, for each of the `counting_terms`; see `weights_at`.
+            assignment_KM: float32 [K, M]; see `assignment_at`.
+            step_t: int64 scalar.
 
         Returns:
             The total and every term's unweighted value.
@@ -147,10 +169,13 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} needs the teachers' outputs")
         if networks is None and any(term.needs_networks for term in counting.values()):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
-        assignment_KM = self._assignment_for(student, teachers, step)
-        context = StepContext(student, teachers, batch, assignment_KM, epoch, step, progress, networks)
+        matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
+        context = StepContext(
+            student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t
+        )
         values = {key: term(context) for key, term in counting.items()}
-        weighted = [term.weight_at(context) * values[key] for key, term in counting.items()]
+        factors = self.weights_at(progress) if weights is None else weights
+        weighted = [factors[key] * values[key] for key in counting]
         if len(counting) < len(self.terms):
             weighted.append(self._nothing(student, counting))
         zero = student.logits.new_zeros(())
@@ -173,7 +198,11 @@ class Method(nn.Module):
         return torch.stack([(values.float() * 0.0).sum() for values in reached]).sum()
 
     def _assignment_for(
-        self, student: StudentOutput, teachers: TeacherOutput | None, step: int
+        self,
+        student: StudentOutput,
+        teachers: TeacherOutput | None,
+        step: int,
+        assignment_KM: Tensor | None,
     ) -> Tensor | None:
         if self.assignment is None or teachers is None:
             return None
@@ -181,6 +210,8 @@ class Method(nn.Module):
         given = (len(student.branch_logits), len(teachers.logits))
         if built != given:
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
+        if assignment_KM is not None:
+            return assignment_KM
         return self.assignment.matrix(step).to(student.logits.device)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
@@ -58,6 +59,9 @@ class StepContext:
         step: Optimiser steps so far, counted from 0.
         progress: Share of the whole training that is done, in [0, 1].
         networks: The networks, for terms with `needs_networks`; else possibly None.
+        weights: Term name -> float32 scalar on the device, weight times schedule, in place of `Term.weight_at`; None
+            where numbers of the host will do.
+        step_t: `step` as an int64 scalar on the device; None as for `weights`.
     """
 
     student: StudentOutput
@@ -68,6 +72,14 @@ class StepContext:
     step: int = 0
     progress: float = 0.0
     networks: LiveNetworks | None = None
+    weights: Mapping[str, Tensor] | None = None
+    step_t: Tensor | None = None
+
+    def step_tensor(self) -> Tensor:
+        """Returns the step as an int64 scalar on the device of the batch, `step_t` where it was given."""
+        if self.step_t is not None:
+            return self.step_t
+        return torch.full((), self.step, dtype=torch.int64, device=self.batch.index.device)
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,10 @@ class Term(nn.Module):
         needs_networks: Whether `context.networks` must be there.
         uses_assignment: Whether the assignment has an effect on this term.
         uses_temperature: Whether the method's temperature has an effect on this term.
+        captures: Whether `forward` may be recorded once as a CUDA graph and replayed in later steps: it reads nothing
+            back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
+            a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
+            repeat the numbers of the step that was recorded.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
     """
@@ -168,6 +184,7 @@ class Term(nn.Module):
     needs_networks: bool = False
     uses_assignment: bool = False
     uses_temperature: bool = False
+    captures: bool = True
     teacher_stages: tuple[str, ...] = ()
     student_stages: tuple[str, ...] = ()
 
@@ -176,20 +193,16 @@ class Term(nn.Module):
         self.weight = number("weight", weight, low=0.0)
         self.schedule = CONSTANT
 
-    def weight_at(self, context: StepContext) -> float:
-        """Returns the weight in one step: `weight` times what the schedule says.
+    def weight_at(self, progress: float) -> float:
+        """Returns the factor in the total at a share of the training: `weight` times what the schedule says.
 
         Args:
-            context: The step.
+            progress: In [0, 1].
 
         Returns:
-            The factor of this term's value in the total, >= 0.
+            The factor, >= 0; where it is 0 the term is not computed.
         """
-        return self.weight * self.schedule(context.progress)
-
-    def is_idle(self, progress: float) -> bool:
-        """Whether the term counts for nothing at a share of the training in [0, 1], so that it is not computed."""
-        return self.weight * self.schedule(progress) == 0.0
+        return self.weight * self.schedule(progress)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the unweighted value of the loss for one step.

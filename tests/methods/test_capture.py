@@ -1,0 +1,114 @@
+"""What a CUDA graph would freeze: a forward pass whose numbers of the host stand still follows its tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.methods import build_method, term_names
+from ekd_lightning.methods.terms import term_class
+from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+
+K, M, B, C, D = 3, 2, 5, 4, 6
+STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 2, 2)}
+TERMS = [name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")]
+CAPTURED = [name for name in TERMS if term_class(name).captures]
+
+
+class Heads:
+    """Networks of which only the teachers' classifiers can be asked for."""
+
+    def __init__(self):
+        self.heads = [nn.Linear(D, C) for _ in range(M)]
+
+    def teacher_head(self, m):
+        return self.heads[m]
+
+
+def built(name):
+    torch.manual_seed(0)
+    terms = {
+        "ce": {"type": "ce_ensemble", "weight": 2.0, "schedule": {"linear": [[0, 1], [1, 3]]}},
+        "other": {"type": name, "weight": 0.5, "schedule": {"ramp_up": 0.9}},
+    }
+    return build_method(
+        name,
+        terms,
+        num_classes=C,
+        num_branches=K,
+        num_teachers=M,
+        assignment="random",
+        seed=3,
+        student_features=D,
+        teacher_features=(D,) * M,
+        student_stage_shapes=STAGES,
+        teacher_stage_shapes=(STAGES,) * M,
+        train_index=torch.arange(2 * B),
+        train_labels=torch.arange(2 * B) % C,
+    )
+
+
+def stages():
+    return {name: torch.randn(B, *shape) for name, shape in STAGES.items()}
+
+
+def outputs():
+    branch_logits = torch.randn(K, B, C)
+    student = StudentOutput(
+        branch_logits.mean(0), branch_logits, torch.randn(K, B, D), tuple(stages() for _ in range(K))
+    )
+    teachers = TeacherOutput(
+        torch.randn(M, B, C), tuple(torch.randn(B, D) for _ in range(M)), tuple(stages() for _ in range(M))
+    )
+    index = torch.arange(B)
+    images, valid = torch.rand(B, 3, 8, 8), torch.ones(B, dtype=torch.bool)
+    return student, teachers, Batch(images, index % C, index, index, valid)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_recorded_step_follows_the_tensors_it_is_given(name):
+    eager, recorded = built(name), built(name)
+    networks = Heads()
+    for step in range(3):
+        torch.manual_seed(step)
+        said = outputs()
+        progress = 0.1 + step / 4
+        matrix = recorded.assignment_at(step)
+        tensors = {
+            "weights": {key: torch.tensor(w) for key, w in recorded.weights_at(progress).items()},
+            "assignment_KM": matrix,
+            "step_t": torch.tensor(step),
+        }
+        found = recorded(*said, step=0, progress=0.1, networks=networks, **tensors)
+        expected = eager(*said, step=step, progress=progress, networks=networks)
+        assert found.terms == expected.terms
+        assert torch.equal(found.total, expected.total)
+    assert (matrix is None) is not eager.terms["other"].uses_assignment
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_term_that_captures_reads_nothing_back_from_the_device(name):
+    """On an accelerator's tensors without values, where whatever reads one, or asks for its shape, fails."""
+    method, networks, said = built(name), Heads(), outputs()
+    with FakeTensorMode() as mode:
+
+        def there(values):
+            return tree_map_only(torch.Tensor, lambda x: mode.from_tensor(x).to("cuda"), values)
+
+        state = there({**dict(method.named_parameters()), **dict(method.named_buffers())})
+        networks.heads = [nn.Linear(D, C, device="cuda") for _ in range(M)]
+        tensors = {
+            "weights": there({key: torch.tensor(w) for key, w in method.weights_at(0.1).items()}),
+            "assignment_KM": there(torch.eye(K)[:, :M]),
+            "step_t": there(torch.tensor(3)),
+        }
+        loss = torch.func.functional_call(method, state, there(said), {"networks": networks, **tensors})
+        assert loss.total.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            loss.total.item()  # the test would see it
