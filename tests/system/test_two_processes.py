@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -56,7 +58,12 @@ def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
     found = {str(path.parent.relative_to(folder)) for path in folder.rglob("config.yaml")}
     assert {name for name in found if ".hydra" not in name} == {"0", "1", "2"}
 
-    for job in (1, 2):
+    told = re.findall(r"epoch 1/1  loss (\S+)  accuracy (\S+)", said)
+    for job, (loss, accuracy) in zip((1, 2), told[-2:], strict=True):  # before them: their teachers
+        with (folder / str(job) / "metrics.csv").open(newline="") as stream:
+            (logged,) = [row for row in csv.DictReader(stream) if row["train/loss"]]
+        # What is printed is the mean over both processes, as what is logged is.
+        assert (loss, accuracy) == tuple(f"{float(logged[f'train/{n}']):.4f}" for n in ("loss", "accuracy"))
         result = json.loads((folder / str(job) / "result.json").read_text())
         assert (result["num_devices"], result["num_branches"], result["steps"]) == (2, job, 2)
         assert_scores_of_one_process(folder / str(job), result, tiny_settings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -17,10 +18,9 @@ from whole_runs import TINY, call_train
 
 from ekd_lightning.data.digits import read_digits
 from ekd_lightning.tracking import dashboards
-from ekd_lightning.tracking.dashboards import make_panels
+from ekd_lightning.tracking.dashboards import confusion_figure, examples_grid, markdown, result_facts
 from ekd_lightning.tracking.loggers import flat_columns, wandb_run_id
-from ekd_lightning.tracking.panels import branch_table, curves, misclassified, scalars, tables
-from ekd_lightning.tracking.tensorboard_panels import confusion_figure, examples_grid, markdown
+from ekd_lightning.tracking.panels import branch_table, curves, make_panels, misclassified, scalars, tables
 
 NAMES = ("cat", "dog", "frog")
 
@@ -81,10 +81,11 @@ def test_scalars_are_the_numbers_that_were_found():
         "num_parameters": 7,
     }
     assert scalars(result) == {
-        "evaluation/test_accuracy": 0.5,
-        "evaluation/test_accuracy_best": 0.6,
-        "evaluation/test_branch_accuracy_0": 0.25,
-        "evaluation/test_branch_accuracy_1": 0.75,
+        "test/accuracy": 0.5,
+        "test_best/accuracy": 0.6,
+        "test_best/nll": 1.0,
+        "test/branch_accuracy_0": 0.25,
+        "test/branch_accuracy_1": 0.75,
         "corruptions/corruption_mce": 0.3,
         "generalisation/gap_nll": -1.0,
         "flatness/sharpness_sam": 2.0,
@@ -193,6 +194,11 @@ def panels(ran):
     return make_panels(result, arrays, test.images.numpy(), tuple(str(i) for i in range(10)))
 
 
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def kinds(folder: Path) -> tuple[str, str, str]:
     (run, *_) = records(folder)["run"]
     return run.job_type, run.run_group, run.display_name
@@ -207,7 +213,7 @@ def test_teacher_and_student_are_runs_of_their_own_kind_in_one_group(ran):
     assert records(teacher)["exit"][0].exit_code == 0
 
 
-def test_what_was_run_stands_in_flat_columns(ran, panels):
+def test_what_was_run_stands_in_flat_columns(ran):
     (folder,) = offline_runs(ran)
     config: dict[str, object] = {}
     found = records(folder)
@@ -221,7 +227,8 @@ def test_what_was_run_stands_in_flat_columns(ran, panels):
         "digits",
         "resnet8",
     )
-    assert (panels.columns["method_name"], panels.columns["num_branches"]) == ("ekd", 2)
+    columns = flat_columns(result_facts(result), {})
+    assert (columns["method_name"], columns["num_branches"]) == ("ekd", 2)
 
 
 def test_the_axis_is_the_epoch_and_summaries_are_the_better_value(ran):
@@ -234,13 +241,43 @@ def test_the_axis_is_the_epoch_and_summaries_are_the_better_value(ran):
     assert best["val/nll"].min
     assert best["val/branch_accuracy_*"].max
     assert best["train/*"].min
-    assert defined["test/*"].options.hidden
+
+
+def is_test_score(name: str) -> bool:
+    return name.startswith(("test/", "test_best/"))
+
+
+def test_scores_of_the_test_are_logged_once_with_best_and_last_apart(ran, panels):
+    """In metrics.csv, W&B and TensorBoard alike, under names that tell whose weights they are of."""
+    result = json.loads((ran / "result.json").read_text())
+    expected = {name: value for name, value in panels.scalars.items() if is_test_score(name)}
+    assert expected["test/accuracy"] == result["test_accuracy_last"]
+    assert expected["test_best/accuracy"] == result["test_accuracy_best"]
+    assert {name.removeprefix("test_best/") for name in expected if name.startswith("test_best/")} == {
+        name.removeprefix("test/") for name in expected if name.startswith("test/")
+    }
+    logged = {
+        "metrics.csv": [(n, float(v)) for row in rows(ran / "metrics.csv") for n, v in row.items() if v]
+    }
+    (folder,) = offline_runs(ran)
+    logged["W&B"] = [pair for row in history_of(folder) for pair in row.items()]
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(ran / "tensorboard"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    logged["TensorBoard"] = [(name, event.value) for name in names for event in events.Scalars(name)]
+    for where, pairs in logged.items():
+        found = sorted(pair for pair in pairs if is_test_score(pair[0]))
+        assert [name for name, _ in found] == sorted(expected), where
+        assert dict(found) == pytest.approx(expected, rel=1e-6), where
+        assert not any(name.startswith("evaluation/test_accuracy") for name, _ in pairs), where
 
 
 def test_the_last_row_of_the_history_holds_the_evaluation(ran, panels):
     (folder,) = offline_runs(ran)
-    row = next(row for row in history_of(folder) if "evaluation/test_accuracy" in row)
-    assert {name: row[name] for name in panels.scalars} == panels.scalars
+    row = next(row for row in history_of(folder) if "evaluation/branches" in row)
+    numbers = {name: value for name, value in panels.scalars.items() if not is_test_score(name)}
+    assert {name: row[name] for name in numbers} == numbers
     assert row["epoch"] == 1
     for name, table in panels.tables.items():
         file = json.loads((folder / "files" / row[name]["path"]).read_text())
@@ -253,7 +290,7 @@ def test_the_last_row_of_the_history_holds_the_evaluation(ran, panels):
 
 def test_charts_hold_the_confusion_and_the_reliability(ran, panels):
     (folder,) = offline_runs(ran)
-    row = next(row for row in history_of(folder) if "evaluation/test_accuracy" in row)
+    row = next(row for row in history_of(folder) if "evaluation/branches" in row)
     confusion = json.loads((folder / "files" / row["evaluation/confusion_table"]["path"]).read_text())
     counts = np.array([n for *_, n in confusion["data"]]).reshape(10, 10)
     assert np.array_equal(counts, panels.confusion)
@@ -287,7 +324,9 @@ def test_tensorboard_holds_the_same_numbers_and_pictures(ran, panels):
     assert shown <= set(tags["images"])
     assert {f"{name}/text_summary" for name in panels.tables} <= set(tags["tensors"])
     told = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert all(name.encode() in told for name in panels.columns)
+    result = json.loads((ran / "result.json").read_text())
+    assert all(name.encode() in told for name in flat_columns(result_facts(result), {}))
+    assert b"test/accuracy" in events.SummaryMetadata("_hparams_/experiment").plugin_data.content
 
 
 def test_a_later_evaluation_is_a_run_of_its_own_kind(ran, monkeypatch):
@@ -300,6 +339,7 @@ def test_a_later_evaluation_is_a_run_of_its_own_kind(ran, monkeypatch):
     result = json.loads((ran / "result.json").read_text())
     (row,) = [row for row in history_of(folder) if "generalisation/gap_nll" in row]
     assert row["generalisation/gap_nll"] == result["gap_nll"]
+    assert row["test/accuracy"] == result["test_accuracy"]
     assert summary_of(folder)["gap_nll"] == result["gap_nll"]
 
 

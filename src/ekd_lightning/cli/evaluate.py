@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +221,7 @@ def _is_done(directory: Path) -> bool:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
 ) -> Outcome:
-    from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run  # noqa: PLC0415
+    from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run, read_arrays  # noqa: PLC0415
     from ekd_lightning.pipeline.recorded_run import open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.reopen import open_run  # noqa: PLC0415
     from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
@@ -234,8 +235,9 @@ def _evaluate(
         log_evaluation_run(
             run.settings.logger,
             outcome.result,
-            directory,
+            partial(read_arrays, directory),
             context.dataset,
+            directory,
             config=read_config(directory),
             sweep=sweep_of(directory),
         )

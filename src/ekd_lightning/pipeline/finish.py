@@ -26,7 +26,8 @@ def final_scores(
 ) -> dict[str, Any]:
     """Scores on the test set, read here for the first time: with the best weights, then with the last ones.
 
-    Without `test` only the validation scores of the last epoch.
+    They are logged as `test_best/<score>` and `test/<score>`. Without `test` only the validation scores of the last
+    epoch.
     """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if (
@@ -41,7 +42,7 @@ def final_scores(
         last_weights = {name: value.clone() for name, value in module.state_dict().items()}
         state = read_checkpoint(Path(best.best_model_path))
         module.load_state_dict(state["state_dict"])
-        scores |= named_scores("test", _test(trainer, module, data), "_best")
+        scores |= named_scores("test", _test(trainer, module, data, "test_best"), "_best")
         scores["val_accuracy_best"] = float(best.best_model_score)
         scores["best_epoch"] = int(state["epoch"]) + 1
         module.load_state_dict(last_weights)
@@ -49,8 +50,13 @@ def final_scores(
     return scores | last | {"test_accuracy_last": last["test_accuracy"]}
 
 
-def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule) -> dict[str, float]:
-    return dict(trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0])
+def _test(
+    trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section: str = "test"
+) -> dict[str, float]:
+    """Test scores as `test/<score>`, logged under `section`."""
+    module.test_section = section
+    found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]
+    return {name.replace(f"{section}/", "test/", 1): value for name, value in found.items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.pipeline.choice import choose_teacher
-from ekd_lightning.pipeline.evaluate_run import evaluate_new_run
+from ekd_lightning.pipeline.evaluate_run import evaluate_new_run, read_arrays
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin, read_checkpoint
 from ekd_lightning.pipeline.prepare import Prepared, prepare
@@ -159,7 +160,7 @@ def _run(
             result = evaluate_new_run(
                 _context(settings, directory, prepared, teachers, result, device), directory
             )
-        log_evaluation(loggers, result, directory, prepared.dataset)
+        log_evaluation(loggers, result, partial(read_arrays, directory), prepared.dataset)
     return result
 
 

@@ -89,7 +89,7 @@ def panel_sections() -> dict[str, list[Any]]:
     accuracy = wr.SummaryMetric("test_accuracy")
     return {
         "Answer": [
-            _bars(wr, "test accuracy by method", "evaluation/test_accuracy", method),
+            _bars(wr, "test accuracy by method", "test/accuracy", method),
             wr.ScatterPlot(title="accuracy against cost", x=wr.Config("macs"), y=accuracy, log_x=True),
             wr.ScatterPlot(
                 title="accuracy against labelled data", x=wr.Config("fraction"), y=accuracy, log_x=True
@@ -97,8 +97,8 @@ def panel_sections() -> dict[str, list[Any]]:
             _curve(wr, "validation accuracy by method", "val/accuracy", method),
         ],
         "Teachers and branches": [
-            _bars(wr, "test accuracy by teachers", "evaluation/test_accuracy", teachers),
-            _bars(wr, "test accuracy by branches", "evaluation/test_accuracy", branches),
+            _bars(wr, "test accuracy by teachers", "test/accuracy", teachers),
+            _bars(wr, "test accuracy by branches", "test/accuracy", branches),
             _bars(
                 wr,
                 "gain of the ensemble over its mean branch",
@@ -123,10 +123,10 @@ def panel_sections() -> dict[str, list[Any]]:
             wr.LinePlot(title="learning rate", x="epoch", y=["lr"]),
         ],
         "Calibration and diversity": [
-            _bars(wr, "ECE as trained", "calibration/test_ece", method),
+            _bars(wr, "ECE as trained", "test/ece", method),
             _bars(wr, "ECE after temperature scaling", "calibration/test_ece_calibrated", method),
-            _bars(wr, "disagreement of branches", "diversity/test_disagreement", method),
-            _bars(wr, "ambiguity", "diversity/test_ambiguity", method),
+            _bars(wr, "disagreement of branches", "test/disagreement", method),
+            _bars(wr, "ambiguity", "test/ambiguity", method),
             _bars(wr, "agreement with the teachers", "fidelity/test_teacher_agreement", method),
         ],
         "Errors": [

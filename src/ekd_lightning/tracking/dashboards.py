@@ -1,20 +1,23 @@
-"""Hands what an evaluation found to Weights & Biases and TensorBoard, under the same names."""
+"""Dashboards that show an evaluation: Weights & Biases and TensorBoard, under the same names.
+
+W&B gets charts of its own presets, tables and captioned images; TensorBoard scalars, hyperparameters, tables as text,
+figures and one sheet of captioned images.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.data import Dataset
-from ekd_lightning.pipeline.evaluate_run import read_arrays
 from ekd_lightning.settings import LoggerSettings
 from ekd_lightning.tracking.loggers import (
     describe_metrics,
@@ -23,61 +26,21 @@ from ekd_lightning.tracking.loggers import (
     in_wandb_sweep,
     selected_loggers,
 )
-from ekd_lightning.tracking.panels import Example, Lines, Table, curves, misclassified, scalars, tables
+from ekd_lightning.tracking.panels import (
+    TEST,
+    TEST_BEST,
+    Example,
+    Lines,
+    Panels,
+    Table,
+    make_panels,
+)
 
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"
-
-
-@dataclass(frozen=True)
-class Panels:
-    """Everything that is shown of an evaluation.
-
-    Attributes:
-        scalars: Numbers by `<section>/<field>`.
-        tables: Tables by `<section>/<name>`.
-        curves: Lines by `<section>/<name>`.
-        confusion: int [C, C], rows are true classes; None if it is not known.
-        examples: Images that the student gets wrong.
-        class_names: C names.
-        columns: What was run, flat.
-    """
-
-    scalars: dict[str, float]
-    tables: dict[str, Table]
-    curves: dict[str, Lines]
-    confusion: NDArray[Any] | None
-    examples: list[Example]
-    class_names: tuple[str, ...]
-    columns: dict[str, Any]
-
-
-def make_panels(
-    result: Mapping[str, Any],
-    arrays: Mapping[str, NDArray[Any]],
-    images: NDArray[np.uint8],
-    names: tuple[str, ...],
-) -> Panels:
-    """Gathers all panels.
-
-    Args:
-        result: Content of result.json.
-        arrays: Content of arrays.npz; may be empty.
-        images: Test images, uint8 [N, 3, H, W].
-        names: C names of classes.
-    """
-    return Panels(
-        scalars(result),
-        tables(result),
-        curves(result, arrays),
-        arrays.get("confusion"),
-        misclassified(arrays, images, names),
-        names,
-        flat_columns(result_facts(result), {}),
-    )
-
-
+_HEADLINE = ("test/accuracy", "validation/val_accuracy", "test/nll", "test/ece")
+"""What TensorBoard's table of hyperparameters shows beside them."""
 _RUN_FIELDS = (
     "method",
     "data",
@@ -95,48 +58,51 @@ _RUN_FIELDS = (
     "num_parameters",
     "macs",
 )
+_TILE, _CAPTION, _COLUMNS = 96, 28, 8  # pixels, pixels, tiles in a row
 
 
 @rank_zero_only
 def log_evaluation(
-    loggers: list[Logger], result: Mapping[str, Any], directory: Path, dataset: Dataset
+    loggers: list[Logger],
+    result: Mapping[str, Any],
+    read_arrays: Callable[[], Mapping[str, NDArray[Any]]],
+    dataset: Dataset,
+    *,
+    tested: bool = True,
 ) -> None:
     """Logs numbers, tables, plots and wrong examples of an evaluation; its record is complete without.
 
     Args:
         loggers: Those of the run; metrics.csv is left alone, as result.json has it all.
         result: What is to stand in result.json.
-        directory: The run's directory, with arrays.npz if there are any.
+        read_arrays: Returns the content of arrays.npz, empty without one; called only if there is a dashboard.
         dataset: For its test images and class names.
+        tested: Whether these loggers have the scores of the run's own test already.
     """
     shown = [logger for logger in loggers if isinstance(logger, (WandbLogger, TensorBoardLogger))]
     if not shown:
         return
     try:
         images = dataset.test.images.cpu().numpy()
-        panels = make_panels(result, read_arrays(directory), images, tuple(dataset.class_names))
+        panels = make_panels(result, read_arrays(), images, tuple(dataset.class_names))
+        hidden = (f"{TEST}/", f"{TEST_BEST}/") if tested else ()
+        numbers = {name: value for name, value in panels.scalars.items() if not name.startswith(hidden)}
         for logger in shown:
-            _log(logger, panels, epoch=int(result["epochs_done"]), step=int(result["steps"]))
+            if isinstance(logger, WandbLogger):
+                axes = {"epoch": int(result["epochs_done"]), "trainer/global_step": int(result["steps"])}
+                logger.experiment.log({**numbers, **_wandb_media(panels), **axes})
+            else:
+                _write_tensorboard(logger, panels, numbers, result)
     except Exception:
         log.exception("the dashboard has no evaluation of this run")
-
-
-def _log(logger: Logger, panels: Panels, *, epoch: int, step: int) -> None:
-    if isinstance(logger, WandbLogger):
-        from ekd_lightning.tracking.wandb_panels import log_panels  # noqa: PLC0415 (wandb is slow to import)
-
-        log_panels(logger.experiment, panels, epoch=epoch, step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        from ekd_lightning.tracking.tensorboard_panels import write_panels  # noqa: PLC0415
-
-        write_panels(logger, panels, step=step)
 
 
 def log_evaluation_run(
     settings: LoggerSettings,
     result: dict[str, Any],
-    directory: Path,
+    read_arrays: Callable[[], Mapping[str, NDArray[Any]]],
     dataset: Dataset,
+    directory: Path,
     *,
     config: dict[str, Any],
     sweep: str | None,
@@ -146,8 +112,9 @@ def log_evaluation_run(
     Args:
         settings: Where the run's curves went; nothing is done if that was to metrics.csv alone.
         result: Content of result.json.
-        directory: The run's directory; files go to `evaluation/` below it.
+        read_arrays: As for `log_evaluation`.
         dataset: For its test images and class names.
+        directory: The run's directory; files go to `evaluation/` below it.
         config: The run's resolved configuration.
         sweep: Name of the sweep that the run belongs to.
     """
@@ -159,7 +126,7 @@ def log_evaluation_run(
     )
     try:
         describe_metrics(loggers, flat_columns(result_facts(result), config))
-        log_evaluation(loggers, result, directory, dataset)
+        log_evaluation(loggers, result, read_arrays, dataset, tested=False)
     except Exception:  # no server, no login
         log.exception("%s: no dashboard has this evaluation; its record does", directory)
     finish_loggers(loggers, result=result)
@@ -168,3 +135,132 @@ def log_evaluation_run(
 def result_facts(result: Mapping[str, Any]) -> dict[str, Any]:
     """What was run, of a finished run's record."""
     return {name: result[name] for name in _RUN_FIELDS if name in result}
+
+
+def _wandb_media(panels: Panels) -> dict[str, Any]:
+    import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
+
+    media: dict[str, Any] = {
+        # Columns of one type may hold nothing, too: null where a figure is not known.
+        name: wandb.Table(columns=[*table.columns], data=table.rows, allow_mixed_types=True)
+        for name, table in panels.tables.items()
+    }
+    for name, shown in panels.curves.items():
+        media[name] = wandb.plot.line_series(
+            xs=[x for x, _ in shown.lines.values()],
+            ys=[y for _, y in shown.lines.values()],
+            keys=list(shown.lines),
+            title=f"{name.rpartition('/')[2].replace('_', ' ')}: {shown.y_name}",
+            xname=shown.x_name,
+        )
+    if panels.confusion is not None:
+        # The preset from the counts: W&B's own helper wants N labels, and mixes classes up that never occur.
+        names, columns = panels.class_names, ["Actual", "Predicted", "nPredictions"]
+        rows = [
+            [names[i], names[j], int(n)] for i, row in enumerate(panels.confusion) for j, n in enumerate(row)
+        ]
+        media["evaluation/confusion"] = wandb.plot_table(
+            "wandb/confusion_matrix/v1",
+            wandb.Table(columns=columns, data=rows),
+            fields={column: column for column in columns},
+            string_fields={"title": "confusion of the ensemble output"},
+        )
+    if panels.examples:
+        media["evaluation/misclassified"] = [
+            wandb.Image(example.image, caption=example.caption) for example in panels.examples
+        ]
+    return media
+
+
+def _write_tensorboard(
+    logger: TensorBoardLogger, panels: Panels, numbers: Mapping[str, float], result: Mapping[str, Any]
+) -> None:
+    from torch.utils.tensorboard.summary import hparams  # noqa: PLC0415 (an optional package behind it)
+
+    writer: Any = logger.experiment
+    step = int(result["steps"])
+    logger.log_metrics(dict(numbers), step)
+    told = {name: panels.scalars[name] for name in _HEADLINE if name in panels.scalars}
+    # Lightning's log_hyperparams would write these numbers a second time.
+    columns = {n: "none" if v is None else v for n, v in flat_columns(result_facts(result), {}).items()}
+    for summary in hparams(columns, told):
+        writer._get_file_writer().add_summary(summary, step)
+    for name, table in panels.tables.items():
+        writer.add_text(name, markdown(table), step)
+    if panels.examples:
+        writer.add_image("evaluation/misclassified", examples_grid(panels.examples), step, dataformats="HWC")
+    try:
+        import matplotlib.figure  # noqa: F401, PLC0415 (an optional package)
+    except ModuleNotFoundError:
+        log.info(
+            "TensorBoard shows figures of calibration and confusion with `pip install 'ekd-lightning[report]'`"
+        )
+        return
+    for name, lines in panels.curves.items():
+        writer.add_figure(name, line_figure(lines), step)
+    if panels.confusion is not None:
+        figure = confusion_figure(panels.confusion, panels.class_names)
+        writer.add_figure("evaluation/confusion", figure, step)
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, numbers with four digits."""
+    rows = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row] for row in table.rows]
+    lines = [table.columns, ["---"] * len(table.columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def examples_grid(examples: list[Example]) -> NDArray[np.uint8]:
+    """All examples in one picture, uint8 [H, W, 3], each with its true and its predicted class below."""
+    rows = -(-len(examples) // _COLUMNS)
+    width = _COLUMNS if rows > 1 else len(examples)
+    sheet = Image.new("RGB", (width * _TILE, rows * (_TILE + _CAPTION)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, example in enumerate(examples):
+        x, y = place % _COLUMNS * _TILE, place // _COLUMNS * (_TILE + _CAPTION)
+        picture = Image.fromarray(example.image).resize((_TILE - 4, _TILE - 4), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x + 2, y + 2))
+        draw.text((x + 3, y + _TILE - 1), _fitting(draw, example.true), fill="black")
+        draw.text((x + 3, y + _TILE + 12), _fitting(draw, f"as {example.predicted}"), fill="#b00020")
+    return np.asarray(sheet)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
+    while text and draw.textlength(text) > _TILE - 4:
+        text = text[:-1]
+    return text
+
+
+def line_figure(lines: Lines) -> Any:
+    """Lines as a figure of matplotlib; a line called `perfect` is dashed."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in lines.lines.items():
+        style: dict[str, Any] = {"linestyle": "--", "color": "0.5"} if name == "perfect" else {"marker": "o"}
+        axes.plot(x, y, label=name, **style)
+    axes.set(xlabel=lines.x_name, ylabel=lines.y_name)
+    if len(lines.lines) > 1:
+        axes.legend()
+    return figure
+
+
+def confusion_figure(confusion: NDArray[Any], class_names: tuple[str, ...]) -> Any:
+    """A confusion matrix as shares of each true class; counts in the cells up to 20 classes."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    classes = len(class_names)
+    size = min(4 + 0.3 * classes, 14)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if classes <= 20:
+        axes.set_xticks(range(classes), class_names, rotation=90)
+        axes.set_yticks(range(classes), class_names)
+        for i, j in np.ndindex(classes, classes):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, str(int(confusion[i, j])), ha="center", va="center", color=colour, fontsize=8)
+    return figure

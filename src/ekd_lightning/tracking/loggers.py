@@ -218,8 +218,6 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
             run.define_metric("*", step_metric="epoch")
             for name, summary in _SUMMARIES.items():
                 run.define_metric(name, step_metric="epoch", summary=summary)
-            # Two tests, with the best and the last weights, make no curve; `evaluation/...` says what they found.
-            run.define_metric("test/*", step_metric="epoch", hidden=True)
             if columns:
                 run.config.update(columns, allow_val_change=True)
 

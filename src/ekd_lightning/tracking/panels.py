@@ -1,4 +1,4 @@
-"""What a dashboard shows of an evaluation, taken from result.json and arrays.npz; knows no dashboard.
+"""Panels of an evaluation: what a dashboard shows, taken from result.json and arrays.npz; knows no dashboard.
 
 Names are `<section>/<what>`, as dashboards group panels by the part before the slash. Shape letters: N test images,
 C classes, K branches, M teachers.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,6 @@ _SECTIONS = (
     (
         "diversity",
         (
-            "test_disagreement",
-            "test_ambiguity",
             "test_pairwise_",
             "test_q_statistic",
             "test_double_fault",
@@ -42,6 +41,9 @@ _SECTIONS = (
     ("validation", ("val_",)),
 )
 """Section of a field by its beginning; the first that fits. Other fields are no findings."""
+TEST, TEST_BEST = "test", "test_best"
+"""Sections of the scores of a run's own test, with the weights of the last epoch and of the best one."""
+_SCORES = ("accuracy", "top5", "nll", "ece", "brier", "branch_accuracy", "disagreement", "ambiguity")
 
 
 class Table(NamedTuple):
@@ -82,21 +84,73 @@ class Example(NamedTuple):
         return f"{self.true}, taken for {self.predicted} ({100 * self.confidence:.0f} %)"
 
 
+@dataclass(frozen=True)
+class Panels:
+    """Everything that is shown of an evaluation.
+
+    Attributes:
+        scalars: Numbers by `<section>/<field>`.
+        tables: Tables by `<section>/<name>`.
+        curves: Lines by `<section>/<name>`.
+        confusion: int [C, C], rows are true classes; None if it is not known.
+        examples: Images that the student gets wrong.
+        class_names: C names.
+    """
+
+    scalars: dict[str, float]
+    tables: dict[str, Table]
+    curves: dict[str, Lines]
+    confusion: NDArray[Any] | None
+    examples: list[Example]
+    class_names: tuple[str, ...]
+
+
+def make_panels(
+    result: Mapping[str, Any],
+    arrays: Mapping[str, NDArray[Any]],
+    images: NDArray[np.uint8],
+    names: tuple[str, ...],
+) -> Panels:
+    """Gathers all panels.
+
+    Args:
+        result: Content of result.json.
+        arrays: Content of arrays.npz; may be empty.
+        images: Test images, uint8 [N, 3, H, W].
+        names: C names of classes.
+    """
+    return Panels(
+        scalars(result),
+        tables(result),
+        curves(result, arrays),
+        arrays.get("confusion"),
+        misclassified(arrays, images, names),
+        names,
+    )
+
+
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Every finite number that was found, by `<section>/<field>`; branches one by one, counted from 0.
 
-    Of the weights of the best epoch only the accuracies: all else is of the last epoch's weights.
+    Scores of the run's own test have the names under which training logs them: `test/accuracy` for the weights of
+    the last epoch, `test_best/accuracy` for those of the best one. All else is of the last epoch's weights.
     """
     found: dict[str, float] = {}
-    for name, value in result.items():
-        section = _section(name)
-        if section is None or name.endswith("_last") or (name.endswith("_best") and "accuracy" not in name):
-            continue
-        if _is_number(value):
-            found[f"{section}/{name}"] = float(value)
-        elif name == "test_branch_accuracy" and isinstance(value, list):
-            found |= {f"{section}/{name}_{k}": float(item) for k, item in enumerate(value)}
+    for field, value in result.items():
+        name = _scalar_name(field)
+        if name is not None and _is_number(value):
+            found[name] = float(value)
+        elif name is not None and field.startswith("test_branch_accuracy") and isinstance(value, list):
+            found |= {f"{name}_{k}": float(item) for k, item in enumerate(value)}
     return found
+
+
+def _scalar_name(field: str) -> str | None:
+    score, best = field.removeprefix("test_").removesuffix("_best"), field.endswith("_best")
+    if field.startswith("test_") and score in _SCORES:
+        return f"{TEST_BEST if best else TEST}/{score}"
+    section = _section(field)
+    return None if section is None or field.endswith("_last") else f"{section}/{field}"
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
 
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.training.module import ImageClassificationModule
@@ -113,18 +115,18 @@ class EpochReport(Callback):
         self._stop(pl_module)
         self.train_seconds += self._epoch_seconds
         self.images_seen += self._epoch_images
+        means = pl_module.epoch_means() if isinstance(pl_module, ImageClassificationModule) else {}
         if trainer.is_global_zero and not trainer.sanity_checking:
-            log.info(self._line(trainer, pl_module))
+            log.info(self._line(trainer, means))
 
     def _stop(self, module: pl.LightningModule) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         self._epoch_seconds += time.perf_counter() - self._since
 
-    def _line(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        means = module.step_means() if isinstance(module, ImageClassificationModule) else {}
+    def _line(self, trainer: pl.Trainer, means: Mapping[str, Tensor]) -> str:
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
-        parts += [f"{name} {means[name]:.4f}" for name in ("loss", "accuracy") if name in means]
+        parts += [f"{name} {float(means[name]):.4f}" for name in ("loss", "accuracy") if name in means]
         if BEST_METRIC in trainer.callback_metrics:
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
         parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):.0f} images/s")

@@ -39,6 +39,9 @@ class ImageClassificationModule(pl.LightningModule):
 
     Subclasses give the loss terms of a step (`losses`), the prediction (`predict`) and the trained parameters.
     Every term is logged once per epoch as `train/<term>`, scores as `val/<score>` and `test/<score>`.
+
+    Attributes:
+        test_section: What stands before the slash in the names of test scores.
     """
 
     recipe_key = "recipe"
@@ -57,8 +60,10 @@ class ImageClassificationModule(pl.LightningModule):
         self.recipe = recipe
         self.val_scores = ClassificationScores(num_classes, num_branches)
         self.test_scores = ClassificationScores(num_classes, num_branches)
+        self.test_section = "test"
         self._log_names = ("loss", *term_names, "accuracy")
         self._step_log = StepLog(self._log_names)
+        self._epoch_means: dict[str, Tensor] = {}
         self._epoch_lr = recipe.lr
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -115,16 +120,23 @@ class ImageClassificationModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's bookkeeping."""
         self._step_log.clear()
+        self._epoch_means.clear()
         self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
 
-    def step_means(self) -> dict[str, float]:
-        """Means of loss, terms and accuracy over this process's steps of the epoch so far."""
-        return {name: float(value) for name, value in self._step_log.means().items()}
+    def epoch_means(self) -> dict[str, Tensor]:
+        """Means of loss, terms and accuracy over all processes' steps of an epoch that has ended, scalars.
+
+        The first call of an epoch has to come from every process.
+        """
+        if not self._epoch_means and (means := self._step_log.means()):
+            summed = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
+            self._epoch_means = dict(zip(means, summed.unbind(), strict=True))
+        return self._epoch_means
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means; on accelerators and in several processes a non-finite loss is found here."""
         self._refuse_non_finite()
-        for name, value in self._step_log.means().items():
+        for name, value in self.epoch_means().items():
             self.log(f"train/{name}", value, sync_dist=True)
         self.log("lr", self._epoch_lr, sync_dist=True)
 
@@ -163,7 +175,7 @@ class ImageClassificationModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Logs the test scores."""
-        self._log_scores("test", self.test_scores)
+        self._log_scores(self.test_section, self.test_scores)
 
     def _score(self, scores: ClassificationScores, batch: Batch) -> None:
         logits, branch_logits = self.predict(self._in_format(batch).images)
