@@ -1,12 +1,13 @@
 """Loaders: the same global batches for any number of processes, every evaluation image exactly once."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_images import random_set
 
-from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.images import ImageSet, to_unit, unit_levels
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.order import epoch_order, epoch_views
 from ekd_lightning.data.views import CropFlip, Identity
@@ -146,3 +147,10 @@ def test_gathering_on_the_gpu_gives_the_same_batch():
 def test_image_sets_are_not_copied():
     assert isinstance(TRAIN, ImageSet)
     assert TrainLoader(TRAIN, INDEX, VIEWS, 16, 0)._labels is TRAIN.labels
+
+
+def test_grey_levels_are_the_nearest_float32_to_parts_of_255():
+    levels = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    exact = torch.from_numpy((np.arange(256) / 255).astype(np.float32))
+    assert torch.equal(to_unit(levels), exact.view(2, 128))
+    assert torch.equal(unit_levels(levels.device), exact)  # what accelerators look up

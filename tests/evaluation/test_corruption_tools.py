@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 
@@ -115,7 +116,7 @@ def test_levels_are_cut_off_and_forgive_rounding():
     assert tools.to_levels(values).tolist() == [0, 0, 0, 100, 255, 255]
     assert tools.to_levels(torch.tensor([99.99 / 255])).tolist() == [99]
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(tools.to_levels(tools.to_unit(levels)), levels)
+    assert torch.equal(tools.to_levels(to_unit(levels)), levels)
     assert tools.to_levels(third * 0.5 + third * 0.5).item() == 100
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.batch import Batch
-from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.images import ImageSet, to_unit
 from ekd_lightning.data.mixing import Mix, Mixing, mix_images, mix_labels
 from ekd_lightning.data.order import epoch_order, epoch_views
 from ekd_lightning.data.views import ViewFamily
@@ -246,7 +246,7 @@ def gather_batch(images: Tensor, rows: IndexBatch, views: ViewFamily | None = No
     chosen = images[index]
     if views is not None:
         chosen = views(chosen, view, index)
-    chosen = chosen.float().div_(255)
+    chosen = to_unit(chosen)
     soft_labels = None
     if mix is not None:
         own, partners = chosen.chunk(2)

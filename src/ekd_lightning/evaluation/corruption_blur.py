@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 
@@ -50,7 +51,7 @@ def glass_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
     and so are these. As it goes from the last pixel to the first, every neighbour is read before it changes.
     """
     sigma, passes = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[severity - 1]
-    images = tools.to_unit(tools.to_levels(tools.gaussian_blur(images, sigma)))
+    images = to_unit(tools.to_levels(tools.gaussian_blur(images, sigma)))
     for _ in range(passes):
         images = _moved(images, draws)
     return tools.gaussian_blur(images, sigma)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 
@@ -107,4 +108,4 @@ def _one_by_one(images: Tensor, change: Callable[[Image.Image], Image.Image]) ->
     """Changes each image on the processor by Pillow."""
     levels = tools.to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
     changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in levels])
-    return tools.to_unit(torch.from_numpy(changed).to(images.device)).permute(0, 3, 1, 2)
+    return to_unit(torch.from_numpy(changed).to(images.device)).permute(0, 3, 1, 2)

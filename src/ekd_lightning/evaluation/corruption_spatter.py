@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 
@@ -39,7 +40,7 @@ def spatter(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def _colour(levels: tuple[int, int, int], images: Tensor) -> Tensor:
-    return tools.to_unit(torch.tensor(levels)).to(images)[:, None, None]
+    return to_unit(torch.tensor(levels)).to(images)[:, None, None]
 
 
 def _water(layer: Tensor) -> Tensor:

@@ -66,11 +66,6 @@ def to_levels(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255 + _TRUNCATION).floor().to(torch.uint8)
 
 
-def to_unit(levels: Tensor) -> Tensor:
-    """Grey levels 0 .. 255 as float32 in [0, 1]."""
-    return levels.float() / 255
-
-
 def inside(place: Tensor, size: int, border: str) -> Tensor:
     """Positions along an axis, any integers, as positions 0 .. size-1 of what is seen there.
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 
@@ -27,7 +28,7 @@ def snow(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
         (0.3, 0.3, 1.25, 0.65, 14, 12.0, 0.8),
     )[severity - 1]
     layer = tools.zoomed(mean + std * draws.normal(*images.shape[-2:]), zoom)[:, None]
-    layer = tools.to_unit(tools.to_levels(layer.masked_fill(layer < threshold, 0.0)))
+    layer = to_unit(tools.to_levels(layer.masked_fill(layer < threshold, 0.0)))
     angle = draws.uniform(1)[:, 0].double() * 90 - 135
     layer = tools.motion_blur(layer, radius, sigma, angle)
     grey = sum(weight * channel for weight, channel in zip(_GREY, images.unbind(1), strict=True))

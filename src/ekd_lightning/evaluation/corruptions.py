@@ -19,13 +19,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.evaluation import corruption_blur as blur
 from ekd_lightning.evaluation import corruption_digital as digital
 from ekd_lightning.evaluation import corruption_noise as noise
 from ekd_lightning.evaluation import corruption_weather as weather
 from ekd_lightning.evaluation.corruption_spatter import spatter
-from ekd_lightning.evaluation.corruption_tools import ImageDraws, to_levels, to_unit
+from ekd_lightning.evaluation.corruption_tools import ImageDraws, to_levels
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data import ImageSet
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.networks import BranchedStudent, StagedNetwork
 
 
@@ -82,7 +83,7 @@ def predict_student(
 def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
     """All images in order as float32 [B, 3, H, W] in [0, 1], channels-last, on `device`."""
     for pixels in images.images.split(batch_size):
-        yield pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+        yield to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data import ImageSet
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation.corruption_sets import CorruptedSets
 from ekd_lightning.evaluation.corruptions import MAIN, SEVERITIES
 from ekd_lightning.evaluation.scores import ClassificationScores
@@ -25,7 +26,7 @@ def score_batches(
     """
     scores = ClassificationScores(num_classes, sync_on_compute=False).to(device)
     for pixels, labels in batches:
-        images = pixels.to(device, torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+        images = to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
         scores.update(network(images).float(), labels.to(device))
     return scores.compute()
 

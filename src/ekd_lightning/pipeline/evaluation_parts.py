@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data import ImageSet
+from ekd_lightning.data.images import to_unit
 from ekd_lightning.evaluation.corruption_sets import corrupted_sets
 from ekd_lightning.evaluation.corruptions import MAIN
 from ekd_lightning.evaluation.evaluate import score_logits
@@ -161,7 +162,7 @@ def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findi
         `efficiency_device`, `efficiency_threads`.
     """
     deployed = FrozenStudent(context.student).to(context.device)
-    images = context.dataset.test.images[:1].to(context.device).float().div(255)
+    images = to_unit(context.dataset.test.images[:1].to(context.device))
     one = measure_latency(deployed, images, min_seconds=min_seconds)
     images = images.repeat(128, 1, 1, 1)  # what is in an image has no influence on the time
     many = measure_latency(deployed, images, min_seconds=min_seconds)
