@@ -34,7 +34,7 @@ from page_parts import (
     table,
 )
 
-from ekd_lightning.reporting import figure_style, figures_difference
+from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.comparison import Block, Row, compare
 from ekd_lightning.reporting.comparison_table import json_text, title
 from ekd_lightning.reporting.estimates import percent
@@ -193,9 +193,9 @@ def draw(block: Block, path: Path) -> None:
     }
     looks = figure_style.Looks([row.name for row in block.rows])
     with figure_style.style():
-        drawn = figures_difference.difference_figure(found, title(block), looks)
+        drawn = figures.difference_figure(found, block.data, title(block), looks)
         if drawn:
-            figure_style.save(drawn[0], path.with_suffix(""), [path.suffix.removeprefix(".")])
+            figure_style.save(drawn.figure, path.with_suffix(""), [path.suffix.removeprefix(".")])
 
 
 def write_readme(readme: Path, section: str) -> None:

@@ -11,7 +11,7 @@ from made_runs import result, write_run
 from PIL import Image
 
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting import figures, figures_accuracy, figures_detail, figures_difference, palette
+from ekd_lightning.reporting import figures, figures_detail
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.report import make_report
 from ekd_lightning.runs.collection import collect
@@ -85,8 +85,8 @@ def test_single_runs_have_no_bars(tmp_path):
         write_run(tmp_path / name, result(name, 0, 0.7))
     report = make_report(collect([tmp_path]))
     with fs.style():
-        assert not list(figures_difference.by_difference(report, fs.Looks([])))
-        (drawn,) = figures_accuracy.by_cost(report, fs.Looks([]))
+        assert not list(figures.by_difference(report, fs.Looks([])))
+        (drawn,) = figures.by_cost(report, fs.Looks([]))
         bars = [one for axes in drawn.figure.axes for one in axes.containers if one.has_yerr]
     assert not bars
     assert "Not enough runs" in drawn.caption
@@ -133,13 +133,13 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize(("colours", "ground"), [(palette.LIGHT, "#ffffff"), (palette.DARK, "#14171b")])
+@pytest.mark.parametrize(("colours", "ground"), [(fs.LIGHT, "#ffffff"), (fs.DARK, "#14171b")])
 def test_marks_stand_out_from_their_ground(colours, ground):
     assert min(contrast(colour, ground) for colour in colours) >= 3
 
 
 def test_text_on_heat_maps_can_be_read():
-    assert min(contrast(colour, fs.INK) for colour in palette.SHADES) >= 4.5
+    assert min(contrast(colour, fs.INK) for colour in fs.SHADES) >= 4.5
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -160,7 +160,7 @@ def oklab(linear):
 
 
 @pytest.mark.parametrize("kind_of_vision", BLINDNESS)
-@pytest.mark.parametrize("colours", [palette.LIGHT, palette.DARK])
+@pytest.mark.parametrize("colours", [fs.LIGHT, fs.DARK])
 def test_colours_are_told_apart_with_and_without_red_or_green_cones(colours, kind_of_vision):
     channels = np.array([[int(c[at : at + 2], 16) / 255 for at in (1, 3, 5)] for c in colours])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)

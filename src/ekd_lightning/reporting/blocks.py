@@ -38,6 +38,11 @@ class Block:
     teachers: tuple[Mapping[str, Any], ...]
     groups: tuple[Group, ...]
 
+    @property
+    def done(self) -> list[Group]:
+        """The groups with results."""
+        return [group for group in self.groups if group.n]
+
     def find(self, label: str) -> Group | None:
         """The group with a label; None without one."""
         return next((group for group in self.groups if group.label == label), None)

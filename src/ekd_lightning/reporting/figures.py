@@ -1,17 +1,219 @@
-"""All figures of a report as files, with a list of what each shows and why others are left out."""
+"""Figures of a report: accuracy, cost and differences, those of the details, and a list of what each shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ekd_lightning.reporting import figures_accuracy, figures_detail, figures_difference
-from ekd_lightning.reporting.figure_style import Looks, save, style
-from ekd_lightning.reporting.figures_accuracy import Drawn
+from ekd_lightning.reporting import figure_style as fs
+from ekd_lightning.reporting import figures_detail
+from ekd_lightning.reporting.blocks import families, over_fractions
+from ekd_lightning.reporting.branches import Point, pareto, prefixes
+from ekd_lightning.reporting.estimates import Difference
+from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, Looks, accuracy
+from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 LIST = "figures.md"
+_MOST_NAMED = 14
+"""Points of a cost figure that are told by name."""
+_LONG_LABEL = 20
+"""Letters beyond which bars of differences need the whole width."""
+
+
+def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
+    """Accuracy against the share of training images, one line per setting; a figure per data set and protocol."""
+    for position, blocks in enumerate(families(report.blocks).values()):
+        lines = over_fractions(blocks)
+        if not lines:
+            continue
+        last = fs.chunks(line[-1] for line in lines.values())
+        figure, axes = fs.panels(len(last), most=2, height=2.7)
+        for panel, ends in zip(axes, last, strict=True):
+            own = {group.label: lines[group.label] for group in ends}
+            _fraction_panel(panel, own, looks)
+        shown = [accuracy(group) for line in lines.values() for group in line]
+        data = blocks[0].data
+        yield fs.drawn("accuracy_by_fraction", f"{data}-{position + 1}", figure, data, fs.band_text(shown))
+
+
+def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Looks) -> None:
+    for label, line in lines.items():
+        fs.points(
+            axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label
+        )
+    ticks = sorted({100 * (group.fraction or 0) for line in lines.values() for group in line})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="training images, %", ylabel=ACCURACY)
+    fs.limit_accuracy(axes, [accuracy(group) for line in lines.values() for group in line])
+    fs.legend_above(axes)
+
+
+def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
+    """Accuracy against multiply-accumulates and parameters, with the Pareto front; a figure per block."""
+    for block in report.blocks:
+        groups = [group for group in block.done if group.values("macs") and group.values("num_parameters")]
+        if len(groups) < 2:
+            continue
+        figure, axes = fs.panels(2, most=2, height=3.0)
+        named = _named(groups, report.references(block))
+        cut = _cut(groups, report.references(block))
+        shown = [accuracy(group) for group in groups]
+        for panel, key in zip(axes, ("macs", "num_parameters"), strict=True):
+            _cost_panel(panel, groups, key, looks, named)
+            for group in cut:
+                _prefix_points(panel, prefixes(group), key, looks(group.label)["color"])
+            fs.limit_accuracy(
+                panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))]
+            )
+        fs.key(figure, axes)
+        yield fs.drawn(
+            "accuracy_cost",
+            block.key,
+            figure,
+            f"{block.title}. {fs.band_text(shown, 'interval')} {_cost_words(cut)}",
+        )
+
+
+def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
+    """The branched references, or else the most accurate branched group: those whose prefixes are drawn."""
+    branched = [group for group in groups if len(prefixes(group)) > 1]
+    best = sorted(branched, key=lambda group: -accuracy(group).mean)
+    return [group for group in branched if group.label in references] or best[:1]
+
+
+def _cost_words(cut: Sequence[Group]) -> str:
+    names = ", ".join(group.label for group in cut)
+    small = f" Dotted: the first j branches alone ({names})." if cut else ""
+    return f"Dashed: Pareto front of the means.{small}"
+
+
+def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
+    """Labels of points that are told by name: those on a front, the references, and the most accurate ones."""
+    if len(groups) <= _MOST_NAMED:
+        return {group.label for group in groups}
+    best = sorted(groups, key=lambda group: -accuracy(group).mean)
+    on_front = [
+        group
+        for key in ("macs", "num_parameters")
+        for group in groups
+        if (_cost(group, key), accuracy(group).mean) in _front(groups, key)
+    ]
+    wanted = dict.fromkeys([*references, *(group.label for group in (*on_front, *best))])
+    return set(list(wanted)[:_MOST_NAMED])
+
+
+def _cost(group: Group, key: str) -> float:
+    found = group.values(key)
+    assert found is not None
+    return found.mean / 1e6
+
+
+def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
+    return pareto([(_cost(group, key), accuracy(group).mean) for group in groups])
+
+
+def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: Looks, named: set[str]) -> None:
+    front = _front(groups, key)
+    xs, ys = zip(*front, strict=True)
+    ys = [100 * y for y in ys]
+    axes.step(xs, ys, where="post", color=fs.GREY, linestyle="--", linewidth=1, label="Pareto front")
+    places = beside([_cost(group, key) for group in groups])
+    for group, place in zip(groups, places, strict=True):
+        value, known = accuracy(group), group.label in named
+        look = looks(group.label) if known else {"color": fs.PALE, "marker": "o"}
+        face = "white" if value.half is None else look["color"]
+        axes.errorbar(
+            place, 100 * value.mean, yerr=fs.bar(value), **look | {"linestyle": ""},
+            markerfacecolor=face, elinewidth=1, label=group.label if known else "others", zorder=3 if known else 2,
+        )  # fmt: skip
+    what = "multiply-accumulates of an image" if key == "macs" else "parameters"
+    axes.set(xlabel=f"{what}, millions", ylabel=ACCURACY)
+
+
+def beside(costs: Sequence[float]) -> list[float]:
+    """Where points are drawn that cost the same: a little beside each other."""
+    width = max(costs) - min(costs) or 1.0
+    places = []
+    for position, cost in enumerate(costs):
+        same = [at for at, other in enumerate(costs) if other == cost]
+        step = min(0.012, 0.08 / len(same)) * width
+        places.append(cost + step * (same.index(position) - (len(same) - 1) / 2))
+    return places
+
+
+def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -> None:
+    costs = [point.macs if key == "macs" else point.num_parameters for point in points]
+    if len(points) < 2 or None in costs:
+        return
+    xs = [float(cost or 0) / 1e6 for cost in costs]
+    ys = [100 * point.accuracy.mean for point in points]
+    bars = fs.bars(point.accuracy for point in points[:-1])
+    axes.plot(xs, ys, color=colour, linewidth=0.8, linestyle=":")
+    axes.errorbar(
+        xs[:-1], ys[:-1], yerr=bars, color=colour, linestyle="", marker="o", markersize=3,
+        markerfacecolor="white", elinewidth=0.7,
+    )  # fmt: skip
+
+
+def by_difference(report: Report, looks: Looks) -> Iterator[Drawn]:
+    """Bars of differences to the references of a block, with intervals; a figure per block."""
+    for block in report.blocks:
+        found = {name: differences(block.done, name) for name in report.references(block)}
+        if shown := difference_figure(found, block.key, block.title, looks):
+            yield shown
+
+
+def difference_figure(
+    found: Mapping[str, Mapping[str, Difference]], key: str, title: str, looks: Looks
+) -> Drawn | None:
+    """Bars of differences with intervals, a panel for each reference.
+
+    Args:
+        found: Reference -> label -> difference.
+        key: For the name of the file.
+        title: Of the caption.
+        looks: Colours by label.
+
+    Returns:
+        None if no difference has an interval.
+    """
+    sure = {name: {k: d for k, d in one.items() if d.std is not None} for name, one in found.items()}
+    sure = {name: one for name, one in sure.items() if one}
+    if not sure:
+        return None
+    rows = max(len(one) for one in sure.values())
+    long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
+    figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
+    for panel, (name, one) in zip(axes, sure.items(), strict=True):
+        _difference_panel(panel, name, one, looks)
+    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.std is None})
+    few = f" Not enough runs: {', '.join(alone)}." if alone else ""
+    numbers = [d.n for one in sure.values() for d in one.values()]
+    text = f"Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
+    return fs.drawn("differences", key, figure, title, text)
+
+
+def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], looks: Looks) -> None:
+    rows = sorted(found.items(), key=lambda item: item[1].mean)
+    values = [difference for _, difference in rows]
+    colours = [looks(label)["color"] for label, _ in rows]
+    axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
+    axes.errorbar(
+        [100 * v.mean for v in values], range(len(rows)), xerr=fs.bars(values),
+        color=fs.INK, linestyle="", elinewidth=1,
+    )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.axvline(0, color=fs.GREY, linewidth=0.8)
+    axes.grid(visible=False, axis="y")
+    axes.set(title=f"minus {name}", xlabel="points of accuracy")
 
 
 @dataclass(frozen=True)
@@ -30,16 +232,14 @@ class Kind:
 
 
 KINDS = (
-    Kind("accuracy against training images", "a setting at two fractions", figures_accuracy.by_fraction),
+    Kind("accuracy against training images", "a setting at two fractions", by_fraction),
     Kind(
         "teachers × branches",
         "a method with several numbers of teachers or branches",
-        figures_accuracy.by_counts,
+        figures_detail.by_counts,
     ),
-    Kind("accuracy against cost", "two settings in one block", figures_accuracy.by_cost),
-    Kind(
-        "ablations and controls", "two seeds in common with the reference", figures_difference.by_difference
-    ),
+    Kind("accuracy against cost", "two settings in one block", by_cost),
+    Kind("ablations and controls", "two seeds in common with the reference", by_difference),
     Kind("branches", "a student with several branches", figures_detail.branches),
     Kind("learning curves", "metrics.csv with two epochs", figures_detail.learning_curves),
     Kind("calibration", "arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),
@@ -72,11 +272,11 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
     files: list[Path] = []
     lines = ["# Figures", ""]
     left_out = []
-    with style():
+    with fs.style():
         for kind in KINDS:
             count = len(files)
             for drawn in kind.draw(report, looks):
-                files += save(drawn.figure, folder / drawn.name, formats)
+                files += fs.save(drawn.figure, folder / drawn.name, formats)
                 lines += [f"![{drawn.caption}]({files[-len(formats)].name})", "", drawn.caption, ""]
             if len(files) == count:
                 left_out.append(f"- {kind.title}: needs {kind.needs}")

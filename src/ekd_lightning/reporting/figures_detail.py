@@ -1,15 +1,16 @@
-"""Figures of what happens inside: branches, training, calibration, corruptions, similarity of features."""
+"""Figures of details: teachers and branches, training, calibration, corruptions, similarity of features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import run_files
+from ekd_lightning.reporting.blocks import grids
 from ekd_lightning.reporting.branches import own_teachers
 from ekd_lightning.reporting.estimates import Estimate
-from ekd_lightning.reporting.figures_accuracy import ACCURACY, Drawn, accuracy, chunks, done, file_name
+from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, accuracy
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
 
@@ -32,10 +33,46 @@ def _rest(groups: Sequence[Group], shown: Sequence[Group]) -> str:
     return f" {left} more settings are on the page." if left else ""
 
 
+def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+    """Heat maps of accuracy over teachers and branches, one panel per method; a figure per block."""
+    for block in report.blocks:
+        found = {name: cells for name, cells in grids(block).items() if _is_grid(cells)}
+        if not found:
+            continue
+        figure, axes = fs.panels(len(found), most=2, height=2.5)
+        for panel, (name, cells) in zip(axes, found.items(), strict=True):
+            _grid_panel(panel, name, cells)
+        numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
+        text = f"Test accuracy, mean and 95 % interval over seeds, {fs.counts(numbers)}."
+        yield fs.drawn("teachers_branches", block.key, figure, block.title, text)
+
+
+def _is_grid(cells: Mapping[tuple[int, int], Group]) -> bool:
+    return len({m for m, _ in cells}) > 1 or len({k for _, k in cells}) > 1
+
+
+def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -> None:
+    import numpy as np  # noqa: PLC0415
+
+    teachers, branches = sorted({m for m, _ in cells}), sorted({k for _, k in cells})
+    values = np.full((len(teachers), len(branches)), np.nan)
+    texts = [[""] * len(branches) for _ in teachers]
+    for (m, k), group in cells.items():
+        value = accuracy(group)
+        row, column = teachers.index(m), branches.index(k)
+        values[row, column] = 100 * value.mean
+        spread = "no interval" if value.half is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+        texts[row][column] = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
+    fs.heat_map(axes, values, texts, (np.nanmin(values), np.nanmax(values)), ACCURACY)
+    axes.set_xticks(range(len(branches)), [str(k) for k in branches])
+    axes.set_yticks(range(len(teachers)), [str(m) for m in teachers])
+    axes.set(xlabel="branches K", ylabel="teachers M", title=name)
+
+
 def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy of every branch, of their ensemble, and of the best possible choice; a figure per block."""
     for block in report.blocks:
-        groups = [group for group in done(block) if len(group.per_item("test_branch_accuracy")) > 1]
+        groups = [group for group in block.done if len(group.per_item("test_branch_accuracy")) > 1]
         if not groups:
             continue
         shown = sorted(_best(groups, report.references(block), _MOST_ROWS), key=lambda g: accuracy(g).mean)
@@ -48,9 +85,12 @@ def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         drawn = [one for group in shown for one in _parts(group)]
         fs.limit_accuracy(axes, drawn, "x")
         fs.key(figure, [axes])
-        caption = f"{block.title}. {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}"
-        fs.note(figure, caption)
-        yield Drawn(file_name("branches", block.key), figure, caption)
+        yield fs.drawn(
+            "branches",
+            block.key,
+            figure,
+            f"{block.title}. {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}",
+        )
 
 
 def _parts(group: Group) -> list[Estimate]:
@@ -60,32 +100,21 @@ def _parts(group: Group) -> list[Estimate]:
 
 def _branch_row(axes: Axes, row: int, group: Group, *, named: bool) -> None:
     single = group.per_item("test_branch_accuracy")
-    oracle = group.values("test_oracle_accuracy")
-    step = 0.5 / max(len(single), 1)
-    for k, value in enumerate(single):
-        place = row + step * ((len(single) - 1) / 2 - k)
-        _mark(
-            axes, value, place, "o", fs.PALE, "branches" if named and not k else None, size=3.5, edge=fs.GREY
-        )
-    _mark(axes, accuracy(group), row, "D", fs.LIGHT[0], "ensemble" if named else None, size=5)
-    if oracle:
-        _mark(axes, oracle, row, "^", fs.LIGHT[1], "any branch right" if named else None, size=4.5)
-
-
-def _mark(
-    axes: Axes,
-    value: Estimate,
-    row: float,
-    marker: str,
-    colour: str,
-    label: str | None,
-    size: float,
-    edge: str = "",
-) -> None:
-    axes.errorbar(
-        100 * value.mean, row, xerr=fs.bar(value), color=edge or colour, marker=marker, markersize=size, linestyle="",
-        markerfacecolor="white" if value.half is None else colour, elinewidth=0.8, label=label,
-    )  # fmt: skip
+    marks = [
+        (value, row + 0.5 / len(single) * ((len(single) - 1) / 2 - k), "o", 3.5, fs.PALE, "branches")
+        for k, value in enumerate(single)
+    ]
+    marks.append((accuracy(group), row, "D", 5, fs.LIGHT[0], "ensemble"))
+    if oracle := group.values("test_oracle_accuracy"):
+        marks.append((oracle, row, "^", 4.5, fs.LIGHT[1], "any branch right"))
+    told: set[str] = set() if named else {label for *_, label in marks}
+    for value, place, marker, size, colour, label in marks:
+        axes.errorbar(
+            100 * value.mean, place, xerr=fs.bar(value), color=fs.GREY if colour == fs.PALE else colour,
+            marker=marker, markersize=size, linestyle="", elinewidth=0.8,
+            markerfacecolor="white" if value.half is None else colour, label=None if label in told else label,
+        )  # fmt: skip
+        told.add(label)
 
 
 def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
@@ -93,31 +122,33 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     for block in report.blocks:
-        found = {group.label: run_files.curves(group, (_CURVE,)).get(_CURVE, []) for group in done(block)}
-        groups = [group for group in done(block) if len(found[group.label]) > 1]
+        found = {group.label: run_files.curves(group, (_CURVE,)).get(_CURVE, []) for group in block.done}
+        groups = [group for group in block.done if len(found[group.label]) > 1]
         if not groups:
             continue
-        parts = chunks(groups)
+        parts = fs.chunks(groups)
         figure, axes = fs.panels(len(parts), most=2, height=2.5)
         for panel, part in zip(axes, parts, strict=True):
             for group in part:
                 epochs, values = zip(*found[group.label], strict=True)
                 fs.points(panel, epochs, values, looks(group.label), group.label)
-            panel.set_xlabel("epoch")
+            panel.set(xlabel="epoch", ylabel="validation accuracy, %")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.set_ylabel("validation accuracy, %")
             fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
             fs.legend_above(panel)
-        caption = f"{block.title}. {fs.band_text([found[group.label][-1][1] for group in groups])}"
-        fs.note(figure, caption)
-        yield Drawn(file_name("learning_curves", block.key), figure, caption)
+        yield fs.drawn(
+            "learning_curves",
+            block.key,
+            figure,
+            f"{block.title}. {fs.band_text([found[group.label][-1][1] for group in groups])}",
+        )
 
 
 def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy against confidence in 15 bins, before and after temperature scaling; a figure per block."""
     for block in report.blocks:
-        arrays = {group.label: run_files.read_arrays(group) for group in done(block)}
-        groups = [group for group in done(block) if run_files.reliability(arrays[group.label])]
+        arrays = {group.label: run_files.read_arrays(group) for group in block.done}
+        groups = [group for group in block.done if run_files.reliability(arrays[group.label])]
         if not groups:
             continue
         shown = _best(groups, report.references(block), _MOST_PANELS)
@@ -126,12 +157,11 @@ def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             _reliability_panel(panel, group, arrays[group.label])
         fs.key(figure, axes)
         numbers = [len(arrays[group.label]) for group in shown]
-        caption = (
-            f"{block.title}. 15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
+        text = (
+            f"15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
             f"Larger marks hold more images.{_rest(groups, shown)}"
         )
-        fs.note(figure, caption)
-        yield Drawn(file_name("reliability", block.key), figure, caption)
+        yield fs.drawn("reliability", block.key, figure, block.title, text)
 
 
 def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_files.Array]]) -> None:
@@ -173,30 +203,28 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """
     for block in report.blocks:
         alike: dict[str, list[Group]] = {}
-        for group in done(block):
+        for group in block.done:
             if group.per_item(_SEVERITIES):
                 alike.setdefault(group.corrupted, []).append(group)
         for number, (told, groups) in enumerate(alike.items()):
             shown = _best(groups, report.references(block), 8)
             figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
-            for panel, (key, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
+            for panel, (field, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
                 for group in shown:
-                    values = [*filter(None, [group.values(clean)]), *group.per_item(key)]
+                    values = [*filter(None, [group.values(clean)]), *group.per_item(field)]
                     xs = list(range(6 - len(values), 6))
                     fs.points(panel, xs, values, looks(group.label), group.label, scale)
                 panel.set(xlabel="severity (0: clean)", ylabel=title)
             fs.key(figure, axes)
             band = fs.band_text([group.per_item(_SEVERITIES)[0] for group in shown])
-            caption = f"{block.title}, {told}. {band}{_rest(groups, shown)}"
-            fs.note(figure, caption)
-            suffix = f"-way{number + 1}" if number else ""
-            yield Drawn(file_name("corruptions", block.key) + suffix, figure, caption)
+            key = block.key + (f"-way{number + 1}" if number else "")
+            yield fs.drawn("corruptions", key, figure, f"{block.title}, {told}", band + _rest(groups, shown))
 
 
 def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """CKA of branches with each other and with the teachers; a figure per block."""
     for block in report.blocks:
-        branched = [group for group in done(block) if (group.num_branches or 1) > 1]
+        branched = [group for group in block.done if (group.num_branches or 1) > 1]
         groups = [group for group in branched if _matrix(group, "test_branch_cka") is not None]
         if not groups:
             continue
@@ -206,12 +234,11 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             _matrix_panel(axes[2 * position], group, "test_branch_cka", "branch")
             _matrix_panel(axes[2 * position + 1], group, "test_branch_teacher_cka", "teacher")
         numbers = [sum(run.get("test_branch_cka") is not None for run in group.done) for group in shown]
-        caption = (
-            f"{block.title}. Linear CKA of pooled features on the test images, mean over seeds, "
+        text = (
+            f"Linear CKA of pooled features on the test images, mean over seeds, "
             f"{fs.counts(numbers)}. Framed: the branch's own teacher.{_rest(groups, shown)}"
         )
-        fs.note(figure, caption)
-        yield Drawn(file_name("similarity", block.key), figure, caption)
+        yield fs.drawn("similarity", block.key, figure, block.title, text)
 
 
 def _heterogeneous(groups: Sequence[Group]) -> list[Group]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.reporting import palette
+from ekd_lightning.reporting import figure_style
 from ekd_lightning.reporting.page_answer import alarm, answers
 from ekd_lightning.reporting.page_data import page_data
 from ekd_lightning.reporting.report import Report
@@ -68,7 +68,7 @@ def page(report: Report) -> str:
     Raises:
         UserError: Without plotly.
     """
-    data = page_data(report, {"light": palette.LIGHT, "dark": palette.DARK})
+    data = page_data(report, {"light": figure_style.LIGHT, "dark": figure_style.DARK})
     return _fill(
         _asset("page.html"),
         title=escape(report.title),
