@@ -319,6 +319,10 @@ class Settings:
     seed: int = 0
     channels_last: bool = True
     """Memory format of images and convolutions; changes the speed, not what is computed."""
+    capture: str = "auto"
+    """Whether whole training steps are recorded as CUDA graphs: auto (on one CUDA device, where nothing stands against
+    it), always (on a processor too, where the same step runs unrecorded) or never. Changes the speed, not what is
+    computed."""
     metric: str = "val_accuracy"
     """Field of result.json that a run returns to a sweeper."""
     tags: list[str] = field(default_factory=list)
@@ -335,8 +339,9 @@ class Settings:
         """
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
         _require(self.student.branches >= 1, "student.branches", self.student.branches, "must be at least 1")
-        if self.student.compile not in ("auto", "always", "never"):
-            raise unknown_name("student.compile", self.student.compile, ("auto", "always", "never"))
+        for key, value in (("student.compile", self.student.compile), ("capture", self.capture)):
+            if value not in ("auto", "always", "never"):
+                raise unknown_name(key, value, ("auto", "always", "never"))
         fraction = self.data.fraction
         if fraction is not None:
             _require(0 < fraction <= 1, "data.fraction", fraction, "must be in (0, 1]")

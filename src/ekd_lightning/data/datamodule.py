@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
 from ekd_lightning.data.mixing import Mixing
@@ -30,6 +31,10 @@ class ImageDataModule(pl.LightningDataModule):
         seed: Seed of order, views and mixing.
         mixing: Mixup or CutMix of training batches; None for neither.
 
+    Attributes:
+        hands_out_rows: Whether training steps get the rows of their batch (`IndexBatch`, where the loader made them)
+            and gather the images themselves.
+
     Raises:
         UserError: The batch size does not fit the subset; later, when training starts, the processes.
     """
@@ -50,6 +55,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.dataset, self.subset, self.views = dataset, subset, views
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.mixing = mixing
+        self.hands_out_rows = False
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -87,9 +93,27 @@ class ImageDataModule(pl.LightningDataModule):
         """Test batches of this process."""
         return self._eval_loader(self.dataset.test, torch.arange(len(self.dataset.test)))
 
+    @property
+    def bytes_on_device(self) -> int:
+        """Memory that images take on accelerators."""
+        return sum(images.nbytes for (_, device), images in self._on_device.items() if device.type != "cpu")
+
+    def _leaves_rows(self) -> bool:
+        return self.hands_out_rows and self.trainer is not None and self.trainer.training
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves a batch, unless training steps gather their images themselves."""
+        if self._leaves_rows():
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def gather_training(self, rows: IndexBatch, device: torch.device) -> Batch:
+        """The training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
+        return gather_batch(self._images(self.dataset.train, device), rows, self.views)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Gathers the images of an IndexBatch on its device; leaves anything else alone."""
-        if not isinstance(batch, IndexBatch):
+        if not isinstance(batch, IndexBatch) or self._leaves_rows():
             return batch
         trainer = self.trainer
         image_set = self.dataset.test if trainer is not None and trainer.testing else self.dataset.train
@@ -108,7 +132,7 @@ class ImageDataModule(pl.LightningDataModule):
         """
         everything = torch.ones_like(index, dtype=torch.bool)
         rows = IndexBatch(self.dataset.train.labels[index], index, view, everything)
-        return gather_batch(self._images(self.dataset.train, device), rows, self.views).images
+        return self.gather_training(rows, device).images
 
     def _images(self, image_set: ImageSet, device: torch.device) -> Tensor:
         """uint8 [N, 3, H, W] on the device, moved once."""

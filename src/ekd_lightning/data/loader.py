@@ -148,6 +148,18 @@ class TrainLoader:
         index, view = self._batches()
         return index[:num_batches].flatten(), view[:num_batches].flatten()
 
+    def epoch(self, num_batches: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """All batches of this process in the epoch that was set last.
+
+        Args:
+            num_batches: The first so many batches; None for all.
+
+        Returns:
+            labels, index and view, each int64 [batches, images in a batch].
+        """
+        index, view = (values[:num_batches] for values in self._batches())
+        return self._labels[index], index, view
+
     def _batches(self) -> tuple[Tensor, Tensor]:
         """Index and view of this process, int64 [batches, images in a batch]."""
         global_batches = self.sampler.order()[: len(self) * self.batch_size].view(len(self), self.batch_size)

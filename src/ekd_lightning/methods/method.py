@@ -112,10 +112,10 @@ class Method(nn.Module):
         return self.assignment.matrix(step) if drawn and self.assignment is not None else None
 
     @property
-    def reads_tables(self) -> bool:
-        """Whether, in some part of the training, the teachers are asked for more than nothing, but for no stages."""
+    def stages_asked(self) -> set[tuple[str, ...]]:
+        """The sets of stages that the teachers are asked for in some part of the training; () for none but logits."""
         asked = (self.asks_teachers(part / _PARTS) for part in range(_PARTS))
-        return any(needed and not stages for needed, stages in asked)
+        return {stages for needed, stages in asked if needed}
 
     @property
     def student_stages(self) -> tuple[str, ...]:

@@ -189,6 +189,7 @@ def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnse
         channels_last=settings.channels_last,
         fold_teachers=settings.teachers.fold,
         compile_student=settings.student.compile,
+        capture=settings.capture,
     )
 
 

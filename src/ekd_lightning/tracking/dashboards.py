@@ -142,7 +142,7 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
 
     media: dict[str, Any] = {
         # Columns of one type may hold nothing, too: null where a figure is not known.
-        name: wandb.Table(columns=list[str | int](table.columns), data=table.rows, allow_mixed_types=True)
+        name: wandb.Table(columns=[*table.columns], data=table.rows, allow_mixed_types=True)
         for name, table in panels.tables.items()
     }
     for name, shown in panels.curves.items():

@@ -135,6 +135,7 @@ def train_assistant(
                 lesson.settings, lesson.dataset, lesson.views, method, tables=lesson.table
             ),
             channels_last=lesson.settings.channels_last,
+            capture=lesson.settings.capture,
             fold_teachers=lesson.settings.teachers.fold,
             compile_student=lesson.settings.student.compile,
         )

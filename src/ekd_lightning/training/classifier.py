@@ -9,6 +9,7 @@ from ekd_lightning.data.batch import Batch
 from ekd_lightning.networks import StagedNetwork
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.recorded_step import StepValues
 
 
 class Classifier(ImageClassificationModule):
@@ -31,7 +32,9 @@ class Classifier(ImageClassificationModule):
         self.network = network
         self.label_smoothing = label_smoothing
 
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def losses(
+        self, batch: Batch, values: StepValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Cross-entropy of a batch; see the base class."""
         logits = self.network(batch.images).float()
         loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)

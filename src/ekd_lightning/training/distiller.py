@@ -24,10 +24,12 @@ from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.compiling import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
 from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.recorded_step import StepValues
 
-COMPILE_STUDENT_MACS = 1e13
-"""Work of a training (three forward passes a step) from which compiling the student pays, even if nothing of it is
-in torch's cache. On two cores it then takes 15 to 35 s, else 2 s, and saves a fifth to a quarter of the step."""
+COMPILE_STUDENT_MACS = {"cpu": 1e13, "cuda": 5e14}
+"""Work of a training (three forward passes a step) from which compiling the student pays. On two cores it takes 15 to
+35 s, or 2 s where torch's cache has it, and saves a fifth to a quarter of the step; on an H200, where the step is
+recorded as a graph, 30 s and a quarter."""
 
 
 class _LiveNetworks:
@@ -100,6 +102,7 @@ class Distiller(ImageClassificationModule):
         channels_last: bool = True,
         fold_teachers: bool = True,
         compile_student: str = "auto",
+        capture: str = "auto",
     ) -> None:
         super().__init__(
             recipe,
@@ -107,6 +110,7 @@ class Distiller(ImageClassificationModule):
             num_classes=student.num_classes,
             num_branches=student.num_branches,
             channels_last=channels_last,
+            capture=capture,
         )
         if method.needs_teachers and teachers is None:
             raise UserError(f"method {method.name!r} needs teachers, and there are none")
@@ -138,12 +142,10 @@ class Distiller(ImageClassificationModule):
         if self.teachers is not None and self.method.needs_teachers:
             self.teacher_source = self._make_source(self.teachers)
 
-    def on_train_epoch_start(self) -> None:
+    def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
         """Lets the source of teacher outputs prepare for the epoch, where it can."""
-        super().on_train_epoch_start()
-        source, loader = self.teacher_source, self.trainer.train_dataloader
-        data = getattr(self.trainer, "datamodule", None)
-        if source is None or not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
+        source = self.teacher_source
+        if source is None:
             return
         batches = self._batches_to_come()
         index, view = loader.rows(batches)
@@ -153,6 +155,39 @@ class Distiller(ImageClassificationModule):
             needed, stages = self.method.asks_teachers(self._progress(batch))
             asked[stages] += needed * len(index) // batches
         source.prepare_epoch(index, view, partial(data.training_images, device=self.device), +asked)
+
+    def bytes_on_device(self) -> dict[str, int]:
+        """The teachers' weights."""
+        return {"teachers": sum(p.nbytes for p in self.teachers.parameters()) if self.teachers else 0}
+
+    def why_not_recorded(self) -> str | None:
+        """Terms or teachers that need the host in a step; None where there are none."""
+        for name, term in self.method.named_terms():
+            if not term.captures:
+                return f"method.terms.{name} needs the host in every step"
+            own = type(term)
+            if not own.__module__.startswith("ekd_lightning.") and "captures" not in vars(own):
+                return f"method.terms.{name} does not say that it may be ({own.__name__}.captures = True)"
+        source = self.teacher_source
+        if source is not None and not all(source.captured(stages) for stages in self.method.stages_asked):
+            return "the teachers' outputs come through the host"
+        return None
+
+    def weight_names(self) -> tuple[str, ...]:
+        """All terms of the method."""
+        return tuple(self.method.terms)
+
+    def schedules(self, num_steps: int) -> tuple[list[tuple[str, ...]], Tensor, Tensor | None]:
+        """Counting terms, weights and assignment of the steps to come; see the base class."""
+        progress = [self._progress(step) for step in range(num_steps)]
+        kinds = [tuple(self.method.counting_terms(share)) for share in progress]
+        weights = torch.zeros(num_steps, len(self.method.terms))
+        for row, share in zip(weights, progress, strict=True):
+            now = self.method.weights_at(share)
+            row.copy_(torch.tensor([now.get(name, 0.0) for name in self.method.terms]))
+        matrices = [self.method.assignment_at(self.global_step + step) for step in range(num_steps)]
+        assignment = torch.stack([m for m in matrices if m is not None]) if matrices[0] is not None else None
+        return kinds, weights, assignment
 
     def _batches_to_come(self) -> int:
         """Batches of this epoch, fewer where `trainer.max_steps` ends the training before."""
@@ -177,17 +212,19 @@ class Distiller(ImageClassificationModule):
             return student.outputs(images, stages)
 
         compiled = self._compile_student == "always"
-        # Compiled float32 steps are slower on a processor, and on accelerators nobody has measured.
-        if (
-            self._compile_student == "auto"
-            and self.device.type == "cpu"
-            and "bf16" in str(self.trainer.precision)
-        ):
+        # Compiled steps are slower in float32 on a processor, and bound by launches on a GPU unless recorded.
+        pays = (
+            "bf16" in str(self.trainer.precision) if self.device.type == "cpu" else self._recorded is not None
+        )
+        if self._compile_student == "auto" and pays:
             images = self.recipe.epochs * int(self.trainer.num_training_batches) * self.recipe.batch_size
-            compiled = 3 * count_macs(self.student) * images >= COMPILE_STUDENT_MACS
+            from_macs = COMPILE_STUDENT_MACS.get(self.device.type, float("inf"))
+            compiled = 3 * count_macs(self.student) * images >= from_macs
         return compiled_or_not(outputs) if compiled else outputs
 
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def losses(
+        self, batch: Batch, values: StepValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""
         if self._student_outputs is None:
             self._student_outputs = self._student_forward()
@@ -203,6 +240,9 @@ class Distiller(ImageClassificationModule):
             step=self.global_step,
             progress=progress,
             networks=self._live_networks,
+            weights=values and values.weights,
+            assignment_KM=values and values.assignment_KM,
+            step_t=values and values.step,
         )
         return result.total, result.terms, student.logits
 

@@ -1,9 +1,13 @@
-"""What the two LightningModules share: optimiser, loss bookkeeping and evaluation."""
+"""What the two LightningModules share: the step, eager or recorded, the optimiser, loss bookkeeping and evaluation."""
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,11 +15,17 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.data.loader import IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues
 from ekd_lightning.training.schedule import make_optimizer
 from ekd_lightning.training.step_log import StepLog
+from ekd_lightning.training.trainer import why_not_recorded
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(UserError):
@@ -55,9 +65,14 @@ class ImageClassificationModule(pl.LightningModule):
         num_classes: int,
         num_branches: int = 0,
         channels_last: bool = True,
+        capture: str = "auto",
     ) -> None:
         super().__init__()
         self.recipe = recipe
+        self._capture = capture
+        self._recorded: RecordedStep | None = None
+        self._decided = False
+        self._kinds: list[tuple[str, ...]] = []
         self.val_scores = ClassificationScores(num_classes, num_branches)
         self.test_scores = ClassificationScores(num_classes, num_branches)
         self.test_section = "test"
@@ -78,9 +93,41 @@ class ImageClassificationModule(pl.LightningModule):
 
     # -- for subclasses ---------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch."""
+    def losses(
+        self, batch: Batch, values: StepValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch.
+
+        Args:
+            batch: The batch.
+            values: What changes from step to step, as tensors, where the step is recorded; None to take it from the
+                trainer's counters.
+        """
         raise NotImplementedError
+
+    def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
+        """Called before an epoch's first step, where data come from this package's data module."""
+
+    def bytes_on_device(self) -> dict[str, int]:
+        """What else of the training lies in the device's memory, by name."""
+        return {}
+
+    def why_not_recorded(self) -> str | None:
+        """Why the losses cannot be part of a CUDA graph; None where they can."""
+        return None
+
+    def schedules(self, num_steps: int) -> tuple[list[tuple[str, ...]], Tensor, Tensor | None]:
+        """What changes from step to step of the epoch to come.
+
+        Returns:
+            Names of the terms that count in each step; float32 [N, terms], their weights; float32 [N, K, M], the
+            assignment, or None.
+        """
+        return [()] * num_steps, torch.empty(num_steps, 0), None
+
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the columns of the weights that `schedules` returns."""
+        return ()
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns logits [B, C] and, for a branched student, branch logits [K, B, C]."""
@@ -103,12 +150,62 @@ class ImageClassificationModule(pl.LightningModule):
         optimizer, schedule = make_optimizer(parameters, self.recipe, steps, fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step: the total loss, with every term remembered for the epoch's log."""
-        total, terms, logits = self.losses(self._in_format(batch))
+    def on_train_start(self) -> None:
+        """Forgets what an earlier fit recorded."""
+        self._recorded, self._decided = None, self._capture == "never"
+
+    def _decide_recording(self, data: ImageDataModule) -> None:
+        """Decides whether steps are recorded: on one CUDA device, where nothing stands against it."""
+        self._decided = True
+        if self._capture == "auto" and self.device.type != "cuda":
+            return
+        reason = why_not_recorded(self.trainer) or self.why_not_recorded()
+        if reason:
+            log.info("the training step is not recorded as one CUDA graph: %s", reason)
+            return
+        data.hands_out_rows = True
+        self._recorded = RecordedStep(
+            device=self.device,
+            optimizer=self.trainer.optimizers[0],
+            gather=partial(data.gather_training, device=self.device),
+            loss=self._loss_and_values,
+            weight_names=self.weight_names(),
+        )
+
+    def on_fit_end(self) -> None:
+        """Gives the graphs' memory back."""
+        if self._recorded is not None:
+            self.trainer.datamodule.hands_out_rows = False  # type: ignore[attr-defined]
+            self._recorded = None
+
+    def _loss_and_values(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The total of a step, and what is logged of it: total, terms, accuracy."""
+        total, terms, logits = self.losses(self._in_format(batch), values)
         with torch.no_grad():
             accuracy = (logits.argmax(dim=-1) == batch.labels).float().mean()
-        self._step_log.append([total, *(terms[name] for name in self._log_names[1:-1]), accuracy])
+        return total, [total, *(terms[name] for name in self._log_names[1:-1]), accuracy]
+
+    def training_step(self, batch: Batch | IndexBatch, batch_idx: int) -> Tensor:
+        """One step: the total loss, with every term remembered for the epoch's log.
+
+        A recorded step holds backward pass and optimiser, too; Lightning's own are then passed over.
+
+        Raises:
+            UserError: The device's memory is too small.
+        """
+        try:
+            if self._recorded is not None:
+                total = self._recorded.run(batch_idx, self.global_step, self._kinds[batch_idx])
+                self._step_log.advance(batch_idx)
+                return total
+            return self._eager_step(batch)
+        except torch.OutOfMemoryError as error:
+            raise UserError(self._out_of_memory(error)) from error
+
+    def _eager_step(self, batch: Batch | IndexBatch) -> Tensor:
+        assert isinstance(batch, Batch)
+        total, logged = self._loss_and_values(batch)
+        self._step_log.append(logged)
         if (
             total.device.type == "cpu"
             and self.trainer.world_size == 1
@@ -117,11 +214,67 @@ class ImageClassificationModule(pl.LightningModule):
             self._refuse_non_finite()  # before the optimiser spoils the weights
         return total
 
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        """What took the device's memory, the largest first."""
+        trained = sum(p.nbytes for module in self.trained_modules() for p in module.parameters())
+        used = {
+            "images": getattr(getattr(self.trainer, "datamodule", None), "bytes_on_device", 0),
+            "weights, gradients and momentum": 3 * trained,
+            **self.bytes_on_device(),
+        }
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            used["activations of a step"] = max(0, peak - sum(used.values()))
+        largest = sorted(used.items(), key=lambda item: -item[1])
+        listed = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in largest if size)
+        return (
+            f"the memory of {self.device} is full: lower recipe.batch_size={self.recipe.batch_size} (in use: {listed}; "
+            f"{' '.join(str(error).split())[:120]})"
+        )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass, where the step did not hold it already."""
+        if self._recorded is None:
+            super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets gradients, where the step did not do so already."""
+        if self._recorded is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """The optimiser's step; a recorded step is all of it."""
+        if self._recorded is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        elif optimizer_closure is not None:
+            optimizer_closure()
+
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's bookkeeping."""
+        self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         self._step_log.clear()
         self._epoch_means.clear()
-        self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        if not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
+            return
+        self.prepare_epoch(loader, data)
+        if not self._decided:
+            self._decide_recording(data)
+        if self._recorded is not None:
+            self._start_recorded_epoch(self._recorded, loader)
+
+    def _start_recorded_epoch(self, recorded: RecordedStep, loader: TrainLoader) -> None:
+        steps = int(self.trainer.num_training_batches)
+        labels, index, view = loader.epoch(steps)
+        self._kinds, weights, assignment = self.schedules(steps)
+        recorded.start_epoch(EpochRows(labels, index, view, weights, assignment), len(self._log_names))
+        self._step_log.watch(recorded.log_table)
 
     def epoch_means(self) -> dict[str, Tensor]:
         """Means of loss, terms and accuracy over all processes' steps of an epoch that has ended, scalars.

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def log_row(values: list[Tensor]) -> Tensor:
+    """float32 [names], without gradient, from a scalar tensor per name."""
+    return torch.stack([value.detach().float() for value in values])
+
+
 class StepLog:
     """Named scalars of the steps of one epoch.
 
@@ -15,16 +20,31 @@ class StepLog:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self._rows: list[Tensor] = []
+        self._table: Tensor | None = None
+        self._steps = 0
 
     def append(self, values: list[Tensor]) -> None:
         """Adds one step: a scalar tensor per name, without gradient."""
-        self._rows.append(torch.stack([value.detach().float() for value in values]))
+        self._rows.append(log_row(values))
+
+    def watch(self, table: Tensor) -> None:
+        """Reads an epoch's steps from a table, float32 [steps, names], that recorded steps write themselves."""
+        self._table = table
+
+    def advance(self, step: int) -> None:
+        """Says that a recorded step (0-based) has been launched."""
+        self._steps = step + 1
+
+    def _values(self) -> Tensor | None:
+        """float32 [steps so far, names]; None without steps."""
+        if self._table is not None:
+            return self._table[: self._steps] if self._steps else None
+        return torch.stack(self._rows) if self._rows else None
 
     def means(self) -> dict[str, Tensor]:
         """Mean over the steps so far, as scalar tensors on the device; empty without steps."""
-        if not self._rows:
-            return {}
-        return dict(zip(self.names, torch.stack(self._rows).mean(dim=0).unbind(), strict=True))
+        values = self._values()
+        return {} if values is None else dict(zip(self.names, values.mean(dim=0).unbind(), strict=True))
 
     def first_non_finite(self) -> tuple[int, str, float] | None:
         """Looks for the first value that is not finite.
@@ -34,9 +54,9 @@ class StepLog:
         Returns:
             (step within the epoch, name, value), or None when all are finite.
         """
-        if not self._rows:
+        table = self._values()
+        if table is None:
             return None
-        table = torch.stack(self._rows)
         bad = (~torch.isfinite(table)).nonzero()
         if len(bad) == 0:
             return None
@@ -52,3 +72,4 @@ class StepLog:
     def clear(self) -> None:
         """Forgets all steps."""
         self._rows.clear()
+        self._table, self._steps = None, 0

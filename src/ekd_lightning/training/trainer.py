@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ProgressBar
+import torch
+from pytorch_lightning.callbacks import BaseFinetuning, Callback, ProgressBar, StochasticWeightAveraging
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.teachers.precision import resolve_precision
 
@@ -84,3 +87,36 @@ def build_trainer(
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+_GRADIENT_HOOKS = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+)
+
+
+def why_not_recorded(trainer: pl.Trainer) -> str | None:
+    """Why the training step of a run cannot be one CUDA graph; None where flags, data and callbacks allow it."""
+    data, optimizer = getattr(trainer, "datamodule", None), trainer.optimizers[0]
+    watching = [
+        type(callback).__name__
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, BaseFinetuning))
+        or any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _GRADIENT_HOOKS)
+    ]
+    reasons = {
+        "several processes train together": not isinstance(trainer.strategy, SingleDeviceStrategy),
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+        "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
+        "trainer.detect_anomaly": trainer._detect_anomaly,
+        f"trainer.precision={trainer.precision} scales the loss": str(trainer.precision).startswith("16"),
+        f"{type(optimizer).__name__} is not a fused SGD": not (
+            isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused")
+        ),
+        f"the callback {', '.join(watching)} looks at gradients or changes the optimiser": bool(watching),
+        "the data do not come from this package's data module": not isinstance(data, ImageDataModule),
+        "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,0 +1,234 @@
+"""The training step over static buffers: one piece from the gathering of images to the log, replayed as a CUDA graph.
+
+A step of a small student is bound by kernel launches, not by arithmetic. Recorded once, the whole step is launched at
+once. A graph repeats what it saw: whatever changes from step to step lies in buffers that it reads (rows of the epoch,
+weights of the terms, assignment, learning rate). On a processor the same function runs as it is.
+
+Shape letters: B batch, K branches, M teachers, N steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import IndexBatch
+from ekd_lightning.training.step_log import log_row
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Steps of each kind that run as they are before the kind is recorded: allocations, autotuning and compiling are not
+for a graph. They are real steps and count."""
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What changes from step to step beside the images, as tensors on the device.
+
+    Attributes:
+        step: int64 scalar, optimiser steps of the whole training so far.
+        weights: Term name -> float32 scalar, its weight times its schedule's factor; empty where nothing is weighted.
+        assignment_KM: float32 [K, M], the assignment of the step; None where no term uses it.
+    """
+
+    step: Tensor
+    weights: Mapping[str, Tensor]
+    assignment_KM: Tensor | None = None  # noqa: N815  # shape letters
+
+
+@dataclass(frozen=True)
+class EpochRows:
+    """All steps of an epoch, as data.
+
+    Attributes:
+        labels: int64 [N, B].
+        index: int64 [N, B], positions in the whole training set.
+        view: int64 [N, B].
+        weights: float32 [N, terms], in the order of the names that the step was built with.
+        assignment: float32 [N, K, M]; None where no term uses it.
+    """
+
+    labels: Tensor
+    index: Tensor
+    view: Tensor
+    weights: Tensor
+    assignment: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+class RecordedStep:
+    """Runs training steps from static buffers; on CUDA each kind of step is recorded and replayed.
+
+    Steps are of one kind if the same terms are computed in them. After `WARM_UP` steps of a kind it is recorded. What
+    cannot be recorded goes on unrecorded, with one warning, and computes the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer,
+        gather: Callable[[IndexBatch], Batch],
+        loss: Callable[[Batch, StepValues], tuple[Tensor, list[Tensor]]],
+        weight_names: Sequence[str],
+    ) -> None:
+        """Takes the parts of a step.
+
+        Args:
+            device: Where everything lies.
+            optimizer: Its `lr` of each group is read before every step, so schedules and callbacks may change it.
+            gather: Makes the batch of B rows, on the device.
+            loss: Total with a gradient, and the scalars that the step logs.
+            weight_names: Names of the columns of `EpochRows.weights`.
+        """
+        self.device = device
+        self.log_table = torch.empty(0, device=device)
+        self._optimizer, self._gather, self._compute = optimizer, gather, loss
+        self._names = tuple(weight_names)
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step_number = torch.zeros((), dtype=torch.int64, device=device)
+        # Kernels of CUDA read rates in float32; on a processor, float64 is what a Python number would be.
+        rate = torch.float64 if device.type == "cpu" else torch.float32
+        self._rates = [torch.zeros((), dtype=rate, device=device) for _ in optimizer.param_groups]
+        self._loss = torch.zeros((), device=device)
+        self._rows: EpochRows | None = None
+        self._seen: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._records = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self._records else None
+
+    @property
+    def num_graphs(self) -> int:
+        """Kinds of steps that have been recorded."""
+        return len(self._graphs)
+
+    def start_epoch(self, rows: EpochRows, log_columns: int) -> None:
+        """Moves an epoch's rows to the device, into the buffers that graphs read.
+
+        Args:
+            rows: The epoch's steps.
+            log_columns: Values that a step logs.
+        """
+        wanted = {name: value.shape for name, value in rows.tensors().items()}
+        if self._rows is None or wanted != {n: v.shape for n, v in self._rows.tensors().items()}:
+            self.forget()  # their buffers go
+            self._rows = EpochRows(**{name: value.to(self.device) for name, value in rows.tensors().items()})
+            self.log_table = torch.zeros(len(rows.index), log_columns, device=self.device)
+            return
+        for name, value in rows.tensors().items():
+            getattr(self._rows, name).copy_(value, non_blocking=True)
+
+    def run(self, position: int, step: int, kind: Hashable) -> Tensor:
+        """Runs one training step, the optimiser's included.
+
+        Args:
+            position: Its number in the epoch, 0 .. N-1.
+            step: Its number in the whole training, from 0.
+            kind: Equal for steps in which the same terms are computed.
+
+        Returns:
+            The total, float32 without gradient; the buffer is overwritten by the next step.
+        """
+        self._position.fill_(position)
+        self._step_number.fill_(step)
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        warm = self._records and self._seen[kind] >= WARM_UP
+        if kind in self._graphs or (warm and self._record(kind)):
+            self._graphs[kind].replay()
+        else:
+            self._seen[kind] += 1
+            with self._aside():
+                self._step()
+        return self._loss
+
+    def forget(self) -> None:
+        """Drops all graphs, and with them their memory."""
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _record(self, kind: Hashable) -> bool:
+        graph = torch.cuda.CUDAGraph()
+        self._optimizer.zero_grad(set_to_none=True)  # gradients must come from the graph's own memory
+        try:
+            # Threads that write checkpoints or tables may use the device meanwhile.
+            with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+                self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # something waits for the host, or allocates where it must not: many kinds
+            self._records = False
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"the training step cannot be recorded as a CUDA graph, so it runs slower ({reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        self._graphs[kind] = graph
+        return True
+
+    def _step(self) -> None:
+        batch = self._gather(self._batch_rows())
+        total, logged = self._compute(batch, self._values())
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, enabled=False):
+            total.backward()
+            with self._rates_as_data():
+                self._optimizer.step()
+        self._loss.copy_(total.detach())
+        self.log_table.index_copy_(0, self._position, log_row(logged)[None])
+
+    def _batch_rows(self) -> IndexBatch:
+        assert self._rows is not None  # an epoch was started
+        labels, index, view = (
+            values.index_select(0, self._position)[0]
+            for values in (self._rows.labels, self._rows.index, self._rows.view)
+        )
+        return IndexBatch(labels, index, view, torch.ones_like(index, dtype=torch.bool))
+
+    def _values(self) -> StepValues:
+        assert self._rows is not None
+        weights = self._rows.weights.index_select(0, self._position)[0]
+        matrix = self._rows.assignment
+        return StepValues(
+            self._step_number,
+            dict(zip(self._names, weights.unbind(), strict=True)),
+            None if matrix is None else matrix.index_select(0, self._position)[0],
+        )
+
+    @contextlib.contextmanager
+    def _rates_as_data(self) -> Iterator[None]:
+        """The optimiser reads its learning rates from buffers; outside they stay numbers, for schedules and records."""
+        numbers = [group["lr"] for group in self._optimizer.param_groups]
+        try:
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate
+            yield
+        finally:
+            for group, number in zip(self._optimizer.param_groups, numbers, strict=True):
+                group["lr"] = number
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """The stream on which steps are recorded: what they allocate and autotune before belongs to it."""
+        if self._side is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            yield
+        current.wait_stream(self._side)

@@ -1,0 +1,194 @@
+"""Steps over static buffers train as steps that Lightning takes apart; on a GPU they are replayed as one graph."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.run import make_distiller
+from ekd_lightning.settings import Settings
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.pool import gather_teachers
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
+METHODS = sorted(path.stem for path in CONF.glob("*.yaml"))
+NOT_RECORDED = {"bss"}
+"""Methods with a term that waits for the host in every step."""
+
+
+OWN_WORDS = {"fsp": ("teachers.count=1",)}  # of one width with the student
+
+
+class Watch(Callback):
+    """Notes what a fit counted, and every learning rate."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.recorded = False
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps.append(trainer.global_step)
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.losses.append(float(outputs["loss"]))
+        self.recorded = pl_module._recorded is not None
+
+
+def fit(settings: Settings, folder: Path, *callbacks: Callback, accelerator: str = "cpu", **flags: object):
+    """Trains for two epochs; returns the module, what a callback saw, and the epochs' means."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = prepare(settings, accelerator)
+        teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
+        module = make_distiller(settings, prepared, teachers)
+        watch = Watch()
+        trainer = pl.Trainer(
+            **{"max_epochs": settings.recipe.epochs, "accelerator": accelerator, "devices": 1, **flags},
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[watch, *callbacks],
+        )
+        trainer.fit(module, datamodule=prepared.datamodule)
+    means = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return module, watch, means
+
+
+def state(module: Distiller) -> dict[str, torch.Tensor]:
+    return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+def settings_of(tiny_settings, method: str, *words: str) -> Settings:
+    own = (f"method={method}", "recipe.epochs=2", "student.compile=never", "teachers.compile=never")
+    return tiny_settings(*own, *OWN_WORDS.get(method, ()), *words)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_static_steps_train_bit_for_bit_as_eager_steps(tiny_settings, tmp_path, method):
+    eager = fit(settings_of(tiny_settings, method), tmp_path)
+    static = fit(settings_of(tiny_settings, method, "capture=always"), tmp_path)
+    assert (eager[1].recorded, static[1].recorded) == (False, method not in NOT_RECORDED)
+    assert (static[1].steps, static[1].rates) == (eager[1].steps, eager[1].rates)
+    assert static[1].losses == eager[1].losses
+    assert static[2] == eager[2]
+    wanted = state(eager[0])
+    assert all(torch.equal(value, wanted[name]) for name, value in state(static[0]).items())
+
+
+SCHEDULES = {
+    "terms that come and go": (
+        "+method.terms.kd_branch.schedule={linear: [[0, 0], [0.4, 0], [0.4, 1], [1, 2]]}",
+        "+method.terms.ce_branch.schedule={linear: [[0, 1], [0.7, 1], [0.7, 0]]}",
+    ),
+    "a ramp": ("+method.terms.kd_ensemble.schedule={ramp_up: 0.5}",),
+    "a drawn assignment": ("method.assignment=random",),
+    "warm-up and steps": ("recipe.schedule=step", "recipe.warmup_epochs=0.5", "recipe.milestones=[0.6]"),
+}
+
+
+@pytest.mark.parametrize("words", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules_reach_static_steps(tiny_settings, tmp_path, words):
+    eager = fit(settings_of(tiny_settings, "ekd", *words), tmp_path)
+    static = fit(settings_of(tiny_settings, "ekd", "capture=always", *words), tmp_path)
+    assert static[1].recorded
+    assert static[1].losses == eager[1].losses
+    wanted = state(eager[0])
+    assert all(torch.equal(value, wanted[name]) for name, value in state(static[0]).items())
+
+
+def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_path):
+    words = ("capture=always", "recipe.epochs=3")
+    _, watch, means = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, max_steps=6)
+    assert watch.steps == [1, 2, 3, 4, 5, 6]
+    assert means["train/loss"] == pytest.approx(sum(watch.losses[4:]) / 2, rel=1e-6)
+
+
+class LooksAtGradients(Callback):
+    def on_after_backward(self, trainer, pl_module):
+        self.seen = [p.grad is not None for p in pl_module.student.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "reason"),
+    [
+        ({"accumulate_grad_batches": 2}, (), "accumulate_grad_batches"),
+        ({"gradient_clip_val": 1.0}, (), "gradient_clip_val"),
+        ({"detect_anomaly": True}, (), "detect_anomaly"),
+        ({}, ("recipe.mixup=0.2",), "mixed"),
+        ({"callbacks": True}, (), "LooksAtGradients"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_and_trains_step_by_step(
+    tiny_settings, tmp_path, caplog, flags, words, reason
+):
+    callbacks = [LooksAtGradients()] if flags.pop("callbacks", False) else []
+    settings = settings_of(tiny_settings, "ekd", "capture=always", *words)
+    with caplog.at_level("INFO"):
+        _, watch, _ = fit(settings, tmp_path, *callbacks, **flags)
+    assert not watch.recorded
+    assert [reason in record.message for record in caplog.records if "not recorded" in record.message] == [
+        True
+    ]
+    assert all(callback.seen and all(callback.seen) for callback in callbacks)
+
+
+@pytest.mark.parametrize("capture", ["never", "always"])
+def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_path, monkeypatch, capture):
+    def full(self, batch, values=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Distiller, "losses", full)
+    with pytest.raises(
+        UserError, match=r"recipe\.batch_size=32 .*weights, gradients and momentum.* 2\.00 GiB"
+    ):
+        fit(settings_of(tiny_settings, "ekd", f"capture={capture}"), tmp_path)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_graphs_train_as_eager_steps_on_the_device(tiny_settings, tmp_path, method):
+    words = ("recipe.epochs=4", "trainer.precision=32-true", "teachers.precision=float32")
+    eager = fit(settings_of(tiny_settings, method, *words, "capture=never"), tmp_path, accelerator="gpu")
+    graph = fit(settings_of(tiny_settings, method, *words, "capture=auto"), tmp_path, accelerator="gpu")
+    assert (eager[1].recorded, graph[1].recorded) == (False, method not in NOT_RECORDED)
+    assert graph[1].steps == eager[1].steps
+    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+    assert graph[1].losses[:4] == pytest.approx(eager[1].losses[:4], rel=1e-3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("words", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules_reach_graphs(tiny_settings, tmp_path, words):
+    own = ("recipe.epochs=4", "teachers.precision=float32", *words)
+    eager = fit(settings_of(tiny_settings, "ekd", *own, "capture=never"), tmp_path, accelerator="gpu")
+    graph = fit(settings_of(tiny_settings, "ekd", *own), tmp_path, accelerator="gpu")
+    assert graph[1].recorded
+    assert graph[1].rates == eager[1].rates
+    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_loss_that_is_not_finite_inside_a_graph_ends_the_epoch(tiny_settings, tmp_path):
+    from ekd_lightning.training.module import NonFiniteLossError
+
+    settings = settings_of(
+        tiny_settings, "ekd", "recipe.lr=1e12", "recipe.epochs=4", "recipe.warmup_epochs=1"
+    )
+    with pytest.raises(NonFiniteLossError, match="epoch"):
+        fit(settings, tmp_path, accelerator="gpu")
