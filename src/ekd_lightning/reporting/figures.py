@@ -74,12 +74,8 @@ def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
                 panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))]
             )
         fs.key(figure, axes)
-        yield fs.drawn(
-            "accuracy_cost",
-            block.key,
-            figure,
-            f"{block.title}. {fs.band_text(shown, 'interval')} {_cost_words(cut)}",
-        )
+        text = f"{fs.band_text(shown, 'interval')} {_cost_words(cut)}"
+        yield fs.drawn("accuracy_cost", block.key, figure, block.title, text)
 
 
 def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:

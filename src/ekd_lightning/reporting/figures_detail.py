@@ -85,12 +85,8 @@ def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         drawn = [one for group in shown for one in _parts(group)]
         fs.limit_accuracy(axes, drawn, "x")
         fs.key(figure, [axes])
-        yield fs.drawn(
-            "branches",
-            block.key,
-            figure,
-            f"{block.title}. {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}",
-        )
+        text = fs.band_text(drawn, "interval") + _rest(groups, shown)
+        yield fs.drawn("branches", block.key, figure, block.title, text)
 
 
 def _parts(group: Group) -> list[Estimate]:
@@ -136,12 +132,8 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
             fs.legend_above(panel)
-        yield fs.drawn(
-            "learning_curves",
-            block.key,
-            figure,
-            f"{block.title}. {fs.band_text([found[group.label][-1][1] for group in groups])}",
-        )
+        text = fs.band_text(found[group.label][-1][1] for group in groups)
+        yield fs.drawn("learning_curves", block.key, figure, block.title, text)
 
 
 def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
