@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.roles import Role, purposes
 from ekd_lightning.settings import (
     DataSettings,
     RecipeSettings,
@@ -10,6 +13,11 @@ from ekd_lightning.settings import (
     StudentSettings,
     TeacherEntry,
     TeacherSettings,
+    is_free,
+    is_location,
+    keys_where,
+    may_change_between_parts,
+    purpose_of,
 )
 
 
@@ -78,3 +86,61 @@ def test_entries_of_the_pool():
     assert settings.entry(0) == TeacherEntry(zoo="some_id")
     assert settings.entry(1) == TeacherEntry(train="resnet8", seed=3)
     assert settings.entry(2).file == "x.safetensors"
+
+
+LOCATIONS = {"data.root", "data.download", "teachers.weights_dir", "teachers.download", "teachers.store"}
+
+
+def test_every_setting_says_what_it_is_for():
+    """`purposes` refuses a field that does not; what is listed here is what commands promise."""
+    assert set(keys_where(is_location)) == LOCATIONS
+    assert set(keys_where(is_free)) - LOCATIONS == {
+        "teachers.fill",
+        "trainer.enable_progress_bar",
+        "trainer.enable_checkpointing",
+        "evaluation",
+        "logger",
+        "metric",
+        "tags",
+        "resume",
+    }
+    assert set(keys_where(may_change_between_parts)) - set(keys_where(is_free)) == {
+        "trainer.max_epochs",
+        "trainer.max_steps",
+        "trainer.max_time",
+        "callbacks",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "role"),
+    [
+        ("data.root", Role.LOCATION),
+        ("logger.wandb.mode", Role.FREE),
+        ("trainer.accelerator", Role.FREE),
+        ("trainer.limit_val_batches", Role.FREE),
+        ("trainer.precision", Role.PROTOCOL),
+        ("recipe.epochs", Role.PROTOCOL),
+        ("teachers.recipe.epochs", Role.COMPUTED),  # it is the teachers', whatever the same key is to a run
+        ("method.terms.kd_ensemble.weight", Role.COMPUTED),
+        ("callbacks.early_stopping.patience", Role.COMPUTED),
+        ("a.setting.of.another.version", Role.COMPUTED),
+    ],
+)
+def test_a_key_has_the_role_of_what_it_lies_in(key, role):
+    assert purpose_of(key).role is role
+
+
+def test_free_settings_that_round_are_not_exact():
+    assert not is_free("student.compile")
+    assert is_free("student.compile", exact=False)
+    assert not is_free("recipe.lr", exact=False)
+
+
+def test_a_field_without_a_purpose_is_refused():
+    @dataclass
+    class Careless:
+        size: int = 3
+
+    with pytest.raises(TypeError, match=r"Careless\.size"):
+        dict(purposes(Careless))

@@ -7,10 +7,24 @@ this module checks what can be checked without importing anything heavy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.roles import (
+    COMPUTED,
+    FREE,
+    KEYS,
+    LOCATION,
+    PART,
+    PROTOCOL,
+    PURPOSE,
+    ROUNDING,
+    Purpose,
+    Role,
+    purposes,
+)
 
 # `Optional[X]` and not `X | None`: OmegaConf reads these annotations as a schema.
 
@@ -20,59 +34,69 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value}: {allowed}")
 
 
+# Of the flags of the trainer those that are not ROUNDING, like `accelerator`.
+_TRAINER = {
+    **dict.fromkeys(("enable_progress_bar", "enable_checkpointing"), FREE),
+    **dict.fromkeys(("precision", "devices", "num_nodes"), PROTOCOL),
+    **dict.fromkeys(("max_epochs", "max_steps", "max_time"), PART),
+    **dict.fromkeys(("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"), COMPUTED),
+    **dict.fromkeys(("limit_train_batches", "overfit_batches", "fast_dev_run", "sync_batchnorm"), COMPUTED),
+}
+
+
 @dataclass
 class DataSettings:
     """Which images, how many of them, and how they are augmented."""
 
-    name: str = "digits"
+    name: str = field(default="digits", metadata=PROTOCOL)
     """Registered data set: digits (bundled), cifar10, cifar100."""
-    root: str = "data"
+    root: str = field(default="data", metadata=LOCATION)
     """Folder that holds (or receives) the data set's own folder."""
-    download: bool = True
+    download: bool = field(default=True, metadata=LOCATION)
     """Whether a run may obtain missing data."""
-    fraction: Optional[float] = None
+    fraction: Optional[float] = field(default=None, metadata=PROTOCOL)
     """Share of the training images in (0, 1]; null means all, or what `per_class` says."""
-    per_class: Optional[int] = None
+    per_class: Optional[int] = field(default=None, metadata=PROTOCOL)
     """Training images per class, instead of `fraction`."""
-    subset_seed: int = 0
+    subset_seed: int = field(default=0, metadata=PROTOCOL)
     """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
-    val_fraction: float = 0.1
+    val_fraction: float = field(default=0.1, metadata=PROTOCOL)
     """Share of the subset held out for validation, in [0, 1)."""
-    augmentation: Any = "crop_flip"
+    augmentation: Any = field(default="crop_flip", metadata=PROTOCOL)
     """none, crop_flip, cutout, random_erasing, color, randaugment, or a list of them, applied in order."""
-    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
     """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
-    padding: int = 4
+    padding: int = field(default=4, metadata=PROTOCOL)
     """Of crop_flip: pixels added on every side."""
-    flip: bool = True
+    flip: bool = field(default=True, metadata=PROTOCOL)
     """Of crop_flip: whether images are mirrored, too."""
-    pool_size: int = 64
+    pool_size: int = field(default=64, metadata=PROTOCOL)
     """Draws per image for any augmentation but plain none and crop_flip, whose views are finite by themselves."""
-    pool_seed: int = 0
+    pool_seed: int = field(default=0, metadata=PROTOCOL)
     """Seed of these draws; apart from `seed`, so that all runs of a study share the teachers' tables."""
-    eval_batch_size: int = 500
+    eval_batch_size: int = field(default=500, metadata=ROUNDING)
 
 
 @dataclass
 class RecipeSettings:
     """Optimiser and schedule: SGD with momentum, learning rate as a function of the epoch."""
 
-    epochs: int = 60
-    batch_size: int = 128
+    epochs: int = field(default=60, metadata=PROTOCOL)
+    batch_size: int = field(default=128, metadata=PROTOCOL)
     """Images per batch over all devices together (an optimiser step, unless gradients are accumulated)."""
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
+    lr: float = field(default=0.1, metadata=COMPUTED)
+    momentum: float = field(default=0.9, metadata=COMPUTED)
+    nesterov: bool = field(default=True, metadata=COMPUTED)
+    weight_decay: float = field(default=5e-4, metadata=COMPUTED)
+    schedule: str = field(default="cosine", metadata=COMPUTED)
     """cosine (to zero), step (times `gamma` at each milestone) or constant."""
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata=COMPUTED)
     """Points of the step schedule as shares of the training, in (0, 1)."""
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    mixup: float = 0.0
+    gamma: float = field(default=0.1, metadata=COMPUTED)
+    warmup_epochs: float = field(default=0.0, metadata=COMPUTED)
+    mixup: float = field(default=0.0, metadata=PROTOCOL)
     """α of mixup, 0 for none; with `cutmix` on, too, either is taken with equal chance in each batch."""
-    cutmix: float = 0.0
+    cutmix: float = field(default=0.0, metadata=PROTOCOL)
     """α of CutMix, 0 for none."""
 
     def check(self, prefix: str) -> None:
@@ -129,33 +153,33 @@ class TeacherEntry:
 class TeacherSettings:
     """The pool of teachers and how its members are obtained."""
 
-    pool: list[Any] = field(default_factory=list)
+    pool: list[Any] = field(default_factory=list, metadata=COMPUTED)
     """Entries as mappings (see `TeacherEntry`) or as plain zoo ids."""
-    count: Optional[int] = None
+    count: Optional[int] = field(default=None, metadata=COMPUTED)
     """The first `count` members of the pool teach; null means all of them."""
-    weights_dir: str = "weights"
+    weights_dir: str = field(default="weights", metadata=LOCATION)
     """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
-    download: bool = True
-    train_on: str = "subset"
+    download: bool = field(default=True, metadata=LOCATION)
+    train_on: str = field(default="subset", metadata=COMPUTED)
     """What teachers trained on demand may see: the same `subset` as the student, or `all` training images."""
-    recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    store: str = "store"
+    recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED)
+    store: str = field(default="store", metadata=LOCATION)
     """Folder shared by all runs: trained teachers, their test scores, and teacher tables."""
-    table: str = "auto"
+    table: str = field(default="auto", metadata=ROUNDING)
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
-    table_stages: bool = False
+    table_stages: bool = field(default=False, metadata=ROUNDING)
     """Whether stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for the
     last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
     Otherwise such methods ask their teachers live."""
-    table_budget_gb: float = 20.0
+    table_budget_gb: float = field(default=20.0, metadata=ROUNDING)
     """Most disk that the tables of one run may need."""
-    fill: str = "none"
+    fill: str = field(default="none", metadata=FREE)
     """What `ekd-teach` computes ahead: none, run (the rows that a run with these settings reads) or all views."""
-    precision: str = "auto"
+    precision: str = field(default="auto", metadata=COMPUTED)
     """What frozen teachers compute in: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
-    fold: bool = True
+    fold: bool = field(default=True, metadata=ROUNDING)
     """Whether batch norms are folded into convolutions."""
-    compile: str = "auto"
+    compile: str = field(default="auto", metadata=ROUNDING)
     """Whether torch.compile is used: auto (when the work is long enough to pay for it), always or never."""
 
     def check(self) -> None:
@@ -210,15 +234,15 @@ class TeacherSettings:
 class StudentSettings:
     """The compact network and how it is branched."""
 
-    network: str = "resnet8"
-    options: dict[str, Any] = field(default_factory=dict)
-    branches: int = 3
-    split_after: str = "stage1"
+    network: str = field(default="resnet8", metadata=COMPUTED)
+    options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
+    branches: int = field(default=3, metadata=COMPUTED)
+    split_after: str = field(default="stage1", metadata=COMPUTED)
     """Last stage that the branches share, or `none` for separate networks."""
-    ensemble: str = "mean_logits"
-    normalization: Optional[str] = None
+    ensemble: str = field(default="mean_logits", metadata=COMPUTED)
+    normalization: Optional[str] = field(default=None, metadata=COMPUTED)
     """Named normalisation; null takes the data set's own."""
-    compile: str = "auto"
+    compile: str = field(default="auto", metadata=ROUNDING)
     """Whether training steps go through torch.compile: auto (in long runs, where it pays), always or never."""
 
 
@@ -240,20 +264,20 @@ class ChainSettings:
 class MethodSettings:
     """A named list of weighted loss terms."""
 
-    name: str = "ekd"
-    temperature: Optional[float] = None
+    name: str = field(default="ekd", metadata=COMPUTED)
+    temperature: Optional[float] = field(default=None, metadata=COMPUTED)
     """T > 0 of all terms without their own; null means 4."""
-    assignment: Any = None
+    assignment: Any = field(default=None, metadata=COMPUTED)
     """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
-    teacher: Optional[str] = None
+    teacher: Optional[str] = field(default=None, metadata=COMPUTED)
     """For methods that know one teacher: best (of the pool on the validation split), first, or mean (logits are
     averaged; losses of features, relations and the boundary are taken against each teacher, and averaged); null: all
     teachers teach, by the assignment."""
-    assistants: Optional[list[Any]] = None
+    assistants: Optional[list[Any]] = field(default=None, metadata=COMPUTED)
     """Networks between teachers and student, from large to small: names, or mappings with network, options and
     seed. Each is taught by the one before it, the student by the last alone; empty or null: no chain."""
-    chain: ChainSettings = field(default_factory=ChainSettings)
-    terms: dict[str, Any] = field(default_factory=dict)
+    chain: ChainSettings = field(default_factory=ChainSettings, metadata=COMPUTED)
+    terms: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
 
 
 @dataclass
@@ -310,25 +334,25 @@ class Settings:
     student: StudentSettings = field(default_factory=StudentSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={**ROUNDING, KEYS: _TRAINER})
     """Arguments of pytorch_lightning.Trainer; `precision: auto` is ours."""
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    logger: LoggerSettings = field(default_factory=LoggerSettings)
-    callbacks: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata=FREE)
+    logger: LoggerSettings = field(default_factory=LoggerSettings, metadata=FREE)
+    callbacks: dict[str, Any] = field(default_factory=dict, metadata=PART)
     """Additional Lightning callbacks, each a node with `_target_`."""
-    seed: int = 0
-    channels_last: bool = True
+    seed: int = field(default=0, metadata=COMPUTED)
+    channels_last: bool = field(default=True, metadata=ROUNDING)
     """Memory format of images and convolutions; changes the speed, not what is computed."""
-    capture: str = "auto"
+    capture: str = field(default="auto", metadata=ROUNDING)
     """Whether whole training steps are recorded as CUDA graphs: auto (on one CUDA device, where nothing stands against
     it), always (on a processor too, where the same step runs unrecorded) or never. Changes the speed, not what is
     computed."""
-    metric: str = "val_accuracy"
+    metric: str = field(default="val_accuracy", metadata=FREE)
     """Field of result.json that a run returns to a sweeper."""
-    tags: list[str] = field(default_factory=list)
-    imports: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list, metadata=FREE)
+    imports: list[str] = field(default_factory=list, metadata=ROUNDING)
     """Modules of your own, imported before names are looked up; the working directory is searched first."""
-    resume: Optional[str] = None
+    resume: Optional[str] = field(default=None, metadata=FREE)
     """Directory of a stopped run to continue in place."""
 
     def check(self) -> None:
@@ -352,3 +376,42 @@ class Settings:
         self.recipe.check("recipe")
         self.teachers.check()
         self.evaluation.check()
+
+
+_PURPOSES = dict(purposes(Settings))
+
+
+def purpose_of(key: str) -> Purpose:
+    """What a setting is for, by its dotted key; one that is not known counts as changing what is computed."""
+    known = key
+    while known not in _PURPOSES:
+        if not known:
+            return COMPUTED[PURPOSE]
+        known = known.rpartition(".")[0]
+    return _PURPOSES[known]
+
+
+def keys_where(holds: Callable[[str], bool]) -> tuple[str, ...]:
+    """The dotted keys for which something holds, in the order of the settings."""
+    return tuple(key for key in _PURPOSES if holds(key))
+
+
+def is_location(key: str) -> bool:
+    """Whether a setting says where things are."""
+    return purpose_of(key).role is Role.LOCATION
+
+
+def is_free(key: str, *, exact: bool = True) -> bool:
+    """Whether a setting may change and the same be found: a location, or free.
+
+    Args:
+        key: Its dotted key.
+        exact: Whether it must be the same to the last bit, and not but for rounding.
+    """
+    purpose = purpose_of(key)
+    return is_location(key) or (purpose.role is Role.FREE and (purpose.exact or not exact))
+
+
+def may_change_between_parts(key: str) -> bool:
+    """Whether a setting may change when a stopped run goes on."""
+    return is_free(key) or purpose_of(key).between_parts

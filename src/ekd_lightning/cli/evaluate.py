@@ -17,7 +17,7 @@ from rich.table import Table
 from ekd_lightning.config.config import CONFIG_FILE, read_config
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings
+from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
 from ekd_lightning.studies.sweep_jobs import sweep_of
 
 if TYPE_CHECKING:
@@ -33,14 +33,6 @@ PARTS = {
     "corruptions": "accuracy and calibration on corrupted test images",
     "efficiency": "size, latency, throughput and memory of the student as it is deployed",
 }
-PLACES = (
-    "data.root",
-    "data.download",
-    "teachers.weights_dir",
-    "teachers.download",
-    "teachers.store",
-)
-"""What may be set on opening a run: where things are by now."""
 
 EXAMPLES = """\
 examples:
@@ -142,8 +134,10 @@ def is_override(word: str) -> bool:
     key = found[1]
     if key == "evaluation.parts":
         raise UserError(f"{word}: name the parts with --parts")
-    if key not in PLACES:
-        raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
+    if not is_location(key):
+        raise UserError(
+            f"{word}: a finished run keeps its settings; what can be set is {', '.join(keys_where(is_location))}"
+        )
     return True
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import file_sha256, write_json, write_text
+from ekd_lightning.settings import is_location, keys_where
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.evaluation_context import EvaluationContext
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "ekd-export"
 CARD = "README.md"
-PLACES = ("data.root", "data.download")
+PLACES = keys_where(lambda key: is_location(key) and key.startswith("data."))
 _WIDTH = 160  # where there is no terminal
 EXAMPLES = """\
 examples:

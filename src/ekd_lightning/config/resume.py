@@ -11,28 +11,9 @@ from omegaconf import OmegaConf
 
 from ekd_lightning.config.config import CONFIG_FILE, changed_keys, read_config
 from ekd_lightning.errors import UserError
+from ekd_lightning.settings import may_change_between_parts
 from ekd_lightning.studies.ddp import config_flags
 from ekd_lightning.studies.sweep_jobs import SWEEP_FILE
-
-# What may change between the parts of a run without changing what is computed.
-FREE = (
-    "resume",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.enable_progress_bar",
-    "evaluation",
-    "logger",
-    "callbacks",
-    "tags",
-    "metric",
-    # Places; what lies there is known by its hash.
-    "data.root",
-    "data.download",
-    "teachers.weights_dir",
-    "teachers.download",
-    "teachers.store",
-)
 
 
 def resume_word(argv: Sequence[str]) -> Path | None:
@@ -107,9 +88,7 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
         UserError: Naming the keys that differ from the recorded configuration.
     """
     changed = [
-        key
-        for key in changed_keys(read_config(directory), plain)
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE)
+        key for key in changed_keys(read_config(directory), plain) if not may_change_between_parts(key)
     ]
     if changed:
         raise UserError(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Protocol, Way, places
+from ekd_lightning.settings import is_free
 
 _RESULT = {
     "student": "student",
@@ -26,33 +27,25 @@ _RESULT = {
 }
 _DERIVED = ("teachers", "MACs", "parameters")
 """They follow from the rest, unless something is set that no file tells."""
-_STUDENT = ("student.options", "student.normalization")
-_REST = (
-    "method",
-    "recipe",
-    "callbacks",
-    "trainer.max_steps",
-    "trainer.max_time",
-    "trainer.accumulate_grad_batches",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
-    "trainer.sync_batchnorm",
-)
-"""What a result does not tell, but the configuration does."""
-_WHOLE = (
-    "student",
+_TOLD = (
     "data",
-    "teachers.pool",
-    "teachers.count",
-    "teachers.recipe",
-    "teachers.train_on",
+    "teachers",
+    "student.network",
+    "student.branches",
+    "student.split_after",
+    "student.ensemble",
+    "method.name",
+    "method.temperature",
+    "method.assignment",
+    "method.teacher",
+    "method.assistants",
     "trainer.precision",
-    *_REST,
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.max_epochs",
+    "seed",
 )
-"""What stands for the rest where there is no result."""
-_PLACES = ("data.root", "data.download", "data.eval_batch_size", "student.compile")
-_TOLD = ("method.name", "method.temperature", "method.assignment", "method.teacher", "method.assistants")
-"""Results have them under other names."""
+"""What results tell, under other names; of everything else the configuration alone tells."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
 
@@ -85,15 +78,19 @@ def describe(run: RunEntry) -> dict[str, Any]:
 
 def settings(run: RunEntry) -> dict[str, Any]:
     """Settings that the configuration alone tells, by dotted keys; those that are null are left out."""
-    flat = _flat(run, (*_STUDENT, *_REST))
-    return {key: value for key, value in flat.items() if key not in _TOLD and not _is_weight(key)}
+    return {
+        key: value
+        for key, value in _settings(run).items()
+        if not _is_weight(key) and not any(key == told or key.startswith(f"{told}.") for told in _TOLD)
+    }
 
 
-def _flat(run: RunEntry, prefixes: Iterable[str]) -> dict[str, Any]:
+def _settings(run: RunEntry) -> dict[str, Any]:
+    """All settings on which it depends what a run finds, by dotted keys."""
     flat: dict[str, Any] = {}
-    for prefix in prefixes:
-        _flatten(run.setting(prefix), prefix, flat)
-    return flat
+    for name, value in run.config.items():
+        _flatten(value, name, flat)
+    return {key: value for key, value in flat.items() if not is_free(key, exact=False)}
 
 
 def _is_weight(key: str) -> bool:
@@ -118,7 +115,7 @@ def whole_key(run: RunEntry) -> str:
     """Equal for two runs, with or without a result, whose configurations differ in the seed alone."""
     if not run.config:
         return _text({"name": run.name})
-    return _text({name: value for name, value in _flat(run, _WHOLE).items() if name not in _PLACES})
+    return _text({key: value for key, value in _settings(run).items() if key != "seed"})
 
 
 def _text(content: Mapping[str, Any]) -> str:

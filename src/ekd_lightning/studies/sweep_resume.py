@@ -14,8 +14,8 @@ from hydra._internal.hydra import Hydra  # with which hydra.main sets itself up;
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 
-from ekd_lightning.config.resume import FREE
 from ekd_lightning.errors import UserError
+from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.plan import is_under, key_of
 from ekd_lightning.studies.study_runs import Job
 from ekd_lightning.studies.sweep import as_typed, locked, tell
@@ -79,10 +79,10 @@ def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]
     hydra = [word for word in given if key_of(word).startswith(("hydra.", "hydra/"))]
     extra = [word for word in given if word not in hydra]
     for word in extra:
-        if "=" not in word or not is_under(key_of(word), FREE):
+        if "=" not in word or not may_change_between_parts(key_of(word)):
             raise UserError(
                 f"{word}: a resumed sweep computes what it was started with; beside resume= it takes a launcher "
-                f"(hydra/launcher=..., hydra.launcher...) and {', '.join(FREE[1:])}"
+                f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
             )
     dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN
     again = {key_of(word) for word in hydra}
