@@ -22,6 +22,7 @@ from ekd_lightning.networks import (
 )
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.table_budget import present_bytes
+from ekd_lightning.teachers import rows
 from ekd_lightning.teachers.frozen import TeacherFormat
 from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.teachers.tabled import TabledTeachers
@@ -91,6 +92,20 @@ def test_a_part_of_the_stages_can_be_asked_for(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
     found = tabled(ensemble, tmp_path).ask(batch, ("stage3",))
     assert [set(stages) for stages in found.stages] == [{"stage3"}, {"stage3"}]
+
+
+def test_outputs_too_large_for_the_memory_are_read_step_by_step(ensemble, tmp_path, monkeypatch):
+    batch = make_batch([1, 2], [0, 1])
+    expected = tabled(ensemble, tmp_path / "roomy")
+    monkeypatch.setitem(rows.HELD_BYTES, "cpu", 1000)
+    source = tabled(ensemble, tmp_path)
+    for one in (expected, source):
+        one.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
+    assert not source.captured(STAGES)
+    with monkeypatch.context() as patch:
+        patch.setitem(rows.HELD_BYTES, "cpu", 1 << 30)
+        assert equal(source.ask(batch, STAGES), expected.ask(batch, STAGES))
+    assert (source.hits, source.misses) == (0, 4)
 
 
 def test_an_epoch_ahead_computes_every_row_once(ensemble, tmp_path, monkeypatch):
@@ -204,7 +219,7 @@ def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp
     assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
     assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
     own = {
-        path: json.loads(path.with_suffix(".json").read_text()).get("stage", "")
+        path: json.loads(path.with_suffix(".json").read_text())["content"].removeprefix("logits+pooled")
         for path in tmp_path.glob("*.rows")
         if '"' + "b" * 64 + '"' in path.with_suffix(".json").read_text()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 import warnings
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.teachers import frozen as frozen_teachers
+from ekd_lightning.teachers import rows
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
 from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers.table import TeacherTable
 from ekd_lightning.teachers.tabled import TabledTeachers
 
 N, C = 40, 5  # images of the set, classes
@@ -229,8 +232,18 @@ def gather(index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.permutations(range(N)), st.integers(0, N), st.integers(1, 50), st.integers(0, 2**31))
-def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, known, chunk, seed):
+@given(
+    st.permutations(range(N)),
+    st.integers(0, N),
+    st.integers(1, 50),
+    st.integers(0, 2**31),
+    st.sampled_from([0, 1 << 30]),
+    st.sampled_from([0, N * V]),
+)
+def test_an_epoch_ahead_says_what_batches_would_say(
+    tmp_path_factory, order, known, chunk, seed, memory, planned
+):
+    """However many rows there is memory for, and whether all are read at the start."""
     torch.manual_seed(0)
     ensemble = TeacherEnsemble(
         [build_network(NetworkSpec("resnet8", C, normalization("unit"), {"width": 0.25})) for _ in range(2)],
@@ -245,11 +258,15 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
         source.ask(make_batch(order[:known], view[:known].tolist()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(frozen_teachers.CHUNK, "cpu", chunk)
+        patch.setitem(rows.HELD_BYTES, "cpu", memory)
         source = tabled(ensemble, folder)
+        source.plan(planned)
         source.prepare_epoch(index, view, gather, {(): N})
         assert (source.hits, source.misses) == (2 * known, 2 * (N - known))
         whole = source.ask(make_batch(order, view.tolist()))
+        source.flush()
         warm = tabled(ensemble, folder)
+        warm.plan(planned)
         warm.prepare_epoch(index, view, gather, {(): N})
         again = warm.ask(make_batch(order, view.tolist()))
     assert (warm.hits, warm.misses) == (2 * N, 0)
@@ -273,11 +290,15 @@ def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble
     """What a CUDA graph records: operations without a value's influence, on tensors that stay where they are."""
     source = tabled(ensemble, tmp_path)
     index = torch.arange(N)
+
+    def ask(batch: Batch):
+        return source.ask(batch)
+
     for view, size in ((torch.zeros_like(index), N), (index % V, N), (index % 5, N - 3)):
         source.prepare_epoch(index[:size], view[:size], gather, {(): size})
         assert source.captured()
         if not view.any():
-            recorded = make_fx(source.ask, tracing_mode="real")(make_batch([1, 2], [0, 0]))
+            recorded = make_fx(ask)(make_batch([1, 2], [0, 0]))
         batch = make_batch([5, 30], view[[5, 30]].tolist())
         assert same(recorded(batch), source.ask(batch))
         assert recorded(batch).logits.isfinite().all()
@@ -296,6 +317,72 @@ def test_what_may_be_recorded_asks_no_value(ensemble, tmp_path, stages):
             answer = source.ask(fake, stages)
         assert answer.logits.shape == (2, 2, C)
         assert set(answer.stages[1]) == set(stages)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_a_row_is_read_or_computed_once_where_memory_holds_it(ensemble, tmp_path, monkeypatch, memory):
+    monkeypatch.setitem(rows.HELD_BYTES, "cpu", memory)
+    lines: list[int] = []
+    genuine = TeacherTable.read
+
+    def read(self, index, view):
+        lines.append(len(index))
+        return genuine(self, index, view)
+
+    monkeypatch.setattr(TeacherTable, "read", read)
+    source, index = tabled(ensemble, tmp_path, images=torch.arange(3, 30)), torch.arange(3, 30)
+    for view in (index % V, index % 5, index % V):
+        source.prepare_epoch(index, view, gather, {(): len(index)})
+        assert same(
+            source.ask(make_batch([7, 29], view[[4, 26]].tolist())),
+            tabled(ensemble, tmp_path / "other").ask(make_batch([7, 29], view[[4, 26]].tolist())),
+        )
+    changed = int((index % V != index % 5).sum())
+    assert (source.hits, source.misses) == (2 * (2 * 27 - changed), 2 * (27 + changed))
+    own = [count for count in lines if count != 2]
+    assert own == [27, 27, changed, changed, *([] if memory else [changed, changed])]
+    with pytest.raises(IndexError, match="own images"):
+        source.prepare_epoch(index - 1, index % V, gather, {(): len(index)})
+
+
+def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_path, monkeypatch):
+    may_write = threading.Event()
+    genuine = TeacherTable.write
+
+    def write(*args):
+        may_write.wait(60)
+        genuine(*args)
+
+    monkeypatch.setattr(TeacherTable, "write", write)
+    source, index = tabled(ensemble, tmp_path), torch.arange(N)
+    source.prepare_epoch(index, index % V, gather, {(): N})
+    assert source.ask(make_batch([1, 2], [1, 2])).logits.isfinite().all()
+    assert not tabled(ensemble, tmp_path)._kept[0].read(0, index.numpy(), (index % V).numpy())[1].any()
+    may_write.set()
+    source.flush()
+    warm = tabled(ensemble, tmp_path)
+    warm.prepare_epoch(index, index % V, gather, {(): N})
+    assert warm.hit_rate == 1.0
+
+
+def test_a_disk_that_fills_behind_the_training_costs_one_warning(ensemble, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def two_epochs():
+        for view in (index % V, index % 5):
+            source.prepare_epoch(index, view, gather, {(): N})
+            source.flush()
+
+    batch = make_batch([9], [4])
+    expected = tabled(ensemble, tmp_path / "other").ask(batch)
+    source, index = tabled(ensemble, tmp_path), torch.arange(N)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.warns(RuntimeWarning, match="No space left") as caught:
+        two_epochs()
+    assert len(caught) == 1
+    assert not source.keeping
+    assert same(source.ask(batch), expected)
 
 
 def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):

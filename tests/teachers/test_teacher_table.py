@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
 import inspect
+import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +31,8 @@ from ekd_lightning.teachers.table import (
 )
 
 N, V, C, D = 40, 18, 5, 7
-KEY = TableKey("a" * 64, "b" * 64, N, "crop_flip-padding1-flip", V, C, D)
+COLUMNS = (("logits", C), ("pooled", D))
+KEY = TableKey("a" * 64, "b" * 64, N, "crop_flip-padding1-flip", V, COLUMNS)
 
 
 def every_row(key: TableKey = KEY) -> tuple[np.ndarray, np.ndarray]:
@@ -35,29 +40,34 @@ def every_row(key: TableKey = KEY) -> tuple[np.ndarray, np.ndarray]:
     return rows // key.num_views, rows % key.num_views
 
 
-def values(index: np.ndarray, view: np.ndarray, key: TableKey = KEY) -> tuple[np.ndarray, np.ndarray]:
+def values(index: np.ndarray, view: np.ndarray, key: TableKey = KEY) -> dict[str, np.ndarray]:
     """Outputs that depend on the row, exact in float16."""
     rows = (index * key.num_views + view)[:, None]
-    logits = (rows * 31 + np.arange(key.num_classes)) % 997 - 498
-    pooled = (rows * 17 + np.arange(key.pooled_dim)) % 1009 / 8
-    return logits.astype(np.float32), pooled.astype(np.float32)
+    return {
+        name: ((rows * 31 + np.arange(width)) % 997 / 8 - len(name)).astype(np.float32)
+        for name, width in key.columns
+    }
+
+
+def zeros(rows: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros((rows, width), np.float32) for name, width in COLUMNS}
 
 
 def filled(folder: Path, key: TableKey = KEY) -> TeacherTable:
     table = TeacherTable(folder, key, "tutor")
-    table.write(*every_row(key), *values(*every_row(key), key))
+    table.write(*every_row(key), values(*every_row(key), key))
     return table
 
 
 def assert_right(table: TeacherTable) -> int:
     """Checks every present row; returns how many there are."""
     index, view = every_row(table.key)
-    logits, pooled, present = table.read(index, view)
-    wanted_logits, wanted_pooled = values(index, view, table.key)
-    np.testing.assert_array_equal(logits[present], wanted_logits[present])
-    np.testing.assert_array_equal(pooled[present], wanted_pooled[present])
-    assert np.isnan(logits[~present]).all()
-    assert np.isnan(pooled[~present]).all()
+    found, present = table.read(index, view)
+    wanted = values(index, view, table.key)
+    assert list(found) == list(wanted)
+    for name, column in found.items():
+        np.testing.assert_array_equal(column[present], wanted[name][present])
+        assert np.isnan(column[~present]).all()
     return int(present.sum())
 
 
@@ -70,60 +80,63 @@ def test_round_trip_equals_float16_rounding(tmp_path):
     logits = rng.normal(0, 30, (4, C)).astype(np.float32)
     pooled = rng.normal(0, 1e-6, (4, D)).astype(np.float32)
     table = TeacherTable(tmp_path, KEY)
-    table.write(index, view, logits, pooled)
+    table.write(index, view, {"logits": logits, "pooled": pooled})
     for reader in (table, TeacherTable(tmp_path, KEY)):
-        read_logits, read_pooled, present = reader.read(index, view)
+        found, present = reader.read(index, view)
         assert present.all()
-        assert read_logits.dtype == read_pooled.dtype == np.float32
-        np.testing.assert_array_equal(read_logits, logits.astype(np.float16).astype(np.float32))
-        np.testing.assert_array_equal(read_pooled, pooled.astype(np.float16).astype(np.float32))
+        assert found["logits"].dtype == found["pooled"].dtype == np.float16
+        np.testing.assert_array_equal(found["logits"], logits.astype(np.float16))
+        np.testing.assert_array_equal(found["pooled"], pooled.astype(np.float16))
     assert table.fill_fraction() == 4 / KEY.num_rows
 
 
 def test_holes_are_absent_and_zero_outputs_present(tmp_path):
     table = TeacherTable(tmp_path, KEY)
     index, view = every_row()
-    assert not table.read(index, view)[2].any()
+    assert not table.read(index, view)[1].any()
     assert table.disk_bytes() == 0
-    table.write(index, view, np.zeros((len(index), C), np.float32), np.zeros((len(index), D), np.float32))
-    logits, pooled, present = table.read(index, view)
+    table.write(index, view, zeros(len(index)))
+    found, present = table.read(index, view)
     assert present.all()
-    assert not logits.any()
-    assert not pooled.any()
+    assert not found["logits"].any()
+    assert not found["pooled"].any()
 
 
 def test_the_check_value_of_a_written_row_is_never_that_of_a_hole():
     # Row numbers whose mixed-in value cancels the CRC would otherwise look like holes.
-    size = row_dtype(1, 0).itemsize
-    blob = bytes(size)
+    payload = np.zeros((1, 2), np.uint8)
     factor = 0x9E3779B1
-    row = teacher_table.zlib.crc32(blob[:-4]) * pow(factor, -1, 1 << 32) % (1 << 32)
-    assert teacher_table._check_values(blob, np.array([row]), size)[0] == 1
+    row = zlib.crc32(payload.tobytes()) * pow(factor, -1, 1 << 32) % (1 << 32)
+    assert teacher_table._check_values(payload, np.array([row]))[0] == 1
+
+
+@given(st.integers(1, 100), st.integers(0, 5), st.integers(0, 2**31))
+def test_check_values_of_many_rows_at_once_are_those_of_zlib(length, count, seed):
+    payloads = np.random.default_rng(seed).integers(0, 256, (count, length), dtype=np.uint8)
+    assert teacher_table._crc32(payloads).tolist() == [zlib.crc32(row.tobytes()) for row in payloads]
 
 
 @given(rows=st.lists(st.integers(0, 2**40), unique=True, min_size=2, max_size=20))
 def test_no_two_rows_accept_each_others_payload(rows):
-    size = row_dtype(C, 0).itemsize
     low = np.unique(np.array(rows) % 2**32)
-    checks = teacher_table._check_values(bytes(size) * len(low), low, size)
+    checks = teacher_table._check_values(np.zeros((len(low), 2 * C), np.uint8), low)
     assert len(np.unique(checks)) == len(low)
 
 
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, N * V - 1), max_size=30), max_size=4), with_pooled=st.booleans())
 def test_exactly_the_written_rows_are_present(tmp_path_factory, rows, with_pooled):
-    key = TableKey("a" * 64, "b" * 64, N, "v", V, C, D if with_pooled else 0)
+    key = TableKey("a" * 64, "b" * 64, N, "v", V, COLUMNS if with_pooled else COLUMNS[:1])
     table = TeacherTable(tmp_path_factory.mktemp("table"), key)
     for some in rows:
         index, view = np.array(some, np.int64) // V, np.array(some, np.int64) % V
-        logits, pooled = values(index, view, key)
-        table.write(index, view, logits, pooled if with_pooled else None)
+        table.write(index, view, values(index, view, key))
     index, view = every_row(key)
-    logits, pooled, present = table.read(index, view)
+    found, present = table.read(index, view)
     known = sorted({row for some in rows for row in some})
     assert np.flatnonzero(present).tolist() == known
-    np.testing.assert_array_equal(logits[present], values(index, view, key)[0][present])
-    assert (pooled is not None) == with_pooled
+    np.testing.assert_array_equal(found["logits"][present], values(index, view, key)["logits"][present])
+    assert ("pooled" in found) == with_pooled
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="needs Linux's list of mappings")
@@ -140,8 +153,8 @@ def test_nothing_is_read_ahead(tmp_path):
 def test_an_empty_batch_is_fine(tmp_path):
     none = np.zeros(0, np.int64)
     table = TeacherTable(tmp_path, KEY)
-    table.write(none, none, np.zeros((0, C), np.float32), np.zeros((0, D), np.float32))
-    assert table.read(none, none)[2].shape == (0,)
+    table.write(none, none, zeros(0))
+    assert table.read(none, none)[1].shape == (0,)
 
 
 @pytest.mark.parametrize(("index", "view"), [(-1, 0), (N, 0), (0, -1), (0, V)])
@@ -151,7 +164,7 @@ def test_rows_outside_the_table_are_refused(tmp_path, index, view):
     with pytest.raises(IndexError, match="must lie in"):
         table.read(*at)
     with pytest.raises(IndexError, match="must lie in"):
-        table.write(*at, np.zeros((1, C), np.float32), np.zeros((1, D), np.float32))
+        table.write(*at, zeros(1))
 
 
 def test_values_beyond_float16_are_clipped():
@@ -163,18 +176,18 @@ def test_values_beyond_float16_are_clipped():
 def test_values_that_are_not_finite_are_never_stored(tmp_path, bad):
     table = TeacherTable(tmp_path, KEY, "tutor")
     index, view = np.arange(3), np.arange(3)
-    for spoilt in (0, 1):
-        outputs = [array.copy() for array in values(index, view)]
+    for spoilt in ("logits", "pooled"):
+        outputs = values(index, view)
         outputs[spoilt][1, 2] = bad
         with pytest.raises(UserError, match="tutor"):
-            table.write(index, view, *outputs)
+            table.write(index, view, outputs)
     assert assert_right(table) == 0
 
 
 def test_pooled_features_must_match_the_content(tmp_path):
     index, view = np.arange(3), np.arange(3)
     with pytest.raises(ValueError, match="pooled"):
-        TeacherTable(tmp_path, KEY).write(index, view, values(index, view)[0])
+        TeacherTable(tmp_path, KEY).write(index, view, {"logits": values(index, view)["logits"]})
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,8 @@ def test_pooled_features_must_match_the_content(tmp_path):
         {"view_key": "crop_flip-padding1-noflip"},
         {"num_views": V + 1},
         {"num_images": N + 1},
-        {"pooled_dim": 0},
+        {"columns": COLUMNS[:1]},
+        {"columns": (("stage2", C + D),)},
         {"numeric_format": "bfloat16"},
     ],
 )
@@ -193,12 +207,32 @@ def test_rows_of_another_key_are_never_read(tmp_path, other):
     table = filled(tmp_path)
     stranger = TeacherTable(tmp_path, TableKey(**{**vars(KEY), **other}))
     assert stranger.path != table.path
-    assert not stranger.read(np.arange(N), np.zeros(N, np.int64))[2].any()
+    assert not stranger.read(np.arange(N), np.zeros(N, np.int64))[1].any()
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, COLUMNS[:1]])
+def test_names_of_tables_of_logits_are_those_of_the_first_layout(columns):
+    """Tables that are there are found again."""
+    facts = {
+        "layout": 1,
+        "content": "logits+pooled" if len(columns) == 2 else "logits",
+        "stored": "float16",
+        "teacher_sha256": "a" * 64,
+        "image_set_sha256": "b" * 64,
+        "num_images": N,
+        "view_key": KEY.view_key,
+        "num_views": V,
+        "num_classes": C,
+        "pooled_dim": D if len(columns) == 2 else 0,
+        "numeric_format": "float32",
+    }
+    expected = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    assert dataclasses.replace(KEY, columns=columns).name == expected
 
 
 def test_a_row_at_a_wrong_place_is_absent(tmp_path):
     table = filled(tmp_path)
-    data, size = bytearray(table.path.read_bytes()), row_dtype(C, D).itemsize
+    data, size = bytearray(table.path.read_bytes()), row_dtype(COLUMNS).itemsize
     data[5 * size : 6 * size] = data[9 * size : 10 * size]
     table.path.write_bytes(data)
     with pytest.warns(RuntimeWarning, match=table.path.name):
@@ -206,7 +240,7 @@ def test_a_row_at_a_wrong_place_is_absent(tmp_path):
 
 
 @settings(max_examples=30, deadline=None)
-@given(place=st.integers(0, N * V * row_dtype(C, D).itemsize - 1), bit=st.integers(0, 7))
+@given(place=st.integers(0, N * V * row_dtype(COLUMNS).itemsize - 1), bit=st.integers(0, 7))
 def test_an_altered_byte_costs_one_row_and_is_repaired(tmp_path_factory, place, bit):
     folder = tmp_path_factory.mktemp("table")
     table = filled(folder)
@@ -219,13 +253,13 @@ def test_an_altered_byte_costs_one_row_and_is_repaired(tmp_path_factory, place, 
         assert assert_right(table) == KEY.num_rows - 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table.write(*every_row(), *values(*every_row()))
+        table.write(*every_row(), values(*every_row()))
         assert assert_right(table) == KEY.num_rows
 
 
-@pytest.mark.parametrize("part", [1, 10, row_dtype(C, D).itemsize - 1])
+@pytest.mark.parametrize("part", [1, 10, row_dtype(COLUMNS).itemsize - 1])
 def test_a_torn_row_is_absent(tmp_path, part):
-    table, size = filled(tmp_path), row_dtype(C, D).itemsize
+    table, size = filled(tmp_path), row_dtype(COLUMNS).itemsize
     row = table.path.read_bytes()[100 * size : 101 * size]
     with table.path.open("r+b") as file:
         file.seek(100 * size)
@@ -303,7 +337,7 @@ def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
     table = TeacherTable(tmp_path, KEY)
     assert assert_right(table) == KEY.num_rows
     with pytest.raises(OSError, match="descriptor"):
-        table.write(*every_row(), *values(*every_row()))
+        table.write(*every_row(), values(*every_row()))
 
 
 # --- several processes
@@ -312,7 +346,7 @@ FILLER = """
 import sys, numpy as np
 from ekd_lightning.teachers.table import TableKey, TeacherTable
 folder, seed, forever = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "forever"
-key = TableKey("a" * 64, "b" * 64, {images}, "v", {views}, {classes}, {features})
+key = TableKey("a" * 64, "b" * 64, {images}, "v", {views}, (("logits", {classes}), ("pooled", {features})))
 table, rng = TeacherTable(folder, key), np.random.default_rng(seed)
 {source}
 print("ready", flush=True)
@@ -321,14 +355,14 @@ again = True
 while again:
     for rows in np.array_split(rng.permutation(key.num_rows), 40):
         index, view = rows // key.num_views, rows % key.num_views
-        logits, pooled, present = table.read(index, view)
+        found, present = table.read(index, view)
         wanted = values(index, view, key)
-        assert (logits[present] == wanted[0][present]).all() and (pooled[present] == wanted[1][present]).all()
-        table.write(index, view, *wanted)
+        assert all((found[name][present] == wanted[name][present]).all() for name in wanted)
+        table.write(index, view, wanted)
     again = forever
 """
 # Wide rows cross page boundaries often.
-WIDE = TableKey("a" * 64, "b" * 64, 150, "v", V, 10, 301)
+WIDE = TableKey("a" * 64, "b" * 64, 150, "v", V, (("logits", 10), ("pooled", 301)))
 
 
 def start_filler(folder: Path, seed: int, forever: bool = False) -> subprocess.Popen[str]:
@@ -371,7 +405,7 @@ def test_a_partly_written_row_is_an_error(tmp_path, monkeypatch):
     table = TeacherTable(tmp_path, KEY)
     monkeypatch.setattr(os, "pwrite", lambda *_: 3)
     with pytest.raises(OSError, match="in part"):
-        table.write(*every_row(), *values(*every_row()))
+        table.write(*every_row(), values(*every_row()))
 
 
 # --- the disk budget

@@ -108,11 +108,13 @@ def table_folder(settings: Settings) -> Path:
 
 def source_factory(settings: Settings, prepared: Prepared) -> Callable[[TeacherEnsemble], TeacherSource]:
     """How every process of a run opens the teachers' outputs: as a table, or live."""
-    return make_source(settings, prepared.dataset, prepared.views, prepared.method, tables=prepared.table)
+    return make_source(
+        settings, prepared.dataset, prepared.subset, prepared.views, prepared.method, tables=prepared.table
+    )
 
 
 def make_source(
-    settings: Settings, dataset: Dataset, views: ViewFamily, method: Method, *, tables: bool
+    settings: Settings, dataset: Dataset, subset: Subset, views: ViewFamily, method: Method, *, tables: bool
 ) -> Callable[[TeacherEnsemble], TeacherSource]:
     """How teachers of any training with these settings are asked what `method` needs; `tables` as `uses_tables`."""
     teachers = settings.teachers
@@ -125,6 +127,7 @@ def make_source(
         image_set_sha256=dataset.train.sha256,
         num_images=len(dataset.train),
         views=views,
+        images=subset.train_index,
         include_pooled=method.needs_pooled,
         keep_stages=_kept_stages(settings, method),
         image_size=dataset.image_size,

@@ -36,7 +36,7 @@ def table_bytes(
     Returns:
         Bytes.
     """
-    per_image = num_views * row_dtype(num_classes, pooled_dim).itemsize
+    per_image = num_views * row_dtype((("logits", num_classes), ("pooled", pooled_dim))).itemsize
     # The views of an image are neighbours, but need not begin at a block's start.
     blocks = num_images * (-(-per_image // _BLOCK) + 1)
     if set_size is not None:
@@ -73,8 +73,9 @@ def present_bytes(
         try:
             facts = json.loads(sidecar.read_text(encoding="utf-8"))
             same = facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key
-            if same and facts.get("stage", "") in sizes:
-                sizes[facts.get("stage", "")].append(rows.stat().st_blocks * 512)
+            kind = "" if "num_classes" in facts else facts["content"]
+            if same and kind in sizes:
+                sizes[kind].append(rows.stat().st_blocks * 512)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no table, or none that anybody could read
     return sum(sum(sorted(own)[:num_teachers]) for own in sizes.values())

@@ -51,6 +51,10 @@ class TeacherSource(Protocol):
         """Returns the outputs of all teachers for the batch."""
         ...
 
+    def flush(self) -> None:
+        """Waits until all that was computed so far is kept."""
+        ...
+
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `ask` with these stages may be recorded in a CUDA graph and replayed for other batches.
 
@@ -93,6 +97,9 @@ class LiveTeachers:
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
         """Does nothing: every batch is asked about when it comes."""
+
+    def flush(self) -> None:
+        """Does nothing: nothing is kept."""
 
     def captured(self, stages: Stages = ()) -> bool:
         """Always: a forward pass is all there is."""

@@ -1,4 +1,7 @@
-"""Teachers whose outputs are looked up in tables of known rows; only missing rows are computed."""
+"""Teachers whose outputs are looked up among known rows; only missing rows are computed.
+
+Shape letters: B batch, C classes, D features, M teachers, N rows, V views.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.batch import Batch
+from ekd_lightning.errors import UserError
 from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
-from ekd_lightning.teachers.epoch_memo import EpochMemo
 from ekd_lightning.teachers.frozen import TeacherFormat
+from ekd_lightning.teachers.rows import HeldRows, KeptRows, room_for_rows
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages
-from ekd_lightning.teachers.stage_tables import StageTables
-from ekd_lightning.teachers.table import TableKey
-from ekd_lightning.teachers.table_set import Rows, TableSet, Values
+from ekd_lightning.teachers.table import FLOAT16_MAX, LOGITS, POOLED, Rows, TableKey
 
 if TYPE_CHECKING:
     from ekd_lightning.data.views import ViewFamily
@@ -30,9 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BLOCK_CHUNKS = 32  # rows of an epoch are looked up in blocks of this many chunks, which bounds the memory
+_BLOCK_BYTES = 1 << 28  # rows are looked up and computed in blocks of about this size
+_LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
 _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
+
+Values = list[dict[str, Tensor]]
 
 
 class TabledTeachers:
@@ -42,10 +50,13 @@ class TabledTeachers:
     run see the same targets. Only for batches whose images are exactly the views that they name: nothing may
     change or mix the images afterwards. Trouble with the disk costs one warning, then teachers run live.
 
+    Where the device has room for all rows that the run may need, a row is read, or computed, once in the run; else
+    the rows of an epoch are read before it begins. Asked without `prepare_epoch`, every batch is read by itself.
+
     Attributes:
         hits: Rows found so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
-        seconds: Time spent on preparing epochs so far: looking up, computing and keeping.
+        seconds: Time spent on preparing epochs so far: looking up, computing and handing to the disk.
     """
 
     def __init__(
@@ -56,12 +67,16 @@ class TabledTeachers:
         image_set_sha256: str,
         num_images: int,
         views: ViewFamily,
+        images: Tensor | None = None,
         include_pooled: bool = False,
         keep_stages: Sequence[str] = (),
         image_size: int = 32,
         how: TeacherFormat | None = None,
     ) -> None:
-        """Opens, or creates, one table per teacher.
+        """Opens the tables, or creates them: for each teacher one of logits and pooled features, and one per stage.
+
+        A table that holds pooled features too serves runs that need the logits only, so that the methods of a
+        sweep share their rows.
 
         Args:
             ensemble: The frozen teachers; on the batches' device.
@@ -69,6 +84,7 @@ class TabledTeachers:
             image_set_sha256: Hash of the whole image set.
             num_images: Images in the whole set; `batch.index` lies in 0..num_images-1.
             views: The view family that `batch.view` refers to.
+            images: int64 [n], the images that epochs are made of; None for the whole set.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
             keep_stages: Stages whose outputs are kept too; others are computed anew whenever they are asked for.
@@ -78,40 +94,38 @@ class TabledTeachers:
         self.hits = 0
         self.misses = 0
         self.seconds = 0.0
-        self._ensemble = ensemble
         self._live = LiveTeachers(ensemble, how)
-        self._folder = Path(folder)
+        self._folder, self._names = Path(folder), [identity.id for identity in ensemble.identities]
+        self._device = next(ensemble.parameters()).device
         self._num_images, self._num_views = num_images, views.num_views
-        self._include_pooled = include_pooled
-        self._warned = False
-        self._prepared = False
-        self._memo: EpochMemo | None = None
-        keys = [
-            TableKey(
+        self._images = np.arange(num_images) if images is None else images.numpy()
+        self._answers = (LOGITS, POOLED) if include_pooled else (LOGITS,)
+        self._stages = tuple(keep_stages)
+        self._planned_rows = 0
+        self._prepared = self._warned = False
+        self._rooms: dict[Stages, HeldRows | None] = {}
+        C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
+        self._shapes = [
+            {LOGITS: (C,), POOLED: (D,), **{stage: shapes[stage] for stage in self._stages}}
+            for D, shapes in zip(widths, maps, strict=True)
+        ]
+        writer = ThreadPoolExecutor(1, "teacher-tables")
+        self._kept = []
+        for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):
+            columns = {name: (name, prod(shape)) for name, shape in shapes.items()}
+            narrow = TableKey(
                 teacher_sha256=identity.sha256,
                 image_set_sha256=image_set_sha256,
                 num_images=num_images,
                 view_key=views.key,
                 num_views=views.num_views,
-                num_classes=ensemble.num_classes,
-                pooled_dim=width if include_pooled else 0,
+                columns=(columns[LOGITS],),
                 numeric_format=self._live.frozen().numeric_format,
             )
-            for identity, width in zip(ensemble.identities, ensemble.num_features, strict=True)
-        ]
-        self._tables = TableSet(ensemble, self._folder, keys, on_trouble=self._warn_disk)
-        self._stages: StageTables | None = None
-        if keep_stages:
-            self._stages = StageTables(
-                ensemble,
-                folder,
-                keys,
-                keep_stages,
-                image_size,
-                live=self._live,
-                on_computed=self._keep_computed,
-                on_trouble=self._warn_disk,
-            )
+            wide = replace(narrow, columns=(columns[LOGITS], columns[POOLED]))
+            first = wide if include_pooled or (self._folder / f"{wide.name}.rows").is_file() else narrow
+            keys = [first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)]
+            self._kept.append(KeptRows(self._folder, keys, identity.id, writer, self._warn_disk))
 
     @property
     def hit_rate(self) -> float | None:
@@ -122,20 +136,36 @@ class TabledTeachers:
     @property
     def keeping(self) -> bool:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
-        return self._tables.keeping
+        self.flush()
+        return all(kept.keeping for kept in self._kept)
 
-    def keeps_stages(self, stages: Sequence[str]) -> bool:
+    def keeps_stages(self, stages: Stages) -> bool:
         """Whether answers with the outputs of these stages come from tables; without stages they always do."""
-        return not stages or (self._stages is not None and set(stages) <= set(self._stages.stages))
+        return set(stages) <= set(self._stages)
 
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
-        stages = 0 if self._stages is None else self._stages.disk_bytes()
-        return stages + self._tables.disk_bytes()
+        self.flush()
+        return sum(kept.disk_bytes() for kept in self._kept)
+
+    def flush(self) -> None:
+        """Waits until all rows computed so far are on disk, or have turned out not to fit there."""
+        for kept in self._kept:
+            kept.flush()
 
     def plan(self, rows: int) -> None:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        self._planned_rows = rows
         self._live.plan(rows)
+
+    def _warn_disk(self, error: OSError) -> None:
+        """Warns, once."""
+        if not self._warned:
+            self._warned = True
+            text = f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    # -- an epoch ahead ---------------------------------------------------------------------------------
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
         """Completes the tables for all rows of an epoch and holds these ready on the device.
@@ -150,51 +180,85 @@ class TabledTeachers:
             asked: The stages that will be asked for, with how many of the images.
 
         Raises:
+            IndexError: An index or a view lies outside the run's images or the view family.
             UserError: A teacher's output is not finite.
         """
+        start = time.perf_counter()
         self._prepared = True
-        self.misses += len(self._tables) * sum(
-            images for stages, images in asked.items() if not self.keeps_stages(stages)
-        )
-        if not any(self.keeps_stages(stages) for stages in asked):
-            return
-        said = start = time.perf_counter()
+        kept = [stages for stages in asked if self.keeps_stages(stages)]
+        self.misses += len(self._kept) * sum(asked[stages] for stages in asked if stages not in kept)
         before = self.misses
-        blocks = []
-        for rows in torch.arange(len(index)).split(_BLOCK_CHUNKS * self._live.frozen().chunk):
-            some_index, some_view = index[rows], view[rows]
-
-            def chosen_images(
-                chosen: Rows, some_index: Tensor = some_index, some_view: Tensor = some_view
-            ) -> Tensor:
-                return images_of(some_index[chosen], some_view[chosen])
-
-            if self._stages is not None:
-                self._stages.complete(some_index.numpy(), some_view.numpy(), chosen_images)
-            blocks.append(self._complete(some_index.numpy(), some_view.numpy(), chosen_images))
-            if time.perf_counter() - said > _PROGRESS_EVERY:
-                said = time.perf_counter()
-                log.info("teachers: %d of %d images of the epoch are ready", int(rows[-1]) + 1, len(index))
-        teachers = range(len(self._tables))
-        if self._memo is None or not self._memo.holds(len(index)):
-            widths = self._ensemble.num_features if self._include_pooled else ()
-            device = next(self._ensemble.parameters()).device
-            shape = len(teachers), self._ensemble.num_classes
-            self._memo = EpochMemo(len(index), self._num_images, shape, widths, device)
-        self._memo.fill(
-            index,
-            view,
-            [_joined(block[m][0] for block in blocks) for m in teachers],
-            [_joined(block[m][1] for block in blocks) for m in teachers if self._include_pooled],
-        )
+        rooms = [self._room(self._stages)] if any(kept) else []
+        if () in kept or any(rooms):
+            rooms.append(self._room(()))
+        self._complete([room for room in rooms if room], index.numpy(), view.numpy(), images_of)
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
             log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
 
+    def _room(self, stages: Stages) -> HeldRows | None:
+        """Where rows with these columns are held; None for outputs of stages that are too large for that."""
+        if stages not in self._rooms:
+            names = stages or self._answers
+            shapes = [{name: own[name] for name in names} for own in self._shapes]
+            room = room_for_rows(
+                shapes, self._images, self._num_images, self._num_views, self._device, optional=bool(stages)
+            )
+            self._rooms[stages] = room
+            if room is not None and room.whole and not stages:
+                self._load(room)
+        return self._rooms[stages]
+
+    def _load(self, room: HeldRows) -> None:
+        """Reads all rows of the run's images that are on disk, where the run will need a good part of them."""
+        images, V = self._images, self._num_views
+        few = self._planned_rows < _LOAD_FROM * len(images) * V
+        if few or not all(kept.disk_bytes() for kept in self._kept):
+            return
+        for some in np.array_split(images, -(-len(images) * V * self._row_bytes(()) // _BLOCK_BYTES)):
+            index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
+            found = [kept.read(0, index, view) for kept in self._kept]
+            here = np.logical_and.reduce([present for _, present in found])
+            room.put(index[here], view[here], [self._there(values, here) for values, _ in found])
+
+    def _complete(self, rooms: list[HeldRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
+        """Takes the rows that the rooms do not hold yet from disk, or computes them."""
+        if not rooms:
+            return
+        said = time.perf_counter()
+        self.flush()
+        known = np.logical_and.reduce([room.holds(index, view) for room in rooms])
+        self.hits += len(self._kept) * int(known.sum())
+        unknown = np.flatnonzero(~known)
+        stages = self._stages if len(rooms) > 1 else ()
+        size = max(self._live.frozen().chunk, _BLOCK_BYTES // self._row_bytes(stages))
+        for start in range(0, len(unknown), size):
+            rows = unknown[start : start + size]
+
+            def images(chosen: Rows, rows: Rows = rows) -> Tensor:
+                there = rows[chosen]
+                return images_of(torch.from_numpy(index[there]), torch.from_numpy(view[there]))
+
+            values, found = self._obtain(index[rows], view[rows], images, stages)
+            self.hits += int(found.sum())
+            self.misses += int((~found).sum())
+            for room in rooms:
+                room.put(index[rows], view[rows], values)
+            if time.perf_counter() - said > _PROGRESS_EVERY:
+                said = time.perf_counter()
+                ready = len(index) - len(unknown) + start + len(rows)
+                log.info("teachers: %d of %d images of the epoch are ready", ready, len(index))
+
+    def _row_bytes(self, stages: Stages) -> int:
+        return sum(2 * prod(own[name]) for own in self._shapes for name in (*self._answers, *stages))
+
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `ask` only looks rows up on the device, or passes images through live teachers."""
-        return self._memo is not None if not stages else not self.keeps_stages(stages)
+        needed = ((), self._stages) if stages else ((),)
+        return not self.keeps_stages(stages) or all(self._rooms.get(names) for names in needed)
+
+    # -- a batch ----------------------------------------------------------------------------------------
 
     def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """The outputs of all teachers for the batch, on its device.
@@ -214,95 +278,114 @@ class TabledTeachers:
         """
         if batch.soft_labels is not None:
             raise ValueError("mixed images have no rows in teacher tables")
-        if stages:
-            return self._with_stages(batch, tuple(stages))
-        if self._memo is not None:
-            return self._memo.look_up(batch)
-        index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
-        device = batch.images.device
-        found = self._complete(index, view, lambda chosen: batch.images[torch.from_numpy(chosen).to(device)])
+        if not self.keeps_stages(stages):
+            if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
+                self.misses += len(self._kept) * len(batch.index)
+            output = self._live.ask(batch, stages)
+            return output if POOLED in self._answers else output._replace(pooled=())
+        answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
+        if answers is None or (stages and maps is None):
+            return self._output(self._read(batch, stages), stages)
+        values = answers.look_up(batch)
+        if stages and maps is not None:
+            values = [own | more for own, more in zip(values, maps.look_up(batch), strict=True)]
+        return self._output(values, stages)
+
+    def _output(self, values: Values, stages: Stages) -> TeacherOutput:
         return TeacherOutput(
-            logits=torch.from_numpy(np.stack([logits for logits, _ in found])).to(device),
-            pooled=tuple(torch.from_numpy(pooled).to(device) for _, pooled in found if pooled is not None)
-            if self._include_pooled
-            else (),
-            stages=tuple({} for _ in found),
+            logits=torch.stack([own[LOGITS].float() for own in values]),
+            pooled=tuple(own[POOLED].float() for own in values) if POOLED in self._answers else (),
+            stages=tuple(
+                {name: own[name].float().unflatten(1, shapes[name]) for name in stages}
+                for own, shapes in zip(values, self._shapes, strict=True)
+            ),
         )
 
-    def _with_stages(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
-        """Outputs with stages: from their tables where these are kept, else from live teachers."""
-        if self._stages is not None and self.keeps_stages(stages):
-            kept = tuple({name: maps[name] for name in stages} for maps in self._stages(batch))
-            return self.ask(batch)._replace(stages=kept)
-        if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
-            self.misses += len(self._tables) * len(batch.index)
-        output = self._live.ask(batch, stages)
-        return output if self._include_pooled else output._replace(pooled=())
-
-    def _keep_computed(self, m: int, index: Rows, view: Rows, output: NetworkOutput) -> None:
-        """Keeps logits and pooled features that were computed along with stages."""
-        if not self._tables.keeps(m):
-            return  # they will be computed, and counted, again
-        logits, pooled = self._tables.as_kept(m, output)
-        # Rows that are there stay as they are: another graph may have rounded these otherwise.
-        new = ~self._tables.read(m, index, view)[2]
-        self._tables.write(m, index[new], view[new], logits[new], None if pooled is None else pooled[new])
-        self.misses += len(index)
-        self.hits -= len(index)  # the look-up that follows will find them
-
-    def _complete(
-        self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor]
-    ) -> list[tuple[Values, Values | None]]:
-        """Logits [B, C] and pooled features [B, D_m] or None of every teacher, missing ones computed and kept.
-
-        `images_of` makes the images at some of the positions 0..B-1.
-        """
-        found = [self._tables.read(m, index, view) for m in range(len(self._tables))]
-        present = np.stack([here for _, _, here in found])
-        self.hits += int(present.sum())
-        self.misses += int((~present).sum())
-        missing = np.flatnonzero(~present.all(axis=0))
+    def _read(self, batch: Batch, stages: Stages) -> Values:
+        """The columns of a batch from disk, each float16 [B, width]; what is missing is computed and kept."""
+        index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
         # An image may occur twice in a batch; computed once, both get what the table gets.
-        _, first, inverse = np.unique(
-            index[missing] * self._num_views + view[missing], return_index=True, return_inverse=True
+        _, first, inverse, times = np.unique(
+            index * self._num_views + view, return_index=True, return_inverse=True, return_counts=True
         )
-        once = missing[first]
-        chunk = self._live.frozen().chunk
-        for start in range(0, len(once), chunk):
-            chosen = once[start : start + chunk]
-            images = images_of(chosen)
-            for m, (logits, pooled, here) in enumerate(found):
-                new = ~here[chosen]
-                if new.any():
-                    computed, features = self._compute(m, images)
-                    rows = chosen[new]
-                    logits[rows] = computed[new]
-                    if pooled is not None and features is not None:
-                        pooled[rows] = features[new]
-                    kept = None if pooled is None else pooled[rows]
-                    self._tables.write(m, index[rows], view[rows], logits[rows], kept)
-        source = once[inverse]
-        for logits, pooled, here in found:
-            twice = ~here[missing] & (source != missing)
-            logits[missing[twice]] = logits[source[twice]]
-            if pooled is not None:
-                pooled[missing[twice]] = pooled[source[twice]]
-        return [(logits, pooled) for logits, pooled, _ in found]
+        self.flush()
 
-    def _compute(self, m: int, images: Tensor) -> tuple[Values, Values | None]:
-        """Passes images through teacher m; returns values as a table would hold them."""
-        # One size whatever is missing: how many rows a killed run left must not change the rounding of others.
-        teachers = self._live.frozen()
-        return self._tables.as_kept(m, teachers.ask(m, images, teachers.chunk))
+        def images(chosen: Rows) -> Tensor:
+            return batch.images[torch.from_numpy(first[chosen]).to(self._device)]
 
-    def _warn_disk(self, error: OSError) -> None:
-        """Warns, once."""
-        if not self._warned:
-            self._warned = True
-            text = f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+        values, found = self._obtain(index[first], view[first], images, self._stages if stages else ())
+        self.flush()
+        self.hits += int((found * times).sum())
+        self.misses += int((~found * times).sum())
+        at = torch.from_numpy(inverse).to(self._device)
+        return [{name: column[at] for name, column in own.items()} for own in values]
+
+    # -- rows that the device does not hold -------------------------------------------------------------
+
+    def _obtain(
+        self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor], stages: Stages
+    ) -> tuple[Values, NDArray[np.bool_]]:
+        """Rows from disk; what is missing is computed, and handed to the disk.
+
+        Args:
+            index: int64 [N].
+            view: int64 [N], so that no row occurs twice.
+            images_of: Makes the images at some of the positions 0..N-1.
+            stages: () or all that are kept.
+
+        Returns:
+            For each teacher its columns, float16 [N, width] on the device; bool [M, N], which rows were found.
+        """
+        tables = range(1 + len(stages))
+        read = [[kept.read(t, index, view) for t in tables] for kept in self._kept]
+        here = np.stack([[present for _, present in own] for own in read])  # [M, tables, N]
+        found = np.logical_and.reduce(here, axis=1)
+        values = [self._there({k: v for columns, _ in own for k, v in columns.items()}) for own in read]
+        missing = np.flatnonzero(~found.all(axis=0))
+        teachers = self._live.frozen(stages)
+        finite = torch.ones(len(read), dtype=torch.bool, device=self._device)
+        writes = []
+        for start in range(0, len(missing), teachers.chunk):
+            rows = missing[start : start + teachers.chunk]
+            images = images_of(rows)
+            for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
+                # One size whatever is missing: how many rows a killed run left must not change the rounding.
+                computed, finite[m] = _rounded(teachers.ask(m, images, teachers.chunk), finite[m])
+                for t in tables:
+                    # Rows that are there stay as they are: another graph may have rounded these otherwise.
+                    new = np.flatnonzero(~here[m, t, rows])
+                    names = [name for name, _ in self._kept[m].keys[t].columns]
+                    own = {name: _some(computed[name], new) for name in names}
+                    for name, column in own.items():
+                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), column)
+                    host = {name: column.to("cpu", non_blocking=True) for name, column in own.items()}
+                    writes.append((self._kept[m], t, rows[new], host))
+        if writes:  # one wait for the device; then all copies are complete, too
+            self._refuse_non_finite(finite.tolist())
+        for kept, t, rows, host in writes:
+            kept.write(t, index[rows], view[rows], {name: column.numpy() for name, column in host.items()})
+        return values, found
+
+    def _refuse_non_finite(self, finite: list[bool]) -> None:
+        for name, fine in zip(self._names, finite, strict=True):
+            if not fine:
+                raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
+
+    def _there(
+        self, columns: Mapping[str, NDArray[np.float16]], rows: NDArray[np.bool_] | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(values[rows]).to(self._device) for name, values in columns.items()}
 
 
-def _joined(parts: Iterable[Values | None]) -> NDArray[np.float16]:
-    """The parts one below the other; they were rounded to float16 before, so nothing is lost."""
-    return np.concatenate([part.astype(np.float16) for part in parts if part is not None])
+def _rounded(output: NetworkOutput, finite: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The columns of a teacher's output as a table holds them, and whether they, too, are all finite."""
+    columns = {LOGITS: output.logits, POOLED: output.pooled, **output.stages}
+    for name, values in columns.items():
+        flat = values.contiguous().flatten(1)  # in this order whatever the memory format
+        finite = finite & torch.isfinite(flat).all()
+        columns[name] = flat.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    return columns, finite
+
+
+def _some(column: Tensor, rows: Rows) -> Tensor:
+    return column if len(rows) == len(column) else column[torch.from_numpy(rows).to(column.device)]

@@ -132,7 +132,7 @@ def train_assistant(
             recipe,
             teachers=teachers,
             make_source=make_source(
-                lesson.settings, lesson.dataset, lesson.views, method, tables=lesson.table
+                lesson.settings, lesson.dataset, lesson.subset, lesson.views, method, tables=lesson.table
             ),
             channels_last=lesson.settings.channels_last,
             capture=lesson.settings.capture,

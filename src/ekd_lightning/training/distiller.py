@@ -262,6 +262,15 @@ class Distiller(ImageClassificationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which teachers taught; their weights stay outside."""
         checkpoint["teachers"] = self._teacher_hashes()
+        self._flush()
+
+    def on_fit_end(self) -> None:
+        """Waits for what the source of teacher outputs has still to write."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.teacher_source is not None:
+            self.teacher_source.flush()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on with teachers other than those of the checkpoint.

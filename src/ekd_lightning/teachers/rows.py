@@ -1,0 +1,244 @@
+"""Rows of teacher outputs, where they are kept: on disk, written behind the training, and in the device's memory.
+
+Shape letters: B batch, M teachers, N rows, V views.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.teachers.table import Halves, Rows, TableKey, TeacherTable
+
+log = logging.getLogger(__name__)
+
+HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+"""Memory that rows of one kind may take on a device, and at most a quarter of what is free there."""
+
+_WAITING = 64  # writes that may wait for the disk
+_NOBODY = -2  # what no view is called; -1 is an image as it is
+
+Shape = tuple[int, ...]
+Found = tuple[dict[str, Halves], NDArray[np.bool_]]
+
+
+class KeptRows:
+    """The tables of one teacher: known rows are read, new ones written behind, and trouble with the disk ends nothing.
+
+    A table that cannot be opened or read is given up and has no rows; one that cannot be written is still read.
+
+    Args:
+        folder: Where the tables live.
+        keys: What each table holds.
+        teacher: The teacher's name for messages.
+        writer: One thread that writes, in order.
+        on_trouble: Hears of disks that are full, read-only and the like.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keys: Sequence[TableKey],
+        teacher: str,
+        writer: ThreadPoolExecutor,
+        on_trouble: Callable[[OSError], None],
+    ) -> None:
+        self.keys = tuple(keys)
+        self._writer, self._on_trouble = writer, on_trouble
+        self._writable = True
+        self._written: deque[Future[None]] = deque()
+        self._tables: list[TeacherTable | None] = []
+        for key in keys:
+            try:
+                self._tables.append(TeacherTable(folder, key, teacher))
+            except OSError as error:
+                self._tables.append(None)
+                on_trouble(error)
+
+    @property
+    def keeping(self) -> bool:
+        """Whether new rows are kept: no table was lost, and the disk takes what is written."""
+        return self._writable and None not in self._tables
+
+    def disk_bytes(self) -> int:
+        """Bytes that the tables take on disk now."""
+        return sum(table.disk_bytes() for table in self._tables if table is not None)
+
+    def read(self, t: int, index: Rows, view: Rows) -> Found:
+        """Rows [N] of table t, as `TeacherTable.read`; none of them where it is lost.
+
+        Raises:
+            IndexError: An index or a view lies outside the image set or the view family.
+        """
+        table = self._tables[t]
+        if table is not None:
+            try:
+                return table.read(index, view)
+            except OSError as error:
+                self._tables[t] = None
+                self._on_trouble(error)
+        values = {name: np.empty((len(index), width), np.float16) for name, width in self.keys[t].columns}
+        return values, np.zeros(len(index), dtype=np.bool_)
+
+    def write(self, t: int, index: Rows, view: Rows, values: Mapping[str, Halves]) -> None:
+        """Hands rows [N] of table t to the writer; waits only where many writes wait already."""
+        table = self._tables[t]
+        if table is not None and self._writable:
+            self._written.append(self._writer.submit(table.write, index, view, values))
+            self._settle(_WAITING)
+
+    def flush(self) -> None:
+        """Waits until all is written."""
+        self._settle(0)
+
+    def _settle(self, waiting: int) -> None:
+        while len(self._written) > waiting or (self._written and self._written[0].done()):
+            try:
+                self._written.popleft().result()
+            except OSError as error:
+                self._writable = False  # known rows are still read
+                self._on_trouble(error)
+
+
+class HeldRows:
+    """Rows of M teachers in the device's memory: a step finds its rows there without waiting for the host.
+
+    The memory stays where it is and is changed in place, so that a CUDA graph may read it. A batch that holds other
+    rows than these gets NaN for them, so that the loss says that something is wrong rather than a student learning
+    from the wrong answer.
+
+    Attributes:
+        whole: Whether there is a place for every view of every image; else for one view of each at a time.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Mapping[str, Shape]],
+        images: Rows,
+        num_images: int,
+        num_views: int,
+        device: torch.device,
+        *,
+        whole: bool = True,
+    ) -> None:
+        """Makes room.
+
+        Args:
+            shapes: For each teacher the columns and the shape of their values.
+            images: int64 [n], positions in the whole training set whose rows may be held.
+            num_images: Images in the whole training set.
+            num_views: V.
+            device: Where batches are.
+            whole: See the attribute.
+        """
+        self.whole, self._device = whole, device
+        step = num_views if whole else 1
+        self._blank = len(images) * step  # a row of NaN
+        self._start = np.full(num_images, self._blank)
+        self._start[images] = np.arange(len(images)) * step
+        self._num_views = num_views
+        self._view = np.full(self._blank + 1, _NOBODY, dtype=np.int32)
+        self._start_there = torch.from_numpy(self._start).to(device, copy=True)
+        self._view_there = torch.from_numpy(self._view).to(device, copy=True)
+        self._columns = [
+            {
+                name: torch.empty((self._blank + 1, prod(shape)), dtype=torch.float16, device=device)
+                for name, shape in own.items()
+            }
+            for own in shapes
+        ]
+        for own in self._columns:
+            for column in own.values():
+                column[self._blank] = torch.nan
+
+    def holds(self, index: Rows, view: Rows) -> NDArray[np.bool_]:
+        """Which rows [N] of an epoch are here already.
+
+        Raises:
+            IndexError: An image is not among those whose rows may be held, or a view lies outside the family.
+        """
+        if len(view) and (view.min() < 0 or view.max() >= self._num_views):
+            raise IndexError(f"view must lie in 0..{self._num_views - 1}")
+        return self._view[self._places(index, view)] == view
+
+    def put(self, index: Rows, view: Rows, values: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes rows in; where there is one place for each image, in place of its other view.
+
+        Args:
+            index: int64 [N]; images whose rows may be held.
+            view: int64 [N], so that no two rows have the same place.
+            values: For each teacher its columns, float16 [N, width] on the device; others than ours are passed by.
+        """
+        places = self._places(index, view)
+        there = torch.from_numpy(places).to(self._device)
+        for columns, own in zip(self._columns, values, strict=True):
+            for name, column in columns.items():
+                column.index_copy_(0, there, own[name])
+        self._view[places] = view
+        self._view_there.index_copy_(0, there, torch.from_numpy(self._view[places]).to(self._device))
+
+    def _places(self, index: Rows, view: Rows) -> Rows:
+        start = self._start[index]
+        if (start == self._blank).any():
+            raise IndexError("rows can be held of the run's own images alone")
+        return start + view if self.whole else start
+
+    def look_up(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """For each teacher its columns, float16 [B, width], by `batch.index` and `batch.view`."""
+        place = self._start_there[batch.index]
+        if self.whole:
+            place = (place + batch.view).clamp(0, self._blank)
+        place = torch.where(self._view_there[place] == batch.view, place, self._blank)
+        return [{name: column[place] for name, column in own.items()} for own in self._columns]
+
+
+def room_for_rows(
+    shapes: Sequence[Mapping[str, Shape]],
+    images: Rows,
+    num_images: int,
+    num_views: int,
+    device: torch.device,
+    *,
+    optional: bool,
+) -> HeldRows | None:
+    """Room for all rows of the images where the device has it, else for one row of each; see `HeldRows`.
+
+    Args:
+        shapes: For each teacher the columns and the shape of their values.
+        images: int64 [n].
+        num_images: Images in the whole training set.
+        num_views: V.
+        device: Where batches are.
+        optional: Whether None is returned where one row of each image is too much.
+    """
+    row = 8 + sum(2 * prod(shape) for own in shapes for shape in own.values())
+    budget = _budget(device)
+    whole = len(images) * num_views * row <= budget
+    if not whole:
+        size = len(images) * num_views * row / 1e9
+        log.info(
+            "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size
+        )
+        if optional and len(images) * row > budget:
+            return None
+    return HeldRows(shapes, images, num_images, num_views, device, whole=whole)
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes that rows may take on a device."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:  # the computer's memory; how much of it is free now changes too fast to ask
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return min(HELD_BYTES.get(device.type, HELD_BYTES["cpu"]), free // 4)
