@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from ekd_lightning.config.build import build
 from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
 from ekd_lightning.data.views import make_views
-from ekd_lightning.methods import build_method
+from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, zoo_entry
 from ekd_lightning.training.trainer import check_trainer
 
@@ -125,20 +125,19 @@ def test_every_method_builds_with_three_teachers(name, branches):
     method = build_method(
         name,
         settings.method.terms,
-        num_classes=10,
-        num_branches=settings.student.branches,
-        num_teachers=3,
+        TermContext(
+            num_classes=10,
+            num_branches=settings.student.branches,
+            num_teachers=3,
+            student_features=64,
+            teacher_features=(64, 64, 64),
+            student_stage_shapes=shapes,
+            teacher_stage_shapes=(shapes,) * 3,
+            train_index=torch.arange(20),
+            train_labels=torch.arange(20) % 10,
+        ),
         temperature=settings.method.temperature,
         assignment=settings.method.assignment,
-        seed=0,
-        student_features=64,
-        teacher_features=(64, 64, 64),
-        student_stage_shapes=shapes,
-        teacher_stage_shapes=(shapes,) * 3,
-        student_name="student",
-        teacher_names=("a", "b", "c"),
-        train_index=torch.arange(20),
-        train_labels=torch.arange(20) % 10,
     )
     given = [key for key, term in settings.method.terms.items() if term["weight"] > 0]
     assert list(method.terms) == given

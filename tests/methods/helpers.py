@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ekd_lightning.data.batch import Batch
@@ -42,25 +44,25 @@ def make_teachers(M=3, B=5, C=4, *, d=D_TEACHER, seed=2, dtype=torch.float32):
     return TeacherOutput(rand(M, B, C), tuple(rand(B, d) for _ in range(M)), stages)
 
 
-def sizes(K=2, M=3, C=4, d=D, d_teacher=D_TEACHER):
+def sizes(K=2, M=3, C=4, **changes):
     """What `build_method` is told about the networks above."""
-    return {
-        "num_classes": C,
-        "num_branches": K,
-        "num_teachers": M,
-        "student_features": d,
-        "teacher_features": (d_teacher,) * M,
-        "student_stage_shapes": STUDENT_STAGES,
-        "teacher_stage_shapes": (TEACHER_STAGES,) * M,
-        "student_name": "small",
-        "teacher_names": tuple(f"big{m}" for m in range(M)),
-    }
+    context = TermContext(
+        num_classes=C,
+        num_branches=K,
+        num_teachers=M,
+        student_features=D,
+        teacher_features=(D_TEACHER,) * M,
+        student_stage_shapes=STUDENT_STAGES,
+        teacher_stage_shapes=(TEACHER_STAGES,) * M,
+        student_name="small",
+        teacher_names=tuple(f"big{m}" for m in range(M)),
+    )
+    return replace(context, **changes)
 
 
 def term_context(K=2, M=3, assignment="mean", temperature=4.0, **changes):
-    settings = {**sizes(K, M), **changes}
     built = build_assignment(assignment, K, M) if M else None
-    return TermContext(**settings, temperature=temperature, assignment=built)
+    return replace(sizes(K, M), temperature=temperature, assignment=built, **changes)
 
 
 def step_context(student, teachers, batch, assignment="mean", **time):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_term
-from ekd_lightning.methods.attention_terms import attention_loss, attention_map
+from ekd_lightning.methods.losses import attention_loss, attention_map
 
 from .helpers import make_batch, make_student, make_teachers, step_context, term_context
 

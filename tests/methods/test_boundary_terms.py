@@ -12,11 +12,10 @@ from torch import nn
 
 from ekd_lightning.data import load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import build_method, build_term
+from ekd_lightning.methods import StepContext, build_method, build_term
 from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targets
-from ekd_lightning.methods.logit_variants import soft_cross_entropy
-from ekd_lightning.methods.schedule import read_schedule
-from ekd_lightning.methods.terms import StepContext
+from ekd_lightning.methods.losses import soft_cross_entropy
+from ekd_lightning.methods.options import read_schedule
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
@@ -281,7 +280,7 @@ def test_the_published_schedules(progress):
 def test_a_ninth_of_hintons_loss_is_the_published_one_up_to_a_constant():
     generator = torch.Generator().manual_seed(5)
     z, t = torch.randn(8, 10, generator=generator).requires_grad_(), torch.randn(8, 10, generator=generator)
-    method = build_method("x", {"kd_ensemble": {"weight": 1 / 9}}, **{**sizes(1, 1, 10)}, temperature=3.0)
+    method = build_method("x", {"kd_ensemble": {"weight": 1 / 9}}, sizes(1, 1, 10), temperature=3.0)
     student = type("S", (), {"logits": z, "branch_logits": z[None]})()
     teachers = type("T", (), {"logits": t[None]})()
     total = method(student, teachers, make_batch(8, 10)).total

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_map_only
 
 from ekd_lightning.data.batch import Batch
-from ekd_lightning.methods import build_method, term_names
+from ekd_lightning.methods import TermContext, build_method, term_names
 from ekd_lightning.methods.terms import term_class
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 
@@ -35,21 +35,19 @@ def built(name):
         "ce": {"type": "ce_ensemble", "weight": 2.0, "schedule": {"linear": [[0, 1], [1, 3]]}},
         "other": {"type": name, "weight": 0.5, "schedule": {"ramp_up": 0.9}},
     }
-    return build_method(
-        name,
-        terms,
+    context = TermContext(
         num_classes=C,
         num_branches=K,
         num_teachers=M,
-        assignment="random",
-        seed=3,
         student_features=D,
         teacher_features=(D,) * M,
         student_stage_shapes=STAGES,
         teacher_stage_shapes=(STAGES,) * M,
+        seed=3,
         train_index=torch.arange(2 * B),
         train_labels=torch.arange(2 * B) % C,
     )
+    return build_method(name, terms, context, assignment="random")
 
 
 def stages():

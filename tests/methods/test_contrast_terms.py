@@ -13,7 +13,7 @@ from torch import distributed
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
 from ekd_lightning.methods.contrast_memory import TrainingImages
-from ekd_lightning.methods.contrast_terms import noise_contrastive
+from ekd_lightning.methods.losses import noise_contrastive
 
 from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
 
@@ -298,7 +298,6 @@ def test_user_mistakes_are_one_line(options, message):
 def test_training_images_must_be_known_and_of_two_classes():
     with pytest.raises(UserError, match="give train_index and train_labels"):
         build_term("crd", 1.0, term_context(1, 1))
+    context = sizes(1, 1, train_index=INDEX, train_labels=torch.full((n,), 3))
     with pytest.raises(UserError, match=r"method.terms.crd: .*two classes"):
-        build_method(
-            "x", {"crd": {"weight": 1}}, train_index=INDEX, train_labels=torch.full((n,), 3), **sizes(1, 1)
-        )
+        build_method("x", {"crd": {"weight": 1}}, context)

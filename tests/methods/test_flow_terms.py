@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
-from ekd_lightning.methods.flow_terms import flow_matrix
+from ekd_lightning.methods.losses import flow_matrix
 from ekd_lightning.networks.outputs import TeacherOutput
 
 from .helpers import STUDENT_STAGES, make_batch, make_student, sizes, step_context, term_context
@@ -136,8 +136,7 @@ def test_the_published_form_has_two_stages():
         "fsp": {"weight": 1.0, "stages": STAGES, "schedule": {"linear": jump}},
         "ce_ensemble": {"weight": 1.0, "schedule": {"linear": [[s, 1 - f] for s, f in jump]}},
     }
-    settings_ = {**sizes(1, 1), "teacher_stage_shapes": (STUDENT_STAGES,)}
-    method = build_method("x", terms, **settings_)
+    method = build_method("x", terms, sizes(1, 1, teacher_stage_shapes=(STUDENT_STAGES,)))
     for progress, name in ((0.1, "fsp"), (0.12, "ce_ensemble")):
         loss = method(make_student(1), equal_teachers(), make_batch(), progress=progress)
         torch.testing.assert_close(loss.total.double(), loss.terms[name].double())

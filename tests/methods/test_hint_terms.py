@@ -13,7 +13,7 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
-from ekd_lightning.methods.feature_terms import ConvRegressor
+from ekd_lightning.methods.hint_terms import ConvRegressor
 
 from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
 
@@ -113,7 +113,7 @@ def test_regressors_are_for_maps():
 def two_stages(seed=0):
     torch.manual_seed(seed)
     spec = yaml.safe_load((CONF / "method" / "fitnet_two_stage.yaml").read_text())["method"]
-    return build_method("x", spec["terms"], temperature=spec["temperature"], **sizes(1, 1))
+    return build_method("x", spec["terms"], sizes(1, 1), temperature=spec["temperature"])
 
 
 @pytest.mark.parametrize(

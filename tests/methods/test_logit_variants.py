@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_term, losses
-from ekd_lightning.methods.logit_variants import decoupled, soft_cross_entropy, standardized
+from ekd_lightning.methods.losses import decoupled, soft_cross_entropy, standardized
 
 from .helpers import make_batch, make_student, make_teachers, step_context, term_context
 from .reference import kl, softmax

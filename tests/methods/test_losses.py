@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ekd_lightning.methods import losses
+from ekd_lightning.methods import losses, term_names
+from ekd_lightning.methods.terms import term_class
 
 from . import reference
 
@@ -201,3 +204,19 @@ def test_cross_entropy_with_one_hot_labels_is_that_with_labels():
     torch.testing.assert_close(losses.cross_entropy(logits, hot), losses.cross_entropy(logits, labels))
     half = losses.cross_entropy(logits.bfloat16(), hot)
     assert half.dtype == torch.float32
+
+
+def test_the_page_of_methods_lists_every_loss_and_its_snippet_runs():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    section = page.split("## The losses as functions")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert set(losses.__all__) <= named
+    assert {name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")} <= named
+    (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    space: dict[str, object] = {}
+    exec(snippet, space)
+    student, teachers, labels = (space[name] for name in ("student", "teachers", "labels"))
+    loss = 0.1 * torch.nn.functional.cross_entropy(student, labels)
+    soft = [(x / 4).log_softmax(1) for x in (student, teachers.mean(0))]
+    loss += 0.9 * 16 * (soft[1].exp() * (soft[1] - soft[0])).sum(1).mean()
+    torch.testing.assert_close(space["loss"], loss)

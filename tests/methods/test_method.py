@@ -65,10 +65,9 @@ def test_the_whole_loss_against_loops_in_numpy(problem, step):
         method = build_method(
             "ekd",
             terms,
+            sizes(K, M, C, teacher_features=(D,) * M, seed=1),
             temperature=p["temperature"],
             assignment=p["assignment"],
-            seed=1,
-            **sizes(K, M, C, d_teacher=D),
         )
     loss = method(
         StudentOutput(*(torch.from_numpy(a) for a in (ensemble, branches, student_pooled)), ({},) * K),
@@ -97,8 +96,9 @@ def test_the_whole_loss_against_loops_in_numpy(problem, step):
 
 
 def build(terms=None, K=2, M=3, temperature=4.0, assignment="mean", **changes):
-    arguments = {"temperature": temperature, "assignment": assignment, **sizes(K, M), **changes}
-    return build_method("ekd", EKD if terms is None else terms, **arguments)
+    context = sizes(K, M, **changes)
+    terms = EKD if terms is None else terms
+    return build_method("ekd", terms, context, temperature=temperature, assignment=assignment)
 
 
 def test_total_has_gradients_and_terms_have_none():
@@ -308,7 +308,7 @@ def test_methods_and_evaluation_need_neither_lightning_nor_hydra_nor_wandb():
 def test_one_branch_makes_the_cross_entropy_count_twice_and_that_is_said():
     terms = {"ce_ensemble": {"weight": 1.0}, "ce_branch": {"weight": 1.0}}
     with pytest.warns(UserWarning, match="one branch: ce_branch repeats ce_ensemble"):
-        method = build_method("x", terms, **sizes(1, 0))
+        method = build_method("x", terms, sizes(1, 0))
     student, batch = make_student(1), make_batch()
-    alone = build_method("x", {"ce_ensemble": {"weight": 1.0}}, **sizes(1, 0))
+    alone = build_method("x", {"ce_ensemble": {"weight": 1.0}}, sizes(1, 0))
     torch.testing.assert_close(method(student, None, batch).total, 2 * alone(student, None, batch).total)

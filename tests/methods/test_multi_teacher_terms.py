@@ -16,7 +16,7 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term, losses
-from ekd_lightning.methods.teacher_weights import (
+from ekd_lightning.methods.losses import (
     MinNormWeights,
     confidence_weights,
     cross_entropies,
@@ -451,6 +451,6 @@ def test_camkd_leaves_features_out_in_the_first_of_240_epochs():
     folder = next(iter(ekd_lightning.conf.__path__))
     with open(f"{folder}/method/camkd.yaml") as file:
         terms = yaml.safe_load(file)["method"]["terms"]
-    term = dict(build_method("camkd", terms, **sizes(K=1)).named_terms())["feature_camkd"]
+    term = dict(build_method("camkd", terms, sizes(K=1)).named_terms())["feature_camkd"]
     weights = [term.weight_at(progress) for progress in (0.0, 0.9 / 240, 1.01 / 240, 1.0)]
     assert weights == [0.0, 0.0, 50.0, 50.0]

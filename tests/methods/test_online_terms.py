@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import build_method, build_term, losses
+from ekd_lightning.methods import TermContext, build_method, build_term, losses
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 
 from . import reference
@@ -270,7 +270,7 @@ def test_half_precision_gives_float32_close_to_full_precision(name):
 )
 def test_user_mistakes_are_one_line(name, K, options, message):
     with pytest.raises(UserError, match=f"method.terms.{name}: .*{message}|{message}") as error:
-        build_method("m", {name: {"weight": 1.0, **options}}, **sizes(K, 0))
+        build_method("m", {name: {"weight": 1.0, **options}}, sizes(K, 0))
     assert "\n" not in str(error.value)
 
 
@@ -288,12 +288,8 @@ def whole(name):
     method = build_method(
         name,
         cfg["method"]["terms"],
-        num_classes=10,
-        num_branches=student.num_branches,
-        num_teachers=0,
+        TermContext.of(student),
         temperature=cfg["method"]["temperature"],
-        student_features=student.num_features,
-        student_stage_shapes=student.stage_shapes(),
     )
     batch = make_batch(8, 10)
     batch = batch._replace(images=torch.rand(8, 3, 32, 32))

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_term
-from ekd_lightning.methods.relation_terms import angles, relative_distances, similarities
+from ekd_lightning.methods.losses import angles, relative_distances, similarities
 
 from .helpers import make_batch, make_student, make_teachers, step_context, term_context
 

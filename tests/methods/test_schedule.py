@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method
-from ekd_lightning.methods.schedule import WeightSchedule, read_schedule
+from ekd_lightning.methods.options import WeightSchedule, read_schedule
 
 from .helpers import make_batch, make_student, make_teachers, sizes
 
@@ -76,7 +76,7 @@ def test_a_method_weighs_its_terms_by_progress():
         "ce_ensemble": {"weight": 2.0},
         "kd_ensemble": {"weight": 3.0, "schedule": {"linear": [[0, 1], [0.5, 1], [0.5, 0]]}},
     }
-    method = build_method("x", terms, **sizes())
+    method = build_method("x", terms, sizes())
     outputs = make_student(), make_teachers(), make_batch()
     early, late = method(*outputs, progress=0.2), method(*outputs, progress=0.6)
     assert float(late.total) == pytest.approx(2 * float(late.terms["ce_ensemble"]))
@@ -98,16 +98,16 @@ STAGED = {
 
 
 def test_a_method_says_what_it_asks_for_by_progress():
-    method = build_method("x", STAGED, **sizes())
+    method = build_method("x", STAGED, sizes())
     asked = [method.asks_teachers(progress) for progress in (0.0, 0.29, 0.3, 0.79, 0.8, 1.0)]
     assert asked == [(True, ("stage1",))] * 2 + [(True, ())] * 2 + [(False, ())] * 2
     assert () in method.stages_asked
-    assert () not in build_method("x", {"hint": STAGED["hint"]}, **sizes()).stages_asked
+    assert () not in build_method("x", {"hint": STAGED["hint"]}, sizes()).stages_asked
 
 
 def test_an_idle_term_costs_nothing_and_leaves_zero_gradients():
-    method = build_method("x", STAGED, **sizes())
-    alone = build_method("x", {"ce_ensemble": {"weight": 2.0}}, **sizes())
+    method = build_method("x", STAGED, sizes())
+    alone = build_method("x", {"ce_ensemble": {"weight": 2.0}}, sizes())
     student, other = make_student(), make_student()
     found = method(student, None, make_batch(), progress=0.9)
     expected = alone(other, None, make_batch())
@@ -128,13 +128,13 @@ def test_an_idle_term_costs_nothing_and_leaves_zero_gradients():
 
 def test_a_method_whose_terms_are_all_idle_is_computed_nevertheless():
     ends = {"ce_ensemble": {"weight": 1.0, "schedule": {"linear": [[0, 1], [0.5, 0]]}}}
-    result = build_method("x", ends, **sizes())(make_student(), None, make_batch(), progress=0.9)
+    result = build_method("x", ends, sizes())(make_student(), None, make_batch(), progress=0.9)
     assert float(result.total) == 0.0
     assert result.total.requires_grad
     assert float(result.terms["ce_ensemble"]) > 0.0
 
 
 def test_teachers_that_are_needed_now_must_be_there():
-    method = build_method("x", STAGED, **sizes())
+    method = build_method("x", STAGED, sizes())
     with pytest.raises(ValueError, match="needs the teachers"):
         method(make_student(), None, make_batch(), progress=0.5)

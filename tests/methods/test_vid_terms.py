@@ -7,7 +7,8 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_term
-from ekd_lightning.methods.vid_terms import GaussianModel, gaussian_loss
+from ekd_lightning.methods.losses import gaussian_loss
+from ekd_lightning.methods.map_terms import GaussianModel
 
 from .helpers import make_batch, make_student, make_teachers, step_context, term_context
 

@@ -33,3 +33,8 @@ class Batch(NamedTuple):
     def targets(self) -> Tensor:
         """What cross-entropy compares with: the soft labels [B, C] if there are any, else the labels [B]."""
         return self.labels if self.soft_labels is None else self.soft_labels
+
+    @property
+    def hard_labels(self) -> Tensor:
+        """int64 [B], one class for each image: of a mixed one the class with the larger share."""
+        return self.labels if self.soft_labels is None else self.soft_labels.argmax(-1)

@@ -1,4 +1,4 @@
-"""Distillation at the teacher's decision boundary: images that an attack has carried just across it (BSS).
+"""Boundary distillation: at the teacher's decision boundary, on images that an attack has carried just across it (BSS).
 
 Shape letters: B batch, N attacked images, C classes, M teachers.
 """
@@ -6,16 +6,16 @@ Shape letters: B batch, N attacked images, C classes, M teachers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 
-from ekd_lightning.errors import UserError
-from ekd_lightning.methods.logit_variants import soft_cross_entropy
-from ekd_lightning.methods.losses import at_least_float32
-from ekd_lightning.methods.options import number
-from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.losses import at_least_float32, soft_cross_entropy
+from ekd_lightning.methods.options import count, number
+from ekd_lightning.methods.terms import SoftTerm, register_term
 
 GAP_EPS = 1e-4
 _STREAM = 5  # apart from other draws by (seed, step)
@@ -114,7 +114,7 @@ def attack(
 
 
 @register_term("boundary")
-class BoundaryDistillation(Term):
+class BoundaryDistillation(SoftTerm):
     """H(p_T(t(x')), p_T(z̄(x'))) on attacked images x'; no T², as published.
 
     Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
@@ -143,16 +143,13 @@ class BoundaryDistillation(Term):
         weight: float,
         context: TermContext,
         *,
-        temperature: float | None = None,
         images: int = 64,
         steps: int = 10,
         step_size: float = 0.3,
+        **options: Any,
     ) -> None:
-        super().__init__(weight)
-        self.uses_temperature = temperature is None
-        chosen = context.temperature if temperature is None else temperature
-        self.temperature = number("temperature", chosen, above=0.0)
-        self.images, self.steps = _count("images", images), _count("steps", steps)
+        super().__init__(weight, context, **options)
+        self.images, self.steps = count("images", images), count("steps", steps)
         self.step_size = number("step_size", step_size, above=0.0)
         self.num_teachers, self.seed = context.num_teachers, context.seed
 
@@ -163,17 +160,14 @@ class BoundaryDistillation(Term):
             return nothing
         generator = np.random.default_rng((_STREAM, self.seed, context.step))
         uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(nothing.device)
-        soft = context.batch.soft_labels
-        labels = context.batch.labels if soft is None else soft.argmax(-1)
-        parts = [self._against(context, m, labels, uniform) for m in range(self.num_teachers)]
+        parts = [self._against(context, m, uniform) for m in range(self.num_teachers)]
         return nothing + torch.stack([nothing if part is None else part for part in parts]).mean()
 
-    def _against(self, context: StepContext, m: int, labels: Tensor, uniform: Tensor) -> Tensor | None:
-        networks = context.networks
+    def _against(self, context: StepContext, m: int, uniform: Tensor) -> Tensor | None:
+        networks, teacher_logits = context.networks, context.teacher_logits[m]
         assert networks is not None
-        assert context.teachers is not None
-        teacher_logits = context.teachers.logits[m]
-        base = choose_base(context.student.logits.detach(), teacher_logits, labels, self.images)
+        student_logits, labels = context.student.logits.detach(), context.batch.hard_labels
+        base = choose_base(student_logits, teacher_logits, labels, self.images)
         if not len(base):
             return _keep_in_step(context)
         attacked = attack(
@@ -198,9 +192,3 @@ def _keep_in_step(context: StepContext) -> Tensor | None:
         return None
     assert context.networks is not None
     return 0.0 * context.networks.ask_student(context.batch.images[:2]).logits.sum()
-
-
-def _count(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
-    return value

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation (CRD): an image's two embeddings agree, those of other classes do not.
+"""Contrastive terms (representation distillation, CRD): an image's two embeddings agree, those of other classes do not.
 
 Shape letters: B batch, N scores of one anchor, D features, M teachers, K branches; n is the number of training
 images.
@@ -6,7 +6,6 @@ images.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,43 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.contrast_memory import MemoryBank, TrainingImages, of_all_processes
-from ekd_lightning.methods.losses import at_least_float32
-from ekd_lightning.methods.options import choice, number
+from ekd_lightning.methods.losses import at_least_float32, noise_contrastive
+from ekd_lightning.methods.options import choice, count, number
 from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, PairTerm, pair_key
-from ekd_lightning.methods.terms import StepContext, TermContext, register_term
+from ekd_lightning.methods.terms import register_term
 
-EPS = 1e-7
-"""Of the published code, beside m/n in the denominators."""
 SCORES = ("auto", "whole", "gathered")
 WHOLE_BANK_UP_TO = 32
 """Multiplying with a whole bank is cheaper up to so many times the number of negatives (measured on a processor)."""
-
-
-def noise_contrastive(
-    scores: Tensor, positive: Tensor, times: Tensor, z: Tensor, negatives: int, images: int
-) -> Tensor:
-    """-mean_b { log[p_b+ / (p_b+ + m/n)] + Σ_j log[(m/n) / (p_bj + m/n)] } with p = exp(score) / z.
-
-    Tian, Krishnan and Isola (ICLR 2020), equations 18 and 19 of the appendix, as in their code.
-
-    Args:
-        scores: [B, N], inner products over τ.
-        positive: int64 [B], the column of the positive.
-        times: [B, N] (or [1, N]), how often each column counts as a negative; every row sums to m.
-        z: Scalar > 0, the normalisation.
-        negatives: m.
-        images: n, for the noise's probability 1/n.
-
-    Returns:
-        Scalar, in nats.
-    """
-    noise = negatives / images
-    log_p = scores - z.log()
-    log_both = (log_p.exp() + (noise + EPS)).log()
-    own = (log_p - log_both).gather(1, positive[:, None])[:, 0]
-    others = negatives * math.log(noise) - (times * log_both).sum(1)
-    return -(own + others).mean()
 
 
 class Embedding(nn.Module):
@@ -160,12 +132,12 @@ class ContrastiveRepresentation(PairTerm):
         tau: float = 0.07,
         momentum: float = 0.5,
         scores: str = "auto",
-        reduction: str = "mean",
+        **options: Any,
     ) -> None:
-        super().__init__(weight, context, reduction)
+        super().__init__(weight, context, **options)
         if context.train_index is None or context.train_labels is None:
             raise UserError("crd keeps a bank of the training images: give train_index and train_labels")
-        features, self.negatives = _count("features", features), _count("negatives", negatives)
+        features, self.negatives = count("features", features), count("negatives", negatives)
         self.tau = number("tau", tau, above=0.0)
         if number("momentum", momentum, low=0.0) >= 1.0:
             raise UserError(f"momentum={momentum!r} is not allowed; give a number in [0, 1)")
@@ -234,9 +206,3 @@ class ContrastiveRepresentation(PairTerm):
         times = draw.times.to(scores)
         z = other.normalisation(scores, draw.positive, times)
         return noise_contrastive(scores, draw.positive, times, z, self.negatives, len(self.images))
-
-
-def _count(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
-    return value

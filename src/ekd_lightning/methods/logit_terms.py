@@ -1,39 +1,27 @@
-"""The terms on logits: cross-entropy and distillation, of the ensemble output and of the branches.
+"""Terms of logits: cross-entropy and distillation, of the ensemble output and of the branches.
 
-They are four of the five terms of the project's reconstruction of EKD,
+Four of them belong to the project's reconstruction of EKD,
 
     L = α [ CE(z̄, y) + λ mean_k CE(z_k, y) ] + β [ T² KL(p_T(t̄) ‖ p_T(z̄)) + mean_k T² KL(p_T(t_a(k)) ‖
     p_T(z_k)) ] + ...
 
-The paper's text was not available; the formula follows its abstract and secondary descriptions.
+The paper's text was not available; the formula follows its abstract and secondary descriptions. Decoupled (DKD) and
+standardised logits are other forms of the last.
 Shape letters: B batch, C classes, M teachers, K branches, T temperature.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
-
-
-def branch_factor(reduction: object, num_branches: int) -> float:
-    """Returns what a mean over branches is multiplied with to obey `reduction`.
-
-    Args:
-        reduction: `mean` (factor 1) or `sum` (factor K).
-        num_branches: K.
-
-    Returns:
-        The factor.
-
-    Raises:
-        UserError: For any other reduction.
-    """
-    return float(num_branches) if choice("reduction", reduction, ("mean", "sum")) == "sum" else 1.0
+from ekd_lightning.methods.terms import SoftBranchTerm, SoftTerm, Term, branch_factor, register_term
 
 
 @register_term("ce_ensemble")
@@ -81,26 +69,29 @@ class CrossEntropyBranch(Term):
         return self.factor * value
 
 
-class _Distillation(Term):
+class _Distillation(SoftTerm):
     """What both distillation terms share: options, and the loss against a combination of teachers."""
 
     needs_teachers = True
 
     def __init__(
-        self, weight: float, context: TermContext, temperature: float | None, combine: str, loss: str
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        temperature: float | None = None,
+        combine: str = "logits",
+        loss: str = "kl",
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, context, temperature=temperature)
         self.combine = choice("combine", combine, ("logits", "probabilities"))
         self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
             raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
         self.uses_temperature = temperature is None and self.loss != "mse_logits"
-        chosen = context.temperature if temperature is None else temperature
-        self.temperature = number("temperature", chosen, above=0.0)
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
-        assert context.teachers is not None
-        target = losses.combine_teachers(context.teachers.logits, weights, self.temperature, self.combine)
+        target = losses.combine_teachers(context.teacher_logits, weights, self.temperature, self.combine)
         if self.loss == "mse_logits":
             return losses.mse(student_logits, target)
         value = losses.kd_divergence(student_logits, target, self.temperature)
@@ -122,23 +113,11 @@ class DistillationEnsemble(_Distillation):
             `kl` there.
     """
 
-    def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        combine: str = "logits",
-        loss: str = "kl",
-    ) -> None:
-        super().__init__(weight, context, temperature, combine, loss)
-
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats (or squared logits)."""
-        assert context.teachers is not None
-        M = context.teachers.logits.shape[0]
+        M = len(context.teacher_logits)
         # A constant, made on the logits' device: no copy from the host in every step.
-        weights_M = torch.full((M,), 1.0 / M, device=context.teachers.logits.device)
+        weights_M = torch.full((M,), 1.0 / M, device=context.teacher_logits.device)
         return self._value(context.student.logits, context, weights_M)
 
 
@@ -159,16 +138,9 @@ class DistillationBranch(_Distillation):
     uses_assignment = True
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        combine: str = "logits",
-        loss: str = "kl",
-        reduction: str = "mean",
+        self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any
     ) -> None:
-        super().__init__(weight, context, temperature, combine, loss)
+        super().__init__(weight, context, **options)
         self.factor = branch_factor(reduction, context.num_branches)
 
     def forward(self, context: StepContext) -> Tensor:
@@ -181,3 +153,55 @@ def _smoothing(value: float) -> float:
     if number("label_smoothing", value, low=0.0) >= 1.0:
         raise UserError(f"label_smoothing={value!r} is not allowed; give a number in [0, 1)")
     return float(value)
+
+
+@register_term("dkd")
+class DecoupledDistillation(SoftBranchTerm):
+    """mean_k T² (α TCKD + β NCKD): Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022; see `losses.decoupled`.
+
+    Several teachers of a branch are combined by the mean of their logits. Of a mixed image the class with the larger
+    share counts as the target.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature, the assignment.
+        alpha: Weight of the target class's part, >= 0.
+        beta: Weight of the other classes' part, >= 0.
+        temperature: T > 0; None for the method's.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    needs_teachers = True
+    uses_assignment = True
+
+    def __init__(
+        self, weight: float, context: TermContext, *, alpha: float = 1.0, beta: float = 8.0, **options: Any
+    ) -> None:
+        super().__init__(weight, context, **options)
+        self.alpha, self.beta = number("alpha", alpha, low=0.0), number("beta", beta, low=0.0)
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch and the mean or sum over the branches, in nats."""
+        branches, labels = context.student.branch_logits, context.batch.hard_labels
+        tckd, nckd = losses.decoupled(branches, context.assigned_logits, labels, self.temperature)
+        return self.factor * (self.alpha * tckd + self.beta * nckd)
+
+
+@register_term("kd_standardized")
+class StandardizedDistillation(SoftBranchTerm):
+    """mean_k T² KL(p_T(s(t)) ‖ p_T(s(z_k))) with standardised logits s(z); see `losses.standardized`.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature, the assignment.
+        temperature: T > 0; None for the method's.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    needs_teachers = True
+    uses_assignment = True
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch and the mean or sum over the branches, in nats."""
+        branches, target = context.student.branch_logits, context.assigned_logits
+        return self.factor * losses.standardized_divergence(branches, target, self.temperature)

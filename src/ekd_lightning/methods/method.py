@@ -1,4 +1,4 @@
-"""A method: a named list of weighted terms.
+"""Methods: named lists of weighted terms.
 
 Shape letters: B batch, C classes, M teachers, K branches.
 """
@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment, RandomAssignment
-from ekd_lightning.methods.terms import (
-    LiveNetworks,
-    StepContext,
-    Term,
-)
+from ekd_lightning.methods.context import LiveNetworks, StepContext
+from ekd_lightning.methods.terms import Term
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 
 _PARTS = 240  # how finely schedules are looked through

@@ -6,39 +6,28 @@ Shape letters: B batch, C classes, M teachers, K branches, D features, T tempera
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.feature_terms import MapAdapter, PooledAdapter
-from ekd_lightning.methods.losses import at_least_float32
+from ekd_lightning.methods import losses
+from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.hint_terms import MapAdapter, PooledAdapter
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, to_common_size
-from ekd_lightning.methods.teacher_weights import (
-    MinNormWeights,
-    confidence_weights,
-    cross_entropies,
-    divergences,
-    entropy_weights,
-    logit_gradients,
-)
-from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, pair_key, read_sites
+from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 from ekd_lightning.networks.staged import pool
 
 SCALES = ("normalized", "published_code")
 
 
-class _WeightedDistillation(Term):
+class _WeightedDistillation(SoftTerm):
     """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)); a subclass says what w is."""
 
     needs_teachers = True
-
-    def __init__(self, weight: float, context: TermContext, temperature: float | None) -> None:
-        super().__init__(weight)
-        self.uses_temperature = temperature is None
-        chosen = context.temperature if temperature is None else temperature
-        self.temperature = number("temperature", chosen, above=0.0)
 
     def teacher_weights(self, context: StepContext) -> Tensor:
         """Weights [M, B] or [M, 1], detached."""
@@ -46,8 +35,7 @@ class _WeightedDistillation(Term):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch of the weighted sum over the teachers, in nats."""
-        assert context.teachers is not None
-        losses_MB = divergences(context.student.logits, context.teachers.logits, self.temperature)
+        losses_MB = losses.divergences(context.student.logits, context.teacher_logits, self.temperature)
         return (self.teacher_weights(context) * losses_MB).sum(0).mean()
 
 
@@ -55,7 +43,7 @@ class _WeightedDistillation(Term):
 class EntropyDistillation(_WeightedDistillation):
     """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with w_mb = (1 - H(p_mb) / Σ_j H(p_jb)) / (M - 1).
 
-    EBKD, the multi-teacher form of Kwon et al. (ICASSP 2020); see `teacher_weights.entropy_weights`. With one
+    EBKD, the multi-teacher form of Kwon et al. (ICASSP 2020); see `losses.entropy_weights`. With one
     teacher it is plain distillation.
 
     Args:
@@ -70,14 +58,9 @@ class EntropyDistillation(_WeightedDistillation):
     """
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        scale: str = "normalized",
+        self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any
     ) -> None:
-        super().__init__(weight, context, temperature)
+        super().__init__(weight, context, **options)
         M, self.factor = context.num_teachers, 1.0
         if choice("scale", scale, SCALES) == "published_code":
             if M == 1:
@@ -86,8 +69,7 @@ class EntropyDistillation(_WeightedDistillation):
 
     def teacher_weights(self, context: StepContext) -> Tensor:
         """Weights [M, B]; columns sum to 1, or to (M - 1) / M in the published code's scale."""
-        assert context.teachers is not None
-        return self.factor * entropy_weights(context.teachers.logits)
+        return self.factor * losses.entropy_weights(context.teacher_logits)
 
 
 @register_term("kd_camkd")
@@ -106,21 +88,15 @@ class ConfidenceDistillation(_WeightedDistillation):
     """
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        scale: str = "normalized",
+        self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any
     ) -> None:
-        super().__init__(weight, context, temperature)
+        super().__init__(weight, context, **options)
         self.factor = _confidence_factor(scale, context.num_teachers)
 
     def teacher_weights(self, context: StepContext) -> Tensor:
         """Weights [M, B]; columns sum to 1, or to 1 / M in the published code's scale."""
-        assert context.teachers is not None
-        errors_MB = cross_entropies(context.teachers.logits.detach(), context.batch.targets)
-        return self.factor * confidence_weights(errors_MB)
+        errors_MB = losses.cross_entropies(context.teacher_logits.detach(), context.batch.targets)
+        return self.factor * losses.confidence_weights(errors_MB)
 
 
 @register_term("kd_aekd")
@@ -151,18 +127,17 @@ class AdaptiveDistillation(_WeightedDistillation):
         weight: float,
         context: TermContext,
         *,
-        temperature: float | None = None,
         tolerance: float = 0.6,
         gradient: str = "batch_mean",
+        **options: Any,
     ) -> None:
-        super().__init__(weight, context, temperature)
+        super().__init__(weight, context, **options)
         self.gradient = choice("gradient", gradient, ("batch_mean", "images"))
-        self.solve = MinNormWeights(context.num_teachers, number("tolerance", tolerance, above=0.0))
+        self.solve = losses.MinNormWeights(context.num_teachers, number("tolerance", tolerance, above=0.0))
 
     def teacher_weights(self, context: StepContext) -> Tensor:
         """Weights [M, 1], summing to 1."""
-        assert context.teachers is not None
-        gradients = logit_gradients(context.student.logits, context.teachers.logits, self.temperature)
+        gradients = losses.logit_gradients(context.student.logits, context.teacher_logits, self.temperature)
         vectors = gradients.mean(1) if self.gradient == "batch_mean" else gradients.flatten(1)
         return self.solve(vectors)[:, None]
 
@@ -210,12 +185,11 @@ class ConfidenceFeatures(Term):
         self.detach_weights = bool(detach_weights)
         pairs = [(k, m) for k in range(K) for m in range(M)]
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs)
-        self.needs_pooled = self.site.is_pooled
-        self.student_stages, self.teacher_stages = self.site.student_stages, self.site.teacher_stages
+        read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else MapAdapter
         channels = self.site.student_shape()[0]
         self.adapters = nn.ModuleDict(
-            {_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs}
+            {pair_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs}
         )
 
     def forward(self, context: StepContext) -> Tensor:
@@ -225,13 +199,13 @@ class ConfidenceFeatures(Term):
     def _branch(self, context: StepContext, k: int) -> Tensor:
         distances, errors = [], []
         for m in range(self.num_teachers):
-            student, teacher = to_common_size(*self.site.features(context, k, m))
+            student, teacher = losses.to_common_size(*self.site.features(context, k, m))
             # Last-stage features of all our networks come out of a ReLU, so the projection's do too.
-            projected = functional.relu(self.adapters[_key(k, m)](student))
-            difference = at_least_float32(projected) - at_least_float32(teacher)
+            projected = functional.relu(self.adapters[pair_key(k, m)](student))
+            difference = losses.at_least_float32(projected) - losses.at_least_float32(teacher)
             distances.append(difference.square().flatten(1).mean(1))
             errors.append(self._error(context, m, projected))
-        weights_MB = self.factor * confidence_weights(torch.stack(errors))
+        weights_MB = self.factor * losses.confidence_weights(torch.stack(errors))
         return (weights_MB * torch.stack(distances)).sum(0).mean()
 
     def _error(self, context: StepContext, m: int, projected: Tensor) -> Tensor:
@@ -244,12 +218,8 @@ class ConfidenceFeatures(Term):
             # Detached: the classifier is frozen, but a plain loop may have left its requires_grad on.
             bias = None if head.bias is None else head.bias.detach()
             logits = functional.linear(pooled.to(head.weight.dtype), head.weight.detach(), bias)
-        return cross_entropies(logits[None], context.batch.targets)[0]
+        return losses.cross_entropies(logits[None], context.batch.targets)[0]
 
 
 def _confidence_factor(scale: str, num_teachers: int) -> float:
     return 1.0 / num_teachers if choice("scale", scale, SCALES) == "published_code" else 1.0
-
-
-def _key(k: int, m: int) -> str:
-    return f"branch{k}_teacher{m}"

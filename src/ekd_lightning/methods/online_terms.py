@@ -5,38 +5,28 @@ None of them needs a teacher. Shape letters: B batch, C classes, K branches, D f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
-from ekd_lightning.methods.logit_terms import branch_factor
+from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.terms import StepContext, Term, TermContext, register_term
+from ekd_lightning.methods.terms import SoftBranchTerm, SoftTerm, branch_factor, register_term
 
 LEADER_AND_PEERS = 3
 
 
-class _BranchesTeach(Term):
-    """What the terms below share: a temperature, and a least number of branches."""
-
-    least_branches = 2
-
-    def __init__(self, weight: float, context: TermContext, temperature: float | None) -> None:
-        super().__init__(weight)
-        K, least = context.num_branches, self.least_branches
-        if least > K:
-            raise UserError(
-                f"student.branches={K} is not allowed with this term; give at least {least} branches"
-            )
-        self.uses_temperature = temperature is None
-        chosen = context.temperature if temperature is None else temperature
-        self.temperature = number("temperature", chosen, above=0.0)
+def _require_branches(least: int, context: TermContext) -> None:
+    K = context.num_branches
+    if least > K:
+        raise UserError(f"student.branches={K} is not allowed with this term; give at least {least} branches")
 
 
 @register_term("mutual")
-class Mutual(_BranchesTeach):
+class Mutual(SoftBranchTerm):
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)), targets detached: every branch imitates all others.
 
     Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
@@ -52,31 +42,17 @@ class Mutual(_BranchesTeach):
         UserError: With fewer than two branches.
     """
 
-    def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(weight, context, temperature)
-        K = context.num_branches
-        self.factor = branch_factor(reduction, K)
-        self.others = [[other for other in range(K) if other != k] for k in range(K)]
+    def __init__(self, weight: float, context: TermContext, **options: Any) -> None:
+        _require_branches(2, context)
+        super().__init__(weight, context, **options)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, the other branches, and the mean or sum over branches, in nats."""
-        logits_KBC = context.student.branch_logits
-        # stack of views, not indexing by a list: that would copy the indices to the device in every step.
-        targets = torch.stack([torch.stack([logits_KBC[i] for i in row]) for row in self.others])
-        return self.factor * losses.kd_divergence(
-            logits_KBC[:, None].expand_as(targets), targets, self.temperature
-        )
+        return self.factor * losses.mutual_divergence(context.student.branch_logits, self.temperature)
 
 
 @register_term("self_distillation")
-class SelfDistillation(_BranchesTeach):
+class SelfDistillation(SoftBranchTerm):
     """mean_k T² KL(p_T(z̄) ‖ p_T(z_k)), target detached: every branch imitates the student's ensemble output.
 
     ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018), where z̄ is the
@@ -93,26 +69,18 @@ class SelfDistillation(_BranchesTeach):
         UserError: With one branch, which is its own ensemble.
     """
 
-    def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(weight, context, temperature)
-        self.factor = branch_factor(reduction, context.num_branches)
+    def __init__(self, weight: float, context: TermContext, **options: Any) -> None:
+        _require_branches(2, context)
+        super().__init__(weight, context, **options)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over branches, in nats."""
-        student = context.student
-        target = student.logits.expand_as(student.branch_logits)
-        return self.factor * losses.kd_divergence(student.branch_logits, target, self.temperature)
+        branches, logits = context.student.branch_logits, context.student.logits
+        return self.factor * losses.ensemble_divergence(branches, logits, self.temperature)
 
 
 @register_term("peer_attention")
-class PeerAttention(_BranchesTeach):
+class PeerAttention(SoftTerm):
     """mean_a T² KL(p_T(t_a) ‖ p_T(z_a)) over the K-1 peers, where t_a = Σ_b α_ab z_b mixes the peers' logits.
 
     The first level of OKDDip (Chen, Mei, Wang, Feng and Chen, "Online Knowledge Distillation with Diverse Peers",
@@ -137,20 +105,19 @@ class PeerAttention(_BranchesTeach):
         UserError: With fewer than three branches (two peers and a leader).
     """
 
-    least_branches = LEADER_AND_PEERS
-
     def __init__(
         self,
         weight: float,
         context: TermContext,
         *,
-        temperature: float | None = None,
         reduction: str = "mean",
         combine: str = "logits",
         divisor: float = 8,
         detach_targets: bool = True,
+        temperature: float | None = None,
     ) -> None:
-        super().__init__(weight, context, temperature)
+        _require_branches(LEADER_AND_PEERS, context)
+        super().__init__(weight, context, temperature=temperature)
         self.factor = branch_factor(reduction, context.num_branches - 1)
         self.combine = choice("combine", combine, ("logits", "probabilities"))
         self.detach_targets = bool(detach_targets)
@@ -181,19 +148,13 @@ class PeerAttention(_BranchesTeach):
         features_PBD, sources = context.student.pooled[:-1], logits_PBC
         if self.detach_targets:
             features_PBD, sources = features_PBD.detach(), sources.detach()
-        target = self._mix(self.log_attention(features_PBD).to(sources), sources)
-        return self.factor * _divergence(logits_PBC, target, self.temperature)
-
-    def _mix(self, log_attention_PPB: Tensor, logits_PBC: Tensor) -> Tensor:
-        """Targets [P, B, C], as logits."""
-        if self.combine == "logits":
-            return (log_attention_PPB.exp()[..., None] * logits_PBC[None]).sum(1)
-        log_probs = functional.log_softmax(logits_PBC / self.temperature, dim=-1)
-        return self.temperature * torch.logsumexp(log_attention_PPB[..., None] + log_probs[None], dim=1)
+        log_attention = self.log_attention(features_PBD).to(sources)
+        target = losses.mix_peers(sources, log_attention, self.temperature, self.combine)
+        return self.factor * losses.kd_divergence(logits_PBC, target, self.temperature, detach=False)
 
 
 @register_term("leader")
-class Leader(_BranchesTeach):
+class Leader(SoftTerm):
     """T² KL(p_T(mean_a z_a) ‖ p_T(z_K)): the last branch, the leader, imitates the mean logits of its K-1 peers.
 
     The second level of OKDDip (Chen et al., AAAI 2020); the leader is the network to be deployed.
@@ -208,30 +169,15 @@ class Leader(_BranchesTeach):
         UserError: With fewer than three branches (two peers and a leader).
     """
 
-    least_branches = LEADER_AND_PEERS
-
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        temperature: float | None = None,
-        detach_targets: bool = True,
+        self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any
     ) -> None:
-        super().__init__(weight, context, temperature)
+        _require_branches(LEADER_AND_PEERS, context)
+        super().__init__(weight, context, **options)
         self.detach_targets = bool(detach_targets)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats."""
         logits_KBC = losses.at_least_float32(context.student.branch_logits)
-        target = logits_KBC[:-1].mean(0)
-        if self.detach_targets:
-            target = target.detach()
-        return _divergence(logits_KBC[-1], target, self.temperature)
-
-
-def _divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """`losses.kd_divergence` of tensors [..., B, C] whose target may have a gradient."""
-    student = functional.log_softmax(logits / temperature, dim=-1).flatten(0, -2)
-    wanted = functional.log_softmax(target / temperature, dim=-1).flatten(0, -2)
-    return temperature**2 * functional.kl_div(student, wanted, reduction="batchmean", log_target=True)
+        target, detach = logits_KBC[:-1].mean(0), self.detach_targets
+        return losses.kd_divergence(logits_KBC[-1], target, self.temperature, detach=detach)

@@ -1,12 +1,19 @@
-"""Checks of the options of terms and methods: one line that names key, value and what is allowed."""
+"""Options of terms and methods: their checks, and the schedule of a weight.
+
+A mistake is one line that names key, value and what is allowed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 
 from ekd_lightning.errors import UserError, unknown_name
+
+SHAPES = ("linear", "ramp_up")
 
 
 def number(key: str, value: object, *, above: float | None = None, low: float | None = None) -> float:
@@ -51,3 +58,99 @@ def choice(key: str, value: object, allowed: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise unknown_name(key, value, names)
     return value
+
+
+def count(key: str, value: object) -> int:
+    """Checks a whole number of at least 1; `key` is the option's name for the error.
+
+    Raises:
+        UserError: If it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
+    return value
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A factor of a term's weight, a pure function of the training's progress, so a resumed run goes on with it.
+
+    Attributes:
+        points: (share of the training in [0, 1], factor >= 0) in order; the factor is linear between neighbours
+            and constant outside. Two points with one share are a jump, and the later factor holds at the share.
+        ramp_until: Share at which exp(-5 (1 - progress / ramp_until)²) reaches 1 (Laine and Aila 2017, used by
+            ONE and OKDDip); None without a ramp. It multiplies what the points say.
+    """
+
+    points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    ramp_until: float | None = None
+
+    def __call__(self, progress: float) -> float:
+        """The factor at a share of the training in [0, 1]."""
+        return self._interpolated(progress) * self._ramp(progress)
+
+    def _interpolated(self, progress: float) -> float:
+        if progress < self.points[0][0]:
+            return self.points[0][1]
+        last = max(i for i, (share, _) in enumerate(self.points) if share <= progress)
+        left, low = self.points[last]
+        if last + 1 == len(self.points):
+            return low
+        right, high = self.points[last + 1]
+        return low + (high - low) * (progress - left) / (right - left)
+
+    def _ramp(self, progress: float) -> float:
+        if self.ramp_until is None or progress >= self.ramp_until:
+            return 1.0
+        return math.exp(-5.0 * (1.0 - progress / self.ramp_until) ** 2)
+
+
+CONSTANT = WeightSchedule()
+
+
+def read_schedule(key: str, spec: object) -> WeightSchedule:
+    """Reads a schedule as it stands in a method's configuration.
+
+    Args:
+        key: Where it stands, for errors.
+        spec: None for a constant weight; or a mapping with `linear` (a list of [share, factor]), `ramp_up` (a
+            share in (0, 1]), or both.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: For unknown keys, shares outside [0, 1] or not in order, or negative factors.
+    """
+    if spec is None:
+        return CONSTANT
+    if not isinstance(spec, Mapping) or not spec:
+        raise UserError(
+            f"{key}={spec!r} is not allowed; give {{linear: [[0, 1], [1, 0]]}} or {{ramp_up: 0.3}}"
+        )
+    for name in spec:
+        if name not in SHAPES:
+            raise unknown_name(f"key of {key}", str(name), SHAPES)
+    ramp = spec.get("ramp_up")
+    until = None if ramp is None else _share(f"{key}.ramp_up", ramp)
+    if until == 0.0:
+        raise UserError(f"{key}.ramp_up={ramp!r} is not allowed; give a share in (0, 1]")
+    linear = spec.get("linear")
+    return WeightSchedule(CONSTANT.points if linear is None else _points(f"{key}.linear", linear), until)
+
+
+def _points(key: str, linear: object) -> tuple[tuple[float, float], ...]:
+    pairs = list(linear) if isinstance(linear, (list, tuple)) else []
+    if not pairs or any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
+        raise UserError(f"{key}={linear!r} is not allowed; give pairs [share of the training, factor]")
+    points = tuple((_share(key, share), number(key, factor, low=0.0)) for share, factor in pairs)
+    if any(later < earlier for (earlier, _), (later, _) in pairwise(points)):
+        raise UserError(f"{key}={linear!r} is not allowed; the shares must be in order")
+    return points
+
+
+def _share(key: str, value: object) -> float:
+    share = number(key, value, low=0.0)
+    if share > 1.0:
+        raise UserError(f"{key}={value!r} is not allowed; give a share of the training in [0, 1]")
+    return share

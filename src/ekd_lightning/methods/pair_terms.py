@@ -1,4 +1,4 @@
-"""The base of terms that compare a branch with a teacher: pairs by the assignment, features, adapters by pair.
+"""Pair terms, which compare a branch with a teacher: pairs by the assignment, features, adapters by pair.
 
 Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W] the C is channels.
 """
@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.logit_terms import branch_factor
-from ekd_lightning.methods.terms import StageShape, StepContext, Term, TermContext
+from ekd_lightning.methods.context import StageShape, StepContext, TermContext
+from ekd_lightning.methods.terms import Term, branch_factor
 
 POOLED = "pooled"
 
@@ -33,7 +32,7 @@ class PairTerm(Term):
     needs_teachers = True
     uses_assignment = True
 
-    def __init__(self, weight: float, context: TermContext, reduction: str = "mean") -> None:
+    def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean") -> None:
         super().__init__(weight)
         assert context.assignment is not None
         self.num_branches = context.num_branches
@@ -151,14 +150,13 @@ def map_sites(
     return [FeatureSite(name, context, pairs) for name in names]
 
 
+def read_sites(term: Term, *sites: FeatureSite) -> None:
+    """Declares what a term reads at its places."""
+    term.needs_pooled = any(site.is_pooled for site in sites)
+    term.student_stages = tuple(name for site in sites for name in site.student_stages)
+    term.teacher_stages = tuple(dict.fromkeys(name for site in sites for name in site.teacher_stages))
+
+
 def pair_key(k: int, m: int) -> str:
     """Names the adapters of branch k and teacher m in a ModuleDict."""
     return f"branch{k}_teacher{m}"
-
-
-def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages maps (adaptive_avg_pool2d) to the smaller height and width of the two; vectors pass unchanged."""
-    if first.shape[2:] == second.shape[2:]:
-        return first, second
-    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return functional.adaptive_avg_pool2d(first, size), functional.adaptive_avg_pool2d(second, size)

@@ -1,166 +1,28 @@
-"""What a term is: one weighted loss of a method, found by name.
+"""Terms: one weighted loss of a method each, found by name.
 
-Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K branches, D features.
+Shape letters: B batch, K branches.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.methods.assignment import Assignment
-from ekd_lightning.methods.options import number
-from ekd_lightning.methods.schedule import CONSTANT
-from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
-
-StageShape = tuple[int, int, int]
-
-
-class LiveNetworks(Protocol):
-    """The networks themselves, for the few terms that ask about more than the batch's images.
-
-    Teachers answer in float32, whatever the format of the tables.
-    """
-
-    def ask_student(self, images: Tensor) -> StudentOutput:
-        """The student's outputs for images [N, 3, H, W] in [0, 1], in its present mode, with gradients."""
-        ...
-
-    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
-        """Teacher m's outputs (0-based), with gradients towards the images but never towards its weights."""
-        ...
-
-    def teacher_head(self, m: int) -> nn.Linear:
-        """The frozen classifier [D_m -> C] of teacher m."""
-        ...
-
-    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [1, 3, 1, 1] of teacher m's normalisation."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """All that a term may look at in one step.
-
-    Attributes:
-        student: The student's outputs, with gradients.
-        teachers: The teachers' outputs, without; None when no term of the method needs them.
-        batch: The batch.
-        assignment_KM: float32 [K, M], the assignment of this step; None when no term uses it.
-        epoch: Counted from 0.
-        step: Optimiser steps so far, counted from 0.
-        progress: Share of the whole training that is done, in [0, 1].
-        networks: The networks, for terms with `needs_networks`; else possibly None.
-        weights: Term name -> float32 scalar on the device, weight times schedule, in place of `Term.weight_at`; None
-            where numbers of the host will do.
-        step_t: `step` as an int64 scalar on the device; None as for `weights`.
-    """
-
-    student: StudentOutput
-    teachers: TeacherOutput | None
-    batch: Batch
-    assignment_KM: Tensor | None = None  # noqa: N815  # shape letters
-    epoch: int = 0
-    step: int = 0
-    progress: float = 0.0
-    networks: LiveNetworks | None = None
-    weights: Mapping[str, Tensor] | None = None
-    step_t: Tensor | None = None
-
-    def step_tensor(self) -> Tensor:
-        """Returns the step as an int64 scalar on the device of the batch, `step_t` where it was given."""
-        if self.step_t is not None:
-            return self.step_t
-        return torch.full((), self.step, dtype=torch.int64, device=self.batch.index.device)
-
-
-@dataclass(frozen=True)
-class TermContext:
-    """What a term must know about the networks to be built.
-
-    Attributes:
-        num_classes: C.
-        num_branches: K.
-        num_teachers: M, 0 when there are none.
-        temperature: The method's T > 0; terms may override it by an option.
-        assignment: Whose output each branch imitates; None when no term uses it.
-        student_features: D of a branch's pooled features.
-        teacher_features: D_m of every teacher's pooled features, M numbers.
-        student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
-            output.
-        teacher_stage_shapes: The same for each of the M teachers.
-        student_name: For error messages.
-        teacher_names: For error messages, M names or none.
-        seed: Of the run, for terms that draw something.
-        train_index: int64 [n], positions in the whole image set of the images trained on, ascending; None where
-            nobody knows.
-        train_labels: int64 [n], their labels.
-    """
-
-    num_classes: int
-    num_branches: int
-    num_teachers: int
-    temperature: float = 4.0
-    assignment: Assignment | None = None
-    student_features: int = 0
-    teacher_features: tuple[int, ...] = ()
-    student_stage_shapes: Mapping[str, StageShape] = field(default_factory=dict)
-    teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
-    student_name: str = "student"
-    teacher_names: tuple[str, ...] = ()
-    seed: int = 0
-    train_index: Tensor | None = None
-    train_labels: Tensor | None = None
-
-    def teacher_label(self, teacher: int) -> str:
-        """How messages call teacher m (0-based)."""
-        return repr(self.teacher_names[teacher]) if self.teacher_names else f"number {teacher}"
-
-    def student_stage(self, name: str) -> str:
-        """Resolves a stage of the student; see `teacher_stage`."""
-        return _resolve_stage(name, self.student_stage_shapes, f"the student {self.student_name!r}")
-
-    def teacher_stage(self, teacher: int, name: str) -> str:
-        """Resolves a stage of one teacher.
-
-        Args:
-            teacher: m, 0 .. M-1.
-            name: A stage name, or `last` for the network's last stage.
-
-        Returns:
-            The stage's own name.
-
-        Raises:
-            UserError: If the network has no such stage; names stage, network and what there is.
-        """
-        return _resolve_stage(
-            name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}"
-        )
-
-
-def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
-    if name == "last" and shapes:
-        return list(shapes)[-1]
-    if name not in shapes:
-        raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'})")
-    return name
+from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.options import CONSTANT, choice, number
 
 
 class Term(nn.Module):
     """One loss of a method. Subclass it, name it with `@register_term`, return a scalar from `forward`.
 
     A subclass's `__init__` takes (weight, context) and then keyword-only options; the options are what a user
-    may write beside `weight` in the method's configuration. Modules it keeps (1×1 regressors and the like)
-    reach the optimiser, the device and the checkpoint by themselves. The value that `forward` returns is
-    unweighted.
+    may write beside `weight` in the method's configuration (with `**options` those of its base class, too). Modules
+    it keeps (1×1 regressors and the like) reach the optimiser, the device and the checkpoint by themselves. The value
+    that `forward` returns is unweighted.
 
     Attributes:
         weight: Factor of this term in the total, >= 0.
@@ -214,6 +76,60 @@ class Term(nn.Module):
             Scalar with a gradient towards the student and this term's own parameters.
         """
         raise NotImplementedError
+
+
+class SoftTerm(Term):
+    """A term with a temperature: its own, else the method's.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        temperature: T > 0; None for the method's.
+    """
+
+    def __init__(self, weight: float, context: TermContext, *, temperature: float | None = None) -> None:
+        super().__init__(weight)
+        self.uses_temperature = temperature is None
+        chosen = context.temperature if temperature is None else temperature
+        self.temperature = number("temperature", chosen, above=0.0)
+
+
+class SoftBranchTerm(SoftTerm):
+    """A term with a temperature whose losses of the branches are averaged, or added.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes, the method's temperature.
+        reduction: `mean` or `sum` over the K branches.
+        temperature: T > 0; None for the method's.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        reduction: str = "mean",
+        temperature: float | None = None,
+    ) -> None:
+        super().__init__(weight, context, temperature=temperature)
+        self.factor = branch_factor(reduction, context.num_branches)
+
+
+def branch_factor(reduction: object, num_branches: int) -> float:
+    """Returns what a mean over branches is multiplied with to obey `reduction`.
+
+    Args:
+        reduction: `mean` (factor 1) or `sum` (factor K).
+        num_branches: K.
+
+    Returns:
+        The factor.
+
+    Raises:
+        UserError: For any other reduction.
+    """
+    return float(num_branches) if choice("reduction", reduction, ("mean", "sum")) == "sum" else 1.0
 
 
 TermClass = TypeVar("TermClass", bound=type[Term])
@@ -271,6 +187,19 @@ def term_class(name: str) -> type[Term]:
     return _REGISTRY[name]
 
 
+def _options(term: type[Term]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a term; where it passes others on, those of its bases as well."""
+    known: dict[str, inspect.Parameter] = {}
+    for cls in term.__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
+        known |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in known}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return known
+
+
 def check_option_names(name: str, options: Mapping[str, Any]) -> None:
     """Checks that a term has all the options that were given, without building it.
 
@@ -281,8 +210,7 @@ def check_option_names(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: If the term or one of the options does not exist, or a required one is missing.
     """
-    parameters = inspect.signature(term_class(name)).parameters.values()
-    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = _options(term_class(name))
     for option in options:
         if option not in known:
             raise unknown_name(f"option of term {name!r}:", option, known)

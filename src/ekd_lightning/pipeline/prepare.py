@@ -13,7 +13,7 @@ import torch
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import Method, build_method, needs_teachers, uses_assignment
+from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
 from ekd_lightning.pipeline.sources import uses_tables
 from ekd_lightning.settings import Settings
@@ -171,21 +171,17 @@ def _build_method(
     # Adapters depend on the seed alone: not on the student, nor on how many teachers were candidates.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return build_method(
-            settings.method.name,
-            terms,
-            num_classes=dataset.num_classes,
-            num_branches=student.num_branches,
-            num_teachers=len(plans),
-            temperature=settings.method.temperature,
-            assignment=assignment,
-            seed=settings.seed,
-            student_features=student.num_features,
-            teacher_features=tuple(network.num_features for network in networks),
-            student_stage_shapes=student.stage_shapes(dataset.image_size),
-            teacher_stage_shapes=tuple(network.stage_shapes(dataset.image_size) for network in networks),
+        context = TermContext.of(
+            student,
+            networks,
+            image_size=dataset.image_size,
             student_name=settings.student.network,
             teacher_names=tuple(plan.id for plan in plans),
+            seed=settings.seed,
             train_index=subset.train_index,
             train_labels=dataset.train.labels[subset.train_index],
+        )
+        method = settings.method
+        return build_method(
+            method.name, terms, context, temperature=method.temperature, assignment=assignment
         )

@@ -11,8 +11,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.methods import Method
-from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
+from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method
 from ekd_lightning.methods.logit_terms import CrossEntropyBranch, CrossEntropyEnsemble
 from ekd_lightning.methods.options import number
 

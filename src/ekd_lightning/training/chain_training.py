@@ -16,8 +16,7 @@ from pytorch_lightning.loggers import Logger
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.files import write_json
-from ekd_lightning.methods import Method, build_method
-from ekd_lightning.methods.build import DEFAULT_TEMPERATURE
+from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.pipeline.sources import make_source
 from ekd_lightning.settings import Settings
@@ -90,15 +89,8 @@ def link_method(lesson: Lesson, num_teachers: int, *, seed: int) -> Method:
     Raises:
         UserError: For an impossible option of a term.
     """
-    return build_method(
-        "assistant",
-        lesson.terms,
-        num_classes=lesson.dataset.num_classes,
-        num_branches=1,
-        num_teachers=num_teachers,
-        temperature=lesson.temperature,
-        seed=seed,
-    )
+    context = TermContext(lesson.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed)
+    return build_method("assistant", lesson.terms, context, temperature=lesson.temperature)
 
 
 def train_assistant(

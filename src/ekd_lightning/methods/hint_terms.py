@@ -1,20 +1,21 @@
-"""The term on features, and the adapters that make a branch's features comparable with a teacher's.
+"""Hint terms: a branch's features approach a teacher's through trained adapters.
 
 Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W] the C is channels.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.context import StageShape, StepContext, TermContext
 from ekd_lightning.methods.options import choice
-from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, pair_key, to_common_size
-from ekd_lightning.methods.terms import StageShape, StepContext, TermContext, register_term
+from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, pair_key, read_sites
+from ekd_lightning.methods.terms import register_term
 
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
 REGRESSORS = ("conv_reg", "regressor")
@@ -129,12 +130,11 @@ class FeatureBranch(PairTerm):
         *,
         feature: str = "pooled",
         adapter: str = "auto",
-        reduction: str = "mean",
+        **options: Any,
     ) -> None:
-        super().__init__(weight, context, reduction)
+        super().__init__(weight, context, **options)
         self.site = FeatureSite(feature, context, self.pairs)
-        self.needs_pooled = self.site.is_pooled
-        self.student_stages, self.teacher_stages = self.site.student_stages, self.site.teacher_stages
+        read_sites(self, self.site)
         self.sizes_by_adapter = choice("adapter", adapter, ADAPTERS) in REGRESSORS
         self.adapters = nn.ModuleDict({pair_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
 
@@ -157,5 +157,5 @@ class FeatureBranch(PairTerm):
         """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
         student, teacher = self.site.features(context, k, m)
         if not self.sizes_by_adapter:
-            student, teacher = to_common_size(student, teacher)
+            student, teacher = losses.to_common_size(student, teacher)
         return losses.mse(self.adapters[pair_key(k, m)](student), teacher)

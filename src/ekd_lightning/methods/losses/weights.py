@@ -1,4 +1,4 @@
-"""How much each of several teachers counts: by entropy, by cross-entropy, by agreement of gradients.
+"""Weights of several teachers: by entropy, by cross-entropy, by agreement of gradients.
 
 Shape letters: B batch, C classes, M teachers, T temperature. All weights are detached.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.losses import at_least_float32
+from ekd_lightning.methods.losses.logits import at_least_float32
 
 MAX_FACES = 60_000
 RIDGE = 1e-10

@@ -1,0 +1,198 @@
+"""Contexts: what a term is told when it is built, and what it may look at in a step.
+
+Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K branches, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.data.batch import Batch
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods.assignment import Assignment
+from ekd_lightning.methods.losses import combine_teachers
+from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.student import BranchedStudent
+
+StageShape = tuple[int, int, int]
+DEFAULT_TEMPERATURE = 4.0
+
+
+class LiveNetworks(Protocol):
+    """The networks themselves, for the few terms that ask about more than the batch's images.
+
+    Teachers answer in float32, whatever the format of the tables.
+    """
+
+    def ask_student(self, images: Tensor) -> StudentOutput:
+        """The student's outputs for images [N, 3, H, W] in [0, 1], in its present mode, with gradients."""
+        ...
+
+    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+        """Teacher m's outputs (0-based), with gradients towards the images but never towards its weights."""
+        ...
+
+    def teacher_head(self, m: int) -> nn.Linear:
+        """The frozen classifier [D_m -> C] of teacher m."""
+        ...
+
+    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [1, 3, 1, 1] of teacher m's normalisation."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """All that a term may look at in one step.
+
+    Attributes:
+        student: The student's outputs, with gradients.
+        teachers: The teachers' outputs, without; None when no term of the method needs them.
+        batch: The batch.
+        assignment_KM: float32 [K, M], the assignment of this step; None when no term uses it.
+        epoch: Counted from 0.
+        step: Optimiser steps so far, counted from 0.
+        progress: Share of the whole training that is done, in [0, 1].
+        networks: The networks, for terms with `needs_networks`; else possibly None.
+        weights: Term name -> float32 scalar on the device, weight times schedule, in place of `Term.weight_at`; None
+            where numbers of the host will do.
+        step_t: `step` as an int64 scalar on the device; None as for `weights`.
+    """
+
+    student: StudentOutput
+    teachers: TeacherOutput | None
+    batch: Batch
+    assignment_KM: Tensor | None = None  # noqa: N815  # shape letters
+    epoch: int = 0
+    step: int = 0
+    progress: float = 0.0
+    networks: LiveNetworks | None = None
+    weights: Mapping[str, Tensor] | None = None
+    step_t: Tensor | None = None
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The teachers' logits [M, B, C], for terms with `needs_teachers`."""
+        assert self.teachers is not None
+        return self.teachers.logits
+
+    @property
+    def assigned_logits(self) -> Tensor:
+        """The logits [K, B, C] that the assignment gives the branches, for terms with `uses_assignment`."""
+        assert self.assignment_KM is not None
+        return combine_teachers(self.teacher_logits, self.assignment_KM)
+
+    def step_tensor(self) -> Tensor:
+        """Returns the step as an int64 scalar on the device of the batch, `step_t` where it was given."""
+        if self.step_t is not None:
+            return self.step_t
+        return torch.full((), self.step, dtype=torch.int64, device=self.batch.index.device)
+
+
+@dataclass(frozen=True)
+class TermContext:
+    """What a term must know about the networks, and the images, to be built.
+
+    Attributes:
+        num_classes: C.
+        num_branches: K.
+        num_teachers: M, 0 when there are none.
+        temperature: The method's T > 0, which `build_method` fills in; terms may override it by an option.
+        assignment: Whose output each branch imitates, filled in likewise; None when no term uses it.
+        student_features: D of a branch's pooled features.
+        teacher_features: D_m of every teacher's pooled features, M numbers.
+        student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
+            output.
+        teacher_stage_shapes: The same for each of the M teachers.
+        student_name: For error messages.
+        teacher_names: For error messages, M names or none.
+        seed: Of the run, for terms that draw something.
+        train_index: int64 [n], positions in the whole image set of the images trained on, ascending; None where
+            nobody knows.
+        train_labels: int64 [n], their labels.
+    """
+
+    num_classes: int
+    num_branches: int
+    num_teachers: int
+    temperature: float = DEFAULT_TEMPERATURE
+    assignment: Assignment | None = None
+    student_features: int = 0
+    teacher_features: tuple[int, ...] = ()
+    student_stage_shapes: Mapping[str, StageShape] = field(default_factory=dict)
+    teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
+    student_name: str = "student"
+    teacher_names: tuple[str, ...] = ()
+    seed: int = 0
+    train_index: Tensor | None = None
+    train_labels: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        student: BranchedStudent,
+        teachers: Sequence[StagedNetwork] = (),
+        *,
+        image_size: int = 32,
+        **others: Any,
+    ) -> TermContext:
+        """Describes networks as they are.
+
+        Args:
+            student: The branched student.
+            teachers: M networks, whose weights do not matter.
+            image_size: Height and width of the images in pixels, for the shapes of the stages.
+            **others: The other attributes: names, seed, training images.
+
+        Returns:
+            The context for `build_method`.
+        """
+        return cls(
+            num_classes=student.num_classes,
+            num_branches=student.num_branches,
+            num_teachers=len(teachers),
+            student_features=student.num_features,
+            teacher_features=tuple(teacher.num_features for teacher in teachers),
+            student_stage_shapes=student.stage_shapes(image_size),
+            teacher_stage_shapes=tuple(teacher.stage_shapes(image_size) for teacher in teachers),
+            **others,
+        )
+
+    def teacher_label(self, teacher: int) -> str:
+        """How messages call teacher m (0-based)."""
+        return repr(self.teacher_names[teacher]) if self.teacher_names else f"number {teacher}"
+
+    def student_stage(self, name: str) -> str:
+        """Resolves a stage of the student; see `teacher_stage`."""
+        return _resolve_stage(name, self.student_stage_shapes, f"the student {self.student_name!r}")
+
+    def teacher_stage(self, teacher: int, name: str) -> str:
+        """Resolves a stage of one teacher.
+
+        Args:
+            teacher: m, 0 .. M-1.
+            name: A stage name, or `last` for the network's last stage.
+
+        Returns:
+            The stage's own name.
+
+        Raises:
+            UserError: If the network has no such stage; names stage, network and what there is.
+        """
+        return _resolve_stage(
+            name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}"
+        )
+
+
+def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:
+    if name == "last" and shapes:
+        return list(shapes)[-1]
+    if name not in shapes:
+        raise UserError(f"{network} has no stage {name!r} (available: {', '.join(shapes) or 'none'})")
+    return name

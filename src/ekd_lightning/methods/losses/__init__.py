@@ -1,0 +1,89 @@
+"""Losses of knowledge distillation as pure functions: tensors in, a scalar with a gradient to the student out.
+
+Conventions, the same everywhere:
+
+- softmax is taken in float32 at least (bfloat16 logits are converted first, float64 stays);
+- whatever comes from a teacher is detached, so a target never receives a gradient;
+- KL is summed over classes and averaged over everything else ("batchmean"), and carries T²;
+- MSE is averaged over all elements.
+
+`docs/methods.md` lists them with their sources. What EKD is made of are the formulas of the project's reconstruction
+of Ensemble Knowledge Distillation (Asif, Tang, Harrer, arXiv 1909.08097): the full text of the paper was not available,
+and the reconstruction rests on its abstract and on secondary descriptions.
+"""
+
+from ekd_lightning.methods.losses.features import (
+    angle_loss,
+    angles,
+    attention_loss,
+    attention_map,
+    directions,
+    distance_loss,
+    flow_loss,
+    flow_matrix,
+    gaussian_loss,
+    noise_contrastive,
+    relative_distances,
+    similarities,
+    similarity_loss,
+    to_common_size,
+)
+from ekd_lightning.methods.losses.logits import (
+    ambiguity,
+    at_least_float32,
+    combine_teachers,
+    cross_entropy,
+    decoupled,
+    ensemble_divergence,
+    kd_divergence,
+    mix_peers,
+    mse,
+    mutual_divergence,
+    soft_cross_entropy,
+    standardized,
+    standardized_divergence,
+)
+from ekd_lightning.methods.losses.weights import (
+    MinNormWeights,
+    confidence_weights,
+    cross_entropies,
+    divergences,
+    entropy_weights,
+    logit_gradients,
+)
+
+__all__ = [
+    "MinNormWeights",
+    "ambiguity",
+    "angle_loss",
+    "angles",
+    "at_least_float32",
+    "attention_loss",
+    "attention_map",
+    "combine_teachers",
+    "confidence_weights",
+    "cross_entropies",
+    "cross_entropy",
+    "decoupled",
+    "directions",
+    "distance_loss",
+    "divergences",
+    "ensemble_divergence",
+    "entropy_weights",
+    "flow_loss",
+    "flow_matrix",
+    "gaussian_loss",
+    "kd_divergence",
+    "logit_gradients",
+    "mix_peers",
+    "mse",
+    "mutual_divergence",
+    "noise_contrastive",
+    "relative_distances",
+    "similarities",
+    "similarity_loss",
+    "soft_cross_entropy",
+    "standardized",
+    "standardized_divergence",
+    "to_common_size",
+]

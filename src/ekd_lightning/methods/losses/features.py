@@ -1,0 +1,258 @@
+"""Losses of features: attention maps, relations between images, flow, Gaussian models, contrast.
+
+Nothing flows into the teacher's side. Shape letters: B batch, D features; in maps [B, C, H, W] the C is channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ekd_lightning.methods.losses.logits import at_least_float32, mse
+
+SHORTEST = 1e-4
+"""A vector shorter than this share of the others' root mean square counts as having no direction."""
+NCE_EPS = 1e-7
+"""Of the published code of CRD, beside m/n in the denominators."""
+
+
+def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Averages maps (adaptive_avg_pool2d) to the smaller height and width of the two; vectors pass unchanged."""
+    if first.shape[2:] == second.shape[2:]:
+        return first, second
+    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
+    return functional.adaptive_avg_pool2d(first, size), functional.adaptive_avg_pool2d(second, size)
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Q / ‖Q‖₂ with Q = mean_c f_c², the attention map of Zagoruyko and Komodakis (2017, section 3.1) for p = 2.
+
+    Args:
+        features: [B, C, H, W].
+
+    Returns:
+        [B, H·W], rows of length 1 (0 where all features are 0), float32 or wider, >= 0. The order of the channels
+        and a positive factor make no difference.
+    """
+    return functional.normalize(at_least_float32(features).square().mean(1).flatten(1))
+
+
+def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> Tensor:
+    """The distance of two networks' attention maps at one stage: Zagoruyko and Komodakis, ICLR 2017, equation 2.
+
+    Their code, and all others, square the difference and take the mean over all B·H·W elements. Their equation
+    (2) has ½ β ‖Q_s - Q_m‖₂, not squared, where β is 1000 over the number of elements and images: `form="norm"`
+    is ½ Σ_b ‖Q_s - Q_m‖₂ / (B·H·W). Both are meant for the weight 1000.
+
+    Args:
+        student: [B, C, H, W].
+        teacher: [B, C_m, H_m, W_m], detached here; the larger maps are averaged to the smaller size.
+        form: `squared` (published code) or `norm` (the paper's equation).
+
+    Returns:
+        Scalar >= 0, 0 for equal maps.
+    """
+    student, teacher = to_common_size(at_least_float32(student), at_least_float32(teacher).detach())
+    difference = attention_map(student) - attention_map(teacher)
+    if form == "squared":
+        return difference.square().mean()
+    return torch.linalg.vector_norm(difference, dim=1).mean() / (2 * difference.shape[1])
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Brings vectors to length 1, and those that are (nearly) 0 to 0, with gradient 0.
+
+    The published codes divide by max(length, 1e-12) instead: at 0, where two images coincide or one has no active
+    feature at all, that multiplies a gradient by 1e12.
+
+    Args:
+        vectors: [..., D].
+
+    Returns:
+        The same shape; scaling all vectors together changes nothing.
+    """
+    squared = vectors.square().sum(-1, keepdim=True)
+    long = squared > SHORTEST**2 * squared.detach().mean()
+    return torch.where(long, vectors / torch.where(long, squared, 1.0).sqrt(), 0.0)
+
+
+def relative_distances(features: Tensor) -> Tensor:
+    """Distances between all pairs of images over their mean (Park et al., CVPR 2019, equations 6 and 7).
+
+    Args:
+        features: [B, D] with B >= 2.
+
+    Returns:
+        [B, B], float32 or wider, 0 on the diagonal; moving, rotating or scaling the features changes nothing. All 0
+        if all images are in one place.
+    """
+    x = at_least_float32(features)
+    # From the differences, not from the Gram matrix: exact for close images, and no matter under autocast.
+    squared = (x[:, None] - x[None]).square().sum(-1)
+    apart = squared > 0
+    # The gradient of a square root is infinite at 0.
+    distances = torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), 0.0)
+    mean = distances.sum() / apart.sum().clamp(min=1)
+    return distances / torch.where(mean > 0, mean, 1.0)
+
+
+def angles(features: Tensor) -> Tensor:
+    """Cos of the angle at image j between images i and k, for all triples (Park et al. 2019, equation 9).
+
+    Args:
+        features: [B, D].
+
+    Returns:
+        [B, B, B], indices j, i, k; float32 or wider; 0 where i or k is j, or in its place.
+    """
+    x = at_least_float32(features)
+    from_j = directions(x[None] - x[:, None])
+    return from_j @ from_j.transpose(1, 2)
+
+
+def similarities(features: Tensor) -> Tensor:
+    """Rows of the batch's Gram matrix brought to length 1 (Tung and Mori, ICCV 2019, equation 2).
+
+    Args:
+        features: [B, ...], flattened.
+
+    Returns:
+        [B, B], float32 or wider; rotating or scaling the features changes nothing. A row of 0 for an image without
+        any feature.
+    """
+    x = at_least_float32(features).flatten(1)
+    return directions(x @ x.T)
+
+
+def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, section 3.2.1.
+
+    Args:
+        student: [B, D] with B >= 2.
+        teacher: [B, D_m], detached here.
+
+    Returns:
+        Scalar >= 0, the mean over all B² entries, the diagonal included, as published; threshold 1.
+    """
+    return functional.smooth_l1_loss(relative_distances(student), relative_distances(teacher.detach()))
+
+
+def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, section 3.2.2.
+
+    Args:
+        student: [B, D].
+        teacher: [B, D_m], detached here.
+
+    Returns:
+        Scalar >= 0, the mean over all B³ entries; threshold 1.
+    """
+    return functional.smooth_l1_loss(angles(student), angles(teacher.detach()))
+
+
+def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, equation 4.
+
+    Args:
+        student: [B, ...].
+        teacher: [B, ...], detached here; the images' shapes may differ.
+
+    Returns:
+        Scalar >= 0.
+    """
+    return functional.mse_loss(similarities(student), similarities(teacher.detach()))
+
+
+def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
+    """G = F₁ᵀ F₂ / (H·W), the FSP matrix of two stages (Yim et al., CVPR 2017, equation 1).
+
+    Args:
+        first: [B, C_1, H_1, W_1], output of the earlier stage.
+        second: [B, C_2, H_2, W_2], output of the later one.
+        pooling: How the larger maps come to the smaller size, `max` (the paper's) or `average` (RepDistiller's).
+
+    Returns:
+        [B, C_1, C_2], float32 or wider.
+    """
+    first, second = at_least_float32(first), at_least_float32(second)
+    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
+    pool = functional.adaptive_max_pool2d if pooling == "max" else functional.adaptive_avg_pool2d
+    first, second = (f if f.shape[2:] == size else pool(f, size) for f in (first, second))
+    with torch.autocast(first.device.type, enabled=False):  # it would multiply in bfloat16
+        return first.flatten(2) @ second.flatten(2).mT / (size[0] * size[1])
+
+
+def flow_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], pooling: str = "max", elements: str = "mean"
+) -> Tensor:
+    """Σ_i ‖G_i(student) - G_i(teacher)‖² over consecutive stages: Yim et al., CVPR 2017, equation 2.
+
+    The paper's factors λ_i of the pairs of stages are equal, but their value is not given, and matrices of wider
+    stages have more elements.
+
+    Args:
+        student: Two or more maps [B, C_i, H_i, W_i], from input to output.
+        teacher: As many, with the same channel counts; detached here.
+        pooling: See `flow_matrix`.
+        elements: `mean`, as in RepDistiller and KD-Zoo, divides each matrix by its C_1·C_2, so that all pairs count
+            alike; `sum` is the squared norm as printed.
+
+    Returns:
+        Scalar >= 0, averaged over the batch.
+    """
+    losses = []
+    for (s_1, s_2), (t_1, t_2) in zip(pairwise(student), pairwise(teacher), strict=True):
+        G_s, G_t = flow_matrix(s_1, s_2, pooling), flow_matrix(t_1, t_2, pooling)
+        size = G_s.shape[1] * G_s.shape[2] if elements == "sum" else 1
+        losses.append(size * mse(G_s, G_t))
+    return torch.stack(losses).sum()
+
+
+def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
+    """mean(½ [(μ - f)² / σ_c² + log σ_c²]): -log N(f; μ, σ²) less its constant ½ log 2π.
+
+    VID of Ahn et al., CVPR 2019, equations 5 and 6: the negative of the variational bound on the mutual information,
+    up to constants. The paper sums over elements; the mean is RepDistiller's (after the authors' code).
+
+    Args:
+        mean: μ, [B, C, H, W].
+        variance: σ², [C], > 0.
+        target: f, [B, C, H, W], detached here.
+
+    Returns:
+        Scalar in nats, float32 or wider, averaged over all elements; it may be negative.
+    """
+    mean, target = at_least_float32(mean), at_least_float32(target).detach()
+    variance = at_least_float32(variance)[:, None, None]
+    return 0.5 * ((mean - target).square() / variance + variance.log()).mean()
+
+
+def noise_contrastive(
+    scores: Tensor, positive: Tensor, times: Tensor, z: Tensor, negatives: int, images: int
+) -> Tensor:
+    """-mean_b { log[p_b+ / (p_b+ + m/n)] + Σ_j log[(m/n) / (p_bj + m/n)] } with p = exp(score) / z.
+
+    Tian, Krishnan and Isola (ICLR 2020), equations 18 and 19 of the appendix, as in their code.
+
+    Args:
+        scores: [B, N], inner products over τ.
+        positive: int64 [B], the column of the positive.
+        times: [B, N] (or [1, N]), how often each column counts as a negative; every row sums to m.
+        z: Scalar > 0, the normalisation.
+        negatives: m.
+        images: n, for the noise's probability 1/n.
+
+    Returns:
+        Scalar >= 0 (up to the 1e-7), in nats.
+    """
+    noise = negatives / images
+    log_p = scores - z.log()
+    log_both = (log_p.exp() + (noise + NCE_EPS)).log()
+    own = (log_p - log_both).gather(1, positive[:, None])[:, 0]
+    others = negatives * math.log(noise) - (times * log_both).sum(1)
+    return -(own + others).mean()

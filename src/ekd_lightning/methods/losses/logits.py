@@ -1,0 +1,275 @@
+"""Losses of logits: cross-entropy, and distillation in its published forms.
+
+Shape letters: B batch, C classes, M teachers, K branches, T temperature (dimensionless).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+STD_EPS = 1e-7
+"""Of the published code: what is added to the standard deviation of the logits."""
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Converts half-precision tensors to float32 and leaves wider ones alone.
+
+    Args:
+        x: Floating point, any shape.
+
+    Returns:
+        The same values, float32 or float64.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the ground truth, averaged over the batch.
+
+    Args:
+        logits: [..., B, C]; leading dimensions (branches) are averaged over too.
+        labels: int64 [B], 0 .. C-1; or probabilities [B, C], rows summing to 1.
+        label_smoothing: Probability mass spread evenly over all classes, in [0, 1).
+
+    Returns:
+        Scalar, float32 or wider, in nats.
+    """
+    rows = at_least_float32(logits).flatten(0, -2)
+    repeats = (len(rows) // max(len(labels), 1),) + (1,) * (labels.ndim - 1)
+    targets = labels.repeat(repeats)
+    if targets.is_floating_point():
+        targets = targets.to(rows)
+    return functional.cross_entropy(rows, targets, label_smoothing=label_smoothing)
+
+
+def kd_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, detach: bool = True
+) -> Tensor:
+    """T² · KL(softmax(t / T) ‖ softmax(s / T)): Hinton, Vinyals and Dean (2015), section 2.
+
+    T² keeps the gradient's scale: for large T the loss tends to ½ · Σ_c (s_c - t_c)² / C of the centred
+    logits, whatever T is (their equation 4).
+
+    Args:
+        student_logits: [..., B, C].
+        teacher_logits: The same shape. To imitate a mixture of probabilities, pass
+            what `combine_teachers(..., combine="probabilities")` returns.
+        temperature: T > 0.
+        detach: False lets a gradient flow into the teacher's side too.
+
+    Returns:
+        Scalar >= 0 (up to rounding), float32 or wider, in nats: summed over classes, averaged over all leading
+        dimensions.
+
+    Raises:
+        ValueError: If the shapes differ (they would broadcast silently otherwise).
+    """
+    _require_same_shape(student_logits, teacher_logits)
+    target = teacher_logits.detach() if detach else teacher_logits
+    student = functional.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
+    teacher = functional.log_softmax(at_least_float32(target) / temperature, dim=-1)
+    # Both sides in log space: probabilities that underflow at T = 1 would otherwise give 0 · log 0.
+    divergence = functional.kl_div(
+        student.flatten(0, -2), teacher.flatten(0, -2), reduction="batchmean", log_target=True
+    )
+    return temperature**2 * divergence
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """H(p_T(t), p_T(s)) averaged over the images, without T²: Romero et al. (ICLR 2015, equation 2), BSS (AAAI 2019).
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C], detached here.
+        temperature: T > 0.
+
+    Returns:
+        Scalar >= 0, float32 or wider, in nats; its gradient is that of `kd_divergence` over T².
+    """
+    teacher = (at_least_float32(teacher_logits).detach() / temperature).softmax(-1)
+    return functional.cross_entropy(at_least_float32(student_logits) / temperature, teacher)
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error over all elements, of logits (Ba and Caruana, NeurIPS 2014) or of features (hints).
+
+    Args:
+        student: Any shape.
+        teacher: The same shape, detached here.
+
+    Returns:
+        Scalar >= 0, float32 or wider.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    _require_same_shape(student, teacher)
+    return functional.mse_loss(at_least_float32(student), at_least_float32(teacher).detach())
+
+
+def combine_teachers(
+    teacher_logits: Tensor, weights: Tensor, temperature: float = 1.0, combine: str = "logits"
+) -> Tensor:
+    """Merges M teachers into one target per row of weights, given as logits.
+
+    Which mean is taken matters: the mean of the logits is a geometric mean of probabilities and sharper than
+    the mean of the probabilities. A method that *sums* logits on both sides (M teachers, M branches)
+    at temperature T equals the mean at T / M with the weight of the term multiplied by M², because of the T²
+    factor. Where only the teachers are summed and the student is not, no temperature makes the two equal.
+
+    Args:
+        teacher_logits: [M, B, C].
+        weights: [M] or [K, M], non-negative, each row summing to 1.
+        temperature: T > 0 at which probabilities are mixed; no effect on `logits`.
+        combine: `logits` for Σ_m w_m t_m; `probabilities` for T · log Σ_m w_m softmax(t_m / T), logits whose
+            softmax at T is the mixture of the teachers' probabilities at T.
+
+    Returns:
+        [B, C] or [K, B, C], detached, float32 or wider.
+    """
+    teacher = at_least_float32(teacher_logits).detach()
+    # Multiply and add, not einsum: autocast would turn a matrix product into bfloat16.
+    weights = weights.to(teacher)[..., None, None]
+    if combine == "logits":
+        return (weights * teacher).sum(-3)
+    log_probs = functional.log_softmax(teacher / temperature, dim=-1)
+    return temperature * torch.logsumexp(log_probs + weights.log(), dim=-3)
+
+
+def decoupled(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """T² TCKD and T² NCKD, the two parts of decoupled distillation (Zhao et al., CVPR 2022, equations 4 to 7).
+
+    TCKD = KL(b_t ‖ b_s) with b = (p_y, 1 - p_y): the target class against all others. NCKD = KL(p̂_t ‖ p̂_s) with
+    p̂ the softmax over the other classes. KL(p_t ‖ p_s) = TCKD + (1 - p_ty) NCKD, image by image. The published code
+    masks the target by subtracting 1000 from its logit; here it is left out, which is the same up to rounding.
+
+    Args:
+        student_logits: [..., B, C] with C >= 2.
+        teacher_logits: The same shape, detached here.
+        labels: int64 [B].
+        temperature: T > 0.
+
+    Returns:
+        Two scalars >= 0 (up to rounding) in nats, averaged over all leading dimensions.
+    """
+    student = at_least_float32(student_logits) / temperature
+    teacher = at_least_float32(teacher_logits).detach() / temperature
+    labels = labels.expand(student.shape[:-1])
+    own_s, rest_s, others_s = _parts(student, labels)
+    own_t, rest_t, others_t = _parts(teacher, labels)
+    tckd = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
+    nckd = (others_t.exp() * (others_t - others_s)).sum(-1)
+    return temperature**2 * tckd.mean(), temperature**2 * nckd.mean()
+
+
+def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log p_y [...], log(1 - p_y) [...], and log p̂ of the other classes [..., C - 1]."""
+    place = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    others = logits.gather(-1, place + (place >= labels[..., None]))
+    whole, rest = logits.logsumexp(-1), others.logsumexp(-1)
+    own = logits.gather(-1, labels[..., None])[..., 0]
+    return own - whole, rest - whole, others - rest[..., None]
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """(z - mean(z)) / (std(z) + 1e-7) over the classes, with the sample standard deviation, as published.
+
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.2. An affine map of an image's
+    logits with a positive factor makes no difference (but for the 1e-7).
+
+    Args:
+        logits: [..., C] with C >= 2.
+
+    Returns:
+        The same shape, float32 or wider.
+    """
+    wide = at_least_float32(logits)
+    return (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + STD_EPS)
+
+
+def standardized_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T² KL(p_T(s(t)) ‖ p_T(s(z))) with standardised logits s(z); see `standardized`. As `kd_divergence` else."""
+    return kd_divergence(standardized(student_logits), standardized(teacher_logits), temperature)
+
+
+def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
+    """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)): every network imitates all others.
+
+    Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
+    more networks), with T = 1 there.
+
+    Args:
+        branch_logits: [K, B, C] with K >= 2; detached where they are targets.
+        temperature: T > 0.
+
+    Returns:
+        Scalar >= 0 in nats, float32 or wider.
+    """
+    K = len(branch_logits)
+    # stack of views, not indexing by a list: that would copy the indices to the device in every step.
+    rows = [torch.stack([branch_logits[other] for other in range(K) if other != k]) for k in range(K)]
+    targets = torch.stack(rows)
+    return kd_divergence(branch_logits[:, None].expand_as(targets), targets, temperature)
+
+
+def ensemble_divergence(branch_logits: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """mean_k T² KL(p_T(z̄) ‖ p_T(z_k)): every branch imitates their ensemble.
+
+    ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, section 3).
+
+    Args:
+        branch_logits: [K, B, C].
+        logits: z̄, [B, C], detached here.
+        temperature: T > 0.
+
+    Returns:
+        Scalar >= 0 in nats, float32 or wider.
+    """
+    return kd_divergence(branch_logits, logits.expand_as(branch_logits), temperature)
+
+
+def mix_peers(
+    peer_logits: Tensor, log_attention: Tensor, temperature: float, combine: str = "logits"
+) -> Tensor:
+    """Σ_b α_ab z_b: what each peer imitates in OKDDip (Chen et al., AAAI 2020, first level).
+
+    Args:
+        peer_logits: [P, B, C], float32 or wider.
+        log_attention: log α [P, P, B]; α sums to 1 over the second dimension.
+        temperature: T > 0 at which probabilities are mixed; no effect on `logits`.
+        combine: What α mixes: `logits`, as in the authors' code, or `probabilities` at T.
+
+    Returns:
+        Logits [P, B, C] for `kd_divergence`.
+    """
+    if combine == "logits":
+        return (log_attention.exp()[..., None] * peer_logits[None]).sum(1)
+    log_probs = functional.log_softmax(peer_logits / temperature, dim=-1)
+    return temperature * torch.logsumexp(log_attention[..., None] + log_probs[None], dim=1)
+
+
+def ambiguity(branch_logits: Tensor) -> Tensor:
+    """mean_k KL(p_geo ‖ p_k), the diversity that averaging logits turns into a lower loss.
+
+    p_geo = softmax(mean_k z_k) is the normalised geometric mean of the branches. The ambiguity decomposition
+    is exact for it: NLL(ensemble) = mean_k NLL_k - ambiguity, for every label.
+
+    Args:
+        branch_logits: [K, B, C].
+
+    Returns:
+        Scalar >= 0 (up to rounding) in nats, float32 or wider, averaged over the batch; 0 when all branches
+        agree.
+    """
+    log_probs_KBC = functional.log_softmax(at_least_float32(branch_logits), dim=-1)
+    # log p_geo = m - logsumexp(m) with m = mean_k log p_k, so mean_k KL(p_geo ‖ p_k) = -logsumexp(m).
+    return -log_probs_KBC.mean(0).logsumexp(-1).mean()
+
+
+def _require_same_shape(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape")

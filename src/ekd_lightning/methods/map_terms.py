@@ -1,0 +1,212 @@
+"""Map terms, which compare maps of several stages: attention transfer, flow matrices (FSP), Gaussian models (VID).
+
+Shape letters: B batch, M teachers, K branches; in maps [B, C, H, W] the C is channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import losses
+from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.options import choice, number
+from ekd_lightning.methods.pair_terms import PairTerm, map_sites, pair_key, read_sites
+from ekd_lightning.methods.terms import register_term
+
+STAGES = ("stage1", "stage2", "stage3")
+FORMS = ("squared", "norm")
+POOLINGS = ("max", "average")
+ELEMENTS = ("mean", "sum")
+
+
+class _Maps(PairTerm):
+    """Compares the maps of one or more stages."""
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        stages: Sequence[str],
+        *,
+        least: int = 1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, context, reduction=reduction)
+        self.sites = map_sites(stages, context, self.pairs, least)
+        read_sites(self, *self.sites)
+
+    def maps(self, context: StepContext, k: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The maps of branch k and those of teacher m, stage by stage."""
+        pairs = [site.features(context, k, m) for site in self.sites]
+        return [student for student, _ in pairs], [teacher for _, teacher in pairs]
+
+
+@register_term("attention")
+class Attention(_Maps):
+    """Σ_stages mean((Q_s - Q_m)²) with attention maps of length 1: Zagoruyko and Komodakis, ICLR 2017.
+
+    See `losses.attention_loss`. Summed over stages, averaged over branches and teachers as in every `PairTerm`.
+
+    Args:
+        weight: Factor in the total, >= 0; the paper's β.
+        context: The networks' sizes and the assignment.
+        stages: Stages to compare; channel counts and sizes may differ.
+        form: `squared` (published code) or `norm` (the paper's equation).
+        reduction: `mean` or `sum` over the K branches.
+
+    Raises:
+        UserError: For a stage that a network lacks.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        stages: Sequence[str] = STAGES,
+        form: str = "squared",
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, context, stages, **options)
+        self.form = choice("form", form, FORMS)
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the sum over the stages."""
+        maps = zip(*self.maps(context, k, m), strict=True)
+        return torch.stack([losses.attention_loss(s, t, self.form) for s, t in maps]).sum()
+
+
+@register_term("fsp")
+class FlowOfSolution(_Maps):
+    """Σ_i ‖G_i(student) - G_i(teacher)‖² over consecutive stages: Yim et al., CVPR 2017, equation 2.
+
+    See `losses.flow_loss`.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment.
+        stages: Two or more stages from input to output; each makes a pair with the next.
+        pooling: Before the product, `max` (the paper's) or `average` (RepDistiller's); see
+            `losses.flow_matrix`.
+        elements: `mean` or `sum` over a matrix's elements.
+        reduction: `mean` or `sum` over the K branches.
+
+    Raises:
+        UserError: For a stage that a network lacks, or channel counts that differ at a stage.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        stages: Sequence[str] = ("stem", "stage1", "stage2", "stage3"),
+        pooling: str = "max",
+        elements: str = "mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, context, stages, least=2, **options)
+        self.pooling = choice("pooling", pooling, POOLINGS)
+        self.elements = choice("elements", elements, ELEMENTS)
+        for site in self.sites:
+            for m in sorted({m for _, m in self.pairs}):
+                site.require_equal_channels(m, "fsp compares only networks of equal width")
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the sum over the pairs of stages."""
+        return losses.flow_loss(*self.maps(context, k, m), self.pooling, self.elements)
+
+
+class GaussianModel(nn.Module):
+    """q(f_m | f_s): three 1×1 convolutions with ReLU between them for μ, one free σ² for each channel.
+
+    Args:
+        student_channels: C.
+        teacher_channels: C_m, also the width between the convolutions.
+        initial_variance: σ² at the start, > eps.
+        eps: Least σ², > 0.
+    """
+
+    def __init__(
+        self, student_channels: int, teacher_channels: int, initial_variance: float, eps: float
+    ) -> None:
+        super().__init__()
+        C, C_m = student_channels, teacher_channels
+        self.mean = nn.Sequential(
+            nn.Conv2d(C, C_m, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(C_m, C_m, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(C_m, C_m, 1, bias=False),
+        )
+        self.eps = eps
+        # The inverse of softplus, in the form that does not overflow.
+        start = (initial_variance - eps) + math.log(-math.expm1(eps - initial_variance))
+        self.raw_variance = nn.Parameter(torch.full((C_m,), start))
+
+    def variance(self) -> Tensor:
+        """σ² = softplus(α) + eps, [C_m]."""
+        return functional.softplus(losses.at_least_float32(self.raw_variance)) + self.eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of features [B, C, H, W] against [B, C_m, H, W]."""
+        return losses.gaussian_loss(self.mean(student), self.variance(), teacher)
+
+
+@register_term("vid")
+class VariationalInformation(_Maps):
+    """Σ_stages mean(½ [(μ(f_s) - f_m)² / σ_c² + log σ_c²]): Ahn et al., CVPR 2019, equations 5 and 6.
+
+    See `losses.gaussian_loss`. The paper sums over elements with a factor λ; here it is the mean, for the weight 1.
+    μ and σ are dropped after training.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment. Every pair (branch, teacher) has its own μ and σ.
+        stages: Stages to compare; channel counts may differ, sizes are averaged to the smaller one.
+        initial_variance: σ² at the start, > eps.
+        eps: Least σ², > 0; the stages' squared units.
+        reduction: `mean` or `sum` over the K branches.
+
+    Raises:
+        UserError: For a stage that a network lacks.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        stages: Sequence[str] = STAGES,
+        initial_variance: float = 5.0,
+        eps: float = 1e-5,
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, context, stages, **options)
+        number("eps", eps, above=0.0)
+        if number("initial_variance", initial_variance) <= eps:
+            raise UserError(
+                f"initial_variance={initial_variance!r} is not allowed; give a number > eps={eps:g}"
+            )
+        self.models = nn.ModuleDict(
+            {
+                pair_key(k, m): nn.ModuleList(
+                    GaussianModel(site.student_shape()[0], site.teacher_shape(m)[0], initial_variance, eps)
+                    for site in self.sites
+                )
+                for k, m in self.pairs
+            }
+        )
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the sum over the stages."""
+        models = cast(nn.ModuleList, self.models[pair_key(k, m)])
+        pairs = zip(models, *self.maps(context, k, m), strict=True)
+        return torch.stack([model(*losses.to_common_size(s, t)) for model, s, t in pairs]).sum()
