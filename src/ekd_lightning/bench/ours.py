@@ -25,7 +25,8 @@ from ekd_lightning.pipeline.sources import source_factory
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.compiling import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed
+from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.schedule import make_optimizer
 from ekd_lightning.training.trainer import build_trainer

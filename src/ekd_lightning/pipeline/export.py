@@ -23,8 +23,8 @@ from ekd_lightning.networks.deployed_model import pack_metadata
 from ekd_lightning.networks.quantize import quantize_onnx
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
-from ekd_lightning.pipeline.finish import read_checkpoint
 from ekd_lightning.runs.record import now
+from ekd_lightning.training.checkpoints import read_checkpoint
 
 EXPORT = "export.json"
 INT8 = "student.int8.onnx"

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.pipeline.result import named_scores
 from ekd_lightning.training.callbacks import EpochReport
+from ekd_lightning.training.checkpoints import read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 
 _CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
@@ -57,20 +56,6 @@ def _test(
     module.test_section = section
     found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]
     return {name.replace(f"{section}/", "test/", 1): value for name, value in found.items()}
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, without unpickling code.
-
-    Raises:
-        UserError: If it is damaged.
-    """
-    try:
-        return dict(torch.load(path, weights_only=True, map_location="cpu"))
-    except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(
-            f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})"
-        ) from None
 
 
 def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:

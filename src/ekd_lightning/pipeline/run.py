@@ -22,7 +22,7 @@ from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.pipeline.choice import choose_teacher
 from ekd_lightning.pipeline.evaluate_run import evaluate_new_run, read_arrays
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
-from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin, read_checkpoint
+from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
 from ekd_lightning.pipeline.sources import source_factory
@@ -40,7 +40,8 @@ from ekd_lightning.tracking.loggers import (
 )
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.allocator import keep_freed_memory
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed
+from ekd_lightning.training.checkpoints import LAST, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
 from ekd_lightning.training.trainer import build_trainer, check_trainer
@@ -210,7 +211,7 @@ def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> lis
 def _resume_point(settings: Settings, directory: Path) -> Path | None:
     if settings.resume is None:
         return None
-    last = directory / CHECKPOINTS / "last.ckpt"
+    last = directory / CHECKPOINTS / LAST
     if not last.is_file():
         log.info("no checkpoint in %s yet: starting from the beginning", directory)
         return None

@@ -20,7 +20,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.settings import Settings
 from ekd_lightning.studies.trials import TuningStudy
-from ekd_lightning.training.callbacks import BEST_METRIC
+from ekd_lightning.training.checkpoints import BEST_METRIC
 from ekd_lightning.training.module import NonFiniteLossError
 
 log = logging.getLogger(__name__)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import safetensors
-import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 
@@ -21,10 +18,13 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.evaluate import score_logits
 from ekd_lightning.evaluation.predict import Predictions, predict
-from ekd_lightning.files import write_bytes, write_json
+from ekd_lightning.files import DamagedFileError, move_folder, read_json, write_json
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
+from ekd_lightning.networks.weights import read_sealed_tensors, write_sealed_tensors
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _FORMAT = 1  # raise it when training changes so that older teachers must not be reused
 _WEIGHTS = "teacher.safetensors"
@@ -65,8 +65,7 @@ class TeacherStore:
 
     def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """What the training of `key` said of its cost; empty where it said nothing."""
-        path = self.path(key).with_name(COST)
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return _kept(self.path(key).with_name(COST), read_json, "its training's cost is not told") or {}
 
     def get_or_train(
         self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork], *, resumable: bool = False
@@ -78,6 +77,10 @@ class TeacherStore:
             train: Trains it; gets the path of a scratch folder that is deleted afterwards.
             resumable: Whether the scratch folder outlives a training that fails or is killed, so that the next one
                 finds its checkpoints there. If not, `train` always starts without one.
+
+        Raises:
+            UserError: If the stored weights are damaged. They are not trained again unasked: that is dear, and runs
+                that learned from them name them by their hash.
         """
         final = self.path(key).parent
         with self._lock(final):
@@ -92,23 +95,29 @@ class TeacherStore:
                     save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
                     write_json(ready / _KEY, dict(key))
                     if (run / COST).is_file():
-                        shutil.copy(run / COST, ready / COST)
-                    os.replace(ready, final)
+                        write_json(ready / COST, read_json(run / COST), sealed=True)
+                    move_folder(ready, final)
                     shutil.rmtree(run, ignore_errors=True)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
-        return load_network(final / _WEIGHTS)
+        try:
+            return load_network(final / _WEIGHTS)
+        except UserError as error:
+            raise UserError(
+                f"{error}; delete the folder {final} to have this teacher trained again"
+            ) from None
 
     def test_scores(
         self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         """Scores of a teacher on a test set, computed once per (teacher, test set)."""
         path = self.root / "scores" / f"{self._of(sha256, images)}.json"
-        if path.is_file():
-            return dict(json.loads(path.read_text()))
+        kept = _kept(path, read_json, "its teacher is scored again")
+        if kept is not None:
+            return kept
         found = self.test_outputs(lambda: network, sha256, images, batch_size, device)
         scores = score_logits(found.logits, images.labels)
-        write_json(path, scores)
+        write_json(path, scores, sealed=True)
         return scores
 
     def test_outputs(
@@ -129,17 +138,19 @@ class TeacherStore:
             device: Where to compute.
         """
         path = self.root / "outputs" / f"{self._of(sha256, images)}.safetensors"
-        found = _read_outputs(path, len(images))  # without a lock: a store may be shared read-only
+
+        def read(path: Path) -> Predictions:
+            return _read_outputs(path, len(images))
+
+        found = _kept(path, read)  # without a lock: a store may be shared read-only
         if found is not None:
             return found
         with self._lock(path, "asking this teacher about the test set"):
-            found = _read_outputs(path, len(images))
+            found = _kept(path, read, "its teacher is asked again")
             if found is None:
                 teacher = network().to(device)
                 found = predict(teacher, images, batch_size=batch_size, device=device)
-                write_bytes(
-                    path, safetensors.torch.save({k: v.contiguous() for k, v in found._asdict().items()})
-                )
+                write_sealed_tensors(path, found._asdict())
         return found
 
     def _of(self, sha256: str, images: ImageSet) -> str:
@@ -169,16 +180,22 @@ class TeacherStore:
             shutil.rmtree(final)  # somebody took the weights away
 
 
-def _read_outputs(path: Path, count: int) -> Predictions | None:
-    """What `test_outputs` kept; None without a file, and, with a warning, for one that is damaged."""
-    if not path.is_file():
-        return None
+def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) -> _T | None:
+    """What a file holds that can be made again; None without it, and for a damaged one, with `instead` as a warning."""
     try:
-        found = Predictions(**safetensors.torch.load_file(str(path)))
-    except (safetensors.SafetensorError, TypeError, OSError) as error:
-        log.warning("%s: damaged, its teacher is asked again (%s)", path, error)
+        return read(path)
+    except FileNotFoundError:
         return None
-    if len(found.logits) != count or len(found.pooled) != count:
-        log.warning("%s: damaged, its teacher is asked again (not %d images)", path, count)
+    except (DamagedFileError, OSError) as error:
+        if instead:
+            log.warning("%s: %s", error, instead)
         return None
-    return found
+
+
+def _read_outputs(path: Path, count: int) -> Predictions:
+    tensors = read_sealed_tensors(path)
+    if tensors.keys() != set(Predictions._fields) or any(
+        part.shape[:1] != (count,) for part in tensors.values()
+    ):
+        raise DamagedFileError(f"{path}: damaged, does not hold what a teacher says of {count} images")
+    return Predictions(**tensors)

@@ -1,59 +1,24 @@
-"""Callbacks every run has: checkpoints, randomness by epoch, and a line of text per epoch."""
+"""Callbacks every run has: randomness by epoch, and a line of text per epoch."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from ekd_lightning.data.order import hash_uniform_u64
+from ekd_lightning.training.checkpoints import BEST_METRIC
 from ekd_lightning.training.module import ImageClassificationModule
 
 log = logging.getLogger(__name__)
 
-BEST_METRIC = "val/accuracy"
 _RANDOMNESS_STREAM = 7  # its own domain, apart from order, views and subsets
-
-
-def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:
-    """`best.ckpt` by validation accuracy (if there is a validation split) and `last.ckpt`, every epoch.
-
-    The order matters: `last` is written after `best`, so it holds the up-to-date best-so-far.
-    """
-    common: dict[str, Any] = {
-        "dirpath": directory,
-        "auto_insert_metric_name": False,
-        "enable_version_counter": False,
-    }
-    callbacks = []
-    if with_best:
-        callbacks.append(
-            ModelCheckpoint(filename="best", monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
-        )
-    callbacks.append(EndOfEpochCheckpoint(filename="last", monitor=None, save_top_k=1, **common))
-    return callbacks
-
-
-class EndOfEpochCheckpoint(ModelCheckpoint):
-    """Saves whole epochs only, whatever stops the training: a resume replays an unfinished epoch from its start."""
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves, unless the training was stopped inside the epoch."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            super().on_train_epoch_end(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing: a validation may come inside an epoch."""
-
-    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
-        return True
 
 
 class EpochSeed(Callback):

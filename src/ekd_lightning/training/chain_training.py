@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
@@ -23,7 +24,8 @@ from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.precision import device_type_of, resolve_precision, teacher_dtype
 from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed
+from ekd_lightning.training.checkpoints import LAST, CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 
 log = logging.getLogger(__name__)
@@ -178,6 +180,7 @@ def _trainer(
         default_root_dir=scratch,
         logger=loggers,
         callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), *callbacks],
+        plugins=[CheckpointWriter()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -187,13 +190,13 @@ def _trainer(
 
 def _last_checkpoint(scratch: Path) -> Path | None:
     """Where an earlier try stopped; None if it left nothing that can be read."""
-    path = scratch / "last.ckpt"
+    path = scratch / LAST
     if not path.is_file():
         return None
     try:
-        step = int(torch.load(path, weights_only=True, map_location="cpu")["global_step"])
-    except Exception as error:  # torch raises many kinds for damaged files
-        warnings.warn(f"{path}: damaged ({type(error).__name__}); this assistant starts again", stacklevel=2)
+        step = int(read_checkpoint(path)["global_step"])
+    except UserError as error:
+        warnings.warn(f"{error}; this assistant starts again", stacklevel=2)
         path.unlink()
         return None
     log.info("going on from %s at step %d", path, step)

@@ -34,7 +34,8 @@ from ekd_lightning.networks import (
 from ekd_lightning.settings import RecipeSettings, TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed, checkpoint_callbacks
+from ekd_lightning.training.callbacks import EpochReport, EpochSeed
+from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks
 from ekd_lightning.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -260,6 +261,7 @@ def train_teacher(
                     EpochSeed(seed),
                     EpochReport(recipe.batch_size),
                 ],
+                plugins=[CheckpointWriter()],
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 num_sanity_val_steps=0,

@@ -11,12 +11,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BaseFinetuning, Callback, ProgressBar, StochasticWeightAveraging
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.teachers.precision import resolve_precision
+from ekd_lightning.training.checkpoints import CheckpointWriter
 
 _OURS = {
     "logger": "use the logger group (logger=wandb, logger.tensorboard=true)",
@@ -83,6 +85,7 @@ def build_trainer(
     if chosen.get("enable_progress_bar") is None:
         own = any(isinstance(callback, ProgressBar) for callback in callbacks)
         chosen["enable_progress_bar"] = own or (sys.stderr.isatty() and not in_sweep)
+    chosen["plugins"] = _plugins(chosen.get("plugins"))
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
@@ -120,3 +123,10 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
         "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _plugins(chosen: Any) -> list[Any]:
+    """The user's plugins, and the one that writes checkpoints unless they brought their own."""
+    plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
+    own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if own else [*plugins, CheckpointWriter()]

@@ -1,0 +1,182 @@
+"""Checkpoints of a training: when they are written, how they get to disk, and how they are read back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import CheckpointIO
+from torch import Tensor
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import SEAL, UNSEALED, remove_parts, require_intact, seal, write_bytes
+
+log = logging.getLogger(__name__)
+
+BEST_METRIC = "val/accuracy"
+LAST = "last.ckpt"
+_SEAL_COMMENT = f"{SEAL}:{UNSEALED}".encode()
+
+
+class CheckpointWriter(CheckpointIO):
+    """Writes checkpoints behind the training; each is the old file or the new one, whatever stops the process.
+
+    A call copies the state to host memory and returns. One thread seals and writes it, in the order of the calls.
+    A call for a file waits until the file's last one is written; `teardown`, which the Trainer calls whenever a
+    training ends, waits for all. What went wrong is raised by the next call.
+
+    One belongs to one Trainer: `pl.Trainer(plugins=[CheckpointWriter()], ...)`.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: dict[Path, Future[None]] = {}
+        self._seen: set[Path] = set()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Takes a copy of the state and starts to write it.
+
+        Args:
+            checkpoint: The state: containers, tensors, numbers and strings.
+            path: The file.
+            storage_options: Not supported.
+
+        Raises:
+            UserError: If an earlier checkpoint could not be written, naming it.
+        """
+        path = Path(path)
+        self._collect(path)
+        if path not in self._seen:
+            self._seen.add(path)
+            remove_parts(path)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._pending[path] = self._thread.submit(write_checkpoint, path, _on_host(checkpoint))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint onto the CPU, whatever `map_location` says, and never unpickles code.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        self._collect(Path(path))
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint."""
+        self._collect(Path(path))
+        Path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            UserError: If a checkpoint could not be written, naming it.
+        """
+        try:
+            self._collect(*self._pending)
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown(wait=True)
+                self._thread = None
+
+    def _collect(self, *paths: Path) -> None:
+        """Waits for the writes of `paths`, and raises what went wrong with those or any other that has ended."""
+        ended = [path for path, write in self._pending.items() if path in paths or write.done()]
+        errors = [self._pending.pop(path).exception() for path in ended]
+        for error in errors:
+            if error is not None:
+                raise error
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes what `torch.load` reads, with a checksum of the whole file in its zip comment.
+
+    Raises:
+        UserError: If the disk refuses, naming the file, which is then as it was.
+    """
+    stream = io.BytesIO()
+    torch.save(checkpoint, stream)
+    stream.seek(-2, io.SEEK_END)  # the length of the comment, 0, is the last that a zip file holds
+    stream.write(len(_SEAL_COMMENT).to_bytes(2, "little") + _SEAL_COMMENT)
+    write_bytes(path, seal(stream.getvalue()))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, without unpickling code; its checksum is checked if it has one.
+
+    Raises:
+        UserError: If it cannot be read or is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    require_intact(path, content)
+    try:
+        return dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise UserError(
+            f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})"
+        ) from None
+
+
+def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:
+    """`best.ckpt` by validation accuracy (if there is a validation split) and `last.ckpt`, every epoch.
+
+    The order matters: `last` is written after `best`, so it holds the up-to-date best-so-far.
+    """
+    common: dict[str, Any] = {
+        "dirpath": directory,
+        "auto_insert_metric_name": False,
+        "enable_version_counter": False,
+    }
+    callbacks = []
+    if with_best:
+        callbacks.append(
+            ModelCheckpoint(filename="best", monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
+        )
+    callbacks.append(EndOfEpochCheckpoint(filename=Path(LAST).stem, monitor=None, save_top_k=1, **common))
+    return callbacks
+
+
+class EndOfEpochCheckpoint(ModelCheckpoint):
+    """Saves whole epochs only, whatever stops the training: a resume replays an unfinished epoch from its start."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves, unless the training was stopped inside the epoch."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: a validation may come inside an epoch."""
+
+    def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
+        return True
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a state in host memory that later steps do not change; containers keep their type."""
+    if isinstance(value, Tensor):
+        found = value.detach()
+        return found.clone() if found.device.type == "cpu" else found.cpu()
+    if isinstance(value, Mapping):
+        new = copy.copy(value)  # with the attributes that a state dict carries
+        for key, item in value.items():
+            new[key] = _on_host(item)  # type: ignore[index]
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(_on_host(item) for item in value)
+    return copy.deepcopy(value)
