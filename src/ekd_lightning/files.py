@@ -17,10 +17,11 @@ from ekd_lightning.errors import UserError
 
 SEAL = "ekd_sha256"
 """The name under which a sealed file holds its checksum."""
-UNSEALED = "0" * 64
-"""What stands for the checksum until `seal` fills it in."""
+_OPEN, _MARK = "0" * 64, "=sealed"
+UNSEALED = _OPEN + _MARK
+"""What stands for the checksum until `seal` fills it in; the mark tells a file whose checksum lost its name."""
 
-_SEALED = re.compile(SEAL.encode() + rb"\W{1,5}([0-9a-f]{64})")
+_SEALED = re.compile(SEAL.encode() + rb"[^0-9a-f]{1,5}([0-9a-f]{64})")
 _PART = ".part-"
 
 
@@ -132,13 +133,13 @@ def is_intact(content: bytes) -> bool | None:
     """Whether the content is what `seal` saw; None if it holds no checksum."""
     place = content.find(SEAL.encode())
     if place < 0:
-        return None
+        return None if content.find(_MARK.encode()) < 0 else False
     found = _SEALED.match(content, place)
     if found is None:
         return False
     start, end = found.span(1)
     view = memoryview(content)
-    return _digest(view[:start], UNSEALED.encode(), view[end:]) == found[1].decode()
+    return _digest(view[:start], _OPEN.encode(), view[end:]) == found[1].decode()
 
 
 def require_intact(path: Path, content: bytes) -> None:

@@ -85,13 +85,14 @@ def test_a_folder_means_its_finished_runs(run):
     partial = shutil.copytree(run, folder / "partial")
     write_json(partial / "result.json", {**read(run), "partial": True})
     broken = shutil.copytree(run, folder / "b")
-    (broken / "student.safetensors").write_bytes(b"half")
+    content = (broken / "student.safetensors").read_bytes()
+    (broken / "student.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     outcome = evaluate(folder, "--force", "--parts", "predictions", directory=folder)
     assert outcome.code == 1
     lines = outcome.err.splitlines()
     assert any("left out 3 of 5 runs, not done or partial" in line for line in lines)
     (said,) = [line for line in lines if line.startswith("ekd-evaluate: error: ")]
-    assert "student.safetensors" in said
+    assert "student.safetensors: damaged or changed" in said
     assert "Traceback" not in outcome.err
     assert "predictions" in outcome.out
     assert read(run)["evaluation_seconds"]["predictions"] > 0

@@ -281,8 +281,10 @@ def test_runs_that_cannot_be_exported(run, tmp_path, capsys):
     provenance["data"]["test_sha256"] = "0" * 64
     (copy / "provenance.json").write_text(json.dumps(provenance))
     assert "not those of the run" in refused(copy)
-    (copy / "student.safetensors").write_bytes(b"broken")
-    assert "student.safetensors" in refused(copy)
+    content = (copy / "student.safetensors").read_bytes()
+    for damaged in (b"broken", content[:-1] + bytes([content[-1] ^ 1])):
+        (copy / "student.safetensors").write_bytes(damaged)
+        assert "student.safetensors: " in refused(copy)
     (copy / "status.json").write_text(json.dumps({"state": "failed", "error": "no luck"}))
     assert "the run is not done, its status is 'failed' (no luck)" in refused(copy)
 

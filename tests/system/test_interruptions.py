@@ -53,11 +53,17 @@ def test_a_damaged_checkpoint_is_one_line(train, resume, tmp_path):
     directory = tmp_path / "run"
     train(directory, "recipe.epochs=2", "trainer.max_epochs=1")
     checkpoint = directory / "checkpoints" / "last.ckpt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    refused = resume(directory, "trainer.max_epochs=2")
-    assert refused.code == 2
-    assert "last.ckpt" in refused.err
-    assert "Traceback" not in refused.err
+    content = checkpoint.read_bytes()
+    middle = len(content) // 2
+    for damaged in (
+        content[:1000],
+        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+    ):
+        checkpoint.write_bytes(damaged)
+        refused = resume(directory, "trainer.max_epochs=2")
+        assert refused.code == 2
+        assert "last.ckpt" in refused.err
+        assert "Traceback" not in refused.err
 
 
 def test_a_logger_in_trouble_does_not_cost_the_result(tmp_path, caplog):

@@ -51,10 +51,11 @@ def load_network(path: str | Path) -> StagedNetwork:
         UserError: when the file is missing, damaged, not a network of ours, or does not fit its spec.
     """
     path = Path(path)
+    tensors = _read_tensors(path)  # first: a damaged description might ask for a network of any size
     spec = NetworkSpec.from_dict(_read_spec(path, "network"))
     with torch.random.fork_rng(devices=[]):
         network = build_network(spec)
-    _fill(path, network)
+    _fill(path, network, tensors)
     return network.eval()
 
 
@@ -81,6 +82,7 @@ def load_student(path: str | Path) -> BranchedStudent:
         UserError: when the file is missing, damaged, not a student of ours, or does not fit itself.
     """
     path = Path(path)
+    tensors = _read_tensors(path)
     arguments = _read_spec(path, "student")
     try:
         spec = NetworkSpec.from_dict(arguments.pop("spec"))
@@ -88,7 +90,7 @@ def load_student(path: str | Path) -> BranchedStudent:
             student = BranchedStudent(spec, **arguments)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its description of the student is damaged ({error})") from None
-    _fill(path, student)
+    _fill(path, student, tensors)
     return student.eval()
 
 
@@ -224,9 +226,17 @@ def _read_spec(path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"{path}: its description of the {kind} is damaged ({_line(error)})") from None
 
 
-def _fill(path: Path, module: nn.Module) -> None:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    _require_file(path)
     try:
-        module.load_state_dict(read_sealed_tensors(path), strict=True)
+        return read_sealed_tensors(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit its own description ({_line(error)})") from None
 
