@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
-from ekd_lightning.reporting import answer_words
+from ekd_lightning.reporting import answer_remarks, answer_words
 from ekd_lightning.reporting.answer import answer, answers, judge, lead, spoken_of
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, holm, paired
@@ -169,7 +169,7 @@ def test_a_larger_network_is_no_competitor_and_equal_cost_means_macs():
     found = told(*study(), *runs)
     assert "equal_cost" not in {finding.role for finding in found.findings}
     assert of(found, "best").other.label == "kd_mean"
-    assert answer_words.no_equal_cost() in found.remarks
+    assert answer_remarks.NO_EQUAL_COST in found.remarks
     without_teachers = [entry(result("ce", s, 0.9, student="resnet14"), f"ce{s}") for s in range(3)]
     assert "equal_cost" not in {finding.role for finding in told(*study(), *without_teachers).findings}
 
@@ -365,7 +365,9 @@ def test_the_size_of_chance():
 def test_few_runs_and_runs_that_do_not_count_are_told():
     failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "running")]
     remarks = told(*study(), *failed).remarks
-    assert answer_words.few(3) in remarks
+    assert any(
+        one.startswith("Some of these comparisons rest on n = 3 (fewer than 5 pairs)") for one in remarks
+    )
     assert (
         "Not counted here: of the runs of this block 1 failed and 1 are still running or were killed."
         in remarks

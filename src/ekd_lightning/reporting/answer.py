@@ -1,4 +1,4 @@
-"""The answer in words: does EKD help, by how much, at what cost. Every number in it is computed from the runs.
+"""Answer in words: does EKD help, by how much, at what cost. Every number in it is computed from the runs.
 
 EKD is compared, by seed, with those that a claim about it has to stand up to. A verdict needs a p value below
 0.05 after Holm's correction: over the named controls of the block for these, over all other methods for the best of
@@ -64,7 +64,7 @@ class Answer:
 
 def answers(blocks: Sequence[Block]) -> list[Answer]:
     """The answer of each block in which a run is done."""
-    return [answer(block) for block in blocks if any(group.n for group in block.groups)]
+    return [answer(block) for block in blocks if block.done]
 
 
 def answer(block: Block) -> Answer:
@@ -99,13 +99,13 @@ def spoken_of(block: Block) -> Group | None:
 
     With one branch EKD is plain distillation, so that speaks for it only where there is nothing else.
     """
-    own = branched([group for group in block.groups if group.method == "ekd" and group.n])
+    own = branched([group for group in block.done if group.method == "ekd"])
     if not own:
         return None
     students = Counter(group.student for group in own)
     most = max(students.values())
     usual = min(
-        (g for g in own if students[g.student] == most), key=lambda g: (_macs(g) or 0.0, g.label)
+        (g for g in own if students[g.student] == most), key=lambda g: (g.mean("macs") or 0.0, g.label)
     ).student
     return strongest([group for group in own if group.student == usual])
 
@@ -116,17 +116,7 @@ def strongest(groups: Sequence[Group]) -> Group | None:
     Groups with a single run are left aside where others have more.
     """
     several = [group for group in groups if group.n > 1]
-    return max(several or groups, key=lambda group: _mean(group, "val_accuracy"), default=None)
-
-
-def _mean(group: Group, key: str) -> float:
-    cell = group.values(key)
-    return cell.mean if cell else -1.0
-
-
-def _macs(group: Group) -> float | None:
-    cell = group.values("macs")
-    return cell.mean if cell else None
+    return max(several or groups, key=lambda group: group.mean("val_accuracy") or -1.0, default=None)
 
 
 def _control(method: str, *, branched: bool = False) -> Callable[[Block, Group], Group | None]:
@@ -136,11 +126,8 @@ def _control(method: str, *, branched: bool = False) -> Callable[[Block, Group],
         shape = _shape(subject) if branched else (1, None)
         alike = [
             group
-            for group in block.groups
-            if group.n
-            and group.method == method
-            and _shape(group) == shape
-            and _network(group) == _network(subject)
+            for group in block.done
+            if group.method == method and _shape(group) == shape and _network(group) == _network(subject)
         ]
         taught = [group for group in alike if group.taught_by == subject.taught_by]
         return strongest(taught or alike)
@@ -159,18 +146,17 @@ def _network(group: Group) -> tuple[str | None, str]:
 
 def _equal_cost(block: Block, subject: Group) -> Group | None:
     """The strongest plain student with teachers whose MACs are those of EKD's."""
-    cost = _macs(subject)
+    cost = subject.mean("macs")
     if not cost:
         return None
     return strongest(
         [
             group
-            for group in block.groups
-            if group.n
-            and group.num_branches == 1
+            for group in block.done
+            if group.num_branches == 1
             and group.taught_by
             and group.method != "ekd"
-            and abs((_macs(group) or 0.0) / cost - 1) <= SAME_COST
+            and abs((group.mean("macs") or 0.0) / cost - 1) <= SAME_COST
         ]
     )
 
@@ -205,23 +191,21 @@ def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Gr
     Returns:
         The comparison, and the others that have not enough runs to be compared, but a higher test accuracy.
     """
-    cost = _macs(subject)
+    cost = subject.mean("macs")
     others = {
         group.label: group
-        for group in block.groups
-        if group.n
-        and not group.method.startswith("ekd")
-        and (not cost or (_macs(group) or 0.0) <= cost * (1 + SAME_COST))
+        for group in block.done
+        if not group.method.startswith("ekd")
+        and (not cost or (group.mean("macs") or 0.0) <= cost * (1 + SAME_COST))
     }
     if not others:
         return None, []
     found = _minus(others, subject)
     tested = [label for label, difference in found.items() if difference.std is not None]
     picked = tested or list(others)
-    best = max((others[label] for label in picked), key=lambda group: _mean(group, _ACCURACY))
-    above = [
-        g for g in others.values() if g.label not in picked and _mean(g, _ACCURACY) > _mean(best, _ACCURACY)
-    ]
+    best = max((others[label] for label in picked), key=lambda group: group.mean(_ACCURACY) or 0.0)
+    reached = best.mean(_ACCURACY) or 0.0
+    above = [g for g in others.values() if g.label not in picked and (g.mean(_ACCURACY) or 0.0) > reached]
     called = answer_words.best_of(best, len(picked), left=len(others) - len(picked))
     return _finding("best", best, subject, found.get(best.label), called, len(tested)), above
 

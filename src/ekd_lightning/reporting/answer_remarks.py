@@ -1,17 +1,28 @@
-"""What else a block says of EKD: its settings, its cost, its heterogeneity, and what is missing to be sure."""
+"""Remarks on a block: the settings of EKD, its cost, its heterogeneity, and what is missing to be sure."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
-from ekd_lightning.reporting import answer_words
-from ekd_lightning.reporting.answer_words import listed, plural, share
+from ekd_lightning.reporting.answer_words import SUBJECT, listed, plural, points, share
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, corrected, paired, paired_by_seed
+from ekd_lightning.reporting.estimates import (
+    SIGNIFICANCE,
+    Difference,
+    Estimate,
+    corrected,
+    paired,
+    paired_by_seed,
+)
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
+
+NO_EQUAL_COST = (
+    "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
+    "comes from the method or from the larger network is open."
+)
 
 
 def remarks(
@@ -25,23 +36,32 @@ def remarks(
         controls: Those it was compared with, by role.
         differences: All differences that were told.
     """
-    siblings = [
-        group
-        for group in block.groups
-        if group.method == "ekd" and group.n and group.student == subject.student
-    ]
+    siblings = [group for group in block.done if group.method == "ekd" and group.student == subject.student]
     able = branched(siblings)
-    found = [answer_words.chosen(subject, able)] if len(able) > 1 else []
+    found = [_chosen(subject, able)] if len(able) > 1 else []
     found += [_trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), _disagreement(subject, controls)]
     found += [_margin(subject, controls), _chance(block, subject)]
     if "equal_cost" not in controls:
-        found.append(answer_words.no_equal_cost())
+        found.append(NO_EQUAL_COST)
     pairs = [difference.n for difference in differences if difference is not None and difference.n > 1]
     if pairs and min(pairs) < FEW:
-        found.append(answer_words.few(min(pairs)))
+        found.append(
+            f"Some of these comparisons rest on n = {min(pairs)} (fewer than {FEW} pairs): their intervals presume "
+            "that differences are normal, and cannot check it."
+        )
     found.append(_not_done(block))
     return [sentence for sentence in found if sentence]
+
+
+def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
+    """How the group of EKD was chosen from several, itself among them."""
+    several = " and several branches" if (subject.num_branches or 1) > 1 else ""
+    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} is spoken of: it "
+    if subject.values("val_accuracy") is None:
+        return f"{start}comes first; validation accuracies are not recorded. The test set had no part in the choice."
+    among = " of those with several runs" if any(g.n == 1 for g in siblings) and subject.n > 1 else ""
+    return f"{start}has the highest validation accuracy{among}. The test set had no part in the choice."
 
 
 def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
@@ -61,7 +81,26 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     best = max(cells, key=lambda count: cells[count].mean)
     found = _every_pair({count: group.by_seed("test_accuracy") for count, group in own.items()})
     apart = {count: _apart(found.get(_pair(count, best))) for count in cells if count != best}
-    return answer_words.trend(letter, cells, best, apart)
+    return _trend_words(letter, cells, best, apart)
+
+
+def _trend_words(
+    letter: str, accuracies: Mapping[int, Estimate], best: int, apart: Mapping[int, bool | None]
+) -> str:
+    """Accuracy over K or M, and whether each other number can be told from the best; None without enough runs."""
+    words = {"K": "branches", "M": "teachers"}
+    numbers = ", ".join(
+        f"{letter} = {number}: {share(cell.mean)} % (n = {cell.n})"
+        for number, cell in sorted(accuracies.items())
+    )
+    below = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told]
+    equal = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is False]
+    unknown = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is None]
+    parts = [f"highest is {letter} = {best}"]
+    parts += [f"{listed(below)} can be told to be lower"] if below else []
+    parts += [f"{listed(equal)} cannot be told apart from it"] if equal else []
+    parts += [f"not enough runs for {listed(unknown)}"] if unknown else []
+    return f"Number of {words[letter]}: {numbers}; {', '.join(parts)}."
 
 
 def _every_pair(values: Mapping[int, Mapping[int, float]]) -> dict[str, Difference]:
@@ -94,16 +133,17 @@ def _apart(difference: Difference | None) -> bool | None:
 
 
 def _cost(subject: Group, plain: Group | None) -> str:
-    cells = [subject.values(key) for key in ("num_parameters", "macs", "train_seconds")]
-    if any(cell is None for cell in cells):
+    keys = ("num_parameters", "macs", "train_seconds")
+    found = [subject.mean(key) for key in keys]
+    if None in found:
         return ""
-    parameters, macs, seconds = (cell.mean for cell in cells if cell is not None)
+    parameters, macs, seconds = (value or 0.0 for value in found)
     times = ["", "", ""]
     if plain is not None and plain.label != subject.label:
-        theirs = [plain.values(key) for key in ("num_parameters", "macs", "train_seconds")]
+        theirs = [plain.mean(key) for key in keys]
         times = [
-            f" ({ours / cell.mean:.1f} × the plain student)" if cell and cell.mean else ""
-            for ours, cell in zip((parameters, macs, seconds), theirs, strict=True)
+            f" ({(ours or 0.0) / other:.1f} × the plain student)" if other else ""
+            for ours, other in zip(found, theirs, strict=True)
         ]
     return (
         f"Cost: {parameters:,.0f} parameters{times[0]}, {macs / 1e6:.1f} M MACs{times[1]}, {seconds:.0f} s of "
@@ -117,12 +157,16 @@ def _ensemble(subject: Group) -> str:
         ("test_gain_over_mean_branch", "their mean"),
         ("test_gain_over_best_branch", "the best of them on the test set"),
     ):
-        cell = subject.values(key)
-        if cell is not None:
-            low_high = " to ".join(map(answer_words.points, (cell.low, cell.high)))
-            within = "not enough runs for an interval" if cell.std is None else f"95 % interval {low_high}"
-            parts.append(f"minus {what} {answer_words.points(cell.mean)} points ({within}, n = {cell.n})")
+        if gain := subject.values(key):
+            within = _interval(gain, points)
+            parts.append(f"minus {what} {points(gain.mean)} points ({within}, n = {gain.n})")
     return f"Accuracy of the ensemble of branches {', '.join(parts)}." if parts else ""
+
+
+def _interval(value: Estimate, words: Callable[[float], str]) -> str:
+    if value.half is None:
+        return "not enough runs for an interval"
+    return f"95 % interval {words(value.low)} to {words(value.high)}"
 
 
 def _disagreement(subject: Group, controls: Mapping[str, Group]) -> str:
@@ -132,35 +176,31 @@ def _disagreement(subject: Group, controls: Mapping[str, Group]) -> str:
     text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
     control = controls.get("mean_teacher")
     theirs = control.values("test_disagreement") if control else None
-    if theirs is None:
-        return f"{text}."
-    return (
-        f"{text}; where all branches imitate the mean teacher it is {share(theirs.mean)} % "
-        f"(n = {plural(theirs.n, 'run')})."
-    )
+    if theirs is not None:
+        text += (
+            f"; where all branches imitate the mean teacher it is {share(theirs.mean)} % "
+            f"(n = {plural(theirs.n, 'run')})"
+        )
+    return f"{text}."
 
 
 def _margin(subject: Group, controls: Mapping[str, Group]) -> str:
     """The paper's explanation in one number: is a branch more like its own teacher than like the others?"""
-    key = "test_own_teacher_cka_margin"
-    cell = subject.values(key)
-    if cell is None:
+    ours = subject.values("test_own_teacher_cka_margin")
+    if ours is None:
         return ""
-    within = "not enough runs for an interval"
-    if cell.std is not None:
-        within = f"95 % interval {_signed(cell.low)} to {_signed(cell.high)}"
     text = (
-        f"Linear CKA of a branch's features with its own teacher's minus that with the others': {_signed(cell.mean)} "
-        f"({within}, n = {plural(cell.n, 'run')})"
+        f"Linear CKA of a branch's features with its own teacher's minus that with the others': {_signed(ours.mean)} "
+        f"({_interval(ours, _signed)}, n = {plural(ours.n, 'run')})"
     )
     control = controls.get("mean_teacher")
     theirs = control.values("test_one_to_one_cka_margin") if control else None
-    if theirs is None:
-        return f"{text}."
-    return (
-        f"{text}; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
-        f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})."
-    )
+    if theirs is not None:
+        text += (
+            "; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
+            f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})"
+        )
+    return f"{text}."
 
 
 def _signed(value: float) -> str:
@@ -171,9 +211,8 @@ def _chance(block: Block, subject: Group) -> str:
     """EKD with its teachers shifted differs from EKD by chance alone: its distance shows how large chance is."""
     shifted = [
         group
-        for group in block.groups
+        for group in block.done
         if group.method == "ekd_permuted"
-        and group.n
         and (group.student, group.num_branches, group.taught_by)
         == (subject.student, subject.num_branches, subject.taught_by)
         and _same_settings(group, subject)
@@ -187,7 +226,7 @@ def _chance(block: Block, subject: Group) -> str:
     spread = f" ± {share(found.std)}" if found.std is not None else ""
     return (
         f"For the size of chance: with its teachers shifted by one branch ({shifted[0].label}), which should change "
-        f"nothing, EKD differs by {answer_words.points(found.mean)}{spread} points "
+        f"nothing, EKD differs by {points(found.mean)}{spread} points "
         f"(n = {plural(found.n, 'pair')} of runs)."
     )
 

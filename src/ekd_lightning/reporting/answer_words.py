@@ -1,11 +1,11 @@
-"""Sentences of the answer, made from numbers; which numbers, `answer` decides."""
+"""Words of the answer: its sentences, made from numbers; which numbers, `answer` decides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ekd_lightning.reporting.estimates import Difference, Estimate, p_value
-from ekd_lightning.reporting.groups import FEW, Group
+from ekd_lightning.reporting.estimates import Difference, p_value
+from ekd_lightning.reporting.groups import Group
 
 SUBJECT = "EKD"
 ROLES = {
@@ -186,60 +186,3 @@ def best_of(other: Group, count: int, left: int = 0) -> str:
     """
     among = f"the best of {count} others" if count > 1 else "the only other"
     return f"{other.label} ({among}{' with enough runs' if left else ''} at no more cost)"
-
-
-def no_equal_cost() -> str:
-    """The remark for a block without the control that decides."""
-    return (
-        "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
-        "comes from the method or from the larger network is open."
-    )
-
-
-def chosen(subject: Group, siblings: Sequence[Group]) -> str:
-    """How the group of EKD was chosen from several.
-
-    Args:
-        subject: The group.
-        siblings: All that it was chosen from, itself among them.
-    """
-    several = " and several branches" if (subject.num_branches or 1) > 1 else ""
-    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} is spoken of: it "
-    if subject.values("val_accuracy") is None:
-        return f"{start}comes first; validation accuracies are not recorded. The test set had no part in the choice."
-    among = " of those with several runs" if any(g.n == 1 for g in siblings) and subject.n > 1 else ""
-    return f"{start}has the highest validation accuracy{among}. The test set had no part in the choice."
-
-
-def trend(
-    letter: str, accuracies: Mapping[int, Estimate], best: int, apart: Mapping[int, bool | None]
-) -> str:
-    """Accuracy over K or M.
-
-    Args:
-        letter: `K` or `M`.
-        accuracies: By number of branches or teachers.
-        best: The number with the highest accuracy.
-        apart: For each other number, whether it can be told from the best; None without enough runs.
-    """
-    words = {"K": "branches", "M": "teachers"}
-    numbers = ", ".join(
-        f"{letter} = {number}: {share(cell.mean)} % (n = {cell.n})"
-        for number, cell in sorted(accuracies.items())
-    )
-    below = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told]
-    equal = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is False]
-    unknown = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is None]
-    parts = [f"highest is {letter} = {best}"]
-    parts += [f"{listed(below)} can be told to be lower"] if below else []
-    parts += [f"{listed(equal)} cannot be told apart from it"] if equal else []
-    parts += [f"not enough runs for {listed(unknown)}"] if unknown else []
-    return f"Number of {words[letter]}: {numbers}; {', '.join(parts)}."
-
-
-def few(smallest: int) -> str:
-    """The remark for few runs."""
-    return (
-        f"Some of these comparisons rest on n = {smallest} (fewer than {FEW} pairs): their intervals presume that "
-        "differences are normal, and cannot check it."
-    )

@@ -109,6 +109,11 @@ class Group:
         """A figure over the runs that have it; None if none has."""
         return estimate(self.by_seed(key, *index).values())
 
+    def mean(self, key: str) -> float | None:
+        """Mean of a figure over the runs that have it; None if none has."""
+        found = self.values(key)
+        return found.mean if found else None
+
     def per_item(self, key: str) -> list[Estimate]:
         """A field that is a list of numbers, entry by entry, up to the first that no run has."""
         found: list[Estimate] = []
