@@ -86,8 +86,8 @@ def test_one_pair_is_not_enough():
         "(70.00 against 60.00 %)."
     )
     assert found.headline == (
-        "cifar10, 10 % of the training images: EKD reaches 70.00 % test accuracy (mean of n = 1 run); not enough runs "
-        "to say whether it helps."
+        "cifar10, 10 % of the training images (5,000): EKD reaches 70.00 % test accuracy (mean of n = 1 run); not "
+        "enough runs to say whether it helps."
     )
 
 
@@ -133,10 +133,10 @@ def test_every_control_is_named_by_its_role():
         ("best", "kd_mean, resnet14", "behind"),
     ]
     assert found.headline == (
-        "cifar10, 10 % of the training images: EKD reaches 74.00 % test accuracy (mean of n = 5 runs). It beats the "
-        "plain student, the plain student taught by the mean of the teachers and the branched student without "
-        "teachers; it loses to the plain student of equal cost and the best other method; it cannot be told apart "
-        "from the branched student whose branches all imitate the mean teacher."
+        "cifar10, 10 % of the training images (5,000): EKD reaches 74.00 % test accuracy (mean of n = 5 runs). It "
+        "beats the plain student, the plain student taught by the mean of the teachers and the branched student "
+        "without teachers; it loses to the plain student of equal cost and the best other method; it cannot be told "
+        "apart from the branched student whose branches all imitate the mean teacher."
     )
     controls = {**accuracies, "big": big}
     names = ("ce", "kd_mean", "big", "branched_ce", "ekd_mean")
@@ -186,14 +186,14 @@ def test_no_run_of_ekd():
     found = told(*study({"ce": (0.6, 0.7)}))
     assert (found.subject, found.findings) == (None, ())
     assert found.headline == (
-        "cifar10, 10 % of the training images: no run of EKD is done, so nothing can be said of it."
+        "cifar10, 10 % of the training images (5,000): no run of EKD is done, so nothing can be said of it."
     )
 
 
 def test_ekd_alone():
     assert told(*study({"ekd": EKD})).headline == (
-        "cifar10, 10 % of the training images: EKD reaches 73.67 % test accuracy (mean of n = 3 runs); no run of "
-        "another method is done to say whether it helps."
+        "cifar10, 10 % of the training images (5,000): EKD reaches 73.67 % test accuracy (mean of n = 3 runs); no run "
+        "of another method is done to say whether it helps."
     )
 
 
@@ -212,7 +212,7 @@ def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
     found = told(*grid(lambda K, M, s: 0.9 - K / 100 - M / 50 + s / 500))
     assert found.subject.label == "ekd, K=3, M=2"
     assert found.headline.startswith(
-        "cifar10, 10 % of the training images: EKD (ekd, K=3, M=2) reaches 83.20 %"
+        "cifar10, 10 % of the training images (5,000): EKD (ekd, K=3, M=2) reaches 83.20 %"
     )
     assert (
         "Of 4 settings of EKD with this student and several branches, ekd, K=3, M=2 is spoken of: it has the highest "

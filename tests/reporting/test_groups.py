@@ -206,9 +206,9 @@ def test_another_protocol_is_another_block(field, value):
 def test_data_sets_and_fractions_are_blocks():
     groups = group(collection(*study(), *study(fraction=0.05), *study(data="cifar100")))
     assert [block.title for block in blocks(groups)] == [
-        "cifar10, 5 % of the training images",
-        "cifar10, 10 % of the training images",
-        "cifar100, 10 % of the training images",
+        "cifar10, 5 % of the training images (2,500)",
+        "cifar10, 10 % of the training images (5,000)",
+        "cifar100, 10 % of the training images (5,000)",
     ]
 
 

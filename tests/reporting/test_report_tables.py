@@ -57,13 +57,14 @@ def test_data_sets_and_protocols_have_tables_of_their_own_and_a_note_says_so():
     page = markdown(found)
     heads = [row for row in page.splitlines() if row.startswith("## ")]
     assert heads[:3] == [
-        "## cifar10, 10 % of the training images, steps 140",
-        "## cifar10, 10 % of the training images, steps 9",
-        "## digits, 10 % of the training images",
+        "## cifar10, 10 % of the training images (5,000), steps 140",
+        "## cifar10, 10 % of the training images (5,000), steps 9",
+        "## digits, 10 % of the training images (5,000)",
     ]
     assert found.notes == (
         "cifar10, 10 %: runs went 2 different ways and are kept apart, never averaged or compared across: "
-        "cifar10, 10 % of the training images, steps 140; cifar10, 10 % of the training images, steps 9",
+        "cifar10, 10 % of the training images (5,000), steps 140; "
+        "cifar10, 10 % of the training images (5,000), steps 9",
     )
     assert found.notes[0] in page
     assert [one["n"] for block in summary(found)["blocks"] for one in block["rows"]] == [3] * 11

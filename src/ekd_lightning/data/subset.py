@@ -26,7 +26,8 @@ class Subset:
         train_index: int64, sorted positions in the whole training set.
         val_index: int64, sorted, disjoint from train_index; may be empty.
         sha256: Hex SHA-256 over both index lists.
-        fraction: Share of the whole training set that was chosen, validation included.
+        fraction: Share of the whole training set, validation included, as it was asked for (the number of images is
+            rounded class by class); with `per_class` the share that it comes to.
         per_class: Images per class where that was asked for, else None.
         seed: Seed of the choice.
     """
@@ -99,7 +100,7 @@ def choose_subset(
         train_index=torch.from_numpy(train),
         val_index=torch.from_numpy(val),
         sha256=_hash(train, val),
-        fraction=(len(train) + len(val)) / len(labels),
+        fraction=(len(train) + len(val)) / len(labels) if per_class is not None else float(fraction or 1),
         per_class=per_class,
         seed=seed,
     )

@@ -73,7 +73,7 @@ def describe_export(
         },
         "data": {
             "name": data.name,
-            "fraction": context.result.get("fraction"),
+            "fraction": context.settings.data.fraction or context.result.get("fraction"),
             "num_train_images": len(context.subset.train_index),
             "num_val_images": len(context.subset.val_index),
             "subset_sha256": context.subset.sha256,

@@ -93,7 +93,8 @@ def _block(place: Place, groups: Sequence[Group], number: int, apart: Sequence[s
 def _what(protocol: Protocol) -> str:
     if protocol.fraction is None:
         return protocol.data
-    return f"{protocol.data}, {100 * protocol.fraction:.4g} % of the training images"
+    share = f"{protocol.data}, {100 * protocol.fraction:.4g} % of the training images"
+    return share if protocol.num_images is None else f"{share} ({protocol.num_images:,})"
 
 
 def _apart(same: Sequence[Place]) -> list[str]:

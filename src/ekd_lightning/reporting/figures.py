@@ -47,11 +47,13 @@ def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Loo
         fs.points(
             axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label
         )
-    ticks = sorted({100 * (group.fraction or 0) for line in lines.values() for group in line})
+    ticks = {
+        100 * (group.fraction or 0): group.protocol.num_images for line in lines.values() for group in line
+    }
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axes.set_xticks([*ticks], [f"{t:.4g}\n({n:,})" if n else f"{t:.4g}" for t, n in ticks.items()])
     axes.minorticks_off()
-    axes.set(xlabel="training images, %", ylabel=ACCURACY)
+    axes.set(xlabel="training images, % (number)", ylabel=ACCURACY)
     fs.limit_accuracy(axes, [accuracy(group) for line in lines.values() for group in line])
     fs.legend_above(axes)
 
@@ -119,8 +121,15 @@ def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
 def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: Looks, named: set[str]) -> None:
     front = _front(groups, key)
     xs, ys = zip(*front, strict=True)
-    ys = [100 * y for y in ys]
-    axes.step(xs, ys, where="post", color=fs.GREY, linestyle="--", linewidth=1, label="Pareto front")
+    axes.step(
+        xs,
+        [100 * y for y in ys],
+        where="post",
+        color=fs.GREY,
+        linestyle="--",
+        linewidth=1,
+        label="Pareto front",
+    )
     places = beside([_cost(group, key) for group in groups])
     for group, place in zip(groups, places, strict=True):
         value, known = accuracy(group), group.label in named

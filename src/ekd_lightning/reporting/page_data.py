@@ -16,6 +16,7 @@ from ekd_lightning.reporting.estimates import Difference, Estimate
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
 from ekd_lightning.runs.collection import PROVENANCE, RunEntry
+from ekd_lightning.runs.protocol import Protocol
 
 MAIN = "main"
 """Name of the reference that the report takes for a block; further ones go by their label."""
@@ -107,6 +108,7 @@ def _group(
         "data": group.data,
         "method": group.method,
         "fraction": None if group.fraction is None else plain(group.fraction),
+        "images": group.protocol.num_images,
         "student": group.student,
         "teachers": group.num_teachers,
         "branches": group.num_branches,
@@ -212,6 +214,7 @@ def _run(run: RunEntry, key: str) -> dict[str, Any]:
         "name": run.name,
         "state": run.state,
         "error": run.error and short_paths(run.error),
+        "images": Protocol.of(run).num_images,
         **numbers,
     }
 

@@ -225,7 +225,13 @@ def _entry(
         missing = f"done, but without a {RESULT}" if status else "ended before it had a record"
         return RunEntry(directory, name, "failed", error=missing, time=time)
     check_result(result)
-    return RunEntry(directory, name, "partial" if result.get("partial") else "done", result, time=time)
+    entry = RunEntry(directory, name, "partial" if result.get("partial") else "done", result, time=time)
+    asked = entry.setting("data.fraction")
+    if isinstance(
+        asked, (int, float)
+    ):  # version 0.1 recorded the share that the rounded number of images came to
+        result["fraction"] = asked
+    return entry
 
 
 class _NotOursError(ValueError):

@@ -41,6 +41,11 @@ class Protocol:
         return cls(**values)
 
     @property
+    def num_images(self) -> int | None:
+        """Images of the subset, those of the validation split among them; None where that was not recorded."""
+        return None if self.num_train_images is None else self.num_train_images + (self.num_val_images or 0)
+
+    @property
     def family(self) -> tuple[Any, ...]:
         """The protocol but for what follows from the fraction: points of one curve over fractions share it."""
         follows = ("fraction", "subset_sha256", "num_train_images", "num_val_images", "steps")

@@ -155,14 +155,15 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
         )
     if panels.confusion is not None:
         # The preset from the counts: W&B's own helper wants N labels, and mixes classes up that never occur.
-        names, columns = panels.class_names, ["Actual", "Predicted", "nPredictions"]
+        names = panels.class_names
+        columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
         rows = [
             [names[i], names[j], int(n)] for i, row in enumerate(panels.confusion) for j, n in enumerate(row)
         ]
         media["evaluation/confusion"] = wandb.plot_table(
             "wandb/confusion_matrix/v1",
             wandb.Table(columns=columns, data=rows),
-            fields={column: column for column in columns},
+            fields={str(column): str(column) for column in columns},
             string_fields={"title": "confusion of the ensemble output"},
         )
     if panels.examples:

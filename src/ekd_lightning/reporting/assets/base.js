@@ -44,7 +44,8 @@ const ends = ({ mean: middle, half }, kind) =>
   `[${format(middle - half, kind)}, ${format(middle + half, kind)}]`;
 const pValue = (p) => (!known(p) ? "" : p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
-const share = (fraction) => `${Number((100 * fraction).toPrecision(4))} %`;
+const share = (fraction, images) =>
+  `${Number((100 * fraction).toPrecision(4))} %${images ? ` (${images.toLocaleString("en")})` : ""}`;
 const compare = (a, b) =>
   typeof a === "number" && typeof b === "number"
     ? a - b

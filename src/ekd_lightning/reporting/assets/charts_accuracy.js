@@ -26,6 +26,7 @@ function byFraction({ groups, look }) {
   if (!drawn.length) return { missing: "accuracy against images (needs one method at two fractions)" };
   const kept = drawn.slice(0, MOST_LINES);
   const ticks = distinct(kept.flatMap(([, own]) => own.map((one) => one.fraction)));
+  const images = new Map(kept.flatMap(([, own]) => own.map((one) => [one.fraction, one.images])));
   const traces = kept.flatMap(([name, own]) =>
     bandTraces(
       name,
@@ -40,10 +41,10 @@ function byFraction({ groups, look }) {
   return {
     traces,
     layout: layout(
-      axis("training images, %", {
+      axis("training images, % (number)", {
         type: "log",
         tickvals: ticks.map((f) => 100 * f),
-        ticktext: ticks.map((f) => String(Number((100 * f).toPrecision(4)))),
+        ticktext: ticks.map((f) => share(f, images.get(f)).replace(" %", "")),
       }),
       accuracyAxis(kept.flatMap(([, own]) => own.map(accuracy))),
     ),
@@ -51,7 +52,7 @@ function byFraction({ groups, look }) {
     table: {
       head: ["Method, images", "Accuracy %", "95 % interval", "n"],
       rows: kept.flatMap(([name, own]) =>
-        own.map((one) => valueRow(`${name}, ${share(one.fraction)}`, accuracy(one))),
+        own.map((one) => valueRow(`${name}, ${share(one.fraction, one.images)}`, accuracy(one))),
       ),
     },
   };

@@ -143,7 +143,7 @@ class Rows {
       title,
       number: typeof this.payload.groups[0]?.[key] === "number",
       value: (row) => row[key],
-      cell: (row) => (known(row[key]) ? write(row[key]) : DASH),
+      cell: (row) => (known(row[key]) ? write(row[key], row) : DASH),
     });
     const varies = (column) => distinct(this.payload.groups.map((row) => row[column.key])).length > 1;
     const shared = [
@@ -151,7 +151,9 @@ class Rows {
       text("student", "Student", "the student's network"),
     ].filter(varies);
     const counts = [
-      text("fraction", "Images", "share of the training images", share),
+      text("fraction", "Images", "share and number of the training images", (value, row) =>
+        share(value, row.images),
+      ),
       text("branches", "K", "branches"),
       text("teachers", "M", "teachers"),
     ].filter(varies);

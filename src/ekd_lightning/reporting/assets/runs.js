@@ -31,7 +31,7 @@ class Runs {
       },
       field("data", "Data", false, plain("data")),
       field("method", "Method", false, plain("method")),
-      field("fraction", "Images", true, (run) => (known(run.fraction) ? share(run.fraction) : DASH)),
+      field("fraction", "Images", true, (run) => (known(run.fraction) ? share(run.fraction, run.images) : DASH)),
       field("branches", "K", true, plain("branches")),
       field("teachers", "M", true, plain("teachers")),
       field("seed", "Seed", true, plain("seed")),

@@ -1,0 +1,73 @@
+"""A share of the training images is called what was asked for, with the number of images beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from made_runs import result, write_run
+
+from ekd_lightning.data import choose_subset
+from ekd_lightning.data.digits import read_digits
+from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.result import describe_run
+from ekd_lightning.pipeline.run import run_name
+from ekd_lightning.reporting import figure_style as fs
+from ekd_lightning.reporting import figures, report_tables
+from ekd_lightning.reporting.page_data import page_data
+from ekd_lightning.reporting.report import make_report, summary
+from ekd_lightning.runs.collection import collect
+
+OLD = Path(__file__).parents[1] / "fixtures" / "runs_0_1"
+
+
+def test_a_subset_knows_the_share_that_was_asked_for():
+    labels = read_digits().train.labels
+    assert choose_subset(labels, fraction=0.3).fraction == 0.3  # 433 of 1,437 images
+    assert choose_subset(labels).fraction == 1
+    assert choose_subset(labels, per_class=10).fraction == pytest.approx(100 / len(labels))
+
+
+def test_a_run_is_named_by_it(tiny_settings):
+    settings = tiny_settings("data.fraction=0.3", "method=ce", "student.branches=1")
+    facts = describe_run(settings, prepare(settings, "cpu"))
+    assert (facts["fraction"], facts["num_train_images"] + facts["num_val_images"]) == (0.3, 433)
+    assert run_name(facts) == "ce-T0-B1-f30-s0"
+
+
+@pytest.fixture
+def rounded(tmp_path):
+    """The report of runs as version 0.1 left them: the asked share stands in config.yaml alone."""
+    for asked, share, images in ((0.3, 433 / 1437, 433), (0.1, 144 / 1437, 144)):
+        counts = {"num_train_images": images - 40, "num_val_images": 40, "fraction": share}
+        made = {**result("ce", 0, 0.9, data="digits"), **counts, "subset_sha256": str(images)}
+        write_run(tmp_path / f"ce-{images}", made, data__fraction=asked)
+    return make_report(collect([tmp_path]))
+
+
+def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
+    titles = ["digits, 10 % of the training images (144)", "digits, 30 % of the training images (433)"]
+    assert [block.title for block in rounded.blocks] == titles
+    assert [block["title"] for block in summary(rounded)["blocks"]] == titles
+    assert f"## {titles[1]}" in report_tables.markdown(rounded)
+    assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_tables.runs_csv(rounded)))} == {
+        "0.1",
+        "0.3",
+    }
+    payload = page_data(rounded, {}).payload
+    for rows in (payload["groups"], payload["runs"]):
+        assert {(row["fraction"], row["images"]) for row in rows} == {(0.1, 144), (0.3, 433)}
+    with fs.style():
+        (drawn,) = figures.by_fraction(rounded, fs.Looks([]))
+    ticks = [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()]
+    assert sorted(ticks) == ["10\n(144)", "30\n(433)"]
+
+
+def test_runs_of_version_0_1_have_the_asked_share():
+    recorded = json.loads((OLD / "done" / "result.json").read_text())["fraction"]
+    assert recorded != 0.1
+    (run,) = collect([OLD / "done"]).runs
+    assert (run.get("fraction"), run.result["fraction"]) == (0.1, 0.1)
