@@ -7,10 +7,14 @@ The file of the earlier runs holds `protocol` (what is known of how they were ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from ekd_lightning.reporting.comparison import PROTOCOL, ROW, Run
+from ekd_lightning.reporting.blocks import SAME_IN_A_ROW
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.studies.comparison import Runs
 
 COST = ("num_branches", "num_teachers", "num_parameters", "num_adapter_parameters", "macs", "steps")
 NEEDED = ("data", "fraction", "subset_sha256", "epochs", "batch_size", "precision")
@@ -34,11 +38,11 @@ class Repeat:
     again: float | str
 
 
-def merged(runs: Sequence[Run], earlier: Mapping[str, Any]) -> tuple[list[Run], list[Repeat]]:
+def merged(runs: Runs, earlier: Mapping[str, Any]) -> tuple[Runs, list[Repeat]]:
     """The earlier runs, and those of the study that are not among them.
 
     Args:
-        runs: Of the study, from `page_parts.with_machines`.
+        runs: Of the study at one fraction, from `page_parts.read_study_runs`.
         earlier: Content of the earlier runs' file.
 
     Returns:
@@ -47,7 +51,8 @@ def merged(runs: Sequence[Run], earlier: Mapping[str, Any]) -> tuple[list[Run], 
     Raises:
         ValueError: If the file does not say how its runs were made, or they went another way than those of the study.
     """
-    done = [run.result for run in runs if run.state == "done" and run.result]
+    every = [run for own in runs.values() for run in own.values()]
+    done = [run.result for run in every if run.state == "done" and run.result]
     if not done:
         raise ValueError("the study has no finished run")
     for key in NEEDED:
@@ -56,27 +61,25 @@ def merged(runs: Sequence[Run], earlier: Mapping[str, Any]) -> tuple[list[Run], 
     for key, value in earlier["protocol"].items():
         for result in done:
             _same(key, value, result.get(key))
-    known = {(run.row, run.fraction, run.seed): run for run in runs}
+    known = {row: dict(own) for row, own in runs.items()}
     made = {key: earlier["protocol"].get(key) for key in ("threads", "torch")}
     repeats = []
     for record in earlier["rows"]:
-        base = made | _result(
-            record, done, [run.result for run in runs if run.row == record["row"] and run.result]
-        )
-        for seed, outcome in record["by_seed"].items():
-            place = (record["row"], record["fraction"], int(seed))
+        row = known.setdefault(record["row"], {})
+        base = made | _result(record, done, [run.result for run in row.values() if run.result])
+        for number, outcome in record["by_seed"].items():
+            seed, name = int(number), f"{record['row']}-f{record['fraction']:g}-s{number}"
+            place = Path("earlier") / name
             if not isinstance(outcome, float):  # what failed then is not hidden, unless it was made up for
-                known.setdefault(place, Run(*place, outcome))
+                row.setdefault(seed, RunEntry(place, name, outcome))
                 continue
-            again = known.get(place)
+            again = row.get(seed)
             if again and again.state != "missing":
-                second = (
-                    again.result["test_accuracy"] if again.state == "done" and again.result else again.state
-                )
-                repeats.append(Repeat(place[0], place[2], outcome, second))
-            result = {**base, "seed": int(seed), "test_accuracy": outcome, "machine": earlier["machine"]}
-            known[place] = Run(*place, "done", result)
-    return list(known.values()), repeats
+                second = again.get("test_accuracy") if again.state == "done" else again.state
+                repeats.append(Repeat(record["row"], seed, outcome, second))
+            result = {**base, "seed": seed, "test_accuracy": outcome, "machine": earlier["machine"]}
+            row[seed] = RunEntry(place, name, "done", result)
+    return known, repeats
 
 
 def _result(
@@ -89,10 +92,10 @@ def _result(
         if record[key] is not None:
             _same(f"{key} of {record['row']}", record[key], (own or done)[0][key])
     first = own[0] if own else {}
-    kept = {key: value for key, value in first.items() if key in ROW or key.startswith("weight_")}
+    kept = {key: value for key, value in first.items() if key in SAME_IN_A_ROW or key.startswith("weight_")}
     teacher = None if record["teacher"] == "all" else record["teacher"]
     return {
-        **{key: done[0].get(key) for key in PROTOCOL},
+        **{part.name: done[0].get(part.name) for part in fields(Protocol)},
         **kept,
         **{key: record[key] for key in (*COST, "train_seconds")},
         "teacher": teacher,

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from typing import Any
 import yaml
 from page_parts import NOTES, bullets, difference, interval, kept_notes, read_study_runs, setup, side
 
-from ekd_lightning.reporting.comparison import Block, Row, compare
-from ekd_lightning.reporting.comparison_table import json_text
+from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import percent
+from ekd_lightning.reporting.tables import Row
+from ekd_lightning.studies.comparison import records, study_block, study_rows
 
 
-def weights(result: dict[str, Any]) -> str:
+def weights(result: Mapping[str, Any]) -> str:
     """The temperature and the terms' weights of a run."""
     found = {key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")}
     return f"T {result['temperature']:g}; " + ", ".join(f"{key} {value:g}" for key, value in found.items())
@@ -105,24 +106,24 @@ def trial_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def outcome(rows: list[Row]) -> str:
+def outcome(rows: Sequence[Row]) -> str:
     """The rows, and every pair of them."""
     lines = [
         "| row | settings | parameters | MACs | test accuracy % | mean branch | NLL | n |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        first = row.done[0]
-        branch = [sum(r["test_branch_accuracy"]) / len(r["test_branch_accuracy"]) for r in row.done]
+        group = row.group
+        first, found = group.done[0].result or {}, group.scalars()
         lines.append(
-            f"| `{row.name}` | {weights(first)} | {first['num_parameters']:,} | {first['macs'] / 1e6:.1f} M | "
-            f"{percent(row.accuracy)} | "
-            f"{100 * sum(branch) / len(branch):.2f} | {row.mean('test_nll'):.3f} | {len(row.done)} |"
+            f"| `{group.label}` | {weights(first)} | {first['num_parameters']:,} | {first['macs'] / 1e6:.1f} M | "
+            f"{percent(group.accuracy)} | {100 * found['test_mean_branch_accuracy'].mean:.2f} | "
+            f"{found['test_nll'].mean:.3f} | {group.n} |"
         )
     lines += ["", "| difference, paired by seed | points with 95 % interval | |", "|---|---|---|"]
     for one, other in combinations(rows, 2):
         found = difference(one, other)
-        lines.append(f"| `{one.name}` − `{other.name}` | {interval(found)} | {side(found)} |")
+        lines.append(f"| `{one.group.label}` − `{other.group.label}` | {interval(found)} | {side(found)} |")
     return "\n".join(lines)
 
 
@@ -230,6 +231,7 @@ def page(
     notes: str,
 ) -> str:
     """The whole page."""
+    rows = [row for row in study_rows(block) if row.group.n]
     return f"""# EKD at equal MACs with {100 * block.fraction:g} % of the labels of {block.data}
 
 Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
@@ -241,9 +243,9 @@ of the plain ResNet whose MACs are closest to EKD's, and take the settings of th
 
 ## Confirmation
 
-{setup(block, "those of the best trials, see the table")}
+{setup(block.data, rows, "those of the best trials, see the table")}
 
-{outcome([row for row in block.rows if row.done])}
+{outcome(rows)}
 
 {NOTES}
 {notes.strip()}
@@ -265,15 +267,6 @@ With the same schedule; they had no part in the choice of what is confirmed abov
 """
 
 
-def read_block(parser: argparse.ArgumentParser, folder: Path) -> Block:
-    """The one comparison of a study of `ekd-compare`."""
-    data, runs = read_study_runs(parser, folder)
-    blocks = compare(runs, data)
-    if len(blocks) != 1:
-        parser.error(f"{folder}: several fractions, and a page is about one")
-    return blocks[0]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,12 +278,13 @@ def main() -> None:
     given.add_argument("--tuned", type=Path, help="--output of ekd-tune")
     parser.add_argument("--later", type=Path, help="folder of further trials")
     args = parser.parse_args()
-    block = read_block(parser, args.study)
+    data, fraction, runs = read_study_runs(parser, args.study)
+    block = study_block(data, fraction, runs)
     try:
         tuning = tuned(args.tuned) if args.tuned else []
     except ValueError as error:
         parser.error(str(error))
-    usual = {t["id"] for row in block.rows for result in row.done for t in result["teachers"]}
+    usual = {t["id"] for group in block.groups for run in group.done for t in run.get("teachers")}
     found = ranked(trial for place in args.trials or () for trial in trials(place, usual))
     if args.trials and not found:
         parser.error("no trials")
@@ -299,8 +293,8 @@ def main() -> None:
     args.page.write_text(
         page(block, search_facts(found, tuning), first + later_section(later), kept_notes(args.page))
     )
-    data = {"trials": found or tuning, "later_trials": later, "confirmation": json.loads(json_text([block]))}
-    args.page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    kept = {"trials": found or tuning, "later_trials": later, "confirmation": records(block, runs)}
+    args.page.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

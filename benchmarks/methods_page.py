@@ -35,9 +35,10 @@ from page_parts import (
 )
 
 from ekd_lightning.reporting import figure_style, figures
-from ekd_lightning.reporting.comparison import Block, Row, compare
-from ekd_lightning.reporting.comparison_table import json_text, title
+from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import percent
+from ekd_lightning.reporting.tables import Row
+from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
 FAMILIES = {
     "Supervised": ("ce", "ce_label_smoothing", "ce@resnet20"),
@@ -89,8 +90,8 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
     for reference, what in (("ce", "the plain student without a teacher (`ce`)"), ("ekd", "`ekd`")):
         sides: dict[str, list[str]] = {}
         for row in rows.values():
-            if row.name != reference and row.accuracy:
-                sides.setdefault(side(row.differences.get(reference)), []).append(row.name)
+            if row.group.label != reference and row.group.n:
+                sides.setdefault(side(row.differences.get(reference)), []).append(row.group.label)
         lines.append(
             f"Against {what}, by the 95 % interval of the paired difference (not corrected for the number of rows): "
             f"above it {named(sides.get('above', []))}; below it {named(sides.get('below', []))}; not told apart "
@@ -119,7 +120,7 @@ def repeated(repeats: Sequence[Repeat]) -> str:
 
 def page(block: Block, notes: str, repeats: Sequence[Repeat] = ()) -> str:
     """The whole page."""
-    rows = {row.name: row for row in block.rows}
+    rows = by_name(block)
     known = {name for names in FAMILIES.values() for name in names}
     families = {**FAMILIES, "Others": tuple(name for name in rows if name not in known)}
     tables = "\n\n".join(
@@ -132,7 +133,7 @@ def page(block: Block, notes: str, repeats: Sequence[Repeat] = ()) -> str:
 Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. Nothing here is a number of the EKD paper or
 of any other, and none can be compared with one.
 
-{setup(block, DEFAULTS)}
+{setup(block.data, list(rows.values()), DEFAULTS)}
 
 ## What comes out
 
@@ -154,25 +155,34 @@ three seeds the corrected test finds large differences only. K branches, M teach
 
 def best_of(rows: dict[str, Row], family: str) -> str | None:
     """The row of a family with the highest mean on the test set."""
-    known = [rows[name] for name in FAMILIES[family] if name in rows and rows[name].accuracy]
-    return max(known, key=lambda row: row.accuracy.mean if row.accuracy else 0.0).name if known else None
+    means = {
+        name: found.mean for name in FAMILIES[family] if name in rows and (found := rows[name].group.accuracy)
+    }
+    return max(means, key=lambda name: means[name], default=None)
+
+
+def by_name(block: Block) -> dict[str, Row]:
+    """The rows of a block."""
+    return {row.group.label: row for row in study_rows(block)}
 
 
 def readme_section(block: Block, page: Path) -> str:
     """The short version for the README: EKD, its controls, and the best of each family of methods."""
-    rows = {row.name: row for row in block.rows}
+    rows = by_name(block)
     best = [best_of(rows, family) for family in list(FAMILIES)[1:4]]
     costly = ("kd_mean_macs", "kd_mean_feature_macs", "kd_mean_parameters")
     names = ["ce", "kd_mean", "kd_mean_feature", *best, "ekd_mean", "ekd", *costly, "ce@resnet20"]
-    shown = [rows[name] for name in dict.fromkeys(names) if name in rows and rows[name].done]
-    first = next(result for row in shown for result in row.done)
-    counted = sum(bool(row.done) for row in block.rows)
+    shown = [rows[name].group for name in dict.fromkeys(names) if name in rows and rows[name].group.n]
+    first = shown[0].done[0].result or {}
+    counted = sum(bool(group.n) for group in block.groups)
     lines = ["| row | test accuracy % | parameters | MACs | n |", "|---|---|---|---|---|"]
-    for row in shown:
-        size = f"{row.done[0]['num_parameters']:,} | {row.done[0]['macs'] / 1e6:.1f} M"
-        lines.append(f"| `{row.name}` | {percent(row.accuracy)} | {size} | {len(row.done)} |")
-    seeds = ", ".join(map(str, sorted({r["seed"] for row in shown for r in row.done})))
-    processors = "; ".join(dict.fromkeys(place for row in block.rows for place in row.distinct("machine")))
+    for group in shown:
+        size = f"{group.only('num_parameters'):,} | {group.only('macs') / 1e6:.1f} M"
+        lines.append(f"| `{group.label}` | {percent(group.accuracy)} | {size} | {group.n} |")
+    seeds = ", ".join(map(str, sorted({run.get("seed") for group in shown for run in group.done})))
+    processors = "; ".join(
+        dict.fromkeys(place for group in block.groups for place in group.distinct("machine"))
+    )
     intro = (
         f"{counted} rows, {100 * block.fraction:g} % of {block.data} ({first['num_train_images']:,} training images), "
         f"pretrained teachers ResNet-20, -32, -56, students ResNet-8, plain or with three branches, {first['epochs']} "
@@ -187,13 +197,14 @@ def readme_section(block: Block, page: Path) -> str:
 
 def draw(block: Block, path: Path) -> None:
     """The differences as `ekd-report` draws them."""
+    rows = study_rows(block)
     found = {
-        reference: {row.name: d for row in block.rows if (d := row.differences.get(reference))}
-        for reference in block.references
+        reference: {row.group.label: d for row in rows if (d := row.differences.get(reference))}
+        for reference in rows[0].differences
     }
-    looks = figure_style.Looks([row.name for row in block.rows])
+    looks = figure_style.Looks([row.group.label for row in rows])
     with figure_style.style():
-        drawn = figures.difference_figure(found, block.data, title(block), looks)
+        drawn = figures.difference_figure(found, block.key, block.title, looks)
         if drawn:
             figure_style.save(drawn.figure, path.with_suffix(""), [path.suffix.removeprefix(".")])
 
@@ -215,31 +226,34 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
-    data, runs = read_study_runs(parser, args.folder)
+    data, fraction, runs = read_study_runs(parser, args.folder)
     repeats: list[Repeat] = []
     if args.earlier:
         try:
             runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
         except ValueError as error:
             parser.error(f"{args.earlier}: {error}")
-    block = compare(runs, data)[0]
+    block = study_block(data, fraction, runs)
     args.page.write_text(page(block, kept_notes(args.page), repeats))
     if args.figure:
         draw(block, args.figure)
     if args.readme:
         write_readme(args.readme, readme_section(block, args.page))
-    args.page.with_suffix(".json").write_text(json.dumps(records(block, repeats), indent=1) + "\n")
+    args.page.with_suffix(".json").write_text(json.dumps(kept(block, runs, repeats), indent=1) + "\n")
 
 
-def records(block: Block, repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
+def kept(block: Block, runs: Runs, repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
     """The rows as they are kept beside the page, with the machine of every run, and what repeats had."""
-    made = {row.name: {str(r["seed"]): r["machine"] for r in row.done} for row in block.rows}
+    made = {
+        group.label: {str(run.get("seed")): run.get("machine") for run in group.done}
+        for group in block.groups
+    }
     again: dict[str, dict[str, float | str]] = {}
     for r in repeats:
         again.setdefault(r.row, {})[str(r.seed)] = r.again
     return [
         {**record, "machines": made[record["row"]], "again_by_seed": again.get(record["row"])}
-        for record in json.loads(json_text([block]))
+        for record in records(block, runs)
     ]
 
 

@@ -1,7 +1,7 @@
 """The pages of benchmarks/: a study that goes on without the folders of its first runs; searches that are fair."""
 
 import importlib
-import json
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ekd_lightning.reporting.comparison import PROTOCOL, Block, Run, compare
-from ekd_lightning.reporting.comparison_table import json_text
+from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +34,21 @@ COST = {
     "macs": 5,
     "steps": 7,
 }
-SAME = {**dict.fromkeys(PROTOCOL, 1), "data": "cifar10", "fraction": 0.1, "subset_sha256": "abcd", "steps": 7}
+SAME = {
+    **dict.fromkeys((part.name for part in fields(Protocol)), 1),
+    "data": "cifar10",
+    "fraction": 0.1,
+    "subset_sha256": "abcd",
+    "steps": 7,
+}
 KNOWN = {key: SAME[key] for key in ("data", "fraction", "epochs", "batch_size", "precision")}
 
 
-def run(row: str, seed: int, outcome: float | str, **more: object) -> Run:
+def run(row: str, seed: int, outcome: float | str, **more: object) -> RunEntry:
     """A run of the study, or what became of it."""
+    name = f"{row}-f0.1-s{seed}"
     if isinstance(outcome, str):
-        return Run(row, 0.1, seed, outcome)
+        return RunEntry(Path(name), name, outcome)
     result = {
         **SAME,
         **COST,
@@ -49,45 +58,50 @@ def run(row: str, seed: int, outcome: float | str, **more: object) -> Run:
         "threads": 1,
         "torch": "2",
     }
-    return Run(
-        row, 0.1, seed, "done", {**result, "method": row, "teachers": [], "train_seconds": 3.0, **more}
-    )
+    more = {"method": row, "teachers": [], "train_seconds": 3.0, **more}
+    return RunEntry(Path(name), name, "done", {**result, **more})
 
 
-def block_of(runs: list[Run]) -> Block:
-    (block,) = compare(runs, "cifar10")
-    return block
+def study(*runs: RunEntry) -> Runs:
+    """The runs by row and seed."""
+    found: dict[str, dict[int, RunEntry]] = {}
+    for one in runs:
+        row, seed = one.name.split("-f0.1-s")
+        found.setdefault(row, {})[int(seed)] = one
+    return found
 
 
-def file_of(runs: list[Run], **protocol: object) -> dict[str, Any]:
+def block_of(runs: Runs) -> Block:
+    return study_block("cifar10", 0.1, runs)
+
+
+def file_of(runs: Runs, **protocol: object) -> dict[str, Any]:
     """The file of earlier runs."""
     known = {**KNOWN, "subset_sha256": "ab", "threads": 1, "torch": "2", **protocol}
-    return {"machine": "there", "protocol": known, "rows": json.loads(json_text([block_of(runs)]))}
+    return {"machine": "there", "protocol": known, "rows": records(block_of(runs), runs)}
 
 
-def outcomes(block: Block, row: str) -> list[tuple[Any, ...]]:
-    (found,) = (one for one in block.rows if one.name == row)
+def outcomes(runs: Runs, row: str) -> list[tuple[Any, ...]]:
     return [
-        (r.seed, r.state, r.result and r.result["test_accuracy"], r.result and r.result["machine"])
-        for r in found.runs
+        (seed, one.state, one.get("test_accuracy"), one.get("machine"))
+        for seed, one in sorted(runs[row].items())
     ]
 
 
 def test_earlier_runs_count_and_the_study_adds_those_that_were_missing(earlier: ModuleType) -> None:
-    runs = [
+    runs = study(
         run("ce", 0, 0.9),
         run("ce", 1, "failed"),
         run("kd", 0, 0.7),
         run("kd", 1, 0.75),
         run("sp", 0, 0.4),
-    ]
-    before = file_of([run("ce", 0, 0.5), run("ce", 1, 0.6), run("kd", 0, 0.65), run("kd", 1, "missing")])
+    )
+    before = file_of(study(run("ce", 0, 0.5), run("ce", 1, 0.6), run("kd", 0, 0.65), run("kd", 1, "missing")))
     merged, repeats = earlier.merged(runs, before)
-    block = block_of(merged)
-    assert outcomes(block, "ce") == [(0, "done", 0.5, "there"), (1, "done", 0.6, "there")]
-    assert outcomes(block, "kd") == [(0, "done", 0.65, "there"), (1, "done", 0.75, "here")]
-    assert outcomes(block, "sp") == [(0, "done", 0.4, "here")]
-    kd = next(row for row in block.rows if row.name == "kd")
+    assert outcomes(merged, "ce") == [(0, "done", 0.5, "there"), (1, "done", 0.6, "there")]
+    assert outcomes(merged, "kd") == [(0, "done", 0.65, "there"), (1, "done", 0.75, "here")]
+    assert outcomes(merged, "sp") == [(0, "done", 0.4, "here")]
+    kd = next(row for row in study_rows(block_of(merged)) if row.group.label == "kd")
     assert kd.differences["ce"].mean == pytest.approx((0.15 + 0.15) / 2)
     # What came out the second time never replaces the first, and a second run that failed is told.
     assert [(r.row, r.seed, r.earlier, r.again) for r in repeats] == [
@@ -97,23 +111,22 @@ def test_earlier_runs_count_and_the_study_adds_those_that_were_missing(earlier: 
 
 
 def test_what_failed_earlier_is_told_unless_it_was_made_up_for(earlier: ModuleType) -> None:
-    before = file_of([run("ce", 0, "failed"), run("ce", 1, 0.6), run("kd", 0, "failed")])
-    merged, _ = earlier.merged([run("ce", 0, 0.5)], before)
-    block = block_of(merged)
-    assert outcomes(block, "ce") == [(0, "done", 0.5, "here"), (1, "done", 0.6, "there")]
-    assert outcomes(block, "kd") == [(0, "failed", None, None)]
+    before = file_of(study(run("ce", 0, "failed"), run("ce", 1, 0.6), run("kd", 0, "failed")))
+    merged, _ = earlier.merged(study(run("ce", 0, 0.5)), before)
+    assert outcomes(merged, "ce") == [(0, "done", 0.5, "here"), (1, "done", 0.6, "there")]
+    assert outcomes(merged, "kd") == [(0, "failed", None, None)]
 
 
 def test_rows_that_the_study_does_not_add_to_keep_their_records(earlier: ModuleType) -> None:
-    first = [
+    first = study(
         run("ce", 0, 0.5, num_teachers=0),
         run("kd", 0, 0.6, teacher="t56", num_teachers=1),
         run("takd", 0, 0.7, teacher="t56", num_teachers=1, chain_stored_seconds=9.0),
         run("ekd", 0, 0.8),
-    ]
+    )
     before = file_of(first)
-    merged, _ = earlier.merged([run("bss", 0, 0.1)], before)
-    after = {record["row"]: record for record in json.loads(json_text([block_of(merged)]))}
+    merged, _ = earlier.merged(study(run("bss", 0, 0.1)), before)
+    after = {record["row"]: record for record in records(block_of(merged), merged)}
     told = [key for key in before["rows"][0] if not key.endswith("_p_holm")]  # one row more to correct for
     for record in before["rows"]:
         assert {key: after[record["row"]][key] for key in told} == {key: record[key] for key in told}
@@ -121,36 +134,36 @@ def test_rows_that_the_study_does_not_add_to_keep_their_records(earlier: ModuleT
 
 @pytest.mark.parametrize("key", sorted(COST))
 def test_rows_of_another_cost_are_not_put_together(earlier: ModuleType, key: str) -> None:
-    before = file_of([run("ce", 0, 0.5)])
+    before = file_of(study(run("ce", 0, 0.5)))
     before["rows"][0][key] = 99
     with pytest.raises(ValueError, match=f"{key} of ce was 99, is"):
-        earlier.merged([run("ce", 0, 0.5)], before)
+        earlier.merged(study(run("ce", 0, 0.5)), before)
 
 
 @pytest.mark.parametrize("key", [*KNOWN, "subset_sha256", "threads", "torch"])
 def test_runs_that_went_another_way_are_not_put_together(earlier: ModuleType, key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} was 99, is"):
-        earlier.merged([run("kd", 0, 0.5)], file_of([run("ce", 0, 0.5)], **{key: 99}))
+        earlier.merged(study(run("kd", 0, 0.5)), file_of(study(run("ce", 0, 0.5)), **{key: 99}))
 
 
 @pytest.mark.parametrize("key", [*KNOWN, "subset_sha256"])
 def test_what_must_be_known_of_earlier_runs(earlier: ModuleType, key: str) -> None:
-    before = file_of([run("ce", 0, 0.5)])
+    before = file_of(study(run("ce", 0, 0.5)))
     del before["protocol"][key]
     with pytest.raises(ValueError, match=f"does not know their {key}"):
-        earlier.merged([run("kd", 0, 0.5)], before)
+        earlier.merged(study(run("kd", 0, 0.5)), before)
 
 
 def test_a_study_without_runs_cannot_go_on(earlier: ModuleType) -> None:
     with pytest.raises(ValueError, match="no finished run"):
-        earlier.merged([run("ce", 0, "missing")], file_of([run("ce", 0, 0.5)]))
+        earlier.merged(study(run("ce", 0, "missing")), file_of(study(run("ce", 0, 0.5))))
 
 
 def test_a_page_says_which_rows_are_of_the_other_machine() -> None:
     parts = importlib.import_module("page_parts")
     runs = [run("ce", 0, 0.5), run("ce", 1, 0.5), run("kd", 0, 0.6), run("kd", 1, 0.6, machine="there")]
-    assert parts.made_on(block_of(runs)).startswith("here; there for `kd` seed 1, so")
-    assert parts.made_on(block_of(runs[:3])) == "here"
+    assert parts.made_on(study_rows(block_of(study(*runs)))).startswith("here; there for `kd` seed 1, so")
+    assert parts.made_on(study_rows(block_of(study(*runs[:3])))) == "here"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ import yaml
 from whole_runs import TINY
 
 from ekd_lightning.cli.compare import main
+from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies import plan as studies
+from ekd_lightning.studies import study as studies
 
 WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
 ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")
@@ -419,7 +420,7 @@ def test_a_study_file_reads_as_it_was_written(tmp_path):
     [("a.b=1", "a.b"), ("+a.b={c: 1}", "a.b"), ("++a.b=x=y", "a.b"), ("~a", "a"), ("data@x=cifar10", "data")],
 )
 def test_keys_of_overrides(word, key):
-    assert studies.key_of(word) == key
+    assert key_of(word) == key
 
 
 def test_rows_of_a_study_keep_their_way():

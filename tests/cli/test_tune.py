@@ -46,7 +46,7 @@ def refused(outcome: Outcome) -> str:
 
 
 def test_a_study_leaves_its_result_and_goes_on_where_it_stopped(tune, tmp_path, caplog):
-    caplog.set_level("INFO", "ekd_lightning.studies.tuning")
+    caplog.set_level("INFO", "ekd_lightning.studies.search")
     first = tune("--trials", "2", "method=kd_mean")
     found = result(first)
     assert (found["trials"], found["budget"], found["seeds"], found["pruned"]) == (2, 2, [0], 0)
@@ -114,8 +114,8 @@ def test_another_configuration_or_budget_is_not_mixed_in(tune, caplog):
         (["--trials", "0"], "--trials=0: must be at least 1"),
         (["--epochs", "0"], "--epochs=0: must be at least 1"),
         (["--timeout", "0"], "--timeout=0: must be positive"),
-        (["--seeds", "0,x"], "--seeds=0,x: give different whole numbers"),
-        (["--seeds", "1,1"], "--seeds=1,1: give different whole numbers"),
+        (["--seeds", "0,x"], "--seeds 0,x: give different whole numbers"),
+        (["--seeds", "1,1"], "--seeds 1,1: give different whole numbers"),
         (["data.val_fraction=0"], "data.val_fraction=0: leaves no validation images"),
         (["trainer.devices=2"], "trainer.devices=2: a trial has one device"),
         (["trainer.devices=auto"], "trainer.devices=auto: a trial has one device"),
@@ -173,13 +173,14 @@ def test_a_study_without_a_complete_trial_says_so(tune):
 
 def test_the_page_is_true(tmp_path):
     from ekd_lightning.cli import tune as command
-    from ekd_lightning.studies.search_space import read_space
+    from ekd_lightning.studies.search import try_ends
+    from ekd_lightning.studies.space import read_space
 
     text = PAGE.read_text()
     spaces = re.findall(r"```yaml\n(# space.*?)```", text, re.DOTALL)
     assert spaces
     for space in spaces:
         (tmp_path / "space.yaml").write_text(space)
-        command._try_ends(list(TINY), read_space(tmp_path / "space.yaml"))
+        try_ends(list(TINY), read_space(tmp_path / "space.yaml"))
     flags = {action.option_strings[-1] for action in command._parser()._actions if action.option_strings}
     assert {flag for flag in flags - {"--help"} if f"`{flag}" not in text} == set()

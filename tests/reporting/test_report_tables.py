@@ -81,7 +81,7 @@ def test_duplicates_partial_and_failed_runs_are_told():
     page = markdown(found)
     assert "| broken | `ekd` | 7 | failed | broke |" in page
     assert "| half | `ekd` | 5 | partial |  |" in page
-    assert line(page, "ekd").endswith("| 1 partial, 1 failed |")
+    assert line(page, "ekd").endswith("| partial 1 of 5; failed 1 of 5: broke |")
     assert found.groups[2].n == 3
 
 

@@ -7,7 +7,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -16,12 +15,15 @@ from hypothesis import strategies as st
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies import launching, local_queue, sweep_resume
-from ekd_lightning.studies.sweep import as_typed, is_queued, locked, lost_job, plan_jobs, stopped, tell
-from ekd_lightning.studies.sweep_jobs import (
+from ekd_lightning.studies import launching
+from ekd_lightning.studies.launching import is_queued, stopped
+from ekd_lightning.studies.multirun import lost_job, plan_jobs
+from ekd_lightning.studies.progress import Progress, readable, seconds_left, show_summary
+from ekd_lightning.studies.sweep import (
+    Job,
     JobState,
     Sweep,
-    SweepJob,
+    as_typed,
     found_sweep,
     look,
     mark_interrupted,
@@ -32,7 +34,6 @@ from ekd_lightning.studies.sweep_jobs import (
     varied_values,
     write_sweep,
 )
-from ekd_lightning.studies.sweep_progress import Progress, readable, seconds_left
 
 START = datetime(2026, 1, 31, 12, tzinfo=timezone.utc)
 
@@ -41,8 +42,8 @@ def at(seconds: float) -> str:
     return (START + timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
-def job(folder: Path, name: str, *overrides: str) -> SweepJob:
-    return SweepJob(folder / name, overrides)
+def job(folder: Path, name: str, *overrides: str) -> Job:
+    return Job(folder / name, overrides)
 
 
 def leave(directory: Path, state: str, *, since: float = 0, end: float = 0, error=None, **result) -> None:
@@ -303,7 +304,7 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
     leave(sweep.folder / "0", "done", test_accuracy=0.5, val_accuracy=0.4, train_seconds=12.3)
     leave(sweep.folder / "1", "failed", error="lr=1: no")
     leave(sweep.folder / "2", "running")
-    tell(sweep.folder)
+    show_summary(found_sweep(sweep.folder))
     name, lines = sweep.folder.name, capsys.readouterr().out.splitlines()
     assert lines[-5:] == [
         f"{sweep.folder}: 1 of 4 runs done, 2 failed",
@@ -318,13 +319,13 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
 
 def test_a_sweep_that_was_refused_at_once_says_nothing(sweep, capsys):
     write_sweep(sweep)
-    tell(sweep.folder)
+    show_summary(found_sweep(sweep.folder))
     assert capsys.readouterr().out == ""
 
 
 def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)
-    tell(tmp_path)
+    show_summary(found_sweep(tmp_path))
     told = capsys.readouterr().out
     assert "0 of 1 runs done, 1 failed" in told
     assert "see its log" in told
@@ -344,45 +345,22 @@ def test_nobody_elses_process_is_taken_for_a_job(tmp_path):
     (tmp_path / ".submitit" / "1").mkdir(parents=True)
     (tmp_path / ".submitit" / "%j").mkdir()
     (tmp_path / ".submitit" / "99999999999999999999").mkdir()
-    local_queue.stop_local_queue(tmp_path)
-    local_queue.wait_for_local_queue(tmp_path)
+    launching.stop_local_queue(tmp_path)
+    launching.wait_for_local_queue(tmp_path)
 
 
 def test_a_state_without_a_result_is_empty(tmp_path):
     assert JobState(job(tmp_path, "0"), "waiting").result == {}
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(37, "No locks available")])
-def test_a_file_system_without_locks_is_no_reason_not_to_sweep(tmp_path, monkeypatch, error):
-    def acquire(self, *args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    with locked(tmp_path):
-        pass
-    with sweep_resume._alone(tmp_path):
-        pass
-
-
-def test_a_taken_lock_is_told_apart_from_none(tmp_path):
-    with locked(tmp_path), pytest.raises(Timeout), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize("text", ["", "first\nsecond"])
 def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, caplog, text):
-    class Silent(launching.ListSweeper):
-        def setup(self, **kwargs):
-            pass
+    def ends(*_):
+        raise RuntimeError(text)
 
-        def sweep(self, arguments):
-            raise RuntimeError(text)
-
-    monkeypatch.setattr(launching, "ListSweeper", Silent)
+    monkeypatch.setattr(launching.internals, "launch", ends)
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         register_schema()
-        launching.launch([], tmp_path, [])
+        launching.launch([], tmp_path, [], lambda cfg: None)
     (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
     assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import io
 import statistics
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from ekd_lightning.studies.sweep_table import MOST_ROWS, SweepRow, seed_groups, sweep_tables
+from ekd_lightning.studies.progress import MOST_ROWS, seed_groups, sweep_tables
+from ekd_lightning.studies.sweep import Job, JobState
+
+FOLDER = Path("/sweep")
 
 
-def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> SweepRow:
+def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> JobState:
     result = (
         {} if accuracy is None else {"test_accuracy": accuracy, "val_accuracy": 0.5, "train_seconds": 4.25}
     )
-    return SweepRow(name, varied, state, result)
+    job = Job(FOLDER / name, tuple(f"{key}={value}" for key, value in varied.items()))
+    return JobState(job, state, result=result)
 
 
 def text(*tables) -> list[list[str]]:
@@ -28,19 +33,19 @@ def text(*tables) -> list[list[str]]:
 
 def test_a_row_per_run_with_the_highest_accuracy_marked():
     rows = [row("0", 0.5, method="ce"), row("1", 0.7123, method="ekd"), row("2", None, "failed", method="kd")]
-    lines = text(*sweep_tables(rows, ["method"]))
+    lines = text(*sweep_tables(rows, FOLDER))
     assert ["0", "ce", "50.00", "50.00", "4.2", "done"] in lines
     assert ["1", "ekd", "★", "71.23", "50.00", "4.2", "done"] in lines
     assert ["2", "kd", "–", "–", "–", "failed"] in lines
 
 
 def test_equal_runs_are_equally_high():
-    lines = text(*sweep_tables([row("0", 0.5, a="1"), row("1", 0.5, a="2"), row("2", 0.1, a="3")], ["a"]))
+    lines = text(*sweep_tables([row("0", 0.5, a="1"), row("1", 0.5, a="2"), row("2", 0.1, a="3")], FOLDER))
     assert sum("★" in line for line in lines) == 2
 
 
 def test_a_single_run_is_not_the_best_of_anything():
-    assert not any("★" in line for line in text(*sweep_tables([row("0", 0.5)], [])))
+    assert not any("★" in line for line in text(*sweep_tables([row("0", 0.5)], FOLDER)))
 
 
 def test_means_over_seeds_and_the_mark_goes_there():
@@ -51,7 +56,7 @@ def test_means_over_seeds_and_the_mark_goes_there():
         for seed, value in enumerate(found)
     ]
     rows.append(row("ekd2", None, "stopped", method="ekd", seed="2"))
-    runs, means = sweep_tables(rows, ["method", "seed"])
+    runs, means = sweep_tables(rows, FOLDER)
     assert not any("★" in line for line in text(runs))
     lines = text(means)
     for method, found in values.items():
@@ -70,24 +75,24 @@ def test_means_over_seeds_and_the_mark_goes_there():
 
 
 def test_where_only_seeds_vary_there_is_one_mean():
-    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", 0.7, seed="1")], ["seed"])
+    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", 0.7, seed="1")], FOLDER)
     assert ["60.00", "±", "14.14", "2", "4.2"] in text(means)
 
 
 def test_one_seed_has_no_spread():
-    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", None, "failed", seed="1")], ["seed"])
+    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", None, "failed", seed="1")], FOLDER)
     assert ["50.00", "1", "4.2"] in text(means)
 
 
 def test_a_key_that_a_run_does_not_set_is_its_own_group():
     rows = [row("0", 0.5, seed="0"), row("1", 0.6, seed="0", lr="1")]
-    assert list(seed_groups(rows, ["lr", "seed"])) == [("–",), ("1",)]
+    assert list(seed_groups(rows)) == [("–",), ("1",)]
 
 
 @pytest.mark.parametrize("number", [MOST_ROWS, MOST_ROWS + 7])
 def test_long_tables_are_cut_but_not_what_went_wrong(number):
     rows = [row(str(i), 0.5, a=str(i)) for i in range(number)] + [row("bad", None, "failed", a="x")]
-    (table,) = sweep_tables(rows, ["a"])
+    (table,) = sweep_tables(rows, FOLDER)
     assert table.row_count == MOST_ROWS + 1
     assert ["bad", "x", "–", "–", "–", "failed"] in text(table)
     said = " ".join(word for line in text(table) for word in line)

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ekd_lightning.config.overrides import override
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies.search_space import (
+from ekd_lightning.studies.space import (
     Choices,
     Interval,
     default_values,
     derive_space,
     describe_space,
-    override,
     read_space,
 )
 from ekd_lightning.training.module import NonFiniteLossError
@@ -28,21 +28,16 @@ from ekd_lightning.training.module import NonFiniteLossError
 optuna = pytest.importorskip("optuna")
 
 from ekd_lightning.studies import trials as study_module  # noqa: E402
-from ekd_lightning.studies.trials import TuningStudy  # noqa: E402
-from ekd_lightning.studies.tuning import (  # noqa: E402
-    ValidationObjective,
-    outcome,
-    ranking,
-    run_trials,
-    standard_error,
-)
+from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
+from ekd_lightning.studies.trials import Search, outcome, ranking  # noqa: E402
+from ekd_lightning.studies.tuned import standard_error  # noqa: E402
 
 SPACE = {"w": Interval(0.125, 8.0, log=True), "t": Interval(1, 20, integer=True), "kind": Choices(("a", "b"))}
 DEFAULTS = {"w": 1.0, "t": 4, "kind": "b"}
 
 
-def opened(folder: Path, description: dict[str, Any] | None = None, **options: Any) -> TuningStudy:
-    return TuningStudy(folder, description or {"config": {"a": 1}}, SPACE, DEFAULTS, **options)
+def opened(folder: Path, description: dict[str, Any] | None = None, **options: Any) -> Search:
+    return Search(folder, description or {"config": {"a": 1}}, SPACE, DEFAULTS, **options)
 
 
 def accuracy(overrides: list[str]) -> float:
@@ -55,7 +50,7 @@ def evaluate(overrides: list[str], folder: Path, report: Any) -> list[float]:
     return [accuracy(overrides)]
 
 
-def tried(study: TuningStudy) -> list[list[str]]:
+def tried(study: Search) -> list[list[str]]:
     return [trial.user_attrs["overrides"] for trial in study.trials if trial.state.name != "FAIL"]
 
 
@@ -73,7 +68,7 @@ def test_the_first_trial_is_the_configuration_as_given(tmp_path):
 
 
 def test_a_default_outside_the_space_is_still_the_first_trial(tmp_path):
-    study = TuningStudy(tmp_path, {}, SPACE, {"w": 1.0})
+    study = Search(tmp_path, {}, SPACE, {"w": 1.0})
     run_trials(study, evaluate, trials=4)
     assert (tried(study)[0], study.trials[0].params) == ([], {"w": 1.0})
     assert all(len(words) == 3 for words in tried(study)[1:])
@@ -191,7 +186,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_tuning import evaluate, opened
-from ekd_lightning.studies.tuning import run_trials
+from ekd_lightning.studies.search import run_trials
 study = opened(Path(sys.argv[1]))
 if sys.argv[3] == "die":
     import os
@@ -233,14 +228,24 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (study_module.DESCRIPTION, "{", "study.json: damaged"),
-        (study_module.JOURNAL, "{}", "holds trials but no study.json"),
+        (study_module.DESCRIPTION, "{", "search.json: damaged"),
+        ("study.json", "{", "study.json: damaged"),
+        (study_module.JOURNAL, "{}", "holds trials but no search.json"),
     ],
 )
 def test_wrong_files_in_the_folder_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         opened(tmp_path)
+
+
+def test_a_search_of_the_version_before_goes_on(tmp_path):
+    opened(tmp_path).close()
+    (tmp_path / study_module.DESCRIPTION).rename(tmp_path / "study.json")
+    opened(tmp_path).close()
+    assert not (tmp_path / study_module.DESCRIPTION).exists()
+    with pytest.raises(UserError, match=r"another configuration \(config.a differ\)"):
+        opened(tmp_path, {"config": {"a": 2}})
 
 
 @pytest.mark.parametrize("text", ["not json\n{}\n", '{"op": 0}\n', '["a"]\n{}\n'])

@@ -160,20 +160,20 @@ def test_what_a_continued_sweep_does_not_take(stopped, words, named):
 
 
 def test_a_sweep_is_not_continued_while_it_runs(stopped):
-    from filelock import FileLock
+    from ekd_lightning.runs.lock import DirectoryLock
 
-    with FileLock(stopped / ".lock"):
+    with DirectoryLock(stopped):
         outcome = resumed(stopped)
     assert outcome.code == 2
-    assert "this sweep is running" in outcome.err
+    assert "in use by process" in outcome.err
 
 
 def test_two_sweeps_do_not_share_a_folder(store, tmp_path):
-    from filelock import FileLock
+    from ekd_lightning.runs.lock import DirectoryLock
 
     folder = tmp_path / "sweep"
     folder.mkdir()
-    with FileLock(folder / ".lock"):
+    with DirectoryLock(folder):
         outcome = call_train(
             "-m", *TINY, *LONG, f"teachers.store={store}", f"hydra.sweep.dir={folder}", directory=folder
         )

@@ -18,7 +18,7 @@ from ekd_lightning.config.config import CONFIG_FILE, read_config
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
-from ekd_lightning.studies.sweep_jobs import sweep_of
+from ekd_lightning.studies.sweep import sweep_of
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,8 @@ from ekd_lightning.config.resume import check_unchanged, expand_resume, named_sw
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.record import is_rank_zero
 from ekd_lightning.studies.ddp import ddp_reruns_this_job
-from ekd_lightning.studies.sweep import as_typed, interrupted_sweep, lost_job, tell_sweep
+from ekd_lightning.studies.multirun import interrupted_sweep, lost_job, resume_sweep, tell_sweep
+from ekd_lightning.studies.sweep import as_typed
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,7 @@ def main() -> None:
 
     def body() -> None:
         if (sweep := named_sweep(sys.argv)) is not None:
-            from ekd_lightning.studies.sweep_resume import resume_sweep  # noqa: PLC0415 (rarely needed)
-
-            sys.exit(0 if resume_sweep(sweep, sys.argv) else 1)
+            sys.exit(0 if resume_sweep(sweep, sys.argv, run_listed_job) else 1)
         sys.argv = expand_resume(sys.argv)
         try:
             _hydra_main()
@@ -73,6 +72,12 @@ def train_alone(cfg: DictConfig) -> float | None:
             raise
         place = as_typed(Path(HydraConfig.get().runtime.output_dir))
         raise KeyboardInterrupt(f"to continue: {PROGRAM} resume={place}") from None
+
+
+def run_listed_job(cfg: DictConfig) -> float | None:
+    """Runs one job of a list that Hydra did not make; other ranks repeat it as `ekd-train`, whoever made the list."""
+    with ddp_reruns_this_job(program=__file__):
+        return train_in_sweep(cfg)
 
 
 def train_in_sweep(cfg: DictConfig) -> float | None:

@@ -10,10 +10,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ekd_lightning.config.config import CONFIG_FILE, changed_keys, read_config
+from ekd_lightning.config.overrides import config_flags
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import may_change_between_parts
-from ekd_lightning.studies.ddp import config_flags
-from ekd_lightning.studies.sweep_jobs import SWEEP_FILE
+
+SWEEP_FILE = "sweep.json"
+"""The plan of a sweep, in its folder."""
 
 
 def resume_word(argv: Sequence[str]) -> Path | None:

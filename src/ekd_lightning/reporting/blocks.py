@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ekd_lightning.reporting.groups import Group
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.groups import Group, make_group
+from ekd_lightning.reporting.setups import taught_by
+from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Place, Protocol, Way, places
 
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
 """Settings that vary in a grid of teachers and branches, and what follows from them."""
+SAME_IN_A_ROW = (
+    "method",
+    "student",
+    "num_branches",
+    "split_after",
+    "ensemble",
+    "temperature",
+    "assignment",
+    "assistants",
+    "num_teachers",
+    "num_parameters",
+    "macs",
+    "teacher_choice",
+)
+"""Fields of a result that runs of one row must share, beside the weights of its terms."""
 Family = tuple[Any, ...]
 
 
@@ -70,6 +88,66 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
         for same in alike.values()
         for number, place in enumerate(same)
     ]
+
+
+def block_of_rows(data: str, fraction: float, rows: Mapping[str, Sequence[RunEntry]]) -> Block:
+    """The block of rows that were asked for by name, e.g. those of a study; each is one group of that name.
+
+    Args:
+        data: Name of the data set.
+        fraction: Share of the training images.
+        rows: The runs of each, at least one, done or not.
+
+    Raises:
+        UserError: If two runs went different ways.
+    """
+    check_comparable(rows)
+    groups = tuple(make_group(runs, name) for name, runs in rows.items())
+    first = next((group for group in groups if group.n), groups[0])
+    place = Place(replace(first.protocol, data=data, fraction=fraction), frozenset(), ())
+    return _block(place, groups, 0, ())
+
+
+def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
+    """Refuses rows whose runs went different ways.
+
+    All runs that are done must share the protocol. The pool of teachers must be the same for all that were taught by
+    all of it; a method that was given one teacher must have it from this pool. Within a row, method, weights of the
+    terms and networks must be the same, too.
+
+    Raises:
+        UserError: Naming the field and two runs.
+    """
+    done = {name: [run for run in runs if run.state == "done"] for name, runs in rows.items()}
+    every = [run for runs in done.values() for run in runs]
+    for part in fields(Protocol):
+        _same(every, part.name, [run.get(part.name) for run in every])
+    for runs in done.values():
+        weights = {key for run in runs for key in run.result or {} if key.startswith("weight_")}
+        for key in (*SAME_IN_A_ROW, *sorted(weights)):
+            _same(runs, key, [run.get(key) for run in runs])
+    taught = [(run, hashes) for run in every if (hashes := taught_by(run.result or {}))]
+    whole = [pair for pair in taught if pair[0].get("teacher_choice") not in ("best", "first")]
+    _same([run for run, _ in whole], "teachers", [hashes for _, hashes in whole])
+    for run, hashes in taught:
+        if whole and not set(hashes) <= set(whole[0][1]):
+            _refuse("teachers", run, whole[0][0], hashes, whole[0][1])
+
+
+def _same(runs: Sequence[RunEntry], key: str, values: Sequence[Any]) -> None:
+    for run, value in zip(runs, values, strict=True):
+        if value != values[0]:
+            _refuse(key, runs[0], run, values[0], value)
+
+
+def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any) -> None:
+    def short(what: Any) -> str:
+        return f"[{', '.join(map(short, what))}]" if isinstance(what, list) else str(what)[:12]
+
+    raise UserError(
+        f"{one.name} and {other.name} differ in {key} ({short(value)}, {short(different)}): "
+        "runs that went different ways are not compared in one table"
+    )
 
 
 def _has_result(group: Group) -> bool:

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from scipy import stats
-
 CONFIDENCE = 0.95
 """Of all intervals."""
 SIGNIFICANCE = 0.05
@@ -74,6 +72,8 @@ class Difference(Estimate):
 @cache
 def _quantile(level: float, freedom: int) -> float:
     """Of Student's t; scipy takes longer for it than for everything else in a report."""
+    from scipy import stats  # noqa: PLC0415 (slow)
+
     return float(stats.t.ppf(0.5 + level / 2, freedom))
 
 
@@ -100,6 +100,8 @@ def paired(differences: Sequence[float]) -> Difference:
         return difference
     if max(differences) - min(differences) < _EQUAL:  # no spread: the statistic is 0 / 0 or infinite
         return replace(difference, p=1.0 if abs(found.mean) < _EQUAL else None)
+    from scipy import stats  # noqa: PLC0415 (slow)
+
     return replace(difference, p=float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 

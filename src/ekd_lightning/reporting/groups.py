@@ -213,11 +213,18 @@ def group(collection: Collection) -> list[Group]:
             words = setups.whole_key(run)
             members[whole.get(words, ("without a result", words))].append(run)
     labels = setups.labels(list(members.values()))
-    made = [_group(own, *labels[position]) for position, own in enumerate(members.values())]
+    made = [make_group(own, *labels[position]) for position, own in enumerate(members.values())]
     return sorted(made, key=_order)
 
 
-def _group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any]) -> Group:
+def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any] | None = None) -> Group:
+    """One group of runs that differ in their seed alone.
+
+    Args:
+        members: At least one, in any order.
+        label: What it is called.
+        varied: What the label is made of, beside the method.
+    """
     newest: dict[int, RunEntry] = {}
     duplicates: list[RunEntry] = []
     for run in sorted(members, key=lambda run: (run.time or "", run.name)):
@@ -241,7 +248,7 @@ def _group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any]) -
         taught_by=tuple(taught),
         runs=(*done, *others),
         duplicates=tuple(duplicates),
-        varied=varied,
+        varied=varied or {},
     )
 
 

@@ -23,7 +23,7 @@ from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
 from ekd_lightning.reporting.answer_words import plural
 from ekd_lightning.reporting.blocks import Block, blocks
 from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
-from ekd_lightning.reporting.report_rows import difference_record, record, rows
+from ekd_lightning.reporting.tables import difference_record, record, rows
 from ekd_lightning.runs.collection import STATES, Collection
 
 _FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict, read_write
 
+from ekd_lightning.config.overrides import config_flags
+
 _LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 
@@ -54,16 +56,3 @@ def ddp_reruns_this_job(program: str | None = None) -> Iterator[None]:
         sys.argv = argv
         with read_write(hydra), open_dict(hydra):
             hydra.run.dir = run_dir
-
-
-def config_flags(argv: list[str]) -> list[str]:
-    """`--config-name x`, `--config-dir=y` and their short forms: not overrides, but needed by every rank."""
-    flags: list[str] = []
-    words = iter(argv[1:])
-    for word in words:
-        name = word.split("=", 1)[0]
-        if name in ("--config-name", "-cn", "--config-dir", "-cd", "--config-path", "-cp"):
-            flags.append(word)
-            if "=" not in word:
-                flags.append(next(words, ""))
-    return flags

@@ -1,87 +1,42 @@
-"""Launches a given list of runs through Hydra's launchers: one after another, joblib, submitit."""
+"""Launching of a list of jobs: one after another, side by side or on a cluster; and what is left of it after Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose
-from hydra._internal.callbacks import (
-    Callbacks,
-)  # what every sweeper's context is made of; there is no public name
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
-from ekd_lightning.cli import train
+from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt
-from ekd_lightning.studies.ddp import ddp_reruns_this_job
-from ekd_lightning.studies.local_queue import stop_local_queue, wait_for_local_queue
-from ekd_lightning.studies.study_runs import Job
-from ekd_lightning.studies.sweep import is_queued, stopped
-from ekd_lightning.studies.sweep_jobs import Sweep, SweepJob
-from ekd_lightning.studies.sweep_progress import watched
+from ekd_lightning.config.overrides import override
+from ekd_lightning.studies.progress import watched
+from ekd_lightning.studies.sweep import Job, Sweep, as_typed, look, mark_interrupted
 
 log = logging.getLogger(__name__)
 
-
-class ListSweeper(Sweeper):
-    """Hands a list of jobs to the configured launcher; each runs in a directory of its own.
-
-    All at once, or `hydra.sweeper.max_batch_size` at a time.
-    """
-
-    def __init__(self, jobs: Sequence[Job], folder: Path) -> None:
-        self.jobs = jobs
-        self.folder = folder
-        self.launcher: Launcher | None = None
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Makes the launcher that the configuration names."""
-        self.hydra_context = hydra_context
-        self.config = config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments: list[str]) -> Any:
-        """Launches the jobs and waits for them; whether one failed stands in its directory.
-
-        Args:
-            arguments: Overrides of all jobs.
-        """
-        assert self.launcher is not None
-        assert self.config is not None
-        batch = [[*arguments, *job.words, *_placed(job, self.folder)] for job in self.jobs]
-        most = self.config.hydra.sweeper.get("max_batch_size") or len(batch)
-        done: list[Any] = []
-        for start in range(0, len(batch), most):
-            done += self.launcher.launch(batch[start : start + most], initial_job_idx=start)
-        return done
-
-
-def _placed(job: Job, folder: Path) -> list[str]:
-    words = [f"hydra.sweep.subdir='{job.directory.relative_to(folder).as_posix()}'"]
-    if job.resumed:  # what the run was first started with stays on record
-        words += [f"resume='{job.directory}'", "hydra.output_subdir=null"]
-    return words
-
-
-def run_listed_job(cfg: DictConfig) -> float | None:
-    """Runs one job of the list; other ranks repeat it as `ekd-train`, whatever command made the list."""
-    with ddp_reruns_this_job(program=train.__file__):
-        return train.train_in_sweep(cfg)
+_GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
+_COUNTED = {
+    "done": ("done", "partial"),
+    "failed": ("failed",),
+    "stopped": ("stopped",),
+    "running": ("running",),
+    "not started": ("waiting",),
+}
 
 
 def launch(
     jobs: Sequence[Job],
     folder: Path,
     hydra_words: Sequence[str],
+    task: TaskFunction,
     *,
     sweep: Sweep | None = None,
     command: str | None = None,
@@ -94,22 +49,21 @@ def launch(
         jobs: The runs.
         folder: Folder of the runs' directories.
         hydra_words: Overrides of Hydra, e.g. the launcher.
+        task: Runs one job; launchers hand it to other processes.
         sweep: The sweep of which these jobs are left, for its progress; None if they are all there is.
         command: What continues the work if it is interrupted, for the user.
 
     Raises:
         KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
     """
-    own = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir='{folder}'"]
-    whole = sweep or Sweep(folder, tuple(SweepJob(job.directory, job.words) for job in jobs))
-    words = [*whole.common, *hydra_words, *own]
-    config = compose(whole.config_name, overrides=words, return_hydra_config=True)
-    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks(config))
-    sweeper = ListSweeper(jobs, folder)
-    sweeper.setup(hydra_context=context, task_function=run_listed_job, config=config)
+    whole = sweep or Sweep(folder, tuple(jobs))
+    own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(folder))]
+    config = compose(
+        whole.config_name, overrides=[*whole.common, *hydra_words, *own], return_hydra_config=True
+    )
     try:
         with watched(whole):
-            sweeper.sweep([])
+            internals.launch(config, [[*job.overrides, *_placed(job, folder)] for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
@@ -119,3 +73,72 @@ def launch(
         wait_for_local_queue(folder)
         first = (str(error).splitlines() or ["no message"])[0]
         log.error("the launcher ended early: %s: %s", type(error).__name__, first)
+
+
+def _placed(job: Job, folder: Path) -> list[str]:
+    words = [override("hydra.sweep.subdir", job.directory.relative_to(folder).as_posix())]
+    if job.resumed:  # what the run was first started with stays on record
+        words += [override("resume", str(job.directory)), "hydra.output_subdir=null"]
+    return words
+
+
+def is_queued(config: DictConfig) -> bool:
+    """Whether jobs are handed to a cluster, where they go on whatever happens to this process."""
+    return str(config.hydra.launcher._target_).endswith("SlurmLauncher")
+
+
+def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
+    """Marks the runs of a sweep whose processes have ended as interrupted, and says in a line how it stands.
+
+    Args:
+        sweep: The sweep.
+        command: What continues it; by default `ekd-train resume=FOLDER`.
+        queued: Whether its jobs are in a queue elsewhere; then they have not ended, and none is marked.
+    """
+    if not queued:
+        mark_interrupted(sweep.jobs)
+    states = [look(job, sweep.started) for job in sweep.jobs]
+    counts = {name: sum(state.state in kinds for state in states) for name, kinds in _COUNTED.items()}
+    said = [f"{counts['done']} of {len(states)} runs done"]
+    said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
+    first = "to continue, once the queue is empty:" if queued else "to continue:"
+    return f"{', '.join(said)}; {first} {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
+
+
+# Jobs of submitit's local executor are processes that outlive the one that started them, unless it sees to it.
+
+
+def stop_local_queue(folder: Path) -> None:
+    """Interrupts the jobs of submitit's local executor, and waits a while for them to end.
+
+    Args:
+        folder: Folder of the sweep.
+    """
+    for pid in (alive := _local_queue(folder)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGINT)
+    until = time.monotonic() + _GRACE_SECONDS
+    for pid in alive:
+        while _is_our_child(pid) and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def wait_for_local_queue(folder: Path) -> None:
+    """Waits until all jobs of submitit's local executor have ended."""
+    for pid in _local_queue(folder):
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def _local_queue(folder: Path) -> list[int]:
+    """Processes that look after a job for submitit, our children; it names its folders by them."""
+    found = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
+    return [pid for pid in found if _is_our_child(pid)]
+
+
+def _is_our_child(pid: int) -> bool:
+    """Whether a process is a child of this one and still runs."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except (ChildProcessError, OverflowError):
+        return False

@@ -1,276 +1,241 @@
-"""A multirun from start to end: its plan on disk, its progress, its summary, and what Ctrl-C leaves."""
+"""Sweeps on disk: their jobs, written down in sweep.json before the first one starts, and how each stands."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import json
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import (
-    BasicSweeper,
-)  # how it expands a sweep has no public name
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
+from omegaconf import OmegaConf
 
-from ekd_lightning.config.edge import EXIT_USER_ERROR
+from ekd_lightning.config.overrides import key_of
+from ekd_lightning.config.resume import SWEEP_FILE
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json, write_json
 from ekd_lightning.runs.record import now
-from ekd_lightning.studies.ddp import launched_by_others
-from ekd_lightning.studies.local_queue import stop_local_queue, wait_for_local_queue
-from ekd_lightning.studies.sweep_jobs import (
-    LOCK_FILE,
-    Sweep,
-    SweepJob,
-    found_sweep,
-    look,
-    mark_interrupted,
-    settled,
-    varied_keys,
-    varied_values,
-    write_sweep,
-)
-from ekd_lightning.studies.sweep_progress import look_now, watched
 
-log = logging.getLogger(__name__)
-
-_WIDTH = 160  # where there is no terminal
-_open: list[tuple[Path, contextlib.ExitStack, bool]] = []
-"""The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
-Hydra tells callbacks of the end only if no job failed."""
+LOCK_FILE = ".lock"
+INTERRUPTED = "interrupted"
 
 
-class SweepSummary(Callback):
-    """Writes down what a multirun is going to do, and follows it; `tell_sweep` ends it."""
+@dataclass(frozen=True)
+class Job:
+    """One run of many.
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Plans the jobs, before the first one starts."""
-        folder = Path(str(config.hydra.sweep.dir)).absolute()
-        stack = contextlib.ExitStack()
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(locked(folder))
-        except Timeout:
-            if not launched_by_others():  # else the other ranks of torchrun are in the same folder
-                _refuse(folder)
-        _open.append((folder, stack, is_queued(config)))
-        jobs = plan_jobs(config, folder)
-        if jobs is not None:
-            sweep = describe_sweep(config, folder, jobs)
-            write_sweep(sweep)
-            stack.enter_context(watched(sweep))
+    Attributes:
+        directory: Its run directory.
+        overrides: As for ekd-train.
+        resumed: Whether it goes on from its last checkpoint.
+    """
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Tells of it at once where the job ran in the sweep's own process."""
-        look_now()
+    directory: Path
+    overrides: tuple[str, ...]
+    resumed: bool = False
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The lock of a sweep's folder; none where the file system has no locks, as some shared ones.
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is made of.
+
+    Attributes:
+        folder: Folder of the sweep.
+        jobs: In the order in which they are started.
+        hydra: Overrides of Hydra itself, e.g. the launcher.
+        common: Overrides of the runs that do not vary.
+        config_name: The configuration that is composed.
+        config_dir: Folder of the user's own configuration files; None without one.
+        started: Time of the first start, ISO 8601 in UTC; a status that is older belongs to an earlier sweep.
+    """
+
+    folder: Path
+    jobs: tuple[Job, ...]
+    hydra: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()
+    config_name: str = "train"
+    config_dir: str | None = None
+    started: str = ""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job stands.
+
+    Attributes:
+        job: The job.
+        state: `waiting` (not started), `running`, `done`, `partial` (done, on a part of the data), `failed`, or
+            `stopped` (interrupted or killed; only where nobody is at work any more, see `settled`).
+        error: One line, if it failed.
+        result: Content of result.json, if it is done.
+        seconds: From its (last) start to its end, to the second; None where one is not known.
+        since: Its (last) start.
+    """
+
+    job: Job
+    state: str
+    error: str | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    since: datetime | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return self.state not in ("waiting", "running")
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """Writes sweep.json."""
+    jobs = [
+        {"directory": job.directory.relative_to(sweep.folder).as_posix(), "overrides": list(job.overrides)}
+        for job in sweep.jobs
+    ]
+    content = {
+        "started": sweep.started or now(),
+        "config_name": sweep.config_name,
+        "config_dir": sweep.config_dir,
+        "hydra": list(sweep.hydra),
+        "common": list(sweep.common),
+        "jobs": jobs,
+    }
+    write_json(sweep.folder / SWEEP_FILE, content)
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """Reads sweep.json; None if the folder has none.
 
     Raises:
-        Timeout: If another process has it.
+        UserError: If it is damaged.
     """
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    path = folder / SWEEP_FILE
+    if not path.is_file():
+        return None
     try:
-        lock.acquire()
-    except Timeout:
-        raise
-    except (OSError, NotImplementedError):
-        log.warning("%s: no lock on this file system, so take care that no other sweep uses it", folder)
-    try:
-        yield
-    finally:
-        lock.release()
+        content = read_json(path)
+        jobs = tuple(Job(folder / job["directory"], tuple(job["overrides"])) for job in content["jobs"])
+        words = tuple(content["hydra"]), tuple(content["common"])
+        return Sweep(folder, jobs, *words, content["config_name"], content["config_dir"], content["started"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged") from None
 
 
-def _refuse(folder: Path) -> None:
-    """Ends the program: Hydra makes warnings of a callback's errors, but lets an exit pass."""
-    print(
-        f"ekd-train: error: {as_typed(folder)}: another sweep is running in this folder; give this one its own with "
-        "hydra.sweep.dir=...",
-        file=sys.stderr,
-    )
-    sys.exit(EXIT_USER_ERROR)
+def found_sweep(folder: Path) -> Sweep:
+    """The planned sweep of a folder, or what can be seen of a sweep that nobody planned (another sweeper's)."""
+    planned = read_sweep(folder)
+    if planned is not None:
+        return planned
+    runs = sorted({path.parent for name in (".hydra", "status.json") for path in folder.rglob(name)})
+    return Sweep(folder, tuple(Job(run, tuple(recorded_overrides(run))) for run in runs))
 
 
-def plan_jobs(config: DictConfig, folder: Path) -> tuple[SweepJob, ...] | None:
-    """The jobs that Hydra's own sweeper is going to start.
+def sweep_of(directory: Path) -> str | None:
+    """Name of the sweep that a run belongs to, as its dashboards have it; None for a single run."""
+    for folder in directory.absolute().parents:
+        if (folder / SWEEP_FILE).is_file() or (folder / "multirun.yaml").is_file():
+            return "/".join(folder.parts[-2:])
+    return None
+
+
+def recorded_overrides(directory: Path) -> list[str]:
+    """The overrides that a run was started with; empty where Hydra wrote none down."""
+    path = directory / ".hydra" / "overrides.yaml"
+    words: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []
+    return [str(word) for word in words if not str(word).startswith("resume=")]
+
+
+def look(job: Job, started: str = "") -> JobState:
+    """How a job stands by the files in its directory.
 
     Args:
-        config: Composed configuration of the multirun, with the node `hydra`.
-        folder: Folder of the sweep.
-
-    Returns:
-        The jobs in their order; None for another sweeper, which decides as it goes.
+        job: The job.
+        started: Start of the sweep; what is older does not count.
     """
-    hydra = config.hydra
-    if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
-        return None
-    words = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()] + list(
-        hydra.overrides.task
-    )
-    loader = GlobalHydra.instance().config_loader()
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
-    (every,) = BasicSweeper.split_arguments(parsed, None)
-    plain = OmegaConf.to_container(hydra.sweep, resolve=False)
-    assert isinstance(plain, dict)
-    by_number = plain["subdir"] == "${hydra.job.num}"
-    return tuple(
-        SweepJob(
-            folder / (str(number) if by_number else subdirectory(config, overrides, number)), tuple(overrides)
-        )
-        for number, overrides in enumerate(every)
-    )
+    status, error = _json(job.directory / "status.json")
+    if error:
+        return JobState(job, "failed", error)
+    if status is None or str(status.get("time", "")) < started:
+        return JobState(job, "waiting")
+    since, end = _start(job.directory), _time(status.get("time"))
+    if status.get("state") == "running":
+        return JobState(job, "running", since=since)
+    seconds = (end - since).total_seconds() if since and end else None
+    if status.get("state") == "done":
+        result, error = _json(job.directory / "result.json")
+        if result is None:
+            return JobState(job, "failed", error or "has no result.json")
+        return JobState(job, "partial" if result.get("partial") else "done", None, result, seconds, since)
+    text = (str(status.get("error") or "").splitlines() or ["unknown error"])[0]
+    state = "stopped" if text == INTERRUPTED else "failed"
+    return JobState(job, state, None if state == "stopped" else text, {}, seconds, since)
 
 
-def subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
-    """The directory of a job below its sweep's, as the launcher will resolve it.
+def settled(states: Iterable[JobState]) -> list[JobState]:
+    """The same once nobody is at work any more: what still says `running` was killed, or never came that far."""
+    return [_settled(state) for state in states]
 
-    Args:
-        config: Composed configuration of the multirun.
-        overrides: Those of the job.
-        number: Its number, from 0 on.
-    """
-    job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
-    with open_dict(job):
-        job.hydra.job.num = number
-        job.hydra.job.id = str(number)
-    instance = HydraConfig.instance()
-    before = instance.cfg
+
+def _settled(state: JobState) -> JobState:
+    if state.state == "running":
+        return JobState(state.job, "failed", "killed: it ended without a word")
+    if state.state == "waiting" and (state.job.directory / ".hydra").is_dir():
+        return JobState(state.job, "failed", "ended before it had a record; see its log")
+    return state
+
+
+def mark_interrupted(jobs: Iterable[Job]) -> None:
+    """Says `interrupted` for every job that says it is running; for when all processes have ended."""
+    for job in jobs:
+        status, _ = _json(job.directory / "status.json")
+        if status is not None and status.get("state") == "running":
+            content = {"state": "failed", "error": INTERRUPTED, "time": now()}
+            write_json(job.directory / "status.json", content)
+
+
+def varied_keys(jobs: Sequence[Job]) -> list[str]:
+    """Keys of overrides that differ between jobs, by first appearance."""
+    values: dict[str, set[str | None]] = {}
+    tables = [_table(job) for job in jobs]
+    for key in dict.fromkeys(key for table in tables for key in table):
+        values[key] = {table.get(key) for table in tables}
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
+    """The values a job has for keys; a key that it does not set is left out."""
+    table = _table(job)
+    return {key: table[key] for key in keys if key in table}
+
+
+def _table(job: Job) -> dict[str, str]:
+    return {key_of(word): word.partition("=")[2] for word in job.overrides}
+
+
+def _json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """Content of a file, or why there is none; both None if the file does not exist."""
     try:
-        instance.set_config(job)
-        return str(OmegaConf.select(job, "hydra.sweep.subdir"))
-    finally:
-        instance.cfg = before
+        return dict(json.loads(path.read_text())), None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, TypeError):
+        return None, f"{path.name}: damaged"
 
 
-def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[SweepJob]) -> Sweep:
-    """The sweep with all that is needed to start jobs of it again."""
-    hydra = config.hydra
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if jobs else set()
-    return Sweep(
-        folder,
-        tuple(jobs),
-        tuple(hydra.overrides.hydra),
-        tuple(word for word in (jobs[0].overrides if jobs else ()) if word in common),
-        str(hydra.job.config_name or "train"),
-        str(folders[0]) if folders else None,
-        now(),
-    )
-
-
-def tell_sweep() -> None:
-    """Ends the sweep that ran in this process, if one did, and prints its summary."""
-    while _open:
-        folder, stack, _ = _open.pop()
-        stack.close()
-        tell(folder)
-
-
-def tell(folder: Path) -> None:
-    """Prints what the runs of a sweep found, which failed and why, and where everything is."""
-    from ekd_lightning.studies.sweep_table import SweepRow, sweep_tables  # noqa: PLC0415 (slow; --help needs none)
-
-    sweep = found_sweep(folder)
-    states = settled(look(job, sweep.started) for job in sweep.jobs)
-    if not any(state.state != "waiting" for state in states):
-        return  # it was refused before its first job
-    keys = varied_keys(sweep.jobs)
-    rows = [
-        SweepRow(
-            s.job.directory.relative_to(folder).as_posix(),
-            varied_values(s.job, keys),
-            "not started" if s.state == "waiting" else s.state,
-            s.result,
-        )
-        for s in states
-    ]
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_WIDTH, highlight=False)
-    for table in sweep_tables(rows, keys):
-        console.print(table)
-    done = sum(state.state in ("done", "partial") for state in states)
-    failed = [state for state in states if state.state == "failed"]
-    print(f"{folder}: {done} of {len(states)} runs done, {len(failed)} failed")
-    for state in failed:
-        print(f"  failed: {state.job.directory.relative_to(folder)}  {state.error}")
-    place = as_typed(folder)
-    if done < len(states):
-        print(f"continue:  ekd-train resume={place}")
-    if done:
-        print(f"report:    ekd-report {place} -o {as_typed(folder / 'report')}")
-
-
-def interrupted_sweep() -> str | None:
-    """Ends what an interrupted sweep has left running, and says how it stands.
-
-    Returns:
-        One line; None if no sweep ran in this process.
-    """
-    if not _open:
+def _start(directory: Path) -> datetime | None:
+    provenance, _ = _json(directory / "provenance.json")
+    if provenance is None:
         return None
-    folder, stack, queued = _open.pop()
-    sweep = found_sweep(folder)
-    stop_local_queue(folder)
-    stack.close()
-    return stopped(sweep, queued=queued)
+    parts = [provenance, *provenance.get("resumed", [])]
+    return _time(parts[-1].get("started"))
 
 
-def is_queued(config: DictConfig) -> bool:
-    """Whether jobs are handed to a cluster, where they go on whatever happens to this process."""
-    return str(config.hydra.launcher._target_).endswith("SlurmLauncher")
-
-
-def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
-    """Marks the runs of a sweep whose processes have ended as interrupted, and says in a line how it stands.
-
-    Args:
-        sweep: The sweep.
-        command: What continues it; by default `ekd-train resume=FOLDER`.
-        queued: Whether its jobs are in a queue elsewhere; then they have not ended, and none is marked.
-    """
-    if not queued:
-        mark_interrupted(sweep.jobs)
-    states = [look(job, sweep.started) for job in sweep.jobs]
-    counts = {name: sum(state.state in kinds for state in states) for name, kinds in _COUNTED.items()}
-    said = [f"{counts['done']} of {len(states)} runs done"]
-    said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
-    first = "to continue, once the queue is empty:" if queued else "to continue:"
-    return f"{', '.join(said)}; {first} {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
-
-
-_COUNTED = {
-    "done": ("done", "partial"),
-    "failed": ("failed",),
-    "stopped": ("stopped",),
-    "running": ("running",),
-    "not started": ("waiting",),
-}
-
-
-def lost_job(error: BaseException) -> str | None:
-    """What a launcher says of a job whose process was killed, in one line; None if that is not what happened.
-
-    Jobs of submitit's local executor that are still at work are waited for: they lack nothing.
-    """
-    if not type(error).__module__.startswith(("joblib", "submitit")):
+def _time(text: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError):
         return None
-    for folder, *_ in _open:
-        wait_for_local_queue(folder)
-    return (
-        f"a job was killed: {' '.join((str(error).strip() or type(error).__name__).splitlines()[0].split())}"
-    )
 
 
 def as_typed(path: Path) -> str:

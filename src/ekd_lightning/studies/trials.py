@@ -1,4 +1,4 @@
-"""A study on disk: the trials of one configuration, shared by all processes that work on it.
+"""Trials of one configuration on disk, shared by all processes that work on them, and what they find.
 
 Trial number n of the budget is a pure function of the sampler's seed, n and the trials before it, so a study that
 was stopped and resumed tries what the uninterrupted one would have tried.
@@ -10,6 +10,8 @@ import json
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,23 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ekd_lightning.config.config import changed_keys
+from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_json
-from ekd_lightning.studies.search_space import Choices, Interval, Scalar, SearchSpace, override
+from ekd_lightning.files import read_json, write_json
+from ekd_lightning.studies.space import Choices, Interval, SearchSpace
 
-DESCRIPTION = "study.json"
+DESCRIPTION = "search.json"
+_EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
 JOURNAL = "trials.journal"
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
 _PRUNE_AFTER = 5  # complete trials, of which a median means something
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
-class TuningStudy:
-    """One study on disk, opened by one of possibly several processes.
+class Search:
+    """A search on disk, opened by one of possibly several processes.
 
     Args:
         folder: The study's own folder; made if needed.
@@ -43,6 +48,7 @@ class TuningStudy:
         defaults: The configuration's own values of searched keys, as far as they lie in the space.
         seed: Of the sampler, >= 0.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
+        ignored: Which dotted keys of the description may differ.
 
     Raises:
         UserError: If the folder holds a study with another description, or a damaged one.
@@ -57,6 +63,7 @@ class TuningStudy:
         *,
         seed: int = 0,
         warmup_steps: int | None = None,
+        ignored: Callable[[str], bool] = lambda key: False,
     ) -> None:
         self.folder, self.space, self.defaults, self.seed = folder, space, defaults, seed
         self.prunes = warmup_steps is not None
@@ -66,7 +73,7 @@ class TuningStudy:
         self._lock = FileLock(folder / "study.lock")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._lock:
-            _check_description(folder, description)
+            _check_description(folder, description, ignored)
             self._study = _open(folder, warmup_steps)
         self._name = uuid.uuid4().hex
         # Held as long as this process lives, whatever ends it: a running trial without it has died.
@@ -152,34 +159,21 @@ class TuningStudy:
         return True
 
 
-def _check_description(folder: Path, description: dict[str, Any]) -> None:
-    """Leaves the description of a new study; refuses one that differs from what is there."""
-    path = folder / DESCRIPTION
-    if not path.is_file():
+def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
+    """Leaves the description of a new search; refuses one that differs from what is there."""
+    path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
+    if path is None:
         if (folder / JOURNAL).exists():
             raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
-        write_json(path, description)
+        write_json(folder / DESCRIPTION, description)
         return
-    try:
-        recorded = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: damaged; choose another --output") from None
-    old, new = (_flat(content) for content in (recorded, json.loads(json.dumps(description))))
-    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key, _flat) != new.get(key, _flat)]
+    here = json.loads(json.dumps(description))
+    changed = [key for key in changed_keys(read_json(path), here) if not ignored(key)]
     if changed:
         raise UserError(
-            f"{folder}: holds a study of another configuration ({', '.join(changed[:5])} differ); "
+            f"{folder}: holds a search of another configuration ({', '.join(changed[:5])} differ); "
             "choose another --output, or repeat its settings"
         )
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict) or not content:
-        return {prefix: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}.{key}".lstrip("."))
-    return flat
 
 
 def _open(folder: Path, warmup_steps: int | None) -> optuna.Study:
@@ -215,3 +209,53 @@ def _sample(trial: optuna.Trial, key: str, dimension: Interval | Choices) -> Any
     if dimension.integer:
         return trial.suggest_int(key, int(dimension.low), int(dimension.high), log=dimension.log)
     return trial.suggest_float(key, dimension.low, dimension.high, log=dimension.log)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study has found so far; accuracies are on the validation split, of the last epoch, in [0, 1].
+
+    Attributes:
+        overrides: Of the best trial; empty if that is the configuration as it was given. Of equals the earliest.
+        value: Its accuracy, a mean over seeds.
+        by_seed: Its accuracies.
+        default_value: Accuracy of the configuration as it was given; None if it diverged.
+        trials: How many were complete, pruned or diverged.
+        pruned: How many were stopped early.
+        diverged: How many had a loss that is not finite.
+    """
+
+    overrides: list[str]
+    value: float
+    by_seed: list[float]
+    default_value: float | None
+    trials: int
+    pruned: int
+    diverged: int
+
+
+def outcome(study: Search) -> Outcome | None:
+    """Sums a study up; None as long as no trial is complete."""
+    ended = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    ranked = ranking(study)
+    if not ranked:
+        return None
+    best = ranked[0]
+    assert best.value is not None  # it is complete
+    diverged = sum(bool(t.user_attrs.get("diverged")) for t in ended)
+    default = next((t.value for t in ranked if t.user_attrs.get("default")), None)
+    return Outcome(
+        overrides=list(best.user_attrs["overrides"]),
+        value=best.value,
+        by_seed=list(best.user_attrs["by_seed"]),
+        default_value=default,
+        trials=len(ended),
+        pruned=len(ended) - len(ranked) - diverged,
+        diverged=diverged,
+    )
+
+
+def ranking(study: Search) -> list[FrozenTrial]:
+    """The complete trials, best first; of equals the earliest first."""
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))

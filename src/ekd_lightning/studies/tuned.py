@@ -1,10 +1,12 @@
-"""What `ekd-tune` leaves and prints: `<method>.yaml` and the table of the best trials."""
+"""Tuned settings of a method: `<method>.yaml`, as `ekd-tune` writes and shows it and `ekd-compare` reads it."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +14,48 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
+from ekd_lightning.roles import Role
+from ekd_lightning.settings import purpose_of
+from ekd_lightning.studies.study import RowPlan
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from ekd_lightning.studies.trials import TuningStudy
+    from ekd_lightning.studies.trials import Search
 
 log = logging.getLogger(__name__)
 
 _SHOWN_TRIALS = 10
 _WIDTH = 120  # where there is no terminal
+_SAME = ("data", "fraction", "subset_sha256", "epochs")
+# What a tuned row may not change: the rows would no longer be comparable.
+_SHARED = ("data", "teachers", "student", "seed", "trainer", "experiment", "method.name")
 
 
-def read_overrides(path: Path) -> list[str]:
-    """Overrides of a result of `ekd-tune`, for the command line.
+def read_tuned(path: Path) -> dict[str, Any]:
+    """Content of `<method>.yaml`, its `overrides` checked.
 
     Raises:
-        UserError: If the file is not such a result.
+        UserError: If the file is missing or of another form.
     """
     try:
         content = yaml.safe_load(path.read_text())
-        return [str(word) for word in content["overrides"]]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"{path}: not a result of ekd-tune") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a result of ekd-tune ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    words = content.get("overrides") if isinstance(content, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
+        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
+    return dict(content)
 
 
-_SAME = ("data", "fraction", "subset_sha256", "epochs")
+def _is_shared(key: str) -> bool:
+    """Whether all rows of a study must have the same value of a setting."""
+    return key == "method" or is_under(key, _SHARED) or purpose_of(key).role is Role.PROTOCOL
 
 
 def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
@@ -57,9 +73,9 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
             log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
 
 
-def write_outcome(output: Path, study: TuningStudy, facts: dict[str, Any]) -> None:
+def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
     """Writes `<method>.yaml` as soon as a trial is complete, and anew after each."""
-    from ekd_lightning.studies.tuning import outcome, standard_error  # noqa: PLC0415 (needs Optuna)
+    from ekd_lightning.studies.trials import outcome  # noqa: PLC0415 (needs Optuna)
 
     found = outcome(study)
     if found is None:
@@ -79,9 +95,9 @@ def write_outcome(output: Path, study: TuningStudy, facts: dict[str, Any]) -> No
     write_text(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
 
 
-def show_outcome(output: Path, study: TuningStudy, facts: dict[str, Any]) -> None:
+def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
     """Prints the best trials, and what their difference means."""
-    from ekd_lightning.studies.tuning import outcome, ranking, standard_error  # noqa: PLC0415 (needs Optuna)
+    from ekd_lightning.studies.trials import outcome, ranking  # noqa: PLC0415 (needs Optuna)
 
     found = outcome(study)
     if found is None:
@@ -111,3 +127,62 @@ def _print_table(title: str, trials: Sequence[FrozenTrial]) -> None:
         table.add_row(str(trial.number), f"{100 * float(trial.value or 0):.2f}", words)
     console = Console(file=sys.stdout)
     Console(file=sys.stdout, width=max(console.width, _WIDTH)).print(table)
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Of an accuracy p in [0, 1] measured on n images: sqrt(p (1 - p) / n), the binomial's."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def with_tuned(
+    rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()
+) -> list[RowPlan]:
+    """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
+
+    A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
+    method; a row without any file keeps its defaults. Both are said.
+
+    Args:
+        rows: The rows.
+        folder: Where the files are.
+        data: Data set of the study, and
+        fractions: its fractions: if a file says that it was tuned on others, a warning tells.
+
+    Raises:
+        UserError: For a missing folder, a file of another form or method, or an override of what all rows must share.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--tuned {folder}: no such folder")
+    return [_with_file(row, folder, data, fractions) for row in rows]
+
+
+def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
+    names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        log.warning("%s: no %s in %s, the method's defaults are used", row.name, " or ".join(names), folder)
+        return row
+    content = read_tuned(path)
+    for word in content["overrides"]:
+        if _is_shared(key_of(word)):
+            raise UserError(f"{path}: {word}: all rows of a study must share it")
+    if content.get("method", row.method) not in (row.method, row.name):
+        raise UserError(
+            f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}"
+        )
+    if path.stem != row.name:
+        log.info("%s: as tuned for another network, %s", row.name, path.name)
+    _warn_of_other_data(path, content.get("protocol"), data, fractions)
+    return replace(row, overrides=(*row.overrides, *content["overrides"]))
+
+
+def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
+    known = protocol if isinstance(protocol, dict) else {}
+    if data and known.get("data", data) != data:
+        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
+    tuned_at = known.get("fraction")
+    # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
+    tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
+    others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
+    if others:
+        log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))

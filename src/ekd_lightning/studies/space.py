@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
+from ekd_lightning.config.overrides import Scalar
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method
 from ekd_lightning.methods.logit_terms import CrossEntropyBranch, CrossEntropyEnsemble
@@ -18,8 +18,6 @@ from ekd_lightning.methods.options import number
 WEIGHT_FACTOR = 8.0
 """Weights are searched from a default's eighth to its eightfold."""
 TEMPERATURES = (1.0, 20.0)
-
-Scalar: TypeAlias = "bool | int | float | str | None"
 
 # What would make trials incomparable: other images, or another cost.
 _NOT_SEARCHED = (
@@ -186,25 +184,6 @@ def describe_space(space: SearchSpace) -> dict[str, Any]:
         key: asdict(values) if isinstance(values, Interval) else {"choices": list(values.values)}
         for key, values in space.items()
     }
-
-
-def override(key: str, value: Scalar) -> str:
-    """`key=value` as Hydra reads it back to the same value."""
-    if value is None:
-        return f"{key}=null"
-    if isinstance(value, bool):
-        return f"{key}={str(value).lower()}"
-    if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z][\w./-]*", value, re.ASCII) and value.lower() not in _WORDS
-        return f"{key}={value}" if plain else f"{key}='{_escaped(value)}'"
-    return f"{key}={value!r}"
-
-
-_WORDS = ("null", "true", "false", "nan", "inf")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("'", "\\'")
 
 
 def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -1,0 +1,119 @@
+"""Internals of Hydra: all that is needed of it and has no public name. Nothing else imports such names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+@contextlib.contextmanager
+def initialized(config_dir: str | None) -> Iterator[None]:
+    """Hydra with the package's configuration and the user's own, as `--config-dir` adds it to a command.
+
+    Args:
+        config_dir: Folder or address of the user's configuration files; None without.
+    """
+    path = create_config_search_path("pkg://ekd_lightning.conf")
+    if config_dir is not None:
+        path.append("command-line", config_dir if "://" in config_dir else f"file://{config_dir}")
+    Hydra.create_main_hydra2(task_name="train", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def options_of(group: str) -> list[str]:
+    """The names that a group of the configuration can take."""
+    return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def keys_set_by(config: str, section: str) -> set[str]:
+    """Keys of a section that a configuration file sets, or one that it is made from.
+
+    Args:
+        config: Its name, e.g. `method/ekd`; those that it is made from are of its group.
+        section: E.g. `student`.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    loaded = loader.repository.load_config(config)  # type: ignore[attr-defined]
+    if loaded is None:
+        return set()
+    found = {f"{section}.{key}" for key in loaded.config.get(section) or {}}
+    group = config.rpartition("/")[0]
+    for parent in loaded.defaults_list or []:
+        name = getattr(parent, "path", None)
+        if name and name != "_self_":
+            found |= keys_set_by(f"{group}/{name}", section)
+    return found
+
+
+def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
+    """The jobs that Hydra's own sweeper is going to start.
+
+    Args:
+        config: Composed configuration of the multirun, with the node `hydra`.
+
+    Returns:
+        Of each job its directory below the sweep's and its overrides; None for another sweeper, which decides as it
+        goes.
+    """
+    hydra = config.hydra
+    if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
+        return None
+    varied = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*varied, *hydra.overrides.task])
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    plain = OmegaConf.to_container(hydra.sweep, resolve=False)
+    assert isinstance(plain, dict)
+    if plain["subdir"] == "${hydra.job.num}":
+        return [(str(number), list(job)) for number, job in enumerate(jobs)]
+    return [(_subdirectory(config, job, number), list(job)) for number, job in enumerate(jobs)]
+
+
+def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
+    """The directory of a job below its sweep's, as the launcher will resolve it."""
+    job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    with open_dict(job):
+        job.hydra.job.num = number
+        job.hydra.job.id = str(number)
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    try:
+        instance.set_config(job)
+        return str(OmegaConf.select(job, "hydra.sweep.subdir"))
+    finally:
+        instance.cfg = before
+
+
+def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:
+    """Hands jobs to the launcher that a configuration names, and waits for them.
+
+    All at once, or `hydra.sweeper.max_batch_size` at a time.
+
+    Args:
+        config: Composed configuration of a multirun, with the node `hydra`.
+        jobs: The overrides of each.
+        task: Runs one job.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=task, config=config
+    )
+    most = config.hydra.sweeper.get("max_batch_size") or len(jobs) or 1
+    for start in range(0, len(jobs), most):
+        launcher.launch(jobs[start : start + most], initial_job_idx=start)

@@ -1,0 +1,259 @@
+"""Tables of a block: its groups as rows of texts and as records; for a page, a terminal, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ekd_lightning.evaluation.diversity import Spread
+from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, Estimate, difference_text, percent
+from ekd_lightning.reporting.groups import FEW, Group, differences
+from ekd_lightning.reporting.run_files import seed_spread
+
+LEGEND = f"""\
+One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last
+epoch, in percent: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences
+are in points, paired by seed, with their 95 % interval; p is that of a paired t-test, corrected by Holm's method
+over the rows of the block. Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree:
+the share of test images on which two runs of the row predict different classes, mean over pairs. K branches, M
+teachers. Seconds of training depend on what else the machine did, and include filling the table of teacher outputs
+for the run that came first. With fewer than {FEW} runs an interval rests on the assumption that runs are normal,
+and is wide.
+"""
+MEANS = (
+    "test_nll",
+    "test_ece",
+    "test_brier",
+    "test_mean_branch_accuracy",
+    "test_gain_over_mean_branch",
+    "test_disagreement",
+    "train_accuracy",
+    "corruption_mce",
+    "num_parameters",
+    "num_adapter_parameters",
+    "macs",
+    "steps",
+    "train_seconds",
+    "latency_ms_batch1",
+)
+"""Fields of which a record gives the mean over runs, where they have them."""
+_EMPTY = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group and how it compares.
+
+    Attributes:
+        group: The group.
+        differences: Its test accuracy minus that of each reference; None for the reference itself, and without a
+            common seed.
+        spread: How much its runs differ from seed to seed; None unless two of them have their predictions.
+    """
+
+    group: Group
+    differences: Mapping[str, Difference | None] = field(default_factory=dict)
+    spread: Spread | None = None
+
+
+def rows(block: Block, references: Sequence[str]) -> list[Row]:
+    """The groups of a block against each reference that it has.
+
+    Args:
+        block: The block.
+        references: Labels of groups of it.
+    """
+    found = {reference: differences(block.groups, reference) for reference in references}
+    return [
+        Row(
+            group,
+            {reference: found[reference].get(group.label) for reference in references},
+            seed_spread(group),
+        )
+        for group in block.groups
+    ]
+
+
+def accuracy(found: Estimate | None) -> str:
+    """E.g. `71.55 ± 0.29 [70.83, 72.27]`; a single run has no interval, and says so."""
+    if found is None:
+        return _EMPTY
+    if found.std is None:
+        return f"{percent(found)} ({NOT_ENOUGH})"
+    return f"{percent(found)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
+
+
+def problems(group: Group) -> str:
+    """What became of the runs that are not done, in words; empty if all are."""
+    told = []
+    for state in dict.fromkeys(run.state for run in group.others):
+        those = [run for run in group.others if run.state == state]
+        error = next((f": {run.error}" for run in those if run.error), "")
+        told.append(f"{state} {len(those)} of {len(group.runs)}{error}")
+    return "; ".join(told)
+
+
+def _mean(key: str, form: str, scale: float = 1, unit: str = "") -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        found = row.group.values(key)
+        return f"{format(scale * found.mean, form)}{unit}" if found else _EMPTY
+
+    return text
+
+
+def _count(value: int | None) -> str:
+    return _EMPTY if value is None else str(value)
+
+
+def _seconds(row: Row) -> str:
+    chain = row.group.values("chain_stored_seconds")
+    more = f" + {chain.mean:.0f} for assistants" if chain and chain.mean else ""
+    return _mean("train_seconds", ".0f")(row) + more
+
+
+def _taught(group: Group) -> str | None:
+    """Who taught: the chosen one, or `all`; None for nobody."""
+    return " / ".join(map(str, group.distinct("teacher"))) or ("all" if group.num_teachers else None)
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "K": lambda row: _count(row.group.num_branches),
+    "M": lambda row: _count(row.group.num_teachers),
+    "teacher": lambda row: _taught(row.group) or _EMPTY,
+    "n": lambda row: str(row.group.n),
+    "test accuracy % [95 % interval]": lambda row: accuracy(row.group.accuracy),
+    "differences": lambda row: "",  # one column for each reference
+    "NLL": _mean("test_nll", ".3f"),
+    "ECE": _mean("test_ece", ".3f"),
+    "gain": _mean("test_gain_over_mean_branch", "+.2f", 100),
+    "seeds disagree %": lambda row: f"{100 * row.spread.disagreement:.1f}" if row.spread else _EMPTY,
+    "parameters": _mean("num_parameters", ",.0f"),
+    "adapters": _mean("num_adapter_parameters", ",.0f"),
+    "MACs": _mean("macs", ".1f", 1e-6, " M"),
+    "train s": _seconds,
+    "steps": _mean("steps", ",.0f"),
+    "not done": lambda row: problems(row.group),
+}
+REPORT = tuple(name for name in _COLUMNS if name not in ("teacher", "adapters", "steps"))
+STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "seeds disagree %"))
+"""Columns of a report, and of a study, where what everything cost matters more."""
+
+
+def heads(references: Sequence[str], names: Sequence[str] = REPORT) -> list[str]:
+    """Heads of a block's table."""
+    minus = [f"− {reference} [95 % interval]" for reference in references]
+    return [
+        "setting",
+        *(head for name in names for head in (minus if name == "differences" else [name])),
+    ]
+
+
+def cells(row: Row, names: Sequence[str] = REPORT) -> list[str]:
+    """A row as texts, in the order of `heads`."""
+    label = row.group.label
+    minus = ["" if name == label else difference_text(one) for name, one in row.differences.items()]
+    found = [row.group.label]
+    for name in names:
+        found += minus if name == "differences" else [_COLUMNS[name](row)]
+    return found
+
+
+def markdown(
+    found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None
+) -> str:
+    """Rows of a block as a Markdown table.
+
+    Args:
+        found: From `rows`, at least one.
+        names: Columns.
+        settings: One column more, by label: what the row changes of its method's defaults.
+    """
+    more = [] if settings is None else ["settings"]
+    top = [*heads(tuple(found[0].differences), names), *more]
+    lines = [f"| {' | '.join(top)} |", "|" + "---|" * len(top)]
+    for row in found:
+        label, *texts = cells(row, names)
+        own = [] if settings is None else [settings.get(label) or "defaults"]
+        lines.append(f"| {' | '.join(map(cell, (f'`{label}`', *map(prose, texts), *own)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str) -> str:
+    """Text that does not break a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def prose(text: str) -> str:
+    """Text in one line, in which `<class 'int'>` is no markup that a reader would not see."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", " ".join(text.split()))
+
+
+def terminal_table(title: str, found: Sequence[Row], names: Sequence[str] = STUDY) -> Table:
+    """Rows of a block for the terminal; what went wrong is red."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for position, name in enumerate(heads(tuple(found[0].differences), names)):
+        left = position == 0 or name in ("teacher", "not done")
+        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=position == 0)
+    for row in found:
+        *texts, wrong = cells(row, (*(name for name in names if name != "not done"), "not done"))
+        table.add_row(*texts, Text(wrong, style="red"))
+    return table
+
+
+def record(row: Row) -> dict[str, Any]:
+    """A row as a record; accuracies in [0, 1], differences in [-1, 1], half widths of 95 % intervals."""
+    group, found = row.group, row.group.accuracy
+    made: dict[str, Any] = {
+        "label": group.label,
+        "method": group.method,
+        "student": group.student,
+        "num_branches": group.num_branches,
+        "num_teachers": group.num_teachers,
+        "teacher": _taught(group),
+        "n": group.n,
+        "seeds": [int(run.get("seed")) for run in group.done],
+        "test_accuracy": found.mean if found else None,
+        "test_accuracy_std": found.std if found else None,
+        "test_accuracy_interval": [found.low, found.high] if found and found.std is not None else None,
+        "differences": {
+            label: difference_record(one) for label, one in row.differences.items() if one is not None
+        },
+    }
+    for key in MEANS:
+        mean = group.values(key)
+        if mean is not None:
+            same = group.only(key)
+            made[key] = mean.mean if same is None else same  # counts stay whole
+    if row.spread is not None:
+        made |= {"seed_variance": row.spread.variance, "seed_disagreement": row.spread.disagreement}
+    states = [run.state for run in group.others]
+    return made | {state: states.count(state) for state in ("failed", "partial", "running")}
+
+
+def difference_record(difference: Difference) -> dict[str, Any]:
+    """A difference as a record: mean, n, half width of its 95 % interval, p and the corrected p."""
+    return {
+        "mean": difference.mean,
+        "n": difference.n,
+        "half_width": difference.half,
+        "p": difference.p,
+        "p_holm": difference.p_holm,
+    }
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Flat records as CSV; a field that one lacks is empty."""
+    stream = io.StringIO()
+    names = dict.fromkeys(key for one in records for key in one)
+    writer = csv.DictWriter(stream, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue()

@@ -1,0 +1,349 @@
+"""Comparison of rows over seeds: which runs of a study are done, launched, resumed or refused, and the table of all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.types import TaskFunction
+from rich.console import Console
+
+from ekd_lightning.config.build import import_user_modules
+from ekd_lightning.config.config import CONFIG_FILE, changed_keys, read_config, to_plain, to_settings
+from ekd_lightning.config.overrides import key_of, override
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_text
+from ekd_lightning.reporting import tables
+from ekd_lightning.reporting.blocks import Block, block_of_rows
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.launching import launch
+from ekd_lightning.studies.study import (
+    Composer,
+    RowPlan,
+    Study,
+    continued,
+    parse_matches,
+    plan_rows,
+    union,
+    write_study,
+)
+from ekd_lightning.studies.sweep import Job, recorded_overrides
+from ekd_lightning.studies.tuned import with_tuned
+
+log = logging.getLogger(__name__)
+
+RUNS = "runs"
+REFERENCES = ("ce", "ekd")
+"""Rows that differences are taken to, where a study has them."""
+STATES = ("failed", "partial", "stopped", "missing")
+_COST = ("num_parameters", "num_adapter_parameters", "macs", "steps", "train_seconds")
+_OWN = ("label", "method", "student", "seeds", "differences", "test_accuracy_interval", "running")
+_WIDTH = 200  # where there is no terminal
+
+Runs = Mapping[str, Mapping[int, RunEntry]]
+"""Row -> seed -> run."""
+
+
+def ask(
+    old: Study | None,
+    common: tuple[str, ...],
+    composer: Composer,
+    *,
+    methods: str | None,
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+    match: str | None = None,
+    controls: bool = True,
+    tuned: Path | None = None,
+) -> Study:
+    """The study that is asked for, together with what the folder holds already.
+
+    Args:
+        old: What the folder holds; None if it is new.
+        common: Overrides of all rows.
+        composer: Composes overrides, inside an initialised Hydra.
+        methods: Rows, e.g. `ce,kd_mean@resnet14`; None for those that are there.
+        fractions: Shares of the training images; empty for those that are there, or that of the settings.
+        seeds: Empty for those that are there, or 0, 1, 2.
+        match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
+        controls: Whether the usual controls are added.
+        tuned: Folder of settings from ekd-tune.
+
+    Raises:
+        UserError: For unknown names, or what contradicts the folder's study.
+    """
+    if methods is None and old is None:
+        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+    common = common if old is None else continued(old, common)
+    cfg = composer(overrides=common)
+    import_user_modules(list(cfg.imports))
+    usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
+    fractions = tuple(fractions) or (old.fractions if old else (usual,))
+    seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
+    rows: list[RowPlan] = []
+    if methods is not None:
+        matches = parse_matches(match or ("macs,parameters" if controls else "none"))
+        rows = plan_rows(methods, matches, controls, common, old, composer)
+    if tuned is not None:
+        rows = with_tuned(rows, tuned, cfg.data.name, fractions)
+    asked = Study(tuple(rows), fractions, seeds, common, old.data if old else cfg.data.name)
+    return asked if old is None else union(old, asked)
+
+
+def run(
+    study: Study,
+    folder: Path,
+    composer: Composer,
+    hydra_words: Sequence[str],
+    task: TaskFunction,
+    *,
+    command: str,
+    retry_failed: bool = False,
+) -> None:
+    """Runs what of a study is missing.
+
+    Args:
+        study: What is asked for.
+        folder: The study's folder.
+        composer: Composes overrides, inside an initialised Hydra.
+        hydra_words: Overrides of Hydra, e.g. the launcher.
+        task: Runs one job.
+        command: What continues the work if it is interrupted, for the user.
+        retry_failed: Whether failed runs are tried again.
+
+    Raises:
+        UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
+        KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
+    """
+    jobs, left = plan(study, folder, composer, retry_failed=retry_failed)
+    write_study(study, folder)
+    total = len(study.rows) * len(study.fractions) * len(study.seeds)
+    resumed = sum(job.resumed for job in jobs)
+    log.info("%d runs in the study, %d to be run (%d of them resumed)", total, len(jobs), resumed)
+    for one in left:
+        log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
+    if jobs:
+        launch(jobs, folder / RUNS, hydra_words, task, command=command)
+
+
+def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
+    """What is known of a run of a study from its directory; its state may also be `missing` or `stopped`."""
+    name = f"{row}-f{fraction:g}-s{seed}"
+    directory = folder / RUNS / name
+    status = _json(directory / "status.json")
+    if status is None:
+        started = (directory / ".hydra").is_dir() or (directory / CONFIG_FILE).is_file()
+        error = "ended before it had a record" if started else None
+        return RunEntry(directory, name, "failed" if started else "missing", error=error)
+    result = _json(directory / "result.json")
+    if status["state"] == "done" and result is not None:
+        return RunEntry(directory, name, "partial" if result.get("partial") else "done", result)
+    if status["state"] == "failed" and status["error"] != "interrupted":
+        lines = str(status["error"]).splitlines() or ["unknown error"]
+        return RunEntry(directory, name, "failed", error=lines[0])
+    return RunEntry(directory, name, "stopped")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(f"{path}: damaged") from None
+
+
+def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
+    """All runs that a study asks for, by fraction; rows in their order."""
+    return {
+        fraction: {
+            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds}
+            for row in study.rows
+        }
+        for fraction in study.fractions
+    }
+
+
+def plan(
+    study: Study, folder: Path, compose: Composer, *, retry_failed: bool
+) -> tuple[list[Job], list[RunEntry]]:
+    """Decides what to launch.
+
+    Runs that are done are skipped. Stopped ones go on from their last checkpoint, or start again without one.
+    Failed ones are left alone unless they are to be tried again, then they are treated like stopped ones.
+
+    Returns:
+        The jobs, and the failed runs that are left alone.
+
+    Raises:
+        UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
+    """
+    ordered: list[tuple[tuple[float, int, int], Job]] = []
+    left: list[RunEntry] = []
+    checked: set[tuple[str, float]] = set()
+    free = [word for word in study.common if is_free(key_of(word))]
+    for row, fraction, seed in study.every:
+        found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
+        directory = found.directory
+        cfg = compose(overrides=words)
+        to_settings(cfg).check()
+        checkpoint = (directory / "checkpoints" / "last.ckpt").is_file()
+        keeps = found.state in ("done", "partial", "stopped") or (found.state == "failed" and checkpoint)
+        if keeps and (directory / CONFIG_FILE).is_file():
+            _check_configuration(directory, to_plain(cfg))
+        if found.state in ("done", "partial"):
+            continue
+        if found.state == "failed" and not retry_failed:
+            left.append(found)
+            continue
+        resumed = checkpoint and (directory / ".hydra" / "overrides.yaml").is_file()
+        if (row.name, fraction) not in checked:
+            _check_row(row, to_settings(cfg))
+            checked.add((row.name, fraction))
+        job = Job(directory, tuple(_resumed_words(directory, free) if resumed else words), resumed)
+        ordered.append(((fraction, seed, -len(cfg.method.terms)), job))
+    # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
+    # others then read.
+    return [job for _, job in sorted(ordered, key=lambda pair: pair[0])], left
+
+
+def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
+    """Refuses a run that is there with another configuration, by the keys that differ."""
+    changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
+    if changed:
+        raise UserError(
+            f"{directory}: is there with another configuration ({', '.join(changed[:5])} differ); "
+            "remove it, or use another --output"
+        )
+
+
+def _check_row(row: RowPlan, settings: Settings) -> None:
+    """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
+    from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415 (slow; a report needs none)
+
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))  # what is to be said, the run says
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from None
+    finally:
+        logging.disable(before)
+
+
+def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
+    """The overrides that a run was started with, but for places and the like, which may have changed since."""
+    given = {key_of(word) for word in free}
+    return [*(word for word in recorded_overrides(directory) if key_of(word) not in given), *free]
+
+
+def commands(jobs: Sequence[Job]) -> list[str]:
+    """The jobs as commands for a shell, for launchers that Hydra does not know."""
+    return [
+        shlex.join(
+            [
+                "ekd-train",
+                override("resume", str(job.directory)),
+                *(word for word in job.overrides if is_free(key_of(word))),
+            ]
+        )
+        if job.resumed
+        else shlex.join(["ekd-train", *job.overrides, override("hydra.run.dir", str(job.directory))])
+        for job in jobs
+    ]
+
+
+def report(study: Study, folder: Path) -> bool:
+    """Writes comparison.csv, .md and .json, and prints the table.
+
+    Returns:
+        Whether all runs are done.
+
+    Raises:
+        UserError: If runs went different ways.
+    """
+    found = read_runs(study, folder)
+    settings = {row.name: row.settings for row in study.rows}
+    blocks = [study_block(study.data, fraction, found[fraction]) for fraction in study.fractions]
+    flat = [
+        one
+        for fraction, block in zip(study.fractions, blocks, strict=True)
+        for one in records(block, found[fraction], settings)
+    ]
+    page = ["# Comparison\n", tables.LEGEND]
+    for block in blocks:
+        page += [f"## {block.title}\n", tables.markdown(study_rows(block), tables.STUDY, settings)]
+    write_text(folder / "comparison.md", "\n".join(page))
+    write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
+    without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
+    write_text(folder / "comparison.csv", tables.csv_text(without))
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=_WIDTH)
+    for block in blocks:
+        console.print(tables.terminal_table(block.title, study_rows(block)))
+    console.print(tables.LEGEND, highlight=False)
+    states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
+    print(f"{folder}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
+    return set(states) == {"done"}
+
+
+def study_block(data: str, fraction: float, runs: Runs) -> Block:
+    """The rows of a study at one fraction, as a block of a report.
+
+    Raises:
+        UserError: If runs went different ways.
+    """
+    return block_of_rows(data, fraction, {row: list(own.values()) for row, own in runs.items()})
+
+
+def study_rows(block: Block) -> list[tables.Row]:
+    """The rows of a study's block, with the differences to those of `REFERENCES` that it has."""
+    labels = [group.label for group in block.groups]
+    return tables.rows(block, [name for name in REFERENCES if name in labels])
+
+
+def records(block: Block, runs: Runs, settings: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a study's block as flat records, accuracies and differences in [0, 1] and [-1, 1].
+
+    Args:
+        block: From `study_block`.
+        runs: Its runs.
+        settings: By row, what it changes of its method's defaults; None if that is not known.
+    """
+    made = []
+    for row in study_rows(block):
+        full, name = tables.record(row), row.group.label
+        own = runs[name]
+        one = {"data": block.data, "fraction": block.fraction, "row": name}
+        one |= {key: value for key, value in full.items() if key not in _OWN}
+        one |= {key: full.get(key) for key in _COST}
+        for reference in row.differences:
+            minus = full["differences"].get(reference) or dict.fromkeys(
+                ("mean", "n", "half_width", "p", "p_holm")
+            )
+            mean = minus.pop("mean")
+            one |= {f"minus_{reference}": mean}
+            one |= {f"minus_{reference}_{key}": value for key, value in minus.items()}
+        chain = row.group.values("chain_stored_seconds")
+        one["assistants_seconds"] = chain.mean if chain else None
+        one |= {state: sum(other.state == state for other in own.values()) for state in STATES}
+        one["problems"] = tables.problems(row.group) or None
+        if settings is not None:
+            one["settings"] = settings.get(name) or "defaults"
+        one["by_seed"] = {
+            str(seed): other.get("test_accuracy") if other.state == "done" else other.state
+            for seed, other in sorted(own.items())
+        }
+        made.append(one)
+    return made

@@ -1,0 +1,211 @@
+"""Multirun from start to end: it is planned on disk, followed, summed up, and continued by `resume=<its folder>`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from hydra.types import TaskFunction
+from omegaconf import DictConfig
+
+from ekd_lightning.config import internals
+from ekd_lightning.config.edge import EXIT_USER_ERROR
+from ekd_lightning.config.overrides import is_hydras, is_under, key_of
+from ekd_lightning.errors import UserError
+from ekd_lightning.runs.lock import DirectoryLock, LockedError
+from ekd_lightning.runs.record import now
+from ekd_lightning.settings import keys_where, may_change_between_parts
+from ekd_lightning.studies.ddp import launched_by_others
+from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
+from ekd_lightning.studies.progress import look_now, show_summary, watched
+from ekd_lightning.studies.sweep import (
+    Job,
+    JobState,
+    Sweep,
+    as_typed,
+    found_sweep,
+    look,
+    read_sweep,
+    recorded_overrides,
+    settled,
+    write_sweep,
+)
+
+# Where the sweep is and that it is one is known; these are given anew.
+_OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
+_LAUNCHER = ("hydra/launcher", "hydra.launcher")
+_open: list[tuple[Path, contextlib.ExitStack, bool]] = []
+"""The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
+Hydra tells callbacks of the end only if no job failed."""
+
+
+class SweepSummary(Callback):
+    """Writes down what a multirun is going to do, and follows it; `tell_sweep` ends it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Plans the jobs, before the first one starts."""
+        folder = Path(str(config.hydra.sweep.dir)).absolute()
+        stack = contextlib.ExitStack()
+        try:
+            stack.enter_context(DirectoryLock(folder))
+        except LockedError as error:
+            if not launched_by_others():  # else the other ranks of torchrun are in the same folder
+                _refuse(error)
+        _open.append((folder, stack, is_queued(config)))
+        jobs = plan_jobs(config, folder)
+        if jobs is not None:
+            sweep = describe_sweep(config, folder, jobs)
+            write_sweep(sweep)
+            stack.enter_context(watched(sweep))
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Tells of it at once where the job ran in the sweep's own process."""
+        look_now()
+
+
+def _refuse(error: LockedError) -> None:
+    """Ends the program: Hydra makes warnings of a callback's errors, but lets an exit pass."""
+    print(
+        f"ekd-train: error: another sweep is running in this folder: {error}; give this one its own with "
+        "hydra.sweep.dir=...",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_USER_ERROR)
+
+
+def plan_jobs(config: DictConfig, folder: Path) -> tuple[Job, ...] | None:
+    """The jobs that Hydra's own sweeper is going to start.
+
+    Args:
+        config: Composed configuration of the multirun, with the node `hydra`.
+        folder: Folder of the sweep.
+
+    Returns:
+        The jobs in their order; None for another sweeper, which decides as it goes.
+    """
+    found = internals.sweep_jobs(config)
+    return None if found is None else tuple(Job(folder / name, tuple(words)) for name, words in found)
+
+
+def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[Job]) -> Sweep:
+    """The sweep with all that is needed to start jobs of it again."""
+    hydra = config.hydra
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    first, *others = (job.overrides for job in jobs) if jobs else ((),)
+    return Sweep(
+        folder,
+        tuple(jobs),
+        tuple(hydra.overrides.hydra),
+        tuple(word for word in first if all(word in other for other in others)),
+        str(hydra.job.config_name or "train"),
+        str(folders[0]) if folders else None,
+        now(),
+    )
+
+
+def tell_sweep() -> None:
+    """Ends the sweep that ran in this process, if one did, and prints its summary."""
+    while _open:
+        folder, stack, _ = _open.pop()
+        stack.close()
+        show_summary(found_sweep(folder))
+
+
+def interrupted_sweep() -> str | None:
+    """Ends what an interrupted sweep has left running, and says how it stands.
+
+    Returns:
+        One line; None if no sweep ran in this process.
+    """
+    if not _open:
+        return None
+    folder, stack, queued = _open.pop()
+    sweep = found_sweep(folder)
+    stop_local_queue(folder)
+    stack.close()
+    return stopped(sweep, queued=queued)
+
+
+def lost_job(error: BaseException) -> str | None:
+    """What a launcher says of a job whose process was killed, in one line; None if that is not what happened.
+
+    Jobs of submitit's local executor that are still at work are waited for: they lack nothing.
+    """
+    if not type(error).__module__.startswith(("joblib", "submitit")):
+        return None
+    for folder, *_ in _open:
+        wait_for_local_queue(folder)
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"a job was killed: {' '.join(first.split())}"
+
+
+def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
+    """Runs what is left of a sweep, and prints its summary.
+
+    Done runs are skipped, started ones go on from their last checkpoint (or start again without one), the others are
+    started. Failed runs are tried again.
+
+    Args:
+        folder: Folder of the sweep, with sweep.json.
+        argv: Program name and command line; beside `resume` it may hold overrides of Hydra, e.g. another launcher,
+            and of what does not change the computation.
+        task: Runs one job.
+
+    Returns:
+        Whether all runs are done.
+
+    Raises:
+        UserError: For words that would compute something else.
+        LockedError: If the sweep is still running.
+        KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
+    """
+    sweep = read_sweep(folder)
+    assert sweep is not None
+    hydra_words, extra = split_words(sweep, argv)
+    with DirectoryLock(folder), internals.initialized(sweep.config_dir):
+        states = settled(look(job, sweep.started) for job in sweep.jobs)
+        jobs = [_job(state, extra) for state in states if state.state not in ("done", "partial")]
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
+        print(f"{as_typed(folder)}: {done} of {len(states)} runs are done; ", end="")
+        print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
+        if jobs:
+            launch(jobs, folder, hydra_words, task, sweep=sweep)
+        show_summary(sweep)
+    return all(look(job, sweep.started).state in ("done", "partial") for job in sweep.jobs)
+
+
+def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of Hydra to launch with, and further ones for the runs.
+
+    Raises:
+        UserError: For an option, or an override that would change what is computed.
+    """
+    given = [word for word in argv[1:] if not word.startswith("resume=") and word not in ("-m", "--multirun")]
+    hydra = [word for word in given if is_hydras(word)]
+    extra = [word for word in given if word not in hydra]
+    for word in extra:
+        if "=" not in word or not may_change_between_parts(key_of(word)):
+            raise UserError(
+                f"{word}: a resumed sweep computes what it was started with; beside resume= it takes a launcher "
+                f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
+            )
+    dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN
+    again = {key_of(word) for word in hydra}
+    kept = [word for word in sweep.hydra if not is_under(key_of(word), dropped) and key_of(word) not in again]
+    return [*kept, *(word for word in hydra if not is_under(key_of(word), _OWN))], extra
+
+
+def _job(state: JobState, extra: Sequence[str]) -> Job:
+    directory = state.job.directory
+    recorded = recorded_overrides(directory)
+    checkpoint = (directory / "checkpoints" / "last.ckpt").is_file()
+    resumed = bool(recorded) and checkpoint and state.state != "waiting"
+    given = {key_of(word) for word in extra}
+    words = recorded if resumed else state.job.overrides
+    return Job(directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed)

@@ -1,0 +1,308 @@
+"""Search for a method's weights and temperature on the validation split, with a fixed budget of trials."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytorch_lightning as pl
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from optuna.trial import TrialState
+from pytorch_lightning.callbacks import Callback
+
+from ekd_lightning.config.build import build, import_user_modules
+from ekd_lightning.config.config import register_schema, to_plain, to_settings
+from ekd_lightning.config.overrides import key_of, override
+from ekd_lightning.errors import UserError
+from ekd_lightning.pipeline.prepare import Prepared, prepare
+from ekd_lightning.pipeline.run import run
+from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
+from ekd_lightning.studies.trials import Search
+from ekd_lightning.studies.tuned import show_outcome, warn_of_other_budgets, write_outcome
+from ekd_lightning.training.checkpoints import BEST_METRIC
+from ekd_lightning.training.module import NonFiniteLossError
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[int, float], None]
+Evaluate = Callable[[list[str], Path, Report], list[float]]
+"""(overrides, folder, report) -> validation accuracy of the last epoch in [0, 1], by seed. `report(step, accuracy)`
+tells an epoch's accuracy and may raise `optuna.TrialPruned`."""
+
+
+def tune(
+    overrides: Sequence[str],
+    output: Path,
+    *,
+    trials: int,
+    seeds: Sequence[int],
+    epochs: int | None = None,
+    space_file: Path | None = None,
+    timeout: float | None = None,
+    sampler_seed: int = 0,
+    prune: bool = True,
+) -> None:
+    """Runs a search up to its budget and leaves `<method>.yaml`.
+
+    Args:
+        overrides: As for ekd-train.
+        output: Folder for `<method>.yaml` and the search.
+        trials: In all, earlier ones too.
+        seeds: A trial's value is the mean over these.
+        epochs: Of a trial; those of the recipe if None.
+        space_file: The user's own search space.
+        timeout: Seconds after which no further trial is started.
+        sampler_seed: Of what is tried.
+        prune: Whether hopeless trials are stopped early.
+
+    Raises:
+        UserError: For a user's mistake.
+    """
+    base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
+    cfg = _compose(base)
+    settings, plain = to_settings(cfg), to_plain(cfg)
+    import_user_modules(settings.imports)
+    prepared = _prepare(settings)
+    space = _search_space(space_file, base, settings, prepared)
+    facts: dict[str, Any] = {
+        "method": settings.method.name,
+        "budget": trials,
+        "seeds": list(seeds),
+        "sampler_seed": sampler_seed,
+        "validation_images": prepared.datamodule.num_val_images,
+        "protocol": _protocol(settings, prepared),
+        "space": describe_space(space),
+    }
+    warn_of_other_budgets(output, facts)
+    identity = {
+        "config": plain,
+        "space": facts["space"],
+        "seeds": list(seeds),
+        "sampler_seed": sampler_seed,
+    }
+    search = Search(
+        output / settings.method.name,
+        identity,
+        space,
+        default_values(space, plain),
+        seed=sampler_seed,
+        warmup_steps=settings.recipe.epochs // 3 if prune else None,
+        ignored=_is_ignored,
+    )
+
+    def callbacks() -> list[Callback]:
+        nodes = {name: node for name, node in settings.callbacks.items() if node}
+        return [build(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
+
+    objective = ValidationObjective(lambda words: to_settings(_compose(_with(base, words))), seeds, callbacks)
+    try:
+        run_trials(
+            search,
+            objective,
+            trials=trials if space else 1,
+            timeout=timeout,
+            after_trial=lambda: write_outcome(output, search, facts),
+        )
+        write_outcome(output, search, facts)
+        show_outcome(output, search, facts)
+    finally:
+        search.close()
+
+
+def _search_space(path: Path | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
+    """The user's search space, checked, or the method's own."""
+    if path is not None:
+        space = read_space(path)
+        try_ends(base, space)
+        return space
+    fixed = {key_of(word) for word in base}
+    space = derive_space(prepared.method, settings.method.temperature, fixed)
+    if not space:
+        name = settings.method.name
+        log.warning("method=%s: nothing to search, so one trial is enough (see --space)", name)
+    return space
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
+    """The command line with a trial's values; it may not say the same key twice."""
+    replaced = {key_of(word) for word in overrides}
+    return [*(word for word in base if key_of(word) not in replaced), *overrides]
+
+
+def _prepare(settings: Settings) -> Prepared:
+    """Makes all checks that a run makes before it trains, and those of a study."""
+    if settings.resume is not None:
+        raise UserError(f"resume={settings.resume}: has no meaning here; the same --output goes on")
+    devices = settings.trainer.get("devices", 1)
+    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise UserError(
+            f"trainer.devices={devices}: a trial has one device; start several processes with one --output"
+        )
+    if not re.fullmatch(r"\w[\w.+@-]*", settings.method.name):
+        raise UserError(
+            f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-"
+        )
+    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    if not prepared.datamodule.num_val_images:
+        raise UserError(
+            f"data.val_fraction={settings.data.val_fraction:g}: leaves no validation images to choose by; "
+            "set e.g. data.val_fraction=0.1"
+        )
+    return prepared
+
+
+def try_ends(base: list[str], space: SearchSpace) -> None:
+    """Composes and checks runs with the ends and choices of a user's space, so that mistakes show at once."""
+    probes = {key: values.probes() for key, values in space.items()}
+    for position in range(max(len(values) for values in probes.values())):
+        words = [override(key, values[position % len(values)]) for key, values in probes.items()]
+        _prepare(to_settings(_compose(_with(base, words))))
+
+
+def _is_ignored(key: str) -> bool:
+    """Whether a key of a search's description may differ between the processes that share it."""
+    setting = key.removeprefix("config.")
+    return setting != key and (setting == "seed" or is_free(setting, exact=False))
+
+
+def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:
+    """What a result says of how it was found."""
+    return {
+        "data": prepared.dataset.name,
+        "fraction": prepared.subset.fraction,
+        "val_fraction": settings.data.val_fraction,
+        "subset_seed": settings.data.subset_seed,
+        "subset_sha256": prepared.subset.sha256,
+        "views": prepared.views.key,
+        "epochs": settings.recipe.epochs,
+        "batch_size": settings.recipe.batch_size,
+        "student": settings.student.network,
+        "branches": prepared.student.num_branches,
+        "teachers": [plan.id for plan in prepared.candidates or prepared.teachers],
+    }
+
+
+def run_trials(
+    study: Search,
+    evaluate: Evaluate,
+    *,
+    trials: int,
+    timeout: float | None = None,
+    after_trial: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs trials until the study has `trials` of them, with those of other processes and of earlier calls.
+
+    Args:
+        study: The study.
+        evaluate: Trains with overrides; see `Evaluate`.
+        trials: The budget of the study. Pruned and diverged trials count, failed ones do not.
+        timeout: Seconds after which no further trial is started.
+        after_trial: Called after each trial.
+
+    Raises:
+        UserError: What `evaluate` raises ends the study, except a loss that is not finite: that is how these
+            weights turn out.
+    """
+    start = time.monotonic()
+    while timeout is None or time.monotonic() - start < timeout:
+        trial = study.claim(trials)
+        if trial is None:
+            return
+        _run_trial(study, trial, evaluate)
+        after_trial()
+    log.info("--timeout: no further trials; the same command goes on")
+
+
+def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
+    began = time.monotonic()
+    may_prune = study.prunes and not trial.user_attrs.get("default")
+
+    def report(step: int, accuracy: float) -> None:
+        trial.report(accuracy, step)
+        if may_prune and trial.should_prune():
+            raise optuna.TrialPruned
+
+    folder = study.trial_folder(trial.number)
+    state, value = TrialState.FAIL, None
+    try:
+        by_seed = evaluate(trial.user_attrs["overrides"], folder, report)
+        trial.set_user_attr("by_seed", by_seed)
+        state, value = TrialState.COMPLETE, statistics.fmean(by_seed)
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except NonFiniteLossError:
+        trial.set_user_attr("diverged", True)
+        state = TrialState.PRUNED
+    finally:
+        trial.set_user_attr("seconds", time.monotonic() - began)
+        study.tell(trial, value, state)
+        shutil.rmtree(folder, ignore_errors=True)
+    words = "  ".join(trial.user_attrs["overrides"]) or "as given"
+    ended = "pruned" if value is None else f"{100 * value:.2f} %"
+    log.info("trial %d: %s  %s  %.0f s", trial.number, ended, words, time.monotonic() - began)
+
+
+class ReportAccuracy(Callback):
+    """Tells the validation accuracy of every epoch but the last, whose trial is over anyway."""
+
+    def __init__(self, report: Report, first_step: int = 0) -> None:
+        self._report, self._first_step = report, first_step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports (`first_step` + epoch counted from 0, accuracy in [0, 1])."""
+        last = trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        if BEST_METRIC in trainer.callback_metrics and not last:
+            self._report(
+                self._first_step + trainer.current_epoch, float(trainer.callback_metrics[BEST_METRIC])
+            )
+
+
+@dataclass(frozen=True)
+class ValidationObjective:
+    """An `Evaluate`: trains as a run does, on every seed, and never reads the test set.
+
+    Attributes:
+        make_settings: From a trial's overrides to the settings of a run.
+        seeds: The runs of a trial.
+        make_callbacks: The user's own callbacks, made anew for every run.
+    """
+
+    make_settings: Callable[[list[str]], Settings]
+    seeds: Sequence[int]
+    make_callbacks: Callable[[], list[Callback]] = list
+
+    def __call__(self, overrides: list[str], folder: Path, report: Report) -> list[float]:
+        """Validation accuracy of the last epoch, in [0, 1], for every seed."""
+        values = []
+        for position, seed in enumerate(self.seeds):
+            settings = self.make_settings(overrides)
+            trainer = {**settings.trainer, "enable_checkpointing": False}
+            settings = replace(settings, seed=seed, trainer=trainer)
+            callbacks = [*self.make_callbacks(), ReportAccuracy(report, position * settings.recipe.epochs)]
+            result = run(
+                settings,
+                folder / f"seed{seed}",
+                sweep=folder.parent.parent.name,
+                callbacks=callbacks,
+                test=False,
+            )
+            if "val_accuracy" not in result:
+                raise UserError("trainer.limit_val_batches: leaves no validation accuracy to choose by")
+            values.append(round(result["val_accuracy"], 6))  # float32's noise would decide between equals
+        return values

@@ -1,0 +1,315 @@
+"""Study of rows × fractions × seeds, as `ekd-compare` is asked for it, written down in study.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from ekd_lightning.config import internals
+from ekd_lightning.config.config import to_settings
+from ekd_lightning.config.overrides import is_hydras, is_under, key_of, override
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import read_json, write_json
+from ekd_lightning.runs.lock import LOCK_FILE
+from ekd_lightning.settings import is_free
+
+if TYPE_CHECKING:
+    from ekd_lightning.networks.matching import Match
+
+log = logging.getLogger(__name__)
+
+STUDY_FILE = "study.json"
+CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_feature", "ekd_mean")
+MATCHED = ("kd_mean", "kd_mean_feature")
+"""Methods whose plain students are given the cost of the branched one."""
+MATCHES = ("macs", "parameters")
+_BRANCHING = ("student.branches", "student.split_after", "student.ensemble")
+Composer = Callable[..., DictConfig]
+"""Composes `overrides` into a configuration, as Hydra's `compose` does."""
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row of the study.
+
+    Attributes:
+        name: A method, `method@network`, or `kd_mean_macs` and the like.
+        overrides: What the row adds to the common overrides, for ekd-train; `method=...` comes first.
+        without: Keys of common overrides that do not apply to the row.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """The method's name in conf/method."""
+        return self.overrides[0].removeprefix("method=")
+
+    @property
+    def settings(self) -> str:
+        """What the row changes of its method's defaults, as overrides; empty for nothing."""
+        return " ".join(self.overrides[1:])
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that determines the runs of a study.
+
+    Attributes:
+        rows: By order.
+        fractions: Shares of the training images in (0, 1].
+        seeds: Not negative.
+        common: Overrides of all rows.
+        data: Name of the data set.
+    """
+
+    rows: tuple[RowPlan, ...]
+    fractions: tuple[float, ...]
+    seeds: tuple[int, ...]
+    common: tuple[str, ...] = ()
+    data: str = ""
+
+    @property
+    def every(self) -> Iterator[tuple[RowPlan, float, int]]:
+        """All runs as (row, fraction, seed), seed by seed."""
+        for fraction in self.fractions:
+            for seed in self.seeds:
+                for row in self.rows:
+                    yield row, fraction, seed
+
+    def words(self, row: RowPlan, fraction: float, seed: int) -> list[str]:
+        """The overrides of one run, as for ekd-train."""
+        common = [word for word in self.common if not is_under(key_of(word), row.without)]
+        return [*common, *row.overrides, f"data.fraction={fraction:g}", f"seed={seed}"]
+
+
+def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Separates overrides of the runs from those of Hydra, which say how runs are launched.
+
+    Raises:
+        UserError: For a word that is no override, or that sets what the study itself varies.
+    """
+    hydra = tuple(word for word in words if is_hydras(word))
+    common = tuple(word for word in words if word not in hydra)
+    for word in common:
+        if "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word}: not an override (KEY=VALUE), nor an option of ekd-compare")
+        owner = {"method": "--methods", "seed": "--seeds", "data.fraction": "--fractions"}.get(key_of(word))
+        if owner:
+            raise UserError(f"{word}: a study varies it, give it with {owner}")
+        if key_of(word) in ("data.per_class", "resume"):
+            raise UserError(f"{word}: cannot be set in a study")
+    return common, hydra
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Reads `0,1,2`.
+
+    Raises:
+        UserError: For anything but different whole numbers that are not negative.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
+        raise UserError(f"--seeds {text}: give different whole numbers from 0 on, e.g. 0,1,2")
+    return tuple(int(word) for word in words)
+
+
+def write_study(study: Study, folder: Path) -> None:
+    """Writes study.json."""
+    rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
+    content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
+    write_json(folder / STUDY_FILE, {**content, "common": list(study.common), "data": study.data})
+
+
+def read_study(folder: Path) -> Study | None:
+    """Reads study.json; None if the folder is new or empty.
+
+    Raises:
+        UserError: If the folder holds something else, or the file is damaged.
+    """
+    path = folder / STUDY_FILE
+    if not path.is_file():
+        if folder.exists() and not (folder.is_dir() and _is_empty(folder)):
+            raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
+        return None
+    try:
+        content = read_json(path)
+        rows = tuple(
+            RowPlan(name, tuple(row["overrides"]), tuple(row["without"]))
+            for name, row in content["rows"].items()
+        )
+        fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
+        return Study(rows, fractions, seeds, tuple(content["common"]), str(content["data"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged") from None
+
+
+def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
+    """The common overrides of a study that is called again: its own, where only places and the like are given."""
+    if not all(is_free(key_of(word)) for word in words):
+        return words
+    given = {key_of(word) for word in words}
+    return (*(word for word in old.common if key_of(word) not in given), *words)
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+def union(old: Study, new: Study) -> Study:
+    """The study with further rows, fractions and seeds.
+
+    Raises:
+        UserError: If the common overrides differ, or a row is asked for in another way than before.
+    """
+    ours, theirs = ([word for word in study.common if not is_free(key_of(word))] for study in (new, old))
+    if sorted(ours) != sorted(theirs):
+        different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
+        raise UserError(
+            f"{', '.join(different)}: the study has common overrides {' '.join(theirs) or '(none)'}; "
+            "other ones need another --output"
+        )
+    rows = {row.name: row for row in old.rows}
+    for row in new.rows:
+        before = rows.setdefault(row.name, row)
+        if before.overrides != row.overrides:
+            raise UserError(
+                f"row {row.name}: the study has it with {' '.join(before.overrides)}, "
+                f"now it is {' '.join(row.overrides)}; another --output, please"
+            )
+    return Study(
+        tuple(rows.values()),
+        tuple(sorted({*old.fractions, *new.fractions})),
+        tuple(sorted({*old.seeds, *new.seeds})),
+        new.common,
+        new.data,
+    )
+
+
+def parse_matches(text: str) -> tuple[str, ...]:
+    """Reads `macs,parameters` or `none`.
+
+    Raises:
+        UserError: For another word.
+    """
+    if text == "none":
+        return ()
+    words = tuple(dict.fromkeys(text.split(",")))
+    for word in words:
+        if word not in MATCHES:
+            raise unknown_name("--match", word, (*MATCHES, "none"))
+    return words
+
+
+def plan_rows(
+    methods: str,
+    matches: Sequence[str],
+    controls: bool,
+    common: Sequence[str],
+    old: Study | None,
+    compose: Composer,
+) -> list[RowPlan]:
+    """The rows that were asked for, then the controls, then the students of equal cost.
+
+    Args:
+        methods: `ce,ekd,kd_mean@resnet14`.
+        matches: Of `MATCHES`, by what plain students are given the cost of the study's branched one.
+        controls: Whether `CONTROLS` are added.
+        common: Overrides of all rows.
+        old: The study so far: students of equal cost that it has are kept.
+        compose: Composes overrides, inside an initialised Hydra.
+
+    Raises:
+        UserError: For an unknown method or network, or none.
+    """
+    asked = list(dict.fromkeys(word.strip() for word in methods.split(",") if word.strip()))
+    if not asked:
+        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+    extra = [name for name in CONTROLS if controls and name not in asked]
+    if extra:
+        log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
+    rows = [make_row(name, compose, common) for name in [*asked, *extra]]
+    recorded = {row.name for row in old.rows} if old else set()
+    for by in matches:
+        names = {f"{method}_{by}": method for method in MATCHED}
+        new = {name: method for name, method in names.items() if name not in recorded}
+        if new:  # once found, a study keeps it
+            match = match_student(by, compose(overrides=common))
+            log.info("%s: %s", ", ".join(new), match)
+            rows += [_matched(name, make_row(method, compose), match) for name, method in new.items()]
+    return rows
+
+
+def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPlan:
+    """Makes a row of `method` or `method@network`.
+
+    What a method's file says of the student's branching belongs to the method (one branch, ONE's gate, the place where
+    a Hydra splits): common overrides of it do not apply. A row with a network of its own does not get the options of
+    the common one.
+
+    Args:
+        name: The row.
+        compose: Composes overrides, inside an initialised Hydra.
+        common: Overrides of all rows; of those that do not reach a branched method the log tells.
+
+    Raises:
+        UserError: For an unknown method or network, with the nearest match.
+    """
+    from ekd_lightning.networks import network_names  # noqa: PLC0415 (slow; --help needs none)
+
+    method, at, network = name.partition("@")
+    methods = internals.options_of("method")
+    if method not in methods:
+        raise unknown_name("method", method, methods)
+    if at and network not in network_names():
+        raise unknown_name("network", network, network_names())
+    set_by = internals.keys_set_by(f"method/{method}", "student")
+    own = tuple(key for key in _BRANCHING if key in set_by)
+    if compose(overrides=[f"method={method}"]).student.branches == 1:
+        own = _BRANCHING
+    elif kept := [word for word in common if is_under(key_of(word), own)]:
+        log.info("%s has its own branching: %s does not reach it", name, " ".join(kept))
+    if not at:
+        return RowPlan(name, (f"method={method}",), own)
+    return RowPlan(
+        name, (f"method={method}", f"student.network={network}"), (*own, "student.network", "student.options")
+    )
+
+
+def match_student(by: str, cfg: DictConfig) -> Match:
+    """The plain network whose MACs or parameters come nearest to those of the study's student.
+
+    Args:
+        by: `macs` or `parameters`.
+        cfg: Composed configuration with the study's student.
+    """
+    from ekd_lightning.data import load_dataset  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
+    from ekd_lightning.networks.matching import match_network  # noqa: PLC0415
+    from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
+
+    settings = to_settings(cfg)
+    data = settings.data
+    dataset = load_dataset(data.name, Path(data.root), data.download)
+    student = build_student(settings, dataset)
+    cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
+    return match_network(student.spec, cost(student), cost)
+
+
+def _matched(name: str, row: RowPlan, match: Match) -> RowPlan:
+    options = [override(f"++student.options.{key}", value) for key, value in match.options.items()]
+    without = (*row.without, "student.network", "student.options")
+    return replace(
+        row,
+        name=name,
+        overrides=(*row.overrides, f"student.network={match.network}", *options),
+        without=without,
+    )

@@ -1,0 +1,214 @@
+"""The rows of a study as one block: paired differences, what may not be compared, and all forms of the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting import tables
+from ekd_lightning.reporting.blocks import check_comparable
+from ekd_lightning.reporting.estimates import holm
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.studies.comparison import records, study_block, study_rows
+
+POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
+
+
+def run(row, seed, accuracy, fraction=0.1, state="done", error=None, **more):
+    name = f"{row}-f{fraction:g}-s{seed}"
+    if accuracy is None:
+        return RunEntry(Path("/nowhere") / name, name, state, error=error)
+    teachers = more.pop("teachers", [] if row == "ce" else POOL)
+    result = {
+        "data": "digits",
+        "seed": seed,
+        "fraction": fraction,
+        "subset_sha256": "s" * 64,
+        "epochs": 1,
+        "epochs_done": 1,
+        "batch_size": 32,
+        "steps": 4,
+        "student": "resnet8",
+        "num_branches": 1 if row in ("ce", "kd_mean") else 3,
+        "num_teachers": len(teachers),
+        "teachers": teachers,
+        "test_accuracy": accuracy,
+        "num_parameters": 1234567,
+        "num_adapter_parameters": 0,
+        "macs": 12_340_000,
+        "train_seconds": 10.0 + seed,
+        **more,
+    }
+    return RunEntry(Path("/nowhere") / name, name, state, result)
+
+
+ACCURACIES = {
+    "ce": [0.70, 0.72, 0.71, 0.69],
+    "kd_mean": [0.75, 0.76, 0.75, 0.75],
+    "ekd": [0.76, 0.79, 0.75, 0.77],
+}
+
+
+def study(accuracies=ACCURACIES, **more):
+    """Row -> seed -> run; a row may also be given as the run of seed 0."""
+    found = {
+        row: {seed: run(row, seed, value) for seed, value in enumerate(values)}
+        for row, values in accuracies.items()
+    }
+    return found | {row: {0: one} for row, one in more.items()}
+
+
+def block(runs):
+    return study_block("digits", 0.1, runs)
+
+
+def rows(runs):
+    return {row.group.label: row for row in study_rows(block(runs))}
+
+
+def flat(runs):
+    return {record["row"]: record for record in records(block(runs), runs)}
+
+
+def page(runs):
+    return tables.markdown(study_rows(block(runs)), tables.STUDY)
+
+
+def test_differences_are_paired_by_seed_and_corrected_over_the_block():
+    found = rows(study())
+    differences = np.array(ACCURACIES["kd_mean"]) - np.array(ACCURACIES["ce"])
+    raw = [stats.ttest_rel(ACCURACIES[name], ACCURACIES["ce"]).pvalue for name in ("kd_mean", "ekd")]
+    minus = found["kd_mean"].differences["ce"]
+    assert minus.mean == pytest.approx(differences.mean())
+    assert minus.p == pytest.approx(raw[0])
+    assert minus.p_holm == pytest.approx(holm(raw)[0])
+    assert set(found["kd_mean"].differences) == {"ce", "ekd"}
+    assert found["ekd"].differences["ekd"] is None
+
+
+def test_only_common_seeds_are_paired():
+    runs = study({"ce": ACCURACIES["ce"][:2], "ekd": ACCURACIES["ekd"]})
+    minus = rows(runs)["ekd"].differences["ce"]
+    assert (minus.n, minus.mean) == (2, pytest.approx((0.06 + 0.07) / 2))
+
+
+def test_failed_and_missing_runs_stay_in_the_table():
+    runs = study()
+    runs["ekd"][2] = run("ekd", 2, None, state="failed", error="no such stage | x")
+    runs["ekd"][3] = run("ekd", 3, None, state="missing")
+    told = "failed 1 of 4: no such stage | x; missing 1 of 4"
+    record = flat(runs)["ekd"]
+    assert (record["problems"], record["n"], record["failed"], record["missing"]) == (told, 2, 1, 1)
+    assert record["by_seed"] == {"0": 0.76, "1": 0.79, "2": "failed", "3": "missing"}
+    nothing = study({"ce": ACCURACIES["ce"]}, ekd=run("ekd", 0, None, state="failed", error="e"))
+    record = flat(nothing)["ekd"]
+    assert (record["test_accuracy"], record["minus_ce"], record["problems"]) == (
+        None,
+        None,
+        "failed 1 of 1: e",
+    )
+    assert "failed 1 of 4: no such stage \\| x; missing 1 of 4" in page(runs)
+
+
+def test_a_run_that_saw_a_part_of_the_data_does_not_count():
+    runs = study()
+    runs["ekd"][3] = run("ekd", 3, 0.77, state="partial")
+    record = flat(runs)["ekd"]
+    assert (record["n"], record["problems"]) == (3, "partial 1 of 4")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 5), ("subset_sha256", "t" * 64), ("epochs", 2), ("batch_size", 64), ("views", "none")],
+)
+def test_runs_that_went_different_ways_are_refused_by_name(field, value):
+    runs = study({"ce": ACCURACIES["ce"]}, ekd=run("ekd", 0, 0.7, **{field: value}))
+    with pytest.raises(UserError, match=rf"ce-f0.1-s0 and ekd-f0.1-s0 differ in {field} \("):
+        block(runs)
+
+
+def test_rows_may_have_other_students_but_a_row_only_one():
+    block(study(kd_mean_macs=run("kd_mean_macs", 0, 0.7, student="resnet14", num_parameters=9)))
+    runs = study({"ce": ACCURACIES["ce"]})
+    runs["ce"][9] = run("ce", 9, 0.7, num_parameters=9)
+    with pytest.raises(UserError, match=r"ce-f0\.1-s0 and ce-f0.1-s9 differ in num_parameters"):
+        block(runs)
+
+
+def check(runs):
+    check_comparable({row: list(own.values()) for row, own in runs.items()})
+
+
+def test_pools_of_teachers_must_agree_unless_the_method_chose_one_of_them():
+    check(study(kd_best=run("kd_best", 0, 0.7, teachers=POOL[1:], teacher_choice="best", teacher="b")))
+    with pytest.raises(UserError, match="differ in teachers"):
+        check(study(kd_mean_b=run("kd_mean_b", 0, 0.7, teachers=POOL[1:])))
+    foreign = run("kd_best", 0, 0.7, teachers=[{"sha256": "c"}], teacher_choice="best")
+    with pytest.raises(UserError, match=r"kd_best-f0\.1-s0 and kd_mean-f0.1-s0 differ in teachers"):
+        check(study(kd_best=foreign))
+
+
+def test_all_forms_of_the_table_say_the_same():
+    runs = study()
+    found = flat(runs)
+    assert found["kd_mean"]["test_accuracy"] == pytest.approx(0.7525)
+    read = {row["row"]: row for row in csv.DictReader(io.StringIO(tables.csv_text(list(found.values()))))}
+    assert float(read["ekd"]["minus_ce"]) == found["ekd"]["minus_ce"] == pytest.approx(0.0625)
+    assert found["ekd"]["by_seed"] == {"0": 0.76, "1": 0.79, "2": 0.75, "3": 0.77}
+    line = next(line for line in page(runs).splitlines() if line.startswith("| `kd_mean`"))
+    assert "75.25 ± 0.50" in line
+    assert "12.3 M" in line
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tables.terminal_table("digits", study_rows(block(runs))))
+    assert "75.25 ± 0.50" in console.export_text()
+    heads = [line.count(" | ") for line in page(runs).splitlines() if line.startswith("| ")]
+    assert len(set(heads)) == 1
+
+
+def test_one_seed_says_not_enough_runs():
+    text = page(study({row: values[:1] for row, values in ACCURACIES.items()}))
+    assert text.count("not enough runs") == 3 + 4  # accuracies, and differences
+
+
+def test_a_chosen_teacher_is_named():
+    chosen = run("kd_best", 0, 0.7, teachers=POOL[1:], teacher_choice="best", teacher="b")
+    told = {name: record["teacher"] for name, record in flat(study(kd_best=chosen)).items()}
+    assert told == {"ce": None, "kd_mean": "all", "ekd": "all", "kd_best": "b"}
+
+
+def test_of_a_chain_the_pool_counts_and_the_assistants_time_is_shown():
+    links = [{"teachers_sha256": ["a" * 64]}, {"teachers_sha256": ["x"]}]
+    more = {
+        "teachers": [{"sha256": "x"}],
+        "teacher_choice": "best",
+        "teacher": "a",
+        "chain_stored_seconds": 42.0,
+    }
+    runs = study(takd=run("takd", 0, 0.7, chain=links, **more))
+    assert "+ 42 for assistants" in page(runs)
+    assert flat(runs)["takd"]["assistants_seconds"] == 42.0
+    with pytest.raises(UserError, match="differ in teachers"):
+        block(study(takd=run("takd", 0, 0.7, chain=[{"teachers_sha256": ["c"]}], **more)))
+
+
+def test_the_same_difference_in_every_pair_counts_among_the_tests():
+    """It has no p value to show, but it was tested: the others are corrected for it."""
+    accuracies = {"ce": (0.5, 0.6, 0.7), "ekd": (0.6, 0.7, 0.8), "kd_mean": (0.52, 0.66, 0.74)}
+    found = {name: row.differences["ce"] for name, row in rows(study(accuracies)).items()}
+    assert found["ekd"].p is None
+    assert found["ekd"].p_holm is None
+    # The smallest p of 2 is the other's; this one is times 1.
+    assert found["kd_mean"].p_holm == pytest.approx(found["kd_mean"].p)
+    found = {
+        name: row.differences["ce"]
+        for name, row in rows(study(accuracies | {"kd": (0.53, 0.61, 0.72)})).items()
+    }
+    smallest = min((found["kd"], found["kd_mean"]), key=lambda one: one.p)
+    assert smallest.p_holm == pytest.approx(min(1.0, 2 * smallest.p))
