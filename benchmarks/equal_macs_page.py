@@ -293,7 +293,11 @@ def main() -> None:
     args.page.write_text(
         page(block, search_facts(found, tuning), first + later_section(later), kept_notes(args.page))
     )
-    kept = {"trials": found or tuning, "later_trials": later, "confirmation": records(block, runs)}
+    kept = {
+        "trials": found or tuning,
+        "later_trials": later,
+        "confirmation": records(block, study_rows(block), runs),
+    }
     args.page.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
 

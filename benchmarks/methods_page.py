@@ -253,7 +253,7 @@ def kept(block: Block, runs: Runs, repeats: Sequence[Repeat]) -> list[dict[str, 
         again.setdefault(r.row, {})[str(r.seed)] = r.again
     return [
         {**record, "machines": made[record["row"]], "again_by_seed": again.get(record["row"])}
-        for record in records(block, runs)
+        for record in records(block, study_rows(block), runs)
     ]
 
 

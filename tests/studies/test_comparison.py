@@ -74,7 +74,8 @@ def rows(runs):
 
 
 def flat(runs):
-    return {record["row"]: record for record in records(block(runs), runs)}
+    found = block(runs)
+    return {record["row"]: record for record in records(found, study_rows(found), runs)}
 
 
 def page(runs):

@@ -275,14 +275,15 @@ def report(study: Study, folder: Path) -> bool:
     found = read_runs(study, folder)
     settings = {row.name: row.settings for row in study.rows}
     blocks = [study_block(study.data, fraction, found[fraction]) for fraction in study.fractions]
+    rows = [study_rows(block) for block in blocks]
     flat = [
         one
-        for fraction, block in zip(study.fractions, blocks, strict=True)
-        for one in records(block, found[fraction], settings)
+        for fraction, block, own in zip(study.fractions, blocks, rows, strict=True)
+        for one in records(block, own, found[fraction], settings)
     ]
     page = ["# Comparison\n", tables.LEGEND]
-    for block in blocks:
-        page += [f"## {block.title}\n", tables.markdown(study_rows(block), tables.STUDY, settings)]
+    for block, own in zip(blocks, rows, strict=True):
+        page += [f"## {block.title}\n", tables.markdown(own, tables.STUDY, settings)]
     write_text(folder / "comparison.md", "\n".join(page))
     write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
@@ -290,8 +291,8 @@ def report(study: Study, folder: Path) -> bool:
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=_WIDTH)
-    for block in blocks:
-        console.print(tables.terminal_table(block.title, study_rows(block)))
+    for block, own in zip(blocks, rows, strict=True):
+        console.print(tables.terminal_table(block.title, own))
     console.print(tables.LEGEND, highlight=False)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
     print(f"{folder}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
@@ -313,19 +314,22 @@ def study_rows(block: Block) -> list[tables.Row]:
     return tables.rows(block, [name for name in REFERENCES if name in labels])
 
 
-def records(block: Block, runs: Runs, settings: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def records(
+    block: Block, rows: Sequence[tables.Row], runs: Runs, settings: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The rows of a study's block as flat records, accuracies and differences in [0, 1] and [-1, 1].
 
     Args:
         block: From `study_block`.
+        rows: From `study_rows`.
         runs: Its runs.
         settings: By row, what it changes of its method's defaults; None if that is not known.
     """
     made = []
-    for row in study_rows(block):
+    for row in rows:
         full, name = tables.record(row), row.group.label
         own = runs[name]
-        one = {"data": block.data, "fraction": block.fraction, "row": name}
+        one: dict[str, Any] = {"data": block.data, "fraction": block.fraction, "row": name}
         one |= {key: value for key, value in full.items() if key not in _OWN}
         one |= {key: full.get(key) for key in _COST}
         for reference in row.differences:

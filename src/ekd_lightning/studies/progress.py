@@ -279,7 +279,11 @@ def _means(groups: Mapping[tuple[str, ...], Sequence[JobState]], keys: Sequence[
     for values, cell in found.items():
         assert cell is not None  # only runs with an accuracy are in groups
         seconds = _mean(groups[values], "train_seconds")
-        cells = (_marked(percent(cell), cell.mean == best), str(cell.n), _number(seconds and seconds.mean))
+        cells = (
+            _marked(percent(cell), cell.mean == best),
+            str(cell.n),
+            _number(seconds.mean if seconds else None),
+        )
         table.add_row(*values, *cells, style="bold" if cell.mean == best else "")
     return table
 
