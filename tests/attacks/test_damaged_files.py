@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ekd_lightning.data import load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.evaluate import score_logits
 from ekd_lightning.evaluation.predict import predict
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import SEAL, is_intact
 from ekd_lightning.networks import (
     BranchedStudent,

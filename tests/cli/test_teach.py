@@ -8,7 +8,7 @@ import pytest
 from whole_runs import TINY, call_teach, call_train
 
 from ekd_lightning.data import load_dataset
-from ekd_lightning.evaluation.evaluate import score_network
+from ekd_lightning.evaluation.scores import score_network
 from ekd_lightning.networks import load_network
 
 

@@ -113,7 +113,7 @@ def test_a_store_that_cannot_be_written(tmp_path):
 
 def test_a_teacher_is_asked_about_a_test_set_once(tmp_path, monkeypatch):
     """Its scores and its outputs come from the same pass."""
-    from ekd_lightning.evaluation.evaluate import score_network
+    from ekd_lightning.evaluation.scores import score_network
     from ekd_lightning.teachers import store as teacher_store
 
     asked = []

@@ -1,4 +1,4 @@
-"""The corruptions of CIFAR-10-C and CIFAR-100-C by name, made from clean images under a seed.
+"""Corruptions of CIFAR-10-C and CIFAR-100-C by name, made from clean images under a seed.
 
 Source: D. Hendrycks and T. Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations, ICLR 2019, arXiv 1903.12261, with the constants of their `make_cifar_c.py`
@@ -8,10 +8,9 @@ published files, and for frost the authors' photographs are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -21,11 +20,8 @@ from torch.nn import functional
 
 from ekd_lightning.data.images import to_unit
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.evaluation import corruption_blur as blur
-from ekd_lightning.evaluation import corruption_digital as digital
-from ekd_lightning.evaluation import corruption_noise as noise
+from ekd_lightning.evaluation import corruption_pixels as pixel
 from ekd_lightning.evaluation import corruption_weather as weather
-from ekd_lightning.evaluation.corruption_spatter import spatter
 from ekd_lightning.evaluation.corruption_tools import ImageDraws, to_levels
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -56,29 +52,6 @@ FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.j
 """The photographs that the source draws from; it lists a sixth but never takes it."""
 
 Corruption = Callable[[Tensor, int, ImageDraws], Tensor]
-
-_CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
-    {
-        "gaussian_noise": noise.gaussian_noise,
-        "shot_noise": noise.shot_noise,
-        "impulse_noise": noise.impulse_noise,
-        "speckle_noise": noise.speckle_noise,
-        "defocus_blur": blur.defocus_blur,
-        "glass_blur": blur.glass_blur,
-        "motion_blur": blur.motion_blur,
-        "zoom_blur": blur.zoom_blur,
-        "gaussian_blur": blur.gaussian_blur,
-        "snow": weather.snow,
-        "fog": weather.fog,
-        "brightness": weather.brightness,
-        "saturate": weather.saturate,
-        "contrast": digital.contrast,
-        "elastic_transform": digital.elastic_transform,
-        "pixelate": digital.pixelate,
-        "jpeg_compression": digital.jpeg_compression,
-        "spatter": spatter,
-    }
-)
 
 
 def corrupt(
@@ -118,7 +91,10 @@ def corrupt(
         or images.shape[2] != images.shape[3]
     ):
         raise ValueError(f"images must be uint8 [N, 3, S, S], not {images.dtype} {list(images.shape)}")
-    function = _CORRUPTIONS.get(name) or _frost_of(frost, images.shape[-1])
+    # Each is the function of its name.
+    function: Corruption = getattr(weather if hasattr(weather, name) else pixel, name)
+    if name == "frost":
+        function = _frost_of(frost, images.shape[-1])
     if len(images) == 0:
         return images.clone()
     place = torch.arange(len(images)) if index is None else index

@@ -1,11 +1,19 @@
-"""What a network costs: parameters and multiply-accumulates."""
+"""Efficiency: what a network costs, in parameters, multiply-accumulates, time and memory."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -31,3 +39,137 @@ def count_macs(module: nn.Module, image_size: int = 32) -> int:
     with torch.no_grad(), counter:
         probe(torch.empty(1, 3, image_size, image_size, device="meta"))
     return int(counter.get_total_flops()) // 2
+
+
+_BLOCKS = 9
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one forward pass.
+
+    Attributes:
+        median: Over nine blocks of passes, each of which gives its mean.
+        iqr: Distance between the quartiles of the same.
+        threads: Threads of PyTorch that it ran on.
+    """
+
+    median: float
+    iqr: float
+    threads: int
+
+
+def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> Latency:
+    """Times forward passes by `torch.utils.benchmark`, which waits for an accelerator.
+
+    Args:
+        module: In eval mode, on the images' device.
+        images: float32 [B, 3, H, W] in [0, 1].
+        min_seconds: About how long to measure; more where a pass takes longer than a ninth of it.
+    """
+    benchmark = _benchmark()
+    threads = torch.get_num_threads()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            module(images)
+
+    timer = benchmark.Timer("forward()", globals={"forward": forward}, num_threads=threads)
+    passes = max(1, round(min_seconds / _BLOCKS / timer.timeit(1).median))  # which also warms up
+    merged = benchmark.Measurement.merge([timer.timeit(passes) for _ in range(_BLOCKS)])[0]
+    return Latency(float(merged.median), float(merged.iqr), threads)
+
+
+def _benchmark() -> Any:
+    """The benchmark package of PyTorch, without its remark on machines that have CUDA's compiler but no card."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from torch.utils import benchmark  # noqa: PLC0415
+    finally:
+        log.setLevel(level)
+    return benchmark
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of the module's parameters and buffers as a safetensors file, its header included."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    return len(safetensors.torch.save(state))
+
+
+def peak_memory(module: nn.Module, images: Tensor) -> int:
+    """Most bytes that tensors take during one forward pass without gradients: weights, images, and what is between.
+
+    On CUDA it is what the allocator handed out at most, the kernels' work space included, above what was there
+    already; module and images count in full. Elsewhere the tensors that PyTorch's operations return are counted
+    as long as they live: what a kernel needs for itself is not seen there.
+
+    Args:
+        module: In eval mode, on the images' device.
+        images: [B, 3, H, W].
+    """
+    resident = _bytes([images, *module.parameters(), *module.buffers()])
+    forward = _no_grad(module, images)
+    if images.is_cuda:
+        forward()  # libraries take their work space once
+        torch.cuda.synchronize(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        torch.cuda.reset_peak_memory_stats(images.device)
+        forward()
+        torch.cuda.synchronize(images.device)
+        return resident + torch.cuda.max_memory_allocated(images.device) - before
+    with _LiveTensors([images, *module.parameters(), *module.buffers()]) as live:
+        forward()
+    return resident + live.peak
+
+
+def _no_grad(module: nn.Module, images: Tensor) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.no_grad():
+            module(images)
+
+    return forward
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, until they are freed.
+
+    Attributes:
+        peak: Most bytes at one time, without those of the known tensors.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._living: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known or key in self._living:
+            return
+        size = storage.nbytes()
+        self._living.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._living.discard(key)
+        self._now -= size

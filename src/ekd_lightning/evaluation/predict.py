@@ -1,11 +1,11 @@
-"""What a network says of a whole image set: one pass in float32, without augmentation.
+"""Predictions: what a network says of a whole image set, and whether two forms of it say the same.
 
-Shape letters: N images, C classes, D features, K branches.
+One pass in float32, without augmentation. Shape letters: N images, C classes, D features, K branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -96,3 +96,87 @@ def _asked(network: nn.Module) -> Iterator[None]:
             yield
     finally:
         network.train(training)
+
+
+RELATIVE_TOLERANCE = 1e-4
+"""Share of the largest logit by which float32 forms may differ: sums in another order, folded batch norms."""
+
+
+class Agreement(NamedTuple):
+    """How far one form is from another, over all images.
+
+    Attributes:
+        images: N.
+        max_difference: Largest |Δlogit|; NaN or infinite where a logit is.
+        mean_difference: Mean |Δlogit|.
+        accuracy: Of the form that is checked, in [0, 1].
+        reference_accuracy: Of the other.
+        changed: Images with another prediction.
+        changed_clearly: Those of them whose two largest reference logits differ by more than twice the tolerance,
+            so that rounding within it cannot be the cause.
+        tolerance: Largest |Δlogit| that is rounding.
+    """
+
+    images: int
+    max_difference: float
+    mean_difference: float
+    accuracy: float
+    reference_accuracy: float
+    changed: int
+    changed_clearly: int
+    tolerance: float
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the forms differ by rounding only."""
+        return self.max_difference <= self.tolerance and self.changed_clearly == 0  # False for NaN
+
+
+def default_tolerance(reference: Tensor) -> float:
+    """`RELATIVE_TOLERANCE` of the largest |logit| in [N, C], or of 1 if that is larger."""
+    return RELATIVE_TOLERANCE * max(1.0, float(reference.abs().max()))
+
+
+def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance: float) -> Agreement:
+    """Compares the logits [N, C] of two forms.
+
+    Args:
+        logits: Of the form that is checked.
+        reference: Of the form that is right.
+        labels: int64 [N].
+        tolerance: Largest |Δlogit| that is rounding.
+
+    Raises:
+        ValueError: If the shapes differ, or there are no images.
+    """
+    if logits.shape != reference.shape or not len(logits):
+        raise ValueError(f"logits {list(logits.shape)} and {list(reference.shape)} cannot be compared")
+    difference = (logits.double() - reference.double()).abs()
+    predictions, expected = logits.argmax(-1), reference.argmax(-1)
+    changed = predictions != expected
+    first_two = reference.double().topk(min(2, reference.shape[1]), dim=-1).values
+    clear = first_two[:, 0] - first_two[:, -1] > 2 * tolerance
+    return Agreement(
+        images=len(labels),
+        max_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        accuracy=int((predictions == labels).sum()) / len(labels),
+        reference_accuracy=int((expected == labels).sum()) / len(labels),
+        changed=int(changed.sum()),
+        changed_clearly=int((changed & clear).sum()),
+        tolerance=tolerance,
+    )
+
+
+@torch.no_grad()
+def ask(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
+    """What a model says of every image once: float32 [N, C] on the CPU.
+
+    Args:
+        model: Maps float32 images [B, 3, H, W] in [0, 1] to logits [B, C].
+        images: N >= 1 images.
+        batch_size: Images per call.
+    """
+    # Contiguous, as most callers of a deployed model will give them.
+    given = (batch.contiguous() for batch in batches(images, batch_size, "cpu"))
+    return torch.cat([model(batch).float().cpu() for batch in given])

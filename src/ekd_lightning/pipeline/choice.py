@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ekd_lightning.data import Dataset, ImageSet, Subset
-from ekd_lightning.evaluation.evaluate import score_network
+from ekd_lightning.evaluation.scores import score_network
 from ekd_lightning.networks import StagedNetwork
 from ekd_lightning.pipeline.prepare import Prepared, with_teachers
 from ekd_lightning.settings import Settings

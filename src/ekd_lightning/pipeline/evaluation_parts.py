@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.images import to_unit
-from ekd_lightning.evaluation.corruption_sets import corrupted_sets
 from ekd_lightning.evaluation.corruptions import MAIN
-from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
 from ekd_lightning.evaluation.flatness import (
     DatasetLoss,
     curve_alphas,
@@ -22,14 +21,15 @@ from ekd_lightning.evaluation.flatness import (
     loss_rise,
     sharpness,
 )
-from ekd_lightning.evaluation.inference_cost import measure_latency, peak_memory, stored_bytes
 from ekd_lightning.evaluation.robustness import (
+    corrupted_sets,
     mean_by_severity,
     mean_corruption_error,
     score_batches,
     score_corruptions,
     spread_index,
 )
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings

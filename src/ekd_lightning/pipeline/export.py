@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.agreement import Agreement, ask, compare_logits, default_tolerance
+from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
 from ekd_lightning.files import file_sha256, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import DeployedStudent

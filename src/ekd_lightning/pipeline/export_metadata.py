@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekd_lightning import __version__
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
-from ekd_lightning.evaluation.evaluate import score_logits
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 

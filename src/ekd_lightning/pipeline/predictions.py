@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.evaluation.calibration import fit_temperature, reliability, score_probabilities
-from ekd_lightning.evaluation.confusion import class_accuracy, confusion_matrix
 from ekd_lightning.evaluation.diversity import diversity
 from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
+from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix
 from ekd_lightning.evaluation.similarity import (
     agreement_matrix,
     cka_matrix,

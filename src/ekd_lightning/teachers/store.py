@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.evaluate import score_logits
 from ekd_lightning.evaluation.predict import Predictions, predict
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import DamagedFileError, move_folder, read_json, write_json
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
 from ekd_lightning.networks.weights import read_sealed_tensors, write_sealed_tensors

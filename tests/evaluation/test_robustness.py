@@ -12,9 +12,11 @@ from torch import nn
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.corruption_sets import OfficialSets, RegeneratedSets, corrupted_sets
 from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, SEVERITIES, corrupt
 from ekd_lightning.evaluation.robustness import (
+    OfficialSets,
+    RegeneratedSets,
+    corrupted_sets,
     mean_by_severity,
     mean_corruption_error,
     score_corruptions,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekd_lightning.data import load_dataset
-from ekd_lightning.evaluation.agreement import ask, compare_logits, default_tolerance
+from ekd_lightning.evaluation.predict import ask, compare_logits, default_tolerance
 
 
 @given(
