@@ -63,7 +63,8 @@ def bench(tiny_settings):
 def test_the_bare_loop_ends_with_the_weights_of_lightning(bench, tmp_path):
     """What is compared is the same training: only Lightning lies between."""
     job = bench.job().with_store(tmp_path)
-    rate, module, _ = job.fit()
+    fitted = job.fit()
+    rate, module = fitted.images_per_second, fitted.module
     bare = BareLoop(job)
     assert rate > 0
     assert bare.images_per_second(1) > 0

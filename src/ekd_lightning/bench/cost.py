@@ -117,7 +117,7 @@ def growth(bench: Bench) -> dict[str, Any]:
         def rate(teachers: int | None = None, **changes: Any) -> float:
             job = bench.job(replace(settings, **changes), teachers).with_store(Path(folder))
             job.fit()
-            return job.fit()[0]
+            return job.fit().images_per_second
 
         result["teachers"] = {m: rate(m) for m in range(1, bench.teachers.num_teachers + 1)}
         result["branches"] = {k: rate(student=replace(settings.student, branches=k)) for k in (1, 2, 3, 4, 6)}
