@@ -12,7 +12,6 @@ from ekd_lightning.bench.ours import BareLoop, Job
 from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data.loader import IndexBatch, gather_batch
 from ekd_lightning.networks.outputs import TeacherOutput
-from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.schedule import lr_factor
 
 _WARM_UP = 5
@@ -64,11 +63,11 @@ class GraphLoop:
         gather = partial(loop.prepared.datamodule.training_images, device=self._device)
         for epoch in range(epochs):
             loop.loader.sampler.set_epoch(epoch)
-            if isinstance(loop.source, TabledTeachers):
-                loop.source.prepare_epoch(*loop.loader.rows(), gather)
-            for batch in loop.loader:
-                rows.append(batch)
-                taught.append(loop.source(gather_batch(loop.images, batch, loop.prepared.views)))
+            index, view = loop.loader.rows()
+            loop.source.prepare_epoch(index, view, gather, {(): len(index)})
+            for row in loop.loader:
+                rows.append(row)
+                taught.append(loop.source.ask(gather_batch(loop.images, row, loop.prepared.views)))
         self.steps = len(rows)
         self._index, self._view, self._labels, self._valid = (
             torch.stack([getattr(row, name) for row in rows]).to(self._device)

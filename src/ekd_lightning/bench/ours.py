@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,11 +74,12 @@ class Job:
         teachers = replace(self.settings.teachers, store=str(store))
         return replace(self, settings=replace(self.settings, teachers=teachers))
 
-    def fit(self, *, whole: bool = False) -> Fitted:
+    def fit(self, *, whole: bool = False, also: Sequence[pl.Callback] = ()) -> Fitted:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
 
         Args:
             whole: Whether the ends of epochs count, where curves and checkpoints are written.
+            also: Further callbacks; they may stop the training.
 
         Returns:
             What it took, teachers included.
@@ -91,7 +93,14 @@ class Job:
         )
         with tempfile.TemporaryDirectory() as folder, quiet():
             checkpoints = checkpoint_callbacks(Path(folder), with_best=validates)
-            callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, rates, *checkpoints]
+            callbacks: list[pl.Callback] = [
+                clock,
+                EpochSeed(self.settings.seed),
+                report,
+                rates,
+                *checkpoints,
+                *also,
+            ]
             trainer = build_trainer(
                 self.settings.trainer,
                 Path(folder),
@@ -101,7 +110,7 @@ class Job:
             )
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
-        assert trainer.current_epoch == self.settings.recipe.epochs
+        assert trainer.should_stop or trainer.current_epoch == self.settings.recipe.epochs
         seconds = clock.seconds if whole else report.train_seconds
         return Fitted(report.images_seen / seconds, module, seconds, clock, rates.rates)
 
@@ -152,6 +161,35 @@ class Clock(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock."""
         self.seconds = time.perf_counter() - self._since
+
+
+class Moments(pl.Callback):
+    """Writes when the first and the last training step of a run ended, for who started its process.
+
+    Args:
+        file: JSON with `first_step` and `last_step`, seconds since 1970.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = Path(file)
+        self._found: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the first step's end."""
+        if not self._found:
+            self._note("first_step", pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the training's end, and writes."""
+        self._note("last_step", pl_module)
+        self._file.write_text(json.dumps(self._found))
+
+    def _note(self, name: str, module: pl.LightningModule) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        self._found[name] = time.time()
 
 
 class _EpochRates(pl.Callback):
