@@ -39,7 +39,6 @@ from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.runs.record import provenance, write_json
-from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
 from ekd_lightning.teachers.precision import resolve_precision
 from ekd_lightning.training.pool import gather_teachers
@@ -63,7 +62,7 @@ FORMS = {
     "captured": ("student.compile=never", "capture=auto"),
     "captured and compiled": ("student.compile=always", "capture=auto"),
 }
-"""Of our own step; the switch `capture` is left out where the package has none."""
+"""Of our own step."""
 
 
 @dataclass
@@ -89,9 +88,7 @@ class Part:
     def all_words(self, *words: str) -> tuple[str, ...]:
         """Overrides of this part's command."""
         work = TINY if self.tiny else WORK
-        known = "capture" in Settings.__dataclass_fields__
-        own = [word for word in words if known or not word.startswith("capture=")]
-        return (*work, *self.words, f"teachers.store={self.store}", *own)
+        return (*work, *self.words, f"teachers.store={self.store}", *words)
 
     def bench(self, *words: str) -> Bench:
         """Images, teachers and settings, ready to be measured."""
@@ -174,11 +171,15 @@ def graph(part: Part) -> dict[str, Any]:
     for form, compile_ in {"captured": "never", "captured and compiled": "always"}.items():
         student = replace(job.settings.student, compile="never" if part.tiny else compile_)
         start = time.perf_counter()
-        loop = GraphLoop(replace(job, settings=replace(job.settings, student=student)), epochs=1)
+        loop = GraphLoop(replace(job, settings=replace(job.settings, student=student)))
         loop.run(10)
         seconds = time.perf_counter() - start
         rates = [loop.images_per_second(steps) for _ in range(bench.rounds)]
-        found[form] = {"images_per_second": statistics.median(rates), "seconds_to_first_step": seconds}
+        found[form] = {
+            "images_per_second": statistics.median(rates),
+            "seconds_to_first_step": seconds,
+            "graphs": loop.num_graphs,
+        }
         part.told(found)
         if not part.tiny:
             found[form]["profile"] = kernel_shares(partial(loop.run, 50))
