@@ -70,7 +70,7 @@ class Bench:
 
     def careful(self, job: Job, workers: int, mode: str = "default") -> CarefulLoop:
         """The loop of a careful user, compiled in this mode."""
-        return CarefulLoop(*self._plain_parts(job, workers, pin=self.device.type == "cuda"), mode)
+        return CarefulLoop(*self._plain_parts(job, workers, pin=self.device.type == "cuda"), mode=mode)
 
     def _plain_parts(self, job: Job, workers: int, *, pin: bool) -> tuple[Any, ...]:
         prepared = job.prepared()

@@ -177,8 +177,8 @@ class CarefulLoop(PlainLoop):
         mode: str = "default",
     ) -> None:
         super().__init__(loader, student, method, copy.deepcopy(teachers), device)
-        self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.teachers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.student.to(memory_format=torch.channels_last)
+        self.teachers.to(memory_format=torch.channels_last)
         stages, taught_stages = tuple(method.student_stages), tuple(method.teacher_stages)
         network, members = self.student, list(self.teachers.networks())
 
