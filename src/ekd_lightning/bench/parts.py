@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ekd_lightning.bench.ours import BareLoop, Job
 from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers, plain_loader
@@ -22,6 +23,7 @@ from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
 
@@ -66,18 +68,21 @@ class Bench:
 
     def plain(self, job: Job, workers: int) -> PlainLoop:
         """The plain loop of a job."""
-        return PlainLoop(*self._plain_parts(job, workers, pin=False))
+        loader, prepared, teachers = self._plain_parts(job, workers, pin=False)
+        return PlainLoop(loader, prepared.student, prepared.method, teachers, self.device)
 
     def careful(self, job: Job, workers: int, mode: str = "default") -> CarefulLoop:
         """The loop of a careful user, compiled in this mode."""
-        return CarefulLoop(*self._plain_parts(job, workers, pin=self.device.type == "cuda"), mode=mode)
+        loader, prepared, teachers = self._plain_parts(job, workers, pin=self.device.type == "cuda")
+        return CarefulLoop(loader, prepared.student, prepared.method, teachers, self.device, mode)
 
-    def _plain_parts(self, job: Job, workers: int, *, pin: bool) -> tuple[Any, ...]:
+    def _plain_parts(
+        self, job: Job, workers: int, *, pin: bool
+    ) -> tuple[DataLoader[tuple[Tensor, int]], Prepared, TeacherEnsemble]:
         prepared = job.prepared()
         index, size = prepared.subset.train_index, job.settings.recipe.batch_size
-        loader = plain_loader(self.dataset.train, index, size, workers, pin=pin)
         assert job.teachers is not None
-        return loader, prepared.student, prepared.method, job.teachers, self.device
+        return plain_loader(self.dataset.train, index, size, workers, pin=pin), prepared, job.teachers
 
 
 def worker_counts(device: torch.device) -> tuple[int, ...]:
