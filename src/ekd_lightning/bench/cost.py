@@ -19,8 +19,7 @@ from ekd_lightning.bench.parts import Bench
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
-from ekd_lightning.teachers.compiling import compiled_or_not
-from ekd_lightning.teachers.precision import teacher_dtype
+from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
 
 
 class _Mean(nn.Module):

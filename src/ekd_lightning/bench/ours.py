@@ -22,9 +22,8 @@ from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.run import make_distiller
-from ekd_lightning.pipeline.sources import source_factory
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.compiling import compiled_or_not
+from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
@@ -217,7 +216,7 @@ class BareLoop:
         self.student = prepared.student.to(job.device).to(memory_format=memory_format)
         self.method = prepared.method.to(job.device)
         assert job.teachers is not None
-        self.source = source_factory(settings, prepared)(job.teachers.to(job.device))
+        self.source = prepared.source.open(job.teachers.to(job.device))
         self.images = prepared.dataset.train.images.to(job.device)
         self.loader = TrainLoader(
             prepared.dataset.train,

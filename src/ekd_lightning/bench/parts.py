@@ -25,7 +25,7 @@ from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
 
 @dataclass(frozen=True)

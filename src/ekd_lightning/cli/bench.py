@@ -126,7 +126,7 @@ def _context(args: argparse.Namespace) -> Bench:
 
     from ekd_lightning.bench.parts import Bench, worker_counts  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415
-    from ekd_lightning.teachers.precision import resolve_precision  # noqa: PLC0415
+    from ekd_lightning.teachers.hardware import resolve_precision  # noqa: PLC0415
     from ekd_lightning.training.allocator import keep_freed_memory  # noqa: PLC0415
     from ekd_lightning.training.pool import gather_teachers  # noqa: PLC0415
 
