@@ -172,7 +172,12 @@ def test_curves_have_one_row_per_epoch(fit):
         assert float(row["epoch"]) == epoch
     assert len(rows) == EPOCHS
     (test,) = [row for row in fit.rows if row not in rows]  # the test set, once, at the end
-    assert {name.split("/")[0] for name, value in test.items() if value} == {"step", "epoch", "test"}
+    assert {name.split("/")[0] for name, value in test.items() if value} == {
+        "step",
+        "epoch",
+        "test",
+        "test_best",
+    }
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms(fit):
@@ -238,7 +243,8 @@ def test_plain_students_of_two_methods_start_alike(tiny_settings):
 
 
 def test_convolutions_that_torch_fails_on_are_kept_out_of_channels_last():
-    shortcut = torch.nn.Conv2d(4, 8, 1, stride=2)
-    assert has_fragile_convolution(torch.nn.Sequential(shortcut))
-    for fine in (torch.nn.Conv2d(8, 16, 1, stride=2), torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(4, 8, 3, 2)):
+    for channels in (4, 15):  # from 8 on, torch fails only with some numbers of threads
+        shortcut = torch.nn.Conv2d(channels, 16, 1, stride=2)
+        assert has_fragile_convolution(torch.nn.Sequential(shortcut))
+    for fine in (torch.nn.Conv2d(16, 32, 1, stride=2), torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(4, 8, 3, 2)):
         assert not has_fragile_convolution(torch.nn.Sequential(fine))

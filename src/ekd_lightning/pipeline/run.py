@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,11 @@ from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
+from ekd_lightning.pipeline.sources import source_factory
 from ekd_lightning.pipeline.teach import describe_chain, score_teachers
 from ekd_lightning.runs.record import RunRecord, is_rank_zero
 from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.precision import device_type_of
 from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
@@ -43,6 +46,7 @@ from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import LAST, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.threads import set_threads
 from ekd_lightning.training.trainer import build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
@@ -111,12 +115,14 @@ def _run(
     test: bool,
 ) -> dict[str, Any]:
     check_trainer(settings.trainer)
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    _take_threads(settings, accelerator, directory, record)
     check_loggers(settings.logger)
     check_metric(settings.metric)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     curves = TeacherCurves(settings.logger, directory, sweep)
-    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")), curves)
+    prepared = prepare(settings, accelerator, curves)
     facts = describe_run(settings, prepared)
     if record and settings.resume is None:
         record.forget_earlier_run()
@@ -164,6 +170,22 @@ def _run(
     return result
 
 
+def _take_threads(settings: Settings, accelerator: str, directory: Path, record: RunRecord | None) -> None:
+    """Sets torch's threads and notes them, so that the run goes on with as many if it is stopped."""
+    before = None
+    if settings.resume is not None and (directory / "provenance.json").is_file():
+        before = json.loads((directory / "provenance.json").read_text()).get("threads")
+    devices = settings.trainer.get("devices", 1)
+    threads = set_threads(
+        settings.trainer.get("threads"),
+        before,
+        device_type=device_type_of(accelerator),
+        num_devices=devices if isinstance(devices, int) else 1,
+    )
+    if record:
+        record.add_provenance(threads=threads)
+
+
 def _context(
     settings: Settings,
     directory: Path,
@@ -185,7 +207,7 @@ def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnse
         prepared.method,
         settings.recipe,
         teachers=teachers,
-        make_source=prepared.source.open,
+        make_source=source_factory(settings, prepared),
         channels_last=settings.channels_last,
         fold_teachers=settings.teachers.fold,
         compile_student=settings.student.compile,

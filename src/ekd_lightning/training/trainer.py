@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.teachers.hardware import resolve_precision
+from ekd_lightning.teachers.precision import resolve_precision
 from ekd_lightning.training.checkpoints import CheckpointWriter
 
 _OURS = {
@@ -30,7 +30,8 @@ _OURS = {
 def trainer_flags() -> dict[str, Any]:
     """Names and defaults of all flags that `trainer.*` may set."""
     parameters = inspect.signature(pl.Trainer).parameters
-    return {name: parameter.default for name, parameter in parameters.items() if name not in _OURS}
+    lightning = {name: parameter.default for name, parameter in parameters.items() if name not in _OURS}
+    return lightning | {"threads": None}  # see `threads.set_threads`
 
 
 def check_trainer(flags: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def build_trainer(
     Raises:
         UserError: If Lightning refuses a flag's value.
     """
-    chosen = dict(flags)
+    chosen = {name: value for name, value in flags.items() if name != "threads"}
     chosen["precision"] = resolve_precision(flags.get("precision"), str(flags.get("accelerator", "auto")))
     if chosen.get("enable_progress_bar") is None:
         own = any(isinstance(callback, ProgressBar) for callback in callbacks)

@@ -1,0 +1,87 @@
+"""A run takes the threads that the machine has free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.training import threads
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 8)
+    yield
+    torch.set_num_threads(before)
+
+
+def choose(asked=None, recorded=None, device_type="cpu", num_devices=1) -> int:
+    chosen = threads.set_threads(asked, recorded, device_type=device_type, num_devices=num_devices)
+    assert torch.get_num_threads() == chosen
+    return chosen
+
+
+@pytest.mark.parametrize(("busy", "left"), [(0, 8), (3, 5), (7, 1), (8, 1), (40, 1)])
+def test_what_is_busy_is_left_to_others(monkeypatch, busy, left, caplog):
+    monkeypatch.setattr(threads, "busy_threads", lambda: busy)
+    with caplog.at_level("INFO"):
+        assert choose() == left
+    assert [f"8 cores, {busy} of them busy" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ({"asked": 3}, 3),
+        ({"asked": 3, "recorded": 5}, 3),
+        ({"recorded": 5}, 5),
+        ({"num_devices": 3}, 2),
+        ({"num_devices": 20}, 1),
+    ],
+)
+def test_what_is_known_is_taken(monkeypatch, arguments, chosen):
+    monkeypatch.setattr(threads, "busy_threads", lambda: 1)
+    assert choose(**arguments) == chosen
+
+
+def test_accelerators_and_the_environment_are_left_alone(monkeypatch):
+    before = torch.get_num_threads()
+    assert choose(device_type="cuda") == before
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert choose() == before
+
+
+@pytest.mark.parametrize("asked", [0, -1, 1.5, True, "two"])
+def test_no_number_of_threads_is_refused(asked):
+    with pytest.raises(UserError, match=r"trainer\.threads"):
+        choose(asked=asked)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="the system does not tell what runs")
+def test_a_busy_process_is_seen():
+    spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=-1)
+    try:
+        spinning.stdout.read(1)
+        assert threads.busy_threads() >= 1
+    finally:
+        spinning.kill()
+        spinning.wait()
+
+
+def test_a_resumed_run_takes_the_threads_it_had(train, resume, tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "busy_threads", lambda: 5)
+    stopped = train(tmp_path / "run", "recipe.epochs=2", "trainer.max_steps=4")
+    assert stopped.json("provenance.json")["threads"] == 3
+    monkeypatch.setattr(threads, "busy_threads", lambda: 0)
+    assert resume(tmp_path / "run", "trainer.max_steps=-1").json("provenance.json")["threads"] == 3
+    new = train(tmp_path / "new")
+    assert new.json("provenance.json")["threads"] == 8
+    own = train(tmp_path / "own", "trainer.threads=2")
+    assert own.json("provenance.json")["threads"] == 2
