@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from ekd_lightning.data import color, randaugment
+from ekd_lightning.data import color
 from ekd_lightning.data.augmentations import Cutout, RandomErasing, build_augmentation, register_augmentation
 from ekd_lightning.data.order import STREAM_POOL, Draws, hash_uniform_u64, splitmix64
 from ekd_lightning.errors import UserError
@@ -191,7 +191,7 @@ def by_torchvision(image: torch.Tensor, name: str, negated: bool, magnitude: int
     magnitudes, signed = transform._AUGMENTATION_SPACE[name]
     levels = magnitudes(31, *image.shape[1:])
     value = 0.0 if levels is None else float(levels[magnitude])
-    assert signed == (name in randaugment.SIGNED)
+    assert signed == (name in color.SIGNED)
     value *= -1 if negated else 1
     return transform._apply_image_or_video_transform(image, name, value, "nearest", transform._fill)
 
@@ -199,7 +199,7 @@ def by_torchvision(image: torch.Tensor, name: str, negated: bool, magnitude: int
 @pytest.mark.parametrize(("num_ops", "magnitude"), [(1, 9), (2, 9), (3, 30), (2, 0)])
 def test_randaugment_equals_torchvision_image_by_image(num_ops, magnitude):
     images = random_images(B, 32, 32)
-    augment = randaugment.RandAugment(num_ops=num_ops, magnitude=magnitude)
+    augment = color.RandAugment(num_ops=num_ops, magnitude=magnitude)
     codes = augment.draw(draws())
     assert codes.shape == (num_ops, B)
     made = augment(images, draws())
@@ -207,14 +207,14 @@ def test_randaugment_equals_torchvision_image_by_image(num_ops, magnitude):
     for b in range(B):
         expected = images[b]
         for code in codes[:, b].tolist():
-            expected = by_torchvision(expected, randaugment.NAMES[code // 2], code % 2 == 1, magnitude)
-        assert torch.equal(made[b], expected), [randaugment.NAMES[c // 2] for c in codes[:, b]]
+            expected = by_torchvision(expected, color.NAMES[code // 2], code % 2 == 1, magnitude)
+        assert torch.equal(made[b], expected), [color.NAMES[c // 2] for c in codes[:, b]]
 
 
 def test_randaugment_draws_every_operation_and_sign():
-    assert set(randaugment.NAMES) == set(v2.RandAugment._AUGMENTATION_SPACE)
+    assert set(color.NAMES) == set(v2.RandAugment._AUGMENTATION_SPACE)
     count = 14_000
-    codes = randaugment.RandAugment(num_ops=1).draw(draws(count))[0]
+    codes = color.RandAugment(num_ops=1).draw(draws(count))[0]
     found = codes.bincount(minlength=28).view(14, 2)
     assert bool((found.sum(1) - count / 14).abs().max() < 5 * (count / 14) ** 0.5)
     assert found[9:, 1].tolist() == [0] * 5
@@ -223,11 +223,9 @@ def test_randaugment_draws_every_operation_and_sign():
 
 def test_randaugment_calls_each_operation_once_for_all_its_images(monkeypatch):
     calls = []
-    monkeypatch.setitem(
-        randaugment.UNSIGNED, "Equalize", lambda x, value: calls.append(len(x)) or tv.equalize(x)
-    )
-    augment = randaugment.RandAugment(num_ops=1)
-    equalized = int((augment.draw(draws())[0] == 2 * randaugment.NAMES.index("Equalize")).sum())
+    monkeypatch.setitem(color.UNSIGNED, "Equalize", lambda x, value: calls.append(len(x)) or tv.equalize(x))
+    augment = color.RandAugment(num_ops=1)
+    equalized = int((augment.draw(draws())[0] == 2 * color.NAMES.index("Equalize")).sum())
     augment(random_images(), draws())
     assert calls == [equalized]
     assert equalized > 1

@@ -11,8 +11,7 @@ import torch
 from cifar_files import make_tiny, python_bytes
 
 from ekd_lightning.data.cifar import find_cifar, read_cifar
-from ekd_lightning.data.cifar_official import cifar_spec
-from ekd_lightning.data.unpickle import read_pickled_dict
+from ekd_lightning.data.cifar_official import cifar_spec, read_pickled_dict
 from ekd_lightning.errors import UserError
 
 NAMES = ["cifar10", "cifar100"]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from ekd_lightning.data.digits import read_digits
+from ekd_lightning.data.catalog import read_digits
 
 
 def test_sizes_and_split():

@@ -25,8 +25,7 @@ from ekd_lightning.networks import (
     normalization,
     save_student,
 )
-from ekd_lightning.networks.deployed_bytes import SUFFIXES, to_bytes
-from ekd_lightning.networks.quantize import quantize_onnx
+from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, to_bytes
 
 NAMES = [f"class {i}" for i in range(6)]
 METADATA = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import load_deployed
-from ekd_lightning.networks.pt2_check import check_archive
+from ekd_lightning.networks.deployed_load import check_archive
 
 PATH = Path("some.pt2")
 

@@ -11,7 +11,7 @@ import pytest
 from made_runs import result, write_run
 
 from ekd_lightning.data import choose_subset
-from ekd_lightning.data.digits import read_digits
+from ekd_lightning.data.catalog import read_digits
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.result import describe_run
 from ekd_lightning.pipeline.run import run_name

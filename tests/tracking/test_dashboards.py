@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays_of
 from wandb_files import history_of, offline_runs, records, summary_of, unpacked
 from whole_runs import TINY, call_train
 
-from ekd_lightning.data.digits import read_digits
+from ekd_lightning.data.catalog import read_digits
 from ekd_lightning.tracking import dashboards
 from ekd_lightning.tracking.dashboards import confusion_figure, examples_grid, markdown, result_facts
 from ekd_lightning.tracking.loggers import flat_columns, wandb_run_id

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ekd_lightning.data.cifar_official import PIXELS, CifarSpec, Layout, OfficialFile
+from ekd_lightning.data.cifar_official import PIXELS, CifarSpec, Layout, OfficialFile, read_pickled_dict
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.unpickle import read_pickled_dict
 from ekd_lightning.errors import UserError
 
 UInt8Array = NDArray[np.uint8]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ekd_lightning.data import color, randaugment  # noqa: F401  # they register themselves
+from ekd_lightning.data import color  # noqa: F401  # it registers its augmentations
 from ekd_lightning.data.augmentations import (
     OPTIONS_KEY,
     Augmentation,

@@ -17,10 +17,8 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
 from ekd_lightning.files import file_sha256, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
-from ekd_lightning.networks.deploy import DeployedStudent
-from ekd_lightning.networks.deployed_bytes import SUFFIXES, require, to_bytes
-from ekd_lightning.networks.deployed_model import pack_metadata
-from ekd_lightning.networks.quantize import quantize_onnx
+from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
+from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.record import now
