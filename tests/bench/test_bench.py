@@ -84,7 +84,7 @@ def test_both_sides_compute_the_same_loss(bench):
 
 
 def _batch(images, labels):
-    from ekd_lightning.data.batch import Batch
+    from ekd_lightning.data.loader import Batch
 
     return Batch(
         images, labels, torch.zeros_like(labels), torch.zeros_like(labels), torch.ones_like(labels).bool()

@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(train, tmp_path):
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch, at_once):
     """Where reading every step would synchronise (accelerators), the epoch's end finds it: as good."""
     from ekd_lightning.methods import Method
-    from ekd_lightning.training.step_log import StepLog
+    from ekd_lightning.training.steps import StepLog
 
     forward = Method.forward
 

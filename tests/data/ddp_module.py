@@ -3,9 +3,9 @@
 import pytorch_lightning as pl
 import torch
 
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.images import Dataset
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.data.subset import choose_subset
 from ekd_lightning.data.views import CropFlip
 

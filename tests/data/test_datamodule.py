@@ -7,8 +7,7 @@ import torch
 from ddp_module import Recorder, make_datamodule, make_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from ekd_lightning.data.batch import Batch
-from ekd_lightning.data.loader import IndexBatch, TrainLoader, gather_batch
+from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.errors import UserError
 
 

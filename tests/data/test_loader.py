@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_images import random_set
 
-from ekd_lightning.data.images import ImageSet, to_unit, unit_levels
+from ekd_lightning.data.images import ImageSet
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.order import epoch_order, epoch_views
-from ekd_lightning.data.views import CropFlip, Identity
+from ekd_lightning.data.views import CropFlip, Identity, to_unit, unit_levels
 from ekd_lightning.errors import UserError
 
 TRAIN = random_set("train", 120)

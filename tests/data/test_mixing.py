@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from random_images import random_set
 from scipy import stats
 
-from ekd_lightning.data.batch import Batch
-from ekd_lightning.data.loader import IndexBatch, TrainLoader, gather_batch
+from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.mixing import Mix, Mixing, mix_images, mix_labels
 from ekd_lightning.data.views import CropFlip, make_views
 from ekd_lightning.errors import UserError

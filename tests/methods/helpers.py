@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import StepContext, TermContext, build_assignment
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import TermContext, build_method, term_names
 from ekd_lightning.methods.terms import term_class
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput

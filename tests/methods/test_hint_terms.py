@@ -13,7 +13,7 @@ from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
-from ekd_lightning.methods.hint_terms import ConvRegressor
+from ekd_lightning.methods.pair_terms import ConvRegressor
 
 from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.data.views import CropFlip
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (

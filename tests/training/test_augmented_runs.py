@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from ekd_lightning.data import Pool
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, build_network, normalization
 from ekd_lightning.pipeline.prepare import prepare

@@ -28,7 +28,7 @@ from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.schedule import make_optimizer
+from ekd_lightning.training.steps import make_optimizer
 from ekd_lightning.training.trainer import build_trainer
 
 

@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data import ImageSet
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 

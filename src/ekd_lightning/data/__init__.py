@@ -1,11 +1,10 @@
 """Images in memory, subsets, views, batches; the LightningDataModule is in `data.datamodule`."""
 
 from ekd_lightning.data.augmentations import Augmentation, augmentation_names, register_augmentation
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.loader import EpochSampler, EvalLoader, IndexBatch, TrainLoader, gather_batch
+from ekd_lightning.data.loader import Batch, EpochSampler, EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.mixing import Mix, Mixing
 from ekd_lightning.data.order import Draws, epoch_order, epoch_views, hash_uniform_u64
 from ekd_lightning.data.subset import Subset, choose_subset

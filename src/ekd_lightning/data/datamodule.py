@@ -8,9 +8,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
+from ekd_lightning.data.loader import (
+    Batch,
+    EvalLoader,
+    IndexBatch,
+    TrainLoader,
+    check_batch_size,
+    gather_batch,
+)
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import ViewFamily

@@ -4,31 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
-
-
-def to_unit(levels: Tensor) -> Tensor:
-    """Grey levels as parts of 255, correctly rounded, hence the same numbers on every device.
-
-    Args:
-        levels: uint8, any shape.
-
-    Returns:
-        float32 of the same shape in [0, 1], on the same device, k / 255.
-    """
-    if levels.device.type == "cpu":
-        return levels.float().div_(255)
-    # CUDA divides by a constant by multiplying with its reciprocal, which rounds differently.
-    return unit_levels(levels.device)[levels.int()]
-
-
-@cache
-def unit_levels(device: torch.device) -> Tensor:
-    """0/255 .. 255/255, float32 [256], copied to each device once."""
-    return to_unit(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,27 @@ from ekd_lightning.data.order import Draws
 from ekd_lightning.errors import UserError, unknown_name
 
 POOL_SIZE = 64
+
+
+def to_unit(levels: Tensor) -> Tensor:
+    """Grey levels as parts of 255, correctly rounded, hence the same numbers on every device.
+
+    Args:
+        levels: uint8, any shape.
+
+    Returns:
+        float32 of the same shape in [0, 1], on the same device, k / 255.
+    """
+    if levels.device.type == "cpu":
+        return levels.float().div_(255)
+    # CUDA divides by a constant by multiplying with its reciprocal, which rounds differently.
+    return unit_levels(levels.device)[levels.int()]
+
+
+@cache
+def unit_levels(device: torch.device) -> Tensor:
+    """0/255 .. 255/255, float32 [256], copied to each device once."""
+    return to_unit(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
 class ViewFamily(Protocol):

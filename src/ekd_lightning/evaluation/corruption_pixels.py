@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from ekd_lightning.data.images import to_unit
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.evaluation import corruption_tools as tools
 from ekd_lightning.evaluation.corruption_tools import ImageDraws
 

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from ekd_lightning.data.images import to_unit
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.evaluation import corruption_pixels as pixel
 from ekd_lightning.evaluation import corruption_weather as weather

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data import ImageSet
-from ekd_lightning.data.images import to_unit
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.networks import BranchedStudent, StagedNetwork
 
 

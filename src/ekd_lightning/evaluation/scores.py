@@ -15,7 +15,8 @@ from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ekd_lightning.data.images import ImageSet, to_unit
+from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.networks import StagedNetwork
 
 NUM_BINS = 15

@@ -3,7 +3,6 @@
 from ekd_lightning.methods import (  # importing them registers their terms
     boundary_terms,  # noqa: F401
     contrast_terms,  # noqa: F401
-    hint_terms,  # noqa: F401
     logit_terms,  # noqa: F401
     losses,
     map_terms,  # noqa: F401

@@ -31,12 +31,17 @@ class Assignment(nn.Module):
     Attributes:
         num_branches: K.
         num_teachers: M.
+        fixed_KM: The matrix, float32 [K, M], where it is the same in every step; else None.
     """
+
+    fixed_KM: Tensor | None  # noqa: N815  # shape letters
 
     def __init__(self, num_branches: int, num_teachers: int) -> None:
         super().__init__()
         self.num_branches = num_branches
         self.num_teachers = num_teachers
+        # Not persistent: it is configuration, and a checkpoint must not override what was asked for.
+        self.register_buffer("fixed_KM", None, persistent=False)
 
     def matrix(self, step: int) -> Tensor:
         """Returns the assignment of one optimiser step.
@@ -63,16 +68,15 @@ class FixedAssignment(Assignment):
 
     def __init__(self, matrix_KM: Tensor) -> None:
         super().__init__(*matrix_KM.shape)
-        # Not persistent: it is configuration, and a checkpoint must not override what was asked for.
-        self.register_buffer("_matrix_KM", matrix_KM, persistent=False)
+        self.fixed_KM = matrix_KM
 
     def matrix(self, step: int) -> Tensor:
         """Returns the matrix, float32 [K, M], whatever the step."""
-        return cast(Tensor, self._matrix_KM)
+        return cast(Tensor, self.fixed_KM)
 
     def pairs(self) -> list[tuple[int, int]]:
         """Returns all pairs (branch, teacher) with a non-zero weight."""
-        return [(k, m) for k, m in cast(Tensor, self._matrix_KM).nonzero().tolist()]
+        return [(k, m) for k, m in cast(Tensor, self.fixed_KM).nonzero().tolist()]
 
 
 class RandomAssignment(Assignment):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment, RandomAssignment
 from ekd_lightning.methods.context import LiveNetworks, StepContext
@@ -55,6 +55,7 @@ class Method(nn.Module):
         for key in active:
             _check_key(key)
         self.terms = nn.ModuleDict(active)
+        self._constant = {key for key, term in active.items() if term.has_constant_weight}
         if assignment is None and any(term.uses_assignment for term in active.values()):
             raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
         self.assignment = assignment
@@ -90,8 +91,11 @@ class Method(nn.Module):
         """
         everything = dict(self.named_terms())
         return {
-            key: term for key, term in everything.items() if term.weight_at(progress) != 0.0
+            key: term for key, term in everything.items() if self._weight(key, term, progress)
         } or everything
+
+    def _weight(self, key: str, term: Term, progress: float) -> float:
+        return term.weight if key in self._constant else term.weight_at(progress)
 
     def asks_teachers(self, progress: float) -> tuple[bool, tuple[str, ...]]:
         """Whether teachers must answer at a share of the training, and the stages they must return then."""
@@ -101,7 +105,7 @@ class Method(nn.Module):
 
     def weights_at(self, progress: float) -> dict[str, float]:
         """The factor in the total of each of the `counting_terms` at a share of the training in [0, 1]."""
-        return {key: term.weight_at(progress) for key, term in self.counting_terms(progress).items()}
+        return {key: self._weight(key, term, progress) for key, term in self.counting_terms(progress).items()}
 
     def assignment_at(self, step: int) -> Tensor | None:
         """The matrix [K, M] that is drawn for a step, on the CPU; None where it is the same in all steps."""
@@ -209,7 +213,8 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
         if assignment_KM is not None:
             return assignment_KM
-        return self.assignment.matrix(step).to(student.logits.device)
+        fixed = self.assignment.fixed_KM
+        return (self.assignment.matrix(step) if fixed is None else fixed).to(student.logits.device)
 
 
 def _check_key(key: str) -> None:

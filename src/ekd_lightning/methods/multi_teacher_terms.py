@@ -15,9 +15,15 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.hint_terms import MapAdapter, PooledAdapter
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import (
+    POOLED,
+    FeatureSite,
+    MapAdapter,
+    PooledAdapter,
+    pair_key,
+    read_sites,
+)
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 from ekd_lightning.networks.staged import pool
 

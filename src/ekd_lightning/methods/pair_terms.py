@@ -1,4 +1,4 @@
-"""Pair terms, which compare a branch with a teacher: pairs by the assignment, features, adapters by pair.
+"""Pair terms compare a branch with a teacher: their base, the places of features, and hints by trained adapters.
 
 Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W] the C is channels.
 """
@@ -6,15 +6,21 @@ Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StageShape, StepContext, TermContext
-from ekd_lightning.methods.terms import Term, branch_factor
+from ekd_lightning.methods.options import choice
+from ekd_lightning.methods.terms import Term, branch_factor, register_term
 
 POOLED = "pooled"
+ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
+REGRESSORS = ("conv_reg", "regressor")
 
 
 class PairTerm(Term):
@@ -160,3 +166,143 @@ def read_sites(term: Term, *sites: FeatureSite) -> None:
 def pair_key(k: int, m: int) -> str:
     """Names the adapters of branch k and teacher m in a ModuleDict."""
     return f"branch{k}_teacher{m}"
+
+
+class PooledAdapter(nn.Sequential):
+    """Linear map without bias, then batch norm: pooled features [B, D] -> [B, D_m].
+
+    Args:
+        student_features: D.
+        teacher_features: D_m.
+    """
+
+    def __init__(self, student_features: int, teacher_features: int) -> None:
+        super().__init__(
+            nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features)
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # the name is nn.Sequential's
+        """Maps [B, D] to [B, D_m]."""
+        projected, norm = self[0](input), cast(nn.BatchNorm1d, self[1])
+        if self.training and len(projected) == 1:
+            # One image has no batch statistics, and a last batch of one must not end a training run.
+            return functional.batch_norm(
+                projected, norm.running_mean, norm.running_var, norm.weight, norm.bias
+            )
+        return norm(projected)
+
+
+class MapAdapter(nn.Sequential):
+    """1×1 convolution without bias, then batch norm: [B, C, H, W] -> [B, C_m, H, W].
+
+    Args:
+        student_channels: C.
+        teacher_channels: C_m.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
+        )
+
+
+class ConvRegressor(nn.Sequential):
+    """One convolution from the student's shape to the teacher's, then ReLU, as hints are trained with.
+
+    Of two published forms. Romero et al. (2015, section 2.2): no padding, kernel 1 + H - H_m, so that the sizes
+    match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm, and where one side is twice
+    the other takes 3×3 with stride 2, or a transposed 4×4. At equal sizes both are 1×1.
+
+    Args:
+        student: (C, H, W).
+        teacher: (C_m, H_m, W_m).
+        norm: False for Romero's form, True for RepDistiller's.
+
+    Raises:
+        UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form: and not half).
+    """
+
+    def __init__(self, student: StageShape, teacher: StageShape, norm: bool) -> None:
+        (C, *size), (C_m, *size_m) = student, teacher
+        bias = not norm  # batch norm takes any bias out again
+        conv: nn.Module
+        if norm and size == [2 * length for length in size_m]:
+            conv = nn.Conv2d(C, C_m, kernel_size=3, stride=2, padding=1, bias=bias)
+        elif norm and size_m == [2 * length for length in size]:
+            conv = nn.ConvTranspose2d(C, C_m, kernel_size=4, stride=2, padding=1, bias=bias)
+        elif size[0] >= size_m[0] and size[1] >= size_m[1]:
+            kernel = (1 + size[0] - size_m[0], 1 + size[1] - size_m[1])
+            conv = nn.Conv2d(C, C_m, kernel, bias=bias)
+        else:
+            raise UserError(
+                f"no regressor from the student's shape {list(student)} to the teacher's {list(teacher)}:"
+                " take another feature, or adapter=project, which averages the larger maps"
+            )
+        super().__init__(conv, *([nn.BatchNorm2d(C_m)] if norm else []), nn.ReLU())
+
+
+@register_term("feature_branch")
+class FeatureBranch(PairTerm):
+    """mean_k Σ_m A[k, m] · MSE(r_km(h_k), h_m): features of every branch approach those of its teachers.
+
+    r_km is the identity or a trained projection that is not part of the student and is dropped after
+    training. MSE is the mean over all elements, so its size hardly depends on the resolution; features
+    pooled over space vary less than maps and need a larger weight. The last term of the project's
+    reconstruction of EKD (see `losses`); which features the paper compares could not be verified.
+
+    Maps of unequal height or width are first averaged (adaptive_avg_pool2d) to the smaller of the two, so
+    shapes "agree" when the channel counts do. The regressors of FitNets map sizes by themselves instead.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment. Pairs (branch, teacher) without weight get no
+            adapter.
+        feature: `pooled` (the head's input), `last` (each network's own last stage) or a stage name.
+        adapter: `identity`, `project` (1×1 convolution or linear map, no bias, then batch norm), `auto`
+            (identity where the channel counts agree, else project); or, for maps, what FitNets are trained
+            with: `conv_reg` (RepDistiller's: convolution, batch norm, ReLU) or `regressor` (Romero et al.:
+            convolution, ReLU); see `ConvRegressor`.
+        reduction: `mean` or `sum` over the K branches.
+
+    Raises:
+        UserError: For a stage that a network lacks, `identity` between unequal channel counts, or a regressor
+            for pooled features or from smaller maps to larger ones.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        feature: str = "pooled",
+        adapter: str = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, context, **options)
+        self.site = FeatureSite(feature, context, self.pairs)
+        read_sites(self, self.site)
+        self.sizes_by_adapter = choice("adapter", adapter, ADAPTERS) in REGRESSORS
+        self.adapters = nn.ModuleDict({pair_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
+
+    def _adapter(self, m: int, kind: str) -> nn.Module:
+        if kind == "identity":
+            self.site.require_equal_channels(m, "adapter=identity does not fit (use auto or project)")
+        student, teacher = self.site.student_shape(), self.site.teacher_shape(m)
+        if kind in REGRESSORS:
+            if self.site.is_pooled:
+                raise UserError(
+                    f"adapter={kind} is for maps, not for feature=pooled: choose a stage or `last`"
+                )
+            maps = cast(StageShape, student), cast(StageShape, teacher)
+            return ConvRegressor(*maps, norm=kind == "conv_reg")
+        if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
+            return nn.Identity()
+        return (PooledAdapter if self.site.is_pooled else MapAdapter)(student[0], teacher[0])
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
+        student, teacher = self.site.features(context, k, m)
+        if not self.sizes_by_adapter and not self.site.is_pooled:
+            student, teacher = losses.to_common_size(student, teacher)
+        return losses.mse(self.adapters[pair_key(k, m)](student), teacher)

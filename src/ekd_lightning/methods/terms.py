@@ -55,6 +55,11 @@ class Term(nn.Module):
         self.weight = number("weight", weight, low=0.0)
         self.schedule = CONSTANT
 
+    @property
+    def has_constant_weight(self) -> bool:
+        """Whether the factor in the total is `weight` all the time."""
+        return self.schedule is CONSTANT and type(self).weight_at is Term.weight_at
+
     def weight_at(self, progress: float) -> float:
         """Returns the factor in the total at a share of the training: `weight` times what the schedule says.
 

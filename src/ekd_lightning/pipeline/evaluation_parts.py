@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data import ImageSet
-from ekd_lightning.data.images import to_unit
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.evaluation.corruptions import MAIN
 from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
 from ekd_lightning.evaluation.flatness import (

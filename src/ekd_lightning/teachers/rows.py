@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.teachers.table import Halves, Rows, TableKey, TeacherTable
 
 log = logging.getLogger(__name__)

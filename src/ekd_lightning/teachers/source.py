@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.outputs import TeacherOutput
 from ekd_lightning.networks.teachers import TeacherEnsemble
 from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
 from ekd_lightning.teachers.frozen import TeacherFormat

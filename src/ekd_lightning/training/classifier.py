@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ekd_lightning.data.batch import Batch
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks import StagedNetwork
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.module import ImageClassificationModule

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.data.loader import TrainLoader
+from ekd_lightning.data.loader import Batch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method

@@ -14,15 +14,13 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from ekd_lightning.data.batch import Batch
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.data.loader import IndexBatch, TrainLoader
+from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues
-from ekd_lightning.training.schedule import make_optimizer
-from ekd_lightning.training.step_log import StepLog
+from ekd_lightning.training.steps import StepLog, make_optimizer
 from ekd_lightning.training.trainer import why_not_recorded
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ekd_lightning.data.batch import Batch
-from ekd_lightning.data.loader import IndexBatch
-from ekd_lightning.training.step_log import log_row
+from ekd_lightning.data.loader import Batch, IndexBatch
+from ekd_lightning.training.steps import log_row
 
 log = logging.getLogger(__name__)
 
