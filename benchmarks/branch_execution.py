@@ -22,7 +22,7 @@ from torch.nn import functional
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.runs.record import provenance
-from ekd_lightning.teachers.precision import native_bfloat16
+from ekd_lightning.teachers.hardware import native_bfloat16
 
 BATCH, STEPS = 128, 12
 

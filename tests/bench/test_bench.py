@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
 from whole_runs import TINY
 
+from ekd_lightning.bench.graph_loop import GraphLoop
 from ekd_lightning.bench.ours import BareLoop
-from ekd_lightning.bench.parts import Bench, agreement, sweep
+from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import PilImages
 from ekd_lightning.bench.step_profile import by_group, step_profile
 from ekd_lightning.bench.timing import summary, take_turns
@@ -63,7 +65,8 @@ def bench(tiny_settings):
 def test_the_bare_loop_ends_with_the_weights_of_lightning(bench, tmp_path):
     """What is compared is the same training: only Lightning lies between."""
     job = bench.job().with_store(tmp_path)
-    rate, module, _ = job.fit()
+    fitted = job.fit()
+    rate, module = fitted.images_per_second, fitted.module
     bare = BareLoop(job)
     assert rate > 0
     assert bare.images_per_second(1) > 0
@@ -81,6 +84,52 @@ def test_both_sides_compute_the_same_loss(bench):
         mine = bare.method(bare.student.outputs(images), taught, _batch(images, labels), epoch=0)
         other = plain.method(plain.student.outputs(images), taught, _batch(images, labels), epoch=0)
     torch.testing.assert_close(mine.total, other.total, rtol=1e-4, atol=1e-4)
+
+
+def test_the_careful_loop_computes_the_same_loss_in_bfloat16(bench, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    plain, careful = bench.plain(bench.job(), 0), bench.careful(bench.job(), 0)
+    images, labels = next(iter(plain.loader))
+    with torch.no_grad():
+        expected = plain.loss(_batch(images, labels))
+        found = careful.loss(_batch(images.contiguous(memory_format=torch.channels_last), labels))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    before = [parameter.clone() for parameter in careful.student.parameters()]
+    careful.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, careful.student.parameters(), strict=True))
+
+
+def test_the_plain_loop_gives_terms_the_stages_that_they_read(tiny_settings):
+    settings = tiny_settings("method=camkd")
+    prepared = prepare(settings, "cpu")
+    bench = Bench(settings, prepared.dataset, gather_teachers(prepared.teachers), CPU, 1, 2, (0,))
+    loop = bench.plain(bench.job(), 0)
+    assert loop.method.teacher_stages == ("stage3",)
+    loop.step()
+
+
+def test_what_begins_after_the_deadline_is_left_out(bench, monkeypatch):
+    built = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: built.append(function) or function)
+    settings = replace(bench.settings, teachers=replace(bench.settings.teachers, compile="auto"))
+    late = replace(bench, settings=settings, deadline=0.0)
+    assert not late.has_time()
+    assert bench.has_time(1e9)
+    rates, told = careful_epoch(late, late.job(), late.plain(late.job(), 0))
+    assert set(rates) == set(told) == {"careful plain"}  # graphs need a GPU
+    assert bench.settings.teachers.compile == "never"
+    assert careful_epoch(bench, bench.job(), bench.plain(bench.job(), 0)) == ({}, {})
+
+
+def test_the_loop_of_the_graph_takes_the_steps_of_the_bare_loop(bench, tmp_path):
+    """Here the same step runs without a graph."""
+    job = bench.job().with_store(tmp_path)
+    bare, graph = BareLoop(job), GraphLoop(job)
+    bare.images_per_second(1)
+    graph.run(len(bare.loader))
+    assert graph.num_graphs == 0
+    for name, value in bare.student.state_dict().items():
+        torch.testing.assert_close(graph.student.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def _batch(images, labels):

@@ -9,8 +9,8 @@ import shutil
 import pytest
 from made_runs import result, write_run, write_study
 
-from ekd_lightning.cli import report as program
 from ekd_lightning.cli.report import main
+from ekd_lightning.reporting import report_files
 
 TABLES = ("--no-page", "--no-figures")
 
@@ -114,8 +114,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, capsys, wo
 def test_a_missing_package_names_the_extra_and_the_option(
     runs, tmp_path, capsys, monkeypatch, package, option
 ):
-    real = program.find_spec
-    monkeypatch.setattr(program, "find_spec", lambda name: None if name == package else real(name))
+    real = report_files.find_spec
+    monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == package else real(name))
     line = refused(capsys, runs, "-o", tmp_path / "out")
     assert (
         f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"

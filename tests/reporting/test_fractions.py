@@ -16,7 +16,7 @@ from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.result import describe_run
 from ekd_lightning.pipeline.run import run_name
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting import figures, report_tables
+from ekd_lightning.reporting import figures, report_files
 from ekd_lightning.reporting.page_data import page_data
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.runs.collection import collect
@@ -52,8 +52,8 @@ def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
     titles = ["digits, 10 % of the training images (144)", "digits, 30 % of the training images (433)"]
     assert [block.title for block in rounded.blocks] == titles
     assert [block["title"] for block in summary(rounded)["blocks"]] == titles
-    assert f"## {titles[1]}" in report_tables.markdown(rounded)
-    assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_tables.runs_csv(rounded)))} == {
+    assert f"## {titles[1]}" in report_files.markdown(rounded)
+    assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_files.runs_csv(rounded)))} == {
         "0.1",
         "0.3",
     }

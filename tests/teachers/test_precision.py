@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ekd_lightning.teachers.precision import resolve_precision
+from ekd_lightning.teachers.hardware import resolve_precision
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", 16, None])

@@ -21,10 +21,9 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.pipeline.table_budget import present_bytes
 from ekd_lightning.teachers import rows
-from ekd_lightning.teachers.frozen import TeacherFormat
-from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers.plan import present_bytes
+from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
 from ekd_lightning.teachers.tabled import TabledTeachers
 
 N, C, SIDE = 30, 5, 8
@@ -165,9 +164,9 @@ def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
 
 def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
     live = prepare(tiny_settings(FITNET), "cpu")
-    assert not live.table
+    assert not live.source.tables
     kept = prepare(tiny_settings(FITNET, "teachers.table_stages=true"), "cpu")
-    assert kept.table
+    assert kept.source.tables
     runs = [
         train(tmp_path / f"run{i}", FITNET, "teachers.table_stages=true", f"teachers.store={tmp_path / 's'}")
         for i in range(2)

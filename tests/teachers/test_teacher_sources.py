@@ -27,10 +27,9 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
 )
-from ekd_lightning.teachers import frozen as frozen_teachers
 from ekd_lightning.teachers import rows
-from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
-from ekd_lightning.teachers.source import LiveTeachers
+from ekd_lightning.teachers import source as frozen_teachers
+from ekd_lightning.teachers.source import FrozenTeachers, LiveTeachers, TeacherFormat
 from ekd_lightning.teachers.table import TeacherTable
 from ekd_lightning.teachers.tabled import TabledTeachers
 

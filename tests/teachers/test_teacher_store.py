@@ -13,7 +13,8 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, state_sha256
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
 from ekd_lightning.teachers.store import TeacherStore
-from ekd_lightning.training.pool import TeacherData, gather_teachers, plan_teachers
+from ekd_lightning.training.pool import gather_teachers, plan_teachers
+from ekd_lightning.training.teacher_training import TeacherData
 
 SPEC = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.5})
 KEY = {"network": SPEC.to_dict(), "data": "digits", "seed": 0}

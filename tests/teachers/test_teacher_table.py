@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.pipeline import table_budget
-from ekd_lightning.pipeline.table_budget import check_disk, table_bytes
+from ekd_lightning.teachers import plan
 from ekd_lightning.teachers import table as teacher_table
+from ekd_lightning.teachers.plan import check_disk, table_bytes
 from ekd_lightning.teachers.table import (
     TableKey,
     TeacherTable,
@@ -414,9 +414,8 @@ def test_a_partly_written_row_is_an_error(tmp_path, monkeypatch):
 def test_table_bytes_bounds_what_a_full_table_takes(tmp_path):
     table = filled(tmp_path)
     os.fsync(table._fd)
-    assert table.disk_bytes() <= table_bytes(N, V, C, D, 1)
-    assert table_bytes(N, V, C, D, 3) == 3 * table_bytes(N, V, C, D, 1)
-    tight = table_bytes(50_000, 162, 10, 0, 1, set_size=50_000)
+    assert table.disk_bytes() <= table_bytes(N, V, COLUMNS)
+    tight = table_bytes(50_000, 162, (("logits", 10),), set_size=50_000)
     assert 50_000 * 162 * 24 <= tight <= 50_000 * 162 * 24 + 4096
 
 
@@ -425,7 +424,7 @@ def test_check_disk(tmp_path, monkeypatch):
     check_disk(folder, 10_000, 10_000)
     with pytest.raises(UserError, match=r"12\.3 MB.*10\.0 MB"):
         check_disk(folder, 12_300_000, 10_000_000)
-    monkeypatch.setattr(table_budget.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
     with pytest.raises(UserError, match=r"12\.3 MB.*5\.0 MB are free"):
         check_disk(folder, 12_300_000)
     check_disk(folder, 12_300_000, present_bytes=8_000_000)

@@ -17,7 +17,7 @@ from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.classifier import Classifier
-from ekd_lightning.training.pool import TeacherData, train_teacher
+from ekd_lightning.training.teacher_training import TeacherData, train_teacher
 
 POOL = (
     "data.augmentation=[crop_flip,cutout]",
@@ -82,13 +82,13 @@ def test_a_required_table_and_mixed_images_exclude_each_other(train, tmp_path, n
 def test_an_automatic_table_and_mixed_images_are_reported_once(tiny_settings, caplog):
     with caplog.at_level(logging.INFO, logger="ekd_lightning"):
         mixed = prepare(tiny_settings("recipe.cutmix=1", "method=ekd_mean"), "cpu")
-        assert not mixed.table
+        assert not mixed.source.tables
         (record,) = [entry for entry in caplog.records if "not finite" in entry.message]
         assert record.levelno == logging.INFO
         assert "recipe.cutmix=1.0" in record.message
         caplog.clear()
-        assert prepare(tiny_settings("method=ekd_mean"), "cpu").table
-        assert not prepare(tiny_settings("method=ekd_mean", "teachers.table=off"), "cpu").table
+        assert prepare(tiny_settings("method=ekd_mean"), "cpu").source.tables
+        assert not prepare(tiny_settings("method=ekd_mean", "teachers.table=off"), "cpu").source.tables
         assert not any("not finite" in entry.message for entry in caplog.records)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 
@@ -192,3 +193,20 @@ def test_a_loss_that_is_not_finite_inside_a_graph_ends_the_epoch(tiny_settings, 
     )
     with pytest.raises(NonFiniteLossError, match="epoch"):
         fit(settings, tmp_path, accelerator="gpu")
+
+
+NOT_DETERMINISTIC = {"fsp"}
+"""Methods with a term whose backward pass has no deterministic form on CUDA: pooling to unequal sizes (fsp)."""
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_which_methods_train_deterministically_on_the_device(tiny_settings, tmp_path, method):
+    settings = settings_of(tiny_settings, method, "recipe.epochs=1", "capture=never")
+    refused = pytest.raises(RuntimeError, match="deterministic")
+    try:
+        with refused if method in NOT_DETERMINISTIC else contextlib.nullcontext():
+            fit(settings, tmp_path, accelerator="gpu", deterministic=True, max_steps=2)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -19,8 +19,7 @@ from ekd_lightning.bench.parts import Bench
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
-from ekd_lightning.teachers.compiling import compiled_or_not
-from ekd_lightning.teachers.precision import teacher_dtype
+from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
 
 
 class _Mean(nn.Module):
@@ -117,7 +116,7 @@ def growth(bench: Bench) -> dict[str, Any]:
         def rate(teachers: int | None = None, **changes: Any) -> float:
             job = bench.job(replace(settings, **changes), teachers).with_store(Path(folder))
             job.fit()
-            return job.fit()[0]
+            return job.fit().images_per_second
 
         result["teachers"] = {m: rate(m) for m in range(1, bench.teachers.num_teachers + 1)}
         result["branches"] = {k: rate(student=replace(settings.student, branches=k)) for k in (1, 2, 3, 4, 6)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ekd_lightning.bench.ours import BareLoop, Job
-from ekd_lightning.bench.plain import PlainLoop, best_workers, plain_loader
+from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers, plain_loader
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Bench:
         rounds: Counted rounds of every comparison.
         plain_steps: Steps of the plain loop in a round; its speed does not change over an epoch.
         workers: Numbers of loader workers that are tried for the plain loop.
+        began: What `time.perf_counter` said when the benchmark began.
+        deadline: What `time.perf_counter` says when no further reference or part may begin.
     """
 
     settings: Settings
@@ -46,6 +51,12 @@ class Bench:
     rounds: int = 3
     plain_steps: int = 30
     workers: tuple[int, ...] = (0, 1, 2)
+    began: float = 0.0
+    deadline: float = math.inf
+
+    def has_time(self, seconds: float = 0.0) -> bool:
+        """Whether something that takes so long would end before the deadline."""
+        return time.perf_counter() + seconds < self.deadline
 
     def job(self, settings: Settings | None = None, teachers: int | None = None) -> Job:
         """The job, with the first so many teachers."""
@@ -57,12 +68,29 @@ class Bench:
 
     def plain(self, job: Job, workers: int) -> PlainLoop:
         """The plain loop of a job."""
+        loader, prepared, teachers = self._plain_parts(job, workers, pin=False)
+        return PlainLoop(loader, prepared.student, prepared.method, teachers, self.device)
+
+    def careful(self, job: Job, workers: int, mode: str = "default") -> CarefulLoop:
+        """The loop of a careful user, compiled in this mode."""
+        loader, prepared, teachers = self._plain_parts(job, workers, pin=self.device.type == "cuda")
+        return CarefulLoop(loader, prepared.student, prepared.method, teachers, self.device, mode)
+
+    def _plain_parts(
+        self, job: Job, workers: int, *, pin: bool
+    ) -> tuple[DataLoader[tuple[Tensor, int]], Prepared, TeacherEnsemble]:
         prepared = job.prepared()
-        loader = plain_loader(
-            self.dataset.train, prepared.subset.train_index, job.settings.recipe.batch_size, workers
-        )
+        index, size = prepared.subset.train_index, job.settings.recipe.batch_size
         assert job.teachers is not None
-        return PlainLoop(loader, prepared.student, prepared.method, job.teachers, self.device)
+        return plain_loader(self.dataset.train, index, size, workers, pin=pin), prepared, job.teachers
+
+
+def worker_counts(device: torch.device) -> tuple[int, ...]:
+    """Numbers of loader workers worth trying: on a GPU up to one for each core."""
+    if device.type == "cpu":
+        return (0, 1, 2)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (0, *(2**power for power in range(cores.bit_length()) if 2**power < cores), cores)
 
 
 def loader_alone(bench: Bench) -> dict[str, Any]:
@@ -149,23 +177,79 @@ def _rate(
     return measure
 
 
-def epoch(bench: Bench) -> dict[str, Any]:
-    """(c) A training epoch with all teachers: plain loop, cold table, warm table, bare loop with our kernels."""
-    job = bench.job()
-    loops = {workers: bench.plain(job, workers) for workers in bench.workers}
-    for loop in loops.values():
+CAREFUL = {"careful plain": "default", "careful plain, reduce-overhead": "reduce-overhead"}
+"""What the loops of a careful user are called, and their modes of `torch.compile`."""
+_COMPILE_SECONDS = 60  # of a careful loop on a GPU
+
+
+def started(loop: PlainLoop) -> tuple[PlainLoop, float]:
+    """A loop after its first step, and the seconds that this took: starting workers, and compiling."""
+    seconds = seconds_of(loop.step, loop.device)
+    for _ in range(2 * loop.loader.num_workers):  # what lies ready would pass for speed
         loop.step()
-    tried = {
-        workers: loop.images_per_second(max(3, bench.plain_steps // 3)) for workers, loop in loops.items()
-    }
+    return loop, seconds
+
+
+def fastest_plain(bench: Bench, job: Job) -> tuple[PlainLoop, float, dict[int, float]]:
+    """The plain loop with the best number of workers, the seconds to its first step, and all rates."""
+    loops = {workers: started(bench.plain(job, workers)) for workers in bench.workers}
+    steps = max(3, bench.plain_steps // 3)
+    tried = {workers: loop.images_per_second(steps) for workers, (loop, _) in loops.items()}
     best = max(tried, key=tried.__getitem__)
+    for workers, (loop, _) in loops.items():
+        if workers != best:
+            loop.close()
+    return (*loops[best], tried)
+
+
+def careful_epoch(bench: Bench, job: Job, plain: PlainLoop) -> tuple[dict[str, Any], dict[str, float | str]]:
+    """The loops of a careful user, in turn with the plain one.
+
+    Returns:
+        Rates with their ratios to the plain loop, and the seconds to the first steps, or why there is none.
+    """
+    loops: dict[str, PlainLoop] = {}
+    starts: dict[str, float | str] = {}
+    for name, mode in CAREFUL.items() if job.settings.teachers.compile != "never" else ():
+        if mode == "reduce-overhead" and bench.device.type != "cuda":
+            continue
+        if loops and not bench.has_time(_COMPILE_SECONDS):
+            starts[name] = "no time left"
+            continue
+        try:
+            loops[name], starts[name] = started(bench.careful(job, plain.loader.num_workers, mode))
+        except Exception as error:  # no compiler, or one that fails: many kinds
+            starts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if not loops:
+        return {}, starts
+    ways = {name: partial(loop.images_per_second, bench.plain_steps) for name, loop in loops.items()}
+    ways["plain"] = partial(plain.images_per_second, bench.plain_steps)
+    rates = summary(take_turns(ways, bench.rounds, warm_up=False), "plain")
+    for loop in loops.values():
+        loop.close()
+    torch.compiler.reset()
+    return {name: rates[name] for name in loops}, starts
+
+
+def epoch(bench: Bench) -> dict[str, Any]:
+    """(c) A training epoch with all teachers: plain loops, cold table, warm table, bare loop with our kernels."""
+    job = bench.job()
+    plain, seconds, tried = fastest_plain(bench, job)
+    best = plain.loader.num_workers
+    careful, told = careful_epoch(bench, job, plain)
+    starts: dict[str, float | str] = {"plain": seconds, **told}
     with tempfile.TemporaryDirectory() as folder:
         warm = job.with_store(Path(folder) / "warm")
-        warm.fit()
+        starts["cold table"] = warm.fit().clock.first_step
+
+        def warm_rate() -> float:
+            fitted = warm.fit()
+            starts["warm table"] = fitted.clock.first_step
+            return fitted.images_per_second
 
         def cold() -> float:
             with tempfile.TemporaryDirectory() as empty:
-                rate = job.with_store(Path(empty)).fit()[0]
+                rate = job.with_store(Path(empty)).fit().images_per_second
             os.sync()  # what it wrote must not be written out during the next one's time
             return rate
 
@@ -175,18 +259,19 @@ def epoch(bench: Bench) -> dict[str, Any]:
             return rate
 
         ways = {
-            "plain": lambda: loops[best].images_per_second(bench.plain_steps),
-            "warm table": lambda: warm.fit()[0],
+            "plain": lambda: plain.images_per_second(bench.plain_steps),
+            "warm table": warm_rate,
             "bare loop, warm table": bare,
             "cold table": cold,
         }
         rates = take_turns(ways, bench.rounds, warm_up=False)
-    found = summary(rates, "plain")
+    plain.close()
     return {
         "unit": "images/s",
         "plain_workers": tried,
         "best_workers": best,
-        "rates": found,
+        "seconds_to_first_step": starts,
+        "rates": {**summary(rates, "plain"), **careful},
         "epochs": job.settings.recipe.epochs,
         "images": len(job.prepared().subset.train_index),
     }
@@ -207,7 +292,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
         warm = job.with_store(Path(folder))
         ways = {
             "bare loop": lambda: BareLoop(warm).images_per_second(epochs),
-            "Lightning": lambda: warm.fit(whole=True)[0],
+            "Lightning": lambda: warm.fit(whole=True).images_per_second,
         }
         rates = take_turns(ways, 2 * bench.rounds + 1)
     found = summary(rates, "bare loop")
@@ -264,8 +349,9 @@ def sweep(bench: Bench) -> dict[str, Any]:
 def _attributed(job: Job) -> dict[str, float]:
     """Trains a job; seconds by what they were spent on."""
     start = time.perf_counter()
-    _, module, training = job.fit()
-    teachers = 0.0 if module.teacher_source is None else module.teacher_source.seconds
+    fitted = job.fit()
+    source, training = fitted.module.teacher_source, fitted.seconds
+    teachers = 0.0 if source is None else source.seconds
     return {
         "teachers_seconds": teachers,
         "students_seconds": training - teachers,

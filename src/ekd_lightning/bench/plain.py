@@ -1,17 +1,20 @@
-"""What a user would write without this package: torchvision transforms in workers, float32, live teachers.
+"""What a user would write without this package: torchvision transforms in workers and live teachers.
 
 Idiomatic and fair: images are already in memory, teachers run under `no_grad`, workers persist, and their best
-number is looked for.
+number is looked for. `PlainLoop` computes in float32 as it comes, `CarefulLoop` uses what torch offers for speed.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -20,6 +23,8 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StagedNetwork
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
@@ -42,9 +47,9 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 
 
 def plain_loader(
-    image_set: ImageSet, index: Tensor, batch_size: int, workers: int
+    image_set: ImageSet, index: Tensor, batch_size: int, workers: int, *, pin: bool = False
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Shuffled batches by PIL transforms."""
+    """Shuffled batches by PIL transforms; `pin` puts them where a copy to an accelerator need not wait."""
     return DataLoader(
         PilImages(image_set, index),
         batch_size,
@@ -52,7 +57,27 @@ def plain_loader(
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin,
     )
+
+
+class _PlainNetworks:
+    """The networks as they are, for terms that ask them (`methods.terms.LiveNetworks`)."""
+
+    def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble) -> None:
+        self._student, self._members = student, list(teachers.networks())
+
+    def ask_student(self, images: Tensor) -> StudentOutput:
+        return self._student.outputs(images)
+
+    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+        return self._members[m].outputs(images)
+
+    def teacher_head(self, m: int) -> nn.Linear:
+        return self._members[m].head
+
+    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        return self._members[m].normalize.mean, self._members[m].normalize.std
 
 
 class PlainLoop:
@@ -76,6 +101,7 @@ class PlainLoop:
     ) -> None:
         self.loader, self.device = loader, device
         self.student, self.method, self.teachers = student.to(device), method.to(device), teachers.to(device)
+        self.networks = _PlainNetworks(student, teachers)
         parameters = [*student.parameters(), *method.parameters()]
         self.optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self._batches = self._endless()
@@ -84,15 +110,27 @@ class PlainLoop:
         while True:
             yield from self.loader
 
-    def step(self) -> None:
-        """One training step."""
+    def next_batch(self) -> Batch:
+        """The loader's next batch, on the device."""
         images, labels = (tensor.to(self.device) for tensor in next(self._batches))
         nothing = torch.zeros_like(labels)
-        batch = Batch(images, labels, nothing, nothing, nothing.bool())
-        taught = self.teachers(images)
-        result = self.method(self.student.outputs(images), taught, batch, epoch=0, step=0, progress=0.0)
+        return Batch(images, labels, nothing, nothing, nothing.bool())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The total of the method for a batch; teachers answer with what it reads."""
+        taught = self.teachers(batch.images, self.method.teacher_stages)
+        student = self.student.outputs(batch.images, self.method.student_stages)
+        return self._total(student, taught, batch)
+
+    def _total(self, student: StudentOutput, taught: TeacherOutput, batch: Batch) -> Tensor:
+        # The middle of the training, where terms that start late or end early count.
+        return self.method(student, taught, batch, progress=0.5, networks=self.networks).total
+
+    def step(self) -> None:
+        """One training step."""
+        loss = self.loss(self.next_batch())
         self.optimizer.zero_grad()
-        result.total.backward()
+        loss.backward()
         self.optimizer.step()
 
     def _steps(self, count: int) -> None:
@@ -117,6 +155,67 @@ class PlainLoop:
                 worker.join()
 
 
+class CarefulLoop(PlainLoop):
+    """The same loop as a careful user writes it: channels-last, autocast to bfloat16, torch.compile, pinned batches.
+
+    Args:
+        loader: Images and labels, pinned where the device is no processor.
+        student: The student.
+        method: The loss.
+        teachers: The frozen teachers, copied.
+        device: Where to compute.
+        mode: Of `torch.compile`; "reduce-overhead" makes graphs of the compiled parts on CUDA.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[tuple[Tensor, int]],
+        student: BranchedStudent,
+        method: Method,
+        teachers: TeacherEnsemble,
+        device: torch.device,
+        mode: str = "default",
+    ) -> None:
+        super().__init__(loader, student, method, copy.deepcopy(teachers), device)
+        self.student.to(memory_format=torch.channels_last)
+        self.teachers.to(memory_format=torch.channels_last)
+        stages, taught_stages = tuple(method.student_stages), tuple(method.teacher_stages)
+        network, members = self.student, list(self.teachers.networks())
+
+        def student_outputs(images: Tensor) -> StudentOutput:
+            return network.outputs(images, stages)
+
+        def member_outputs(member: StagedNetwork, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+            found = member.outputs(images)
+            return found.logits, found.pooled, [found.stages[name] for name in taught_stages]
+
+        options: dict[str, Any] = {"dynamic": False, "mode": mode}
+        self._student_outputs = torch.compile(student_outputs, **options)
+        self._ask = [torch.compile(partial(member_outputs, member), **options) for member in members]
+        self._stages = taught_stages
+
+    def next_batch(self) -> Batch:
+        """The loader's next batch, on the device; the copy of a pinned one does not wait."""
+        images, labels = next(self._batches)
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        labels = labels.to(self.device, non_blocking=True)
+        nothing = torch.zeros_like(labels)
+        return Batch(images, labels, nothing, nothing, nothing.bool())
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The total of the method; networks compute in bfloat16."""
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.no_grad():
+                found = [ask(batch.images) for ask in self._ask]
+            taught = TeacherOutput(
+                torch.stack([logits.float() for logits, _, _ in found]),
+                tuple(pooled for _, pooled, _ in found),
+                tuple(dict(zip(self._stages, stages, strict=True)) for _, _, stages in found),
+            )
+            return self._total(self._student_outputs(batch.images), taught, batch)
+
+
 def best_workers(
     image_set: ImageSet, index: Tensor, batch_size: int, candidates: tuple[int, ...], batches: int
 ) -> dict[int, float]:
@@ -125,8 +224,10 @@ def best_workers(
     for workers in candidates:
         loader = plain_loader(image_set, index, batch_size, workers)
         batch_iterator = iter(loader)
-        next(batch_iterator)  # workers have started
-        count = max(1, min(batches, len(loader) - 1))
+        ready = min(1 + 2 * workers, 1 + (len(loader) - 1) // 2)
+        for _ in range(ready):  # workers have started, and what lay ready is gone
+            next(batch_iterator)
+        count = max(1, min(batches, len(loader) - ready))
         seconds = seconds_of(lambda i=batch_iterator, n=count: [next(i) for _ in range(n)])  # type: ignore[misc]
         rates[workers] = count * batch_size / seconds
     return rates

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ekd_lightning.bench.ours import BareLoop
@@ -18,6 +21,36 @@ GROUPS = {
     "optimiser": ("_fused_sgd", "Optimizer."),
 }
 """What an operator's name contains; the first that fits counts."""
+
+KERNELS = {
+    "convolutions, backward": ("dgrad", "wgrad", "convolve_common_engine", "bprop"),
+    "convolutions, forward": (
+        "fprop",
+        "implicit_convolve",
+        "winograd",
+        "conv2d",
+        "convolve",
+        "xmma",
+        "cutlass_",
+    ),
+    "batch norm": ("batch_norm", "bn_fw", "bn_bw", "batchnorm"),
+    "compiled code": ("triton_",),
+    "optimiser": ("FusedSgd", "fused_sgd", "multi_tensor_apply"),
+    "gathering": ("index_select", "indexSelect", "gather", "index_elementwise", "index_kernel"),
+    "matrix products": ("gemm", "gemv", "splitKreduce"),
+    "copies and formats": (
+        "Memcpy",
+        "Memset",
+        "copy_kernel",
+        "nchwToNhwc",
+        "nhwcToNchw",
+        "transpose",
+        "CatArray",
+    ),
+    "losses and other reductions": ("softmax", "SoftMax", "reduce_kernel", "nll_loss"),
+    "other element-wise kernels": ("elementwise",),
+}
+"""What a CUDA kernel's name contains; the first group that fits counts."""
 
 OTHER = "everything else"
 _EPOCHS = 1
@@ -52,11 +85,39 @@ def step_profile(bench: Bench) -> dict[str, Any]:
     }
 
 
-def by_group(times: dict[str, float]) -> dict[str, float]:
-    """Shares of the whole time in [0, 1], by group; operator name -> its own time."""
-    sums = dict.fromkeys([*GROUPS, OTHER], 0.0)
+def kernel_shares(work: Callable[[], object], most: int = 15) -> dict[str, Any]:
+    """Shares of the time on a GPU by group of kernels, also of work that replays graphs.
+
+    Args:
+        work: What to look at; called twice, the second time under the profiler.
+        most: How many single kernels to name.
+
+    Returns:
+        Shares in [0, 1] by group, the largest kernels in microseconds with their number of calls, and the share of
+        the elapsed time in which any kernel ran.
+    """
+    work()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    events = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
+    times = {event.key: float(event.self_device_time_total) for event in events}
+    largest = sorted(events, key=lambda event: -event.self_device_time_total)[:most]
+    return {
+        "shares": by_group(times, KERNELS),
+        "busy": sum(times.values()) / 1e6 / seconds,
+        "kernels": [[e.key[:120], float(e.self_device_time_total), int(e.count)] for e in largest],
+    }
+
+
+def by_group(times: dict[str, float], groups: Mapping[str, tuple[str, ...]] = GROUPS) -> dict[str, float]:
+    """Shares of the whole time in [0, 1], by group; name of an operator or kernel -> its own time."""
+    sums = dict.fromkeys([*groups, OTHER], 0.0)
     for name, value in times.items():
-        fitting = (group for group, parts in GROUPS.items() if any(part in name for part in parts))
+        fitting = (group for group, parts in groups.items() if any(part in name for part in parts))
         sums[next(fitting, OTHER)] += value
     whole = sum(sums.values())
     return {group: value / whole if whole else 0.0 for group, value in sums.items()}

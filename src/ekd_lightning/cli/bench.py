@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +38,9 @@ PARTS = {
     "p": "where a training step's time goes, and what its convolutions alone allow",
     "f": "memory of a run of one epoch",
 }
+GPU_PARTS = "acip"
+"""What fits into a few minutes where most of the time goes into compiling."""
+_GPU_MINUTES = 3.0
 _WIDTH = 120  # where there is no terminal
 EXAMPLES = """\
 examples:
@@ -61,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
-    parser.add_argument("--parts", default="".join(PARTS), help="letters of the parts (default: all)")
+    parser.add_argument("--parts", help=f"letters of the parts (default: all; on a GPU {GPU_PARTS})")
+    parser.add_argument(
+        "--minutes", type=float, help="begin nothing after so long (default: no limit; on a GPU 3)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
     parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
@@ -71,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     args = parser.parse_args(argv)
-    unknown = [letter for letter in args.parts if letter not in PARTS]
+    unknown = [letter for letter in args.parts or "" if letter not in PARTS]
     if unknown or args.rounds < 1 or args.plain_steps < 1:
         parser.error(
             f"--parts {args.parts} --rounds {args.rounds}: parts are {', '.join(PARTS)}; at least 1 round"
@@ -91,16 +99,24 @@ def bench(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     context = _context(args)
+    on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
         "origin": provenance(),
         "settings": " ".join(args.overrides),
         "rounds": args.rounds,
+        "seconds": {"start": time.perf_counter() - context.began},
     }
-    wanted = [key for key in PARTS if key in args.parts]
-    for key in wanted:
+    chosen = args.parts or (GPU_PARTS if on_gpu else "".join(PARTS))
+    for key in (key for key in PARTS if key in chosen):
+        if not context.has_time():
+            print(f"({key}) {PARTS[key]}: no time left (--minutes)", file=sys.stderr, flush=True)
+            continue
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
         found[key] = _part(key, context, args, found)
+        found["seconds"][key] = time.perf_counter() - start
         _show(key, found[key])
+        print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)
 
@@ -108,12 +124,13 @@ def bench(args: argparse.Namespace) -> None:
 def _context(args: argparse.Namespace) -> Bench:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.bench.parts import Bench  # noqa: PLC0415
+    from ekd_lightning.bench.parts import Bench, worker_counts  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415
-    from ekd_lightning.teachers.precision import resolve_precision  # noqa: PLC0415
+    from ekd_lightning.teachers.hardware import resolve_precision  # noqa: PLC0415
     from ekd_lightning.training.allocator import keep_freed_memory  # noqa: PLC0415
     from ekd_lightning.training.pool import gather_teachers  # noqa: PLC0415
 
+    began = time.perf_counter()
     keep_freed_memory()  # as every run does; the plain loop profits too
     settings = compose_settings(f"recipe.epochs={args.epochs}", "trainer.devices=1", *args.overrides)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
@@ -122,7 +139,7 @@ def _context(args: argparse.Namespace) -> Bench:
     if settings.recipe.mixed("recipe"):
         raise UserError(f"{settings.recipe.mixed('recipe')}: the plain loop does not mix images")
     # What a long run would choose: the benchmark's own trainings are too short to pay for compiling.
-    if settings.teachers.compile == "auto":
+    if settings.teachers.compile == "auto" and not on_gpu:
         settings.teachers.compile = "always"
     if settings.student.compile == "auto":
         long_run = str(settings.trainer["precision"]).startswith("bf16") and not on_gpu
@@ -137,6 +154,7 @@ def _context(args: argparse.Namespace) -> Bench:
             f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages"
         )
     device = torch.device("cuda" if on_gpu else "cpu")
+    minutes = args.minutes or (_GPU_MINUTES if on_gpu else math.inf)
     return Bench(
         settings,
         prepared.dataset,
@@ -144,6 +162,9 @@ def _context(args: argparse.Namespace) -> Bench:
         device,
         rounds=args.rounds,
         plain_steps=args.plain_steps,
+        workers=worker_counts(device),
+        began=began,
+        deadline=began + 60 * minutes,
     )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
 
 PROGRAM = "ekd-report"
-PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tables.md", "summary.json"
 FORMATS = ("svg", "png")
 _SHOWN = 12  # notes in the terminal; the page has all of them
 EXAMPLES = """\
@@ -74,13 +71,14 @@ def run_report(args: argparse.Namespace) -> None:
         UserError: For a user's mistake, before anything is written.
     """
     formats = [] if args.no_figures else parse_formats(args.formats)
-    check_packages(figures=bool(formats), page=not args.no_page)
-    check_output(args.output, force=args.force)
+    from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
-    from ekd_lightning.runs.collection import collect  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.runs.collection import collect  # noqa: PLC0415
 
+    report_files.check_packages(figures=bool(formats), page=not args.no_page)
+    report_files.check_output(args.output, force=args.force)
     report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
-    files = write_report(report, args.output, formats, page=not args.no_page)
+    files = report_files.write_report(report, args.output, formats, page=not args.no_page)
     _print(report, args.output, files)
 
 
@@ -99,99 +97,10 @@ def parse_formats(text: str) -> list[str]:
     return words
 
 
-def check_packages(*, figures: bool, page: bool) -> None:
-    """Refuses what cannot be drawn for want of a package.
-
-    Raises:
-        UserError: Naming the extra to install, and the option that does without.
-    """
-    for needed, package, option in (
-        (figures, "matplotlib", "--no-figures"),
-        (page, "plotly", "--no-page"),
-    ):
-        if needed and find_spec(package) is None:
-            raise UserError(
-                f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
-            )
-
-
-def check_output(folder: Path, *, force: bool) -> None:
-    """Refuses a folder with something in it.
-
-    Raises:
-        UserError: If it is a file, or not empty and `force` is not given, or holds something else than a report.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"--output {folder}: is a file")
-    if not any(folder.iterdir()):
-        return
-    if not force:
-        raise UserError(f"--output {folder}: is not empty; --force writes over an earlier report")
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"--output {folder}: is not empty and no report (it has no {SUMMARY})")
-
-
-def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
-    """Writes all files of a report, in place of those of an earlier one.
-
-    Args:
-        report: What is to be said.
-        folder: Made if need be.
-        formats: Of the figures; none if empty.
-        page: Whether to write the HTML page.
-
-    Returns:
-        The files, in the order of writing.
-    """
-    from ekd_lightning.reporting import report_tables  # noqa: PLC0415
-    from ekd_lightning.reporting.report import summary  # noqa: PLC0415
-
-    _remove_earlier(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        SUMMARY: report_tables.summary_json(
-            summary(report)
-        ),  # first, so that what is cut short is known as a report
-        TABLES: report_tables.markdown(report),
-        RUNS: report_tables.runs_csv(report),
-    }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    files = [folder / name for name in texts]
-    if formats:
-        from ekd_lightning.reporting.figures import write_figures  # noqa: PLC0415 (needs matplotlib)
-
-        files += write_figures(report, folder / FIGURES, formats)
-    if page:
-        from ekd_lightning.reporting.page import write_page  # noqa: PLC0415 (needs plotly)
-
-        write_page(report, folder / PAGE)
-        files.append(folder / PAGE)
-    content = summary(report) | {"files": [path.relative_to(folder).as_posix() for path in files]}
-    (folder / SUMMARY).write_text(report_tables.summary_json(content), encoding="utf-8")
-    return files
-
-
-def _remove_earlier(folder: Path) -> None:
-    """Removes what an earlier report wrote, as its summary lists it: no figure of it is left to pass for a new one."""
-    try:
-        listed: Any = json.loads((folder / SUMMARY).read_bytes()).get("files", [])
-    except (OSError, ValueError, AttributeError):
-        return
-    root = folder.resolve()
-    for name in listed if isinstance(listed, list) else []:
-        path = (folder / str(name)).resolve()
-        if (
-            path.is_file()
-            and root in path.parents
-            and path.suffix in (".svg", ".png", ".html", ".md", ".csv", ".json")
-        ):
-            path.unlink()
-
-
 def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
+    from ekd_lightning.reporting.report_files import PAGE, TABLES  # noqa: PLC0415
+    from ekd_lightning.runs.collection import STATES  # noqa: PLC0415
+
     for note in report.notes[:_SHOWN]:
         print(f"{PROGRAM}: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN:
@@ -202,15 +111,9 @@ def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
     if len(report.answers) > 1:
         for one in report.answers:
             print(f"- {one.headline}")
-    states = ", ".join(f"{count} {state}" for state in _states() if (count := report.collection.count(state)))
+    states = ", ".join(f"{count} {state}" for state in STATES if (count := report.collection.count(state)))
     page = folder / PAGE
     print(f"{states}; {len(files)} files in {folder}" + (f", open {page}" if page in files else ""))
-
-
-def _states() -> tuple[str, ...]:
-    from ekd_lightning.runs.collection import STATES  # noqa: PLC0415
-
-    return STATES
 
 
 if __name__ == "__main__":

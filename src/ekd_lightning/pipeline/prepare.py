@@ -15,11 +15,12 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
-from ekd_lightning.pipeline.sources import uses_tables
 from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
-from ekd_lightning.training.pool import PlannedTeacher, TeacherData, plan_teachers, usual_normalization
+from ekd_lightning.training.pool import plan_teachers, usual_normalization
+from ekd_lightning.training.teacher_training import TeacherData
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ class Prepared:
     student: BranchedStudent
     method: Method
     teachers: list[PlannedTeacher]
-    table: bool
-    """Whether the teachers' outputs are remembered on disk."""
+    source: SourcePlan
+    """Where the teachers' outputs come from."""
     candidates: tuple[PlannedTeacher, ...] = ()
     """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
     candidate_scores: list[dict[str, Any]] = field(default_factory=list)
@@ -83,9 +84,9 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
     for taught_by in choices:
         method = _build_method(settings, dataset, subset, student, taught_by)
-    table = needs and uses_tables(settings, dataset, subset, views, taught_by, method)
+    source = plan_source(settings, dataset, subset, views, taught_by, method) if needs else SourcePlan()
     return Prepared(
-        dataset, subset, views, datamodule, student, method, taught_by, table, candidates, chain=chain
+        dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain
     )
 
 

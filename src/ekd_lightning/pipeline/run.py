@@ -26,11 +26,10 @@ from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
-from ekd_lightning.pipeline.sources import source_factory
 from ekd_lightning.pipeline.teach import describe_chain, score_teachers
 from ekd_lightning.runs.record import RunRecord, is_rank_zero
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.precision import device_type_of
+from ekd_lightning.teachers.hardware import device_type_of
 from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
@@ -207,7 +206,7 @@ def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnse
         prepared.method,
         settings.recipe,
         teachers=teachers,
-        make_source=source_factory(settings, prepared),
+        make_source=prepared.source.open,
         channels_last=settings.channels_last,
         fold_teachers=settings.teachers.fold,
         compile_student=settings.student.compile,

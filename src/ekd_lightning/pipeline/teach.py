@@ -1,23 +1,33 @@
-"""Teachers without a student: obtain a pool and test each member."""
+"""Teachers without a student: obtain a pool, test each member, and fill the tables of what they say."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ekd_lightning.data import Dataset
+from ekd_lightning.data.loader import TrainLoader
+from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
-from ekd_lightning.pipeline.fill import fill_tables, prepare_fill
-from ekd_lightning.pipeline.prepare import prepare_data
+from ekd_lightning.pipeline.choice import choose_teacher
+from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.tracking.loggers import check_loggers
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
-from ekd_lightning.training.pool import TeacherData, gather_teachers, plan_teachers
+from ekd_lightning.training.pool import gather_teachers, plan_teachers
+from ekd_lightning.training.teacher_training import TeacherData
+
+log = logging.getLogger(__name__)
 
 
 def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]:
@@ -108,3 +118,72 @@ def describe_chain(
         "chain_steps": sum(link["steps"] or 0 for link in here),
         "chain_stored_seconds": sum(link["train_seconds"] or 0.0 for link in links),
     }
+
+
+def prepare_fill(settings: Settings, accelerator: str) -> Prepared | None:
+    """Checks that the rows of `teachers.fill` can be kept; None when nothing is to be filled.
+
+    Raises:
+        UserError: There is no table to fill.
+    """
+    fill = settings.teachers.fill
+    if fill == "none":
+        return None
+    prepared = prepare(settings, accelerator)
+    if not prepared.source.tables:
+        raise UserError(f"teachers.fill={fill}: this configuration keeps no teacher tables")
+    return prepared
+
+
+def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
+    """Computes the rows that are missing: those of one run (`teachers.fill=run`), or every view (`all`).
+
+    Can be stopped and started again: rows that are there are not computed twice.
+
+    Args:
+        settings: The run's settings; with `run`, epochs, batch size and seed say which rows these are.
+        prepared: What `prepare_fill` returned.
+        device: Where they compute.
+
+    Returns:
+        Rows found and rows computed, counted per teacher.
+
+    Raises:
+        UserError: The rows cannot be kept, e.g. because the disk is full.
+    """
+    prepared = choose_teacher(settings, prepared, device)
+    source = prepared.source.open(gather_teachers(prepared.teachers).to(device))
+    assert isinstance(source, TabledTeachers)  # prepare_fill made sure
+    parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
+    source.plan(sum(len(index) for index, _ in parts))
+    gather = partial(prepared.datamodule.training_images, device=device)
+    for number, (index, view) in enumerate(parts, start=1):
+        source.prepare_epoch(index, view, gather, {prepared.source.stages: len(index)})
+        if not source.keeping:
+            raise UserError(
+                f"teachers.store={settings.teachers.store}: teacher tables cannot be written there"
+            )
+        if number % max(1, len(parts) // 10) == 0:
+            log.info("teacher tables: %d of %d parts filled", number, len(parts))
+    return source.hits, source.misses
+
+
+def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
+    """Index and view of every epoch of the run."""
+    loader = TrainLoader(
+        prepared.dataset.train,
+        prepared.subset.train_index,
+        prepared.views,
+        settings.recipe.batch_size,
+        settings.seed,
+    )
+    for epoch in range(settings.recipe.epochs):
+        loader.sampler.set_epoch(epoch)
+        yield loader.rows()
+
+
+def _views(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of the subset, in one view after another."""
+    index = prepared.subset.train_index
+    for view in range(prepared.views.num_views):
+        yield index, torch.full_like(index, view)

@@ -1,17 +1,27 @@
-"""Where a training step gets its teachers' outputs: the interface, and the teachers themselves."""
+"""Source of teacher outputs: the protocol by which a step asks, and the frozen teachers themselves.
+
+Shape letters: B batch, C classes, D features, M teachers, N images of an epoch.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.errors import unknown_name
+from ekd_lightning.evaluation.efficiency import count_macs
+from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
 from ekd_lightning.networks.teachers import TeacherEnsemble
-from ekd_lightning.teachers.frozen import FrozenTeachers, TeacherFormat
+from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
+
+log = logging.getLogger(__name__)
 
 Stages = tuple[str, ...]
 ImagesOf = Callable[[Tensor, Tensor], Tensor]
@@ -63,6 +73,130 @@ class TeacherSource(Protocol):
         on, after the first `ask` of a kind.
         """
         ...
+
+
+Results = tuple[Tensor, ...]
+
+CHUNK = {"cpu": 128, "cuda": 1024}
+"""Images that a teacher takes at once when rows are computed ahead: enough to keep the device busy."""
+
+COMPILE_MACS = {"cpu": 5e12, "cuda": 5e14}
+"""Work of one teacher in a run from which compiling pays. On two cores, compiling takes 5 to 40 s, and what it
+saves of 5e12 multiply-accumulates is about as long. The number for CUDA is an estimate."""
+
+
+@dataclass(frozen=True)
+class TeacherFormat:
+    """How frozen teachers compute; each choice changes the cost and, within rounding, nothing else.
+
+    Attributes:
+        precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
+        fold: Whether batch norms are folded into convolutions.
+        compile: "auto" (when the work is long enough), "always" or "never".
+        channels_last: Memory format.
+    """
+
+    precision: str = "auto"
+    fold: bool = True
+    compile: str = "auto"
+    channels_last: bool = True
+
+
+class FrozenTeachers:
+    """The members of an ensemble as frozen copies, on the ensemble's device.
+
+    Attributes:
+        numeric_format: "float32" or "bfloat16": what the rows of a table are addressed by.
+        chunk: Images to ask about at once, where the caller can choose.
+    """
+
+    def __init__(
+        self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None, stages: Sequence[str] = ()
+    ) -> None:
+        """Copies the teachers.
+
+        Args:
+            ensemble: The frozen teachers, on the device where they will be asked.
+            how: Their format.
+            stages: Names of the stages whose outputs are wanted.
+
+        Raises:
+            UserError: A teacher lacks a stage.
+        """
+        how = how or TeacherFormat()
+        for network, identity in zip(ensemble.networks(), ensemble.identities, strict=True):
+            for name in stages:
+                if name not in network.stages:
+                    raise unknown_name(f"stage of teacher {identity.id!r}:", name, network.stage_names)
+        device = next(ensemble.parameters()).device
+        dtype = teacher_dtype(how.precision, device.type)
+        self.numeric_format = str(dtype).removeprefix("torch.")
+        self.chunk = CHUNK.get(device.type, 128)
+        self._names = [identity.id for identity in ensemble.identities]
+        self._frozen = [
+            FrozenNetwork(
+                network, dtype=dtype, fold=how.fold, channels_last=how.channels_last, stage_names=stages
+            ).to(device)
+            for network in ensemble.networks()
+        ]
+        self._choice = how.compile
+        self._from_macs = COMPILE_MACS.get(device.type, float("inf"))
+        self._macs: dict[int, int] = {}
+        self._compiled: dict[int, tuple[int, Callable[[Tensor], Results]]] = {}
+        self._planned_rows = 0
+
+    def plan(self, rows: int) -> None:
+        """Says how many images each teacher will probably be asked about in the whole run.
+
+        The answer decides about compiling, so it should not depend on how far a run has come: an interrupted
+        run must go on with the same rounding.
+        """
+        self._planned_rows = rows
+
+    def ask(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
+        """Outputs of teacher m (0-based), without gradient, whatever autocast is on.
+
+        Args:
+            m: Which teacher.
+            images: [B, 3, H, W] in [0, 1], on the teachers' device.
+            batch_size: The size to compile for, where it is compiled; None for the size of the first batch.
+
+        Returns:
+            Logits [B, C], pooled features [B, D_m] and the stages wanted, in float32.
+        """
+        frozen = self._frozen[m]
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            if self._wants_compiling(m, images):
+                self._compile(m, batch_size or len(images))
+            if m not in self._compiled:
+                return frozen.named(frozen(images))
+            size, compiled = self._compiled[m]
+            parts = [compiled(_filled(part, size)) for part in images.split(size)]
+            results = tuple(torch.cat(pieces)[: len(images)] for pieces in zip(*parts, strict=True))
+        return frozen.named(results)
+
+    def _wants_compiling(self, m: int, images: Tensor) -> bool:
+        if m in self._compiled or self._choice == "never":
+            return False
+        if self._choice == "always":
+            return True
+        if m not in self._macs:
+            self._macs[m] = count_macs(self._frozen[m], images.shape[-1])
+        return self._macs[m] * self._planned_rows >= self._from_macs
+
+    def _compile(self, m: int, size: int) -> None:
+        """Compiles for this one batch size; smaller batches are filled up, larger ones are cut."""
+        log.info("compiling teacher %s", self._names[m])
+        frozen = self._frozen[m]
+        # Freezing: weights become constants, laid out as the kernels want them.
+        compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
+        self._compiled[m] = size, compiled
+
+
+def _filled(images: Tensor, size: int) -> Tensor:
+    """The images, with the last one repeated up to `size`: a compiled graph has one batch size."""
+    missing = size - len(images)
+    return images if missing == 0 else torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
 
 
 class LiveTeachers:

@@ -1,4 +1,4 @@
-"""Teacher assistants: a chain teacher → assistant → ... → student, planned and checked before anything is trained.
+"""Chain of teacher assistants, teacher → assistant → ... → student, planned and checked before anything is trained.
 
 Mirzadeh et al. 2020 (AAAI, arXiv 1902.03393), section "Teacher Assistant Knowledge Distillation": each network of
 the chain is trained by plain distillation from the one before it, L = (1 - λ) CE + λ T² KL (their equation 3; KL is
@@ -32,12 +32,12 @@ from ekd_lightning.networks import (
     build_network,
     state_sha256,
 )
-from ekd_lightning.pipeline.sources import uses_tables
 from ekd_lightning.settings import ChainSettings, RecipeSettings, Settings
+from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
-from ekd_lightning.training.chain_training import Lesson, link_method, train_assistant
-from ekd_lightning.training.pool import PlannedTeacher, gather_teachers, usual_normalization
+from ekd_lightning.training.pool import gather_teachers, usual_normalization
+from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
 
 DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
 """What a link's terms weigh where the method has no kd_ensemble whose weights it could take."""
@@ -118,16 +118,15 @@ def plan_chain(
         views,
         terms=link_terms(settings),
         temperature=_temperature(settings),
-        table=False,
         accelerator=accelerator,
         curves=curves,
     )
     origins = teachers[:1] if method.teacher == "best" else teachers
     asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]
-    table = uses_tables(
+    source = plan_source(
         lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0)
     )
-    return Chain(tuple(teachers), assistants, replace(lesson, table=table))
+    return Chain(tuple(teachers), assistants, replace(lesson, source=source))
 
 
 def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.settings import RecipeSettings
-from ekd_lightning.teachers.compiling import compiled_or_not
+from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.recorded_step import StepValues

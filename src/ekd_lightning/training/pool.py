@@ -1,19 +1,13 @@
-"""From the configured pool to a frozen ensemble: plan first (cheap, every check), then load or train."""
+"""Pool of teachers as it is configured: planned first (cheap, every check), then loaded or trained."""
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
-
-from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
-from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.data import Dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks import (
@@ -31,41 +25,10 @@ from ekd_lightning.networks import (
     state_sha256,
     zoo_entry,
 )
-from ekd_lightning.settings import RecipeSettings, TeacherEntry, TeacherSettings
+from ekd_lightning.settings import TeacherEntry, TeacherSettings
+from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
-from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed
-from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks
-from ekd_lightning.training.classifier import Classifier
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PlannedTeacher:
-    """A pool member whose settings were checked and whose weights were not touched yet."""
-
-    id: str
-    spec: NetworkSpec
-    source: str
-    obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class TeacherData:
-    """What a teacher trained on demand may see, and who may see its curves."""
-
-    dataset: Dataset
-    subset: Subset
-    views: ViewFamily
-    train_on: str
-    curves: TeacherCurves | None = None
-
-    def index(self) -> torch.Tensor:
-        """Training images of the teacher, int64: those of the student, or all."""
-        if self.train_on == "subset":
-            return self.subset.train_index
-        return torch.arange(len(self.dataset.train))
+from ekd_lightning.training.teacher_training import TeacherData, train_teacher
 
 
 def usual_normalization(dataset: Dataset, name: str | None) -> Normalization:
@@ -204,67 +167,3 @@ def _plan_trained(
         return network, {"trained_on": data.train_on, "seed": entry.seed, "store_key": store.digest(key)}
 
     return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain)
-
-
-def train_teacher(
-    spec: NetworkSpec,
-    data: TeacherData,
-    recipe: RecipeSettings,
-    seed: int,
-    scratch: Path,
-    accelerator: str = "auto",
-) -> StagedNetwork:
-    """Trains one network by cross-entropy on one device.
-
-    Args:
-        spec: Network to build.
-        data: Images it may see, and their augmentation.
-        recipe: Optimiser and schedule.
-        seed: Initialisation, order and views.
-        scratch: Folder for what Lightning writes.
-        accelerator: Lightning's flag.
-
-    Returns:
-        The network with its last weights, in eval mode on the CPU.
-    """
-    index = data.index()
-    log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
-    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
-        torch.manual_seed(seed)
-        network = build_network(spec)
-        only_training = Subset(
-            train_index=index,
-            val_index=index[:0],
-            sha256="",
-            fraction=len(index) / len(data.dataset.train),
-            per_class=None,
-            seed=seed,
-        )
-        module = ImageDataModule(
-            data.dataset,
-            only_training,
-            data.views,
-            batch_size=recipe.batch_size,
-            seed=seed,
-            mixing=Mixing(recipe.mixup, recipe.cutmix),
-        )
-        facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
-        with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
-            trainer = pl.Trainer(
-                accelerator=accelerator,
-                devices=1,
-                max_epochs=recipe.epochs,
-                default_root_dir=scratch,
-                logger=loggers,
-                callbacks=[
-                    *checkpoint_callbacks(scratch, with_best=False),
-                    EpochSeed(seed),
-                    EpochReport(recipe.batch_size),
-                ],
-                plugins=[CheckpointWriter()],
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-            )
-            trainer.fit(Classifier(network, recipe), datamodule=module)
-    return network.eval().cpu()

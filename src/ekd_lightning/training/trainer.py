@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.teachers.precision import resolve_precision
+from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.checkpoints import CheckpointWriter
 
 _OURS = {

@@ -15,7 +15,7 @@ from scipy import stats
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.reporting.report import make_report, summary
-from ekd_lightning.reporting.report_tables import flatten, markdown, runs_csv, summary_json
+from ekd_lightning.reporting.report_files import flatten, markdown, runs_csv, summary_json
 from ekd_lightning.runs.collection import RunEntry, collect
 
 

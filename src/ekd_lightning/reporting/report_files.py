@@ -1,16 +1,104 @@
-"""A report as text: Markdown tables per block, and one tidy CSV of all runs."""
+"""Files of a report: tables in Markdown, one tidy CSV of all runs, a summary in JSON, figures and the page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.groups import Group
-from ekd_lightning.reporting.report import Report
+from ekd_lightning.reporting.report import Report, summary
 from ekd_lightning.runs.collection import RunEntry
+
+PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tables.md", "summary.json"
+_SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
+
+
+def check_packages(*, figures: bool, page: bool) -> None:
+    """Refuses what cannot be drawn for want of a package.
+
+    Raises:
+        UserError: Naming the extra to install, and the option that does without.
+    """
+    for needed, package, option in (
+        (figures, "matplotlib", "--no-figures"),
+        (page, "plotly", "--no-page"),
+    ):
+        if needed and find_spec(package) is None:
+            raise UserError(
+                f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
+            )
+
+
+def check_output(folder: Path, *, force: bool) -> None:
+    """Refuses a folder with something in it.
+
+    Raises:
+        UserError: If it is a file, or not empty and `force` is not given, or holds something else than a report.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file")
+    if not any(folder.iterdir()):
+        return
+    if not force:
+        raise UserError(f"--output {folder}: is not empty; --force writes over an earlier report")
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"--output {folder}: is not empty and no report (it has no {SUMMARY})")
+
+
+def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
+    """Writes all files of a report, in place of those of an earlier one.
+
+    Args:
+        report: What is to be said.
+        folder: Made if need be.
+        formats: Of the figures; none if empty.
+        page: Whether to write the HTML page.
+
+    Returns:
+        The files, in the order of writing.
+    """
+    _remove_earlier(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The summary first, so that what is cut short is known as a report.
+    content = summary(report)
+    texts = {SUMMARY: summary_json(content), TABLES: markdown(report), RUNS: runs_csv(report)}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    files = [folder / name for name in texts]
+    if formats:
+        from ekd_lightning.reporting.figures import write_figures  # noqa: PLC0415 (needs matplotlib)
+
+        files += write_figures(report, folder / FIGURES, formats)
+    if page:
+        from ekd_lightning.reporting.page import write_page  # noqa: PLC0415 (needs plotly)
+
+        write_page(report, folder / PAGE)
+        files.append(folder / PAGE)
+    names = [path.relative_to(folder).as_posix() for path in files]
+    write_text(folder / SUMMARY, summary_json({**content, "files": names}))
+    return files
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes what an earlier report wrote, as its summary lists it: no figure of it is left to pass for a new one."""
+    try:
+        listed: Any = json.loads((folder / SUMMARY).read_bytes()).get("files", [])
+    except (OSError, ValueError, AttributeError):
+        return
+    root = folder.resolve()
+    for name in listed if isinstance(listed, list) else []:
+        path = (folder / str(name)).resolve()
+        if path.is_file() and root in path.parents and path.suffix in _SUFFIXES:
+            path.unlink()
 
 
 def markdown(report: Report) -> str:

@@ -1,17 +1,16 @@
-"""One link of a chain of assistants: a plain network distilled from frozen teachers, as a student would be."""
+"""Training of one teacher on one device: by cross-entropy, or by distillation as a link of a chain of assistants."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -19,16 +18,70 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
-from ekd_lightning.pipeline.sources import make_source
-from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.precision import device_type_of, resolve_precision, teacher_dtype
+from ekd_lightning.settings import RecipeSettings, Settings
+from ekd_lightning.teachers.hardware import device_type_of, resolve_precision, teacher_dtype
+from ekd_lightning.teachers.plan import SourcePlan
 from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
 from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import LAST, CheckpointWriter, checkpoint_callbacks, read_checkpoint
+from ekd_lightning.training.classifier import Classifier
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.module import ImageClassificationModule
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """What a teacher trained on demand may see, and who may see its curves."""
+
+    dataset: Dataset
+    subset: Subset
+    views: ViewFamily
+    train_on: str
+    curves: TeacherCurves | None = None
+
+    def index(self) -> torch.Tensor:
+        """Training images of the teacher, int64: those of the student, or all."""
+        if self.train_on == "subset":
+            return self.subset.train_index
+        return torch.arange(len(self.dataset.train))
+
+
+def train_teacher(
+    spec: NetworkSpec,
+    data: TeacherData,
+    recipe: RecipeSettings,
+    seed: int,
+    scratch: Path,
+    accelerator: str = "auto",
+) -> StagedNetwork:
+    """Trains one network by cross-entropy on one device.
+
+    Args:
+        spec: Network to build.
+        data: Images it may see, and their augmentation.
+        recipe: Optimiser and schedule.
+        seed: Initialisation, order and views.
+        scratch: Folder for what Lightning writes.
+        accelerator: Lightning's flag.
+
+    Returns:
+        The network with its last weights, in eval mode on the CPU.
+    """
+    index = data.index()
+    log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
+    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
+        torch.manual_seed(seed)
+        network = build_network(spec)
+        images = _images(data.dataset, index, data.views, recipe, seed)
+        facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
+        with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
+            module = Classifier(network, recipe)
+            _fit(module, images, seed, scratch, accelerator=accelerator, logger=loggers)
+    return network.eval().cpu()
+
 
 _FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 """Flags of the run's trainer that change what is learned; an assistant is trained with them, too."""
@@ -45,9 +98,9 @@ class Lesson:
     views: ViewFamily
     terms: Mapping[str, Mapping[str, Any]]
     temperature: float | None
-    table: bool
-    """Whether the teachers' outputs are remembered on disk."""
     accelerator: str
+    source: SourcePlan = field(default_factory=SourcePlan)
+    """Where the outputs of a link's teachers come from."""
     curves: TeacherCurves | None = None
     """Who may see curves of the assistants."""
 
@@ -125,67 +178,60 @@ def train_assistant(
             method,
             recipe,
             teachers=teachers,
-            make_source=make_source(
-                lesson.settings, lesson.dataset, lesson.subset, lesson.views, method, tables=lesson.table
-            ),
+            make_source=lesson.source.open,
             channels_last=lesson.settings.channels_last,
             capture=lesson.settings.capture,
             fold_teachers=lesson.settings.teachers.fold,
             compile_student=lesson.settings.student.compile,
         )
-        report = EpochReport(recipe.batch_size)
+        images = _images(lesson.dataset, lesson.subset.train_index, lesson.views, recipe, seed)
         facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
         with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
-            trainer = _trainer(lesson, scratch, [EpochSeed(seed), report], loggers)
-            trainer.fit(
+            seconds, steps = _fit(
                 module,
-                datamodule=_images(lesson, seed),
-                ckpt_path=_last_checkpoint(scratch),
-                weights_only=True,
+                images,
+                seed,
+                scratch,
+                accelerator=lesson.accelerator,
+                logger=loggers,
+                precision=lesson.precision,
+                **lesson.flags(),
             )
         network = _plain(student, spec)
-    write_json(scratch / COST, {"train_seconds": report.train_seconds, "steps": trainer.global_step})
+    write_json(scratch / COST, {"train_seconds": seconds, "steps": steps})
     return network
 
 
-def _images(lesson: Lesson, seed: int) -> ImageDataModule:
-    """The student's training images; nothing is chosen by validation, so none are held out for it a second time."""
-    recipe, index = lesson.settings.recipe, lesson.subset.train_index
-    only_training = Subset(
-        train_index=index,
-        val_index=index[:0],
-        sha256=lesson.subset.sha256,
-        fraction=lesson.subset.fraction,
-        per_class=lesson.subset.per_class,
-        seed=lesson.subset.seed,
-    )
-    return ImageDataModule(
-        lesson.dataset,
-        only_training,
-        lesson.views,
-        batch_size=recipe.batch_size,
-        seed=seed,
-        mixing=Mixing(recipe.mixup, recipe.cutmix),
-    )
+def _images(
+    dataset: Dataset, index: torch.Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int
+) -> ImageDataModule:
+    """Training images alone: nothing is chosen by validation, so none are held out for it."""
+    share = len(index) / len(dataset.train)
+    subset = Subset(index, index[:0], sha256="", fraction=share, per_class=None, seed=seed)
+    mixing = Mixing(recipe.mixup, recipe.cutmix)
+    return ImageDataModule(dataset, subset, views, batch_size=recipe.batch_size, seed=seed, mixing=mixing)
 
 
-def _trainer(
-    lesson: Lesson, scratch: Path, callbacks: Sequence[pl.Callback], loggers: list[Logger]
-) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator=lesson.accelerator,
+def _fit(
+    module: ImageClassificationModule, images: ImageDataModule, seed: int, scratch: Path, **flags: Any
+) -> tuple[float, int]:
+    """Trains on one device, going on from the last whole epoch of an earlier try; seconds and steps."""
+    recipe = module.recipe
+    report = EpochReport(recipe.batch_size)
+    callbacks = [*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report]
+    trainer = pl.Trainer(
         devices=1,
-        max_epochs=lesson.settings.recipe.epochs,
-        precision=lesson.precision,  # type: ignore[arg-type]  # a string that Lightning checks
+        max_epochs=recipe.epochs,
         default_root_dir=scratch,
-        logger=loggers,
-        callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), *callbacks],
+        callbacks=callbacks,
         plugins=[CheckpointWriter()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **lesson.flags(),
+        **flags,
     )
+    trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
+    return report.train_seconds, trainer.global_step
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:
@@ -196,7 +242,7 @@ def _last_checkpoint(scratch: Path) -> Path | None:
     try:
         step = int(read_checkpoint(path)["global_step"])
     except UserError as error:
-        warnings.warn(f"{error}; this assistant starts again", stacklevel=2)
+        warnings.warn(f"{error}; its training starts again", stacklevel=2)
         path.unlink()
         return None
     log.info("going on from %s at step %d", path, step)

@@ -1,0 +1,210 @@
+"""Table and page of what benchmarks/gpu.py measured; what was not measured is called so."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+UNMEASURED = "unmeasured"
+STEPS = {
+    "plain loop (float32, PIL in workers)": ("plain", "images_per_second"),
+    "careful plain loop (channels-last, bfloat16, torch.compile)": ("careful", "images_per_second"),
+    "careful plain loop, `reduce-overhead`": ("careful, reduce-overhead", "images_per_second"),
+    "ours, eager step, cold table": ("ours, eager", "cold", "images_per_second"),
+    "ours, eager step, warm table": ("ours, eager", "warm", "images_per_second"),
+    "ours, captured step, cold table": ("ours, captured", "cold", "images_per_second"),
+    "ours, captured step, warm table": ("ours, captured", "warm", "images_per_second"),
+    "ours, captured and compiled, warm table": ("ours, captured and compiled", "warm", "images_per_second"),
+    "bare graph loop, without Lightning": ("graph", "captured", "images_per_second"),
+    "bare graph loop, compiled": ("graph", "captured and compiled", "images_per_second"),
+}
+"""Row -> where its images per second stand."""
+STARTS = {
+    "plain loop": ("plain", "seconds_to_first_step"),
+    "careful plain loop": ("careful", "seconds_to_first_step"),
+    "careful plain loop, `reduce-overhead`": ("careful, reduce-overhead", "seconds_to_first_step"),
+    "ours, captured": ("ours, captured", "warm", "seconds_to_first_step"),
+    "ours, captured and compiled": ("ours, captured and compiled", "warm", "seconds_to_first_step"),
+    "`ekd-train`, from the command, caches cold": ("command", "cold", "seconds_to_first_step"),
+    "`ekd-train`, from the command, caches warm": ("command", "warm", "seconds_to_first_step"),
+    "`ekd-train`, after the last step, first run of a store": ("command", "cold", "seconds_after_last_step"),
+    "`ekd-train`, after the last step, later runs": ("command", "warm", "seconds_after_last_step"),
+}
+"""Row -> where its seconds stand."""
+
+
+def value(found: dict[str, Any], *path: str) -> Any:
+    """What a part found, or None."""
+    node: Any = found["parts"].get(path[0], {}).get("result", {})
+    for key in path[1:]:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def number(given: float | None, form: str = ",.0f", unit: str = "") -> str:
+    """A number with its unit, or that there is none."""
+    return UNMEASURED if given is None else format(given, form) + unit
+
+
+def ratio(one: float | None, other: float | None) -> str:
+    """How many times one is the other."""
+    return UNMEASURED if one is None or not other else f"{one / other:.2f}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one in percent."""
+    return UNMEASURED if share is None else f"{100 * share:.1f} %"
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def steps(found: dict[str, Any]) -> str:
+    """Images per second of every way to train, against both plain loops."""
+    plain, careful = (value(found, part, "images_per_second") for part in ("plain", "careful"))
+    rows = []
+    for name, path in STEPS.items():
+        rate = value(found, *path)
+        rows.append([name, number(rate), ratio(rate, plain), ratio(rate, careful)])
+    return markdown(["", "images/s", "× plain", "× careful"], rows)
+
+
+def around(found: dict[str, Any]) -> str:
+    """What lies around the step: seconds to start and to end, between epochs, and Lightning's share."""
+    rows = [[name, number(value(found, *path), ".1f", " s")] for name, path in STARTS.items()]
+    between = value(found, "ours, captured", "warm", "seconds_between_epochs")
+    middle = 1000 * statistics.median(between) if between else None
+    rows.append(["between two epochs, beside the validation", number(middle, ",.0f", " ms")])
+    bare, whole = (
+        value(found, *STEPS[f])
+        for f in ("bare graph loop, without Lightning", "ours, captured step, warm table")
+    )
+    over = 100 * (bare / whole - 1) if bare and whole else None
+    rows.append(["Lightning over the bare graph loop, captured step", number(over, ".1f", " %")])
+    return markdown(["", ""], rows)
+
+
+def maps(found: dict[str, Any]) -> str:
+    """Methods that compare maps of all teachers in every step."""
+    rows = []
+    for method in ("camkd", "fitnet"):
+        ours = value(found, f"maps, {method}", "ours", "images_per_second")
+        plain = value(found, f"maps, {method}", "plain", "images_per_second")
+        rows.append([f"`method={method}`", number(plain), number(ours), ratio(ours, plain)])
+    return markdown(["", "plain loop, images/s", "ours, images/s", "ratio"], rows)
+
+
+def many(found: dict[str, Any]) -> str:
+    """Several runs at once."""
+    counts = (1, 2, 4, 8)
+    rows = []
+    for name, part in {"processes": "many", "processes with MPS": "many, MPS"}.items():
+        runs = value(found, part, "runs") or {}
+        rates = [(runs.get(str(n)) or runs.get(n) or {}).get("images_per_second") for n in counts]
+        rows.append([name, *(number(rate) for rate in rates)])
+    return markdown(["runs at once", *map(str, counts)], rows)
+
+
+def profile(found: dict[str, Any]) -> str:
+    """Where a captured step's time goes on the GPU."""
+    forms = ("captured", "captured and compiled")
+    shares = {form: value(found, "graph", form, "profile", "shares") or {} for form in forms}
+    names = list(dict.fromkeys(name for form in forms for name in shares[form])) or ["all kernels"]
+    percent = [
+        [name, *(f"{100 * shares[f][name]:.1f} %" if name in shares[f] else UNMEASURED for f in forms)]
+        for name in names
+    ]
+    return markdown(["kernels", *forms], percent)
+
+
+def teachers(found: dict[str, Any]) -> str:
+    """What the teachers alone allow."""
+    rates = value(found, "teachers", "images_per_second") or {}
+    rows = [[f"`{name}`", number(rate)] for name, rate in rates.items()] or [["all teachers", UNMEASURED]]
+    if rates:
+        rows.append(["one after another", number(1 / sum(1 / rate for rate in rates.values()))])
+    return markdown(["", "images/s"], rows)
+
+
+def failures(found: dict[str, Any]) -> list[str]:
+    """Parts that did not end well, and why."""
+    return [f"{name}: {part['error']}" for name, part in found["parts"].items() if "error" in part]
+
+
+def table(found: dict[str, Any]) -> str:
+    """The short table for a terminal."""
+    parts = [steps(found), around(found), maps(found), many(found)]
+    seconds = ", ".join(f"{name} {part.get('seconds', 0):.0f}" for name, part in found["parts"].items())
+    ends = [f"seconds: {seconds}; {found.get('seconds', 0):.0f} in all", *failures(found)]
+    return "\n\n".join([*parts, "\n".join(ends)])
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page for the docs."""
+    origin = found["origin"]
+    hardware, packages = origin["hardware"], origin["packages"]
+    gpus = ", ".join(hardware["gpus"]) or "no GPU: a trial on a processor, whose figures mean nothing"
+    commit = ((origin.get("git") or {}).get("commit") or "unknown")[:10]
+    workers = value(found, "plain", "workers")
+    failed = failures(found)
+    problems = "\n## What failed\n\n" + "\n".join(f"- {line}" for line in failed) + "\n" if failed else ""
+    return f"""# Speed on a GPU
+
+Made by `benchmarks/gpu.py`; all numbers are in [speed_gpu.json](speed_gpu.json). {gpus}, {hardware["cpu_count"]}
+cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packages["pytorch-lightning"]}, commit
+{commit}. What says "{UNMEASURED}" has not been measured; nothing here is estimated.
+
+CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
+`{" ".join(found["settings"])}`.
+Rates are medians over the epochs after the first, which warms up, compiles and captures.
+
+## A training step
+
+{steps(found)}
+
+The plain loop is what is written without this package: PIL transforms in loader workers ({number(workers)} were fastest
+of those tried, up to one for each core), float32, every teacher in every step. The careful one adds channels-last,
+autocast to bfloat16, `torch.compile` and pinned batches, with a worker for each core. Ours goes through Lightning as
+`ekd-train` does. A cold table asks the teachers for every row; a warm one holds all rows. A captured step is one CUDA
+graph.
+
+## Around the step
+
+{around(found)}
+
+Loops start from loaded images. What compiles does so at the same time as the others, so these seconds are upper
+bounds.
+
+## Teachers
+
+{teachers(found)}
+
+Each as it is asked ahead of an epoch, {number(value(found, "teachers", "chunk"))} images at once, in
+{value(found, "teachers", "format") or UNMEASURED}, not compiled: a cold table can be no faster than all of them.
+
+## Maps of three teachers in every step
+
+{maps(found)}
+
+## Several runs at once
+
+Images per second of all runs together, validation and checkpoints included; teachers' answers are in the table.
+
+{many(found)}
+
+## Where a captured step's time goes
+
+{profile(found)}
+{problems}"""
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """Writes the page and its JSON into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed_gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "speed_gpu.md").write_text(page(found))

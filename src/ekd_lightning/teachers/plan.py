@@ -1,0 +1,246 @@
+"""Plans made before any teacher is loaded: which teachers there will be, and where their answers will come from.
+
+Outputs are looked up in tables where these can be had and fit the disk; else the teachers run live.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ekd_lightning.data import Dataset, Subset, ViewFamily
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Method
+from ekd_lightning.networks import NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.runs.record import is_rank_zero
+from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.source import LiveTeachers, Stages, TeacherFormat, TeacherSource
+from ekd_lightning.teachers.table import LOGITS, POOLED, Columns, row_dtype
+from ekd_lightning.teachers.tabled import TabledTeachers
+
+log = logging.getLogger(__name__)
+
+_ADVICE = "see teachers.table_budget_gb and teachers.table=off"
+_BLOCK = 4096  # bytes of a file system's block, as usual
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher whose settings were checked and whose weights were not touched yet."""
+
+    id: str
+    spec: NetworkSpec
+    source: str
+    obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """Where the answers of a run's teachers will come from.
+
+    Attributes:
+        tables: Whether they are remembered on disk.
+        stages: Stages whose outputs are remembered, too.
+        open: Opens the source, in every process when training starts.
+    """
+
+    tables: bool = False
+    stages: Stages = ()
+    open: Callable[[TeacherEnsemble], TeacherSource] = LiveTeachers
+
+
+def plan_source(
+    settings: Settings,
+    dataset: Dataset,
+    subset: Subset,
+    views: ViewFamily,
+    teachers: Sequence[PlannedTeacher],
+    method: Method,
+) -> SourcePlan:
+    """Decides whether teacher outputs are remembered; says why not, or how large the tables may become.
+
+    Args:
+        settings: The run's.
+        dataset: The images.
+        subset: Those that are trained on.
+        views: The training's view family.
+        teachers: The teachers, or others with tables at least as large.
+        method: What is needed of them; the plan holds for every method that needs the same outputs.
+
+    Raises:
+        UserError: If tables are required and cannot be had.
+    """
+    chosen = settings.teachers
+    how = TeacherFormat(chosen.precision, chosen.fold, chosen.compile, settings.channels_last)
+    live = SourcePlan(open=partial(LiveTeachers, how=how))
+    problem = _why_live(settings, method)
+    if problem:
+        if chosen.table == "require":
+            raise UserError(f"teachers.table=require: {problem}")
+        _say(f"teachers run live: {problem}")
+        return live
+    # Without tables of their own, a method that needs stages for a while asks the teachers live in that time.
+    stages = method.teacher_stages if chosen.table_stages else ()
+    folder = table_folder(settings)
+    needed = _needed_bytes(settings, dataset, subset, views, teachers, method.needs_pooled, stages)
+    try:
+        present = present_bytes(folder, dataset.train.sha256, views.key, len(teachers), stages)
+        check_disk(folder, needed, int(chosen.table_budget_gb * 1e9), present)
+    except UserError as error:
+        if chosen.table == "require":
+            raise UserError(f"teachers.table=require: {error} ({_ADVICE})") from None
+        warnings.warn(f"{error} ({_ADVICE}); this run's teachers run live", stacklevel=3)
+        return live
+    images = len(subset.train_index)
+    size = f"{images * views.num_views:,} rows ({images:,} images, {views.num_views} views)"
+    _say(f"teacher tables: {len(teachers)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
+    tabled = partial(
+        TabledTeachers,
+        folder=folder,
+        image_set_sha256=dataset.train.sha256,
+        num_images=len(dataset.train),
+        views=views,
+        images=subset.train_index,
+        include_pooled=method.needs_pooled,
+        keep_stages=stages,
+        image_size=dataset.image_size,
+        how=how,
+    )
+    return SourcePlan(tables=True, stages=stages, open=tabled)
+
+
+def table_folder(settings: Settings) -> Path:
+    """Where the tables of teacher outputs lie."""
+    return Path(settings.teachers.store) / "tables"
+
+
+def _why_live(settings: Settings, method: Method) -> str:
+    """What stands against tables, or nothing."""
+    if settings.teachers.table == "off":
+        return "teachers.table=off"
+    if mixed := settings.recipe.mixed("recipe"):
+        return f"with {mixed} images are not finite in number"
+    if method.teacher_stages and not settings.teachers.table_stages and () not in method.stages_asked:
+        stages = ", ".join(method.teacher_stages)
+        return f"stage outputs ({stages}) are not kept in tables (teachers.table_stages=true keeps them)"
+    return ""
+
+
+def _say(line: str) -> None:
+    if is_rank_zero():
+        log.info(line)
+
+
+def _needed_bytes(
+    settings: Settings,
+    dataset: Dataset,
+    subset: Subset,
+    views: ViewFamily,
+    teachers: Sequence[PlannedTeacher],
+    pooled: bool,
+    stages: Stages,
+) -> int:
+    """Upper bound of the disk space of the run's tables."""
+    images, needed = len(subset.train_index), 0
+    # Rows as large as a stage's are blocks of the disk by themselves, so a run needs only those that it asks for.
+    asked = min(views.num_views, settings.recipe.epochs)
+    for teacher in teachers:
+        network = build_network(teacher.spec)
+        columns: Columns = ((LOGITS, dataset.num_classes),)
+        if pooled:
+            columns += ((POOLED, network.num_features),)
+        needed += table_bytes(images, views.num_views, columns, set_size=len(dataset.train))
+        shapes = network.stage_shapes(dataset.image_size)
+        needed += sum(table_bytes(images, asked, ((stage, prod(shapes[stage])),)) for stage in stages)
+    return needed
+
+
+def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: int | None = None) -> int:
+    """Upper bound of the disk space of a teacher's table, on a file system with blocks of 4096 bytes.
+
+    Args:
+        num_images: Images that the run uses.
+        num_views: V.
+        columns: What a row holds.
+        set_size: Images in the whole set, when known: a tighter bound for large subsets.
+
+    Returns:
+        Bytes.
+    """
+    per_image = num_views * row_dtype(columns).itemsize
+    # The views of an image are neighbours, but need not begin at a block's start.
+    blocks = num_images * (-(-per_image // _BLOCK) + 1)
+    if set_size is not None:
+        blocks = min(blocks, -(-set_size * per_image // _BLOCK))
+    return blocks * _BLOCK
+
+
+def present_bytes(
+    folder: str | os.PathLike[str],
+    image_set_sha256: str,
+    view_key: str,
+    num_teachers: int,
+    stages: Sequence[str] = (),
+) -> int:
+    """What tables of these images and views take on disk already.
+
+    Which teachers a table is of is not known before these are loaded; of more tables of a kind (ordinary ones, or
+    those of a stage) than there are teachers the smallest count, so that the disk is never thought fuller of a run's
+    own rows than it is.
+
+    Args:
+        folder: Where the tables live; need not exist.
+        image_set_sha256: Hash of the whole image set.
+        view_key: The view family's key.
+        num_teachers: M.
+        stages: Stages whose tables count too.
+
+    Returns:
+        Bytes, holes not counted.
+    """
+    sizes: dict[str, list[int]] = {kind: [] for kind in ("", *stages)}
+    for sidecar in Path(folder).glob("*.json"):
+        rows = sidecar.with_suffix(".rows")
+        try:
+            facts = json.loads(sidecar.read_text(encoding="utf-8"))
+            same = facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key
+            kind = "" if "num_classes" in facts else facts["content"]
+            if same and kind in sizes:
+                sizes[kind].append(rows.stat().st_blocks * 512)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no table, or none that anybody could read
+    return sum(sum(sorted(own)[:num_teachers]) for own in sizes.values())
+
+
+def check_disk(
+    folder: str | os.PathLike[str], needed_bytes: int, budget_bytes: int | None = None, present_bytes: int = 0
+) -> None:
+    """Refuses tables that would not fit, before training begins.
+
+    Args:
+        folder: Where the tables live; need not exist yet.
+        needed_bytes: Upper bound of what the run's tables take when full.
+        budget_bytes: What they may take at most; None for no limit but the disk.
+        present_bytes: What they take already.
+
+    Raises:
+        UserError: The tables need more than the budget or the free space.
+    """
+    need = f"the teacher tables need up to {needed_bytes / 1e6:,.1f} MB in {folder}"
+    advice = "use fewer images, views or teachers, or switch the table off"
+    if budget_bytes is not None and needed_bytes > budget_bytes:
+        raise UserError(f"{need}, but their budget is {budget_bytes / 1e6:,.1f} MB; raise it, {advice}")
+    place = Path(folder).absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes - present_bytes > free:
+        raise UserError(f"{need}, but {free / 1e6:,.1f} MB are free there; free some, {advice}")
