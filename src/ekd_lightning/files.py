@@ -29,6 +29,10 @@ class DamagedFileError(UserError):
     """A file whose content is not what was written; it may be possible to make it again."""
 
 
+class UnwritableFileError(UserError, OSError):
+    """A file that the disk does not take: it is full, read-only, or broken. What stood there is as it was."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Lets a block write a file beside `path`, which takes its place once the block is done and the disk has it.
@@ -39,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         The file to write: empty, in the same folder, with the same suffix.
 
     Raises:
-        UserError: If the disk refuses (full, read-only, ...), naming `path`, which is then as it was.
+        UnwritableFileError: If the disk refuses (full, read-only, ...), naming `path`, which is then as it was.
     """
     temporary = path.with_name(f"{_PART}{uuid.uuid4().hex[:8]}.{path.name}")
     try:
@@ -50,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UnwritableFileError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -68,14 +72,14 @@ def move_folder(source: Path, target: Path) -> None:
     """Renames a folder whose files are written and synced, so that it appears whole or not at all.
 
     Raises:
-        UserError: If the file system refuses, naming `target`.
+        UnwritableFileError: If the file system refuses, naming `target`.
     """
     try:
         _sync_folder(source)
         os.replace(source, target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise UnwritableFileError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path, content: dict[str, Any], *, sealed: bool = False) -> None:

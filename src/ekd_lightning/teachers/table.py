@@ -14,7 +14,7 @@ import os
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import replacing, write_json
 
 FLOAT16_MAX = 65504.0
 _LAYOUT = 1
@@ -224,13 +225,9 @@ class TeacherTable:
             message = f"teacher table {self.path} {defect}; it is built anew"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         # The sidecar goes first: a kill in between leaves no file of rows, which is simply built later.
-        text = json.dumps(self.key.description, sort_keys=True, indent=2)
-        _replace(self._sidecar, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        _replace(self.path, self._write_hole)
-
-    def _write_hole(self, temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            file.truncate(self._file_bytes)
+        write_json(self._sidecar, self.key.description)
+        with replacing(self.path) as temporary:
+            os.truncate(temporary, self._file_bytes)
 
     def _rows(self, index: Rows, view: Rows) -> Rows:
         for what, values, end in (("index", index, self.key.num_images), ("view", view, self.key.num_views)):
@@ -328,10 +325,3 @@ class TeacherTable:
     def close(self) -> None:
         """Closes the file; the table must not be used afterwards."""
         self._close()
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name and renames it, so that nobody sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
