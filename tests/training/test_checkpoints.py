@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -169,6 +170,31 @@ def test_the_trainer_ends_with_its_checkpoints_written(tmp_path: Path) -> None:
             found = read_checkpoint(tmp_path / name)
             assert (found["global_step"], float(found["state_dict"]["weight"])) == (3 * epochs, 3.0 * epochs)
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_no_process_goes_on_before_the_files_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, written = threading.Event(), []
+    write, teardown = checkpoints.write_checkpoint, CheckpointWriter.teardown
+
+    def late(path: Path, checkpoint: dict[str, Any]) -> None:
+        assert may_write.wait(60)
+        write(path, checkpoint)
+
+    def end(self: CheckpointWriter) -> None:
+        may_write.set()
+        teardown(self)
+
+    def barrier(*_: object) -> None:
+        written.append((tmp_path / "last.ckpt").is_file())
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", late)
+    monkeypatch.setattr(CheckpointWriter, "teardown", end)
+    monkeypatch.setattr(SingleDeviceStrategy, "barrier", barrier)
+    fit(tmp_path, 1)
+    assert not written[0]
+    assert written[-1], "processes of a distributed run meet here and read what the first one wrote"
 
 
 # -- a full disk ----------------------------------------------------------------------------------------------

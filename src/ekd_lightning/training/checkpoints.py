@@ -163,6 +163,10 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing: a validation may come inside an epoch."""
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Holds every process until the one that writes has written: any of them may read a checkpoint next."""
+        trainer.strategy.barrier("checkpoints")
+
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
         return True
 
