@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ekd_lightning.bench.ours import BareLoop
@@ -103,7 +104,7 @@ def kernel_shares(work: Callable[[], object], most: int = 15) -> dict[str, Any]:
         work()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-    events = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
+    events = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
     times = {event.key: float(event.self_device_time_total) for event in events}
     largest = sorted(events, key=lambda event: -event.self_device_time_total)[:most]
     return {
