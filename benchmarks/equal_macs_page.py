@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -34,8 +35,11 @@ from page_parts import NOTES, bullets, difference, interval, kept_notes, read_st
 
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import percent
-from ekd_lightning.reporting.tables import Row
+from ekd_lightning.reporting.tables import Row, markdown_table
+from ekd_lightning.runs.collection import collect
 from ekd_lightning.studies.comparison import records, study_block, study_rows
+from ekd_lightning.studies.sweep import recorded_overrides
+from ekd_lightning.studies.tuned import other_budget, standard_error
 
 
 def weights(result: Mapping[str, Any]) -> str:
@@ -52,10 +56,8 @@ def trials(folder: Path, usual: set[str]) -> list[dict[str, Any]]:
     if folder.suffix == ".json":
         return list(json.loads(folder.read_text())["later_trials"])
     found = []
-    for path in sorted(folder.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        config = yaml.safe_load(path.with_name("config.yaml").read_text())
-        words = yaml.safe_load((path.parent / ".hydra" / "overrides.yaml").read_text())
+    for run in collect([folder]).runs:
+        result, words = run.result or {}, recorded_overrides(run.directory)
         # The weights are said whole: a default of then need not be the default of now.
         own = [
             word.split("feature_branch.")[-1]
@@ -69,8 +71,8 @@ def trials(folder: Path, usual: set[str]) -> list[dict[str, Any]]:
             own.append(f"taught by {', '.join(name.removeprefix('cifar10_') for name in taught)}")
         branches, split = result["num_branches"], result.get("split_after")
         shape = f"K {branches}" + (f" after {split}" if branches > 1 and split else "")
-        width = (config["student"].get("options") or {}).get("width", 1)
-        network = config["student"]["network"] + (f" of width {width:g}" if width != 1 else "")
+        width = (run.setting("student.options") or {}).get("width", 1)
+        network = run.setting("student.network") + (f" of width {width:g}" if width != 1 else "")
         found.append(
             {
                 "method": result["method"],
@@ -93,38 +95,44 @@ def ranked(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def trial_table(found: list[dict[str, Any]]) -> str:
     """One line per trial, the best of each method first."""
-    lines = ["| method | student | MACs | settings | validation accuracy % |", "|---|---|---|---|---|"]
-    for t in found:
-        cells = (
-            t["method"],
+    lines = [
+        (
+            f"`{t['method']}`",
             t["student"],
             f"{t['macs'] / 1e6:.1f} M",
             t["settings"],
             f"{100 * t['val_accuracy']:.2f}",
         )
-        lines.append("| `{}` | {} | {} | {} | {} |".format(*cells))
-    return "\n".join(lines)
+        for t in found
+    ]
+    return markdown_table(("method", "student", "MACs", "settings", "validation accuracy %"), lines)
 
 
 def outcome(rows: Sequence[Row]) -> str:
     """The rows, and every pair of them."""
-    lines = [
-        "| row | settings | parameters | MACs | test accuracy % | mean branch | NLL | n |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        group = row.group
+    lines = []
+    for group in (row.group for row in rows):
         first, found = group.done[0].result or {}, group.scalars()
         lines.append(
-            f"| `{group.label}` | {weights(first)} | {first['num_parameters']:,} | {first['macs'] / 1e6:.1f} M | "
-            f"{percent(group.accuracy)} | {100 * found['test_mean_branch_accuracy'].mean:.2f} | "
-            f"{found['test_nll'].mean:.3f} | {group.n} |"
+            (
+                f"`{group.label}`",
+                weights(first),
+                f"{first['num_parameters']:,}",
+                f"{first['macs'] / 1e6:.1f} M",
+                percent(group.accuracy),
+                f"{100 * found['test_mean_branch_accuracy'].mean:.2f}",
+                f"{found['test_nll'].mean:.3f}",
+                group.n,
+            )
         )
-    lines += ["", "| difference, paired by seed | points with 95 % interval | |", "|---|---|---|"]
-    for one, other in combinations(rows, 2):
-        found = difference(one, other)
-        lines.append(f"| `{one.group.label}` − `{other.group.label}` | {interval(found)} | {side(found)} |")
-    return "\n".join(lines)
+    heads = ("row", "settings", "parameters", "MACs", "test accuracy %", "mean branch", "NLL", "n")
+    pairs = [
+        (f"`{one.group.label}` − `{other.group.label}`", interval(minus), side(minus))
+        for one, other in combinations(rows, 2)
+        for minus in [difference(one, other)]
+    ]
+    compared = markdown_table(("difference, paired by seed", "points with 95 % interval", ""), pairs)
+    return f"{markdown_table(heads, lines)}\n{compared}"
 
 
 def tuned(folder: Path) -> list[dict[str, Any]]:
@@ -139,12 +147,8 @@ def tuned(folder: Path) -> list[dict[str, Any]]:
     for t in found:
         if t["trials"] != t["budget"]:
             raise ValueError(f"{t['row']}: {t['trials']} of {t['budget']} trials")
-        for key in ("budget", "seeds", "validation_images"):
-            if t[key] != found[0][key]:
-                raise ValueError(f"{t['row']} and {found[0]['row']} were searched with other {key}")
-        for key in ("data", "fraction", "subset_sha256", "epochs"):
-            if t["protocol"][key] != found[0]["protocol"][key]:
-                raise ValueError(f"{t['row']} and {found[0]['row']} were searched with other {key}")
+        for key in other_budget(t, found[0]):
+            raise ValueError(f"{t['row']} and {found[0]['row']} were searched with other {key}")
     return found
 
 
@@ -160,23 +164,14 @@ def tuned_table(found: list[dict[str, Any]]) -> str:
         "validation accuracy %",
         "of the default %",
     )
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = []
     for t in found:
         default = "–" if t["default_value"] is None else f"{100 * t['default_value']:.2f}"
         searched = "; ".join(f"{short(key)} {said(values)}" for key, values in t["space"].items())
         best = ", ".join(map(short, t["overrides"])) or "the default"
-        cells = (
-            f"`{t['row']}`",
-            t["trials"],
-            t["pruned"],
-            t["diverged"],
-            searched,
-            best,
-            f"{100 * t['value']:.2f}",
-            default,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+        counts = (t["trials"], t["pruned"], t["diverged"])
+        lines.append((f"`{t['row']}`", *counts, searched, best, f"{100 * t['value']:.2f}", default))
+    return markdown_table(heads, lines)
 
 
 def short(key: str) -> str:
@@ -209,12 +204,9 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
             "than it is.",
             *said,
         )
-    counts: dict[str, int] = {}
-    for t in found:
-        key = f"{t['method']} ({t['student']})"
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(f"{t['method']} ({t['student']})" for t in found)
     mean = sum(t["val_accuracy"] for t in found) / len(found)
-    first, error = found[0], 100 * (mean * (1 - mean) / found[0]["val"]) ** 0.5
+    first, error = found[0], 100 * standard_error(mean, found[0]["val"])
     counted = ", ".join(f"{n} {key}" for key, n in counts.items())
     return (
         f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation "

@@ -37,7 +37,7 @@ from page_parts import (
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import percent
-from ekd_lightning.reporting.tables import Row
+from ekd_lightning.reporting.tables import Row, markdown_table
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
 FAMILIES = {
@@ -104,18 +104,18 @@ def repeated(repeats: Sequence[Repeat]) -> str:
     """A section about the runs that were made twice; empty without."""
     if not repeats:
         return ""
-    lines = ["| row | seed | accuracy % | again | difference |", "|---|---|---|---|---|"]
+    lines = []
     for r in repeats:
         done = isinstance(r.again, float)
-        again = f"{100 * r.again:.2f} | {100 * (r.again - r.earlier):+.2f}" if done else f"{r.again} | –"
-        lines.append(f"| `{r.row}` | {r.seed} | {100 * r.earlier:.2f} | {again} |")
+        again = (f"{100 * r.again:.2f}", f"{100 * (r.again - r.earlier):+.2f}") if done else (r.again, "–")
+        lines.append((f"`{r.row}`", r.seed, f"{100 * r.earlier:.2f}", *again))
     text = (
         "The same seeds, images and settings on the second machine. Processors round differently, and training "
         "amplifies it; whether anything else differed the records of the first runs do not tell. The first accuracy "
         "counts above, whatever the second was."
     )
-    table = "\n".join(lines)
-    return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}\n"
+    table = markdown_table(("row", "seed", "accuracy %", "again", "difference"), lines)
+    return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}"
 
 
 def page(block: Block, notes: str, repeats: Sequence[Repeat] = ()) -> str:
@@ -175,10 +175,16 @@ def readme_section(block: Block, page: Path) -> str:
     shown = [rows[name].group for name in dict.fromkeys(names) if name in rows and rows[name].group.n]
     first = shown[0].done[0].result or {}
     counted = sum(bool(group.n) for group in block.groups)
-    lines = ["| row | test accuracy % | parameters | MACs | n |", "|---|---|---|---|---|"]
-    for group in shown:
-        size = f"{group.only('num_parameters'):,} | {group.only('macs') / 1e6:.1f} M"
-        lines.append(f"| `{group.label}` | {percent(group.accuracy)} | {size} | {group.n} |")
+    lines = [
+        (
+            f"`{group.label}`",
+            percent(group.accuracy),
+            f"{group.only('num_parameters'):,}",
+            f"{group.only('macs') / 1e6:.1f} M",
+            group.n,
+        )
+        for group in shown
+    ]
     seeds = ", ".join(map(str, sorted({run.get("seed") for group in shown for run in group.done})))
     processors = "; ".join(
         dict.fromkeys(place for group in block.groups for place in group.distinct("machine"))
@@ -191,8 +197,8 @@ def readme_section(block: Block, page: Path) -> str:
         "are EKD, its controls, and of each other family the row that did best on the test set, which flatters it. All "
         f"rows, and what the numbers do and do not say: [{page}]({page})."
     )
-    table = "\n".join(lines)
-    return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n\n{findings(rows, controls_only=True)}\n\n"
+    table = markdown_table(("row", "test accuracy %", "parameters", "MACs", "n"), lines)
+    return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n{findings(rows, controls_only=True)}\n\n"
 
 
 def draw(block: Block, path: Path) -> None:

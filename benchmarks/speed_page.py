@@ -16,23 +16,29 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from ekd_lightning.reporting.tables import markdown_table
+
 PLAIN, OURS = "#9aa5b1", "#1f6feb"
 
 
 def rate_rows(rates: dict[str, Any], field: str = "ratio") -> str:
     """Rows of a Markdown table of rates."""
-    lines = ["| | median | min – max | ratio |", "|---|---|---|---|"]
-    for name, row in rates.items():
-        spread = f"{row['min']:,.0f} – {row['max']:,.0f}"
-        lines.append(f"| {name} | {row['median']:,.0f} | {spread} | {row.get(field, row['ratio']):.2f} |")
-    return "\n".join(lines)
+    lines = [
+        (
+            name,
+            f"{row['median']:,.0f}",
+            f"{row['min']:,.0f} – {row['max']:,.0f}",
+            f"{row.get(field, row['ratio']):.2f}",
+        )
+        for name, row in rates.items()
+    ]
+    return markdown_table(("", "median", "min – max", "ratio"), lines).strip()
 
 
 def plain_rows(values: dict[Any, float], head: str) -> str:
     """One row of a Markdown table of numbers."""
-    keys = " | ".join(str(key) for key in values)
-    numbers = " | ".join(f"{value:,.0f}" for value in values.values())
-    return f"| {head} | {keys} |\n|{'---|' * (len(values) + 1)}\n| images/s | {numbers} |"
+    numbers = (f"{value:,.0f}" for value in values.values())
+    return markdown_table((head, *map(str, values)), [("images/s", *numbers)]).strip()
 
 
 def teachers_section(part: dict[str, Any]) -> str:

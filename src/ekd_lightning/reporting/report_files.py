@@ -133,11 +133,12 @@ def _not_done(report: Report) -> list[str]:
     left = [(run, group) for group in report.groups for run in group.others]
     if not left:
         return []
-    lines = ["| run | setting | seed | state | error |", "|---|---|---|---|---|"]
-    for run, group in sorted(left, key=lambda pair: pair[0].name):
-        texts = [run.name, f"`{group.label}`", str(run.get("seed")), run.state, tables.prose(run.error or "")]
-        lines.append(f"| {' | '.join(map(tables.cell, texts))} |")
-    return ["## Runs that do not count\n", "\n".join(lines) + "\n"]
+    lines = [
+        (run.name, f"`{group.label}`", run.get("seed"), run.state, tables.prose(run.error or ""))
+        for run, group in sorted(left, key=lambda pair: pair[0].name)
+    ]
+    heads = ("run", "setting", "seed", "state", "error")
+    return ["## Runs that do not count\n", tables.markdown_table(heads, lines)]
 
 
 def runs_csv(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,17 +178,19 @@ def markdown(
     """
     more = [] if settings is None else ["settings"]
     top = [*heads(tuple(found[0].differences), names), *more]
-    lines = [f"| {' | '.join(top)} |", "|" + "---|" * len(top)]
+    lines = []
     for row in found:
         label, *texts = cells(row, names)
         own = [] if settings is None else [settings.get(label) or "defaults"]
-        lines.append(f"| {' | '.join(map(cell, (f'`{label}`', *map(prose, texts), *own)))} |")
-    return "\n".join(lines) + "\n"
+        lines.append((f"`{label}`", *map(prose, texts), *own))
+    return markdown_table(top, lines)
 
 
-def cell(text: str) -> str:
-    """Text that does not break a table."""
-    return " ".join(text.split()).replace("|", "\\|")
+def markdown_table(names: Sequence[str], lines: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown, whatever stands in its cells."""
+    whole = [names, ["---"] * len(names), *lines]
+    texts = [[" ".join(str(one).split()).replace("|", "\\|") for one in line] for line in whole]
+    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
 
 
 def prose(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,13 +64,17 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
         if path.stem == facts["method"]:
             continue
         try:
-            other = yaml.safe_load(path.read_text())
-            differ = [name for name in ("budget", "seeds") if other[name] != facts[name]]
-            differ += [name for name in _SAME if other["protocol"][name] != facts["protocol"][name]]
+            differ = other_budget(yaml.safe_load(path.read_text()), facts)
         except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
             continue
         if differ:
             log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
+
+
+def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two results of ekd-tune must share to be compared, and do not."""
+    differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
+    return differ + [name for name in _SAME if one["protocol"][name] != other["protocol"][name]]
 
 
 def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
