@@ -11,7 +11,6 @@ from lived_networks import with_lived_norms
 from torch import nn
 
 from ekd_lightning.data import load_dataset
-from ekd_lightning.errors import UserError
 from ekd_lightning.methods import StepContext, build_method, build_term
 from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targets
 from ekd_lightning.methods.losses import soft_cross_entropy
@@ -287,12 +286,6 @@ def test_a_ninth_of_hintons_loss_is_the_published_one_up_to_a_constant():
     (ours,) = torch.autograd.grad(total, z)
     (published,) = torch.autograd.grad(soft_cross_entropy(z, t, 3.0), z)
     torch.testing.assert_close(ours, published)
-
-
-@pytest.mark.parametrize("options", [{"images": 0}, {"steps": 1.5}, {"step_size": 0.0}, {"temperature": -1}])
-def test_mistakes_are_one_line(options):
-    with pytest.raises(UserError, match=next(iter(options))):
-        make_term(**options)
 
 
 def test_one_attacked_image_counts_as_itself_where_batch_norm_needs_two(live):

@@ -279,22 +279,6 @@ def test_two_processes_do_what_one_does(tmp_path):
         torch.testing.assert_close(state, term.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"features": 0}, "features=0 is not allowed; give an integer >= 1"),
-        ({"negatives": 1.5}, "negatives=1.5 is not allowed"),
-        ({"tau": 0}, "tau=0 .* > 0"),
-        ({"momentum": 1.0}, r"momentum=1.0 is not allowed; give a number in \[0, 1\)"),
-        ({"scores": "all"}, "scores 'all'"),
-    ],
-)
-def test_user_mistakes_are_one_line(options, message):
-    with pytest.raises(UserError, match=message) as error:
-        crd(**options)
-    assert "\n" not in str(error.value)
-
-
 def test_training_images_must_be_known_and_of_two_classes():
     with pytest.raises(UserError, match="give train_index and train_labels"):
         build_term("crd", 1.0, term_context(1, 1))

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import Term, build_term, losses, register_term, term_names
+from ekd_lightning.methods import Term, build_method, build_term, losses, register_term, term_names
 
-from .helpers import D_TEACHER, D, make_batch, make_student, make_teachers, step_context, term_context
+from .helpers import D_TEACHER, D, make_batch, make_student, make_teachers, sizes, step_context, term_context
 
 
 def value(name, assignment="mean", K=2, M=3, temperature=4.0, **options):
@@ -133,45 +133,106 @@ def test_half_precision_features_give_a_float32_loss():
         assert term(step_context(student, make_teachers(), make_batch())).dtype == torch.float32
 
 
+MISTAKES = [
+    ("kd_branhc", {}, "unknown term 'kd_branhc'; did you mean 'kd_branch'"),
+    (
+        "kd_branch",
+        {"temprature": 2},
+        "option of term 'kd_branch': 'temprature'; did you mean 'temperature'",
+    ),
+    ("kd_branch", {"temperature": 0}, "temperature=0 .* > 0"),
+    ("kd_branch", {"temperature": "4"}, "temperature='4'"),
+    ("kd_branch", {"temperature": float("inf")}, "temperature=inf"),
+    ("kd_branch", {"combine": "sum"}, "combine 'sum' .*logits, probabilities"),
+    ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, kl_plain, mse_logits"),
+    (
+        "kd_branch",
+        {"loss": "mse_logits", "combine": "probabilities"},
+        "leave out temperature and combine",
+    ),
+    ("kd_branch", {"reduction": "none"}, "reduction 'none'.*mean, sum"),
+    ("ce_branch", {"label_smoothing": 1.0}, r"label_smoothing=1.0 .*\[0, 1\)"),
+    ("ce_ensemble", {"reduction": "sum"}, "option of term 'ce_ensemble': 'reduction'"),
+    (
+        "feature_branch",
+        {"adapter": "identity"},
+        rf"'small' has shape \[{D}\], the teacher 'big0' \[{D_TEACHER}\]",
+    ),
+    ("feature_branch", {"feature": "stage1", "adapter": "identity"}, r"\[4, 8, 8\].*\[5, 8, 8\]"),
+    ("feature_branch", {"adapter": "none"}, "adapter 'none'"),
+    (
+        "feature_branch",
+        {"feature": "stage9"},
+        "student 'small' has no stage 'stage9' .*stem, stage1, stage2",
+    ),
+    ("dkd", {"alpha": -1.0}, "alpha=-1.0"),
+    ("dkd", {"beta": "x"}, "beta='x'"),
+    ("dkd", {"temperature": 0}, "temperature=0"),
+    ("kd_standardized", {"reduction": "max"}, "reduction"),
+    ("attention", {}, "student 'small' has no stage 'stage3'"),
+    ("attention", {"stages": "stage1"}, "stages='stage1' is not allowed; give a list"),
+    ("attention", {"stages": []}, "give a list of 1 or more"),
+    ("attention", {"stages": ["stage1", "stage1"]}, "different stages"),
+    ("attention", {"stages": ["pooled"]}, "is not allowed"),
+    ("attention", {"stages": [1]}, "is not allowed"),
+    ("attention", {"stages": ["stage1"], "form": "l2"}, "form 'l2'"),
+    (
+        "fsp",
+        {"stages": ["stem", "stage1"]},
+        r"equal width: the student 'small' has shape \[4, 8, 8\], .*'big0' \[5, 8, 8\] .*'stage1'",
+    ),
+    ("fsp", {"stages": ["stem"]}, "give a list of 2 or more"),
+    ("fsp", {"stages": ["stem", "stage2"], "pooling": "mean"}, "pooling 'mean'"),
+    ("fsp", {"stages": ["stem", "stage2"], "elements": "all"}, "elements 'all'"),
+    ("vid", {"stages": ["stage1"], "initial_variance": 0}, "initial_variance=0 .* a number > eps=1e-05"),
+    ("vid", {"stages": ["stage1"], "eps": 0}, "eps=0 .* > 0"),
+    ("vid", {"stages": ["stage4"]}, "no stage 'stage4'"),
+    ("similarity", {"feature": "stage9"}, "stage9"),
+    ("kd_aekd", {"tolerance": 0.3}, r"tolerance=0.3 .*3 teachers.*>= 0.3333"),
+    ("kd_aekd", {"tolerance": 0}, r"tolerance=0 .* > 0"),
+    ("kd_aekd", {"gradient": "batch"}, "gradient 'batch'.*batch_mean, images"),
+    ("kd_ebkd", {"scale": "published"}, "scale 'published'.*published_code"),
+    ("kd_camkd", {"temperature": 0}, "temperature=0 .* > 0"),
+    ("feature_camkd", {"feature": "stage1"}, "feature 'stage1'.*last, pooled"),
+    ("peer_attention", {"divisor": 0}, "divisor=0 .* >= 1"),
+    ("peer_attention", {"combine": "sum"}, "combine 'sum'.*logits, probabilities"),
+    ("mutual", {"reduction": "none"}, "reduction 'none'.*mean, sum"),
+    ("mutual", {"temperature": -1}, "temperature=-1 .* > 0"),
+    ("boundary", {"images": 0}, "images=0"),
+    ("boundary", {"steps": 1.5}, "steps=1.5"),
+    ("boundary", {"step_size": 0.0}, "step_size=0.0"),
+    ("boundary", {"temperature": -1}, "temperature=-1"),
+    ("crd", {"features": 0}, "features=0 is not allowed; give an integer >= 1"),
+    ("crd", {"negatives": 1.5}, "negatives=1.5 is not allowed"),
+    ("crd", {"tau": 0}, "tau=0 .* > 0"),
+    ("crd", {"momentum": 1.0}, r"momentum=1.0 is not allowed; give a number in \[0, 1\)"),
+    ("crd", {"scores": "all"}, "scores 'all'"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), MISTAKES)
+def test_user_mistakes_are_one_line(name, options, message):
+    images = {"train_index": torch.arange(4), "train_labels": torch.arange(4) % 2}
+    with pytest.raises(UserError, match=message) as error:
+        build_term(name, 1.0, term_context(4, 3, **images), **options)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "K", "M", "options", "message"),
     [
-        ("kd_branhc", {}, "unknown term 'kd_branhc'; did you mean 'kd_branch'"),
-        (
-            "kd_branch",
-            {"temprature": 2},
-            "option of term 'kd_branch': 'temprature'; did you mean 'temperature'",
-        ),
-        ("kd_branch", {"temperature": 0}, "temperature=0 .* > 0"),
-        ("kd_branch", {"temperature": "4"}, "temperature='4'"),
-        ("kd_branch", {"temperature": float("inf")}, "temperature=inf"),
-        ("kd_branch", {"combine": "sum"}, "combine 'sum' .*logits, probabilities"),
-        ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, kl_plain, mse_logits"),
-        (
-            "kd_branch",
-            {"loss": "mse_logits", "combine": "probabilities"},
-            "leave out temperature and combine",
-        ),
-        ("kd_branch", {"reduction": "none"}, "reduction 'none'.*mean, sum"),
-        ("ce_branch", {"label_smoothing": 1.0}, r"label_smoothing=1.0 .*\[0, 1\)"),
-        ("ce_ensemble", {"reduction": "sum"}, "option of term 'ce_ensemble': 'reduction'"),
-        (
-            "feature_branch",
-            {"adapter": "identity"},
-            rf"'small' has shape \[{D}\], the teacher 'big0' \[{D_TEACHER}\]",
-        ),
-        ("feature_branch", {"feature": "stage1", "adapter": "identity"}, r"\[4, 8, 8\].*\[5, 8, 8\]"),
-        ("feature_branch", {"adapter": "none"}, "adapter 'none'"),
-        (
-            "feature_branch",
-            {"feature": "stage9"},
-            "student 'small' has no stage 'stage9' .*stem, stage1, stage2",
-        ),
+        ("mutual", 1, 0, {}, "student.branches=1 .*at least 2"),
+        ("self_distillation", 1, 0, {}, "student.branches=1 .*at least 2"),
+        ("peer_attention", 2, 0, {}, "student.branches=2 .*at least 3"),
+        ("leader", 2, 0, {}, "student.branches=2 .*at least 3"),
+        ("kd_aekd", 1, 16, {}, r"16 teachers .*too many"),
+        ("kd_ebkd", 1, 1, {"scale": "published_code"}, "single teacher the weight 0"),
+        ("kd_camkd", 1, 0, {}, "needs teachers"),
     ],
 )
-def test_user_mistakes_are_one_line(name, options, message):
-    with pytest.raises(UserError, match=message) as error:
-        build_term(name, 1.0, term_context(), **options)
+def test_counts_that_do_not_fit_are_one_line_that_names_the_term(name, K, M, options, message):
+    with pytest.raises(UserError, match=f"method.terms.{name}: .*{message}") as error:
+        build_method("m", {name: {"weight": 1.0, **options}}, sizes(K, M))
     assert "\n" not in str(error.value)
 
 

@@ -3,12 +3,11 @@
 from ekd_lightning.methods import (  # importing them registers their terms
     boundary_terms,  # noqa: F401
     contrast_terms,  # noqa: F401
+    feature_terms,  # noqa: F401
     logit_terms,  # noqa: F401
     losses,
-    map_terms,  # noqa: F401
     multi_teacher_terms,  # noqa: F401
     online_terms,  # noqa: F401
-    relation_terms,  # noqa: F401
 )
 from ekd_lightning.methods.assignment import (
     Assignment,

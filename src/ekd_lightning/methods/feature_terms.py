@@ -1,12 +1,13 @@
-"""Map terms, which compare maps of several stages: attention transfer, flow matrices (FSP), Gaussian models (VID).
+"""Feature terms: attention transfer, flow matrices (FSP), Gaussian models (VID), relations between images (RKD, SP).
 
-Shape letters: B batch, M teachers, K branches; in maps [B, C, H, W] the C is channels.
+Relations are those of the images of a process's own part of the batch.
+Shape letters: B batch, D features, M teachers, K branches; in maps [B, C, H, W] the C is channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import PairTerm, map_sites, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, map_sites, pair_key, read_sites
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -210,3 +211,68 @@ class VariationalInformation(_Maps):
         models = cast(nn.ModuleList, self.models[pair_key(k, m)])
         pairs = zip(models, *self.maps(context, k, m), strict=True)
         return torch.stack([model(*losses.to_common_size(s, t)) for model, s, t in pairs]).sum()
+
+
+class _Relation(PairTerm):
+    """Compares the batch's images at one place of both networks; subclasses say how, with flattened features."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(
+        self, weight: float, context: TermContext, *, feature: str = "pooled", reduction: str = "mean"
+    ) -> None:
+        super().__init__(weight, context, reduction=reduction)
+        self.site = FeatureSite(feature, context, self.pairs)
+        read_sites(self, self.site)
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the loss of branch k against teacher m."""
+        student, teacher = self.site.features(context, k, m)
+        # Autocast would compute the products of the features in bfloat16.
+        with torch.autocast(student.device.type, enabled=False):
+            return self.loss(student.flatten(1), teacher.flatten(1))
+
+
+@register_term("rkd_distance")
+class RelationalDistance(_Relation):
+    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019; weight 25 there.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment.
+        feature: `pooled`, `last` or a stage, which is flattened.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    loss = staticmethod(losses.distance_loss)
+
+
+@register_term("rkd_angle")
+class RelationalAngle(_Relation):
+    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019; weight 50 there.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment.
+        feature: `pooled`, `last` or a stage, which is flattened.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    loss = staticmethod(losses.angle_loss)
+
+
+@register_term("similarity")
+class SimilarityPreservation(_Relation):
+    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019; weight 3000.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment.
+        feature: `last`, `pooled` or a stage.
+        reduction: `mean` or `sum` over the K branches.
+    """
+
+    loss = staticmethod(losses.similarity_loss)
+
+    def __init__(self, weight: float, context: TermContext, *, feature: str = "last", **options: Any) -> None:
+        super().__init__(weight, context, feature=feature, **options)
