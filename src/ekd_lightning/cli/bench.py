@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.config import compose_settings
 from ekd_lightning.config.edge import one_line
-from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
-
-if TYPE_CHECKING:
-    from ekd_lightning.bench.parts import Bench
-    from ekd_lightning.settings import Settings
 
 PROGRAM = "ekd-bench"
 PARTS = {
@@ -40,7 +32,6 @@ PARTS = {
 }
 GPU_PARTS = "acip"
 """What fits into a few minutes where most of the time goes into compiling."""
-_GPU_MINUTES = 3.0
 _WIDTH = 120  # where there is no terminal
 EXAMPLES = """\
 examples:
@@ -95,10 +86,17 @@ def bench(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake.
     """
-    from ekd_lightning.runs.record import provenance  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.runs.record import provenance  # noqa: PLC0415
 
     quiet_libraries()
-    context = _context(args)
+    context = make_bench(
+        args.overrides,
+        epochs=args.epochs,
+        rounds=args.rounds,
+        plain_steps=args.plain_steps,
+        minutes=args.minutes,
+    )
     on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
         "origin": provenance(),
@@ -113,107 +111,19 @@ def bench(args: argparse.Namespace) -> None:
             continue
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        found[key] = _part(key, context, args, found)
+        found[key] = measure(
+            key,
+            context,
+            args.overrides,
+            found,
+            sweep_fraction=args.sweep_fraction,
+            sweep_epochs=args.sweep_epochs,
+        )
         found["seconds"][key] = time.perf_counter() - start
         _show(key, found[key])
         print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)
-
-
-def _context(args: argparse.Namespace) -> Bench:
-    import torch  # noqa: PLC0415
-
-    from ekd_lightning.bench.parts import Bench, worker_counts  # noqa: PLC0415
-    from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415
-    from ekd_lightning.teachers.hardware import resolve_precision  # noqa: PLC0415
-    from ekd_lightning.training.allocator import keep_freed_memory  # noqa: PLC0415
-    from ekd_lightning.training.pool import gather_teachers  # noqa: PLC0415
-
-    began = time.perf_counter()
-    keep_freed_memory()  # as every run does; the plain loop profits too
-    settings = compose_settings(f"recipe.epochs={args.epochs}", "trainer.devices=1", *args.overrides)
-    accelerator = str(settings.trainer.get("accelerator", "auto"))
-    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    settings.trainer["precision"] = resolve_precision(settings.trainer.get("precision"), accelerator)
-    if settings.recipe.mixed("recipe"):
-        raise UserError(f"{settings.recipe.mixed('recipe')}: the plain loop does not mix images")
-    # What a long run would choose: the benchmark's own trainings are too short to pay for compiling.
-    if settings.teachers.compile == "auto" and not on_gpu:
-        settings.teachers.compile = "always"
-    if settings.student.compile == "auto":
-        long_run = str(settings.trainer["precision"]).startswith("bf16") and not on_gpu
-        settings.student.compile = "always" if long_run else "never"
-    prepared = prepare(settings, accelerator)
-    if settings.method.teacher is not None:
-        raise UserError(
-            f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool"
-        )
-    if prepared.method.teacher_stages or not prepared.teachers:
-        raise UserError(
-            f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages"
-        )
-    device = torch.device("cuda" if on_gpu else "cpu")
-    minutes = args.minutes or (_GPU_MINUTES if on_gpu else math.inf)
-    return Bench(
-        settings,
-        prepared.dataset,
-        gather_teachers(prepared.teachers).to(device),
-        device,
-        rounds=args.rounds,
-        plain_steps=args.plain_steps,
-        workers=worker_counts(device),
-        began=began,
-        deadline=began + 60 * minutes,
-    )
-
-
-def _part(key: str, bench: Bench, args: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
-    from ekd_lightning.bench import cost, parts, step_profile  # noqa: PLC0415
-
-    if key in "dgi":
-        bench = replace(bench, settings=_smaller(bench.settings, args, key))
-    if key == "d":
-        return parts.sweep(bench)
-    if key == "h":
-        for needed, also in (("b", parts.teachers_alone), ("c", parts.epoch)):
-            if needed not in found:
-                found[needed] = also(bench)
-        teachers = {
-            name: row["rates"]["auto folded, compiled"]["median"]
-            for name, row in found["b"]["teachers"].items()
-        }
-        return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
-    if key == "f":
-        return cost.memory(args.overrides)
-    measure = {
-        "a": parts.loader_alone,
-        "b": parts.teachers_alone,
-        "c": parts.epoch,
-        "e": cost.inference,
-        "g": cost.growth,
-        "i": parts.overhead,
-        "p": step_profile.step_profile,
-    }
-    return measure[key](bench)
-
-
-def _smaller(settings: Settings, args: argparse.Namespace, key: str) -> Settings:
-    """The settings for the parts that train often; the sweep compiles when ekd-train would."""
-    data, recipe = settings.data, settings.recipe
-    if args.sweep_fraction is not None:
-        data = replace(data, fraction=args.sweep_fraction, per_class=None)
-    if key == "g":
-        return replace(settings, data=data)
-    recipe = replace(recipe, epochs=args.sweep_epochs)
-    trainer = {**settings.trainer, "max_epochs": args.sweep_epochs}
-    settings = replace(settings, data=data, recipe=recipe, trainer=trainer)
-    if key == "d":
-        chosen = compose_settings(*args.overrides)
-        teachers = replace(settings.teachers, compile=chosen.teachers.compile)
-        student = replace(settings.student, compile=chosen.student.compile)
-        settings = replace(settings, teachers=teachers, student=student)
-    return settings
 
 
 def _show(key: str, numbers: dict[str, Any]) -> None:
