@@ -98,7 +98,7 @@ def test_a_run_is_exported_for_a_processor(train, tmp_path, place):
     images = load_dataset("digits", "unused").test.images[:64].float() / 255
     student = load_student(outcome.directory / "student.safetensors").eval()
     with torch.no_grad():
-        wanted = student(images)[0].softmax(-1)
+        wanted = student.outputs(images).logits.softmax(-1)
     for name in ("student.safetensors", "student.onnx"):
         deployed = load(outcome.directory / "export" / name)
         torch.testing.assert_close(deployed.probabilities(images), wanted, rtol=1e-3, atol=1e-4, msg=name)
