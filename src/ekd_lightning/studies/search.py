@@ -97,7 +97,7 @@ def tune(
         default_values(space, plain),
         seed=sampler_seed,
         warmup_steps=settings.recipe.epochs // 3 if prune else None,
-        ignored=_is_ignored,
+        ignored=is_ignored,
     )
 
     def callbacks() -> list[Callback]:
@@ -175,7 +175,7 @@ def try_ends(base: list[str], space: SearchSpace) -> None:
         _prepare(to_settings(_compose(_with(base, words))))
 
 
-def _is_ignored(key: str) -> bool:
+def is_ignored(key: str) -> bool:
     """Whether a key of a search's description may differ between the processes that share it."""
     setting = key.removeprefix("config.")
     return setting != key and (setting == "seed" or is_free(setting, exact=False))
