@@ -151,16 +151,16 @@ class HeldRows:
         self._view = np.full(self._blank + 1, _NOBODY, dtype=np.int32)
         self._start_there = torch.from_numpy(self._start).to(device, copy=True)
         self._view_there = torch.from_numpy(self._view).to(device, copy=True)
-        self._columns = [
-            {
-                name: torch.empty((self._blank + 1, prod(shape)), dtype=torch.float16, device=device)
-                for name, shape in own.items()
-            }
-            for own in shapes
-        ]
-        for own in self._columns:
-            for column in own.values():
-                column[self._blank] = torch.nan
+        self._widths = [{name: prod(shape) for name, shape in own.items()} for own in shapes]
+        width = sum(sum(own.values()) for own in self._widths)
+        # All columns of all teachers side by side: one look-up finds them.
+        self._values = torch.empty((self._blank + 1, width), dtype=torch.float16, device=device)
+        self._values[self._blank] = torch.nan
+
+    @property
+    def nbytes(self) -> int:
+        """What they take on the device."""
+        return self._values.nbytes + self._view_there.nbytes + self._start_there.nbytes
 
     def holds(self, index: Rows, view: Rows) -> NDArray[np.bool_]:
         """Which rows [N] of an epoch are here already.
@@ -182,9 +182,8 @@ class HeldRows:
         """
         places = self._places(index, view)
         there = torch.from_numpy(places).to(self._device)
-        for columns, own in zip(self._columns, values, strict=True):
-            for name, column in columns.items():
-                column.index_copy_(0, there, own[name])
+        columns = [own[name] for own, names in zip(values, self._widths, strict=True) for name in names]
+        self._values.index_copy_(0, there, torch.cat(columns, dim=1))
         self._view[places] = view
         self._view_there.index_copy_(0, there, torch.from_numpy(self._view[places]).to(self._device))
 
@@ -195,12 +194,14 @@ class HeldRows:
         return start + view if self.whole else start
 
     def look_up(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """For each teacher its columns, float16 [B, width], by `batch.index` and `batch.view`."""
+        """For each teacher its columns, float32 [B, width], by `batch.index` and `batch.view`."""
         place = self._start_there[batch.index]
         if self.whole:
             place = (place + batch.view).clamp(0, self._blank)
         place = torch.where(self._view_there[place] == batch.view, place, self._blank)
-        return [{name: column[place] for name, column in own.items()} for own in self._columns]
+        values = self._values[place].float()
+        columns = iter(values.split([width for own in self._widths for width in own.values()], dim=1))
+        return [{name: next(columns) for name in own} for own in self._widths]
 
 
 def room_for_rows(

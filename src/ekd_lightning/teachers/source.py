@@ -35,11 +35,15 @@ class TeacherSource(Protocol):
         hits: Rows found in a table so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
         seconds: Time spent on preparing epochs so far.
+        held_bytes: What answers take of the device's memory.
     """
 
     hits: int
     misses: int
     seconds: float
+
+    @property
+    def held_bytes(self) -> int: ...
 
     def plan(self, rows: int) -> None:
         """Hears how many images the run will probably ask about."""
@@ -206,12 +210,14 @@ class LiveTeachers:
         hits: Always 0.
         misses: Always 0; nothing is looked up.
         seconds: Always 0; nothing is prepared.
+        held_bytes: Always 0.
         hit_rate: Always None.
     """
 
     hits = 0
     misses = 0
     seconds = 0.0
+    held_bytes = 0
     hit_rate: float | None = None
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:

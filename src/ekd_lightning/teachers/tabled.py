@@ -147,6 +147,11 @@ class TabledTeachers:
         self.flush()
         return sum(kept.disk_bytes() for kept in self._kept)
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the device's memory that rows take."""
+        return sum(room.nbytes for room in self._rooms.values() if room is not None)
+
     def flush(self) -> None:
         """Waits until all rows computed so far are on disk, or have turned out not to fit there."""
         for kept in self._kept:
@@ -255,7 +260,7 @@ class TabledTeachers:
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `ask` only looks rows up on the device, or passes images through live teachers."""
         needed = ((), self._stages) if stages else ((),)
-        return not self.keeps_stages(stages) or all(self._rooms.get(names) for names in needed)
+        return not self.keeps_stages(stages) or all(self._room(names) for names in needed)
 
     # -- a batch ----------------------------------------------------------------------------------------
 
@@ -283,7 +288,7 @@ class TabledTeachers:
             output = self._live.ask(batch, stages)
             return output if POOLED in self._answers else output._replace(pooled=())
         answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
-        if answers is None or (stages and maps is None):
+        if not self._prepared or answers is None or (stages and maps is None):
             return self._output(self._read(batch, stages), stages)
         values = answers.look_up(batch)
         if stages and maps is not None:

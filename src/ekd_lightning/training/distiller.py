@@ -156,8 +156,10 @@ class Distiller(ImageClassificationModule):
         source.prepare_epoch(index, view, partial(data.training_images, device=self.device), +asked)
 
     def bytes_on_device(self) -> dict[str, int]:
-        """The teachers' weights."""
-        return {"teachers": sum(p.nbytes for p in self.teachers.parameters()) if self.teachers else 0}
+        """The teachers' weights, and what is known of their answers."""
+        rows = self.teacher_source.held_bytes if self.teacher_source else 0
+        weights = sum(p.nbytes for p in self.teachers.parameters()) if self.teachers else 0
+        return {"teachers": weights, "their answers (teachers.table)": rows}
 
     def why_not_recorded(self) -> str | None:
         """Terms or teachers that need the host in a step; None where there are none."""
