@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.pipeline import choice
-from ekd_lightning.pipeline.choice import choose_teacher
+from ekd_lightning.pipeline import teachers
 from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.teachers import choose_teacher
 from ekd_lightning.training.pool import gather_teachers
 
 PLAIN = ("student.branches=1", "student.split_after=none")
@@ -42,7 +42,7 @@ def test_teachers_that_know_the_validation_images_differ_in_their_certainty(
 ):
     """Networks trained on these images are right on all of them; the first is not the best for that."""
     scores = iter([{"accuracy": 1.0, "nll": nll} for nll in nlls])
-    monkeypatch.setattr(choice, "score_network", lambda *args, **kwargs: next(scores))
+    monkeypatch.setattr(teachers, "score_network", lambda *args, **kwargs: next(scores))
     settings = tiny_settings("method=kd_mean", "method.teacher=best")
     assert [plan.id for plan in choose_teacher(settings, ready(settings)).teachers] == [f"resnet8-s{winner}"]
 

@@ -63,6 +63,7 @@ def make_batch(index: list[int], view: list[int]) -> Batch:
 
 def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
     usual = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "include_pooled": True}
+    usual |= {"image_size": SIDE}
     return TabledTeachers(ensemble, folder, **{**usual, "how": PLAIN, **changes})
 
 
@@ -301,6 +302,60 @@ def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble
         batch = make_batch([5, 30], view[[5, 30]].tolist())
         assert same(recorded(batch), source.ask(batch))
         assert recorded(batch).logits.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", ["never", "always"])
+@pytest.mark.parametrize(
+    ("live", "stages"), [(False, ()), (True, ()), (True, ("stage2",)), (False, ("stage2",))]
+)
+def test_a_cuda_graph_answers_for_a_later_epoch(ensemble, tmp_path, live, stages, compiled):
+    how = TeacherFormat(precision="float32", compile=compiled)
+    ensemble = ensemble.cuda()
+    source = LiveTeachers(ensemble, how) if live else tabled(ensemble, tmp_path, how=how, keep_stages=stages)
+    index, graph = torch.arange(N), torch.cuda.CUDAGraph()
+    static = on_gpu(make_batch([0, 1], [0, 0]))
+    for view in (torch.zeros_like(index), index % V, index % 5):
+        source.prepare_epoch(index, view, lambda i, v: gather(i, v).cuda(), {stages: N})
+        assert source.captured(stages)
+        if not view.any():
+            with torch.cuda.stream(torch.cuda.Stream()):
+                source.ask(static, stages)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                answer = source.ask(static, stages)
+        batch = on_gpu(make_batch([5, 30], view[[5, 30]].tolist()))
+        for place, values in zip(static[:5], batch[:5], strict=True):
+            place.copy_(values)
+        graph.replay()
+        expected = source.ask(batch, stages)
+        torch.testing.assert_close(answer.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        assert answer.logits.isfinite().all()
+        for m in range(2):
+            for name in stages:
+                torch.testing.assert_close(
+                    answer.stages[m][name], expected.stages[m][name], rtol=1e-3, atol=1e-3
+                )
+
+
+def on_gpu(batch: Batch) -> Batch:
+    return Batch(*(part.cuda() for part in batch[:5]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_computed_on_the_gpu_are_what_the_disk_gives_back(ensemble, tmp_path):
+    ensemble, index = ensemble.cuda(), torch.arange(N)
+    batch = on_gpu(make_batch([5, 30], [5, 12]))
+    answers = []
+    for misses in (2 * N, 0):
+        source = tabled(ensemble, tmp_path)
+        source.prepare_epoch(index, index % V, lambda i, v: gather(i, v).cuda(), {(): N})
+        assert source.misses == misses
+        answers.append(source.ask(batch))
+        source.flush()
+    assert same(*answers)
 
 
 @pytest.mark.parametrize("stages", [(), ("stage2",)])

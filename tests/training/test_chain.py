@@ -20,8 +20,8 @@ from whole_runs import TINY
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import build_network, load_network, load_student, state_sha256
-from ekd_lightning.pipeline.choice import choose_teacher
 from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.teachers import choose_teacher
 from ekd_lightning.teachers.store import COST, TeacherStore
 from ekd_lightning.training import chain as room
 from ekd_lightning.training.chain import link_terms

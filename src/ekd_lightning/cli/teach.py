@@ -39,7 +39,7 @@ def teach(cfg: DictConfig) -> None:
     Raises:
         UserError: For a user's mistake.
     """
-    from ekd_lightning.pipeline.teach import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
     quiet_libraries()
     directory = Path(HydraConfig.get().runtime.output_dir)

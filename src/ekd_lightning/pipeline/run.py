@@ -20,13 +20,12 @@ from pytorch_lightning.loggers import Logger
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
-from ekd_lightning.pipeline.choice import choose_teacher
 from ekd_lightning.pipeline.evaluate_run import evaluate_new_run, read_arrays
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
-from ekd_lightning.pipeline.teach import describe_chain, score_teachers
+from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.record import RunRecord, is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import device_type_of

@@ -43,7 +43,9 @@ class TeacherSource(Protocol):
     seconds: float
 
     @property
-    def held_bytes(self) -> int: ...
+    def held_bytes(self) -> int:
+        """See the attribute."""
+        ...
 
     def plan(self, rows: int) -> None:
         """Hears how many images the run will probably ask about."""

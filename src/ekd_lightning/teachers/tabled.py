@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 1 << 28  # rows are looked up and computed in blocks of about this size
+_BLOCK_CHUNKS, _BLOCK_BYTES = 32, 1 << 28  # rows are computed and handed to the disk in blocks no larger
 _LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
 _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
@@ -236,7 +236,8 @@ class TabledTeachers:
         self.hits += len(self._kept) * int(known.sum())
         unknown = np.flatnonzero(~known)
         stages = self._stages if len(rooms) > 1 else ()
-        size = max(self._live.frozen().chunk, _BLOCK_BYTES // self._row_bytes(stages))
+        chunk = self._live.frozen().chunk
+        size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // self._row_bytes(stages)))
         for start in range(0, len(unknown), size):
             rows = unknown[start : start + size]
 
