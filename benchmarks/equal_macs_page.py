@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from page_parts import NOTES, bullets, difference, interval, kept_notes, read_study_runs, setup, side
+from page_parts import NOTES, bullets, difference, kept_notes, read_study_runs, setup, side
 
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import percent
+from ekd_lightning.reporting.estimates import interval_text, percent
 from ekd_lightning.reporting.tables import Row, markdown_table
 from ekd_lightning.runs.collection import collect
 from ekd_lightning.studies.comparison import records, study_block, study_rows
@@ -127,7 +127,7 @@ def outcome(rows: Sequence[Row]) -> str:
         )
     heads = ("row", "settings", "parameters", "MACs", "test accuracy %", "mean branch", "NLL", "n")
     pairs = [
-        (f"`{one.group.label}` − `{other.group.label}`", interval(minus), side(minus))
+        (f"`{one.group.label}` − `{other.group.label}`", interval_text(minus), side(minus))
         for one, other in combinations(rows, 2)
         for minus in [difference(one, other)]
     ]

@@ -25,7 +25,6 @@ from page_parts import (
     NOTES,
     bullets,
     difference,
-    interval,
     kept_notes,
     named,
     read_study_runs,
@@ -36,7 +35,7 @@ from page_parts import (
 
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import percent
+from ekd_lightning.reporting.estimates import interval_text, percent
 from ekd_lightning.reporting.tables import Row, markdown_table
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
@@ -80,7 +79,7 @@ def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
         if name in rows and "ekd" in rows:
             found = difference(rows["ekd"], rows[name])
             verdict = VERDICTS.get(side(found), "")
-            lines.append(f"EKD against {what} (`{name}`): {interval(found)}{verdict}.")
+            lines.append(f"EKD against {what} (`{name}`): {interval_text(found)}{verdict}.")
     return bullets(lines)
 
 

@@ -54,16 +54,6 @@ def difference(one: Row, other: Row) -> Difference | None:
     return paired_by_seed({"one": ours, "other": theirs}, "other").get("one")
 
 
-def interval(found: Difference | None) -> str:
-    """Points with the 95 % interval."""
-    if found is None:
-        return "–"
-    mean = f"{100 * found.mean:+.2f}"
-    if found.std is None:
-        return f"{mean} (n {found.n}: {NOT_ENOUGH})"
-    return f"{mean} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-
-
 def table(rows: Sequence[Row]) -> str:
     """A family, the best first."""
     best = sorted(rows, key=lambda row: -(row.group.accuracy.mean if row.group.accuracy else -1))

@@ -165,14 +165,19 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
 
-def difference_text(value: Difference | None) -> str:
-    """In points, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`; with fewer than two pairs it says so."""
+def interval_text(value: Difference | None) -> str:
+    """In points with the interval, e.g. `+5.43 [+4.10, +6.76]`; with fewer than two pairs it says so."""
     if value is None:
         return "–"
-    mean = f"{100 * value.mean:+.2f}"
-    if value.std is None:
-        return f"{mean} ({NOT_ENOUGH})"
+    interval = f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
+    return f"{100 * value.mean:+.2f} {f'({NOT_ENOUGH})' if value.std is None else interval}"
+
+
+def difference_text(value: Difference | None) -> str:
+    """The same with n and the corrected p, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`."""
+    if value is None or value.std is None:
+        return interval_text(value)
     if value.p is None:  # the same difference in every pair
-        return f"{mean} (n {value.n}, no spread)"
+        return f"{100 * value.mean:+.2f} (n {value.n}, no spread)"
     p = value.p if value.p_holm is None else value.p_holm
-    return f"{mean} [{100 * value.low:+.2f}, {100 * value.high:+.2f}], n {value.n}, {p_value(p)}"
+    return f"{interval_text(value)}, n {value.n}, {p_value(p)}"

@@ -110,7 +110,7 @@ def markdown(report: Report) -> str:
             *_answer(report, block),
             tables.markdown(tables.rows(block, report.references(block))),
         ]
-    parts += ["## How to read the tables\n", tables.LEGEND]
+    parts += ["## How to read the tables\n", tables.REPORT_LEGEND]
     parts += [f"Made on: {tables.prose('; '.join(report.machines) or 'no run is done')}.\n"]
     if report.notes:
         parts += ["## Notes\n", "".join(f"- {tables.prose(note)}\n" for note in report.notes)]

@@ -22,11 +22,13 @@ LEGEND = f"""\
 One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last
 epoch, in percent: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences
 are in points, paired by seed, with their 95 % interval; p is that of a paired t-test, corrected by Holm's method
-over the rows of the block. Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree:
-the share of test images on which two runs of the row predict different classes, mean over pairs. K branches, M
-teachers. Seconds of training depend on what else the machine did, and include filling the table of teacher outputs
-for the run that came first. With fewer than {FEW} runs an interval rests on the assumption that runs are normal,
-and is wide.
+over the rows of the block. K branches, M teachers. Seconds of training depend on what else the machine did, and
+include filling the table of teacher outputs for the run that came first. With fewer than {FEW} runs an interval
+rests on the assumption that runs are normal, and is wide.
+"""
+REPORT_LEGEND = f"""\
+{LEGEND}Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree: the share of test images on
+which two runs of the row predict different classes, mean over pairs.
 """
 MEANS = (
     "test_nll",
