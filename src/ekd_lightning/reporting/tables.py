@@ -27,8 +27,8 @@ include filling the table of teacher outputs for the run that came first. With f
 rests on the assumption that runs are normal, and is wide.
 """
 REPORT_LEGEND = f"""\
-{LEGEND}Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree: the share of test images on
-which two runs of the row predict different classes, mean over pairs.
+{LEGEND}Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree: the share of test
+images on which two runs of the row predict different classes, mean over pairs.
 """
 MEANS = (
     "test_nll",
