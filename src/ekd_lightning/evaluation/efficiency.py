@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from ekd_lightning.errors import quiet
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -82,13 +83,8 @@ def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1
 
 def _benchmark() -> Any:
     """The benchmark package of PyTorch, without its remark on machines that have CUDA's compiler but no card."""
-    log = logging.getLogger("torch.utils.cpp_extension")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
+    with quiet("torch.utils.cpp_extension"):
         from torch.utils import benchmark  # noqa: PLC0415
-    finally:
-        log.setLevel(level)
     return benchmark
 
 

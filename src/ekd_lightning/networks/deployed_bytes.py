@@ -6,9 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
 
@@ -52,7 +50,7 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
         raise
     except Exception as error:  # a network of a user's may do what a tracer does not know: many kinds
         raise UserError(
-            f"the student cannot be written as {file_format} ({type(error).__name__}: {_first_line(error)})"
+            f"the student cannot be written as {file_format} ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -81,7 +79,7 @@ def _to_safetensors(student: DeployedStudent, strings: dict[str, str], image_siz
 
 
 def _to_torch_export(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
-    with _quietly(*EXPORTERS):
+    with quiet(*EXPORTERS), contextlib.redirect_stdout(io.StringIO()):
         program = torch.export.export(
             student, (_example(image_size),), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
         )
@@ -95,7 +93,7 @@ def _to_torch_export(student: DeployedStudent, strings: dict[str, str], image_si
 
 def _to_onnx(student: DeployedStudent, strings: dict[str, str], image_size: int) -> bytes:
     require("export", "onnx", "onnxscript")
-    with _quietly(*EXPORTERS):
+    with quiet(*EXPORTERS), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             student,
             (_example(image_size),),
@@ -118,26 +116,6 @@ def _to_onnx(student: DeployedStudent, strings: dict[str, str], image_size: int)
 def _example(image_size: int) -> torch.Tensor:
     # Of a batch of one, tracing would make a constant.
     return torch.zeros(2, 3, image_size, image_size)
-
-
-@contextlib.contextmanager
-def _quietly(*names: str | None) -> Iterator[None]:
-    """Without the exporters' remarks on their own progress; errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[str, str]) -> bytes:
@@ -172,10 +150,7 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
             found = next(self._batches, None)
             return None if found is None else {"images": np.ascontiguousarray(found)}
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _quietly(None),
-    ):  # advice on preprocessing goes to the root logger
+    with tempfile.TemporaryDirectory() as folder, quiet(None):  # the root logger gets advice on preprocessing
         given, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8"))
         given.write_bytes(model)  # of a model in memory it loses the weights on the way
         # Without symbolic shapes, which are for transformers, and need sympy of one version.

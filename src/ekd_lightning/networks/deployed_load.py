@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.files import is_intact
 from ekd_lightning.networks.deploy import DeployedModel, DeployedSpec, unpack_metadata
 from ekd_lightning.networks.deployed_bytes import METADATA_FILE, SUFFIXES, require
@@ -90,20 +90,16 @@ def _from_safetensors(path: Path, content: bytes, device: torch.device) -> Deplo
 def _from_torch_export(path: Path, content: bytes, device: torch.device) -> DeployedModel:
     check_archive(content, path)
     extra: dict[str, Any] = {METADATA_FILE: ""}
-    log = logging.getLogger("torch.export")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it tells at length what the error says anyway
     try:
-        program = torch.export.load(io.BytesIO(content), extra_files=extra)
-        module = program.module()
+        with quiet("torch.export", level=logging.CRITICAL):  # it tells at length what the error says anyway
+            program = torch.export.load(io.BytesIO(content), extra_files=extra)
+            module = program.module()
         strings = json.loads(extra[METADATA_FILE] or "{}")
     except Exception as error:  # many kinds, as the graph is built from what stands in the file
         raise UserError(
             f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read "
             f"({type(error).__name__})"
         ) from None
-    finally:
-        log.setLevel(level)
     metadata = unpack_metadata(strings, path)
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass  # noqa: PLC0415
@@ -179,7 +175,7 @@ def check_archive(content: bytes, path: Path) -> None:
     try:
         members = _read_members(content)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a torch.export archive, or damaged ({_line(error)})") from None
+        raise UserError(f"{path}: not a torch.export archive, or damaged ({one_line(error)})") from None
     for name, data in members.items():
         reason = _objection(name, data)
         if reason:
@@ -258,7 +254,3 @@ def _is_arithmetic(text: Any) -> bool:
     if not re.fullmatch(r"[\w\s(),=+*/-]*", text):
         return False
     return all(re.fullmatch(r"\d+|[suzb]\d+", word) or word in _NAMES for word in re.findall(r"\w+", text))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,17 @@ class StagedNetwork(nn.Module):
 
         Nothing is computed (meta device) and this network is not touched.
         """
-        # A copy in eval mode: a forward in train mode would move the batch norm statistics.
-        probe = copy.deepcopy(self).to("meta").eval()
-        with torch.no_grad():
-            stages = probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta")).stages
-        return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}
+        return shapes_of(imagined(self, image_size).stages)
+
+
+def imagined(network: Any, image_size: int) -> Any:
+    """The outputs of a network for one image, without values: nothing is computed, and it is not touched."""
+    # A copy in eval mode: a forward in train mode would move the batch norm statistics.
+    probe = copy.deepcopy(network).to("meta").eval()
+    with torch.no_grad():
+        return probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+
+def shapes_of(stages: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
+    """Channels, height and width of each stage's output."""
+    return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}

@@ -5,7 +5,6 @@ Shape letters: B batch, C classes, D features, K branches.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.outputs import StudentOutput
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import Normalize, StagedNetwork, pool
+from ekd_lightning.networks.staged import Normalize, StagedNetwork, imagined, pool, shapes_of
 
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
 NO_SPLIT = "none"
@@ -207,10 +206,7 @@ class BranchedStudent(nn.Module):
 
         Nothing is computed (meta device) and the student is not touched.
         """
-        probe = copy.deepcopy(self).to("meta").eval()
-        with torch.no_grad():
-            stages = probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta")).stages[0]
-        return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}
+        return shapes_of(imagined(self, image_size).stages[0])
 
 
 def _check(branches: int, split_after: str, ensemble: str) -> None:
