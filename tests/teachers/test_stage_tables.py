@@ -4,72 +4,31 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
+from tutors import PLAIN, VIEWS, N, gather, make_batch, same, tutors
+from tutors import tabled as plain_tabled
 
-from ekd_lightning.data.loader import Batch
-from ekd_lightning.data.views import CropFlip
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
-    NetworkSpec,
     TeacherEnsemble,
-    TeacherIdentity,
-    build_network,
-    normalization,
-    state_sha256,
 )
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers import rows
 from ekd_lightning.teachers.plan import present_bytes
-from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
+from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.teachers.tabled import TabledTeachers
 
-N, C, SIDE = 30, 5, 8
-VIEWS = CropFlip(padding=1)
-PLAIN = TeacherFormat(precision="float32", compile="never")
 STAGES = ("stage2", "stage3")
-POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 FITNET = "+method.terms.feature_branch={weight: 1.0, feature: stage2}"
+tabled = partial(plain_tabled, keep_stages=STAGES)
 
 
 @pytest.fixture(scope="module")
 def ensemble() -> TeacherEnsemble:
-    torch.manual_seed(0)
-    members = [
-        build_network(NetworkSpec(name, C, normalization("cifar10"))) for name in ("resnet8", "resnet14")
-    ]
-    identities = [TeacherIdentity(f"t{m}", state_sha256(net), "file", "x") for m, net in enumerate(members)]
-    return TeacherEnsemble(members, identities)
-
-
-def make_batch(index, view) -> Batch:
-    at, which = torch.tensor(index), torch.tensor(view)
-    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
-
-
-def tabled(ensemble, folder: Path, **changes) -> TabledTeachers:
-    usual = {
-        "image_set_sha256": "b" * 64,
-        "num_images": N,
-        "views": VIEWS,
-        "include_pooled": True,
-        "how": PLAIN,
-    }
-    return TabledTeachers(ensemble, folder, **{**usual, "keep_stages": STAGES, "image_size": SIDE, **changes})
-
-
-def equal(first, second) -> bool:
-    return (
-        torch.equal(first.logits, second.logits)
-        and all(torch.equal(a, b) for a, b in zip(first.pooled, second.pooled, strict=True))
-        and all(
-            torch.equal(a[name], b[name])
-            for a, b in zip(first.stages, second.stages, strict=True)
-            for name in a
-        )
-    )
+    return tutors("resnet8", "resnet14")
 
 
 def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_path):
@@ -77,7 +36,7 @@ def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_pat
     live = LiveTeachers(ensemble, PLAIN).ask(batch, STAGES)
     cold, warm = tabled(ensemble, tmp_path), tabled(ensemble, tmp_path)
     first, second = cold.ask(batch, STAGES), warm.ask(batch, STAGES)
-    assert equal(first, second)
+    assert same(first, second)
     assert (warm.hits, warm.misses) == (8, 0)
     for found, expected in zip(first.stages, live.stages, strict=True):
         assert set(found) == set(STAGES)
@@ -99,11 +58,11 @@ def test_outputs_too_large_for_the_memory_are_read_step_by_step(ensemble, tmp_pa
     monkeypatch.setitem(rows.HELD_BYTES, "cpu", 1000)
     source = tabled(ensemble, tmp_path)
     for one in (expected, source):
-        one.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
+        one.prepare_epoch(batch.index, batch.view, gather, {STAGES: 2})
     assert not source.captured(STAGES)
     with monkeypatch.context() as patch:
         patch.setitem(rows.HELD_BYTES, "cpu", 1 << 30)
-        assert equal(source.ask(batch, STAGES), expected.ask(batch, STAGES))
+        assert same(source.ask(batch, STAGES), expected.ask(batch, STAGES))
     assert (source.hits, source.misses) == (0, 4)
 
 
@@ -119,20 +78,20 @@ def test_an_epoch_ahead_computes_every_row_once(ensemble, tmp_path, monkeypatch)
         return original(self, m, images, batch_size)
 
     monkeypatch.setattr(type(frozen(STAGES)), "ask", ask)
-    source.prepare_epoch(index, view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
+    source.prepare_epoch(index, view, gather, {STAGES: 2})
     assert sum(asked) == 2 * N  # logits, pooled features and stages in one pass
     assert (source.hits, source.misses) == (0, 2 * N)
     batch = make_batch([4, 5], [4, 5])
     output = source.ask(batch, STAGES)
     assert sum(asked) == 2 * N
-    assert equal(output, tabled(ensemble, tmp_path).ask(batch, STAGES))
+    assert same(output, tabled(ensemble, tmp_path).ask(batch, STAGES))
 
 
 def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_path):
     tabled(ensemble, tmp_path)
     assert len(list(tmp_path.glob("*.rows"))) == 2 * (1 + len(STAGES))
     before = set(tmp_path.glob("*.rows"))
-    tabled(ensemble, tmp_path, keep_stages=())
+    plain_tabled(ensemble, tmp_path)
     assert set(tmp_path.glob("*.rows")) == before
 
 
@@ -145,8 +104,8 @@ def test_a_damaged_stage_row_is_computed_again(ensemble, tmp_path):
         path.write_bytes(bytes(blob))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert equal(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
-    assert equal(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
+        assert same(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
+    assert same(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
 
 
 def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
@@ -158,7 +117,7 @@ def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
         source = tabled(ensemble, blocked)
         found = [source.ask(batch, STAGES) for _ in range(2)]
     assert len([w for w in caught if "cannot be kept" in str(w.message)]) == 1
-    assert equal(found[0], found[1])
+    assert same(found[0], found[1])
     assert (source.hits, source.misses) == (0, 8)
 
 
@@ -234,9 +193,10 @@ def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp
 
 def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tmp_path):
     batch = make_batch([4, 5], [4, 5])
-    first = tabled(ensemble, tmp_path, keep_stages=()).ask(batch)
+    first = plain_tabled(ensemble, tmp_path).ask(batch)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.rows")}
     source = tabled(ensemble, tmp_path)
-    source.prepare_epoch(batch.index, batch.view, lambda i, v: VIEWS(POOL[i], v, i), {STAGES: 2})
+    source.prepare_epoch(batch.index, batch.view, gather, {STAGES: 2})
+    source.flush()
     assert {path: path.read_bytes() for path in before} == before
     assert torch.equal(source.ask(batch, STAGES).logits, first.logits)

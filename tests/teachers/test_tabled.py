@@ -1,13 +1,11 @@
-"""Live and tabled teachers: the same answers, asked live, batch by batch or an epoch ahead."""
+"""Tabled teachers: the same answers as live ones, batch by batch or an epoch ahead."""
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from tutors import PLAIN, C, N, V, gather, make_batch, same, tabled, tutors
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.data.views import CropFlip
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
     NetworkSpec,
@@ -25,51 +23,16 @@ from ekd_lightning.networks import (
     TeacherIdentity,
     build_network,
     normalization,
-    state_sha256,
 )
 from ekd_lightning.teachers import rows
 from ekd_lightning.teachers import source as frozen_teachers
 from ekd_lightning.teachers.source import FrozenTeachers, LiveTeachers, TeacherFormat
 from ekd_lightning.teachers.table import TeacherTable
-from ekd_lightning.teachers.tabled import TabledTeachers
-
-N, C = 40, 5  # images of the set, classes
-PLAIN = TeacherFormat(precision="float32", compile="never")
-
-
-VIEWS = CropFlip(padding=1)
-V = VIEWS.num_views
-SIDE = 8
 
 
 @pytest.fixture
 def ensemble() -> TeacherEnsemble:
-    torch.manual_seed(0)
-    spec = NetworkSpec("resnet8", C, normalization("cifar10"))
-    members = [build_network(spec) for _ in range(2)]
-    identities = [
-        TeacherIdentity(f"tutor{m}", state_sha256(net), "file", "resnet8") for m, net in enumerate(members)
-    ]
-    return TeacherEnsemble(members, identities)
-
-
-POOL = torch.rand(N, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def make_batch(index: list[int], view: list[int]) -> Batch:
-    at, which = torch.tensor(index), torch.tensor(view)
-    return Batch(VIEWS(POOL[at], which, at), at % C, at, which, torch.ones(len(index), dtype=torch.bool))
-
-
-def tabled(ensemble: TeacherEnsemble, folder: Path, **changes) -> TabledTeachers:
-    usual = {"image_set_sha256": "b" * 64, "num_images": N, "views": VIEWS, "include_pooled": True}
-    usual |= {"image_size": SIDE}
-    return TabledTeachers(ensemble, folder, **{**usual, "how": PLAIN, **changes})
-
-
-def same(first, second) -> bool:
-    pairs = zip((first.logits, *first.pooled), (second.logits, *second.pooled), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return tutors("resnet8", "resnet8")
 
 
 def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
@@ -155,13 +118,6 @@ def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
     assert source.hit_rate == 0.0
 
 
-def test_live_teachers_have_no_hit_rate(ensemble):
-    live = LiveTeachers(ensemble, PLAIN)
-    output = live.ask(make_batch([1], [0]), ("stage1",))
-    assert not output.logits.requires_grad
-    assert (live.hits, live.misses, live.hit_rate) == (0, 0, None)
-
-
 def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     batch = make_batch([1, 2], [0, 1])
@@ -225,10 +181,6 @@ def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble
 
 
 # --- an epoch ahead
-
-
-def gather(index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    return VIEWS(POOL[index], view, index)
 
 
 @settings(max_examples=20, deadline=None)
@@ -454,40 +406,6 @@ def test_mixed_images_are_refused(ensemble, tmp_path):
         tabled(ensemble, tmp_path).ask(batch._replace(soft_labels=torch.ones(1, C) / C))
 
 
-# --- the format
-
-
-def ready(ensemble: TeacherEnsemble, images: torch.Tensor, **how):
-    teachers = FrozenTeachers(ensemble, TeacherFormat(**how))
-    return [teachers.ask(m, images) for m in range(2)]
-
-
-@pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_formats_agree(ensemble, fold, channels_last):
-    with torch.no_grad():
-        expected = ensemble(POOL)
-    found = ready(ensemble, POOL, precision="float32", fold=fold, channels_last=channels_last)
-    for m, output in enumerate(found):
-        torch.testing.assert_close(output.logits, expected.logits[m], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(output.pooled, expected.pooled[m], rtol=1e-4, atol=1e-5)
-    half = ready(ensemble, POOL, precision="bfloat16", fold=fold, channels_last=channels_last)
-    for m, output in enumerate(half):
-        assert (output.logits.log_softmax(-1) - expected.logits[m].log_softmax(-1)).abs().max() < 0.05
-
-
-@pytest.mark.filterwarnings("error:torch.compile does not work")
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compiled_teachers_agree_for_any_batch(ensemble):
-    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
-    with torch.no_grad():
-        expected = ensemble(POOL).logits[0]
-    for size in (16, 3, 40, 1):  # the first is compiled; others are filled up or cut
-        logits = teachers.ask(0, POOL[:size]).logits
-        assert logits.shape == (size, C)
-        torch.testing.assert_close(logits, expected[:size], rtol=1e-4, atol=1e-5)
-
-
 def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, monkeypatch):
     """What a killed run left in the table must not decide how the rest is rounded."""
     sizes = []
@@ -505,45 +423,3 @@ def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, m
     source.ask(make_batch([1, 2], [0, 0]))  # the first question is about two images
     source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather, {(): N})
     assert set(sizes) == {16}
-
-
-def test_without_a_compiler_teachers_are_asked_uncompiled(ensemble, monkeypatch):
-    def broken(*args, **kwargs):
-        def call(images):
-            raise RuntimeError("No working C++ compiler found")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
-    with pytest.warns(
-        RuntimeWarning, match=r"torch.compile does not work here.*No working C\+\+ compiler"
-    ) as caught:
-        answers = [teachers.ask(m, POOL) for m in (0, 1, 0)]
-    assert len(caught) == 2  # one for each teacher
-    expected = ready(ensemble, POOL, precision="float32", compile="never")
-    assert torch.equal(answers[0].logits, expected[0].logits)
-    assert torch.equal(answers[1].logits, expected[1].logits)
-
-
-def test_only_long_work_is_compiled(ensemble, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module, **_: (compiled.append(module), module)[1])
-    teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32"))
-    macs = frozen_teachers.count_macs(ensemble.members[0], SIDE)
-    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) - 1)
-    teachers.ask(0, POOL)
-    assert compiled == []
-    teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) + 1)
-    teachers.ask(0, POOL)
-    teachers.ask(0, POOL)
-    assert len(compiled) == 1
-    never = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="never"))
-    never.plan(10**12)
-    never.ask(0, POOL)
-    assert len(compiled) == 1
-
-
-def test_a_stage_that_a_teacher_lacks_is_refused(ensemble):
-    with pytest.raises(UserError, match=r"stage of teacher 'tutor0'.*stage9"):
-        LiveTeachers(ensemble, PLAIN).ask(make_batch([1], [0]), ("stage9",))
