@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -260,46 +261,41 @@ def read_checkpoint_of(content: bytes) -> dict[str, Any]:
 # -- kill -9 --------------------------------------------------------------------------------------------------
 
 
-def write_until_killed(folder: Path, elsewhere: str, told: Any) -> None:
+def write_until_killed(path: Path, elsewhere: str, told: Any) -> None:
     os.environ["TMPDIR"], tempfile.tempdir = elsewhere, None
     torch.set_num_threads(1)
     writer = CheckpointWriter()
-    last = folder / "last.ckpt"
-    step = step_of(last) if last.exists() else 0
+    step = step_of(path) if path.exists() else 0
     while True:
         step += 1
-        writer.save_checkpoint(state(step), folder / "best.ckpt")
-        writer.save_checkpoint(state(step), last)
-        told.send_bytes(str(step).encode())
+        writer.save_checkpoint(state(step, 4 * MEGABYTE), path)
+        told.send(step)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a forked process")
 def test_kill_9_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path: Path) -> None:
     """With TMPDIR on another file system, where one exists: a move from there would not be one step."""
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else str(tmp_path)
-    chance, fork, reached = random.Random(0), multiprocessing.get_context("fork"), 0
+    path, chance, reached = tmp_path / "last.ckpt", random.Random(0), 0
+    fork = multiprocessing.get_context("fork")
     for _ in range(12):
         ours, theirs = fork.Pipe(duplex=False)
-        child = fork.Process(target=write_until_killed, args=(tmp_path, elsewhere, theirs), daemon=True)
+        child = fork.Process(target=write_until_killed, args=(path, elsewhere, theirs), daemon=True)
         child.start()
         assert child.pid
         theirs.close()
-        for _ in range(chance.randrange(2, 6)):
-            told = int(ours.recv_bytes())
-        for _ in range(chance.randrange(0, 20000)):  # somewhere inside the next one
-            pass
+        times = []
+        for _ in range(4):
+            told = ours.recv()
+            times.append(time.perf_counter())
+        ours.poll(chance.random() * (times[-1] - times[-3]) / 2)  # any moment of the next one
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        found = step_of(tmp_path / "last.ckpt")
         # A call returns once the one before is on disk; the child may have gone on before it died.
-        assert found >= told - 1
-        assert step_of(tmp_path / "best.ckpt") >= found
-        assert found > reached
-        reached = found
-    # What the killed ones left is removed by the next.
+        assert step_of(path) >= told - 1 > reached
+        reached = step_of(path)
     writer = CheckpointWriter()
-    for name in ("best.ckpt", "last.ckpt"):
-        writer.save_checkpoint(state(reached, 10), tmp_path / name)
+    writer.save_checkpoint(state(reached, 10), path)
     writer.teardown()
-    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert [path] == list(tmp_path.iterdir()), "the next writer removes what the killed ones left"
