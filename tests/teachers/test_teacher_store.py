@@ -29,7 +29,7 @@ class Trainer:
 
     def __call__(self, scratch: Path):
         self.scratches.append(scratch)
-        scratch.mkdir()
+        scratch.mkdir(exist_ok=True)
         (scratch / "half.ckpt").write_text("half")
         if self.error:
             raise self.error
@@ -72,14 +72,16 @@ def test_runs_that_ask_at_once_wait_for_one_training(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
-def test_a_training_that_fails_leaves_nothing(tmp_path, error):
+def test_a_training_that_fails_leaves_what_the_next_one_goes_on_from(tmp_path, error):
     store, train = TeacherStore(tmp_path), Trainer(error)
     with pytest.raises(type(error)):
         store.get_or_train(KEY, train)
     assert not store.path(KEY).parent.exists()
-    assert not train.scratches[0].exists()
+    assert {path.suffix for path in (tmp_path / "teachers").iterdir()} <= {".resume", ".lock"}
+    assert (train.scratches[0] / "half.ckpt").is_file()
     store.get_or_train(KEY, good := Trainer())
-    assert len(good.scratches) == 1
+    assert good.scratches == train.scratches
+    assert not good.scratches[0].exists()
 
 
 def test_what_a_killed_training_left_is_not_trusted_and_goes(tmp_path):
@@ -275,6 +277,29 @@ def test_training_a_teacher_is_reproducible_and_leaves_the_generator_alone(train
     )  # the student draws the same whether or not teachers were there
     assert [t.sha256 for t in first.identities] == [t.sha256 for t in second.identities]
     assert second.members[0].training is False
+
+
+def test_a_killed_training_goes_on_at_its_last_whole_epoch(tmp_path, monkeypatch):
+    from ekd_lightning.training.classifier import Classifier
+
+    def teacher(store):
+        settings = replace(SETTINGS, store=str(tmp_path / store), recipe=replace(RECIPE, epochs=3))
+        return gather_teachers(plan_teachers(settings, teacher_data(), "cpu")).identities[0].sha256
+
+    epochs, start = [], Classifier.on_train_epoch_start
+
+    def killed(self):
+        epochs.append(self.current_epoch)
+        if len(epochs) == 3:
+            raise RuntimeError("killed")
+        start(self)
+
+    monkeypatch.setattr(Classifier, "on_train_epoch_start", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        teacher("killed")
+    again = teacher("killed")
+    assert epochs == [0, 1, 2, 2]
+    assert again == teacher("whole")  # bit for bit
 
 
 def test_a_teacher_that_is_twice_in_the_pool_is_noticed(trained):

@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_starts_the_link_again(tiny_settings, tmp_path, mon
         assert links_of(settings)[0]["steps"] == 8
 
 
-def test_the_store_keeps_the_scratch_of_a_resumable_training_only_until_it_is_done(tmp_path, tiny_settings):
+def test_the_store_keeps_the_scratch_of_a_training_only_until_it_is_done(tmp_path, tiny_settings):
     store, key = TeacherStore(tmp_path), {"data": "digits"}
     spec = chain_of(tiny_settings(*WORDS)).assistants[0].spec
 
@@ -291,10 +291,10 @@ def test_the_store_keeps_the_scratch_of_a_resumable_training_only_until_it_is_do
         return build_network(spec)
 
     with pytest.raises(RuntimeError, match="killed"):
-        store.get_or_train(key, fail, resumable=True)
+        store.get_or_train(key, fail)
     assert not store.path(key).is_file()
     assert store.cost(key) == {}
-    store.get_or_train(key, go_on, resumable=True)
+    store.get_or_train(key, go_on)
     assert store.cost(key) == {"steps": 3}
     left = {path.name for path in (tmp_path / "teachers").iterdir()}
     assert left <= {store.digest(key), f"{store.digest(key)}.lock"}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,8 +35,8 @@ COST = "cost.json"
 class TeacherStore:
     """A content-addressed folder of trained teachers, and of what teachers say of test sets.
 
-    An entry appears by one rename, after it is complete; a killed training leaves only a temporary folder that
-    no reader looks at. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
+    An entry appears by one rename, after it is complete; a killed training leaves only a folder from which the next
+    one goes on. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
 
     Args:
         root: Folder of the store; made when first needed.
@@ -67,16 +66,13 @@ class TeacherStore:
         """What the training of `key` said of its cost; empty where it said nothing."""
         return _kept(self.path(key).with_name(COST), read_json, "its training's cost is not told") or {}
 
-    def get_or_train(
-        self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork], *, resumable: bool = False
-    ) -> StagedNetwork:
+    def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:
         """Loads the teacher of `key`, training it first when the store lacks it.
 
         Args:
             key: All that determines the teacher, JSON-able.
-            train: Trains it; gets the path of a scratch folder that is deleted afterwards.
-            resumable: Whether the scratch folder outlives a training that fails or is killed, so that the next one
-                finds its checkpoints there. If not, `train` always starts without one.
+            train: Trains it; gets the path of a scratch folder that is deleted afterwards. It outlives a training
+                that fails or is killed, so that the next one finds its checkpoints there.
 
         Raises:
             UserError: If the stored weights are damaged. They are not trained again unasked: that is dear, and runs
@@ -86,20 +82,18 @@ class TeacherStore:
         with self._lock(final):
             self._remove_leftovers(final)
             if not (final / _WEIGHTS).is_file():
-                scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f"{final.name}.part-"))
-                run = final.with_name(f"{final.name}.resume") if resumable else scratch / "run"
+                run = final.with_name(f"{final.name}.resume")
+                network = train(run)
+                ready = final.with_name(f"{final.name}.part-ready")
                 try:
-                    network = train(run)
-                    ready = scratch / "ready"
-                    ready.mkdir()
                     save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
                     write_json(ready / _KEY, dict(key))
                     if (run / COST).is_file():
                         write_json(ready / COST, read_json(run / COST), sealed=True)
                     move_folder(ready, final)
-                    shutil.rmtree(run, ignore_errors=True)
                 finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
+                    shutil.rmtree(ready, ignore_errors=True)
+                shutil.rmtree(run, ignore_errors=True)
         try:
             return load_network(final / _WEIGHTS)
         except UserError as error:

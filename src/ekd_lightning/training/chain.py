@@ -276,7 +276,6 @@ def _obtain_link(
     network = store.get_or_train(
         key,
         lambda scratch: train_assistant(lesson, assistant.spec, assistant.seed, teachers, scratch),
-        resumable=True,
     )
     cost = store.cost(key)
     return network, {
