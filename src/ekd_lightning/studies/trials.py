@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -28,6 +28,7 @@ from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
+from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.studies.space import Choices, Interval, SearchSpace
 
 DESCRIPTION = "search.json"
@@ -69,7 +70,6 @@ class Search:
         self.prunes = warmup_steps is not None
         folder.mkdir(parents=True, exist_ok=True)
         self._workers = folder / "workers"
-        self._workers.mkdir(exist_ok=True)
         self._lock = FileLock(folder / "study.lock")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._lock:
@@ -77,13 +77,12 @@ class Search:
             self._study = _open(folder, warmup_steps)
         self._name = uuid.uuid4().hex
         # Held as long as this process lives, whatever ends it: a running trial without it has died.
-        self._alive = FileLock(self._workers / self._name)
+        self._alive = DirectoryLock(self._workers / self._name)
         self._alive.acquire()
 
     def close(self) -> None:
         """Says that no trial of this process is running."""
         self._alive.release()
-        (self._workers / self._name).unlink(missing_ok=True)
 
     @property
     def trials(self) -> list[FrozenTrial]:
@@ -141,22 +140,10 @@ class Search:
             worker = trial.user_attrs.get("worker")
             if trial.state != TrialState.RUNNING or worker == self._name:
                 continue
-            if worker is None or self._is_dead(worker):
+            if worker is None or not is_held(self._workers / worker):
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 shutil.rmtree(self.trial_folder(trial.number), ignore_errors=True)
-
-    def _is_dead(self, worker: str) -> bool:
-        path = self._workers / worker
-        if not path.exists():
-            return True
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        lock.release()
-        path.unlink(missing_ok=True)
-        return True
+                shutil.rmtree(self._workers / str(worker), ignore_errors=True)
 
 
 def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
