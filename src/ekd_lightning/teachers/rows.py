@@ -23,7 +23,7 @@ from ekd_lightning.teachers.table import Halves, Rows, TableKey, TeacherTable
 
 log = logging.getLogger(__name__)
 
-HELD_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+HELD_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 """Memory that rows of one kind may take on a device, and at most a quarter of what is free there."""
 
 _WAITING = 64  # writes that may wait for the disk

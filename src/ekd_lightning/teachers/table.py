@@ -28,6 +28,7 @@ from ekd_lightning.files import replacing, write_json
 
 FLOAT16_MAX = 65504.0
 _LAYOUT = 1
+_TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
 _SHORT = 64  # bytes of a row up to which check values are computed for many rows at once
 _LOCK_SECONDS = 60.0
 
@@ -135,13 +136,16 @@ def _crc_parts(length: int) -> NDArray[np.uint32]:
 
 
 def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """CRC32 of every row [B, length]; short rows all together, which takes a sixth of the time."""
+    """CRC32 of every row [B, length]; short rows many at once, which takes a tenth of the time."""
     count, length = rows.shape
     if length > _SHORT:
         return np.fromiter((zlib.crc32(row) for row in rows), dtype=np.uint32, count=count)
     crc = np.full(count, zlib.crc32(bytes(length)), dtype=np.uint32)
-    for part, values in zip(_crc_parts(length), rows.T, strict=True):
-        crc ^= part[values]
+    for start in range(0, count, _TOGETHER):
+        some = crc[start : start + _TOGETHER]
+        added = np.empty_like(some)
+        for part, values in zip(_crc_parts(length), rows[start : start + _TOGETHER].T, strict=True):
+            some ^= np.take(part, values, out=added, mode="clip")  # "raise" would buffer
     return crc
 
 

@@ -220,9 +220,10 @@ class TabledTeachers:
         few = self._planned_rows < _LOAD_FROM * len(images) * V
         if few or not all(kept.disk_bytes() for kept in self._kept):
             return
+        readers = ThreadPoolExecutor(len(self._kept))
         for some in np.array_split(images, -(-len(images) * V * self._row_bytes(()) // _BLOCK_BYTES)):
             index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
-            found = [kept.read(0, index, view) for kept in self._kept]
+            found = list(readers.map(lambda kept, i=index, v=view: kept.read(0, i, v), self._kept))
             here = np.logical_and.reduce([present for _, present in found])
             room.put(index[here], view[here], [self._there(values, here) for values, _ in found])
 
