@@ -9,11 +9,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_map_only
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.methods import TermContext, build_method, term_names
+from ekd_lightning.methods import build_method, term_names
 from ekd_lightning.methods.terms import term_class
 from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
 
-K, M, B, C, D = 3, 2, 5, 4, 6
+from .helpers import D, sizes
+
+K, M, B, C = 3, 2, 5, 4
 STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 2, 2)}
 TERMS = [name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")]
 CAPTURED = [name for name in TERMS if term_class(name).captures]
@@ -35,11 +37,10 @@ def built(name):
         "ce": {"type": "ce_ensemble", "weight": 2.0, "schedule": {"linear": [[0, 1], [1, 3]]}},
         "other": {"type": name, "weight": 0.5, "schedule": {"ramp_up": 0.9}},
     }
-    context = TermContext(
-        num_classes=C,
-        num_branches=K,
-        num_teachers=M,
-        student_features=D,
+    context = sizes(
+        K,
+        M,
+        C,
         teacher_features=(D,) * M,
         student_stage_shapes=STAGES,
         teacher_stage_shapes=(STAGES,) * M,

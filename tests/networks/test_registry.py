@@ -1,15 +1,21 @@
-"""Names, specs and normalisations: what is accepted, and what a mistake is told."""
+"""Registered networks: names, options, shapes, published sizes."""
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.networks import (
     NORMALIZATIONS,
     NetworkSpec,
@@ -21,6 +27,7 @@ from ekd_lightning.networks import (
     register_network,
 )
 from ekd_lightning.networks import registry as registry_module
+from ekd_lightning.networks.resnet import ZeroPadShortcut
 
 
 def _spec(name: str = "resnet8", num_classes: int = 10, **options: Any) -> NetworkSpec:
@@ -115,3 +122,192 @@ def test_normalizations() -> None:
     for bad in [(0.1, 0.1, 0.0), (0.1, 0.1), (0.1, 0.1, float("nan")), ("a", 1, 1)]:
         with pytest.raises(UserError, match="normalization"):
             Normalization((0.0, 0.0, 0.0), bad)  # type: ignore[arg-type]
+
+
+FAMILIES = ["resnet8", "wrn_16_1", "densenetbc_40_12", "vgg8", "mobilenetv2"]
+
+
+def _build(name: str, num_classes: int = 10, seed: int = 0, **options: Any) -> StagedNetwork:
+    torch.manual_seed(seed)
+    return build_network(NetworkSpec(name, num_classes, normalization("cifar10"), options))
+
+
+def _count(name: str, num_classes: int, **options: Any) -> int:
+    with torch.device("meta"):
+        return count_parameters(_build(name, num_classes, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("resnet8x4", 100, 1_233_540),
+        ("resnet32x4", 100, 7_433_860),
+        ("wrn_16_2", 100, 703_284),
+        ("wrn_40_2", 100, 2_255_156),
+        ("wrn_28_10", 100, 36_536_884),
+        ("densenetbc_100_12", 10, 769_162),
+        ("densenetbc_100_12", 100, 800_032),
+        ("vgg8", 100, 3_965_028),
+        ("vgg11", 10, 9_231_114),
+        ("vgg13", 10, 9_416_010),
+        ("vgg16", 10, 14_728_266),
+        ("vgg19", 10, 20_040_522),
+        ("mobilenetv2", 10, 2_236_682),
+    ],
+)
+def test_published_parameter_counts(name: str, num_classes: int, parameters: int) -> None:
+    assert _count(name, num_classes) == parameters
+
+
+@pytest.mark.parametrize("depth", [8, 20, 110])
+def test_option_a_has_no_parameters_in_its_shortcuts(depth: int) -> None:
+    assert _count(f"resnet{depth}", 10, shortcut="A") == _count(f"resnet{depth}", 10) - 2752
+
+
+def test_option_a_resnet20_has_the_published_count() -> None:
+    assert _count("resnet20", 10, shortcut="A") == 269_722
+
+
+def test_width_multiplies_all_channels() -> None:
+    shapes = _build("resnet8", width=0.5).stage_shapes()
+    assert [shape[0] for shape in shapes.values()] == [8, 8, 16, 32]
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_vgg_is_torchvisions_features(depth: int) -> None:
+    """Same weights, layer by layer, must give the same feature map."""
+    ours = _build(f"vgg{depth}").eval()
+    with torch.device("meta"):  # spares the weights of its classifier, 100 million and more
+        theirs = torchvision.models.get_model(f"vgg{depth}_bn").features.eval()
+    assert count_parameters(theirs) == count_parameters(ours.stages)
+    pairs = zip(theirs.state_dict(), ours.stages.state_dict().values(), strict=True)
+    theirs.load_state_dict(dict(pairs), assign=True)
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.outputs(images).stages["stage4"], theirs(ours.normalize(images)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_mobilenet_is_torchvisions_at_twice_the_resolution() -> None:
+    """With its two removed strides put back, ours computes what torchvision's does."""
+    ours = _build("mobilenetv2").eval()
+    theirs = torchvision.models.mobilenet_v2(num_classes=10).eval()
+    assert count_parameters(theirs) == count_parameters(ours)
+    for target, source in zip(theirs.parameters(), ours.parameters(), strict=True):
+        target.data.copy_(source.data)
+    strided = copy.deepcopy(ours)
+    for convolution in (strided.stages["stem"][0][0], strided.stages["stage1"][0].conv[1][0]):
+        convolution.stride = (2, 2)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(strided(images), theirs(strided.normalize(images)), rtol=1e-4, atol=1e-5)
+
+
+def test_option_a_shortcut_against_numpy() -> None:
+    maps = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
+    expected = np.zeros((2, 8, 3, 2), dtype=np.float32)
+    for b in range(2):
+        for c in range(3):
+            for i in range(3):
+                for j in range(2):
+                    expected[b, 2 + c, i, j] = maps[b, c, 2 * i, 2 * j]
+    found = ZeroPadShortcut(3, 8, stride=2)(torch.from_numpy(maps))
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", network_names())
+def test_stages_are_named_in_order_and_probing_touches_nothing(name: str) -> None:
+    with torch.device("meta"):
+        network = _build(name)
+    shapes = network.stage_shapes(64)
+    assert tuple(shapes) == network.stage_names
+    assert network.stage_names[:4] == ("stem", "stage1", "stage2", "stage3")
+    assert list(shapes.values())[-1][0] == network.num_features == network.head.in_features
+    sizes = [shape[1] for shape in shapes.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 64
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_outputs_agree_with_forward_and_shapes(name: str) -> None:
+    network = _build(name, num_classes=7).eval()
+    before = copy.deepcopy(network.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    shapes = network.stage_shapes()
+    with torch.no_grad():
+        outputs = network.outputs(images)
+        assert torch.equal(outputs.logits, network(images))
+    assert outputs.logits.shape == (2, 7)
+    assert {stage: tuple(maps.shape[1:]) for stage, maps in outputs.stages.items()} == shapes
+    last = outputs.stages[network.stage_names[-1]]
+    torch.testing.assert_close(outputs.pooled, last.flatten(2).mean(2))
+    torch.testing.assert_close(outputs.logits, network.head(outputs.pooled))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_stage_overwrites_the_output_of_an_earlier_one(name: str) -> None:
+    network = _build(name).train()
+    for stage in network.modules():
+        if isinstance(stage, nn.BatchNorm2d):
+            stage.momentum = 0.0
+    images = torch.rand(2, 3, 32, 32)
+    maps = network.normalize(images)
+    with torch.no_grad():
+        stages = network.outputs(images).stages
+        for stage_name, stage in network.stages.items():
+            maps = stage(maps)
+            kept = maps.clone()
+            assert torch.equal(stages[stage_name], kept)
+            maps = kept
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_channels_last_autocast_deepcopy_and_pickled_weights(name: str) -> None:
+    network = _build(name).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(copy.deepcopy(network)(images), expected)
+        fast = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        found = fast(images.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert network(images).isfinite().all()
+        assert copy.deepcopy(network).bfloat16()(images).dtype is torch.bfloat16
+    file = io.BytesIO()
+    torch.save(network.state_dict(), file)
+    file.seek(0)
+    other = _build(name, seed=1).eval()
+    other.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    with torch.no_grad():
+        assert torch.equal(other(images), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_seed_gives_one_network(name: str) -> None:
+    first, again, other = _build(name), _build(name), _build(name, seed=1)
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_normalization_is_the_networks_own() -> None:
+    network = _build("resnet8").eval()
+    images = torch.rand(2, 3, 32, 32)
+    mean = np.array([0.4914, 0.4822, 0.4465], dtype=np.float32).reshape(1, 3, 1, 1)
+    std = np.array([0.2023, 0.1994, 0.2010], dtype=np.float32).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(network.normalize(images).numpy(), (images.numpy() - mean) / std, rtol=1e-6)
+    assert not any("normalize" in key for key in network.state_dict())
+    with pytest.raises(TypeError, match="uint8"):
+        network((images * 255).to(torch.uint8))
+
+
+def test_dropout_acts_in_train_mode_only() -> None:
+    network = _build("wrn_16_1", dropout=0.5)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(network(images), network(images))
+        network.eval()
+        assert torch.equal(network(images), network(images))
