@@ -1,10 +1,16 @@
-"""Names of networks, and how a network is built from its spec."""
+"""Registry of networks: names, how one is built from its spec, and plain networks that cost what a student costs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TypeVar
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.spec import NetworkSpec
@@ -89,3 +95,117 @@ def is_number(value: object) -> bool:
 
 def _where(builder: Builder) -> str:
     return f"{getattr(builder, '__module__', '?')}.{getattr(builder, '__qualname__', builder)}"
+
+
+BASE_CHANNELS = 16
+"""Widths are searched in steps of 1/16: one channel of the stem of a CIFAR ResNet, so no channel is rounded."""
+CLOSE = 0.02
+"""Networks this near to the target (as a share of it) count as equally near; see `match_network`."""
+_MOST_SCALED = 2.5  # times, or parts of, the student's own width
+
+Cost = Callable[[nn.Module], int]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A plain network found for a target.
+
+    Attributes:
+        network: Its registered name.
+        options: Its options where they differ from the network's defaults.
+        cost: What it costs, in the unit of the target.
+        target: What it should cost.
+    """
+
+    network: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cost: int = 0
+    target: int = 0
+
+    @property
+    def off(self) -> float:
+        """How far off it is, as a signed share of the target."""
+        return self.cost / self.target - 1
+
+    def __str__(self) -> str:
+        options = "".join(f", {name} {value:g}" for name, value in self.options.items() if name == "width")
+        return f"{self.network}{options}: {self.cost:,} for {self.target:,} ({100 * self.off:+.1f} %)"
+
+
+def family(name: str) -> tuple[str, ...]:
+    """The registered networks that differ from `name` in one number at its end, e.g. the depth: by that number.
+
+    `resnet8` has resnet8, resnet14, ..., resnet110; a network without such a number is alone.
+
+    Raises:
+        UserError: For an unknown name.
+    """
+    if name not in network_names():
+        raise unknown_name("network", name, network_names())
+    own = re.fullmatch(r"(.*?)(\d+)", name)
+    if own is None:
+        return (name,)
+    found = [(re.fullmatch(re.escape(own[1]) + r"(\d+)", other), other) for other in network_names()]
+    return tuple(other for number, other in sorted((int(m[1]), other) for m, other in found if m))
+
+
+def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
+    """Searches a student's family for the plain network whose cost comes nearest to a target.
+
+    All depths of the family are tried and, where the networks have the option `width`, widths in steps of 1/16, up
+    to 2.5 times, or down to 1/2.5 of, the student's own. Of the networks within `CLOSE` of the target the one whose
+    width is nearest to the student's own is taken (a very thin, very deep network of the same cost would be an odd
+    control), then the nearest; without any so close, the nearest of all.
+
+    Args:
+        spec: The network that the student's trunk and branches are cut from, with its options.
+        target: What the match should cost, above 0.
+        cost: Maps a plain network (on the meta device) to its cost, growing with width and depth; e.g.
+            `count_macs` or `count_parameters` of `ekd_lightning.evaluation.efficiency`.
+
+    Raises:
+        UserError: For an unknown network.
+        ValueError: For a target that is not above 0.
+    """
+    if target <= 0:
+        raise ValueError(f"target={target}: must be above 0")
+    own = float(spec.options.get("width", 1))
+
+    def measured(name: str, width: float | None) -> Match:
+        options = {key: value for key, value in spec.options.items() if key != "width"}
+        if width is not None and width != 1:
+            options["width"] = width
+        with torch.device("meta"):
+            network = build_network(NetworkSpec(name, spec.num_classes, spec.normalization, options))
+        return Match(name, options, cost(network), target)
+
+    found = [match for name in family(spec.name) for match in _candidates(name, own, target, measured)]
+    close = [match for match in found if abs(match.off) <= CLOSE]
+
+    def oddity(match: Match) -> tuple[float, float]:
+        return abs(math.log(float(match.options.get("width", 1)) / own)), abs(match.off)
+
+    return min(close, key=oddity) if close else min(found, key=lambda match: abs(match.off))
+
+
+def _candidates(
+    name: str, own: float, target: int, measured: Callable[[str, float | None], Match]
+) -> Iterator[Match]:
+    """One depth: as it is and, where it can be scaled, widths up to the two between which the target lies."""
+    if "width" not in inspect.signature(_BUILDERS[name]).parameters:
+        yield measured(name, None)
+        return
+    middle = measured(name, own)
+    yield middle
+    # Costs grow about with the square of the width: a first guess, then step by step until the target is passed.
+    scale = math.sqrt(target / middle.cost)
+    if not 1 / _MOST_SCALED <= scale <= _MOST_SCALED:
+        return
+    sixteenths = max(1, round(own * scale * BASE_CHANNELS))
+    match = measured(name, sixteenths / BASE_CHANNELS)
+    yield match
+    step = -1 if match.off > 0 else 1
+    while match.off * step < 0 and sixteenths + step >= 1:
+        sixteenths += step
+        match = measured(name, sixteenths / BASE_CHANNELS)
+        yield match

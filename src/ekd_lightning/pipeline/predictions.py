@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.evaluation.calibration import fit_temperature, reliability, score_probabilities
-from ekd_lightning.evaluation.diversity import diversity
-from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
-from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix
-from ekd_lightning.evaluation.similarity import (
+from ekd_lightning.evaluation.diversity import (
     agreement_matrix,
     cka_matrix,
+    diversity,
     fidelity,
     kl_matrix,
     own_teachers,
     teacher_margin,
 )
+from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
+from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
 from ekd_lightning.networks import TeacherEnsemble

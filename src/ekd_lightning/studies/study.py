@@ -20,7 +20,7 @@ from ekd_lightning.runs.lock import LOCK_FILE
 from ekd_lightning.settings import is_free
 
 if TYPE_CHECKING:
-    from ekd_lightning.networks.matching import Match
+    from ekd_lightning.networks.registry import Match
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     """
     from ekd_lightning.data import load_dataset  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
-    from ekd_lightning.networks.matching import match_network  # noqa: PLC0415
+    from ekd_lightning.networks.registry import match_network  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
 
     settings = to_settings(cfg)
