@@ -25,11 +25,10 @@ from ekd_lightning.pipeline.run import make_distiller
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.steps import make_optimizer
-from ekd_lightning.training.trainer import build_trainer
+from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer
 
 
 class Fitted(NamedTuple):

@@ -115,7 +115,8 @@ def train(cfg: DictConfig) -> float | None:
         check_unchanged(directory, plain)
     if is_rank_zero():
         write_config(plain, directory)
-    import_user_modules(settings.imports)
+    if settings.imports:
+        import_user_modules(settings.imports)
     callbacks = [
         build(node, f"callbacks.{name}", settings.imports)
         for name, node in settings.callbacks.items()

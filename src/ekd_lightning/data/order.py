@@ -23,7 +23,7 @@ STREAM_SUBSET = 3
 STREAM_SPLIT = 4
 STREAM_POOL = 5
 STREAM_MIX = 6
-STREAM_PARTNER = 8  # 7 is taken by training.callbacks
+STREAM_PARTNER = 8  # 7 is taken by training.trainer
 
 _MASK = (1 << 64) - 1
 

@@ -10,12 +10,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.networks import TeacherEnsemble
-from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.pipeline.result import named_scores
-from ekd_lightning.training.callbacks import EpochReport
 from ekd_lightning.training.checkpoints import read_checkpoint
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.trainer import EpochReport
 
 _CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
 
@@ -71,24 +69,6 @@ def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[st
         "steps": trainer.global_step,
         "num_devices": trainer.world_size,
         "precision": str(trainer.precision),
-    }
-
-
-def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
-    """Hashes of data and teachers, for the provenance."""
-    identities = [] if teachers is None else teachers.identities
-    return {
-        "data": {
-            "name": prepared.dataset.name,
-            "source": prepared.dataset.source,
-            "train_sha256": prepared.dataset.train.sha256,
-            "test_sha256": prepared.dataset.test.sha256,
-            "subset_sha256": prepared.subset.sha256,
-        },
-        "teachers": [
-            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
-            for t in identities
-        ],
     }
 
 

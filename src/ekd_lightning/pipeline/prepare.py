@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data import (
+    Dataset,
+    Mixing,
+    Subset,
+    ViewFamily,
+    choose_subset,
+    load_dataset,
+    make_views,
+)
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network
-from ekd_lightning.settings import Settings
+from ekd_lightning.settings import ChainSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
@@ -39,7 +47,7 @@ class Prepared:
     source: SourcePlan
     """Where the teachers' outputs come from."""
     candidates: tuple[PlannedTeacher, ...] = ()
-    """Teachers of which `choice.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
+    """Teachers of which `teachers.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
     candidate_scores: list[dict[str, Any]] = field(default_factory=list)
     """What the choice was made by: id, val_accuracy in [0, 1] and val_nll in nats of every candidate."""
     chain: Chain | None = None
@@ -78,7 +86,11 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     candidates = _candidates(settings, plans, subset)
-    chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
+    chain = None
+    if settings.method.assistants:
+        chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
+    elif settings.method.chain != ChainSettings():
+        warnings.warn("method.chain has no effect without method.assistants", stacklevel=2)
     # Of several candidates the widest is checked last: its tables are the largest.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
     choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]

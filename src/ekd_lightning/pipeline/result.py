@@ -7,6 +7,7 @@ from typing import Any
 
 from ekd_lightning.errors import unknown_name
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
+from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.settings import Settings
 
@@ -81,6 +82,24 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "pool_teachers": [plan.id for plan in pool],
         "teacher_candidates": prepared.candidate_scores,
         "num_adapter_parameters": count_parameters(prepared.method),
+    }
+
+
+def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
+    """Hashes of data and teachers, for the provenance."""
+    identities = [] if teachers is None else teachers.identities
+    return {
+        "data": {
+            "name": prepared.dataset.name,
+            "source": prepared.dataset.source,
+            "train_sha256": prepared.dataset.train.sha256,
+            "test_sha256": prepared.dataset.test.sha256,
+            "subset_sha256": prepared.subset.sha256,
+        },
+        "teachers": [
+            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
+            for t in identities
+        ],
     }
 
 

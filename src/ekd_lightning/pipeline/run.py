@@ -22,9 +22,9 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.pipeline.evaluate_run import evaluate_new_run, read_arrays
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
-from ekd_lightning.pipeline.finish import cost, end_processes, final_scores, origin
+from ekd_lightning.pipeline.finish import cost, end_processes, final_scores
 from ekd_lightning.pipeline.prepare import Prepared, prepare
-from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher
+from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher, origin
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.record import RunRecord, is_rank_zero
 from ekd_lightning.settings import Settings
@@ -39,13 +39,11 @@ from ekd_lightning.tracking.loggers import (
     make_loggers,
 )
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
-from ekd_lightning.training.allocator import keep_freed_memory
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import LAST, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
-from ekd_lightning.training.threads import set_threads
-from ekd_lightning.training.trainer import build_trainer, check_trainer
+from ekd_lightning.training.process import keep_freed_memory, set_threads
+from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +129,8 @@ def _run(
         settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
     )
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
-    prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
+    if prepared.candidates:
+        prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
     facts |= describe_teacher(settings, prepared)
     teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
     if record:

@@ -32,7 +32,7 @@ from ekd_lightning.networks import (
     build_network,
     state_sha256,
 )
-from ekd_lightning.settings import ChainSettings, RecipeSettings, Settings
+from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
@@ -80,8 +80,8 @@ def plan_chain(
     student: torch.nn.Module,
     accelerator: str,
     curves: TeacherCurves | None = None,
-) -> Chain | None:
-    """Reads `method.assistants` and checks all that can be checked before training.
+) -> Chain:
+    """Reads `method.assistants`, of which there are some, and checks all that can be checked before training.
 
     Args:
         settings: The run's.
@@ -93,18 +93,11 @@ def plan_chain(
         accelerator: Lightning's flag.
         curves: Where their curves go; None for nowhere.
 
-    Returns:
-        The chain; None without assistants.
-
     Raises:
         UserError: For assistants of a method without teachers, an unknown network or option, or a recipe,
             temperature or weight that is impossible.
     """
     method = settings.method
-    if not method.assistants:
-        if method.chain != ChainSettings():
-            warnings.warn("method.chain has no effect without method.assistants", stacklevel=3)
-        return None
     if not teachers:
         raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} has no teachers")
     assistants = tuple(_assistants(settings, dataset))

@@ -19,9 +19,8 @@ from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.settings import RecipeSettings
-from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues
+from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
 from ekd_lightning.training.steps import StepLog, make_optimizer
-from ekd_lightning.training.trainer import why_not_recorded
 
 log = logging.getLogger(__name__)
 

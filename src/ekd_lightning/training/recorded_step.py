@@ -16,13 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
+from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch
 from ekd_lightning.training.steps import log_row
 
 log = logging.getLogger(__name__)
+
+_GRADIENT_HOOKS = (
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+)
 
 WARM_UP = 3
 """Steps of each kind that run as they are before the kind is recorded: allocations, autotuning and compiling are not
@@ -231,3 +242,28 @@ class RecordedStep:
         with torch.cuda.stream(self._side):
             yield
         current.wait_stream(self._side)
+
+
+def why_not_recorded(trainer: pl.Trainer) -> str | None:
+    """Why the training step of a run cannot be one CUDA graph; None where flags, data and callbacks allow it."""
+    data, optimizer = getattr(trainer, "datamodule", None), trainer.optimizers[0]
+    watching = [
+        type(callback).__name__
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, BaseFinetuning))
+        or any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _GRADIENT_HOOKS)
+    ]
+    reasons = {
+        "several processes train together": not isinstance(trainer.strategy, SingleDeviceStrategy),
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+        "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
+        "trainer.detect_anomaly": trainer._detect_anomaly,
+        f"trainer.precision={trainer.precision} scales the loss": str(trainer.precision).startswith("16"),
+        f"{type(optimizer).__name__} is not a fused SGD": not (
+            isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused")
+        ),
+        f"the callback {', '.join(watching)} looks at gradients or changes the optimiser": bool(watching),
+        "the data do not come from this package's data module": not isinstance(data, ImageDataModule),
+        "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)

@@ -23,11 +23,11 @@ from ekd_lightning.teachers.hardware import device_type_of, resolve_precision, t
 from ekd_lightning.teachers.plan import SourcePlan
 from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
-from ekd_lightning.training.callbacks import EpochReport, EpochSeed
 from ekd_lightning.training.checkpoints import LAST, CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.classifier import Classifier
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.trainer import EpochReport, EpochSeed
 
 log = logging.getLogger(__name__)
 

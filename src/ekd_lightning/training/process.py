@@ -1,9 +1,15 @@
-"""Threads of a run on a processor: as many as are free, since two runs that each take all cores stall each other."""
+"""Process of a run: as many threads as are free, and the memory that a step frees kept for the next one.
+
+Two runs that each take all cores stall each other.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +20,12 @@ from ekd_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 _LOOKS, _BETWEEN = 5, 0.01  # snapshots of what else runs, and seconds between them
+
+
+# Numbers of glibc's malloc.h; its manual: mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER = 2**31 - 1
+_LARGEST = (1 << 30, 1 << 25)  # older versions take 32 MB at most
 
 
 def usable_cores() -> int:
@@ -81,3 +93,19 @@ def _choice(
         return max(1, cores // num_devices), f"{cores} cores for {num_devices} processes"
     busy = busy_threads()
     return max(1, cores - busy), f"{cores} cores, {busy} of them busy (trainer.threads=N overrides)"
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc not to hand freed memory back to the system, for the rest of the process.
+
+    By default large tensors are mapped anew in every step, and the system clears their pages each time: some
+    10,000 page faults a step of a ResNet-8 at batch 128, a seventh of a compiled step on two cores.
+
+    Returns:
+        Whether it has an effect: on Linux with glibc. Accelerators have allocators of their own.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    mapped_from = any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGEST)
+    return bool(mallopt(_M_TRIM_THRESHOLD, _NEVER)) and mapped_from
