@@ -6,7 +6,7 @@ import torch
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import StepContext, TermContext, build_assignment
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 STUDENT_STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4)}
 TEACHER_STAGES = {"stem": (4, 8, 8), "stage1": (5, 8, 8), "stage2": (6, 2, 2)}

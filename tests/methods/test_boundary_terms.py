@@ -24,7 +24,7 @@ from ekd_lightning.networks import (
     load_zoo_teacher,
 )
 from ekd_lightning.networks import normalization as statistics_of
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.staged import TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
 from ekd_lightning.training.distiller import _LiveNetworks
 

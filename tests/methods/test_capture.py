@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import build_method, term_names
 from ekd_lightning.methods.terms import term_class
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 from .helpers import D, sizes
 

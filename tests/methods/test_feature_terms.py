@@ -21,7 +21,7 @@ from ekd_lightning.methods.losses import (
     relative_distances,
     similarities,
 )
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.staged import TeacherOutput
 
 from .helpers import (
     STUDENT_STAGES,

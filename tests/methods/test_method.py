@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, Term, build_method, needs_teachers, register_term
 from ekd_lightning.methods.terms import _REGISTRY
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 from . import reference
 from .helpers import D, make_batch, make_student, make_teachers, sizes

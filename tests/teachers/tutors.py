@@ -16,7 +16,7 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
 )
-from ekd_lightning.networks.outputs import TeacherOutput
+from ekd_lightning.networks.staged import TeacherOutput
 from ekd_lightning.teachers.source import TeacherFormat
 from ekd_lightning.teachers.tabled import TabledTeachers
 

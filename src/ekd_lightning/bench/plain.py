@@ -23,8 +23,7 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
-from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):

@@ -16,8 +16,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
-from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 from ekd_lightning.networks.student import BranchedStudent
 
 StageShape = tuple[int, int, int]

@@ -16,7 +16,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment, RandomAssignment
 from ekd_lightning.methods.context import LiveNetworks, StepContext
 from ekd_lightning.methods.terms import Term
-from ekd_lightning.networks.outputs import StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 _PARTS = 240  # how finely schedules are looked through
 

@@ -5,10 +5,17 @@ from ekd_lightning.networks import convnets, resnet  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
 from ekd_lightning.networks.deploy import DeployedModel, DeployedSpec, DeployedStudent
 from ekd_lightning.networks.deployed_load import load_deployed
-from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.networks.registry import build_network, network_names, register_network
-from ekd_lightning.networks.spec import NORMALIZATIONS, NetworkSpec, Normalization, normalization
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import (
+    NORMALIZATIONS,
+    NetworkOutput,
+    NetworkSpec,
+    Normalization,
+    StagedNetwork,
+    StudentOutput,
+    TeacherOutput,
+    normalization,
+)
 from ekd_lightning.networks.student import ENSEMBLES, BranchedStudent, cut_branches
 from ekd_lightning.networks.teachers import TeacherEnsemble, TeacherIdentity
 from ekd_lightning.networks.weights import (

@@ -16,8 +16,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ekd_lightning.networks.registry import register_network
-from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {

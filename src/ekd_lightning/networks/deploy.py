@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.frozen import FrozenStudent
-from ekd_lightning.networks.spec import NetworkSpec
+from ekd_lightning.networks.staged import NetworkSpec
 from ekd_lightning.networks.student import BranchedStudent
 
 

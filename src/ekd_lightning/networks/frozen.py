@@ -15,8 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from ekd_lightning.networks.outputs import NetworkOutput
-from ekd_lightning.networks.staged import StagedNetwork, pool
+from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, pool
 from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 Builder = Callable[..., StagedNetwork]
 BuilderT = TypeVar("BuilderT", bound=Builder)

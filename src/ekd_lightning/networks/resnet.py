@@ -14,8 +14,7 @@ from torch.nn import functional
 from torchvision.models.resnet import BasicBlock
 
 from ekd_lightning.networks.registry import is_number, register_network, require
-from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 WIDTHS = (16, 16, 32, 64)

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.outputs import StudentOutput
 from ekd_lightning.networks.registry import build_network
-from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import Normalize, StagedNetwork, imagined, pool, shapes_of
+from ekd_lightning.networks.staged import (
+    NetworkSpec,
+    Normalize,
+    StagedNetwork,
+    StudentOutput,
+    imagined,
+    pool,
+    shapes_of,
+)
 
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
 NO_SPLIT = "none"

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.outputs import TeacherOutput
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import StagedNetwork, TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
 
 

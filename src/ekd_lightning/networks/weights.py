@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network
-from ekd_lightning.networks.spec import NetworkSpec
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
 
 _KIND, _SPEC = "ekd_kind", "ekd_spec"

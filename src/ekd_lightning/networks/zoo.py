@@ -17,8 +17,7 @@ from filelock import FileLock
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.convert import load_foreign
-from ekd_lightning.networks.spec import NetworkSpec, normalization
-from ekd_lightning.networks.staged import StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, normalization
 from ekd_lightning.networks.teachers import TeacherIdentity
 from ekd_lightning.networks.weights import state_sha256
 

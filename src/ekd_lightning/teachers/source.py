@@ -17,7 +17,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import unknown_name
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.networks.frozen import FrozenNetwork
-from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
+from ekd_lightning.networks.staged import NetworkOutput, TeacherOutput
 from ekd_lightning.networks.teachers import TeacherEnsemble
 from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks.outputs import NetworkOutput, TeacherOutput
+from ekd_lightning.networks.staged import NetworkOutput, TeacherOutput
 from ekd_lightning.teachers.rows import HeldRows, KeptRows, room_for_rows
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat
 from ekd_lightning.teachers.table import FLOAT16_MAX, LOGITS, POOLED, Rows, TableKey

@@ -18,7 +18,7 @@ from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
-from ekd_lightning.networks.outputs import NetworkOutput, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import NetworkOutput, StudentOutput, TeacherOutput
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
