@@ -347,6 +347,8 @@ def test_a_row_is_read_or_computed_once_where_memory_holds_it(ensemble, tmp_path
     assert (source.hits, source.misses) == (2 * (2 * 27 - changed), 2 * (27 + changed))
     own = [count for count in lines if count != 2]
     assert own == [27, 27, changed, changed, *([] if memory else [changed, changed])]
+    places, width = 27 * V if memory else 27, 2 * (C + 64)
+    assert source.held_bytes == (places + 1) * (2 * width + 4) + 8 * N
     with pytest.raises(IndexError, match="own images"):
         source.prepare_epoch(index - 1, index % V, gather, {(): len(index)})
 

@@ -1,4 +1,4 @@
-"""The memo of teacher outputs on disk: one row per (image, view) of one frozen teacher.
+"""Table of teacher outputs on disk: one row per (image, view) of one frozen teacher.
 
 A table is one sparse file, addressed by the content of its `TableKey`, next to a sidecar that describes it.
 Any number of processes read and write it without locks: every row carries a check value, so a row that was

@@ -1,4 +1,4 @@
-"""Teachers whose outputs are looked up among known rows; only missing rows are computed.
+"""Tabled teachers: outputs are looked up among known rows, and only missing rows are computed.
 
 Shape letters: B batch, C classes, D features, M teachers, N rows, V views.
 """
