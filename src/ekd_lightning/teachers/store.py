@@ -1,4 +1,4 @@
-"""Store of trained teachers, kept once for all runs: a folder whose names are hashes of all that determines the content."""
+"""Store of trained teachers for all runs: a folder whose names are hashes of all that determines the content."""
 
 from __future__ import annotations
 
