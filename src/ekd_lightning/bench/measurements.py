@@ -16,9 +16,8 @@ from ekd_lightning.config.config import compose_settings
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.hardware import resolve_precision
+from ekd_lightning.teachers.hardware import keep_freed_memory, resolve_precision
 from ekd_lightning.training.pool import gather_teachers
-from ekd_lightning.training.process import keep_freed_memory
 
 _GPU_MINUTES = 3.0
 

@@ -28,7 +28,7 @@ from ekd_lightning.pipeline.result import check_metric, describe_run, describe_t
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.record import RunRecord, is_rank_zero
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.hardware import device_type_of
+from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, set_threads
 from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
@@ -42,7 +42,6 @@ from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.checkpoints import LAST, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
-from ekd_lightning.training.process import keep_freed_memory, set_threads
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, check_trainer
 
 log = logging.getLogger(__name__)

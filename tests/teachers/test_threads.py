@@ -11,27 +11,27 @@ import pytest
 import torch
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.training import process
+from ekd_lightning.teachers import hardware
 
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(process, "usable_cores", lambda: 8)
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 8)
     yield
     torch.set_num_threads(before)
 
 
 def choose(asked=None, recorded=None, device_type="cpu", num_devices=1) -> int:
-    chosen = process.set_threads(asked, recorded, device_type=device_type, num_devices=num_devices)
+    chosen = hardware.set_threads(asked, recorded, device_type=device_type, num_devices=num_devices)
     assert torch.get_num_threads() == chosen
     return chosen
 
 
 @pytest.mark.parametrize(("busy", "left"), [(0, 8), (3, 5), (7, 1), (8, 1), (40, 1)])
 def test_what_is_busy_is_left_to_others(monkeypatch, busy, left, caplog):
-    monkeypatch.setattr(process, "busy_threads", lambda: busy)
+    monkeypatch.setattr(hardware, "busy_threads", lambda: busy)
     with caplog.at_level("INFO"):
         assert choose() == left
     assert [f"8 cores, {busy} of them busy" in record.message for record in caplog.records] == [True]
@@ -48,7 +48,7 @@ def test_what_is_busy_is_left_to_others(monkeypatch, busy, left, caplog):
     ],
 )
 def test_what_is_known_is_taken(monkeypatch, arguments, chosen):
-    monkeypatch.setattr(process, "busy_threads", lambda: 1)
+    monkeypatch.setattr(hardware, "busy_threads", lambda: 1)
     assert choose(**arguments) == chosen
 
 
@@ -70,17 +70,17 @@ def test_a_busy_process_is_seen():
     spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=-1)
     try:
         spinning.stdout.read(1)
-        assert process.busy_threads() >= 1
+        assert hardware.busy_threads() >= 1
     finally:
         spinning.kill()
         spinning.wait()
 
 
 def test_a_resumed_run_takes_the_threads_it_had(train, resume, tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "busy_threads", lambda: 5)
+    monkeypatch.setattr(hardware, "busy_threads", lambda: 5)
     stopped = train(tmp_path / "run", "recipe.epochs=2", "trainer.max_steps=4")
     assert stopped.json("provenance.json")["threads"] == 3
-    monkeypatch.setattr(process, "busy_threads", lambda: 0)
+    monkeypatch.setattr(hardware, "busy_threads", lambda: 0)
     assert resume(tmp_path / "run", "trainer.max_steps=-1").json("provenance.json")["threads"] == 3
     new = train(tmp_path / "new")
     assert new.json("provenance.json")["threads"] == 8
@@ -93,7 +93,7 @@ GLIBC = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 FAULTS = """
 import resource
 import torch
-from ekd_lightning.training.process import keep_freed_memory
+from ekd_lightning.teachers.hardware import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -115,5 +115,5 @@ def test_memory_is_mapped_once():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
-    monkeypatch.setattr(process.sys, "platform", "darwin")
-    assert not process.keep_freed_memory()
+    monkeypatch.setattr(hardware.sys, "platform", "darwin")
+    assert not hardware.keep_freed_memory()
