@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ekd_lightning.conf
 import torch
+import yaml
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import StepContext, TermContext, build_assignment
@@ -11,6 +13,28 @@ from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 STUDENT_STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4)}
 TEACHER_STAGES = {"stem": (4, 8, 8), "stage1": (5, 8, 8), "stage2": (6, 2, 2)}
 D, D_TEACHER = 6, 7
+
+
+def rand(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def preset(name):
+    """A method's file, as it stands."""
+    with open(f"{next(iter(ekd_lightning.conf.__path__))}/method/{name}.yaml") as file:
+        return yaml.safe_load(file)
+
+
+class Heads:
+    """Stands for the live networks: only the teachers' classifiers can be asked for."""
+
+    def __init__(self, widths, C=4, seed=5, dtype=torch.float64):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.heads = [torch.nn.Linear(width, C, dtype=dtype) for width in widths]
+
+    def teacher_head(self, m):
+        return self.heads[m]
 
 
 def make_batch(B=5, C=4, seed=0):

@@ -13,22 +13,12 @@ from ekd_lightning.methods import build_method, term_names
 from ekd_lightning.methods.terms import term_class
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
-from .helpers import D, sizes
+from .helpers import D, Heads, sizes
 
 K, M, B, C = 3, 2, 5, 4
 STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 2, 2)}
 TERMS = [name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")]
 CAPTURED = [name for name in TERMS if term_class(name).captures]
-
-
-class Heads:
-    """Networks of which only the teachers' classifiers can be asked for."""
-
-    def __init__(self):
-        self.heads = [nn.Linear(D, C) for _ in range(M)]
-
-    def teacher_head(self, m):
-        return self.heads[m]
 
 
 def built(name):
@@ -72,7 +62,7 @@ def outputs():
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_recorded_step_follows_the_tensors_it_is_given(name):
     eager, recorded = built(name), built(name)
-    networks = Heads()
+    networks = Heads((D,) * M, dtype=torch.float32)
     for step in range(3):
         torch.manual_seed(step)
         said = outputs()
@@ -94,7 +84,7 @@ def test_a_recorded_step_follows_the_tensors_it_is_given(name):
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_term_that_captures_reads_nothing_back_from_the_device(name):
     """On an accelerator's tensors without values, where whatever reads one, or asks for its shape, fails."""
-    method, networks, said = built(name), Heads(), outputs()
+    method, networks, said = built(name), Heads((D,) * M, dtype=torch.float32), outputs()
     with FakeTensorMode() as mode:
 
         def there(values):

@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from ekd_lightning.methods import build_term, losses
 from ekd_lightning.methods.losses import decoupled, soft_cross_entropy, standardized
 
-from .helpers import make_batch, make_student, make_teachers, step_context, term_context
+from .helpers import make_batch, make_student, make_teachers, rand, step_context, term_context
 from .reference import kl, softmax
 
 
-def logits(B=6, C=5, seed=0, scale=3.0):
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(B, C, generator=generator, dtype=torch.float64)
+def logits(B=6, C=5, seed=0):
+    return rand(B, C, seed=seed, scale=3.0)
 
 
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
@@ -56,15 +55,6 @@ def test_decoupled_over_branches_is_their_mean():
     each = [decoupled(z, t, LABELS, 4.0) for z, t in zip(both, teachers, strict=True)]
     for i in range(2):
         torch.testing.assert_close(found[i], (each[0][i] + each[1][i]) / 2)
-
-
-@pytest.mark.parametrize("function", [lambda z, t: sum(decoupled(z, t, LABELS, 2.0)), None])
-def test_gradients_by_finite_differences_and_none_for_the_teacher(function):
-    function = function or (lambda z, t: losses.kd_divergence(standardized(z), standardized(t).detach(), 2.0))
-    student, teacher = logits(seed=5).requires_grad_(), logits(seed=6).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: function(z, teacher.detach()), student)
-    function(student, teacher).backward()
-    assert teacher.grad is None or not teacher.grad.any()
 
 
 @given(factor=st.floats(0.1, 20), shift=st.floats(-50, 50), seed=st.integers(0, 100))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from ekd_lightning.methods import losses, term_names
 from ekd_lightning.methods.terms import term_class
 
 from . import reference
+from .helpers import rand as unit_rand
 
-
-def rand(*shape, seed=0, scale=2.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+rand = partial(unit_rand, scale=2.0)
+LABELS = torch.tensor([0, 4, 2])
+MAPS = (2, 4, 4, 4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -145,36 +147,64 @@ def test_ambiguity_against_the_definition():
     assert losses.ambiguity(z[:1]).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_gradients_in_double_precision():
-    t, y = rand(3, 5, seed=1), torch.tensor([0, 4, 2])
-    s = rand(3, 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: losses.kd_divergence(x, t, 3.0), s)
-    assert torch.autograd.gradcheck(lambda x: losses.cross_entropy(x, y), s)
-    assert torch.autograd.gradcheck(lambda x: losses.mse(x, t), s)
-    assert torch.autograd.gradcheck(losses.ambiguity, rand(2, 3, 4).requires_grad_())
+def flow(pooling):
+    return lambda s, t: losses.flow_loss([s[:, :1], s[:, 1:]], [t[:, :1], t[:, 1:]], pooling)
 
 
-def test_targets_get_no_gradient():
-    s, t = rand(3, 5).requires_grad_(), rand(3, 5, seed=1).requires_grad_()
-    combined = losses.combine_teachers(t[None], torch.ones(1), 2.0, "probabilities")
-    assert not combined.requires_grad
-    (losses.kd_divergence(s, t, 2.0) + losses.mse(s, t)).backward()
-    assert t.grad is None
-    assert s.grad is not None
+# Loss of (student, teacher), the shapes of both, and whether it is 0 where they are equal.
+LOSSES = {
+    "cross_entropy": (lambda s, t: losses.cross_entropy(s, LABELS), (3, 5), (3, 5), False),
+    "kd_divergence": (lambda s, t: losses.kd_divergence(s, t, 3.0), (3, 5), (3, 5), True),
+    "soft_cross_entropy": (lambda s, t: losses.soft_cross_entropy(s, t, 3.0), (3, 5), (3, 5), False),
+    "mse": (losses.mse, (3, 5), (3, 5), True),
+    "decoupled": (lambda s, t: sum(losses.decoupled(s, t, LABELS, 2.0)), (3, 5), (3, 5), True),
+    "standardized": (lambda s, t: losses.standardized_divergence(s, t, 2.0), (3, 5), (3, 5), True),
+    "divergences": (lambda s, t: losses.divergences(s, t, 2.0), (3, 5), (2, 3, 5), False),
+    "ensemble": (lambda s, t: losses.ensemble_divergence(s, t, 2.0), (2, 3, 5), (3, 5), False),
+    "ambiguity": (lambda s, t: losses.ambiguity(s), (2, 3, 4), (1,), False),
+    "attention": (losses.attention_loss, MAPS, (2, 3, 2, 2), True),
+    "attention_norm": (lambda s, t: losses.attention_loss(s, t, "norm"), MAPS, (2, 3, 2, 2), True),
+    "flow": (flow("max"), MAPS, MAPS, True),
+    "flow_average": (flow("average"), MAPS, MAPS, True),
+    "flow_matrix": (lambda s, t: losses.flow_matrix(s[:, :2], s[:, 2:, :2, :2]), MAPS, (1,), False),
+    "gaussian": (lambda s, t: losses.gaussian_loss(s, torch.full((4,), 2.0), t), MAPS, MAPS, False),
+    "distance": (losses.distance_loss, (5, 3), (5, 4), True),
+    "angle": (losses.angle_loss, (5, 3), (5, 4), True),
+    "similarity": (losses.similarity_loss, (5, 3), (5, 4), True),
+    "relative_distances": (lambda s, t: losses.relative_distances(s), (5, 3), (1,), False),
+    "angles": (lambda s, t: losses.angles(s), (5, 3), (1,), False),
+    "similarities": (lambda s, t: losses.similarities(s), (5, 3), (1,), False),
+}
 
 
-def test_half_precision_gives_float32_losses_close_to_full_precision():
-    s, t, y = rand(3, 5).bfloat16(), rand(3, 5, seed=1).bfloat16(), torch.tensor([0, 4, 2])
-    with torch.autocast("cpu", torch.bfloat16):
-        got = [losses.kd_divergence(s, t, 2.0), losses.cross_entropy(s, y), losses.mse(s, t)]
-    full = [
-        losses.kd_divergence(s.double(), t.double(), 2.0),
-        losses.cross_entropy(s.double(), y),
-        losses.mse(s.double(), t.double()),
-    ]
-    for a, b in zip(got, full, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_right_gradients_and_gives_its_target_none(name):
+    loss, ours, theirs, is_distance = LOSSES[name]
+    student, teacher = rand(*ours).requires_grad_(), rand(*theirs, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach()), student)
+    loss(student, teacher).sum().backward()
+    assert teacher.grad is None
+    assert student.grad.any()
+    if is_distance:
+        assert loss(student, student.detach().clone()).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_gives_float32_losses_close_to_full_precision(name):
+    loss, ours, theirs, _ = LOSSES[name]
+    student, teacher = rand(*ours).bfloat16(), rand(*theirs, seed=1).bfloat16()
+    # Products of relations are kept from autocast by their term.
+    with torch.autocast(
+        "cpu", torch.bfloat16, enabled=name not in ("angle", "angles", "similarity", "similarities")
+    ):
+        found = loss(student, teacher)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), loss(student.double(), teacher.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_combined_teachers_have_no_gradient():
+    teachers = rand(1, 3, 5).requires_grad_()
+    assert not losses.combine_teachers(teachers, torch.ones(1), 2.0, "probabilities").requires_grad
 
 
 @pytest.mark.parametrize("loss", [lambda s, t: losses.kd_divergence(s, t, 2.0), losses.mse])

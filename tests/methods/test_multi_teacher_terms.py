@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import ekd_lightning.conf
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -24,22 +22,20 @@ from ekd_lightning.methods.losses import (
 )
 
 from . import reference
-from .helpers import D_TEACHER, make_batch, make_student, make_teachers, sizes, step_context, term_context
+from .helpers import (
+    D_TEACHER,
+    Heads,
+    make_batch,
+    make_student,
+    make_teachers,
+    preset,
+    sizes,
+    step_context,
+    term_context,
+)
 
 LOGIT_TERMS = ["kd_ebkd", "kd_camkd", "kd_aekd"]
 T = 3.0
-
-
-class Heads:
-    """Stands for the live networks: only the teachers' classifiers are asked for."""
-
-    def __init__(self, widths, C=4, seed=5):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.heads = [nn.Linear(width, C).double() for width in widths]
-
-    def teacher_head(self, m):
-        return self.heads[m]
 
 
 def case(K=1, M=3, B=5, C=4, seed=0):
@@ -427,9 +423,7 @@ def test_one_teacher_needs_no_tolerance():
 
 
 def test_camkd_leaves_features_out_in_the_first_of_240_epochs():
-    folder = next(iter(ekd_lightning.conf.__path__))
-    with open(f"{folder}/method/camkd.yaml") as file:
-        terms = yaml.safe_load(file)["method"]["terms"]
+    terms = preset("camkd")["method"]["terms"]
     term = dict(build_method("camkd", terms, sizes(K=1)).named_terms())["feature_camkd"]
     weights = [term.weight_at(progress) for progress in (0.0, 0.9 / 240, 1.01 / 240, 1.0)]
     assert weights == [0.0, 0.0, 50.0, 50.0]

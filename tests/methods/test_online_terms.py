@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ekd_lightning.conf
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +12,7 @@ from ekd_lightning.methods import TermContext, build_method, build_term, losses
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 
 from . import reference
-from .helpers import D, make_batch, make_student, step_context, term_context
+from .helpers import D, make_batch, make_student, preset, step_context, term_context
 
 TERMS = ["mutual", "self_distillation", "peer_attention", "leader"]
 T = 3.0
@@ -252,11 +250,6 @@ def test_half_precision_gives_float32_close_to_full_precision(name):
     )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), value(name, wide), rtol=1e-4, atol=1e-6)
-
-
-def preset(name):
-    with open(f"{next(iter(ekd_lightning.conf.__path__))}/method/{name}.yaml") as file:
-        return yaml.safe_load(file)
 
 
 def whole(name):

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
-import ekd_lightning.conf
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
 from ekd_lightning.methods.pair_terms import ConvRegressor
 
-from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context
+from .helpers import make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
 
-CONF = Path(next(iter(ekd_lightning.conf.__path__)))
 BOUNDARY = 0.1111
 
 
@@ -112,7 +108,7 @@ def test_regressors_are_for_maps():
 
 def two_stages(seed=0):
     torch.manual_seed(seed)
-    spec = yaml.safe_load((CONF / "method" / "fitnet_two_stage.yaml").read_text())["method"]
+    spec = preset("fitnet_two_stage")["method"]
     return build_method("x", spec["terms"], sizes(1, 1), temperature=spec["temperature"])
 
 
