@@ -280,7 +280,7 @@ def test_training_a_teacher_is_reproducible_and_leaves_the_generator_alone(train
 
 
 def test_a_killed_training_goes_on_at_its_last_whole_epoch(tmp_path, monkeypatch):
-    from ekd_lightning.training.classifier import Classifier
+    from ekd_lightning.training.teacher_training import Classifier
 
     def teacher(store):
         settings = replace(SETTINGS, store=str(tmp_path / store), recipe=replace(RECIPE, epochs=3))

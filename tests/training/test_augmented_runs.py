@@ -16,8 +16,7 @@ from ekd_lightning.networks import NetworkSpec, build_network, normalization
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.settings import RecipeSettings
-from ekd_lightning.training.classifier import Classifier
-from ekd_lightning.training.teacher_training import TeacherData, train_teacher
+from ekd_lightning.training.teacher_training import Classifier, TeacherData, train_teacher
 
 POOL = (
     "data.augmentation=[crop_flip,cutout]",
@@ -114,7 +113,9 @@ def test_teachers_on_demand_are_mixed_by_their_own_recipe(tiny_settings, tmp_pat
     assert isinstance(prepared.views, Pool)
     seen: list[Batch] = []
     losses = Classifier.losses
-    monkeypatch.setattr(Classifier, "losses", lambda self, batch: seen.append(batch) or losses(self, batch))
+    monkeypatch.setattr(
+        Classifier, "losses", lambda self, batch, *rest: seen.append(batch) or losses(self, batch, *rest)
+    )
     data = TeacherData(prepared.dataset, prepared.subset, prepared.views, "subset")
     spec = NetworkSpec("resnet8", 10, normalization("unit"), {"width": 0.5})
     train_teacher(spec, data, RecipeSettings(epochs=1, batch_size=32, cutmix=1.0), 0, tmp_path, "cpu")

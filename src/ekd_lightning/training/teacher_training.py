@@ -11,9 +11,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
@@ -24,12 +27,49 @@ from ekd_lightning.teachers.plan import SourcePlan
 from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
 from ekd_lightning.training.checkpoints import LAST, CheckpointWriter, checkpoint_callbacks, read_checkpoint
-from ekd_lightning.training.classifier import Classifier
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.recorded_step import StepValues
 from ekd_lightning.training.trainer import EpochReport, EpochSeed
 
 log = logging.getLogger(__name__)
+
+
+class Classifier(ImageClassificationModule):
+    """A staged network trained by cross-entropy on the ground truth."""
+
+    recipe_key = "teachers.recipe"
+
+    def __init__(
+        self,
+        network: StagedNetwork,
+        recipe: RecipeSettings,
+        *,
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__(
+            recipe, term_names=("ce",), num_classes=network.spec.num_classes, channels_last=channels_last
+        )
+        self._spare_fragile(network)
+        self.network = network
+        self.label_smoothing = label_smoothing
+
+    def losses(
+        self, batch: Batch, values: StepValues | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Cross-entropy of a batch; see the base class."""
+        logits = self.network(batch.images).float()
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
+        return loss, {"ce": loss.detach()}, logits
+
+    def predict(self, images: Tensor) -> tuple[Tensor, None]:
+        """Logits [B, C] of images [B, 3, H, W]."""
+        return self.network(images), None
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The network."""
+        return [self.network]
 
 
 @dataclass(frozen=True)
@@ -42,7 +82,7 @@ class TeacherData:
     train_on: str
     curves: TeacherCurves | None = None
 
-    def index(self) -> torch.Tensor:
+    def index(self) -> Tensor:
         """Training images of the teacher, int64: those of the student, or all."""
         if self.train_on == "subset":
             return self.subset.train_index
@@ -203,7 +243,7 @@ def train_assistant(
 
 
 def _images(
-    dataset: Dataset, index: torch.Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int
+    dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int
 ) -> ImageDataModule:
     """Training images alone: nothing is chosen by validation, so none are held out for it."""
     share = len(index) / len(dataset.train)
