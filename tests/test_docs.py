@@ -58,6 +58,24 @@ ALLOWED = {
 }
 
 
+CHANGES = (
+    "a loss", "a method", "a network", "a data set", "an augmentation", "a logger", "a metric", "a figure", "a command",
+    "a launcher", "a teacher's source", "a recipe",
+)  # fmt: skip
+
+
+def test_a_usual_change_opens_at_most_three_files_that_exist():
+    table = PAGE.read_text().split("\n## To change this, open these files\n")[1]
+    rows = re.findall(r"^\| (an? .+?) \| (.+) \|$", table, re.MULTILINE)
+    assert tuple(what for what, _ in rows) == CHANGES
+    for what, told in rows:
+        names = re.findall(r"`([\w./-]+\.\w+)`", told)
+        assert 1 <= len(names) <= 3, what
+        assert [name for name in names if not any((top / name).is_file() for top in (SOURCE, ROOT))] == [], (
+            what
+        )
+
+
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, anywhere in it, as a dotted name."""
     found: set[str] = set()
