@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from ekd_lightning.runs.collection import Collection, RunEntry
+from ekd_lightning.runs.directory import RunState
+from ekd_lightning.runs.result import Result
 
 TEACHERS = [
     {"id": f"teacher{m}", "sha256": f"{m}" * 64, "test_accuracy": 0.9 + m / 100, "num_parameters": 270_000}
@@ -153,8 +155,8 @@ def entry(
     """A run in memory, with the configuration that belongs to it."""
     name = name or f"{made['method']}-s{made['seed']}"
     error = "broke" if state == "failed" else None
-    kept = made if state in ("done", "partial") else None
-    run = RunEntry(Path("/nowhere") / name, name, state, kept, error, time)
+    kept = Result.of(made) if state in ("done", "partial") else None
+    run = RunEntry(Path("/nowhere") / name, name, RunState(state), kept, error, time)
     vars(run)["config"] = config(made, **settings)  # in place of what the file would hold
     return run
 

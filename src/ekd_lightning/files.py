@@ -105,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     text = path.read_bytes()
     require_intact(path, text)
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=lambda _: None)  # NaN, as `write_json` has it
     except ValueError as error:
         raise DamagedFileError(f"{path}: damaged, not JSON ({error})") from None
     if not isinstance(content, dict):

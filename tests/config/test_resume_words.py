@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from made_runs import result
 
 from ekd_lightning.config.config import changed_keys, write_config
 from ekd_lightning.config.resume import check_unchanged, expand_resume
@@ -19,7 +20,7 @@ def run(tmp_path):
         write_config(PLAIN, tmp_path)
         (tmp_path / "status.json").write_text(json.dumps({"state": state}))
         if epochs_done is not None:
-            (tmp_path / "result.json").write_text(json.dumps({"epochs_done": epochs_done}))
+            (tmp_path / "result.json").write_text(json.dumps(result(epochs_done=epochs_done)))
         (tmp_path / ".hydra").mkdir(exist_ok=True)
         (tmp_path / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in overrides))
         return tmp_path

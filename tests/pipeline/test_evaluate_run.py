@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 from ekd_lightning.data import choose_subset, load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_json
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import evaluate_run
 from ekd_lightning.pipeline.evaluate_run import (
@@ -19,12 +17,13 @@ from ekd_lightning.pipeline.evaluate_run import (
     evaluate_new_run,
     find_part,
     merge,
-    read_arrays,
 )
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
 
-RESULT = {"method": "ekd", "test_accuracy": 0.5}
+RESULT = Result.of({"method": "ekd", "data": "digits", "seed": 0, "fraction": 0.1, "test_accuracy": 0.5})
 
 
 @pytest.fixture
@@ -61,60 +60,67 @@ def context(*parts, result=RESULT):
 
 
 @pytest.fixture
-def finished(tmp_path):
+def directory(tmp_path):
+    return RunDirectory(tmp_path)
+
+
+@pytest.fixture
+def finished(directory):
     """The directory of a run without evaluation."""
-    write_json(tmp_path / "result.json", RESULT)
-    return tmp_path
+    directory.write_result(RESULT)
+    return directory
 
 
 def read(directory):
-    return json.loads((directory / "result.json").read_text())
+    return directory.read_result()
 
 
-def test_a_new_run_gets_what_its_parts_find(tmp_path, parts):
+def test_a_new_run_gets_what_its_parts_find(directory, parts):
     parts["predictions"] = Findings({"a": np.float32(0.5), "b": np.arange(3)}, {"x": np.arange(4)})
     parts["generalisation"] = Findings(
         {"c": {"d": [np.int64(1), math.nan]}}, {"y": np.ones((2, 2), np.float16)}
     )
-    found = evaluate_new_run(context("generalisation", "predictions"), tmp_path)
+    found = evaluate_new_run(context("generalisation", "predictions"), directory)
     assert found.items() >= {**RESULT, "a": 0.5, "b": [0, 1, 2], "evaluation_error": None}.items()
     assert found["c"]["d"][0] == 1
     assert found["evaluated"] == ["predictions", "generalisation"]
     assert found["evaluation_seconds"].keys() == {"predictions", "generalisation"}
-    arrays = read_arrays(tmp_path)
+    arrays = directory.arrays()
     np.testing.assert_array_equal(arrays["x"], np.arange(4))
     assert arrays["y"].dtype == np.float16
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz"]  # the caller writes the rest
+    assert sorted(path.name for path in directory.path.iterdir()) == [
+        "arrays.npz"
+    ]  # the caller writes the rest
 
 
-def test_without_parts_the_record_says_so(tmp_path, parts):
-    found = evaluate_new_run(context(), tmp_path)
+def test_without_parts_the_record_says_so(directory, parts):
+    found = evaluate_new_run(context(), directory)
     assert found == {**RESULT, "evaluated": [], "evaluation_error": None}
 
 
 @pytest.mark.parametrize("error", [UserError("no such; folder"), RuntimeError("out of\nmemory")])
-def test_a_part_that_fails_is_stated_and_loses_nothing_else(tmp_path, parts, caplog, error):
+def test_a_part_that_fails_is_stated_and_loses_nothing_else(directory, parts, caplog, error):
     parts |= {"predictions": error, "generalisation": Findings({"c": 1}), "flatness": error}
-    found = evaluate_new_run(context("predictions", "generalisation", "flatness"), tmp_path)
+    found = evaluate_new_run(context("predictions", "generalisation", "flatness"), directory)
     assert (found["evaluated"], found["c"], found["method"]) == (["generalisation"], 1, "ekd")
     line = "no such, folder" if isinstance(error, UserError) else "RuntimeError: out of memory"
     assert found["evaluation_error"] == f"predictions: {line}; flatness: {line}"
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert ("Traceback" in caplog.text) is not isinstance(error, UserError)
 
-    write_json(tmp_path / "result.json", found)
+    directory.write_result(found)
     parts |= {"predictions": Findings({"a": 1}), "flatness": Findings({"f": 1})}
-    evaluate_finished_run(context(result=found), tmp_path, ["predictions"])
-    assert read(tmp_path)["evaluation_error"] == f"flatness: {line}"
-    evaluate_finished_run(context(result=read(tmp_path)), tmp_path, ["flatness"])
-    assert read(tmp_path)["evaluation_error"] is None
+    evaluate_finished_run(context(result=found), directory, ["predictions"])
+    assert read(directory)["evaluation_error"] == f"flatness: {line}"
+    evaluate_finished_run(context(result=read(directory)), directory, ["flatness"])
+    assert read(directory)["evaluation_error"] is None
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])
-def test_who_stops_a_run_stops_its_evaluation(tmp_path, parts, stop):
+def test_who_stops_a_run_stops_its_evaluation(directory, parts, stop):
     parts["predictions"] = stop
     with pytest.raises(type(stop)):
-        evaluate_new_run(context("predictions"), tmp_path)
+        evaluate_new_run(context("predictions"), directory)
 
 
 def test_parts_are_added_to_a_finished_run_once(finished, parts):
@@ -129,7 +135,7 @@ def test_parts_are_added_to_a_finished_run_once(finished, parts):
     assert found == second.result
     assert found.items() >= {**RESULT, "ms": 2.0, "a": 1}.items()
     assert found["evaluated"] == ["predictions", "efficiency"]
-    assert read_arrays(finished).keys() == {"x", "y"}
+    assert finished.arrays().keys() == {"x", "y"}
 
 
 def test_by_force_a_part_replaces_what_it_wrote_and_nothing_else(finished, parts):
@@ -139,15 +145,15 @@ def test_by_force_a_part_replaces_what_it_wrote_and_nothing_else(finished, parts
     evaluate_finished_run(context(result=read(finished)), finished, ["predictions"], force=True)
     found = read(finished)
     assert (found["a"], found["new"], found["ms"]) == (7, None, 2.0)
-    assert read_arrays(finished)["x"] == 1
+    assert finished.arrays()["x"] == 1
 
 
 def test_a_failure_leaves_the_record_of_a_finished_run_as_it_was(finished, parts):
     parts["predictions"] = RuntimeError("broken")
-    before = (finished / "result.json").read_bytes()
+    before = (finished.path / "result.json").read_bytes()
     outcome = evaluate_finished_run(context(), finished, ["predictions"])
     assert outcome.errors == {"predictions": "predictions: RuntimeError: broken"}
-    assert (finished / "result.json").read_bytes() == before
+    assert (finished.path / "result.json").read_bytes() == before
 
 
 def test_two_evaluations_at_once_keep_each_others_findings(finished, parts):
@@ -161,7 +167,7 @@ def test_two_evaluations_at_once_keep_each_others_findings(finished, parts):
     evaluate_finished_run(second, finished, ["efficiency"])
     assert read(finished).items() >= {"a": 1, "ms": 2.0}.items()
     assert read(finished)["evaluated"] == ["predictions", "efficiency"]
-    assert read_arrays(finished).keys() == {"x", "y"}
+    assert finished.arrays().keys() == {"x", "y"}
 
 
 @pytest.mark.parametrize("taken", ["test_accuracy", "a", "evaluated"])
@@ -171,18 +177,18 @@ def test_names_of_others_are_not_taken(taken):
         merge(result, Findings({taken: 0}), "efficiency", 0.1)
 
 
-def test_arrays_of_others_are_not_taken(tmp_path, parts):
+def test_arrays_of_others_are_not_taken(directory, parts):
     parts |= {"predictions": Findings({}, {"x": np.zeros(1)}), "flatness": Findings({}, {"x": np.ones(1)})}
-    found = evaluate_new_run(context("predictions", "flatness"), tmp_path)
+    found = evaluate_new_run(context("predictions", "flatness"), directory)
     assert "same arrays" in found["evaluation_error"]
-    assert read_arrays(tmp_path)["x"] == 0
+    assert directory.arrays()["x"] == 0
 
 
 def test_a_killed_evaluation_can_be_repeated(finished, parts, monkeypatch):
     """Killed between the two files: the arrays are there, the result is the old one."""
     parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_run, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RunDirectory, "write_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate_finished_run(context(), finished, ["predictions"])
     assert read(finished) == RESULT
@@ -190,13 +196,13 @@ def test_a_killed_evaluation_can_be_repeated(finished, parts, monkeypatch):
 
 
 def test_damaged_arrays_are_named(finished, parts):
-    (finished / "arrays.npz").write_bytes(b"PK\x03\x04 half a file")
+    (finished.path / "arrays.npz").write_bytes(b"PK\x03\x04 half a file")
     parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
     outcome = evaluate_finished_run(context(), finished, ["predictions"])
     assert "arrays.npz: damaged" in outcome.errors["predictions"]
-    np.savez(finished / "arrays.npz", x=np.array([object()]))  # would be unpickled
+    np.savez(finished.path / "arrays.npz", x=np.array([object()]))  # would be unpickled
     with pytest.raises(UserError, match="damaged"):
-        read_arrays(finished)
+        finished.arrays()
 
 
 @pytest.mark.parametrize("name", EVALUATION_PARTS)

@@ -20,7 +20,10 @@ from ekd_lightning.pipeline import evaluation_context
 from ekd_lightning.pipeline import evaluation_parts as parts
 from ekd_lightning.pipeline.evaluate_run import merge
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import DataSettings, Settings
+
+RESULT = Result("ekd", "digits", seed=0, fraction=0.1, test_accuracy=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def trained(dataset) -> BranchedStudent:
 def context(dataset, trained, tmp_path) -> EvaluationContext:
     settings = Settings(data=DataSettings(root=str(tmp_path), eval_batch_size=50))
     subset = choose_subset(dataset.train.labels, fraction=0.1)
-    return EvaluationContext(settings, {}, copy.deepcopy(trained), dataset, subset, torch.device("cpu"))
+    return EvaluationContext(settings, RESULT, copy.deepcopy(trained), dataset, subset, torch.device("cpu"))
 
 
 def scores(context, images, labels) -> tuple[float, float]:
@@ -83,7 +86,7 @@ def test_parts_leave_the_student_as_it_was_and_fit_the_record(context, part):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not context.student.training
     assert all(p.requires_grad and p.grad is None for p in context.student.parameters())
-    fields = merge({}, findings, part.__name__, 1.0)
+    fields = dict(merge(RESULT, findings, part.__name__, 1.0))
     assert json.loads(json.dumps(fields, allow_nan=False)) == fields
     assert all(array.dtype == np.float64 for array in findings.arrays.values())
 

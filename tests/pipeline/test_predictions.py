@@ -26,6 +26,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.pipeline.evaluate_run import plain
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.predictions import predictions, trained_with
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import DataSettings, MethodSettings, Settings, TeacherSettings
 
 SPEC = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.5})
@@ -64,7 +65,8 @@ def make(dataset, teachers, tmp_path_factory):
             teachers=TeacherSettings(store=str(store)),
             method=MethodSettings(terms=TERMS, **method),
         )
-        result = {"teachers": [{"sha256": i.sha256} for i in teachers.identities] if taught else []}
+        named = [{"sha256": i.sha256} for i in teachers.identities] if taught else []
+        result = Result("ekd", "digits", seed=0, fraction=0.2, teachers=named)
         subset = choose_subset(dataset.train.labels, fraction=0.2, val_fraction=val)
         gather = (lambda: teachers) if taught else None
         return EvaluationContext(

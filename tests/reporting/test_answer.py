@@ -363,15 +363,12 @@ def test_the_size_of_chance():
 
 
 def test_few_runs_and_runs_that_do_not_count_are_told():
-    failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "running")]
+    failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "stopped")]
     remarks = told(*study(), *failed).remarks
     assert any(
         one.startswith("Some of these comparisons rest on n = 3 (fewer than 5 pairs)") for one in remarks
     )
-    assert (
-        "Not counted here: of the runs of this block 1 failed and 1 are still running or were killed."
-        in remarks
-    )
+    assert "Not counted here: of the runs of this block 1 failed and 1 were interrupted or killed." in remarks
     many = {"ekd": np.linspace(0.7, 0.75, 5).tolist(), "ce": [0.6, 0.62, 0.6, 0.61, 0.63]}
     assert not [remark for remark in told(*study(many)).remarks if "Some of these" in remark]
 

@@ -17,6 +17,7 @@ from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.reporting.report_files import flatten, markdown, runs_csv, summary_json
 from ekd_lightning.runs.collection import RunEntry, collect
+from ekd_lightning.runs.directory import RunState
 
 
 def report(*runs, **more):
@@ -103,7 +104,7 @@ def test_only_failed_runs_make_a_report_all_the_same():
     found = report(entry(result("ekd"), "f", "failed"))
     assert found.lead == "No run is done: there is nothing to say yet."
     assert "No run is done here." in markdown(found)
-    assert summary(found)["runs"] == {"done": 0, "failed": 1, "partial": 0, "running": 0}
+    assert summary(found)["runs"] == {"done": 0, "failed": 1, "partial": 0, "stopped": 0, "running": 0}
     assert len(list(csv.DictReader(io.StringIO(runs_csv(found))))) == 1
 
 
@@ -171,7 +172,9 @@ def test_summary_table_and_answer_say_the_same():
 
 
 def test_angle_brackets_of_errors_and_names_are_text():
-    failed = RunEntry(Path("/nowhere/f"), "f", "failed", error="expected <class 'int'> | None, p < 0.05")
+    failed = RunEntry(
+        Path("/nowhere/f"), "f", RunState.FAILED, error="expected <class 'int'> | None, p < 0.05"
+    )
     text = markdown(make_report(collection(*study(), failed), "A <b>title</b>"))
     assert "expected \\<class 'int'> \\| None, p < 0.05" in text
     assert text.startswith("# A \\<b>title\\</b>\n")

@@ -16,6 +16,8 @@ from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import check_comparable
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.comparison import records, study_block, study_rows
 
 POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
@@ -24,7 +26,7 @@ POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
 def run(row, seed, accuracy, fraction=0.1, state="done", error=None, **more):
     name = f"{row}-f{fraction:g}-s{seed}"
     if accuracy is None:
-        return RunEntry(Path("/nowhere") / name, name, state, error=error)
+        return RunEntry(Path("/nowhere") / name, name, RunState(state), error=error)
     teachers = more.pop("teachers", [] if row == "ce" else POOL)
     result = {
         "data": "digits",
@@ -46,7 +48,7 @@ def run(row, seed, accuracy, fraction=0.1, state="done", error=None, **more):
         "train_seconds": 10.0 + seed,
         **more,
     }
-    return RunEntry(Path("/nowhere") / name, name, state, result)
+    return RunEntry(Path("/nowhere") / name, name, RunState(state), Result.of({"method": row, **result}))
 
 
 ACCURACIES = {
@@ -103,7 +105,7 @@ def test_only_common_seeds_are_paired():
 def test_failed_and_missing_runs_stay_in_the_table():
     runs = study()
     runs["ekd"][2] = run("ekd", 2, None, state="failed", error="no such stage | x")
-    runs["ekd"][3] = run("ekd", 3, None, state="missing")
+    runs["ekd"][3] = run("ekd", 3, None, state="planned")
     told = "failed 1 of 4: no such stage | x; missing 1 of 4"
     record = flat(runs)["ekd"]
     assert (record["problems"], record["n"], record["failed"], record["missing"]) == (told, 2, 1, 1)

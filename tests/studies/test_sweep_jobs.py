@@ -15,18 +15,17 @@ from hypothesis import strategies as st
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.studies import launching
 from ekd_lightning.studies.launching import is_queued, stopped
 from ekd_lightning.studies.multirun import lost_job, plan_jobs
 from ekd_lightning.studies.progress import Progress, readable, seconds_left, show_summary
 from ekd_lightning.studies.sweep import (
     Job,
-    JobState,
     Sweep,
     as_typed,
     found_sweep,
     look,
-    mark_interrupted,
     read_sweep,
     settled,
     sweep_of,
@@ -52,7 +51,15 @@ def leave(directory: Path, state: str, *, since: float = 0, end: float = 0, erro
     (directory / "provenance.json").write_text(json.dumps({"started": at(since)}))
     (directory / "status.json").write_text(json.dumps({"state": state, "error": error, "time": at(end)}))
     if state == "done":
-        (directory / "result.json").write_text(json.dumps(result))
+        whole = {
+            "method": "ekd",
+            "data": "digits",
+            "seed": 0,
+            "fraction": 0.1,
+            "test_accuracy": 0.5,
+            **result,
+        }
+        (directory / "result.json").write_text(json.dumps(whole))
 
 
 @pytest.fixture
@@ -143,22 +150,24 @@ def test_the_sweep_of_a_run_is_named_as_dashboards_do(tmp_path):
 
 def test_every_state_is_told_apart(tmp_path):
     cases = {
-        "waiting": lambda d: None,
-        "running": lambda d: leave(d, "running", since=3),
+        "planned": lambda d: None,
+        "stopped": lambda d: leave(d, "running", since=3),
         "done": lambda d: leave(d, "done", since=10, end=45, test_accuracy=0.5),
         "partial": lambda d: leave(d, "done", partial=True),
-        "stopped": lambda d: leave(d, "failed", error="interrupted"),
+        "interrupted": lambda d: leave(d, "failed", error="interrupted"),
         "failed": lambda d: leave(d, "failed", error="x=1: no\nsecond line"),
     }
     for state, write in cases.items():
         write(tmp_path / state)
-        found = look(job(tmp_path, state))
-        assert found.state == state
-        assert found.ended == (state not in ("waiting", "running"))
-    assert look(job(tmp_path, "done")).seconds == 35
-    assert look(job(tmp_path, "done")).result == {"test_accuracy": 0.5}
-    assert look(job(tmp_path, "failed")).error == "x=1: no"
-    assert look(job(tmp_path, "running")).since == START + timedelta(seconds=3)
+        found = look(job(tmp_path, state)).run
+        assert found.state == ("stopped" if state == "interrupted" else state)
+        assert found.is_over == (state in ("done", "partial"))
+    done = look(job(tmp_path, "done")).run
+    assert (done.seconds, done.result.test_accuracy) == (35, 0.5)
+    assert look(job(tmp_path, "failed")).run.error == "x=1: no"
+    with DirectoryLock(tmp_path / "stopped"):
+        running = look(job(tmp_path, "stopped"), at(1e6)).run
+    assert (running.state, running.since) == ("running", START + timedelta(seconds=3))
 
 
 @pytest.mark.parametrize("name", ["status.json", "result.json"])
@@ -166,38 +175,29 @@ def test_every_state_is_told_apart(tmp_path):
 def test_damaged_files_are_failures(tmp_path, name, text):
     leave(tmp_path / "0", "done")
     (tmp_path / "0" / name).write_text(text)
-    assert look(job(tmp_path, "0")).error == f"{name}: damaged"
+    found = look(job(tmp_path, "0")).run
+    assert found.state == "failed"
+    assert f"{name}: damaged" in found.error
 
 
 def test_what_an_earlier_sweep_left_in_the_folder_does_not_count(tmp_path):
     leave(tmp_path / "0", "done", end=-10)
-    assert look(job(tmp_path, "0"), at(0)).state == "waiting"
+    assert look(job(tmp_path, "0"), at(0)).run.state == "planned"
 
 
 def test_a_resumed_job_took_its_last_part(tmp_path):
     leave(tmp_path / "0", "done", since=0, end=100)
     first = {"started": at(0), "resumed": [{"started": at(30)}, {"started": at(80)}]}
     (tmp_path / "0" / "provenance.json").write_text(json.dumps(first))
-    assert look(job(tmp_path, "0")).seconds == 20
+    assert look(job(tmp_path, "0")).run.seconds == 20
 
 
 def test_once_all_have_gone_home_nobody_is_running(tmp_path):
     leave(tmp_path / "0", "running")
     (tmp_path / "1" / ".hydra").mkdir(parents=True)
     states = settled(look(job(tmp_path, name), at(0)) for name in "012")
-    assert [s.state for s in states] == ["failed", "failed", "waiting"]
-    assert [s.error for s in states][:2] == [
-        "killed: it ended without a word",
-        "ended before it had a record; see its log",
-    ]
-
-
-def test_an_interruption_marks_those_that_were_running(sweep):
-    for name, state in zip("012", ("done", "running", "failed"), strict=True):
-        leave(sweep.folder / name, state, error="x" if state == "failed" else None)
-    mark_interrupted(sweep.jobs)
-    assert [look(j).state for j in sweep.jobs] == ["done", "stopped", "failed", "waiting"]
-    assert json.loads((sweep.folder / "1" / "status.json").read_text())["error"] == "interrupted"
+    assert [s.run.state for s in states] == ["stopped", "failed", "planned"]
+    assert states[1].run.error == "ended before it had a record; see its log"
 
 
 def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
@@ -211,11 +211,11 @@ def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
 
 def test_jobs_of_a_cluster_go_on_without_us(sweep):
     leave(sweep.folder / "0", "running")
-    said = stopped(sweep, queued=True)
+    with DirectoryLock(sweep.folder / "0"):
+        said = stopped(sweep, queued=True)
     assert said.startswith(
         "0 of 4 runs done, 1 running, 3 not started; to continue, once the queue is empty: "
     )
-    assert look(sweep.jobs[0]).state == "running"
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         for launcher, queued in (("basic", False), ("slurm", True)):
             if queued:
@@ -275,7 +275,8 @@ def test_each_job_that_ends_is_a_line_and_no_job_is_told_twice(sweep):
     ]
     leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no")
     leave(sweep.folder / "3", "running", since=-1e6)
-    progress.look()
+    with DirectoryLock(sweep.folder / "3"):
+        progress.look()
     assert lines[1] == (
         "sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)"
     )
@@ -306,10 +307,9 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
     leave(sweep.folder / "2", "running")
     show_summary(found_sweep(sweep.folder))
     name, lines = sweep.folder.name, capsys.readouterr().out.splitlines()
-    assert lines[-5:] == [
-        f"{sweep.folder}: 1 of 4 runs done, 2 failed",
+    assert lines[-4:] == [
+        f"{sweep.folder}: 1 of 4 runs done, 1 failed",
         "  failed: 1  lr=1: no",
-        "  failed: 2  killed: it ended without a word",
         f"continue:  ekd-train resume={name}",
         f"report:    ekd-report {name} -o {name}/report",
     ]
@@ -347,10 +347,6 @@ def test_nobody_elses_process_is_taken_for_a_job(tmp_path):
     (tmp_path / ".submitit" / "99999999999999999999").mkdir()
     launching.stop_local_queue(tmp_path)
     launching.wait_for_local_queue(tmp_path)
-
-
-def test_a_state_without_a_result_is_empty(tmp_path):
-    assert JobState(job(tmp_path, "0"), "waiting").result == {}
 
 
 @pytest.mark.parametrize("text", ["", "first\nsecond"])

@@ -9,18 +9,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.progress import MOST_ROWS, seed_groups, sweep_tables
-from ekd_lightning.studies.sweep import Job, JobState
+from ekd_lightning.studies.sweep import Job, Standing
 
 FOLDER = Path("/sweep")
 
 
-def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> JobState:
-    result = (
-        {} if accuracy is None else {"test_accuracy": accuracy, "val_accuracy": 0.5, "train_seconds": 4.25}
-    )
+def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> Standing:
+    result = None
+    if accuracy is not None:
+        result = Result("ekd", "digits", 0, 0.1, accuracy, val_accuracy=0.5, train_seconds=4.25)
     job = Job(FOLDER / name, tuple(f"{key}={value}" for key, value in varied.items()))
-    return JobState(job, state, result=result)
+    return Standing(job, RunEntry(job.directory, name, RunState(state), result))
 
 
 def text(*tables) -> list[list[str]]:

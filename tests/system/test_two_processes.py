@@ -13,13 +13,14 @@ import pytest
 import torch
 from whole_runs import TINY
 
+from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
 from ekd_lightning.pipeline.evaluate_run import plain
 from ekd_lightning.pipeline.predictions import predictions
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.pipeline.recorded_run import open_context
-from ekd_lightning.pipeline.reopen import open_run
+from ekd_lightning.pipeline.reopen import open_context
+from ekd_lightning.runs.directory import RunDirectory
 
 WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]
 
@@ -89,8 +90,9 @@ def assert_scores_of_one_process(directory, result, settings):
 def assert_evaluation_of_one_process(directory, result):
     """What follows a training of two processes is what `ekd-evaluate` finds alone, with other batches."""
     assert (result["evaluated"], result["evaluation_error"]) == (["predictions"], None)
-    run = open_run(directory, ["data.eval_batch_size=360"])
-    context = open_context(directory, run.settings, run.result, run.student, torch.device("cpu"))
+    run = RunDirectory(directory)
+    settings = recorded_settings(run, ["data.eval_batch_size=360"])
+    context = open_context(run, settings, torch.device("cpu"))
     found = plain(predictions(context).fields)
     for name, value in found.items():
         assert flat(result[name]) == pytest.approx(flat(value), rel=1e-4, abs=1e-5, nan_ok=True), name

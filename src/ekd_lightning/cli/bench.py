@@ -87,7 +87,7 @@ def bench(args: argparse.Namespace) -> None:
         UserError: For a user's mistake.
     """
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
-    from ekd_lightning.runs.record import provenance  # noqa: PLC0415
+    from ekd_lightning.runs.provenance import provenance  # noqa: PLC0415
 
     quiet_libraries()
     context = make_bench(

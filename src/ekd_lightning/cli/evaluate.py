@@ -7,16 +7,16 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ekd_lightning.config.config import CONFIG_FILE, read_config
+from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.runs.directory import CONFIG, STATUS, RunDirectory, RunState
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
 from ekd_lightning.studies.sweep import sweep_of
 
@@ -164,19 +164,17 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: For a place that is not there, or in which no run is done.
     """
-    from ekd_lightning.pipeline.reopen import read_result  # noqa: PLC0415 (slow; --help needs none)
-
     if not places:
         raise UserError("RUN: name the directory of a run, or a folder with runs")
     found: dict[Path, None] = {}
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place}: no such directory")
-        if (place / "status.json").is_file() or (place / CONFIG_FILE).is_file():
-            read_result(place)
+        if RunDirectory(place).file(STATUS) or RunDirectory(place).file(CONFIG):
+            RunDirectory(place).finished_result()
             found[place] = None
             continue
-        below = sorted(path.parent for path in place.rglob("status.json"))
+        below = sorted(path.parent for path in place.rglob(STATUS))
         done = [directory for directory in below if _is_done(directory)]
         if not done:
             what = f"none of its {len(below)} runs is done" if below else "no run is there"
@@ -204,10 +202,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def _is_done(directory: Path) -> bool:
-    from ekd_lightning.pipeline.reopen import read_result  # noqa: PLC0415
-
     try:
-        return not read_result(directory).get("partial")
+        return RunDirectory(directory).record().state is RunState.DONE
     except UserError:
         return False
 
@@ -215,24 +211,24 @@ def _is_done(directory: Path) -> bool:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
 ) -> Outcome:
-    from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run, read_arrays  # noqa: PLC0415
-    from ekd_lightning.pipeline.recorded_run import open_context  # noqa: PLC0415
-    from ekd_lightning.pipeline.reopen import open_run  # noqa: PLC0415
+    from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopen import open_context  # noqa: PLC0415
     from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
-    run = open_run(directory, overrides)
-    if run.result.get("partial"):
+    run = RunDirectory(directory)
+    settings = recorded_settings(run, overrides)
+    if run.finished_result().partial:
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
-    context = open_context(directory, run.settings, run.result, run.student, device)
-    outcome = evaluate_finished_run(context, directory, parts, force=force)
+    context = open_context(run, settings, device)
+    outcome = evaluate_finished_run(context, run, parts, force=force)
     if outcome.done:
         log_evaluation_run(
-            run.settings.logger,
+            settings.logger,
             outcome.result,
-            partial(read_arrays, directory),
+            run.arrays,
             context.dataset,
             directory,
-            config=read_config(directory),
+            config=run.config(),
             sweep=sweep_of(directory),
         )
     return outcome

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import one_line
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import file_sha256, write_json, write_text
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_location, keys_where
 
 if TYPE_CHECKING:
@@ -191,18 +192,17 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.networks import cut_branches  # noqa: PLC0415
+    from ekd_lightning.networks import cut_branches, load_student  # noqa: PLC0415
     from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
-    from ekd_lightning.pipeline.recorded_run import open_context  # noqa: PLC0415
-    from ekd_lightning.pipeline.reopen import open_run  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopen import open_context  # noqa: PLC0415
 
-    run = open_run(args.run, args.overrides)
-    student = choose_weights(args.run, run.student, options.weights)
+    run = RunDirectory(args.run)
+    settings = recorded_settings(run, args.overrides)
+    run.finished_result()  # refuses a run that is not done
+    student = choose_weights(run, load_student(run.student), options.weights)
     if options.branches is not None:
         cut_branches(student, options.branches)  # refuses before the data are read
-    context = open_context(args.run, run.settings, run.result, student, torch.device("cpu"))
-    path = args.run / "provenance.json"
-    return context, json.loads(path.read_text()) if path.is_file() else {}
+    return open_context(run, settings, torch.device("cpu"), student), run.provenance()
 
 
 def _show(record: dict[str, Any], folder: Path) -> None:

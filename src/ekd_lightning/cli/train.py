@@ -7,7 +7,6 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +18,8 @@ from ekd_lightning.config.config import register_schema, to_plain, to_settings, 
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
 from ekd_lightning.config.resume import check_unchanged, expand_resume, named_sweep
 from ekd_lightning.errors import UserError
-from ekd_lightning.runs.record import is_rank_zero
+from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.ddp import ddp_reruns_this_job
 from ekd_lightning.studies.multirun import interrupted_sweep, lost_job, resume_sweep, tell_sweep
 from ekd_lightning.studies.sweep import as_typed
@@ -137,15 +137,15 @@ def sweep_name() -> str | None:
     return "/".join(Path(config.sweep.dir).parts[-2:])
 
 
-def summary_line(result: dict[str, Any], directory: Path) -> str:
+def summary_line(result: Result, directory: Path) -> str:
     """What a run found, in one line."""
-    branches = ", ".join(f"{100 * value:.2f}" for value in result.get("test_branch_accuracy", []))
-    teachers = ", ".join(f"{t['id']} {100 * t['test_accuracy']:.2f}" for t in result.get("teachers", []))
+    branches = ", ".join(f"{100 * value:.2f}" for value in result.test_branch_accuracy or [])
+    teachers = ", ".join(f"{t['id']} {100 * t['test_accuracy']:.2f}" for t in result.teachers or [])
     return (
-        f"{result['method']}: test accuracy {100 * result['test_accuracy']:.2f} %"
+        f"{result.method}: test accuracy {100 * result.test_accuracy:.2f} %"
         f" (branches {branches}; {f'teachers {teachers}' if teachers else 'no teachers'})"
-        f"  {result['num_parameters']:,} parameters, {result['macs'] / 1e6:.1f} M MACs"
-        f"  {result['train_seconds']:.0f} s  -> {directory}"
+        f"  {result.num_parameters or 0:,} parameters, {(result.macs or 0) / 1e6:.1f} M MACs"
+        f"  {result.train_seconds or 0:.0f} s  -> {directory}"
     )
 
 

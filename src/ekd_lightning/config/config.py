@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import write_text
+from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.settings import Settings
-
-CONFIG_FILE = "config.yaml"
 
 
 def register_schema() -> None:
@@ -71,7 +71,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 def write_config(plain: dict[str, Any], directory: Path) -> None:
     """Writes the resolved configuration into the run's directory."""
-    write_text(directory / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(plain)))
+    RunDirectory(directory).write_config(OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -80,16 +80,38 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: If the directory is not that of a run, or the file is damaged.
     """
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"resume={directory}: not the directory of a run (it has no {CONFIG_FILE})")
+    run = RunDirectory(directory)
+    if run.file(CONFIG) is None:
+        raise UserError(f"resume={directory}: not the directory of a run (it has no {CONFIG})")
+    return run.config()
+
+
+def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a run that is on disk; modules of the user's own that it imported are imported again.
+
+    Args:
+        run: The run.
+        overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`.
+
+    Raises:
+        UserError: If it is not the directory of a run, the file is damaged or not of this version, or a module that
+            the run imported is not there.
+    """
+    if not run.path.is_dir():
+        raise UserError(f"{run.path}: no such directory")
+    if (path := run.file(CONFIG)) is None:
+        raise UserError(f"{run.path}: not the directory of a run (it has no {CONFIG})")
+    schema = OmegaConf.structured(Settings)
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}: damaged (not a mapping)")
-    return {str(key): value for key, value in plain.items()}
+        merged = OmegaConf.merge(schema, run.config(), OmegaConf.from_dotlist(list(overrides)))
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{path}: not a configuration of this version ({str(error).splitlines()[0]})"
+        ) from None
+    assert isinstance(merged, DictConfig)
+    settings = to_settings(merged)
+    import_user_modules(settings.imports)  # its student, data and terms may be the user's own
+    return settings
 
 
 def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

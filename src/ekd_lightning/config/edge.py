@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.runs.record import is_rank_zero
+from ekd_lightning.runs.provenance import is_rank_zero
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ekd_lightning.config.config import CONFIG_FILE, changed_keys, read_config
+from ekd_lightning.config.config import changed_keys, read_config
 from ekd_lightning.config.overrides import config_flags
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.settings import may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
@@ -33,7 +31,7 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
         UserError: For a sweep that was not planned ahead.
     """
     folder = resume_word(argv)
-    if folder is None or (folder / CONFIG_FILE).is_file():
+    if folder is None or RunDirectory(folder).file(CONFIG) is not None:
         return None
     if (folder / SWEEP_FILE).is_file():
         return folder
@@ -104,15 +102,12 @@ def _is_complete(directory: Path, recorded: dict[str, Any]) -> bool:
 
     A run that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
     """
-    status, result = directory / "status.json", directory / "result.json"
-    if not (status.is_file() and result.is_file()) or json.loads(status.read_text())["state"] != "done":
-        return False
-    return bool(json.loads(result.read_text())["epochs_done"] >= recorded["recipe"]["epochs"])
+    result = RunDirectory(directory).record().result
+    return result is not None and (result.epochs_done or 0) >= recorded["recipe"]["epochs"]
 
 
 def _recorded_overrides(directory: Path) -> list[str]:
-    path = directory / ".hydra" / "overrides.yaml"
-    if not path.is_file():
-        raise UserError(f"resume={directory}: it has no .hydra/overrides.yaml, so its start is not known")
-    words: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return [str(word) for word in words if not str(word).startswith("resume=")]
+    run = RunDirectory(directory)
+    if run.file(OVERRIDES) is None:
+        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
+    return run.overrides()

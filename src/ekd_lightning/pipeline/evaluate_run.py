@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import io
-import json
 import logging
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import write_bytes, write_json
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings, Part
-from ekd_lightning.runs.record import ARRAYS
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import EVALUATION_PARTS
 
 log = logging.getLogger(__name__)
@@ -31,9 +26,6 @@ _PLACES = {
     "corruptions": "ekd_lightning.pipeline.evaluation_parts",
     "efficiency": "ekd_lightning.pipeline.evaluation_parts",
 }
-EVALUATED, ERROR, SECONDS = "evaluated", "evaluation_error", "evaluation_seconds"
-"""Fields of result.json: which parts are in it, why others are not, and what each part took."""
-
 _BETWEEN = "; "  # between the errors of two parts
 
 
@@ -41,13 +33,13 @@ class Outcome(NamedTuple):
     """What came of an evaluation.
 
     Attributes:
-        result: Content of result.json, as it is now.
+        result: What is recorded of the run now.
         done: Parts that were run.
         skipped: Parts that were there already.
         errors: Parts that failed, each with one line that says why.
     """
 
-    result: dict[str, Any]
+    result: Result
     done: list[str]
     skipped: list[str]
     errors: dict[str, str]
@@ -65,7 +57,7 @@ def find_part(name: str) -> Part:
     return part
 
 
-def evaluate_new_run(context: EvaluationContext, directory: Path) -> dict[str, Any]:
+def evaluate_new_run(context: EvaluationContext, directory: RunDirectory) -> Result:
     """Runs the parts of `evaluation.parts` after a training. A part that fails loses its findings, not the run.
 
     Args:
@@ -80,7 +72,7 @@ def evaluate_new_run(context: EvaluationContext, directory: Path) -> dict[str, A
 
 
 def evaluate_finished_run(
-    context: EvaluationContext, directory: Path, parts: Sequence[str], *, force: bool = False
+    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool = False
 ) -> Outcome:
     """Runs parts for a run that is done, and writes result.json and the arrays file after each.
 
@@ -95,70 +87,52 @@ def evaluate_finished_run(
     return _run_parts(context, directory, parts, force=force, write=True)
 
 
-def read_arrays(directory: Path) -> dict[str, np.ndarray]:
-    """Reads a run's arrays file; empty without one.
-
-    Raises:
-        UserError: If it is damaged.
-    """
-    path = directory / ARRAYS
-    if not path.is_file():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
-        ) from None
-
-
 def _run_parts(
-    context: EvaluationContext, directory: Path, parts: Sequence[str], *, force: bool, write: bool
+    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool, write: bool
 ) -> Outcome:
-    outcome = Outcome({EVALUATED: [], **context.result}, [], [], {})
-    there = outcome.result.get(EVALUATED) or []
+    result, done, skipped, errors = context.result, [], [], {}
+    if result.evaluated is None:
+        result = result.having(evaluated=[])
+    there = result.evaluated or []
     for name in [name for name in EVALUATION_PARTS if name in parts]:
         if name in there and not force:
-            outcome.skipped.append(name)
+            skipped.append(name)
             continue
         start = time.perf_counter()
         try:
             findings = find_part(name)(context)
             seconds = time.perf_counter() - start
-            result = _kept(directory, findings, name, seconds, outcome.result, write=write)
+            result = _kept(directory, findings, name, seconds, result, write=write)
         except Exception as error:
             # Training took long, and this can be made up for: one warning, and the next part.
-            outcome.errors[name] = f"{name}: {_one_line(error)}"
+            errors[name] = f"{name}: {_one_line(error)}"
             bug = not isinstance(error, UserError)
             if bug or not write:  # else the caller tells
-                log.warning("evaluation: %s", outcome.errors[name], exc_info=bug)
+                log.warning("evaluation: %s", errors[name], exc_info=bug)
             continue
-        outcome.result.update(result)
-        outcome.done.append(name)
+        done.append(name)
     if not write:
-        outcome.result[ERROR] = _BETWEEN.join(outcome.errors.values()) or None
-    return outcome
+        result = result.having(evaluation_error=_BETWEEN.join(errors.values()) or None)
+    return Outcome(result, done, skipped, errors)
 
 
 def _kept(
-    directory: Path, findings: Findings, part: str, seconds: float, result: Mapping[str, Any], *, write: bool
-) -> dict[str, Any]:
-    """Adds a part's findings to the arrays file and, if it is to be written, to result.json; returns the latter."""
+    directory: RunDirectory, findings: Findings, part: str, seconds: float, result: Result, *, write: bool
+) -> Result:
+    """Adds a part's findings to the arrays and, if it is to be written, to the record; returns the latter."""
     # Two evaluations of a finished run may be at work, each with parts of its own: read again what is there.
-    with FileLock(directory / ".evaluation.lock") if write else nullcontext():
-        arrays = read_arrays(directory)
-        now = json.loads((directory / "result.json").read_text()) if write else result
-        merged = merge(now, findings, part, seconds)
+    with directory.changing() if write else nullcontext():
+        arrays = directory.arrays()
+        merged = merge(directory.read_result() if write else result, findings, part, seconds)
         if not write and not arrays.keys().isdisjoint(findings.arrays):
             raise ValueError(f"part {part!r} and others write the same arrays: {sorted(findings.arrays)}")
-        _write_arrays(directory, arrays | dict(findings.arrays))
+        directory.write_arrays(arrays | dict(findings.arrays))
         if write:
-            write_json(directory / "result.json", merged)
+            directory.write_result(merged)
     return merged
 
 
-def merge(result: Mapping[str, Any], findings: Findings, part: str, seconds: float) -> dict[str, Any]:
+def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:
     """The result with a part's findings, which replace those that it left there before.
 
     Args:
@@ -170,20 +144,19 @@ def merge(result: Mapping[str, Any], findings: Findings, part: str, seconds: flo
     Raises:
         ValueError: If a part that was not there finds something under a name that is taken.
     """
-    there = list(result.get(EVALUATED) or [])
-    own = (EVALUATED, ERROR, SECONDS)
+    there = list(result.evaluated or [])
+    own = ("evaluated", "evaluation_error", "evaluation_seconds")
     taken = [name for name in findings.fields if name in own or (part not in there and name in result)]
     if taken:
         raise ValueError(f"part {part!r} and others write the same names: {', '.join(taken)}")
-    lines = (result.get(ERROR) or "").split(_BETWEEN)
+    lines = (result.evaluation_error or "").split(_BETWEEN)
     left = [line for line in lines if not line.startswith(f"{part}: ")]
-    return {
-        **result,
+    return result.having(
         **{name: plain(value) for name, value in findings.fields.items()},
-        EVALUATED: [name for name in EVALUATION_PARTS if name in {*there, part}],
-        SECONDS: {**(result.get(SECONDS) or {}), part: round(seconds, 3)},
-        ERROR: _BETWEEN.join(left) or None,
-    }
+        evaluated=[name for name in EVALUATION_PARTS if name in {*there, part}],
+        evaluation_seconds={**(result.evaluation_seconds or {}), part: round(seconds, 3)},
+        evaluation_error=_BETWEEN.join(left) or None,
+    )
 
 
 def plain(value: Any) -> Any:
@@ -195,13 +168,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
-
-
-def _write_arrays(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    if arrays:
-        stream = io.BytesIO()
-        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type] # names are not its own options
-        write_bytes(directory / ARRAYS, stream.getvalue())
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import torch
 from ekd_lightning.data import Dataset, Subset
 from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import Settings
 
 
@@ -44,7 +45,7 @@ class EvaluationContext:
     """
 
     settings: Settings
-    result: Mapping[str, Any]
+    result: Result
     student: BranchedStudent
     dataset: Dataset
     subset: Subset

@@ -21,7 +21,8 @@ from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
 from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
-from ekd_lightning.runs.record import now
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.provenance import now
 from ekd_lightning.training.checkpoints import read_checkpoint
 
 EXPORT = "export.json"
@@ -67,7 +68,7 @@ class ExportOptions:
         return (*(f"student{SUFFIXES[name]}" for name in self.formats), *((INT8,) if self.int8 else ()))
 
 
-def choose_weights(directory: Path, student: BranchedStudent, weights: str) -> BranchedStudent:
+def choose_weights(run: RunDirectory, student: BranchedStudent, weights: str) -> BranchedStudent:
     """The run's student with the weights of the last epoch (which it has), or of the best on validation images.
 
     Raises:
@@ -75,7 +76,7 @@ def choose_weights(directory: Path, student: BranchedStudent, weights: str) -> B
     """
     if weights == "last":
         return student
-    path = directory / "checkpoints" / "best.ckpt"
+    path = run.best_checkpoint
     if not path.is_file():
         raise UserError(
             f"--weights best: the run has no {path} (it had no validation images, or it was removed)"

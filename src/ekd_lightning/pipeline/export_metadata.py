@@ -73,7 +73,7 @@ def describe_export(
         },
         "data": {
             "name": data.name,
-            "fraction": context.settings.data.fraction or context.result.get("fraction"),
+            "fraction": context.result.fraction,
             "num_train_images": len(context.subset.train_index),
             "num_val_images": len(context.subset.val_index),
             "subset_sha256": context.subset.sha256,
@@ -99,7 +99,7 @@ def describe_export(
 
 def _method(context: EvaluationContext, provenance: Mapping[str, Any]) -> dict[str, Any]:
     method, result = context.settings.method, context.result
-    scored = {teacher.get("id"): teacher for teacher in result.get("teachers") or []}
+    scored = {teacher.get("id"): teacher for teacher in result.teachers or []}
     teachers = []
     for entry in provenance.get("teachers") or []:
         known = {**entry, **scored.get(entry.get("id"), {})}
@@ -107,7 +107,7 @@ def _method(context: EvaluationContext, provenance: Mapping[str, Any]) -> dict[s
     return {
         "name": method.name,
         "temperature": method.temperature,
-        "assignment": result.get("assignment"),
+        "assignment": result.assignment,
         "terms": {name: term["weight"] for name, term in method.terms.items()},
         "teachers": teachers,
     }

@@ -203,7 +203,7 @@ def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]
 
 def _teachers(context: EvaluationContext) -> TeacherPredictions | None:
     """What the run's teachers say of the test images; the store remembers it for all runs."""
-    entries = context.result.get("teachers") or []
+    entries = context.result.teachers or []
     if not entries:
         return None
     store = TeacherStore(Path(context.settings.teachers.store))

@@ -1,94 +1,113 @@
-"""Opens the directory of a finished run again: its settings, result and student."""
+"""Reopening of a finished run: its data, checked against the record, and its teachers, never trained."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import torch
 
-from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import CONFIG_FILE, to_settings
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import BranchedStudent, load_student
-from ekd_lightning.pipeline.run import STUDENT
+from ekd_lightning.networks import (
+    BranchedStudent,
+    StagedNetwork,
+    TeacherEnsemble,
+    TeacherIdentity,
+    load_network,
+    load_student,
+    state_sha256,
+)
+from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.prepare import prepare_data
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.training.pool import TeacherData, plan_teachers
+
+_OWN = ("id", "sha256", "source", "network")
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """What a run left behind.
-
-    Attributes:
-        directory: The run's directory.
-        settings: The settings it ran with, but for places that were overridden on opening.
-        result: Content of result.json.
-        student: The student with the weights after the last epoch, on the CPU, in eval mode.
-    """
-
-    directory: Path
-    settings: Settings
-    result: dict[str, Any]
-    student: BranchedStudent
-
-
-def open_run(directory: Path, overrides: Sequence[str] = ()) -> FinishedRun:
-    """Reads a finished run; modules of the user's own that it imported are imported again.
+def open_context(
+    run: RunDirectory,
+    settings: Settings,
+    device: torch.device,
+    student: BranchedStudent | None = None,
+) -> EvaluationContext:
+    """What the parts of an evaluation need of a finished run.
 
     Args:
-        directory: The run's directory.
-        overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`.
+        run: The run.
+        settings: Those it ran with, but for where things are by now.
+        device: Where to compute.
+        student: Moved to `device`; None for the run's own, with the weights after the last epoch.
 
     Raises:
-        UserError: If it is not the directory of a run, the run is not done, or a file is damaged, or a module
-            that it imported is not there.
+        UserError: If the run is not done, a file of it is damaged, or the data are missing, or others than the run's.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
-    settings, result = _read_settings(directory, overrides), read_result(directory)
-    import_user_modules(settings.imports)  # its student, data and terms may be the user's own
-    return FinishedRun(directory, settings, result, load_student(directory / STUDENT))
+    result, record = run.finished_result(), run.provenance()
+    if student is None:
+        student = load_student(run.student)
+    dataset, subset, views = prepare_data(settings)
+    recorded = record.get("data") or {}
+    for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
+        if recorded.get(f"{name}_sha256", found) != found:
+            raise UserError(
+                f"data.root={settings.data.root}: its {name} images are not those of the run {run.path}"
+            )
+    if result.subset_sha256 not in (None, subset.sha256):
+        raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
+    data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    entries = record.get("teachers") or []
+    return EvaluationContext(
+        settings,
+        result,
+        student.eval().to(device),
+        dataset,
+        subset,
+        device,
+        gather=(lambda: recorded_teachers(settings, entries, data)) if entries else None,
+    )
 
 
-def read_result(directory: Path) -> dict[str, Any]:
-    """Reads result.json of a run that is done.
+def recorded_teachers(
+    settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData
+) -> TeacherEnsemble:
+    """Loads the teachers that a run's provenance names; none is ever trained here.
+
+    Args:
+        settings: The run's, with places where the teachers are now.
+        entries: `teachers` of its provenance.json.
+        data: The run's.
 
     Raises:
-        UserError: If the run is not done, or a file is missing, half-written or something else.
+        UserError: If one is no longer there, or is another network than the run's.
     """
-    status = _read_json(directory / "status.json")
-    state = status.get("state")
-    if state != "done":
-        error = f" ({status['error']})" if status.get("error") else ""
-        raise UserError(f"{directory}: the run is not done, its status is {state!r}{error}")
-    return _read_json(directory / "result.json")
+    networks, identities = [], []
+    for entry in entries:
+        network = _load(settings, entry, data)
+        if state_sha256(network) != entry["sha256"]:
+            raise UserError(
+                f"teacher {entry['id']!r} is not the one that taught this run (its weights differ)"
+            )
+        detail = {name: value for name, value in entry.items() if name not in _OWN}
+        networks.append(network)
+        identities.append(TeacherIdentity(**{name: entry[name] for name in _OWN}, detail=detail))
+    return TeacherEnsemble(networks, identities)
 
 
-def _read_settings(directory: Path, overrides: Sequence[str]) -> Settings:
-    path = directory / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{directory}: not the directory of a run (it has no {CONFIG_FILE})")
-    try:
-        schema = OmegaConf.structured(Settings)
-        merged = OmegaConf.merge(schema, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise UserError(
-            f"{path}: not a configuration of this version ({str(error).splitlines()[0]})"
-        ) from None
-    assert isinstance(merged, DictConfig)
-    return to_settings(merged)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent}: not the directory of a finished run (it has no {path.name})")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged or half-written ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a record of this package (a {type(content).__name__})")
-    return content
+def _load(settings: Settings, entry: Mapping[str, Any], data: TeacherData) -> StagedNetwork:
+    if "store_key" in entry:
+        weights = TeacherStore(Path(settings.teachers.store)).weights(entry["store_key"])
+        if not weights.is_file():
+            raise UserError(
+                f"teachers.store={settings.teachers.store}: teacher {entry['id']!r} of the run is not there; "
+                "name the store that the run used"
+            )
+        return load_network(weights)
+    for plan in plan_teachers(settings.teachers, data, "cpu"):
+        if (plan.id, plan.source) == (entry["id"], entry["source"]):
+            network, detail = plan.obtain()
+            if detail.get("file_sha256") == entry.get("file_sha256"):
+                return network
+    raise UserError(f"teacher {entry['id']!r} of the run is not in its pool any more")

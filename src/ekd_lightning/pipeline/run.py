@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ from pytorch_lightning.loggers import Logger
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
-from ekd_lightning.pipeline.evaluate_run import evaluate_new_run, read_arrays
+from ekd_lightning.pipeline.evaluate_run import evaluate_new_run
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher, origin
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
-from ekd_lightning.runs.record import RunRecord, is_rank_zero
+from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
+from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, set_threads
 from ekd_lightning.tracking.dashboards import log_evaluation
@@ -39,15 +40,12 @@ from ekd_lightning.tracking.loggers import (
     make_loggers,
 )
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
-from ekd_lightning.training.checkpoints import LAST, checkpoint_callbacks, read_checkpoint
+from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, check_trainer
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTS = "checkpoints"
-STUDENT = "student.safetensors"
 
 
 def run(
@@ -58,7 +56,7 @@ def run(
     sweep: str | None = None,
     callbacks: Sequence[Callback] = (),
     test: bool = True,
-) -> dict[str, Any]:
+) -> Result:
     """Runs one distillation and leaves its record in `directory`.
 
     Every process of a distributed run calls this; only global rank 0 writes the record.
@@ -73,12 +71,12 @@ def run(
             only and is marked `partial`, so that no report counts it; for choosing settings.
 
     Returns:
-        The content of result.json (on other ranks, what they know of it).
+        What result.json holds (on other ranks, what they know of it).
 
     Raises:
         UserError: For settings that do not fit, before training starts; or a loss that is not finite.
     """
-    record = RunRecord(directory) if is_rank_zero() else None
+    record = RunDirectory(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
     result = None
     config = asdict(settings) if config is None else config
@@ -88,11 +86,15 @@ def run(
             record.start(resumed=settings.resume is not None)
         result = _run(settings, directory, record, loggers, config, sweep, callbacks, test)
         if record:
-            record.result(result)
+            record.finish(result)
         return result
     except BaseException as error:
         if record:
-            record.status("failed", _one_line(error))
+            # Lightning turns an interruption into an exit.
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                record.stop()
+            else:
+                record.fail(_one_line(error))
         raise
     finally:
         finish_loggers(loggers, result=result)
@@ -102,13 +104,13 @@ def run(
 def _run(
     settings: Settings,
     directory: Path,
-    record: RunRecord | None,
+    record: RunDirectory | None,
     loggers: list[Logger],
     config: dict[str, Any],
     sweep: str | None,
     callbacks: Sequence[Callback],
     test: bool,
-) -> dict[str, Any]:
+) -> Result:
     check_trainer(settings.trainer)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     _take_threads(settings, accelerator, directory, record)
@@ -139,30 +141,25 @@ def _run(
     finished = False
     try:
         _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
-        result = {
-            **facts,
-            **final_scores(trainer, module, prepared.datamodule, test=test),
-            **cost(report, trainer, module),
-        }
+        scores = final_scores(trainer, module, prepared.datamodule, test=test)
+        facts["partial"] |= not test
+        result = Result.of({**facts, **scores, **cost(report, trainer, module)})
         finished = True
     finally:
         end_processes(trainer, wait=finished)
-    if not test:
-        return result | {"partial": True}
-    if record:
+    if test and record:
         device = trainer.strategy.root_device
-        result["teachers"] = (
-            [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
-        )
+        scored = [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
+        result = result.having(teachers=scored)
         if prepared.chain and teachers:
-            result |= describe_chain(settings, prepared.dataset, teachers.identities[0], device)
+            chain = describe_chain(settings, prepared.dataset, teachers.identities[0], device)
+            result = result.having(**chain)
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
-        save_student(directory / STUDENT, prepared.student, metadata)
-        if not result["partial"]:
-            result = evaluate_new_run(
-                _context(settings, directory, prepared, teachers, result, device), directory
-            )
-        log_evaluation(loggers, result, partial(read_arrays, directory), prepared.dataset)
+        save_student(record.student, prepared.student, metadata)
+        if not result.partial:
+            context = _context(settings, record, prepared, teachers, result, device)
+            result = evaluate_new_run(context, record)
+        log_evaluation(loggers, result, record.arrays, prepared.dataset)
     return result
 
 
@@ -184,14 +181,14 @@ def _take_threads(settings: Settings, accelerator: str, directory: Path, record:
 
 def _context(
     settings: Settings,
-    directory: Path,
+    directory: RunDirectory,
     prepared: Prepared,
     teachers: TeacherEnsemble | None,
-    result: dict[str, Any],
+    result: Result,
     device: torch.device,
 ) -> EvaluationContext:
     # What was saved, whatever the trainer left in memory.
-    student = load_student(directory / STUDENT).to(device)
+    student = load_student(directory.student).to(device)
     gather = None if teachers is None else lambda: teachers
     return EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
 
@@ -228,7 +225,7 @@ def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> lis
 def _resume_point(settings: Settings, directory: Path) -> Path | None:
     if settings.resume is None:
         return None
-    last = directory / CHECKPOINTS / LAST
+    last = RunDirectory(directory).last_checkpoint
     if not last.is_file():
         log.info("no checkpoint in %s yet: starting from the beginning", directory)
         return None
@@ -251,8 +248,6 @@ def _fit(
 def _one_line(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning turns the first into the second
-        return "interrupted"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

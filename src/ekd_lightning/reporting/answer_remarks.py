@@ -18,6 +18,7 @@ from ekd_lightning.reporting.estimates import (
 )
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
+from ekd_lightning.runs.directory import RunState
 
 NO_EQUAL_COST = (
     "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
@@ -241,9 +242,10 @@ def _same_settings(group: Group, subject: Group) -> bool:
 def _not_done(block: Block) -> str:
     states = [run.state for group in block.groups for run in group.others]
     words = {
-        "failed": "failed",
-        "running": "are still running or were killed",
-        "partial": "saw a part of the data only",
+        RunState.FAILED: "failed",
+        RunState.STOPPED: "were interrupted or killed",
+        RunState.RUNNING: "are still running",
+        RunState.PARTIAL: "saw a part of the data only",
     }
     told = [f"{states.count(state)} {text}" for state, text in words.items() if state in states]
     return f"Not counted here: of the runs of this block {listed(told)}." if told else ""

@@ -18,6 +18,7 @@ from ekd_lightning.reporting.answer import Answer, Finding
 from ekd_lightning.reporting.answer_words import ROLES
 from ekd_lightning.reporting.page_data import page_data, short_paths
 from ekd_lightning.reporting.report import Report
+from ekd_lightning.runs.collection import STATES
 
 _SCRIPTS = (
     "base.js",
@@ -206,7 +207,7 @@ def plotly_js() -> str:
 
 
 def _subtitle(report: Report) -> str:
-    states = {state: report.collection.count(state) for state in ("done", "failed", "partial", "running")}
+    states = {state: report.collection.count(state) for state in STATES}
     told = ", ".join(f"{count:,} {state}" for state, count in states.items() if count)
     settings = sum(1 for group in report.groups if group.n)
     return f"{len(report.collection.runs):,} runs ({told}), {settings:,} settings with results"

@@ -15,7 +15,8 @@ from ekd_lightning.reporting.branches import Point, early_exits, own_teachers, s
 from ekd_lightning.reporting.estimates import Difference, Estimate
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
-from ekd_lightning.runs.collection import PROVENANCE, RunEntry
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import PROVENANCE
 from ekd_lightning.runs.protocol import Protocol
 
 MAIN = "main"

@@ -64,7 +64,7 @@ def describe(run: RunEntry) -> dict[str, Any]:
     if found["K"] == 1:
         found |= dict.fromkeys(_PLAIN)
     found["assistants"] = found["assistants"] or None
-    result = run.result or {}
+    result: Mapping[str, Any] = run.result or {}
     found |= {
         key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")
     }

@@ -17,6 +17,8 @@ from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, Estimate, difference_text, percent
 from ekd_lightning.reporting.groups import FEW, Group, differences
 from ekd_lightning.reporting.run_files import seed_spread
+from ekd_lightning.runs.collection import STATES
+from ekd_lightning.runs.directory import RunState
 
 LEGEND = f"""\
 One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last
@@ -93,13 +95,17 @@ def accuracy(found: Estimate | None) -> str:
     return f"{percent(found)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
 
 
+STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value for state in RunState}
+"""What tables call them."""
+
+
 def problems(group: Group) -> str:
     """What became of the runs that are not done, in words; empty if all are."""
     told = []
     for state in dict.fromkeys(run.state for run in group.others):
         those = [run for run in group.others if run.state == state]
         error = next((f": {run.error}" for run in those if run.error), "")
-        told.append(f"{state} {len(those)} of {len(group.runs)}{error}")
+        told.append(f"{STATE_NAMES[state]} {len(those)} of {len(group.runs)}{error}")
     return "; ".join(told)
 
 
@@ -239,7 +245,7 @@ def record(row: Row) -> dict[str, Any]:
     if row.spread is not None:
         made |= {"seed_variance": row.spread.variance, "seed_disagreement": row.spread.disagreement}
     states = [run.state for run in group.others]
-    return made | {state: states.count(state) for state in ("failed", "partial", "running")}
+    return made | {state.value: states.count(state) for state in STATES if state is not RunState.DONE}
 
 
 def difference_record(difference: Difference) -> dict[str, Any]:

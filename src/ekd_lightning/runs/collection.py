@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: found below folders, read, and told apart by their state.
+"""Collection of runs as they lie on disk: found below folders, read, and told apart by their state.
 
 Only the record of a run is read (status.json, result.json, config.yaml), never its logs. What is foreign or
 half-written is told in one line and left out; nothing of it counts.
@@ -6,56 +6,93 @@ half-written is told in one line and left out; nothing of it counts.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import DamagedFileError
+from ekd_lightning.runs.directory import (
+    ARRAYS,
+    CONFIG,
+    CURVES,
+    HYDRA,
+    RESULT,
+    STATUS,
+    ForeignRecordError,
+    RunDirectory,
+    RunState,
+)
+from ekd_lightning.runs.result import Result
 
-STATES = ("done", "failed", "partial", "running")
-STATUS, RESULT, CONFIG = "status.json", "result.json", "config.yaml"
-CURVES, ARRAYS, PROVENANCE = "metrics.csv", "arrays.npz", "provenance.json"
-_HYDRA = ".hydra"
-_STRINGS = ("method", "data")
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
+STATES = (RunState.DONE, RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING)
+"""Those of runs that are there."""
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run directory.
+    """One run as its files say it is.
 
     Attributes:
         directory: Absolute.
         name: Its path below the common root of all runs, POSIX, e.g. `runs/ekd-f0.1-s0`; unique.
-        state: `done`; `failed`; `partial` (done, but saw a part of the data only: such results are no results); or
-            `running` (or killed: a run cannot say so itself).
-        result: Content of result.json; None unless done or partial.
+        state: What became of it.
+        result: What it found; None unless done or partial.
         error: First line of what went wrong; None unless failed.
         time: When the state was written, ISO 8601; None where unknown.
     """
 
     directory: Path
     name: str
-    state: str
-    result: Mapping[str, Any] | None = field(default=None, repr=False)
+    state: RunState
+    result: Result | None = field(default=None, repr=False)
     error: str | None = None
     time: str | None = None
 
+    @classmethod
+    def read(cls, directory: Path, name: str) -> RunEntry:
+        """Reads the record of a run.
+
+        Raises:
+            DamagedFileError: If status.json is damaged or half-written.
+            ForeignRecordError: If a file is no record of this package, or one of another version.
+        """
+        return cls(directory, name, *RunDirectory(directory).record())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has a result, be it of a part of the data."""
+        return self.state in (RunState.DONE, RunState.PARTIAL)
+
+    @property
+    def since(self) -> datetime | None:
+        """When the run, or its last part, was started; None where that is unknown."""
+        try:
+            return RunDirectory(self.directory).started()
+        except DamagedFileError:
+            return None
+
+    @property
+    def seconds(self) -> float | None:
+        """From its (last) start to when its state was written; None where one is not known."""
+        try:
+            end = datetime.fromisoformat(self.time or "")
+            return None if self.since is None else (end - self.since).total_seconds()
+        except (ValueError, TypeError):
+            return None
+
     def file(self, name: str) -> Path | None:
         """A file of the run's directory; None where it is absent."""
-        path = self.directory / name
-        return path if path.is_file() else None
+        return RunDirectory(self.directory).file(name)
 
     @property
     def config_path(self) -> Path | None:
         """The resolved configuration, or what Hydra composed where the run ended before that; None without."""
-        return self.file(CONFIG) or self.file(f"{_HYDRA}/{CONFIG}")
+        return self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
 
     @property
     def curves_path(self) -> Path | None:
@@ -70,24 +107,18 @@ class RunEntry:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The configuration, read when first asked for; empty where there is none or it is damaged."""
-        path = self.config_path
-        if path is None:
-            return {}
         try:
-            content = yaml.load(path.read_bytes(), _Loader)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError):
+            return RunDirectory(self.directory).config()
+        except DamagedFileError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """Where the run was made, read when first asked for; empty where that is unknown."""
-        path = self.file(PROVENANCE)
         try:
-            content = {} if path is None else json.loads(path.read_text())
-        except (ValueError, OSError):
+            return RunDirectory(self.directory).provenance()
+        except DamagedFileError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where it is not there."""
@@ -178,7 +209,7 @@ def _folder(path: Path) -> Path:
 def _walk(top: Path) -> Iterator[Path]:
     """Directories that look like runs. What lies below a run (checkpoints, W&B's files) is its own affair."""
     for folder, below, files in os.walk(top):
-        if STATUS in files or RESULT in files or (_HYDRA in below and _was_composed(Path(folder))):
+        if STATUS in files or RESULT in files or (HYDRA in below and _was_composed(Path(folder))):
             yield Path(folder)
             below.clear()
         else:
@@ -188,85 +219,19 @@ def _walk(top: Path) -> Iterator[Path]:
 def _was_composed(folder: Path) -> bool:
     """Whether Hydra composed a run of this package here, which then ended before it had a record."""
     try:
-        text = (folder / _HYDRA / CONFIG).read_text()
+        text = (folder / HYDRA / CONFIG).read_text()
     except (OSError, UnicodeDecodeError):
         return False
     return all(f"\n{section}:" in f"\n{text}" for section in ("data", "teachers", "student", "method"))
 
 
 def _read(directory: Path, name: str, problems: list[str]) -> RunEntry | None:
-    """One run; None, and a line more in `problems`, if its record is none of this package's."""
+    """One run; None, and a line more in `problems`, if its record is damaged, or none that is read here."""
     try:
-        status = _json(directory / STATUS)
-        if status is not None and not isinstance(status.get("state"), str):
-            raise _NotOursError(f"{STATUS}: not the status of a run of this package")
-        return _entry(directory, name, status, problems)
-    except _NotOursError as error:
-        problems.append(f"{name}/{error}; left out")
+        entry = RunEntry.read(directory, name)
+    except (DamagedFileError, ForeignRecordError) as error:
+        problems.append(f"{name}/{str(error).removeprefix(f'{directory}/')}; left out")
         return None
-
-
-def _entry(
-    directory: Path, name: str, status: Mapping[str, Any] | None, problems: list[str]
-) -> RunEntry | None:
-    time = str(status["time"]) if status and status.get("time") else None
-    state = status["state"] if status else "done"
-    if state == "failed":
-        lines = str((status or {}).get("error") or "unknown error").splitlines()
-        return RunEntry(directory, name, "failed", error=lines[0], time=time)
-    if state != "done":
-        return RunEntry(directory, name, "running", time=time)
-    try:
-        result = _json(directory / RESULT)
-    except _NotOursError as error:
-        problems.append(f"{name}/{error}; counted as failed")
-        return RunEntry(directory, name, "failed", error=str(error), time=time)
-    if result is None:
-        missing = f"done, but without a {RESULT}" if status else "ended before it had a record"
-        return RunEntry(directory, name, "failed", error=missing, time=time)
-    check_result(result)
-    entry = RunEntry(directory, name, "partial" if result.get("partial") else "done", result, time=time)
-    asked = entry.setting("data.fraction")
-    if isinstance(
-        asked, (int, float)
-    ):  # version 0.1 recorded the share that the rounded number of images came to
-        result["fraction"] = asked
+    if entry.state is RunState.FAILED and (entry.error or "").startswith(f"{RESULT}: "):
+        problems.append(f"{name}/{entry.error}; counted as failed")
     return entry
-
-
-class _NotOursError(ValueError):
-    """A file is no record of this package; the message begins with its name."""
-
-
-def check_result(result: Mapping[str, Any]) -> None:
-    """Refuses a result that lacks what every run of this package records.
-
-    Raises:
-        ValueError: Naming the field.
-    """
-    for key in _STRINGS:
-        if not isinstance(result.get(key), str):
-            raise _NotOursError(f"{RESULT}: not a result of this package (no {key!r})")
-    seed, fraction, accuracy = (result.get(key) for key in ("seed", "fraction", "test_accuracy"))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise _NotOursError(f"{RESULT}: not a result of this package (no 'seed')")
-    for key, value in (("fraction", fraction), ("test_accuracy", accuracy)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise _NotOursError(
-                f"{RESULT}: not a result of this package ({key!r} is {value!r}, not in [0, 1])"
-            )
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON object; None without the file."""
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # NaN: as runs write it, null
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _NotOursError(f"{path.name}: {error.strerror}") from None
-    except ValueError:  # of JSON and of UTF-8
-        raise _NotOursError(f"{path.name}: damaged or half-written") from None
-    if not isinstance(content, dict):
-        raise _NotOursError(f"{path.name}: not a record of this package (a {type(content).__name__})")
-    return content

@@ -1,13 +1,19 @@
-"""Which runs went the same way, so that they may be compared."""
+"""Protocol of runs: what they must share to be compared, and which of them do."""
 
 from __future__ import annotations
 
+import typing
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ekd_lightning.runs.collection import RunEntry
+
+class Recorded(typing.Protocol):
+    """What knows fields of a result by their names: a run, a result, or the record of one."""
+
+    def get(self, key: str, /) -> Any:
+        """The value of a field; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Protocol:
     num_devices: int | None = None
 
     @classmethod
-    def of(cls, run: RunEntry) -> Protocol:
-        """The protocol of a run; of one without a result, what its configuration says of it."""
+    def of(cls, run: Recorded) -> Protocol:
+        """The protocol of a run or a result; of a run without one, what its configuration says of it."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)

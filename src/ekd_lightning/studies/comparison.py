@@ -16,13 +16,15 @@ from hydra.types import TaskFunction
 from rich.console import Console
 
 from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import CONFIG_FILE, changed_keys, read_config, to_plain, to_settings
+from ekd_lightning.config.config import changed_keys, read_config, to_plain, to_settings
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunState
+from ekd_lightning.runs.lock import holder
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import launch
 from ekd_lightning.studies.study import (
@@ -35,7 +37,7 @@ from ekd_lightning.studies.study import (
     union,
     write_study,
 )
-from ekd_lightning.studies.sweep import Job, recorded_overrides
+from ekd_lightning.studies.sweep import Job
 from ekd_lightning.studies.tuned import with_tuned
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,9 @@ log = logging.getLogger(__name__)
 RUNS = "runs"
 REFERENCES = ("ce", "ekd")
 """Rows that differences are taken to, where a study has them."""
-STATES = ("failed", "partial", "stopped", "missing")
+_COUNTED = (RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING, RunState.PLANNED)
 _COST = ("num_parameters", "num_adapter_parameters", "macs", "steps", "train_seconds")
-_OWN = ("label", "method", "student", "seeds", "differences", "test_accuracy_interval", "running")
+_OWN = ("label", "method", "student", "seeds", "differences", "test_accuracy_interval", "running", "stopped")
 _WIDTH = 200  # where there is no terminal
 
 Runs = Mapping[str, Mapping[int, RunEntry]]
@@ -135,30 +137,13 @@ def run(
 
 
 def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
-    """What is known of a run of a study from its directory; its state may also be `missing` or `stopped`."""
+    """A run of a study, from its directory.
+
+    Raises:
+        UserError: If its record is damaged, or none that is read here.
+    """
     name = f"{row}-f{fraction:g}-s{seed}"
-    directory = folder / RUNS / name
-    status = _json(directory / "status.json")
-    if status is None:
-        started = (directory / ".hydra").is_dir() or (directory / CONFIG_FILE).is_file()
-        error = "ended before it had a record" if started else None
-        return RunEntry(directory, name, "failed" if started else "missing", error=error)
-    result = _json(directory / "result.json")
-    if status["state"] == "done" and result is not None:
-        return RunEntry(directory, name, "partial" if result.get("partial") else "done", result)
-    if status["state"] == "failed" and status["error"] != "interrupted":
-        lines = str(status["error"]).splitlines() or ["unknown error"]
-        return RunEntry(directory, name, "failed", error=lines[0])
-    return RunEntry(directory, name, "stopped")
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise UserError(f"{path}: damaged") from None
+    return RunEntry.read(folder / RUNS / name, name)
 
 
 def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
@@ -195,16 +180,19 @@ def plan(
         directory = found.directory
         cfg = compose(overrides=words)
         to_settings(cfg).check()
-        checkpoint = (directory / "checkpoints" / "last.ckpt").is_file()
-        keeps = found.state in ("done", "partial", "stopped") or (found.state == "failed" and checkpoint)
-        if keeps and (directory / CONFIG_FILE).is_file():
+        checkpoint = RunDirectory(directory).last_checkpoint.is_file()
+        failed = found.state is RunState.FAILED
+        keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
+        if keeps and found.file(CONFIG) is not None:
             _check_configuration(directory, to_plain(cfg))
-        if found.state in ("done", "partial"):
+        if found.is_over:
             continue
-        if found.state == "failed" and not retry_failed:
+        if found.state is RunState.RUNNING:
+            raise UserError(f"{directory}: in use by {holder(directory) or 'another process'}")
+        if failed and not retry_failed:
             left.append(found)
             continue
-        resumed = checkpoint and (directory / ".hydra" / "overrides.yaml").is_file()
+        resumed = checkpoint and found.file(OVERRIDES) is not None
         if (row.name, fraction) not in checked:
             _check_row(row, to_settings(cfg))
             checked.add((row.name, fraction))
@@ -244,7 +232,7 @@ def _check_row(row: RowPlan, settings: Settings) -> None:
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
     """The overrides that a run was started with, but for places and the like, which may have changed since."""
     given = {key_of(word) for word in free}
-    return [*(word for word in recorded_overrides(directory) if key_of(word) not in given), *free]
+    return [*(word for word in RunDirectory(directory).overrides() if key_of(word) not in given), *free]
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:
@@ -295,8 +283,11 @@ def report(study: Study, folder: Path) -> bool:
         console.print(tables.terminal_table(block.title, own))
     console.print(tables.LEGEND, highlight=False)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
-    print(f"{folder}: " + ", ".join(f"{count} {state}" for state, count in states.most_common()))
-    return set(states) == {"done"}
+    print(
+        f"{folder}: "
+        + ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
+    )
+    return set(states) == {RunState.DONE}
 
 
 def study_block(data: str, fraction: float, runs: Runs) -> Block:
@@ -341,12 +332,15 @@ def records(
             one |= {f"minus_{reference}_{key}": value for key, value in minus.items()}
         chain = row.group.values("chain_stored_seconds")
         one["assistants_seconds"] = chain.mean if chain else None
-        one |= {state: sum(other.state == state for other in own.values()) for state in STATES}
+        counts = Counter(other.state for other in own.values())
+        one |= {tables.STATE_NAMES[state]: counts[state] for state in _COUNTED}
         one["problems"] = tables.problems(row.group) or None
         if settings is not None:
             one["settings"] = settings.get(name) or "defaults"
         one["by_seed"] = {
-            str(seed): other.get("test_accuracy") if other.state == "done" else other.state
+            str(seed): other.get("test_accuracy")
+            if other.state is RunState.DONE
+            else tables.STATE_NAMES[other.state]
             for seed, other in sorted(own.items())
         }
         made.append(one)

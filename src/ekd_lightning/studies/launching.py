@@ -17,18 +17,19 @@ from omegaconf import DictConfig
 from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.progress import watched
-from ekd_lightning.studies.sweep import Job, Sweep, as_typed, look, mark_interrupted
+from ekd_lightning.studies.sweep import Job, Sweep, as_typed, look
 
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
 _COUNTED = {
-    "done": ("done", "partial"),
-    "failed": ("failed",),
-    "stopped": ("stopped",),
-    "running": ("running",),
-    "not started": ("waiting",),
+    "done": (RunState.DONE, RunState.PARTIAL),
+    "failed": (RunState.FAILED,),
+    "stopped": (RunState.STOPPED,),
+    "running": (RunState.RUNNING,),
+    "not started": (RunState.PLANNED,),
 }
 
 
@@ -88,17 +89,15 @@ def is_queued(config: DictConfig) -> bool:
 
 
 def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
-    """Marks the runs of a sweep whose processes have ended as interrupted, and says in a line how it stands.
+    """Says in a line how an interrupted sweep stands.
 
     Args:
         sweep: The sweep.
         command: What continues it; by default `ekd-train resume=FOLDER`.
-        queued: Whether its jobs are in a queue elsewhere; then they have not ended, and none is marked.
+        queued: Whether its jobs are in a queue elsewhere, where they go on.
     """
-    if not queued:
-        mark_interrupted(sweep.jobs)
-    states = [look(job, sweep.started) for job in sweep.jobs]
-    counts = {name: sum(state.state in kinds for state in states) for name, kinds in _COUNTED.items()}
+    states = [look(job, sweep.started).run.state for job in sweep.jobs]
+    counts = {name: sum(state in kinds for state in states) for name, kinds in _COUNTED.items()}
     said = [f"{counts['done']} of {len(states)} runs done"]
     said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
     first = "to continue, once the queue is empty:" if queued else "to continue:"

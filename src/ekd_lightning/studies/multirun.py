@@ -17,21 +17,21 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.edge import EXIT_USER_ERROR
 from ekd_lightning.config.overrides import is_hydras, is_under, key_of
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
-from ekd_lightning.runs.record import now
+from ekd_lightning.runs.provenance import now
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.ddp import launched_by_others
 from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.studies.progress import look_now, show_summary, watched
 from ekd_lightning.studies.sweep import (
     Job,
-    JobState,
     Sweep,
     as_typed,
     found_sweep,
     look,
     read_sweep,
-    recorded_overrides,
     settled,
     write_sweep,
 )
@@ -169,7 +169,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     hydra_words, extra = split_words(sweep, argv)
     with DirectoryLock(folder), internals.initialized(sweep.config_dir):
         states = settled(look(job, sweep.started) for job in sweep.jobs)
-        jobs = [_job(state, extra) for state in states if state.state not in ("done", "partial")]
+        jobs = [_job(*state, extra) for state in states if not state.run.is_over]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
         print(f"{as_typed(folder)}: {done} of {len(states)} runs are done; ", end="")
@@ -177,7 +177,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         if jobs:
             launch(jobs, folder, hydra_words, task, sweep=sweep)
         show_summary(sweep)
-    return all(look(job, sweep.started).state in ("done", "partial") for job in sweep.jobs)
+    return all(look(job, sweep.started).run.is_over for job in sweep.jobs)
 
 
 def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -201,11 +201,12 @@ def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]
     return [*kept, *(word for word in hydra if not is_under(key_of(word), _OWN))], extra
 
 
-def _job(state: JobState, extra: Sequence[str]) -> Job:
-    directory = state.job.directory
-    recorded = recorded_overrides(directory)
-    checkpoint = (directory / "checkpoints" / "last.ckpt").is_file()
-    resumed = bool(recorded) and checkpoint and state.state != "waiting"
+def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
+    directory = RunDirectory(job.directory)
+    recorded = directory.overrides()
+    resumed = bool(recorded) and directory.last_checkpoint.is_file() and run.state is not RunState.PLANNED
     given = {key_of(word) for word in extra}
-    words = recorded if resumed else state.job.overrides
-    return Job(directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed)
+    words = recorded if resumed else job.overrides
+    return Job(
+        job.directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed
+    )

@@ -17,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
-from ekd_lightning.runs.record import now
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
+from ekd_lightning.runs.provenance import now
 from ekd_lightning.studies.sweep import (
-    JobState,
+    Standing,
     Sweep,
     as_typed,
     look,
@@ -35,7 +37,12 @@ _BEST = "★"
 SEED = "seed"
 MOST_ROWS = 60
 """Longer tables are of no use in a terminal; runs that are not done are shown all the same."""
-_STYLES = {"done": "green", "partial": "green", "failed": "red", "stopped": "yellow"}
+_STYLES = {
+    RunState.DONE: "green",
+    RunState.PARTIAL: "green",
+    RunState.FAILED: "red",
+    RunState.STOPPED: "yellow",
+}
 
 
 def seconds_left(
@@ -83,16 +90,16 @@ class Progress:
         self._say = say
         self._since = since or sweep.started
         self._keys = varied_keys(sweep.jobs)
-        self._ended: dict[int, JobState] = {}
+        self._ended: dict[int, Standing] = {}
         self._durations: list[float] = []
         self._workers = 1
         self._lock = threading.Lock()
         for number, job in enumerate(sweep.jobs):
             before = look(job, sweep.started)
-            if before.state in ("done", "partial"):
+            if before.run.is_over:
                 self._ended[number] = before
 
-    def _look(self) -> list[JobState]:
+    def _look(self) -> list[Standing]:
         known = self._ended
         jobs = enumerate(self._sweep.jobs)
         return [known.get(number) or look(job, self._since) for number, job in jobs]
@@ -101,49 +108,50 @@ class Progress:
         """Looks once, and says a line for every job that ended since."""
         with self._lock:
             states = self._look()
-            running = [state for state in states if state.state == "running"]
+            running = [state for state in states if state.run.state is RunState.RUNNING]
             self._workers = max(self._workers, len(running))
             for number, state in enumerate(states):
-                if number not in self._ended and state.state in ("done", "partial", "failed"):
+                if number not in self._ended and (state.run.is_over or state.run.state is RunState.FAILED):
                     self._ended[number] = state
-                    if state.seconds is not None and state.state != "failed":
-                        self._durations.append(state.seconds)
+                    if state.run.is_over and (seconds := state.run.seconds) is not None:
+                        self._durations.append(seconds)
                     self._say(self._line(state, states))
 
-    def _line(self, state: JobState, states: Sequence[JobState]) -> Text:
+    def _line(self, state: Standing, states: Sequence[Standing]) -> Text:
         total, ended = len(states), len(self._ended)
         text = Text.assemble((f"sweep {ended}/{total}", "bold"), " ")
         done = round(_BAR * ended / max(total, 1))
         text.append("━" * done, "cyan").append("─" * (_BAR - done) + " ", "dim")
         text.append(self._name(state)).append(": ")
-        text.append(_outcome(state), _STYLES.get(state.state, ""))
+        text.append(_outcome(state.run), _STYLES.get(state.run.state, ""))
         return text.append(f"  ({self._rest(states)})", "dim")
 
-    def _name(self, state: JobState) -> str:
+    def _name(self, state: Standing) -> str:
         values = varied_values(state.job, self._keys)
         name = " ".join(f"{key}={value}" for key, value in values.items())
         return name or state.job.directory.name
 
-    def _rest(self, states: Sequence[JobState]) -> str:
+    def _rest(self, states: Sequence[Standing]) -> str:
         time = datetime.now(timezone.utc)
         left = [state for number, state in enumerate(states) if number not in self._ended]
-        ages = [(time - s.since).total_seconds() for s in left if s.state == "running" and s.since]
-        counts = Counter(state.state for state in left)
-        failed = sum(state.state == "failed" for state in self._ended.values())
+        running = [state.run.since for state in left if state.run.state is RunState.RUNNING]
+        ages = [(time - since).total_seconds() for since in running if since]
+        counts = Counter(state.run.state for state in left)
+        failed = sum(state.run.state is RunState.FAILED for state in self._ended.values())
         parts = [f"{failed} failed"] if failed else []
-        parts += [f"{counts[name]} {name}" for name in ("running", "waiting") if counts[name]]
+        told = {"running": counts[RunState.RUNNING], "waiting": counts[RunState.PLANNED]}
+        parts += [f"{count} {name}" for name, count in told.items() if count]
         seconds = seconds_left(self._durations, ages, len(left) - len(ages), self._workers) if left else None
         parts += [f"about {readable(seconds)} left"] if seconds is not None else []
         return ", ".join(parts) or "nothing left"
 
 
-def _outcome(state: JobState) -> str:
-    if state.state == "failed":
-        return f"failed: {state.error}"
-    accuracy = state.result.get("test_accuracy")
-    parts = [] if accuracy is None else [f"test accuracy {100 * accuracy:.2f} %"]
-    parts += [] if state.seconds is None else [readable(state.seconds)]
-    return ", ".join(parts) or state.state
+def _outcome(run: RunEntry) -> str:
+    if run.state is RunState.FAILED:
+        return f"failed: {run.error}"
+    parts = [] if run.result is None else [f"test accuracy {100 * run.result.test_accuracy:.2f} %"]
+    parts += [] if run.seconds is None else [readable(run.seconds)]
+    return ", ".join(parts) or run.state.value
 
 
 def say(text: Text) -> None:
@@ -191,18 +199,18 @@ def show_summary(sweep: Sweep) -> None:
     Nothing, if it was refused before its first job.
     """
     states = settled(look(job, sweep.started) for job in sweep.jobs)
-    if all(state.state == "waiting" for state in states):
+    if all(state.run.state is RunState.PLANNED for state in states):
         return
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=_WIDTH, highlight=False)
     for table in sweep_tables(states, sweep.folder):
         console.print(table)
-    done = sum(state.state in ("done", "partial") for state in states)
-    failed = [state for state in states if state.state == "failed"]
+    done = sum(state.run.is_over for state in states)
+    failed = [state for state in states if state.run.state is RunState.FAILED]
     print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")
     for state in failed:
-        print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.error}")
+        print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
     place = as_typed(sweep.folder)
     if done < len(states):
         print(f"continue:  ekd-train resume={place}")
@@ -210,7 +218,7 @@ def show_summary(sweep: Sweep) -> None:
         print(f"report:    ekd-report {place} -o {as_typed(sweep.folder / 'report')}")
 
 
-def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
+def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:
     """The tables of a sweep.
 
     Args:
@@ -223,7 +231,7 @@ def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     """
     keys = varied_keys([state.job for state in states])
     groups = seed_groups(states) if SEED in keys else {}
-    done = [state for state in states if state.state in ("done", "partial")]
+    done = [state for state in states if state.run.is_over]
     cut = {id(state) for state in done[MOST_ROWS:]}
     caption = f"{len(cut)} more runs are done; ekd-report shows all" if cut else None
     shown = [state for state in states if id(state) not in cut]
@@ -231,10 +239,10 @@ def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     return [*tables, _means(groups, [key for key in keys if key != SEED])] if groups else tables
 
 
-def seed_groups(states: Sequence[JobState]) -> dict[tuple[str, ...], list[JobState]]:
+def seed_groups(states: Sequence[Standing]) -> dict[tuple[str, ...], list[Standing]]:
     """Runs that differ in nothing but the seed, by the values of the other keys; only runs with an accuracy."""
     others = [key for key in varied_keys([state.job for state in states]) if key != SEED]
-    groups: dict[tuple[str, ...], list[JobState]] = {}
+    groups: dict[tuple[str, ...], list[Standing]] = {}
     for state in states:
         if _figure(state, "test_accuracy") is not None:
             values = varied_values(state.job, others)
@@ -242,13 +250,13 @@ def seed_groups(states: Sequence[JobState]) -> dict[tuple[str, ...], list[JobSta
     return groups
 
 
-def _figure(state: JobState, key: str) -> float | None:
-    value = state.result.get(key)
+def _figure(state: Standing, key: str) -> float | None:
+    value = None if state.run.result is None else state.run.result.get(key)
     return None if value is None else float(value)
 
 
 def _runs(
-    states: Sequence[JobState], keys: Sequence[str], folder: Path, caption: str | None, *, mark: bool
+    states: Sequence[Standing], keys: Sequence[str], folder: Path, caption: str | None, *, mark: bool
 ) -> Table:
     found = [value for state in states if (value := _figure(state, "test_accuracy")) is not None]
     best = max(found) if mark and len(found) > 1 else None
@@ -264,15 +272,15 @@ def _runs(
             _percent(_figure(state, "val_accuracy")),
             _number(_figure(state, "train_seconds")),
             Text(
-                "not started" if state.state == "waiting" else state.state,
-                _STYLES.get(state.state, ""),
+                "not started" if state.run.state is RunState.PLANNED else state.run.state.value,
+                _STYLES.get(state.run.state, ""),
             ),
             style="bold" if is_best else "",
         )
     return table
 
 
-def _means(groups: Mapping[tuple[str, ...], Sequence[JobState]], keys: Sequence[str]) -> Table:
+def _means(groups: Mapping[tuple[str, ...], Sequence[Standing]], keys: Sequence[str]) -> Table:
     found = {values: _mean(group, "test_accuracy") for values, group in groups.items()}
     best = max(cell.mean for cell in found.values() if cell) if len(found) > 1 else None
     table = _table("means over seeds ± std", keys, ["test %", "n", "train s"], None)
@@ -288,7 +296,7 @@ def _means(groups: Mapping[tuple[str, ...], Sequence[JobState]], keys: Sequence[
     return table
 
 
-def _mean(states: Sequence[JobState], key: str) -> Estimate | None:
+def _mean(states: Sequence[Standing], key: str) -> Estimate | None:
     return estimate(value for state in states if (value := _figure(state, key)) is not None)
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
+from typing import NamedTuple
 
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.config.resume import SWEEP_FILE
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import read_json, write_json
-from ekd_lightning.runs.record import now
+from ekd_lightning.files import DamagedFileError, read_json, write_json
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState
+from ekd_lightning.runs.provenance import now
 
 LOCK_FILE = ".lock"
-INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -60,31 +57,11 @@ class Sweep:
     started: str = ""
 
 
-@dataclass(frozen=True)
-class JobState:
-    """How a job stands.
-
-    Attributes:
-        job: The job.
-        state: `waiting` (not started), `running`, `done`, `partial` (done, on a part of the data), `failed`, or
-            `stopped` (interrupted or killed; only where nobody is at work any more, see `settled`).
-        error: One line, if it failed.
-        result: Content of result.json, if it is done.
-        seconds: From its (last) start to its end, to the second; None where one is not known.
-        since: Its (last) start.
-    """
+class Standing(NamedTuple):
+    """How a job stands: the job, and its run on disk."""
 
     job: Job
-    state: str
-    error: str | None = None
-    result: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    since: datetime | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing more to wait for."""
-        return self.state not in ("waiting", "running")
+    run: RunEntry
 
 
 def write_sweep(sweep: Sweep) -> None:
@@ -127,8 +104,8 @@ def found_sweep(folder: Path) -> Sweep:
     planned = read_sweep(folder)
     if planned is not None:
         return planned
-    runs = sorted({path.parent for name in (".hydra", "status.json") for path in folder.rglob(name)})
-    return Sweep(folder, tuple(Job(run, tuple(recorded_overrides(run))) for run in runs))
+    runs = sorted({path.parent for name in (HYDRA, STATUS) for path in folder.rglob(name)})
+    return Sweep(folder, tuple(Job(run, tuple(RunDirectory(run).overrides())) for run in runs))
 
 
 def sweep_of(directory: Path) -> str | None:
@@ -139,59 +116,34 @@ def sweep_of(directory: Path) -> str | None:
     return None
 
 
-def recorded_overrides(directory: Path) -> list[str]:
-    """The overrides that a run was started with; empty where Hydra wrote none down."""
-    path = directory / ".hydra" / "overrides.yaml"
-    words: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []
-    return [str(word) for word in words if not str(word).startswith("resume=")]
-
-
-def look(job: Job, started: str = "") -> JobState:
-    """How a job stands by the files in its directory.
+def look(job: Job, started: str = "") -> Standing:
+    """How a job stands by the files in its directory; one that has no record yet is planned.
 
     Args:
         job: The job.
         started: Start of the sweep; what is older does not count.
     """
-    status, error = _json(job.directory / "status.json")
-    if error:
-        return JobState(job, "failed", error)
-    if status is None or str(status.get("time", "")) < started:
-        return JobState(job, "waiting")
-    since, end = _start(job.directory), _time(status.get("time"))
-    if status.get("state") == "running":
-        return JobState(job, "running", since=since)
-    seconds = (end - since).total_seconds() if since and end else None
-    if status.get("state") == "done":
-        result, error = _json(job.directory / "result.json")
-        if result is None:
-            return JobState(job, "failed", error or "has no result.json")
-        return JobState(job, "partial" if result.get("partial") else "done", None, result, seconds, since)
-    text = (str(status.get("error") or "").splitlines() or ["unknown error"])[0]
-    state = "stopped" if text == INTERRUPTED else "failed"
-    return JobState(job, state, None if state == "stopped" else text, {}, seconds, since)
+    name = job.directory.name
+    try:
+        run = RunEntry.read(job.directory, name)
+    except (DamagedFileError, ForeignRecordError) as error:
+        return Standing(job, RunEntry(job.directory, name, RunState.FAILED, error=str(error)))
+    if run.state is not RunState.RUNNING and (run.time is None or run.time < started):
+        run = RunEntry(job.directory, name, RunState.PLANNED)
+    return Standing(job, run)
 
 
-def settled(states: Iterable[JobState]) -> list[JobState]:
-    """The same once nobody is at work any more: what still says `running` was killed, or never came that far."""
-    return [_settled(state) for state in states]
+def settled(standings: Iterable[Standing]) -> list[Standing]:
+    """The same once nobody is at work any more: what was started and has no record yet will never have one."""
+    return [_settled(*standing) for standing in standings]
 
 
-def _settled(state: JobState) -> JobState:
-    if state.state == "running":
-        return JobState(state.job, "failed", "killed: it ended without a word")
-    if state.state == "waiting" and (state.job.directory / ".hydra").is_dir():
-        return JobState(state.job, "failed", "ended before it had a record; see its log")
-    return state
-
-
-def mark_interrupted(jobs: Iterable[Job]) -> None:
-    """Says `interrupted` for every job that says it is running; for when all processes have ended."""
-    for job in jobs:
-        status, _ = _json(job.directory / "status.json")
-        if status is not None and status.get("state") == "running":
-            content = {"state": "failed", "error": INTERRUPTED, "time": now()}
-            write_json(job.directory / "status.json", content)
+def _settled(job: Job, run: RunEntry) -> Standing:
+    if run.state is RunState.PLANNED and (job.directory / HYDRA).is_dir():
+        return Standing(
+            job, replace(run, state=RunState.FAILED, error="ended before it had a record; see its log")
+        )
+    return Standing(job, run)
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
@@ -211,31 +163,6 @@ def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
 
 def _table(job: Job) -> dict[str, str]:
     return {key_of(word): word.partition("=")[2] for word in job.overrides}
-
-
-def _json(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """Content of a file, or why there is none; both None if the file does not exist."""
-    try:
-        return dict(json.loads(path.read_text())), None
-    except FileNotFoundError:
-        return None, None
-    except (OSError, ValueError, TypeError):
-        return None, f"{path.name}: damaged"
-
-
-def _start(directory: Path) -> datetime | None:
-    provenance, _ = _json(directory / "provenance.json")
-    if provenance is None:
-        return None
-    parts = [provenance, *provenance.get("resumed", [])]
-    return _time(parts[-1].get("started"))
-
-
-def _time(text: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
 
 
 def as_typed(path: Path) -> str:

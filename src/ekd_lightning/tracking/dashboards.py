@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.data import Dataset
+from ekd_lightning.runs.result import FACTS
 from ekd_lightning.settings import LoggerSettings
 from ekd_lightning.tracking.loggers import (
     describe_metrics,
@@ -41,23 +42,6 @@ log = logging.getLogger(__name__)
 EVALUATION = "evaluation"
 _HEADLINE = ("test/accuracy", "validation/val_accuracy", "test/nll", "test/ece")
 """What TensorBoard's table of hyperparameters shows beside them."""
-_RUN_FIELDS = (
-    "method",
-    "data",
-    "student",
-    "num_teachers",
-    "num_branches",
-    "split_after",
-    "ensemble",
-    "temperature",
-    "assignment",
-    "fraction",
-    "seed",
-    "epochs",
-    "batch_size",
-    "num_parameters",
-    "macs",
-)
 _TILE, _CAPTION, _COLUMNS = 96, 28, 8  # pixels, pixels, tiles in a row
 
 
@@ -99,7 +83,7 @@ def log_evaluation(
 
 def log_evaluation_run(
     settings: LoggerSettings,
-    result: dict[str, Any],
+    result: Mapping[str, Any],
     read_arrays: Callable[[], Mapping[str, NDArray[Any]]],
     dataset: Dataset,
     directory: Path,
@@ -134,7 +118,7 @@ def log_evaluation_run(
 
 def result_facts(result: Mapping[str, Any]) -> dict[str, Any]:
     """What was run, of a finished run's record."""
-    return {name: result[name] for name in _RUN_FIELDS if name in result}
+    return {name: result[name] for name in FACTS if name in result}
 
 
 def _wandb_media(panels: Panels) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
     return {name: value for name, value in columns.items() if name not in config}
 
 
-def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None) -> None:
+def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -> None:
     """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures.
 
     Trouble here is logged and goes no further: the run's own record is complete without it.
@@ -258,7 +258,7 @@ def finish_loggers(loggers: list[Logger], *, result: dict[str, Any] | None) -> N
             log.exception("%s could not be ended properly", type(logger).__name__)
 
 
-def _finish(logger: Logger, result: dict[str, Any] | None) -> None:
+def _finish(logger: Logger, result: Mapping[str, Any] | None) -> None:
     if not isinstance(logger, WandbLogger):
         logger.finalize("failed" if result is None else "success")
         return
@@ -270,7 +270,7 @@ def _finish(logger: Logger, result: dict[str, Any] | None) -> None:
         wandb.finish(exit_code=1 if result is None else 0)
 
 
-def _summary(result: dict[str, Any]) -> dict[str, Any]:
+def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name, value in result.items():
         if isinstance(value, (int, float, str)):

@@ -1,8 +1,7 @@
-"""The record of a run: status.json, provenance.json and result.json, each written atomically."""
+"""Provenance of a run: code, versions, hardware and command that made it."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from ekd_lightning import __version__
-from ekd_lightning.files import write_json
 
 _PACKAGES = (
     "torch",
@@ -27,9 +25,6 @@ _PACKAGES = (
     "wandb",
     "numpy",
 )
-
-ARRAYS = "arrays.npz"
-"""Beside result.json: what plots need and no table shows."""
 
 
 def provenance() -> dict[str, Any]:
@@ -100,54 +95,3 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-class RunRecord:
-    """The JSON files of one run directory. Only the process with global rank 0 may hold one."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def status(self, state: str, error: str | None = None) -> None:
-        """Says `running`, `failed` (with the error) or `done` in status.json."""
-        write_json(self.directory / "status.json", {"state": state, "error": error, "time": now()})
-
-    def start(self, *, resumed: bool) -> None:
-        """Marks the run as running; a result of an earlier try is withdrawn.
-
-        A resumed run keeps its first provenance and appends this start to it.
-        """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", ARRAYS):
-            (self.directory / name).unlink(missing_ok=True)
-        path = self.directory / "provenance.json"
-        here = provenance()
-        if resumed and path.is_file():
-            first = json.loads(path.read_text())
-            here = {**first, "resumed": [*first.get("resumed", []), here]}
-        write_json(path, here)
-        self.status("running")
-
-    def forget_earlier_run(self) -> None:
-        """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
-
-        Its last checkpoint above all: resuming this run must not go on from there.
-        """
-        for name in (
-            "checkpoints/best.ckpt",
-            "checkpoints/last.ckpt",
-            "student.safetensors",
-            "metrics.csv",
-            "wandb_run_id.txt",
-        ):
-            (self.directory / name).unlink(missing_ok=True)
-
-    def add_provenance(self, **facts: Any) -> None:
-        """Adds facts known only after the start, e.g. hashes of data and teachers."""
-        path = self.directory / "provenance.json"
-        write_json(path, {**json.loads(path.read_text()), **facts})
-
-    def result(self, content: dict[str, Any]) -> None:
-        """Writes result.json, then says done; in this order, so that done implies a result."""
-        write_json(self.directory / "result.json", content)
-        self.status("done")

@@ -1,0 +1,334 @@
+"""Directory of a run: its state, its files, and the only code that reads and writes its record."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from filelock import FileLock
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import DamagedFileError, read_json, write_bytes, write_json, write_text
+from ekd_lightning.runs.lock import is_held
+from ekd_lightning.runs.provenance import now, provenance
+from ekd_lightning.runs.result import NotAResultError, Result
+
+FORMAT = 2
+"""Of status.json and result.json; records of version 0.1 say none, which is 1."""
+STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml", "provenance.json"
+CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
+CHECKPOINTS, HYDRA, OVERRIDES = "checkpoints", ".hydra", ".hydra/overrides.yaml"
+_INTERRUPTED = "interrupted"
+_OF_ONE_RUN = (f"{CHECKPOINTS}/best.ckpt", f"{CHECKPOINTS}/last.ckpt", STUDENT, CURVES, "wandb_run_id.txt")
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
+
+
+class RunState(str, Enum):
+    """What became of a run."""
+
+    PLANNED = "planned"
+    """Nothing of it is there yet."""
+    RUNNING = "running"
+    """A process is at work in its directory."""
+    STOPPED = "stopped"
+    """Interrupted or killed; it can go on."""
+    FAILED = "failed"
+    DONE = "done"
+    PARTIAL = "partial"
+    """Done, but it saw a part of the data only: its numbers are no results."""
+
+    __str__ = str.__str__
+
+
+class ForeignRecordError(UserError):
+    """A file that is no record of this package, or one of a version that is not read here."""
+
+
+class Record(NamedTuple):
+    """What the files of a run say.
+
+    Attributes:
+        state: What became of it.
+        result: What it found; None unless done or partial.
+        error: First line of what went wrong; None unless failed.
+        time: When the state was written, ISO 8601; None where unknown.
+    """
+
+    state: RunState
+    result: Result | None = None
+    error: str | None = None
+    time: str | None = None
+
+
+class RunDirectory:
+    """One run on disk.
+
+    In a distributed job only global rank 0 writes; reading is free to all.
+
+    Args:
+        path: The directory; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def student(self) -> Path:
+        """The student with the weights after the last epoch."""
+        return self.path / STUDENT
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where a stopped run goes on."""
+        return self.path / CHECKPOINTS / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The best epoch by validation accuracy."""
+        return self.path / CHECKPOINTS / "best.ckpt"
+
+    def file(self, name: str) -> Path | None:
+        """One of its files; None where it is absent."""
+        path = self.path / name
+        return path if path.is_file() else None
+
+    def is_held(self) -> bool:
+        """Whether a process is at work in the directory, by its lock."""
+        return is_held(self.path)
+
+    def record(self) -> Record:
+        """What became of the run.
+
+        It runs while its lock is held, whatever its files say. One that says so without a lock was killed, which is
+        the same as interrupted: it is stopped.
+
+        Raises:
+            DamagedFileError: If status.json is damaged or half-written.
+            ForeignRecordError: If a file is no record of this package, or one of another version.
+        """
+        if self.is_held():
+            return Record(RunState.RUNNING, time=self._time())
+        status = self._read(STATUS)
+        if status is None and not (self.path / RESULT).is_file():
+            started = (self.path / HYDRA).is_dir() or (self.path / CONFIG).is_file()
+            early = Record(RunState.FAILED, error="ended before it had a record")
+            return early if started else Record(RunState.PLANNED)
+        state, time = ("done", None) if status is None else (status.get("state"), status.get("time"))
+        error = (str((status or {}).get("error") or "unknown error").splitlines() or [""])[0]
+        time = str(time) if time else None
+        if state in ("running", "stopped") or (state == "failed" and error == _INTERRUPTED):
+            return Record(RunState.STOPPED, time=time)
+        if state == "failed":
+            return Record(RunState.FAILED, error=error, time=time)
+        if state != "done":
+            raise ForeignRecordError(f"{self.path / STATUS}: not the status of a run of this package")
+        return self._finished(time)
+
+    def _finished(self, time: str | None) -> Record:
+        try:
+            result = self.read_result()
+        except FileNotFoundError:
+            return Record(RunState.FAILED, error=f"done, but without a {RESULT}", time=time)
+        except DamagedFileError as error:
+            return Record(RunState.FAILED, error=str(error).removeprefix(f"{self.path}/"), time=time)
+        return Record(RunState.PARTIAL if result.partial else RunState.DONE, result, time=time)
+
+    def _time(self) -> str | None:
+        try:
+            return (self._read(STATUS) or {}).get("time")
+        except UserError:
+            return None
+
+    def started(self) -> datetime | None:
+        """When the run, or its last part, was started; None where that is unknown."""
+        parts = [self.provenance(), *(self.provenance().get("resumed") or [])]
+        try:
+            return datetime.fromisoformat(parts[-1]["started"])
+        except (TypeError, ValueError, KeyError):
+            return None
+
+    def read_result(self) -> Result:
+        """Reads result.json, whatever status.json says.
+
+        Raises:
+            DamagedFileError: If it is damaged or half-written.
+            ForeignRecordError: If it is no result of this package, or one of another version.
+            FileNotFoundError: If there is none.
+        """
+        content = self._read(RESULT)
+        if content is None:
+            raise FileNotFoundError(self.path / RESULT)
+        if (
+            content.pop("format", 1) == 1
+        ):  # which recorded the share that the rounded number of images came to
+            with contextlib.suppress(DamagedFileError):
+                asked = (self.config().get("data") or {}).get("fraction")
+                content["fraction"] = content.get("fraction") if asked is None else asked
+        try:
+            return Result.of(content)
+        except NotAResultError as error:
+            raise ForeignRecordError(
+                f"{self.path / RESULT}: not a result of this package ({error})"
+            ) from None
+
+    def finished_result(self) -> Result:
+        """The result of a run that is done or partial.
+
+        Raises:
+            UserError: If the run is not done, or a file is missing, half-written or something else.
+        """
+        found = self.record()
+        if found.result is None:
+            why = f" ({found.error})" if found.error else ""
+            raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}")
+        return found.result
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A record that carries a version; None without the file."""
+        path = self.path / name
+        try:
+            content = read_json(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedFileError(f"{path}: {error.strerror}") from None
+        version = content.get("format", 1)
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
+        if not 1 <= version <= FORMAT:
+            age = "newer" if version > FORMAT else "older"
+            raise ForeignRecordError(
+                f"{path}: written by a{'n' * (age == 'older')} {age} version (format {version}; 1 to {FORMAT} are read)"
+            )
+        return content
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, or what Hydra composed where the run ended before that; empty without.
+
+        Raises:
+            DamagedFileError: If it is damaged.
+        """
+        path = self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
+        if path is None:
+            return {}
+        try:
+            content = yaml.load(path.read_bytes(), _Loader)
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+        if not isinstance(content, dict):
+            raise DamagedFileError(f"{path}: damaged (not a mapping)")
+        return {str(key): value for key, value in content.items()}
+
+    def overrides(self) -> list[str]:
+        """The overrides that the run was started with; empty where Hydra wrote none down.
+
+        Raises:
+            DamagedFileError: If the file is damaged.
+        """
+        path = self.file(OVERRIDES)
+        try:
+            words = [] if path is None else yaml.load(path.read_bytes(), _Loader)
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+        if not isinstance(words, list):
+            raise DamagedFileError(f"{path}: damaged (not a list)")
+        return [str(word) for word in words if not str(word).startswith("resume=")]
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the run was made; empty where that is unknown.
+
+        Raises:
+            DamagedFileError: If the file is damaged.
+        """
+        try:
+            return read_json(self.path / PROVENANCE)
+        except OSError:
+            return {}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What plots need and no table shows; empty without the file.
+
+        Raises:
+            DamagedFileError: If it is damaged.
+        """
+        path = self.path / ARRAYS
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise DamagedFileError(
+                f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
+            ) from None
+
+    def start(self, *, resumed: bool) -> None:
+        """Marks the run as running; a result of an earlier try is withdrawn.
+
+        A resumed run keeps its first provenance and appends this start to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, ARRAYS):
+            (self.path / name).unlink(missing_ok=True)
+        here = provenance()
+        first = self.provenance() if resumed else {}
+        if first:
+            here = {**first, "resumed": [*(first.get("resumed") or []), here]}
+        write_json(self.path / PROVENANCE, here)
+        self._say("running")
+
+    def forget_earlier_run(self) -> None:
+        """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
+
+        Its last checkpoint above all: resuming this run must not go on from there.
+        """
+        for name in _OF_ONE_RUN:
+            (self.path / name).unlink(missing_ok=True)
+
+    def add_provenance(self, **facts: Any) -> None:
+        """Adds facts known only after the start, e.g. hashes of data and teachers."""
+        write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
+
+    def write_config(self, text: str) -> None:
+        """Writes the resolved configuration, as YAML."""
+        write_text(self.path / CONFIG, text)
+
+    def write_result(self, result: Result) -> None:
+        """Writes result.json."""
+        write_json(self.path / RESULT, {"format": FORMAT, **result})
+
+    def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays.npz, if there is something to write."""
+        if arrays:
+            stream = io.BytesIO()
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type] # names are not its own options
+            write_bytes(self.path / ARRAYS, stream.getvalue())
+
+    def changing(self) -> AbstractContextManager[Any]:
+        """A lock for those who read the record of a finished run, add to it, and write it back."""
+        return FileLock(self.path / ".evaluation.lock")
+
+    def finish(self, result: Result) -> None:
+        """Writes the result, then says done; in this order, so that done implies a result."""
+        self.write_result(result)
+        self._say("done")
+
+    def fail(self, error: str) -> None:
+        """Says that the run failed, and why."""
+        self._say("failed", error)
+
+    def stop(self) -> None:
+        """Says that the run was interrupted."""
+        self._say("stopped", _INTERRUPTED)
+
+    def _say(self, state: str, error: str | None = None) -> None:
+        write_json(self.path / STATUS, {"format": FORMAT, "state": state, "error": error, "time": now()})

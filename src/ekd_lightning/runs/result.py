@@ -1,0 +1,191 @@
+"""Result of a run: one flat, typed record of what was run and every final number, as result.json holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_LATE = {"late": True}
+"""Of a field that a record need not have: it is left out while it is None."""
+
+
+FACTS = (
+    "method",
+    "data",
+    "student",
+    "num_teachers",
+    "num_branches",
+    "split_after",
+    "ensemble",
+    "temperature",
+    "assignment",
+    "fraction",
+    "seed",
+    "epochs",
+    "batch_size",
+    "num_parameters",
+    "macs",
+)
+"""What was run, as dashboards and panels show it."""
+
+
+class NotAResultError(ValueError):
+    """A record that lacks what every result has, or has it of another type; the message names the field."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result(Mapping[str, Any]):
+    """What a run found, and what it was.
+
+    Also a mapping of everything that is recorded: parts of the evaluation add fields of their own, and those that a
+    newer version wrote are kept. None stands for what a run does not have, or an older version did not record.
+
+    Attributes:
+        fraction: Share of the training images, in (0, 1], of the subset as it came out.
+        subset_sha256: Hash of the images that the run saw.
+        views: The augmentation, see `Views.key`.
+        macs: Multiply-accumulates of one image through the student.
+        partial: Whether the run saw a part of the data only, so that its numbers are no results.
+        teacher_choice: `best`, `first` or `mean` for methods that know one teacher.
+        pool_teachers: Ids of the teachers that there were to choose from.
+        teacher_candidates: What `best` chose by: `id`, `val_accuracy`, `val_nll` of each.
+        teachers: Of each that taught: `id`, `sha256`, `source`, `test_accuracy` in [0, 1], `test_nll` in nats, ...
+        chain: The same of each assistant, from the first to the one that taught the student.
+        test_accuracy: Of the ensemble after the last epoch, in [0, 1]; NaN if the test set was not read.
+        test_branch_accuracy: Of each branch [K].
+        best_epoch: Counted from 1, the one with the best validation accuracy; `..._best` are with its weights.
+        steps: Optimiser steps.
+        teacher_table_hit_rate: Share of teacher rows that were found and not computed.
+        evaluated: Parts of the evaluation that are in the record.
+        evaluation_error: Why others are not, one line for each.
+        evaluation_seconds: What each part took.
+        more: Everything else by its name: findings, `weight_<term>`, fields of newer versions.
+    """
+
+    method: str
+    data: str
+    seed: int
+    fraction: float
+    test_accuracy: float = field(default=math.nan, metadata=_LATE)
+    student: str | None = None
+    num_teachers: int | None = None
+    assistants: list[Any] | None = None
+    num_branches: int | None = None
+    split_after: str | None = None
+    ensemble: str | None = None
+    temperature: float | None = None
+    assignment: Any = None
+    num_train_images: int | None = None
+    num_val_images: int | None = None
+    subset_sha256: str | None = None
+    subset_seed: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    views: str | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    num_parameters: int | None = None
+    num_adapter_parameters: int | None = None
+    macs: int | None = None
+    tags: list[Any] | None = None
+    partial: bool = False
+    teacher_choice: str | None = None
+    teacher: str | None = None
+    pool_teachers: list[Any] | None = None
+    teacher_candidates: list[Any] | None = None
+    val_accuracy: float | None = field(default=None, metadata=_LATE)
+    val_accuracy_best: float | None = field(default=None, metadata=_LATE)
+    test_accuracy_best: float | None = field(default=None, metadata=_LATE)
+    test_accuracy_last: float | None = field(default=None, metadata=_LATE)
+    test_branch_accuracy: list[Any] | None = field(default=None, metadata=_LATE)
+    test_nll: float | None = field(default=None, metadata=_LATE)
+    test_ece: float | None = field(default=None, metadata=_LATE)
+    best_epoch: int | None = field(default=None, metadata=_LATE)
+    train_seconds: float | None = None
+    images_per_second: float | None = None
+    teacher_table_hit_rate: float | None = None
+    epochs_done: int | None = None
+    steps: int | None = None
+    num_devices: int | None = None
+    precision: str | None = None
+    teachers: list[Any] | None = field(default=None, metadata=_LATE)
+    chain: list[Any] | None = field(default=None, metadata=_LATE)
+    evaluated: list[Any] | None = field(default=None, metadata=_LATE)
+    evaluation_error: str | None = None
+    evaluation_seconds: dict[str, Any] | None = field(default=None, metadata=_LATE)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Result:
+        """Makes a result of a flat record.
+
+        Raises:
+            NotAResultError: If it lacks what every result has, or a field is of another type.
+        """
+        hints = _hints()
+        for name in ("method", "data", "seed", "fraction"):
+            if not _fits(record.get(name), hints[name]):
+                raise NotAResultError(f"no {name!r}")
+        tested = record.get("test_accuracy")
+        checked = ("fraction",) if tested is None and record.get("partial") else ("fraction", "test_accuracy")
+        for name in checked:
+            value: Any = record.get(name)
+            if not (_fits(value, float) and 0 <= value <= 1):
+                raise NotAResultError(f"{name!r} is {value!r}, not in [0, 1]")
+        known: dict[str, Any] = {}
+        more: dict[str, Any] = {}
+        for name, value in record.items():
+            if name not in hints:
+                more[name] = value
+            elif value is not None:
+                if not _fits(value, hints[name]):
+                    raise NotAResultError(f"{name!r} is {value!r:.60}")
+                known[name] = value
+        return cls(**known, more=more)
+
+    def having(self, **more: Any) -> Result:
+        """The result with further or other fields, known or not."""
+        return Result.of({**self, **more})
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name) if name in _hints() else self.more[name]
+
+    def __iter__(self) -> Iterator[str]:
+        for name, late in _names():
+            value = getattr(self, name)
+            untested = name == "test_accuracy" and math.isnan(value)
+            if not (untested or (late and value is None)):
+                yield name
+        yield from self.more
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.more or any(name == known for known in self)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    hints = get_type_hints(Result)
+    return {one.name: hints[one.name] for one in fields(Result) if one.name != "more"}
+
+
+@cache
+def _names() -> tuple[tuple[str, bool], ...]:
+    return tuple((one.name, bool("late" in one.metadata)) for one in fields(Result) if one.name != "more")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type; whole numbers are numbers, truth values are not."""
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)

@@ -1,0 +1,255 @@
+"""A run directory: its state by lock and files, what is written and read, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from made_runs import result, write_run
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import DamagedFileError
+from ekd_lightning.runs import directory as module
+from ekd_lightning.runs.directory import FORMAT, ForeignRecordError, RunDirectory, RunState
+from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.result import NotAResultError, Result
+
+
+def read(path):
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "3"}, False),
+    ],
+)
+def test_who_writes(monkeypatch, environment, expected):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_rank_zero() is expected
+
+
+def test_a_start_withdraws_an_older_result(tmp_path):
+    own = RunDirectory(tmp_path / "run")
+    own.start(resumed=False)
+    own.finish(Result.of(result()))
+    (tmp_path / "run" / "arrays.npz").write_bytes(b"its arrays")
+    assert read(tmp_path / "run" / "status.json")["state"] == "done"
+    RunDirectory(tmp_path / "run").start(resumed=False)
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "arrays.npz").exists()
+    assert read(tmp_path / "run" / "status.json")["state"] == "running"
+
+
+def test_provenance_names_what_a_result_comes_from(tmp_path):
+    own = RunDirectory(tmp_path)
+    own.start(resumed=False)
+    own.add_provenance(data={"name": "digits"})
+    found = read(tmp_path / "provenance.json")
+    assert found.keys() >= {
+        "version",
+        "git",
+        "command",
+        "python",
+        "packages",
+        "platform",
+        "hardware",
+        "started",
+    }
+    assert found["packages"].keys() >= {"torch", "pytorch-lightning", "hydra-core", "numpy"}
+    assert found["hardware"]["cpu"]
+    assert found["data"] == {"name": "digits"}
+    if found["git"]:
+        assert len(found["git"]["commit"]) == 40
+
+
+def test_a_resumed_start_keeps_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "provenance", lambda: {"started": "first"})
+    RunDirectory(tmp_path).start(resumed=False)
+    RunDirectory(tmp_path).add_provenance(data="kept")
+    for time in ("second", "third"):
+        monkeypatch.setattr(module, "provenance", lambda time=time: {"started": time})
+        RunDirectory(tmp_path).start(resumed=True)
+    found = read(tmp_path / "provenance.json")
+    assert (found["started"], found["data"]) == ("first", "kept")
+    assert [start["started"] for start in found["resumed"]] == ["second", "third"]
+
+
+def test_done_implies_a_result(tmp_path, monkeypatch):
+    own = RunDirectory(tmp_path)
+    own.start(resumed=False)
+    with pytest.raises(TypeError):
+        own.finish(Result.of(result(x=object())))
+    assert read(tmp_path / "status.json")["state"] == "running"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_error_is_kept(tmp_path):
+    own = RunDirectory(tmp_path)
+    own.fail("x=1: no")
+    found = read(tmp_path / "status.json")
+    assert (found["state"], found["error"]) == ("failed", "x=1: no")
+
+
+def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    old = ("checkpoints/last.ckpt", "student.safetensors", "metrics.csv", "wandb_run_id.txt")
+    kept = ("config.yaml", "train.log", "notes.txt")
+    for name in (*old, *kept):
+        (tmp_path / name).write_text("")
+    RunDirectory(tmp_path).forget_earlier_run()
+    assert [name for name in old if (tmp_path / name).exists()] == []
+    assert [name for name in kept if (tmp_path / name).exists()] == list(kept)
+
+
+def states(path, *steps):
+    own = RunDirectory(path)
+    for step in steps:
+        step(own)
+    return own.record().state
+
+
+def test_what_became_of_a_run(tmp_path):
+    def start(own):
+        own.start(resumed=False)
+
+    assert states(tmp_path / "planned") is RunState.PLANNED
+    assert states(tmp_path / "killed", start) is RunState.STOPPED
+    assert states(tmp_path / "interrupted", start, RunDirectory.stop) is RunState.STOPPED
+    assert states(tmp_path / "failed", start, lambda own: own.fail("no")) is RunState.FAILED
+    for name, made in {"done": result(), "partial": result(partial=True)}.items():
+        found = states(tmp_path / name, start, lambda own, made=made: own.finish(Result.of(made)))
+        assert found is RunState(name)
+
+
+@pytest.mark.parametrize("says", ["running", "failed", "done", None])
+def test_a_run_runs_while_its_lock_is_held_whatever_a_file_says(tmp_path, says):
+    path = write_run(tmp_path / "run", result(), says or "done")
+    if says is None:
+        (path / "status.json").unlink()
+        (path / "result.json").unlink()
+    before = RunDirectory(path).record().state
+    with DirectoryLock(path):
+        assert RunDirectory(path).record().state is RunState.RUNNING
+    assert RunDirectory(path).record().state is before
+    assert before is not RunState.RUNNING
+
+
+def test_an_interrupted_run_of_version_0_1_is_stopped(tmp_path):
+    path = write_run(tmp_path / "run", result(), "failed", error="interrupted")
+    assert RunDirectory(path).record().state is RunState.STOPPED
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    own, made = RunDirectory(tmp_path), Result.of(result(test_cka=[[1.0, None]], weight_new=0.5))
+    own.write_result(made)
+    found = own.read_result()
+    assert found == made
+    assert (found.method, found.epochs, found.split_after) == ("ekd", 2, "stage1")
+    assert (found["test_cka"], found.get("weight_new"), found.get("unknown")) == ([[1.0, None]], 0.5, None)
+    assert "test_cka" in found
+    assert "test_accuracy_best" not in found  # has none
+    assert "teacher" in found  # has none, and says so
+
+
+def test_fields_of_a_newer_version_are_kept_and_written_back(tmp_path):
+    own = RunDirectory(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(result(from_the_future={"a": [1]})))
+    own.write_result(own.read_result().having(test_brier=0.25))
+    found = read(tmp_path / "result.json")
+    assert found["from_the_future"] == {"a": [1]}
+    assert found["test_brier"] == 0.25
+    assert found["format"] == FORMAT
+
+
+def test_a_result_of_validation_alone_has_no_test_accuracy(tmp_path):
+    own, made = RunDirectory(tmp_path), result(partial=True)
+    del made["test_accuracy"]
+    own.write_result(Result.of(made))
+    assert "test_accuracy" not in read(tmp_path / "result.json")
+    assert np.isnan(own.read_result().test_accuracy)
+    with pytest.raises(NotAResultError, match="test_accuracy"):
+        Result.of({**made, "partial": False})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epochs", "two"), ("epochs", 2.5), ("epochs", True), ("teachers", {}), ("student", 3), ("partial", 1)],
+)
+def test_a_field_of_another_type_is_named(field, value):
+    with pytest.raises(NotAResultError, match=f"'{field}' is "):
+        Result.of({**result(), field: value})
+
+
+BAD = {
+    "empty": ("", DamagedFileError),
+    "half": ('{"method": "ekd", "da', DamagedFileError),
+    "list": ("[1, 2]", DamagedFileError),
+    "no result": ('{"progress": 3}', ForeignRecordError),
+    "newer": (json.dumps(result(format=FORMAT + 1)), ForeignRecordError),
+    "older": (json.dumps(result(format=0)), ForeignRecordError),
+    "no version": (json.dumps(result(format="x")), ForeignRecordError),
+}
+
+
+@pytest.mark.parametrize(("content", "kind"), BAD.values(), ids=BAD)
+def test_a_bad_result_is_named(tmp_path, content, kind):
+    path = write_run(tmp_path / "run", result())
+    (path / "result.json").write_text(content)
+    with pytest.raises(kind, match=r"result\.json: "):
+        RunDirectory(path).read_result()
+    with pytest.raises(UserError, match=r"result\.json: "):
+        RunDirectory(path).finished_result()
+
+
+@pytest.mark.parametrize(("content", "kind"), BAD.values(), ids=BAD)
+def test_a_bad_status_is_named(tmp_path, content, kind):
+    path = write_run(tmp_path / "run", result())
+    (path / "status.json").write_text(content)
+    with pytest.raises(kind, match=r"status\.json: "):
+        RunDirectory(path).record()
+
+
+def test_a_record_of_another_version_says_which(tmp_path):
+    path = write_run(tmp_path / "run", result(format=7))
+    with pytest.raises(
+        ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"
+    ):
+        RunDirectory(path).record()
+
+
+@pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\0"])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(DamagedFileError, match=r"config\.yaml"):
+        RunDirectory(tmp_path).config()
+
+
+def test_arrays(tmp_path):
+    own = RunDirectory(tmp_path)
+    assert own.arrays() == {}
+    own.write_arrays({})
+    assert own.file("arrays.npz") is None
+    own.write_arrays({"labels": np.arange(3)})
+    assert own.arrays()["labels"].tolist() == [0, 1, 2]
+    (tmp_path / "arrays.npz").write_bytes(b"PK")
+    with pytest.raises(DamagedFileError, match=r"arrays\.npz: damaged"):
+        own.arrays()
+
+
+def test_a_run_that_is_not_done_has_no_result_to_go_on_with(tmp_path):
+    path = write_run(tmp_path / "run", result(), "failed", error="no such stage\nmore")
+    with pytest.raises(UserError, match=r"not done, its status is 'failed' \(no such stage\)"):
+        RunDirectory(path).finished_result()
