@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from ekd_lightning.runs.record import write_json
+from ekd_lightning.files import write_json
 
 from ekd_lightning.bench.ours import Job
 from ekd_lightning.config.config import compose_settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -163,11 +162,9 @@ def _run(
     return result
 
 
-def _take_threads(settings: Settings, accelerator: str, directory: Path, record: RunRecord | None) -> None:
+def _take_threads(settings: Settings, accelerator: str, directory: Path, record: RunDirectory | None) -> None:
     """Sets torch's threads and notes them, so that the run goes on with as many if it is stopped."""
-    before = None
-    if settings.resume is not None and (directory / "provenance.json").is_file():
-        before = json.loads((directory / "provenance.json").read_text()).get("threads")
+    before = None if settings.resume is None else RunDirectory(directory).provenance().get("threads")
     devices = settings.trainer.get("devices", 1)
     threads = set_threads(
         settings.trainer.get("threads"),

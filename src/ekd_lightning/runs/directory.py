@@ -187,6 +187,8 @@ class RunDirectory:
             UserError: If the run is not done, or a file is missing, half-written or something else.
         """
         found = self.record()
+        if found.result is None and (found.error or "").startswith(f"{RESULT}: "):
+            raise DamagedFileError(f"{self.path}/{found.error}")
         if found.result is None:
             why = f" ({found.error})" if found.error else ""
             raise UserError(f"{self.path}: the run is not done, its status is {found.state.value!r}{why}")
