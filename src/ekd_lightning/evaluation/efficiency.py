@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +93,7 @@ def stored_bytes(module: nn.Module) -> int:
     return len(safetensors.torch.save(state))
 
 
+@torch.no_grad()
 def peak_memory(module: nn.Module, images: Tensor) -> int:
     """Most bytes that tensors take during one forward pass without gradients: weights, images, and what is between.
 
@@ -106,26 +106,17 @@ def peak_memory(module: nn.Module, images: Tensor) -> int:
         images: [B, 3, H, W].
     """
     resident = _bytes([images, *module.parameters(), *module.buffers()])
-    forward = _no_grad(module, images)
     if images.is_cuda:
-        forward()  # libraries take their work space once
+        module(images)  # libraries take their work space once
         torch.cuda.synchronize(images.device)
         before = torch.cuda.memory_allocated(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
-        forward()
+        module(images)
         torch.cuda.synchronize(images.device)
         return resident + torch.cuda.max_memory_allocated(images.device) - before
     with _LiveTensors([images, *module.parameters(), *module.buffers()]) as live:
-        forward()
+        module(images)
     return resident + live.peak
-
-
-def _no_grad(module: nn.Module, images: Tensor) -> Callable[[], None]:
-    def forward() -> None:
-        with torch.no_grad():
-            module(images)
-
-    return forward
 
 
 def _bytes(tensors: list[Tensor]) -> int:

@@ -189,6 +189,14 @@ class Normalize(nn.Module):
         return ((images - self.mean) / self.std).to(self.mean.dtype)
 
 
+def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Runs stages one after the other; returns the last output (of none: what went in), and each by name."""
+    outputs: dict[str, Tensor] = {}
+    for name, stage in stages.items():
+        maps = outputs[name] = stage(maps)
+    return maps, outputs
+
+
 def pool(maps: Tensor) -> Tensor:
     """Global average: [B, D, height, width] to [B, D]."""
     return maps.mean((-2, -1))
@@ -254,10 +262,7 @@ class StagedNetwork(nn.Module):
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
         """
-        maps = self.normalize(images)
-        stages: dict[str, Tensor] = {}
-        for name, stage in self.stages.items():
-            maps = stages[name] = stage(maps)
+        maps, stages = through(self.stages, self.normalize(images))
         pooled = pool(maps)
         return NetworkOutput(self.head(pooled), pooled, stages)
 

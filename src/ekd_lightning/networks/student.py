@@ -21,6 +21,7 @@ from ekd_lightning.networks.staged import (
     imagined,
     pool,
     shapes_of,
+    through,
 )
 
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
@@ -44,11 +45,7 @@ class Trunk(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the trunk's output [B, channels, height, width] and that of each of its stages."""
-        maps = self.normalize(images)
-        outputs: dict[str, Tensor] = {}
-        for name, stage in self.stages.items():
-            maps = outputs[name] = stage(maps)
-        return maps, outputs
+        return through(self.stages, self.normalize(images))
 
 
 class Branch(nn.Module):
@@ -63,9 +60,7 @@ class Branch(nn.Module):
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns logits [B, C], pooled features [B, D] and the output of each of its stages."""
-        outputs: dict[str, Tensor] = {}
-        for name, stage in self.stages.items():
-            maps = outputs[name] = stage(maps)
+        maps, outputs = through(self.stages, maps)
         pooled = pool(maps)
         return self.head(pooled), pooled, outputs
 
