@@ -9,7 +9,8 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,53 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Writes `content`; see `replacing`."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content)
+
+
+class WriterBehind:
+    """Writes files in a thread of its own, in the order in which it is asked to; the caller does not wait for the disk.
+
+    What went wrong is raised by the next call. The thread ends with `close`, and starts again when it is needed.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: list[tuple[Path, Future[None]]] = []
+
+    def submit(self, path: Path, write: Callable[[], None]) -> None:
+        """Lets `write` write `path` soon.
+
+        Raises:
+            UnwritableFileError: If an earlier file could not be written.
+        """
+        self.wait()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "files")
+        self._pending.append((path, self._thread.submit(write)))
+
+    def wait(self, *paths: Path) -> None:
+        """Waits until `paths` are written as asked so far.
+
+        Raises:
+            UnwritableFileError: If these or any other that has ended could not be written.
+        """
+        ended = [write for path, write in self._pending if path in paths or write.done()]
+        self._pending = [(path, write) for path, write in self._pending if write not in ended]
+        for error in [write.exception() for write in ended]:
+            if error is not None:
+                raise error
+
+    def close(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            UnwritableFileError: If a file could not be written.
+        """
+        try:
+            self.wait(*(path for path, _ in self._pending))
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown(wait=True)
+                self._thread = None
 
 
 def seal(content: bytes) -> bytes:

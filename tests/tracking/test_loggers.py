@@ -34,7 +34,7 @@ def test_values_of_one_step_share_a_row(tmp_path):
     log.log_metrics({"b": 1.0, "epoch": 0}, step=3)
     log.log_metrics({"a": 0.1}, step=3)
     log.log_metrics({"a": 0.2, "c": float("inf")}, step=7)
-    log.save()
+    log.finalize("success")
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert header == "step,b,epoch,a,c"
     assert rows(tmp_path / "metrics.csv") == [
@@ -50,7 +50,7 @@ def test_numbers_survive_writing_and_reading(tmp_path):
     first.finalize("success")
     content = (tmp_path / "m.csv").read_bytes()
     second = MetricsCsv(tmp_path / "m.csv")
-    second.save()
+    second.finalize("success")
     assert (tmp_path / "m.csv").read_bytes() == content
     assert float(rows(tmp_path / "m.csv")[0]["x"]) == 0.1 + 0.2
 
@@ -59,11 +59,11 @@ def test_a_resumed_log_forgets_what_will_be_logged_again(tmp_path):
     log = MetricsCsv(tmp_path / "m.csv")
     for step, name in ((3, "loss"), (7, "loss"), (8, "test")):  # two epochs of four steps, then a final test
         log.log_metrics({name: step}, step)
-    log.save()
+    log.finalize("success")
     again = MetricsCsv(tmp_path / "m.csv")
     again.forget_from(8)
     again.log_metrics({"loss": 11.0}, 11)
-    again.save()
+    again.finalize("success")
     assert [row["step"] for row in rows(tmp_path / "m.csv")] == ["3", "7", "11"]
     assert "test" not in (tmp_path / "m.csv").read_text()
 

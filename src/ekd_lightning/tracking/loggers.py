@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 from argparse import Namespace
@@ -14,7 +15,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import replacing, write_text
+from ekd_lightning.files import WriterBehind, write_text
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,13 @@ class MetricsCsv(Logger):
     """metrics.csv: one row per logged step, columns in order of first appearance.
 
     Lightning's CSVLogger deletes the rows of the first try when a run is resumed; this one keeps those up to the
-    checkpoint's step.
+    checkpoint's step. Rows are written behind the training; `finalize` waits for the disk.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._writer = WriterBehind()
         self._rows: dict[int, dict[str, str]] = {}
         if path.is_file():
             with path.open(newline="") as stream:
@@ -81,18 +83,20 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the whole file anew, atomically; it has one row per epoch."""
+        """Writes the whole file anew, soon; it has one row per epoch."""
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        with replacing(self.path) as part, part.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows[step] for step in sorted(self._rows))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows[step] for step in sorted(self._rows))
+        self._writer.submit(self.path, lambda: write_text(self.path, text.getvalue()))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is there."""
+        """Writes what is there, and waits for the disk."""
         if self._rows:
             self.save()
+        self._writer.close()
 
 
 def make_loggers(

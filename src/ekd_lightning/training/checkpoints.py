@@ -6,7 +6,6 @@ import copy
 import io
 import logging
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import SEAL, UNSEALED, remove_parts, require_intact, seal, write_bytes
+from ekd_lightning.files import SEAL, UNSEALED, WriterBehind, remove_parts, require_intact, seal, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,7 @@ class CheckpointWriter(CheckpointIO):
     """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: dict[Path, Future[None]] = {}
+        self._writer = WriterBehind()
         self._seen: set[Path] = set()
 
     def save_checkpoint(
@@ -55,13 +53,12 @@ class CheckpointWriter(CheckpointIO):
             UserError: If an earlier checkpoint could not be written, naming it.
         """
         path = Path(path)
-        self._collect(path)
+        self._writer.wait(path)
         if path not in self._seen:
             self._seen.add(path)
             remove_parts(path)
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._pending[path] = self._thread.submit(write_checkpoint, path, _on_host(checkpoint))
+        state = _on_host(checkpoint)
+        self._writer.submit(path, lambda: write_checkpoint(path, state))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -71,12 +68,12 @@ class CheckpointWriter(CheckpointIO):
         Raises:
             UserError: If it is missing or damaged.
         """
-        self._collect(Path(path))
+        self._writer.wait(Path(path))
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint."""
-        self._collect(Path(path))
+        self._writer.wait(Path(path))
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
@@ -85,20 +82,7 @@ class CheckpointWriter(CheckpointIO):
         Raises:
             UserError: If a checkpoint could not be written, naming it.
         """
-        try:
-            self._collect(*self._pending)
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown(wait=True)
-                self._thread = None
-
-    def _collect(self, *paths: Path) -> None:
-        """Waits for the writes of `paths`, and raises what went wrong with those or any other that has ended."""
-        ended = [path for path, write in self._pending.items() if path in paths or write.done()]
-        errors = [self._pending.pop(path).exception() for path in ended]
-        for error in errors:
-            if error is not None:
-                raise error
+        self._writer.close()
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
