@@ -26,10 +26,7 @@ def check_packages(*, figures: bool, page: bool) -> None:
     Raises:
         UserError: Naming the extra to install, and the option that does without.
     """
-    for needed, package, option in (
-        (figures, "matplotlib", "--no-figures"),
-        (page, "plotly", "--no-page"),
-    ):
+    for needed, package, option in ((figures, "matplotlib", "--no-figures"), (page, "plotly", "--no-page")):
         if needed and find_spec(package) is None:
             raise UserError(
                 f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"

@@ -1,4 +1,4 @@
-"""The saved workspace and the report of a W&B project, as objects of W&B's own package; nothing here is sent."""
+"""Views of a W&B project: its saved workspace and its report, as objects of W&B's own package; nothing here is sent."""
 
 from __future__ import annotations
 
@@ -87,47 +87,50 @@ def panel_sections() -> dict[str, list[Any]]:
     _, wr = _packages()
     method, teachers, branches = (wr.Config(key) for key in ("method_name", "num_teachers", "num_branches"))
     accuracy = wr.SummaryMetric("test_accuracy")
+    over_runs = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+
+    def bars(title: str, metric: str, by: Any = method) -> Any:
+        return wr.BarPlot(title=title, metrics=[metric], groupby=by, orientation="h", **over_runs)
+
+    def curve(title: str, metric: str) -> Any:
+        return wr.LinePlot(title=title, x="epoch", y=[metric], groupby=method, **over_runs)
+
+    def scatter(title: str, key: str) -> Any:
+        return wr.ScatterPlot(title=title, x=wr.Config(key), y=accuracy, log_x=True)
+
+    parallel = [
+        *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in _PARAMETERS),
+        wr.ParallelCoordinatesPlotColumn(accuracy),
+    ]
+    each_branch, each_term = "val/branch_accuracy_.*", "train/.*"
     return {
         "Answer": [
-            _bars(wr, "test accuracy by method", "test/accuracy", method),
-            wr.ScatterPlot(title="accuracy against cost", x=wr.Config("macs"), y=accuracy, log_x=True),
-            wr.ScatterPlot(
-                title="accuracy against labelled data", x=wr.Config("fraction"), y=accuracy, log_x=True
-            ),
-            _curve(wr, "validation accuracy by method", "val/accuracy", method),
+            bars("test accuracy by method", "test/accuracy"),
+            scatter("accuracy against cost", "macs"),
+            scatter("accuracy against labelled data", "fraction"),
+            curve("validation accuracy by method", "val/accuracy"),
         ],
         "Teachers and branches": [
-            _bars(wr, "test accuracy by teachers", "test/accuracy", teachers),
-            _bars(wr, "test accuracy by branches", "test/accuracy", branches),
-            _bars(
-                wr,
-                "gain of the ensemble over its mean branch",
-                "evaluation/test_gain_over_mean_branch",
-                branches,
+            bars("test accuracy by teachers", "test/accuracy", teachers),
+            bars("test accuracy by branches", "test/accuracy", branches),
+            bars(
+                "gain of the ensemble over its mean branch", "evaluation/test_gain_over_mean_branch", branches
             ),
-            wr.ParallelCoordinatesPlot(
-                title="what was run, and what came of it",
-                columns=[
-                    *(wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in _PARAMETERS),
-                    wr.ParallelCoordinatesPlotColumn(accuracy),
-                ],
-            ),
-            wr.LinePlot(
-                title="validation accuracy of each branch", x="epoch", metric_regex="val/branch_accuracy_.*"
-            ),
+            wr.ParallelCoordinatesPlot(title="what was run, and what came of it", columns=parallel),
+            wr.LinePlot(title="validation accuracy of each branch", x="epoch", metric_regex=each_branch),
         ],
         "Training": [
-            _curve(wr, "loss", "train/loss", method),
-            wr.LinePlot(title="every term of the loss", x="epoch", metric_regex="train/.*"),
-            _curve(wr, "validation NLL", "val/nll", method),
+            curve("loss", "train/loss"),
+            wr.LinePlot(title="every term of the loss", x="epoch", metric_regex=each_term),
+            curve("validation NLL", "val/nll"),
             wr.LinePlot(title="learning rate", x="epoch", y=["lr"]),
         ],
         "Calibration and diversity": [
-            _bars(wr, "ECE as trained", "test/ece", method),
-            _bars(wr, "ECE after temperature scaling", "calibration/test_ece_calibrated", method),
-            _bars(wr, "disagreement of branches", "test/disagreement", method),
-            _bars(wr, "ambiguity", "test/ambiguity", method),
-            _bars(wr, "agreement with the teachers", "fidelity/test_teacher_agreement", method),
+            bars("ECE as trained", "test/ece"),
+            bars("ECE after temperature scaling", "calibration/test_ece_calibrated"),
+            bars("disagreement of branches", "test/disagreement"),
+            bars("ambiguity", "test/ambiguity"),
+            bars("agreement with the teachers", "fidelity/test_teacher_agreement"),
         ],
         "Errors": [
             wr.MediaBrowser(
@@ -136,39 +139,17 @@ def panel_sections() -> dict[str, list[Any]]:
             wr.WeavePanelSummaryTable(table_name="evaluation/branches"),
         ],
         "Robustness and cost": [
-            _bars(wr, "mean corruption error", "corruptions/corruption_mce", method),
-            _bars(wr, "gap to the training images", "generalisation/gap_accuracy", method),
-            _bars(wr, "sharpness (SAM)", "flatness/sharpness_sam", method),
-            _bars(wr, "latency of one image in ms", "efficiency/latency_ms_batch1", method),
-            _bars(wr, "seconds of training", "train_seconds", method),
+            bars("mean corruption error", "corruptions/corruption_mce"),
+            bars("gap to the training images", "generalisation/gap_accuracy"),
+            bars("sharpness (SAM)", "flatness/sharpness_sam"),
+            bars("latency of one image in ms", "efficiency/latency_ms_batch1"),
+            bars("seconds of training", "train_seconds"),
         ],
     }
 
 
 _GROUPING = ("data_name", "fraction", "method_name")
 _PARAMETERS = ("method_name", "fraction", "num_teachers", "num_branches")
-
-
-def _bars(wr: Any, title: str, metric: str, groupby: Any) -> Any:
-    return wr.BarPlot(
-        title=title,
-        metrics=[metric],
-        groupby=groupby,
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
-        orientation="h",
-    )
-
-
-def _curve(wr: Any, title: str, metric: str, groupby: Any) -> Any:
-    return wr.LinePlot(
-        title=title,
-        x="epoch",
-        y=[metric],
-        groupby=groupby,
-        groupby_aggfunc="mean",
-        groupby_rangefunc="stddev",
-    )
 
 
 def _packages() -> tuple[Any, Any]:

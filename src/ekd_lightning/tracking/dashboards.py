@@ -27,15 +27,7 @@ from ekd_lightning.tracking.loggers import (
     in_wandb_sweep,
     selected_loggers,
 )
-from ekd_lightning.tracking.panels import (
-    TEST,
-    TEST_BEST,
-    Example,
-    Lines,
-    Panels,
-    Table,
-    make_panels,
-)
+from ekd_lightning.tracking.panels import TEST, TEST_BEST, Example, Lines, Panels, Table, make_panels
 
 log = logging.getLogger(__name__)
 

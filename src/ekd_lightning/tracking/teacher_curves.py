@@ -11,12 +11,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from ekd_lightning.settings import LoggerSettings
-from ekd_lightning.tracking.loggers import (
-    describe_metrics,
-    finish_loggers,
-    in_wandb_sweep,
-    selected_loggers,
-)
+from ekd_lightning.tracking.loggers import describe_metrics, finish_loggers, in_wandb_sweep, selected_loggers
 
 FOLDER = "teachers"
 
