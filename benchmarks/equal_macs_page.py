@@ -37,8 +37,8 @@ from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import interval_text, percent
 from ekd_lightning.reporting.tables import Row, markdown_table
 from ekd_lightning.runs.collection import collect
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.studies.comparison import records, study_block, study_rows
-from ekd_lightning.studies.sweep import recorded_overrides
 from ekd_lightning.studies.tuned import other_budget, standard_error
 
 
@@ -57,7 +57,7 @@ def trials(folder: Path, usual: set[str]) -> list[dict[str, Any]]:
         return list(json.loads(folder.read_text())["later_trials"])
     found = []
     for run in collect([folder]).runs:
-        result, words = run.result or {}, recorded_overrides(run.directory)
+        result, words = run.result or {}, RunDirectory(run.directory).overrides()
         # The weights are said whole: a default of then need not be the default of now.
         own = [
             word.split("feature_branch.")[-1]

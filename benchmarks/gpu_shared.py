@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from ekd_lightning.files import write_json
 
 from ekd_lightning.bench.ours import Job
 from ekd_lightning.config.config import compose_settings
+from ekd_lightning.files import write_json
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.pool import gather_teachers

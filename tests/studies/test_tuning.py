@@ -382,7 +382,7 @@ class Untouchable:
 
 @pytest.mark.parametrize("override_", ["method=ekd", "method.teacher=best"])
 def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, override_):
-    from ekd_lightning.pipeline import prepare, run, teach
+    from ekd_lightning.pipeline import prepare, run, teachers
 
     load = prepare.load_dataset
 
@@ -392,7 +392,7 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
         return dataset
 
     forbidden = object()  # not even hidden behind a score that was remembered earlier
-    for place in (run, teach):
+    for place in (run, teachers):
         monkeypatch.setattr(place, "score_teachers", forbidden)
     monkeypatch.setattr(prepare, "load_dataset", load_without_test)
     reports: list[tuple[int, float]] = []
