@@ -365,7 +365,7 @@ def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_pa
     source, index = tabled(ensemble, tmp_path), torch.arange(N)
     source.prepare_epoch(index, index % V, gather, {(): N})
     assert source.ask(make_batch([1, 2], [1, 2])).logits.isfinite().all()
-    assert not tabled(ensemble, tmp_path)._kept[0].read(0, index.numpy(), (index % V).numpy())[1].any()
+    assert not tabled(ensemble, tmp_path)._known.kept[0].read(0, index.numpy(), (index % V).numpy())[1].any()
     may_write.set()
     source.flush()
     warm = tabled(ensemble, tmp_path)

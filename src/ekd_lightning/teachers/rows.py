@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.teachers.table import Halves, Rows, TableKey, TeacherTable
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks.staged import NetworkOutput
+from ekd_lightning.teachers.source import LiveTeachers, Stages
+from ekd_lightning.teachers.table import FLOAT16_MAX, LOGITS, POOLED, Halves, Rows, TableKey, TeacherTable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ _WAITING = 64  # writes that may wait for the disk
 _NOBODY = -2  # what no view is called; -1 is an image as it is
 
 Shape = tuple[int, ...]
+Values = list[dict[str, Tensor]]
 Found = tuple[dict[str, Halves], NDArray[np.bool_]]
 
 
@@ -109,6 +113,96 @@ class KeptRows:
             except OSError as error:
                 self._writable = False  # known rows are still read
                 self._on_trouble(error)
+
+
+class KnownRows:
+    """Rows of M teachers: read from disk where they are there, else computed and handed to the disk.
+
+    Attributes:
+        kept: The tables of each teacher: first that of logits and pooled features, then one for each stage.
+    """
+
+    def __init__(
+        self, kept: Sequence[KeptRows], live: LiveTeachers, names: Sequence[str], device: torch.device
+    ) -> None:
+        """Takes tables and teachers.
+
+        Args:
+            kept: See the attribute.
+            live: The teachers themselves.
+            names: Theirs, for messages.
+            device: Where they are.
+        """
+        self.kept, self._live, self._names, self._device = tuple(kept), live, tuple(names), device
+
+    def obtain(
+        self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor], stages: Stages
+    ) -> tuple[Values, NDArray[np.bool_]]:
+        """Rows from disk; what is missing is computed, and handed to the disk.
+
+        Args:
+            index: int64 [N].
+            view: int64 [N], so that no row occurs twice.
+            images_of: Makes the images at some of the positions 0..N-1.
+            stages: () or all that are kept.
+
+        Returns:
+            For each teacher its columns, float16 [N, width] on the device; bool [M, N], which rows were found.
+        """
+        tables = range(1 + len(stages))
+        read = [[kept.read(t, index, view) for t in tables] for kept in self.kept]
+        here = np.stack([[present for _, present in own] for own in read])  # [M, tables, N]
+        found = np.logical_and.reduce(here, axis=1)
+        values = [self.there({k: v for columns, _ in own for k, v in columns.items()}) for own in read]
+        missing = np.flatnonzero(~found.all(axis=0))
+        teachers = self._live.frozen(stages)
+        finite = torch.ones(len(read), dtype=torch.bool, device=self._device)
+        writes = []
+        for start in range(0, len(missing), teachers.chunk):
+            rows = missing[start : start + teachers.chunk]
+            images = images_of(rows)
+            for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
+                # One size whatever is missing: how many rows a killed run left must not change the rounding.
+                computed, finite[m] = _rounded(teachers.ask(m, images, teachers.chunk), finite[m])
+                for t in tables:
+                    # Rows that are there stay as they are: another graph may have rounded these otherwise.
+                    new = np.flatnonzero(~here[m, t, rows])
+                    names = [name for name, _ in self.kept[m].keys[t].columns]
+                    own = {name: _some(computed[name], new) for name in names}
+                    for name, column in own.items():
+                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), column)
+                    host = {name: column.to("cpu", non_blocking=True) for name, column in own.items()}
+                    writes.append((self.kept[m], t, rows[new], host))
+        if writes:  # one wait for the device; then all copies are complete, too
+            self._refuse_non_finite(finite.tolist())
+        for kept, t, rows, host in writes:
+            kept.write(t, index[rows], view[rows], {name: column.numpy() for name, column in host.items()})
+        return values, found
+
+    def _refuse_non_finite(self, finite: list[bool]) -> None:
+        for name, fine in zip(self._names, finite, strict=True):
+            if not fine:
+                raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
+
+    def there(
+        self, columns: Mapping[str, NDArray[np.float16]], rows: NDArray[np.bool_] | slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """Numbers of some rows, moved to the device."""
+        return {name: torch.from_numpy(values[rows]).to(self._device) for name, values in columns.items()}
+
+
+def _rounded(output: NetworkOutput, finite: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The columns of a teacher's output as a table holds them, and whether they, too, are all finite."""
+    columns = {LOGITS: output.logits, POOLED: output.pooled, **output.stages}
+    for name, values in columns.items():
+        flat = values.contiguous().flatten(1)  # in this order whatever the memory format
+        finite = finite & torch.isfinite(flat).all()
+        columns[name] = flat.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+    return columns, finite
+
+
+def _some(column: Tensor, rows: Rows) -> Tensor:
+    return column if len(rows) == len(column) else column[torch.from_numpy(rows).to(column.device)]
 
 
 class HeldRows:

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.errors import UserError
-from ekd_lightning.networks.staged import NetworkOutput, TeacherOutput
-from ekd_lightning.teachers.rows import HeldRows, KeptRows, room_for_rows
+from ekd_lightning.networks.staged import TeacherOutput
+from ekd_lightning.teachers.rows import HeldRows, KeptRows, KnownRows, Values, room_for_rows
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat
-from ekd_lightning.teachers.table import FLOAT16_MAX, LOGITS, POOLED, Rows, TableKey
+from ekd_lightning.teachers.table import LOGITS, POOLED, Rows, TableKey
 
 if TYPE_CHECKING:
     from ekd_lightning.data.views import ViewFamily
@@ -38,8 +36,6 @@ _BLOCK_CHUNKS, _BLOCK_BYTES = 32, 1 << 28  # rows are computed and handed to the
 _LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
 _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
-
-Values = list[dict[str, Tensor]]
 
 
 class TabledTeachers:
@@ -94,7 +90,7 @@ class TabledTeachers:
         self.misses = 0
         self.seconds = 0.0
         self._live = LiveTeachers(ensemble, how)
-        self._folder, self._names = Path(folder), [identity.id for identity in ensemble.identities]
+        self._folder = Path(folder)
         self._device = next(ensemble.parameters()).device
         self._num_images, self._num_views = num_images, views.num_views
         self._images = np.arange(num_images) if images is None else images.numpy()
@@ -109,7 +105,7 @@ class TabledTeachers:
             for D, shapes in zip(widths, maps, strict=True)
         ]
         writer = ThreadPoolExecutor(1, "teacher-tables")
-        self._kept = []
+        kept = []
         for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):
             columns = {name: (name, prod(shape)) for name, shape in shapes.items()}
             narrow = TableKey(
@@ -124,7 +120,10 @@ class TabledTeachers:
             wide = replace(narrow, columns=(columns[LOGITS], columns[POOLED]))
             first = wide if include_pooled or (self._folder / f"{wide.name}.rows").is_file() else narrow
             keys = [first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)]
-            self._kept.append(KeptRows(self._folder, keys, identity.id, writer, self._warn_disk))
+            kept.append(KeptRows(self._folder, keys, identity.id, writer, self._warn_disk))
+        self._known = KnownRows(
+            kept, self._live, [identity.id for identity in ensemble.identities], self._device
+        )
 
     @property
     def hit_rate(self) -> float | None:
@@ -136,7 +135,7 @@ class TabledTeachers:
     def keeping(self) -> bool:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
         self.flush()
-        return all(kept.keeping for kept in self._kept)
+        return all(kept.keeping for kept in self._known.kept)
 
     def keeps_stages(self, stages: Stages) -> bool:
         """Whether answers with the outputs of these stages come from tables; without stages they always do."""
@@ -145,7 +144,7 @@ class TabledTeachers:
     def disk_bytes(self) -> int:
         """Bytes that the tables take on disk now."""
         self.flush()
-        return sum(kept.disk_bytes() for kept in self._kept)
+        return sum(kept.disk_bytes() for kept in self._known.kept)
 
     @property
     def held_bytes(self) -> int:
@@ -154,7 +153,7 @@ class TabledTeachers:
 
     def flush(self) -> None:
         """Waits until all rows computed so far are on disk, or have turned out not to fit there."""
-        for kept in self._kept:
+        for kept in self._known.kept:
             kept.flush()
 
     def plan(self, rows: int) -> None:
@@ -190,7 +189,7 @@ class TabledTeachers:
         start = time.perf_counter()
         self._prepared = True
         kept = [stages for stages in asked if self.keeps_stages(stages)]
-        self.misses += len(self._kept) * sum(asked[stages] for stages in asked if stages not in kept)
+        self.misses += len(self._known.kept) * sum(asked[stages] for stages in asked if stages not in kept)
         before = self.misses
         rooms = [self._room(self._stages)] if any(kept) else []
         if () in kept or any(rooms):
@@ -218,14 +217,14 @@ class TabledTeachers:
         """Reads all rows of the run's images that are on disk, where the run will need a good part of them."""
         images, V = self._images, self._num_views
         few = self._planned_rows < _LOAD_FROM * len(images) * V
-        if few or not all(kept.disk_bytes() for kept in self._kept):
+        if few or not all(kept.disk_bytes() for kept in self._known.kept):
             return
-        readers = ThreadPoolExecutor(len(self._kept))
+        readers = ThreadPoolExecutor(len(self._known.kept))
         for some in np.array_split(images, -(-len(images) * V * self._row_bytes(()) // _BLOCK_BYTES)):
             index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
-            found = list(readers.map(lambda kept, i=index, v=view: kept.read(0, i, v), self._kept))
+            found = list(readers.map(lambda kept, i=index, v=view: kept.read(0, i, v), self._known.kept))
             here = np.logical_and.reduce([present for _, present in found])
-            room.put(index[here], view[here], [self._there(values, here) for values, _ in found])
+            room.put(index[here], view[here], [self._known.there(values, here) for values, _ in found])
 
     def _complete(self, rooms: list[HeldRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
         """Takes the rows that the rooms do not hold yet from disk, or computes them."""
@@ -234,7 +233,7 @@ class TabledTeachers:
         said = time.perf_counter()
         self.flush()
         known = np.logical_and.reduce([room.holds(index, view) for room in rooms])
-        self.hits += len(self._kept) * int(known.sum())
+        self.hits += len(self._known.kept) * int(known.sum())
         unknown = np.flatnonzero(~known)
         stages = self._stages if len(rooms) > 1 else ()
         chunk = self._live.frozen().chunk
@@ -246,7 +245,7 @@ class TabledTeachers:
                 there = rows[chosen]
                 return images_of(torch.from_numpy(index[there]), torch.from_numpy(view[there]))
 
-            values, found = self._obtain(index[rows], view[rows], images, stages)
+            values, found = self._known.obtain(index[rows], view[rows], images, stages)
             self.hits += int(found.sum())
             self.misses += int((~found).sum())
             for room in rooms:
@@ -286,7 +285,7 @@ class TabledTeachers:
             raise ValueError("mixed images have no rows in teacher tables")
         if not self.keeps_stages(stages):
             if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
-                self.misses += len(self._kept) * len(batch.index)
+                self.misses += len(self._known.kept) * len(batch.index)
             output = self._live.ask(batch, stages)
             return output if POOLED in self._answers else output._replace(pooled=())
         answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
@@ -319,79 +318,10 @@ class TabledTeachers:
         def images(chosen: Rows) -> Tensor:
             return batch.images[torch.from_numpy(first[chosen]).to(self._device)]
 
-        values, found = self._obtain(index[first], view[first], images, self._stages if stages else ())
-        self.flush()
+        values, found = self._known.obtain(index[first], view[first], images, self._stages if stages else ())
+        if not self._prepared:  # else the disk has time until the next step
+            self.flush()
         self.hits += int((found * times).sum())
         self.misses += int((~found * times).sum())
         at = torch.from_numpy(inverse).to(self._device)
         return [{name: column[at] for name, column in own.items()} for own in values]
-
-    # -- rows that the device does not hold -------------------------------------------------------------
-
-    def _obtain(
-        self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor], stages: Stages
-    ) -> tuple[Values, NDArray[np.bool_]]:
-        """Rows from disk; what is missing is computed, and handed to the disk.
-
-        Args:
-            index: int64 [N].
-            view: int64 [N], so that no row occurs twice.
-            images_of: Makes the images at some of the positions 0..N-1.
-            stages: () or all that are kept.
-
-        Returns:
-            For each teacher its columns, float16 [N, width] on the device; bool [M, N], which rows were found.
-        """
-        tables = range(1 + len(stages))
-        read = [[kept.read(t, index, view) for t in tables] for kept in self._kept]
-        here = np.stack([[present for _, present in own] for own in read])  # [M, tables, N]
-        found = np.logical_and.reduce(here, axis=1)
-        values = [self._there({k: v for columns, _ in own for k, v in columns.items()}) for own in read]
-        missing = np.flatnonzero(~found.all(axis=0))
-        teachers = self._live.frozen(stages)
-        finite = torch.ones(len(read), dtype=torch.bool, device=self._device)
-        writes = []
-        for start in range(0, len(missing), teachers.chunk):
-            rows = missing[start : start + teachers.chunk]
-            images = images_of(rows)
-            for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
-                # One size whatever is missing: how many rows a killed run left must not change the rounding.
-                computed, finite[m] = _rounded(teachers.ask(m, images, teachers.chunk), finite[m])
-                for t in tables:
-                    # Rows that are there stay as they are: another graph may have rounded these otherwise.
-                    new = np.flatnonzero(~here[m, t, rows])
-                    names = [name for name, _ in self._kept[m].keys[t].columns]
-                    own = {name: _some(computed[name], new) for name in names}
-                    for name, column in own.items():
-                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), column)
-                    host = {name: column.to("cpu", non_blocking=True) for name, column in own.items()}
-                    writes.append((self._kept[m], t, rows[new], host))
-        if writes:  # one wait for the device; then all copies are complete, too
-            self._refuse_non_finite(finite.tolist())
-        for kept, t, rows, host in writes:
-            kept.write(t, index[rows], view[rows], {name: column.numpy() for name, column in host.items()})
-        return values, found
-
-    def _refuse_non_finite(self, finite: list[bool]) -> None:
-        for name, fine in zip(self._names, finite, strict=True):
-            if not fine:
-                raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
-
-    def _there(
-        self, columns: Mapping[str, NDArray[np.float16]], rows: NDArray[np.bool_] | slice = slice(None)
-    ) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(values[rows]).to(self._device) for name, values in columns.items()}
-
-
-def _rounded(output: NetworkOutput, finite: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns of a teacher's output as a table holds them, and whether they, too, are all finite."""
-    columns = {LOGITS: output.logits, POOLED: output.pooled, **output.stages}
-    for name, values in columns.items():
-        flat = values.contiguous().flatten(1)  # in this order whatever the memory format
-        finite = finite & torch.isfinite(flat).all()
-        columns[name] = flat.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    return columns, finite
-
-
-def _some(column: Tensor, rows: Rows) -> Tensor:
-    return column if len(rows) == len(column) else column[torch.from_numpy(rows).to(column.device)]
