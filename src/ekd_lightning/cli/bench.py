@@ -6,15 +6,12 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import one_line, print_table
 from ekd_lightning.files import write_json
 
 PROGRAM = "ekd-bench"
@@ -128,23 +125,19 @@ def bench(args: argparse.Namespace) -> None:
 
 def _show(key: str, numbers: dict[str, Any]) -> None:
     """One table per part; nested groups become rows."""
-    table = Table(title=f"({key}) {PARTS[key]}", title_justify="left")
-    for name in ("what", "median", "min", "max", "ratio"):
-        table.add_column(name, justify="left" if name == "what" else "right")
-    _rows(table, "", numbers)
-    console = Console(file=sys.stdout)
-    Console(file=sys.stdout, width=max(console.width, _WIDTH)).print(table)
+    heads = ("what", "median", "min", "max", "ratio")
+    print_table(f"({key}) {PARTS[key]}", heads, _rows("", numbers), left=("what",), width=_WIDTH)
 
 
-def _rows(table: Table, name: str, value: Any) -> None:
+def _rows(name: str, value: Any) -> Iterator[tuple[str, ...]]:
     if isinstance(value, dict) and "median" in value:
         numbers = (f"{value[field]:,.0f}" for field in ("median", "min", "max"))
-        table.add_row(name, *numbers, f"{value['ratio']:.2f}")
+        yield (name, *numbers, f"{value['ratio']:.2f}")
     elif isinstance(value, dict):
         for key, inner in value.items():
-            _rows(table, f"{name} {key}".strip() if key != "rates" else name, inner)
+            yield from _rows(f"{name} {key}".strip() if key != "rates" else name, inner)
     else:
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value), "", "", "")
+        yield (name, f"{value:,.4g}" if isinstance(value, float) else str(value), "", "", "")
 
 
 if __name__ == "__main__":

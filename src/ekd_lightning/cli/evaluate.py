@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import one_line, print_table
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.runs.directory import CONFIG, STATUS, RunDirectory, RunState
+from ekd_lightning.runs.collection import finished_runs
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
 from ekd_lightning.studies.sweep import sweep_of
 
@@ -43,7 +41,7 @@ examples:
 
 What is found is added to the run's result.json and arrays.npz; docs/evaluation.md defines every field.
 """
-_WIDTH = 160  # where there is no terminal
+_HEADS = ("run", "method", "accuracy %", "mean branch %", "ECE", "ECE calibrated", "parts")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -99,9 +97,12 @@ def run_evaluate(args: argparse.Namespace) -> bool:
             raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
         overrides.append(f"data.eval_batch_size={args.batch_size}")
     places = [Path(word) for word in args.words if not is_override(word)]
-    runs = find_runs(places)
+    runs, left_out = finished_runs(places)
+    for line in left_out:
+        print(line, file=sys.stderr)
     device = choose_device(args.device)
-    table, complete = _table(), True
+    rows: list[tuple[str, ...]] = []
+    complete = True
     for position, directory in enumerate(runs, 1):
         print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
         try:
@@ -111,14 +112,13 @@ def run_evaluate(args: argparse.Namespace) -> bool:
                 raise
             complete = False
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-            table.add_row(str(directory), "", "", "", "", "", "[red]failed")
+            rows.append((str(directory), "", "", "", "", "", "[red]failed"))
             continue
         complete = complete and not outcome.errors
         for line in outcome.errors.values():
             print(f"{PROGRAM}: error: {directory}: {line}", file=sys.stderr)
-        _add_row(table, directory, outcome)
-    console = Console(file=sys.stdout)
-    (console if console.is_terminal else Console(file=sys.stdout, width=_WIDTH)).print(table)
+        rows.append(_row(directory, outcome))
+    print_table("evaluated runs", _HEADS, rows, left=("run", "method", "parts"))
     return complete
 
 
@@ -158,34 +158,6 @@ def parse_parts(text: str) -> list[str]:
     return names
 
 
-def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The runs that are meant: directories of runs themselves, and all finished runs in folders.
-
-    Raises:
-        UserError: For a place that is not there, or in which no run is done.
-    """
-    if not places:
-        raise UserError("RUN: name the directory of a run, or a folder with runs")
-    found: dict[Path, None] = {}
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"{place}: no such directory")
-        if RunDirectory(place).file(STATUS) or RunDirectory(place).file(CONFIG):
-            RunDirectory(place).finished_result()
-            found[place] = None
-            continue
-        below = sorted(path.parent for path in place.rglob(STATUS))
-        done = [directory for directory in below if _is_done(directory)]
-        if not done:
-            what = f"none of its {len(below)} runs is done" if below else "no run is there"
-            raise UserError(f"{place}: {what}")
-        if len(done) < len(below):
-            left = len(below) - len(done)
-            print(f"{place}: left out {left} of {len(below)} runs, not done or partial", file=sys.stderr)
-        found.update(dict.fromkeys(done))
-    return list(found)
-
-
 def choose_device(name: str) -> torch.device:
     """The device that is meant.
 
@@ -199,13 +171,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _is_done(directory: Path) -> bool:
-    try:
-        return RunDirectory(directory).record().state is RunState.DONE
-    except UserError:
-        return False
 
 
 def _evaluate(
@@ -234,19 +199,11 @@ def _evaluate(
     return outcome
 
 
-def _table() -> Table:
-    table = Table(title="evaluated runs", title_justify="left")
-    for name in ("run", "method", "accuracy %", "mean branch %", "ECE", "ECE calibrated"):
-        table.add_column(name, justify="left" if name in ("run", "method") else "right", overflow="fold")
-    table.add_column("parts", overflow="fold")
-    return table
-
-
-def _add_row(table: Table, directory: Path, outcome: Outcome) -> None:
+def _row(directory: Path, outcome: Outcome) -> tuple[str, ...]:
     result = outcome.result
     said = [*outcome.done, *(f"[dim]{name} (was there)[/dim]" for name in outcome.skipped)]
     said += [f"[red]{name} failed[/red]" for name in outcome.errors]
-    table.add_row(
+    return (
         str(directory),
         str(result.get("method")),
         _number(result.get("test_accuracy"), 100, 2),

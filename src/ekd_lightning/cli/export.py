@@ -10,13 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import one_line, print_table
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import file_sha256, write_json, write_text
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_location, keys_where
 
@@ -25,9 +21,7 @@ if TYPE_CHECKING:
     from ekd_lightning.pipeline.export import ExportOptions
 
 PROGRAM = "ekd-export"
-CARD = "README.md"
 PLACES = keys_where(lambda key: is_location(key) and key.startswith("data."))
-_WIDTH = 160  # where there is no terminal
 EXAMPLES = """\
 examples:
   ekd-export RUN                                          RUN/export/student.safetensors and a model card
@@ -116,9 +110,10 @@ def run_export(args: argparse.Namespace) -> str | None:
             )
     folder = args.output or args.run / "export"
     from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
+    from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
     export.refuse_existing(folder, options, args.force)
-    _refuse_foreign_card(folder, export.read_export(folder), args.force)
+    model_card.refuse_foreign_card(folder, export.read_export(folder), force=args.force)
     context, provenance = _open(args, options)
     failure = None
     try:
@@ -127,7 +122,9 @@ def run_export(args: argparse.Namespace) -> str | None:
         failure, record = str(error), export.read_export(folder) or {}
     if record.get("files"):
         _show(record, folder)
-        _write_card(record, context.result, folder, args)
+        print(
+            model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force)
+        )
         if not failure:
             _say_accuracy(record, context.result)
             _push(args, folder)
@@ -206,25 +203,22 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
 
 
 def _show(record: dict[str, Any], folder: Path) -> None:
-    table = Table(
-        title=f"{folder}: checked on {record['test_metrics']['images']:,} test images", title_justify="left"
-    )
-    for name in ("file", "precision", "kB", "accuracy %", "Δ accuracy", "max |Δlogit|", "allowed", "changed"):
-        table.add_column(name, justify="left" if name in ("file", "precision") else "right")
-    for name, facts in record["files"].items():
-        allowed = facts["tolerance"]
-        table.add_row(
+    title = f"{folder}: checked on {record['test_metrics']['images']:,} test images"
+    heads = ("file", "precision", "kB", "accuracy %", "Δ accuracy", "max |Δlogit|", "allowed", "changed")
+    rows = (
+        (
             name,
             facts["precision"] + (", folded" if facts["folded"] else ""),
             f"{facts['bytes'] / 1000:,.1f}",
             f"{100 * facts['accuracy']:.2f}",
             f"{100 * facts['accuracy_difference']:+.2f}",
             f"{facts['max_difference']:.2g}",
-            "" if allowed is None else f"{allowed:.2g}",
+            "" if facts["tolerance"] is None else f"{facts['tolerance']:.2g}",
             str(facts["changed"]),
         )
-    console = Console(file=sys.stdout)
-    (console if console.is_terminal else Console(file=sys.stdout, width=_WIDTH)).print(table)
+        for name, facts in record["files"].items()
+    )
+    print_table(title, heads, rows, left=("file", "precision"))
 
 
 def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
@@ -235,27 +229,6 @@ def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
     print(f"student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{said}")
 
 
-def _refuse_foreign_card(folder: Path, record: dict[str, Any] | None, force: bool) -> None:
-    if record is None and (folder / CARD).exists() and not force:
-        raise UserError(f"{folder / CARD} exists and is no model card of an export (--force overwrites it)")
-
-
-def _write_card(
-    record: dict[str, Any], result: Mapping[str, Any], folder: Path, args: argparse.Namespace
-) -> None:
-    """Writes the card, unless somebody has edited it since it was written."""
-    from ekd_lightning.pipeline.export import EXPORT  # noqa: PLC0415
-    from ekd_lightning.reporting.model_card import model_card  # noqa: PLC0415
-
-    path = folder / CARD
-    if path.is_file() and not args.force and file_sha256(path) != record.get("card_sha256"):
-        print(f"model card: {path} was edited and is left as it is (--force writes it anew)")
-        return
-    write_text(path, model_card(record, result, license_id=args.license))
-    write_json(folder / EXPORT, {**record, "card_sha256": file_sha256(path)})
-    print(f"model card: {path}")
-
-
 def _push(args: argparse.Namespace, folder: Path) -> None:
     """Uploads if that was asked for by a word of its own; otherwise says how."""
     if not args.push_to:
@@ -264,15 +237,9 @@ def _push(args: argparse.Namespace, folder: Path) -> None:
         command = shlex.join(["hf", "upload", args.push_to, str(folder), "."])
         print(f"nothing was uploaded; to do so: {command}   (or add --upload)")
         return
-    import huggingface_hub  # noqa: PLC0415  # optional
+    from ekd_lightning.pipeline.export import upload  # noqa: PLC0415
 
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(args.push_to, repo_type="model", private=True, exist_ok=True)
-        place = api.upload_folder(repo_id=args.push_to, folder_path=str(folder), repo_type="model")
-    except Exception as error:  # the hub's and the network's kinds
-        raise UserError(f"--push-to {args.push_to}: {' '.join(str(error).split())[:300]}") from None
-    print(f"uploaded to {place}")
+    print(f"uploaded to {upload(folder, args.push_to)}")
 
 
 if __name__ == "__main__":

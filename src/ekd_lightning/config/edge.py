@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -16,6 +16,8 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.runs.provenance import is_rank_zero
@@ -114,3 +116,37 @@ def _config_error(error: Exception) -> str:
         return f"cannot read the override {error.override!r}: {telling[0]}"
     text = "; ".join(telling[:2])
     return f"{key}: {text}" if key and key not in text else text
+
+
+def print_table(
+    title: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    *,
+    left: Collection[str] = (),
+    width: int = 160,
+) -> None:
+    """Prints a table on standard output.
+
+    Args:
+        title: What stands above it.
+        heads: Names of the columns.
+        rows: The cells of each.
+        left: Columns of texts; the others hold numbers.
+        width: Characters, where standard output is no terminal.
+    """
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    print_wide(table, width=width)
+
+
+def print_wide(*parts: RenderableType, width: int = 160) -> None:
+    """Prints tables and texts on standard output, so wide where that is no terminal."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=width, highlight=False)
+    for part in parts:
+        console.print(part)

@@ -109,6 +109,25 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     raise UserError(f"{path}: damaged, or not written by ekd-export; choose another folder with -o")
 
 
+def upload(folder: Path, repository: str) -> str:
+    """Uploads the files of an export to a repository of the Hugging Face hub, made private if it is new.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: If the hub or the network refuses.
+    """
+    import huggingface_hub  # noqa: PLC0415 (optional)
+
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repository, repo_type="model", private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model"))
+    except Exception as error:  # the hub's and the network's kinds
+        raise UserError(f"--push-to {repository}: {' '.join(str(error).split())[:300]}") from None
+
+
 def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:
     """Refuses to overwrite; needs nothing but the folder.
 

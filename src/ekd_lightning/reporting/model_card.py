@@ -6,10 +6,16 @@ What it says is taken from the record of the export and of its run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import file_sha256, write_json, write_text
+from ekd_lightning.pipeline.export import EXPORT
+
+CARD = "README.md"
 _COUPLING = {
     "mean_logits": "the mean of their logits",
     "mean_probs": "the logarithm of the mean of their probabilities",
@@ -54,6 +60,37 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
     parts += [_results(export, result), _training(export), _cost(export, result), _limits(export, result)]
     parts.append(_origin(export, result))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def refuse_foreign_card(folder: Path, export: Mapping[str, Any] | None, *, force: bool) -> None:
+    """Refuses a folder whose card is none of an export.
+
+    Args:
+        folder: Of the export.
+        export: Content of its export.json; None without.
+        force: Whether it may be overwritten.
+
+    Raises:
+        UserError: If there is such a card.
+    """
+    if export is None and (folder / CARD).exists() and not force:
+        raise UserError(f"{folder / CARD} exists and is no model card of an export (--force overwrites it)")
+
+
+def write_card(
+    export: Mapping[str, Any], result: Mapping[str, Any], folder: Path, *, license_id: str | None, force: bool
+) -> str:
+    """Writes the card, unless somebody has edited it since it was written.
+
+    Returns:
+        What was done, in one line.
+    """
+    path = folder / CARD
+    if path.is_file() and not force and file_sha256(path) != export.get("card_sha256"):
+        return f"model card: {path} was edited and is left as it is (--force writes it anew)"
+    write_text(path, model_card(export, result, license_id=license_id))
+    write_json(folder / EXPORT, {**export, "card_sha256": file_sha256(path)})
+    return f"model card: {path}"
 
 
 def model_name(export: Mapping[str, Any]) -> str:

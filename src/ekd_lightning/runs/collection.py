@@ -195,6 +195,45 @@ def collect(paths: Sequence[Path]) -> Collection:
     return Collection(root, runs, tuple(problems))
 
 
+def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Directories of runs that are done: those that are named, and all in folders.
+
+    Returns:
+        The directories, and a line for each folder of which some were left out.
+
+    Raises:
+        UserError: For a place that is not there, or in which no run is done.
+    """
+    if not places:
+        raise UserError("RUN: name the directory of a run, or a folder with runs")
+    found: dict[Path, None] = {}
+    left_out = []
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such directory")
+        if RunDirectory(place).file(STATUS) or RunDirectory(place).file(CONFIG):
+            RunDirectory(place).finished_result()
+            found[place] = None
+            continue
+        below = sorted(path.parent for path in place.rglob(STATUS))
+        done = [directory for directory in below if _is_done(directory)]
+        if not done:
+            what = f"none of its {len(below)} runs is done" if below else "no run is there"
+            raise UserError(f"{place}: {what}")
+        if len(done) < len(below):
+            left = len(below) - len(done)
+            left_out.append(f"{place}: left out {left} of {len(below)} runs, not done or partial")
+        found.update(dict.fromkeys(done))
+    return list(found), left_out
+
+
+def _is_done(directory: Path) -> bool:
+    try:
+        return RunDirectory(directory).record().state is RunState.DONE
+    except UserError:
+        return False
+
+
 def _folder(path: Path) -> Path:
     absolute = Path(os.path.abspath(path))
     if absolute.is_dir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import TaskFunction
-from rich.console import Console
 
 from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.config.config import changed_keys, read_config, to_plain, to_settings
+from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
@@ -276,12 +275,8 @@ def report(study: Study, folder: Path) -> bool:
     write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
     write_text(folder / "comparison.csv", tables.csv_text(without))
-    console = Console(file=sys.stdout)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_WIDTH)
-    for block, own in zip(blocks, rows, strict=True):
-        console.print(tables.terminal_table(block.title, own))
-    console.print(tables.LEGEND, highlight=False)
+    shown = [tables.terminal_table(block.title, own) for block, own in zip(blocks, rows, strict=True)]
+    print_wide(*shown, tables.LEGEND, width=_WIDTH)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
     print(
         f"{folder}: "

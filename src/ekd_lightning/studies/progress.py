@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ekd_lightning.config.edge import print_wide
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
@@ -32,7 +33,6 @@ from ekd_lightning.studies.sweep import (
 
 _SECONDS = 1.0  # between two looks at the jobs' files
 _BAR = 12
-_WIDTH = 160  # where there is no terminal
 _BEST = "★"
 SEED = "seed"
 MOST_ROWS = 60
@@ -201,11 +201,7 @@ def show_summary(sweep: Sweep) -> None:
     states = settled(look(job, sweep.started) for job in sweep.jobs)
     if all(state.run.state is RunState.PLANNED for state in states):
         return
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_WIDTH, highlight=False)
-    for table in sweep_tables(states, sweep.folder):
-        console.print(table)
+    print_wide(*sweep_tables(states, sweep.folder))
     done = sum(state.run.is_over for state in states)
     failed = [state for state in states if state.run.state is RunState.FAILED]
     print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")

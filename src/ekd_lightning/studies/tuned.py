@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from ekd_lightning.config.edge import print_table
 from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
@@ -22,8 +20,6 @@ from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import RowPlan
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from ekd_lightning.studies.trials import Search
 
 log = logging.getLogger(__name__)
@@ -107,7 +103,16 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
     if found is None:
         ended = sum(trial.state.is_finished() for trial in study.trials)
         raise UserError(f"{output}: no trial is complete ({ended} ended early); nothing to choose from")
-    _print_table(f"{facts['method']}: the best of {found.trials} trials", ranking(study)[:_SHOWN_TRIALS])
+    rows = (
+        (
+            str(trial.number),
+            f"{100 * float(trial.value or 0):.2f}",
+            "  ".join(trial.user_attrs["overrides"]) or "as given (the default)",
+        )
+        for trial in ranking(study)[:_SHOWN_TRIALS]
+    )
+    title = f"{facts['method']}: the best of {found.trials} trials"
+    print_table(title, ("trial", "validation %", "settings"), rows, left=("settings",), width=_WIDTH)
     images = facts["validation_images"]
     error = 100 * standard_error(found.value, images)
     if found.default_value is None:
@@ -120,17 +125,6 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
         f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
         f"  -> {output / facts['method']}.yaml"
     )
-
-
-def _print_table(title: str, trials: Sequence[FrozenTrial]) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in ("trial", "validation %", "settings"):
-        table.add_column(name, justify="left" if name == "settings" else "right")
-    for trial in trials:
-        words = "  ".join(trial.user_attrs["overrides"]) or "as given (the default)"
-        table.add_row(str(trial.number), f"{100 * float(trial.value or 0):.2f}", words)
-    console = Console(file=sys.stdout)
-    Console(file=sys.stdout, width=max(console.width, _WIDTH)).print(table)
 
 
 def standard_error(accuracy: float, images: int) -> float:
