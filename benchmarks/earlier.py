@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.reporting.blocks import SAME_IN_A_ROW
+from ekd_lightning.reporting.tables import STATE_NAMES
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.comparison import Runs
 
 COST = ("num_branches", "num_teachers", "num_parameters", "num_adapter_parameters", "macs", "steps")
 NEEDED = ("data", "fraction", "subset_sha256", "epochs", "batch_size", "precision")
 """What must be known of earlier runs, and be the same."""
+_STATES = {name: state for state, name in STATE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def merged(runs: Runs, earlier: Mapping[str, Any]) -> tuple[Runs, list[Repeat]]:
         ValueError: If the file does not say how its runs were made, or they went another way than those of the study.
     """
     every = [run for own in runs.values() for run in own.values()]
-    done = [run.result for run in every if run.state == "done" and run.result]
+    done = [run.result for run in every if run.state is RunState.DONE and run.result]
     if not done:
         raise ValueError("the study has no finished run")
     for key in NEEDED:
@@ -71,14 +75,14 @@ def merged(runs: Runs, earlier: Mapping[str, Any]) -> tuple[Runs, list[Repeat]]:
             seed, name = int(number), f"{record['row']}-f{record['fraction']:g}-s{number}"
             place = Path("earlier") / name
             if not isinstance(outcome, float):  # what failed then is not hidden, unless it was made up for
-                row.setdefault(seed, RunEntry(place, name, outcome))
+                row.setdefault(seed, RunEntry(place, name, _STATES[outcome]))
                 continue
             again = row.get(seed)
-            if again and again.state != "missing":
-                second = again.get("test_accuracy") if again.state == "done" else again.state
+            if again and again.state is not RunState.PLANNED:
+                second = again.get("test_accuracy") if again.state is RunState.DONE else again.state.value
                 repeats.append(Repeat(record["row"], seed, outcome, second))
             result = {**base, "seed": seed, "test_accuracy": outcome, "machine": earlier["machine"]}
-            row[seed] = RunEntry(place, name, "done", result)
+            row[seed] = RunEntry(place, name, RunState.DONE, Result.of(result))
     return known, repeats
 
 
@@ -96,6 +100,7 @@ def _result(
     teacher = None if record["teacher"] == "all" else record["teacher"]
     return {
         **{part.name: done[0].get(part.name) for part in fields(Protocol)},
+        "method": record["row"],
         **kept,
         **{key: record[key] for key in (*COST, "train_seconds")},
         "teacher": teacher,

@@ -39,7 +39,7 @@ def with_machine(run: RunEntry) -> RunEntry:
     hardware = run.provenance["hardware"]
     machine = f"{hardware['cpu']} ({hardware['cpu_capability']})"
     own = {"machine": machine, "threads": hardware["threads"], "torch": run.provenance["packages"]["torch"]}
-    return replace(run, result={**run.result, **own})
+    return replace(run, result=run.result.having(**own))
 
 
 def kept_notes(page: Path) -> str:

@@ -11,7 +11,9 @@ import yaml
 
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
 
@@ -40,6 +42,8 @@ SAME = {
     "fraction": 0.1,
     "subset_sha256": "abcd",
     "steps": 7,
+    "views": "crop_flip",
+    "precision": "32-true",
 }
 KNOWN = {key: SAME[key] for key in ("data", "fraction", "epochs", "batch_size", "precision")}
 
@@ -48,7 +52,8 @@ def run(row: str, seed: int, outcome: float | str, **more: object) -> RunEntry:
     """A run of the study, or what became of it."""
     name = f"{row}-f0.1-s{seed}"
     if isinstance(outcome, str):
-        return RunEntry(Path(name), name, outcome)
+        state = RunState.PLANNED if outcome == "missing" else RunState(outcome)
+        return RunEntry(Path(name), name, state)
     result = {
         **SAME,
         **COST,
@@ -59,7 +64,7 @@ def run(row: str, seed: int, outcome: float | str, **more: object) -> RunEntry:
         "torch": "2",
     }
     more = {"method": row, "teachers": [], "train_seconds": 3.0, **more}
-    return RunEntry(Path(name), name, "done", {**result, **more})
+    return RunEntry(Path(name), name, RunState.DONE, Result.of({**result, **more}))
 
 
 def study(*runs: RunEntry) -> Runs:
