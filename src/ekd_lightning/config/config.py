@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,19 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
     return settings
 
 
-def changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two plain configurations."""
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two plain configurations.
+
+    A setting that the version of the old one did not know had what is its default now.
+    """
+    return list(_changed(old, new, asdict(Settings()), ""))
+
+
+def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = list(dict.fromkeys([*old, *new]))
-        return [
-            key
-            for name in names
-            for key in changed_keys(old.get(name), new.get(name), f"{prefix}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [prefix]
+        for name in dict.fromkeys([*old, *new]):
+            usual = default.get(name) if isinstance(default, dict) else None
+            before = old.get(name, usual if name in new else None)
+            yield from _changed(before, new.get(name), usual, f"{prefix}.{name}".lstrip("."))
+    elif old != new:
+        yield prefix
