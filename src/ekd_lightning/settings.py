@@ -325,6 +325,23 @@ class EvaluationSettings:
                 raise unknown_name("part in evaluation.parts", name, EVALUATION_PARTS)
 
 
+RETURNABLE = (
+    "test_accuracy",
+    "test_accuracy_best",
+    "test_accuracy_last",
+    "test_nll",
+    "test_ece",
+    "test_brier",
+    "val_accuracy",
+    "val_accuracy_best",
+    "num_parameters",
+    "macs",
+    "train_seconds",
+    "images_per_second",
+)
+"""Fields of a result that a sweeper may optimise."""
+
+
 @dataclass
 class Settings:
     """Everything that determines a run."""
@@ -373,6 +390,8 @@ class Settings:
         _require(batch >= 1, "data.eval_batch_size", batch, "at least 1")
         if self.method.teacher not in (None, "best", "first", "mean"):
             raise unknown_name("method.teacher", self.method.teacher, ("best", "first", "mean"))
+        if self.metric not in RETURNABLE:
+            raise unknown_name("metric", self.metric, RETURNABLE)
         self.recipe.check("recipe")
         self.teachers.check()
         self.evaluation.check()

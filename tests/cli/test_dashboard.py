@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 
 from ekd_lightning.cli.dashboard import main
 from ekd_lightning.config.config import register_schema, to_settings
-from ekd_lightning.pipeline.result import RETURNABLE
+from ekd_lightning.settings import RETURNABLE
 from ekd_lightning.tracking.panels import scalars
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,7 @@ from made_runs import result, write_run
 
 from ekd_lightning.data import choose_subset
 from ekd_lightning.data.catalog import read_digits
-from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.pipeline.result import describe_run
+from ekd_lightning.pipeline.prepare import describe_run, prepare
 from ekd_lightning.pipeline.run import run_name
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures, report_files

@@ -1,8 +1,9 @@
-"""What happens after the last training step: the test, the costs, the origin, and the end of other processes."""
+"""What happens after the last training step: the test, the costs, and the end of other processes."""
 
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.pipeline.result import named_scores
 from ekd_lightning.training.checkpoints import read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.trainer import EpochReport
@@ -54,6 +54,30 @@ def _test(
     module.test_section = section
     found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]
     return {name.replace(f"{section}/", "test/", 1): value for name, value in found.items()}
+
+
+def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:
+    """Renames Lightning's `test/nll`, `test/branch_accuracy_0`, ... to flat fields.
+
+    Args:
+        prefix: "test" or "val".
+        metrics: What Lightning returned or logged.
+        suffix: Appended to every field, e.g. "_best".
+
+    Returns:
+        `test_nll<suffix>`, ..., and `test_branch_accuracy<suffix>` as a list in branch order.
+    """
+    fields: dict[str, Any] = {}
+    branches: dict[int, float] = {}
+    start = f"{prefix}/branch_accuracy_"
+    for name, value in metrics.items():
+        if name.startswith(start):
+            branches[int(name[len(start) :])] = float(value)
+        elif name.startswith(f"{prefix}/"):
+            fields[f"{prefix}_{name[len(prefix) + 1 :]}{suffix}"] = float(value)
+    if branches:
+        fields[f"{prefix}_branch_accuracy{suffix}"] = [branches[k] for k in sorted(branches)]
+    return fields
 
 
 def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:

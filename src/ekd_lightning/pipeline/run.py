@@ -21,8 +21,7 @@ from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.pipeline.evaluate_run import evaluate_new_run
 from ekd_lightning.pipeline.evaluation_context import EvaluationContext
 from ekd_lightning.pipeline.finish import cost, end_processes, final_scores
-from ekd_lightning.pipeline.prepare import Prepared, prepare
-from ekd_lightning.pipeline.result import check_metric, describe_run, describe_teacher, origin
+from ekd_lightning.pipeline.prepare import Prepared, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
 from ekd_lightning.runs.provenance import is_rank_zero
@@ -114,7 +113,6 @@ def _run(
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     _take_threads(settings, accelerator, directory, record)
     check_loggers(settings.logger)
-    check_metric(settings.metric)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     curves = TeacherCurves(settings.logger, directory, sweep)

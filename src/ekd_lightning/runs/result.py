@@ -13,26 +13,6 @@ _LATE = {"late": True}
 """Of a field that a record need not have: it is left out while it is None."""
 
 
-FACTS = (
-    "method",
-    "data",
-    "student",
-    "num_teachers",
-    "num_branches",
-    "split_after",
-    "ensemble",
-    "temperature",
-    "assignment",
-    "fraction",
-    "seed",
-    "epochs",
-    "batch_size",
-    "num_parameters",
-    "macs",
-)
-"""What was run, as dashboards and panels show it."""
-
-
 class NotAResultError(ValueError):
     """A record that lacks what every result has, or has it of another type; the message names the field."""
 
@@ -45,7 +25,7 @@ class Result(Mapping[str, Any]):
     newer version wrote are kept. None stands for what a run does not have, or an older version did not record.
 
     Attributes:
-        fraction: Share of the training images, in (0, 1], of the subset as it came out.
+        fraction: Share of the training images, in (0, 1], as it was asked for.
         subset_sha256: Hash of the images that the run saw.
         views: The augmentation, see `Views.key`.
         macs: Multiply-accumulates of one image through the student.

@@ -18,7 +18,6 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.data import Dataset
-from ekd_lightning.runs.result import FACTS
 from ekd_lightning.settings import LoggerSettings
 from ekd_lightning.tracking.loggers import (
     describe_metrics,
@@ -34,6 +33,24 @@ log = logging.getLogger(__name__)
 EVALUATION = "evaluation"
 _HEADLINE = ("test/accuracy", "validation/val_accuracy", "test/nll", "test/ece")
 """What TensorBoard's table of hyperparameters shows beside them."""
+FACTS = (
+    "method",
+    "data",
+    "student",
+    "num_teachers",
+    "num_branches",
+    "split_after",
+    "ensemble",
+    "temperature",
+    "assignment",
+    "fraction",
+    "seed",
+    "epochs",
+    "batch_size",
+    "num_parameters",
+    "macs",
+)
+"""What was run, as flat columns."""
 _TILE, _CAPTION, _COLUMNS = 96, 28, 8  # pixels, pixels, tiles in a row
 
 
