@@ -371,6 +371,8 @@ class Settings:
     """Modules of your own, imported before names are looked up; the working directory is searched first."""
     resume: Optional[str] = field(default=None, metadata=FREE)
     """Directory of a stopped run to continue in place."""
+    overwrite: bool = field(default=False, metadata=FREE)
+    """Whether a finished run in the directory may be replaced, once all checks of the new one have passed."""
 
     def check(self) -> None:
         """Refuses what is impossible whatever the data.
@@ -393,8 +395,15 @@ class Settings:
         if self.metric not in RETURNABLE:
             raise unknown_name("metric", self.metric, RETURNABLE)
         self.recipe.check("recipe")
+        self._check_max_epochs()
         self.teachers.check()
         self.evaluation.check()
+
+    def _check_max_epochs(self) -> None:
+        epochs, most = self.recipe.epochs, self.trainer.get("max_epochs")
+        fits = most is None or (type(most) is int and 1 <= most <= epochs)
+        allowed = f"recipe.epochs={epochs} is the length of the training; fewer stop it early, to be resumed"
+        _require(fits, "trainer.max_epochs", most, allowed)
 
 
 _PURPOSES = dict(purposes(Settings))

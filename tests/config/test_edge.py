@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from ekd_lightning.config import directory
 from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.config.edge import one_line, run_program
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies import ddp
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    for name in ("HYDRA_FULL_ERROR", *ddp._LAUNCH_ENV, "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+    for name in ("HYDRA_FULL_ERROR", *directory._LAUNCH_ENV, "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "")  # so that it is restored whatever happens to it
         monkeypatch.delenv(name)
 
@@ -116,18 +117,18 @@ def sweep_job(tmp_path, monkeypatch):
 
 def test_other_ranks_repeat_this_job_and_nothing_is_left_behind(sweep_job, tmp_path):
     before = list(sys.argv)
-    with ddp.ddp_reruns_this_job():
+    with directory.ddp_reruns_this_job(tmp_path / "1"):
         job = ["seed=1", "recipe.lr=0.1", "+hydra.searchpath=[file://own]", "hydra.mode=RUN"]
         assert sys.argv == ["ekd-train", "-cn", "teach", *job]
-        assert sweep_job.run.dir == str(tmp_path / "1")
+        assert os.environ[directory.DIRECTORY] == str(tmp_path / "1")
         os.environ.update(LOCAL_RANK="0", NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
     assert sys.argv == before
     assert sweep_job.run.dir == "elsewhere"
-    assert not any(name in os.environ for name in ddp._LAUNCH_ENV)
+    assert not any(name in os.environ for name in directory._LAUNCH_ENV)
 
 
 def test_a_command_of_another_kind_names_the_program_that_runs_one_job(sweep_job):
-    with ddp.ddp_reruns_this_job(program="train.py"):
+    with directory.ddp_reruns_this_job(Path("x"), program="train.py"):
         assert sys.argv[0] == "train.py"
     assert sys.argv[0] == "ekd-train"
 
@@ -136,7 +137,7 @@ def test_also_after_a_failure(sweep_job):
     before = list(sys.argv)
 
     def fails() -> None:
-        with ddp.ddp_reruns_this_job():
+        with directory.ddp_reruns_this_job(Path("x")):
             os.environ["LOCAL_RANK"] = "0"
             raise RuntimeError
 
@@ -150,14 +151,14 @@ def test_also_after_a_failure(sweep_job):
 def test_a_rank_that_others_started_is_left_alone(sweep_job, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     before = list(sys.argv)
-    with ddp.ddp_reruns_this_job():
+    with directory.ddp_reruns_this_job(Path("x")):
         assert sys.argv == before
     assert os.environ[name] == "1"
 
 
 def test_launch_variables_of_the_user_come_back(sweep_job, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "node0")
-    with ddp.ddp_reruns_this_job():
+    with directory.ddp_reruns_this_job(Path("x")):
         os.environ.update(MASTER_ADDR="changed", MASTER_PORT="1")
     assert os.environ["MASTER_ADDR"] == "node0"
     assert "MASTER_PORT" not in os.environ

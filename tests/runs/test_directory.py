@@ -109,7 +109,7 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
     kept = ("config.yaml", "train.log", "notes.txt")
     for name in (*old, *kept):
         (tmp_path / name).write_text("")
-    RunDirectory(tmp_path).forget_earlier_run()
+    RunDirectory(tmp_path).start(resumed=False)
     assert [name for name in old if (tmp_path / name).exists()] == []
     assert [name for name in kept if (tmp_path / name).exists()] == list(kept)
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekd_lightning.config.config import register_schema
+from ekd_lightning.config.overrides import typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.studies import launching
@@ -23,7 +24,6 @@ from ekd_lightning.studies.progress import Progress, readable, seconds_left, sho
 from ekd_lightning.studies.sweep import (
     Job,
     Sweep,
-    as_typed,
     found_sweep,
     look,
     read_sweep,
@@ -226,8 +226,8 @@ def test_jobs_of_a_cluster_go_on_without_us(sweep):
 
 def test_a_path_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert as_typed(tmp_path / "a b") == "'a b'"
-    assert as_typed(Path("/elsewhere/x")) == "/elsewhere/x"
+    assert typed(tmp_path / "a b") == "'a b'"
+    assert typed(Path("/elsewhere/x")) == "/elsewhere/x"
 
 
 # -- progress -------------------------------------------------------------------------------------------

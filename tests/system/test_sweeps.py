@@ -24,8 +24,8 @@ def counts(tmp_path_factory):
     root, returned = tmp_path_factory.mktemp("counts"), []
     original = program.train
 
-    def noted(cfg):
-        returned.append(original(cfg))
+    def noted(cfg, output):
+        returned.append(original(cfg, output))
         return returned[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -17,6 +17,7 @@ from torch import nn
 from ekd_lightning.bench.machine import matmul_peak
 from ekd_lightning.bench.parts import Bench
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.config.overrides import override
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
@@ -99,7 +100,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 def memory(overrides: Sequence[str]) -> dict[str, Any]:
     """(f) Peak resident memory of an `ekd-train` with these overrides: one epoch, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [*overrides, "recipe.epochs=1", f"hydra.run.dir={folder}"]
+        words = [*overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
         command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in

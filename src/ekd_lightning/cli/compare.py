@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import one_line
-from ekd_lightning.config.overrides import key_of
+from ekd_lightning.config.overrides import key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.studies.study import (
@@ -97,7 +97,6 @@ def run_compare(args: argparse.Namespace) -> bool:
     """
     from ekd_lightning.cli.train import run_listed_job  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies import comparison  # noqa: PLC0415
-    from ekd_lightning.studies.sweep import as_typed  # noqa: PLC0415
 
     folder = args.output.absolute()
     old = read_study(folder)
@@ -129,7 +128,7 @@ def run_compare(args: argparse.Namespace) -> bool:
                 for line in comparison.commands(jobs):
                     print(line)
                 return True
-            again = f"{PROGRAM} --output {as_typed(folder)}"
+            again = f"{PROGRAM} --output {typed(folder)}"
             comparison.run(
                 study,
                 folder,

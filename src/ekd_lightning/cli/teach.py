@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.config.config import JobOutput, register_schema, to_settings
+from ekd_lightning.config.directory import remove_unused
 from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.runs.lock import DirectoryLock
 
 PROGRAM = "ekd-teach"
 
@@ -22,16 +22,21 @@ PROGRAM = "ekd-teach"
 def main() -> None:
     """Entry point of `ekd-teach`."""
     register_schema()
-    run_program(PROGRAM, _hydra_main)
+    try:
+        run_program(PROGRAM, _hydra_main)
+    finally:
+        remove_unused()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="teach")
 def _hydra_main(cfg: DictConfig) -> None:
     with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
-        teach(cfg)
+        output = JobOutput(cfg)
+        with output.anchored(), DirectoryLock(output.directory):
+            teach(cfg, output)
 
 
-def teach(cfg: DictConfig) -> None:
+def teach(cfg: DictConfig, output: JobOutput) -> None:
     """Obtains the first `teachers.count` teachers of the pool and tests each.
 
     Reads the groups data and teachers, and `trainer.accelerator`; leaves teachers.json in the run's directory.
@@ -42,11 +47,11 @@ def teach(cfg: DictConfig) -> None:
     from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
     quiet_libraries()
-    directory = Path(HydraConfig.get().runtime.output_dir)
     settings = to_settings(cfg)
-    write_config(to_plain(cfg), directory)
+    settings.check()
     import_user_modules(settings.imports)
-    rows = obtain_teachers(settings, directory)
+    output.start()
+    rows = obtain_teachers(settings, output.directory)
     table = Table(title=f"teachers for {settings.data.name}")
     for name in ("teacher", "source", "parameters", "test accuracy %", "SHA-256"):
         table.add_column(name, justify="right" if name in ("parameters", "test accuracy %") else "left")

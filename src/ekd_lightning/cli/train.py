@@ -14,15 +14,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ekd_lightning.config.build import build, import_user_modules
-from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.config.config import JobOutput, register_schema, to_plain, to_settings
+from ekd_lightning.config.directory import ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
-from ekd_lightning.config.resume import check_unchanged, expand_resume, named_sweep
+from ekd_lightning.config.overrides import check_unchanged, expand_resume, named_sweep, typed_override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
-from ekd_lightning.studies.ddp import ddp_reruns_this_job
 from ekd_lightning.studies.multirun import interrupted_sweep, lost_job, resume_sweep, tell_sweep
-from ekd_lightning.studies.sweep import as_typed
 
 log = logging.getLogger(__name__)
 
@@ -50,51 +49,65 @@ def main() -> None:
             sys.exit(1)
         finally:
             tell_sweep()
+            remove_unused()
 
     run_program(PROGRAM, body)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="train")
 def _hydra_main(cfg: DictConfig) -> float | None:
-    with ddp_reruns_this_job():
+    return run_job(cfg)
+
+
+def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
+    """Runs the job that Hydra has set up, single or of a sweep, in its directory and its own working directory.
+
+    Args:
+        cfg: Its configuration.
+        program: The file that runs one job, where the command that was called does something else.
+    """
+    output = JobOutput(cfg)
+    with output.anchored(), ddp_reruns_this_job(output.directory, program):
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
-                return train_alone(cfg)
-        return train_in_sweep(cfg)
-
-
-def train_alone(cfg: DictConfig) -> float | None:
-    """Runs one job that is no part of a sweep; if it is interrupted, says how it can be continued."""
-    try:
-        return train(cfg)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if not is_interrupt(stop):
-            raise
-        place = as_typed(Path(HydraConfig.get().runtime.output_dir))
-        raise KeyboardInterrupt(f"to continue: {PROGRAM} resume={place}") from None
+                return train_alone(cfg, output)
+        return train_in_sweep(cfg, output)
 
 
 def run_listed_job(cfg: DictConfig) -> float | None:
     """Runs one job of a list that Hydra did not make; other ranks repeat it as `ekd-train`, whoever made the list."""
-    with ddp_reruns_this_job(program=__file__):
-        return train_in_sweep(cfg)
+    return run_job(cfg, program=__file__)
 
 
-def train_in_sweep(cfg: DictConfig) -> float | None:
+def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
+    """Runs one job that is no part of a sweep; if it is interrupted, says how it can be continued."""
+    try:
+        return train(cfg, output)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        again = (
+            f"to continue: {PROGRAM} {typed_override('resume', output.directory)}" if output.started else ""
+        )
+        raise KeyboardInterrupt(again) from None
+
+
+def train_in_sweep(cfg: DictConfig, output: JobOutput) -> float | None:
     """Runs one job of several; like `train`, but tells of a failure at once, as Hydra does so only at the end."""
     try:
-        return train(cfg)
+        return train(cfg, output)
     except Exception as error:
         if isinstance(error, UserError):
             log.error("%s", error)
         else:
             log.exception("this run failed")
+        output.record_refusal(error)
         # Hydra keeps the error until the sweep ends; its frames would keep the run's tensors on the device.
         traceback.clear_frames(error.__traceback__)
         raise
 
 
-def train(cfg: DictConfig) -> float | None:
+def train(cfg: DictConfig, output: JobOutput) -> float | None:
     """Runs one job.
 
     Reads these keys of the configuration: all fields of `Settings`. The run's directory and whether it is part
@@ -104,17 +117,15 @@ def train(cfg: DictConfig) -> float | None:
         The field of result.json that `metric` names, for sweepers.
 
     Raises:
-        UserError: For a user's mistake; everything it leaves behind says `failed`.
+        UserError: For a user's mistake, before anything is written; or for a loss that is not finite.
     """
     from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow imports; --help and --cfg need none)
 
     quiet_libraries()
-    directory = Path(HydraConfig.get().runtime.output_dir)
+    directory = output.directory
     settings, plain = to_settings(cfg), to_plain(cfg)
     if settings.resume is not None:
         check_unchanged(directory, plain)
-    if is_rank_zero():
-        write_config(plain, directory)
     if settings.imports:
         import_user_modules(settings.imports)
     callbacks = [
@@ -122,7 +133,9 @@ def train(cfg: DictConfig) -> float | None:
         for name, node in settings.callbacks.items()
         if node
     ]
-    result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks)
+    result = run(
+        settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start
+    )
     if is_rank_zero():
         log.info("%s", summary_line(result, directory))
     value = result.get(settings.metric)

@@ -1,21 +1,35 @@
-"""From Hydra's composed configuration to typed settings, and back to plain containers for the record."""
+"""Configuration of a job: from what Hydra composed to typed settings, and back to plain containers for the record.
+
+Hydra would open a job's log and write `.hydra/` before our function runs. Here both are held back until the checks of
+the run have passed (`JobOutput.start`): what is refused leaves no trace.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.runs.directory import CONFIG, RunDirectory
+from ekd_lightning.files import DamagedFileError, write_text
+from ekd_lightning.runs.directory import CONFIG, HYDRA, RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
+
+DIRECTORY = "EKD_RUN_DIRECTORY"
+"""Environment variable in which a process hands the run's directory to the ranks that it starts."""
 
 
 def register_schema() -> None:
@@ -130,3 +144,103 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
             yield from _changed(before, new.get(name), usual, f"{prefix}.{name}".lstrip("."))
     elif old != new:
         yield prefix
+
+
+class HeldLog(logging.FileHandler):
+    """Log file of a job: its lines are kept until `open_in` says where they belong.
+
+    Args:
+        filename: Name in the job's directory.
+    """
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, delay=True)
+        self.name_in_directory = Path(filename).name
+        self._held: list[logging.LogRecord] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps a line, or writes it."""
+        if self._held is None:
+            super().emit(record)
+        else:
+            self._held.append(record)
+
+    def open_in(self, directory: Path) -> None:
+        """Writes all lines into the directory, those to come at once."""
+        self.baseFilename = str(directory / self.name_in_directory)
+        held, self._held = self._held or [], None
+        for record in held:
+            self.emit(record)
+
+
+class JobOutput:
+    """Where the job that runs here writes.
+
+    Args:
+        cfg: The job's configuration.
+
+    Attributes:
+        directory: The job's, absolute.
+        started: Whether anything may have been written there.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.started = False
+        self._hydra = cast("Any", HydraConfig.instance().cfg)  # typed as a dataclass, but a DictConfig
+        raw = OmegaConf.to_container(self._hydra.hydra.runtime, resolve=False)  # a path may hold `${`
+        assert isinstance(raw, dict)
+        self.directory = Path(self._hydra.hydra.job.env_set.get(DIRECTORY) or raw["output_dir"])
+        self.original = Path(raw["cwd"])
+
+    def start(self) -> None:
+        """Writes what was held back: `.hydra/` and config.yaml, and opens the log; called when all checks have passed.
+
+        `.hydra/` of a resumed run stays: it says what the run was first started with.
+        """
+        self.started = True
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, HeldLog):
+                if rank != "0":  # those that Lightning starts have a name of their own
+                    handler.name_in_directory = f"rank{rank}_{handler.name_in_directory}"
+                handler.open_in(self.directory)
+        if not is_rank_zero():
+            return
+        if self.cfg.get("resume") is None:
+            folder = self.directory / HYDRA
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
+            write_text(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
+            write_text(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
+        write_config(to_plain(self.cfg), self.directory)
+
+    def record_refusal(self, error: Exception) -> None:
+        """Leaves the record of a job of a sweep that was refused before it started, so that the sweep knows of it.
+
+        Nothing is written where another process is at work, or where a finished run lies.
+        """
+        if self.started or not is_rank_zero():
+            return
+        with contextlib.suppress(UserError, OmegaConfBaseException), DirectoryLock(self.directory):
+            run = RunDirectory(self.directory)
+            run.refuse_finished()
+            run.fail(" ".join(str(error).split()))
+            self.start()
+
+    @contextlib.contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Lets relative places mean what they meant where the run was first started, whatever hydra.job.chdir says."""
+        before = Path.cwd()
+        os.chdir(self._anchor())
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+    def _anchor(self) -> Path:
+        if self.cfg.get("resume") is not None:
+            with contextlib.suppress(DamagedFileError):
+                recorded = RunDirectory(self.directory).provenance().get("working_directory")
+                if isinstance(recorded, str) and os.path.isdir(recorded):
+                    return Path(recorded)
+        return self.original

@@ -10,12 +10,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ekd_lightning.config.directory import resolved
 
 
 @contextlib.contextmanager
@@ -90,13 +91,7 @@ def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> 
     with open_dict(job):
         job.hydra.job.num = number
         job.hydra.job.id = str(number)
-    instance = HydraConfig.instance()
-    before = instance.cfg
-    try:
-        instance.set_config(job)
-        return str(OmegaConf.select(job, "hydra.sweep.subdir"))
-    finally:
-        instance.cfg = before
+    return resolved(job, "hydra.sweep.subdir")
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:

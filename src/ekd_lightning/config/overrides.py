@@ -1,10 +1,28 @@
-"""Overrides as Hydra reads them on a command line: their keys, and values written so that they are read back."""
+"""Overrides as Hydra reads them on a command line: their keys, values written so that they are read back, and paths.
+
+`resume=<run directory>` stands for the overrides that the run was started with, in its own directory.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import TypeAlias
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ekd_lightning.config.config import changed_keys, read_config
+from ekd_lightning.errors import UserError
+from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
+from ekd_lightning.settings import may_change_between_parts
+
+SWEEP_FILE = "sweep.json"
+"""The plan of a sweep, in its folder."""
 
 Scalar: TypeAlias = "bool | int | float | str | None"
 
@@ -27,20 +45,28 @@ def is_hydras(word: str) -> bool:
     return key_of(word).startswith(("hydra.", "hydra/"))
 
 
-def override(key: str, value: Scalar) -> str:
+def override(key: str, value: Scalar | Path) -> str:
     """`key=value` as Hydra reads it back to the same value."""
     if value is None:
         return f"{key}=null"
     if isinstance(value, bool):
         return f"{key}={str(value).lower()}"
+    if isinstance(value, Path):
+        value = str(value)
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z/][\w./@-]*", value, re.ASCII) and value.lower() not in _WORDS
-        return f"{key}={value}" if plain else f"{key}='{_escaped(value)}'"
+        return f"{key}={value}" if plain else f"{key}={_quoted(value)}"
     return f"{key}={value!r}"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("'", "\\'")
+def literal(text: str) -> str:
+    """A text as OmegaConf must be given it to hold exactly that: `${` would begin an interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda match: rf"{2 * match[1]}\${{", text)
+
+
+def _quoted(text: str) -> str:
+    quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), literal(text))
+    return f"'{quoted}'"
 
 
 def config_flags(argv: list[str]) -> list[str]:
@@ -53,3 +79,156 @@ def config_flags(argv: list[str]) -> list[str]:
             if "=" not in word:
                 flags.append(next(words, ""))
     return flags
+
+
+def read_path(word: str) -> str | None:
+    """The path that an override `key=value` names, read by Hydra's grammar as the user typed it.
+
+    Returns:
+        The path; None for null and for an empty value.
+
+    Raises:
+        UserError: If Hydra cannot read it, or reads several values.
+    """
+    key, _, text = word.partition("=")
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        value: Any = None if parsed.is_sweep_override() else parsed.value()
+        if not parsed.is_sweep_override() and not isinstance(value, (dict, list)):
+            if value is None or text == "":
+                return None
+            # A number or truth value is the name of a folder all the same, as it was typed.
+            return str(OmegaConf.create({"value": value}).value) if isinstance(value, str) else text.strip()
+    except (HydraException, OmegaConfBaseException):
+        pass
+    wanted = _shell(override(key, text))
+    raise UserError(f"{key}: cannot read {text!r} as a path; Hydra wants quotes around it: {wanted}")
+
+
+def typed(path: Path | str) -> str:
+    """A path as one would type it here in a shell: relative where that is shorter, quoted where that is needed."""
+    return _shell(_near(path))
+
+
+def typed_override(key: str, path: Path | str) -> str:
+    """`key=path` as one would type it here in a shell, for Hydra's grammar."""
+    near = _near(path)
+    try:
+        plain = read_path(f"{key}={near}") == near
+    except UserError:
+        plain = False
+    return f"{key}={_shell(near if plain else override(key, near).removeprefix(f'{key}='))}"
+
+
+def _near(path: Path | str) -> str:
+    path, here = Path(path), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
+
+
+def _shell(text: str) -> str:
+    """One word for a shell, readable where it holds single quotes."""
+    plain = not set(text) & set('"$`!\n') and "\\\\" not in text and not text.endswith("\\")
+    return f'"{text}"' if "'" in text and plain else shlex.quote(text)
+
+
+def resume_word(argv: Sequence[str]) -> Path | None:
+    """The folder that `resume=` names on a command line; the last one counts, `resume=null` is none.
+
+    Raises:
+        UserError: If Hydra's grammar does not read it as one path.
+    """
+    given = [word for word in argv[1:] if word.startswith("resume=")]
+    path = read_path(given[-1]) if given else None
+    return None if path is None else Path(path).absolute()
+
+
+def named_sweep(argv: Sequence[str]) -> Path | None:
+    """The folder that `resume=` names, if it is that of a whole sweep.
+
+    Raises:
+        UserError: For a sweep that was not planned ahead.
+    """
+    folder = resume_word(argv)
+    if folder is None or RunDirectory(folder).file(CONFIG) is not None:
+        return None
+    if (folder / SWEEP_FILE).is_file():
+        return folder
+    if (folder / "multirun.yaml").is_file():
+        raise UserError(
+            f"resume={folder}: a sweep without a plan ({SWEEP_FILE}), as other sweepers than Hydra's own leave it; "
+            "its runs can be continued one by one"
+        )
+    return None
+
+
+def expand_resume(argv: list[str]) -> list[str]:
+    """Replaces `resume=DIR` by the overrides that the run in DIR was started with, and its directory.
+
+    Overrides given beside `resume` come last, so they win.
+
+    Args:
+        argv: Program name and command line.
+
+    Returns:
+        The command line to run; `argv` itself without `resume=`.
+
+    Raises:
+        UserError: If DIR is not a stopped run.
+    """
+    directory = resume_word(argv)
+    if directory is None:
+        return argv
+    given = [word for word in argv[1:] if word.startswith("resume=")]
+    recorded = read_config(directory)
+    if _is_complete(directory, recorded):
+        raise UserError(f"resume={directory}: this run is done, there is nothing to continue")
+    if "-m" in argv or "--multirun" in argv:
+        raise UserError("resume: continues one run; it cannot be combined with --multirun")
+    first = _recorded_overrides(directory)
+    flags = config_flags(argv)  # before all overrides: argparse takes no positionals on both sides of a flag
+    extra = [anchored(word) for word in argv[1:] if word not in (*given, *first, *flags)]
+    own = [override("resume", directory), override("hydra.run.dir", directory), "hydra.mode=RUN"]
+    return [argv[0], *flags, *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
+
+
+_PLACES = ("data.root", "teachers.weights_dir", "teachers.store")
+_HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
+
+
+def anchored(word: str) -> str:
+    """An override of a place as it is meant where it is typed; all others begin where the run was first started."""
+    key = word.partition("=")[0]
+    path = read_path(word) if key in _PLACES else None
+    return word if path is None else override(key, Path(path).absolute())
+
+
+def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
+    """Refuses a resume under a configuration that would compute something else.
+
+    Raises:
+        UserError: Naming the keys that differ from the recorded configuration.
+    """
+    changed = [
+        key for key in changed_keys(read_config(directory), plain) if not may_change_between_parts(key)
+    ]
+    if changed:
+        raise UserError(
+            f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
+            "a resumed run must compute what it was started with"
+        )
+
+
+def _is_complete(directory: Path, recorded: dict[str, Any]) -> bool:
+    """Whether a run went through all epochs of its recipe.
+
+    A run that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
+    """
+    result = RunDirectory(directory).record().result
+    return result is not None and (result.epochs_done or 0) >= recorded["recipe"]["epochs"]
+
+
+def _recorded_overrides(directory: Path) -> list[str]:
+    run = RunDirectory(directory)
+    if run.file(OVERRIDES) is None:
+        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
+    return run.overrides()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
@@ -24,6 +26,7 @@ from ekd_lightning.pipeline.finish import cost, end_processes, final_scores
 from ekd_lightning.pipeline.prepare import Prepared, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import Settings
@@ -54,10 +57,12 @@ def run(
     sweep: str | None = None,
     callbacks: Sequence[Callback] = (),
     test: bool = True,
+    on_start: Callable[[], None] | None = None,
 ) -> Result:
-    """Runs one distillation and leaves its record in `directory`.
+    """Runs one distillation and leaves its record in `directory`, which is locked meanwhile.
 
-    Every process of a distributed run calls this; only global rank 0 writes the record.
+    Every process of a distributed run calls this; only global rank 0 writes the record. Nothing is written, and
+    nothing of an earlier run touched, before all checks have passed.
 
     Args:
         settings: What to run.
@@ -67,36 +72,46 @@ def run(
         callbacks: Further Lightning callbacks.
         test: Whether the test set is read once training is over. If not, the result holds validation scores
             only and is marked `partial`, so that no report counts it; for choosing settings.
+        on_start: Called once all checks have passed, after the record says that the run has started.
 
     Returns:
         What result.json holds (on other ranks, what they know of it).
 
     Raises:
-        UserError: For settings that do not fit, before training starts; or a loss that is not finite.
+        UserError: For settings that do not fit, or a directory that is in use or holds a finished run, before
+            anything is written; or for a loss that is not finite.
     """
     record = RunDirectory(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
-    result = None
+    result, started = None, False
     config = asdict(settings) if config is None else config
     keep_freed_memory()
-    try:
+
+    def start() -> None:
+        nonlocal started
+        started = True
         if record:
             record.start(resumed=settings.resume is not None)
-        result = _run(settings, directory, record, loggers, config, sweep, callbacks, test)
-        if record:
-            record.finish(result)
-        return result
-    except BaseException as error:
-        if record:
-            # Lightning turns an interruption into an exit.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                record.stop()
-            else:
-                record.fail(_one_line(error))
-        raise
-    finally:
-        finish_loggers(loggers, result=result)
-        _free()
+        if on_start:
+            on_start()
+
+    with DirectoryLock(directory) if record else contextlib.nullcontext():
+        try:
+            result = _run(settings, directory, record, loggers, config, sweep, callbacks, test, start)
+            if record:
+                record.finish(result)
+            return result
+        except BaseException as error:
+            if record and started:
+                # Lightning turns an interruption into an exit.
+                if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    record.stop()
+                else:
+                    record.fail(_one_line(error))
+            raise
+        finally:
+            finish_loggers(loggers, result=result)
+            _free()
 
 
 def _run(
@@ -108,25 +123,17 @@ def _run(
     sweep: str | None,
     callbacks: Sequence[Callback],
     test: bool,
+    start: Callable[[], None],
 ) -> Result:
-    check_trainer(settings.trainer)
-    accelerator = str(settings.trainer.get("accelerator", "auto"))
-    _take_threads(settings, accelerator, directory, record)
-    check_loggers(settings.logger)
-    if settings.teachers.fill != "none":
-        log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
-    curves = TeacherCurves(settings.logger, directory, sweep)
-    prepared = prepare(settings, accelerator, curves)
+    if record and settings.resume is None and not settings.overwrite:
+        record.refuse_finished()
+    prepared, trainer, report, threads = _check(settings, directory, sweep, callbacks)
     facts = describe_run(settings, prepared)
-    if record and settings.resume is None:
-        record.forget_earlier_run()
+    start()
+    if record:
+        record.add_provenance(threads=threads)
     loggers += make_loggers(settings.logger, directory, name=run_name(facts), sweep=sweep, config=config)
-    report = EpochReport(settings.recipe.batch_size)
-    own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
-    trainer = build_trainer(
-        settings.trainer, directory, loggers, [*own, *callbacks], in_sweep=sweep is not None
-    )
-    check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    trainer.loggers = [DummyLogger()] if settings.trainer.get("fast_dev_run") else loggers
     if prepared.candidates:
         prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
     facts |= describe_teacher(settings, prepared)
@@ -160,18 +167,36 @@ def _run(
     return result
 
 
-def _take_threads(settings: Settings, accelerator: str, directory: Path, record: RunDirectory | None) -> None:
-    """Sets torch's threads and notes them, so that the run goes on with as many if it is stopped."""
+def _check(
+    settings: Settings, directory: Path, sweep: str | None, callbacks: Sequence[Callback]
+) -> tuple[Prepared, pl.Trainer, EpochReport, int]:
+    """All that can be refused before anything is written; returns the parts of the run, and torch's threads."""
+    check_trainer(settings.trainer)
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    threads = _take_threads(settings, accelerator, directory)
+    check_loggers(settings.logger)
+    if settings.teachers.fill != "none":
+        log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
+    curves = TeacherCurves(settings.logger, directory, sweep)
+    prepared = prepare(settings, accelerator, curves)
+    report = EpochReport(settings.recipe.batch_size)
+    own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
+    flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
+    trainer = build_trainer(flags, directory, [], [*own, *callbacks], in_sweep=sweep is not None)
+    check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    return prepared, trainer, report, threads
+
+
+def _take_threads(settings: Settings, accelerator: str, directory: Path) -> int:
+    """Sets torch's threads, to as many as before where the run goes on; returns their number."""
     before = None if settings.resume is None else RunDirectory(directory).provenance().get("threads")
     devices = settings.trainer.get("devices", 1)
-    threads = set_threads(
+    return set_threads(
         settings.trainer.get("threads"),
         before,
         device_type=device_type_of(accelerator),
         num_devices=devices if isinstance(devices, int) else 1,
     )
-    if record:
-        record.add_provenance(threads=threads)
 
 
 def _context(

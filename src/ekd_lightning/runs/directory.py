@@ -274,7 +274,7 @@ class RunDirectory:
             ) from None
 
     def start(self, *, resumed: bool) -> None:
-        """Marks the run as running; a result of an earlier try is withdrawn.
+        """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
 
         A resumed run keeps its first provenance and appends this start to it.
         """
@@ -287,8 +287,21 @@ class RunDirectory:
             here = {**first, "resumed": [*(first.get("resumed") or []), here]}
         write_json(self.path / PROVENANCE, here)
         self._say("running")
+        if not resumed:
+            self._forget_earlier_run()
 
-    def forget_earlier_run(self) -> None:
+    def refuse_finished(self) -> None:
+        """Refuses a new run here if there is a finished one, which only the user may let be replaced.
+
+        Raises:
+            UserError: If there is a result.
+        """
+        if (self.path / RESULT).exists():
+            raise UserError(
+                f"{self.path}: holds a finished run; give another hydra.run.dir, or overwrite=true to replace it"
+            )
+
+    def _forget_earlier_run(self) -> None:
         """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
 
         Its last checkpoint above all: resuming this run must not go on from there.

@@ -118,8 +118,9 @@ class DirectoryLock:
         _open.add(self._file)
         self._owner = os.getpid()
         content = json.dumps(asdict(Holder.this())).encode()
-        os.truncate(self._file, 0)
-        os.pwrite(self._file, content, 0)
+        with contextlib.suppress(OSError):  # on a full disk it locks without a name
+            os.truncate(self._file, 0)
+            os.pwrite(self._file, content, 0)
 
     def _try(self, file: int) -> bool:
         """Locks an open lock file, if it is free and still the one that the directory shows."""

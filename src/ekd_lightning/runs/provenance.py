@@ -33,6 +33,7 @@ def provenance() -> dict[str, Any]:
         "version": __version__,
         "git": _git(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "working_directory": os.getcwd(),  # where relative places of the configuration begin
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),

@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt
-from ekd_lightning.config.overrides import override
+from ekd_lightning.config.overrides import override, typed_override
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.progress import watched
-from ekd_lightning.studies.sweep import Job, Sweep, as_typed, look
+from ekd_lightning.studies.sweep import Job, Sweep, look
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def launch(
 
 def _placed(job: Job, folder: Path) -> list[str]:
     words = [override("hydra.sweep.subdir", job.directory.relative_to(folder).as_posix())]
-    if job.resumed:  # what the run was first started with stays on record
-        words += [override("resume", str(job.directory)), "hydra.output_subdir=null"]
+    if job.resumed:
+        words.append(override("resume", str(job.directory)))
     return words
 
 
@@ -101,7 +101,7 @@ def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -
     said = [f"{counts['done']} of {len(states)} runs done"]
     said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
     first = "to continue, once the queue is empty:" if queued else "to continue:"
-    return f"{', '.join(said)}; {first} {command or f'ekd-train resume={as_typed(sweep.folder)}'}"
+    return f"{', '.join(said)}; {first} {command or 'ekd-train ' + typed_override('resume', sweep.folder)}"
 
 
 # Jobs of submitit's local executor are processes that outlive the one that started them, unless it sees to it.

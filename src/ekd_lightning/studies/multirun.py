@@ -14,21 +14,20 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.edge import EXIT_USER_ERROR
-from ekd_lightning.config.overrides import is_hydras, is_under, key_of
+from ekd_lightning.config.directory import claim_output
+from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.overrides import anchored, is_hydras, is_under, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
-from ekd_lightning.runs.provenance import now
+from ekd_lightning.runs.provenance import is_rank_zero, now
 from ekd_lightning.settings import keys_where, may_change_between_parts
-from ekd_lightning.studies.ddp import launched_by_others
 from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.studies.progress import look_now, show_summary, watched
 from ekd_lightning.studies.sweep import (
     Job,
     Sweep,
-    as_typed,
     found_sweep,
     look,
     read_sweep,
@@ -49,16 +48,27 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plans the jobs, before the first one starts."""
-        folder = Path(str(config.hydra.sweep.dir)).absolute()
+        with one_line("ekd-train"):  # Hydra makes warnings of a callback's errors, but lets an exit pass
+            self._start(config)
+
+    def _start(self, config: DictConfig) -> None:
+        folder = claim_output(config, "sweep")
+        if not is_rank_zero():
+            return  # the other ranks of torchrun run the same jobs in the same folder
         stack = contextlib.ExitStack()
         try:
             stack.enter_context(DirectoryLock(folder))
         except LockedError as error:
-            if not launched_by_others():  # else the other ranks of torchrun are in the same folder
-                _refuse(error)
+            raise LockedError(
+                f"another sweep is running in this folder: {error}; give this one its own with "
+                "hydra.sweep.dir=..."
+            ) from None
         _open.append((folder, stack, is_queued(config)))
         jobs = plan_jobs(config, folder)
         if jobs is not None:
+            for job in jobs:
+                if "overwrite=true" not in job.overrides and not config.get("overwrite"):
+                    RunDirectory(job.directory).refuse_finished()
             sweep = describe_sweep(config, folder, jobs)
             write_sweep(sweep)
             stack.enter_context(watched(sweep))
@@ -66,16 +76,6 @@ class SweepSummary(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Tells of it at once where the job ran in the sweep's own process."""
         look_now()
-
-
-def _refuse(error: LockedError) -> None:
-    """Ends the program: Hydra makes warnings of a callback's errors, but lets an exit pass."""
-    print(
-        f"ekd-train: error: another sweep is running in this folder: {error}; give this one its own with "
-        "hydra.sweep.dir=...",
-        file=sys.stderr,
-    )
-    sys.exit(EXIT_USER_ERROR)
 
 
 def plan_jobs(config: DictConfig, folder: Path) -> tuple[Job, ...] | None:
@@ -172,7 +172,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         jobs = [_job(*state, extra) for state in states if not state.run.is_over]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
-        print(f"{as_typed(folder)}: {done} of {len(states)} runs are done; ", end="")
+        print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         if jobs:
             launch(jobs, folder, hydra_words, task, sweep=sweep)
@@ -188,7 +188,7 @@ def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]
     """
     given = [word for word in argv[1:] if not word.startswith("resume=") and word not in ("-m", "--multirun")]
     hydra = [word for word in given if is_hydras(word)]
-    extra = [word for word in given if word not in hydra]
+    extra = [anchored(word) for word in given if word not in hydra]
     for word in extra:
         if "=" not in word or not may_change_between_parts(key_of(word)):
             raise UserError(

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ekd_lightning.config.edge import print_wide
+from ekd_lightning.config.overrides import typed, typed_override
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
@@ -24,7 +25,6 @@ from ekd_lightning.runs.provenance import now
 from ekd_lightning.studies.sweep import (
     Standing,
     Sweep,
-    as_typed,
     look,
     settled,
     varied_keys,
@@ -207,11 +207,11 @@ def show_summary(sweep: Sweep) -> None:
     print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")
     for state in failed:
         print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
-    place = as_typed(sweep.folder)
+    place = typed(sweep.folder)
     if done < len(states):
-        print(f"continue:  ekd-train resume={place}")
+        print(f"continue:  ekd-train {typed_override('resume', sweep.folder)}")
     if done:
-        print(f"report:    ekd-report {place} -o {as_typed(sweep.folder / 'report')}")
+        print(f"report:    ekd-report {place} -o {typed(sweep.folder / 'report')}")
 
 
 def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:

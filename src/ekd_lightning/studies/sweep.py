@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ekd_lightning.config.overrides import key_of
-from ekd_lightning.config.resume import SWEEP_FILE
+from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.runs.collection import RunEntry
@@ -163,9 +161,3 @@ def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
 
 def _table(job: Job) -> dict[str, str]:
     return {key_of(word): word.partition("=")[2] for word in job.overrides}
-
-
-def as_typed(path: Path) -> str:
-    """A path as one would type it here, in a shell."""
-    here = Path.cwd()
-    return shlex.quote(path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path))
