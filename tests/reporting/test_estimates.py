@@ -16,7 +16,7 @@ from rich_runs import arrays
 from scipy import stats
 
 from ekd_lightning.methods.assignment import make_assignment
-from ekd_lightning.reporting import branches, run_files
+from ekd_lightning.reporting import details
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.estimates import Estimate, estimate, holm, paired, percent
 from ekd_lightning.reporting.groups import group
@@ -124,7 +124,7 @@ def test_the_front_holds_exactly_what_nothing_beats(points):
         cost, gain = point
         return any(c <= cost and g >= gain and (c, g) != point for c, g in points)
 
-    assert branches.pareto(points) == sorted({point for point in points if not beaten(point)})
+    assert details.pareto(points) == sorted({point for point in points if not beaten(point)})
 
 
 def only_group(folder: Path):
@@ -140,12 +140,12 @@ def test_own_teachers_are_those_of_the_assignment(tmp_path, kind, K, M):
     write_run(tmp_path / "run", result(K=K, M=M, assignment=kind))
     rows = make_assignment(kind, K, M).tolist() if kind != "random" else [[1 / M] * M] * K
     expected = [row.index(1.0) if 1.0 in row else None for row in rows]
-    assert branches.own_teachers(only_group(tmp_path)) == expected
+    assert details.own_teachers(only_group(tmp_path)) == expected
 
 
 def test_explicit_rows_have_an_own_teacher_where_they_name_one(tmp_path):
     write_run(tmp_path / "run", result(K=2, M=2, assignment=[[0.5, 0.5], [0.0, 1.0]]))
-    assert branches.own_teachers(only_group(tmp_path)) == [None, 1]
+    assert details.own_teachers(only_group(tmp_path)) == [None, 1]
 
 
 def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
@@ -158,7 +158,7 @@ def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
             rows.writerow(["step", "val/accuracy", "epoch", "test/accuracy"])
             rows.writerows([7 * epoch, value, float(epoch), ""] for epoch, value in enumerate(made[seed]))
             rows.writerow([99, "", float(length), 0.9])  # the row of the test
-    found = run_files.curves(only_group(tmp_path))
+    found = details.curves(only_group(tmp_path))
     assert set(found) == {"val/accuracy"}
     for epoch, one in found["val/accuracy"]:
         values = [line[epoch - 1] for line in made.values() if len(line) >= epoch]
@@ -170,21 +170,21 @@ def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
 def test_a_damaged_curve_is_left_out(tmp_path, content):
     write_run(tmp_path / "run", result())
     (tmp_path / "run" / "metrics.csv").write_text(content)
-    assert run_files.curves(only_group(tmp_path)) == {}
+    assert details.curves(only_group(tmp_path)) == {}
 
 
 @given(st.integers(1, 1000))
 def test_thinned_curves_keep_their_end(length):
     epochs = list(range(1, length + 1))
-    kept = run_files.thin(epochs)
+    kept = details.thin(epochs)
     assert kept[-1] == length
-    assert len(kept) <= run_files.MOST_EPOCHS
+    assert len(kept) <= details.MOST_EPOCHS
     assert set(kept) <= set(epochs)
 
 
 def test_reliability_pools_the_runs(tmp_path):
     made = [arrays(seed) for seed in range(3)]
-    found = run_files.reliability(made, "_calibrated")
+    found = details.reliability(made, "_calibrated")
     counts = np.stack([one["reliability_count_calibrated"] for one in made])
     total = counts.sum()
     full = [b for b in range(counts.shape[1]) if counts[:, b].sum()]
@@ -196,27 +196,27 @@ def test_reliability_pools_the_runs(tmp_path):
         assert one.confidence == pytest.approx(np.dot(confidence, counts[:, b]) / counts[:, b].sum())
         assert one.accuracy.mean == pytest.approx(np.mean(accuracy))
     assert sum(one.share for one in found) == pytest.approx(1)
-    assert run_files.reliability([{}, {}]) == []
+    assert details.reliability([{}, {}]) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", b"nothing"])
 def test_damaged_arrays_are_left_out(tmp_path, content):
     write_run(tmp_path / "run", result())
     (tmp_path / "run" / "arrays.npz").write_bytes(content)
-    assert run_files.read_arrays(only_group(tmp_path)) == []
+    assert details.read_arrays(only_group(tmp_path)) == []
 
 
 def test_arrays_are_never_unpickled(tmp_path):
     write_run(tmp_path / "run", result())
     np.savez(tmp_path / "run" / "arrays.npz", reliability_count=np.array([{}], dtype=object))
-    assert run_files.read_arrays(only_group(tmp_path)) == []
+    assert details.read_arrays(only_group(tmp_path)) == []
 
 
 def test_prefixes_are_the_subsets_that_begin_with_the_first_branch(rich_report):
     found = next(one for one in rich_report.groups if one.label == "ekd, K=3, M=3")
-    assert [point.name for point in branches.prefixes(found)] == [(0,), (0, 1), (0, 1, 2)]
+    assert [point.name for point in details.prefixes(found)] == [(0,), (0, 1), (0, 1, 2)]
     recorded = [json.loads((run.directory / "result.json").read_text())["test_subsets"] for run in found.done]
-    for point in branches.subsets(found):
+    for point in details.subsets(found):
         values = [s["accuracy"] for one in recorded for s in one if tuple(s["branches"]) == point.name]
         assert point.accuracy.mean == pytest.approx(np.mean(values))
 
@@ -238,6 +238,6 @@ def test_what_is_null_is_left_out(tmp_path):
     made = result(K=2, test_branch_accuracy=[None, 0.5], test_subsets=subsets, test_early_exit=None)
     write_run(tmp_path / "run", made)
     found = only_group(tmp_path)
-    assert [point.name for point in branches.subsets(found)] == [(0, 1)]
-    assert branches.early_exits(found) == []
+    assert [point.name for point in details.subsets(found)] == [(0, 1)]
+    assert details.early_exits(found) == []
     assert "test_mean_branch_accuracy" not in found.scalars()

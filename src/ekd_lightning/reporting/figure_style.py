@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.details import Array
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.groups import Group
-from ekd_lightning.reporting.run_files import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

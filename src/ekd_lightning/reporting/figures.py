@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures_detail
 from ekd_lightning.reporting.blocks import families, over_fractions
-from ekd_lightning.reporting.branches import Point, pareto, prefixes
+from ekd_lightning.reporting.details import Point, pareto, prefixes
 from ekd_lightning.reporting.estimates import Difference
 from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, Looks, accuracy
 from ekd_lightning.reporting.groups import Group, differences

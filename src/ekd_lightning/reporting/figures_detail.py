@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ekd_lightning.reporting import details
 from ekd_lightning.reporting import figure_style as fs
-from ekd_lightning.reporting import run_files
 from ekd_lightning.reporting.blocks import grids
-from ekd_lightning.reporting.branches import own_teachers
+from ekd_lightning.reporting.details import own_teachers
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, accuracy
 from ekd_lightning.reporting.groups import Group
@@ -118,7 +118,7 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     for block in report.blocks:
-        found = {group.label: run_files.curves(group, (_CURVE,)).get(_CURVE, []) for group in block.done}
+        found = {group.label: details.curves(group, (_CURVE,)).get(_CURVE, []) for group in block.done}
         groups = [group for group in block.done if len(found[group.label]) > 1]
         if not groups:
             continue
@@ -139,8 +139,8 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
 def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Accuracy against confidence in 15 bins, before and after temperature scaling; a figure per block."""
     for block in report.blocks:
-        arrays = {group.label: run_files.read_arrays(group) for group in block.done}
-        groups = [group for group in block.done if run_files.reliability(arrays[group.label])]
+        arrays = {group.label: details.read_arrays(group) for group in block.done}
+        groups = [group for group in block.done if details.reliability(arrays[group.label])]
         if not groups:
             continue
         shown = _best(groups, report.references(block), _MOST_PANELS)
@@ -156,7 +156,7 @@ def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         yield fs.drawn("reliability", block.key, figure, block.title, text)
 
 
-def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_files.Array]]) -> None:
+def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, details.Array]]) -> None:
     axes.plot([0, 1], [0, 1], color=fs.GREY, linestyle="--", linewidth=0.8, label="calibrated")
     told = []
     kinds = (
@@ -164,7 +164,7 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, run_
         ("_calibrated", "temperature-scaled", fs.LIGHT[0], "s", "test_ece_calibrated"),
     )
     for suffix, name, colour, marker, key in kinds:
-        bins = run_files.reliability(arrays, suffix)
+        bins = details.reliability(arrays, suffix)
         if not bins:
             continue
         xs, ys = [b.confidence for b in bins], [b.accuracy.mean for b in bins]
@@ -240,7 +240,7 @@ def _heterogeneous(groups: Sequence[Group]) -> list[Group]:
     return [best[method] for method in methods if method in best]
 
 
-def _matrix(group: Group, key: str) -> run_files.Array | None:
+def _matrix(group: Group, key: str) -> details.Array | None:
     found = group.array(key)
     return found if found is not None and found.ndim == 2 and found.size else None
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.reporting import run_files
+from ekd_lightning.reporting import details
 from ekd_lightning.reporting.blocks import Block, families, grid_name
-from ekd_lightning.reporting.branches import Point, early_exits, own_teachers, subsets
+from ekd_lightning.reporting.details import Point, early_exits, own_teachers, subsets
 from ekd_lightning.reporting.estimates import Difference, Estimate
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
@@ -100,7 +100,7 @@ def _group(
     references: Mapping[str, tuple[str, Mapping[str, Difference]]],
     ids: Mapping[str, str],
 ) -> dict[str, Any]:
-    arrays = run_files.read_arrays(group)
+    arrays = details.read_arrays(group)
     return {
         "id": f"{block.key}/{group.label}",
         "block": block.key,
@@ -131,7 +131,7 @@ def _group(
         "corrupted": group.corrupted,
         "curves": {
             name: [[epoch, plain(e.mean), plain(e.half), e.n] for epoch, e in points]
-            for name, points in run_files.curves(group).items()
+            for name, points in details.curves(group).items()
         },
         "reliability": _reliability(arrays),
         "cka": _cka(group),
@@ -178,7 +178,7 @@ def _reliability(arrays: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     found = {
         name: [
             {"confidence": plain(b.confidence), "accuracy": one(b.accuracy), "share": plain(b.share)}
-            for b in run_files.reliability(arrays, suffix)
+            for b in details.reliability(arrays, suffix)
         ]
         for name, suffix in (("before", ""), ("after", "_calibrated"))
     }

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from ekd_lightning.evaluation.diversity import Spread
 from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.details import seed_spread
 from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, Estimate, difference_text, percent
 from ekd_lightning.reporting.groups import FEW, Group, differences
-from ekd_lightning.reporting.run_files import seed_spread
 from ekd_lightning.runs.collection import STATES
 from ekd_lightning.runs.directory import RunState
 
