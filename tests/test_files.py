@@ -121,9 +121,11 @@ def test_new_files_have_the_rights_that_the_user_gives_new_files(tmp_path: Path)
 def test_parts_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path) -> None:
     for name in (".part-1234.last.ckpt", ".part-1234.best.ckpt", "last.ckpt", ".last.ckpt"):
         (tmp_path / name).write_text("")
-    remove_parts(tmp_path / "last.ckpt")
-    remove_parts(tmp_path / "none" / "last.ckpt")
+    remove_parts(tmp_path, "last.ckpt")
+    remove_parts(tmp_path / "none", "last.ckpt")
     assert {path.name for path in tmp_path.iterdir()} == {".part-1234.best.ckpt", "last.ckpt", ".last.ckpt"}
+    remove_parts(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", ".last.ckpt"}
 
 
 def test_a_folder_moves_whole(tmp_path: Path) -> None:

@@ -61,11 +61,11 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def remove_parts(path: Path) -> None:
-    """Removes what killed writers of `path` left beside it; for files that have one writer at a time."""
-    if path.parent.is_dir():
-        for part in path.parent.iterdir():
-            if part.name.startswith(_PART) and part.name.endswith(f".{path.name}"):
+def remove_parts(folder: Path, name: str = "") -> None:
+    """Removes what killed writers left in a folder, of one file or of all; for files that have one writer at a time."""
+    if folder.is_dir():
+        for part in folder.iterdir():
+            if part.name.startswith(_PART) and part.name.endswith(f".{name}" if name else ""):
                 part.unlink(missing_ok=True)
 
 

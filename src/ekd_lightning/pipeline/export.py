@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
-from ekd_lightning.files import file_sha256, replacing, write_json
+from ekd_lightning.files import DamagedFileError, file_sha256, read_json, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
 from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
@@ -98,14 +97,14 @@ def read_export(folder: Path) -> dict[str, Any] | None:
         UserError: If it is damaged.
     """
     path = folder / EXPORT
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_text())
-        if isinstance(content["files"], dict) and isinstance(content["student"], dict):
-            return dict(content)
-    except (ValueError, KeyError, TypeError):
-        pass
+        content = read_json(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError:
+        content = {}
+    if isinstance(content.get("files"), dict) and isinstance(content.get("student"), dict):
+        return content
     raise UserError(f"{path}: damaged, or not written by ekd-export; choose another folder with -o")
 
 

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, read_json, write_bytes, write_json, write_text
+from ekd_lightning.files import DamagedFileError, read_json, remove_parts, write_bytes, write_json, write_text
 from ekd_lightning.runs.lock import is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
@@ -26,9 +26,10 @@ FORMAT = 2
 """Of status.json and result.json; records of version 0.1 say none, which is 1."""
 STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml", "provenance.json"
 CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
-CHECKPOINTS, HYDRA, OVERRIDES = "checkpoints", ".hydra", ".hydra/overrides.yaml"
+CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
+HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
 _INTERRUPTED = "interrupted"
-_OF_ONE_RUN = (f"{CHECKPOINTS}/best.ckpt", f"{CHECKPOINTS}/last.ckpt", STUDENT, CURVES, "wandb_run_id.txt")
+_OF_ONE_RUN = (f"{CHECKPOINTS}/{BEST}", f"{CHECKPOINTS}/{LAST}", STUDENT, CURVES, "wandb_run_id.txt")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
 
 
@@ -89,12 +90,12 @@ class RunDirectory:
     @property
     def last_checkpoint(self) -> Path:
         """Where a stopped run goes on."""
-        return self.path / CHECKPOINTS / "last.ckpt"
+        return self.path / CHECKPOINTS / LAST
 
     @property
     def best_checkpoint(self) -> Path:
         """The best epoch by validation accuracy."""
-        return self.path / CHECKPOINTS / "best.ckpt"
+        return self.path / CHECKPOINTS / BEST
 
     def file(self, name: str) -> Path | None:
         """One of its files; None where it is absent."""
@@ -279,6 +280,7 @@ class RunDirectory:
         A resumed run keeps its first provenance and appends this start to it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_parts(self.path)
         for name in (RESULT, ARRAYS):
             (self.path / name).unlink(missing_ok=True)
         here = provenance()

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import SEAL, UNSEALED, WriterBehind, remove_parts, require_intact, seal, write_bytes
+from ekd_lightning.runs.directory import BEST, LAST
 
 log = logging.getLogger(__name__)
 
 BEST_METRIC = "val/accuracy"
-LAST = "last.ckpt"
 _SEAL_COMMENT = f"{SEAL}:{UNSEALED}".encode()
 
 
@@ -56,7 +56,7 @@ class CheckpointWriter(CheckpointIO):
         self._writer.wait(path)
         if path not in self._seen:
             self._seen.add(path)
-            remove_parts(path)
+            remove_parts(path.parent, path.name)
         state = _on_host(checkpoint)
         self._writer.submit(path, lambda: write_checkpoint(path, state))
 
@@ -130,7 +130,7 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
     callbacks = []
     if with_best:
         callbacks.append(
-            ModelCheckpoint(filename="best", monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
+            ModelCheckpoint(filename=Path(BEST).stem, monitor=BEST_METRIC, mode="max", save_top_k=1, **common)
         )
     callbacks.append(EndOfEpochCheckpoint(filename=Path(LAST).stem, monitor=None, save_top_k=1, **common))
     return callbacks

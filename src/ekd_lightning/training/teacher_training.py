@@ -21,12 +21,13 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.runs.directory import LAST
 from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.hardware import device_type_of, resolve_precision, teacher_dtype
 from ekd_lightning.teachers.plan import SourcePlan
 from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
-from ekd_lightning.training.checkpoints import LAST, CheckpointWriter, checkpoint_callbacks, read_checkpoint
+from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import ImageClassificationModule
 from ekd_lightning.training.recorded_step import StepValues
