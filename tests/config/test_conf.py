@@ -96,6 +96,7 @@ def test_launchers_compose_with_their_plugins(launcher, plugin):
 
 def test_trainer_flags_are_those_of_lightning_with_its_defaults_but_ours():
     flags = yaml.safe_load((CONF / "trainer" / "default.yaml").read_text())
+    assert flags.pop("threads") is None  # ours, and no flag of Lightning's
     signature = inspect.signature(pl.Trainer).parameters
     assert set(flags) == set(signature) - {"logger", "callbacks", "default_root_dir"}
     different = {name for name, value in flags.items() if value != signature[name].default}
