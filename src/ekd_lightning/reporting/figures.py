@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ekd_lightning.files import write_text
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures_detail
 from ekd_lightning.reporting.blocks import families, over_fractions
@@ -287,5 +288,5 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
                 left_out.append(f"- {kind.title}: needs {kind.needs}")
     if left_out:
         lines += ["Left out for want of data:", "", *left_out, ""]
-    (folder / LIST).write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / LIST, "\n".join(lines))
     return [*files, folder / LIST]

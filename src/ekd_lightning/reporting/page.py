@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import write_text
 from ekd_lightning.reporting import figure_style
 from ekd_lightning.reporting.answer import Answer, Finding
 from ekd_lightning.reporting.answer_words import ROLES
@@ -63,7 +64,7 @@ def write_page(report: Report, path: Path) -> None:
     Raises:
         UserError: Without plotly.
     """
-    path.write_text(page(report), encoding="utf-8")
+    write_text(path, page(report))
 
 
 def page(report: Report) -> str:
