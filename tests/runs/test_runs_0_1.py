@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ekd_lightning.config.resume import check_unchanged, expand_resume
 from hydra import compose, initialize_config_module
 from whole_runs import _call
 
 from ekd_lightning.cli import report as report_command
 from ekd_lightning.cli import tune
 from ekd_lightning.config.config import recorded_settings, register_schema, to_plain
-from ekd_lightning.config.overrides import key_of
+from ekd_lightning.config.overrides import check_unchanged, expand_resume, key_of
 from ekd_lightning.files import read_json
 from ekd_lightning.pipeline.evaluate_run import evaluate_finished_run
 from ekd_lightning.pipeline.reopen import open_context
