@@ -44,7 +44,8 @@ LEVELS = (
     ("pipeline",),
     ("training",),
     ("teachers",),
-    ("runs", "tracking"),
+    ("tracking",),
+    ("runs",),
     ("evaluation", "methods"),
     ("networks", "data"),
 )

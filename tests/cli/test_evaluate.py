@@ -12,7 +12,7 @@ from whole_runs import TINY, Outcome, _call
 from ekd_lightning.cli.evaluate import PARTS, is_override, main, parse_parts
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
-from ekd_lightning.pipeline import evaluate_run
+from ekd_lightning.pipeline import evaluation
 from ekd_lightning.settings import EVALUATION_PARTS
 
 
@@ -105,7 +105,7 @@ def test_a_part_that_fails_is_told_with_its_run(run, monkeypatch):
     def broken(name):
         raise UserError("no corruptions in sight")
 
-    monkeypatch.setattr(evaluate_run, "find_part", broken)
+    monkeypatch.setattr(evaluation, "find_part", broken)
     before = (run / "result.json").read_bytes()
     outcome = evaluate(run, "--parts", "corruptions", directory=run)
     assert outcome.code == 1
@@ -217,7 +217,7 @@ def test_a_failing_evaluation_is_no_failed_run(train, tmp_path, monkeypatch):
     def broken(name):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(evaluate_run, "find_part", broken)
+    monkeypatch.setattr(evaluation, "find_part", broken)
     outcome = train(tmp_path / "run", "evaluation=standard")
     assert outcome.code == 0, outcome.err
     assert outcome.status["state"] == "done"

@@ -17,7 +17,7 @@ from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_location, keys_where
 
 if TYPE_CHECKING:
-    from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+    from ekd_lightning.pipeline.evaluation import EvaluationContext
     from ekd_lightning.pipeline.export import ExportOptions
 
 PROGRAM = "ekd-export"
@@ -191,7 +191,7 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
 
     from ekd_lightning.networks import cut_branches, load_student  # noqa: PLC0415
     from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
-    from ekd_lightning.pipeline.reopen import open_context  # noqa: PLC0415
+    from ekd_lightning.pipeline.reopening import open_context  # noqa: PLC0415
 
     run = RunDirectory(args.run)
     settings = recorded_settings(run, args.overrides)

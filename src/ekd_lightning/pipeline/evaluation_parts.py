@@ -32,7 +32,7 @@ from ekd_lightning.evaluation.robustness import (
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.frozen import FrozenStudent
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.pipeline.evaluation import EvaluationContext, Findings
 from ekd_lightning.runs.provenance import provenance
 
 

@@ -18,7 +18,7 @@ from ekd_lightning.files import DamagedFileError, file_sha256, read_json, replac
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
 from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.evaluation import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.provenance import now

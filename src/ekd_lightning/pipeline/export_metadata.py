@@ -14,7 +14,7 @@ from ekd_lightning import __version__
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.evaluation import EvaluationContext
 
 _PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
 _OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accuracy", "num_parameters")

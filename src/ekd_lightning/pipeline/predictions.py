@@ -30,7 +30,7 @@ from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
 from ekd_lightning.networks import TeacherEnsemble
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
+from ekd_lightning.pipeline.evaluation import EvaluationContext, Findings
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 

@@ -20,10 +20,9 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
-from ekd_lightning.pipeline.evaluate_run import evaluate_new_run
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext
-from ekd_lightning.pipeline.finish import cost, end_processes, final_scores
+from ekd_lightning.pipeline.evaluation import EvaluationContext, evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, describe_run, describe_teacher, origin, prepare
+from ekd_lightning.pipeline.scores import cost, end_processes, final_scores
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock

@@ -11,14 +11,15 @@ import torch
 from ekd_lightning.data import choose_subset, load_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
-from ekd_lightning.pipeline import evaluate_run
-from ekd_lightning.pipeline.evaluate_run import (
+from ekd_lightning.pipeline import evaluation
+from ekd_lightning.pipeline.evaluation import (
+    EvaluationContext,
+    Findings,
     evaluate_finished_run,
     evaluate_new_run,
     find_part,
     merge,
 )
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext, Findings
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
@@ -46,7 +47,7 @@ def parts(monkeypatch):
         return part
 
     found.calls = []
-    monkeypatch.setattr(evaluate_run, "find_part", find)
+    monkeypatch.setattr(evaluation, "find_part", find)
     return found
 
 

@@ -18,7 +18,7 @@ from ekd_lightning.networks import (
     load_student,
     state_sha256,
 )
-from ekd_lightning.pipeline.evaluation_context import EvaluationContext
+from ekd_lightning.pipeline.evaluation import EvaluationContext
 from ekd_lightning.pipeline.prepare import prepare_data
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import Settings

@@ -1,4 +1,4 @@
-"""What happens after the last training step: the test, the costs, and the end of other processes."""
+"""Scores of a run once its training is over, what it cost, and the end of its other processes."""
 
 from __future__ import annotations
 
