@@ -126,6 +126,21 @@ def test_only_the_outer_rooms_know_frameworks(room: str):
         assert {name.split(".")[0] for name in imports(path)} & FRAMEWORKS <= allowed, path
 
 
+def test_internals_of_hydra_stand_in_one_file():
+    private = (
+        "hydra._internal",
+        "hydra.core.plugins",
+        "hydra.core.override_parser",
+        "hydra.core.global_hydra",
+    )
+    used = {
+        p.relative_to(SOURCE).as_posix()
+        for p in SOURCE.rglob("*.py")
+        if any(n.startswith(private) for n in imports(p))
+    }
+    assert used == {"config/internals.py"}
+
+
 def test_the_inner_rooms_load_no_framework():
     inner = ("data", "networks", "methods", "evaluation.scores", "evaluation.efficiency")
     code = "\n".join([*(f"import ekd_lightning.{room}" for room in inner), "import sys; print(*sys.modules)"])

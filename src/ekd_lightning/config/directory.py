@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ekd_lightning.config.config import DIRECTORY
 from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.internals import resolved
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
@@ -116,17 +117,6 @@ def remove_unused() -> None:
     """Removes the directories that this process made for output and that hold nothing."""
     remove_empty(_made)
     _made.clear()
-
-
-def resolved(config: DictConfig, key: str) -> str:
-    """A value that may ask for `${hydra:...}`, which Hydra knows only once a job has started."""
-    instance = HydraConfig.instance()
-    before = instance.cfg
-    try:
-        instance.set_config(config)
-        return str(OmegaConf.select(config, key))
-    finally:
-        instance.cfg = before
 
 
 def launched_by_others() -> bool:

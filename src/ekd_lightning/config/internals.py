@@ -10,13 +10,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
-
-from ekd_lightning.config.directory import resolved
 
 
 @contextlib.contextmanager
@@ -61,6 +61,15 @@ def keys_set_by(config: str, section: str) -> set[str]:
     return found
 
 
+def parse_override(word: str) -> Override:
+    """An override as Hydra's grammar reads it.
+
+    Raises:
+        OverrideParseException: If it does not follow the grammar.
+    """
+    return OverridesParser.create().parse_override(word)
+
+
 def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
     """The jobs that Hydra's own sweeper is going to start.
 
@@ -92,6 +101,17 @@ def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> 
         job.hydra.job.num = number
         job.hydra.job.id = str(number)
     return resolved(job, "hydra.sweep.subdir")
+
+
+def resolved(config: DictConfig, key: str) -> str:
+    """A value that may ask for `${hydra:...}`, which Hydra knows only once a job has started."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    try:
+        instance.set_config(config)
+        return str(OmegaConf.select(config, key))
+    finally:
+        instance.cfg = before
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ekd_lightning.config import internals
 from ekd_lightning.config.config import changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
@@ -92,7 +92,7 @@ def read_path(word: str) -> str | None:
     """
     key, _, text = word.partition("=")
     try:
-        parsed = OverridesParser.create().parse_override(word)
+        parsed = internals.parse_override(word)
         value: Any = None if parsed.is_sweep_override() else parsed.value()
         if not parsed.is_sweep_override() and not isinstance(value, (dict, list)):
             if value is None or text == "":
