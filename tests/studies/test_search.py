@@ -185,7 +185,7 @@ _WORKER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_tuning import evaluate, opened
+from test_search import evaluate, opened
 from ekd_lightning.studies.search import run_trials
 study = opened(Path(sys.argv[1]))
 if sys.argv[3] == "die":
