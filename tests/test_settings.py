@@ -103,6 +103,7 @@ def test_every_setting_says_what_it_is_for():
         "metric",
         "tags",
         "resume",
+        "overwrite",
     }
     assert set(keys_where(may_change_between_parts)) - set(keys_where(is_free)) == {
         "trainer.max_epochs",

@@ -57,10 +57,14 @@ class Protocol:
         follows = ("fraction", "subset_sha256", "num_train_images", "num_val_images", "steps")
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
 
+    def differences(self, other: Protocol) -> list[str]:
+        """Names of the fields that both have recorded, and differ in."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return [name for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]]
+
     def fits(self, other: Protocol) -> bool:
         """Whether the two agree in all that both have recorded."""
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return all(ours == theirs for ours, theirs in pairs if ours is not None and theirs is not None)
+        return not self.differences(other)
 
 
 @dataclass(frozen=True)

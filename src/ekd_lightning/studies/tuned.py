@@ -16,6 +16,7 @@ from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.roles import Role
+from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import RowPlan
 
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _SHOWN_TRIALS = 10
 _WIDTH = 120  # where there is no terminal
-_SAME = ("data", "fraction", "subset_sha256", "epochs")
 # What a tuned row may not change: the rows would no longer be comparable.
 _SHARED = ("data", "teachers", "student", "seed", "trainer", "experiment", "method.name")
 
@@ -61,7 +61,7 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
             continue
         try:
             differ = other_budget(yaml.safe_load(path.read_text()), facts)
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
             continue
         if differ:
             log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
@@ -70,7 +70,9 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
 def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What two results of ekd-tune must share to be compared, and do not."""
     differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
-    return differ + [name for name in _SAME if one["protocol"][name] != other["protocol"][name]]
+    ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
+    # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
+    return differ + [name for name in ours.differences(theirs) if name != "fraction"]
 
 
 def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
