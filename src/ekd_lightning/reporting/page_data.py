@@ -76,10 +76,9 @@ def page_data(report: Report, palette: Mapping[str, Sequence[str]]) -> PageData:
 
 def _differences(block: Block, main: str | None) -> dict[str, tuple[str, dict[str, Difference]]]:
     """Name of a reference -> its label, and the differences to it by label."""
-    done = [group for group in block.groups if group.n]
-    labels = [group.label for group in done if group.method in CONTROLS and group.label != main]
+    labels = [group.label for group in block.done if group.method in CONTROLS and group.label != main]
     wanted = ([(MAIN, main)] if main else []) + [(label, label) for label in labels[:_MOST_REFERENCES]]
-    return {name: (label, differences(done, label)) for name, label in wanted if label}
+    return {name: (label, differences(block.done, label)) for name, label in wanted if label}
 
 
 def _references(names: Sequence[str], main: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -80,8 +80,13 @@ class Report:
 
     def references(self, block: Block) -> tuple[str, ...]:
         """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""
-        subjects = [a.subject.label for a in self.answers if a.block.key == block.key and a.subject]
-        return tuple(dict.fromkeys([*filter(None, [self.reference.get(block.key)]), *subjects]))
+        told = self.answer(block)
+        subject = told.subject.label if told and told.subject else None
+        return tuple(dict.fromkeys(filter(None, [self.reference.get(block.key), subject])))
+
+    def answer(self, block: Block) -> Answer | None:
+        """The answer of a block; None where no run of it is done."""
+        return next((told for told in self.answers if told.block.key == block.key), None)
 
 
 def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: str | None = None) -> Report:
@@ -120,15 +125,14 @@ def _machine(provenance: Mapping[str, Any]) -> str:
 
 
 def _reference(block: Block, asked: str | None) -> Group | None:
-    done = [one for one in block.groups if one.n]
     if asked is not None:
-        exact = [one for one in done if one.label == asked]
-        return exact[0] if exact else strongest([one for one in done if one.method == asked])
+        exact = [one for one in block.done if one.label == asked]
+        return exact[0] if exact else strongest([one for one in block.done if one.method == asked])
     for method in ("ce", "ekd"):
-        own = [one for one in done if one.method == method]
+        own = [one for one in block.done if one.method == method]
         if own:
             return min(own, key=lambda one: (len(one.label), one.label))
-    return done[0] if done else None
+    return next(iter(block.done), None)
 
 
 def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
@@ -153,17 +157,20 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
     told += [note for block in found for note in _measured(block)]
     partial = [run.name for one in groups for run in one.others if run.state == "partial"]
     if partial:
-        more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
-        told.append(f"{partial[0]}{more}: saw a part of the data only, left out of all means")
+        told.append(f"{partial[0]}{_more(partial)}: saw a part of the data only, left out of all means")
     broken = [
         (run.name, error) for one in groups for run in one.done if (error := run.get("evaluation_error"))
     ]
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        name, error = broken[0]
         told.append(
-            f"{broken[0][0]}{more}: a part of the evaluation failed ({broken[0][1]}); its figures are missing"
+            f"{name}{_more(broken)}: a part of the evaluation failed ({error}); its figures are missing"
         )
     return told
+
+
+def _more(found: Sequence[Any]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _measured(block: Block) -> list[str]:
@@ -213,7 +220,7 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def _block(report: Report, block: Block) -> dict[str, Any]:
-    told = next((one for one in report.answers if one.block.key == block.key), None)
+    told = report.answer(block)
     return {
         "key": block.key,
         "title": block.title,

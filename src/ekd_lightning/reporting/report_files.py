@@ -116,7 +116,7 @@ def markdown(report: Report) -> str:
 
 
 def _answer(report: Report, block: Block) -> list[str]:
-    found = next((one for one in report.answers if one.block.key == block.key), None)
+    found = report.answer(block)
     if found is None:
         return ["No run is done here.\n"]
     sentences = [*(finding.sentence for finding in found.findings), *found.remarks]
