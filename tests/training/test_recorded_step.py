@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, LambdaCallback
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
@@ -114,6 +114,86 @@ def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_pat
     assert means["train/loss"] == pytest.approx(sum(watch.losses[4:]) / 2, rel=1e-6)
 
 
+def test_a_module_trains_again_after_a_recorded_fit(tiny_settings, tmp_path):
+    settings = settings_of(tiny_settings, "ekd", "capture=always")
+    module, watch, _ = fit(settings, tmp_path)
+    assert watch.recorded
+    assert not module.gathers_images  # the graphs are given back
+    data = module.trainer.datamodule
+    again = Watch()
+    trainer = pl.Trainer(
+        max_epochs=1, gradient_clip_val=1.0, accelerator="cpu", logger=False, callbacks=[again],
+        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    assert not again.recorded
+    assert len(again.steps) == 4
+
+
+def test_a_fit_that_fails_leaves_the_data_as_they_were(tiny_settings, tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.data = trainer.datamodule
+            raise RuntimeError("over")
+
+    fails = Fails()
+    with pytest.raises(RuntimeError, match="over"):
+        fit(settings_of(tiny_settings, "ekd", "capture=always"), tmp_path, fails)
+    module, _, _ = fit(settings_of(tiny_settings, "ekd", "capture=never"), tmp_path)
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=fails.data)
+    assert module.trainer.global_step == 4
+
+
+def test_accumulation_that_begins_later_ends_the_recording(tiny_settings, tmp_path):
+    words = ("recipe.epochs=3",)
+    schedule = {"scheduling": {1: 2}}
+    eager = fit(
+        settings_of(tiny_settings, "ekd", *words), tmp_path, GradientAccumulationScheduler(**schedule)
+    )
+    static = fit(
+        settings_of(tiny_settings, "ekd", "capture=always", *words),
+        tmp_path,
+        GradientAccumulationScheduler(**schedule),
+    )
+    assert static[1].steps == eager[1].steps == [1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]
+    wanted = state(eager[0])
+    assert all(torch.equal(value, wanted[name]) for name, value in state(static[0]).items())
+
+
+class ChangesTheOptimiser(Callback):
+    """Sets weight decay and freezes a parameter in the middle of the training."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            trainer.optimizers[0].param_groups[0]["weight_decay"] = 0.1
+            next(pl_module.student.parameters()).requires_grad_(False)
+
+
+def test_what_a_callback_changes_in_the_optimiser_reaches_static_steps(tiny_settings, tmp_path):
+    words = ("recipe.epochs=4",)
+    eager = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, ChangesTheOptimiser())
+    static = fit(settings_of(tiny_settings, "ekd", "capture=always", *words), tmp_path, ChangesTheOptimiser())
+    assert static[1].recorded
+    assert static[1].losses == eager[1].losses
+
+
+def test_parameters_that_get_gradients_later_are_trained_from_then_on(tiny_settings, tmp_path):
+    """A fused optimiser refuses momentum for some parameters only."""
+    off = [f"method.terms.{name}.weight=0" for name in ("ce_ensemble", "kd_ensemble", "feature_branch")]
+    words = (
+        "student.ensemble=gate",
+        *off,
+        "+method.terms.kd_branch.schedule={linear: [[0, 1], [0.5, 1], [0.5, 0]]}",
+    )
+    for capture in ("never", "always"):
+        _, watch, _ = fit(settings_of(tiny_settings, "ekd", f"capture={capture}", *words), tmp_path)
+        assert len(watch.steps) == 8
+
+
 class LooksAtGradients(Callback):
     def on_after_backward(self, trainer, pl_module):
         self.seen = [p.grad is not None for p in pl_module.student.parameters()]
@@ -126,21 +206,35 @@ class LooksAtGradients(Callback):
         ({"gradient_clip_val": 1.0}, (), "gradient_clip_val"),
         ({"detect_anomaly": True}, (), "detect_anomaly"),
         ({}, ("recipe.mixup=0.2",), "mixed"),
-        ({"callbacks": True}, (), "LooksAtGradients"),
+        ({}, ("data.augmentation=[randaugment]",), "augmentation"),
+        ({"callbacks": "class"}, (), "LooksAtGradients"),
+        ({"callbacks": "instance"}, (), "LambdaCallback"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_and_trains_step_by_step(
     tiny_settings, tmp_path, caplog, flags, words, reason
 ):
-    callbacks = [LooksAtGradients()] if flags.pop("callbacks", False) else []
+    looks, seen = LooksAtGradients(), []
+    watching = {
+        "class": [looks],
+        "instance": [
+            LambdaCallback(on_after_backward=lambda trainer, module: seen.append(trainer.global_step))
+        ],
+    }
+    flags = dict(flags)
+    kind = flags.pop("callbacks", None)
+    callbacks = watching.get(kind, [])
     settings = settings_of(tiny_settings, "ekd", "capture=always", *words)
     with caplog.at_level("INFO"):
         _, watch, _ = fit(settings, tmp_path, *callbacks, **flags)
     assert not watch.recorded
-    assert [reason in record.message for record in caplog.records if "not recorded" in record.message] == [
-        True
-    ]
-    assert all(callback.seen and all(callback.seen) for callback in callbacks)
+    said = [record.message for record in caplog.records if "not recorded" in record.message]
+    assert said  # teachers that had to be trained say it, too
+    assert all(reason in line for line in said)
+    if kind == "class":
+        assert looks.seen
+        assert all(looks.seen)
+    assert bool(seen) == (kind == "instance")
 
 
 @pytest.mark.parametrize("capture", ["never", "always"])
@@ -180,6 +274,21 @@ def test_schedules_reach_graphs(tiny_settings, tmp_path, words):
     graph = fit(settings_of(tiny_settings, "ekd", *own), tmp_path, accelerator="gpu")
     assert graph[1].recorded
     assert graph[1].rates == eager[1].rates
+    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+
+
+@pytest.mark.gpu
+@gpu
+def test_what_a_callback_changes_in_the_optimiser_reaches_graphs(tiny_settings, tmp_path):
+    words = ("recipe.epochs=4", "teachers.precision=float32", "trainer.precision=32-true")
+    eager = fit(
+        settings_of(tiny_settings, "ekd", *words, "capture=never"),
+        tmp_path,
+        ChangesTheOptimiser(),
+        accelerator="gpu",
+    )
+    graph = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, ChangesTheOptimiser(), accelerator="gpu")
+    assert graph[1].recorded
     assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
 
 

@@ -19,7 +19,11 @@ OPTIONS_KEY = "data.augmentation_options"
 
 
 class Augmentation(Protocol):
-    """Changes every image of a batch by numbers of its own; built with keyword-only options."""
+    """Changes every image of a batch by numbers of its own; built with keyword-only options.
+
+    One that reads values back from the device has an attribute `captures = False`: training steps with it cannot be
+    recorded as CUDA graphs.
+    """
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Augments a batch.

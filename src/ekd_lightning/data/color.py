@@ -195,6 +195,8 @@ class RandAugment:
         UserError: Other values.
     """
 
+    captures = False  # see `Augmentation`
+
     def __init__(self, *, num_ops: int = 2, magnitude: int = 9) -> None:
         self.num_ops = check_integer("randaugment.num_ops", num_ops, 1)
         self.magnitude = check_integer("randaugment.magnitude", magnitude, 0, BINS - 1)

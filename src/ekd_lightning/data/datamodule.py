@@ -37,10 +37,6 @@ class ImageDataModule(pl.LightningDataModule):
         seed: Seed of order, views and mixing.
         mixing: Mixup or CutMix of training batches; None for neither.
 
-    Attributes:
-        hands_out_rows: Whether training steps get the rows of their batch (`IndexBatch`, where the loader made them)
-            and gather the images themselves.
-
     Raises:
         UserError: The batch size does not fit the subset; later, when training starts, the processes.
     """
@@ -61,7 +57,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.dataset, self.subset, self.views = dataset, subset, views
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
         self.mixing = mixing
-        self.hands_out_rows = False
         self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     @property
@@ -105,7 +100,9 @@ class ImageDataModule(pl.LightningDataModule):
         return sum(images.nbytes for (_, device), images in self._on_device.items() if device.type != "cpu")
 
     def _leaves_rows(self) -> bool:
-        return self.hands_out_rows and self.trainer is not None and self.trainer.training
+        """Whether the module gathers the images of its training steps itself, from the loader's rows."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return getattr(module, "gathers_images", False) and self.trainer.training
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves a batch, unless training steps gather their images themselves."""

@@ -152,6 +152,11 @@ class Pool:
         self.augmentations = [augmentation for augmentation, _ in augmentations]
         self.key = f"pool{num_views}-seed{seed}-" + "+".join(key for _, key in augmentations)
 
+    @property
+    def captures(self) -> bool:
+        """Whether making views needs nothing from the host, so that a CUDA graph may hold it."""
+        return all(getattr(augmentation, "captures", True) for augmentation in self.augmentations)
+
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
         """Makes one view of each image; see `ViewFamily`."""
         for place, augmentation in enumerate(self.augmentations):

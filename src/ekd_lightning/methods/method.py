@@ -177,14 +177,14 @@ class Method(nn.Module):
         values = {key: term(context) for key, term in counting.items()}
         factors = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
-        if len(counting) < len(self.terms):
+        if not all(term.has_constant_weight for _, term in self.named_terms()):
             weighted.append(self._nothing(student, counting))
         zero = student.logits.new_zeros(())
         terms = {key: values[key].detach() if key in values else zero for key in self.terms}
         return MethodLoss(torch.stack(weighted).sum(), terms)
 
     def _nothing(self, student: StudentOutput, counting: Mapping[str, Term]) -> Tensor:
-        """0, with a gradient of 0 for all that only idle terms reach.
+        """0, with a gradient of 0 for all that only idle terms reach now or later.
 
         Without it such parameters would have no gradient: distributed training would wait for it, and weight decay
         would pass them by.

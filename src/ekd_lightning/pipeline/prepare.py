@@ -85,7 +85,7 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
         mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
     )
     student = build_student(settings, dataset)
-    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
+    teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
     candidates = _candidates(settings, plans, subset)
     chain = None

@@ -29,7 +29,7 @@ from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import Settings
-from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, set_threads
+from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, set_threads, threads_as_before
 from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
@@ -94,7 +94,7 @@ def run(
         if on_start:
             on_start()
 
-    with DirectoryLock(directory) if record else contextlib.nullcontext():
+    with threads_as_before(), DirectoryLock(directory) if record else contextlib.nullcontext():
         try:
             result = _run(settings, directory, record, loggers, config, sweep, callbacks, test, start)
             if record:

@@ -50,7 +50,7 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     to_fill = prepare_fill(settings, accelerator)
     dataset, subset, views = prepare_data(settings)
     curves = TeacherCurves(settings.logger, directory)
-    data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves)
+    data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
     teachers = gather_teachers(plan_teachers(settings.teachers, data, accelerator))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")

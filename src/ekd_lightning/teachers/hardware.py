@@ -5,6 +5,7 @@ Two runs that each take all cores stall each other; memory that a step frees is 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -12,7 +13,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ekd_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_THREADS = "OMP_NUM_THREADS"
 _LOOKS, _BETWEEN = 5, 0.01  # snapshots of what else runs, and seconds between them
 
 
@@ -161,7 +163,20 @@ def set_threads(asked: int | None, recorded: int | None, *, device_type: str, nu
     if chosen != torch.get_num_threads() or asked is None:
         log.info("%d %s: %s", chosen, "thread" if chosen == 1 else "threads", why)
     torch.set_num_threads(chosen)
+    if num_devices > 1:
+        os.environ[_THREADS] = str(chosen)  # for the other processes; and Lightning would choose anew
     return chosen
+
+
+@contextlib.contextmanager
+def threads_as_before() -> Iterator[None]:
+    """Jobs of a sweep share a process: what one says to its own processes about threads is not for the next."""
+    before = os.environ.get(_THREADS)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_THREADS, None)
 
 
 def _choice(
@@ -169,10 +184,12 @@ def _choice(
 ) -> tuple[int | None, str]:
     if asked is not None:
         return asked, "trainer.threads"
-    if device_type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    if device_type != "cpu":
         return None, ""
     if recorded is not None:
         return recorded, "as before the run was stopped"
+    if _THREADS in os.environ:
+        return None, ""
     cores = usable_cores()
     if num_devices > 1:
         return max(1, cores // num_devices), f"{cores} cores for {num_devices} processes"

@@ -267,6 +267,7 @@ class Distiller(ImageClassificationModule):
 
     def on_fit_end(self) -> None:
         """Waits for what the source of teacher outputs has still to write."""
+        super().on_fit_end()
         self._flush()
 
     def _flush(self) -> None:

@@ -152,16 +152,28 @@ class ImageClassificationModule(pl.LightningModule):
         """Forgets what an earlier fit recorded."""
         self._recorded, self._decided = None, self._capture == "never"
 
+    @property
+    def gathers_images(self) -> bool:
+        """Whether training steps gather their images themselves, so that they need the rows of a batch only."""
+        return self._recorded is not None
+
     def _decide_recording(self, data: ImageDataModule) -> None:
-        """Decides whether steps are recorded: on one CUDA device, where nothing stands against it."""
-        self._decided = True
+        """Decides whether steps are recorded: on one CUDA device, while nothing stands against it.
+
+        Looked at in every epoch: callbacks may begin to accumulate gradients, for example.
+        """
+        if self._decided and self._recorded is None:
+            return
         if self._capture == "auto" and self.device.type != "cuda":
+            self._decided = True
             return
         reason = why_not_recorded(self.trainer) or self.why_not_recorded()
         if reason:
             log.info("the training step is not recorded as one CUDA graph: %s", reason)
+            self._decided, self._recorded = True, None
+        if self._decided:
             return
-        data.hands_out_rows = True
+        self._decided = True
         self._recorded = RecordedStep(
             device=self.device,
             optimizer=self.trainer.optimizers[0],
@@ -172,9 +184,7 @@ class ImageClassificationModule(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         """Gives the graphs' memory back."""
-        if self._recorded is not None:
-            self.trainer.datamodule.hands_out_rows = False  # type: ignore[attr-defined]
-            self._recorded = None
+        self._recorded = None
 
     def _loss_and_values(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, list[Tensor]]:
         """The total of a step, and what is logged of it: total, terms, accuracy."""
@@ -262,8 +272,7 @@ class ImageClassificationModule(pl.LightningModule):
         if not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
             return
         self.prepare_epoch(loader, data)
-        if not self._decided:
-            self._decide_recording(data)
+        self._decide_recording(data)
         if self._recorded is not None:
             self._start_recorded_epoch(self._recorded, loader)
 

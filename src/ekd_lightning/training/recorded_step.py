@@ -146,7 +146,8 @@ class RecordedStep:
         Args:
             position: Its number in the epoch, 0 .. N-1.
             step: Its number in the whole training, from 0.
-            kind: Equal for steps in which the same terms are computed.
+            kind: Equal for steps in which the same terms are computed. Settings of the optimiser other than `lr`, and
+                which parameters have gradients, make kinds of their own.
 
         Returns:
             The total, float32 without gradient; the buffer is overwritten by the next step.
@@ -155,6 +156,7 @@ class RecordedStep:
         self._step_number.fill_(step)
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
+        kind = (kind, *self._fixed())
         warm = self._records and self._seen[kind] >= WARM_UP
         if kind in self._graphs or (warm and self._record(kind)):
             self._graphs[kind].replay()
@@ -169,6 +171,12 @@ class RecordedStep:
         self._graphs.clear()
         self._seen.clear()
 
+    def _fixed(self) -> Iterator[Hashable]:
+        """What a graph takes from the optimiser as it is when it is recorded."""
+        for group in self._optimizer.param_groups:
+            yield group["weight_decay"], group["momentum"], group["dampening"], group["nesterov"]
+            yield tuple(parameter.requires_grad for parameter in group["params"])
+
     def _record(self, kind: Hashable) -> bool:
         graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)  # gradients must come from the graph's own memory
@@ -176,10 +184,10 @@ class RecordedStep:
             # Threads that write checkpoints or tables may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 self._step()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # something waits for the host, or allocates where it must not: many kinds
+        except Exception as error:  # waiting for the host, memory for a second set of activations: many kinds
             self._records = False
+            del graph
+            torch.cuda.empty_cache()
             reason = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"the training step cannot be recorded as a CUDA graph, so it runs slower ({reason})",
@@ -251,7 +259,13 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
         type(callback).__name__
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if isinstance(callback, (StochasticWeightAveraging, BaseFinetuning))
-        or any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _GRADIENT_HOOKS)
+        or any(_replaces(callback, hook, Callback) for hook in _GRADIENT_HOOKS)
+    ]
+    module = trainer.lightning_module
+    own = [
+        hook
+        for hook in (*_GRADIENT_HOOKS, "configure_gradient_clipping")
+        if _replaces(module, hook, pl.LightningModule)
     ]
     reasons = {
         "several processes train together": not isinstance(trainer.strategy, SingleDeviceStrategy),
@@ -263,7 +277,16 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
             isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused")
         ),
         f"the callback {', '.join(watching)} looks at gradients or changes the optimiser": bool(watching),
+        f"{type(module).__name__}.{', '.join(own)} looks at gradients": bool(own),
         "the data do not come from this package's data module": not isinstance(data, ImageDataModule),
         "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
+        "an augmentation needs the host in every step": not getattr(
+            getattr(data, "views", None), "captures", True
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _replaces(thing: object, hook: str, base: type) -> bool:
+    """Whether a method of a callback or module, or an attribute in its place, is not that of the base class."""
+    return getattr(getattr(thing, hook), "__func__", None) is not getattr(base, hook)

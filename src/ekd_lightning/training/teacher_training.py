@@ -48,9 +48,14 @@ class Classifier(ImageClassificationModule):
         *,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
+        capture: str = "auto",
     ) -> None:
         super().__init__(
-            recipe, term_names=("ce",), num_classes=network.spec.num_classes, channels_last=channels_last
+            recipe,
+            term_names=("ce",),
+            num_classes=network.spec.num_classes,
+            channels_last=channels_last,
+            capture=capture,
         )
         self._spare_fragile(network)
         self.network = network
@@ -75,13 +80,15 @@ class Classifier(ImageClassificationModule):
 
 @dataclass(frozen=True)
 class TeacherData:
-    """What a teacher trained on demand may see, and who may see its curves."""
+    """What a teacher trained on demand may see, who may see its curves, and how its steps are run."""
 
     dataset: Dataset
     subset: Subset
     views: ViewFamily
     train_on: str
     curves: TeacherCurves | None = None
+    capture: str = "auto"
+    """As in `Settings`."""
 
     def index(self) -> Tensor:
         """Training images of the teacher, int64: those of the student, or all."""
@@ -119,7 +126,7 @@ def train_teacher(
         images = _images(data.dataset, index, data.views, recipe, seed)
         facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
         with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
-            module = Classifier(network, recipe)
+            module = Classifier(network, recipe, capture=data.capture)
             _fit(module, images, seed, scratch, accelerator=accelerator, logger=loggers)
     return network.eval().cpu()
 
