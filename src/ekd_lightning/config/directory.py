@@ -177,7 +177,10 @@ class _Meeting:
         elif "SLURM_PROCID" in os.environ:
             from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
 
-            slurm = SLURMEnvironment()
+            try:
+                slurm = SLURMEnvironment()
+            except RuntimeError as error:  # a task count that Lightning does not support
+                raise UserError(f"SLURM: {' '.join(str(error).split())}") from None
             if not slurm.detect() or (world := slurm.world_size()) < 2:
                 return
             self.world, self.rank = world, slurm.global_rank()

@@ -296,12 +296,17 @@ class RunDirectory:
         """Refuses a new run here if there is a finished one, which only the user may let be replaced.
 
         Raises:
-            UserError: If there is a result.
+            UserError: If there is a result, of another version as well; a damaged one is none.
         """
-        if (self.path / RESULT).exists():
-            raise UserError(
-                f"{self.path}: holds a finished run; give another hydra.run.dir, or overwrite=true to replace it"
-            )
+        try:
+            self.read_result()
+        except (FileNotFoundError, DamagedFileError):
+            return
+        except ForeignRecordError:
+            pass
+        raise UserError(
+            f"{self.path}: holds a finished run; give another hydra.run.dir, or overwrite=true to replace it"
+        )
 
     def _forget_earlier_run(self) -> None:
         """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
