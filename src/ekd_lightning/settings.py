@@ -34,13 +34,15 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value}: {allowed}")
 
 
-# Of the flags of the trainer those that are not ROUNDING, like `accelerator`.
+# Flags of the trainer that do not change what is computed, or not as all others do.
 _TRAINER = {
     **dict.fromkeys(("enable_progress_bar", "enable_checkpointing"), FREE),
+    **dict.fromkeys(("accelerator", "strategy", "threads", "deterministic", "benchmark"), ROUNDING),
+    **dict.fromkeys(("inference_mode", "profiler", "detect_anomaly", "barebones"), ROUNDING),
+    **dict.fromkeys(("num_sanity_val_steps", "limit_predict_batches", "log_every_n_steps"), ROUNDING),
+    **dict.fromkeys(("enable_model_summary", "enable_autolog_hparams", "model_registry"), ROUNDING),
     **dict.fromkeys(("precision", "devices", "num_nodes"), PROTOCOL),
     **dict.fromkeys(("max_epochs", "max_steps", "max_time"), PART),
-    **dict.fromkeys(("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"), COMPUTED),
-    **dict.fromkeys(("limit_train_batches", "overfit_batches", "fast_dev_run", "sync_batchnorm"), COMPUTED),
 }
 
 
@@ -351,7 +353,7 @@ class Settings:
     student: StudentSettings = field(default_factory=StudentSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
-    trainer: dict[str, Any] = field(default_factory=dict, metadata={**ROUNDING, KEYS: _TRAINER})
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={**COMPUTED, KEYS: _TRAINER})
     """Arguments of pytorch_lightning.Trainer; `precision: auto` is ours."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata=FREE)
     logger: LoggerSettings = field(default_factory=LoggerSettings, metadata=FREE)

@@ -17,7 +17,7 @@ from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.overrides import typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.studies import launching
+from ekd_lightning.studies import launching, multirun
 from ekd_lightning.studies.launching import is_queued, stopped
 from ekd_lightning.studies.multirun import lost_job, plan_jobs
 from ekd_lightning.studies.progress import Progress, readable, seconds_left, show_summary
@@ -27,7 +27,6 @@ from ekd_lightning.studies.sweep import (
     found_sweep,
     look,
     read_sweep,
-    settled,
     sweep_of,
     varied_keys,
     varied_values,
@@ -192,12 +191,40 @@ def test_a_resumed_job_took_its_last_part(tmp_path):
     assert look(job(tmp_path, "0")).run.seconds == 20
 
 
-def test_once_all_have_gone_home_nobody_is_running(tmp_path):
-    leave(tmp_path / "0", "running")
-    (tmp_path / "1" / ".hydra").mkdir(parents=True)
-    states = settled(look(job(tmp_path, name), at(0)) for name in "012")
-    assert [s.run.state for s in states] == ["stopped", "failed", "planned"]
-    assert states[1].run.error == "ended before it had a record; see its log"
+def leave_part(directory: Path, *overrides: str, **status) -> None:
+    """What a run leaves that was stopped after its first epoch."""
+    leave(directory, "running", **status)
+    for folder in (".hydra", "checkpoints"):
+        (directory / folder).mkdir()
+    (directory / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in overrides))
+    (directory / "checkpoints" / "last.ckpt").touch()
+
+
+def resumed_jobs(sweep: Sweep, monkeypatch, *words: str) -> list[Job]:
+    """The jobs that resuming a sweep launches."""
+    write_sweep(sweep)
+    launched: list[Job] = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, *_, **__: launched.extend(jobs))
+    multirun.resume_sweep(sweep.folder, ["ekd-train", *words], lambda cfg: None)
+    return launched
+
+
+def test_what_an_earlier_sweep_left_is_not_resumed_as_a_job_of_the_new_one(sweep, monkeypatch):
+    """Neither done nor stopped runs, whether their status is older or the new job has not said a word yet."""
+    leave_part(sweep.folder / "0", "data=digits", "seed=0", "lr=9", since=-20, end=-10)
+    leave_part(sweep.folder / "1", "data=digits", "seed=1", "lr=9", since=10, end=20)
+    leave(sweep.folder / "2", "done", since=-20, end=-10)
+    (sweep.folder / "2" / ".hydra").mkdir()
+    assert resumed_jobs(sweep, monkeypatch) == list(sweep.jobs)
+
+
+def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatch):
+    recorded = ("data=digits", "data.root=/old", "seed=0", "lr=1", "tags=[a]")
+    leave_part(sweep.folder / "0", *recorded, since=10, end=20)
+    first, *others = resumed_jobs(sweep, monkeypatch, "data.root=/new", "trainer.max_epochs=3")
+    extra = ("data.root=/new", "trainer.max_epochs=3")
+    assert first == Job(sweep.folder / "0", ("data=digits", "seed=0", "lr=1", "tags=[a]", *extra), True)
+    assert others == [Job(j.directory, (*j.overrides, *extra)) for j in sweep.jobs[1:]]
 
 
 def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
@@ -328,7 +355,7 @@ def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
     show_summary(found_sweep(tmp_path))
     told = capsys.readouterr().out
     assert "0 of 1 runs done, 1 failed" in told
-    assert "see its log" in told
+    assert "ended before it had a record" in told
 
 
 def test_a_killed_worker_is_one_line_and_our_own_mistakes_are_not():

@@ -31,7 +31,6 @@ from ekd_lightning.studies.sweep import (
     found_sweep,
     look,
     read_sweep,
-    settled,
     write_sweep,
 )
 
@@ -168,7 +167,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     assert sweep is not None
     hydra_words, extra = split_words(sweep, argv)
     with DirectoryLock(folder), internals.initialized(sweep.config_dir):
-        states = settled(look(job, sweep.started) for job in sweep.jobs)
+        states = [look(job, sweep.started) for job in sweep.jobs]
         jobs = [_job(*state, extra) for state in states if not state.run.is_over]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
@@ -202,11 +201,18 @@ def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]
 
 
 def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
+    """What to launch: the run goes on only if it is this job's, and not one that an earlier sweep left there."""
     directory = RunDirectory(job.directory)
-    recorded = directory.overrides()
-    resumed = bool(recorded) and directory.last_checkpoint.is_file() and run.state is not RunState.PLANNED
+    recorded = [] if run.state is RunState.PLANNED else directory.overrides()
+    same = bool(recorded) and _computing(recorded) == _computing(job.overrides)
+    resumed = same and directory.last_checkpoint.is_file()
     given = {key_of(word) for word in extra}
     words = recorded if resumed else job.overrides
     return Job(
         job.directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed
     )
+
+
+def _computing(words: Sequence[str]) -> list[str]:
+    """The overrides that may not change while a run is stopped."""
+    return [word for word in words if not is_hydras(word) and not may_change_between_parts(key_of(word))]

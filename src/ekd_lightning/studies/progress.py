@@ -26,7 +26,6 @@ from ekd_lightning.studies.sweep import (
     Standing,
     Sweep,
     look,
-    settled,
     varied_keys,
     varied_values,
 )
@@ -198,7 +197,7 @@ def show_summary(sweep: Sweep) -> None:
 
     Nothing, if it was refused before its first job.
     """
-    states = settled(look(job, sweep.started) for job in sweep.jobs)
+    states = [look(job, sweep.started) for job in sweep.jobs]
     if all(state.run.state is RunState.PLANNED for state in states):
         return
     print_wide(*sweep_tables(states, sweep.folder))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,28 +119,15 @@ def look(job: Job, started: str = "") -> Standing:
 
     Args:
         job: The job.
-        started: Start of the sweep; what is older does not count.
+        started: Start of the sweep; what is older, or has no time, does not count. Empty for one nobody planned.
     """
     name = job.directory.name
     try:
         run = RunEntry.read(job.directory, name)
     except (DamagedFileError, ForeignRecordError) as error:
         return Standing(job, RunEntry(job.directory, name, RunState.FAILED, error=str(error)))
-    if run.state is not RunState.RUNNING and (run.time is None or run.time < started):
+    if run.state is not RunState.RUNNING and started and (run.time is None or run.time < started):
         run = RunEntry(job.directory, name, RunState.PLANNED)
-    return Standing(job, run)
-
-
-def settled(standings: Iterable[Standing]) -> list[Standing]:
-    """The same once nobody is at work any more: what was started and has no record yet will never have one."""
-    return [_settled(*standing) for standing in standings]
-
-
-def _settled(job: Job, run: RunEntry) -> Standing:
-    if run.state is RunState.PLANNED and (job.directory / HYDRA).is_dir():
-        return Standing(
-            job, replace(run, state=RunState.FAILED, error="ended before it had a record; see its log")
-        )
     return Standing(job, run)
 
 
