@@ -244,3 +244,14 @@ class JobOutput:
                 if isinstance(recorded, str) and os.path.isdir(recorded):
                     return Path(recorded)
         return self.original
+
+
+def resolved(config: DictConfig, key: str) -> str:
+    """A value that may ask for `${hydra:...}`, which Hydra knows only once a job has started."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    try:
+        instance.set_config(config)
+        return str(OmegaConf.select(config, key))
+    finally:
+        instance.cfg = before

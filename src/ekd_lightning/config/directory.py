@@ -20,9 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ekd_lightning.config.config import DIRECTORY
+from ekd_lightning.config.config import DIRECTORY, resolved
 from ekd_lightning.config.edge import one_line
-from ekd_lightning.config.internals import resolved
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory

@@ -10,13 +10,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from ekd_lightning.config.config import resolved
 
 
 @contextlib.contextmanager
@@ -101,17 +102,6 @@ def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> 
         job.hydra.job.num = number
         job.hydra.job.id = str(number)
     return resolved(job, "hydra.sweep.subdir")
-
-
-def resolved(config: DictConfig, key: str) -> str:
-    """A value that may ask for `${hydra:...}`, which Hydra knows only once a job has started."""
-    instance = HydraConfig.instance()
-    before = instance.cfg
-    try:
-        instance.set_config(config)
-        return str(OmegaConf.select(config, key))
-    finally:
-        instance.cfg = before
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:
