@@ -101,8 +101,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _leaves_rows(self) -> bool:
         """Whether the module gathers the images of its training steps itself, from the loader's rows."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return getattr(module, "gathers_images", False) and self.trainer.training
+        if self.trainer is None or not self.trainer.training:
+            return False
+        return bool(getattr(self.trainer.lightning_module, "gathers_images", False))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves a batch, unless training steps gather their images themselves."""

@@ -177,7 +177,7 @@ class Method(nn.Module):
         values = {key: term(context) for key, term in counting.items()}
         factors = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
-        if not all(term.has_constant_weight for _, term in self.named_terms()):
+        if len(self._constant) < len(self.terms):
             weighted.append(self._nothing(student, counting))
         zero = student.logits.new_zeros(())
         terms = {key: values[key].detach() if key in values else zero for key in self.terms}
