@@ -14,9 +14,10 @@ import pytest
 from hydra import compose, initialize_config_module
 from whole_runs import TINY, Outcome, call_teach, call_train
 
-from ekd_lightning.config.config import register_schema
+from ekd_lightning.config.config import recorded_settings, register_schema
 from ekd_lightning.config.directory import claim_output, remove_unused
 from ekd_lightning.config.overrides import override, typed_override
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 
 FEW = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
@@ -243,6 +244,7 @@ def test_places_begin_where_the_run_was_started_whatever_chdir_says(tmp_path):
     first = call_train(*words, *own, directory=tmp_path / "start" / "x")
     assert first.code == 0, first.err
     assert sorted(path.name for path in (tmp_path / "start").iterdir()) == ["here", "own store"]
+    assert recorded_settings(RunDirectory(directory)).teachers.store == str(tmp_path / "start" / "own store")
     assert "store: own store\n" in (directory / "config.yaml").read_text()
     provenance = json.loads((directory / "provenance.json").read_text())
     assert provenance["working_directory"] == str(tmp_path / "start")

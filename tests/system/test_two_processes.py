@@ -14,6 +14,7 @@ import torch
 from whole_runs import TINY
 
 from ekd_lightning.config.config import recorded_settings
+from ekd_lightning.config.overrides import override
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
 from ekd_lightning.pipeline.evaluation import plain
@@ -28,7 +29,7 @@ WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limi
 @pytest.mark.ddp
 def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
     """One subprocess for three jobs: the first is refused, the other two train and test in two processes."""
-    folder = tmp_path / "sweep"
+    folder = tmp_path / 'a "sweep", it\'s ${e}\\'  # which each second process must be told as it is
     own = [
         "trainer=ddp_sim",
         "data.eval_batch_size=77",  # 360 test and 15 validation images: padding on the second process
@@ -36,7 +37,7 @@ def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
         "student.branches=0,1,2",
         "evaluation.parts=[predictions]",
         f"teachers.store={store}",
-        f"hydra.sweep.dir={folder}",
+        override("hydra.sweep.dir", folder),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "ekd_lightning.cli.train", "-m", *WORDS, *own],
@@ -55,7 +56,7 @@ def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
     assert not (folder / "0" / "result.json").exists()
 
     # One tree with three jobs and nothing else: the second processes repeated their job, not the sweep.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name]
     found = {str(path.parent.relative_to(folder)) for path in folder.rglob("config.yaml")}
     assert {name for name in found if ".hydra" not in name} == {"0", "1", "2"}
 

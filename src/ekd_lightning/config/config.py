@@ -28,6 +28,8 @@ from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
 
+PLACES = ("data.root", "teachers.weights_dir", "teachers.store")
+"""Settings that are paths of folders."""
 DIRECTORY = "EKD_RUN_DIRECTORY"
 """Environment variable in which a process hands the run's directory to the ranks that it starts."""
 
@@ -117,7 +119,7 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
         raise UserError(f"{run.path}: not the directory of a run (it has no {CONFIG})")
     schema = OmegaConf.structured(Settings)
     try:
-        merged = OmegaConf.merge(schema, run.config(), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(schema, _where_it_was_started(run), OmegaConf.from_dotlist(list(overrides)))
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(
             f"{path}: not a configuration of this version ({str(error).splitlines()[0]})"
@@ -126,6 +128,17 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
     settings = to_settings(merged)
     import_user_modules(settings.imports)  # its student, data and terms may be the user's own
     return settings
+
+
+def _where_it_was_started(run: RunDirectory) -> dict[str, Any]:
+    """A run's configuration, with relative places that are still there as they were meant where it was started."""
+    config, start = run.config(), run.provenance().get("working_directory")
+    for key in PLACES:
+        section, name = key.split(".")
+        value = (config.get(section) or {}).get(name)
+        if isinstance(value, str) and isinstance(start, str) and Path(start, value).exists():
+            config[section][name] = str(Path(start, value))
+    return config
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

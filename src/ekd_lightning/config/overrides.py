@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config import internals
-from ekd_lightning.config.config import changed_keys, read_config
+from ekd_lightning.config.config import PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.settings import may_change_between_parts
@@ -191,14 +191,13 @@ def expand_resume(argv: list[str]) -> list[str]:
     return [argv[0], *flags, *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
 
 
-_PLACES = ("data.root", "teachers.weights_dir", "teachers.store")
 _HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
 
 
 def anchored(word: str) -> str:
     """An override of a place as it is meant where it is typed; all others begin where the run was first started."""
     key = word.partition("=")[0]
-    path = read_path(word) if key in _PLACES else None
+    path = read_path(word) if key in PLACES else None
     return word if path is None else override(key, Path(path).absolute())
 
 
