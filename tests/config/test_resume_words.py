@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from made_runs import result
+from omegaconf import OmegaConf
 
-from ekd_lightning.config.config import changed_keys, write_config
-from ekd_lightning.config.overrides import check_unchanged, expand_resume
+from ekd_lightning.config import config as module
+from ekd_lightning.config.config import DIRECTORY, JobOutput, changed_keys, write_config
+from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.directory import RunDirectory, RunState
 
 PLAIN = {"recipe": {"epochs": 4, "lr": 0.1}, "trainer": {"max_epochs": 4}, "tags": []}
 
@@ -55,6 +59,64 @@ def test_what_did_not_go_to_its_end_can_go_on(run, state, epochs_done):
 def test_what_did_cannot(run):
     with pytest.raises(UserError, match="nothing to continue"):
         expand_resume(["ekd-train", f"resume={run('done', 4)}"])
+
+
+@pytest.mark.parametrize("word", ["++resume=x", "+resume=x", "~resume=x"])
+def test_another_spelling_is_refused(word):
+    with pytest.raises(UserError, match="is written resume=DIR"):
+        expand_resume(["ekd-train", word])
+
+
+def test_a_run_goes_on_in_its_own_directory_alone(tmp_path):
+    check_place(str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="belongs on the command line"):
+        check_place(str(tmp_path / "x"), tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [[], {}, {"epochs": "4"}])
+def test_a_configuration_without_epochs_is_told_by_path(run, recipe):
+    directory = run("done", 4)
+    write_config({**PLAIN, "recipe": recipe}, directory)
+    with pytest.raises(UserError, match=r"config\.yaml: damaged"):
+        expand_resume(["ekd-train", f"resume={directory}"])
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    """Lets a job of a sweep be refused in a directory."""
+
+    def call(directory, **settings):
+        hydra = {
+            "job": {"env_set": {DIRECTORY: str(directory)}},
+            "runtime": {"output_dir": str(directory), "cwd": str(directory)},
+            "overrides": {"task": ["seed=1"]},
+        }
+        held = SimpleNamespace(cfg=OmegaConf.create({"hydra": hydra}))
+        monkeypatch.setattr(module.HydraConfig, "instance", lambda: held)
+        JobOutput(OmegaConf.create({"resume": None, **settings})).record_refusal(UserError("no such stage"))
+
+    return call
+
+
+def test_a_refused_job_leaves_a_record_where_nothing_lies(refuse, tmp_path):
+    refuse(tmp_path / "job", seed=1)
+    record = RunDirectory(tmp_path / "job").record()
+    assert (record.state, record.error) == (RunState.FAILED, "no such stage")
+    assert RunDirectory(tmp_path / "job").config()["seed"] == 1
+
+
+def test_a_refused_job_with_resume_leaves_none(refuse, tmp_path):
+    refuse(tmp_path / "job", resume=str(tmp_path / "job"))
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "status.json", "checkpoints/last.ckpt"])
+def test_a_refused_job_leaves_the_record_of_a_run_as_it_was(refuse, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("of the run that was stopped")
+    refuse(tmp_path, recipe={"lr": 0.05})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "of the run that was stopped"
 
 
 @pytest.mark.parametrize("word", ["-m", "--multirun"])

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from made_runs import result, write_run
 
 from ekd_lightning.errors import UserError
@@ -228,6 +229,36 @@ def test_a_record_of_another_version_says_which(tmp_path):
         ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"
     ):
         RunDirectory(path).record()
+
+
+def test_a_start_that_cannot_be_recorded_keeps_the_result(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "run", result())
+
+    def full(*_):
+        raise UserError("No space left on device")
+
+    monkeypatch.setattr(module, "write_json", full)
+    for resumed in (True, False):
+        with pytest.raises(UserError, match="No space"):
+            RunDirectory(path).start(resumed=resumed)
+        assert RunDirectory(path).record().state is RunState.DONE
+
+
+@pytest.mark.parametrize("data", [[1], "digits", 3])
+def test_a_group_that_is_none_costs_no_result_of_version_0_1(tmp_path, data):
+    own = RunDirectory(write_run(tmp_path / "run", result(fraction=0.25)))
+    (own.path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    assert own.record().result.fraction == 0.25
+    with pytest.raises(DamagedFileError, match=r"config\.yaml: damaged \(data is not a mapping\)"):
+        own.section("data")
+
+
+def test_a_damaged_list_of_starts_is_named(tmp_path):
+    (tmp_path / "provenance.json").write_text('{"started": "2026-01-01", "resumed": 5}')
+    own = RunDirectory(tmp_path)
+    for read_it in (own.provenance, own.started, lambda: own.start(resumed=True)):
+        with pytest.raises(DamagedFileError, match=r"provenance\.json: damaged"):
+            read_it()
 
 
 @pytest.mark.parametrize("content", ["", "- a\n", "a: [", "\0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -225,6 +226,19 @@ def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatc
     extra = ("data.root=/new", "trainer.max_epochs=3")
     assert first == Job(sweep.folder / "0", ("data=digits", "seed=0", "lr=1", "tags=[a]", *extra), True)
     assert others == [Job(j.directory, (*j.overrides, *extra)) for j in sweep.jobs[1:]]
+
+
+def test_a_resumed_sweep_leaves_alone_what_runs_elsewhere(sweep, monkeypatch, capsys):
+    write_sweep(sweep)
+    leave(sweep.jobs[0].directory, "done")
+    leave(sweep.jobs[1].directory, "running")
+    launched = []
+    monkeypatch.setattr(multirun, "launch", lambda jobs, *_, **__: launched.extend(jobs))
+    monkeypatch.setattr(multirun.internals, "initialized", lambda _: contextlib.nullcontext())
+    with DirectoryLock(sweep.jobs[1].directory):
+        assert not multirun.resume_sweep(sweep.folder, ["ekd-train", f"resume={sweep.folder}"], print)
+    assert [job.directory.name for job in launched] == ["2", "3"]
+    assert "1 of 4 runs are done; 1 run elsewhere; 2 to be run" in capsys.readouterr().out
 
 
 def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):

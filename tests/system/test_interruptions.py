@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import load_file
 
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.tracking import loggers
 
 THREE = ("recipe.epochs=3", "trainer.limit_train_batches=4")
@@ -64,6 +65,7 @@ def test_a_damaged_checkpoint_is_one_line(train, resume, tmp_path):
         assert refused.code == 2
         assert "last.ckpt" in refused.err
         assert "Traceback" not in refused.err
+        assert RunDirectory(directory).record().result is not None  # of the epoch that was trained
 
 
 def test_a_logger_in_trouble_does_not_cost_the_result(tmp_path, caplog):

@@ -17,7 +17,13 @@ from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import JobOutput, register_schema, to_plain, to_settings
 from ekd_lightning.config.directory import ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
-from ekd_lightning.config.overrides import check_unchanged, expand_resume, named_sweep, typed_override
+from ekd_lightning.config.overrides import (
+    check_place,
+    check_unchanged,
+    expand_resume,
+    named_sweep,
+    typed_override,
+)
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
@@ -125,6 +131,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     directory = output.directory
     settings, plain = to_settings(cfg), to_plain(cfg)
     if settings.resume is not None:
+        check_place(settings.resume, directory)
         check_unchanged(directory, plain)
     if settings.imports:
         import_user_modules(settings.imports)

@@ -230,13 +230,14 @@ class JobOutput:
     def record_refusal(self, error: Exception) -> None:
         """Leaves the record of a job of a sweep that was refused before it started, so that the sweep knows of it.
 
-        Nothing is written where another process is at work, or where a finished run lies.
+        Nothing is written where another process is at work, or where a run lies: its record says what it goes on with.
         """
-        if self.started or not is_rank_zero():
+        if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
             return
         with contextlib.suppress(UserError, OmegaConfBaseException), DirectoryLock(self.directory):
             run = RunDirectory(self.directory)
-            run.refuse_finished()
+            if run.holds_run():
+                return
             run.fail(" ".join(str(error).split()))
             self.start()
 

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ekd_lightning.config import internals
 from ekd_lightning.config.config import PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.settings import may_change_between_parts
 
@@ -135,8 +136,11 @@ def resume_word(argv: Sequence[str]) -> Path | None:
     """The folder that `resume=` names on a command line; the last one counts, `resume=null` is none.
 
     Raises:
-        UserError: If Hydra's grammar does not read it as one path.
+        UserError: If Hydra's grammar does not read it as one path, or it is spelled so that nobody would expand it.
     """
+    for word in argv[1:]:
+        if "=" in word and key_of(word) == "resume" and not word.startswith("resume="):
+            raise UserError(f"{word}: is written resume=DIR")
     given = [word for word in argv[1:] if word.startswith("resume=")]
     path = read_path(given[-1]) if given else None
     return None if path is None else Path(path).absolute()
@@ -179,9 +183,14 @@ def expand_resume(argv: list[str]) -> list[str]:
     if directory is None:
         return argv
     given = [word for word in argv[1:] if word.startswith("resume=")]
-    recorded = read_config(directory)
-    if _is_complete(directory, recorded):
-        raise UserError(f"resume={directory}: this run is done, there is nothing to continue")
+    read_config(directory)
+    if not (
+        run := RunDirectory(directory)
+    ).is_held():  # else it is refused by its lock, or this is a rank of it
+        epochs = run.section("recipe").get("epochs")
+        if not isinstance(epochs, int):
+            raise DamagedFileError(f"{directory / CONFIG}: damaged (recipe.epochs is {epochs!r})")
+        run.refuse_complete(epochs)
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
     first = _recorded_overrides(directory)
@@ -201,6 +210,22 @@ def anchored(word: str) -> str:
     return word if path is None else override(key, Path(path).absolute())
 
 
+def check_place(resume: str, directory: Path) -> None:
+    """Refuses a resume that `expand_resume` did not see, e.g. one in a configuration file: it would write elsewhere.
+
+    Args:
+        resume: The run that is named.
+        directory: Where this job is going to write.
+
+    Raises:
+        UserError: If they are not the same.
+    """
+    if Path(resume).resolve() != directory.resolve():
+        raise UserError(
+            f"resume={resume}: belongs on the command line, and takes its directory along; this run's is {directory}"
+        )
+
+
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     """Refuses a resume under a configuration that would compute something else.
 
@@ -215,15 +240,6 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
             "a resumed run must compute what it was started with"
         )
-
-
-def _is_complete(directory: Path, recorded: dict[str, Any]) -> bool:
-    """Whether a run went through all epochs of its recipe.
-
-    A run that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
-    """
-    result = RunDirectory(directory).record().result
-    return result is not None and (result.epochs_done or 0) >= recorded["recipe"]["epochs"]
 
 
 def _recorded_overrides(directory: Path) -> list[str]:

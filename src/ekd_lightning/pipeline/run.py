@@ -88,9 +88,9 @@ def run(
 
     def start() -> None:
         nonlocal started
-        started = True
         if record:
             record.start(resumed=settings.resume is not None)
+        started = True
         if on_start:
             on_start()
 
@@ -124,9 +124,14 @@ def _run(
     test: bool,
     start: Callable[[], None],
 ) -> Result:
-    if record and settings.resume is None and not settings.overwrite:
+    if record and settings.resume is not None:
+        record.refuse_complete(
+            settings.recipe.epochs
+        )  # another process may have ended it since the command was read
+    elif record and not settings.overwrite:
         record.refuse_finished()
     prepared, trainer, report, threads = _check(settings, directory, sweep, callbacks)
+    resume_from = _resume_point(settings, directory)
     facts = describe_run(settings, prepared)
     start()
     if record:
@@ -143,7 +148,7 @@ def _run(
     describe_metrics(loggers, flat_columns(facts, config))
     finished = False
     try:
-        _fit(trainer, module, prepared, _resume_point(settings, directory), loggers)
+        _fit(trainer, module, prepared, resume_from, loggers)
         scores = final_scores(trainer, module, prepared.datamodule, test=test)
         facts["partial"] |= not test
         result = Result.of({**facts, **scores, **cost(report, trainer, module)})
@@ -241,23 +246,27 @@ def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> lis
     )
 
 
-def _resume_point(settings: Settings, directory: Path) -> Path | None:
+def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, None for the beginning, and its step; a damaged one is refused."""
     if settings.resume is None:
-        return None
+        return None, 0
     last = RunDirectory(directory).last_checkpoint
     if not last.is_file():
         log.info("no checkpoint in %s yet: starting from the beginning", directory)
-        return None
-    return last
+        return None, 0
+    step = int(read_checkpoint(last)["global_step"])
+    log.info("resuming from %s at step %d", last, step)
+    return last, step
 
 
 def _fit(
-    trainer: pl.Trainer, module: Distiller, prepared: Prepared, checkpoint: Path | None, loggers: list[Logger]
+    trainer: pl.Trainer,
+    module: Distiller,
+    prepared: Prepared,
+    resume_from: tuple[Path | None, int],
+    loggers: list[Logger],
 ) -> None:
-    step = 0
-    if checkpoint is not None:
-        step = int(read_checkpoint(checkpoint)["global_step"])
-        log.info("resuming from %s at step %d", checkpoint, step)
+    checkpoint, step = resume_from
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.forget_from(step)

@@ -116,8 +116,10 @@ class RunDirectory:
             DamagedFileError: If status.json is damaged or half-written.
             ForeignRecordError: If a file is no record of this package, or one of another version.
         """
-        if self.is_held():
-            return Record(RunState.RUNNING, time=self._time())
+        return Record(RunState.RUNNING, time=self._time()) if self.is_held() else self.recorded()
+
+    def recorded(self) -> Record:
+        """What the files say, whoever holds the lock: for its holder; raises what `record` raises."""
         status = self._read(STATUS)
         if status is None and not (self.path / RESULT).is_file():
             started = (self.path / HYDRA).is_dir() or (self.path / CONFIG).is_file()
@@ -168,11 +170,9 @@ class RunDirectory:
         content = self._read(RESULT)
         if content is None:
             raise FileNotFoundError(self.path / RESULT)
-        if (
-            content.pop("format", 1) == 1
-        ):  # which recorded the share that the rounded number of images came to
+        if content.pop("format", 1) == 1:  # it recorded the share that the rounded number of images came to
             with contextlib.suppress(DamagedFileError):
-                asked = (self.config().get("data") or {}).get("fraction")
+                asked = self.section("data").get("fraction")
                 content["fraction"] = content.get("fraction") if asked is None else asked
         try:
             return Result.of(content)
@@ -231,6 +231,17 @@ class RunDirectory:
             raise DamagedFileError(f"{path}: damaged (not a mapping)")
         return {str(key): value for key, value in content.items()}
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A group of the configuration; empty without.
+
+        Raises:
+            DamagedFileError: If the configuration is damaged, or this is no group.
+        """
+        content = self.config().get(name) or {}
+        if not isinstance(content, dict):
+            raise DamagedFileError(f"{self.file(CONFIG) or self.path}: damaged ({name} is not a mapping)")
+        return content
+
     def overrides(self) -> list[str]:
         """The overrides that the run was started with; empty where Hydra wrote none down.
 
@@ -252,10 +263,14 @@ class RunDirectory:
         Raises:
             DamagedFileError: If the file is damaged.
         """
+        path = self.path / PROVENANCE
         try:
-            return read_json(self.path / PROVENANCE)
+            content = read_json(path)
         except OSError:
             return {}
+        if not isinstance(content.get("resumed") or [], list):
+            raise DamagedFileError(f"{path}: damaged (resumed is not a list)")
+        return content
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What plots need and no table shows; empty without the file.
@@ -277,18 +292,19 @@ class RunDirectory:
     def start(self, *, resumed: bool) -> None:
         """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
 
-        A resumed run keeps its first provenance and appends this start to it.
+        A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the record
+        could be written: a full disk costs no result.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_parts(self.path)
-        for name in (RESULT, ARRAYS):
-            (self.path / name).unlink(missing_ok=True)
         here = provenance()
         first = self.provenance() if resumed else {}
         if first:
             here = {**first, "resumed": [*(first.get("resumed") or []), here]}
         write_json(self.path / PROVENANCE, here)
         self._say("running")
+        for name in (RESULT, ARRAYS):
+            (self.path / name).unlink(missing_ok=True)
         if not resumed:
             self._forget_earlier_run()
 
@@ -307,6 +323,25 @@ class RunDirectory:
         raise UserError(
             f"{self.path}: holds a finished run; give another hydra.run.dir, or overwrite=true to replace it"
         )
+
+    def refuse_complete(self, epochs: int) -> None:
+        """Refuses to go on with a run that went through all epochs of its recipe.
+
+        One that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
+
+        Args:
+            epochs: How many these are.
+
+        Raises:
+            UserError: If it did.
+        """
+        result = self.recorded().result
+        if result is not None and (result.epochs_done or 0) >= epochs:
+            raise UserError(f"resume={self.path}: this run is done, there is nothing to continue")
+
+    def holds_run(self) -> bool:
+        """Whether a run has left its configuration, its state or a checkpoint here."""
+        return any((self.path / name).exists() for name in (CONFIG, STATUS, f"{CHECKPOINTS}/{LAST}"))
 
     def _forget_earlier_run(self) -> None:
         """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.

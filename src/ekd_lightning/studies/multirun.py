@@ -146,8 +146,8 @@ def lost_job(error: BaseException) -> str | None:
 def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     """Runs what is left of a sweep, and prints its summary.
 
-    Done runs are skipped, started ones go on from their last checkpoint (or start again without one), the others are
-    started. Failed runs are tried again.
+    Done runs are skipped, and so are those at which another process is at work; started ones go on from their last
+    checkpoint (or start again without one), the others are started. Failed runs are tried again.
 
     Args:
         folder: Folder of the sweep, with sweep.json.
@@ -168,10 +168,15 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     hydra_words, extra = split_words(sweep, argv)
     with DirectoryLock(folder), internals.initialized(sweep.config_dir):
         states = [look(job, sweep.started) for job in sweep.jobs]
-        jobs = [_job(*state, extra) for state in states if not state.run.is_over]
+        running = sum(state.run.state is RunState.RUNNING for state in states)
+        left = [
+            state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING
+        ]
+        jobs = [_job(*state, extra) for state in left]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        done, again = len(states) - len(jobs), sum(job.resumed for job in jobs)
+        done, again = len(states) - len(jobs) - running, sum(job.resumed for job in jobs)
         print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
+        print(f"{running} run elsewhere; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         if jobs:
             launch(jobs, folder, hydra_words, task, sweep=sweep)
