@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from ekd_lightning.config import build as build_module
 from ekd_lightning.config import directory
 from ekd_lightning.config.build import build, import_user_modules
-from ekd_lightning.config.config import compose_settings
+from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import one_line, run_program
 from ekd_lightning.errors import UserError
+from ekd_lightning.studies import multirun
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,43 @@ def test_a_mistake_is_one_line(capsys, error, line):
         run_program("ekd-x", fail(error))
     assert stop.value.code == 2
     assert capsys.readouterr().err == line + "\n"
+
+
+def run_config(*words: str):
+    """A single run's configuration, with Hydra's own node."""
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        return compose("train", overrides=list(words), return_hydra_config=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([f"hydra.run.dir=/tmp/{300 * 'x'}"], "File name too long"),
+        (["hydra.run.dir=loop/run"], "symbolic links"),
+        (["trainer.num_nodes=two"], "trainer.num_nodes=two"),
+    ],
+)
+def test_a_directory_that_cannot_be_claimed_is_one_line(capsys, tmp_path, monkeypatch, words, named):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(SystemExit) as stop:
+        directory.ClaimDirectory().on_run_start(run_config(*words))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+@pytest.mark.parametrize(("module", "event"), [(directory, "run"), (multirun, "multirun")])
+def test_a_bug_in_a_callback_ends_the_program(capsys, monkeypatch, module, event):
+    """Hydra would make a warning of it, and let the job run in a directory that it does not have."""
+    monkeypatch.setattr(module, "claim_output", lambda *_: fail(RuntimeError("connection lost"))())
+    callback = directory.ClaimDirectory() if event == "run" else multirun.SweepSummary()
+    with pytest.raises(SystemExit) as stop:
+        getattr(callback, f"on_{event}_start")(run_config())
+    assert stop.value.code == 1
+    assert "Traceback" in (err := capsys.readouterr().err)
+    assert "RuntimeError: connection lost" in err
 
 
 def interrupted_by_lightning() -> None:

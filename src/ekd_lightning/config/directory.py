@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ekd_lightning.config.config import DIRECTORY, resolved
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
@@ -39,8 +39,8 @@ class ClaimDirectory(Callback):
     """Checks and claims the directory of a single run before Hydra writes there."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra makes warnings of a callback's errors, but lets an exit pass."""
-        with one_line(str(config.hydra.help.app_name)):
+        """Ends the program where the directory cannot be claimed."""
+        with ending_callback(str(config.hydra.help.app_name)):
             claim_output(config, "run")
 
 
@@ -65,8 +65,7 @@ def claim_output(config: DictConfig, kind: str) -> Path:
     if (directory := handed_directory()) is None:
         wanted = Path(resolved(config, key)).absolute()
         if "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)):
-            nodes = int(config.get("trainer", {}).get("num_nodes") or 1)
-            directory = agree(key, lambda: _new_directory(wanted), nodes=nodes)
+            directory = agree(key, lambda: _new_directory(wanted), nodes=_nodes(config))
         else:
             directory = wanted
             if is_rank_zero():
@@ -75,6 +74,13 @@ def claim_output(config: DictConfig, kind: str) -> Path:
                 _made.extend(make_directory(directory))
     _tell_hydra(config, kind, directory)
     return directory
+
+
+def _nodes(config: DictConfig) -> int:
+    given = config.get("trainer", {}).get("num_nodes") or 1
+    if not str(given).isdecimal():
+        raise UserError(f"trainer.num_nodes={given}: must be a whole number")
+    return int(given)
 
 
 def refuse_taken(directory: Path, config: DictConfig) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from hydra.errors import (
@@ -35,6 +36,8 @@ _PLACE_ERRORS = (
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 
 
@@ -73,6 +76,21 @@ def one_line(program: str) -> Iterator[None]:
         if error.errno not in _PLACE_ERRORS:
             raise
         _exit(program, f"{error.filename or 'output'}: {error.strerror}")
+
+
+@contextlib.contextmanager
+def ending_callback(program: str) -> Iterator[None]:
+    """Lets whatever goes wrong in one of Hydra's callbacks end the program.
+
+    Hydra makes a warning of a callback's error and goes on, but lets an exit pass: a user's mistake ends as in
+    `one_line`, anything else with its traceback and exit code 1.
+    """
+    try:
+        with one_line(program):
+            yield
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.directory import claim_output
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import anchored, is_hydras, is_under, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
@@ -47,7 +47,7 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plans the jobs, before the first one starts."""
-        with one_line("ekd-train"):  # Hydra makes warnings of a callback's errors, but lets an exit pass
+        with ending_callback("ekd-train"):
             self._start(config)
 
     def _start(self, config: DictConfig) -> None:
