@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 
 import pytest
+from made_runs import result, write_run
 from whole_runs import TINY, call_teach, call_train
 
 from ekd_lightning.data import load_dataset
 from ekd_lightning.evaluation.scores import score_network
 from ekd_lightning.networks import load_network
+from ekd_lightning.pipeline import teachers
+from ekd_lightning.runs.lock import DirectoryLock
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,25 @@ def test_one_line(tmp_path, word, named):
     (line,) = outcome.err.splitlines()
     assert line.startswith("ekd-teach: error: ")
     assert named in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_a_run_is_refused(tmp_path):
+    directory = write_run(tmp_path / "run", result(), "stopped")
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    outcome = call_teach(*TINY, f"hydra.run.dir={directory}", directory=directory)
+    assert outcome.code == 2
+    assert "holds a run" in outcome.err
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_of_a_job_takes_the_lock(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(teachers, "obtain_teachers", lambda *_, **__: [])
+    with DirectoryLock(tmp_path / "run"):  # as the first one does
+        outcome = call_teach(*TINY, f"hydra.run.dir={tmp_path / 'run'}", directory=tmp_path / "run")
+    assert outcome.code == (0 if rank else 2), outcome.err
 
 
 @pytest.mark.parametrize("fill", ["run", "all"])

@@ -21,6 +21,7 @@ from ekd_lightning.pipeline.evaluation import (
     merge,
 )
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
 
@@ -169,6 +170,30 @@ def test_two_evaluations_at_once_keep_each_others_findings(finished, parts):
     assert read(finished).items() >= {"a": 1, "ms": 2.0}.items()
     assert read(finished)["evaluated"] == ["predictions", "efficiency"]
     assert finished.arrays().keys() == {"x", "y"}
+
+
+def test_a_run_at_work_is_not_written_into(finished, parts):
+    parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
+    with DirectoryLock(finished.path):
+        outcome = evaluate_finished_run(context(), finished, ["predictions"])
+    assert "in use by" in outcome.errors["predictions"]
+    assert (read(finished), finished.arrays()) == (RESULT, {})
+
+
+@pytest.mark.parametrize("differs", ["started", "seed", "steps", "subset_sha256"])
+def test_findings_are_not_written_to_another_run(finished, parts, differs):
+    parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
+    opened, other = context(), RESULT
+    if differs == "started":
+        (finished.path / "provenance.json").write_text('{"started": "2026-01-01T00:00:00+00:00"}')
+    else:
+        other = RESULT.having(**{differs: "0" * 64 if differs == "subset_sha256" else 7})
+        finished.write_result(other)
+    outcome = evaluate_finished_run(opened, finished, ["predictions"])
+    assert "holds another run" in outcome.errors["predictions"]
+    assert (read(finished), finished.arrays()) == (other, {})
+    opened.result, opened.started = other, finished.started()
+    assert evaluate_finished_run(opened, finished, ["predictions"]).done == ["predictions"]
 
 
 @pytest.mark.parametrize("taken", ["test_accuracy", "a", "evaluated"])

@@ -105,10 +105,23 @@ def test_an_error_is_kept(tmp_path):
 
 
 def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    old = ("checkpoints/last.ckpt", "student.safetensors", "metrics.csv", "wandb_run_id.txt")
-    kept = ("config.yaml", "train.log", "notes.txt")
+    old = (
+        "checkpoints/last.ckpt",
+        "student.safetensors",
+        "metrics.csv",
+        "train.log",
+        "wandb_run_id.txt",
+        "evaluation/wandb_run_id.txt",
+        "teachers/resnet8-s0/wandb_run_id.txt",
+        "teachers/resnet8-s0/tensorboard/events",
+        "tensorboard/events",
+        "evaluation/tensorboard/events",
+        "export/student.safetensors",
+        "export/student.int8.onnx",
+    )
+    kept = ("config.yaml", "notes.txt", "export/notes.txt", "checkpoints/mine.ckpt")
     for name in (*old, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     RunDirectory(tmp_path).start(resumed=False)
     assert [name for name in old if (tmp_path / name).exists()] == []

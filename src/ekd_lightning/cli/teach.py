@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import hydra
 from omegaconf import DictConfig
@@ -14,7 +15,10 @@ from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.config.config import JobOutput, register_schema, to_settings
 from ekd_lightning.config.directory import remove_unused
 from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.errors import UserError
+from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.provenance import is_rank_zero
 
 PROGRAM = "ekd-teach"
 
@@ -32,7 +36,8 @@ def main() -> None:
 def _hydra_main(cfg: DictConfig) -> None:
     with one_line(PROGRAM):  # already here: Hydra would print a line of its own before ours
         output = JobOutput(cfg)
-        with output.anchored(), DirectoryLock(output.directory):
+        lock = DirectoryLock(output.directory) if is_rank_zero() else nullcontext()
+        with output.anchored(), lock:
             teach(cfg, output)
 
 
@@ -42,7 +47,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     Reads the groups data and teachers, and `trainer.accelerator`; leaves teachers.json in the run's directory.
 
     Raises:
-        UserError: For a user's mistake.
+        UserError: For a user's mistake, or a directory that holds a run, before anything is written.
     """
     from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
@@ -50,8 +55,9 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     settings = to_settings(cfg)
     settings.check()
     import_user_modules(settings.imports)
-    output.start()
-    rows = obtain_teachers(settings, output.directory)
+    if is_rank_zero() and RunDirectory(output.directory).file(STATUS) is not None:
+        raise UserError(f"{output.directory}: holds a run; give another hydra.run.dir")
+    rows = obtain_teachers(settings, output.directory, on_start=output.start)
     table = Table(title=f"teachers for {settings.data.name}")
     for name in ("teacher", "source", "parameters", "test accuracy %", "SHA-256"):
         table.add_column(name, justify="right" if name in ("parameters", "test accuracy %") else "left")

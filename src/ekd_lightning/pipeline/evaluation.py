@@ -6,8 +6,8 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import EVALUATION_PARTS, Settings
 
@@ -59,6 +60,7 @@ class EvaluationContext:
         subset: Which training images the run saw (`train_index`) and validated on (`val_index`).
         device: Where to compute.
         gather: Loads the run's teachers; None if it had none.
+        started: When the run, or its last part, was started, as it was opened; None where that is unknown.
     """
 
     settings: Settings
@@ -68,6 +70,7 @@ class EvaluationContext:
     subset: Subset
     device: torch.device
     gather: Callable[[], TeacherEnsemble] | None = field(default=None, repr=False)
+    started: datetime | None = None
 
     @cached_property
     def teachers(self) -> TeacherEnsemble | None:
@@ -158,7 +161,10 @@ def _run_parts(
         try:
             findings = find_part(name)(context)
             seconds = time.perf_counter() - start
-            result = _kept(directory, findings, name, seconds, result, write=write)
+            if write:
+                result = _added(context, directory, findings, name, seconds)
+            else:
+                result = _kept(directory, findings, name, seconds, result)
         except Exception as error:
             # Training took long, and this can be made up for: one warning, and the next part.
             errors[name] = f"{name}: {_one_line(error)}"
@@ -172,20 +178,38 @@ def _run_parts(
     return Outcome(result, done, skipped, errors)
 
 
-def _kept(
-    directory: RunDirectory, findings: Findings, part: str, seconds: float, result: Result, *, write: bool
-) -> Result:
-    """Adds a part's findings to the arrays and, if it is to be written, to the record; returns the latter."""
-    # Two evaluations of a finished run may be at work, each with parts of its own: read again what is there.
-    with directory.changing() if write else nullcontext():
-        arrays = directory.arrays()
-        merged = merge(directory.read_result() if write else result, findings, part, seconds)
-        if not write and not arrays.keys().isdisjoint(findings.arrays):
-            raise ValueError(f"part {part!r} and others write the same arrays: {sorted(findings.arrays)}")
-        directory.write_arrays(arrays | dict(findings.arrays))
-        if write:
-            directory.write_result(merged)
+def _kept(directory: RunDirectory, findings: Findings, part: str, seconds: float, result: Result) -> Result:
+    """Adds a part's findings to the arrays of a new run; returns its result with them."""
+    arrays = directory.arrays()
+    merged = merge(result, findings, part, seconds)
+    if not arrays.keys().isdisjoint(findings.arrays):
+        raise ValueError(f"part {part!r} and others write the same arrays: {sorted(findings.arrays)}")
+    directory.write_arrays(arrays | dict(findings.arrays))
     return merged
+
+
+def _added(
+    context: EvaluationContext, directory: RunDirectory, findings: Findings, part: str, seconds: float
+) -> Result:
+    """Adds a part's findings to the record and the arrays of a finished run; returns the record.
+
+    Raises:
+        UserError: If another run has taken its place, or is about to.
+    """
+    # Two evaluations may be at work, each with parts of its own, and wait for each other: read again what is there.
+    # A run is not waited for: it does not leave what was evaluated.
+    with directory.changing(), DirectoryLock(directory.path):
+        there = directory.read_result()
+        if (directory.started(), *_identity(there)) != (context.started, *_identity(context.result)):
+            raise UserError(f"{directory.path}: holds another run than the one that was evaluated")
+        merged = merge(there, findings, part, seconds)
+        directory.write_arrays(directory.arrays() | dict(findings.arrays))
+        directory.write_result(merged)
+    return merged
+
+
+def _identity(result: Result) -> tuple[Any, ...]:
+    return result.subset_sha256, result.seed, result.steps
 
 
 def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:

@@ -45,6 +45,7 @@ def open_context(
     Raises:
         UserError: If the run is not done, a file of it is damaged, or the data are missing, or others than the run's.
     """
+    started = run.started()  # first: a run that takes its place meanwhile is noticed
     result, record = run.finished_result(), run.provenance()
     if student is None:
         student = load_student(run.student)
@@ -67,6 +68,7 @@ def open_context(
         subset,
         device,
         gather=(lambda: recorded_teachers(settings, entries, data)) if entries else None,
+        started=started,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ekd_lightning.evaluation.scores import score_network
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import StagedNetwork, TeacherEnsemble, TeacherIdentity, load_network
 from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data, with_teachers
+from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.teachers.tabled import TabledTeachers
@@ -31,12 +32,15 @@ from ekd_lightning.training.teacher_training import TeacherData
 log = logging.getLogger(__name__)
 
 
-def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]:
+def obtain_teachers(
+    settings: Settings, directory: Path, *, on_start: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
     """Reads, downloads or trains the first `count` teachers of the pool and tests each.
 
     Args:
         settings: The groups data and teachers are read, and all that a run reads with `teachers.fill`.
-        directory: Receives teachers.json.
+        directory: Receives teachers.json, from global rank 0.
+        on_start: Called once all checks have passed; nothing is written before.
 
     Returns:
         One record per teacher, see `score_teachers`.
@@ -51,7 +55,10 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     dataset, subset, views = prepare_data(settings)
     curves = TeacherCurves(settings.logger, directory)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
-    teachers = gather_teachers(plan_teachers(settings.teachers, data, accelerator))
+    plans = plan_teachers(settings.teachers, data, accelerator)
+    if on_start:
+        on_start()
+    teachers = gather_teachers(plans)
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = score_teachers(settings, dataset, teachers, device)
@@ -59,7 +66,8 @@ def obtain_teachers(settings: Settings, directory: Path) -> list[dict[str, Any]]
     if to_fill is not None:
         found, computed = fill_tables(settings, to_fill, device)
         record["table"] = {"rows_found": found, "rows_computed": computed}
-    write_json(directory / "teachers.json", record)
+    if is_rank_zero():
+        write_json(directory / "teachers.json", record)
     return rows
 
 

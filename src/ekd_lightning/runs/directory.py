@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -29,7 +30,20 @@ CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
 HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
 _INTERRUPTED = "interrupted"
-_OF_ONE_RUN = (f"{CHECKPOINTS}/{BEST}", f"{CHECKPOINTS}/{LAST}", STUDENT, CURVES, "wandb_run_id.txt")
+_OF_ONE_RUN = (
+    f"{CHECKPOINTS}/{BEST}",
+    f"{CHECKPOINTS}/{LAST}",
+    STUDENT,
+    CURVES,
+    "train.log",
+    "wandb_run_id.txt",
+    "evaluation/wandb_run_id.txt",
+    "teachers/*/wandb_run_id.txt",
+    "export/student.*",
+    "tensorboard",
+    "evaluation/tensorboard",
+    "teachers/*/tensorboard",
+)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
 
 
@@ -348,8 +362,11 @@ class RunDirectory:
 
         Its last checkpoint above all: resuming this run must not go on from there.
         """
-        for name in _OF_ONE_RUN:
-            (self.path / name).unlink(missing_ok=True)
+        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts known only after the start, e.g. hashes of data and teachers."""
