@@ -15,6 +15,7 @@ from ekd_lightning.settings import (
     TeacherSettings,
     is_free,
     is_location,
+    is_path,
     keys_where,
     may_change_between_parts,
     purpose_of,
@@ -136,6 +137,10 @@ def test_every_setting_says_what_it_is_for():
 )
 def test_a_key_has_the_role_of_what_it_lies_in(key, role):
     assert purpose_of(key).role is role
+
+
+def test_places_that_are_paths_are_told_from_permissions_to_fetch():
+    assert set(keys_where(is_path)) == {"data.root", "teachers.weights_dir", "teachers.store"}
 
 
 def test_free_settings_that_round_are_not_exact():

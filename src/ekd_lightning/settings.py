@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from typing import Any, Optional
 
 from ekd_lightning.errors import UserError, unknown_name
@@ -429,6 +430,11 @@ def keys_where(holds: Callable[[str], bool]) -> tuple[str, ...]:
 def is_location(key: str) -> bool:
     """Whether a setting says where things are."""
     return purpose_of(key).role is Role.LOCATION
+
+
+def is_path(key: str) -> bool:
+    """Whether a setting is the path of a place, rather than whether something may be fetched."""
+    return is_location(key) and isinstance(reduce(getattr, key.split("."), Settings()), str)
 
 
 def is_free(key: str, *, exact: bool = True) -> bool:

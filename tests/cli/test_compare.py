@@ -8,14 +8,18 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from whole_runs import TINY
 
+from ekd_lightning.cli import compare
 from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
+from ekd_lightning.studies import comparison, launching
 from ekd_lightning.studies import study as studies
 
 WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
@@ -441,3 +445,33 @@ def test_runs_can_go_side_by_side(words, tmp_path):
     code, _, err = call(*rows, "--output", folder, *words, "hydra/launcher=parallel")
     assert code == 0, err
     assert {name: row["n"] for name, row in table(folder).items()} == {"ekd": 1, "ce": 1}
+
+
+def test_a_study_goes_on_from_what_another_process_has_made_of_it(study, monkeypatch):
+    """Between its first look at the study and its turn to change it."""
+
+    class SlowLock(compare.DirectoryLock):
+        def acquire(self):
+            super().acquire()
+            now = studies.read_study(self.directory)
+            studies.write_study(replace(now, seeds=(*now.seeds, 7)), self.directory)
+
+    monkeypatch.setattr(compare, "DirectoryLock", SlowLock)
+    code, out, err = call("--output", study, "--seeds", "8", "--print-jobs")
+    assert code == 0, err
+    assert studies.read_study(study).seeds == (0, 1, 7, 8)
+    assert len(out.splitlines()) == 2 * 3
+
+
+def test_a_study_is_continued_where_it_was_first_started(study, tmp_path, monkeypatch):
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (home := tmp_path / "home").mkdir()
+    studies.write_study(replace(studies.read_study(study), working_directory=str(home)), study)
+    seen = []
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: None)
+    monkeypatch.setattr(launching.internals, "launch", lambda *_: seen.append(Path.cwd()))
+    monkeypatch.chdir(elsewhere)
+    call("--output", study, "--seeds", "9", "++data.root=new")
+    assert seen == [home]
+    after = studies.read_study(study)
+    assert (after.working_directory, after.common[-1]) == (str(home), f"++data.root={elsewhere / 'new'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -217,6 +218,29 @@ def test_what_an_earlier_sweep_left_is_not_resumed_as_a_job_of_the_new_one(sweep
     leave(sweep.folder / "2", "done", since=-20, end=-10)
     (sweep.folder / "2" / ".hydra").mkdir()
     assert resumed_jobs(sweep, monkeypatch) == list(sweep.jobs)
+
+
+def test_jobs_that_have_not_started_do_so_where_the_sweep_was_first_started(sweep, tmp_path, monkeypatch):
+    (home := tmp_path / "home").mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    write_sweep(replace(sweep, working_directory=str(home), common=()))
+    seen: list[tuple[Path, list[str]]] = []
+    monkeypatch.setattr(
+        launching.internals, "launch", lambda _, jobs, __: seen.extend((Path.cwd(), job) for job in jobs)
+    )
+    register_schema()
+    multirun.resume_sweep(sweep.folder, ["ekd-train", "++data.root=new"], lambda cfg: None)
+    assert [place for place, _ in seen] == 4 * [home]
+    assert all(f"++data.root={elsewhere / 'new'}" in words for _, words in seen)
+    assert Path.cwd() == elsewhere
+
+
+def test_a_planned_sweep_says_where_its_relative_places_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        described = multirun.describe_sweep(composed("seed=0,1"), tmp_path, [])
+    assert described.working_directory == str(tmp_path)
 
 
 def test_a_stopped_job_goes_on_whatever_may_change_has_changed(sweep, monkeypatch):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import one_line
-from ekd_lightning.config.overrides import key_of, typed
+from ekd_lightning.config.overrides import anchored, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.studies.study import (
@@ -97,6 +97,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     """
     from ekd_lightning.cli.train import run_listed_job  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies import comparison  # noqa: PLC0415
+    from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
     folder = args.output.absolute()
     old = read_study(folder)
@@ -108,27 +109,32 @@ def run_compare(args: argparse.Namespace) -> bool:
     if args.methods is None and old is not None:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
     common, hydra_words = split_overrides(args.overrides)
-    with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"):
+    common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
+    tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
+    with (
+        initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
+        DirectoryLock(folder),
+    ):
+        old = read_study(folder)  # again: another process may have added to it
         composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
-        study = comparison.ask(
-            old,
-            common,
-            composer,
-            methods=args.methods,
-            fractions=parse_fractions(args.fractions) if args.fractions else (),
-            seeds=parse_seeds(args.seeds) if args.seeds else (),
-            match=args.match,
-            controls=not args.no_controls,
-            tuned=args.tuned,
-        )
-        with DirectoryLock(folder):
+        with working_in(old.working_directory if old else ""):
+            study = comparison.ask(
+                old,
+                common,
+                composer,
+                methods=args.methods,
+                fractions=parse_fractions(args.fractions) if args.fractions else (),
+                seeds=parse_seeds(args.seeds) if args.seeds else (),
+                match=args.match,
+                controls=not args.no_controls,
+                tuned=tuned,
+            )
             if args.print_jobs:
                 jobs, _ = comparison.plan(study, folder, composer, retry_failed=args.retry_failed)
                 write_study(study, folder)  # for --report-only, once the jobs have run
                 for line in comparison.commands(jobs):
                     print(line)
                 return True
-            again = f"{PROGRAM} --output {typed(folder)}"
             comparison.run(
                 study,
                 folder,

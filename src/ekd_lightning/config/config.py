@@ -26,9 +26,9 @@ from ekd_lightning.files import DamagedFileError, write_text
 from ekd_lightning.runs.directory import CONFIG, HYDRA, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import is_rank_zero
-from ekd_lightning.settings import Settings
+from ekd_lightning.settings import Settings, is_path, keys_where
 
-PLACES = ("data.root", "teachers.weights_dir", "teachers.store")
+PLACES = keys_where(is_path)
 """Settings that are paths of folders."""
 DIRECTORY = "EKD_RUN_DIRECTORY"
 """Environment variable in which a process hands the run's directory to the ranks that it starts."""

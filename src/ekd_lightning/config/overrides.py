@@ -205,9 +205,8 @@ _HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
 
 def anchored(word: str) -> str:
     """An override of a place as it is meant where it is typed; all others begin where the run was first started."""
-    key = word.partition("=")[0]
-    path = read_path(word) if key in PLACES else None
-    return word if path is None else override(key, Path(path).absolute())
+    path = read_path(word) if key_of(word) in PLACES and not word.startswith("~") else None
+    return word if path is None else override(word.partition("=")[0], Path(path).absolute())
 
 
 def check_place(resume: str, directory: Path) -> None:

@@ -36,7 +36,7 @@ from ekd_lightning.studies.study import (
     union,
     write_study,
 )
-from ekd_lightning.studies.sweep import Job
+from ekd_lightning.studies.sweep import Job, Sweep
 from ekd_lightning.studies.tuned import with_tuned
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def ask(
         rows = plan_rows(methods, matches, controls, common, old, composer)
     if tuned is not None:
         rows = with_tuned(rows, tuned, cfg.data.name, fractions)
-    asked = Study(tuple(rows), fractions, seeds, common, old.data if old else cfg.data.name)
+    data = old.data if old else cfg.data.name
+    asked = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
     return asked if old is None else union(old, asked)
 
 
@@ -132,7 +133,8 @@ def run(
     for one in left:
         log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
     if jobs:
-        launch(jobs, folder / RUNS, hydra_words, task, command=command)
+        whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
+        launch(jobs, whole.folder, hydra_words, task, sweep=whole, command=command)
 
 
 def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:

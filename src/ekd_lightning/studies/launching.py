@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose
@@ -63,7 +63,7 @@ def launch(
         whole.config_name, overrides=[*whole.common, *hydra_words, *own], return_hydra_config=True
     )
     try:
-        with watched(whole):
+        with watched(whole), working_in(whole.working_directory):
             internals.launch(config, [[*job.overrides, *_placed(job, folder)] for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
@@ -74,6 +74,21 @@ def launch(
         wait_for_local_queue(folder)
         first = (str(error).splitlines() or ["no message"])[0]
         log.error("the launcher ended early: %s: %s", type(error).__name__, first)
+
+
+@contextlib.contextmanager
+def working_in(directory: str) -> Iterator[None]:
+    """Works where a sweep or study was first started, as its relative places begin there.
+
+    Args:
+        directory: The recorded working directory; one that is empty or gone changes nothing.
+    """
+    before = Path.cwd()
+    os.chdir(directory if os.path.isdir(directory) else before)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _placed(job: Job, folder: Path) -> list[str]:

@@ -104,6 +104,7 @@ def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[Job]) -> Swe
         str(hydra.job.config_name or "train"),
         str(folders[0]) if folders else None,
         now(),
+        str(Path.cwd()),
     )
 
 

@@ -69,6 +69,7 @@ class Study:
         seeds: Not negative.
         common: Overrides of all rows.
         data: Name of the data set.
+        working_directory: Where relative places of its runs begin; empty where it is not known.
     """
 
     rows: tuple[RowPlan, ...]
@@ -76,6 +77,7 @@ class Study:
     seeds: tuple[int, ...]
     common: tuple[str, ...] = ()
     data: str = ""
+    working_directory: str = ""
 
     @property
     def every(self) -> Iterator[tuple[RowPlan, float, int]]:
@@ -126,7 +128,8 @@ def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
     rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
     content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
-    write_json(folder / STUDY_FILE, {**content, "common": list(study.common), "data": study.data})
+    content |= {"common": list(study.common), "data": study.data}
+    write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory})
 
 
 def read_study(folder: Path) -> Study | None:
@@ -147,7 +150,8 @@ def read_study(folder: Path) -> Study | None:
             for name, row in content["rows"].items()
         )
         fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
-        return Study(rows, fractions, seeds, tuple(content["common"]), str(content["data"]))
+        common, where = tuple(content["common"]), str(content.get("working_directory", ""))
+        return Study(rows, fractions, seeds, common, str(content["data"]), where)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged") from None
 
@@ -191,6 +195,7 @@ def union(old: Study, new: Study) -> Study:
         tuple(sorted({*old.seeds, *new.seeds})),
         new.common,
         new.data,
+        old.working_directory or new.working_directory,
     )
 
 

@@ -43,6 +43,7 @@ class Sweep:
         common: Overrides of the runs that do not vary.
         config_name: The configuration that is composed.
         config_dir: Folder of the user's own configuration files; None without one.
+        working_directory: Where relative places of jobs that have not started begin; empty where it is not known.
         started: Time of the first start, ISO 8601 in UTC; a status that is older belongs to an earlier sweep.
     """
 
@@ -53,6 +54,7 @@ class Sweep:
     config_name: str = "train"
     config_dir: str | None = None
     started: str = ""
+    working_directory: str = ""
 
 
 class Standing(NamedTuple):
@@ -70,6 +72,7 @@ def write_sweep(sweep: Sweep) -> None:
     ]
     content = {
         "started": sweep.started or now(),
+        "working_directory": sweep.working_directory,
         "config_name": sweep.config_name,
         "config_dir": sweep.config_dir,
         "hydra": list(sweep.hydra),
@@ -92,7 +95,8 @@ def read_sweep(folder: Path) -> Sweep | None:
         content = read_json(path)
         jobs = tuple(Job(folder / job["directory"], tuple(job["overrides"])) for job in content["jobs"])
         words = tuple(content["hydra"]), tuple(content["common"])
-        return Sweep(folder, jobs, *words, content["config_name"], content["config_dir"], content["started"])
+        where = content["config_name"], content["config_dir"], content["started"]
+        return Sweep(folder, jobs, *words, *where, str(content.get("working_directory", "")))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged") from None
 
