@@ -20,6 +20,7 @@ from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import one_line, run_program
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.lock import DirectoryLock, LockedError, is_held
 from ekd_lightning.studies import multirun
 
 
@@ -241,40 +242,78 @@ def test_one_file_builds_what_configuration_names():
     assert users == ["build.py"]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-def test_all_processes_of_a_job_are_told_the_directory_of_the_first(tmp_path, monkeypatch, launcher):
-    """Forked processes stand for the ranks; torchrun's agent keeps the store itself."""
+@pytest.fixture(params=["torchrun", "slurm"])
+def as_ranks(request, tmp_path, monkeypatch):
+    """Calls a function in three processes, forked to stand for the ranks, and returns what each said or raised."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     store = None
-    if launcher == "torchrun":
+    if request.param == "torchrun":  # its agent keeps the store itself
         store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         monkeypatch.setenv("WORLD_SIZE", "3")
     else:
-        for name, value in {
-            "JOB_ID": "1",
-            "NTASKS": "3",
-            "NTASKS_PER_NODE": "3",
-            "JOB_NAME": "x",
-            "NODELIST": "n",
-        }.items():
+        given = {"JOB_ID": "1", "NTASKS": "3", "NTASKS_PER_NODE": "3", "JOB_NAME": "x", "NODELIST": "n"}
+        for name, value in given.items():
             monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    rank_of = "RANK" if launcher == "torchrun" else "SLURM_PROCID"
-    for rank in (2, 1, 0):
-        if os.fork() == 0:
-            with contextlib.suppress(BaseException):
-                os.environ[rank_of] = str(rank)
-                told = directory.agree("hydra.run.dir", lambda: tmp_path / "it's")
-                (tmp_path / f"rank{rank}").write_text(str(told))
-            os._exit(0)
-    for _ in range(3):
-        os.wait()
-    assert [path.read_text() for path in tmp_path.iterdir()] == 3 * [str(tmp_path / "it's")]
+    rank_of = "RANK" if request.param == "torchrun" else "SLURM_PROCID"
+    (said := tmp_path / "said").mkdir()
+
+    def call(function) -> list[str]:
+        for rank in (2, 1, 0):
+            if os.fork() == 0:
+                with contextlib.suppress(BaseException):
+                    os.environ[rank_of] = str(rank)
+                    try:
+                        answer = str(function())
+                    except Exception as error:
+                        answer = f"{type(error).__name__}: {error}"
+                    (said / str(rank)).write_text(answer)
+                os._exit(0)
+        for _ in range(3):
+            os.wait()
+        return [(said / str(rank)).read_text() for rank in range(3)]
+
+    yield call
     del store
+
+
+def test_all_processes_of_a_job_are_told_the_directory_of_the_first(as_ranks, tmp_path):
+    told = as_ranks(lambda: directory.agree("hydra.run.dir", lambda: tmp_path / "it's"))
+    assert told == 3 * [str(tmp_path / "it's")]
+
+
+@pytest.mark.parametrize("why", ["finished", "in use"])
+def test_what_is_refused_to_the_first_process_is_refused_to_all(as_ranks, tmp_path, why):
+    (run := tmp_path / "run").mkdir()
+    config = run_config(f"hydra.run.dir={run}")
+    if why == "finished":
+        (run / "result.json").write_text("{}")
+    with DirectoryLock(run) if why == "in use" else contextlib.nullcontext():
+        first, *others = as_ranks(lambda: directory.claim_output(config, "run"))
+    assert ("holds a finished run" if why == "finished" else "in use by process") in first
+    assert others == 2 * ["UserError: hydra.run.dir: refused to the first process of this job"]
+
+
+def test_a_claimed_directory_is_locked_until_its_run_comes(tmp_path):
+    config = run_config(f"hydra.run.dir={tmp_path / 'run'}")
+    run = directory.claim_output(config, "run")
+    assert is_held(run)
+    with pytest.raises(LockedError):
+        directory.claim_output(config, "run")
+    with DirectoryLock(run):
+        assert is_held(run)
+        with pytest.raises(LockedError):
+            DirectoryLock(run).acquire()
+    assert not is_held(run)
+    directory.remove_unused()
+    assert list(tmp_path.iterdir()) == []
+    directory.claim_output(config, "run")
+    directory.remove_unused()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_that_cannot_agree_are_told_to_name_the_directory(monkeypatch):

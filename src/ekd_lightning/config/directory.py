@@ -25,7 +25,14 @@ from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.runs.lock import LockedError, holder, make_directory, remove_empty
+from ekd_lightning.runs.lock import (
+    LockedError,
+    holder,
+    lock_ahead,
+    make_directory,
+    release_ahead,
+    remove_empty,
+)
 from ekd_lightning.runs.provenance import is_rank_zero
 
 _LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)
@@ -44,7 +51,7 @@ class ClaimDirectory(Callback):
             claim_output(config, "run")
 
 
-def claim_output(config: DictConfig, kind: str) -> Path:
+def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] = lock_ahead) -> Path:
     """Decides the directory of a run or a sweep, the same for all processes of the job, and makes it.
 
     One that is named by the time gets a number behind its name if it is taken. Any other one is what the user asked
@@ -53,6 +60,7 @@ def claim_output(config: DictConfig, kind: str) -> Path:
     Args:
         config: Composed configuration with the node `hydra`, which is told.
         kind: "run" or "sweep": `hydra.run.dir` or `hydra.sweep.dir` is meant.
+        take: Called with it on global rank 0 alone, before the others hear of it; what it refuses, all refuse.
 
     Returns:
         The directory, absolute.
@@ -64,14 +72,16 @@ def claim_output(config: DictConfig, kind: str) -> Path:
     key = f"hydra.{kind}.dir"
     if (directory := handed_directory()) is None:
         wanted = Path(resolved(config, key)).absolute()
-        if "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False)):
-            directory = agree(key, lambda: _new_directory(wanted), nodes=_nodes(config))
-        else:
-            directory = wanted
-            if is_rank_zero():
-                if kind == "run":
-                    refuse_taken(directory, config)
-                _made.extend(make_directory(directory))
+        by_time = "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False))
+
+        def decide() -> Path:
+            if kind == "run" and not by_time:
+                refuse_taken(wanted, config)
+            directory = _new_directory(wanted) if by_time else _made_directory(wanted)
+            take(directory)
+            return directory
+
+        directory = agree(key, decide, nodes=_nodes(config), known=None if by_time else wanted)
     _tell_hydra(config, kind, directory)
     return directory
 
@@ -93,6 +103,11 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
         raise LockedError(f"{directory}: in use by {other}")
     if config.get("resume") is None and not config.get("overwrite"):
         RunDirectory(directory).refuse_finished()
+
+
+def _made_directory(wanted: Path) -> Path:
+    _made.extend(make_directory(wanted))
+    return wanted
 
 
 def _new_directory(wanted: Path) -> Path:
@@ -119,7 +134,8 @@ def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
 
 
 def remove_unused() -> None:
-    """Removes the directories that this process made for output and that hold nothing."""
+    """Frees what this process claimed for output, and removes the directories it made that hold nothing."""
+    release_ahead()
     remove_empty(_made)
     _made.clear()
 
@@ -135,19 +151,22 @@ def handed_directory() -> Path | None:
     return Path(os.environ[DIRECTORY]) if started else None
 
 
-def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1) -> Path:
+def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path | None = None) -> Path:
     """One directory for all processes of a job: global rank 0 decides, the others are told.
 
     Args:
         key: What the directory is to Hydra, e.g. "hydra.run.dir".
         decide: Called on global rank 0 alone.
         nodes: Number of machines.
+        known: What the others take if they cannot be told; None if they cannot know.
 
     Raises:
         UserError: If the processes have no way to tell each other, or global rank 0 was refused.
     """
     with contextlib.closing(_Meeting()) as meeting:
         if meeting.store is None:
+            if known is not None:
+                return decide() if is_rank_zero() else known
             if nodes > 1 or not is_rank_zero():
                 raise UserError(
                     f"{key}: the usual directory holds the time of day, which each process reads for itself; "

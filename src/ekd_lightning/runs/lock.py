@@ -98,6 +98,10 @@ class DirectoryLock:
             LockedError: If somebody else holds it, naming who; nothing has been written then.
             OSError: If the directory cannot be written.
         """
+        ahead = _ahead.pop(os.path.realpath(self.directory), None)
+        if ahead is not None and ahead._owner == os.getpid():
+            self._file, self._owner, self._made = ahead._file, ahead._owner, ahead._made
+            return
         until = time.monotonic() + _PATIENCE_SECONDS
         while self._file is None:
             self._made += make_directory(self.directory)
@@ -150,6 +154,28 @@ class DirectoryLock:
         os.close(self._file)
         self._file = None
         remove_empty(self._made)
+
+
+_ahead: dict[str, DirectoryLock] = {}
+"""Locks that this process took ahead, by the real path of the directory."""
+
+
+def lock_ahead(directory: Path) -> None:
+    """Takes the lock of a directory for the next `DirectoryLock` of it in this process.
+
+    Raises:
+        LockedError: If somebody else holds it.
+        OSError: If the directory cannot be written.
+    """
+    lock = DirectoryLock(directory)
+    lock.acquire()
+    _ahead[os.path.realpath(directory)] = lock
+
+
+def release_ahead() -> None:
+    """Frees the locks taken ahead that nobody came for."""
+    while _ahead:
+        _ahead.popitem()[1].release()
 
 
 def is_held(directory: Path) -> bool:

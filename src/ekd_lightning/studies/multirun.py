@@ -21,7 +21,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
-from ekd_lightning.runs.provenance import is_rank_zero, now
+from ekd_lightning.runs.provenance import now
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.studies.progress import look_now, show_summary, watched
@@ -47,13 +47,10 @@ class SweepSummary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plans the jobs, before the first one starts."""
-        with ending_callback("ekd-train"):
-            self._start(config)
+        with ending_callback("ekd-train"):  # the other ranks of torchrun run the same jobs in the same folder
+            claim_output(config, "sweep", lambda folder: self._take(config, folder))
 
-    def _start(self, config: DictConfig) -> None:
-        folder = claim_output(config, "sweep")
-        if not is_rank_zero():
-            return  # the other ranks of torchrun run the same jobs in the same folder
+    def _take(self, config: DictConfig, folder: Path) -> None:
         stack = contextlib.ExitStack()
         try:
             stack.enter_context(DirectoryLock(folder))
