@@ -23,9 +23,9 @@ import os, sys, time
 from pathlib import Path
 from ekd_lightning.runs.lock import DirectoryLock
 DirectoryLock(Path(sys.argv[1])).acquire()
-child = os.fork() if sys.argv[2] == "fork" else 1
-if child:
-    print(child, flush=True)
+child = os.fork() if sys.argv[2] == "fork" else os.getpid()
+if child == 0 or sys.argv[2] != "fork":  # a child says that it is there once it has let the lock go
+    print(os.getpid(), flush=True)
 sys.stdin.read()
 """
 

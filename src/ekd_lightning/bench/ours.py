@@ -27,6 +27,7 @@ from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.module import memory_format
 from ekd_lightning.training.steps import make_optimizer
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer
 
@@ -211,8 +212,8 @@ class BareLoop:
     def __init__(self, job: Job) -> None:
         self.job, settings = job, job.settings
         prepared = self.prepared = job.prepared()
-        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.student = prepared.student.to(job.device).to(memory_format=memory_format)
+        self.memory_format = memory_format(prepared.student, settings.channels_last)
+        self.student = prepared.student.to(job.device).to(memory_format=self.memory_format)
         self.method = prepared.method.to(job.device)
         assert job.teachers is not None
         self.source = prepared.source.open(job.teachers.to(job.device))
@@ -228,7 +229,6 @@ class BareLoop:
         self.optimizer, self.schedule = make_optimizer(
             parameters, settings.recipe, len(self.loader), fused=True
         )
-        self.memory_format = memory_format
         self.forward = self.student.outputs
         if settings.student.compile == "always":
             stages = tuple(self.method.student_stages)

@@ -14,8 +14,6 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.provenance import now
 
-LOCK_FILE = ".lock"
-
 
 @dataclass(frozen=True)
 class Job:

@@ -42,6 +42,12 @@ def has_fragile_convolution(module: nn.Module) -> bool:
     )
 
 
+def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_format:
+    """The format that a network is trained in: channels-last where it is wanted and torch can do it."""
+    able = channels_last and not has_fragile_convolution(network)
+    return torch.channels_last if able else torch.contiguous_format
+
+
 class ImageClassificationModule(pl.LightningModule):
     """Base of `Classifier` and `Distiller`.
 
@@ -82,12 +88,13 @@ class ImageClassificationModule(pl.LightningModule):
 
     def _spare_fragile(self, network: nn.Module) -> None:
         """Gives channels-last up for a network whose backward pass torch cannot compute in it."""
-        if self._memory_format is torch.channels_last and has_fragile_convolution(network):
+        able = memory_format(network, self._memory_format is torch.channels_last)
+        if able is not self._memory_format:
             warnings.warn(
                 "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
                 stacklevel=3,
             )
-            self._memory_format = torch.contiguous_format
+            self._memory_format = able
 
     # -- for subclasses ---------------------------------------------------------------------------------
 
