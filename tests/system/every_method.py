@@ -48,7 +48,7 @@ def run_all(folder: Path, store: Path, devices: int, methods: list[str], rank: i
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = run(compose_settings(*WORDS, *own), folder / name)
-            (folder / name / f"rank{rank}.json").write_text(json.dumps(result))
+            (folder / name / f"rank{rank}.json").write_text(json.dumps(dict(result)))
             errors[name] = ""
         except Exception as error:
             traceback.print_exc()
