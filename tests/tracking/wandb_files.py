@@ -14,8 +14,10 @@ def offline_runs(directory: Path) -> list[Path]:
 
 def records(folder: Path) -> dict[str, list]:
     """Everything an offline run would send, by kind; the file is a LevelDB log after a header of 7 bytes."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # `wandb.finish` returns before the service has written the end of the file
     (file,) = folder.glob("*.wandb")
     data, position, found, parts = file.read_bytes(), 7, {}, b""
     while position + 7 <= len(data):
