@@ -50,10 +50,7 @@ class Grouped(nn.Module):
     def __init__(self, student: BranchedStudent, branches: int) -> None:
         super().__init__()
         self.trunk, self.branches = student.trunk, branches
-        first, second = (
-            GroupedBlock(16, 32, branches, first=True),
-            GroupedBlock(32, 64, branches, first=False),
-        )
+        first, second = (GroupedBlock(16, 32, branches, first=True), GroupedBlock(32, 64, branches, first=False))
         self.body = nn.Sequential(first, second)
         self.heads = nn.ModuleList(nn.Linear(64, 10) for _ in range(branches))
 
@@ -126,9 +123,7 @@ checkpoints, and compiles (`student.compile`).
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()

@@ -96,13 +96,7 @@ def ranked(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def trial_table(found: list[dict[str, Any]]) -> str:
     """One line per trial, the best of each method first."""
     lines = [
-        (
-            f"`{t['method']}`",
-            t["student"],
-            f"{t['macs'] / 1e6:.1f} M",
-            t["settings"],
-            f"{100 * t['val_accuracy']:.2f}",
-        )
+        (f"`{t['method']}`", t["student"], f"{t['macs'] / 1e6:.1f} M", t["settings"], f"{100 * t['val_accuracy']:.2f}")
         for t in found
     ]
     return markdown_table(("method", "student", "MACs", "settings", "validation accuracy %"), lines)
@@ -154,16 +148,7 @@ def tuned(folder: Path) -> list[dict[str, Any]]:
 
 def tuned_table(found: list[dict[str, Any]]) -> str:
     """One line per row: its budget, its default and its best trial."""
-    heads = (
-        "row",
-        "trials",
-        "pruned",
-        "diverged",
-        "searched",
-        "best",
-        "validation accuracy %",
-        "of the default %",
-    )
+    heads = ("row", "trials", "pruned", "diverged", "searched", "best", "validation accuracy %", "of the default %")
     lines = []
     for t in found:
         default = "–" if t["default_value"] is None else f"{100 * t['default_value']:.2f}"
@@ -216,12 +201,7 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
     )
 
 
-def page(
-    block: Block,
-    facts: tuple[str, ...],
-    tables: str,
-    notes: str,
-) -> str:
+def page(block: Block, facts: tuple[str, ...], tables: str, notes: str) -> str:
     """The whole page."""
     rows = [row for row in study_rows(block) if row.group.n]
     return f"""# EKD at equal MACs with {100 * block.fraction:g} % of the labels of {block.data}
@@ -260,9 +240,7 @@ With the same schedule; they had no part in the choice of what is confirmed abov
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path)
     given = parser.add_mutually_exclusive_group(required=True)
@@ -282,14 +260,8 @@ def main() -> None:
         parser.error("no trials")
     later = ranked(trials(args.later, usual)) if args.later else []
     first = f"## Search\n\n{tuned_table(tuning)}\n" if tuning else f"## Trials\n\n{trial_table(found)}\n"
-    args.page.write_text(
-        page(block, search_facts(found, tuning), first + later_section(later), kept_notes(args.page))
-    )
-    kept = {
-        "trials": found or tuning,
-        "later_trials": later,
-        "confirmation": records(block, study_rows(block), runs),
-    }
+    args.page.write_text(page(block, search_facts(found, tuning), first + later_section(later), kept_notes(args.page)))
+    kept = {"trials": found or tuning, "later_trials": later, "confirmation": records(block, study_rows(block), runs)}
     args.page.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -100,9 +100,7 @@ class Part:
         prepared = prepare(settings, accelerator)
         teachers = gather_teachers(prepared.teachers).to(device)
         steps, rounds = (2, 1) if self.tiny else (60, 3)
-        return Bench(
-            settings, prepared.dataset, teachers, device, rounds, steps, workers=worker_counts(device)
-        )
+        return Bench(settings, prepared.dataset, teachers, device, rounds, steps, workers=worker_counts(device))
 
 
 def steady(fitted: Fitted) -> dict[str, Any]:
@@ -399,9 +397,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     names = [name for group in GROUPS for name in group]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings; with --page the JSON file")
     parser.add_argument("--output", type=Path, default=Path("speed_gpu.json"))
     parser.add_argument("--parts", type=lambda text: text.split("+"), default=names, help="+".join(names))

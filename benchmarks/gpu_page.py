@@ -81,8 +81,7 @@ def around(found: dict[str, Any]) -> str:
     middle = 1000 * statistics.median(between) if between else None
     rows.append(["between two epochs, beside the validation", number(middle, ",.0f", " ms")])
     bare, whole = (
-        value(found, *STEPS[f])
-        for f in ("bare graph loop, without Lightning", "ours, captured step, warm table")
+        value(found, *STEPS[f]) for f in ("bare graph loop, without Lightning", "ours, captured step, warm table")
     )
     over = 100 * (bare / whole - 1) if bare and whole else None
     rows.append(["Lightning over the bare graph loop, captured step", number(over, ".1f", " %")])

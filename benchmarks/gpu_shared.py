@@ -51,10 +51,7 @@ def timed_command(words: tuple[str, ...], folder: Path, store: Path) -> dict[str
     ]
     began = time.time()
     done = subprocess.run(
-        [sys.executable, "-m", "ekd_lightning.cli.train", *words, *own],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", "ekd_lightning.cli.train", *words, *own], capture_output=True, text=True, check=False
     )
     ended = time.time()
     if done.returncode:
@@ -161,9 +158,7 @@ def _start_mps(folder: Path) -> str | None:
     return control if done.returncode == 0 else None
 
 
-def _phases(
-    words: tuple[str, ...], device: str, folder: Path, seconds: float, counts: Sequence[int]
-) -> dict[int, Any]:
+def _phases(words: tuple[str, ...], device: str, folder: Path, seconds: float, counts: Sequence[int]) -> dict[int, Any]:
     context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     wanted, begun = context.Value("i", 0), context.Value("i", 0)
     files = [folder / f"run{rank}.json" for rank in range(max(counts))]

@@ -21,17 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from earlier import Repeat, merged
-from page_parts import (
-    NOTES,
-    bullets,
-    difference,
-    kept_notes,
-    named,
-    read_study_runs,
-    setup,
-    side,
-    table,
-)
+from page_parts import NOTES, bullets, difference, kept_notes, named, read_study_runs, setup, side, table
 
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
@@ -154,9 +144,7 @@ three seeds the corrected test finds large differences only. K branches, M teach
 
 def best_of(rows: dict[str, Row], family: str) -> str | None:
     """The row of a family with the highest mean on the test set."""
-    means = {
-        name: found.mean for name in FAMILIES[family] if name in rows and (found := rows[name].group.accuracy)
-    }
+    means = {name: found.mean for name in FAMILIES[family] if name in rows and (found := rows[name].group.accuracy)}
     return max(means, key=lambda name: means[name], default=None)
 
 
@@ -185,9 +173,7 @@ def readme_section(block: Block, page: Path) -> str:
         for group in shown
     ]
     seeds = ", ".join(map(str, sorted({run.get("seed") for group in shown for run in group.done})))
-    processors = "; ".join(
-        dict.fromkeys(place for group in block.groups for place in group.distinct("machine"))
-    )
+    processors = "; ".join(dict.fromkeys(place for group in block.groups for place in group.distinct("machine")))
     intro = (
         f"{counted} rows, {100 * block.fraction:g} % of {block.data} ({first['num_train_images']:,} training images), "
         f"pretrained teachers ResNet-20, -32, -56, students ResNet-8, plain or with three branches, {first['epochs']} "
@@ -222,9 +208,7 @@ def write_readme(readme: Path, section: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
     parser.add_argument("--earlier", type=Path, help="records of runs whose folders are elsewhere")
@@ -249,10 +233,7 @@ def main() -> None:
 
 def kept(block: Block, runs: Runs, repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
     """The rows as they are kept beside the page, with the machine of every run, and what repeats had."""
-    made = {
-        group.label: {str(run.get("seed")): run.get("machine") for run in group.done}
-        for group in block.groups
-    }
+    made = {group.label: {str(run.get("seed")): run.get("machine") for run in group.done} for group in block.groups}
     again: dict[str, dict[str, float | str]] = {}
     for r in repeats:
         again.setdefault(r.row, {})[str(r.seed)] = r.again

@@ -86,9 +86,7 @@ def made_on(rows: Sequence[Row]) -> str:
         for place in group.distinct("machine"):
             seeds = [str(run.get("seed")) for run in group.done if run.get("machine") == place]
             whole = len(seeds) == group.n
-            runs.setdefault(place, []).append(
-                f"`{group.label}`" + ("" if whole else f" seed {', '.join(seeds)}")
-            )
+            runs.setdefault(place, []).append(f"`{group.label}`" + ("" if whole else f" seed {', '.join(seeds)}"))
     first, *others = sorted(runs, key=lambda place: -len(runs[place]))
     if not others:
         return first

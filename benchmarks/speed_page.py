@@ -24,12 +24,7 @@ PLAIN, OURS = "#9aa5b1", "#1f6feb"
 def rate_rows(rates: dict[str, Any], field: str = "ratio") -> str:
     """Rows of a Markdown table of rates."""
     lines = [
-        (
-            name,
-            f"{row['median']:,.0f}",
-            f"{row['min']:,.0f} – {row['max']:,.0f}",
-            f"{row.get(field, row['ratio']):.2f}",
-        )
+        (name, f"{row['median']:,.0f}", f"{row['min']:,.0f} – {row['max']:,.0f}", f"{row.get(field, row['ratio']):.2f}")
         for name, row in rates.items()
     ]
     return markdown_table(("", "median", "min – max", "ratio"), lines).strip()
@@ -64,9 +59,7 @@ def inference_section(part: dict[str, Any]) -> str:
     for batch, rows in part["batches"].items():
         over = part["student_over_ensemble_in_the_same_form"][batch]
         ratios = ", ".join(f"{form} {ratio:.1f}" for form, ratio in over.items())
-        parts.append(
-            f"Batch {batch}; student against the teacher ensemble in the same form: {ratios} times.\n"
-        )
+        parts.append(f"Batch {batch}; student against the teacher ensemble in the same form: {ratios} times.\n")
         parts.append(rate_rows(rows) + "\n")
     return "\n".join(parts)
 
@@ -133,9 +126,7 @@ def growth_section(g: dict[str, Any]) -> str:
 
 def peak_section(h: dict[str, Any]) -> str:
     """(h): share of the machine's peak."""
-    shares = "\n".join(
-        f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float)
-    )
+    shares = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float))
     return f"""Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. Reached in {h["format"]},
 where a training step counts three forward passes:
 
@@ -170,9 +161,7 @@ def page(found: dict[str, Any], name: str, note: str = "") -> str:
     picture = f"![rates]({name}.svg)\n\n" if has_chart(found) else ""
     extra = f"- {note}\n" if note else ""
     sections = "\n\n".join(
-        f"## {title} ({key})\n\n{write(found[key]).strip()}"
-        for key, (title, write) in SECTIONS.items()
-        if key in found
+        f"## {title} ({key})\n\n{write(found[key]).strip()}" for key, (title, write) in SECTIONS.items() if key in found
     )
     return f"""# Speed, against a plain PyTorch loop
 
@@ -197,14 +186,10 @@ def has_chart(found: dict[str, Any]) -> bool:
 
 def chart(found: dict[str, Any], path: Path) -> None:
     """Three panels: training, teachers, inference."""
-    plt.rcParams.update(
-        {"font.size": 9, "svg.hashsalt": "ekd", "axes.spines.top": False, "axes.spines.right": False}
-    )
+    plt.rcParams.update({"font.size": 9, "svg.hashsalt": "ekd", "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.6), layout="constrained")
     rates = found["c"]["rates"]
-    bars(
-        left, list(rates), [row["median"] for row in rates.values()], [row["ratio"] for row in rates.values()]
-    )
+    bars(left, list(rates), [row["median"] for row in rates.values()], [row["ratio"] for row in rates.values()])
     left.set_title("training epoch, three teachers")
     teachers = found["b"]["teachers"]
     names, values, ratios = [], [], []
@@ -217,11 +202,7 @@ def chart(found: dict[str, Any], path: Path) -> None:
     bars(middle, names, values, ratios)
     middle.set_title("a teacher alone, batch 128")
     rows = found["e"]["batches"]["128"]
-    wanted = [
-        f"{who}, {form}"
-        for who in ("teacher ensemble", "student")
-        for form in ("plain", "folded", "compiled")
-    ]
+    wanted = [f"{who}, {form}" for who in ("teacher ensemble", "student") for form in ("plain", "folded", "compiled")]
     bars(right, wanted, [rows[w]["median"] for w in wanted], [rows[w]["ratio"] for w in wanted])
     right.set_title("inference, batch 128")
     figure.savefig(path, metadata={"Date": None})
@@ -231,8 +212,7 @@ def chart(found: dict[str, Any], path: Path) -> None:
 def bars(axes: Any, names: list[str], values: list[float], ratios: list[float]) -> None:
     """Horizontal bars with their rate and ratio; the first of a group is grey."""
     colors = [
-        PLAIN if abs(ratio - 1) < 1e-9 or "plain" in name else OURS
-        for name, ratio in zip(names, ratios, strict=True)
+        PLAIN if abs(ratio - 1) < 1e-9 or "plain" in name else OURS for name, ratio in zip(names, ratios, strict=True)
     ]
     positions = range(len(names))[::-1]
     axes.barh(positions, values, color=colors)
@@ -244,12 +224,8 @@ def bars(axes: Any, names: list[str], values: list[float], ratios: list[float]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "files", type=Path, nargs="+", help="of one machine and one commit; parts are put together"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="of one machine and one commit; parts are put together")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--name", default="speed", help="what the files are called")
     parser.add_argument("--note", default="", help="one more line about the measurement")

@@ -38,9 +38,7 @@ from ekd_lightning.training.pool import gather_teachers
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning")
-plt.rcParams.update(
-    {"figure.dpi": 100, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-)
+plt.rcParams.update({"figure.dpi": 100, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 FAST = os.environ.get("EKD_NOTEBOOK_FAST") == "1"  # one epoch of everything: a check that the cells run
 OUT = Path("quickstart")
@@ -67,11 +65,7 @@ def make_settings(assignment: str) -> Settings:
     return Settings(
         data=DataSettings(**shipped("data/digits.yaml"), fraction=0.15 if FAST else 0.4),
         teachers=TeacherSettings(
-            pool=[
-                {"train": "resnet8", "seed": 0},
-                {"train": "resnet14", "seed": 1},
-                {"train": "wrn_16_1", "seed": 2},
-            ],
+            pool=[{"train": "resnet8", "seed": 0}, {"train": "resnet14", "seed": 1}, {"train": "wrn_16_1", "seed": 2}],
             recipe=recipe(5),
             store=str(OUT / "store"),
         ),
@@ -169,9 +163,7 @@ for name, result in results.items():
 def curves(name: str) -> dict[str, list[float]]:
     with (OUT / name / "metrics.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["train/loss"]]
-    return {
-        key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith(("train/", "val/acc"))
-    }
+    return {key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith(("train/", "val/acc"))}
 
 
 terms = settings["one_to_one"].method.terms
@@ -224,12 +216,7 @@ for place, (label, hit) in enumerate(hits.items()):
     marker = "D" if label.endswith("ensemble") else "o"
     axis.errorbar(100 * share, place, xerr=100 * error, fmt=marker, color=colour, capsize=3)
     axis.annotate(
-        f"{100 * share:.1f}",
-        (100 * share, place),
-        xytext=(0, 5),
-        textcoords="offset points",
-        ha="center",
-        size=8,
+        f"{100 * share:.1f}", (100 * share, place), xytext=(0, 5), textcoords="offset points", ha="center", size=8
     )
 axis.set_yticks(range(len(hits)), list(hits))
 axis.invert_yaxis()
@@ -251,13 +238,8 @@ def compare(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
 for name in ASSIGNMENTS:
     branch_hits = outputs[name].branch_logits.argmax(-1) == labels
     mean_branch = branch_hits.double().mean(0)
-    compare(
-        f"{LABELS[name]}, ensemble against its mean branch", hits[f"{LABELS[name]}: ensemble"], mean_branch
-    )
-compare(
-    "EKD against the control, ensembles",
-    *(hits[f"{LABELS[name]}: ensemble"] for name in ASSIGNMENTS),
-)
+    compare(f"{LABELS[name]}, ensemble against its mean branch", hits[f"{LABELS[name]}: ensemble"], mean_branch)
+compare("EKD against the control, ensembles", *(hits[f"{LABELS[name]}: ensemble"] for name in ASSIGNMENTS))
 
 # %% [markdown]
 # ## Do the branches differ from each other?
@@ -273,11 +255,7 @@ for shift, name in zip((-0.2, 0.2), ASSIGNMENTS, strict=True):
     disagreement[name] = [100 * float((choices[i] != choices[j]).float().mean()) for i, j in pairs]
     colour = colours["EKD" if name == "one_to_one" else "control"]
     bars = axis.bar(
-        [place + shift for place in range(len(pairs))],
-        disagreement[name],
-        0.38,
-        color=colour,
-        label=LABELS[name],
+        [place + shift for place in range(len(pairs))], disagreement[name], 0.38, color=colour, label=LABELS[name]
     )
     axis.bar_label(bars, fmt="%.1f", padding=2, size=8)
 axis.set_xticks(range(len(pairs)), [f"branches {i} and {j}" for i, j in pairs])

@@ -146,11 +146,7 @@ def write_study(folder: Path, accuracies: dict[str, tuple[float, ...]] = ACCURAC
 
 
 def entry(
-    made: dict[str, Any],
-    name: str | None = None,
-    state: str = "done",
-    time: str | None = None,
-    **settings: Any,
+    made: dict[str, Any], name: str | None = None, state: str = "done", time: str | None = None, **settings: Any
 ) -> RunEntry:
     """A run in memory, with the configuration that belongs to it."""
     name = name or f"{made['method']}-s{made['seed']}"

@@ -41,9 +41,7 @@ def rich_result(method: str, seed: int, accuracy: float, **more: Any) -> dict[st
         "corruption_clean_nll": 1 - accuracy,
         "corruption_clean_ece": 0.05,
         "corruption_mce": 1 - accuracy + 0.2,
-        "corruption_accuracy_by_severity": [
-            accuracy - 0.07 * s + 0.01 * float(rng.random()) for s in range(1, 6)
-        ],
+        "corruption_accuracy_by_severity": [accuracy - 0.07 * s + 0.01 * float(rng.random()) for s in range(1, 6)],
         "corruption_nll_by_severity": [1 - accuracy + 0.2 * s for s in range(1, 6)],
         "corruption_ece_by_severity": [0.05 + 0.03 * s for s in range(1, 6)],
         "gap_accuracy": 0.2,
@@ -113,9 +111,7 @@ def write_curves(directory: Path, accuracy: float, seed: int, epochs: int = 12) 
         rows.writerow(["step", "val/accuracy", "val/nll", "epoch", "train/loss", "test/accuracy"])
         for epoch in range(epochs):
             reached = accuracy * (1 - 0.7 * 0.7**epoch) + 0.01 * float(rng.random())
-            rows.writerow(
-                [70 * (epoch + 1) - 1, reached, 2 * (1 - reached), float(epoch), 3 * (1 - reached), ""]
-            )
+            rows.writerow([70 * (epoch + 1) - 1, reached, 2 * (1 - reached), float(epoch), 3 * (1 - reached), ""])
         rows.writerow([70 * epochs, "", "", float(epochs), "", accuracy])
 
 
@@ -149,10 +145,5 @@ def write_rich_study(folder: Path) -> Path:
         "failed",
         error="OutOfMemoryError: no memory at /home/x/y.py",
     )
-    write_run(
-        folder / "failed-fsp",
-        result("fsp", 0, 0.0),
-        "failed",
-        error="UserError: fsp needs stages of equal size",
-    )
+    write_run(folder / "failed-fsp", result("fsp", 0, 0.0), "failed", error="UserError: fsp needs stages of equal size")
     return folder

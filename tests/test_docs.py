@@ -72,9 +72,7 @@ def test_a_usual_change_opens_at_most_three_files_that_exist():
     for what, told in rows:
         names = re.findall(r"`([\w./-]+\.\w+)`", told)
         assert 1 <= len(names) <= 3, what
-        assert [name for name in names if not any((top / name).is_file() for top in (SOURCE, ROOT))] == [], (
-            what
-        )
+        assert [name for name in names if not any((top / name).is_file() for top in (SOURCE, ROOT))] == [], what
 
 
 def imports(path: Path) -> set[str]:
@@ -127,16 +125,9 @@ def test_only_the_outer_rooms_know_frameworks(room: str):
 
 
 def test_internals_of_hydra_stand_in_one_file():
-    private = (
-        "hydra._internal",
-        "hydra.core.plugins",
-        "hydra.core.override_parser",
-        "hydra.core.global_hydra",
-    )
+    private = ("hydra._internal", "hydra.core.plugins", "hydra.core.override_parser", "hydra.core.global_hydra")
     used = {
-        p.relative_to(SOURCE).as_posix()
-        for p in SOURCE.rglob("*.py")
-        if any(n.startswith(private) for n in imports(p))
+        p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py") if any(n.startswith(private) for n in imports(p))
     }
     assert used == {"config/internals.py"}
 
@@ -280,9 +271,7 @@ def test_the_method_is_chosen_by_name_and_uses_a_term_twice(page: Snippets):
     found = step(prepared, gather_teachers(prepared.teachers))
     assert found.keys() == {"ce_branch", "soft", "sharp"}
     assert found["soft"] != found["sharp"]
-    assert {
-        name: term.temperature for name, term in prepared.method.named_terms() if name != "ce_branch"
-    } == {
+    assert {name: term.temperature for name, term in prepared.method.named_terms() if name != "ce_branch"} == {
         "soft": 8.0,
         "sharp": 1.0,
     }
@@ -300,10 +289,7 @@ def test_the_teachers_come_from_their_files(page: Snippets):
 def test_the_data_set_loads_with_subsets_and_views(page: Snippets):
     dataset = load_dataset("stripes", page.folder)
     assert dataset.class_names == ("across", "upright")
-    assert [tuple(part.images.shape) for part in (dataset.train, dataset.test)] == [
-        (400, 3, 32, 32),
-        (100, 3, 32, 32),
-    ]
+    assert [tuple(part.images.shape) for part in (dataset.train, dataset.test)] == [(400, 3, 32, 32), (100, 3, 32, 32)]
     across, upright = dataset.train.images[0], dataset.train.images[1]
     assert torch.equal(across, across[:, :, :1].expand_as(across))
     assert torch.equal(upright, upright[:, :1].expand_as(upright))
@@ -361,8 +347,6 @@ def test_the_commands_run_from_the_users_folder(page: Snippets, tmp_path: Path):
 def test_the_record_holds_the_files_that_the_page_lists(page: Snippets, tmp_path: Path):
     few = ["data.fraction=0.1", "recipe.epochs=1", "recipe.batch_size=32", "trainer=cpu"]
     call(["ekd-train", "student=resnet8", "method=ce", *few], tmp_path / "run")
-    listed = re.findall(
-        r"^\| `([\w./]+)` \|", PAGE.read_text().split("## The run and its record")[1], re.MULTILINE
-    )
+    listed = re.findall(r"^\| `([\w./]+)` \|", PAGE.read_text().split("## The run and its record")[1], re.MULTILINE)
     assert len(listed) == 8
     assert [name for name in listed if not (tmp_path / "run" / name).exists()] == []

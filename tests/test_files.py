@@ -67,9 +67,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
-        with pytest.raises(
-            UserError, match=rf"{re.escape(str(path))}: cannot be written \(No space left"
-        ) as caught:
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))}: cannot be written \(No space left") as caught:
             write_text(path, "new")
     assert isinstance(caught.value, OSError)
     assert path.read_text() == "old"

@@ -33,9 +33,7 @@ def test_the_notebook_runs(script: Path, tmp_path: Path, monkeypatch: pytest.Mon
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))
     place = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(
-        notebook, kernel_name="python3", timeout=300, allow_errors=False, resources=place
-    ).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=300, allow_errors=False, resources=place).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs[-1]["text"].strip() == sys.executable  # not some other Python that is installed, too
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[script.stem]

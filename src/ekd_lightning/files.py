@@ -201,9 +201,7 @@ def require_intact(path: Path, content: bytes) -> None:
         DamagedFileError: Naming the file.
     """
     if is_intact(content) is False:
-        raise DamagedFileError(
-            f"{path}: damaged or changed, its content is not that which was written (SHA-256)"
-        )
+        raise DamagedFileError(f"{path}: damaged or changed, its content is not that which was written (SHA-256)")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -112,9 +112,7 @@ class RecipeSettings:
         _require(self.batch_size >= 1, f"{prefix}.batch_size", self.batch_size, "must be at least 1")
         _require(math.isfinite(self.lr) and self.lr > 0, f"{prefix}.lr", self.lr, "must be positive")
         _require(0 <= self.momentum < 1, f"{prefix}.momentum", self.momentum, "must be in [0, 1)")
-        _require(
-            not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0"
-        )
+        _require(not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0")
         _require(self.weight_decay >= 0, f"{prefix}.weight_decay", self.weight_decay, "must not be negative")
         if self.schedule not in ("cosine", "step", "constant"):
             raise unknown_name(f"{prefix}.schedule", self.schedule, ("cosine", "step", "constant"))

@@ -27,10 +27,7 @@ STRANGE = 'it\'s "a", =b {c} $d ${e} [f] (g) é\\'
 def tree(directory: Path) -> dict[str, tuple[str, int]]:
     """Content and time of change of every file below a directory."""
     return {
-        path.relative_to(directory).as_posix(): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
+        path.relative_to(directory).as_posix(): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
         for path in directory.rglob("*")
         if path.is_file()
     }
@@ -249,10 +246,7 @@ def test_places_begin_where_the_run_was_started_whatever_chdir_says(tmp_path):
     provenance = json.loads((directory / "provenance.json").read_text())
     assert provenance["working_directory"] == str(tmp_path / "start")
     again = call_train(
-        f"resume={directory}",
-        "trainer.max_epochs=2",
-        "data.root=data",
-        directory=tmp_path / "elsewhere" / "x",
+        f"resume={directory}", "trainer.max_epochs=2", "data.root=data", directory=tmp_path / "elsewhere" / "x"
     )
     assert again.code == 0, again.err
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -135,9 +135,7 @@ def test_the_loop_of_the_graph_takes_the_steps_of_the_bare_loop(bench, tmp_path)
 def _batch(images, labels):
     from ekd_lightning.data.loader import Batch
 
-    return Batch(
-        images, labels, torch.zeros_like(labels), torch.zeros_like(labels), torch.ones_like(labels).bool()
-    )
+    return Batch(images, labels, torch.zeros_like(labels), torch.zeros_like(labels), torch.ones_like(labels).bool())
 
 
 def test_the_command_writes_every_part(tmp_path, store, capsys):

@@ -131,9 +131,7 @@ def test_a_run_takes_part_while_it_counts(monkeypatch: pytest.MonkeyPatch, tmp_p
     wanted = SimpleNamespace(value=1)
     begun = SimpleNamespace(value=0, get_lock=contextlib.nullcontext)
     part = shared.TakesPart(1, wanted, begun, tmp_path / "run.json")
-    trainer = SimpleNamespace(
-        current_epoch=0, num_training_batches=4, datamodule=SimpleNamespace(batch_size=8)
-    )
+    trainer = SimpleNamespace(current_epoch=0, num_training_batches=4, datamodule=SimpleNamespace(batch_size=8))
     module = SimpleNamespace(device=torch.device("cpu"))
 
     def woken(_: float) -> None:

@@ -28,14 +28,7 @@ def earlier() -> ModuleType:
     return importlib.import_module("earlier")
 
 
-COST = {
-    "num_branches": 1,
-    "num_teachers": 3,
-    "num_parameters": 10,
-    "num_adapter_parameters": 0,
-    "macs": 5,
-    "steps": 7,
-}
+COST = {"num_branches": 1, "num_teachers": 3, "num_parameters": 10, "num_adapter_parameters": 0, "macs": 5, "steps": 7}
 SAME = {
     **dict.fromkeys((part.name for part in fields(Protocol)), 1),
     "data": "cifar10",
@@ -54,15 +47,7 @@ def run(row: str, seed: int, outcome: float | str, **more: object) -> RunEntry:
     if isinstance(outcome, str):
         state = RunState.PLANNED if outcome == "missing" else RunState(outcome)
         return RunEntry(Path(name), name, state)
-    result = {
-        **SAME,
-        **COST,
-        "seed": seed,
-        "test_accuracy": outcome,
-        "machine": "here",
-        "threads": 1,
-        "torch": "2",
-    }
+    result = {**SAME, **COST, "seed": seed, "test_accuracy": outcome, "machine": "here", "threads": 1, "torch": "2"}
     more = {"method": row, "teachers": [], "train_seconds": 3.0, **more}
     return RunEntry(Path(name), name, RunState.DONE, Result.of({**result, **more}))
 
@@ -92,20 +77,11 @@ def file_of(runs: Runs, **protocol: object) -> dict[str, Any]:
 
 
 def outcomes(runs: Runs, row: str) -> list[tuple[Any, ...]]:
-    return [
-        (seed, one.state, one.get("test_accuracy"), one.get("machine"))
-        for seed, one in sorted(runs[row].items())
-    ]
+    return [(seed, one.state, one.get("test_accuracy"), one.get("machine")) for seed, one in sorted(runs[row].items())]
 
 
 def test_earlier_runs_count_and_the_study_adds_those_that_were_missing(earlier: ModuleType) -> None:
-    runs = study(
-        run("ce", 0, 0.9),
-        run("ce", 1, "failed"),
-        run("kd", 0, 0.7),
-        run("kd", 1, 0.75),
-        run("sp", 0, 0.4),
-    )
+    runs = study(run("ce", 0, 0.9), run("ce", 1, "failed"), run("kd", 0, 0.7), run("kd", 1, 0.75), run("sp", 0, 0.4))
     before = file_of(study(run("ce", 0, 0.5), run("ce", 1, 0.6), run("kd", 0, 0.65), run("kd", 1, "missing")))
     merged, repeats = earlier.merged(runs, before)
     assert outcomes(merged, "ce") == [(0, "done", 0.5, "there"), (1, "done", 0.6, "there")]
@@ -182,10 +158,7 @@ def test_a_page_says_which_rows_are_of_the_other_machine() -> None:
         ({"trials": 6}, "kd_mean: 6 of 7 trials"),
         ({"trials": 9, "budget": 9}, "searched with other budget"),
         ({"validation_images": 5}, "searched with other validation_images"),
-        (
-            {"protocol": {"data": "cifar10", "fraction": 0.1, "subset_sha256": "x", "epochs": 2}},
-            "other epochs",
-        ),
+        ({"protocol": {"data": "cifar10", "fraction": 0.1, "subset_sha256": "x", "epochs": 2}}, "other epochs"),
     ],
 )
 def test_searches_of_other_budgets_make_no_page(tmp_path: Path, change: dict[str, Any], words: str) -> None:

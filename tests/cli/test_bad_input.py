@@ -108,9 +108,7 @@ def test_a_truncated_batch_file(refuse, tmp_path):
     folder.mkdir(parents=True)
     for name in [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"]:
         (folder / name).write_bytes(b"\0" * 3073)
-    outcome = refuse(
-        "data=cifar10", "teachers=digits", "data.download=false", f"data.root={tmp_path / 'data'}"
-    )
+    outcome = refuse("data=cifar10", "teachers=digits", "data.download=false", f"data.root={tmp_path / 'data'}")
     assert_refused(outcome, str(folder))
 
 

@@ -88,9 +88,7 @@ def test_the_table_holds_what_the_runs_found(finished):
     folder, out, _ = finished
     rows = table(folder)
     for name, row in rows.items():
-        found = [
-            json.loads((folder / "runs" / f"{name}-f0.1-s{s}" / "result.json").read_text()) for s in (0, 1)
-        ]
+        found = [json.loads((folder / "runs" / f"{name}-f0.1-s{s}" / "result.json").read_text()) for s in (0, 1)]
         assert row["by_seed"] == {"0": found[0]["test_accuracy"], "1": found[1]["test_accuracy"]}
         assert (row["num_branches"], row["steps"]) == (3 if name == "ekd" else 1, found[0]["steps"])
         assert name in out
@@ -299,8 +297,7 @@ def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
     branching = ("student.branches=2", "student.split_after=stem", "student.ensemble=mean_probs")
     _, out, err = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, *branching)
     found = {
-        line.split("method=")[1].split()[0]: [word for word in branching if word in line]
-        for line in out.splitlines()
+        line.split("method=")[1].split()[0]: [word for word in branching if word in line] for line in out.splitlines()
     }
     assert found == {
         "one": [],
@@ -327,9 +324,7 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     assert "was tuned on cifar10, the study is on digits" in err
     assert "was tuned at fraction 0.02, and is used at 0.1" in err
     # What `data.fraction=0.1` gives of a data set that ten does not divide.
-    (folder / "ekd.yaml").write_text(
-        yaml.safe_dump({"overrides": [], "protocol": {**protocol, "fraction": 0.1002}})
-    )
+    (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [], "protocol": {**protocol, "fraction": 0.1002}}))
     assert "was tuned at fraction" not in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
     code, _, err = call(*ROWS, *options, *words)
@@ -407,10 +402,7 @@ def test_a_folder_that_is_no_study_is_left_alone(tmp_path):
 
 
 def test_a_study_file_reads_as_it_was_written(tmp_path):
-    rows = (
-        studies.RowPlan("ce", ("method=ce",), ("student.branches",)),
-        studies.RowPlan("ekd", ("method=ekd",)),
-    )
+    rows = (studies.RowPlan("ce", ("method=ce",), ("student.branches",)), studies.RowPlan("ekd", ("method=ekd",)))
     study = studies.Study(rows, (0.1, 1.0), (0, 2), ("recipe.lr=0.1",), "digits")
     studies.write_study(study, tmp_path)
     assert studies.read_study(tmp_path) == study
@@ -430,9 +422,7 @@ def test_keys_of_overrides(word, key):
 def test_rows_of_a_study_keep_their_way():
     old = studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), (), "digits")
     new = studies.Study((studies.RowPlan("ekd", ("method=ekd", "x=1")),), (0.2,), (1,), (), "digits")
-    with pytest.raises(
-        UserError, match="row ekd: the study has it with method=ekd, now it is method=ekd x=1"
-    ):
+    with pytest.raises(UserError, match="row ekd: the study has it with method=ekd, now it is method=ekd x=1"):
         studies.union(old, new)
     added = studies.union(old, studies.Study(old.rows, (0.2,), (1,), (), "digits"))
     assert (added.fractions, added.seeds) == ((0.1, 0.2), (0, 1))

@@ -83,9 +83,7 @@ def listed(value: object) -> list[str]:
 
 def test_panels_name_what_runs_log(views):
     panels = [panel for panels in views.panel_sections().values() for panel in panels]
-    named = [
-        name for panel in panels for key in ("metrics", "y") for name in listed(getattr(panel, key, None))
-    ]
+    named = [name for panel in panels for key in ("metrics", "y") for name in listed(getattr(panel, key, None))]
     sections = [name for name in named if "/" in name and not name.startswith(("train/", "val/"))]
     assert len(sections) > 10
     for name in sections:
@@ -160,9 +158,7 @@ def test_every_combination_composes_as_the_agent_would_start_it(monkeypatch, eve
         for chosen in combinations(every):
             command = utils.create_sweep_command(list(SWEEP["command"]))
             args = utils.create_sweep_command_args({"args": {n: {"value": v} for n, v in chosen.items()}})
-            words = [
-                w for c in command for w in (args["args_no_hyphens"] if c == "${args_no_hyphens}" else [c])
-            ]
+            words = [w for c in command for w in (args["args_no_hyphens"] if c == "${args_no_hyphens}" else [c])]
             assert words[0] == SWEEP["program"] == "ekd-train"
             cfg = compose("train", overrides=words[1:], return_hydra_config=True)
             assert cfg.hydra.run.dir == "outputs/wandb/abc"

@@ -109,9 +109,7 @@ def test_a_part_that_fails_is_told_with_its_run(run, monkeypatch):
     before = (run / "result.json").read_bytes()
     outcome = evaluate(run, "--parts", "corruptions", directory=run)
     assert outcome.code == 1
-    assert outcome.err.splitlines()[1:] == [
-        f"ekd-evaluate: error: {run}: corruptions: no corruptions in sight"
-    ]
+    assert outcome.err.splitlines()[1:] == [f"ekd-evaluate: error: {run}: corruptions: no corruptions in sight"]
     assert "corruptions failed" in outcome.out
     assert (run / "result.json").read_bytes() == before
 
@@ -163,9 +161,7 @@ def test_other_images_than_the_runs_are_refused(run):
 def test_a_mistake_is_one_line(run, tmp_path, words, named):
     before = (run / "result.json").read_bytes()
     (tmp_path / "empty").mkdir()
-    words = [
-        tmp_path / "empty" if word == "." else tmp_path / word if "runs" in word else word for word in words
-    ]
+    words = [tmp_path / "empty" if word == "." else tmp_path / word if "runs" in word else word for word in words]
     outcome = evaluate(*words, directory=run)
     assert outcome.code == 2
     lines = [line for line in outcome.err.splitlines() if not line.startswith("[1/1]")]
@@ -223,9 +219,7 @@ def test_a_failing_evaluation_is_no_failed_run(train, tmp_path, monkeypatch):
     assert outcome.status["state"] == "done"
     assert outcome.result["test_accuracy"] > 0
     assert outcome.result["evaluated"] == []
-    assert outcome.result["evaluation_error"].startswith(
-        "predictions: RuntimeError: no memory; generalisation"
-    )
+    assert outcome.result["evaluation_error"].startswith("predictions: RuntimeError: no memory; generalisation")
 
 
 def test_a_partial_run_is_not_evaluated(train, tmp_path):

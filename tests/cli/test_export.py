@@ -58,9 +58,7 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "export.json").read_text())
 
 
-def answers(
-    run: Path, branches: tuple[int, ...] = (0, 1, 2)
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def answers(run: Path, branches: tuple[int, ...] = (0, 1, 2)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Test images, what the run's student says of them, and the labels."""
     test = load_dataset("digits", run).test
     images = test.images.float() / 255
@@ -78,16 +76,12 @@ def test_the_record_tells_what_the_file_says(run, exported, name):
     facts = read(exported)["files"][name]
     assert facts["accuracy"] == pytest.approx(np.mean((logits.argmax(-1) == labels).numpy()))
     assert facts["reference_accuracy"] == pytest.approx(np.mean((reference.argmax(-1) == labels).numpy()))
-    assert facts["max_difference"] == pytest.approx(
-        float((logits - reference).abs().max()), rel=0.2, abs=2e-6
-    )
+    assert facts["max_difference"] == pytest.approx(float((logits - reference).abs().max()), rel=0.2, abs=2e-6)
     assert facts["sha256"] == file_sha256(exported / name)
     assert facts["bytes"] == (exported / name).stat().st_size
     if name == FILES[-1]:
         assert (facts["precision"], facts["tolerance"]) == ("int8", None)
-        assert (
-            facts["calibration_images"] == json.loads((run / "result.json").read_text())["num_train_images"]
-        )
+        assert facts["calibration_images"] == json.loads((run / "result.json").read_text())["num_train_images"]
         assert facts["accuracy"] >= facts["reference_accuracy"] - 0.1
     else:
         assert facts["max_difference"] <= facts["tolerance"]
@@ -105,9 +99,7 @@ def test_every_file_knows_what_the_run_knows(run, exported):
         assert found["data"]["test_sha256"] == provenance["data"]["test_sha256"]
         assert found["data"]["subset_sha256"] == result["subset_sha256"]
         assert found["input"]["normalization"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "inside": True}
-        assert [t["sha256"] for t in found["method"]["teachers"]] == [
-            t["sha256"] for t in provenance["teachers"]
-        ]
+        assert [t["sha256"] for t in found["method"]["teachers"]] == [t["sha256"] for t in provenance["teachers"]]
         assert found["method"]["terms"]["kd_branch"] == result["weight_kd_branch"]
         assert found["student"]["num_parameters"] == result["num_parameters"]
         assert found["student"]["macs"] == result["macs"]
@@ -149,9 +141,7 @@ def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch, capsys):
 
 
 def test_branches_weights_and_output(run, tmp_path, capsys):
-    code, out, _ = call(
-        capsys, run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold", "--license", "mit"
-    )
+    code, out, _ = call(capsys, run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold", "--license", "mit")
     assert code == 0, out
     images, expected, _ = answers(run, (2, 0))
     model = load(tmp_path / "one" / "student.safetensors")
@@ -190,11 +180,7 @@ def test_a_folder_holds_one_student(run, tmp_path, capsys):
 
     assert call(capsys, run, "-o", folder, "--branches", "0", "--force")[0] == 0
     assert set(read(folder)["files"]) == {"student.safetensors"}
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md",
-        "export.json",
-        "student.safetensors",
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "export.json", "student.safetensors"]
     assert "one branch" in (folder / "README.md").read_text()
 
 

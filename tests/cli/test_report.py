@@ -113,16 +113,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, capsys, wo
 
 
 @pytest.mark.parametrize(("package", "option"), [("matplotlib", "--no-figures"), ("plotly", "--no-page")])
-def test_a_missing_package_names_the_extra_and_the_option(
-    runs, tmp_path, capsys, monkeypatch, package, option
-):
+def test_a_missing_package_names_the_extra_and_the_option(runs, tmp_path, capsys, monkeypatch, package, option):
     real = report_files.find_spec
     monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == package else real(name))
     line = refused(capsys, runs, "-o", tmp_path / "out")
-    assert (
-        f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
-        in line
-    )
+    assert f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}" in line
     assert not (tmp_path / "out").exists()
     assert call(capsys, runs, "-o", tmp_path / "out", *TABLES)[0] == 0
 
@@ -149,12 +144,7 @@ def test_a_thousand_runs(tmp_path, capsys):
     """All are read, and every figure is right; docs/reporting.md tells how long it takes."""
     chance = random.Random(0)
     for number in range(1000):
-        K, M, seed, fraction = (
-            number % 5 + 1,
-            number // 5 % 4 + 1,
-            number // 20 % 10,
-            (number // 200 + 1) / 10,
-        )
+        K, M, seed, fraction = (number % 5 + 1, number // 5 % 4 + 1, number // 20 % 10, (number // 200 + 1) / 10)
         made = result("ekd", seed, 0.5 + 0.3 * chance.random(), K=K, M=M, fraction=fraction)
         write_run(tmp_path / "in" / f"{number // 100}" / f"{number}", made)
     code, out, _ = call(capsys, tmp_path / "in", "-o", tmp_path / "out", *TABLES)

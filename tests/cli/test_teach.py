@@ -20,9 +20,7 @@ def taught(tmp_path_factory):
     root = tmp_path_factory.mktemp("teach")
     words = (*TINY, f"teachers.store={root / 'store'}")
     first = call_teach(*words, f"hydra.run.dir={root / 'first'}", directory=root / "first")
-    again = call_teach(
-        *words, "teachers.count=1", f"hydra.run.dir={root / 'again'}", directory=root / "again"
-    )
+    again = call_teach(*words, "teachers.count=1", f"hydra.run.dir={root / 'again'}", directory=root / "again")
     student = call_train(*words, f"hydra.run.dir={root / 'student'}", directory=root / "student")
     assert (first.code, again.code, student.code) == (0, 0, 0), first.err + again.err + student.err
     return root, first, again, student
@@ -95,9 +93,7 @@ def test_a_table_filled_ahead_leaves_nothing_to_compute(taught, tmp_path, fill):
     assert filled.code == 0, filled.err
     table = filled.json("teachers.json")["table"]
     images = student.result["num_train_images"]
-    per_teacher = (
-        2 * (images // 32 * 32) if fill == "run" else 25 * images
-    )  # crops of padding 2, not mirrored
+    per_teacher = 2 * (images // 32 * 32) if fill == "run" else 25 * images  # crops of padding 2, not mirrored
     assert table["rows_found"] + table["rows_computed"] == 2 * per_teacher
     again = call_train(*words, f"hydra.run.dir={tmp_path / 'student'}", directory=tmp_path / "student")
     assert again.result["teacher_table_hit_rate"] == 1.0

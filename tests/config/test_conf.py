@@ -37,13 +37,7 @@ GROUPS = (
 )
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.rglob("*.yaml"))
 OPTIONS = [(path.parent.as_posix(), path.name) for path in FILES if path.parent.as_posix() in GROUPS]
-OURS = {
-    "devices": 1,
-    "max_epochs": 15,
-    "precision": "auto",
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-}
+OURS = {"devices": 1, "max_epochs": 15, "precision": "auto", "num_sanity_val_steps": 0, "enable_model_summary": False}
 
 
 def composed(*overrides: str, name: str = "train", hydra: bool = False):
@@ -118,9 +112,7 @@ def test_a_trainer_option_changes_only_what_it_says(name):
 @pytest.mark.parametrize("name", option_names("method"))
 @pytest.mark.parametrize("branches", [None, 3])
 def test_every_method_builds_with_three_teachers(name, branches):
-    settings = to_settings(
-        composed(f"method={name}", *([f"student.branches={branches}"] if branches else []))
-    )
+    settings = to_settings(composed(f"method={name}", *([f"student.branches={branches}"] if branches else [])))
     assert settings.method.name == name
     shapes = {"stem": (16, 32, 32), "stage1": (16, 32, 32), "stage2": (32, 16, 16), "stage3": (64, 8, 8)}
     method = build_method(
@@ -185,9 +177,7 @@ def test_every_data_option_brings_its_teachers_recipe_and_views(name):
     choices = cfg.hydra.runtime.choices
     assert (choices.teachers, choices.recipe) == (name, name)
     data = to_settings(composed(f"data={name}")).data
-    assert make_views(data.augmentation, data.padding, data.flip).num_views == (
-        25 if name == "digits" else 162
-    )
+    assert make_views(data.augmentation, data.padding, data.flip).num_views == (25 if name == "digits" else 162)
 
 
 def test_a_chosen_pool_or_recipe_is_kept_beside_the_data():

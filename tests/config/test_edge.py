@@ -134,10 +134,7 @@ def test_only_known_packages_may_be_built(target):
 
 def test_what_refuses_its_arguments_is_named():
     with pytest.raises(UserError, match=r"^callbacks\.x: .*patients") as caught:
-        build(
-            {"_target_": "pytorch_lightning.callbacks.EarlyStopping", "monitor": "a", "patients": 3},
-            "callbacks.x",
-        )
+        build({"_target_": "pytorch_lightning.callbacks.EarlyStopping", "monitor": "a", "patients": 3}, "callbacks.x")
     assert "\n" not in str(caught.value)
 
 

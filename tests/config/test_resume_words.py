@@ -49,9 +49,7 @@ def test_a_child_process_gets_the_same_words_again(run):
     assert expand_resume(once) == once
 
 
-@pytest.mark.parametrize(
-    ("state", "epochs_done"), [("running", None), ("failed", None), ("failed", 4), ("done", 3)]
-)
+@pytest.mark.parametrize(("state", "epochs_done"), [("running", None), ("failed", None), ("failed", 4), ("done", 3)])
 def test_what_did_not_go_to_its_end_can_go_on(run, state, epochs_done):
     expand_resume(["ekd-train", f"resume={run(state, epochs_done)}"])
 

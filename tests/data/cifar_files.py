@@ -110,8 +110,7 @@ def make_tiny(name: str, rows: int = 4) -> TinyCifar:
     parts = make_parts(spec, rows)
     binary = {file: binary_bytes(spec, part) for file, part in parts.items()}
     python = {
-        py.name: python_bytes(spec, parts[bi.name])
-        for py, bi in zip(spec.python.files, spec.binary.files, strict=True)
+        py.name: python_bytes(spec, parts[bi.name]) for py, bi in zip(spec.python.files, spec.binary.files, strict=True)
     }
     spec = dataclasses.replace(
         spec,

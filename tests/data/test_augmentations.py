@@ -169,11 +169,7 @@ def test_colour_against_torchvision(name):
 def test_colour_jitter_is_the_four_in_order():
     images, source = random_images(20, 32, 32), draws(20)
     jitter = color.ColorJitter(brightness=0.3, contrast=1.5, saturation=0.0, hue=0.2)
-    brightness, contrast, hue = (
-        source.uniform(0.7, 1.3),
-        source.uniform(0.0, 2.5),
-        source.uniform(-0.2, 0.2),
-    )
+    brightness, contrast, hue = (source.uniform(0.7, 1.3), source.uniform(0.0, 2.5), source.uniform(-0.2, 0.2))
     expected = color.adjust_brightness(images, brightness)
     expected = color.adjust_hue(color.adjust_contrast(expected, contrast), hue)
     assert torch.equal(jitter(images, draws(20)), expected)

@@ -48,9 +48,7 @@ def test_a_name_taken_twice_names_both(random_dataset):
     def other_digits(root, download):
         return random_dataset
 
-    with pytest.raises(
-        ValueError, match=r"'digits' is registered twice, by .*_load_digits and by .*other_digits"
-    ):
+    with pytest.raises(ValueError, match=r"'digits' is registered twice, by .*_load_digits and by .*other_digits"):
         register_dataset("digits")(other_digits)
 
 
@@ -91,9 +89,7 @@ def test_inconsistent_sets_are_bugs(random_dataset):
     with pytest.raises(ValueError, match="sizes"):
         Dataset("x", train, ImageSet("x", "test", test.images[..., :4], test.labels, test.class_names))
     with pytest.raises(ValueError, match="square"):
-        Dataset(
-            "x", *[ImageSet("x", s.split, s.images[:, :, :4], s.labels, s.class_names) for s in (train, test)]
-        )
+        Dataset("x", *[ImageSet("x", s.split, s.images[:, :, :4], s.labels, s.class_names) for s in (train, test)])
     with pytest.raises(ValueError, match="classes"):
         Dataset("x", train, ImageSet("x", "test", test.images, test.labels, tuple("abcd")))
     assert (random_dataset.num_classes, random_dataset.image_size, len(train)) == (4, 8, 120)

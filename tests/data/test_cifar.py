@@ -58,9 +58,7 @@ def test_incomplete_folder_is_named_unless_the_other_form_is_whole(tmp_path):
     tiny = make_tiny("cifar10")
     folder = tiny.write(tmp_path, "binary")
     (folder / "data_batch_3.bin").unlink()
-    with pytest.raises(
-        UserError, match=r"cifar-10-batches-bin lacks data_batch_3\.bin: delete the folder, then"
-    ):
+    with pytest.raises(UserError, match=r"cifar-10-batches-bin lacks data_batch_3\.bin: delete the folder, then"):
         read_cifar(tiny.spec, tmp_path)
     tiny.write(tmp_path, "python")
     check_content(tiny, read_cifar(tiny.spec, tmp_path))
@@ -193,10 +191,7 @@ def test_batches_written_by_python_2():
 
 
 def test_class_constants():
-    for name, first, last, count in (
-        ("cifar10", "airplane", "truck", 10),
-        ("cifar100", "apple", "worm", 100),
-    ):
+    for name, first, last, count in (("cifar10", "airplane", "truck", 10), ("cifar100", "apple", "worm", 100)):
         names = cifar_spec(name).class_names
         assert (names[0], names[-1], len(set(names))) == (first, last, count)
     with pytest.raises(UserError, match="did you mean 'cifar10'"):

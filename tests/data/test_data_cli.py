@@ -17,12 +17,7 @@ def nothing_loaded(monkeypatch):
 def test_digits(capsys, tmp_path):
     assert main(["digits", "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for part in (
-        "bundled with scikit-learn",
-        "1437 for training, 360 for testing, 3×32×32",
-        "10: 0, 1",
-        "sha256",
-    ):
+    for part in ("bundled with scikit-learn", "1437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
         assert part in out
     assert not list(tmp_path.iterdir())
 

@@ -40,9 +40,7 @@ def test_fit_sees_each_epochs_own_order(datamodule, tmp_path):
     model = Recorder()
     make_trainer(tmp_path, 3).fit(model, datamodule=datamodule)
     assert_same(model.seen["train"], plain_epochs(datamodule, range(3)))
-    first, second = (
-        torch.cat([batch.index for epoch, batch in model.seen["train"] if epoch == n]) for n in (0, 1)
-    )
+    first, second = (torch.cat([batch.index for epoch, batch in model.seen["train"] if epoch == n]) for n in (0, 1))
     assert not torch.equal(first, second)
     assert (datamodule.num_train_images, datamodule.num_val_images) == (88, 20)
 
@@ -116,9 +114,7 @@ def test_resumed_run_goes_on_with_the_right_epoch(options, datamodule, tmp_path)
     trainer = make_trainer(tmp_path, 2, callbacks=[saver], enable_checkpointing=True)
     trainer.fit(stopped, datamodule=datamodule)
     resumed = Recorder()
-    make_trainer(tmp_path, 4).fit(
-        resumed, datamodule=datamodule, ckpt_path=saver.best_model_path, weights_only=False
-    )
+    make_trainer(tmp_path, 4).fit(resumed, datamodule=datamodule, ckpt_path=saver.best_model_path, weights_only=False)
     assert_same(resumed.seen["train"], plain_epochs(datamodule, (2, 3)))
     assert torch.equal(resumed.linear.weight, whole.linear.weight)
 
@@ -126,9 +122,7 @@ def test_resumed_run_goes_on_with_the_right_epoch(options, datamodule, tmp_path)
 @pytest.mark.parametrize("use_distributed_sampler", [True, False])
 def test_lightning_leaves_the_loaders_alone(use_distributed_sampler, datamodule, tmp_path):
     model = Recorder()
-    trainer = make_trainer(
-        tmp_path, 1, use_distributed_sampler=use_distributed_sampler, limit_train_batches=2
-    )
+    trainer = make_trainer(tmp_path, 1, use_distributed_sampler=use_distributed_sampler, limit_train_batches=2)
     trainer.fit(model, datamodule=datamodule)
     assert isinstance(trainer.train_dataloader, TrainLoader)
     assert len(model.seen["train"]) == 2
@@ -143,9 +137,7 @@ def test_two_processes_see_the_same_global_batches(datamodule, tmp_path):
     for (epoch, a), (other_epoch, b) in zip(notes[0]["train"], notes[1]["train"], strict=True):
         assert epoch == other_epoch
         assert len(a.index) == 8
-        merged.append(
-            (epoch, Batch(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(a[:5], b[:5], strict=True))))
-        )
+        merged.append((epoch, Batch(*(torch.stack(pair, 1).flatten(0, 1) for pair in zip(a[:5], b[:5], strict=True)))))
     assert_same(merged, plain_epochs(datamodule, range(2)))
     for epoch in range(2):
         valid = [
@@ -160,11 +152,7 @@ def test_two_processes_see_the_same_global_batches(datamodule, tmp_path):
 
 def test_loaders_take_processes_from_the_trainer(datamodule, random_dataset):
     datamodule.trainer = SimpleNamespace(world_size=4, global_rank=3)
-    for loader in (
-        datamodule.train_dataloader(),
-        datamodule.val_dataloader(),
-        datamodule.test_dataloader(),
-    ):
+    for loader in (datamodule.train_dataloader(), datamodule.val_dataloader(), datamodule.test_dataloader()):
         assert (loader.world_size, loader.rank) == (4, 3)
     datamodule = make_datamodule(random_dataset, batch_size=15)
     datamodule.trainer = SimpleNamespace(world_size=2, global_rank=0)

@@ -81,8 +81,7 @@ def test_batch_sizes_that_do_not_fit(size, world_size, message):
 def test_every_evaluation_image_exactly_once(count, world_size, batch_size):
     index = torch.arange(count).flip(0)
     ranks = [
-        list(EvalLoader(TRAIN, index, 3, batch_size, world_size=world_size, rank=rank))
-        for rank in range(world_size)
+        list(EvalLoader(TRAIN, index, 3, batch_size, world_size=world_size, rank=rank)) for rank in range(world_size)
     ]
     lengths = {len(batch.index) for batches in ranks for batch in batches}
     assert len({len(batches) for batches in ranks}) == 1

@@ -43,9 +43,7 @@ def test_two_processes_see_the_mixtures_of_one(kind, views):
 def test_any_number_of_processes_and_any_epoch(number, world_size, kind):
     whole = epoch(number, KINDS[kind])
     for rank in range(world_size):
-        for mine, batch in zip(
-            epoch(number, KINDS[kind], world_size=world_size, rank=rank), whole, strict=True
-        ):
+        for mine, batch in zip(epoch(number, KINDS[kind], world_size=world_size, rank=rank), whole, strict=True):
             assert torch.equal(mine.images, batch.images[rank::world_size])
             assert torch.equal(mine.soft_labels, batch.soft_labels[rank::world_size])
 

@@ -40,10 +40,7 @@ def test_reference_generator_gives_published_outputs():
 
 
 @given(
-    st.integers(0, 9),
-    st.integers(-(2**63), 2**64),
-    st.integers(0, 10**6),
-    st.lists(st.integers(0, 2**62), min_size=1),
+    st.integers(0, 9), st.integers(-(2**63), 2**64), st.integers(0, 10**6), st.lists(st.integers(0, 2**62), min_size=1)
 )
 def test_hash_equals_pure_python(stream, seed, epoch, index):
     ours = hash_uniform_u64(stream, seed, epoch, np.array(index))

@@ -105,10 +105,7 @@ def test_absent_classes_are_not_missed():
         ({"per_class": 101}, r"data\.per_class=101 must lie in 1\.\.100 \(the smallest class has 100\)"),
         ({"val_fraction": 1.0}, r"data\.val_fraction=1.0 must lie in \[0, 1\)"),
         ({"val_fraction": -0.1}, r"data\.val_fraction=-0.1"),
-        (
-            {"per_class": 9},
-            r"data\.val_fraction=0.1 leaves class 0 without validation.*data\.val_fraction=0$",
-        ),
+        ({"per_class": 9}, r"data\.val_fraction=0.1 leaves class 0 without validation.*data\.val_fraction=0$"),
     ],
 )
 def test_mistakes_are_named(arguments, message):

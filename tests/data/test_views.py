@@ -124,9 +124,7 @@ def test_each_augmentation_alone_is_pure_and_does_something(name):
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     before = IMAGES.clone()
     whole = views_of(family, pairs)
-    shuffled = torch.cat(
-        [views_of(family, [pairs[k] for k in order[at : at + 7]]) for at in range(0, 540, 7)]
-    )
+    shuffled = torch.cat([views_of(family, [pairs[k] for k in order[at : at + 7]]) for at in range(0, 540, 7)])
     assert torch.equal(shuffled, whole[order])
     assert torch.equal(IMAGES, before)
     different = {bytes(view.numpy().tobytes()) for view in whole[:V]}
@@ -137,9 +135,7 @@ def test_the_views_of_crop_flip_in_a_pool_are_some_of_the_162():
     family, finite = make_views(["crop_flip", "crop_flip"], pool_size=V), CropFlip()
     index, view = torch.arange(60), torch.arange(60) % V
     once = finite(IMAGES, Draws(0, 0, view, index).integers(162), index)
-    assert torch.equal(
-        family(IMAGES, view, index), finite(once, Draws(0, 1, view, index).integers(162), index)
-    )
+    assert torch.equal(family(IMAGES, view, index), finite(once, Draws(0, 1, view, index).integers(162), index))
 
 
 def test_augmentations_are_applied_in_order():
@@ -207,11 +203,7 @@ def test_plain_names_keep_their_families():
         (None, {}, r"data\.augmentation=None"),
         ([["cutout"]], {}, r"data\.augmentation \['cutout'\]"),
         ("cutout", {"pool_size": 0}, r"data\.pool_size=0 must lie in 1\.\."),
-        (
-            "cutout",
-            {"options": {"cutuot": {}}},
-            r"data\.augmentation_options: 'cutuot'; did you mean 'cutout'",
-        ),
+        ("cutout", {"options": {"cutuot": {}}}, r"data\.augmentation_options: 'cutuot'; did you mean 'cutout'"),
         ("cutout", {"options": {"cutout": 8}}, r"data\.augmentation_options\.cutout=8: must be a mapping"),
         ("none", {"options": {"crop_flip": {"padding": 1}}}, r"data\.augmentation_options: 'crop_flip'"),
         (["crop_flip", "cutout"], {"padding": -1}, r"data\.padding=-1"),

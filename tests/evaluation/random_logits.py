@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def random_logits(
-    K: int = 3, N: int = 40, C: int = 5, seed: int = 0, scale: float = 2.0
-) -> tuple[Tensor, Tensor]:
+def random_logits(K: int = 3, N: int = 40, C: int = 5, seed: int = 0, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     """Branch logits float32 [K, N, C] that know something of the labels, and the labels [N]."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, C, (N,), generator=g)

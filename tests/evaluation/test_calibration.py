@@ -54,9 +54,7 @@ def test_the_diagram_and_its_error_are_those_of_published_packages():
     published = multiclass_calibration_error(probs, labels, num_classes=5, n_bins=15, norm="l1")
     assert cal.calibration_error(found) == pytest.approx(float(published), abs=1e-6)
     confidence, predicted = probs.max(-1)
-    accuracy, mean_confidence = calibration_curve(
-        (predicted == labels).numpy(), confidence.numpy(), n_bins=15
-    )
+    accuracy, mean_confidence = calibration_curve((predicted == labels).numpy(), confidence.numpy(), n_bins=15)
     full = found.count > 0
     np.testing.assert_allclose(found.accuracy[full], accuracy, rtol=1e-12)
     np.testing.assert_allclose(found.confidence[full], mean_confidence, rtol=1e-12)
@@ -87,10 +85,7 @@ def test_errors_do_not_depend_on_the_order_of_images(seed, N, coarse):
     branches, labels = random_logits(1, N, 4, seed)
     logits = branches[0].round() if coarse else branches[0]
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-    one, other = (
-        cal.score_probabilities(logits, labels),
-        cal.score_probabilities(logits[order], labels[order]),
-    )
+    one, other = (cal.score_probabilities(logits, labels), cal.score_probabilities(logits[order], labels[order]))
     assert one == pytest.approx(other, abs=1e-12)
     assert all(0 <= value <= 1 for value in (one.ece, one.adaptive_ece, one.overconfidence))
     assert one.overconfidence <= one.ece + 1e-12

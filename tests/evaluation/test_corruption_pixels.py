@@ -5,15 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from corruption_references import (
-    IMAGES,
-    assert_levels,
-    clipped_zoom,
-    run,
-    swept,
-    the_draws,
-    unit,
-)
+from corruption_references import IMAGES, assert_levels, clipped_zoom, run, swept, the_draws, unit
 from PIL import Image
 from scipy import ndimage, stats
 
@@ -56,10 +48,7 @@ def test_shot_noise_is_poisson(severity, level):
         assert found[0] == len(values)
         return
     common = expected * len(values) >= 20
-    grouped = (
-        np.append(found[common], found[~common].sum()),
-        np.append(expected[common], expected[~common].sum()),
-    )
+    grouped = (np.append(found[common], found[~common].sum()), np.append(expected[common], expected[~common].sum()))
     chi = stats.chisquare(grouped[0], grouped[1] / grouped[1].sum() * len(values))
     assert chi.pvalue > 1e-3
 
@@ -97,9 +86,7 @@ def test_defocus_blur(severity):
 @pytest.mark.parametrize("severity", SEVERITIES)
 def test_glass_blur_by_a_loop_over_pixels(severity):
     sigma, passes = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[severity - 1]
-    images = (
-        np.floor(ndimage.gaussian_filter(unit(), (0, 0, sigma, sigma), mode="nearest") * 255 + 1e-4) / 255
-    )
+    images = np.floor(ndimage.gaussian_filter(unit(), (0, 0, sigma, sigma), mode="nearest") * 255 + 1e-4) / 255
     draws = the_draws("glass_blur", severity)
     for _ in range(passes):
         up, left = draws.uniform(32, 32) < 0.5, draws.uniform(32, 32) < 0.5
@@ -117,9 +104,7 @@ def test_motion_blur_by_the_angle_that_was_drawn():
         radius, sigma = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))[severity - 1]
         angles = the_draws("motion_blur", severity).uniform(1).double()[:, 0] * 90 - 45
         assert (angles.abs() <= 45).all()
-        expected = np.stack(
-            [swept(image, radius, sigma, float(a)) for image, a in zip(unit(), angles, strict=True)]
-        )
+        expected = np.stack([swept(image, radius, sigma, float(a)) for image, a in zip(unit(), angles, strict=True)])
         assert_levels(run("motion_blur", severity), np.round(expected * 255) / 255)
 
 
@@ -158,15 +143,11 @@ def test_elastic_transform(severity):
         forward = np.vstack([np.linalg.solve(system, corners + moves[n]).T, [0, 0, 1]])
         source = np.linalg.inv(forward) @ np.stack([x.ravel(), y.ravel(), np.ones(1024)])
         right, down = (
-            ndimage.gaussian_filter(s[n], smooth * 32, mode="reflect", truncate=3) * strength * 32
-            for s in shifts
+            ndimage.gaussian_filter(s[n], smooth * 32, mode="reflect", truncate=3) * strength * 32 for s in shifts
         )
         warped = [ndimage.map_coordinates(c, source[[1, 0]], order=1, mode="mirror") for c in image]
         expected.append(
-            [
-                ndimage.map_coordinates(c.reshape(32, 32), [y + down, x + right], order=1, mode="reflect")
-                for c in warped
-            ]
+            [ndimage.map_coordinates(c.reshape(32, 32), [y + down, x + right], order=1, mode="reflect") for c in warped]
         )
     assert_levels(run("elastic_transform", severity), np.array(expected))
 
@@ -181,6 +162,4 @@ def test_pixelate_and_jpeg_are_those_of_pillow(severity):
         assert np.array_equal(run("pixelate", severity)[n].permute(1, 2, 0), np.asarray(boxes))
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=quality)
-        assert np.array_equal(
-            run("jpeg_compression", severity)[n].permute(1, 2, 0), np.asarray(Image.open(file))
-        )
+        assert np.array_equal(run("jpeg_compression", severity)[n].permute(1, 2, 0), np.asarray(Image.open(file)))

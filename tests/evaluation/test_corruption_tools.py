@@ -39,14 +39,10 @@ def test_unknown_border():
 
 
 @pytest.mark.parametrize("border", ["nearest", "reflect"])
-@pytest.mark.parametrize(
-    ("sigma", "truncate"), [(0.05, 4.0), (0.4, 4.0), (1.0, 4.0), (2.56, 3.0), (6.4, 3.0)]
-)
+@pytest.mark.parametrize(("sigma", "truncate"), [(0.05, 4.0), (0.4, 4.0), (1.0, 4.0), (2.56, 3.0), (6.4, 3.0)])
 def test_gaussian_blur_is_that_of_scipy(border, sigma, truncate):
     images = maps(2, 3, 32, 32)
-    expected = ndimage.gaussian_filter(
-        images.double().numpy(), (0, 0, sigma, sigma), mode=border, truncate=truncate
-    )
+    expected = ndimage.gaussian_filter(images.double().numpy(), (0, 0, sigma, sigma), mode=border, truncate=truncate)
     found = tools.gaussian_blur(images, sigma, border, truncate)
     np.testing.assert_allclose(found.numpy(), expected, atol=2e-6)
 
@@ -120,9 +116,7 @@ def test_levels_are_cut_off_and_forgive_rounding():
     assert tools.to_levels(third * 0.5 + third * 0.5).item() == 100
 
 
-def draws(
-    count: int = 1, *, seed: int = 0, name: str = "fog", severity: int = 1, start: int = 0
-) -> ImageDraws:
+def draws(count: int = 1, *, seed: int = 0, name: str = "fog", severity: int = 1, start: int = 0) -> ImageDraws:
     return ImageDraws(seed, name, severity, torch.arange(start, start + count))
 
 

@@ -6,15 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from corruption_references import (
-    IMAGES,
-    assert_levels,
-    clipped_zoom,
-    run,
-    swept,
-    the_draws,
-    unit,
-)
+from corruption_references import IMAGES, assert_levels, clipped_zoom, run, swept, the_draws, unit
 from PIL import Image
 from scipy import ndimage
 from scipy.sparse import csgraph, lil_matrix
@@ -50,9 +42,7 @@ def test_snow(severity):
 def test_frost_mixes_a_piece_of_a_photograph():
     plain = [torch.full((3, 40, 40), 0.4), torch.full((3, 40, 40), 0.8)]
     images = IMAGES[[0] * 40]
-    for severity, (keep, share) in enumerate(
-        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), start=1
-    ):
+    for severity, (keep, share) in enumerate(((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), start=1):
         found = corrupt(images, "frost", severity, frost=plain)
         either = [keep * unit(images[:1]) + share * value for value in (0.4, 0.8)]
         levels = [np.floor(np.clip(e, 0, 1) * 255 + 1e-4) for e in either]

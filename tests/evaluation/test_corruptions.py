@@ -5,12 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from corruption_references import (
-    ALL,
-    IMAGES,
-    made,
-    run,
-)
+from corruption_references import ALL, IMAGES, made, run
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, SEVERITIES, corrupt

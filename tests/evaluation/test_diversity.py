@@ -103,9 +103,7 @@ def test_the_spread_over_seeds_is_that_of_a_loop():
     logits, labels = random_logits(4, 30, 5, seed=2)
     p = logits.double().softmax(-1).numpy()
     found = spread_over_runs(p, labels.numpy())
-    variance = np.mean(
-        [sum(np.var([p[r, i, c] for r in range(4)], ddof=1) for c in range(5)) for i in range(30)]
-    )
+    variance = np.mean([sum(np.var([p[r, i, c] for r in range(4)], ddof=1) for c in range(5)) for i in range(30)])
     predicted = p.argmax(-1)
     differ = [np.mean(predicted[i] != predicted[j]) for i, j in itertools.combinations(range(4), 2)]
     accuracies = [np.mean(row == labels.numpy()) for row in predicted]

@@ -7,13 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ekd_lightning.evaluation.efficiency import (
-    count_macs,
-    count_parameters,
-    measure_latency,
-    peak_memory,
-    stored_bytes,
-)
+from ekd_lightning.evaluation.efficiency import count_macs, count_parameters, measure_latency, peak_memory, stored_bytes
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
 from ekd_lightning.networks.frozen import FrozenStudent
 
@@ -65,9 +59,7 @@ def test_plain_networks(depth: int, parameters: int, millions: float) -> None:
         (20, 3, (685_166, 788_462, 816_494, 817_422), (67.0, 93.2, 121.6, 122.4)),
     ],
 )
-def test_branched_students(
-    depth: int, branches: int, parameters: tuple[int, ...], millions: tuple[float, ...]
-) -> None:
+def test_branched_students(depth: int, branches: int, parameters: tuple[int, ...], millions: tuple[float, ...]) -> None:
     for split, count, macs in zip(SPLITS, parameters, millions, strict=True):
         student = BranchedStudent(_spec(depth), branches=branches, split_after=split)
         assert count_parameters(student) == count
@@ -75,9 +67,7 @@ def test_branched_students(
 
 
 def test_counts_by_hand() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()
-    )
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, groups=1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
     network.append(nn.Linear(8 * 30 * 30, 5))
     assert count_parameters(network) == (3 * 8 * 9 + 8) + (8 * 9 + 8) + (7200 * 5 + 5)
     assert count_macs(network) == 3 * 8 * 9 * 32 * 32 + 8 * 9 * 30 * 30 + 7200 * 5

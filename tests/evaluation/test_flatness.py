@@ -108,9 +108,7 @@ def test_gradient_by_finite_differences_with_batch_norm_at_rest():
         for place in range(0, weight.numel(), 5):
             step = torch.zeros_like(weight).view(-1)
             step[place] = small
-            up, down = (
-                loss.value({**loss.weights, name: weight + sign * step.view_as(weight)}) for sign in (1, -1)
-            )
+            up, down = (loss.value({**loss.weights, name: weight + sign * step.view_as(weight)}) for sign in (1, -1))
             assert (up - down) / (2 * small) == pytest.approx(float(gradient[name].view(-1)[place]), abs=1e-7)
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -129,10 +127,7 @@ def test_sharpness_of_a_network_is_the_rise_at_the_perturbed_network():
         start.backward()
         moved = copy.deepcopy(network)
         norm = math.sqrt(
-            sum(
-                float(((p.detach().abs() if adaptive else 1) * p.grad).square().sum())
-                for p in network.parameters()
-            )
+            sum(float(((p.detach().abs() if adaptive else 1) * p.grad).square().sum()) for p in network.parameters())
         )
         with torch.no_grad():
             for ours, theirs in zip(moved.parameters(), network.parameters(), strict=True):
@@ -188,9 +183,7 @@ def student(ensemble: str = "mean_logits") -> BranchedStudent:
 
 
 def test_directions_have_the_lengths_of_the_filters():
-    weights = DatasetLoss(
-        student(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1).long()
-    ).weights
+    weights = DatasetLoss(student(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1).long()).weights
     direction = filter_normalized_direction(weights, seed=4)
     assert direction.keys() == weights.keys()
     for name, weight in weights.items():

@@ -102,9 +102,7 @@ def test_against_scikit_learn_and_torchmetrics():
     # scikit-learn's binary score of each class against the rest; their sum is ours
     brier = sum(brier_score_loss(y == c, p[:, c]) for c in range(30))
     assert got["brier"] == pytest.approx(brier, rel=1e-6)
-    assert got["ece"] == pytest.approx(
-        tm.MulticlassCalibrationError(30, n_bins=15)(logits.softmax(-1), labels).item()
-    )
+    assert got["ece"] == pytest.approx(tm.MulticlassCalibrationError(30, n_bins=15)(logits.softmax(-1), labels).item())
     assert got["accuracy"] == pytest.approx(tm.MulticlassAccuracy(30, average="micro")(logits, labels).item())
 
 

@@ -21,9 +21,7 @@ COSTS = [sub.Cost(10, 1), sub.Cost(17, 2), sub.Cost(24, 3)]
 
 def coupled(branches, kept, ensemble):
     z = branches.double().numpy()[kept]
-    return (
-        z.mean(0) if ensemble == "mean_logits" else logsumexp(log_softmax(z, -1), axis=0) - np.log(len(kept))
-    )
+    return z.mean(0) if ensemble == "mean_logits" else logsumexp(log_softmax(z, -1), axis=0) - np.log(len(kept))
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probs"])
@@ -32,9 +30,7 @@ def test_every_subset_is_scored_as_in_a_loop(name, ensemble):
     branches, labels = CASES[name]
     K, y = len(branches), labels.numpy()
     found = sub.score_subsets(branches, labels, COSTS, ensemble)
-    assert [row.branches for row in found] == (
-        [[0]] if K == 1 else [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]]
-    )
+    assert [row.branches for row in found] == ([[0]] if K == 1 else [[0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]])
     for row in found:
         z = coupled(branches, row.branches, ensemble)
         assert row.accuracy == pytest.approx(np.mean(z.argmax(1) == y))
@@ -72,9 +68,7 @@ def test_thresholds_of_0_and_1_are_the_first_branch_and_all():
 
 
 def images(N=12):
-    pixels = torch.randint(
-        0, 256, (N, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
+    pixels = torch.randint(0, 256, (N, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return ImageSet("random", "test", pixels, torch.arange(N) % 10, tuple("abcdefghij"))
 
 

@@ -41,9 +41,7 @@ def make_batch(B=5, C=4, seed=0):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, C, (B,), generator=g)
     index = torch.arange(B)
-    return Batch(
-        torch.rand(B, 3, 8, 8, generator=g), labels, index, index * 0, torch.ones(B, dtype=torch.bool)
-    )
+    return Batch(torch.rand(B, 3, 8, 8, generator=g), labels, index, index * 0, torch.ones(B, dtype=torch.bool))
 
 
 def make_student(K=2, B=5, C=4, *, d=D, seed=1, dtype=torch.float32):

@@ -38,17 +38,7 @@ def target(teachers_MBC, weights_M, temperature, combine):
 
 
 def ekd(
-    *,
-    ensemble,
-    branches,
-    teachers,
-    labels,
-    student_pooled,
-    teacher_pooled,
-    assignment,
-    temperature,
-    combine,
-    weights,
+    *, ensemble, branches, teachers, labels, student_pooled, teacher_pooled, assignment, temperature, combine, weights
 ):
     """All five terms and their weighted sum; features of equal size, so no adapter."""
     K, M = assignment.shape
@@ -57,14 +47,11 @@ def ekd(
         "ce_branch": sum(ce(branches[k], labels) for k in range(K)) / K,
         "kd_ensemble": kd(ensemble, target(teachers, [1 / M] * M, temperature, combine), temperature),
         "kd_branch": sum(
-            kd(branches[k], target(teachers, assignment[k], temperature, combine), temperature)
-            for k in range(K)
+            kd(branches[k], target(teachers, assignment[k], temperature, combine), temperature) for k in range(K)
         )
         / K,
         "feature_branch": sum(
-            assignment[k, m] * np.mean((student_pooled[k] - teacher_pooled[m]) ** 2)
-            for k in range(K)
-            for m in range(M)
+            assignment[k, m] * np.mean((student_pooled[k] - teacher_pooled[m]) ** 2) for k in range(K) for m in range(M)
         )
         / K,
     }

@@ -96,10 +96,7 @@ def test_attacked_images_flip_the_teachers_class_or_had_all_steps(live):
 def test_one_step_of_an_attack_by_hand():
     """For a linear teacher the gradient is known: the step is 0.3 (gap + 1e-4) g / |g| in normalised units."""
     weight = torch.randn(3, 3 * 4 * 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    mean, std = (
-        torch.full((1, 3, 1, 1), 0.5).double(),
-        torch.tensor([0.2, 0.25, 0.3]).double().view(1, 3, 1, 1),
-    )
+    mean, std = (torch.full((1, 3, 1, 1), 0.5).double(), torch.tensor([0.2, 0.25, 0.3]).double().view(1, 3, 1, 1))
 
     def ask(x):
         return ((x - mean) / std).flatten(1) @ weight.T
@@ -239,9 +236,7 @@ def test_a_mixed_image_has_the_class_of_its_larger_share(live):
     live._student.eval()
     here = context(live)
     labels = here.batch.labels
-    soft = 0.6 * torch.nn.functional.one_hot(labels, C) + 0.4 * torch.nn.functional.one_hot(
-        (labels + 1) % C, C
-    )
+    soft = 0.6 * torch.nn.functional.one_hot(labels, C) + 0.4 * torch.nn.functional.one_hot((labels + 1) % C, C)
     mixed = replace(here, batch=here.batch._replace(labels=(labels + 1) % C, soft_labels=soft))
     torch.testing.assert_close(make_term()(mixed), make_term()(here))
 

@@ -116,9 +116,7 @@ def test_negatives_are_of_other_classes_and_a_pure_function_of_seed_step_and_ima
     assert (labels[drawn] != LABELS[:, None]).all()
     assert torch.equal(images.negatives(rows[[6, 1]], 501, step=torch.tensor(3)), drawn[[6, 1]])
     assert not torch.equal(images.negatives(rows, 501, step=torch.tensor(4)), drawn)
-    assert not torch.equal(
-        TrainingImages(INDEX, LABELS, seed=6).negatives(rows, 501, step=torch.tensor(3)), drawn
-    )
+    assert not torch.equal(TrainingImages(INDEX, LABELS, seed=6).negatives(rows, 501, step=torch.tensor(3)), drawn)
 
 
 def test_negatives_are_uniform():

@@ -23,16 +23,7 @@ from ekd_lightning.methods.losses import (
 )
 from ekd_lightning.networks.staged import TeacherOutput
 
-from .helpers import (
-    STUDENT_STAGES,
-    make_batch,
-    make_student,
-    make_teachers,
-    rand,
-    sizes,
-    step_context,
-    term_context,
-)
+from .helpers import STUDENT_STAGES, make_batch, make_student, make_teachers, rand, sizes, step_context, term_context
 
 
 def reference_map(f):
@@ -174,9 +165,7 @@ def test_no_gradient_into_teachers_and_branches_are_averaged():
         for m in range(3):
             one = student._replace(stages=(student.stages[k],), branch_logits=student.branch_logits[:1])
             other = TeacherOutput(teachers.logits[:1], teachers.pooled[:1], teachers.stages[m : m + 1])
-            pairs.append(
-                build_term("fsp", 1.0, flow_context(), stages=FLOW)(step_context(one, other, make_batch()))
-            )
+            pairs.append(build_term("fsp", 1.0, flow_context(), stages=FLOW)(step_context(one, other, make_batch())))
     torch.testing.assert_close(value, torch.stack(pairs).mean())
     value.backward()
     assert all(s["stem"].grad is not None for s in student.stages)
@@ -248,11 +237,7 @@ def test_structure_of_gaussian_models():
     assert term.student_stages == term.teacher_stages == tuple(STAGES)
     first = term.models["branch0_teacher1"][0]
     assert [type(layer) for layer in first.mean] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d]
-    assert [tuple(first.mean[i].weight.shape) for i in (0, 2, 4)] == [
-        (5, 4, 1, 1),
-        (5, 5, 1, 1),
-        (5, 5, 1, 1),
-    ]
+    assert [tuple(first.mean[i].weight.shape) for i in (0, 2, 4)] == [(5, 4, 1, 1), (5, 5, 1, 1), (5, 5, 1, 1)]
     assert all(first.mean[i].bias is None for i in (0, 2, 4))
 
 

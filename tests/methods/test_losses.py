@@ -119,9 +119,7 @@ def test_combine_is_not_touched_by_autocast():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_with_branches_is_the_mean_of_each(smoothing):
     z, y = rand(3, 5, 4), torch.tensor([0, 3, 1, 1, 2])
-    each = torch.stack(
-        [torch.nn.functional.cross_entropy(z[k], y, label_smoothing=smoothing) for k in range(3)]
-    )
+    each = torch.stack([torch.nn.functional.cross_entropy(z[k], y, label_smoothing=smoothing) for k in range(3)])
     torch.testing.assert_close(losses.cross_entropy(z, y, smoothing), each.mean())
     assert losses.cross_entropy(z[0], y).item() == pytest.approx(reference.ce(z[0].numpy(), y.numpy()))
 
@@ -194,9 +192,7 @@ def test_half_precision_gives_float32_losses_close_to_full_precision(name):
     loss, ours, theirs, _ = LOSSES[name]
     student, teacher = rand(*ours).bfloat16(), rand(*theirs, seed=1).bfloat16()
     # Products of relations are kept from autocast by their term.
-    with torch.autocast(
-        "cpu", torch.bfloat16, enabled=name not in ("angle", "angles", "similarity", "similarities")
-    ):
+    with torch.autocast("cpu", torch.bfloat16, enabled=name not in ("angle", "angles", "similarity", "similarities")):
         found = loss(student, teacher)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), loss(student.double(), teacher.double()), rtol=1e-4, atol=1e-5)

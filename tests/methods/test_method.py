@@ -157,9 +157,7 @@ def test_a_term_of_weight_zero_is_neither_built_nor_evaluated(raising_term):
     direct = Method("m", {"bad": raising_term(0.0, None), **dict(method.named_terms())})
     direct(make_student(), None, make_batch())
     with pytest.raises(AssertionError, match="evaluated"):
-        build({"test_raises": {"weight": 1}}, temperature=None, assignment=None)(
-            make_student(), None, make_batch()
-        )
+        build({"test_raises": {"weight": 1}}, temperature=None, assignment=None)(make_student(), None, make_batch())
 
 
 def test_names_of_a_term_of_weight_zero_are_checked_all_the_same():
@@ -250,10 +248,7 @@ def test_bfloat16_outputs_give_a_float32_loss():
         ({"terms": {"kd_branch": {"weight": float("nan")}}}, r"method.terms.kd_branch.weight=nan"),
         ({"terms": {"kd_branch": {}}}, "give at least a weight"),
         ({"terms": {"kd_branch": 1.0}}, r"method.terms.kd_branch=1.0 .*weight"),
-        (
-            {"terms": {"kd_branch": {"weight": 1, "temperature": -2}}},
-            r"method.terms.kd_branch: temperature=-2",
-        ),
+        ({"terms": {"kd_branch": {"weight": 1, "temperature": -2}}}, r"method.terms.kd_branch: temperature=-2"),
         ({"terms": {"keys": {"weight": 1, "type": "kd_branch"}}}, r"method.terms.keys: not a usable name"),
         ({"terms": {"a.b": {"weight": 1, "type": "kd_branch"}}}, r"method.terms.a.b: not a usable name"),
         ({"terms": {"kd_branch": {"weight": 0}}}, "no term with a positive weight"),

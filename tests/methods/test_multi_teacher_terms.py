@@ -84,9 +84,7 @@ def confidence_weights_loop(errors_MB, divisor):
 
 
 def errors_loop(logits_MBC, labels):
-    return np.array(
-        [[reference.ce([row], [y]) for row, y in zip(z, labels, strict=True)] for z in logits_MBC]
-    )
+    return np.array([[reference.ce([row], [y]) for row, y in zip(z, labels, strict=True)] for z in logits_MBC])
 
 
 def slsqp(gradients, tolerance):
@@ -130,9 +128,7 @@ def test_cross_entropies_take_the_soft_labels_of_mixed_images():
     expected = -(soft.double() * teachers.logits.log_softmax(-1)).sum(-1)
     torch.testing.assert_close(cross_entropies(teachers.logits, soft), expected)
     hot = nn.functional.one_hot(batch.labels, 4).double()
-    torch.testing.assert_close(
-        cross_entropies(teachers.logits, hot), cross_entropies(teachers.logits, batch.labels)
-    )
+    torch.testing.assert_close(cross_entropies(teachers.logits, hot), cross_entropies(teachers.logits, batch.labels))
     mixed = batch._replace(soft_labels=soft)
     student = make_student(1, dtype=torch.float64)
     assert value("kd_camkd", student, teachers, mixed) != value("kd_camkd", student, teachers, batch)
@@ -196,9 +192,7 @@ def test_logit_terms_give_gradients_to_the_student_alone(name):
     assert teachers.logits.grad is None
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("kd_ebkd", {}), ("kd_camkd", {}), ("kd_aekd", {"tolerance": 1 / 3})]
-)
+@pytest.mark.parametrize(("name", "options"), [("kd_ebkd", {}), ("kd_camkd", {}), ("kd_aekd", {"tolerance": 1 / 3})])
 def test_gradients_in_double_precision(name, options):
     student, teachers, batch = case()
     term = built(name, **options)
@@ -235,11 +229,7 @@ def test_min_norm_weights_against_another_solver(M, tolerance, seed):
 def test_min_norm_weights_against_brute_force(tolerance):
     g, steps = gradients(3, seed=7), 400
     w = MinNormWeights(3, tolerance)(g)
-    grid = [
-        (i / steps, j / steps, (steps - i - j) / steps)
-        for i in range(steps + 1)
-        for j in range(steps + 1 - i)
-    ]
+    grid = [(i / steps, j / steps, (steps - i - j) / steps) for i in range(steps + 1) for j in range(steps + 1 - i)]
     points = torch.tensor([p for p in grid if max(p) <= tolerance + 1e-12], dtype=torch.float64)
     norms = (points @ g).square().sum(1)
     assert (w @ g).square().sum() <= norms.min() + 1e-12
@@ -335,10 +325,7 @@ def feature_loop(term, student, teachers, labels, heads, *, pooled, divisor):
                 h, target = h[:, :, None], target[:, :, None]
             else:  # a student's 4×4 map against a teacher's 2×2
                 h = student.stages[k]["stage2"].detach().numpy().reshape(B, -1, 2, 2, 2, 2).mean((3, 5))
-                h, target = (
-                    h.reshape(B, -1, 4),
-                    teachers.stages[m]["stage2"].detach().numpy().reshape(B, -1, 4),
-                )
+                h, target = (h.reshape(B, -1, 4), teachers.stages[m]["stage2"].detach().numpy().reshape(B, -1, 4))
             r = np.array([projection @ image for image in h])
             for d in range(r.shape[1]):
                 r[:, d] = (r[:, d] - r[:, d].mean()) / np.sqrt(r[:, d].var() + 1e-5)

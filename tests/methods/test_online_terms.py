@@ -244,9 +244,7 @@ def test_half_precision_gives_float32_close_to_full_precision(name):
     with torch.autocast("cpu", torch.bfloat16):
         found = built(name).float()(context)
     wide = student._replace(
-        logits=student.logits.double(),
-        branch_logits=student.branch_logits.double(),
-        pooled=student.pooled.double(),
+        logits=student.logits.double(), branch_logits=student.branch_logits.double(), pooled=student.pooled.double()
     )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), value(name, wide), rtol=1e-4, atol=1e-6)
@@ -259,10 +257,7 @@ def whole(name):
     spec = NetworkSpec("resnet8", 10, normalization("unit"))
     student = BranchedStudent(spec, **cfg["student"])
     method = build_method(
-        name,
-        cfg["method"]["terms"],
-        TermContext.of(student),
-        temperature=cfg["method"]["temperature"],
+        name, cfg["method"]["terms"], TermContext.of(student), temperature=cfg["method"]["temperature"]
     )
     batch = make_batch(8, 10)
     batch = batch._replace(images=torch.rand(8, 3, 32, 32))
@@ -298,9 +293,7 @@ def test_the_total_of_a_preset_is_the_published_sum():
     torch.testing.assert_close(result.total, expected)
     _, method, output, batch = whole("dml")
     z = output.branch_logits
-    expected = sum(
-        losses.cross_entropy(z[k], batch.labels) + losses.kd_divergence(z[k], z[1 - k], 1.0) for k in (0, 1)
-    )
+    expected = sum(losses.cross_entropy(z[k], batch.labels) + losses.kd_divergence(z[k], z[1 - k], 1.0) for k in (0, 1))
     torch.testing.assert_close(method(output, None, batch).total, expected)
 
 

@@ -71,9 +71,7 @@ def test_the_hint_is_the_mean_over_all_elements_at_the_teachers_size(adapter):
 
 def test_a_regressor_by_hand_in_double_precision():
     """Romero's form on [6, 4, 4] -> [6, 2, 2]: a 3×3 convolution without padding."""
-    term = build_term(
-        "feature_branch", 1.0, term_context(1, 1), feature="stage2", adapter="regressor"
-    ).double()
+    term = build_term("feature_branch", 1.0, term_context(1, 1), feature="stage2", adapter="regressor").double()
     student, teachers = (make(1, B=2, dtype=torch.float64) for make in (make_student, make_teachers))
     conv = term.adapters["branch0_teacher0"][0]
     x, target, total = student.stages[0]["stage2"].detach(), teachers.stages[0]["stage2"].detach(), 0.0
@@ -81,9 +79,7 @@ def test_a_regressor_by_hand_in_double_precision():
         for c in range(6):
             for i in range(2):
                 for j in range(2):
-                    r = float(
-                        ((conv.weight[c] * x[b, :, i : i + 3, j : j + 3]).sum() + conv.bias[c]).detach()
-                    )
+                    r = float(((conv.weight[c] * x[b, :, i : i + 3, j : j + 3]).sum() + conv.bias[c]).detach())
                     total += (max(r, 0.0) - float(target[b, c, i, j])) ** 2
     found = term(step_context(student, teachers, make_batch(B=2)))
     assert found.item() == pytest.approx(total / (2 * 6 * 2 * 2))

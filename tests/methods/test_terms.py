@@ -82,9 +82,7 @@ def test_adapters_follow_shapes_and_assignment():
 @pytest.mark.parametrize("feature", ["pooled", "stage1", "last"])
 @pytest.mark.parametrize("assignment", ["mean", "random", [[0.25, 0.75, 0], [0, 0, 1]]])
 def test_feature_term_trains_adapters_and_student_but_not_teachers(feature, assignment):
-    term = build_term(
-        "feature_branch", 1.0, term_context(assignment=assignment), feature=feature, adapter="project"
-    )
+    term = build_term("feature_branch", 1.0, term_context(assignment=assignment), feature=feature, adapter="project")
     student, teachers = make_student(), make_teachers()
     term(step_context(student, teachers, make_batch(), assignment)).backward()
     assert all(p.grad is not None for p in term.parameters())
@@ -135,36 +133,20 @@ def test_half_precision_features_give_a_float32_loss():
 
 MISTAKES = [
     ("kd_branhc", {}, "unknown term 'kd_branhc'; did you mean 'kd_branch'"),
-    (
-        "kd_branch",
-        {"temprature": 2},
-        "option of term 'kd_branch': 'temprature'; did you mean 'temperature'",
-    ),
+    ("kd_branch", {"temprature": 2}, "option of term 'kd_branch': 'temprature'; did you mean 'temperature'"),
     ("kd_branch", {"temperature": 0}, "temperature=0 .* > 0"),
     ("kd_branch", {"temperature": "4"}, "temperature='4'"),
     ("kd_branch", {"temperature": float("inf")}, "temperature=inf"),
     ("kd_branch", {"combine": "sum"}, "combine 'sum' .*logits, probabilities"),
     ("kd_branch", {"loss": "mse"}, "loss 'mse'.*kl, kl_plain, mse_logits"),
-    (
-        "kd_branch",
-        {"loss": "mse_logits", "combine": "probabilities"},
-        "leave out temperature and combine",
-    ),
+    ("kd_branch", {"loss": "mse_logits", "combine": "probabilities"}, "leave out temperature and combine"),
     ("kd_branch", {"reduction": "none"}, "reduction 'none'.*mean, sum"),
     ("ce_branch", {"label_smoothing": 1.0}, r"label_smoothing=1.0 .*\[0, 1\)"),
     ("ce_ensemble", {"reduction": "sum"}, "option of term 'ce_ensemble': 'reduction'"),
-    (
-        "feature_branch",
-        {"adapter": "identity"},
-        rf"'small' has shape \[{D}\], the teacher 'big0' \[{D_TEACHER}\]",
-    ),
+    ("feature_branch", {"adapter": "identity"}, rf"'small' has shape \[{D}\], the teacher 'big0' \[{D_TEACHER}\]"),
     ("feature_branch", {"feature": "stage1", "adapter": "identity"}, r"\[4, 8, 8\].*\[5, 8, 8\]"),
     ("feature_branch", {"adapter": "none"}, "adapter 'none'"),
-    (
-        "feature_branch",
-        {"feature": "stage9"},
-        "student 'small' has no stage 'stage9' .*stem, stage1, stage2",
-    ),
+    ("feature_branch", {"feature": "stage9"}, "student 'small' has no stage 'stage9' .*stem, stage1, stage2"),
     ("dkd", {"alpha": -1.0}, "alpha=-1.0"),
     ("dkd", {"beta": "x"}, "beta='x'"),
     ("dkd", {"temperature": 0}, "temperature=0"),

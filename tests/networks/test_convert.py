@@ -14,11 +14,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, StagedNetwork, build_network, load_foreign, normalization
 
 # Ours to theirs, written down independently of the maps under test.
-TO_CHENYAOFO = [
-    (r"stages\.stem\.(conv|bn)\.", r"\g<1>1."),
-    (r"stages\.stage(\d)\.", r"layer\1."),
-    (r"head\.", "fc."),
-]
+TO_CHENYAOFO = [(r"stages\.stem\.(conv|bn)\.", r"\g<1>1."), (r"stages\.stage(\d)\.", r"layer\1."), (r"head\.", "fc.")]
 TO_AKAMASTER = [*TO_CHENYAOFO[:2], (r"downsample", "shortcut"), (r"head\.", "linear.")]
 TO_DENSENET = [
     (r"stages\.stem\.conv\.", "conv1."),
@@ -53,9 +49,7 @@ def _foreign(network: StagedNetwork, renaming: list[tuple[str, str]]) -> dict[st
         (_spec("vgg8"), "own", []),
     ],
 )
-def test_conversion_is_exact(
-    tmp_path: Path, spec: NetworkSpec, key_map: str, renaming: list[tuple[str, str]]
-) -> None:
+def test_conversion_is_exact(tmp_path: Path, spec: NetworkSpec, key_map: str, renaming: list[tuple[str, str]]) -> None:
     network = build_network(spec)
     network(torch.rand(2, 3, 32, 32))
     torch.save({"state_dict": _foreign(network, renaming)}, tmp_path / "c.pth")
@@ -72,9 +66,7 @@ def test_batch_counters_may_be_absent_from_old_files_only(tmp_path: Path) -> Non
         foreign = _foreign(build_network(spec), renaming)
         torch.save({k: v for k, v in foreign.items() if "num_batches" not in k}, path)
         if key_map == "akamaster_resnet":
-            counters = [
-                v for k, v in load_foreign(path, spec, key_map).state_dict().items() if "num_batches" in k
-            ]
+            counters = [v for k, v in load_foreign(path, spec, key_map).state_dict().items() if "num_batches" in k]
             assert counters
             assert not any(counters)
         else:
@@ -91,30 +83,16 @@ def _file(tmp_path: Path, **changes: Tensor | None) -> Path:
 @pytest.mark.parametrize(
     ("spec", "key_map", "message"),
     [
-        (
-            _spec("resnet14"),
-            "chenyaofo_resnet",
-            r"'resnet14'.*missing: stages\.stage1\.1\.conv1\.weight.* more",
-        ),
-        (
-            _spec("resnet8", 100),
-            "chenyaofo_resnet",
-            r"with 100 classes.*it has 10 classes.*fc\.weight \[10, 64\]",
-        ),
-        (
-            _spec("resnet8", width=2),
-            "chenyaofo_resnet",
-            r"width.*conv1\.weight \[16, 3, 3, 3\] instead of \[32",
-        ),
+        (_spec("resnet14"), "chenyaofo_resnet", r"'resnet14'.*missing: stages\.stage1\.1\.conv1\.weight.* more"),
+        (_spec("resnet8", 100), "chenyaofo_resnet", r"with 100 classes.*it has 10 classes.*fc\.weight \[10, 64\]"),
+        (_spec("resnet8", width=2), "chenyaofo_resnet", r"width.*conv1\.weight \[16, 3, 3, 3\] instead of \[32"),
         (_spec("resnet8", shortcut="A"), "chenyaofo_resnet", r"no place for: layer2\.0\.downsample"),
         (_spec("resnet8"), "akamaster_resnet", r"no place for: .*downsample"),
         (_spec("wrn_16_1"), "densenet_bc", r"'wrn_16_1'.*no place for"),
         (_spec("resnet8"), "chenyaofo", "unknown key map.*did you mean 'chenyaofo_resnet'"),
     ],
 )
-def test_misfits_are_refused_in_one_line(
-    tmp_path: Path, spec: NetworkSpec, key_map: str, message: str
-) -> None:
+def test_misfits_are_refused_in_one_line(tmp_path: Path, spec: NetworkSpec, key_map: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_foreign(_file(tmp_path), spec, key_map)
     assert "\n" not in str(caught.value)

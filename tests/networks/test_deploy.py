@@ -35,12 +35,7 @@ from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, to_by
 from ekd_lightning.networks.deployed_load import check_archive
 
 NAMES = [f"class {i}" for i in range(6)]
-METADATA = {
-    "class_names": NAMES,
-    "image_size": 16,
-    "data": {"name": "nothing", "fraction": 0.1},
-    "note": 'a "b" ü',
-}
+METADATA = {"class_names": NAMES, "image_size": 16, "data": {"name": "nothing", "fraction": 0.1}, "note": 'a "b" ü'}
 ENSEMBLES = ("mean_logits", "mean_probs", "gate")
 FILES = {
     # format: ensemble, branches, folded, with probabilities; each costs seconds of tracing
@@ -83,16 +78,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def content(
-    file_format: str, ensemble: str, branches: tuple[int, ...], fold: bool, probabilities: bool
-) -> bytes:
+def content(file_format: str, ensemble: str, branches: tuple[int, ...], fold: bool, probabilities: bool) -> bytes:
     student = cut_branches(lived(ensemble), branches)
     return to_bytes(DeployedStudent(student, fold=fold, probabilities=probabilities), METADATA, file_format)
 
 
-def coupled(
-    branch_logits: np.ndarray, weights: np.ndarray, ensemble: str, kept: tuple[int, ...]
-) -> np.ndarray:
+def coupled(branch_logits: np.ndarray, weights: np.ndarray, ensemble: str, kept: tuple[int, ...]) -> np.ndarray:
     """The prediction of some branches, image by image, from the definitions."""
     rows = []
     for b in range(branch_logits.shape[1]):
@@ -134,11 +125,7 @@ def test_each_format_says_what_the_student_says_at_any_batch_size(file_format, f
         assert model.format == file_format
         assert {key: model.metadata[key] for key in METADATA} == METADATA
         spec = DeployedSpec.from_dict(model.metadata["spec"])
-        assert (spec.branches, spec.ensemble, spec.folded) == (
-            len(branches),
-            student.ensemble,
-            fold,
-        )
+        assert (spec.branches, spec.ensemble, spec.folded) == (len(branches), student.ensemble, fold)
         assert spec.outputs == (("logits", "probabilities") if probabilities else ("logits",))
 
 
@@ -256,9 +243,7 @@ def test_files_of_other_kinds(folder, tmp_path):
 
 def test_a_missing_runtime_names_the_extra(folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"onnxruntime is not installed: pip install 'ekd-lightning\[export\]'"
-    ):
+    with pytest.raises(UserError, match=r"onnxruntime is not installed: pip install 'ekd-lightning\[export\]'"):
         load(folder / "good.onnx")
 
 
@@ -287,9 +272,7 @@ def test_int8_per_channel_but_for_the_first_convolution_and_the_heads(folder, tm
     graph = onnx.load(str(path)).graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     eights = [
-        tensor
-        for tensor in weights.values()
-        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+        tensor for tensor in weights.values() if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
     ]
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     assert len(eights) == len(convolutions) - 1

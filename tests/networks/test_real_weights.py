@@ -17,10 +17,7 @@ import torch
 
 from ekd_lightning.networks import load_zoo_teacher, zoo_ids
 
-TEST_FILES = {
-    "cifar10": ("cifar-10-batches-bin/test_batch.bin", 1),
-    "cifar100": ("cifar-100-binary/test.bin", 2),
-}
+TEST_FILES = {"cifar10": ("cifar-10-batches-bin/test_batch.bin", 1), "cifar100": ("cifar-100-binary/test.bin", 2)}
 """File and number of label bytes in a row; the last of them is the class."""
 
 pytestmark = pytest.mark.assets

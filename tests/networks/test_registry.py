@@ -45,9 +45,7 @@ def test_spec_survives_json() -> None:
 
 
 def test_spec_accepts_a_named_normalization() -> None:
-    spec = NetworkSpec.from_dict(
-        {"name": "resnet8", "num_classes": 3, "normalization": "unit", "options": {}}
-    )
+    spec = NetworkSpec.from_dict({"name": "resnet8", "num_classes": 3, "normalization": "unit", "options": {}})
     assert spec.normalization == NORMALIZATIONS["unit"]
 
 
@@ -91,9 +89,7 @@ def test_spec_keeps_a_copy_of_the_options() -> None:
         ("vgg8", {"dropout": 0.1}, "'dropout'.*allowed: none"),
     ],
 )
-def test_impossible_networks_are_refused_in_one_line(
-    name: str, options: dict[str, Any], message: str
-) -> None:
+def test_impossible_networks_are_refused_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_network(_spec(name, **options))
     assert "\n" not in str(caught.value)
@@ -326,9 +322,7 @@ def plain(name, **options):
 
 def branched(branches=3, split_after="stage1", name="resnet8", **options):
     with torch.device("meta"):
-        return BranchedStudent(
-            NetworkSpec(name, 10, UNIT, options), branches=branches, split_after=split_after
-        )
+        return BranchedStudent(NetworkSpec(name, 10, UNIT, options), branches=branches, split_after=split_after)
 
 
 def test_the_family_of_a_cifar_resnet_is_its_depths_without_the_wide_forms():

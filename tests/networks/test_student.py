@@ -53,9 +53,7 @@ def test_shapes_and_shared_stages(split_after: str) -> None:
     assert outputs.branch_logits.shape == (3, 2, 10)
     assert outputs.pooled.shape == (3, 2, student.num_features)
     shapes = student.stage_shapes()
-    shared = (
-        [] if split_after == "none" else student.stage_names[: student.stage_names.index(split_after) + 1]
-    )
+    shared = [] if split_after == "none" else student.stage_names[: student.stage_names.index(split_after) + 1]
     for stages in outputs.stages:
         assert tuple(stages) == student.stage_names
         assert {name: tuple(maps.shape[1:]) for name, maps in stages.items()} == shapes
@@ -194,10 +192,7 @@ def test_a_seed_gives_one_student() -> None:
         ({"branches": -1}, "branches=-1"),
         ({"branches": 1.5}, "branches=1.5"),
         ({"branches": True}, "branches=True"),
-        (
-            {"split_after": "stag2"},
-            "'resnet8'.*'stag2'; did you mean 'stage2'.*none, stage1, stage2, stage3, stem",
-        ),
+        ({"split_after": "stag2"}, "'resnet8'.*'stag2'; did you mean 'stage2'.*none, stage1, stage2, stage3, stem"),
         ({"ensemble": "mean"}, "unknown ensemble 'mean'; did you mean 'mean_"),
         ({"ensemble": "gate", "split_after": "none"}, "gate.*trunk.*none"),
     ],
@@ -259,9 +254,7 @@ def test_separate_networks_and_a_gate_that_has_nothing_to_weigh():
     assert cut_branches(student("gate"), [1]).gate is None
 
 
-@pytest.mark.parametrize(
-    ("kept", "said"), [([], "at least 1"), ([3], "0 to 2"), ([-1], "0 to 2"), ([1, 1], "twice")]
-)
+@pytest.mark.parametrize(("kept", "said"), [([], "at least 1"), ([3], "0 to 2"), ([-1], "0 to 2"), ([1, 1], "twice")])
 def test_impossible_choices_are_refused(kept, said):
     with pytest.raises(UserError, match=said):
         cut_branches(student("mean_logits"), kept)

@@ -37,9 +37,7 @@ def test_best_is_the_one_with_most_right_validation_images(tiny_settings):
 
 
 @pytest.mark.parametrize(("nlls", "winner"), [((0.3, 0.1), 1), ((0.1, 0.3), 0), ((0.2, 0.2), 0)])
-def test_teachers_that_know_the_validation_images_differ_in_their_certainty(
-    tiny_settings, monkeypatch, nlls, winner
-):
+def test_teachers_that_know_the_validation_images_differ_in_their_certainty(tiny_settings, monkeypatch, nlls, winner):
     """Networks trained on these images are right on all of them; the first is not the best for that."""
     scores = iter([{"accuracy": 1.0, "nll": nll} for nll in nlls])
     monkeypatch.setattr(teachers, "score_network", lambda *args, **kwargs: next(scores))

@@ -79,9 +79,7 @@ def read(directory):
 
 def test_a_new_run_gets_what_its_parts_find(directory, parts):
     parts["predictions"] = Findings({"a": np.float32(0.5), "b": np.arange(3)}, {"x": np.arange(4)})
-    parts["generalisation"] = Findings(
-        {"c": {"d": [np.int64(1), math.nan]}}, {"y": np.ones((2, 2), np.float16)}
-    )
+    parts["generalisation"] = Findings({"c": {"d": [np.int64(1), math.nan]}}, {"y": np.ones((2, 2), np.float16)})
     found = evaluate_new_run(context("generalisation", "predictions"), directory)
     assert found.items() >= {**RESULT, "a": 0.5, "b": [0, 1, 2], "evaluation_error": None}.items()
     assert found["c"]["d"][0] == 1
@@ -90,9 +88,7 @@ def test_a_new_run_gets_what_its_parts_find(directory, parts):
     arrays = directory.arrays()
     np.testing.assert_array_equal(arrays["x"], np.arange(4))
     assert arrays["y"].dtype == np.float16
-    assert sorted(path.name for path in directory.path.iterdir()) == [
-        "arrays.npz"
-    ]  # the caller writes the rest
+    assert sorted(path.name for path in directory.path.iterdir()) == ["arrays.npz"]  # the caller writes the rest
 
 
 def test_without_parts_the_record_says_so(directory, parts):

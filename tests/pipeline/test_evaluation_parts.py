@@ -30,9 +30,7 @@ def dataset() -> Dataset:
     whole = load_dataset("digits", "unused")
     test = whole.test
     return Dataset(
-        "digits",
-        whole.train,
-        ImageSet("digits", "test", test.images[:60], test.labels[:60], test.class_names),
+        "digits", whole.train, ImageSet("digits", "test", test.images[:60], test.labels[:60], test.class_names)
     )
 
 

@@ -43,9 +43,7 @@ def dataset():
 def teachers():
     torch.manual_seed(5)
     networks = [build_network(SPEC).eval() for _ in range(3)]
-    identities = [
-        TeacherIdentity(f"t{m}", state_sha256(n), "file", "resnet8") for m, n in enumerate(networks)
-    ]
+    identities = [TeacherIdentity(f"t{m}", state_sha256(n), "file", "resnet8") for m, n in enumerate(networks)]
     return TeacherEnsemble(networks, identities)
 
 
@@ -68,9 +66,7 @@ def make(dataset, teachers, tmp_path_factory):
         result = Result("ekd", "digits", seed=0, fraction=0.2, teachers=named)
         subset = choose_subset(dataset.train.labels, fraction=0.2, val_fraction=val)
         gather = (lambda: teachers) if taught else None
-        return EvaluationContext(
-            settings, result, student.eval(), dataset, subset, torch.device("cpu"), gather
-        )
+        return EvaluationContext(settings, result, student.eval(), dataset, subset, torch.device("cpu"), gather)
 
     return context
 
@@ -99,9 +95,7 @@ def test_numbers_are_those_of_the_student_and_its_teachers(make, teachers, datas
     assert fields["test_gain_over_mean_branch"] == pytest.approx(whole - np.mean(each))
     assert fields["test_gain_over_best_branch"] == pytest.approx(whole - max(each))
     assert [row["accuracy"] for row in fields["test_subsets"][:3]] == pytest.approx(each)
-    assert fields["test_subsets"][-1]["nll"] == pytest.approx(
-        log_loss(labels, probs, labels=range(10)), rel=1e-5
-    )
+    assert fields["test_subsets"][-1]["nll"] == pytest.approx(log_loss(labels, probs, labels=range(10)), rel=1e-5)
 
     said = [logits.argmax(-1).numpy() for logits in taught.logits]
     np.testing.assert_allclose(

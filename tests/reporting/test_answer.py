@@ -159,8 +159,7 @@ def test_ekd_with_features_is_held_against_a_plain_student_with_them(weight, nam
     assert ("same_features" in {finding.role for finding in found.findings}) is named
     if named:
         assert (
-            "the plain student that imitates the same features (kd_mean_feature)"
-            in of(found, "same_features").sentence
+            "the plain student that imitates the same features (kd_mean_feature)" in of(found, "same_features").sentence
         )
 
 
@@ -199,9 +198,7 @@ def test_ekd_alone():
 
 def grid(accuracy):
     return [
-        entry(
-            result("ekd", s, accuracy(K, M, s), K=K, M=M, val_accuracy=0.5 + K / 100 + M / 50), f"{K}{M}{s}"
-        )
+        entry(result("ekd", s, accuracy(K, M, s), K=K, M=M, val_accuracy=0.5 + K / 100 + M / 50), f"{K}{M}{s}")
         for K in (1, 2, 3)
         for M in (1, 2)
         for s in range(3)
@@ -222,11 +219,7 @@ def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
 
 
 def test_with_one_branch_it_is_plain_distillation_and_speaks_only_where_there_is_nothing_else():
-    runs = [
-        entry(result("ekd", s, 0.6, K=K, val_accuracy=0.9 - K / 10), f"{K}{s}")
-        for K in (1, 2)
-        for s in (0, 1)
-    ]
+    runs = [entry(result("ekd", s, 0.6, K=K, val_accuracy=0.9 - K / 10), f"{K}{s}") for K in (1, 2) for s in (0, 1)]
     assert told(*runs).subject.label == "ekd, K=2"
     assert told(*runs[:2]).subject.num_branches == 1
 
@@ -242,19 +235,13 @@ def test_a_single_run_is_not_spoken_of_where_others_have_more():
 
 def test_accuracy_over_branches_and_teachers():
     noise = {(1, 0): 0.001, (2, 1): 0.002, (3, 2): 0.001}
-    found = told(
-        *grid(lambda K, M, s: 0.70 + (0.05 if K > 1 else 0) + 0.001 * M + s / 100 + noise.get((K, s), 0))
-    )
+    found = told(*grid(lambda K, M, s: 0.70 + (0.05 if K > 1 else 0) + 0.001 * M + s / 100 + noise.get((K, s), 0)))
     (over_k,) = [remark for remark in found.remarks if remark.startswith("Number of branches")]
     assert over_k.startswith(
         "Number of branches: K = 1: 71.23 % (n = 3), K = 2: 76.27 % (n = 3), K = 3: 76.23 % (n = 3);"
     )
-    assert over_k.endswith(
-        "; highest is K = 2, K = 1 can be told to be lower, K = 3 cannot be told apart from it."
-    )
-    assert any(
-        remark.startswith("Number of teachers: M = 1: 76.13 % (n = 3), M = 2: ") for remark in found.remarks
-    )
+    assert over_k.endswith("; highest is K = 2, K = 1 can be told to be lower, K = 3 cannot be told apart from it.")
+    assert any(remark.startswith("Number of teachers: M = 1: 76.13 % (n = 3), M = 2: ") for remark in found.remarks)
 
 
 def test_the_best_number_is_picked_by_its_result_so_p_is_corrected_for_every_pair():
@@ -279,17 +266,13 @@ def test_a_number_of_teachers_that_several_settings_have_says_nothing():
 
 
 def test_another_with_a_single_run_is_not_passed_over_in_silence():
-    found = told(
-        *study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.95, K=1), "lucky")
-    )
+    found = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.95, K=1), "lucky"))
     best = of(found, "best")
     assert best.sentence.startswith("EKD beats kd_mean (the only other with enough runs at no more cost) by ")
     assert found.headline.endswith(
         " dkd (95.00 %) has a higher test accuracy than the best other method that was compared, but not enough runs."
     )
-    below = told(
-        *study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.3, K=1), "poor")
-    )
+    below = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.3, K=1), "poor"))
     assert "dkd" not in below.headline
 
 
@@ -306,14 +289,10 @@ def test_how_ekd_was_chosen_is_told_as_it_was():
 def test_chance_is_measured_with_the_same_settings():
     runs = [entry(result("ekd", s, v), f"e{s}") for s, v in enumerate(EKD)]
     for lr, drop in ((0.01, 0.4), (0.1, 0.0)):
-        runs += [
-            entry(result("ekd_permuted", s, v - drop), f"{lr}-{s}", recipe__lr=lr) for s, v in enumerate(EKD)
-        ]
+        runs += [entry(result("ekd_permuted", s, v - drop), f"{lr}-{s}", recipe__lr=lr) for s, v in enumerate(EKD)]
     (chance,) = [remark for remark in told(*runs).remarks if "size of chance" in remark]
     assert "(ekd_permuted, lr=0.1)" in chance
-    assert not [
-        remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=0.01" in remark
-    ]
+    assert not [remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=0.01" in remark]
 
 
 def test_costs_are_told_against_the_plain_student():
@@ -365,9 +344,7 @@ def test_the_size_of_chance():
 def test_few_runs_and_runs_that_do_not_count_are_told():
     failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "stopped")]
     remarks = told(*study(), *failed).remarks
-    assert any(
-        one.startswith("Some of these comparisons rest on n = 3 (fewer than 5 pairs)") for one in remarks
-    )
+    assert any(one.startswith("Some of these comparisons rest on n = 3 (fewer than 5 pairs)") for one in remarks)
     assert "Not counted here: of the runs of this block 1 failed and 1 were interrupted or killed." in remarks
     many = {"ekd": np.linspace(0.7, 0.75, 5).tolist(), "ce": [0.6, 0.62, 0.6, 0.61, 0.63]}
     assert not [remark for remark in told(*study(many)).remarks if "Some of these" in remark]
@@ -382,9 +359,7 @@ def test_over_several_blocks_the_lead_counts():
         "branches all imitate the mean teacher in 0 of 2 (cannot be told apart in 2); the best other method in 2 of 2."
     )
     assert lead(found[:1]) == found[0].headline
-    nothing = answers(
-        blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits"))))
-    )
+    nothing = answers(blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits")))))
     assert lead(nothing) == "2 settings of data and protocol, in none of which EKD can be compared."
 
 
@@ -430,10 +405,7 @@ def test_the_published_first_result_is_told_as_its_numbers_are():
     """Real runs: verdicts and numbers are those of scipy on the accuracies, corrected by Holm."""
     recorded = json.loads(REAL.read_text())
     runs = [
-        entry(
-            {**result(r["method"], K=r["num_branches"], M=r["num_teachers"], student=r["student"]), **r},
-            f"r{i}",
-        )
+        entry({**result(r["method"], K=r["num_branches"], M=r["num_teachers"], student=r["student"]), **r}, f"r{i}")
         for i, r in enumerate(recorded)
     ]
     found = told(*runs)
@@ -450,9 +422,7 @@ def test_the_published_first_result_is_told_as_its_numbers_are():
     }
     by_role = {role: [values[key][seed] for seed in sorted(values[key])] for role, key in keys.items()}
     ours = [values["ekd", "resnet8"][seed] for seed in sorted(values["ekd", "resnet8"])]
-    p = dict(
-        zip(by_role, holm([stats.ttest_rel(ours, other).pvalue for other in by_role.values()]), strict=True)
-    )
+    p = dict(zip(by_role, holm([stats.ttest_rel(ours, other).pvalue for other in by_role.values()]), strict=True))
     assert {finding.role for finding in found.findings} == {*keys, "best"}
     for role, other in by_role.items():
         mean = np.mean(ours) - np.mean(other)

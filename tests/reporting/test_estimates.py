@@ -231,10 +231,7 @@ def test_a_branch_without_a_figure_leaves_its_run_out_of_the_mean_branch():
 
 
 def test_what_is_null_is_left_out(tmp_path):
-    subsets = [
-        {"branches": [0], "accuracy": None, "macs": 1},
-        {"branches": [0, 1], "accuracy": 0.7, "macs": 2},
-    ]
+    subsets = [{"branches": [0], "accuracy": None, "macs": 1}, {"branches": [0, 1], "accuracy": 0.7, "macs": 2}]
     made = result(K=2, test_branch_accuracy=[None, 0.5], test_subsets=subsets, test_early_exit=None)
     write_run(tmp_path / "run", made)
     found = only_group(tmp_path)

@@ -47,9 +47,7 @@ def test_every_figure_says_n(written):
         if path.suffix == ".svg":
             text = " ".join("".join(one.itertext()) for one in ET.parse(path).iter(f"{SVG}text"))
             assert re.search(r"n = \d", text), path.name
-    captions = [
-        line for line in (folder / "figures.md").read_text().splitlines() if line and line[0] not in "#!"
-    ]
+    captions = [line for line in (folder / "figures.md").read_text().splitlines() if line and line[0] not in "#!"]
     assert all(re.search(r"n = \d", line) for line in captions)
 
 
@@ -171,20 +169,14 @@ def test_colours_are_told_apart_with_and_without_red_or_green_cones(colours, kin
 
 def test_curves_of_differently_corrupted_images_are_in_figures_of_their_own(tmp_path):
     for method, source in (("ekd", "official"), ("kd_mean", "regenerated"), ("ce", "official")):
-        curves = {
-            f"corruption_{what}_by_severity": [0.5, 0.4, 0.3, 0.2, 0.1] for what in ("accuracy", "nll", "ece")
-        }
-        write_run(
-            tmp_path / method, result(method, corruption_source=source, corruption_images=2000, **curves)
-        )
+        curves = {f"corruption_{what}_by_severity": [0.5, 0.4, 0.3, 0.2, 0.1] for what in ("accuracy", "nll", "ece")}
+        write_run(tmp_path / method, result(method, corruption_source=source, corruption_images=2000, **curves))
     report = make_report(collect([tmp_path]))
     looks = fs.Looks([group.label for group in report.groups])
     with fs.style():
         drawn = list(figures_detail.corruption_curves(report, looks))
     found = {
-        one.caption.split(", ")[2]: {
-            text.get_text() for legend in one.figure.legends for text in legend.texts
-        }
+        one.caption.split(", ")[2]: {text.get_text() for legend in one.figure.legends for text in legend.texts}
         for one in drawn
     }
     assert found == {"official corruptions": {"ce", "ekd"}, "regenerated corruptions": {"kd_mean"}}

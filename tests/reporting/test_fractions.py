@@ -52,10 +52,7 @@ def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
     assert [block.title for block in rounded.blocks] == titles
     assert [block["title"] for block in summary(rounded)["blocks"]] == titles
     assert f"## {titles[1]}" in report_files.markdown(rounded)
-    assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_files.runs_csv(rounded)))} == {
-        "0.1",
-        "0.3",
-    }
+    assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_files.runs_csv(rounded)))} == {"0.1", "0.3"}
     payload = page_data(rounded, {}).payload
     for rows in (payload["groups"], payload["runs"]):
         assert {(row["fraction"], row["images"]) for row in rows} == {(0.1, 144), (0.3, 433)}

@@ -35,21 +35,12 @@ WAYS = st.fixed_dictionaries(
 def make(position, way):
     way = dict(way)
     lr, state, time = way.pop("lr"), way.pop("state"), way.pop("time")
-    return entry(
-        result(accuracy=0.5 + position / 100, **way), f"run{position:02d}", state, time, recipe__lr=lr
-    )
+    return entry(result(accuracy=0.5 + position / 100, **way), f"run{position:02d}", state, time, recipe__lr=lr)
 
 
 def what(run, way):
     """What tells groups apart, by an independent rule; runs without teachers have no M."""
-    return (
-        way["method"],
-        way["K"],
-        0 if way["method"] == "ce" else way["M"],
-        way["fraction"],
-        way["lr"],
-        way["steps"],
-    )
+    return (way["method"], way["K"], 0 if way["method"] == "ce" else way["M"], way["fraction"], way["lr"], way["steps"])
 
 
 def seen(groups):
@@ -119,10 +110,7 @@ def test_labels_tell_what_varies_within_the_method_and_no_more():
         "ekd, ce_ensemble=0.1",
         "ekd, ce_ensemble=1",
     ]
-    assert labels(entry(result(), "a"), entry(result(), "b", recipe__lr=0.5)) == [
-        "ekd, lr=0.1",
-        "ekd, lr=0.5",
-    ]
+    assert labels(entry(result(), "a"), entry(result(), "b", recipe__lr=0.5)) == ["ekd, lr=0.1", "ekd, lr=0.5"]
     assert labels(entry(result(), "a"), entry(result(), "b", student__options={"width": 0.5})) == [
         "ekd",
         "ekd, width=0.5",
@@ -146,10 +134,7 @@ def test_a_sweep_over_teachers_leaves_runs_without_teachers_one_group():
 
 
 def test_places_and_loggers_do_not_tell_groups_apart():
-    runs = [
-        entry(result(), "a"),
-        entry(result(seed=1), "b", data__root="/elsewhere", trainer__accelerator="gpu"),
-    ]
+    runs = [entry(result(), "a"), entry(result(seed=1), "b", data__root="/elsewhere", trainer__accelerator="gpu")]
     assert len(group(collection(*runs))) == 1
 
 
@@ -305,8 +290,7 @@ def test_figures_that_were_measured_in_different_ways_have_no_mean():
     unknown = [measured(0, "official", 0.3), measured(1, "official", 0.5, corruption_images=10_000)]
     assert group(collection(*unknown))[0].values("corruption_mce").n == 2
     machines = [
-        entry(result("ekd", s, 0.7, latency_ms_batch1=1.0 + s, efficiency_threads=1 + s), f"{s}")
-        for s in range(2)
+        entry(result("ekd", s, 0.7, latency_ms_batch1=1.0 + s, efficiency_threads=1 + s), f"{s}") for s in range(2)
     ]
     assert group(collection(*machines))[0].values("latency_ms_batch1") is None
 
@@ -314,8 +298,6 @@ def test_figures_that_were_measured_in_different_ways_have_no_mean():
 def test_a_note_tells_what_was_measured_in_different_ways():
     other = {**measured(0, "regenerated", 0.5).result, "method": "ce"}
     told = make_report(collection(measured(0, "official", 0.3), entry(other, "ce"))).notes
-    assert [
-        note for note in told if "(corruption source regenerated, official) and are not comparable" in note
-    ]
+    assert [note for note in told if "(corruption source regenerated, official) and are not comparable" in note]
     alike = make_report(collection(measured(0, "official", 0.3), measured(1, "official", 0.3))).notes
     assert not [note for note in alike if "different ways" in note]

@@ -33,13 +33,7 @@ def export(**student: Any) -> dict[str, Any]:
             "test_sha256": "cd" * 32,
             "subset_sha256": "ef" * 32,
         },
-        "method": {
-            "name": "ekd",
-            "temperature": 4.0,
-            "assignment": None,
-            "terms": {"ce_branch": 0.1},
-            "teachers": [],
-        },
+        "method": {"name": "ekd", "temperature": 4.0, "assignment": None, "terms": {"ce_branch": 0.1}, "teachers": []},
         "recipe": {
             "epochs": 3,
             "batch_size": 32,
@@ -96,9 +90,7 @@ def test_the_header_is_what_the_hub_reads():
 
 
 def test_what_the_text_says():
-    card = model_card(
-        export(), {"train_seconds": 12.4, "corruption_mce": 0.4, "corruption_source": "regenerated"}
-    )
+    card = model_card(export(), {"train_seconds": 12.4, "corruption_mce": 0.4, "corruption_source": "regenerated"})
     for said in (
         "learned from labels alone",
         "the logarithm of the mean of their probabilities",
@@ -116,9 +108,7 @@ def test_what_the_text_says():
         assert unsaid not in card, unsaid
 
 
-@pytest.mark.parametrize(
-    ("student", "said"), [({}, True), ({"branches": [1]}, False), ({"weights": "best"}, False)]
-)
+@pytest.mark.parametrize(("student", "said"), [({}, True), ({"branches": [1]}, False), ({"weights": "best"}, False)])
 def test_what_holds_of_the_whole_student_is_not_said_of_a_part(student, said):
     found = {
         "calibration_temperature": 1.7,

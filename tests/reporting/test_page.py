@@ -92,9 +92,7 @@ def test_nothing_may_be_loaded(reader, text):
     assert policy.startswith("default-src 'none'; ")
     assert not re.findall(r"https?:", policy)
     own = text.replace(reader.content["plotly"], "")
-    assert not re.findall(
-        r"@import|url\((?!data:)|\bfetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)", own
-    )
+    assert not re.findall(r"@import|url\((?!data:)|\bfetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)", own)
 
 
 def test_what_runs_recorded_is_never_markup(text, reader):
@@ -180,19 +178,12 @@ def test_text_can_be_read_in_both_themes(theme):
         assert min(contrast(colours[ink], ground) for ground in grounds) >= 4.5, ink
     assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
     assert min(contrast(colours[ink], colours["bad-tint"]) for ink in ("ink", "bad", "accent")) >= 4.5
-    assert (
-        min(contrast(colours["edge"], ground) for ground in grounds[:2]) >= 3
-    )  # borders of what can be pressed
+    assert min(contrast(colours["edge"], ground) for ground in grounds[:2]) >= 3  # borders of what can be pressed
 
 
 def test_verdicts_are_those_of_the_answer(text, rich_report):
     table = re.search(r"<table id='verdicts'>.*?</table>", text, re.DOTALL).group(0)
-    marks = {
-        "ahead": "▲ ahead",
-        "behind": "▼ behind",
-        "undecided": "≈ undecided",
-        "not_enough": "not enough runs",
-    }
+    marks = {"ahead": "▲ ahead", "behind": "▼ behind", "undecided": "≈ undecided", "not_enough": "not enough runs"}
     for verdict, mark in marks.items():
         findings = [f for told in rich_report.answers for f in told.findings if f.verdict == verdict]
         assert table.count(mark) == len(findings)

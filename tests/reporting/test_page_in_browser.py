@@ -67,8 +67,7 @@ def show(browser, file):
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on(
-            "request",
-            lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else complaints.append(r.url),
+            "request", lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else complaints.append(r.url)
         )
         page.goto(path.as_uri() + fragment)
         page.wait_for_selector("html[data-ready=yes]")
@@ -167,9 +166,7 @@ def test_numbers_are_those_of_the_report(show, rich_report):
     for group in block.groups:
         if group.n > 1:
             low, high = group.accuracy.low, group.accuracy.high
-            assert (
-                shown[group.label] == f"{100 * group.accuracy.mean:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-            )
+            assert shown[group.label] == f"{100 * group.accuracy.mean:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
     assert shown["crd"] == "71.00"  # one run: no interval
     difference = dict(zip(cells(page, "row-table", 0), cells(page, "row-table", 3), strict=True))
     assert "not enough runs" in difference["crd"]
@@ -221,9 +218,7 @@ def test_values_of_a_chart_can_be_read_as_a_table(show):
     page = show("#fraction=0.1")
     page.locator("#chart-cost summary").click()
     assert "ekd_mean" in page.inner_text("#chart-cost table")
-    assert (
-        page.locator("#chart-cost tbody tr").count() == rows(page).count() - 1
-    )  # one has no run that is done
+    assert page.locator("#chart-cost tbody tr").count() == rows(page).count() - 1  # one has no run that is done
 
 
 def test_hovering_shows_a_value_with_its_interval(show):
@@ -249,9 +244,7 @@ def test_dark_follows_the_system_and_the_button(show):
     assert page.evaluate(ground) == "rgb(20, 23, 27)"
     page.locator("#chart-cost").scroll_into_view_if_needed()
     page.wait_for_selector("#plot-cost .main-svg")
-    assert (
-        page.eval_on_selector("#plot-cost .xtick text", "(text) => text.style.fill") == "rgb(233, 235, 238)"
-    )
+    assert page.eval_on_selector("#plot-cost .xtick text", "(text) => text.style.fill") == "rgb(233, 235, 238)"
 
 
 def test_a_phone_scrolls_one_way_only(show):
@@ -280,17 +273,13 @@ def test_paper_is_white_and_holds_everything(show, tmp_path):
 
 def test_long_tables_come_in_pages(show, tmp_path):
     for number in range(PAGE + 12):
-        write_run(
-            tmp_path / "runs" / f"run{number:02d}", result(seed=number), "failed", error=f"error {number}"
-        )
+        write_run(tmp_path / "runs" / f"run{number:02d}", result(seed=number), "failed", error=f"error {number}")
     write_page(make_report(collect([tmp_path / "runs"])), tmp_path / "index.html")
     page = show(path=tmp_path / "index.html")
     assert rows(page, "run-table").count() == PAGE
     page.get_by_role("button", name="Next").click()
     assert cells(page, "run-table", 0) == [f"run{number:02d}" for number in range(PAGE, PAGE + 12)]
-    assert (
-        page.locator("#run-table .pager").inner_text().endswith(f"{PAGE + 1} to {PAGE + 12} of {PAGE + 12}")
-    )
+    assert page.locator("#run-table .pager").inner_text().endswith(f"{PAGE + 1} to {PAGE + 12} of {PAGE + 12}")
     page.get_by_role("button", name="Show all").click()
     assert rows(page, "run-table").count() == PAGE + 12
     assert "Not drawn" in page.inner_text("#chart-away")

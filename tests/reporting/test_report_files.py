@@ -37,10 +37,7 @@ def test_the_table_holds_the_statistics_of_scipy():
     between = stats.ttest_rel(ekd, ce).confidence_interval(0.95)
     cells = [cell.strip() for cell in line(page, "ekd").strip("|").split("|")]
     assert cells[1:4] == ["3", "3", "3"]
-    assert (
-        cells[4]
-        == f"{100 * ekd.mean():.2f} ± {100 * ekd.std(ddof=1):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-    )
+    assert cells[4] == f"{100 * ekd.mean():.2f} ± {100 * ekd.std(ddof=1):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
     assert cells[5] == f"+12.67 [{100 * between.low:+.2f}, {100 * between.high:+.2f}], n 3, p {p:.3f}"
     assert cells[6] == ""  # EKD minus itself
     assert cells[7:] == ["0.263", "0.050", "+2.00", "–", "223,854", "27.2 M", "101", ""]
@@ -117,9 +114,7 @@ def test_the_reference_is_the_plain_student_unless_asked():
     grid = [entry(result(K=K, val_accuracy=K / 10), f"{K}") for K in (1, 2)]
     assert report(*grid, reference="ekd, K=1").reference == {"cifar10-f0.1": "ekd, K=1"}
     assert report(*grid, reference="ekd").reference == {"cifar10-f0.1": "ekd, K=2"}
-    with pytest.raises(
-        UserError, match=r"unknown --reference 'kd_men'; did you mean 'kd_mean'\? \(allowed: "
-    ):
+    with pytest.raises(UserError, match=r"unknown --reference 'kd_men'; did you mean 'kd_mean'\? \(allowed: "):
         report(*study(), reference="kd_men")
 
 
@@ -127,9 +122,7 @@ def test_csv_has_a_row_for_every_run_and_a_column_for_every_field():
     subsets = [{"branches": [0], "accuracy": 0.6}, {"branches": [0, 2], "accuracy": 0.7}]
     early = [{"threshold": 0.9, "mean_branches": 1.5}]
     more = {"test_subsets": subsets, "test_early_exit": early, "corruption_accuracy": {"fog": [0.5, 0.4]}}
-    found = report(
-        entry(result(accuracy=0.75, tags=["a", "b"], **more), "one"), entry(result(seed=1), "two", "failed")
-    )
+    found = report(entry(result(accuracy=0.75, tags=["a", "b"], **more), "one"), entry(result(seed=1), "two", "failed"))
     done, failed = csv.DictReader(io.StringIO(runs_csv(found)))
     assert (done["run"], done["state"], done["counts"], done["setting"]) == ("one", "done", "True", "ekd")
     assert float(done["test_accuracy"]) == 0.75
@@ -140,12 +133,7 @@ def test_csv_has_a_row_for_every_run_and_a_column_for_every_field():
     assert done["tags"] == "a b"
     assert done["teachers_1_id"] == "teacher1"
     assert float(done["recipe.lr"]) == 0.1
-    assert (failed["state"], failed["error"], failed["test_accuracy"], failed["seed"]) == (
-        "failed",
-        "broke",
-        "",
-        "1",
-    )
+    assert (failed["state"], failed["error"], failed["test_accuracy"], failed["seed"]) == ("failed", "broke", "", "1")
 
 
 def test_flatten_keeps_every_leaf():
@@ -172,9 +160,7 @@ def test_summary_table_and_answer_say_the_same():
 
 
 def test_angle_brackets_of_errors_and_names_are_text():
-    failed = RunEntry(
-        Path("/nowhere/f"), "f", RunState.FAILED, error="expected <class 'int'> | None, p < 0.05"
-    )
+    failed = RunEntry(Path("/nowhere/f"), "f", RunState.FAILED, error="expected <class 'int'> | None, p < 0.05")
     text = markdown(make_report(collection(*study(), failed), "A <b>title</b>"))
     assert "expected \\<class 'int'> \\| None, p < 0.05" in text
     assert text.startswith("# A \\<b>title\\</b>\n")

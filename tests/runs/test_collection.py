@@ -48,9 +48,7 @@ def test_states(tmp_path):
     (tmp_path / "lost" / "result.json").unlink()
     hydra = tmp_path / "early" / ".hydra"
     hydra.mkdir(parents=True)
-    (hydra / "config.yaml").write_text(
-        "data:\n  name: digits\nteachers: {}\nstudent: {}\nmethod:\n  name: ekd\n"
-    )
+    (hydra / "config.yaml").write_text("data:\n  name: digits\nteachers: {}\nstudent: {}\nmethod:\n  name: ekd\n")
     found = collect([tmp_path])
     assert states(found) == {
         "done": "done",
@@ -94,23 +92,11 @@ def test_files_that_a_run_has_and_has_not(tmp_path):
 
 FOREIGN = [
     # file, content, what the line says
-    (
-        "result.json",
-        '{"method": "ekd", "da',
-        "foreign/result.json: damaged, not JSON; counted as failed",
-    ),
+    ("result.json", '{"method": "ekd", "da', "foreign/result.json: damaged, not JSON; counted as failed"),
     ("result.json", "", "foreign/result.json: damaged, not JSON; counted as failed"),
     ("result.json", "\xff", "foreign/result.json: damaged, not JSON; counted as failed"),
-    (
-        "result.json",
-        "[1, 2]",
-        "foreign/result.json: damaged, holds no mapping (a list); counted as failed",
-    ),
-    (
-        "result.json",
-        '{"acc": 1}',
-        "foreign/result.json: not a result of this package (no 'method'); left out",
-    ),
+    ("result.json", "[1, 2]", "foreign/result.json: damaged, holds no mapping (a list); counted as failed"),
+    ("result.json", '{"acc": 1}', "foreign/result.json: not a result of this package (no 'method'); left out"),
     (
         "result.json",
         json.dumps(result(test_accuracy=77.5)),
@@ -126,11 +112,7 @@ FOREIGN = [
         json.dumps(result() | {"seed": "0"}),
         "foreign/result.json: not a result of this package (no 'seed')",
     ),
-    (
-        "status.json",
-        '{"progress": 3}',
-        "foreign/status.json: not the status of a run of this package; left out",
-    ),
+    ("status.json", '{"progress": 3}', "foreign/status.json: not the status of a run of this package; left out"),
     ("status.json", "{", "foreign/status.json: damaged, not JSON; left out"),
 ]
 
@@ -167,9 +149,7 @@ def test_nothing_to_report_on_is_refused_by_name(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"^no runs: a/result.json: not a result of this package .* \(and 1 more\)$"
-    ):
+    with pytest.raises(UserError, match=r"^no runs: a/result.json: not a result of this package .* \(and 1 more\)$"):
         collect([tmp_path])
 
 

@@ -59,16 +59,7 @@ def test_provenance_names_what_a_result_comes_from(tmp_path):
     own.start(resumed=False)
     own.add_provenance(data={"name": "digits"})
     found = read(tmp_path / "provenance.json")
-    assert found.keys() >= {
-        "version",
-        "git",
-        "command",
-        "python",
-        "packages",
-        "platform",
-        "hardware",
-        "started",
-    }
+    assert found.keys() >= {"version", "git", "command", "python", "packages", "platform", "hardware", "started"}
     assert found["packages"].keys() >= {"torch", "pytorch-lightning", "hydra-core", "numpy"}
     assert found["hardware"]["cpu"]
     assert found["data"] == {"name": "digits"}
@@ -238,9 +229,7 @@ def test_a_bad_status_is_named(tmp_path, content, kind):
 
 def test_a_record_of_another_version_says_which(tmp_path):
     path = write_run(tmp_path / "run", result(format=7))
-    with pytest.raises(
-        ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"
-    ):
+    with pytest.raises(ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"):
         RunDirectory(path).record()
 
 

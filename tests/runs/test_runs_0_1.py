@@ -89,33 +89,17 @@ def test_a_comparison_has_the_same_rows_and_nothing_left_to_run(folder, capsys):
     place = folder / "compare"
     before = json.loads((place / "comparison.json").read_text())
     study = read_study(place)
-    states = {
-        run.state
-        for rows in read_runs(study, place).values()
-        for own in rows.values()
-        for run in own.values()
-    }
+    states = {run.state for rows in read_runs(study, place).values() for own in rows.values() for run in own.values()}
     assert {state.value for state in states} == {"done"}
     assert report(study, place)
     after = json.loads((place / "comparison.json").read_text())
     for ours, theirs in zip(after, before, strict=True):
         assert ours["by_seed"] == theirs["by_seed"]
-        for name in (
-            "row",
-            "fraction",
-            "n",
-            "test_accuracy",
-            "test_accuracy_std",
-            "minus_ce",
-            "minus_ce_p",
-            "steps",
-        ):
+        for name in ("row", "fraction", "n", "test_accuracy", "test_accuracy_std", "minus_ce", "minus_ce_p", "steps"):
             assert ours.get(name) == pytest.approx(theirs.get(name)), name
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        jobs, failed = plan(
-            study, place, lambda overrides: compose("train", overrides=overrides), retry_failed=True
-        )
+        jobs, failed = plan(study, place, lambda overrides: compose("train", overrides=overrides), retry_failed=True)
     assert (jobs, failed) == ([], [])
 
 

@@ -51,18 +51,13 @@ def run(row, seed, accuracy, fraction=0.1, state="done", error=None, **more):
     return RunEntry(Path("/nowhere") / name, name, RunState(state), Result.of({"method": row, **result}))
 
 
-ACCURACIES = {
-    "ce": [0.70, 0.72, 0.71, 0.69],
-    "kd_mean": [0.75, 0.76, 0.75, 0.75],
-    "ekd": [0.76, 0.79, 0.75, 0.77],
-}
+ACCURACIES = {"ce": [0.70, 0.72, 0.71, 0.69], "kd_mean": [0.75, 0.76, 0.75, 0.75], "ekd": [0.76, 0.79, 0.75, 0.77]}
 
 
 def study(accuracies=ACCURACIES, **more):
     """Row -> seed -> run; a row may also be given as the run of seed 0."""
     found = {
-        row: {seed: run(row, seed, value) for seed, value in enumerate(values)}
-        for row, values in accuracies.items()
+        row: {seed: run(row, seed, value) for seed, value in enumerate(values)} for row, values in accuracies.items()
     }
     return found | {row: {0: one} for row, one in more.items()}
 
@@ -112,11 +107,7 @@ def test_failed_and_missing_runs_stay_in_the_table():
     assert record["by_seed"] == {"0": 0.76, "1": 0.79, "2": "failed", "3": "missing"}
     nothing = study({"ce": ACCURACIES["ce"]}, ekd=run("ekd", 0, None, state="failed", error="e"))
     record = flat(nothing)["ekd"]
-    assert (record["test_accuracy"], record["minus_ce"], record["problems"]) == (
-        None,
-        None,
-        "failed 1 of 1: e",
-    )
+    assert (record["test_accuracy"], record["minus_ce"], record["problems"]) == (None, None, "failed 1 of 1: e")
     assert "failed 1 of 4: no such stage \\| x; missing 1 of 4" in page(runs)
 
 
@@ -188,12 +179,7 @@ def test_a_chosen_teacher_is_named():
 
 def test_of_a_chain_the_pool_counts_and_the_assistants_time_is_shown():
     links = [{"teachers_sha256": ["a" * 64]}, {"teachers_sha256": ["x"]}]
-    more = {
-        "teachers": [{"sha256": "x"}],
-        "teacher_choice": "best",
-        "teacher": "a",
-        "chain_stored_seconds": 42.0,
-    }
+    more = {"teachers": [{"sha256": "x"}], "teacher_choice": "best", "teacher": "a", "chain_stored_seconds": 42.0}
     runs = study(takd=run("takd", 0, 0.7, chain=links, **more))
     assert "+ 42 for assistants" in page(runs)
     assert flat(runs)["takd"]["assistants_seconds"] == 42.0
@@ -209,9 +195,6 @@ def test_the_same_difference_in_every_pair_counts_among_the_tests():
     assert found["ekd"].p_holm is None
     # The smallest p of 2 is the other's; this one is times 1.
     assert found["kd_mean"].p_holm == pytest.approx(found["kd_mean"].p)
-    found = {
-        name: row.differences["ce"]
-        for name, row in rows(study(accuracies | {"kd": (0.53, 0.61, 0.72)})).items()
-    }
+    found = {name: row.differences["ce"] for name, row in rows(study(accuracies | {"kd": (0.53, 0.61, 0.72)})).items()}
     smallest = min((found["kd"], found["kd_mean"]), key=lambda one: one.p)
     assert smallest.p_holm == pytest.approx(min(1.0, 2 * smallest.p))

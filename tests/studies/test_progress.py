@@ -65,15 +65,7 @@ def test_means_over_seeds_and_the_mark_goes_there():
     for method, found in values.items():
         spread = f"{100 * statistics.stdev(found):.2f}"
         mark = ["★"] if method == "ekd" else []
-        expected = [
-            method,
-            *mark,
-            f"{100 * statistics.fmean(found):.2f}",
-            "±",
-            spread,
-            str(len(found)),
-            "4.2",
-        ]
+        expected = [method, *mark, f"{100 * statistics.fmean(found):.2f}", "±", spread, str(len(found)), "4.2"]
         assert expected in lines
 
 

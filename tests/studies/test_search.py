@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.config.overrides import override
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies.space import (
-    Choices,
-    Interval,
-    default_values,
-    derive_space,
-    describe_space,
-    read_space,
-)
+from ekd_lightning.studies.space import Choices, Interval, default_values, derive_space, describe_space, read_space
 from ekd_lightning.training.module import NonFiniteLossError
 
 optuna = pytest.importorskip("optuna")
@@ -270,9 +263,7 @@ def test_the_space_of_ekd_is_its_weights_but_the_reference_and_the_temperature(t
     assert space["method.terms.kd_branch.weight"] == Interval(0.9 / 8, 7.2, log=True)
     assert space["method.temperature"] == Interval(1.0, 20.0, log=True)
     assert derive_space(method, 30.0)["method.temperature"].high == 30.0
-    assert derive_space(method, None, fixed=set(space) - {"method.temperature"}).keys() == {
-        "method.temperature"
-    }
+    assert derive_space(method, None, fixed=set(space) - {"method.temperature"}).keys() == {"method.temperature"}
 
 
 def test_labels_alone_leave_nothing_to_search(tiny_settings):
@@ -397,8 +388,7 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
     monkeypatch.setattr(prepare, "load_dataset", load_without_test)
     reports: list[tuple[int, float]] = []
     objective = ValidationObjective(
-        lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words),
-        seeds=(0, 1),
+        lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words), seeds=(0, 1)
     )
     values = objective([], tmp_path / "trial", lambda step, value: reports.append((step, value)))
     assert len(values) == 2

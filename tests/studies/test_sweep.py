@@ -52,14 +52,7 @@ def leave(directory: Path, state: str, *, since: float = 0, end: float = 0, erro
     (directory / "provenance.json").write_text(json.dumps({"started": at(since)}))
     (directory / "status.json").write_text(json.dumps({"state": state, "error": error, "time": at(end)}))
     if state == "done":
-        whole = {
-            "method": "ekd",
-            "data": "digits",
-            "seed": 0,
-            "fraction": 0.1,
-            "test_accuracy": 0.5,
-            **result,
-        }
+        whole = {"method": "ekd", "data": "digits", "seed": 0, "fraction": 0.1, "test_accuracy": 0.5, **result}
         (directory / "result.json").write_text(json.dumps(whole))
 
 
@@ -278,9 +271,7 @@ def test_jobs_of_a_cluster_go_on_without_us(sweep):
     leave(sweep.folder / "0", "running")
     with DirectoryLock(sweep.folder / "0"):
         said = stopped(sweep, queued=True)
-    assert said.startswith(
-        "0 of 4 runs done, 1 running, 3 not started; to continue, once the queue is empty: "
-    )
+    assert said.startswith("0 of 4 runs done, 1 running, 3 not started; to continue, once the queue is empty: ")
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         for launcher, queued in (("basic", False), ("slurm", True)):
             if queued:
@@ -298,12 +289,7 @@ def test_a_path_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
 # -- progress -------------------------------------------------------------------------------------------
 
 
-@given(
-    st.floats(1, 1e4),
-    st.integers(1, 5),
-    st.integers(1, 8),
-    st.integers(0, 20),
-)
+@given(st.floats(1, 1e4), st.integers(1, 5), st.integers(1, 8), st.integers(0, 20))
 def test_time_left_of_equal_jobs_is_that_of_a_schedule(duration, done, workers, waiting):
     # Workers that just began, and whole rounds of waiting jobs: the schedule is rounds × duration.
     rounds = -(-waiting // workers)
@@ -319,8 +305,7 @@ def test_time_left_counts_what_runs_and_never_goes_below_nothing():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0, "0 s"), (99.4, "99 s"), (120, "2 min"), (3599, "1 h 00 min"), (12_000, "3 h 20 min")],
+    ("seconds", "words"), [(0, "0 s"), (99.4, "99 s"), (120, "2 min"), (3599, "1 h 00 min"), (12_000, "3 h 20 min")]
 )
 def test_durations_are_readable(seconds, words):
     assert readable(seconds) == words
@@ -335,16 +320,12 @@ def test_each_job_that_ends_is_a_line_and_no_job_is_told_twice(sweep):
     leave(sweep.folder / "1", "done", since=10, end=40, test_accuracy=0.7155)
     progress.look()
     progress.look()
-    assert lines == [
-        "sweep 2/4 ━━━━━━────── seed=1: test accuracy 71.55 %, 30 s  (2 waiting, about 60 s left)"
-    ]
+    assert lines == ["sweep 2/4 ━━━━━━────── seed=1: test accuracy 71.55 %, 30 s  (2 waiting, about 60 s left)"]
     leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no")
     leave(sweep.folder / "3", "running", since=-1e6)
     with DirectoryLock(sweep.folder / "3"):
         progress.look()
-    assert lines[1] == (
-        "sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)"
-    )
+    assert lines[1] == ("sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)")
     leave(sweep.folder / "3", "done", since=43, end=44, test_accuracy=1)
     progress.look()
     assert lines[2] == "sweep 4/4 ━━━━━━━━━━━━ seed=3: test accuracy 100.00 %, 1 s  (1 failed)"

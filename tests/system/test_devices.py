@@ -69,10 +69,7 @@ def test_processes_of_ddp_train_the_student(train, store, tmp_path, place, devic
     words = words_for(place, "capture=never", "trainer.precision=32-true", "teachers.precision=float32")
     own = (f"trainer.devices={devices}", "trainer.strategy=ddp", f"teachers.store={store}")
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ekd_lightning.cli.train", *TINY, *words, *own),
-            f"hydra.run.dir={directory}",
-        ],
+        [*(sys.executable, "-m", "ekd_lightning.cli.train", *TINY, *words, *own), f"hydra.run.dir={directory}"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

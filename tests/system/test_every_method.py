@@ -88,7 +88,5 @@ def test_in_two_processes(shared, tmp_path):
     for name in METHODS:
         check(tmp_path / name, 2)
         ranks = [json.loads((tmp_path / name / f"rank{rank}.json").read_text()) for rank in range(2)]
-        scores = [
-            {key: value for key, value in rank.items() if key.startswith(("test_", "val_"))} for rank in ranks
-        ]
+        scores = [{key: value for key, value in rank.items() if key.startswith(("test_", "val_"))} for rank in ranks]
         assert scores[0] == scores[1], name

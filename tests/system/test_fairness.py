@@ -88,10 +88,7 @@ def test_the_same_student_starts_with_the_same_weights_whatever_the_method(prepa
 
 def test_a_plain_student_starts_as_the_first_branch_does(prepared):
     plain, branched = (prepared(method)[1].student for method in ("ce", "ekd"))
-    theirs = {
-        **branched.branches[0].state_dict(prefix="stages."),
-        **branched.trunk.state_dict(prefix="trunk."),
-    }
+    theirs = {**branched.branches[0].state_dict(prefix="stages."), **branched.trunk.state_dict(prefix="trunk.")}
     for name, value in plain.branches[0].head.state_dict().items():
         assert torch.equal(value, theirs[f"stages.head.{name}"])
     for name, value in plain.branches[0].stages["stage3"].state_dict().items():

@@ -33,9 +33,7 @@ def test_a_run_stopped_inside_an_epoch_replays_it(train, resume, tmp_path, whole
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_run_killed_after_its_last_epoch_still_has_validation_scores(
-    train, resume, tmp_path, whole, monkeypatch
-):
+def test_a_run_killed_after_its_last_epoch_still_has_validation_scores(train, resume, tmp_path, whole, monkeypatch):
     directory = tmp_path / "run"
 
     def killed(*args, **kwargs):
@@ -56,10 +54,7 @@ def test_a_damaged_checkpoint_is_one_line(train, resume, tmp_path):
     checkpoint = directory / "checkpoints" / "last.ckpt"
     content = checkpoint.read_bytes()
     middle = len(content) // 2
-    for damaged in (
-        content[:1000],
-        content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-    ):
+    for damaged in (content[:1000], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
         checkpoint.write_bytes(damaged)
         refused = resume(directory, "trainer.max_epochs=2")
         assert refused.code == 2

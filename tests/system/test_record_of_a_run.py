@@ -22,9 +22,7 @@ def run(train, tmp_path_factory):
 
 
 def test_the_files(run):
-    names = {
-        path.relative_to(run.directory).as_posix() for path in run.directory.rglob("*") if path.is_file()
-    }
+    names = {path.relative_to(run.directory).as_posix() for path in run.directory.rglob("*") if path.is_file()}
     assert names >= {
         "config.yaml",
         "provenance.json",
@@ -62,13 +60,7 @@ def test_the_result_has_every_field(run):
     }
     assert {name: result[name] for name in expected} == expected
     assert result["fraction"] == pytest.approx(0.1, abs=0.01)
-    numbers = [
-        "test_accuracy",
-        "test_accuracy_best",
-        "test_accuracy_last",
-        "val_accuracy",
-        "val_accuracy_best",
-    ]
+    numbers = ["test_accuracy", "test_accuracy_best", "test_accuracy_last", "val_accuracy", "val_accuracy_best"]
     numbers += ["test_nll", "test_ece", "test_brier", "test_disagreement", "test_ambiguity"]
     numbers += ["num_parameters", "macs", "train_seconds", "images_per_second"]
     assert [name for name in numbers if not isinstance(result[name], (int, float))] == []
@@ -96,13 +88,8 @@ def test_the_evaluation_is_in_the_record(run):
     subsets = run.result["test_subsets"]
     assert subsets[-1]["branches"] == [0, 1, 2]
     assert subsets[-1]["accuracy"] == pytest.approx(run.result["test_accuracy"], abs=1e-7)
-    assert (subsets[-1]["macs"], subsets[-1]["num_parameters"]) == (
-        run.result["macs"],
-        run.result["num_parameters"],
-    )
-    assert [row["accuracy"] for row in subsets[:3]] == pytest.approx(
-        run.result["test_branch_accuracy"], abs=1e-7
-    )
+    assert (subsets[-1]["macs"], subsets[-1]["num_parameters"]) == (run.result["macs"], run.result["num_parameters"])
+    assert [row["accuracy"] for row in subsets[:3]] == pytest.approx(run.result["test_branch_accuracy"], abs=1e-7)
 
 
 def test_teachers_are_recorded_with_hash_and_accuracy(run):
@@ -149,9 +136,7 @@ def test_debug_presets_run(train, tmp_path, debug):
     assert outcome.result["steps"] <= 4
 
 
-@pytest.mark.parametrize(
-    "words", [("callbacks=early_stopping",), ("callbacks=rich_progress",), ("method=ekd_random",)]
-)
+@pytest.mark.parametrize("words", [("callbacks=early_stopping",), ("callbacks=rich_progress",), ("method=ekd_random",)])
 def test_options_run(train, tmp_path, words):
     outcome = train(tmp_path / "run", *words, "trainer.limit_train_batches=1")
     assert outcome.code == 0, outcome.err

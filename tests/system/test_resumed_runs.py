@@ -45,9 +45,7 @@ def assert_same_run(directory: Path, reference: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("last", "best"):
-        a, b = (
-            torch.load(d / "checkpoints" / f"{name}.ckpt", weights_only=True) for d in (directory, reference)
-        )
+        a, b = (torch.load(d / "checkpoints" / f"{name}.ckpt", weights_only=True) for d in (directory, reference))
         assert (a["epoch"], a["global_step"]) == (b["epoch"], b["global_step"])
         assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in b["state_dict"])
         momentum = [c["optimizer_states"][0]["state"][0]["momentum_buffer"] for c in (a, b)]

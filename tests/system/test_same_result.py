@@ -88,8 +88,6 @@ def test_batches_are_those_of_torchvision_one_image_at_a_time(tiny_settings):
         for image, index, view in zip(batch.images, rows.index, rows.view, strict=True):
             top, left = divmod(int(view), P)
             padded = functional.pad(images[index], [padding])
-            expected = functional.convert_image_dtype(
-                functional.crop(padded, top, left, 32, 32), torch.float32
-            )
+            expected = functional.convert_image_dtype(functional.crop(padded, top, left, 32, 32), torch.float32)
             assert torch.equal(image, expected)
         assert torch.equal(batch.labels, prepared.dataset.train.labels[rows.index])

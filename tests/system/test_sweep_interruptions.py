@@ -44,13 +44,7 @@ def started(folder: Path, store: Path, *words: str) -> Iterator[subprocess.Popen
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        command,
-        cwd=folder.parent,
-        env=environment,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
+        command, cwd=folder.parent, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
     try:
         yield process
@@ -105,8 +99,7 @@ def test_an_interrupted_sweep_is_one_line_and_says_how_to_go_on(interrupted):
     folder, err = interrupted
     (line,) = err.splitlines()
     assert line == (
-        "ekd-train: interrupted: 0 of 3 runs done, 1 stopped, 2 not started; "
-        "to continue: ekd-train resume='a sweep'"
+        "ekd-train: interrupted: 0 of 3 runs done, 1 stopped, 2 not started; to continue: ekd-train resume='a sweep'"
     )
     assert states(folder) == ["interrupted", "absent", "absent"]
     assert not (folder / "0" / "result.json").exists()

@@ -66,9 +66,7 @@ def test_without_a_compiler_teachers_are_asked_uncompiled(ensemble, monkeypatch)
 
     monkeypatch.setattr(torch, "compile", broken)
     teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
-    with pytest.warns(
-        RuntimeWarning, match=r"torch.compile does not work here.*No working C\+\+ compiler"
-    ) as caught:
+    with pytest.warns(RuntimeWarning, match=r"torch.compile does not work here.*No working C\+\+ compiler") as caught:
         answers = [teachers.ask(m, POOL) for m in (0, 1, 0)]
     assert len(caught) == 2  # one for each teacher
     expected = ready(ensemble, POOL, precision="float32", compile="never")

@@ -12,9 +12,7 @@ from tutors import PLAIN, VIEWS, N, gather, make_batch, same, tutors
 from tutors import tabled as plain_tabled
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import (
-    TeacherEnsemble,
-)
+from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers import rows
 from ekd_lightning.teachers.plan import present_bytes
@@ -138,9 +136,7 @@ def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
 def test_a_method_that_needs_stages_for_a_while_reads_tables_afterwards(train, tmp_path):
     hint = "{weight: 1.0, feature: stage2, schedule: {linear: [[0, 1], [0.5, 1], [0.5, 0]]}}"
     words = (f"+method.terms.feature_branch={hint}", "method.terms.kd_branch.weight=1", "recipe.epochs=2")
-    first, second = (
-        train(tmp_path / f"run{i}", *words, f"teachers.store={tmp_path / 's'}") for i in range(2)
-    )
+    first, second = (train(tmp_path / f"run{i}", *words, f"teachers.store={tmp_path / 's'}") for i in range(2))
     assert (first.code, second.code) == (0, 0), first.err
     # 4 steps an epoch, none in tables in the first: two teachers × 128 images live, then 128 looked up.
     assert first.result["teacher_table_hit_rate"] < second.result["teacher_table_hit_rate"] == 0.5

@@ -23,12 +23,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.teachers import plan
 from ekd_lightning.teachers import table as teacher_table
 from ekd_lightning.teachers.plan import check_disk, table_bytes
-from ekd_lightning.teachers.table import (
-    TableKey,
-    TeacherTable,
-    row_dtype,
-    to_float16,
-)
+from ekd_lightning.teachers.table import TableKey, TeacherTable, row_dtype, to_float16
 
 N, V, C, D = 40, 18, 5, 7
 COLUMNS = (("logits", C), ("pooled", D))
@@ -44,8 +39,7 @@ def values(index: np.ndarray, view: np.ndarray, key: TableKey = KEY) -> dict[str
     """Outputs that depend on the row, exact in float16."""
     rows = (index * key.num_views + view)[:, None]
     return {
-        name: ((rows * 31 + np.arange(width)) % 997 / 8 - len(name)).astype(np.float32)
-        for name, width in key.columns
+        name: ((rows * 31 + np.arange(width)) % 997 / 8 - len(name)).astype(np.float32) for name, width in key.columns
     }
 
 
@@ -293,9 +287,7 @@ def _lose_sidecar(path: Path) -> None:
     path.with_suffix(".json").unlink()
 
 
-@pytest.mark.parametrize(
-    "damage", [_truncate, _lengthen, _empty, _alter_sidecar, _break_sidecar, _lose_sidecar]
-)
+@pytest.mark.parametrize("damage", [_truncate, _lengthen, _empty, _alter_sidecar, _break_sidecar, _lose_sidecar])
 def test_a_damaged_table_is_named_and_built_anew(tmp_path, damage):
     table = filled(tmp_path)
     table.close()

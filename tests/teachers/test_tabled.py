@@ -17,13 +17,7 @@ from tutors import PLAIN, C, N, V, gather, make_batch, same, tabled, tutors
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import (
-    NetworkSpec,
-    TeacherEnsemble,
-    TeacherIdentity,
-    build_network,
-    normalization,
-)
+from ekd_lightning.networks import NetworkSpec, TeacherEnsemble, TeacherIdentity, build_network, normalization
 from ekd_lightning.teachers import rows
 from ekd_lightning.teachers import source as frozen_teachers
 from ekd_lightning.teachers.source import FrozenTeachers, LiveTeachers, TeacherFormat
@@ -192,9 +186,7 @@ def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble
     st.sampled_from([0, 1 << 30]),
     st.sampled_from([0, N * V]),
 )
-def test_an_epoch_ahead_says_what_batches_would_say(
-    tmp_path_factory, order, known, chunk, seed, memory, planned
-):
+def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, known, chunk, seed, memory, planned):
     """However many rows there is memory for, and whether all are read at the start."""
     torch.manual_seed(0)
     ensemble = TeacherEnsemble(
@@ -259,9 +251,7 @@ def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", ["never", "always"])
-@pytest.mark.parametrize(
-    ("live", "stages"), [(False, ()), (True, ()), (True, ("stage2",)), (False, ("stage2",))]
-)
+@pytest.mark.parametrize(("live", "stages"), [(False, ()), (True, ()), (True, ("stage2",)), (False, ("stage2",))])
 def test_a_cuda_graph_answers_for_a_later_epoch(ensemble, tmp_path, live, stages, compiled):
     how = TeacherFormat(precision="float32", compile=compiled)
     ensemble = ensemble.cuda()
@@ -286,9 +276,7 @@ def test_a_cuda_graph_answers_for_a_later_epoch(ensemble, tmp_path, live, stages
         assert answer.logits.isfinite().all()
         for m in range(2):
             for name in stages:
-                torch.testing.assert_close(
-                    answer.stages[m][name], expected.stages[m][name], rtol=1e-3, atol=1e-3
-                )
+                torch.testing.assert_close(answer.stages[m][name], expected.stages[m][name], rtol=1e-3, atol=1e-3)
 
 
 def on_gpu(batch: Batch) -> Batch:

@@ -158,9 +158,7 @@ def test_damaged_outputs_are_made_anew(tmp_path, caplog, damage):
         path.write_bytes(path.read_bytes()[:1000])
     else:
         safetensors.torch.save_file(
-            {"x": torch.zeros(1)}
-            if damage == "foreign"
-            else {n: v[:9].clone() for n, v in good._asdict().items()},
+            {"x": torch.zeros(1)} if damage == "foreign" else {n: v[:9].clone() for n, v in good._asdict().items()},
             path,
         )
     again = store.test_outputs(lambda: network, "a", data.test, 100, "cpu")
@@ -272,9 +270,7 @@ def test_training_a_teacher_is_reproducible_and_leaves_the_generator_alone(train
     expected = torch.rand(3)
     torch.manual_seed(5)
     second = gather_teachers(plans)
-    assert torch.equal(
-        torch.rand(3), expected
-    )  # the student draws the same whether or not teachers were there
+    assert torch.equal(torch.rand(3), expected)  # the student draws the same whether or not teachers were there
     assert [t.sha256 for t in first.identities] == [t.sha256 for t in second.identities]
     assert second.members[0].training is False
 
@@ -312,9 +308,7 @@ def test_a_teacher_that_is_twice_in_the_pool_is_noticed(trained):
 def test_weights_that_cannot_be_had_lead_to_other_teachers(tmp_path):
     data = teacher_data()
     data = replace(data, dataset=replace(data.dataset, name="cifar10"))
-    settings = replace(
-        SETTINGS, pool=["cifar10_resnet20_akamaster"], weights_dir=str(tmp_path), download=False
-    )
+    settings = replace(SETTINGS, pool=["cifar10_resnet20_akamaster"], weights_dir=str(tmp_path), download=False)
     (plan,) = plan_teachers(settings, data, "cpu")
     with pytest.raises(UserError, match=r"teachers\.weights_dir.*teachers=trained"):
         plan.obtain()

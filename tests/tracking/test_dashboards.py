@@ -103,10 +103,7 @@ def test_branches_have_a_row_each_and_the_ensemble_one():
 def test_matrices_become_cells_with_the_names_of_the_teachers():
     result = {"test_branch_teacher_cka": [[0.1, 0.2]], "test_branch_cka": [[1.0]], "teachers": [{"id": "a"}]}
     made = tables(result)
-    assert made["fidelity/branch_teacher_cka"].rows == [
-        ["branch 0", "a", 0.1],
-        ["branch 0", "teacher 1", 0.2],
-    ]
+    assert made["fidelity/branch_teacher_cka"].rows == [["branch 0", "a", 0.1], ["branch 0", "teacher 1", 0.2]]
     assert made["diversity/branch_cka"].rows == [["branch 0", "branch 0", 1.0]]
 
 
@@ -222,11 +219,7 @@ def test_what_was_run_stands_in_flat_columns(ran):
     result = json.loads((ran / "result.json").read_text())
     wanted = ("fraction", "num_teachers", "num_branches", "num_parameters", "macs", "split_after")
     assert {name: config[name] for name in wanted} == {name: result[name] for name in wanted}
-    assert (config["method_name"], config["data_name"], config["student_network"]) == (
-        "ekd",
-        "digits",
-        "resnet8",
-    )
+    assert (config["method_name"], config["data_name"], config["student_network"]) == ("ekd", "digits", "resnet8")
     columns = flat_columns(result_facts(result), {})
     assert (columns["method_name"], columns["num_branches"]) == ("ekd", 2)
 
@@ -256,9 +249,7 @@ def test_scores_of_the_test_are_logged_once_with_best_and_last_apart(ran, panels
     assert {name.removeprefix("test_best/") for name in expected if name.startswith("test_best/")} == {
         name.removeprefix("test/") for name in expected if name.startswith("test/")
     }
-    logged = {
-        "metrics.csv": [(n, float(v)) for row in rows(ran / "metrics.csv") for n, v in row.items() if v]
-    }
+    logged = {"metrics.csv": [(n, float(v)) for row in rows(ran / "metrics.csv") for n, v in row.items() if v]}
     (folder,) = offline_runs(ran)
     logged["W&B"] = [pair for row in history_of(folder) for pair in row.items()]
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

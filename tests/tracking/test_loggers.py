@@ -167,14 +167,7 @@ def test_curves_and_summary(swept):
     (folder,) = offline_runs(swept.directory / "0")
     found = records(folder)
     names = {name for item in found["history"] for name in unpacked(item.item)}
-    assert names >= {
-        "train/loss",
-        "train/ce_ensemble",
-        "train/ce_branch",
-        "val/branch_accuracy_1",
-        "lr",
-        "epoch",
-    }
+    assert names >= {"train/loss", "train/ce_ensemble", "train/ce_branch", "val/branch_accuracy_1", "lr", "epoch"}
     summary = {}
     for item in found["summary"]:
         summary.update(unpacked(item.update))

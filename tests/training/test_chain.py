@@ -126,9 +126,7 @@ def by_hand(settings, spec, teachers):
 
 
 def distance(a, b):
-    return max(
-        float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters(), strict=True)
-    )
+    return max(float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_a_link_equals_a_plain_loop_with_the_link_before_as_teacher(tiny_settings):
@@ -241,9 +239,7 @@ def killed_at(epoch, width, monkeypatch):
     monkeypatch.setattr(Distiller, "on_train_epoch_start", start)
 
 
-def test_a_killed_chain_goes_on_at_the_link_and_epoch_where_it_was(
-    tiny_settings, tmp_path, monkeypatch, caplog
-):
+def test_a_killed_chain_goes_on_at_the_link_and_epoch_where_it_was(tiny_settings, tmp_path, monkeypatch, caplog):
     def settings(name):
         return tiny_settings(*WORDS, "+method.chain.recipe={epochs: 2}", f"teachers.store={tmp_path / name}")
 
@@ -308,10 +304,7 @@ def test_runs_that_ask_at_once_train_each_link_once(tiny_settings, tmp_path, mon
     settings = tiny_settings(*WORDS)
     gather_teachers(list(chain_of(settings).origins))
     chain = chain_of(settings)
-    lesson = replace(
-        chain.lesson,
-        settings=replace(settings, teachers=replace(settings.teachers, store=str(tmp_path))),
-    )
+    lesson = replace(chain.lesson, settings=replace(settings, teachers=replace(settings.teachers, store=str(tmp_path))))
     plan = replace(chain, lesson=lesson).last()
 
     def stub(lesson, spec, seed, teachers, scratch):
@@ -336,13 +329,7 @@ def test_runs_that_ask_at_once_train_each_link_once(tiny_settings, tmp_path, mon
 
 @pytest.mark.ddp
 def test_two_processes_share_one_chain(tmp_path, store):
-    own = [
-        *WORDS,
-        "trainer=ddp_sim",
-        f"teachers.store={store}",
-        f"hydra.run.dir={tmp_path / 'run'}",
-        "seed=3",
-    ]
+    own = [*WORDS, "trainer=ddp_sim", f"teachers.store={store}", f"hydra.run.dir={tmp_path / 'run'}", "seed=3"]
     words = [word for word in TINY if not word.startswith("trainer=")]
     done = subprocess.run(
         [sys.executable, "-m", "ekd_lightning.cli.train", *words, *own],
@@ -416,10 +403,7 @@ def test_the_temperature_of_the_chain_wins_over_a_terms_own(tiny_settings):
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (
-            ("method.assistants=[resnet15]",),
-            r"method\.assistants\[0\]: unknown network 'resnet15'; did you mean",
-        ),
+        (("method.assistants=[resnet15]",), r"method\.assistants\[0\]: unknown network 'resnet15'; did you mean"),
         (("method.assistants=[{network: resnet8, options: {wdth: 1}}]",), r"method\.assistants\[0\].*width"),
         (("method.assistants=[{netwrok: resnet8}]",), r"method\.assistants\[0\].*network"),
         (("method.assistants=[{network: resnet8, sed: 1}]",), "did you mean 'seed'"),
@@ -427,10 +411,7 @@ def test_the_temperature_of_the_chain_wins_over_a_terms_own(tiny_settings):
         (("method.assistants=[{network: resnet8, options: 3}]",), r"options=3: must be a mapping"),
         (("+method.chain.recipe={epoch: 3}",), "did you mean 'epochs'"),
         (("+method.chain.recipe={epochs: 0}",), r"method\.chain\.recipe\.epochs=0"),
-        (
-            ("+method.chain.recipe={epochs: long}",),
-            r"method\.chain\.recipe\.epochs='long': must be of type int",
-        ),
+        (("+method.chain.recipe={epochs: long}",), r"method\.chain\.recipe\.epochs='long': must be of type int"),
         (("+method.chain.recipe={batch_size: 500}",), "500"),
         (("method.chain.temperature=0",), r"method\.chain\.temperature"),
         (("method.chain.kd_weight=0",), r"method\.chain\.kd_weight"),
@@ -450,10 +431,7 @@ def test_a_mistake_is_one_line_before_anything_is_trained(tiny_settings, tmp_pat
     ("words", "match"),
     [
         (("method.assistants=[resnet14]",), r"more than resnet8-s1 above it"),
-        (
-            (f"method.assistants=[{SMALL},{LARGE}]",),
-            r"assistants\[1\]=resnet8 has .* more than resnet8 above it",
-        ),
+        ((f"method.assistants=[{SMALL},{LARGE}]",), r"assistants\[1\]=resnet8 has .* more than resnet8 above it"),
         (("student.options={width: 1}", f"method.assistants=[{SMALL}]"), "fewer than the student resnet8"),
         (("method.assistants=[]", "method.chain.temperature=2"), "no effect"),
     ],

@@ -26,12 +26,7 @@ from torch.utils.data import DataLoader
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.training import checkpoints
-from ekd_lightning.training.checkpoints import (
-    CheckpointWriter,
-    checkpoint_callbacks,
-    read_checkpoint,
-    write_checkpoint,
-)
+from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks, read_checkpoint, write_checkpoint
 
 MEGABYTE = 1 << 18  # numbers in float32
 
@@ -173,9 +168,7 @@ def test_the_trainer_ends_with_its_checkpoints_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
-def test_no_process_goes_on_before_the_files_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_process_goes_on_before_the_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, written = threading.Event(), []
     write, teardown = checkpoints.write_checkpoint, CheckpointWriter.teardown
 
@@ -237,9 +230,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_names_the_file(
     assert step_of(path) == 3
 
 
-def test_a_training_ends_with_the_error_of_its_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_ends_with_the_error_of_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tmp_path, 1)
     write = checkpoints.write_bytes
 

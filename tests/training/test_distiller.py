@@ -113,9 +113,7 @@ def test_a_checkpoint_holds_no_teacher_but_their_hashes(fit, name):
     size = sum(value.numel() for value in state.values())
     assert teachers
     assert size == sum(
-        value.numel()
-        for key, value in fit.module.state_dict().items()
-        if key.startswith(("student.", "method."))
+        value.numel() for key, value in fit.module.state_dict().items() if key.startswith(("student.", "method."))
     )
 
 
@@ -172,12 +170,7 @@ def test_curves_have_one_row_per_epoch(fit):
         assert float(row["epoch"]) == epoch
     assert len(rows) == EPOCHS
     (test,) = [row for row in fit.rows if row not in rows]  # the test set, once, at the end
-    assert {name.split("/")[0] for name, value in test.items() if value} == {
-        "step",
-        "epoch",
-        "test",
-        "test_best",
-    }
+    assert {name.split("/")[0] for name, value in test.items() if value} == {"step", "epoch", "test", "test_best"}
 
 
 def test_the_total_is_the_weighted_sum_of_the_terms(fit):

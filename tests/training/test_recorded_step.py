@@ -151,13 +151,9 @@ def test_a_fit_that_fails_leaves_the_data_as_they_were(tiny_settings, tmp_path):
 def test_accumulation_that_begins_later_ends_the_recording(tiny_settings, tmp_path):
     words = ("recipe.epochs=3",)
     schedule = {"scheduling": {1: 2}}
-    eager = fit(
-        settings_of(tiny_settings, "ekd", *words), tmp_path, GradientAccumulationScheduler(**schedule)
-    )
+    eager = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, GradientAccumulationScheduler(**schedule))
     static = fit(
-        settings_of(tiny_settings, "ekd", "capture=always", *words),
-        tmp_path,
-        GradientAccumulationScheduler(**schedule),
+        settings_of(tiny_settings, "ekd", "capture=always", *words), tmp_path, GradientAccumulationScheduler(**schedule)
     )
     assert static[1].steps == eager[1].steps == [1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8]
     wanted = state(eager[0])
@@ -184,11 +180,7 @@ def test_what_a_callback_changes_in_the_optimiser_reaches_static_steps(tiny_sett
 def test_parameters_that_get_gradients_later_are_trained_from_then_on(tiny_settings, tmp_path):
     """A fused optimiser refuses momentum for some parameters only."""
     off = [f"method.terms.{name}.weight=0" for name in ("ce_ensemble", "kd_ensemble", "feature_branch")]
-    words = (
-        "student.ensemble=gate",
-        *off,
-        "+method.terms.kd_branch.schedule={linear: [[0, 1], [0.5, 1], [0.5, 0]]}",
-    )
+    words = ("student.ensemble=gate", *off, "+method.terms.kd_branch.schedule={linear: [[0, 1], [0.5, 1], [0.5, 0]]}")
     for capture in ("never", "always"):
         _, watch, _ = fit(settings_of(tiny_settings, "ekd", f"capture={capture}", *words), tmp_path)
         assert len(watch.steps) == 8
@@ -211,15 +203,11 @@ class LooksAtGradients(Callback):
         ({"callbacks": "instance"}, (), "LambdaCallback"),
     ],
 )
-def test_what_cannot_be_recorded_is_said_and_trains_step_by_step(
-    tiny_settings, tmp_path, caplog, flags, words, reason
-):
+def test_what_cannot_be_recorded_is_said_and_trains_step_by_step(tiny_settings, tmp_path, caplog, flags, words, reason):
     looks, seen = LooksAtGradients(), []
     watching = {
         "class": [looks],
-        "instance": [
-            LambdaCallback(on_after_backward=lambda trainer, module: seen.append(trainer.global_step))
-        ],
+        "instance": [LambdaCallback(on_after_backward=lambda trainer, module: seen.append(trainer.global_step))],
     }
     flags = dict(flags)
     kind = flags.pop("callbacks", None)
@@ -243,9 +231,7 @@ def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_pat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Distiller, "losses", full)
-    with pytest.raises(
-        UserError, match=r"recipe\.batch_size=32 .*weights, gradients and momentum.* 2\.00 GiB"
-    ):
+    with pytest.raises(UserError, match=r"recipe\.batch_size=32 .*weights, gradients and momentum.* 2\.00 GiB"):
         fit(settings_of(tiny_settings, "ekd", f"capture={capture}"), tmp_path)
 
 
@@ -282,10 +268,7 @@ def test_schedules_reach_graphs(tiny_settings, tmp_path, words):
 def test_what_a_callback_changes_in_the_optimiser_reaches_graphs(tiny_settings, tmp_path):
     words = ("recipe.epochs=4", "teachers.precision=float32", "trainer.precision=32-true")
     eager = fit(
-        settings_of(tiny_settings, "ekd", *words, "capture=never"),
-        tmp_path,
-        ChangesTheOptimiser(),
-        accelerator="gpu",
+        settings_of(tiny_settings, "ekd", *words, "capture=never"), tmp_path, ChangesTheOptimiser(), accelerator="gpu"
     )
     graph = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, ChangesTheOptimiser(), accelerator="gpu")
     assert graph[1].recorded
@@ -297,9 +280,7 @@ def test_what_a_callback_changes_in_the_optimiser_reaches_graphs(tiny_settings, 
 def test_a_loss_that_is_not_finite_inside_a_graph_ends_the_epoch(tiny_settings, tmp_path):
     from ekd_lightning.training.module import NonFiniteLossError
 
-    settings = settings_of(
-        tiny_settings, "ekd", "recipe.lr=1e12", "recipe.epochs=4", "recipe.warmup_epochs=1"
-    )
+    settings = settings_of(tiny_settings, "ekd", "recipe.lr=1e12", "recipe.epochs=4", "recipe.warmup_epochs=1")
     with pytest.raises(NonFiniteLossError, match="epoch"):
         fit(settings, tmp_path, accelerator="gpu")
 

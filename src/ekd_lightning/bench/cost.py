@@ -54,11 +54,7 @@ def inference(bench: Bench) -> dict[str, Any]:
         ways: dict[str, Callable[[], float]] = {}
         for name, network in plain.items():
             compiled = compiled_or_not(fast[name], options={"freezing": True})
-            forms: dict[str, Callable[..., object]] = {
-                "plain": network,
-                "folded": fast[name],
-                "compiled": compiled,
-            }
+            forms: dict[str, Callable[..., object]] = {"plain": network, "folded": fast[name], "compiled": compiled}
             for form, module in forms.items():
                 ways[f"{name}, {form}"] = _forward_rate(module, images, bench.device)
         rates = take_turns(ways, bench.rounds)
@@ -66,8 +62,7 @@ def inference(bench: Bench) -> dict[str, Any]:
         result["batches"][str(batch)] = rows
         result.setdefault("student_over_ensemble_in_the_same_form", {})[str(batch)] = {
             form: statistics.median(
-                a / b
-                for a, b in zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
+                a / b for a, b in zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
             )
             for form in ("plain", "folded", "compiled")
         }
@@ -77,9 +72,7 @@ def inference(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def _forward_rate(
-    module: Callable[..., object], images: torch.Tensor, device: torch.device
-) -> Callable[[], float]:
+def _forward_rate(module: Callable[..., object], images: torch.Tensor, device: torch.device) -> Callable[[], float]:
     def forward() -> None:
         with torch.no_grad():
             module(images)
@@ -123,9 +116,7 @@ def growth(bench: Bench) -> dict[str, Any]:
         result["branches"] = {k: rate(student=replace(settings.student, branches=k)) for k in (1, 2, 3, 4, 6)}
         present = len(bench.job().prepared().subset.train_index)
         result["batch_size"] = {
-            b: rate(recipe=replace(settings.recipe, batch_size=b))
-            for b in (32, 64, 128, 256, 512)
-            if b <= present
+            b: rate(recipe=replace(settings.recipe, batch_size=b)) for b in (32, 64, 128, 256, 512) if b <= present
         }
         whole = len(bench.dataset.train)
         result["images"] = {
@@ -136,9 +127,7 @@ def growth(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def peak_share(
-    bench: Bench, warm_images_per_second: float, teacher_rates: dict[str, float]
-) -> dict[str, Any]:
+def peak_share(bench: Bench, warm_images_per_second: float, teacher_rates: dict[str, float]) -> dict[str, Any]:
     """(h) Share of the measured matrix-product peak; a training step counts three forward passes."""
     peaks = {
         name: matmul_peak(dtype, bench.device)
@@ -146,9 +135,7 @@ def peak_share(
     }
     format_ = str(teacher_dtype("auto", bench.device.type)).removeprefix("torch.")
     student = bench.job().prepared().student
-    macs = {
-        i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.networks(), strict=True)
-    }
+    macs = {i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.networks(), strict=True)}
     return {
         "peak_gmacs": {name: value / 1e9 for name, value in peaks.items()},
         "format": format_,

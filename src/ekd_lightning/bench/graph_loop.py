@@ -56,9 +56,7 @@ class GraphLoop:
         batch = batch._replace(images=batch.images.contiguous(memory_format=bare.memory_format))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half, cache_enabled=False):
             taught = bare.source.ask(batch)
-            result = bare.method(
-                bare.forward(batch.images), taught, batch, weights=values.weights, step_t=values.step
-            )
+            result = bare.method(bare.forward(batch.images), taught, batch, weights=values.weights, step_t=values.step)
         return result.total, [result.total]
 
     def run(self, steps: int) -> None:

@@ -22,9 +22,7 @@ from ekd_lightning.training.pool import gather_teachers
 _GPU_MINUTES = 3.0
 
 
-def make_bench(
-    overrides: Sequence[str], *, epochs: int, rounds: int, plain_steps: int, minutes: float | None
-) -> Bench:
+def make_bench(overrides: Sequence[str], *, epochs: int, rounds: int, plain_steps: int, minutes: float | None) -> Bench:
     """Prepares what all parts measure.
 
     Args:
@@ -53,13 +51,9 @@ def make_bench(
         settings.student.compile = "always" if long_run else "never"
     prepared = prepare(settings, accelerator)
     if settings.method.teacher is not None:
-        raise UserError(
-            f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool"
-        )
+        raise UserError(f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool")
     if prepared.method.teacher_stages or not prepared.teachers:
-        raise UserError(
-            f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages"
-        )
+        raise UserError(f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages")
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = minutes or (_GPU_MINUTES if on_gpu else math.inf)
     return Bench(
@@ -98,9 +92,7 @@ def measure(
         The part's numbers, for a table and JSON.
     """
     if key in "dgi":
-        bench = replace(
-            bench, settings=_smaller(bench.settings, overrides, key, sweep_fraction, sweep_epochs)
-        )
+        bench = replace(bench, settings=_smaller(bench.settings, overrides, key, sweep_fraction, sweep_epochs))
     if key == "d":
         return parts.sweep(bench)
     if key == "h":
@@ -108,8 +100,7 @@ def measure(
             if needed not in found:
                 found[needed] = also(bench)
         teachers = {
-            name: row["rates"]["auto folded, compiled"]["median"]
-            for name, row in found["b"]["teachers"].items()
+            name: row["rates"]["auto folded, compiled"]["median"] for name, row in found["b"]["teachers"].items()
         }
         return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
     if key == "f":
@@ -126,9 +117,7 @@ def measure(
     return parts_by_letter[key](bench)
 
 
-def _smaller(
-    settings: Settings, overrides: Sequence[str], key: str, fraction: float | None, epochs: int
-) -> Settings:
+def _smaller(settings: Settings, overrides: Sequence[str], key: str, fraction: float | None, epochs: int) -> Settings:
     """The settings for the parts that train often; the sweep compiles when ekd-train would."""
     data, recipe = settings.data, settings.recipe
     if fraction is not None:

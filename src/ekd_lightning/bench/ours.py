@@ -87,19 +87,10 @@ class Job:
         module = make_distiller(self.settings, prepared, self.teachers)
         report, clock = EpochReport(self.settings.recipe.batch_size), Clock()
         rates = _EpochRates(report)
-        validates = (
-            prepared.datamodule.num_val_images > 0 and self.settings.trainer.get("limit_val_batches") != 0
-        )
+        validates = prepared.datamodule.num_val_images > 0 and self.settings.trainer.get("limit_val_batches") != 0
         with tempfile.TemporaryDirectory() as folder, quiet():
             checkpoints = checkpoint_callbacks(Path(folder), with_best=validates)
-            callbacks: list[pl.Callback] = [
-                clock,
-                EpochSeed(self.settings.seed),
-                report,
-                rates,
-                *checkpoints,
-                *also,
-            ]
+            callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, rates, *checkpoints, *also]
             trainer = build_trainer(
                 self.settings.trainer,
                 Path(folder),
@@ -226,9 +217,7 @@ class BareLoop:
             settings.seed,
         )
         parameters = [*self.student.parameters(), *self.method.parameters()]
-        self.optimizer, self.schedule = make_optimizer(
-            parameters, settings.recipe, len(self.loader), fused=True
-        )
+        self.optimizer, self.schedule = make_optimizer(parameters, settings.recipe, len(self.loader), fused=True)
         self.forward = self.student.outputs
         if settings.student.compile == "always":
             stages = tuple(self.method.student_stages)

@@ -136,10 +136,7 @@ def teachers_alone(bench: Bench) -> dict[str, Any]:
         start = time.perf_counter()
         ready["auto folded, compiled"].ask(m, batch)
         compile_seconds = time.perf_counter() - start
-        ways = {
-            name: _rate(partial(frozen.ask, m, batch), len(batch), bench.device)
-            for name, frozen in ready.items()
-        }
+        ways = {name: _rate(partial(frozen.ask, m, batch), len(batch), bench.device) for name, frozen in ready.items()}
         rates = summary(take_turns(ways, bench.rounds), "float32 eager")
         plain, fast = (
             torch.cat([ready[name].ask(m, part).logits for part in test.split(128)])
@@ -168,9 +165,7 @@ def agreement(plain: Tensor, fast: Tensor, temperature: float = 4.0) -> dict[str
     }
 
 
-def _rate(
-    work: Callable[[], object], count: int, device: torch.device, repeats: int = 5
-) -> Callable[[], float]:
+def _rate(work: Callable[[], object], count: int, device: torch.device, repeats: int = 5) -> Callable[[], float]:
     def measure() -> float:
         return count / statistics.median(seconds_of(work, device) for _ in range(repeats))
 
@@ -296,12 +291,7 @@ def overhead(bench: Bench) -> dict[str, Any]:
         }
         rates = take_turns(ways, 2 * bench.rounds + 1)
     found = summary(rates, "bare loop")
-    return {
-        "unit": "images/s",
-        "epochs": epochs,
-        "rates": found,
-        "overhead": 1 / found["Lightning"]["ratio"] - 1,
-    }
+    return {"unit": "images/s", "epochs": epochs, "rates": found, "overhead": 1 / found["Lightning"]["ratio"] - 1}
 
 
 def sweep(bench: Bench) -> dict[str, Any]:

@@ -25,29 +25,13 @@ GROUPS = {
 
 KERNELS = {
     "convolutions, backward": ("dgrad", "wgrad", "convolve_common_engine", "bprop"),
-    "convolutions, forward": (
-        "fprop",
-        "implicit_convolve",
-        "winograd",
-        "conv2d",
-        "convolve",
-        "xmma",
-        "cutlass_",
-    ),
+    "convolutions, forward": ("fprop", "implicit_convolve", "winograd", "conv2d", "convolve", "xmma", "cutlass_"),
     "batch norm": ("batch_norm", "bn_fw", "bn_bw", "batchnorm"),
     "compiled code": ("triton_",),
     "optimiser": ("FusedSgd", "fused_sgd", "multi_tensor_apply"),
     "gathering": ("index_select", "indexSelect", "gather", "index_elementwise", "index_kernel"),
     "matrix products": ("gemm", "gemv", "splitKreduce"),
-    "copies and formats": (
-        "Memcpy",
-        "Memset",
-        "copy_kernel",
-        "nchwToNhwc",
-        "nhwcToNchw",
-        "transpose",
-        "CatArray",
-    ),
+    "copies and formats": ("Memcpy", "Memset", "copy_kernel", "nchwToNhwc", "nhwcToNchw", "transpose", "CatArray"),
     "losses and other reductions": ("softmax", "SoftMax", "reduce_kernel", "nll_loss"),
     "other element-wise kernels": ("elementwise",),
 }

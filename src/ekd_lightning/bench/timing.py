@@ -24,9 +24,7 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(
-    ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
-) -> dict[str, list[float]]:
+def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
     """Asks every way for a rate, round by round.
 
     Args:
@@ -53,9 +51,7 @@ def summary(rates: Mapping[str, list[float]], against: str) -> dict[str, Any]:
             "median": statistics.median(values),
             "min": min(values),
             "max": max(values),
-            "ratio": statistics.median(
-                value / other for value, other in zip(values, rates[against], strict=True)
-            ),
+            "ratio": statistics.median(value / other for value, other in zip(values, rates[against], strict=True)),
         }
         for name, values in rates.items()
     }

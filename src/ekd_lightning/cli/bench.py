@@ -55,23 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--parts", help=f"letters of the parts (default: all; on a GPU {GPU_PARTS})")
-    parser.add_argument(
-        "--minutes", type=float, help="begin nothing after so long (default: no limit; on a GPU 3)"
-    )
+    parser.add_argument("--minutes", type=float, help="begin nothing after so long (default: no limit; on a GPU 3)")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
     parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
     parser.add_argument("--sweep-fraction", type=float, help="share of the data for parts d, g and i")
-    parser.add_argument(
-        "--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i"
-    )
+    parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i")
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     args = parser.parse_args(argv)
     unknown = [letter for letter in args.parts or "" if letter not in PARTS]
     if unknown or args.rounds < 1 or args.plain_steps < 1:
-        parser.error(
-            f"--parts {args.parts} --rounds {args.rounds}: parts are {', '.join(PARTS)}; at least 1 round"
-        )
+        parser.error(f"--parts {args.parts} --rounds {args.rounds}: parts are {', '.join(PARTS)}; at least 1 round")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     with one_line(PROGRAM):
         bench(args)
@@ -88,11 +82,7 @@ def bench(args: argparse.Namespace) -> None:
 
     quiet_libraries()
     context = make_bench(
-        args.overrides,
-        epochs=args.epochs,
-        rounds=args.rounds,
-        plain_steps=args.plain_steps,
-        minutes=args.minutes,
+        args.overrides, epochs=args.epochs, rounds=args.rounds, plain_steps=args.plain_steps, minutes=args.minutes
     )
     on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
@@ -109,12 +99,7 @@ def bench(args: argparse.Namespace) -> None:
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         found[key] = measure(
-            key,
-            context,
-            args.overrides,
-            found,
-            sweep_fraction=args.sweep_fraction,
-            sweep_epochs=args.sweep_epochs,
+            key, context, args.overrides, found, sweep_fraction=args.sweep_fraction, sweep_epochs=args.sweep_epochs
         )
         found["seconds"][key] = time.perf_counter() - start
         _show(key, found[key])

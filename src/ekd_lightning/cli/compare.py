@@ -18,12 +18,7 @@ from ekd_lightning.config.edge import one_line
 from ekd_lightning.config.overrides import anchored, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.studies.study import (
-    parse_seeds,
-    read_study,
-    split_overrides,
-    write_study,
-)
+from ekd_lightning.studies.study import parse_seeds, read_study, split_overrides, write_study
 
 PROGRAM = "ekd-compare"
 EXAMPLES = """\
@@ -52,15 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
-    parser.add_argument(
-        "--methods", help="rows: a method, or method@network for a plain student, e.g. ce,ekd"
-    )
+    parser.add_argument("--methods", help="rows: a method, or method@network for a plain student, e.g. ce,ekd")
     parser.add_argument("--fractions", help="shares of the training images (default: that of the settings)")
     parser.add_argument("--seeds", help="default: 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
     parser.add_argument(
-        "--match",
-        help="plain students of the branched student's cost: macs,parameters (default), one of them, or none",
+        "--match", help="plain students of the branched student's cost: macs,parameters (default), one of them, or none"
     )
     parser.add_argument("--no-controls", action="store_true", help="only the rows that were asked for")
     parser.add_argument("--tuned", type=Path, help="folder of <row>.yaml files with overrides, from ekd-tune")
@@ -111,10 +103,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     common, hydra_words = split_overrides(args.overrides)
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
-    with (
-        initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
-        DirectoryLock(folder),
-    ):
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"), DirectoryLock(folder):
         old = read_study(folder)  # again: another process may have added to it
         composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
         with working_in(old.working_directory if old else ""):
@@ -136,13 +125,7 @@ def run_compare(args: argparse.Namespace) -> bool:
                     print(line)
                 return True
             comparison.run(
-                study,
-                folder,
-                composer,
-                hydra_words,
-                run_listed_job,
-                command=again,
-                retry_failed=args.retry_failed,
+                study, folder, composer, hydra_words, run_listed_job, command=again, retry_failed=args.retry_failed
             )
     return comparison.report(study, folder)
 

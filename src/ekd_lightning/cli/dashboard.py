@@ -66,9 +66,7 @@ def run_dashboard(args: argparse.Namespace) -> None:
     for option in ("entity", "project", "name"):
         if not getattr(args, option).strip():
             raise UserError(f"--{option}: must not be empty")
-    view = (build_report if args.report else build_workspace)(
-        args.entity, args.project, args.name, args.group
-    )
+    view = (build_report if args.report else build_workspace)(args.entity, args.project, args.name, args.group)
     if args.dry_run:
         kind = "report" if args.report else "workspace"
         print(f"{kind} {args.name!r} for {args.entity}/{args.project}, not sent:")
@@ -93,9 +91,7 @@ def save(view: Any, place: str) -> str:
     """
     try:
         view.save()
-    except (
-        Exception
-    ) as error:  # without a login the package raises a bare Exception, else errors of many kinds
+    except Exception as error:  # without a login the package raises a bare Exception, else errors of many kinds
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{place}: not saved: {text}") from None
     return str(view.url)

@@ -61,18 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--probabilities", action="store_true", help="return probabilities beside logits")
     add("--int8", action="store_true", help="also an ONNX file quantised to int8")
     add("--calibration-images", type=int, default=512, help="training images that int8 takes its ranges from")
-    add(
-        "--max-drop",
-        type=float,
-        default=0.02,
-        help="accuracy that int8 may lose, of 1 (default: %(default)s)",
-    )
+    add("--max-drop", type=float, default=0.02, help="accuracy that int8 may lose, of 1 (default: %(default)s)")
     add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
-    add(
-        "--push-to",
-        metavar="REPO",
-        help="print the command that uploads the folder to a Hugging Face repository",
-    )
+    add("--push-to", metavar="REPO", help="print the command that uploads the folder to a Hugging Face repository")
     add("--upload", action="store_true", help="with --push-to: upload it")
     add("--force", action="store_true", help="overwrite")
     return parser
@@ -105,9 +96,7 @@ def run_export(args: argparse.Namespace) -> str | None:
     options = _options(args)
     for word in args.overrides:
         if word.partition("=")[0] not in PLACES or "=" not in word:
-            raise UserError(
-                f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}"
-            )
+            raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
     folder = args.output or args.run / "export"
     from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
     from ekd_lightning.reporting import model_card  # noqa: PLC0415
@@ -122,9 +111,7 @@ def run_export(args: argparse.Namespace) -> str | None:
         failure, record = str(error), export.read_export(folder) or {}
     if record.get("files"):
         _show(record, folder)
-        print(
-            model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force)
-        )
+        print(model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force))
         if not failure:
             _say_accuracy(record, context.result)
             _push(args, folder)
@@ -152,9 +139,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
             "exported programs, and safetensors holds weights only)"
         )
     if args.output is not None and args.output.suffix in SUFFIXES.values():
-        raise UserError(
-            f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}"
-        )
+        raise UserError(f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}")
     if args.calibration_images < 1:
         raise UserError(f"--calibration-images {args.calibration_images}: must be at least 1")
     if not 0 <= args.max_drop <= 1:

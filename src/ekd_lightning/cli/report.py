@@ -39,12 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, sweeps, studies")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report"
-    )
-    parser.add_argument(
-        "--reference", metavar="LABEL", help="what differences are taken to (default: ce, else ekd)"
-    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report")
+    parser.add_argument("--reference", metavar="LABEL", help="what differences are taken to (default: ce, else ekd)")
     parser.add_argument("--title", help="title of the page")
     parser.add_argument("--force", action="store_true", help="write over an earlier report")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")
@@ -104,9 +100,7 @@ def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
     for note in report.notes[:_SHOWN]:
         print(f"{PROGRAM}: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN:
-        print(
-            f"{PROGRAM}: and {len(report.notes) - _SHOWN} more notes, see {folder / TABLES}", file=sys.stderr
-        )
+        print(f"{PROGRAM}: and {len(report.notes) - _SHOWN} more notes, see {folder / TABLES}", file=sys.stderr)
     print(report.lead)
     if len(report.answers) > 1:
         for one in report.answers:

@@ -17,13 +17,7 @@ from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import JobOutput, register_schema, to_plain, to_settings
 from ekd_lightning.config.directory import ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
-from ekd_lightning.config.overrides import (
-    check_place,
-    check_unchanged,
-    expand_resume,
-    named_sweep,
-    typed_override,
-)
+from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume, named_sweep, typed_override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
@@ -92,9 +86,7 @@ def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
-        again = (
-            f"to continue: {PROGRAM} {typed_override('resume', output.directory)}" if output.started else ""
-        )
+        again = f"to continue: {PROGRAM} {typed_override('resume', output.directory)}" if output.started else ""
         raise KeyboardInterrupt(again) from None
 
 
@@ -136,13 +128,9 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     if settings.imports:
         import_user_modules(settings.imports)
     callbacks = [
-        build(node, f"callbacks.{name}", settings.imports)
-        for name, node in settings.callbacks.items()
-        if node
+        build(node, f"callbacks.{name}", settings.imports) for name, node in settings.callbacks.items() if node
     ]
-    result = run(
-        settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start
-    )
+    result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory))
     value = result.get(settings.metric)

@@ -27,11 +27,7 @@ Overrides are those of ekd-train; what they set is not searched. See docs/tuning
 """
 
 # Lines of every single run stay out of the terminal, unless --verbose asks for them.
-_TALKS = (
-    "ekd_lightning.studies.tuned",
-    "ekd_lightning.studies.search",
-    "ekd_lightning.training.pool",
-)
+_TALKS = ("ekd_lightning.studies.tuned", "ekd_lightning.studies.search", "ekd_lightning.training.pool")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,15 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--output", type=Path, help="folder for <method>.yaml and the study")
-    parser.add_argument(
-        "--trials", type=int, default=20, help="trials in all, earlier ones too (default: 20)"
-    )
+    parser.add_argument("--trials", type=int, default=20, help="trials in all, earlier ones too (default: 20)")
     parser.add_argument("--epochs", type=int, help="epochs of a trial (default: recipe.epochs)")
     parser.add_argument("--seeds", default="0", help="a trial's value is the mean over these (default: 0)")
     parser.add_argument("--timeout", type=float, metavar="S", help="start no trial after S seconds")
-    parser.add_argument(
-        "--space", type=Path, metavar="FILE", help="YAML: key -> {low, high, log} or {choices}"
-    )
+    parser.add_argument("--space", type=Path, metavar="FILE", help="YAML: key -> {low, high, log} or {choices}")
     parser.add_argument("--sampler-seed", type=int, default=0, help="of what is tried (default: 0)")
     parser.add_argument("--no-prune", action="store_true", help="never stop a hopeless trial early")
     parser.add_argument("--verbose", action="store_true", help="show the lines of every run")

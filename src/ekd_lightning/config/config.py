@@ -121,9 +121,7 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
     try:
         merged = OmegaConf.merge(schema, _where_it_was_started(run), OmegaConf.from_dotlist(list(overrides)))
     except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path}: not a configuration of this version ({str(error).splitlines()[0]})"
-        ) from None
+        raise UserError(f"{path}: not a configuration of this version ({str(error).splitlines()[0]})") from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
     import_user_modules(settings.imports)  # its student, data and terms may be the user's own

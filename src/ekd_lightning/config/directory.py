@@ -25,14 +25,7 @@ from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.runs.lock import (
-    LockedError,
-    holder,
-    lock_ahead,
-    make_directory,
-    release_ahead,
-    remove_empty,
-)
+from ekd_lightning.runs.lock import LockedError, holder, lock_ahead, make_directory, release_ahead, remove_empty
 from ekd_lightning.runs.provenance import is_rank_zero
 
 _LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)

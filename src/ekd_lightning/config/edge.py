@@ -9,12 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console, RenderableType
@@ -121,9 +116,7 @@ def _missing_config(error: MissingConfigException) -> str:
 def _config_error(error: Exception) -> str:
     """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(
-        cause.parent_node, DictConfig
-    ):
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         allowed = [_prefix(cause) + str(key) for key in cause.parent_node]
         return str(unknown_name("key", cause.full_key, allowed))
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]

@@ -116,9 +116,7 @@ def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction
     """
     loader = GlobalHydra.instance().config_loader()
     context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
-    launcher = Plugins.instance().instantiate_launcher(
-        hydra_context=context, task_function=task, config=config
-    )
+    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
     most = config.hydra.sweeper.get("max_batch_size") or len(jobs) or 1
     for start in range(0, len(jobs), most):
         launcher.launch(jobs[start : start + most], initial_job_idx=start)

@@ -184,9 +184,7 @@ def expand_resume(argv: list[str]) -> list[str]:
         return argv
     given = [word for word in argv[1:] if word.startswith("resume=")]
     read_config(directory)
-    if not (
-        run := RunDirectory(directory)
-    ).is_held():  # else it is refused by its lock, or this is a rank of it
+    if not (run := RunDirectory(directory)).is_held():  # else it is refused by its lock, or this is a rank of it
         epochs = run.section("recipe").get("epochs")
         if not isinstance(epochs, int):
             raise DamagedFileError(f"{directory / CONFIG}: damaged (recipe.epochs is {epochs!r})")
@@ -231,9 +229,7 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     Raises:
         UserError: Naming the keys that differ from the recorded configuration.
     """
-    changed = [
-        key for key in changed_keys(read_config(directory), plain) if not may_change_between_parts(key)
-    ]
+    changed = [key for key in changed_keys(read_config(directory), plain) if not may_change_between_parts(key)]
     if changed:
         raise UserError(
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "

@@ -50,8 +50,7 @@ def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
     if incomplete:
         path, absent = incomplete[0]
         raise UserError(
-            f"{path.absolute()} lacks {', '.join(absent)}: delete the folder, then "
-            f"{_advice(spec, path.parent)}"
+            f"{path.absolute()} lacks {', '.join(absent)}: delete the folder, then {_advice(spec, path.parent)}"
         )
     return None
 
@@ -108,9 +107,7 @@ def checked_bytes(path: Path, official: OfficialFile) -> bytes:
         raise UserError(f"{path.absolute()} has {len(data)} bytes instead of {official.length}: {remedy}")
     md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 != official.md5:
-        raise UserError(
-            f"{path.absolute()} ({len(data)} bytes) has MD5 {md5} instead of {official.md5}: {remedy}"
-        )
+        raise UserError(f"{path.absolute()} ({len(data)} bytes) has MD5 {md5} instead of {official.md5}: {remedy}")
     return data
 
 
@@ -150,11 +147,7 @@ def _parse_python(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array,
     batch = read_pickled_dict(data, path)
     pixels = batch.get("data")
     labels = np.asarray(batch.get(spec.label_key, ()))
-    if (
-        not isinstance(pixels, np.ndarray)
-        or pixels.dtype != np.uint8
-        or pixels.shape != (len(labels), PIXELS)
-    ):
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise UserError(f"{path.absolute()} lacks 'data' or {spec.label_key!r} in the form of a CIFAR batch")
     return pixels, labels.astype(np.int64)
 
@@ -165,7 +158,5 @@ def _class_names(spec: CifarSpec, found: Found) -> tuple[str, ...]:
         return spec.class_names
     names = tuple(path.read_text(encoding="utf-8").split())
     if len(names) != len(spec.class_names):
-        raise UserError(
-            f"{path.absolute()} names {len(names)} classes instead of {len(spec.class_names)}: delete it"
-        )
+        raise UserError(f"{path.absolute()} names {len(names)} classes instead of {len(spec.class_names)}: delete it")
     return names

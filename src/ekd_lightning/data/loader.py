@@ -255,9 +255,7 @@ class EvalLoader:
         self._identity_view = -1 if identity_view is None else identity_view
         self.world_size, self.rank = world_size, rank
         self._num_batches = -(-len(index) // (batch_size * world_size))
-        self.batch_size = (
-            -(-len(index) // (self._num_batches * world_size)) if self._num_batches else batch_size
-        )
+        self.batch_size = -(-len(index) // (self._num_batches * world_size)) if self._num_batches else batch_size
 
     def __len__(self) -> int:
         return self._num_batches

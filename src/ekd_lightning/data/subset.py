@@ -110,15 +110,11 @@ def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) 
     """How many images to take of each class that occurs."""
     counts = {label: count for label, count in enumerate(torch.bincount(labels).tolist()) if count}
     if fraction is not None and per_class is not None:
-        raise UserError(
-            f"data.fraction={fraction} and data.per_class={per_class} exclude each other: set one to null"
-        )
+        raise UserError(f"data.fraction={fraction} and data.per_class={per_class} exclude each other: set one to null")
     if per_class is not None:
         smallest = min(counts.values())
         if not 1 <= per_class <= smallest:
-            raise UserError(
-                f"data.per_class={per_class} must lie in 1..{smallest} (the smallest class has {smallest})"
-            )
+            raise UserError(f"data.per_class={per_class} must lie in 1..{smallest} (the smallest class has {smallest})")
         return dict.fromkeys(counts, per_class)
     fraction = 1.0 if fraction is None else fraction
     if not 0 < fraction <= 1:

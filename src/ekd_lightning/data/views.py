@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ekd_lightning.data import color  # noqa: F401  # it registers its augmentations
-from ekd_lightning.data.augmentations import (
-    OPTIONS_KEY,
-    Augmentation,
-    augmentation_names,
-    build_augmentation,
-)
+from ekd_lightning.data.augmentations import OPTIONS_KEY, Augmentation, augmentation_names, build_augmentation
 from ekd_lightning.data.order import Draws
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -203,9 +198,7 @@ def make_views(
     names = _checked_names(augmentation)
     options = _checked_options(options or {}, names)
     if names in (["none"], ["crop_flip"]) and pool_size != POOL_SIZE:
-        warnings.warn(
-            f"data.pool_size={pool_size} has no effect with data.augmentation={names}", stacklevel=2
-        )
+        warnings.warn(f"data.pool_size={pool_size} has no effect with data.augmentation={names}", stacklevel=2)
     if names == ["none"]:
         return Identity()
     crop_flip = CropFlip(padding, flip)

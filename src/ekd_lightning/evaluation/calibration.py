@@ -144,9 +144,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
         return float(functional.cross_entropy(logits / math.exp(log_temperature), labels))
 
     low, high = (math.log(value) for value in TEMPERATURES)
-    found = minimize_scalar(
-        nll, bounds=(low, high), method="bounded", options={"xatol": 1e-6, "maxiter": 200}
-    )
+    found = minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-6, "maxiter": 200})
     least, at_edges = float(found.fun), (nll(low), nll(high))
     if max(at_edges) - least < 1e-12:
         return 1.0

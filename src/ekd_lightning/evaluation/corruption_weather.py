@@ -249,9 +249,7 @@ def equalize(levels: Tensor) -> Tensor:
     """Equalises the histogram of each map of grey levels [N, H, W] as `cv2.equalizeHist` does."""
     N = len(levels)
     place = levels.long().flatten(1)
-    histogram = torch.zeros(N, 256, device=levels.device).scatter_add_(
-        1, place, torch.ones_like(levels).flatten(1)
-    )
+    histogram = torch.zeros(N, 256, device=levels.device).scatter_add_(1, place, torch.ones_like(levels).flatten(1))
     darkest = histogram.gather(1, place.amin(1, keepdim=True))
     others = place.shape[1] - darkest
     table = ((histogram.cumsum(1) - darkest) * (255 / others)).round().clamp(0, 255)

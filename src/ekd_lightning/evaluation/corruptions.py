@@ -84,12 +84,7 @@ def corrupt(
         raise unknown_name("corruption", name, (*MAIN, *EXTRA))
     if severity not in SEVERITIES:
         raise UserError(f"severity={severity} of {name}: must be 1, 2, 3, 4 or 5")
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or images.shape[1] != 3
-        or images.shape[2] != images.shape[3]
-    ):
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be uint8 [N, 3, S, S], not {images.dtype} {list(images.shape)}")
     # Each is the function of its name.
     function: Corruption = getattr(weather if hasattr(weather, name) else pixel, name)

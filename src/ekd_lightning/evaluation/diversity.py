@@ -235,9 +235,7 @@ def fidelity(student_logits: Tensor, teacher_logits: Tensor) -> Fidelity:
         teacher_logits: [N, C].
     """
     agreement = agreement_matrix(student_logits.argmax(-1)[None], teacher_logits.argmax(-1)[None])
-    return Fidelity(
-        float(agreement[0, 0]), float(kl_matrix(student_logits[None], teacher_logits[None])[0, 0])
-    )
+    return Fidelity(float(agreement[0, 0]), float(kl_matrix(student_logits[None], teacher_logits[None])[0, 0]))
 
 
 def own_teachers(assignment: Tensor) -> list[int | None]:

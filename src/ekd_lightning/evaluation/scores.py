@@ -234,6 +234,5 @@ def class_accuracy(confusion: np.ndarray) -> list[float | None]:
     """Share of each class's images that are right, in [0, 1]; None for a class without images."""
     totals = confusion.sum(1)
     return [
-        int(right) / int(total) if total else None
-        for right, total in zip(confusion.diagonal(), totals, strict=True)
+        int(right) / int(total) if total else None for right, total in zip(confusion.diagonal(), totals, strict=True)
     ]

@@ -116,20 +116,14 @@ def costs_by_size(student: BranchedStudent, image_size: int) -> list[Cost]:
     for size in range(1, min(student.num_branches, 3) + 1):
         cut = cut_branches(student, range(size))
         counted.append(Cost(count_macs(cut, image_size), count_parameters(cut)))
-    while (
-        len(counted) < student.num_branches
-    ):  # from two branches on, each adds the same; one alone has no gate
+    while len(counted) < student.num_branches:  # from two branches on, each adds the same; one alone has no gate
         grown = (2 * last - before for before, last in zip(*counted[-2:], strict=True))
         counted.append(Cost(*grown))
     return counted
 
 
 def score_subsets(
-    branch_logits: Tensor,
-    labels: Tensor,
-    costs: Sequence[Cost],
-    ensemble: str,
-    gate_weights: Tensor | None = None,
+    branch_logits: Tensor, labels: Tensor, costs: Sequence[Cost], ensemble: str, gate_weights: Tensor | None = None
 ) -> list[SubsetScores]:
     """Accuracy and NLL of the student cut to each subset of `branch_subsets`, without training again.
 
@@ -183,8 +177,6 @@ def early_exit(
         stops[-1] = True
         used = stops.int().argmax(0)  # the first that stops
         accuracy = hits.gather(0, used[None])[0].mean()
-        return EarlyExit(
-            threshold, float(accuracy), float((used + 1).double().mean()), float(macs[used].mean())
-        )
+        return EarlyExit(threshold, float(accuracy), float((used + 1).double().mean()), float(macs[used].mean()))
 
     return [at(threshold) for threshold in thresholds]

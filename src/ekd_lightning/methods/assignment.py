@@ -163,9 +163,7 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
         raise unknown_name("assignment", kind, FIXED_KINDS)
     shift = int(kind == "permuted")
     if shift and M == 1:
-        warnings.warn(
-            "assignment=permuted has no effect with one teacher: it equals one_to_one", stacklevel=2
-        )
+        warnings.warn("assignment=permuted has no effect with one teacher: it equals one_to_one", stacklevel=2)
     teachers_K = (torch.arange(K) + shift) % M
     idle = sorted(set(range(M)) - set(teachers_K.tolist()))
     if idle:
@@ -190,14 +188,11 @@ def _explicit(rows: Sequence[Sequence[float]], K: int, M: int) -> Tensor:
     )
     if not is_table or len(rows) != K or any(len(row) != M for row in rows):
         raise UserError(
-            f"assignment={rows!r} must be one of {', '.join(KINDS)}"
-            f" or {K} rows (branches) of {M} numbers (teachers)"
+            f"assignment={rows!r} must be one of {', '.join(KINDS)} or {K} rows (branches) of {M} numbers (teachers)"
         )
     for k, row in enumerate(rows):
         values = [number(f"assignment, row {k}, teacher {m}", value, low=0.0) for m, value in enumerate(row)]
         # The slack beyond the tolerance is for the rounding of the sum itself.
         if abs(sum(values) - 1.0) > ROW_SUM_TOLERANCE * (1 + 1e-6):
-            raise UserError(
-                f"assignment, row {k}={list(row)} sums to {sum(values):.7g}; each row must sum to 1"
-            )
+            raise UserError(f"assignment, row {k}={list(row)} sums to {sum(values):.7g}; each row must sum to 1")
     return torch.tensor([list(row) for row in rows], dtype=torch.float32)

@@ -36,9 +36,7 @@ def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, 
         int64 [N], N <= most, positions in the batch.
     """
     right = (student_logits.argmax(1) == labels) & (teacher_logits.argmax(1) == labels)
-    squared = (
-        at_least_float32(teacher_logits).softmax(1) - at_least_float32(student_logits).softmax(1)
-    ).square()
+    squared = (at_least_float32(teacher_logits).softmax(1) - at_least_float32(student_logits).softmax(1)).square()
     score = squared.sum(1) - squared.gather(1, labels[:, None])[:, 0]
     # How many there are decides about shapes, so an accelerator is waited for here: the attack itself has loops.
     base = right.nonzero()[:, 0]
@@ -63,12 +61,7 @@ def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def attack(
-    ask: Callable[[Tensor], Tensor],
-    images: Tensor,
-    target: Tensor,
-    std: Tensor,
-    steps: int,
-    step_size: float,
+    ask: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, std: Tensor, steps: int, step_size: float
 ) -> Tensor:
     """Carries images towards another class until the teacher's answer changes (Heo et al. 2019, algorithm 1).
 

@@ -127,11 +127,7 @@ def _warn_of_one_branch(method: Method) -> None:
         )
 
 
-def _warn_without_effect(
-    method: Method, temperature: float | None, assignment: AssignmentSpec | None
-) -> None:
+def _warn_without_effect(method: Method, temperature: float | None, assignment: AssignmentSpec | None) -> None:
     for key, value in (("temperature", temperature), ("assignment", assignment)):
         if value is not None and not any(getattr(term, f"uses_{key}") for _, term in method.named_terms()):
-            warnings.warn(
-                f"method.{key}={value} has no effect: no term of {method.name!r} uses it", stacklevel=3
-            )
+            warnings.warn(f"method.{key}={value} has no effect: no term of {method.name!r} uses it", stacklevel=3)

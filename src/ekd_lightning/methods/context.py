@@ -134,12 +134,7 @@ class TermContext:
 
     @classmethod
     def of(
-        cls,
-        student: BranchedStudent,
-        teachers: Sequence[StagedNetwork] = (),
-        *,
-        image_size: int = 32,
-        **others: Any,
+        cls, student: BranchedStudent, teachers: Sequence[StagedNetwork] = (), *, image_size: int = 32, **others: Any
     ) -> TermContext:
         """Describes networks as they are.
 
@@ -184,9 +179,7 @@ class TermContext:
         Raises:
             UserError: If the network has no such stage; names stage, network and what there is.
         """
-        return _resolve_stage(
-            name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}"
-        )
+        return _resolve_stage(name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}")
 
 
 def _resolve_stage(name: str, shapes: Mapping[str, StageShape], network: str) -> str:

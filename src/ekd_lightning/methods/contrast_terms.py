@@ -55,9 +55,7 @@ class ContrastiveSide(nn.Module):
 
     z: Tensor
 
-    def __init__(
-        self, inputs: int, features: int, images: int, momentum: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, inputs: int, features: int, images: int, momentum: float, generator: torch.Generator) -> None:
         super().__init__()
         self.embed = Embedding(inputs, features)
         self.memory = MemoryBank(images, features, momentum, generator)

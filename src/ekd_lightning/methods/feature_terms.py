@@ -31,13 +31,7 @@ class _Maps(PairTerm):
     """Compares the maps of one or more stages."""
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        stages: Sequence[str],
-        *,
-        least: int = 1,
-        reduction: str = "mean",
+        self, weight: float, context: TermContext, stages: Sequence[str], *, least: int = 1, reduction: str = "mean"
     ) -> None:
         super().__init__(weight, context, reduction=reduction)
         self.sites = map_sites(stages, context, self.pairs, least)
@@ -135,9 +129,7 @@ class GaussianModel(nn.Module):
         eps: Least σ², > 0.
     """
 
-    def __init__(
-        self, student_channels: int, teacher_channels: int, initial_variance: float, eps: float
-    ) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, initial_variance: float, eps: float) -> None:
         super().__init__()
         C, C_m = student_channels, teacher_channels
         self.mean = nn.Sequential(
@@ -193,9 +185,7 @@ class VariationalInformation(_Maps):
         super().__init__(weight, context, stages, **options)
         number("eps", eps, above=0.0)
         if number("initial_variance", initial_variance) <= eps:
-            raise UserError(
-                f"initial_variance={initial_variance!r} is not allowed; give a number > eps={eps:g}"
-            )
+            raise UserError(f"initial_variance={initial_variance!r} is not allowed; give a number > eps={eps:g}")
         self.models = nn.ModuleDict(
             {
                 pair_key(k, m): nn.ModuleList(

@@ -63,9 +63,7 @@ class CrossEntropyBranch(Term):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""
-        value = losses.cross_entropy(
-            context.student.branch_logits, context.batch.targets, self.label_smoothing
-        )
+        value = losses.cross_entropy(context.student.branch_logits, context.batch.targets, self.label_smoothing)
         return self.factor * value
 
 
@@ -139,9 +137,7 @@ class DistillationBranch(_Distillation):
 
     uses_assignment = True
 
-    def __init__(
-        self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any
-    ) -> None:
+    def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any) -> None:
         super().__init__(weight, context, **options)
         self.factor = branch_factor(reduction, context.num_branches)
 

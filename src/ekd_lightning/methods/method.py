@@ -90,9 +90,7 @@ class Method(nn.Module):
         Those whose schedule gives them weight 0 are not; if that leaves none, all are.
         """
         everything = dict(self.named_terms())
-        return {
-            key: term for key, term in everything.items() if self._weight(key, term, progress)
-        } or everything
+        return {key: term for key, term in everything.items() if self._weight(key, term, progress)} or everything
 
     def _weight(self, key: str, term: Term, progress: float) -> float:
         return term.weight if key in self._constant else term.weight_at(progress)
@@ -171,9 +169,7 @@ class Method(nn.Module):
         if networks is None and any(term.needs_networks for term in counting.values()):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
         matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
-        context = StepContext(
-            student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t
-        )
+        context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
         values = {key: term(context) for key, term in counting.items()}
         factors = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
@@ -189,21 +185,12 @@ class Method(nn.Module):
         Without it such parameters would have no gradient: distributed training would wait for it, and weight decay
         would pass them by.
         """
-        idle = [
-            parameter
-            for key, term in self.named_terms()
-            if key not in counting
-            for parameter in term.parameters()
-        ]
+        idle = [parameter for key, term in self.named_terms() if key not in counting for parameter in term.parameters()]
         reached = [student.logits, student.branch_logits, *idle]
         return torch.stack([(values.float() * 0.0).sum() for values in reached]).sum()
 
     def _assignment_for(
-        self,
-        student: StudentOutput,
-        teachers: TeacherOutput | None,
-        step: int,
-        assignment_KM: Tensor | None,
+        self, student: StudentOutput, teachers: TeacherOutput | None, step: int, assignment_KM: Tensor | None
     ) -> Tensor | None:
         if self.assignment is None or teachers is None:
             return None
@@ -220,9 +207,7 @@ class Method(nn.Module):
 def _check_key(key: str) -> None:
     # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
     if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
-        raise UserError(
-            f"method.terms.{key}: not a usable name for a term; choose another and set its `type`"
-        )
+        raise UserError(f"method.terms.{key}: not a usable name for a term; choose another and set its `type`")
 
 
 def _listed(terms: Mapping[str, Term]) -> str:

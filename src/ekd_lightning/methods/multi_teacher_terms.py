@@ -16,14 +16,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import (
-    POOLED,
-    FeatureSite,
-    MapAdapter,
-    PooledAdapter,
-    pair_key,
-    read_sites,
-)
+from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, MapAdapter, PooledAdapter, pair_key, read_sites
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 from ekd_lightning.networks.staged import pool
 
@@ -63,9 +56,7 @@ class EntropyDistillation(_WeightedDistillation):
         UserError: For an unknown scale, or `published_code` with one teacher, whose weight would be 0.
     """
 
-    def __init__(
-        self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any
-    ) -> None:
+    def __init__(self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any) -> None:
         super().__init__(weight, context, **options)
         M, self.factor = context.num_teachers, 1.0
         if choice("scale", scale, SCALES) == "published_code":
@@ -93,9 +84,7 @@ class ConfidenceDistillation(_WeightedDistillation):
             by M once more as in the authors' repository.
     """
 
-    def __init__(
-        self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any
-    ) -> None:
+    def __init__(self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any) -> None:
         super().__init__(weight, context, **options)
         self.factor = _confidence_factor(scale, context.num_teachers)
 
@@ -194,9 +183,7 @@ class ConfidenceFeatures(Term):
         read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else MapAdapter
         channels = self.site.student_shape()[0]
-        self.adapters = nn.ModuleDict(
-            {pair_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs}
-        )
+        self.adapters = nn.ModuleDict({pair_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs})
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over branches and images of the weighted sum over the teachers."""

@@ -169,9 +169,7 @@ class Leader(SoftTerm):
         UserError: With fewer than three branches (two peers and a leader).
     """
 
-    def __init__(
-        self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any) -> None:
         _require_branches(LEADER_AND_PEERS, context)
         super().__init__(weight, context, **options)
         self.detach_targets = bool(detach_targets)

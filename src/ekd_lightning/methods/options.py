@@ -125,9 +125,7 @@ def read_schedule(key: str, spec: object) -> WeightSchedule:
     if spec is None:
         return CONSTANT
     if not isinstance(spec, Mapping) or not spec:
-        raise UserError(
-            f"{key}={spec!r} is not allowed; give {{linear: [[0, 1], [1, 0]]}} or {{ramp_up: 0.3}}"
-        )
+        raise UserError(f"{key}={spec!r} is not allowed; give {{linear: [[0, 1], [1, 0]]}} or {{ramp_up: 0.3}}")
     for name in spec:
         if name not in SHAPES:
             raise unknown_name(f"key of {key}", str(name), SHAPES)

@@ -126,10 +126,7 @@ class FeatureSite:
         assert context.teachers is not None
         if self._student is None:
             return context.student.pooled[k], context.teachers.pooled[m].detach()
-        return (
-            context.student.stages[k][self._student],
-            context.teachers.stages[m][self._teacher[m]].detach(),
-        )
+        return (context.student.stages[k][self._student], context.teachers.stages[m][self._teacher[m]].detach())
 
 
 def map_sites(
@@ -177,18 +174,14 @@ class PooledAdapter(nn.Sequential):
     """
 
     def __init__(self, student_features: int, teacher_features: int) -> None:
-        super().__init__(
-            nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features)
-        )
+        super().__init__(nn.Linear(student_features, teacher_features, bias=False), nn.BatchNorm1d(teacher_features))
 
     def forward(self, input: Tensor) -> Tensor:  # the name is nn.Sequential's
         """Maps [B, D] to [B, D_m]."""
         projected, norm = self[0](input), cast(nn.BatchNorm1d, self[1])
         if self.training and len(projected) == 1:
             # One image has no batch statistics, and a last batch of one must not end a training run.
-            return functional.batch_norm(
-                projected, norm.running_mean, norm.running_var, norm.weight, norm.bias
-            )
+            return functional.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return norm(projected)
 
 
@@ -202,8 +195,7 @@ class MapAdapter(nn.Sequential):
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__(
-            nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False),
-            nn.BatchNorm2d(teacher_channels),
+            nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False), nn.BatchNorm2d(teacher_channels)
         )
 
 
@@ -271,13 +263,7 @@ class FeatureBranch(PairTerm):
     """
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        feature: str = "pooled",
-        adapter: str = "auto",
-        **options: Any,
+        self, weight: float, context: TermContext, *, feature: str = "pooled", adapter: str = "auto", **options: Any
     ) -> None:
         super().__init__(weight, context, **options)
         self.site = FeatureSite(feature, context, self.pairs)
@@ -291,9 +277,7 @@ class FeatureBranch(PairTerm):
         student, teacher = self.site.student_shape(), self.site.teacher_shape(m)
         if kind in REGRESSORS:
             if self.site.is_pooled:
-                raise UserError(
-                    f"adapter={kind} is for maps, not for feature=pooled: choose a stage or `last`"
-                )
+                raise UserError(f"adapter={kind} is for maps, not for feature=pooled: choose a stage or `last`")
             maps = cast(StageShape, student), cast(StageShape, teacher)
             return ConvRegressor(*maps, norm=kind == "conv_reg")
         if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):

@@ -110,12 +110,7 @@ class SoftBranchTerm(SoftTerm):
     """
 
     def __init__(
-        self,
-        weight: float,
-        context: TermContext,
-        *,
-        reduction: str = "mean",
-        temperature: float | None = None,
+        self, weight: float, context: TermContext, *, reduction: str = "mean", temperature: float | None = None
     ) -> None:
         super().__init__(weight, context, temperature=temperature)
         self.factor = branch_factor(reduction, context.num_branches)
@@ -243,7 +238,5 @@ def build_term(name: str, weight: float, context: TermContext, /, **options: Any
     cls = term_class(name)
     check_option_names(name, options)
     if cls.needs_teachers and context.num_teachers < 1:
-        raise UserError(
-            f"term {name!r} needs teachers, but there are none; add teachers or set its weight to 0"
-        )
+        raise UserError(f"term {name!r} needs teachers, but there are none; add teachers or set its weight to 0")
     return cls(weight, context, **options)  # type: ignore[call-arg]  # subclasses take the context

@@ -65,7 +65,7 @@ KEY_MAPS: dict[str, KeyMap] = {
             *_RESNET,
             (r"layer([123])\.(\d+)\.downsample\.([01]\.\w+)", r"stages.stage\1.\2.downsample.\3"),
             (r"fc\.(\w+)", r"head.\1"),
-        ),
+        )
     ),
     "densenet_bc": KeyMap(
         rules=(
@@ -77,7 +77,7 @@ KEY_MAPS: dict[str, KeyMap] = {
             (r"trans2\.(bn|conv)1\.(\w+)", r"stages.stage3.transition.\1.\2"),
             (r"bn1\.(\w+)", r"stages.stage3.bn.\1"),
             (r"fc\.(\w+)", r"head.\1"),
-        ),
+        )
     ),
     # A state dict of one of our own networks, saved with torch.save.
     "own": KeyMap(rules=((r"((?:stages|head)\..+)", r"\1"),)),

@@ -97,8 +97,7 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
         strings = json.loads(extra[METADATA_FILE] or "{}")
     except Exception as error:  # many kinds, as the graph is built from what stands in the file
         raise UserError(
-            f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read "
-            f"({type(error).__name__})"
+            f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read ({type(error).__name__})"
         ) from None
     metadata = unpack_metadata(strings, path)
     if device.type != "cpu":
@@ -108,9 +107,7 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
     return _of_module(module, metadata, "torch-export", device)
 
 
-def _of_module(
-    module: nn.Module, metadata: dict[str, Any], file_format: str, device: torch.device
-) -> DeployedModel:
+def _of_module(module: nn.Module, metadata: dict[str, Any], file_format: str, device: torch.device) -> DeployedModel:
     several = bool(metadata["spec"].get("probabilities"))
 
     def run(images: Tensor) -> Tensor:

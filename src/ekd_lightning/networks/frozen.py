@@ -127,9 +127,7 @@ class FrozenStudent(nn.Module):
             nn.Sequential(*(_folded(stage, name) if fold else stage for name, stage in stages.items()))
             for stages in parts
         ]
-        self.trunk, *branches = (
-            _in_format(chain, dtype).to(memory_format=self._memory_format) for chain in chains
-        )
+        self.trunk, *branches = (_in_format(chain, dtype).to(memory_format=self._memory_format) for chain in chains)
         self.branches = nn.ModuleList(branches)
         self.heads = nn.ModuleList(branch.head for branch in own)
         self.ensemble = student.ensemble

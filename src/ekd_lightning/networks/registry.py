@@ -82,9 +82,7 @@ def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> Non
         UserError: when not possible.
     """
     if not possible:
-        raise UserError(
-            f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})"
-        )
+        raise UserError(f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})")
 
 
 def is_number(value: object) -> bool:
@@ -187,9 +185,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
     return min(close, key=oddity) if close else min(found, key=lambda match: abs(match.off))
 
 
-def _candidates(
-    name: str, own: float, target: int, measured: Callable[[str, float | None], Match]
-) -> Iterator[Match]:
+def _candidates(name: str, own: float, target: int, measured: Callable[[str, float | None], Match]) -> Iterator[Match]:
     """One depth: as it is and, where it can be scaled, widths up to the two between which the target lies."""
     if "width" not in inspect.signature(_BUILDERS[name]).parameters:
         yield measured(name, None)

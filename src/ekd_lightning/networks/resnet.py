@@ -49,25 +49,19 @@ def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn
 
 
 def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, shortcut: str) -> nn.Sequential:
-    first = BasicBlock(
-        in_channels, out_channels, stride, _shortcut(shortcut, in_channels, out_channels, stride)
-    )
+    first = BasicBlock(in_channels, out_channels, stride, _shortcut(shortcut, in_channels, out_channels, stride))
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
 
 
 def _resnet(spec: NetworkSpec, depth: int, widths: tuple[int, ...], shortcut: str) -> StagedNetwork:
     require(shortcut in ("A", "B"), spec, "shortcut", "'A', 'B'")
     stem = OrderedDict(
-        conv=nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-        bn=nn.BatchNorm2d(widths[0]),
-        relu=nn.ReLU(inplace=True),
+        conv=nn.Conv2d(3, widths[0], 3, padding=1, bias=False), bn=nn.BatchNorm2d(widths[0]), relu=nn.ReLU(inplace=True)
     )
     stages: dict[str, nn.Module] = {"stem": nn.Sequential(stem)}
     for number in (1, 2, 3):
         stride = 1 if number == 1 else 2
-        stages[f"stage{number}"] = _stage(
-            (depth - 2) // 6, widths[number - 1], widths[number], stride, shortcut
-        )
+        stages[f"stage{number}"] = _stage((depth - 2) // 6, widths[number - 1], widths[number], stride, shortcut)
     return StagedNetwork(spec, stages, num_features=widths[3])
 
 

@@ -86,19 +86,13 @@ class NetworkSpec:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.num_classes, int)
-            or isinstance(self.num_classes, bool)
-            or self.num_classes < 1
-        ):
+        if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be at least 1")
         try:
             # A private copy in its JSON form: equal specs are then equal whatever file they came from.
             options = json.loads(json.dumps(dict(self.options)))
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"network {self.name!r}: options {self.options!r} are not JSON-able ({error})"
-            ) from None
+            raise UserError(f"network {self.name!r}: options {self.options!r} are not JSON-able ({error})") from None
         object.__setattr__(self, "options", options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -116,14 +116,7 @@ class BranchedStudent(nn.Module):
         num_features: D, the width of every head's input.
     """
 
-    def __init__(
-        self,
-        spec: NetworkSpec,
-        *,
-        branches: int,
-        split_after: str,
-        ensemble: str = "mean_logits",
-    ) -> None:
+    def __init__(self, spec: NetworkSpec, *, branches: int, split_after: str, ensemble: str = "mean_logits") -> None:
         """Builds trunk and branches; the same `torch.manual_seed` gives the same student.
 
         Args:
@@ -216,9 +209,7 @@ def _check(branches: int, split_after: str, ensemble: str) -> None:
     if ensemble not in ENSEMBLES:
         raise unknown_name("ensemble", ensemble, ENSEMBLES)
     if ensemble == "gate" and split_after == NO_SPLIT:
-        raise UserError(
-            "ensemble='gate' reads the shared trunk, and split_after='none' leaves none (use a stage)"
-        )
+        raise UserError("ensemble='gate' reads the shared trunk, and split_after='none' leaves none (use a stage)")
 
 
 def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedStudent:

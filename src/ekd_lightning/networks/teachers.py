@@ -137,9 +137,7 @@ class TeacherEnsemble(nn.Module):
         for member, identity in zip(self.networks(), self.identities, strict=True):
             found = state_sha256(member)
             if found != identity.sha256:
-                raise RuntimeError(
-                    f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}"
-                )
+                raise RuntimeError(f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}")
 
     def networks(self) -> Iterator[StagedNetwork]:
         """Yields the members."""

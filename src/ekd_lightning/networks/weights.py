@@ -58,9 +58,7 @@ def load_network(path: str | Path) -> StagedNetwork:
     return network.eval()
 
 
-def save_student(
-    path: str | Path, student: BranchedStudent, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_student(path: str | Path, student: BranchedStudent, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a student as safetensors with all its constructor arguments; see `save_network`."""
     arguments = {
         "spec": student.spec.to_dict(),
@@ -171,28 +169,20 @@ def _load_untrusted(path: Path) -> Any:
         asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w]*\.?[\w.]*)", str(error))
         if asked or "nsupported" in str(error):
             wanted = f" ({asked.group(1)})" if asked else ""
-            raise UserError(
-                f"{path}: refused, opening it would run code{wanted}; it must hold tensors only"
-            ) from None
+            raise UserError(f"{path}: refused, opening it would run code{wanted}; it must hold tensors only") from None
         raise UserError(f"{path}: not a checkpoint, or damaged") from None
     except Exception as error:  # damaged files make the readers fail in many ways
         raise UserError(f"{path}: not a checkpoint, or damaged ({_line(error)})") from None
 
 
-def _save(
-    path: Path, module: nn.Module, kind: str, spec: dict[str, Any], metadata: Mapping[str, str]
-) -> None:
+def _save(path: Path, module: nn.Module, kind: str, spec: dict[str, Any], metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key.startswith("ekd_"):
-            raise ValueError(
-                f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are ours"
-            )
+            raise ValueError(f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are ours")
     write_sealed_tensors(path, module.state_dict(), {**metadata, _KIND: kind, _SPEC: json.dumps(spec)})
 
 
-def write_sealed_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_sealed_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes named tensors as safetensors with a checksum of the whole file in its metadata; see `files.replacing`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, seal(safetensors.torch.save(state, {**(metadata or {}), SEAL: UNSEALED})))

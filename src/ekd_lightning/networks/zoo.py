@@ -79,9 +79,7 @@ def zoo_entry(id: str) -> ZooEntry:
     return entries[id]
 
 
-def load_zoo_teacher(
-    id: str, weights_dir: str | Path, download: bool = False
-) -> tuple[StagedNetwork, ZooEntry]:
+def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -> tuple[StagedNetwork, ZooEntry]:
     """Loads a pretrained teacher from a folder of weights, after fetching it there if allowed.
 
     Concurrent runs fetch a file once (file lock), and a file appears in the folder whole or not at

@@ -14,13 +14,7 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.evaluation.corruptions import MAIN
 from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
-from ekd_lightning.evaluation.flatness import (
-    DatasetLoss,
-    curve_alphas,
-    loss_curves,
-    loss_rise,
-    sharpness,
-)
+from ekd_lightning.evaluation.flatness import DatasetLoss, curve_alphas, loss_curves, loss_rise, sharpness
 from ekd_lightning.evaluation.robustness import (
     corrupted_sets,
     mean_by_severity,
@@ -49,10 +43,7 @@ def generalisation(context: EvaluationContext) -> Findings:
     train_set, test_set = context.dataset.train, context.dataset.test
     batch = context.settings.data.eval_batch_size
     train = score_batches(
-        student,
-        _batches(train_set, context.subset.train_index, batch),
-        train_set.num_classes,
-        context.device,
+        student, _batches(train_set, context.subset.train_index, batch), train_set.num_classes, context.device
     )
     test = score_logits(context.test_predictions.logits, test_set.labels)
     return Findings(

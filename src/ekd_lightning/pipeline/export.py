@@ -77,9 +77,7 @@ def choose_weights(run: RunDirectory, student: BranchedStudent, weights: str) ->
         return student
     path = run.best_checkpoint
     if not path.is_file():
-        raise UserError(
-            f"--weights best: the run has no {path} (it had no validation images, or it was removed)"
-        )
+        raise UserError(f"--weights best: the run has no {path} (it had no validation images, or it was removed)")
     state = read_checkpoint(path).get("state_dict", {})
     own = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
     best = copy.deepcopy(student)
@@ -185,9 +183,7 @@ def export_student(
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
             found = compare_logits(_ask_file(temporary, context), reference, test.labels, tolerance)
-            _require_agreement(
-                folder / name, found, None if facts["precision"] == "float32" else options.max_drop
-            )
+            _require_agreement(folder / name, found, None if facts["precision"] == "float32" else options.max_drop)
         record["files"][name] = {**facts, **_file_facts(folder / name, found)}
         write_json(folder / EXPORT, record)
     return record
@@ -203,9 +199,7 @@ def _record(folder: Path, metadata: dict[str, Any], force: bool) -> dict[str, An
     if old and old["student"] == metadata["student"]:
         return {**old, **metadata, "files": dict(old["files"])}
     if old and not force:
-        raise UserError(
-            f"{folder} holds the export of another student (--force replaces it, -o names another folder)"
-        )
+        raise UserError(f"{folder} holds the export of another student (--force replaces it, -o names another folder)")
     for name in old["files"] if old else ():
         (folder / Path(name).name).unlink(missing_ok=True)
     return {**metadata, "files": {}}
@@ -226,12 +220,7 @@ def _contents(
         onnx = onnx or to_bytes(deployed, metadata, "onnx")
         strings = pack_metadata({**metadata, "precision": "int8", "spec": deployed.spec.to_dict()})
         index = _spread(context.subset.train_index, options.calibration_images)
-        facts = {
-            "format": "onnx",
-            "precision": "int8",
-            "folded": True,
-            "outputs": list(deployed.spec.outputs),
-        }
+        facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": list(deployed.spec.outputs)}
         facts["calibration_images"] = len(index)
         yield INT8, facts, quantize_onnx(onnx, _calibration(context.dataset.train.images[index]), strings)
 

@@ -117,9 +117,7 @@ def _calibration(
     for suffix, shown in (("", logits.double()), ("_calibrated", scaled)):
         diagram = reliability(shown.softmax(-1), labels)
         known = not suffix or after is not None
-        arrays[f"reliability_confidence{suffix}"] = (
-            diagram.confidence if known else diagram.confidence * np.nan
-        )
+        arrays[f"reliability_confidence{suffix}"] = diagram.confidence if known else diagram.confidence * np.nan
         arrays[f"reliability_accuracy{suffix}"] = diagram.accuracy if known else diagram.accuracy * np.nan
         arrays[f"reliability_count{suffix}"] = diagram.count if known else diagram.count * 0
     return fields, arrays
@@ -155,9 +153,7 @@ def _heterogeneity(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
 def _imitation(
     settings: Settings, said: StudentPredictions, teachers: TeacherPredictions | None, labels: Tensor
 ) -> dict[str, Any]:
-    margins = [
-        f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")
-    ]
+    margins = [f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")]
     names = ["test_branch_teacher_cka", "test_branch_teacher_agreement", "test_branch_teacher_kl"]
     names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
     if teachers is None:
@@ -175,10 +171,7 @@ def _imitation(
         "test_teacher_ensemble_accuracy": float((together.argmax(-1) == labels).double().mean()),
     }
     K, M = cka.shape
-    for kind, own in [
-        ("own_teacher", trained_with(settings, K, M)),
-        *((k, nominal(k, K, M)) for k in NOMINAL),
-    ]:
+    for kind, own in [("own_teacher", trained_with(settings, K, M)), *((k, nominal(k, K, M)) for k in NOMINAL)]:
         fields[f"test_{kind}_cka_margin"] = teacher_margin(cka, own)
         fields[f"test_{kind}_agreement_margin"] = teacher_margin(agreement, own)
     return fields

@@ -11,15 +11,7 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.data import (
-    Dataset,
-    Mixing,
-    Subset,
-    ViewFamily,
-    choose_subset,
-    load_dataset,
-    make_views,
-)
+from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
@@ -99,9 +91,7 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     for taught_by in choices:
         method = _build_method(settings, dataset, subset, student, taught_by)
     source = plan_source(settings, dataset, subset, views, taught_by, method) if needs else SourcePlan()
-    return Prepared(
-        dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain
-    )
+    return Prepared(dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain)
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
@@ -117,9 +107,7 @@ def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTea
     return replace(prepared, teachers=plans, method=method)
 
 
-def _candidates(
-    settings: Settings, plans: list[PlannedTeacher], subset: Subset
-) -> tuple[PlannedTeacher, ...]:
+def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset) -> tuple[PlannedTeacher, ...]:
     """The teachers among which `method.teacher=best` leaves a choice; cuts `plans` for `first`."""
     choice = settings.method.teacher
     if choice is not None and not plans:
@@ -167,17 +155,11 @@ def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
         warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
-    return BranchedStudent(
-        spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble
-    )
+    return BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
 
 
 def _build_method(
-    settings: Settings,
-    dataset: Dataset,
-    subset: Subset,
-    student: BranchedStudent,
-    plans: list[PlannedTeacher],
+    settings: Settings, dataset: Dataset, subset: Subset, student: BranchedStudent, plans: list[PlannedTeacher]
 ) -> Method:
     terms, assignment = settings.method.terms, settings.method.assignment
     if settings.method.teacher == "mean" and assignment is None and uses_assignment(terms):
@@ -197,9 +179,7 @@ def _build_method(
             train_labels=dataset.train.labels[subset.train_index],
         )
         method = settings.method
-        return build_method(
-            method.name, terms, context, temperature=method.temperature, assignment=assignment
-        )
+        return build_method(method.name, terms, context, temperature=method.temperature, assignment=assignment)
 
 
 def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
@@ -261,8 +241,7 @@ def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, An
             "subset_sha256": prepared.subset.sha256,
         },
         "teachers": [
-            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail}
-            for t in identities
+            {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail} for t in identities
         ],
     }
 

@@ -29,10 +29,7 @@ _OWN = ("id", "sha256", "source", "network")
 
 
 def open_context(
-    run: RunDirectory,
-    settings: Settings,
-    device: torch.device,
-    student: BranchedStudent | None = None,
+    run: RunDirectory, settings: Settings, device: torch.device, student: BranchedStudent | None = None
 ) -> EvaluationContext:
     """What the parts of an evaluation need of a finished run.
 
@@ -53,9 +50,7 @@ def open_context(
     recorded = record.get("data") or {}
     for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
         if recorded.get(f"{name}_sha256", found) != found:
-            raise UserError(
-                f"data.root={settings.data.root}: its {name} images are not those of the run {run.path}"
-            )
+            raise UserError(f"data.root={settings.data.root}: its {name} images are not those of the run {run.path}")
     if result.subset_sha256 not in (None, subset.sha256):
         raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
@@ -72,9 +67,7 @@ def open_context(
     )
 
 
-def recorded_teachers(
-    settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData
-) -> TeacherEnsemble:
+def recorded_teachers(settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData) -> TeacherEnsemble:
     """Loads the teachers that a run's provenance names; none is ever trained here.
 
     Args:
@@ -89,9 +82,7 @@ def recorded_teachers(
     for entry in entries:
         network = _load(settings, entry, data)
         if state_sha256(network) != entry["sha256"]:
-            raise UserError(
-                f"teacher {entry['id']!r} is not the one that taught this run (its weights differ)"
-            )
+            raise UserError(f"teacher {entry['id']!r} is not the one that taught this run (its weights differ)")
         detail = {name: value for name, value in entry.items() if name not in _OWN}
         networks.append(network)
         identities.append(TeacherIdentity(**{name: entry[name] for name in _OWN}, detail=detail))

@@ -125,9 +125,7 @@ def _run(
     start: Callable[[], None],
 ) -> Result:
     if record and settings.resume is not None:
-        record.refuse_complete(
-            settings.recipe.epochs
-        )  # another process may have ended it since the command was read
+        record.refuse_complete(settings.recipe.epochs)  # another process may have ended it since the command was read
     elif record and not settings.overwrite:
         record.refuse_finished()
     prepared, trainer, report, threads = _check(settings, directory, sweep, callbacks)
@@ -241,9 +239,7 @@ def run_name(facts: dict[str, Any]) -> str:
 def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> list[ModelCheckpoint]:
     if settings.trainer.get("enable_checkpointing") is False or settings.trainer.get("fast_dev_run"):
         return []
-    return checkpoint_callbacks(
-        directory.absolute() / CHECKPOINTS, with_best=prepared.datamodule.num_val_images > 0
-    )
+    return checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=prepared.datamodule.num_val_images > 0)
 
 
 def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int]:

@@ -18,18 +18,14 @@ from ekd_lightning.training.trainer import EpochReport
 _CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
 
 
-def final_scores(
-    trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True
-) -> dict[str, Any]:
+def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
     """Scores on the test set, read here for the first time: with the best weights, then with the last ones.
 
     They are logged as `test_best/<score>` and `test/<score>`. Without `test` only the validation scores of the last
     epoch.
     """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if (
-        data.num_val_images and "val/accuracy" not in metrics
-    ):  # resumed after the last epoch: nothing was trained
+    if data.num_val_images and "val/accuracy" not in metrics:  # resumed after the last epoch: nothing was trained
         metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
     scores = named_scores("val", metrics)
     if not test:
@@ -47,9 +43,7 @@ def final_scores(
     return scores | last | {"test_accuracy_last": last["test_accuracy"]}
 
 
-def _test(
-    trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section: str = "test"
-) -> dict[str, float]:
+def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section: str = "test") -> dict[str, float]:
     """Test scores as `test/<score>`, logged under `section`."""
     module.test_section = section
     found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]

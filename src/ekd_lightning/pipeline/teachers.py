@@ -96,9 +96,7 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     rows: list[dict[str, Any]] = []
     for plan, network in zip(prepared.candidates, _networks(prepared), strict=True):
         scores = score_network(network, held_out, batch_size=batch_size, device=device)
-        rows.append(
-            {"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])}
-        )
+        rows.append({"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])})
     best = max(range(len(rows)), key=lambda m: (rows[m]["val_accuracy"], -rows[m]["val_nll"], -m))
     shown = ", ".join(f"{r['id']} {100 * r['val_accuracy']:.2f} % NLL {r['val_nll']:.4f}" for r in rows)
     log.info("method.teacher=best: %s (on the validation split: %s)", rows[best]["id"], shown)
@@ -123,9 +121,7 @@ def score_teachers(
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
     for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
-        scores = store.test_scores(
-            network, identity.sha256, dataset.test, settings.data.eval_batch_size, device
-        )
+        scores = store.test_scores(network, identity.sha256, dataset.test, settings.data.eval_batch_size, device)
         rows.append(
             {
                 "id": identity.id,
@@ -161,9 +157,7 @@ def describe_chain(
     links = []
     for link in teacher.detail["chain"]:
         network = load_network(store.weights(link["store_key"]))
-        scores = store.test_scores(
-            network, link["sha256"], dataset.test, settings.data.eval_batch_size, device
-        )
+        scores = store.test_scores(network, link["sha256"], dataset.test, settings.data.eval_batch_size, device)
         links.append({**link, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
     here = [link for link in links if not link["found"]]
     return {
@@ -214,9 +208,7 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
     for number, (index, view) in enumerate(parts, start=1):
         source.prepare_epoch(index, view, gather, {prepared.source.stages: len(index)})
         if not source.keeping:
-            raise UserError(
-                f"teachers.store={settings.teachers.store}: teacher tables cannot be written there"
-            )
+            raise UserError(f"teachers.store={settings.teachers.store}: teacher tables cannot be written there")
         if number % max(1, len(parts) // 10) == 0:
             log.info("teacher tables: %d of %d parts filled", number, len(parts))
     return source.hits, source.misses
@@ -225,11 +217,7 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
 def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
     """Index and view of every epoch of the run."""
     loader = TrainLoader(
-        prepared.dataset.train,
-        prepared.subset.train_index,
-        prepared.views,
-        settings.recipe.batch_size,
-        settings.seed,
+        prepared.dataset.train, prepared.subset.train_index, prepared.views, settings.recipe.batch_size, settings.seed
     )
     for epoch in range(settings.recipe.epochs):
         loader.sampler.set_epoch(epoch)

@@ -104,9 +104,7 @@ def spoken_of(block: Block) -> Group | None:
         return None
     students = Counter(group.student for group in own)
     most = max(students.values())
-    usual = min(
-        (g for g in own if students[g.student] == most), key=lambda g: (g.mean("macs") or 0.0, g.label)
-    ).student
+    usual = min((g for g in own if students[g.student] == most), key=lambda g: (g.mean("macs") or 0.0, g.label)).student
     return strongest([group for group in own if group.student == usual])
 
 
@@ -195,8 +193,7 @@ def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Gr
     others = {
         group.label: group
         for group in block.done
-        if not group.method.startswith("ekd")
-        and (not cost or (group.mean("macs") or 0.0) <= cost * (1 + SAME_COST))
+        if not group.method.startswith("ekd") and (not cost or (group.mean("macs") or 0.0) <= cost * (1 + SAME_COST))
     }
     if not others:
         return None, []
@@ -212,9 +209,7 @@ def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Gr
 
 def _minus(others: dict[str, Group], subject: Group) -> dict[str, Difference]:
     """EKD minus each of the others, by the others' labels."""
-    negative = {
-        label: {s: -v for s, v in other.by_seed(_ACCURACY).items()} for label, other in others.items()
-    }
+    negative = {label: {s: -v for s, v in other.by_seed(_ACCURACY).items()} for label, other in others.items()}
     ours = {seed: -value for seed, value in subject.by_seed(_ACCURACY).items()}
     return paired_by_seed({**negative, "": ours}, "")
 

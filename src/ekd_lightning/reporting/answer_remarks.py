@@ -8,14 +8,7 @@ from itertools import combinations
 
 from ekd_lightning.reporting.answer_words import SUBJECT, listed, plural, points, share
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import (
-    SIGNIFICANCE,
-    Difference,
-    Estimate,
-    corrected,
-    paired,
-    paired_by_seed,
-)
+from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, Estimate, corrected, paired, paired_by_seed
 from ekd_lightning.reporting.groups import FEW, Group, branched
 from ekd_lightning.reporting.setups import describe
 from ekd_lightning.runs.directory import RunState
@@ -73,9 +66,7 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
         if getattr(group, fixed) == getattr(subject, fixed) and _alike(group, subject, letter):
             alike[getattr(group, number)].append(group)
     alike[getattr(subject, number)] = [subject]
-    own = {
-        count: groups[0] for count, groups in alike.items() if len(groups) == 1
-    }  # else which teachers decides
+    own = {count: groups[0] for count, groups in alike.items() if len(groups) == 1}  # else which teachers decides
     cells = {count: group.accuracy for count, group in own.items() if group.accuracy is not None}
     if len(cells) < 2:
         return ""
@@ -85,14 +76,11 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     return _trend_words(letter, cells, best, apart)
 
 
-def _trend_words(
-    letter: str, accuracies: Mapping[int, Estimate], best: int, apart: Mapping[int, bool | None]
-) -> str:
+def _trend_words(letter: str, accuracies: Mapping[int, Estimate], best: int, apart: Mapping[int, bool | None]) -> str:
     """Accuracy over K or M, and whether each other number can be told from the best; None without enough runs."""
     words = {"K": "branches", "M": "teachers"}
     numbers = ", ".join(
-        f"{letter} = {number}: {share(cell.mean)} % (n = {cell.n})"
-        for number, cell in sorted(accuracies.items())
+        f"{letter} = {number}: {share(cell.mean)} % (n = {cell.n})" for number, cell in sorted(accuracies.items())
     )
     below = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told]
     equal = [f"{letter} = {number}" for number, told in sorted(apart.items()) if told is False]

@@ -126,20 +126,14 @@ def headline(
     )
     told = [
         f"{words} {listed([ROLES[role] for role in verdicts[verdict]])}"
-        for verdict, words in (
-            ("ahead", "beats"),
-            ("behind", "loses to"),
-            ("undecided", "cannot be told apart from"),
-        )
+        for verdict, words in (("ahead", "beats"), ("behind", "loses to"), ("undecided", "cannot be told apart from"))
         if verdicts.get(verdict)
     ]
     if not told:
         why = "not enough runs" if verdicts.get("not_enough") else "no run of another method is done"
         return f"{start}; {why} to say whether it helps."
     missing = verdicts.get("not_enough")
-    rest = (
-        f" Not enough runs to compare it with {listed([ROLES[role] for role in missing])}." if missing else ""
-    )
+    rest = f" Not enough runs to compare it with {listed([ROLES[role] for role in missing])}." if missing else ""
     return f"{start}. It {'; it '.join(told)}.{rest}{_above(above)}"
 
 
@@ -165,9 +159,7 @@ def lead(counts: Mapping[str, Mapping[str, int]], blocks: int) -> str:
         total = sum(found.values())
         told.append(f"{ROLES[role]} in {found.get('ahead', 0)} of {total}" + (f" ({rest})" if rest else ""))
     if not told:
-        return (
-            f"{plural(blocks, 'setting')} of data and protocol, in none of which {SUBJECT} can be compared."
-        )
+        return f"{plural(blocks, 'setting')} of data and protocol, in none of which {SUBJECT} can be compared."
     return f"Over {plural(blocks, 'setting')} of data and protocol, {SUBJECT} beats {'; '.join(told)}."
 
 

@@ -159,9 +159,7 @@ class Looks:
         }
 
 
-def panels(
-    count: int, most: int = 3, height: float = PANEL, width: float = WIDTH
-) -> tuple[Figure, list[Axes]]:
+def panels(count: int, most: int = 3, height: float = PANEL, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `most` beside each other.
 
     Args:
@@ -202,9 +200,7 @@ def points(
         some = [(x, v) for x, v in pairs if (v.half is None) == hollow]
         if some and not many:
             face = {"markerfacecolor": "white"} if hollow else {}
-            axes.plot(
-                *zip(*((x, scale * v.mean) for x, v in some), strict=True), **look | {"linestyle": ""} | face
-            )
+            axes.plot(*zip(*((x, scale * v.mean) for x, v in some), strict=True), **look | {"linestyle": ""} | face)
     banded = [(x, v) for x, v in pairs if v.half is not None]
     if banded:
         lows, highs = ([scale * getattr(v, end) for _, v in banded] for end in ("low", "high"))
@@ -228,9 +224,7 @@ def heat_map(
     rows, columns = values.shape
     shades = LinearSegmentedColormap.from_list("ekd", SHADES)
     edges = [[at - 0.5 for at in range(count + 1)] for count in (columns, rows)]
-    mesh = axes.pcolormesh(
-        *edges, values, cmap=shades, vmin=limits[0], vmax=limits[1], edgecolors="white", lw=1.5
-    )
+    mesh = axes.pcolormesh(*edges, values, cmap=shades, vmin=limits[0], vmax=limits[1], edgecolors="white", lw=1.5)
     for row in range(rows):
         for column in range(columns):
             axes.text(
@@ -274,17 +268,13 @@ def band_text(values: Iterable[Estimate], what: str = "band") -> str:
     found = list(values)
     if all(value.half is None for value in found):
         return f"Not enough runs for intervals, {counts(found)}."
-    alone = (
-        "; where one run is done there is no interval" if any(value.half is None for value in found) else ""
-    )
+    alone = "; where one run is done there is no interval" if any(value.half is None for value in found) else ""
     return f"Mean and 95 % {what} over seeds, {counts(found)}{alone}."
 
 
 def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
     """One legend for all panels, below them."""
-    handles = {
-        label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)
-    }
+    handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
 
 

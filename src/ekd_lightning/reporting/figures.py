@@ -45,12 +45,8 @@ def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
 
 def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Looks) -> None:
     for label, line in lines.items():
-        fs.points(
-            axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label
-        )
-    ticks = {
-        100 * (group.fraction or 0): group.protocol.num_images for line in lines.values() for group in line
-    }
+        fs.points(axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label)
+    ticks = {100 * (group.fraction or 0): group.protocol.num_images for line in lines.values() for group in line}
     axes.set_xscale("log")
     axes.set_xticks([*ticks], [f"{t:.4g}\n({n:,})" if n else f"{t:.4g}" for t, n in ticks.items()])
     axes.minorticks_off()
@@ -73,9 +69,7 @@ def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
             _cost_panel(panel, groups, key, looks, named)
             for group in cut:
                 _prefix_points(panel, prefixes(group), key, looks(group.label)["color"])
-            fs.limit_accuracy(
-                panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))]
-            )
+            fs.limit_accuracy(panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))])
         fs.key(figure, axes)
         text = f"{fs.band_text(shown, 'interval')} {_cost_words(cut)}"
         yield fs.drawn("accuracy_cost", block.key, figure, block.title, text)
@@ -122,15 +116,7 @@ def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
 def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: Looks, named: set[str]) -> None:
     front = _front(groups, key)
     xs, ys = zip(*front, strict=True)
-    axes.step(
-        xs,
-        [100 * y for y in ys],
-        where="post",
-        color=fs.GREY,
-        linestyle="--",
-        linewidth=1,
-        label="Pareto front",
-    )
+    axes.step(xs, [100 * y for y in ys], where="post", color=fs.GREY, linestyle="--", linewidth=1, label="Pareto front")
     places = beside([_cost(group, key) for group in groups])
     for group, place in zip(groups, places, strict=True):
         value, known = accuracy(group), group.label in named
@@ -239,21 +225,13 @@ class Kind:
 
 KINDS = (
     Kind("accuracy against training images", "a setting at two fractions", by_fraction),
-    Kind(
-        "teachers × branches",
-        "a method with several numbers of teachers or branches",
-        figures_detail.by_counts,
-    ),
+    Kind("teachers × branches", "a method with several numbers of teachers or branches", figures_detail.by_counts),
     Kind("accuracy against cost", "two settings in one block", by_cost),
     Kind("ablations and controls", "two seeds in common with the reference", by_difference),
     Kind("branches", "a student with several branches", figures_detail.branches),
     Kind("learning curves", "metrics.csv with two epochs", figures_detail.learning_curves),
     Kind("calibration", "arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),
-    Kind(
-        "corrupted images",
-        "an evaluation on corrupted images, by ekd-evaluate",
-        figures_detail.corruption_curves,
-    ),
+    Kind("corrupted images", "an evaluation on corrupted images, by ekd-evaluate", figures_detail.corruption_curves),
     Kind("similarity of features", "CKA matrices, written by ekd-evaluate", figures_detail.similarity),
 )
 

@@ -174,9 +174,7 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, deta
         error = group.values(key)
         told += [f"{error.mean:.3f}"] if error else []
     fs.title(axes, group.label)
-    axes.text(
-        0.97, 0.04, "ECE " + " → ".join(told), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY
-    )
+    axes.text(0.97, 0.04, "ECE " + " → ".join(told), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
 
 

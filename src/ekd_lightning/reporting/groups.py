@@ -123,9 +123,7 @@ class Group:
 
     def scalars(self) -> dict[str, Estimate]:
         """Every field of the results that is a number, by its name."""
-        keys = dict.fromkeys(
-            key for run in self.done for key, value in (run.result or {}).items() if is_number(value)
-        )
+        keys = dict.fromkeys(key for run in self.done for key, value in (run.result or {}).items() if is_number(value))
         found = {key: self.values(key) for key in keys}
         if "test_mean_branch_accuracy" not in found:  # not evaluated further: there are the branches alone
             rows = [run.get("test_branch_accuracy") or [] for run in self.done]

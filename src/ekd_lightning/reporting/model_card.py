@@ -26,22 +26,9 @@ _DATA: dict[str, tuple[str, str | None]] = {
     "cifar100": ("CIFAR-100", "uoft-cs/cifar100"),
     "digits": ("scikit-learn's handwritten digits", None),
 }
-_METRICS = {
-    "accuracy": "accuracy",
-    "nll": "nll",
-    "expected_calibration_error": "ece",
-    "brier_score": "brier",
-}.items()
+_METRICS = {"accuracy": "accuracy", "nll": "nll", "expected_calibration_error": "ece", "brier_score": "brier"}.items()
 """Names of the hub, and ours."""
-_FILES = (
-    "file",
-    "weights",
-    "kB",
-    "test accuracy %",
-    "against the student",
-    "max abs. logit difference",
-    "changed",
-)
+_FILES = ("file", "weights", "kB", "test accuracy %", "against the student", "max abs. logit difference", "changed")
 _MANY = 12  # classes beyond that are not all named in the text
 
 
@@ -142,21 +129,13 @@ def _what(export: Mapping[str, Any]) -> str:
         branches += f" ({which} of the {of} it was trained with, counted from 0)"
     coupled = f", coupled by {_COUPLING[spec['ensemble']]}" if len(kept) > 1 else ""
     trunk = (
-        "that share nothing"
-        if spec["split_after"] == "none"
-        else f"over a trunk shared up to `{spec['split_after']}`"
+        "that share nothing" if spec["split_after"] == "none" else f"over a trunk shared up to `{spec['split_after']}`"
     )
     structure = f"{branches} {trunk}{coupled}" if of > 1 else "a plain network"
     teachers = method["teachers"]
-    taught = (
-        f"learned from {_count(len(teachers), 'frozen teacher')}" if teachers else "learned from labels alone"
-    )
+    taught = f"learned from {_count(len(teachers), 'frozen teacher')}" if teachers else "learned from labels alone"
     classes = export["class_names"]
-    named = (
-        ", ".join(classes)
-        if len(classes) <= _MANY
-        else f"{', '.join(classes[:5])} and {len(classes) - 5} more"
-    )
+    named = ", ".join(classes) if len(classes) <= _MANY else f"{', '.join(classes[:5])} and {len(classes) - 5} more"
     return (
         f"# {model_name(export)}\n\n"
         f"A {spec['network']['name']} student ({structure}), {student['num_parameters']:,} parameters and "
@@ -219,9 +198,7 @@ def _results(export: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         (title, _number(metrics.get(key)))
         for title, key in (("NLL (nats)", "nll"), ("ECE (15 bins)", "ece"), ("Brier score (0 to 2)", "brier"))
     ]
-    weights = (
-        "the last epoch" if export["student"]["weights"] == "last" else "the epoch best on validation images"
-    )
+    weights = "the last epoch" if export["student"]["weights"] == "last" else "the epoch best on validation images"
     text = (
         f"## Results\n\nOn all {metrics['images']:,} test images, weights of {weights}. **One run, one seed "
         f"(n = 1, seed {export['seed']}): it has no interval, and says nothing of the method's mean.**\n\n"
@@ -271,9 +248,7 @@ def _training(export: Mapping[str, Any]) -> str:
 
 def _cost(export: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     hardware, student = export["run"]["hardware"], export["student"]
-    machine = (
-        ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cpu')}, {hardware.get('threads')} thread(s)"
-    )
+    machine = ", ".join(hardware.get("gpus") or []) or f"{hardware.get('cpu')}, {hardware.get('threads')} thread(s)"
     text = f"## Cost\n\n{student['num_parameters']:,} parameters, {student['macs']:,} multiply-accumulates an image. "
     if result.get("train_seconds") is not None:
         text += f"Training took {result['train_seconds']:,.0f} s on {machine}."

@@ -201,9 +201,7 @@ def plotly_js() -> str:
     try:
         from plotly.offline import get_plotlyjs  # noqa: PLC0415
     except ImportError:
-        raise UserError(
-            "the page needs plotly: pip install 'ekd-lightning[report]', or leave the page out"
-        ) from None
+        raise UserError("the page needs plotly: pip install 'ekd-lightning[report]', or leave the page out") from None
     return str(get_plotlyjs())
 
 

@@ -60,9 +60,7 @@ def page_data(report: Report, palette: Mapping[str, Sequence[str]]) -> PageData:
         names += list(found)
         for one in block.groups:
             subject = one.label == subjects.get(block.key)
-            groups.append(
-                _group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject}
-            )
+            groups.append(_group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject})
     payload = {
         "labels": report.ordered_labels,
         "references": _references(names, report.reference),
@@ -87,17 +85,11 @@ def _references(names: Sequence[str], main: Mapping[str, str]) -> list[dict[str,
     many = len(labels) > 1
     text = "the reference of each block" if many else next(iter(labels), "")
     others = sorted(dict.fromkeys(names), key=lambda name: -names.count(name))
-    return [
-        {"key": name, "text": text if name == MAIN else name, "many": many and name == MAIN}
-        for name in others
-    ]
+    return [{"key": name, "text": text if name == MAIN else name, "many": many and name == MAIN} for name in others]
 
 
 def _group(
-    group: Group,
-    block: Block,
-    references: Mapping[str, tuple[str, Mapping[str, Difference]]],
-    ids: Mapping[str, str],
+    group: Group, block: Block, references: Mapping[str, tuple[str, Mapping[str, Difference]]], ids: Mapping[str, str]
 ) -> dict[str, Any]:
     arrays = details.read_arrays(group)
     return {
@@ -151,19 +143,11 @@ def plain(value: float | None) -> float | int | None:
 
 
 def _difference(found: Difference, label: str) -> dict[str, Any]:
-    return {
-        "to": label,
-        "mean": plain(found.mean),
-        "half": plain(found.half),
-        "n": found.n,
-        "p": plain(found.p_holm),
-    }
+    return {"to": label, "mean": plain(found.mean), "half": plain(found.half), "n": found.n, "p": plain(found.p_holm)}
 
 
 def _point(point: Point) -> dict[str, Any]:
-    name = (
-        {"branches": list(point.name)} if isinstance(point.name, tuple) else {"threshold": plain(point.name)}
-    )
+    name = {"branches": list(point.name)} if isinstance(point.name, tuple) else {"threshold": plain(point.name)}
     return {
         **name,
         "accuracy": one(point.accuracy),

@@ -141,9 +141,7 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
         for run in one.duplicates:
             seed = int(run.get("seed"))
             newest = next(other.name for other in one.done if int(other.get("seed")) == seed)
-            told.append(
-                f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts"
-            )
+            told.append(f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts")
     alike: dict[tuple[str, float | None], list[Block]] = defaultdict(list)
     for block in found:
         alike[block.data, block.fraction].append(block)
@@ -158,14 +156,10 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
     partial = [run.name for one in groups for run in one.others if run.state == "partial"]
     if partial:
         told.append(f"{partial[0]}{_more(partial)}: saw a part of the data only, left out of all means")
-    broken = [
-        (run.name, error) for one in groups for run in one.done if (error := run.get("evaluation_error"))
-    ]
+    broken = [(run.name, error) for one in groups for run in one.done if (error := run.get("evaluation_error"))]
     if broken:
         name, error = broken[0]
-        told.append(
-            f"{name}{_more(broken)}: a part of the evaluation failed ({error}); its figures are missing"
-        )
+        told.append(f"{name}{_more(broken)}: a part of the evaluation failed ({error}); its figures are missing")
     return told
 
 
@@ -205,13 +199,7 @@ def summary(report: Report) -> dict[str, Any]:
         "runs": {state: report.collection.count(state) for state in STATES},
         "blocks": [_block(report, block) for block in report.blocks],
         "not_done": [
-            {
-                "run": run.name,
-                "setting": one.label,
-                "seed": run.get("seed"),
-                "state": run.state,
-                "error": run.error,
-            }
+            {"run": run.name, "setting": one.label, "seed": run.get("seed"), "state": run.state, "error": run.error}
             for one in report.groups
             for run in one.others
         ],

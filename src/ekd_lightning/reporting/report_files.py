@@ -120,10 +120,7 @@ def _answer(report: Report, block: Block) -> list[str]:
     if found is None:
         return ["No run is done here.\n"]
     sentences = [*(finding.sentence for finding in found.findings), *found.remarks]
-    return [
-        f"{tables.prose(found.headline)}\n",
-        "".join(f"- {tables.prose(sentence)}\n" for sentence in sentences),
-    ]
+    return [f"{tables.prose(found.headline)}\n", "".join(f"- {tables.prose(sentence)}\n" for sentence in sentences)]
 
 
 def _not_done(report: Report) -> list[str]:

@@ -65,9 +65,7 @@ def describe(run: RunEntry) -> dict[str, Any]:
         found |= dict.fromkeys(_PLAIN)
     found["assistants"] = found["assistants"] or None
     result: Mapping[str, Any] = run.result or {}
-    found |= {
-        key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")
-    }
+    found |= {key.removeprefix("weight_"): value for key, value in result.items() if key.startswith("weight_")}
     chosen = result.get("teacher_choice") in ("best", "first")
     found["teachers"] = result.get("pool_teachers") if chosen else taught_by(result)
     found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
@@ -144,17 +142,11 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
         classes[ways[position].protocol.data, str(run.get("method") or "unknown")].append(position)
     made: list[tuple[str, dict[str, Any]]] = [("", {})] * len(groups)
     for (data, method), members in classes.items():
-        near = [
-            [members[p] for p in place.members] for place in places([ways[position] for position in members])
-        ]
+        near = [[members[p] for p in place.members] for place in places([ways[position] for position in members])]
         told = _told(setups, near)
         for position in members:
             varied = {name: setups[position].get(name) for name in told}
-            shown = [
-                _word(name, value)
-                for name, value in varied.items()
-                if (name, value) != ("student", usual[data])
-            ]
+            shown = [_word(name, value) for name, value in varied.items() if (name, value) != ("student", usual[data])]
             made[position] = (", ".join([method, *filter(None, shown)]), varied)
     return _numbered(made, ways)
 
@@ -221,9 +213,7 @@ def _short(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")) if isinstance(value, (list, dict)) else str(value)
 
 
-def _numbered(
-    made: Sequence[tuple[str, dict[str, Any]]], ways: Sequence[Way]
-) -> list[tuple[str, dict[str, Any]]]:
+def _numbered(made: Sequence[tuple[str, dict[str, Any]]], ways: Sequence[Way]) -> list[tuple[str, dict[str, Any]]]:
     """Makes labels unique in each place where nothing recorded tells two groups apart."""
     found = list(made)
     for place in places(ways):

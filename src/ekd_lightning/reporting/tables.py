@@ -77,11 +77,7 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
     """
     found = {reference: differences(block.groups, reference) for reference in references}
     return [
-        Row(
-            group,
-            {reference: found[reference].get(group.label) for reference in references},
-            seed_spread(group),
-        )
+        Row(group, {reference: found[reference].get(group.label) for reference in references}, seed_spread(group))
         for group in block.groups
     ]
 
@@ -158,10 +154,7 @@ STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "s
 def heads(references: Sequence[str], names: Sequence[str] = REPORT) -> list[str]:
     """Heads of a block's table."""
     minus = [f"− {reference} [95 % interval]" for reference in references]
-    return [
-        "setting",
-        *(head for name in names for head in (minus if name == "differences" else [name])),
-    ]
+    return ["setting", *(head for name in names for head in (minus if name == "differences" else [name]))]
 
 
 def cells(row: Row, names: Sequence[str] = REPORT) -> list[str]:
@@ -174,9 +167,7 @@ def cells(row: Row, names: Sequence[str] = REPORT) -> list[str]:
     return found
 
 
-def markdown(
-    found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None
-) -> str:
+def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
     """Rows of a block as a Markdown table.
 
     Args:
@@ -233,9 +224,7 @@ def record(row: Row) -> dict[str, Any]:
         "test_accuracy": found.mean if found else None,
         "test_accuracy_std": found.std if found else None,
         "test_accuracy_interval": [found.low, found.high] if found and found.std is not None else None,
-        "differences": {
-            label: difference_record(one) for label, one in row.differences.items() if one is not None
-        },
+        "differences": {label: difference_record(one) for label, one in row.differences.items() if one is not None},
     }
     for key in MEANS:
         mean = group.values(key)

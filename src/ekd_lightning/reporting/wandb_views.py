@@ -113,9 +113,7 @@ def panel_sections() -> dict[str, list[Any]]:
         "Teachers and branches": [
             bars("test accuracy by teachers", "test/accuracy", teachers),
             bars("test accuracy by branches", "test/accuracy", branches),
-            bars(
-                "gain of the ensemble over its mean branch", "evaluation/test_gain_over_mean_branch", branches
-            ),
+            bars("gain of the ensemble over its mean branch", "evaluation/test_gain_over_mean_branch", branches),
             wr.ParallelCoordinatesPlot(title="what was run, and what came of it", columns=parallel),
             wr.LinePlot(title="validation accuracy of each branch", x="epoch", metric_regex=each_branch),
         ],
@@ -133,9 +131,7 @@ def panel_sections() -> dict[str, list[Any]]:
             bars("agreement with the teachers", "fidelity/test_teacher_agreement"),
         ],
         "Errors": [
-            wr.MediaBrowser(
-                title="taken for another class with confidence", media_keys=["evaluation/misclassified"]
-            ),
+            wr.MediaBrowser(title="taken for another class with confidence", media_keys=["evaluation/misclassified"]),
             wr.WeavePanelSummaryTable(table_name="evaluation/branches"),
         ],
         "Robustness and cost": [

@@ -181,9 +181,7 @@ def collect(paths: Sequence[Path]) -> Collection:
     tops = list(dict.fromkeys(_folder(path) for path in paths))
     found = sorted({directory for top in tops for directory in _walk(top)})
     if not found:
-        raise UserError(
-            f"{' '.join(map(str, paths)) or 'no folder'}: no runs (no status.json or result.json)"
-        )
+        raise UserError(f"{' '.join(map(str, paths)) or 'no folder'}: no runs (no status.json or result.json)")
     parents = {top.parent if top in found else top for top in tops}
     root = Path(os.path.commonpath(parents))
     problems: list[str] = []

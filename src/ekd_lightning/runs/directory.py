@@ -191,9 +191,7 @@ class RunDirectory:
         try:
             return Result.of(content)
         except NotAResultError as error:
-            raise ForeignRecordError(
-                f"{self.path / RESULT}: not a result of this package ({error})"
-            ) from None
+            raise ForeignRecordError(f"{self.path / RESULT}: not a result of this package ({error})") from None
 
     def finished_result(self) -> Result:
         """The result of a run that is done or partial.

@@ -15,16 +15,7 @@ import torch
 
 from ekd_lightning import __version__
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "torchmetrics",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-    "numpy",
-)
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "wandb", "numpy")
 
 
 def provenance() -> dict[str, Any]:
@@ -72,10 +63,7 @@ def _git() -> dict[str, Any] | None:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return {
-        "commit": ask("rev-parse", "HEAD") or None,
-        "modified": bool(ask("status", "--porcelain", "-uno")),
-    }
+    return {"commit": ask("rev-parse", "HEAD") or None, "modified": bool(ask("status", "--porcelain", "-uno"))}
 
 
 def _hardware() -> dict[str, Any]:

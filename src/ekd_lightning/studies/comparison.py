@@ -151,16 +151,13 @@ def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
     """All runs that a study asks for, by fraction; rows in their order."""
     return {
         fraction: {
-            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds}
-            for row in study.rows
+            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds} for row in study.rows
         }
         for fraction in study.fractions
     }
 
 
-def plan(
-    study: Study, folder: Path, compose: Composer, *, retry_failed: bool
-) -> tuple[list[Job], list[RunEntry]]:
+def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> tuple[list[Job], list[RunEntry]]:
     """Decides what to launch.
 
     Runs that are done are skipped. Stopped ones go on from their last checkpoint, or start again without one.
@@ -280,10 +277,7 @@ def report(study: Study, folder: Path) -> bool:
     shown = [tables.terminal_table(block.title, own) for block, own in zip(blocks, rows, strict=True)]
     print_wide(*shown, tables.LEGEND, width=_WIDTH)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
-    print(
-        f"{folder}: "
-        + ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
-    )
+    print(f"{folder}: " + ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common()))
     return set(states) == {RunState.DONE}
 
 
@@ -321,9 +315,7 @@ def records(
         one |= {key: value for key, value in full.items() if key not in _OWN}
         one |= {key: full.get(key) for key in _COST}
         for reference in row.differences:
-            minus = full["differences"].get(reference) or dict.fromkeys(
-                ("mean", "n", "half_width", "p", "p_holm")
-            )
+            minus = full["differences"].get(reference) or dict.fromkeys(("mean", "n", "half_width", "p", "p_holm"))
             mean = minus.pop("mean")
             one |= {f"minus_{reference}": mean}
             one |= {f"minus_{reference}_{key}": value for key, value in minus.items()}
@@ -335,9 +327,7 @@ def records(
         if settings is not None:
             one["settings"] = settings.get(name) or "defaults"
         one["by_seed"] = {
-            str(seed): other.get("test_accuracy")
-            if other.state is RunState.DONE
-            else tables.STATE_NAMES[other.state]
+            str(seed): other.get("test_accuracy") if other.state is RunState.DONE else tables.STATE_NAMES[other.state]
             for seed, other in sorted(own.items())
         }
         made.append(one)

@@ -59,9 +59,7 @@ def launch(
     """
     whole = sweep or Sweep(folder, tuple(jobs))
     own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(folder))]
-    config = compose(
-        whole.config_name, overrides=[*whole.common, *hydra_words, *own], return_hydra_config=True
-    )
+    config = compose(whole.config_name, overrides=[*whole.common, *hydra_words, *own], return_hydra_config=True)
     try:
         with watched(whole), working_in(whole.working_directory):
             internals.launch(config, [[*job.overrides, *_placed(job, folder)] for job in jobs], task)

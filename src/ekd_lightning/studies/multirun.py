@@ -25,14 +25,7 @@ from ekd_lightning.runs.provenance import now
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
 from ekd_lightning.studies.progress import look_now, show_summary, watched
-from ekd_lightning.studies.sweep import (
-    Job,
-    Sweep,
-    found_sweep,
-    look,
-    read_sweep,
-    write_sweep,
-)
+from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, look, read_sweep, write_sweep
 
 # Where the sweep is and that it is one is known; these are given anew.
 _OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
@@ -56,8 +49,7 @@ class SweepSummary(Callback):
             stack.enter_context(DirectoryLock(folder))
         except LockedError as error:
             raise LockedError(
-                f"another sweep is running in this folder: {error}; give this one its own with "
-                "hydra.sweep.dir=..."
+                f"another sweep is running in this folder: {error}; give this one its own with hydra.sweep.dir=..."
             ) from None
         _open.append((folder, stack, is_queued(config)))
         jobs = plan_jobs(config, folder)
@@ -167,9 +159,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     with DirectoryLock(folder), internals.initialized(sweep.config_dir):
         states = [look(job, sweep.started) for job in sweep.jobs]
         running = sum(state.run.state is RunState.RUNNING for state in states)
-        left = [
-            state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING
-        ]
+        left = [state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING]
         jobs = [_job(*state, extra) for state in left]
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         done, again = len(states) - len(jobs) - running, sum(job.resumed for job in jobs)
@@ -211,9 +201,7 @@ def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
     resumed = same and directory.last_checkpoint.is_file()
     given = {key_of(word) for word in extra}
     words = recorded if resumed else job.overrides
-    return Job(
-        job.directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed
-    )
+    return Job(job.directory, (*(word for word in words if not is_under(key_of(word), given)), *extra), resumed)
 
 
 def _computing(words: Sequence[str]) -> list[str]:

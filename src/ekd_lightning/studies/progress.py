@@ -22,13 +22,7 @@ from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.provenance import now
-from ekd_lightning.studies.sweep import (
-    Standing,
-    Sweep,
-    look,
-    varied_keys,
-    varied_values,
-)
+from ekd_lightning.studies.sweep import Standing, Sweep, look, varied_keys, varied_values
 
 _SECONDS = 1.0  # between two looks at the jobs' files
 _BAR = 12
@@ -36,17 +30,10 @@ _BEST = "★"
 SEED = "seed"
 MOST_ROWS = 60
 """Longer tables are of no use in a terminal; runs that are not done are shown all the same."""
-_STYLES = {
-    RunState.DONE: "green",
-    RunState.PARTIAL: "green",
-    RunState.FAILED: "red",
-    RunState.STOPPED: "yellow",
-}
+_STYLES = {RunState.DONE: "green", RunState.PARTIAL: "green", RunState.FAILED: "red", RunState.STOPPED: "yellow"}
 
 
-def seconds_left(
-    durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int
-) -> float | None:
+def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int) -> float | None:
     """Time until the last job ends, if those to come take as long as the mean of those that ended.
 
     Args:
@@ -250,9 +237,7 @@ def _figure(state: Standing, key: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _runs(
-    states: Sequence[Standing], keys: Sequence[str], folder: Path, caption: str | None, *, mark: bool
-) -> Table:
+def _runs(states: Sequence[Standing], keys: Sequence[str], folder: Path, caption: str | None, *, mark: bool) -> Table:
     found = [value for state in states if (value := _figure(state, "test_accuracy")) is not None]
     best = max(found) if mark and len(found) > 1 else None
     table = _table("runs", ["run", *keys], ["test %", "val %", "train s", "state"], caption)
@@ -282,11 +267,7 @@ def _means(groups: Mapping[tuple[str, ...], Sequence[Standing]], keys: Sequence[
     for values, cell in found.items():
         assert cell is not None  # only runs with an accuracy are in groups
         seconds = _mean(groups[values], "train_seconds")
-        cells = (
-            _marked(percent(cell), cell.mean == best),
-            str(cell.n),
-            _number(seconds.mean if seconds else None),
-        )
+        cells = (_marked(percent(cell), cell.mean == best), str(cell.n), _number(seconds.mean if seconds else None))
         table.add_row(*values, *cells, style="bold" if cell.mean == best else "")
     return table
 

@@ -84,12 +84,7 @@ def tune(
         "space": describe_space(space),
     }
     warn_of_other_budgets(output, facts)
-    identity = {
-        "config": plain,
-        "space": facts["space"],
-        "seeds": list(seeds),
-        "sampler_seed": sampler_seed,
-    }
+    identity = {"config": plain, "space": facts["space"], "seeds": list(seeds), "sampler_seed": sampler_seed}
     search = Search(
         output / settings.method.name,
         identity,
@@ -151,13 +146,9 @@ def _prepare(settings: Settings) -> Prepared:
         raise UserError(f"resume={settings.resume}: has no meaning here; the same --output goes on")
     devices = settings.trainer.get("devices", 1)
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-        raise UserError(
-            f"trainer.devices={devices}: a trial has one device; start several processes with one --output"
-        )
+        raise UserError(f"trainer.devices={devices}: a trial has one device; start several processes with one --output")
     if not re.fullmatch(r"\w[\w.+@-]*", settings.method.name):
-        raise UserError(
-            f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-"
-        )
+        raise UserError(f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-")
     prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     if not prepared.datamodule.num_val_images:
         raise UserError(
@@ -268,9 +259,7 @@ class ReportAccuracy(Callback):
         """Reports (`first_step` + epoch counted from 0, accuracy in [0, 1])."""
         last = trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
         if BEST_METRIC in trainer.callback_metrics and not last:
-            self._report(
-                self._first_step + trainer.current_epoch, float(trainer.callback_metrics[BEST_METRIC])
-            )
+            self._report(self._first_step + trainer.current_epoch, float(trainer.callback_metrics[BEST_METRIC]))
 
 
 @dataclass(frozen=True)
@@ -296,11 +285,7 @@ class ValidationObjective:
             settings = replace(settings, seed=seed, trainer=trainer)
             callbacks = [*self.make_callbacks(), ReportAccuracy(report, position * settings.recipe.epochs)]
             result = run(
-                settings,
-                folder / f"seed{seed}",
-                sweep=folder.parent.parent.name,
-                callbacks=callbacks,
-                test=False,
+                settings, folder / f"seed{seed}", sweep=folder.parent.parent.name, callbacks=callbacks, test=False
             )
             if "val_accuracy" not in result:
                 raise UserError("trainer.limit_val_batches: leaves no validation accuracy to choose by")

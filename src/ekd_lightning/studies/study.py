@@ -146,8 +146,7 @@ def read_study(folder: Path) -> Study | None:
     try:
         content = read_json(path)
         rows = tuple(
-            RowPlan(name, tuple(row["overrides"]), tuple(row["without"]))
-            for name, row in content["rows"].items()
+            RowPlan(name, tuple(row["overrides"]), tuple(row["without"])) for name, row in content["rows"].items()
         )
         fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
@@ -215,12 +214,7 @@ def parse_matches(text: str) -> tuple[str, ...]:
 
 
 def plan_rows(
-    methods: str,
-    matches: Sequence[str],
-    controls: bool,
-    common: Sequence[str],
-    old: Study | None,
-    compose: Composer,
+    methods: str, matches: Sequence[str], controls: bool, common: Sequence[str], old: Study | None, compose: Composer
 ) -> list[RowPlan]:
     """The rows that were asked for, then the controls, then the students of equal cost.
 
@@ -313,8 +307,5 @@ def _matched(name: str, row: RowPlan, match: Match) -> RowPlan:
     options = [override(f"++student.options.{key}", value) for key, value in match.options.items()]
     without = (*row.without, "student.network", "student.options")
     return replace(
-        row,
-        name=name,
-        overrides=(*row.overrides, f"student.network={match.network}", *options),
-        without=without,
+        row, name=name, overrides=(*row.overrides, f"student.network={match.network}", *options), without=without
     )

@@ -129,9 +129,7 @@ class Search:
             for key in self.defaults:
                 _sample(trial, key, self.space[key])
             return []
-        values = {
-            key: dimension.tidy(_sample(trial, key, dimension)) for key, dimension in self.space.items()
-        }
+        values = {key: dimension.tidy(_sample(trial, key, dimension)) for key, dimension in self.space.items()}
         return [override(key, value) for key, value in values.items()]
 
     def _bury_dead(self) -> None:

@@ -134,9 +134,7 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
-def with_tuned(
-    rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()
-) -> list[RowPlan]:
+def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()) -> list[RowPlan]:
     """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
 
     A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
@@ -167,9 +165,7 @@ def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]
         if _is_shared(key_of(word)):
             raise UserError(f"{path}: {word}: all rows of a study must share it")
     if content.get("method", row.method) not in (row.method, row.name):
-        raise UserError(
-            f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}"
-        )
+        raise UserError(f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}")
     if path.stem != row.name:
         log.info("%s: as tuned for another network, %s", row.name, path.name)
     _warn_of_other_data(path, content.get("protocol"), data, fractions)

@@ -105,9 +105,7 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
             raise
         except Exception as error:  # no C++ compiler, no Triton, a bug in a compiler: many kinds
             reason = " ".join(str(error).split())[:200]
-            message = (
-                f"torch.compile does not work here, so this runs slower ({type(error).__name__}: {reason})"
-            )
+            message = f"torch.compile does not work here, so this runs slower ({type(error).__name__}: {reason})"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
             chosen = function
             return chosen(*args)
@@ -179,9 +177,7 @@ def threads_as_before() -> Iterator[None]:
             os.environ.pop(_THREADS, None)
 
 
-def _choice(
-    asked: int | None, recorded: int | None, device_type: str, num_devices: int
-) -> tuple[int | None, str]:
+def _choice(asked: int | None, recorded: int | None, device_type: str, num_devices: int) -> tuple[int | None, str]:
     if asked is not None:
         return asked, "trainer.threads"
     if device_type != "cpu":

@@ -185,11 +185,7 @@ def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: 
 
 
 def present_bytes(
-    folder: str | os.PathLike[str],
-    image_set_sha256: str,
-    view_key: str,
-    num_teachers: int,
-    stages: Sequence[str] = (),
+    folder: str | os.PathLike[str], image_set_sha256: str, view_key: str, num_teachers: int, stages: Sequence[str] = ()
 ) -> int:
     """What tables of these images and views take on disk already.
 

@@ -322,9 +322,7 @@ def room_for_rows(
     whole = len(images) * num_views * row <= budget
     if not whole:
         size = len(images) * num_views * row / 1e9
-        log.info(
-            "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size
-        )
+        log.info("teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size)
         if optional and len(images) * row > budget:
             return None
     return HeldRows(shapes, images, num_images, num_views, device, whole=whole)

@@ -116,9 +116,7 @@ class FrozenTeachers:
         chunk: Images to ask about at once, where the caller can choose.
     """
 
-    def __init__(
-        self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None, stages: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None, stages: Sequence[str] = ()) -> None:
         """Copies the teachers.
 
         Args:
@@ -140,9 +138,9 @@ class FrozenTeachers:
         self.chunk = CHUNK.get(device.type, 128)
         self._names = [identity.id for identity in ensemble.identities]
         self._frozen = [
-            FrozenNetwork(
-                network, dtype=dtype, fold=how.fold, channels_last=how.channels_last, stage_names=stages
-            ).to(device)
+            FrozenNetwork(network, dtype=dtype, fold=how.fold, channels_last=how.channels_last, stage_names=stages).to(
+                device
+            )
             for network in ensemble.networks()
         ]
         self._choice = how.compile

@@ -97,9 +97,7 @@ class TeacherStore:
         try:
             return load_network(final / _WEIGHTS)
         except UserError as error:
-            raise UserError(
-                f"{error}; delete the folder {final} to have this teacher trained again"
-            ) from None
+            raise UserError(f"{error}; delete the folder {final} to have this teacher trained again") from None
 
     def test_scores(
         self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
@@ -115,12 +113,7 @@ class TeacherStore:
         return scores
 
     def test_outputs(
-        self,
-        network: Callable[[], StagedNetwork],
-        sha256: str,
-        images: ImageSet,
-        batch_size: int,
-        device: torch.device,
+        self, network: Callable[[], StagedNetwork], sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> Predictions:
         """What a teacher says of a test set, asked once per (teacher, test set) and kept; in float32.
 
@@ -188,8 +181,6 @@ def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) ->
 
 def _read_outputs(path: Path, count: int) -> Predictions:
     tensors = read_sealed_tensors(path)
-    if tensors.keys() != set(Predictions._fields) or any(
-        part.shape[:1] != (count,) for part in tensors.values()
-    ):
+    if tensors.keys() != set(Predictions._fields) or any(part.shape[:1] != (count,) for part in tensors.values()):
         raise DamagedFileError(f"{path}: damaged, does not hold what a teacher says of {count} images")
     return Predictions(**tensors)

@@ -121,9 +121,7 @@ class TabledTeachers:
             first = wide if include_pooled or (self._folder / f"{wide.name}.rows").is_file() else narrow
             keys = [first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)]
             kept.append(KeptRows(self._folder, keys, identity.id, writer, self._warn_disk))
-        self._known = KnownRows(
-            kept, self._live, [identity.id for identity in ensemble.identities], self._device
-        )
+        self._known = KnownRows(kept, self._live, [identity.id for identity in ensemble.identities], self._device)
 
     @property
     def hit_rate(self) -> float | None:

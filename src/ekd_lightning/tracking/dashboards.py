@@ -150,9 +150,7 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
         # The preset from the counts: W&B's own helper wants N labels, and mixes classes up that never occur.
         names = panels.class_names
         columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
-        rows = [
-            [names[i], names[j], int(n)] for i, row in enumerate(panels.confusion) for j, n in enumerate(row)
-        ]
+        rows = [[names[i], names[j], int(n)] for i, row in enumerate(panels.confusion) for j, n in enumerate(row)]
         media["evaluation/confusion"] = wandb.plot_table(
             "wandb/confusion_matrix/v1",
             wandb.Table(columns=columns, data=rows),
@@ -186,9 +184,7 @@ def _write_tensorboard(
     try:
         import matplotlib.figure  # noqa: F401, PLC0415 (an optional package)
     except ModuleNotFoundError:
-        log.info(
-            "TensorBoard shows figures of calibration and confusion with `pip install 'ekd-lightning[report]'`"
-        )
+        log.info("TensorBoard shows figures of calibration and confusion with `pip install 'ekd-lightning[report]'`")
         return
     for name, lines in panels.curves.items():
         writer.add_figure(name, line_figure(lines), step)

@@ -153,19 +153,11 @@ def _tensorboard(directory: Path) -> Logger:
     try:
         return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", default_hp_metric=False)
     except ModuleNotFoundError:
-        raise UserError(
-            "logger.tensorboard=true: install it with `pip install 'ekd-lightning[tensorboard]'`"
-        ) from None
+        raise UserError("logger.tensorboard=true: install it with `pip install 'ekd-lightning[tensorboard]'`") from None
 
 
 def _wandb(
-    settings: WandbSettings,
-    directory: Path,
-    *,
-    name: str,
-    sweep: str | None,
-    config: dict[str, Any],
-    job_type: str,
+    settings: WandbSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any], job_type: str
 ) -> Logger:
     # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
     options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}

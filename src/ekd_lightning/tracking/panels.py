@@ -21,10 +21,7 @@ _SECTIONS = (
     ("flatness", ("sharpness", "loss_rise_")),
     ("generalisation", ("gap_", "train_accuracy", "train_nll")),
     ("efficiency", ("latency_", "throughput_", "memory_", "deployed_")),
-    (
-        "calibration",
-        ("calibration_", "test_nll", "test_ece", "test_adaptive_ece", "test_brier", "test_overconfidence"),
-    ),
+    ("calibration", ("calibration_", "test_nll", "test_ece", "test_adaptive_ece", "test_brier", "test_overconfidence")),
     (
         "diversity",
         (
@@ -106,10 +103,7 @@ class Panels:
 
 
 def make_panels(
-    result: Mapping[str, Any],
-    arrays: Mapping[str, NDArray[Any]],
-    images: NDArray[np.uint8],
-    names: tuple[str, ...],
+    result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], names: tuple[str, ...]
 ) -> Panels:
     """Gathers all panels.
 
@@ -199,9 +193,7 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
     if reliability:
         reliability["perfect"] = ([0.0, 1.0], [0.0, 1.0])
         made["calibration/reliability"] = Lines("confidence", "accuracy", reliability)
-    prefixes = [
-        s for s in result.get("test_subsets") or [] if s["branches"] == list(range(len(s["branches"])))
-    ]
+    prefixes = [s for s in result.get("test_subsets") or [] if s["branches"] == list(range(len(s["branches"])))]
     if len(prefixes) > 1:
         line = ([float(s["macs"]) for s in prefixes], [float(s["accuracy"]) for s in prefixes])
         made["evaluation/accuracy_against_macs"] = Lines("MACs", "accuracy", {"first branches": line})
@@ -211,19 +203,13 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
         made["corruptions/accuracy_by_severity"] = Lines("severity", "accuracy", {"mean": line})
     if "loss_curve_loss" in arrays:
         alpha = [float(value) for value in arrays["loss_curve_alpha"]]
-        lines = {
-            f"direction {d}": (alpha, [float(v) for v in row])
-            for d, row in enumerate(arrays["loss_curve_loss"])
-        }
+        lines = {f"direction {d}": (alpha, [float(v) for v in row]) for d, row in enumerate(arrays["loss_curve_loss"])}
         made["flatness/loss_curve"] = Lines("distance", "loss", lines)
     return made
 
 
 def misclassified(
-    arrays: Mapping[str, NDArray[Any]],
-    images: NDArray[np.uint8],
-    class_names: Sequence[str],
-    most: int = MOST_EXAMPLES,
+    arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], class_names: Sequence[str], most: int = MOST_EXAMPLES
 ) -> list[Example]:
     """The test images that are taken for another class with the most confidence, by falling confidence.
 

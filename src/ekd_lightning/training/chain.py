@@ -116,9 +116,7 @@ def plan_chain(
     )
     origins = teachers[:1] if method.teacher == "best" else teachers
     asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]
-    source = plan_source(
-        lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0)
-    )
+    source = plan_source(lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0))
     return Chain(tuple(teachers), assistants, replace(lesson, source=source))
 
 
@@ -184,9 +182,7 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
             raise UserError(f"{key}.seed={seed!r}: must be a whole number of at least 0")
         statistics = usual_normalization(dataset, None)
         try:
-            spec = NetworkSpec(
-                str(entry["network"]), dataset.num_classes, statistics, entry.get("options") or {}
-            )
+            spec = NetworkSpec(str(entry["network"]), dataset.num_classes, statistics, entry.get("options") or {})
             size = _size(spec)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
@@ -198,9 +194,7 @@ def _entry(key: str, node: Any) -> dict[str, Any]:
     if isinstance(node, str):
         return {"network": node}
     if not isinstance(node, dict) or not node.get("network"):
-        raise UserError(
-            f"{key}={node}: must be a network's name, or a mapping with network, options and seed"
-        )
+        raise UserError(f"{key}={node}: must be a network's name, or a mapping with network, options and seed")
     allowed = ("network", "options", "seed")
     for name in node:
         if name not in allowed:
@@ -224,13 +218,10 @@ def _warn_of_sizes(
     for position, assistant in enumerate(assistants):
         name, size = f"method.assistants[{position}]={assistant.spec.name}", assistant.num_parameters
         if size > above_size:
-            warnings.warn(
-                f"{name} has {size:,} parameters, more than {above} above it ({above_size:,})", stacklevel=4
-            )
+            warnings.warn(f"{name} has {size:,} parameters, more than {above} above it ({above_size:,})", stacklevel=4)
         if size < student:
             warnings.warn(
-                f"{name} has {size:,} parameters, fewer than the student {student_name} ({student:,})",
-                stacklevel=4,
+                f"{name} has {size:,} parameters, fewer than the student {student_name} ({student:,})", stacklevel=4
             )
         above, above_size = assistant.spec.name, size
 
@@ -249,12 +240,7 @@ def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
         identity = TeacherIdentity(assistant.id, link["sha256"], "assistant", assistant.spec.name)
         teachers = TeacherEnsemble([network], [identity])
     last = links[-1]
-    return network, {
-        "trained_on": "subset",
-        "seed": last["seed"],
-        "store_key": last["store_key"],
-        "chain": links,
-    }
+    return network, {"trained_on": "subset", "seed": last["seed"], "store_key": last["store_key"], "chain": links}
 
 
 def _obtain_link(
@@ -267,8 +253,7 @@ def _obtain_link(
     found = store.path(key).is_file()
     # Every process of a distributed run comes here; the first one trains under the lock, the others wait and read.
     network = store.get_or_train(
-        key,
-        lambda scratch: train_assistant(lesson, assistant.spec, assistant.seed, teachers, scratch),
+        key, lambda scratch: train_assistant(lesson, assistant.spec, assistant.seed, teachers, scratch)
     )
     cost = store.cost(key)
     return network, {

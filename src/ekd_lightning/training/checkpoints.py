@@ -39,9 +39,7 @@ class CheckpointWriter(CheckpointIO):
         self._writer = WriterBehind()
         self._seen: set[Path] = set()
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Takes a copy of the state and starts to write it.
 
         Args:
@@ -112,9 +110,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
     except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(
-            f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})"
-        ) from None
+        raise UserError(f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})") from None
 
 
 def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:
@@ -122,11 +118,7 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
 
     The order matters: `last` is written after `best`, so it holds the up-to-date best-so-far.
     """
-    common: dict[str, Any] = {
-        "dirpath": directory,
-        "auto_insert_metric_name": False,
-        "enable_version_counter": False,
-    }
+    common: dict[str, Any] = {"dirpath": directory, "auto_insert_metric_name": False, "enable_version_counter": False}
     callbacks = []
     if with_best:
         callbacks.append(

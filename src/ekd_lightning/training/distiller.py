@@ -119,18 +119,14 @@ class Distiller(ImageClassificationModule):
         self.student = student.to(memory_format=self._memory_format)
         self.method = method
         self.teachers = teachers
-        self._live_networks = _LiveNetworks(
-            self.student, teachers, fold=fold_teachers, channels_last=channels_last
-        )
+        self._live_networks = _LiveNetworks(self.student, teachers, fold=fold_teachers, channels_last=channels_last)
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
         self._spare_broadcasts()
 
     def _spare_broadcasts(self) -> None:
         """Names for DDP what is equal in all processes anyway; it would broadcast such buffers in every step."""
-        same = [
-            name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)
-        ]
+        same = [name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)]
         prefixes = ("teachers.", *(f"{name}." for name in same))
         named = (*self.named_parameters(), *self.named_buffers())
         names = [name for name, _ in named if name.startswith(prefixes)]
@@ -214,18 +210,14 @@ class Distiller(ImageClassificationModule):
 
         compiled = self._compile_student == "always"
         # Compiled steps are slower in float32 on a processor, and bound by launches on a GPU unless recorded.
-        pays = (
-            "bf16" in str(self.trainer.precision) if self.device.type == "cpu" else self._recorded is not None
-        )
+        pays = "bf16" in str(self.trainer.precision) if self.device.type == "cpu" else self._recorded is not None
         if self._compile_student == "auto" and pays:
             images = self.recipe.epochs * int(self.trainer.num_training_batches) * self.recipe.batch_size
             from_macs = COMPILE_STUDENT_MACS.get(self.device.type, float("inf"))
             compiled = 3 * count_macs(self.student) * images >= from_macs
         return compiled_or_not(outputs) if compiled else outputs
 
-    def losses(
-        self, batch: Batch, values: StepValues | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""
         if self._student_outputs is None:
             self._student_outputs = self._student_forward()

@@ -98,9 +98,7 @@ class ImageClassificationModule(pl.LightningModule):
 
     # -- for subclasses ---------------------------------------------------------------------------------
 
-    def losses(
-        self, batch: Batch, values: StepValues | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch.
 
         Args:
@@ -221,11 +219,7 @@ class ImageClassificationModule(pl.LightningModule):
         assert isinstance(batch, Batch)
         total, logged = self._loss_and_values(batch)
         self._step_log.append(logged)
-        if (
-            total.device.type == "cpu"
-            and self.trainer.world_size == 1
-            and not self._step_log.last_is_finite()
-        ):
+        if total.device.type == "cpu" and self.trainer.world_size == 1 and not self._step_log.last_is_finite():
             self._refuse_non_finite()  # before the optimiser spoils the weights
         return total
 
@@ -258,11 +252,7 @@ class ImageClassificationModule(pl.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """The optimiser's step; a recorded step is all of it."""
         if self._recorded is None:

@@ -48,9 +48,7 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
     count = len(settings.pool) if settings.count is None else settings.count
     if count == 0:
         raise UserError("teachers.pool=[]: the method needs at least one teacher")
-    plans = [
-        _plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)
-    ]
+    plans = [_plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)]
     for plan in plans:
         if plan.spec.num_classes != data.dataset.num_classes:
             raise UserError(
@@ -74,11 +72,7 @@ def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
         members.append(network)
         identities.append(
             TeacherIdentity(
-                id=plan.id,
-                sha256=state_sha256(network),
-                source=plan.source,
-                network=network.spec.name,
-                detail=detail,
+                id=plan.id, sha256=state_sha256(network), source=plan.source, network=network.spec.name, detail=detail
             )
         )
     return TeacherEnsemble(members, identities)
@@ -129,10 +123,7 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
     if entry.key_map is None:
         raise UserError(f"{key}.key_map: needed beside network={entry.network} to read a foreign checkpoint")
     spec = NetworkSpec(
-        entry.network,
-        data.dataset.num_classes,
-        usual_normalization(data.dataset, entry.normalization),
-        entry.options,
+        entry.network, data.dataset.num_classes, usual_normalization(data.dataset, entry.normalization), entry.options
     )
     key_map = entry.key_map
     return PlannedTeacher(path.stem, spec, "file", lambda: (load_foreign(path, spec, key_map), detail))

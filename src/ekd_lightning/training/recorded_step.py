@@ -28,12 +28,7 @@ from ekd_lightning.training.steps import log_row
 
 log = logging.getLogger(__name__)
 
-_GRADIENT_HOOKS = (
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_zero_grad",
-    "on_before_optimizer_step",
-)
+_GRADIENT_HOOKS = ("on_before_backward", "on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
 
 WARM_UP = 3
 """Steps of each kind that run as they are before the kind is recorded: allocations, autotuning and compiling are not
@@ -280,9 +275,7 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
         f"{type(module).__name__}.{', '.join(own)} looks at gradients": bool(own),
         "the data do not come from this package's data module": not isinstance(data, ImageDataModule),
         "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
-        "an augmentation needs the host in every step": not getattr(
-            getattr(data, "views", None), "captures", True
-        ),
+        "an augmentation needs the host in every step": not getattr(getattr(data, "views", None), "captures", True),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -61,9 +61,7 @@ class Classifier(ImageClassificationModule):
         self.network = network
         self.label_smoothing = label_smoothing
 
-    def losses(
-        self, batch: Batch, values: StepValues | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Cross-entropy of a batch; see the base class."""
         logits = self.network(batch.images).float()
         loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
@@ -98,12 +96,7 @@ class TeacherData:
 
 
 def train_teacher(
-    spec: NetworkSpec,
-    data: TeacherData,
-    recipe: RecipeSettings,
-    seed: int,
-    scratch: Path,
-    accelerator: str = "auto",
+    spec: NetworkSpec, data: TeacherData, recipe: RecipeSettings, seed: int, scratch: Path, accelerator: str = "auto"
 ) -> StagedNetwork:
     """Trains one network by cross-entropy on one device.
 
@@ -250,9 +243,7 @@ def train_assistant(
     return network
 
 
-def _images(
-    dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int
-) -> ImageDataModule:
+def _images(dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int) -> ImageDataModule:
     """Training images alone: nothing is chosen by validation, so none are held out for it."""
     share = len(index) / len(dataset.train)
     subset = Subset(index, index[:0], sha256="", fraction=share, per_class=None, seed=seed)

@@ -47,12 +47,7 @@ def check_trainer(flags: dict[str, Any]) -> None:
     Raises:
         UserError: At the first such flag.
     """
-    if str(flags.get("precision")) in (
-        "16-true",
-        "bf16-true",
-        "transformer-engine",
-        "transformer-engine-float16",
-    ):
+    if str(flags.get("precision")) in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
             f"trainer.precision={flags['precision']}: would cast the teachers too, which stay float32; use bf16-mixed"
         )
@@ -60,20 +55,13 @@ def check_trainer(flags: dict[str, Any]) -> None:
         if name in _OURS:
             raise UserError(f"trainer.{name}: {_OURS[name]}")
         if name not in trainer_flags():
-            raise unknown_name(
-                "Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags())
-            )
+            raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
     if flags.get("limit_train_batches") == 0:
         raise UserError("trainer.limit_train_batches=0: leaves nothing to train on")
 
 
 def build_trainer(
-    flags: dict[str, Any],
-    directory: Path,
-    loggers: list[Logger],
-    callbacks: list[Callback],
-    *,
-    in_sweep: bool,
+    flags: dict[str, Any], directory: Path, loggers: list[Logger], callbacks: list[Callback], *, in_sweep: bool
 ) -> pl.Trainer:
     """Builds the Trainer.
 

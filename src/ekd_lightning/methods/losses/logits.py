@@ -44,9 +44,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return functional.cross_entropy(rows, targets, label_smoothing=label_smoothing)
 
 
-def kd_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, detach: bool = True
-) -> Tensor:
+def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, detach: bool = True) -> Tensor:
     """T² · KL(softmax(t / T) ‖ softmax(s / T)): Hinton, Vinyals and Dean (2015), section 2.
 
     T² keeps the gradient's scale: for large T the loss tends to ½ · Σ_c (s_c - t_c)² / C of the centred
@@ -232,9 +230,7 @@ def ensemble_divergence(branch_logits: Tensor, logits: Tensor, temperature: floa
     return kd_divergence(branch_logits, logits.expand_as(branch_logits), temperature)
 
 
-def mix_peers(
-    peer_logits: Tensor, log_attention: Tensor, temperature: float, combine: str = "logits"
-) -> Tensor:
+def mix_peers(peer_logits: Tensor, log_attention: Tensor, temperature: float, combine: str = "logits") -> Tensor:
     """Σ_b α_ab z_b: what each peer imitates in OKDDip (Chen et al., AAAI 2020, first level).
 
     Args:
