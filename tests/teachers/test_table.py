@@ -23,7 +23,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.teachers import plan
 from ekd_lightning.teachers import table as teacher_table
 from ekd_lightning.teachers.plan import check_disk, table_bytes
-from ekd_lightning.teachers.table import TableKey, TeacherTable, row_dtype, to_float16
+from ekd_lightning.teachers.table import TableKey, TeacherTable, row_dtype
 
 N, V, C, D = 40, 18, 5, 7
 COLUMNS = (("logits", C), ("pooled", D))
@@ -48,9 +48,14 @@ def zeros(rows: int) -> dict[str, np.ndarray]:
 
 
 def filled(folder: Path, key: TableKey = KEY) -> TeacherTable:
-    table = TeacherTable(folder, key, "tutor")
+    table = TeacherTable(folder, key)
     table.write(*every_row(key), values(*every_row(key), key))
     return table
+
+
+def count(table: TeacherTable) -> int:
+    """Rows that are present."""
+    return int(table.read(*every_row(table.key))[1].sum())
 
 
 def assert_right(table: TeacherTable) -> int:
@@ -81,7 +86,7 @@ def test_round_trip_equals_float16_rounding(tmp_path):
         assert found["logits"].dtype == found["pooled"].dtype == np.float16
         np.testing.assert_array_equal(found["logits"], logits.astype(np.float16))
         np.testing.assert_array_equal(found["pooled"], pooled.astype(np.float16))
-    assert table.fill_fraction() == 4 / KEY.num_rows
+    assert count(table) == 4
 
 
 def test_holes_are_absent_and_zero_outputs_present(tmp_path):
@@ -159,23 +164,6 @@ def test_rows_outside_the_table_are_refused(tmp_path, index, view):
         table.read(*at)
     with pytest.raises(IndexError, match="must lie in"):
         table.write(*at, zeros(1))
-
-
-def test_values_beyond_float16_are_clipped():
-    stored = to_float16(np.array([1e30, -70000.0, 65504.0, 1.0], np.float32), "tutor")
-    assert stored.tolist() == [65504.0, -65504.0, 65504.0, 1.0]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_never_stored(tmp_path, bad):
-    table = TeacherTable(tmp_path, KEY, "tutor")
-    index, view = np.arange(3), np.arange(3)
-    for spoilt in ("logits", "pooled"):
-        outputs = values(index, view)
-        outputs[spoilt][1, 2] = bad
-        with pytest.raises(UserError, match="tutor"):
-            table.write(index, view, outputs)
-    assert assert_right(table) == 0
 
 
 def test_pooled_features_must_match_the_content(tmp_path):
@@ -290,7 +278,6 @@ def _lose_sidecar(path: Path) -> None:
 @pytest.mark.parametrize("damage", [_truncate, _lengthen, _empty, _alter_sidecar, _break_sidecar, _lose_sidecar])
 def test_a_damaged_table_is_named_and_built_anew(tmp_path, damage):
     table = filled(tmp_path)
-    table.close()
     damage(table.path)
     with pytest.warns(RuntimeWarning, match=table.path.name):
         again = TeacherTable(tmp_path, KEY)
@@ -317,7 +304,7 @@ def test_a_file_cut_short_while_open_is_an_error_not_a_crash(tmp_path):
 
 
 def test_a_read_only_cache_is_read(tmp_path, monkeypatch):
-    filled(tmp_path).close()
+    filled(tmp_path)
     genuine = os.open
 
     def read_only(path, flags, *rest, **more):
@@ -385,7 +372,7 @@ def test_rows_are_right_after_a_kill_while_filling(tmp_path, share):
         assert filler.stdout.readline() == "ready\n"
         filler.stdin.write("go\n")
         filler.stdin.flush()
-        while table.fill_fraction() <= share:
+        while count(table) <= share * WIDE.num_rows:
             assert filler.poll() is None
         filler.send_signal(signal.SIGKILL)
         assert filler.wait(timeout=60) == -signal.SIGKILL
@@ -413,13 +400,13 @@ def test_table_bytes_bounds_what_a_full_table_takes(tmp_path):
 
 def test_check_disk(tmp_path, monkeypatch):
     folder = tmp_path / "not" / "there" / "yet"
-    check_disk(folder, 10_000, 10_000)
+    check_disk(folder, 10_000, 10_000, 0)
     with pytest.raises(UserError, match=r"12\.3 MB.*10\.0 MB"):
-        check_disk(folder, 12_300_000, 10_000_000)
+        check_disk(folder, 12_300_000, 10_000_000, 0)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
     with pytest.raises(UserError, match=r"12\.3 MB.*5\.0 MB are free"):
-        check_disk(folder, 12_300_000)
-    check_disk(folder, 12_300_000, present_bytes=8_000_000)
+        check_disk(folder, 12_300_000, 10**9, 0)
+    check_disk(folder, 12_300_000, 10**9, 8_000_000)
     assert not folder.exists()
 
 

@@ -78,11 +78,10 @@ def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[st
     """What the training took, as this process saw it."""
     seconds = report.train_seconds
     source = module.teacher_source
-    asked = source.hits + source.misses if source is not None else 0
     return {
         "train_seconds": seconds,
         "images_per_second": report.images_seen / seconds if seconds > 0 else None,
-        "teacher_table_hit_rate": source.hits / asked if source is not None and asked else None,
+        "teacher_table_hit_rate": source.hit_rate if source is not None else None,
         "epochs_done": trainer.current_epoch,
         "steps": trainer.global_step,
         "num_devices": trainer.world_size,

@@ -5,12 +5,12 @@ Shape letters: B batch, M teachers, N rows, V views.
 
 from __future__ import annotations
 
-import logging
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
@@ -22,118 +22,101 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.staged import NetworkOutput
 from ekd_lightning.teachers.source import LiveTeachers, Stages
-from ekd_lightning.teachers.table import FLOAT16_MAX, LOGITS, POOLED, Halves, Rows, TableKey, TeacherTable
-
-log = logging.getLogger(__name__)
+from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey, TeacherTable
 
 HELD_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 """Memory that rows of one kind may take on a device, and at most a quarter of what is free there."""
 
+FLOAT16_MAX = 65504.0
 _WAITING = 64  # writes that may wait for the disk
 _NOBODY = -2  # what no view is called; -1 is an image as it is
 
 Shape = tuple[int, ...]
+Shapes = Sequence[Mapping[str, Shape]]
 Values = list[dict[str, Tensor]]
 Found = tuple[dict[str, Halves], NDArray[np.bool_]]
 
 
-class KeptRows:
-    """The tables of one teacher: known rows are read, new ones written behind, and trouble with the disk ends nothing.
+class KnownRows:
+    """Rows of M teachers: read from disk where they are there, else computed and handed to the disk.
 
-    A table that cannot be opened or read is given up and has no rows; one that cannot be written is still read.
+    Trouble with the disk costs one warning and ends nothing: a table that cannot be opened or read is given up and has
+    no rows, and once the disk refuses a row none is written any more.
 
     Args:
         folder: Where the tables live.
-        keys: What each table holds.
-        teacher: The teacher's name for messages.
-        writer: One thread that writes, in order.
-        on_trouble: Hears of disks that are full, read-only and the like.
+        keys: What the tables of each teacher hold: first that of logits and pooled features, then one for each stage.
+        live: The teachers themselves.
+        names: Theirs, for messages.
+        device: Where they are.
     """
 
     def __init__(
         self,
         folder: Path,
-        keys: Sequence[TableKey],
-        teacher: str,
-        writer: ThreadPoolExecutor,
-        on_trouble: Callable[[OSError], None],
+        keys: Sequence[Sequence[TableKey]],
+        live: LiveTeachers,
+        names: Sequence[str],
+        device: torch.device,
     ) -> None:
-        self.keys = tuple(keys)
-        self._writer, self._on_trouble = writer, on_trouble
-        self._writable = True
+        self._folder, self._keys, self._live, self._names, self._device = folder, keys, live, names, device
+        self._writable, self._warned = True, False
+        self._writer = ThreadPoolExecutor(1, "teacher-tables")
         self._written: deque[Future[None]] = deque()
-        self._tables: list[TeacherTable | None] = []
-        for key in keys:
-            try:
-                self._tables.append(TeacherTable(folder, key, teacher))
-            except OSError as error:
-                self._tables.append(None)
-                on_trouble(error)
+        self._tables = [[self._opened(key) for key in own] for own in keys]
+
+    def _opened(self, key: TableKey) -> TeacherTable | None:
+        try:
+            return TeacherTable(self._folder, key)
+        except OSError as error:
+            self._warn(error)
+            return None
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            text = f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     @property
     def keeping(self) -> bool:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
-        return self._writable and None not in self._tables
+        self.flush()
+        return self._writable and all(None not in own for own in self._tables)
 
-    def disk_bytes(self) -> int:
-        """Bytes that the tables take on disk now."""
-        return sum(table.disk_bytes() for table in self._tables if table is not None)
+    def disk_bytes(self) -> list[int]:
+        """Bytes that the tables of each teacher take on disk now."""
+        self.flush()
+        return [sum(table.disk_bytes() for table in own if table is not None) for own in self._tables]
 
-    def read(self, t: int, index: Rows, view: Rows) -> Found:
-        """Rows [N] of table t, as `TeacherTable.read`; none of them where it is lost.
+    def read(self, m: int, t: int, index: Rows, view: Rows) -> Found:
+        """Rows [N] of table t of teacher m, as `TeacherTable.read`; none of them where it is lost.
 
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
         """
-        table = self._tables[t]
+        table = self._tables[m][t]
         if table is not None:
             try:
                 return table.read(index, view)
             except OSError as error:
-                self._tables[t] = None
-                self._on_trouble(error)
-        values = {name: np.empty((len(index), width), np.float16) for name, width in self.keys[t].columns}
+                self._tables[m][t] = None
+                self._warn(error)
+        values = {name: np.empty((len(index), width), np.float16) for name, width in self._keys[m][t].columns}
         return values, np.zeros(len(index), dtype=np.bool_)
-
-    def write(self, t: int, index: Rows, view: Rows, values: Mapping[str, Halves]) -> None:
-        """Hands rows [N] of table t to the writer; waits only where many writes wait already."""
-        table = self._tables[t]
-        if table is not None and self._writable:
-            self._written.append(self._writer.submit(table.write, index, view, values))
-            self._settle(_WAITING)
 
     def flush(self) -> None:
         """Waits until all is written."""
         self._settle(0)
 
     def _settle(self, waiting: int) -> None:
+        """Hears of what was written; waits only where more writes than these wait for the disk."""
         while len(self._written) > waiting or (self._written and self._written[0].done()):
             try:
                 self._written.popleft().result()
             except OSError as error:
                 self._writable = False  # known rows are still read
-                self._on_trouble(error)
-
-
-class KnownRows:
-    """Rows of M teachers: read from disk where they are there, else computed and handed to the disk.
-
-    Attributes:
-        kept: The tables of each teacher: first that of logits and pooled features, then one for each stage.
-    """
-
-    def __init__(
-        self, kept: Sequence[KeptRows], live: LiveTeachers, names: Sequence[str], device: torch.device
-    ) -> None:
-        """Takes tables and teachers.
-
-        Args:
-            kept: See the attribute.
-            live: The teachers themselves.
-            names: Theirs, for messages.
-            device: Where they are.
-        """
-        self.kept, self._live, self._names, self._device = tuple(kept), live, tuple(names), device
+                self._warn(error)
 
     def obtain(
         self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor], stages: Stages
@@ -148,40 +131,49 @@ class KnownRows:
 
         Returns:
             For each teacher its columns, float16 [N, width] on the device; bool [M, N], which rows were found.
+
+        Raises:
+            UserError: A teacher's output is not finite.
         """
         tables = range(1 + len(stages))
-        read = [[kept.read(t, index, view) for t in tables] for kept in self.kept]
+        read = [[self.read(m, t, index, view) for t in tables] for m in range(len(self._names))]
         here = np.stack([[present for _, present in own] for own in read])  # [M, tables, N]
         found = np.logical_and.reduce(here, axis=1)
         values = [self.there({k: v for columns, _ in own for k, v in columns.items()}) for own in read]
         missing = np.flatnonzero(~found.all(axis=0))
         teachers = self._live.frozen(stages)
-        finite = torch.ones(len(read), dtype=torch.bool, device=self._device)
+        largest = torch.zeros(len(read), device=self._device)
         writes = []
         for start in range(0, len(missing), teachers.chunk):
             rows = missing[start : start + teachers.chunk]
             images = images_of(rows)
             for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
                 # One size whatever is missing: how many rows a killed run left must not change the rounding.
-                computed, finite[m] = _rounded(teachers.ask(m, images, teachers.chunk), finite[m])
+                computed = _columns(teachers.ask(m, images, teachers.chunk))
                 for t in tables:
                     # Rows that are there stay as they are: another graph may have rounded these otherwise.
                     new = np.flatnonzero(~here[m, t, rows])
-                    names = [name for name, _ in self.kept[m].keys[t].columns]
-                    own = {name: _some(computed[name], new) for name in names}
-                    for name, column in own.items():
-                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), column)
-                    host = {name: column.to("cpu", non_blocking=True) for name, column in own.items()}
-                    writes.append((self.kept[m], t, rows[new], host))
+                    host = {}
+                    for name, _ in self._keys[m][t].columns:
+                        column = _some(computed[name], new)
+                        largest[m] = torch.maximum(largest[m], computed[name].abs().amax())
+                        half = column.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), half)
+                        host[name] = half.to("cpu", non_blocking=True)
+                    writes.append((m, t, rows[new], host))
         if writes:  # one wait for the device; then all copies are complete, too
-            self._refuse_non_finite(finite.tolist())
-        for kept, t, rows, host in writes:
-            kept.write(t, index[rows], view[rows], {name: column.numpy() for name, column in host.items()})
+            self._refuse_non_finite(largest.tolist())
+        for m, t, rows, host in writes:
+            table = self._tables[m][t]
+            if table is not None and self._writable:
+                numbers = {name: column.numpy() for name, column in host.items()}
+                self._written.append(self._writer.submit(table.write, index[rows], view[rows], numbers))
+                self._settle(_WAITING)
         return values, found
 
-    def _refuse_non_finite(self, finite: list[bool]) -> None:
-        for name, fine in zip(self._names, finite, strict=True):
-            if not fine:
+    def _refuse_non_finite(self, largest: list[float]) -> None:
+        for name, most in zip(self._names, largest, strict=True):
+            if not isfinite(most):
                 raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
 
     def there(
@@ -191,14 +183,10 @@ class KnownRows:
         return {name: torch.from_numpy(values[rows]).to(self._device) for name, values in columns.items()}
 
 
-def _rounded(output: NetworkOutput, finite: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns of a teacher's output as a table holds them, and whether they, too, are all finite."""
+def _columns(output: NetworkOutput) -> dict[str, Tensor]:
+    """What a teacher says by the names of a table's columns, [B, width] in this order whatever the memory format."""
     columns = {LOGITS: output.logits, POOLED: output.pooled, **output.stages}
-    for name, values in columns.items():
-        flat = values.contiguous().flatten(1)  # in this order whatever the memory format
-        finite = finite & torch.isfinite(flat).all()
-        columns[name] = flat.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    return columns, finite
+    return {name: values.contiguous().flatten(1) for name, values in columns.items()}
 
 
 def _some(column: Tensor, rows: Rows) -> Tensor:
@@ -216,17 +204,8 @@ class HeldRows:
         whole: Whether there is a place for every view of every image; else for one view of each at a time.
     """
 
-    def __init__(
-        self,
-        shapes: Sequence[Mapping[str, Shape]],
-        images: Rows,
-        num_images: int,
-        num_views: int,
-        device: torch.device,
-        *,
-        whole: bool = True,
-    ) -> None:
-        """Makes room.
+    def __init__(self, shapes: Shapes, images: Rows, num_images: int, num_views: int, device: torch.device) -> None:
+        """Makes room for all rows of the images where the device has it, else for one row of each.
 
         Args:
             shapes: For each teacher the columns and the shape of their values.
@@ -234,14 +213,13 @@ class HeldRows:
             num_images: Images in the whole training set.
             num_views: V.
             device: Where batches are.
-            whole: See the attribute.
         """
-        self.whole, self._device = whole, device
-        step = num_views if whole else 1
+        self._device, self._num_views = device, num_views
+        self.whole = len(images) * num_views * row_bytes(shapes) <= memory_for_rows(device)
+        step = num_views if self.whole else 1
         self._blank = len(images) * step  # a row of NaN
         self._start = np.full(num_images, self._blank)
         self._start[images] = np.arange(len(images)) * step
-        self._num_views = num_views
         self._view = np.full(self._blank + 1, _NOBODY, dtype=np.int32)
         self._start_there = torch.from_numpy(self._start).to(device, copy=True)
         self._view_there = torch.from_numpy(self._view).to(device, copy=True)
@@ -298,38 +276,13 @@ class HeldRows:
         return [{name: next(columns) for name in own} for own in self._widths]
 
 
-def room_for_rows(
-    shapes: Sequence[Mapping[str, Shape]],
-    images: Rows,
-    num_images: int,
-    num_views: int,
-    device: torch.device,
-    *,
-    optional: bool,
-) -> HeldRows | None:
-    """Room for all rows of the images where the device has it, else for one row of each; see `HeldRows`.
-
-    Args:
-        shapes: For each teacher the columns and the shape of their values.
-        images: int64 [n].
-        num_images: Images in the whole training set.
-        num_views: V.
-        device: Where batches are.
-        optional: Whether None is returned where one row of each image is too much.
-    """
-    row = 8 + sum(2 * prod(shape) for own in shapes for shape in own.values())
-    budget = _budget(device)
-    whole = len(images) * num_views * row <= budget
-    if not whole:
-        size = len(images) * num_views * row / 1e9
-        log.info("teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size)
-        if optional and len(images) * row > budget:
-            return None
-    return HeldRows(shapes, images, num_images, num_views, device, whole=whole)
+def row_bytes(shapes: Shapes) -> int:
+    """Bytes that a row of all columns takes in memory, with its own place."""
+    return 8 + sum(2 * prod(shape) for own in shapes for shape in own.values())
 
 
-def _budget(device: torch.device) -> int:
-    """Bytes that rows may take on a device."""
+def memory_for_rows(device: torch.device) -> int:
+    """Bytes that rows of one kind may take on a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:  # the computer's memory; how much of it is free now changes too fast to ask

@@ -1,4 +1,4 @@
-"""Source of teacher outputs: the protocol by which a step asks, and the frozen teachers themselves.
+"""Source of teacher outputs: what a step asks, and the frozen teachers themselves.
 
 Shape letters: B batch, C classes, D features, M teachers, N images of an epoch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,28 +28,32 @@ ImagesOf = Callable[[Tensor, Tensor], Tensor]
 Asked = Mapping[Stages, int]
 
 
-class TeacherSource(Protocol):
-    """Where the teachers' outputs for a batch come from.
+class TeacherSource:
+    """Where the teachers' outputs for a batch come from. This base prepares nothing, keeps nothing and has no answer.
 
     Attributes:
         hits: Rows found in a table so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
         seconds: Time spent on preparing epochs so far.
-        held_bytes: What answers take of the device's memory.
     """
 
-    hits: int
-    misses: int
-    seconds: float
+    hits = 0
+    misses = 0
+    seconds = 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the rows asked for that were found, in [0, 1]; None where nothing was looked up yet."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else None
 
     @property
     def held_bytes(self) -> int:
-        """See the attribute."""
-        ...
+        """What answers take of the device's memory."""
+        return 0
 
     def plan(self, rows: int) -> None:
-        """Hears how many images the run will probably ask about."""
-        ...
+        """Hears how many images the run will probably ask about; see `FrozenTeachers.plan`."""
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
         """Hears what the next epoch's batches hold, so that the answers can be ready.
@@ -61,15 +65,24 @@ class TeacherSource(Protocol):
             asked: The stages that will be asked for, with how many of the N images; () stands for logits and
                 pooled features alone.
         """
-        ...
 
     def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
-        """Returns the outputs of all teachers for the batch."""
-        ...
+        """Returns the outputs of all teachers for the batch.
+
+        Args:
+            batch: B images.
+            stages: Names of the stages whose outputs are wanted.
+
+        Returns:
+            On the batch's device, in float32: logits [M, B, C], pooled features M x [B, D_m], the wanted stages.
+
+        Raises:
+            UserError: A teacher lacks a stage.
+        """
+        raise NotImplementedError
 
     def flush(self) -> None:
         """Waits until all that was computed so far is kept."""
-        ...
 
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `ask` with these stages may be recorded in a CUDA graph and replayed for other batches.
@@ -78,10 +91,8 @@ class TeacherSource(Protocol):
         it reads stays where it is: what `prepare_epoch` changes, it changes in place. Holds from `prepare_epoch`
         on, after the first `ask` of a kind.
         """
-        ...
+        return True
 
-
-Results = tuple[Tensor, ...]
 
 CHUNK = {"cpu": 128, "cuda": 1024}
 """Images that a teacher takes at once when rows are computed ahead: enough to keep the device busy."""
@@ -137,16 +148,17 @@ class FrozenTeachers:
         self.numeric_format = str(dtype).removeprefix("torch.")
         self.chunk = CHUNK.get(device.type, 128)
         self._names = [identity.id for identity in ensemble.identities]
-        self._frozen = [
-            FrozenNetwork(network, dtype=dtype, fold=how.fold, channels_last=how.channels_last, stage_names=stages).to(
-                device
-            )
-            for network in ensemble.networks()
-        ]
+        form: dict[str, Any] = {
+            "dtype": dtype,
+            "fold": how.fold,
+            "channels_last": how.channels_last,
+            "stage_names": stages,
+        }
+        self._frozen = [FrozenNetwork(network, **form).to(device) for network in ensemble.networks()]
         self._choice = how.compile
         self._from_macs = COMPILE_MACS.get(device.type, float("inf"))
         self._macs: dict[int, int] = {}
-        self._compiled: dict[int, tuple[int, Callable[[Tensor], Results]]] = {}
+        self._compiled: dict[int, tuple[int, Callable[[Tensor], tuple[Tensor, ...]]]] = {}
         self._planned_rows = 0
 
     def plan(self, rows: int) -> None:
@@ -170,8 +182,11 @@ class FrozenTeachers:
         """
         frozen = self._frozen[m]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            if self._wants_compiling(m, images):
-                self._compile(m, batch_size or len(images))
+            if m not in self._compiled and self._wants_compiling(m, images.shape[-1]):
+                log.info("compiling teacher %s", self._names[m])
+                # Freezing: weights become constants, laid out as the kernels want them.
+                compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
+                self._compiled[m] = batch_size or len(images), compiled
             if m not in self._compiled:
                 return frozen.named(frozen(images))
             size, compiled = self._compiled[m]
@@ -179,46 +194,22 @@ class FrozenTeachers:
             results = tuple(torch.cat(pieces)[: len(images)] for pieces in zip(*parts, strict=True))
         return frozen.named(results)
 
-    def _wants_compiling(self, m: int, images: Tensor) -> bool:
-        if m in self._compiled or self._choice == "never":
-            return False
-        if self._choice == "always":
-            return True
+    def _wants_compiling(self, m: int, image_size: int) -> bool:
+        if self._choice != "auto":
+            return self._choice == "always"
         if m not in self._macs:
-            self._macs[m] = count_macs(self._frozen[m], images.shape[-1])
+            self._macs[m] = count_macs(self._frozen[m], image_size)
         return self._macs[m] * self._planned_rows >= self._from_macs
-
-    def _compile(self, m: int, size: int) -> None:
-        """Compiles for this one batch size; smaller batches are filled up, larger ones are cut."""
-        log.info("compiling teacher %s", self._names[m])
-        frozen = self._frozen[m]
-        # Freezing: weights become constants, laid out as the kernels want them.
-        compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
-        self._compiled[m] = size, compiled
 
 
 def _filled(images: Tensor, size: int) -> Tensor:
-    """The images, with the last one repeated up to `size`: a compiled graph has one batch size."""
+    """The images, with the last one repeated up to `size`: a graph is compiled for one batch size."""
     missing = size - len(images)
     return images if missing == 0 else torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
 
 
-class LiveTeachers:
-    """Passes every batch through every teacher.
-
-    Attributes:
-        hits: Always 0.
-        misses: Always 0; nothing is looked up.
-        seconds: Always 0; nothing is prepared.
-        held_bytes: Always 0.
-        hit_rate: Always None.
-    """
-
-    hits = 0
-    misses = 0
-    seconds = 0.0
-    held_bytes = 0
-    hit_rate: float | None = None
+class LiveTeachers(TeacherSource):
+    """Passes every batch through every teacher; nothing is looked up, so nothing is counted."""
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
         """Takes the teachers as they are; what they compute in is decided when they are first asked.
@@ -228,36 +219,15 @@ class LiveTeachers:
             how: Their format.
         """
         self._ensemble, self._how = ensemble, how
-        self._frozen: dict[tuple[str, ...], FrozenTeachers] = {}
+        self._frozen: dict[Stages, FrozenTeachers] = {}
         self._planned_rows = 0
 
     def plan(self, rows: int) -> None:
-        """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        """See `FrozenTeachers.plan`."""
         self._planned_rows = rows
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
-        """Does nothing: every batch is asked about when it comes."""
-
-    def flush(self) -> None:
-        """Does nothing: nothing is kept."""
-
-    def captured(self, stages: Stages = ()) -> bool:
-        """Always: a forward pass is all there is."""
-        return True
-
-    def ask(self, batch: Batch, stages: Sequence[str] = ()) -> TeacherOutput:
-        """The outputs of all teachers for the batch, on its device.
-
-        Args:
-            batch: B images.
-            stages: Names of the stages whose outputs are wanted.
-
-        Returns:
-            Logits [M, B, C], pooled features M x [B, D_m] and the wanted stages, in float32.
-
-        Raises:
-            UserError: A teacher lacks a stage.
-        """
+    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
+        """See `TeacherSource`."""
         teachers = self.frozen(tuple(stages))
         results = [teachers.ask(m, batch.images) for m in range(self._ensemble.num_teachers)]
         return TeacherOutput(
@@ -266,7 +236,7 @@ class LiveTeachers:
             stages=tuple({name: result.stages[name] for name in stages} for result in results),
         )
 
-    def frozen(self, stages: tuple[str, ...] = ()) -> FrozenTeachers:
+    def frozen(self, stages: Stages = ()) -> FrozenTeachers:
         """The frozen copies that return these stages, made when first asked for."""
         if stages not in self._frozen:
             self._frozen[stages] = FrozenTeachers(self._ensemble, self._how, stages)

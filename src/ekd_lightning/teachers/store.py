@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import Predictions, predict
 from ekd_lightning.evaluation.scores import score_logits
-from ekd_lightning.files import DamagedFileError, move_folder, read_json, write_json
+from ekd_lightning.files import DamagedFileError, UnwritableFileError, move_folder, read_json, write_json
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
 from ekd_lightning.networks.weights import read_sealed_tensors, write_sealed_tensors
 
@@ -79,43 +80,42 @@ class TeacherStore:
                 that learned from them name them by their hash.
         """
         final = self.path(key).parent
-        with self._lock(final):
-            self._remove_leftovers(final)
-            if not (final / _WEIGHTS).is_file():
-                run = final.with_name(f"{final.name}.resume")
-                network = train(run)
-                ready = final.with_name(f"{final.name}.part-ready")
-                try:
-                    save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
-                    write_json(ready / _KEY, dict(key))
-                    if (run / COST).is_file():
-                        write_json(ready / COST, read_json(run / COST), sealed=True)
-                    move_folder(ready, final)
-                finally:
-                    shutil.rmtree(ready, ignore_errors=True)
-                shutil.rmtree(run, ignore_errors=True)
+        if not (final / _WEIGHTS).is_file():  # what is there needs no lock: a store may be shared read-only
+            with self._lock(final, "training this teacher"):
+                self._remove_leftovers(final)
+                if not (final / _WEIGHTS).is_file():
+                    self._train(final, key, train)
         try:
             return load_network(final / _WEIGHTS)
         except UserError as error:
             raise UserError(f"{error}; delete the folder {final} to have this teacher trained again") from None
 
+    @staticmethod
+    def _train(final: Path, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> None:
+        run, ready = (final.with_name(f"{final.name}.{suffix}") for suffix in ("resume", "part-ready"))
+        network = train(run)
+        try:
+            save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
+            write_json(ready / _KEY, dict(key))
+            if (run / COST).is_file():
+                write_json(ready / COST, read_json(run / COST), sealed=True)
+            move_folder(ready, final)
+        finally:
+            shutil.rmtree(ready, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
+
     def test_scores(
         self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
-        """Scores of a teacher on a test set, computed once per (teacher, test set)."""
-        path = self.root / "scores" / f"{self._of(sha256, images)}.json"
-        kept = _kept(path, read_json, "its teacher is scored again")
-        if kept is not None:
-            return kept
-        found = self.test_outputs(lambda: network, sha256, images, batch_size, device)
-        scores = score_logits(found.logits, images.labels)
-        write_json(path, scores, sealed=True)
-        return scores
+        """Scores of what `test_outputs` returns."""
+        return score_logits(
+            self.test_outputs(lambda: network, sha256, images, batch_size, device).logits, images.labels
+        )
 
     def test_outputs(
         self, network: Callable[[], StagedNetwork], sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> Predictions:
-        """What a teacher says of a test set, asked once per (teacher, test set) and kept; in float32.
+        """What a teacher says of a test set, asked once per (teacher, test set) and kept where the disk takes it.
 
         Args:
             network: Gives the teacher; not called where its outputs are kept already.
@@ -123,8 +123,12 @@ class TeacherStore:
             images: The test set.
             batch_size: Images per forward pass.
             device: Where to compute.
+
+        Returns:
+            float32 on the CPU.
         """
-        path = self.root / "outputs" / f"{self._of(sha256, images)}.safetensors"
+        digest = self.digest({"teacher": sha256, "images": images.sha256})
+        path = self.root / "outputs" / f"{digest}.safetensors"
 
         def read(path: Path) -> Predictions:
             return _read_outputs(path, len(images))
@@ -132,27 +136,31 @@ class TeacherStore:
         found = _kept(path, read)  # without a lock: a store may be shared read-only
         if found is not None:
             return found
-        with self._lock(path, "asking this teacher about the test set"):
+        with self._lock_or_none(path, "asking this teacher about the test set"):
             found = _kept(path, read, "its teacher is asked again")
             if found is None:
-                teacher = network().to(device)
-                found = predict(teacher, images, batch_size=batch_size, device=device)
-                write_sealed_tensors(path, found._asdict())
+                found = predict(network().to(device), images, batch_size=batch_size, device=device)
+                try:
+                    write_sealed_tensors(path, found._asdict())
+                except UnwritableFileError as error:
+                    log.warning("%s: what this teacher says of the test set is not kept", error)
         return found
 
-    def _of(self, sha256: str, images: ImageSet) -> str:
-        return self.digest({"teacher": sha256, "images": images.sha256})
-
-    def _lock(self, final: Path, doing: str = "training this teacher") -> FileLock:
+    def _lock_or_none(self, path: Path, doing: str) -> contextlib.AbstractContextManager[object]:
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"teachers.store={self.root}: cannot be written ({error.strerror})") from None
+            return self._lock(path, doing)
+        except UnwritableFileError:  # writing will tell
+            return contextlib.nullcontext()
+
+    def _lock(self, final: Path, doing: str) -> FileLock:
         lock = FileLock(f"{final}.lock")
         try:
+            final.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             log.info("another run is %s: waiting for it (%s)", doing, final.name[:12])
+        except OSError as error:
+            raise UnwritableFileError(f"teachers.store={self.root}: cannot be written ({error.strerror})") from None
         else:
             lock.release()
         return lock

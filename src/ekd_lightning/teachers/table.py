@@ -23,10 +23,8 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ekd_lightning.errors import UserError
 from ekd_lightning.files import replacing, write_json
 
-FLOAT16_MAX = 65504.0
 _LAYOUT = 1
 _TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
 _SHORT = 64  # bytes of a row up to which check values are computed for many rows at once
@@ -99,26 +97,6 @@ def row_dtype(columns: Columns) -> np.dtype:
     return np.dtype([*((name, "<f2", (width,)) for name, width in columns), ("check", "<u4")])
 
 
-def to_float16(values: NDArray[np.floating], teacher: str) -> Halves:
-    """Rounds teacher outputs to what a row holds; values beyond ±65504 are clipped to it.
-
-    Args:
-        values: Array of any shape.
-        teacher: Named in the error.
-
-    Returns:
-        Finite float16 array of the same shape.
-
-    Raises:
-        UserError: A value is NaN or infinite: the teacher's weights are broken.
-    """
-    if not np.isfinite(values).all():
-        raise UserError(f"teacher {teacher} returned outputs that are not finite; check its weights")
-    if values.dtype == np.float16:
-        return values
-    return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16)
-
-
 @cache
 def _crc_parts(length: int) -> NDArray[np.uint32]:
     """What each value of each byte adds to the CRC32 of a payload, [length, 256].
@@ -165,10 +143,9 @@ class TeacherTable:
     Attributes:
         key: What the table holds.
         path: The file of rows; the sidecar has the same name with the suffix `.json`.
-        teacher: The teacher's name for messages.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], key: TableKey, teacher: str = "") -> None:
+    def __init__(self, folder: str | os.PathLike[str], key: TableKey) -> None:
         """Opens the table.
 
         A file of the wrong length or with a wrong sidecar is named in a warning and built anew, empty.
@@ -176,13 +153,11 @@ class TeacherTable:
         Args:
             folder: Where tables live; made when missing.
             key: What the table holds.
-            teacher: The teacher's name for messages; its hash when empty.
 
         Raises:
             OSError: The folder or the file cannot be made, written or opened.
         """
         self.key = key
-        self.teacher = teacher or key.teacher_sha256[:12]
         self.path = Path(folder) / f"{key.name}.rows"
         self._sidecar = self.path.with_suffix(".json")
         self._dtype = row_dtype(key.columns)
@@ -198,7 +173,7 @@ class TeacherTable:
         except OSError:
             # A shared cache may be mounted read-only: its rows are still good; `write` raises OSError.
             self._fd = os.open(self.path, os.O_RDONLY)
-        self._close = weakref.finalize(self, os.close, self._fd)
+        weakref.finalize(self, os.close, self._fd)
         # Mapped through the descriptor: the name may meanwhile stand for a file built anew.
         self._mapped = mmap.mmap(self._fd, self._file_bytes, prot=mmap.PROT_READ)
         if hasattr(mmap, "MADV_RANDOM"):
@@ -270,13 +245,10 @@ class TeacherTable:
         present[some] = check[some] == _check_values(copied[some, : -check.itemsize], rows[some])
         if not present.all():
             self._report_damage(copied[~present])
-        return {name: self._column(records[name], present) for name, _ in self.key.columns}, present
-
-    @staticmethod
-    def _column(values: Halves, present: NDArray[np.bool_]) -> Halves:
-        values = values.copy()
-        values[~present] = np.nan
-        return values
+        columns = {name: records[name].copy() for name, _ in self.key.columns}
+        for values in columns.values():
+            values[~present] = np.nan
+        return columns, present
 
     def _report_damage(self, absent: NDArray[np.uint8]) -> None:
         if self._reported_damage or not absent.any():
@@ -286,17 +258,16 @@ class TeacherTable:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def write(self, index: Rows, view: Rows, values: Mapping[str, NDArray[np.floating]]) -> None:
-        """Stores rows, rounded to float16 and clipped to ±65504.
+        """Stores rows, rounded to float16.
 
         Args:
             index: int64 [B], positions in the whole image set.
             view: int64 [B] in 0..V-1.
-            values: [B, width] for every column.
+            values: [B, width] for every column, within the range of float16.
 
         Raises:
             IndexError: An index or a view is out of range.
             ValueError: The columns are not those of the table.
-            UserError: A value is not finite; nothing is stored.
             OSError: The disk is full or the file is not writable. Rows written so far are right.
         """
         if set(values) != {name for name, _ in self.key.columns}:
@@ -304,7 +275,7 @@ class TeacherTable:
         rows = self._rows(index, view)
         records = np.zeros(len(rows), dtype=self._dtype)
         for name, column in values.items():
-            records[name] = to_float16(column, self.teacher)
+            records[name] = column
         size = self._row_bytes
         payloads = records.view(np.uint8).reshape(-1, size)[:, : -records["check"].itemsize]
         records["check"] = _check_values(payloads, rows)
@@ -314,18 +285,6 @@ class TeacherTable:
             if os.pwrite(self._fd, blob[i * size : (i + 1) * size], offset) != size:
                 raise OSError(f"teacher table {self.path}: a row was written in part; is the disk full?")
 
-    def fill_fraction(self) -> float:
-        """Share of the rows that were written, in [0, 1]; reads the file once, without checking the rows."""
-        written, step = 0, self._row_bytes * max(1, (1 << 24) // self._row_bytes)
-        for start in range(0, self._file_bytes, step):
-            blob = os.pread(self._fd, min(step, self._file_bytes - start), start)
-            written += int(np.count_nonzero(np.frombuffer(blob, dtype=self._dtype)["check"]))
-        return written / self.key.num_rows
-
     def disk_bytes(self) -> int:
         """Bytes that the file takes on disk now, holes not counted."""
         return os.fstat(self._fd).st_blocks * 512
-
-    def close(self) -> None:
-        """Closes the file; the table must not be used afterwards."""
-        self._close()

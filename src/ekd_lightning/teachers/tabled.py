@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import TeacherOutput
-from ekd_lightning.teachers.rows import HeldRows, KeptRows, KnownRows, Values, room_for_rows
-from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat
+from ekd_lightning.teachers.rows import HeldRows, KnownRows, Values, memory_for_rows, row_bytes
+from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Rows, TableKey
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
 
 
-class TabledTeachers:
+class TabledTeachers(TeacherSource):
     """Looks teacher outputs up, computes only what is missing and keeps it for every later epoch and run.
 
     What is returned has always been rounded to float16, freshly computed or not, so that a cold and a warm
@@ -47,11 +46,6 @@ class TabledTeachers:
 
     Where the device has room for all rows that the run may need, a row is read, or computed, once in the run; else
     the rows of an epoch are read before it begins. Asked without `prepare_epoch`, every batch is read by itself.
-
-    Attributes:
-        hits: Rows found so far, counted per teacher and image.
-        misses: Rows computed so far, likewise.
-        seconds: Time spent on preparing epochs so far: looking up, computing and handing to the disk.
     """
 
     def __init__(
@@ -86,26 +80,21 @@ class TabledTeachers:
             image_size: Height and width of the images; only stages depend on it.
             how: How the teachers compute; tables of another numeric format are not used.
         """
-        self.hits = 0
-        self.misses = 0
-        self.seconds = 0.0
         self._live = LiveTeachers(ensemble, how)
-        self._folder = Path(folder)
         self._device = next(ensemble.parameters()).device
         self._num_images, self._num_views = num_images, views.num_views
         self._images = np.arange(num_images) if images is None else images.numpy()
         self._answers = (LOGITS, POOLED) if include_pooled else (LOGITS,)
         self._stages = tuple(keep_stages)
         self._planned_rows = 0
-        self._prepared = self._warned = False
+        self._prepared = False
         self._rooms: dict[Stages, HeldRows | None] = {}
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
         self._shapes = [
             {LOGITS: (C,), POOLED: (D,), **{stage: shapes[stage] for stage in self._stages}}
             for D, shapes in zip(widths, maps, strict=True)
         ]
-        writer = ThreadPoolExecutor(1, "teacher-tables")
-        kept = []
+        keys = []
         for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):
             columns = {name: (name, prod(shape)) for name, shape in shapes.items()}
             narrow = TableKey(
@@ -118,31 +107,15 @@ class TabledTeachers:
                 numeric_format=self._live.frozen().numeric_format,
             )
             wide = replace(narrow, columns=(columns[LOGITS], columns[POOLED]))
-            first = wide if include_pooled or (self._folder / f"{wide.name}.rows").is_file() else narrow
-            keys = [first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)]
-            kept.append(KeptRows(self._folder, keys, identity.id, writer, self._warn_disk))
-        self._known = KnownRows(kept, self._live, [identity.id for identity in ensemble.identities], self._device)
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of the rows asked for that were found, in [0, 1]; None before the first batch."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else None
+            first = wide if include_pooled or (Path(folder) / f"{wide.name}.rows").is_file() else narrow
+            keys.append([first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)])
+        names = [identity.id for identity in ensemble.identities]
+        self._known = KnownRows(Path(folder), keys, self._live, names, self._device)
 
     @property
     def keeping(self) -> bool:
         """Whether new rows are kept: no table was lost, and the disk takes what is written."""
-        self.flush()
-        return all(kept.keeping for kept in self._known.kept)
-
-    def keeps_stages(self, stages: Stages) -> bool:
-        """Whether answers with the outputs of these stages come from tables; without stages they always do."""
-        return set(stages) <= set(self._stages)
-
-    def disk_bytes(self) -> int:
-        """Bytes that the tables take on disk now."""
-        self.flush()
-        return sum(kept.disk_bytes() for kept in self._known.kept)
+        return self._known.keeping
 
     @property
     def held_bytes(self) -> int:
@@ -151,20 +124,16 @@ class TabledTeachers:
 
     def flush(self) -> None:
         """Waits until all rows computed so far are on disk, or have turned out not to fit there."""
-        for kept in self._known.kept:
-            kept.flush()
+        self._known.flush()
 
     def plan(self, rows: int) -> None:
         """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
         self._planned_rows = rows
         self._live.plan(rows)
 
-    def _warn_disk(self, error: OSError) -> None:
-        """Warns, once."""
-        if not self._warned:
-            self._warned = True
-            text = f"teacher tables in {self._folder} cannot be kept ({error}); teachers run live"
-            warnings.warn(text, RuntimeWarning, stacklevel=3)
+    def _keeps(self, stages: Stages) -> bool:
+        """Whether answers with the outputs of these stages come from tables; without stages they always do."""
+        return set(stages) <= set(self._stages)
 
     # -- an epoch ahead ---------------------------------------------------------------------------------
 
@@ -186,8 +155,8 @@ class TabledTeachers:
         """
         start = time.perf_counter()
         self._prepared = True
-        kept = [stages for stages in asked if self.keeps_stages(stages)]
-        self.misses += len(self._known.kept) * sum(asked[stages] for stages in asked if stages not in kept)
+        kept = [stages for stages in asked if self._keeps(stages)]
+        self.misses += len(self._shapes) * sum(asked[stages] for stages in asked if stages not in kept)
         before = self.misses
         rooms = [self._room(self._stages)] if any(kept) else []
         if () in kept or any(rooms):
@@ -201,28 +170,37 @@ class TabledTeachers:
     def _room(self, stages: Stages) -> HeldRows | None:
         """Where rows with these columns are held; None for outputs of stages that are too large for that."""
         if stages not in self._rooms:
-            names = stages or self._answers
-            shapes = [{name: own[name] for name in names} for own in self._shapes]
-            room = room_for_rows(
-                shapes, self._images, self._num_images, self._num_views, self._device, optional=bool(stages)
-            )
-            self._rooms[stages] = room
-            if room is not None and room.whole and not stages:
-                self._load(room)
+            shapes = self._held_shapes(stages or self._answers)
+            n, V, budget = len(self._images), self._num_views, memory_for_rows(self._device)
+            if n * V * row_bytes(shapes) > budget:
+                size = n * V * row_bytes(shapes) / 1e9
+                log.info(
+                    "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size
+                )
+            self._rooms[stages] = None
+            if not stages or n * row_bytes(shapes) <= budget:
+                room = HeldRows(shapes, self._images, self._num_images, V, self._device)
+                self._rooms[stages] = room
+                if room.whole and not stages:
+                    self._load(room)
         return self._rooms[stages]
+
+    def _held_shapes(self, names: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
+        return [{name: own[name] for name in names} for own in self._shapes]
 
     def _load(self, room: HeldRows) -> None:
         """Reads all rows of the run's images that are on disk, where the run will need a good part of them."""
-        images, V = self._images, self._num_views
+        images, V, teachers = self._images, self._num_views, range(len(self._shapes))
         few = self._planned_rows < _LOAD_FROM * len(images) * V
-        if few or not all(kept.disk_bytes() for kept in self._known.kept):
+        if few or not all(self._known.disk_bytes()):
             return
-        readers = ThreadPoolExecutor(len(self._known.kept))
-        for some in np.array_split(images, -(-len(images) * V * self._row_bytes(()) // _BLOCK_BYTES)):
-            index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
-            found = list(readers.map(lambda kept, i=index, v=view: kept.read(0, i, v), self._known.kept))
-            here = np.logical_and.reduce([present for _, present in found])
-            room.put(index[here], view[here], [self._known.there(values, here) for values, _ in found])
+        size = len(images) * V * row_bytes(self._held_shapes(self._answers))
+        with ThreadPoolExecutor(len(teachers)) as readers:
+            for some in np.array_split(images, -(-size // _BLOCK_BYTES)):
+                index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
+                found = list(readers.map(lambda m, i=index, v=view: self._known.read(m, 0, i, v), teachers))
+                here = np.logical_and.reduce([present for _, present in found])
+                room.put(index[here], view[here], [self._known.there(values, here) for values, _ in found])
 
     def _complete(self, rooms: list[HeldRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
         """Takes the rows that the rooms do not hold yet from disk, or computes them."""
@@ -231,11 +209,11 @@ class TabledTeachers:
         said = time.perf_counter()
         self.flush()
         known = np.logical_and.reduce([room.holds(index, view) for room in rooms])
-        self.hits += len(self._known.kept) * int(known.sum())
+        self.hits += len(self._shapes) * int(known.sum())
         unknown = np.flatnonzero(~known)
         stages = self._stages if len(rooms) > 1 else ()
-        chunk = self._live.frozen().chunk
-        size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // self._row_bytes(stages)))
+        chunk, shapes = self._live.frozen().chunk, self._held_shapes((*self._answers, *stages))
+        size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // row_bytes(shapes)))
         for start in range(0, len(unknown), size):
             rows = unknown[start : start + size]
 
@@ -253,26 +231,17 @@ class TabledTeachers:
                 ready = len(index) - len(unknown) + start + len(rows)
                 log.info("teachers: %d of %d images of the epoch are ready", ready, len(index))
 
-    def _row_bytes(self, stages: Stages) -> int:
-        return sum(2 * prod(own[name]) for own in self._shapes for name in (*self._answers, *stages))
-
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `ask` only looks rows up on the device, or passes images through live teachers."""
         needed = ((), self._stages) if stages else ((),)
-        return not self.keeps_stages(stages) or all(self._room(names) for names in needed)
+        return not self._keeps(stages) or all(self._room(names) for names in needed)
 
     # -- a batch ----------------------------------------------------------------------------------------
 
     def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
-        """The outputs of all teachers for the batch, on its device.
+        """See `TeacherSource`; what comes from rows was rounded to float16, and unless they are kept pooled is ().
 
-        Args:
-            batch: B images with their index and view.
-            stages: Names of the stages whose outputs are wanted. Where they are not kept the teachers run live,
-                and every row counts as a miss.
-
-        Returns:
-            Logits [M, B, C] in float32, rounded to float16; pooled features M x [B, D_m] likewise, or ().
+        Stages that are not kept come from live teachers, and every row counts as a miss.
 
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
@@ -281,9 +250,9 @@ class TabledTeachers:
         """
         if batch.soft_labels is not None:
             raise ValueError("mixed images have no rows in teacher tables")
-        if not self.keeps_stages(stages):
+        if not self._keeps(stages):
             if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
-                self.misses += len(self._known.kept) * len(batch.index)
+                self.misses += len(self._shapes) * len(batch.index)
             output = self._live.ask(batch, stages)
             return output if POOLED in self._answers else output._replace(pooled=())
         answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
