@@ -38,6 +38,12 @@ def one_line(error: Exception, most: int = 160) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line; with the error's type where it is no mistake of the user."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 @contextmanager
 def quiet(*names: str | None, level: int = logging.ERROR) -> Iterator[None]:
     """Keeps warnings, and what these loggers (None: the root) say below `level`, to itself for a while."""

@@ -12,14 +12,8 @@ from ekd_lightning.data import choose_subset, load_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import evaluation
-from ekd_lightning.pipeline.evaluation import (
-    EvaluationContext,
-    Findings,
-    evaluate_finished_run,
-    evaluate_new_run,
-    find_part,
-    merge,
-)
+from ekd_lightning.pipeline.context import EvaluationContext, Findings, merge
+from ekd_lightning.pipeline.evaluation import PARTS, evaluate_finished_run, evaluate_new_run
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
@@ -36,19 +30,16 @@ def parts(monkeypatch):
         calls: list[str]
 
     found = Parts()
-
-    def find(name):
-        def part(context):
-            found.calls.append(name)
-            answer = found[name]
-            if isinstance(answer, BaseException):
-                raise answer
-            return answer
-
-        return part
-
     found.calls = []
-    monkeypatch.setattr(evaluation, "find_part", find)
+
+    def called(name):
+        found.calls.append(name)
+        if isinstance(found[name], BaseException):
+            raise found[name]
+        return found[name]
+
+    made = {name: lambda _, name=name: called(name) for name in EVALUATION_PARTS}
+    monkeypatch.setattr(evaluation, "PARTS", made)
     return found
 
 
@@ -227,11 +218,6 @@ def test_damaged_arrays_are_named(finished, parts):
         finished.arrays()
 
 
-@pytest.mark.parametrize("name", EVALUATION_PARTS)
-def test_every_part_is_there(name):
-    assert find_part(name).__name__ == name
-
-
-def test_an_unknown_part():
-    with pytest.raises(UserError, match="did you mean 'flatness'"):
-        find_part("flatnes")
+def test_the_parts_are_those_that_settings_may_name_in_their_order():
+    assert {name: part.__name__ for name, part in PARTS.items()} == {name: name for name in EVALUATION_PARTS}
+    assert tuple(PARTS) == EVALUATION_PARTS

@@ -16,9 +16,9 @@ from ekd_lightning.data import Dataset, ImageSet, choose_subset, load_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, corrupt
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
-from ekd_lightning.pipeline import evaluation
-from ekd_lightning.pipeline import evaluation_parts as parts
-from ekd_lightning.pipeline.evaluation import EvaluationContext, merge
+from ekd_lightning.pipeline import context as context_module
+from ekd_lightning.pipeline import evaluation as parts
+from ekd_lightning.pipeline.context import EvaluationContext, merge
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import DataSettings, Settings
 
@@ -107,8 +107,8 @@ def test_parts_share_one_pass_over_the_test_images(context, monkeypatch):
         asked.append(images.split)
         return evaluation_predict(student, images, **options)
 
-    evaluation_predict = evaluation.predict_student
-    monkeypatch.setattr(evaluation, "predict_student", predict_student)
+    evaluation_predict = context_module.predict_student
+    monkeypatch.setattr(context_module, "predict_student", predict_student)
     fresh = dataclasses.replace(context)
     assert parts.generalisation(fresh) == parts.generalisation(fresh)
     assert asked == ["test"]

@@ -23,7 +23,7 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
 )
-from ekd_lightning.pipeline.evaluation import EvaluationContext, plain
+from ekd_lightning.pipeline.context import EvaluationContext, plain
 from ekd_lightning.pipeline.predictions import predictions, trained_with
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import DataSettings, MethodSettings, Settings, TeacherSettings

@@ -77,15 +77,15 @@ def test_a_result_without_a_status_is_done(tmp_path):
     for name in ("status.json", "config.yaml"):
         (tmp_path / "run" / name).unlink()
     (run,) = collect([tmp_path]).runs
-    assert (run.state, run.time, run.config, run.config_path) == ("done", None, {}, None)
+    assert (run.state, run.time, run.config, run.on_disk.config_path) == ("done", None, {}, None)
 
 
 def test_files_that_a_run_has_and_has_not(tmp_path):
     write_run(tmp_path / "run", result())
     (tmp_path / "run" / "metrics.csv").write_text("epoch\n0\n")
     (run,) = collect([tmp_path]).runs
-    assert run.curves_path == tmp_path / "run" / "metrics.csv"
-    assert run.arrays_path is None
+    assert run.on_disk.file("metrics.csv") == tmp_path / "run" / "metrics.csv"
+    assert run.on_disk.file("arrays.npz") is None
     assert run.setting("recipe.lr") == 0.1
     assert run.setting("recipe.lr.x") is None
 

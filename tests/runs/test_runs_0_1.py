@@ -17,8 +17,8 @@ from ekd_lightning.cli import tune
 from ekd_lightning.config.config import recorded_settings, register_schema, to_plain
 from ekd_lightning.config.overrides import check_unchanged, expand_resume, key_of
 from ekd_lightning.files import read_json
+from ekd_lightning.pipeline.context import open_context
 from ekd_lightning.pipeline.evaluation import evaluate_finished_run
-from ekd_lightning.pipeline.reopening import open_context
 from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_free

@@ -17,10 +17,9 @@ from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.overrides import override
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
-from ekd_lightning.pipeline.evaluation import plain
+from ekd_lightning.pipeline.context import open_context, plain
 from ekd_lightning.pipeline.predictions import predictions
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.pipeline.reopening import open_context
 from ekd_lightning.runs.directory import RunDirectory
 
 WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]

@@ -176,8 +176,8 @@ def choose_device(name: str) -> torch.device:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
 ) -> Outcome:
+    from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
-    from ekd_lightning.pipeline.reopening import open_context  # noqa: PLC0415
     from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
     run = RunDirectory(directory)

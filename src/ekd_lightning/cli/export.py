@@ -175,8 +175,8 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
     import torch  # noqa: PLC0415
 
     from ekd_lightning.networks import cut_branches, load_student  # noqa: PLC0415
+    from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
-    from ekd_lightning.pipeline.reopening import open_context  # noqa: PLC0415
 
     run = RunDirectory(args.run)
     settings = recorded_settings(run, args.overrides)

@@ -1,91 +1,223 @@
-"""Evaluation of a trained student: what its parts are given, how they are run, and how findings get into the record."""
+"""Evaluation of a trained student: its parts, how they are run, and how what they find gets into the record."""
 
 from __future__ import annotations
 
-import importlib
+import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cached_property
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ekd_lightning.data import Dataset, Subset
-from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
-from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.data import ImageSet
+from ekd_lightning.data.views import to_unit
+from ekd_lightning.errors import UserError, reason
+from ekd_lightning.evaluation.corruptions import MAIN
+from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
+from ekd_lightning.evaluation.flatness import DatasetLoss, curve_alphas, loss_curves, loss_rise, sharpness
+from ekd_lightning.evaluation.robustness import (
+    corrupted_sets,
+    mean_by_severity,
+    mean_corruption_error,
+    score_batches,
+    score_corruptions,
+    spread_index,
+)
+from ekd_lightning.evaluation.scores import score_logits
+from ekd_lightning.networks import BranchedStudent
+from ekd_lightning.networks.frozen import FrozenStudent
+from ekd_lightning.pipeline.context import BETWEEN, EvaluationContext, Findings, merge
+from ekd_lightning.pipeline.predictions import predictions
 from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.provenance import cpu_name
 from ekd_lightning.runs.result import Result
-from ekd_lightning.settings import EVALUATION_PARTS, Settings
 
 log = logging.getLogger(__name__)
 
-_PLACES = {
-    "predictions": "ekd_lightning.pipeline.predictions",
-    "generalisation": "ekd_lightning.pipeline.evaluation_parts",
-    "flatness": "ekd_lightning.pipeline.evaluation_parts",
-    "corruptions": "ekd_lightning.pipeline.evaluation_parts",
-    "efficiency": "ekd_lightning.pipeline.evaluation_parts",
+
+def generalisation(context: EvaluationContext) -> Findings:
+    """How much better the student is on the images that it was trained on.
+
+    Both sides are computed here, in float32 and without augmentation, so that they differ in the images alone.
+
+    Returns:
+        `train_accuracy`, `train_nll`; `gap_accuracy` (train - test) and `gap_nll` (test - train), both positive
+        where the training images are the easier ones.
+    """
+    student = _for_inference(context)
+    train_set, test_set = context.dataset.train, context.dataset.test
+    batch = context.settings.data.eval_batch_size
+    train = score_batches(
+        student, _batches(train_set, context.subset.train_index, batch), train_set.num_classes, context.device
+    )
+    test = score_logits(context.test_predictions.logits, test_set.labels)
+    return Findings(
+        {
+            "train_accuracy": train["accuracy"],
+            "train_nll": train["nll"],
+            "gap_accuracy": train["accuracy"] - test["accuracy"],
+            "gap_nll": test["nll"] - train["nll"],
+        }
+    )
+
+
+def flatness(
+    context: EvaluationContext,
+    *,
+    sharpness_images: int = 5000,
+    curve_images: int = 1000,
+    directions: int = 5,
+    points: int = 17,
+    seed: int = 0,
+) -> Findings:
+    """How the loss of the ensemble output on training images changes around the weights.
+
+    Args:
+        context: The run.
+        sharpness_images: Training images that sharpness is taken on, evenly spread; all if there are fewer.
+        curve_images: The same for the curves, which need the loss `directions · (points + 3)` times or so.
+        directions: D, at least 1; 0 leaves the curves out.
+        points: Equal distances from -1 to 1 on each curve, at least 2.
+        seed: Of the first direction; the others take the numbers that follow.
+
+    Returns:
+        `sharpness_sam` (ρ = 0.05), `sharpness_adaptive` (ρ = 0.5), `sharpness_images`; with curves also
+        `loss_rise_at_quarter`, `loss_rise_at_half`, `loss_curve_images`, and the arrays `loss_curve_alpha [A]`
+        and `loss_curve_loss [D, A]`, in nats.
+    """
+    loss = _training_loss(context, sharpness_images)
+    gradient = loss.gradient(loss.weights)
+    fields: dict[str, object] = {
+        "sharpness_sam": sharpness(loss, loss.weights, rho=0.05, gradient=gradient),
+        "sharpness_adaptive": sharpness(loss, loss.weights, rho=0.5, adaptive=True, gradient=gradient),
+        "sharpness_images": loss.num_images,
+    }
+    if directions == 0:
+        return Findings(fields)
+    loss = _training_loss(context, curve_images)
+    alphas = curve_alphas(points)
+    curves = loss_curves(loss, loss.weights, alphas, range(seed, seed + directions))
+    fields |= {
+        "loss_rise_at_quarter": loss_rise(curves, alphas, 0.25),
+        "loss_rise_at_half": loss_rise(curves, alphas, 0.5),
+        "loss_curve_images": loss.num_images,
+    }
+    return Findings(fields, {"loss_curve_alpha": np.array(alphas), "loss_curve_loss": curves.numpy()})
+
+
+def corruptions(
+    context: EvaluationContext, *, images: int | None = 2000, seed: int = 0, extra: bool = False
+) -> Findings:
+    """How the student fares on corrupted test images, official ones where `data.root` has them.
+
+    Args:
+        context: The run.
+        images: Test images to take, evenly spread, for each of 15 corruptions × 5 severities; None for all.
+        seed: Of regenerated images.
+        extra: Whether the four extra corruptions are scored, too; no mean includes them.
+
+    Returns:
+        `corruption_source` (`official` or `regenerated`), `corruption_images`, `corruption_left_out` (main
+        corruptions that could not be made); `corruption_clean_accuracy`, `corruption_clean_nll` and
+        `corruption_clean_ece` of the same images as they are; `corruption_mce`, `corruption_accuracy` {name: [5]};
+        and `corruption_accuracy_by_severity`, `corruption_nll_by_severity`, `corruption_ece_by_severity`: means
+        over the main corruptions.
+
+    Raises:
+        UserError: The official folder, or that of the frost photographs, is incomplete or damaged.
+    """
+    test, batch = context.dataset.test, context.settings.data.eval_batch_size
+    sets = corrupted_sets(test, Path(context.settings.data.root), extra=extra, seed=seed)
+    index = spread_index(len(test), images)
+    student = _for_inference(context)
+    clean = score_batches(student, _batches(test, index, batch), test.num_classes, context.device)
+    found = score_corruptions(student, sets, test, index, batch_size=batch, device=context.device)
+    return Findings(
+        {
+            "corruption_source": sets.source,
+            "corruption_images": len(index),
+            "corruption_left_out": [name for name in MAIN if name not in sets.names],
+            **{f"corruption_clean_{s}": clean[s] for s in ("accuracy", "nll", "ece")},
+            "corruption_mce": mean_corruption_error(found),
+            "corruption_accuracy": {name: scores["accuracy"] for name, scores in found.items()},
+            **{f"corruption_{s}_by_severity": mean_by_severity(found, s) for s in ("accuracy", "nll", "ece")},
+        }
+    )
+
+
+def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findings:
+    """What the deployed form costs: batch norm folded into the convolutions, channels-last, float32, not compiled.
+
+    Args:
+        context: The run.
+        min_seconds: How long at least each batch size is timed.
+
+    Returns:
+        `deployed_bytes`; `latency_ms_batch1`, `latency_ms_batch128` (medians) and `latency_iqr_ms_batch1`,
+        `latency_iqr_ms_batch128`; `throughput_batch128` in images/s; `memory_bytes_batch128` (see `peak_memory`);
+        `efficiency_device`, `efficiency_threads`.
+    """
+    deployed = FrozenStudent(context.student).to(context.device)
+    images = to_unit(context.dataset.test.images[:1].to(context.device))
+    one = measure_latency(deployed, images, min_seconds=min_seconds)
+    images = images.repeat(128, 1, 1, 1)  # what is in an image has no influence on the time
+    many = measure_latency(deployed, images, min_seconds=min_seconds)
+    return Findings(
+        {
+            "deployed_bytes": stored_bytes(deployed),
+            "latency_ms_batch1": one.median * 1e3,
+            "latency_iqr_ms_batch1": one.iqr * 1e3,
+            "latency_ms_batch128": many.median * 1e3,
+            "latency_iqr_ms_batch128": many.iqr * 1e3,
+            "throughput_batch128": len(images) / many.median,
+            "memory_bytes_batch128": peak_memory(deployed, images),
+            "efficiency_device": device_name(context.device),
+            "efficiency_threads": many.threads,
+        }
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: the name of the card, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return cpu_name()
+    return device.type
+
+
+def _for_inference(context: EvaluationContext) -> BranchedStudent:
+    """A copy of the student for float32 and channels-last; the context's own is left as it is."""
+    return copy.deepcopy(context.student).eval().float().to(memory_format=torch.channels_last)
+
+
+def _batches(images: ImageSet, index: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in index.split(batch_size):
+        place = part.to(images.images.device)
+        yield images.images[place], images.labels[place]
+
+
+def _training_loss(context: EvaluationContext, most: int) -> DatasetLoss:
+    train = context.dataset.train
+    chosen = context.subset.train_index[spread_index(len(context.subset.train_index), most)]
+    place = chosen.to(train.images.device)
+    batch = context.settings.data.eval_batch_size
+    return DatasetLoss(_for_inference(context), train.images[place], train.labels[place], batch_size=batch)
+
+
+PARTS: dict[str, Callable[[EvaluationContext], Findings]] = {
+    "predictions": predictions,
+    "generalisation": generalisation,
+    "flatness": flatness,
+    "corruptions": corruptions,
+    "efficiency": efficiency,
 }
-_BETWEEN = "; "  # between the errors of two parts
-
-
-class Findings(NamedTuple):
-    """What a part found.
-
-    Attributes:
-        fields: Numbers, strings, and lists or mappings of them, for result.json; names are unique over all parts.
-        arrays: What plots need and no table shows, for the run's arrays file; names likewise.
-    """
-
-    fields: dict[str, Any]
-    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
-
-
-@dataclass
-class EvaluationContext:
-    """A trained student, the data it was made for, and its teachers.
-
-    Attributes:
-        settings: The run's.
-        result: What is recorded of the run so far (`num_branches`, `assignment`, ...).
-        student: In eval mode, on `device`.
-        dataset: Training and test images, all of them.
-        subset: Which training images the run saw (`train_index`) and validated on (`val_index`).
-        device: Where to compute.
-        gather: Loads the run's teachers; None if it had none.
-        started: When the run, or its last part, was started, as it was opened; None where that is unknown.
-    """
-
-    settings: Settings
-    result: Result
-    student: BranchedStudent
-    dataset: Dataset
-    subset: Subset
-    device: torch.device
-    gather: Callable[[], TeacherEnsemble] | None = field(default=None, repr=False)
-    started: datetime | None = None
-
-    @cached_property
-    def teachers(self) -> TeacherEnsemble | None:
-        """The run's teachers on `device`, loaded when first asked for; None if it had none."""
-        return None if self.gather is None else self.gather().to(self.device)
-
-    @cached_property
-    def test_predictions(self) -> StudentPredictions:
-        """What the student says of the test images; several parts read it, so it is asked once."""
-        batch_size = self.settings.data.eval_batch_size
-        return predict_student(self.student, self.dataset.test, batch_size=batch_size, device=self.device)
-
-
-Part = Callable[[EvaluationContext], Findings]
-"""One part of an evaluation. It leaves student and teachers as they were."""
+"""All parts in the order in which they are run; each leaves student and teachers as they were."""
 
 
 class Outcome(NamedTuple):
@@ -104,18 +236,6 @@ class Outcome(NamedTuple):
     errors: dict[str, str]
 
 
-def find_part(name: str) -> Part:
-    """The function of a part; its module is imported now, as some need much.
-
-    Raises:
-        UserError: For an unknown name.
-    """
-    if name not in _PLACES:
-        raise unknown_name("part", name, EVALUATION_PARTS)
-    part: Part = getattr(importlib.import_module(_PLACES[name]), name)
-    return part
-
-
 def evaluate_new_run(context: EvaluationContext, directory: RunDirectory) -> Result:
     """Runs the parts of `evaluation.parts` after a training. A part that fails loses its findings, not the run.
 
@@ -126,8 +246,8 @@ def evaluate_new_run(context: EvaluationContext, directory: RunDirectory) -> Res
     Returns:
         The result with what was found; the caller writes it.
     """
-    outcome = _run_parts(context, directory, context.settings.evaluation.parts, force=True, write=False)
-    return outcome.result
+    outcome = _run_parts(context, directory, context.settings.evaluation.parts, force=True, new=True)
+    return outcome.result.having(evaluation_error=BETWEEN.join(outcome.errors.values()) or None)
 
 
 def evaluate_finished_run(
@@ -143,113 +263,54 @@ def evaluate_finished_run(
         parts: Their names.
         force: Whether parts that are there already are run again.
     """
-    return _run_parts(context, directory, parts, force=force, write=True)
+    return _run_parts(context, directory, parts, force=force, new=False)
 
 
 def _run_parts(
-    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool, write: bool
+    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool, new: bool
 ) -> Outcome:
     result, done, skipped, errors = context.result, [], [], {}
     if result.evaluated is None:
         result = result.having(evaluated=[])
     there = result.evaluated or []
-    for name in [name for name in EVALUATION_PARTS if name in parts]:
+    for name in [name for name in PARTS if name in parts]:
         if name in there and not force:
             skipped.append(name)
             continue
         start = time.perf_counter()
         try:
-            findings = find_part(name)(context)
+            findings = PARTS[name](context)
             seconds = time.perf_counter() - start
-            if write:
-                result = _added(context, directory, findings, name, seconds)
-            else:
-                result = _kept(directory, findings, name, seconds, result)
+            with nullcontext() if new else directory.changing():
+                arrays = directory.arrays()
+                if new and not arrays.keys().isdisjoint(findings.arrays):
+                    raise ValueError(f"part {name!r} and others write the same arrays: {sorted(findings.arrays)}")
+                result = merge(result if new else _recorded(context, directory), findings, name, seconds)
+                directory.write_arrays(arrays | dict(findings.arrays))
+                if not new:
+                    directory.write_result(result)
         except Exception as error:
             # Training took long, and this can be made up for: one warning, and the next part.
-            errors[name] = f"{name}: {_one_line(error)}"
+            errors[name] = f"{name}: {reason(error).replace(BETWEEN, ', ')}"
             bug = not isinstance(error, UserError)
-            if bug or not write:  # else the caller tells
+            if bug or new:  # else the caller tells
                 log.warning("evaluation: %s", errors[name], exc_info=bug)
             continue
         done.append(name)
-    if not write:
-        result = result.having(evaluation_error=_BETWEEN.join(errors.values()) or None)
     return Outcome(result, done, skipped, errors)
 
 
-def _kept(directory: RunDirectory, findings: Findings, part: str, seconds: float, result: Result) -> Result:
-    """Adds a part's findings to the arrays of a new run; returns its result with them."""
-    arrays = directory.arrays()
-    merged = merge(result, findings, part, seconds)
-    if not arrays.keys().isdisjoint(findings.arrays):
-        raise ValueError(f"part {part!r} and others write the same arrays: {sorted(findings.arrays)}")
-    directory.write_arrays(arrays | dict(findings.arrays))
-    return merged
-
-
-def _added(
-    context: EvaluationContext, directory: RunDirectory, findings: Findings, part: str, seconds: float
-) -> Result:
-    """Adds a part's findings to the record and the arrays of a finished run; returns the record.
+def _recorded(context: EvaluationContext, directory: RunDirectory) -> Result:
+    """What is recorded of a finished run by now.
 
     Raises:
-        UserError: If another run has taken its place, or is about to.
+        UserError: If another run has taken its place.
     """
-    # Two evaluations may be at work, each with parts of its own, and wait for each other: read again what is there.
-    # A run is not waited for: it does not leave what was evaluated.
-    with directory.changing(), DirectoryLock(directory.path):
-        there = directory.read_result()
-        if (directory.started(), *_identity(there)) != (context.started, *_identity(context.result)):
-            raise UserError(f"{directory.path}: holds another run than the one that was evaluated")
-        merged = merge(there, findings, part, seconds)
-        directory.write_arrays(directory.arrays() | dict(findings.arrays))
-        directory.write_result(merged)
-    return merged
+    there = directory.read_result()
+    if (directory.started(), *_identity(there)) != (context.started, *_identity(context.result)):
+        raise UserError(f"{directory.path}: holds another run than the one that was evaluated")
+    return there
 
 
 def _identity(result: Result) -> tuple[Any, ...]:
     return result.subset_sha256, result.seed, result.steps
-
-
-def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:
-    """The result with a part's findings, which replace those that it left there before.
-
-    Args:
-        result: Of the run, with the parts that are there.
-        findings: Of the part.
-        part: Its name.
-        seconds: What it took.
-
-    Raises:
-        ValueError: If a part that was not there finds something under a name that is taken.
-    """
-    there = list(result.evaluated or [])
-    own = ("evaluated", "evaluation_error", "evaluation_seconds")
-    taken = [name for name in findings.fields if name in own or (part not in there and name in result)]
-    if taken:
-        raise ValueError(f"part {part!r} and others write the same names: {', '.join(taken)}")
-    lines = (result.evaluation_error or "").split(_BETWEEN)
-    left = [line for line in lines if not line.startswith(f"{part}: ")]
-    return result.having(
-        **{name: plain(value) for name, value in findings.fields.items()},
-        evaluated=[name for name in EVALUATION_PARTS if name in {*there, part}],
-        evaluation_seconds={**(result.evaluation_seconds or {}), part: round(seconds, 3)},
-        evaluation_error=_BETWEEN.join(left) or None,
-    )
-
-
-def plain(value: Any) -> Any:
-    """The value with NumPy's numbers and arrays as Python's, for JSON."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).replace(_BETWEEN, ", ")
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

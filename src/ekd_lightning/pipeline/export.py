@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from ekd_lightning.files import DamagedFileError, file_sha256, read_json, replac
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
 from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
-from ekd_lightning.pipeline.evaluation import EvaluationContext
+from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.provenance import now
@@ -167,7 +166,8 @@ def export_student(
         CheckFailedError: If a file does not say what the student says.
     """
     refuse_existing(folder, options, force)
-    require("export", *_packages(options))
+    if options.int8 or "onnx" in options.formats:
+        require("export", "onnx", "onnxscript", "onnxruntime")
     branches = options.branches or tuple(range(context.student.num_branches))
     student = cut_branches(context.student, branches).eval()
     test = context.dataset.test
@@ -182,15 +182,12 @@ def export_student(
     for name, facts, content in _contents(context, deployed, metadata, options):
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
-            found = compare_logits(_ask_file(temporary, context), reference, test.labels, tolerance)
+            said = ask(load_deployed(temporary), test, batch_size)
+            found = compare_logits(said, reference, test.labels, tolerance)
             _require_agreement(folder / name, found, None if facts["precision"] == "float32" else options.max_drop)
         record["files"][name] = {**facts, **_file_facts(folder / name, found)}
         write_json(folder / EXPORT, record)
     return record
-
-
-def _packages(options: ExportOptions) -> tuple[str, ...]:
-    return ("onnx", "onnxscript", "onnxruntime") if "onnx" in options.formats or options.int8 else ()
 
 
 def _record(folder: Path, metadata: dict[str, Any], force: bool) -> dict[str, Any]:
@@ -222,22 +219,14 @@ def _contents(
         index = _spread(context.subset.train_index, options.calibration_images)
         facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": list(deployed.spec.outputs)}
         facts["calibration_images"] = len(index)
-        yield INT8, facts, quantize_onnx(onnx, _calibration(context.dataset.train.images[index]), strings)
+        pixels = context.dataset.train.images[index].split(_CALIBRATION_BATCH)
+        yield INT8, facts, quantize_onnx(onnx, (some.float().div_(255).numpy() for some in pixels), strings)
 
 
 def _spread(index: Tensor, count: int) -> Tensor:
     """`count` of the indices, spread evenly, so that a data set sorted by class is covered."""
     count = min(count, len(index))
     return index[torch.linspace(0, len(index) - 1, count).long()]
-
-
-def _calibration(images: Tensor) -> Iterator[np.ndarray]:
-    for pixels in images.split(_CALIBRATION_BATCH):
-        yield pixels.float().div_(255).numpy()
-
-
-def _ask_file(path: Path, context: EvaluationContext) -> Tensor:
-    return ask(load_deployed(path), context.dataset.test, context.settings.data.eval_batch_size)
 
 
 def _require_agreement(path: Path, found: Agreement, max_drop: float | None) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 
 from ekd_lightning import __version__
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
-from ekd_lightning.evaluation.scores import score_logits
+from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix, score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
-from ekd_lightning.pipeline.evaluation import EvaluationContext
+from ekd_lightning.pipeline.context import EvaluationContext
+from ekd_lightning.runs.provenance import version_of
 
 _PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
 _OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accuracy", "num_parameters")
@@ -31,11 +31,8 @@ def measure(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         `images`, `accuracy`, `nll`, `ece`, `brier`, perhaps `top5`, and `class_accuracy` (None for a class without
         images). Numbers that are not finite are None.
     """
-    hit = logits.argmax(-1) == labels
-    counts = labels.bincount(minlength=logits.shape[1]).tolist()
-    correct = labels[hit].bincount(minlength=logits.shape[1]).tolist()
-    by_class = [c / n if n else None for c, n in zip(correct, counts, strict=True)]
-    scores = {name: _finite(value) for name, value in score_logits(logits, labels).items()}
+    by_class = class_accuracy(confusion_matrix(logits.argmax(-1), labels, logits.shape[1]))
+    scores = {name: value if math.isfinite(value) else None for name, value in score_logits(logits, labels).items()}
     return {"images": len(labels), **scores, "class_accuracy": by_class}
 
 
@@ -93,7 +90,7 @@ def describe_export(
         "seed": context.settings.seed,
         "test_metrics": dict(metrics),
         "run": _run(provenance),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
     }
 
 
@@ -122,14 +119,3 @@ def _run(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "packages": provenance.get("packages") or {},
         "hardware": {key: hardware.get(key) for key in ("cpu", "cpu_count", "threads", "gpus")},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ Shape letters: N test images, C classes, K branches, M teachers.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekd_lightning.data import ImageSet
 from ekd_lightning.evaluation.calibration import fit_temperature, reliability, score_probabilities
 from ekd_lightning.evaluation.diversity import (
     agreement_matrix,
@@ -25,30 +24,18 @@ from ekd_lightning.evaluation.diversity import (
     own_teachers,
     teacher_margin,
 )
-from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
+from ekd_lightning.evaluation.predict import Predictions, StudentPredictions, predict_student
 from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
-from ekd_lightning.networks import TeacherEnsemble
-from ekd_lightning.pipeline.evaluation import EvaluationContext, Findings
+from ekd_lightning.networks import StagedNetwork
+from ekd_lightning.pipeline.context import EvaluationContext, Findings
+from ekd_lightning.pipeline.prepare import validation_images
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 
 NOMINAL = ("one_to_one", "permuted")
 """Assignments whose margins every branched student with teachers has, whatever it was trained with."""
-
-
-@dataclass(frozen=True)
-class TeacherPredictions:
-    """What M teachers say of the test images.
-
-    Attributes:
-        logits: float32 [M, N, C].
-        pooled: M tensors [N, D_m].
-    """
-
-    logits: Tensor
-    pooled: tuple[Tensor, ...]
 
 
 def predictions(context: EvaluationContext) -> Findings:
@@ -64,7 +51,7 @@ def predictions(context: EvaluationContext) -> Findings:
     said = context.test_predictions
     temperature = None
     if len(context.subset.val_index):
-        held_out = _validation(context)
+        held_out = validation_images(context.dataset, context.subset)
         batch_size = context.settings.data.eval_batch_size
         asked = predict_student(context.student, held_out, batch_size=batch_size, device=context.device)
         temperature = fit_temperature(asked.logits, held_out.labels)
@@ -134,38 +121,33 @@ def _operating_points(context: EvaluationContext, said: StudentPredictions) -> d
 
 
 def _heterogeneity(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
-    found = diversity(said.branch_logits, labels)
+    found = diversity(said.branch_logits, labels)._asdict()
     branches = said.branch_logits.argmax(-1)
     return {
-        "test_oracle_accuracy": found.oracle_accuracy,
-        "test_pairwise_kl": found.pairwise_kl,
-        "test_pairwise_js": found.pairwise_js,
-        "test_mutual_information": found.mutual_information,
-        "test_q_statistic": found.q_statistic,
-        "test_double_fault": found.double_fault,
-        "test_error_correlation": found.error_correlation,
-        "test_branch_variance": found.variance,
+        "test_branch_variance": found.pop("variance"),
+        **{f"test_{name}": value for name, value in found.items()},
         "test_branch_agreement": agreement_matrix(branches, branches).tolist(),
         "test_branch_cka": cka_matrix(list(said.pooled), list(said.pooled)).tolist(),
     }
 
 
 def _imitation(
-    settings: Settings, said: StudentPredictions, teachers: TeacherPredictions | None, labels: Tensor
+    settings: Settings, said: StudentPredictions, teachers: list[Predictions], labels: Tensor
 ) -> dict[str, Any]:
     margins = [f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")]
     names = ["test_branch_teacher_cka", "test_branch_teacher_agreement", "test_branch_teacher_kl"]
     names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
-    if teachers is None:
+    if not teachers:
         return dict.fromkeys(names)
-    together = teachers.logits.mean(0)
-    cka = cka_matrix(list(said.pooled), list(teachers.pooled))
-    agreement = agreement_matrix(said.branch_logits.argmax(-1), teachers.logits.argmax(-1))
+    logits = torch.stack([one.logits for one in teachers])  # [M, N, C]
+    together = logits.mean(0)
+    cka = cka_matrix(list(said.pooled), [one.pooled for one in teachers])
+    agreement = agreement_matrix(said.branch_logits.argmax(-1), logits.argmax(-1))
     whole = fidelity(said.logits, together)
     fields: dict[str, Any] = {
         "test_branch_teacher_cka": cka.tolist(),
         "test_branch_teacher_agreement": agreement.tolist(),
-        "test_branch_teacher_kl": kl_matrix(said.branch_logits, teachers.logits).tolist(),
+        "test_branch_teacher_kl": kl_matrix(said.branch_logits, logits).tolist(),
         "test_teacher_agreement": whole.agreement,
         "test_teacher_kl": whole.kl,
         "test_teacher_ensemble_accuracy": float((together.argmax(-1) == labels).double().mean()),
@@ -194,33 +176,17 @@ def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]
         return own_teachers(make_assignment(kind, num_branches, num_teachers))
 
 
-def _teachers(context: EvaluationContext) -> TeacherPredictions | None:
+def _teachers(context: EvaluationContext) -> list[Predictions]:
     """What the run's teachers say of the test images; the store remembers it for all runs."""
-    entries = context.result.teachers or []
-    if not entries:
-        return None
+
+    def network(m: int) -> StagedNetwork:
+        if context.teachers is None:
+            raise ValueError("the run's record names teachers, and none can be loaded")
+        return list(context.teachers.networks())[m]
+
     store = TeacherStore(Path(context.settings.teachers.store))
     batch_size = context.settings.data.eval_batch_size
-    found = [
-        store.test_outputs(
-            lambda m=m: list(_loaded(context).networks())[m],  # type: ignore[misc]
-            entry["sha256"],
-            context.dataset.test,
-            batch_size,
-            context.device,
-        )
-        for m, entry in enumerate(entries)
+    return [
+        store.test_outputs(partial(network, m), entry["sha256"], context.dataset.test, batch_size, context.device)
+        for m, entry in enumerate(context.result.teachers or [])
     ]
-    return TeacherPredictions(torch.stack([one.logits for one in found]), tuple(one.pooled for one in found))
-
-
-def _loaded(context: EvaluationContext) -> TeacherEnsemble:
-    teachers = context.teachers
-    if teachers is None:
-        raise ValueError("the run's record names teachers, and none can be loaded")
-    return teachers
-
-
-def _validation(context: EvaluationContext) -> ImageSet:
-    train, index = context.dataset.train, context.subset.val_index
-    return replace(train, split="validation", images=train.images[index], labels=train.labels[index])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
@@ -145,6 +145,12 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
         pool_seed=data.pool_seed,
     )
     return dataset, subset, views
+
+
+def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
+    """The images of the validation split, as a set of their own."""
+    train, index = dataset.train, subset.val_index
+    return replace(train, split="validation", images=train.images[index], labels=train.labels[index])
 
 
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:

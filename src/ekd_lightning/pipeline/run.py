@@ -13,16 +13,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning.data.loader import check_batch_size
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import reason
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
-from ekd_lightning.pipeline.evaluation import EvaluationContext, evaluate_new_run
+from ekd_lightning.pipeline.context import EvaluationContext
+from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, describe_run, describe_teacher, origin, prepare
-from ekd_lightning.pipeline.scores import cost, end_processes, final_scores
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
@@ -43,7 +43,15 @@ from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
-from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, check_trainer
+from ekd_lightning.training.trainer import (
+    EpochReport,
+    EpochSeed,
+    build_trainer,
+    check_trainer,
+    cost,
+    end_processes,
+    final_scores,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +114,7 @@ def run(
                 if isinstance(error, (KeyboardInterrupt, SystemExit)):
                     record.stop()
                 else:
-                    record.fail(_one_line(error))
+                    record.fail(reason(error))
             raise
         finally:
             finish_loggers(loggers, result=result)
@@ -129,7 +137,7 @@ def _run(
     elif record and not settings.overwrite:
         record.refuse_finished()
     prepared, trainer, report, threads = _check(settings, directory, sweep, callbacks)
-    resume_from = _resume_point(settings, directory)
+    checkpoint, step = _resume_point(settings, directory)
     facts = describe_run(settings, prepared)
     start()
     if record:
@@ -146,7 +154,10 @@ def _run(
     describe_metrics(loggers, flat_columns(facts, config))
     finished = False
     try:
-        _fit(trainer, module, prepared, resume_from, loggers)
+        for logger in loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.forget_from(step)
+        trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
         scores = final_scores(trainer, module, prepared.datamodule, test=test)
         facts["partial"] |= not test
         result = Result.of({**facts, **scores, **cost(report, trainer, module)})
@@ -163,7 +174,9 @@ def _run(
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         save_student(record.student, prepared.student, metadata)
         if not result.partial:
-            context = _context(settings, record, prepared, teachers, result, device)
+            student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
+            gather = None if teachers is None else lambda: teachers
+            context = EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
             result = evaluate_new_run(context, record)
         log_evaluation(loggers, result, record.arrays, prepared.dataset)
     return result
@@ -175,44 +188,27 @@ def _check(
     """All that can be refused before anything is written; returns the parts of the run, and torch's threads."""
     check_trainer(settings.trainer)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
-    threads = _take_threads(settings, accelerator, directory)
+    devices = settings.trainer.get("devices", 1)
+    threads = set_threads(
+        settings.trainer.get("threads"),
+        None if settings.resume is None else RunDirectory(directory).provenance().get("threads"),  # as before
+        device_type=device_type_of(accelerator),
+        num_devices=devices if isinstance(devices, int) else 1,
+    )
     check_loggers(settings.logger)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     curves = TeacherCurves(settings.logger, directory, sweep)
     prepared = prepare(settings, accelerator, curves)
     report = EpochReport(settings.recipe.batch_size)
-    own = [EpochSeed(settings.seed), report, *_checkpoints(settings, directory, prepared)]
+    own: list[Callback] = [EpochSeed(settings.seed), report]
+    if settings.trainer.get("enable_checkpointing") is not False and not settings.trainer.get("fast_dev_run"):
+        with_best = prepared.datamodule.num_val_images > 0
+        own += checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=with_best)
     flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
     trainer = build_trainer(flags, directory, [], [*own, *callbacks], in_sweep=sweep is not None)
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
     return prepared, trainer, report, threads
-
-
-def _take_threads(settings: Settings, accelerator: str, directory: Path) -> int:
-    """Sets torch's threads, to as many as before where the run goes on; returns their number."""
-    before = None if settings.resume is None else RunDirectory(directory).provenance().get("threads")
-    devices = settings.trainer.get("devices", 1)
-    return set_threads(
-        settings.trainer.get("threads"),
-        before,
-        device_type=device_type_of(accelerator),
-        num_devices=devices if isinstance(devices, int) else 1,
-    )
-
-
-def _context(
-    settings: Settings,
-    directory: RunDirectory,
-    prepared: Prepared,
-    teachers: TeacherEnsemble | None,
-    result: Result,
-    device: torch.device,
-) -> EvaluationContext:
-    # What was saved, whatever the trainer left in memory.
-    student = load_student(directory.student).to(device)
-    gather = None if teachers is None else lambda: teachers
-    return EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
 
 
 def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:
@@ -236,12 +232,6 @@ def run_name(facts: dict[str, Any]) -> str:
     return f"{facts['method']}-T{facts['num_teachers']}-B{facts['num_branches']}-f{share}-s{facts['seed']}"
 
 
-def _checkpoints(settings: Settings, directory: Path, prepared: Prepared) -> list[ModelCheckpoint]:
-    if settings.trainer.get("enable_checkpointing") is False or settings.trainer.get("fast_dev_run"):
-        return []
-    return checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=prepared.datamodule.num_val_images > 0)
-
-
 def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int]:
     """The checkpoint to go on from, None for the beginning, and its step; a damaged one is refused."""
     if settings.resume is None:
@@ -253,26 +243,6 @@ def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int
     step = int(read_checkpoint(last)["global_step"])
     log.info("resuming from %s at step %d", last, step)
     return last, step
-
-
-def _fit(
-    trainer: pl.Trainer,
-    module: Distiller,
-    prepared: Prepared,
-    resume_from: tuple[Path | None, int],
-    loggers: list[Logger],
-) -> None:
-    checkpoint, step = resume_from
-    for logger in loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.forget_from(step)
-    trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _free() -> None:

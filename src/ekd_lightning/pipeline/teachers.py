@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekd_lightning.data import Dataset, ImageSet, Subset
+from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.evaluation.scores import score_network
 from ekd_lightning.files import write_json
-from ekd_lightning.networks import StagedNetwork, TeacherEnsemble, TeacherIdentity, load_network
-from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data, with_teachers
+from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
+from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data, validation_images, with_teachers
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
@@ -51,7 +51,9 @@ def obtain_teachers(
     settings.check()
     check_loggers(settings.logger)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
-    to_fill = prepare_fill(settings, accelerator)
+    to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)
+    if to_fill and not to_fill.source.tables:
+        raise UserError(f"teachers.fill={settings.teachers.fill}: this configuration keeps no teacher tables")
     dataset, subset, views = prepare_data(settings)
     curves = TeacherCurves(settings.logger, directory)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
@@ -91,10 +93,11 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     """
     if not prepared.candidates:
         return prepared
-    held_out = _validation_set(prepared.dataset, prepared.subset)
+    held_out = validation_images(prepared.dataset, prepared.subset)
     batch_size = settings.data.eval_batch_size
     rows: list[dict[str, Any]] = []
-    for plan, network in zip(prepared.candidates, _networks(prepared), strict=True):
+    networks = gather_teachers(list(prepared.candidates)).networks()
+    for plan, network in zip(prepared.candidates, networks, strict=True):
         scores = score_network(network, held_out, batch_size=batch_size, device=device)
         rows.append({"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])})
     best = max(range(len(rows)), key=lambda m: (rows[m]["val_accuracy"], -rows[m]["val_nll"], -m))
@@ -102,16 +105,6 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     log.info("method.teacher=best: %s (on the validation split: %s)", rows[best]["id"], shown)
     chosen = with_teachers(settings, prepared, [prepared.candidates[best]])
     return replace(chosen, candidates=(), candidate_scores=rows)
-
-
-def _networks(prepared: Prepared) -> Iterator[StagedNetwork]:
-    return gather_teachers(list(prepared.candidates)).networks()
-
-
-def _validation_set(dataset: Dataset, subset: Subset) -> ImageSet:
-    index = subset.val_index
-    train = dataset.train
-    return replace(train, split="validation", images=train.images[index], labels=train.labels[index])
 
 
 def score_teachers(
@@ -168,21 +161,6 @@ def describe_chain(
     }
 
 
-def prepare_fill(settings: Settings, accelerator: str) -> Prepared | None:
-    """Checks that the rows of `teachers.fill` can be kept; None when nothing is to be filled.
-
-    Raises:
-        UserError: There is no table to fill.
-    """
-    fill = settings.teachers.fill
-    if fill == "none":
-        return None
-    prepared = prepare(settings, accelerator)
-    if not prepared.source.tables:
-        raise UserError(f"teachers.fill={fill}: this configuration keeps no teacher tables")
-    return prepared
-
-
 def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
     """Computes the rows that are missing: those of one run (`teachers.fill=run`), or every view (`all`).
 
@@ -190,7 +168,7 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
 
     Args:
         settings: The run's settings; with `run`, epochs, batch size and seed say which rows these are.
-        prepared: What `prepare_fill` returned.
+        prepared: What `prepare` returned; it keeps tables.
         device: Where they compute.
 
     Returns:
@@ -201,7 +179,7 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
     """
     prepared = choose_teacher(settings, prepared, device)
     source = prepared.source.open(gather_teachers(prepared.teachers).to(device))
-    assert isinstance(source, TabledTeachers)  # prepare_fill made sure
+    assert isinstance(source, TabledTeachers)  # it keeps tables
     parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
     source.plan(sum(len(index) for index, _ in parts))
     gather = partial(prepared.datamodule.training_images, device=device)
@@ -216,10 +194,10 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
 
 def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
     """Index and view of every epoch of the run."""
-    loader = TrainLoader(
-        prepared.dataset.train, prepared.subset.train_index, prepared.views, settings.recipe.batch_size, settings.seed
-    )
-    for epoch in range(settings.recipe.epochs):
+    index = prepared.subset.train_index
+    recipe = settings.recipe
+    loader = TrainLoader(prepared.dataset.train, index, prepared.views, recipe.batch_size, settings.seed)
+    for epoch in range(recipe.epochs):
         loader.sampler.set_epoch(epoch)
         yield loader.rows()
 

@@ -18,6 +18,8 @@ from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.reporting.estimates import Estimate, estimate
 from ekd_lightning.reporting.groups import Group, is_number
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import ARRAYS
+from ekd_lightning.runs.directory import CURVES as CURVES_FILE
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def thin(epochs: list[int]) -> list[int]:
 
 def _columns(run: RunEntry, names: Sequence[str]) -> dict[str, dict[int, float]]:
     """Value by epoch (from 1) of some columns; of an epoch that was written twice, the later one."""
-    path = run.curves_path
+    path = run.on_disk.file(CURVES_FILE)
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     if path is None:
         return found
@@ -220,7 +222,7 @@ def read_arrays(group: Group, names: Sequence[str] | None = None) -> list[dict[s
     """
     found = []
     for run in group.done:
-        path = run.arrays_path
+        path = run.on_disk.file(ARRAYS)
         if path is None:
             continue
         try:

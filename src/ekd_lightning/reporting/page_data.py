@@ -206,9 +206,9 @@ def _run(run: RunEntry, key: str) -> dict[str, Any]:
 def _details(run: RunEntry) -> dict[str, Any]:
     """Everything that was recorded of a run; what is unreadable is left out."""
     return {
-        "config": _text(run.config_path),
+        "config": _text(run.on_disk.config_path),
         "result": {key: _short(value) for key, value in (run.result or {}).items()},
-        "provenance": _text(run.file(PROVENANCE)),
+        "provenance": _text(run.on_disk.file(PROVENANCE)),
     }
 
 

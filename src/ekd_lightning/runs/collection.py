@@ -7,7 +7,7 @@ half-written is told in one line and left out; nothing of it counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -16,17 +16,7 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
-from ekd_lightning.runs.directory import (
-    ARRAYS,
-    CONFIG,
-    CURVES,
-    HYDRA,
-    RESULT,
-    STATUS,
-    ForeignRecordError,
-    RunDirectory,
-    RunState,
-)
+from ekd_lightning.runs.directory import CONFIG, HYDRA, RESULT, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.result import Result
 
 STATES = (RunState.DONE, RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING)
@@ -69,10 +59,15 @@ class RunEntry:
         return self.state in (RunState.DONE, RunState.PARTIAL)
 
     @property
+    def on_disk(self) -> RunDirectory:
+        """Its files."""
+        return RunDirectory(self.directory)
+
+    @property
     def since(self) -> datetime | None:
         """When the run, or its last part, was started; None where that is unknown."""
         try:
-            return RunDirectory(self.directory).started()
+            return self.on_disk.started()
         except DamagedFileError:
             return None
 
@@ -80,45 +75,20 @@ class RunEntry:
     def seconds(self) -> float | None:
         """From its (last) start to when its state was written; None where one is not known."""
         try:
-            end = datetime.fromisoformat(self.time or "")
-            return None if self.since is None else (end - self.since).total_seconds()
+            end, since = datetime.fromisoformat(self.time or ""), self.since
+            return None if since is None else (end - since).total_seconds()
         except (ValueError, TypeError):
             return None
-
-    def file(self, name: str) -> Path | None:
-        """A file of the run's directory; None where it is absent."""
-        return RunDirectory(self.directory).file(name)
-
-    @property
-    def config_path(self) -> Path | None:
-        """The resolved configuration, or what Hydra composed where the run ended before that; None without."""
-        return self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
-
-    @property
-    def curves_path(self) -> Path | None:
-        """metrics.csv: one row per epoch, columns `epoch`, `val/accuracy`, `train/loss`, ...; None where absent."""
-        return self.file(CURVES)
-
-    @property
-    def arrays_path(self) -> Path | None:
-        """arrays.npz: what plots need; None where absent."""
-        return self.file(ARRAYS)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The configuration, read when first asked for; empty where there is none or it is damaged."""
-        try:
-            return RunDirectory(self.directory).config()
-        except DamagedFileError:
-            return {}
+        return _undamaged(self.on_disk.config)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
         """Where the run was made, read when first asked for; empty where that is unknown."""
-        try:
-            return RunDirectory(self.directory).provenance()
-        except DamagedFileError:
-            return {}
+        return _undamaged(self.on_disk.provenance)
 
     def setting(self, key: str) -> Any:
         """A value of the configuration by its dotted key; None where it is not there."""
@@ -132,6 +102,13 @@ class RunEntry:
         if self.result is not None:
             return self.result.get(key)
         return self.setting(_IN_CONFIG[key]) if key in _IN_CONFIG else None
+
+
+def _undamaged(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return read()
+    except DamagedFileError:
+        return {}
 
 
 _IN_CONFIG = {
@@ -207,10 +184,11 @@ def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     left_out = []
     for place in places:
+        run = RunDirectory(place)
         if not place.is_dir():
             raise UserError(f"{place}: no such directory")
-        if RunDirectory(place).file(STATUS) or RunDirectory(place).file(CONFIG):
-            RunDirectory(place).finished_result()
+        if run.file(STATUS) or run.file(CONFIG):
+            run.finished_result()
             found[place] = None
             continue
         below = sorted(path.parent for path in place.rglob(STATUS))
@@ -218,8 +196,7 @@ def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
         if not done:
             what = f"none of its {len(below)} runs is done" if below else "no run is there"
             raise UserError(f"{place}: {what}")
-        if len(done) < len(below):
-            left = len(below) - len(done)
+        if left := len(below) - len(done):
             left_out.append(f"{place}: left out {left} of {len(below)} runs, not done or partial")
         found.update(dict.fromkeys(done))
     return list(found), left_out

@@ -6,12 +6,11 @@ import contextlib
 import io
 import shutil
 import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -19,7 +18,7 @@ from filelock import FileLock
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, remove_parts, write_bytes, write_json, write_text
-from ekd_lightning.runs.lock import is_held
+from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
 
@@ -45,6 +44,7 @@ _OF_ONE_RUN = (
     "teachers/*/tensorboard",
 )
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
+_Kind = TypeVar("_Kind")
 
 
 class RunState(str, Enum):
@@ -135,28 +135,25 @@ class RunDirectory:
     def recorded(self) -> Record:
         """What the files say, whoever holds the lock: for its holder; raises what `record` raises."""
         status = self._read(STATUS)
-        if status is None and not (self.path / RESULT).is_file():
-            started = (self.path / HYDRA).is_dir() or (self.path / CONFIG).is_file()
-            early = Record(RunState.FAILED, error="ended before it had a record")
-            return early if started else Record(RunState.PLANNED)
-        state, time = ("done", None) if status is None else (status.get("state"), status.get("time"))
-        error = (str((status or {}).get("error") or "unknown error").splitlines() or [""])[0]
-        time = str(time) if time else None
+        if status is None and self.file(RESULT) is None:
+            if (self.path / HYDRA).is_dir() or self.file(CONFIG):
+                return Record(RunState.FAILED, error="ended before it had a record")
+            return Record(RunState.PLANNED)
+        status = {"state": "done"} if status is None else status  # a result that was put apart
+        state, time = status.get("state"), str(status["time"]) if status.get("time") else None
+        error = (str(status.get("error") or "unknown error").splitlines() or [""])[0]
         if state in ("running", "stopped") or (state == "failed" and error == _INTERRUPTED):
             return Record(RunState.STOPPED, time=time)
         if state == "failed":
             return Record(RunState.FAILED, error=error, time=time)
         if state != "done":
             raise ForeignRecordError(f"{self.path / STATUS}: not the status of a run of this package")
-        return self._finished(time)
-
-    def _finished(self, time: str | None) -> Record:
         try:
             result = self.read_result()
-        except FileNotFoundError:
-            return Record(RunState.FAILED, error=f"done, but without a {RESULT}", time=time)
-        except DamagedFileError as error:
-            return Record(RunState.FAILED, error=str(error).removeprefix(f"{self.path}/"), time=time)
+        except (FileNotFoundError, DamagedFileError) as problem:
+            missing = isinstance(problem, FileNotFoundError)
+            error = f"done, but without a {RESULT}" if missing else str(problem).removeprefix(f"{self.path}/")
+            return Record(RunState.FAILED, error=error, time=time)
         return Record(RunState.PARTIAL if result.partial else RunState.DONE, result, time=time)
 
     def _time(self) -> str | None:
@@ -226,22 +223,19 @@ class RunDirectory:
             )
         return content
 
+    @property
+    def config_path(self) -> Path | None:
+        """The resolved configuration, or what Hydra composed where the run ended before that; None without."""
+        return self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
+
     def config(self) -> dict[str, Any]:
-        """The resolved configuration, or what Hydra composed where the run ended before that; empty without.
+        """The configuration at `config_path`; empty without.
 
         Raises:
             DamagedFileError: If it is damaged.
         """
-        path = self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
-        if path is None:
-            return {}
-        try:
-            content = yaml.load(path.read_bytes(), _Loader)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-        if not isinstance(content, dict):
-            raise DamagedFileError(f"{path}: damaged (not a mapping)")
-        return {str(key): value for key, value in content.items()}
+        path = self.config_path
+        return {} if path is None else {str(key): value for key, value in _read_yaml(path, dict, "mapping").items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """A group of the configuration; empty without.
@@ -251,7 +245,7 @@ class RunDirectory:
         """
         content = self.config().get(name) or {}
         if not isinstance(content, dict):
-            raise DamagedFileError(f"{self.file(CONFIG) or self.path}: damaged ({name} is not a mapping)")
+            raise DamagedFileError(f"{self.config_path}: damaged ({name} is not a mapping)")
         return content
 
     def overrides(self) -> list[str]:
@@ -261,12 +255,7 @@ class RunDirectory:
             DamagedFileError: If the file is damaged.
         """
         path = self.file(OVERRIDES)
-        try:
-            words = [] if path is None else yaml.load(path.read_bytes(), _Loader)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
-        if not isinstance(words, list):
-            raise DamagedFileError(f"{path}: damaged (not a list)")
+        words = [] if path is None else _read_yaml(path, list, "list")
         return [str(word) for word in words if not str(word).startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
@@ -317,8 +306,14 @@ class RunDirectory:
         self._say("running")
         for name in (RESULT, ARRAYS):
             (self.path / name).unlink(missing_ok=True)
-        if not resumed:
-            self._forget_earlier_run()
+        if resumed:
+            return
+        # Nothing of an earlier run must pass for this one's: its last checkpoint above all, where a resume goes on.
+        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def refuse_finished(self) -> None:
         """Refuses a new run here if there is a finished one, which only the user may let be replaced.
@@ -355,17 +350,6 @@ class RunDirectory:
         """Whether a run has left its configuration, its state or a checkpoint here."""
         return any((self.path / name).exists() for name in (CONFIG, STATUS, f"{CHECKPOINTS}/{LAST}"))
 
-    def _forget_earlier_run(self) -> None:
-        """Removes what an earlier run left in the same directory, so that nothing of it passes for this run's.
-
-        Its last checkpoint above all: resuming this run must not go on from there.
-        """
-        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts known only after the start, e.g. hashes of data and teachers."""
         write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
@@ -385,9 +369,15 @@ class RunDirectory:
             np.savez_compressed(stream, **arrays)  # type: ignore[arg-type] # names are not its own options
             write_bytes(self.path / ARRAYS, stream.getvalue())
 
-    def changing(self) -> AbstractContextManager[Any]:
-        """A lock for those who read the record of a finished run, add to it, and write it back."""
-        return FileLock(self.path / ".evaluation.lock")
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Lets a block read the record of a finished run, add to it, and write it back, while others wait.
+
+        Raises:
+            LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
+        """
+        with FileLock(self.path / ".evaluation.lock"), DirectoryLock(self.path):
+            yield
 
     def finish(self, result: Result) -> None:
         """Writes the result, then says done; in this order, so that done implies a result."""
@@ -404,3 +394,13 @@ class RunDirectory:
 
     def _say(self, state: str, error: str | None = None) -> None:
         write_json(self.path / STATUS, {"format": FORMAT, "state": state, "error": error, "time": now()})
+
+
+def _read_yaml(path: Path, kind: type[_Kind], named: str) -> _Kind:
+    try:
+        content = yaml.load(path.read_bytes(), _Loader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, kind):
+        raise DamagedFileError(f"{path}: damaged (not a {named})")
+    return content

@@ -11,9 +11,8 @@ import shlex
 import socket
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ekd_lightning.errors import UserError
 
@@ -30,19 +29,20 @@ _LONGEST_COMMAND = 200
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _open: set[int] = set()
 """File descriptors of all locks of this process. A forked child closes its copies, as they would keep a lock alive."""
+_warned: set[int] = set()
+"""Devices without locks that the user was told of."""
 
 
 class LockedError(UserError):
     """The directory is in use by another process, or by another run of this one."""
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock, as the lock file names it."""
+class Holder(NamedTuple):
+    """The process that holds a lock, as the lock file names it; `pid` is 0 where nobody knows."""
 
-    pid: int
-    host: str
-    command: str
+    pid: int = 0
+    host: str = ""
+    command: str = ""
 
     @classmethod
     def this(cls) -> Holder:
@@ -50,20 +50,27 @@ class Holder:
         words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         return cls(os.getpid(), socket.gethostname(), words[:_LONGEST_COMMAND])
 
+    @classmethod
+    def read(cls, file: int) -> Holder:
+        """Who an open lock file names."""
+        try:
+            content: Any = json.loads(os.pread(file, 4096, 0))
+            return cls(int(content["pid"]), str(content["host"]), str(content["command"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return cls()
+
     def is_alive(self) -> bool:
         """Whether it is another process of this machine that runs."""
-        if self.host != socket.gethostname() or self.pid == os.getpid():
+        if not self.pid or self.host != socket.gethostname() or self.pid == os.getpid():
             return False
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
+        except OSError as error:
+            return isinstance(error, PermissionError)
         return True
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}: {self.command}"
+        return f"process {self.pid} on {self.host}: {self.command}" if self.pid else "another process"
 
 
 class DirectoryLock:
@@ -113,7 +120,7 @@ class DirectoryLock:
                 if self._try(file):
                     self._file, file = file, -1
                 elif time.monotonic() > until:
-                    raise LockedError(f"{self.directory}: in use by {_holder(file) or 'another process'}")
+                    raise LockedError(f"{self.directory}: in use by {Holder.read(file)}")
                 else:
                     time.sleep(0.01)
             finally:
@@ -121,7 +128,7 @@ class DirectoryLock:
                     os.close(file)
         _open.add(self._file)
         self._owner = os.getpid()
-        content = json.dumps(asdict(Holder.this())).encode()
+        content = json.dumps(Holder.this()._asdict()).encode()
         with contextlib.suppress(OSError):  # on a full disk it locks without a name
             os.truncate(self._file, 0)
             os.pwrite(self._file, content, 0)
@@ -135,10 +142,11 @@ class DirectoryLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            found = _holder(file)
-            if found is not None and found.is_alive():
+            if Holder.read(file).is_alive():
                 return False
-            _warn_once(os.fstat(file).st_dev, self.directory)
+            if (device := os.fstat(file).st_dev) not in _warned:
+                log.warning("%s: this file system has no locks, so take care that no other run uses it", self.directory)
+            _warned.add(device)
         try:
             return os.path.samestat(os.fstat(file), os.stat(self.directory / LOCK_FILE))
         except FileNotFoundError:  # its last holder removed it in between
@@ -180,34 +188,25 @@ def release_ahead() -> None:
 
 def is_held(directory: Path) -> bool:
     """Whether somebody holds the lock of a directory, this process included."""
-    try:
-        file = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except PermissionError:  # it is there, and not ours
-        return True
-    try:
-        _flock(file, exclusive=False)
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        found = _holder(file)
-        return found is not None and (found.is_alive() or found.pid == os.getpid())
-    finally:
-        os.close(file)
+    return holder(directory) is not None
 
 
 def holder(directory: Path) -> Holder | None:
-    """Who holds the lock of a directory; None if nobody does, or nobody knows."""
-    if not is_held(directory):
-        return None
+    """Who holds the lock of a directory, this process included; None if nobody does."""
     try:
         file = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError:  # it is there, and not ours
+        return Holder()
     try:
-        return _holder(file)
+        _flock(file, exclusive=False)
+        return None
+    except BlockingIOError:
+        return Holder.read(file)
+    except OSError:  # no locks here
+        found = Holder.read(file)
+        return found if found.is_alive() or found.pid == os.getpid() else None
     finally:
         os.close(file)
 
@@ -221,13 +220,9 @@ def make_directory(directory: Path) -> list[Path]:
     Raises:
         OSError: If one cannot be made, or is a file.
     """
-    missing: list[Path] = []
-    for path in (directory, *directory.parents):
-        if path.exists():
-            break
-        missing.insert(0, path)
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     made: list[Path] = []
-    for path in missing:
+    for path in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process was faster
             path.mkdir()
             made.append(path)
@@ -237,34 +232,15 @@ def make_directory(directory: Path) -> list[Path]:
 
 def remove_empty(directories: list[Path]) -> None:
     """Removes those of nested directories, outermost first, that hold nothing but each other."""
-    for path in reversed(directories):
-        try:
+    with contextlib.suppress(OSError):
+        for path in reversed(directories):
             path.rmdir()
-        except OSError:
-            return
 
 
 def _flock(file: int, *, exclusive: bool) -> None:
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-
-
-def _holder(file: int) -> Holder | None:
-    try:
-        content: Any = json.loads(os.pread(file, 4096, 0))
-        return Holder(int(content["pid"]), str(content["host"]), str(content["command"]))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-_warned: set[int] = set()
-
-
-def _warn_once(device: int, directory: Path) -> None:
-    if device not in _warned:
-        log.warning("%s: this file system has no locks, so take care that no other run uses it", directory)
-    _warned.add(device)
 
 
 def _close_in_child() -> None:

@@ -135,29 +135,23 @@ class Result(Mapping[str, Any]):
         return getattr(self, name) if name in _hints() else self.more[name]
 
     def __iter__(self) -> Iterator[str]:
-        for name, late in _names():
-            value = getattr(self, name)
-            untested = name == "test_accuracy" and math.isnan(value)
-            if not (untested or (late and value is None)):
-                yield name
+        for one in fields(self)[:-1]:
+            value = getattr(self, one.name)
+            untested = one.name == "test_accuracy" and math.isnan(value)
+            if not (untested or (one.metadata and value is None)):
+                yield one.name
         yield from self.more
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.more or any(name == known for known in self)
+        return name in set(self)
 
 
 @cache
 def _hints() -> dict[str, Any]:
-    hints = get_type_hints(Result)
-    return {one.name: hints[one.name] for one in fields(Result) if one.name != "more"}
-
-
-@cache
-def _names() -> tuple[tuple[str, bool], ...]:
-    return tuple((one.name, bool("late" in one.metadata)) for one in fields(Result) if one.name != "more")
+    return {name: hint for name, hint in get_type_hints(Result).items() if name != "more"}
 
 
 def _fits(value: Any, hint: Any) -> bool:

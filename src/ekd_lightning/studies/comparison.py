@@ -181,7 +181,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         checkpoint = RunDirectory(directory).last_checkpoint.is_file()
         failed = found.state is RunState.FAILED
         keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
-        if keeps and found.file(CONFIG) is not None:
+        if keeps and found.on_disk.file(CONFIG) is not None:
             _check_configuration(directory, to_plain(cfg))
         if found.is_over:
             continue
@@ -190,7 +190,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         if failed and not retry_failed:
             left.append(found)
             continue
-        resumed = checkpoint and found.file(OVERRIDES) is not None
+        resumed = checkpoint and found.on_disk.file(OVERRIDES) is not None
         if (row.name, fraction) not in checked:
             _check_row(row, to_settings(cfg))
             checked.add((row.name, fraction))

@@ -1,0 +1,200 @@
+"""Context of an evaluation: a trained student with its data and teachers, and how that of a finished run is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ekd_lightning.data import Dataset, Subset
+from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
+from ekd_lightning.networks import (
+    BranchedStudent,
+    StagedNetwork,
+    TeacherEnsemble,
+    TeacherIdentity,
+    load_network,
+    load_student,
+    state_sha256,
+)
+from ekd_lightning.pipeline.prepare import prepare_data
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.result import Result
+from ekd_lightning.settings import EVALUATION_PARTS, Settings
+from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.training.pool import TeacherData, plan_teachers
+
+BETWEEN = "; "  # between the errors of two parts
+_OWN = ("id", "sha256", "source", "network")
+
+
+class Findings(NamedTuple):
+    """What a part found.
+
+    Attributes:
+        fields: Numbers, strings, and lists or mappings of them, for result.json; names are unique over all parts.
+        arrays: What plots need and no table shows, for the run's arrays file; names likewise.
+    """
+
+    fields: dict[str, Any]
+    arrays: Mapping[str, np.ndarray] = MappingProxyType({})
+
+
+def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:
+    """The result with a part's findings, which replace those that it left there before.
+
+    Args:
+        result: Of the run, with the parts that are there.
+        findings: Of the part.
+        part: Its name.
+        seconds: What it took.
+
+    Raises:
+        ValueError: If a part that was not there finds something under a name that is taken.
+    """
+    there = list(result.evaluated or [])
+    own = ("evaluated", "evaluation_error", "evaluation_seconds")
+    taken = [name for name in findings.fields if name in own or (part not in there and name in result)]
+    if taken:
+        raise ValueError(f"part {part!r} and others write the same names: {', '.join(taken)}")
+    lines = (result.evaluation_error or "").split(BETWEEN)
+    left = [line for line in lines if not line.startswith(f"{part}: ")]
+    return result.having(
+        **{name: plain(value) for name, value in findings.fields.items()},
+        evaluated=[name for name in EVALUATION_PARTS if name in {*there, part}],
+        evaluation_seconds={**(result.evaluation_seconds or {}), part: round(seconds, 3)},
+        evaluation_error=BETWEEN.join(left) or None,
+    )
+
+
+def plain(value: Any) -> Any:
+    """The value with NumPy's numbers and arrays as Python's, for JSON."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+@dataclass
+class EvaluationContext:
+    """A trained student, the data it was made for, and its teachers.
+
+    Attributes:
+        settings: The run's.
+        result: What is recorded of the run so far (`num_branches`, `assignment`, ...).
+        student: In eval mode, on `device`.
+        dataset: Training and test images, all of them.
+        subset: Which training images the run saw (`train_index`) and validated on (`val_index`).
+        device: Where to compute.
+        gather: Loads the run's teachers; None if it had none.
+        started: When the run, or its last part, was started, as it was opened; None where that is unknown.
+    """
+
+    settings: Settings
+    result: Result
+    student: BranchedStudent
+    dataset: Dataset
+    subset: Subset
+    device: torch.device
+    gather: Callable[[], TeacherEnsemble] | None = field(default=None, repr=False)
+    started: datetime | None = None
+
+    @cached_property
+    def teachers(self) -> TeacherEnsemble | None:
+        """The run's teachers on `device`, loaded when first asked for; None if it had none."""
+        return None if self.gather is None else self.gather().to(self.device)
+
+    @cached_property
+    def test_predictions(self) -> StudentPredictions:
+        """What the student says of the test images; several parts read it, so it is asked once."""
+        batch_size = self.settings.data.eval_batch_size
+        return predict_student(self.student, self.dataset.test, batch_size=batch_size, device=self.device)
+
+
+def open_context(
+    run: RunDirectory, settings: Settings, device: torch.device, student: BranchedStudent | None = None
+) -> EvaluationContext:
+    """What the parts of an evaluation need of a finished run.
+
+    Args:
+        run: The run.
+        settings: Those it ran with, but for where things are by now.
+        device: Where to compute.
+        student: Moved to `device`; None for the run's own, with the weights after the last epoch.
+
+    Raises:
+        UserError: If the run is not done, a file of it is damaged, or the data are missing, or others than the run's.
+    """
+    started = run.started()  # first: a run that takes its place meanwhile is noticed
+    result, record = run.finished_result(), run.provenance()
+    if student is None:
+        student = load_student(run.student)
+    dataset, subset, views = prepare_data(settings)
+    recorded = record.get("data") or {}
+    for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
+        if recorded.get(f"{name}_sha256", found) != found:
+            raise UserError(f"data.root={settings.data.root}: its {name} images are not those of the run {run.path}")
+    if result.subset_sha256 not in (None, subset.sha256):
+        raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
+    data = TeacherData(dataset, subset, views, settings.teachers.train_on)
+    entries = record.get("teachers") or []
+    return EvaluationContext(
+        settings,
+        result,
+        student.eval().to(device),
+        dataset,
+        subset,
+        device,
+        gather=(lambda: recorded_teachers(settings, entries, data)) if entries else None,
+        started=started,
+    )
+
+
+def recorded_teachers(settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData) -> TeacherEnsemble:
+    """Loads the teachers that a run's provenance names; none is ever trained here.
+
+    Args:
+        settings: The run's, with places where the teachers are now.
+        entries: `teachers` of its provenance.json.
+        data: The run's.
+
+    Raises:
+        UserError: If one is no longer there, or is another network than the run's.
+    """
+    networks, identities = [], []
+    for entry in entries:
+        network = _load(settings, entry, data)
+        if state_sha256(network) != entry["sha256"]:
+            raise UserError(f"teacher {entry['id']!r} is not the one that taught this run (its weights differ)")
+        detail = {name: value for name, value in entry.items() if name not in _OWN}
+        networks.append(network)
+        identities.append(TeacherIdentity(**{name: entry[name] for name in _OWN}, detail=detail))
+    return TeacherEnsemble(networks, identities)
+
+
+def _load(settings: Settings, entry: Mapping[str, Any], data: TeacherData) -> StagedNetwork:
+    if "store_key" in entry:
+        weights = TeacherStore(Path(settings.teachers.store)).weights(entry["store_key"])
+        if not weights.is_file():
+            raise UserError(
+                f"teachers.store={settings.teachers.store}: teacher {entry['id']!r} of the run is not there; "
+                "name the store that the run used"
+            )
+        return load_network(weights)
+    for plan in plan_teachers(settings.teachers, data, "cpu"):
+        if (plan.id, plan.source) == (entry["id"], entry["source"]):
+            network, detail = plan.obtain()
+            if detail.get("file_sha256") == entry.get("file_sha256"):
+                return network
+    raise UserError(f"teacher {entry['id']!r} of the run is not in its pool any more")
