@@ -279,7 +279,7 @@ def test_the_method_is_chosen_by_name_and_uses_a_term_twice(page: Snippets):
 
 def test_the_teachers_come_from_their_files(page: Snippets):
     plans = prepare(settings(page, "teachers=mine"), "cpu").teachers
-    own, foreign = gather_teachers(plans).networks()
+    own, foreign = gather_teachers(plans).members
     assert state_sha256(own) == state_sha256(foreign) == state_sha256(page.names["network"])
     assert state_sha256(load_network("my_teacher.safetensors")) == state_sha256(own)
     three = prepare(settings(page, "teachers=mine", "teachers.count=3"), "cpu").teachers

@@ -23,7 +23,6 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
     BranchedStudent,
     DeployedModel,
-    DeployedSpec,
     DeployedStudent,
     NetworkSpec,
     cut_branches,
@@ -31,8 +30,8 @@ from ekd_lightning.networks import (
     normalization,
     save_student,
 )
-from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, to_bytes
-from ekd_lightning.networks.deployed_load import check_archive
+from ekd_lightning.networks.deploy import SUFFIXES, quantize_onnx, to_bytes
+from ekd_lightning.networks.deployed import check_archive
 
 NAMES = [f"class {i}" for i in range(6)]
 METADATA = {"class_names": NAMES, "image_size": 16, "data": {"name": "nothing", "fraction": 0.1}, "note": 'a "b" ü'}
@@ -124,9 +123,9 @@ def test_each_format_says_what_the_student_says_at_any_batch_size(file_format, f
             assert_same(model.probabilities(images(batch)), expected.softmax(-1))
         assert model.format == file_format
         assert {key: model.metadata[key] for key in METADATA} == METADATA
-        spec = DeployedSpec.from_dict(model.metadata["spec"])
-        assert (spec.branches, spec.ensemble, spec.folded) == (len(branches), student.ensemble, fold)
-        assert spec.outputs == (("logits", "probabilities") if probabilities else ("logits",))
+        rest = {"branches": len(branches), "ensemble": student.ensemble, "split_after": "stage1"}
+        outputs = {"folded": fold, "probabilities": probabilities}
+        assert model.metadata["spec"] == {"network": student.spec.to_dict(), **rest, **outputs}
 
 
 @pytest.mark.parametrize("split_after", ["none", "stem", "stage3"])

@@ -28,8 +28,8 @@ from ekd_lightning.networks import (
     register_network,
 )
 from ekd_lightning.networks import registry as registry_module
+from ekd_lightning.networks.convnets import RESNET_DEPTHS, ZeroPadShortcut
 from ekd_lightning.networks.registry import CLOSE, family, match_network
-from ekd_lightning.networks.resnet import DEPTHS, ZeroPadShortcut
 
 
 def _spec(name: str = "resnet8", num_classes: int = 10, **options: Any) -> NetworkSpec:
@@ -326,7 +326,7 @@ def branched(branches=3, split_after="stage1", name="resnet8", **options):
 
 
 def test_the_family_of_a_cifar_resnet_is_its_depths_without_the_wide_forms():
-    assert family("resnet20") == tuple(f"resnet{depth}" for depth in DEPTHS)
+    assert family("resnet20") == tuple(f"resnet{depth}" for depth in RESNET_DEPTHS)
     assert family("vgg8") == ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19")
     assert family("wrn_16_1") == ("wrn_16_1", "wrn_16_2", "wrn_16_4")
     assert family("mobilenetv2") == ("mobilenetv2",)

@@ -76,9 +76,9 @@ def test_training_the_parent_leaves_teachers_bit_identical() -> None:
     teachers = _ensemble()
     parent = Parent(teachers).train()
     before = copy.deepcopy([member.state_dict() for member in teachers.members])
-    assert not any(module.training for module in teachers.modules())
-    assert not any(parameter.requires_grad for parameter in teachers.parameters())
-    optimizer = torch.optim.SGD([p for p in parent.parameters() if p.requires_grad], lr=0.5)
+    assert not any(module.training for member in teachers.members for module in member.modules())
+    assert not any(parameter.requires_grad for member in teachers.members for parameter in member.parameters())
+    optimizer = torch.optim.SGD(parent.parameters(), lr=0.5)
     for _ in range(2):
         images = torch.rand(4, 3, 32, 32)
         loss = (parent.student(images) - teachers(images).logits.mean(0)).square().mean()
@@ -152,4 +152,5 @@ def test_members_move_with_the_ensemble() -> None:
     ensemble = _ensemble().to(torch.float64)
     outputs: Any = ensemble(torch.rand(1, 3, 32, 32, dtype=torch.float64))
     assert outputs.logits.dtype is torch.float64
-    assert {p.device.type for p in _ensemble().to("meta").parameters()} == {"meta"}
+    moved = Parent(_ensemble()).to("meta").wrapped["somewhere"].members
+    assert {p.device.type for member in moved for p in member.parameters()} == {"meta"}

@@ -20,7 +20,6 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
     zoo_entry,
-    zoo_identity,
     zoo_ids,
 )
 from ekd_lightning.networks import zoo as zoo_module
@@ -83,9 +82,6 @@ def test_fetches_once_and_loads(published: tuple[ZooEntry, Path], tmp_path: Path
     again, _ = load_zoo_teacher("mine", tmp_path / "weights")
     assert state_sha256(network) == state_sha256(again)
     assert [f.name for f in (tmp_path / "weights").iterdir() if f.suffix != ".lock"] == ["mine.pth"]
-    identity = zoo_identity(network, entry)
-    assert (identity.id, identity.source, identity.sha256) == ("mine", "zoo", state_sha256(network))
-    assert identity.detail["file_sha256"] == entry.sha256
 
 
 def test_address_that_does_not_answer(published: tuple[ZooEntry, Path], tmp_path: Path) -> None:

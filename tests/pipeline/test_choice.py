@@ -28,7 +28,7 @@ def test_best_is_the_one_with_most_right_validation_images(tiny_settings):
     with torch.no_grad():
         right = [
             float((network.eval()(images).argmax(-1) == labels).float().mean())
-            for network in gather_teachers(list(prepared.candidates)).networks()
+            for network in gather_teachers(list(prepared.candidates)).members
         ]
     assert [row["val_accuracy"] for row in chosen.candidate_scores] == pytest.approx(right)
     winner = prepared.candidates[right.index(max(right))]

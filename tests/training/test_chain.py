@@ -142,7 +142,7 @@ def test_a_link_equals_a_plain_loop_with_the_link_before_as_teacher(tiny_setting
     chain, links = chain_of(settings), links_of(settings)
     store = TeacherStore(Path(settings.teachers.store))
     first, second = (load_network(store.weights(link["store_key"])) for link in links)
-    pool = list(gather_teachers(list(chain.origins)).networks())
+    pool = list(gather_teachers(list(chain.origins)).members)
     assert distance(by_hand(settings, chain.assistants[0].spec, pool), first) < 1e-4
     assert distance(by_hand(settings, chain.assistants[1].spec, [first]), second) < 1e-4
     assert distance(by_hand(settings, chain.assistants[1].spec, pool), second) > 1e-3

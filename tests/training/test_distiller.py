@@ -35,11 +35,10 @@ class Spy(pl.Callback):
         self.seen: list[list[int]] = []
 
     def on_fit_start(self, trainer, pl_module):
-        self.teachers_before = copy.deepcopy(dict(pl_module.teachers.named_buffers()))
-        self.teachers_before |= copy.deepcopy(dict(pl_module.teachers.named_parameters()))
+        self.teachers_before = copy.deepcopy([member.state_dict() for member in pl_module.teachers.members])
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.modes |= {module.training for module in pl_module.teachers.modules()}
+        self.modes |= {module.training for member in pl_module.teachers.members for module in member.modules()}
         self.seen.append(batch.index.tolist())
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -90,17 +89,16 @@ def test_the_optimiser_holds_student_and_adapters_and_nothing_else(fit):
 
 
 def test_teachers_are_bit_identical_after_the_fit(fit):
-    now = dict(fit.module.teachers.named_buffers()) | dict(fit.module.teachers.named_parameters())
-    assert now.keys() == fit.spy.teachers_before.keys()
-    assert all(torch.equal(now[name], before) for name, before in fit.spy.teachers_before.items())
+    for member, before in zip(fit.module.teachers.members, fit.spy.teachers_before, strict=True):
+        assert all(torch.equal(value, before[name]) for name, value in member.state_dict().items())
     fit.module.teachers.verify()
-    assert not any(p.requires_grad for p in fit.module.teachers.parameters())
+    assert not any(p.requires_grad for member in fit.module.teachers.members for p in member.parameters())
 
 
 def test_teachers_stay_in_eval_mode(fit):
     assert fit.spy.modes == {False}
     fit.module.train()
-    assert not any(module.training for module in fit.module.teachers.modules())
+    assert not any(module.training for member in fit.module.teachers.members for module in member.modules())
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -109,7 +107,7 @@ def test_a_checkpoint_holds_no_teacher_but_their_hashes(fit, name):
     state = checkpoint["state_dict"]
     assert {key.split(".")[0] for key in state} == {"student", "method"}
     assert checkpoint["teachers"] == [t["sha256"] for t in fit.result["teachers"]]
-    teachers = {tuple(p.shape) for p in fit.module.teachers.parameters()}
+    teachers = {tuple(p.shape) for member in fit.module.teachers.members for p in member.parameters()}
     size = sum(value.numel() for value in state.values())
     assert teachers
     assert size == sum(

@@ -38,7 +38,7 @@ class _Mean(nn.Module):
 def inference(bench: Bench) -> dict[str, Any]:
     """(e) The student against each teacher and the ensemble of all: batch 1 and 128, plain, folded, compiled."""
     student = bench.job().prepared().student.to(bench.device).eval()
-    networks = list(bench.teachers.to(bench.device).networks())
+    networks = list(bench.teachers.to(bench.device).members)
     dtype = teacher_dtype("auto", bench.device.type)
     folded = [FrozenNetwork(network, dtype=dtype) for network in networks]
     names = [identity.id for identity in bench.teachers.identities]
@@ -135,7 +135,7 @@ def peak_share(bench: Bench, warm_images_per_second: float, teacher_rates: dict[
     }
     format_ = str(teacher_dtype("auto", bench.device.type)).removeprefix("torch.")
     student = bench.job().prepared().student
-    macs = {i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.networks(), strict=True)}
+    macs = {i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.members, strict=True)}
     return {
         "peak_gmacs": {name: value / 1e9 for name, value in peaks.items()},
         "format": format_,

@@ -61,7 +61,7 @@ class Bench:
     def job(self, settings: Settings | None = None, teachers: int | None = None) -> Job:
         """The job, with the first so many teachers."""
         count = self.teachers.num_teachers if teachers is None else teachers
-        chosen = TeacherEnsemble(list(self.teachers.networks())[:count], self.teachers.identities[:count])
+        chosen = TeacherEnsemble(self.teachers.members[:count], self.teachers.identities[:count])
         settings = settings or self.settings
         pool = replace(settings.teachers, count=count)
         return Job(replace(settings, teachers=pool), chosen, self.device)

@@ -64,7 +64,7 @@ class _PlainNetworks:
     """The networks as they are, for terms that ask them (`methods.terms.LiveNetworks`)."""
 
     def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble) -> None:
-        self._student, self._members = student, list(teachers.networks())
+        self._student, self._members = student, list(teachers.members)
 
     def ask_student(self, images: Tensor) -> StudentOutput:
         return self._student.outputs(images)
@@ -179,7 +179,7 @@ class CarefulLoop(PlainLoop):
         self.student.to(memory_format=torch.channels_last)
         self.teachers.to(memory_format=torch.channels_last)
         stages, taught_stages = tuple(method.student_stages), tuple(method.teacher_stages)
-        network, members = self.student, list(self.teachers.networks())
+        network, members = self.student, list(self.teachers.members)
 
         def student_outputs(images: Tensor) -> StudentOutput:
             return network.outputs(images, stages)

@@ -124,7 +124,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     Raises:
         UserError: For a value that cannot be.
     """
-    from ekd_lightning.networks.deployed_bytes import SUFFIXES  # noqa: PLC0415
+    from ekd_lightning.networks.deploy import SUFFIXES  # noqa: PLC0415
     from ekd_lightning.pipeline.export import WEIGHTS, ExportOptions  # noqa: PLC0415
 
     formats = tuple(dict.fromkeys(word.strip() for word in args.format.split(",")))
@@ -147,7 +147,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     if args.upload and not args.push_to:
         raise UserError("--upload: needs --push-to REPO")
     if args.upload:
-        from ekd_lightning.networks.deployed_bytes import require  # noqa: PLC0415
+        from ekd_lightning.networks.deploy import require  # noqa: PLC0415
 
         require("hub", "huggingface_hub")
     return ExportOptions(

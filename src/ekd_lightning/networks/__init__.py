@@ -1,10 +1,10 @@
 """Staged networks and their registry, the branched student, the teacher ensemble, pretrained weights."""
 
-# Importing a family registers its networks.
-from ekd_lightning.networks import convnets, resnet  # noqa: F401
-from ekd_lightning.networks.convert import KEY_MAPS, convert_state, load_foreign
-from ekd_lightning.networks.deploy import DeployedModel, DeployedSpec, DeployedStudent
-from ekd_lightning.networks.deployed_load import load_deployed
+# Importing the families registers them.
+from ekd_lightning.networks import convnets  # noqa: F401
+from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
+from ekd_lightning.networks.deploy import DeployedStudent
+from ekd_lightning.networks.deployed import DeployedModel, load_deployed
 from ekd_lightning.networks.registry import build_network, network_names, register_network
 from ekd_lightning.networks.staged import (
     NORMALIZATIONS,
@@ -28,7 +28,7 @@ from ekd_lightning.networks.weights import (
     save_student,
     state_sha256,
 )
-from ekd_lightning.networks.zoo import ZooEntry, load_zoo_teacher, zoo_entry, zoo_identity, zoo_ids
+from ekd_lightning.networks.zoo import ZooEntry, load_zoo_teacher, zoo_entry, zoo_ids
 
 __all__ = [
     "ENSEMBLES",
@@ -36,7 +36,6 @@ __all__ = [
     "NORMALIZATIONS",
     "BranchedStudent",
     "DeployedModel",
-    "DeployedSpec",
     "DeployedStudent",
     "NetworkOutput",
     "NetworkSpec",
@@ -48,7 +47,6 @@ __all__ = [
     "TeacherOutput",
     "ZooEntry",
     "build_network",
-    "convert_state",
     "cut_branches",
     "load_deployed",
     "load_foreign",
@@ -65,6 +63,5 @@ __all__ = [
     "save_student",
     "state_sha256",
     "zoo_entry",
-    "zoo_identity",
     "zoo_ids",
 ]

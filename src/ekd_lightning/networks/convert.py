@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +69,7 @@ KEY_MAPS: dict[str, KeyMap] = {
     "densenet_bc": KeyMap(
         rules=(
             (r"conv1\.(\w+)", r"stages.stem.conv.\1"),
-            (r"block1\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage1.block.\1.\2"),
-            (r"block2\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage2.block.\1.\2"),
-            (r"block3\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage3.block.\1.\2"),
+            (r"block([123])\.layer\.(\d+)\.((?:bn|conv)[12]\.\w+)", r"stages.stage\1.block.\2.\3"),
             (r"trans1\.(bn|conv)1\.(\w+)", r"stages.stage2.transition.\1.\2"),
             (r"trans2\.(bn|conv)1\.(\w+)", r"stages.stage3.transition.\1.\2"),
             (r"bn1\.(\w+)", r"stages.stage3.bn.\1"),
@@ -84,55 +81,8 @@ KEY_MAPS: dict[str, KeyMap] = {
 }
 
 
-def convert_state(
-    foreign: Mapping[str, Tensor], network: StagedNetwork, key_map: str, source: str = "checkpoint"
-) -> dict[str, Tensor]:
-    """Renames foreign weights to those of a network, and refuses them unless everything fits.
-
-    Args:
-        foreign: name to tensor, as `weights.read_foreign_checkpoint` returns them.
-        network: whose names and shapes must be met exactly.
-        key_map: a name in `KEY_MAPS`.
-        source: where the weights come from, for error messages.
-
-    Returns:
-        A state dict that the network loads strictly.
-
-    Raises:
-        UserError: naming what does not fit: foreign names without a rule, two for one place, places
-            left empty, shapes that differ; with the network and its number of classes.
-    """
-    if key_map not in KEY_MAPS:
-        raise unknown_name("key map", key_map, KEY_MAPS)
-    rules, ours = KEY_MAPS[key_map], network.state_dict()
-    converted: dict[str, Tensor] = {}
-    unmapped, doubled, shapes = [], [], []
-    for key, value in foreign.items():
-        if any(re.fullmatch(pattern, key) for pattern in rules.ignored):
-            continue
-        name = rules.rename(key)
-        if name is None or name not in ours:
-            unmapped.append(key)
-        elif name in converted:
-            doubled.append(key)
-        else:
-            if value.shape != ours[name].shape:
-                shapes.append(f"{key} {list(value.shape)} instead of {list(ours[name].shape)}")
-            converted[name] = value
-    missing = [name for name in ours if name not in converted]
-    absent = [name for name in missing if any(re.fullmatch(pattern, name) for pattern in rules.absent)]
-    problems = {
-        "names that it has no place for": unmapped,
-        "two names for one place": doubled,
-        "missing": [name for name in missing if name not in absent],
-        "other shapes": shapes,
-    }
-    _refuse_misfits(problems, network.spec, key_map, source, converted.get("head.weight"))
-    return {**converted, **{name: ours[name] for name in absent}}
-
-
 def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNetwork:
-    """Builds a network and fills it from somebody else's checkpoint, strictly.
+    """Builds a network and fills it from somebody else's checkpoint, refused unless everything fits.
 
     Nothing in the file is executed, and the global random generator is not advanced.
 
@@ -145,24 +95,48 @@ def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNet
         The network on the CPU, in eval mode.
 
     Raises:
-        UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`) or
-            does not fit (see `convert_state`).
+        UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`), or naming what does
+            not fit: foreign names without a rule, two for one place, places left empty, shapes that differ; with
+            the network and its number of classes.
     """
     if key_map not in KEY_MAPS:
         raise unknown_name("key map", key_map, KEY_MAPS)
     with torch.random.fork_rng(devices=[]):
         network = build_network(spec)
-    state = convert_state(read_foreign_checkpoint(path), network, key_map, source=str(path))
-    network.load_state_dict(state, strict=True)
+    rules, ours = KEY_MAPS[key_map], network.state_dict()
+    converted: dict[str, Tensor] = {}
+    unmapped, doubled, shapes = [], [], []
+    for key, value in read_foreign_checkpoint(path).items():
+        if _matches(key, rules.ignored):
+            continue
+        name = rules.rename(key)
+        if name is None or name not in ours:
+            unmapped.append(key)
+        elif name in converted:
+            doubled.append(key)
+        else:
+            if value.shape != ours[name].shape:
+                shapes.append(f"{key} {list(value.shape)} instead of {list(ours[name].shape)}")
+            converted[name] = value
+    problems = {
+        "names that it has no place for": unmapped,
+        "two names for one place": doubled,
+        "missing": [name for name in ours if name not in converted and not _matches(name, rules.absent)],
+        "other shapes": shapes,
+    }
+    if any(problems.values()):
+        misfits = _misfits(problems, spec, key_map, converted.get("head.weight"))
+        raise UserError(f"{path} does not fit {misfits}")
+    network.load_state_dict({**ours, **converted}, strict=True)
     return network.eval()
 
 
-def _refuse_misfits(
-    problems: dict[str, list[str]], spec: NetworkSpec, key_map: str, source: str, head: Tensor | None
-) -> None:
-    """Raises one line that names the first few misfits of each kind, if there are any."""
-    if not any(problems.values()):
-        return
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _misfits(problems: dict[str, list[str]], spec: NetworkSpec, key_map: str, head: Tensor | None) -> str:
+    """Names the network, and the first few misfits of each kind."""
     parts = []
     # The commonest mistakes in plain words: the class count, then the wrong network.
     if head is not None and head.dim() == 2 and head.shape[0] != spec.num_classes:
@@ -172,7 +146,4 @@ def _refuse_misfits(
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             parts.append(f"{problem}: {', '.join(names[:_SHOWN])}{more}")
     options = f" {dict(spec.options)}" if spec.options else ""
-    raise UserError(
-        f"{source} does not fit network {spec.name!r}{options} with {spec.num_classes} classes "
-        f"(key map {key_map!r}): {'; '.join(parts)}"
-    )
+    return f"network {spec.name!r}{options} with {spec.num_classes} classes (key map {key_map!r}): {'; '.join(parts)}"

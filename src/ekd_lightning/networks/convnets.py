@@ -1,8 +1,9 @@
-"""Convolutional networks of other families, for 32 × 32 images: VGG, MobileNetV2, DenseNet-BC.
+"""Convolutional networks for 32 × 32 images: ResNet, wide ResNet, VGG, MobileNetV2, DenseNet-BC.
 
-VGG has batch norm: the convolutions of Simonyan and Zisserman 2015, one linear head. MobileNetV2 (Sandler et al. 2018)
-is made of torchvision's blocks, with two strides removed. DenseNet-BC (Huang et al. 2017) has three dense blocks of
-bottleneck layers.
+ResNets are those of depth 6n + 2 (He et al. 2016) with option A or option B shortcuts, wide ones those of Zagoruyko
+and Komodakis 2016. VGG has batch norm: the convolutions of Simonyan and Zisserman 2015, one linear head. MobileNetV2
+(Sandler et al. 2018) is made of torchvision's blocks, with two strides removed. DenseNet-BC (Huang et al. 2017) has
+three dense blocks of bottleneck layers.
 """
 
 from __future__ import annotations
@@ -12,14 +13,138 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
-from ekd_lightning.networks.registry import register_network
+from ekd_lightning.networks.registry import is_number, register_network, require
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
-WIDTHS = (64, 128, 256, 512, 512)
-CONVOLUTIONS = {
+RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
+RESNET_WIDTHS = (16, 16, 32, 64)
+"""Channels of stem, stage1, stage2, stage3."""
+WIDE_FORMS = ((16, 1), (16, 2), (16, 4), (40, 1), (40, 2), (28, 4), (28, 10))
+"""Registered (depth, widening factor) pairs."""
+DENSE_FORMS = ((40, 12), (100, 12), (100, 24), (190, 40))
+"""Registered (depth, growth rate) pairs."""
+
+
+def convolution(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution before a batch norm, hence without bias, that keeps the size but for its stride."""
+    return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+
+
+def _named(**parts: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(parts))
+
+
+def _activation(channels: int) -> dict[str, nn.Module]:
+    return {"bn": nn.BatchNorm2d(channels), "relu": nn.ReLU(inplace=True)}
+
+
+class ZeroPadShortcut(nn.Module):
+    """Option A: subsamples in space and pads the missing channels with zeros, without parameters.
+
+    Half of the new channels go before the old ones and half behind, as in the weights in circulation.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (out_channels - in_channels) // 2
+        self.behind = out_channels - in_channels - self.before
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps [B, in, H, W] to [B, out, H / stride, W / stride] (rounded up)."""
+        maps = maps[:, :, :: self.stride, :: self.stride]
+        return functional.pad(maps, (0, 0, 0, 0, self.before, self.behind))
+
+
+def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if kind == "A":
+        return ZeroPadShortcut(in_channels, out_channels, stride)
+    return nn.Sequential(convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+def _resnet(spec: NetworkSpec, depth: int, widths: tuple[int, ...], shortcut: str) -> StagedNetwork:
+    require(shortcut in ("A", "B"), spec, "shortcut", "'A', 'B'")
+    channels = widths[0]
+    stages: dict[str, nn.Module] = {"stem": _named(conv=convolution(3, channels), **_activation(channels))}
+    for number, width in enumerate(widths[1:], 1):
+        stride = 1 if number == 1 else 2
+        first = BasicBlock(channels, width, stride, _shortcut(shortcut, channels, width, stride))
+        rest = (BasicBlock(width, width) for _ in range((depth - 2) // 6 - 1))
+        stages[f"stage{number}"], channels = nn.Sequential(first, *rest), width
+    return StagedNetwork(spec, stages, num_features=channels)
+
+
+def _scaled_resnet(depth: int, spec: NetworkSpec, *, shortcut: str = "B", width: float = 1) -> StagedNetwork:
+    # All four widths are multiplied, the stem's too, so stage1 keeps its plain shortcuts.
+    possible = is_number(width) and 0 < width <= 64 and all(round(base * width) >= 1 for base in RESNET_WIDTHS)
+    require(possible, spec, "width", "a number in [1/16, 64] that multiplies the channels 16-32-64")
+    return _resnet(spec, depth, tuple(round(base * width) for base in RESNET_WIDTHS), shortcut)
+
+
+def _resnet_x4(depth: int, spec: NetworkSpec, *, shortcut: str = "B") -> StagedNetwork:
+    # The stem is only doubled: the form in which these two networks are compared in the literature.
+    return _resnet(spec, depth, (32, 64, 128, 256), shortcut)
+
+
+for _depth in RESNET_DEPTHS:
+    register_network(f"resnet{_depth}")(partial(_scaled_resnet, _depth))
+for _depth in (8, 32):
+    register_network(f"resnet{_depth}x4")(partial(_resnet_x4, _depth))
+
+
+class WideBlock(nn.Module):
+    """BN, ReLU, 3×3 convolution, twice, plus the shortcut.
+
+    Where the shape changes, the shortcut is a 1×1 convolution of the activated input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = convolution(in_channels, out_channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = convolution(out_channels, out_channels)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = convolution(in_channels, out_channels, 1, stride)
+        self.dropout = dropout
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps [B, in, H, W] to [B, out, H / stride, W / stride] (rounded up)."""
+        active = torch.relu(self.bn1(maps))
+        new = torch.relu(self.bn2(self.conv1(active)))
+        new = self.conv2(functional.dropout(new, self.dropout, self.training))
+        return new + (maps if self.shortcut is None else self.shortcut(active))
+
+
+def _wide_resnet(depth: int, factor: int, spec: NetworkSpec, *, dropout: float = 0.0) -> StagedNetwork:
+    require(is_number(dropout) and 0 <= dropout < 1, spec, "dropout", "a number in [0, 1)")
+    channels = 16
+    stages: dict[str, nn.Module] = {"stem": _named(conv=convolution(3, channels))}
+    for number, base in ((1, 16), (2, 32), (3, 64)):
+        parts: dict[str, nn.Module] = {}
+        for block in range((depth - 4) // 6):
+            stride = 2 if number > 1 and block == 0 else 1
+            parts[str(block)] = WideBlock(channels, base * factor, stride, dropout)
+            channels = base * factor
+        # The last activation belongs to the last stage, whose output the head pools.
+        stages[f"stage{number}"] = _named(**parts, **(_activation(channels) if number == 3 else {}))
+    return StagedNetwork(spec, stages, num_features=channels)
+
+
+for _depth, _factor in WIDE_FORMS:
+    register_network(f"wrn_{_depth}_{_factor}")(partial(_wide_resnet, _depth, _factor))
+
+
+VGG_WIDTHS = (64, 128, 256, 512, 512)
+VGG_CONVOLUTIONS = {
     "vgg8": (1, 1, 1, 1, 1),
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
@@ -37,25 +162,25 @@ def _vgg(convolutions: tuple[int, ...], spec: NetworkSpec) -> StagedNetwork:
     """
     stages: dict[str, nn.Module] = {}
     channels = 3
-    for number, (width, count) in enumerate(zip(WIDTHS, convolutions, strict=True)):
+    for number, (width, count) in enumerate(zip(VGG_WIDTHS, convolutions, strict=True)):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if number else []
         for _ in range(count):
             # With a bias, though batch norm cancels it: the published counts and weights have it.
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
-        if number == len(WIDTHS) - 1:
+        if number == len(VGG_WIDTHS) - 1:
             layers.append(nn.MaxPool2d(2))
         stages[f"stage{number}" if number else "stem"] = nn.Sequential(*layers)
     return StagedNetwork(spec, stages, num_features=channels)
 
 
-for _name, _convolutions in CONVOLUTIONS.items():
+for _name, _convolutions in VGG_CONVOLUTIONS.items():
     register_network(_name)(partial(_vgg, _convolutions))
 
 
 # Stage: (expansion, channels, blocks, stride of the first block) as in the paper's table 2, except that
 # the stem and the 24-channel group keep the resolution: 32 × 32 images have none to spare.
-GROUPS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+MOBILENET_GROUPS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "stem": ((1, 16, 1, 1),),
     "stage1": ((6, 24, 2, 1),),
     "stage2": ((6, 32, 3, 2),),
@@ -65,30 +190,23 @@ GROUPS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 
 
-def _convolution(in_channels: int, out_channels: int, size: int) -> nn.Module:
-    return Conv2dNormActivation(in_channels, out_channels, kernel_size=size, activation_layer=nn.ReLU6)
-
-
 @register_network("mobilenetv2")
 def _mobilenetv2(spec: NetworkSpec) -> StagedNetwork:
     """The head is linear only: the dropout before it, for ImageNet, is left out."""
+    full = partial(Conv2dNormActivation, activation_layer=nn.ReLU6)
     stages: dict[str, nn.Module] = {}
     channels = STEM_CHANNELS
-    for name, groups in GROUPS.items():
-        layers: list[nn.Module] = [_convolution(3, channels, 3)] if name == "stem" else []
+    for name, groups in MOBILENET_GROUPS.items():
+        layers: list[nn.Module] = [full(3, channels)] if name == "stem" else []
         for expansion, width, blocks, first_stride in groups:
             for block in range(blocks):
                 stride = first_stride if block == 0 else 1
                 layers.append(InvertedResidual(channels, width, stride, expansion))
                 channels = width
         if name == "stage4":
-            layers.append(_convolution(channels, LAST_CHANNELS, 1))
+            layers.append(full(channels, LAST_CHANNELS, kernel_size=1))
         stages[name] = nn.Sequential(*layers)
     return StagedNetwork(spec, stages, num_features=LAST_CHANNELS)
-
-
-FORMS = ((40, 12), (100, 12), (100, 24), (190, 40))
-"""Registered (depth, growth rate) pairs."""
 
 
 class DenseLayer(nn.Module):
@@ -97,9 +215,9 @@ class DenseLayer(nn.Module):
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, 4 * growth, 1, bias=False)
+        self.conv1 = convolution(in_channels, 4 * growth, 1)
         self.bn2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.conv2 = convolution(4 * growth, growth)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps [B, in, H, W] to [B, in + growth, H, W]."""
@@ -108,35 +226,22 @@ class DenseLayer(nn.Module):
         return torch.cat([maps, new], dim=1)
 
 
-def _transition(in_channels: int, out_channels: int) -> nn.Sequential:
-    parts: OrderedDict[str, nn.Module] = OrderedDict(
-        bn=nn.BatchNorm2d(in_channels),
-        relu=nn.ReLU(inplace=True),
-        conv=nn.Conv2d(in_channels, out_channels, 1, bias=False),
-        pool=nn.AvgPool2d(2),
-    )
-    return nn.Sequential(parts)
-
-
 def _densenet(depth: int, growth: int, spec: NetworkSpec) -> StagedNetwork:
     """Stages 2 and 3 begin with their transition, so a stage's output is that of its dense block."""
     layers = (depth - 4) // 6
     channels = 2 * growth
-    stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, channels, 3, padding=1, bias=False)))
-    stages: dict[str, nn.Module] = {"stem": stem}
+    stages: dict[str, nn.Module] = {"stem": _named(conv=convolution(3, channels))}
     for number in (1, 2, 3):
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        if number > 1:
-            parts["transition"] = _transition(channels, channels // 2)  # compression 0.5
+        parts: dict[str, nn.Module] = {}
+        if number > 1:  # compression 0.5
+            halved = convolution(channels, channels // 2, 1)
+            parts["transition"] = _named(**_activation(channels), conv=halved, pool=nn.AvgPool2d(2))
             channels //= 2
         parts["block"] = nn.Sequential(*(DenseLayer(channels + i * growth, growth) for i in range(layers)))
         channels += layers * growth
-        if number == 3:
-            parts["bn"] = nn.BatchNorm2d(channels)
-            parts["relu"] = nn.ReLU(inplace=True)
-        stages[f"stage{number}"] = nn.Sequential(parts)
+        stages[f"stage{number}"] = _named(**parts, **(_activation(channels) if number == 3 else {}))
     return StagedNetwork(spec, stages, num_features=channels)
 
 
-for _depth, _growth in FORMS:
+for _depth, _growth in DENSE_FORMS:
     register_network(f"densenetbc_{_depth}_{_growth}")(partial(_densenet, _depth, _growth))

@@ -1,82 +1,47 @@
-"""Deployed students: the student as it is used, images in, logits out, and nothing of its training.
+"""Deployed students: the student as it is used, images in, logits out, as a safetensors, ONNX or torch.export file.
 
 Shape letters: B batch, C classes, K branches.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line, quiet
+from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.networks.staged import NetworkSpec
 from ekd_lightning.networks.student import BranchedStudent
 
-
-@dataclass(frozen=True)
-class DeployedSpec:
-    """All that determines a deployed student's structure (not its weights).
-
-    Attributes:
-        network: What trunk and branches are cut from; holds class count and normalisation.
-        branches: K, those that were kept.
-        split_after: The last shared stage, or `none`.
-        ensemble: How the branches are coupled. The gate of some of the branches is that of all of them, its weights
-            scaled to sum to 1.
-        folded: Whether batch norms are part of the convolutions (or the gate's linear layer) before them.
-        probabilities: Whether probabilities are returned beside logits.
-    """
-
-    network: NetworkSpec
-    branches: int
-    split_after: str
-    ensemble: str
-    folded: bool = True
-    probabilities: bool = False
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of what the student returns."""
-        return ("logits", "probabilities") if self.probabilities else ("logits",)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON-able values."""
-        return {**asdict(self), "network": self.network.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DeployedSpec:
-        """Rebuilds a spec from `to_dict`.
-
-        Raises:
-            UserError: When a key is missing, unknown or of the wrong kind.
-        """
-        try:
-            rest = {key: value for key, value in values.items() if key != "network"}
-            return cls(NetworkSpec.from_dict(values["network"]), **rest)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"not the description of a deployed student ({error})") from None
-
-    def build(self) -> DeployedStudent:
-        """Builds the structure with weights that mean nothing yet; the global random generator is not advanced."""
-        with torch.random.fork_rng(devices=[]):
-            student = BranchedStudent(
-                self.network, branches=self.branches, split_after=self.split_after, ensemble=self.ensemble
-            )
-        return DeployedStudent(student, fold=self.folded, probabilities=self.probabilities)
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
+"""Formats, and how their files are called."""
+KIND = "ekd_kind"
+DEPLOYED = "deployed student"
+METADATA_FILE = "ekd_metadata.json"  # inside a .pt2
+ONNX_OPSET = 18
+EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class DeployedStudent(nn.Module):
     """A copy of a student for use: normalisation inside, eval mode, no gradients, any batch size.
 
     Attributes:
-        spec: What it was built from.
+        spec: All that determines its structure (not its weights), JSON-able: `network`, the dictionary of what trunk
+            and branches are cut from; `branches`, `split_after` and `ensemble` of the student; whether it is `folded`
+            and returns `probabilities`. The gate of some of the branches is that of all of them, its weights scaled
+            to sum to 1.
     """
 
     def __init__(self, student: BranchedStudent, *, fold: bool = True, probabilities: bool = False) -> None:
@@ -84,22 +49,38 @@ class DeployedStudent(nn.Module):
 
         Args:
             student: With the weights that are to be used.
-            fold: Whether batch norms are folded into the convolutions before them. Those that follow none (in
-                pre-activation networks) stay.
+            fold: Whether batch norms are folded into the convolutions (or the gate's linear layer) before them. Those
+                that follow none (in pre-activation networks) stay.
             probabilities: Whether probabilities are returned beside logits.
         """
         super().__init__()
-        self.spec = DeployedSpec(
-            student.spec,
-            student.num_branches,
-            student.split_after,
-            student.ensemble,
-            folded=fold,
-            probabilities=probabilities,
-        )
+        structure = student.arguments()
+        self.spec = {"network": structure.pop("spec"), **structure, "folded": fold, "probabilities": probabilities}
         # Contiguous: other runtimes have formats of their own, and read strides literally.
         self.network = FrozenStudent(student, fold=fold, channels_last=False)
         self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> DeployedStudent:
+        """Builds the structure with weights that mean nothing yet; the global random generator is not advanced.
+
+        Raises:
+            UserError: When a key is missing, unknown or of the wrong kind.
+        """
+        try:
+            values = dict(spec)
+            network, fold = NetworkSpec.from_dict(values.pop("network")), values.pop("folded")
+            probabilities = values.pop("probabilities")
+            with torch.random.fork_rng(devices=[]):
+                student = BranchedStudent(network, **values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"not the description of a deployed student ({error})") from None
+        return cls(student, fold=fold, probabilities=probabilities)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of what the student returns."""
+        return ["logits", "probabilities"] if self.spec["probabilities"] else ["logits"]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies images.
@@ -111,85 +92,37 @@ class DeployedStudent(nn.Module):
             Logits [B, C] (log-probabilities for `mean_probs`), or these and probabilities [B, C].
         """
         logits = self.network(images)
-        return (logits, logits.softmax(dim=-1)) if self.spec.probabilities else logits
+        return (logits, logits.softmax(dim=-1)) if self.spec["probabilities"] else logits
 
 
-KIND = "ekd_kind"
-DEPLOYED = "deployed student"
-REQUIRED = ("spec", "class_names", "image_size")
+def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
+    """The content of a file that `load_deployed` reads.
 
+    Args:
+        student: On the CPU.
+        metadata: JSON-able values, `class_names` and `image_size` among them; the student's spec is added.
+        file_format: One of `SUFFIXES`.
 
-class DeployedModel:
-    """A classifier, ready for use; made by `load_deployed`.
-
-    Attributes:
-        format: `safetensors`, `onnx` or `torch-export`.
-        metadata: What is known of it: classes, data, method, metrics, hashes, versions.
-        module: The PyTorch module that computes; None where ONNX Runtime does.
+    Raises:
+        UserError: If a package that the format needs is not installed, or the student cannot be exported.
     """
-
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        metadata: Mapping[str, Any],
-        file_format: str,
-        module: nn.Module | None = None,
-    ) -> None:
-        """Wraps what computes.
-
-        Args:
-            run: Maps float32 images [B, 3, H, W] to logits [B, C].
-            metadata: As read from the file.
-            file_format: The file's format.
-            module: What `run` calls, if it is a module.
-        """
-        self._run, self.metadata, self.format, self.module = run, dict(metadata), file_format, module
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One name a class, in the order of the logits."""
-        return tuple(self.metadata["class_names"])
-
-    @property
-    def image_size(self) -> int:
-        """Height, and width, of the images in pixels."""
-        return int(self.metadata["image_size"])
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Classifies a batch of any size.
-
-        Args:
-            images: float [B, 3, H, W] in [0, 1], RGB, not normalised.
-
-        Returns:
-            Logits, float32 [B, C], on the model's device.
-
-        Raises:
-            TypeError: If the images are integers.
-            ValueError: If they have another shape.
-        """
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images must be [B, 3, {size}, {size}], got {list(images.shape)}")
-        return self._run(images.float())
-
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities [B, C]; see `__call__`."""
-        return self(images).softmax(dim=-1)
-
-    def classify(self, images: Tensor) -> list[tuple[str, float]]:
-        """The most probable class of each image, with its probability."""
-        confidence, index = self.probabilities(images).max(dim=-1)
-        names = self.class_names
-        return [(names[i], p) for i, p in zip(index.tolist(), confidence.tolist(), strict=True)]
-
-    def __repr__(self) -> str:
-        spec = self.metadata["spec"]
-        what = f"{spec['network']['name']}, {spec['branches']} branches, {len(self.class_names)} classes"
-        return f"DeployedModel({what}, {self.format})"
+    strings = pack_metadata({**metadata, "spec": student.spec})
+    if file_format == "safetensors":
+        state = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
+        return seal(safetensors.torch.save(state, {**strings, SEAL: UNSEALED}))
+    size = int(metadata["image_size"])
+    example = torch.zeros(2, 3, size, size)  # of a batch of one, tracing would make a constant
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    try:
+        with quiet(*EXPORTERS), contextlib.redirect_stdout(io.StringIO()):
+            write = _to_onnx if file_format == "onnx" else _to_torch_export
+            return write(student, strings, example, shapes)
+    except UserError:
+        raise
+    except Exception as error:  # a network of a user's may do what a tracer does not know: many kinds
+        raise UserError(
+            f"the student cannot be written as {file_format} ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def pack_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -197,25 +130,116 @@ def pack_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {KIND: DEPLOYED, **{key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}}
 
 
-def unpack_metadata(strings: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """Reads what `pack_metadata` made; strings that it did not make are left out.
+def require(extra: str, *packages: str) -> None:
+    """Refuses what needs a package that is not installed.
 
     Raises:
-        UserError: If the file is not a deployed student, or its description is damaged.
+        UserError: Naming the package and the extra of this project that holds it.
     """
-    found = strings.get(KIND)
-    if found != DEPLOYED:
-        what = f"a {found}" if found else "nothing of ours"
-        hint = " (ekd-export makes one from a finished run)" if found == "student" else ""
-        raise UserError(f"{path}: holds {what}, not a {DEPLOYED}{hint}")
-    metadata: dict[str, Any] = {}
-    for key, value in strings.items():
-        if key not in (KIND, "ekd_sha256"):
-            try:
-                metadata[key] = json.loads(value)
-            except (ValueError, TypeError):
-                continue  # another tool's
-    missing = [key for key in REQUIRED if key not in metadata]
-    if missing:
-        raise UserError(f"{path}: its description of the student lacks {', '.join(missing)}")
-    return metadata
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'")
+
+
+def _with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:
+    """Serialises an ONNX model (an `onnx.ModelProto`) with these strings in its metadata."""
+    import onnx  # noqa: PLC0415  # optional
+
+    onnx.helper.set_model_props(model, {**strings, SEAL: UNSEALED})
+    return seal(model.SerializeToString())
+
+
+def _to_torch_export(
+    student: DeployedStudent, strings: dict[str, str], example: Tensor, shapes: dict[str, Any]
+) -> bytes:
+    program = torch.export.export(student, (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:  # they name files of this machine
+        node.meta.pop("stack_trace", None)
+        node.meta.pop("nn_module_stack", None)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(strings)})
+    return file.getvalue()
+
+
+def _to_onnx(student: DeployedStudent, strings: dict[str, str], example: Tensor, shapes: dict[str, Any]) -> bytes:
+    require("export", "onnx", "onnxscript")
+    program = torch.onnx.export(
+        student,
+        (example,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["images"],
+        output_names=student.outputs,
+        opset_version=ONNX_OPSET,
+        verbose=False,
+    )
+    assert program is not None  # with dynamo=True
+    model = program.model_proto
+    for graph in (model.graph, *model.functions):
+        for node in graph.node:
+            del node.metadata_props[:]
+    del model.graph.metadata_props[:]
+    return _with_onnx_metadata(model, strings)
+
+
+def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[str, str]) -> bytes:
+    """Quantises an ONNX student to int8, with the ranges that activations have on some images.
+
+    Convolutions and additions get int8 weights per output channel (symmetric) and uint8 activations, as pairs of
+    QuantizeLinear and DequantizeLinear. Weights take 7 bits: with 8, processors without VNNI saturate, and the
+    accuracy would depend on the machine. The first convolution, which sees the images, and the heads, which make
+    the logits, stay in float32: they cost little and matter most.
+
+    Args:
+        model: Content of an ONNX file of `to_bytes`, batch norm folded.
+        batches: float32 [B, 3, H, W] in [0, 1]; their minima and maxima are the ranges.
+        metadata: Strings for the file.
+
+    Returns:
+        The content of an ONNX file.
+
+    Raises:
+        UserError: If onnx or onnxruntime is not installed.
+    """
+    require("export", "onnx", "onnxruntime")
+    import onnx  # noqa: PLC0415  # optional
+    from onnxruntime import quantization  # noqa: PLC0415
+    from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            found = next(self._batches, None)
+            return None if found is None else {"images": np.ascontiguousarray(found)}
+
+    with tempfile.TemporaryDirectory() as folder, quiet(None):  # the root logger gets advice on preprocessing
+        given, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8"))
+        given.write_bytes(model)  # of a model in memory it loses the weights on the way
+        # Without symbolic shapes, which are for transformers, and need sympy of one version.
+        quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+        graph = onnx.load(str(prepared)).graph
+        quantization.quantize_static(
+            str(prepared),
+            str(quantised),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Add"],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            nodes_to_exclude=list(_first_convolutions(graph)),
+        )
+        return _with_onnx_metadata(onnx.load(str(quantised)), metadata)
+
+
+def _first_convolutions(graph: Any) -> Iterator[str]:
+    """Names of the convolutions behind no other: one, or one a branch where nothing is shared."""
+    behind: set[str] = set()
+    for node in graph.node:  # in the order of execution
+        if node.op_type == "Conv" and behind.isdisjoint(node.input):
+            yield node.name
+        if node.op_type == "Conv" or not behind.isdisjoint(node.input):
+            behind.update(node.output)

@@ -8,20 +8,47 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, pool
+from ekd_lightning.networks.staged import NetworkOutput, Normalize, StagedNetwork, pool
 from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
 
 log = logging.getLogger(__name__)
 
 
-class FrozenNetwork(nn.Module):
+class _Frozen(nn.Module):
+    """What frozen networks and students share: the normalisation in float32, then stages in a format of their own."""
+
+    mean: Tensor
+    std: Tensor
+
+    def _take(self, normalize: Normalize, dtype: torch.dtype, fold: bool, channels_last: bool) -> None:
+        self.dtype, self._fold = dtype, fold
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.register_buffer("mean", normalize.mean, persistent=False)
+        self.register_buffer("std", normalize.std, persistent=False)
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
+
+    def _frozen(self, stages: nn.ModuleDict) -> dict[str, nn.Module]:
+        """The stages, folded, in `dtype` but for batch norms that cannot be folded: their statistics need float32."""
+        found = {name: _folded(stage, name) if self._fold else stage for name, stage in stages.items()}
+        for stage in found.values():
+            stage.to(self.dtype)
+            for part in stage.modules():
+                if isinstance(part, nn.BatchNorm2d):
+                    part.float()
+            stage.to(memory_format=self._memory_format)
+        return found
+
+
+class FrozenNetwork(_Frozen):
     """A copy of a staged network for inference.
 
     Images are normalised and features pooled in float32, and the head computes in float32, whatever `dtype`
@@ -31,9 +58,6 @@ class FrozenNetwork(nn.Module):
         dtype: What the stages compute in.
         stage_names: Stages whose outputs are returned.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -55,14 +79,10 @@ class FrozenNetwork(nn.Module):
                 outputs equal those of the network within rounding.
         """
         super().__init__()
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype, self.stage_names, self._memory_format = dtype, tuple(stage_names), memory_format
-        network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.register_buffer("mean", network.normalize.mean, persistent=False)
-        self.register_buffer("std", network.normalize.std, persistent=False)
-        stages = {name: _folded(stage, name) if fold else stage for name, stage in network.stages.items()}
-        self.stages = _in_format(nn.ModuleDict(stages), dtype)
-        self.stages.to(memory_format=memory_format)
+        self.stage_names = tuple(stage_names)
+        network = copy.deepcopy(network).eval()
+        self._take(network.normalize, dtype, fold, channels_last)
+        self.stages = nn.ModuleDict(self._frozen(network.stages))
         self.head = network.head
         self.eval().requires_grad_(False)
 
@@ -72,7 +92,7 @@ class FrozenNetwork(nn.Module):
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
         """
-        maps = ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
+        maps = self._normalized(images)
         wanted = []
         for name, stage in self.stages.items():
             maps = stage(maps)
@@ -100,11 +120,8 @@ class FrozenNetwork(nn.Module):
             return self
 
 
-class FrozenStudent(nn.Module):
+class FrozenStudent(_Frozen):
     """A copy of a branched student for inference; the same treatment as `FrozenNetwork`."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -116,19 +133,11 @@ class FrozenStudent(nn.Module):
     ) -> None:
         """Copies the student, which stays as it is; see `FrozenNetwork`."""
         super().__init__()
-        self.dtype = dtype
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        student = copy.deepcopy(student).eval().requires_grad_(False)
-        self.register_buffer("mean", student.trunk.normalize.mean, persistent=False)
-        self.register_buffer("std", student.trunk.normalize.std, persistent=False)
+        student = copy.deepcopy(student).eval()
+        self._take(student.trunk.normalize, dtype, fold, channels_last)
         own = [cast(Branch, branch) for branch in student.branches]
-        parts = (student.trunk.stages, *(branch.stages for branch in own))
-        chains = [
-            nn.Sequential(*(_folded(stage, name) if fold else stage for name, stage in stages.items()))
-            for stages in parts
-        ]
-        self.trunk, *branches = (_in_format(chain, dtype).to(memory_format=self._memory_format) for chain in chains)
-        self.branches = nn.ModuleList(branches)
+        self.trunk = nn.Sequential(*self._frozen(student.trunk.stages).values())
+        self.branches = nn.ModuleList(nn.Sequential(*self._frozen(branch.stages).values()) for branch in own)
         self.heads = nn.ModuleList(branch.head for branch in own)
         self.ensemble = student.ensemble
         self.gate = _folded_gate(student.gate) if fold and student.gate is not None else student.gate
@@ -136,20 +145,10 @@ class FrozenStudent(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The ensemble output [B, C] in float32 for images [B, 3, H, W] in [0, 1]."""
-        maps = ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
-        maps = self.trunk(maps)
+        maps = self.trunk(self._normalized(images))
         branches = zip(self.branches, self.heads, strict=True)
         logits = torch.stack([head(pool(branch(maps).float())) for branch, head in branches])
         return couple(logits, maps.float(), self.ensemble, self.gate)
-
-
-def _in_format(module: nn.Module, dtype: torch.dtype) -> Any:
-    """The module in `dtype`, but for batch norms that could not be folded: their statistics need float32."""
-    module.to(dtype)
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.float()
-    return module
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:

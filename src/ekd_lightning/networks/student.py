@@ -5,8 +5,10 @@ Shape letters: B batch, C classes, D features, K branches.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,14 @@ class Gate(nn.Module):
         scores = torch.relu(self.bn(self.fc(pool(trunk_maps))))
         return _wide(scores).softmax(dim=1)
 
+    @torch.no_grad()
+    def keep(self, kept: Sequence[int]) -> None:
+        """Forgets all branches but these; a score depends on its own branch's row alone."""
+        self.fc.out_features = self.bn.num_features = len(kept)
+        for value in (*self.parameters(), *self.buffers()):
+            if value.ndim:  # all but the counter of batches
+                value.data, value.grad = value[list(kept)], None
+
 
 def couple(branch_logits: Tensor, trunk_maps: Tensor, ensemble: str, gate: Gate | None) -> Tensor:
     """Makes one prediction of the branches' logits.
@@ -113,6 +123,8 @@ class BranchedStudent(nn.Module):
     Attributes:
         spec: the network that trunk and branches are cut from.
         ensemble: how the branches are coupled: `mean_logits`, `mean_probs` or `gate`.
+        split_after: the last shared stage, or `none`.
+        stage_names: names of the stages that every branch has, the shared ones included, in order.
         num_features: D, the width of every head's input.
     """
 
@@ -141,8 +153,8 @@ class BranchedStudent(nn.Module):
         self.spec = spec
         self.ensemble = ensemble
         self.num_features = network.num_features
-        self._split_after = split_after
-        self._stage_names = names
+        self.split_after = split_after
+        self.stage_names = names
         self.trunk = Trunk(network, names[:shared])
         networks = [network, *(build_network(spec) for _ in range(branches - 1))]
         self.branches = nn.ModuleList(Branch(one, names[shared:]) for one in networks)
@@ -156,19 +168,14 @@ class BranchedStudent(nn.Module):
         return len(self.branches)
 
     @property
-    def split_after(self) -> str:
-        """The last shared stage, or `none`."""
-        return self._split_after
-
-    @property
     def num_classes(self) -> int:
         """C."""
         return self.spec.num_classes
 
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """Names of the stages that every branch has, the shared ones included, in order."""
-        return self._stage_names
+    def arguments(self) -> dict[str, Any]:
+        """What the constructor needs to build this structure again, as plain JSON-able values."""
+        rest = {"branches": self.num_branches, "split_after": self.split_after, "ensemble": self.ensemble}
+        return {"spec": self.spec.to_dict(), **rest}
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images [B, 3, H, W] in [0, 1].
@@ -189,7 +196,7 @@ class BranchedStudent(nn.Module):
         results = [branch(maps) for branch in self.branches]
         branch_logits = torch.stack([logits for logits, _, _ in results])
         pooled = torch.stack([features for _, features, _ in results])
-        wanted = self._stage_names if stages is None else stages
+        wanted = self.stage_names if stages is None else stages
         everything = [{**shared, **own} for _, _, own in results]
         kept = tuple({name: outputs[name] for name in wanted} for outputs in everything)
         logits = couple(branch_logits, maps, self.ensemble, self.gate)
@@ -224,26 +231,20 @@ def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedS
         branches: Positions, 0 .. K-1, each at most once.
 
     Returns:
-        The copy, on the student's device, in its floating-point type and its mode. The global random generator is
-        not advanced.
+        The copy, on the student's device, in its floating-point type and its mode.
 
     Raises:
         UserError: If no branch stays, or one is not there or is named twice.
     """
     kept = list(branches)
     _check_kept(kept, student.num_branches)
-    gated = student.gate is not None and len(kept) > 1
-    with torch.random.fork_rng(devices=[]):
-        copy = BranchedStudent(
-            student.spec,
-            branches=len(kept),
-            split_after=student.split_after,
-            ensemble="mean_logits" if student.gate is not None and not gated else student.ensemble,
-        )
-    first = next(student.parameters())
-    copy.to(first.device, first.dtype)
-    copy.load_state_dict(_kept_state(student.state_dict(), kept, gated), strict=True)
-    return copy.train(student.training)
+    cut = copy.deepcopy(student)
+    cut.branches = nn.ModuleList(cut.branches[k] for k in kept)
+    if cut.gate is not None and len(kept) == 1:
+        cut.gate, cut.ensemble = None, "mean_logits"
+    elif cut.gate is not None:
+        cut.gate.keep(kept)
+    return cut
 
 
 def _check_kept(kept: list[int], count: int) -> None:
@@ -254,19 +255,3 @@ def _check_kept(kept: list[int], count: int) -> None:
             raise UserError(f"branches={kept}: the student has branches 0 to {count - 1}, not {k!r}")
     if len(set(kept)) < len(kept):
         raise UserError(f"branches={kept}: a branch is named twice")
-
-
-def _kept_state(state: dict[str, Tensor], kept: list[int], gated: bool) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        part, _, rest = name.partition(".")
-        if part == "branches":
-            k, _, inner = rest.partition(".")
-            if int(k) in kept:
-                found[f"branches.{kept.index(int(k))}.{inner}"] = value
-        elif part == "gate":
-            if gated:  # one row a branch, but for the counter of batches
-                found[name] = value[kept] if value.ndim else value
-        else:
-            found[name] = value
-    return found

@@ -5,9 +5,9 @@ Shape letters: B batch, C classes, D features, M teachers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class TeacherEnsemble(nn.Module):
     reported as having unexpected keys, and they are not loaded: teachers come from their own files.
 
     Attributes:
+        members: the M networks.
         identities: one for each member, in order.
     """
 
@@ -69,11 +70,8 @@ class TeacherEnsemble(nn.Module):
                     f"{members[0].spec.num_classes}, {identity.id!r} has {member.spec.num_classes}"
                 )
         self.identities = tuple(identities)
-        self.members = nn.ModuleList(members).requires_grad_(False)
-        self.eval()
-        self._prefix = ""
-        self.register_load_state_dict_pre_hook(_refuse_own_keys)
-        self.register_load_state_dict_post_hook(_forget_own_missing_keys)
+        # In a tuple they are no submodules: no state dict, optimiser or `.train()` of a parent reaches them.
+        self.members = tuple(member.eval().requires_grad_(False) for member in members)
 
     @property
     def num_teachers(self) -> int:
@@ -81,26 +79,28 @@ class TeacherEnsemble(nn.Module):
         return len(self.members)
 
     @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        return next(self.members[0].parameters()).device
+
+    @property
     def num_classes(self) -> int:
         """C."""
-        return next(self.networks()).spec.num_classes
+        return self.members[0].spec.num_classes
 
     @property
     def num_features(self) -> tuple[int, ...]:
         """D_m, the width of each teacher's pooled features."""
-        return tuple(member.num_features for member in self.networks())
+        return tuple(member.num_features for member in self.members)
 
     def stage_shapes(self, image_size: int = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
         """Tells the (channels, height, width) of each teacher's stage outputs; nothing is computed."""
-        return tuple(member.stage_shapes(image_size) for member in self.networks())
+        return tuple(member.stage_shapes(image_size) for member in self.members)
 
-    def train(self, mode: bool = True) -> TeacherEnsemble:
-        """Stays in eval mode whatever is asked: batch norm in train mode would change the teachers."""
-        return super().train(False)
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Contributes nothing: teachers are identified by hash and loaded from their own files."""
-        return {} if destination is None else destination
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
+        for member in self.members:  # `.to(device)` does reach them
+            member._apply(fn, recurse)
+        return self
 
     # Not inference_mode: losses must be able to save these tensors for their backward pass.
     @torch.no_grad()
@@ -117,11 +117,11 @@ class TeacherEnsemble(nn.Module):
         Raises:
             UserError: when a teacher does not have one of the stages.
         """
-        for member, identity in zip(self.networks(), self.identities, strict=True):
+        for member, identity in zip(self.members, self.identities, strict=True):
             for name in stages:
                 if name not in member.stages:
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
-        results = [member.outputs(images) for member in self.networks()]
+        results = [member.outputs(images) for member in self.members]
         return TeacherOutput(
             logits=torch.stack([result.logits for result in results]),
             pooled=tuple(result.pooled for result in results),
@@ -134,29 +134,7 @@ class TeacherEnsemble(nn.Module):
         Raises:
             RuntimeError: when a member is no longer what its identity says.
         """
-        for member, identity in zip(self.networks(), self.identities, strict=True):
+        for member, identity in zip(self.members, self.identities, strict=True):
             found = state_sha256(member)
             if found != identity.sha256:
                 raise RuntimeError(f"teacher {identity.id!r} has changed: SHA-256 {found}, was {identity.sha256}")
-
-    def networks(self) -> Iterator[StagedNetwork]:
-        """Yields the members."""
-        return (cast(StagedNetwork, member) for member in self.members)
-
-
-def _refuse_own_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Remembers under which prefix the ensemble hangs, and keeps foreign weights out of it."""
-    _, _, _, unexpected_keys, _ = rest
-    ensemble = cast(TeacherEnsemble, module)
-    ensemble._prefix = prefix
-    own = [key for key in state_dict if key.startswith(prefix)]
-    unexpected_keys.extend(own)
-    for key in own:
-        del state_dict[key]
-
-
-def _forget_own_missing_keys(module: nn.Module, incompatible_keys: Any) -> None:
-    """Members are never in a state dict, so they are not missing; all other keys still are."""
-    prefix = cast(TeacherEnsemble, module)._prefix + "members."
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.startswith(prefix)]

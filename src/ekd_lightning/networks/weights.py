@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
@@ -60,13 +60,7 @@ def load_network(path: str | Path) -> StagedNetwork:
 
 def save_student(path: str | Path, student: BranchedStudent, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a student as safetensors with all its constructor arguments; see `save_network`."""
-    arguments = {
-        "spec": student.spec.to_dict(),
-        "branches": student.num_branches,
-        "split_after": student.split_after,
-        "ensemble": student.ensemble,
-    }
-    _save(Path(path), student, "student", arguments, metadata or {})
+    _save(Path(path), student, "student", student.arguments(), metadata or {})
 
 
 def load_student(path: str | Path) -> BranchedStudent:
@@ -103,7 +97,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safetensors.safe_open(str(path), framework="pt") as file:
             return {key: value for key, value in (file.metadata() or {}).items() if key != SEAL}
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
+        raise UserError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from None
 
 
 def read_spec(path: str | Path) -> NetworkSpec:
@@ -172,7 +166,7 @@ def _load_untrusted(path: Path) -> Any:
             raise UserError(f"{path}: refused, opening it would run code{wanted}; it must hold tensors only") from None
         raise UserError(f"{path}: not a checkpoint, or damaged") from None
     except Exception as error:  # damaged files make the readers fail in many ways
-        raise UserError(f"{path}: not a checkpoint, or damaged ({_line(error)})") from None
+        raise UserError(f"{path}: not a checkpoint, or damaged ({one_line(error)})") from None
 
 
 def _save(path: Path, module: nn.Module, kind: str, spec: dict[str, Any], metadata: Mapping[str, str]) -> None:
@@ -200,7 +194,7 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
-        raise DamagedFileError(f"{path}: not a safetensors file, or damaged ({_line(error)})") from None
+        raise DamagedFileError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from None
 
 
 def _read_spec(path: Path, kind: str) -> dict[str, Any]:
@@ -212,7 +206,7 @@ def _read_spec(path: Path, kind: str) -> dict[str, Any]:
     try:
         return dict(json.loads(metadata[_SPEC]))
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: its description of the {kind} is damaged ({_line(error)})") from None
+        raise UserError(f"{path}: its description of the {kind} is damaged ({one_line(error)})") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -227,15 +221,9 @@ def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its own description ({_line(error)})") from None
+        raise UserError(f"{path}: its weights do not fit its own description ({one_line(error)})") from None
 
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    first = " ".join(str(error).split()).split(". ")[0]
-    return first[:160] if len(first) > 8 else type(error).__name__

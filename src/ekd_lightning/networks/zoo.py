@@ -8,7 +8,6 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 import yaml
@@ -18,8 +17,6 @@ from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.convert import load_foreign
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, normalization
-from ekd_lightning.networks.teachers import TeacherIdentity
-from ekd_lightning.networks.weights import state_sha256
 
 
 @dataclass(frozen=True)
@@ -115,19 +112,6 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
     return load_foreign(path, entry.spec, entry.key_map), entry
 
 
-def zoo_identity(network: StagedNetwork, entry: ZooEntry) -> TeacherIdentity:
-    """Says who a teacher loaded from the zoo is, for the run's record."""
-    detail = {
-        "file": entry.file,
-        "file_sha256": entry.sha256,
-        "data": entry.data,
-        "accuracy": entry.accuracy,
-        "source": entry.source,
-        "licence": entry.licence,
-    }
-    return TeacherIdentity(entry.id, state_sha256(network), "zoo", entry.network, detail)
-
-
 @cache
 def _entries() -> dict[str, ZooEntry]:
     text = resources.files(__package__).joinpath("zoo.yaml").read_text(encoding="utf-8")
@@ -141,24 +125,15 @@ def _entries() -> dict[str, ZooEntry]:
 
 
 def _fetch(entry: ZooEntry, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if path.is_file():  # another run fetched it while this one waited
-                return
-            torch.hub.download_url_to_file(entry.url, str(temporary), progress=False)
-            found = file_sha256(temporary)
-            if found != entry.sha256:
-                raise UserError(
-                    f"teacher {entry.id!r}: {entry.url} gave another file (SHA-256 {found[:12]}..., "
-                    f"expected {entry.sha256[:12]}...); nothing was kept"
-                )
-            temporary.replace(path)
+            if not path.is_file():  # else another run fetched it while this one waited
+                torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=entry.sha256, progress=False)
+    except RuntimeError as error:  # of another hash: PyTorch keeps nothing then
+        raise UserError(f"teacher {entry.id!r}: {entry.url} gave another file ({error}); nothing was kept") from None
     except OSError as error:  # network and disk alike: urllib's errors are OSErrors
         raise UserError(
             f"teacher {entry.id!r}: {entry.file} is not in {path.parent} and could not be fetched from "
             f"{entry.url} ({error}); put the file there by hand"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

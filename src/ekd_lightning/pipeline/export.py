@@ -15,8 +15,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
-from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata
-from ekd_lightning.networks.deployed_bytes import SUFFIXES, quantize_onnx, require, to_bytes
+from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, require, to_bytes
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
@@ -176,7 +175,7 @@ def export_student(
     metrics = measure(reference, test.labels)
     metadata = describe_export(context, provenance, student, branches, options.weights, metrics)
     deployed = DeployedStudent(student, fold=options.fold, probabilities=options.probabilities)
-    record = _record(folder, {**metadata, "spec": deployed.spec.to_dict()}, force)
+    record = _record(folder, {**metadata, "spec": deployed.spec}, force)
     tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
     folder.mkdir(parents=True, exist_ok=True)
     for name, facts, content in _contents(context, deployed, metadata, options):
@@ -209,15 +208,15 @@ def _contents(
     onnx: bytes | None = None
     for file_format in options.formats:
         facts = {"format": file_format, "precision": "float32", "folded": options.fold}
-        facts["outputs"] = list(deployed.spec.outputs)
+        facts["outputs"] = deployed.outputs
         content = to_bytes(deployed, {**metadata, "precision": "float32"}, file_format)
         onnx = content if file_format == "onnx" else onnx
         yield f"student{SUFFIXES[file_format]}", facts, content
     if options.int8:
         onnx = onnx or to_bytes(deployed, metadata, "onnx")
-        strings = pack_metadata({**metadata, "precision": "int8", "spec": deployed.spec.to_dict()})
+        strings = pack_metadata({**metadata, "precision": "int8", "spec": deployed.spec})
         index = _spread(context.subset.train_index, options.calibration_images)
-        facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": list(deployed.spec.outputs)}
+        facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": deployed.outputs}
         facts["calibration_images"] = len(index)
         pixels = context.dataset.train.images[index].split(_CALIBRATION_BATCH)
         yield INT8, facts, quantize_onnx(onnx, (some.float().div_(255).numpy() for some in pixels), strings)

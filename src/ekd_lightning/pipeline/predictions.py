@@ -182,7 +182,7 @@ def _teachers(context: EvaluationContext) -> list[Predictions]:
     def network(m: int) -> StagedNetwork:
         if context.teachers is None:
             raise ValueError("the run's record names teachers, and none can be loaded")
-        return list(context.teachers.networks())[m]
+        return context.teachers.members[m]
 
     store = TeacherStore(Path(context.settings.teachers.store))
     batch_size = context.settings.data.eval_batch_size

@@ -96,7 +96,7 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     held_out = validation_images(prepared.dataset, prepared.subset)
     batch_size = settings.data.eval_batch_size
     rows: list[dict[str, Any]] = []
-    networks = gather_teachers(list(prepared.candidates)).networks()
+    networks = gather_teachers(list(prepared.candidates)).members
     for plan, network in zip(prepared.candidates, networks, strict=True):
         scores = score_network(network, held_out, batch_size=batch_size, device=device)
         rows.append({"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])})
@@ -113,7 +113,7 @@ def score_teachers(
     """Each teacher's id, hash, origin, training images, and own test scores (accuracy in [0, 1], NLL in nats)."""
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
-    for network, identity in zip(teachers.networks(), teachers.identities, strict=True):
+    for network, identity in zip(teachers.members, teachers.identities, strict=True):
         scores = store.test_scores(network, identity.sha256, dataset.test, settings.data.eval_batch_size, device)
         rows.append(
             {

@@ -139,11 +139,11 @@ class FrozenTeachers:
             UserError: A teacher lacks a stage.
         """
         how = how or TeacherFormat()
-        for network, identity in zip(ensemble.networks(), ensemble.identities, strict=True):
+        for network, identity in zip(ensemble.members, ensemble.identities, strict=True):
             for name in stages:
                 if name not in network.stages:
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, network.stage_names)
-        device = next(ensemble.parameters()).device
+        device = ensemble.device
         dtype = teacher_dtype(how.precision, device.type)
         self.numeric_format = str(dtype).removeprefix("torch.")
         self.chunk = CHUNK.get(device.type, 128)
@@ -154,7 +154,7 @@ class FrozenTeachers:
             "channels_last": how.channels_last,
             "stage_names": stages,
         }
-        self._frozen = [FrozenNetwork(network, **form).to(device) for network in ensemble.networks()]
+        self._frozen = [FrozenNetwork(network, **form).to(device) for network in ensemble.members]
         self._choice = how.compile
         self._from_macs = COMPILE_MACS.get(device.type, float("inf"))
         self._macs: dict[int, int] = {}

@@ -81,7 +81,7 @@ class TabledTeachers(TeacherSource):
             how: How the teachers compute; tables of another numeric format are not used.
         """
         self._live = LiveTeachers(ensemble, how)
-        self._device = next(ensemble.parameters()).device
+        self._device = ensemble.device
         self._num_images, self._num_views = num_images, views.num_views
         self._images = np.arange(num_images) if images is None else images.numpy()
         self._answers = (LOGITS, POOLED) if include_pooled else (LOGITS,)

@@ -47,7 +47,7 @@ class _LiveNetworks:
     ) -> None:
         self._student = student
         self._fold, self._channels_last = fold, channels_last
-        self._members = [] if teachers is None else list(teachers.networks())
+        self._members = [] if teachers is None else list(teachers.members)
         self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
 
     def ask_student(self, images: Tensor) -> StudentOutput:
@@ -73,8 +73,8 @@ class _LiveNetworks:
 class Distiller(ImageClassificationModule):
     """Trains a branched student by a method, with or without frozen teachers.
 
-    The teachers are a submodule so that they follow the device, and contribute nothing to the state
-    dictionary; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed.
+    The teachers are a submodule so that they follow the device, but have no submodules, parameters or state of their
+    own; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed.
 
     Args:
         student: The branched student.
@@ -127,7 +127,7 @@ class Distiller(ImageClassificationModule):
     def _spare_broadcasts(self) -> None:
         """Names for DDP what is equal in all processes anyway; it would broadcast such buffers in every step."""
         same = [name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)]
-        prefixes = ("teachers.", *(f"{name}." for name in same))
+        prefixes = tuple(f"{name}." for name in same)
         named = (*self.named_parameters(), *self.named_buffers())
         names = [name for name, _ in named if name.startswith(prefixes)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
@@ -154,7 +154,8 @@ class Distiller(ImageClassificationModule):
     def bytes_on_device(self) -> dict[str, int]:
         """The teachers' weights, and what is known of their answers."""
         rows = self.teacher_source.held_bytes if self.teacher_source else 0
-        weights = sum(p.nbytes for p in self.teachers.parameters()) if self.teachers else 0
+        members = self.teachers.members if self.teachers else ()
+        weights = sum(p.nbytes for member in members for p in member.parameters())
         return {"teachers": weights, "their answers (teachers.table)": rows}
 
     def why_not_recorded(self) -> str | None:

@@ -1,4 +1,6 @@
-"""Loading of deployed students, from any of the three formats, in one call.
+"""Deployed models: exported students, loaded from any of the three formats in one call.
+
+Shape letters: B batch, C classes.
 
 A torch.export archive is looked through before PyTorch opens it, for opening it may run what stands in it: PyTorch
 falls back to a free unpickling of inputs and constants, compiles `guards_code`, and evaluates symbolic sizes as Python.
@@ -12,9 +14,8 @@ import json
 import logging
 import re
 import struct
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,83 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, one_line, quiet
-from ekd_lightning.files import is_intact
-from ekd_lightning.networks.deploy import DeployedModel, DeployedSpec, unpack_metadata
-from ekd_lightning.networks.deployed_bytes import METADATA_FILE, SUFFIXES, require
+from ekd_lightning.files import SEAL, is_intact
+from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent, require
+
+REQUIRED = ("spec", "class_names", "image_size")
+
+
+class DeployedModel:
+    """A classifier, ready for use; made by `load_deployed`.
+
+    Attributes:
+        format: `safetensors`, `onnx` or `torch-export`.
+        metadata: What is known of it: classes, data, method, metrics, hashes, versions.
+        module: The PyTorch module that computes; None where ONNX Runtime does.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        metadata: Mapping[str, Any],
+        file_format: str,
+        module: nn.Module | None = None,
+    ) -> None:
+        """Wraps what computes.
+
+        Args:
+            run: Maps float32 images [B, 3, H, W] to logits [B, C].
+            metadata: As read from the file.
+            file_format: The file's format.
+            module: What `run` calls, if it is a module.
+        """
+        self._run, self.metadata, self.format, self.module = run, dict(metadata), file_format, module
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in the order of the logits."""
+        return tuple(self.metadata["class_names"])
+
+    @property
+    def image_size(self) -> int:
+        """Height, and width, of the images in pixels."""
+        return int(self.metadata["image_size"])
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Classifies a batch of any size.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], RGB, not normalised.
+
+        Returns:
+            Logits, float32 [B, C], on the model's device.
+
+        Raises:
+            TypeError: If the images are integers.
+            ValueError: If they have another shape.
+        """
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be [B, 3, {size}, {size}], got {list(images.shape)}")
+        return self._run(images.float())
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probabilities [B, C]; see `__call__`."""
+        return self(images).softmax(dim=-1)
+
+    def classify(self, images: Tensor) -> list[tuple[str, float]]:
+        """The most probable class of each image, with its probability."""
+        confidence, index = self.probabilities(images).max(dim=-1)
+        names = self.class_names
+        return [(names[i], p) for i, p in zip(index.tolist(), confidence.tolist(), strict=True)]
+
+    def __repr__(self) -> str:
+        spec = self.metadata["spec"]
+        what = f"{spec['network']['name']}, {spec['branches']} branches, {len(self.class_names)} classes"
+        return f"DeployedModel({what}, {self.format})"
 
 
 def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> DeployedModel:
@@ -47,8 +122,7 @@ def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> Deplo
             is not installed, or a device that is not there.
     """
     path = Path(path)
-    formats = {suffix: name for name, suffix in SUFFIXES.items()}
-    if path.suffix not in formats:
+    if path.suffix not in SUFFIXES.values():
         raise UserError(f"{path}: not an exported student, those end in {', '.join(SUFFIXES.values())}")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -57,12 +131,8 @@ def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> Deplo
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    readers: dict[str, Callable[[Path, bytes, torch.device], DeployedModel]] = {
-        "safetensors": _from_safetensors,
-        "onnx": _from_onnx,
-        "torch-export": _from_torch_export,
-    }
-    return readers[formats[path.suffix]](path, content, device)
+    readers = {".safetensors": _from_safetensors, ".onnx": _from_onnx, ".pt2": _from_torch_export}
+    return readers[path.suffix](path, content, device)
 
 
 def _from_safetensors(path: Path, content: bytes, device: torch.device) -> DeployedModel:
@@ -72,15 +142,12 @@ def _from_safetensors(path: Path, content: bytes, device: torch.device) -> Deplo
         state = safetensors.torch.load(content)
     except (struct.error, ValueError, AttributeError, OverflowError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({type(error).__name__})") from None
-    metadata = unpack_metadata(strings, path)
-    _require_intact(path, content)
+    metadata = _checked_metadata(strings, path, content)
     try:
-        student = DeployedSpec.from_dict(metadata["spec"]).build()
+        student = DeployedStudent.from_spec(metadata["spec"])
         student.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(
-            f"{path}: its weights do not fit its own description ({' '.join(str(error).split())[:160]})"
-        ) from None
+        raise UserError(f"{path}: its weights do not fit its own description ({one_line(error)})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     student.to(device)
@@ -99,7 +166,7 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
         raise UserError(
             f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read ({type(error).__name__})"
         ) from None
-    metadata = unpack_metadata(strings, path)
+    metadata = _checked_metadata(strings, path, None)
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass  # noqa: PLC0415
 
@@ -133,8 +200,7 @@ def _from_onnx(path: Path, content: bytes, device: torch.device) -> DeployedMode
         session = onnxruntime.InferenceSession(content, options, providers=providers)
     except Exception as error:  # its own kinds, which are not to be imported by name
         raise UserError(f"{path}: not an ONNX file, or damaged ({type(error).__name__})") from None
-    metadata = unpack_metadata(session.get_modelmeta().custom_metadata_map, path)
-    _require_intact(path, content)
+    metadata = _checked_metadata(session.get_modelmeta().custom_metadata_map, path, content)
 
     def run(images: Tensor) -> Tensor:
         pixels = np.ascontiguousarray(images.cpu().numpy())
@@ -143,9 +209,26 @@ def _from_onnx(path: Path, content: bytes, device: torch.device) -> DeployedMode
     return DeployedModel(run, metadata, "onnx")
 
 
-def _require_intact(path: Path, content: bytes) -> None:
-    if not is_intact(content):
+def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | None) -> dict[str, Any]:
+    """Reads what `pack_metadata` made, and compares the checksum of the content, which a .pt2 has of its own."""
+    found = strings.get(KIND)
+    if found != DEPLOYED:
+        what = f"a {found}" if found else "nothing of ours"
+        hint = " (ekd-export makes one from a finished run)" if found == "student" else ""
+        raise UserError(f"{path}: holds {what}, not a {DEPLOYED}{hint}")
+    metadata: dict[str, Any] = {}
+    for key, value in strings.items():
+        if key not in (KIND, SEAL):
+            try:
+                metadata[key] = json.loads(value)
+            except (ValueError, TypeError):
+                continue  # another tool's
+    missing = [key for key in REQUIRED if key not in metadata]
+    if missing:
+        raise UserError(f"{path}: its description of the student lacks {', '.join(missing)}")
+    if content is not None and not is_intact(content):
         raise UserError(f"{path}: damaged or changed, its content is not that which was exported (SHA-256)")
+    return metadata
 
 
 _PLAIN = re.compile(
@@ -188,8 +271,8 @@ def _read_members(content: bytes) -> dict[str, bytes]:
         found = {name: archive.read(name) for name in names}
     inside = {name.split("/", 1)[0] for name in found if "/" in name}
     folder = f"{inside.pop()}/" if len(inside) == 1 and all("/" in name for name in found) else ""
-    members = {name[len(folder) :]: data for name, data in found.items()}
-    if not any(name.startswith("models/") or name.startswith("serialized_exported") for name in members):
+    members = {name.removeprefix(folder): data for name, data in found.items()}
+    if not any(name.startswith(("models/", "serialized_exported")) for name in members):
         raise ValueError("it holds no program")
     return members
 
@@ -197,27 +280,18 @@ def _read_members(content: bytes) -> dict[str, bytes]:
 def _objection(name: str, data: bytes) -> str | None:
     if not _PLAIN.fullmatch(name):
         return f"its member {name!r} may hold code"
-    if name.endswith(".pt"):
-        return _unpickling(name, data)
+    if name.endswith(".pt") and data:
+        try:
+            with quiet():
+                torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        except Exception:  # damaged ones raise many kinds
+            return f"its member {name!r} holds more than tensors: opening it would run code, or it is damaged"
     if name.startswith("extra") or not name.endswith(".json"):
         return None
     try:
-        content = json.loads(data)
+        return next(_suspicious(json.loads(data)), None)
     except ValueError:
         return f"its member {name!r} is damaged"
-    return next(_suspicious(content), None)
-
-
-def _unpickling(name: str, data: bytes) -> str | None:
-    if not data:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception:  # damaged ones raise many kinds
-        return f"its member {name!r} holds more than tensors: opening it would run code, or it is damaged"
-    return None
 
 
 def _suspicious(value: Any) -> Iterator[str]:
@@ -234,20 +308,14 @@ def _suspicious(value: Any) -> Iterator[str]:
             yield "its weights are pickled"
         elif key == "expr_str" and not _is_arithmetic(item):
             yield f"it has the size {str(item)[:40]!r}"
-        elif key == "target" and isinstance(item, str) and not _is_known(value, item):
+        # Buffers and outputs have targets, too: names of theirs, which nothing calls.
+        elif key == "target" and isinstance(item, str) and "inputs" in value and not _TARGETS.fullmatch(item):
             yield f"it calls {item[:60]!r}"
         yield from _suspicious(item)
 
 
-def _is_known(node: dict[str, Any], target: str) -> bool:
-    # Buffers and outputs have targets, too: names of theirs, which nothing calls.
-    return "inputs" not in node or bool(_TARGETS.fullmatch(target))
-
-
 def _is_arithmetic(text: Any) -> bool:
-    if not isinstance(text, str):
-        return False
-    text = re.sub(r"'[a-z]+\d+'", "", text)
-    if not re.fullmatch(r"[\w\s(),=+*/-]*", text):
-        return False
-    return all(re.fullmatch(r"\d+|[suzb]\d+", word) or word in _NAMES for word in re.findall(r"\w+", text))
+    text = re.sub(r"'[a-z]+\d+'", "", text) if isinstance(text, str) else "'"
+    words = re.findall(r"\w+", text)
+    known = all(re.fullmatch(r"\d+|[suzb]\d+", word) or word in _NAMES for word in words)
+    return known and bool(re.fullmatch(r"[\w\s(),=+*/-]*", text))
