@@ -19,6 +19,7 @@ from ekd_lightning.cli import compare
 from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json, write_json, write_yaml
 from ekd_lightning.studies import comparison, launching
 from ekd_lightning.studies import study as studies
 
@@ -228,7 +229,7 @@ def test_other_common_overrides_are_refused_but_places_may_change(study, words):
 
 def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
     path = study / "runs" / "ce-f0.1-s0" / "config.yaml"
-    path.write_text(path.read_text().replace("schedule: cosine", "schedule: step"))
+    write_yaml(path, path.read_text().partition("\n")[2].replace("schedule: cosine", "schedule: step"))
     code, _, err = call("--output", study)
     assert code == 2
     assert (
@@ -239,7 +240,7 @@ def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
 
 def test_runs_that_went_different_ways_are_refused(study):
     path = study / "runs" / "ekd-f0.1-s1" / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 99}))
+    write_json(path, {**read_json(path), "steps": 99})
     code, _, err = call("--output", study, "--report-only")
     assert code == 2
     assert "ekd-f0.1-s1 differ in steps (4, 99)" in err
@@ -248,7 +249,7 @@ def test_runs_that_went_different_ways_are_refused(study):
 @pytest.mark.parametrize(("key", "value"), [("method", "ekd_mean"), ("weight_kd_branch", 0.5)])
 def test_runs_of_one_row_are_of_one_method(study, key, value):
     path = study / "runs" / "ekd-f0.1-s1" / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    write_json(path, {**read_json(path), key: value})
     code, _, err = call("--output", study, "--report-only")
     assert code == 2
     assert f"ekd-f0.1-s0 and ekd-f0.1-s1 differ in {key} " in err

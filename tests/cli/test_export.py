@@ -19,7 +19,7 @@ import yaml
 from ekd_lightning import load
 from ekd_lightning.cli import export as command
 from ekd_lightning.data import load_dataset
-from ekd_lightning.files import file_sha256
+from ekd_lightning.files import file_sha256, read_json, write_json
 from ekd_lightning.networks import cut_branches, load_student
 from ekd_lightning.pipeline import export
 
@@ -263,9 +263,9 @@ def test_runs_that_cannot_be_exported(run, tmp_path, capsys):
     assert "not a checkpoint" in refused(copy, "--weights", "best")
     (copy / "checkpoints" / "best.ckpt").unlink()
     assert "the run has no" in refused(copy, "--weights", "best")
-    provenance = json.loads((copy / "provenance.json").read_text())
+    provenance = read_json(copy / "provenance.json")
     provenance["data"]["test_sha256"] = "0" * 64
-    (copy / "provenance.json").write_text(json.dumps(provenance))
+    write_json(copy / "provenance.json", provenance)
     assert "not those of the run" in refused(copy)
     content = (copy / "student.safetensors").read_bytes()
     for damaged in (b"broken", content[:-1] + bytes([content[-1] ^ 1])):

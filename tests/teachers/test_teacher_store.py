@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from ekd_lightning.data import choose_subset, load_dataset, make_views
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, state_sha256
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
 from ekd_lightning.teachers.store import TeacherStore
@@ -43,7 +43,7 @@ def test_an_entry_is_trained_once(tmp_path):
     assert len(train.scratches) == 1
     assert state_sha256(first) == state_sha256(second)
     assert not second.training
-    assert json.loads((store.path(KEY).parent / "key.json").read_text()) == KEY
+    assert read_json(store.path(KEY).parent / "key.json") == KEY
 
 
 def test_nothing_but_the_entry_and_its_lock_stays(tmp_path):

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import DamagedFileError, write_text
+from ekd_lightning.files import DamagedFileError, write_yaml
 from ekd_lightning.runs.directory import CONFIG, HYDRA, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import is_rank_zero
@@ -220,9 +220,9 @@ class JobOutput:
             return
         if self.cfg.get("resume") is None:
             folder = self.directory / HYDRA
-            write_text(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
-            write_text(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
-            write_text(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
+            write_yaml(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
+            write_yaml(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
+            write_yaml(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
         write_config(to_plain(self.cfg), self.directory)
 
     def record_refusal(self, error: Exception) -> None:

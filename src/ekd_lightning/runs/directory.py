@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import yaml
 from filelock import FileLock
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, read_json, remove_parts, write_bytes, write_json, write_text
+from ekd_lightning.files import (
+    DamagedFileError,
+    read_json,
+    read_yaml,
+    remove_parts,
+    write_bytes,
+    write_json,
+    write_yaml,
+)
 from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
@@ -43,7 +50,6 @@ _OF_ONE_RUN = (
     "evaluation/tensorboard",
     "teachers/*/tensorboard",
 )
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is there
 _Kind = TypeVar("_Kind")
 
 
@@ -211,8 +217,6 @@ class RunDirectory:
             content = read_json(path)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise DamagedFileError(f"{path}: {error.strerror}") from None
         version = content.get("format", 1)
         if isinstance(version, bool) or not isinstance(version, int):
             raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
@@ -267,7 +271,7 @@ class RunDirectory:
         path = self.path / PROVENANCE
         try:
             content = read_json(path)
-        except OSError:
+        except FileNotFoundError:
             return {}
         if not isinstance(content.get("resumed") or [], list):
             raise DamagedFileError(f"{path}: damaged (resumed is not a list)")
@@ -356,7 +360,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Writes the resolved configuration, as YAML."""
-        write_text(self.path / CONFIG, text)
+        write_yaml(self.path / CONFIG, text)
 
     def write_result(self, result: Result) -> None:
         """Writes result.json."""
@@ -397,10 +401,7 @@ class RunDirectory:
 
 
 def _read_yaml(path: Path, kind: type[_Kind], named: str) -> _Kind:
-    try:
-        content = yaml.load(path.read_bytes(), _Loader)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+    content = read_yaml(path)
     if not isinstance(content, kind):
         raise DamagedFileError(f"{path}: damaged (not a {named})")
     return content

@@ -98,7 +98,7 @@ class TeacherStore:
             save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
             write_json(ready / _KEY, dict(key))
             if (run / COST).is_file():
-                write_json(ready / COST, read_json(run / COST), sealed=True)
+                write_json(ready / COST, read_json(run / COST))
             move_folder(ready, final)
         finally:
             shutil.rmtree(ready, ignore_errors=True)

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from ekd_lightning.files import replacing, write_json
+from ekd_lightning.files import read_json, replacing, write_json
 
 _LAYOUT = 1
 _TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
@@ -189,7 +189,7 @@ class TeacherTable:
         if found != self._file_bytes:
             return f"has {found} bytes instead of {self._file_bytes}"
         try:
-            described = json.loads(self._sidecar.read_text(encoding="utf-8"))
+            described = read_json(self._sidecar)
         except (OSError, ValueError):
             return f"has no readable description {self._sidecar.name}"
         same = described == self.key.description
