@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import FixedAssignment, RandomAssignment, build_assignment, make_assignment
+from ekd_lightning.methods import Assignment, RandomAssignment, build_assignment, make_assignment
 
 COUNTS = st.integers(1, 7)
 
@@ -131,6 +131,6 @@ def test_warnings_for_idle_teachers_and_for_a_permutation_of_one():
 
 
 def test_the_matrix_moves_with_the_module_and_stays_out_of_checkpoints():
-    assignment = FixedAssignment(make_assignment("mean", 2, 2))
+    assignment = Assignment(make_assignment("mean", 2, 2))
     assert assignment.state_dict() == {}
     assert assignment.to("meta").matrix(0).device.type == "meta"

@@ -12,7 +12,7 @@ from torch import distributed
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
-from ekd_lightning.methods.contrast_memory import TrainingImages
+from ekd_lightning.methods.contrast_terms import TrainingImages
 from ekd_lightning.methods.losses import noise_contrastive
 
 from .helpers import make_batch, make_student, make_teachers, sizes, step_context, term_context

@@ -12,14 +12,12 @@ from ekd_lightning.methods import (  # importing them registers their terms
 from ekd_lightning.methods.assignment import (
     Assignment,
     AssignmentSpec,
-    FixedAssignment,
     RandomAssignment,
     build_assignment,
     make_assignment,
 )
-from ekd_lightning.methods.build import build_method, needs_teachers, uses_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, StepContext, TermContext
-from ekd_lightning.methods.method import Method, MethodLoss
+from ekd_lightning.methods.method import Method, MethodLoss, build_method, needs_teachers, uses_assignment
 from ekd_lightning.methods.pair_terms import PairTerm
 from ekd_lightning.methods.terms import SoftTerm, Term, build_term, register_term, term_names
 
@@ -27,7 +25,6 @@ __all__ = [
     "DEFAULT_TEMPERATURE",
     "Assignment",
     "AssignmentSpec",
-    "FixedAssignment",
     "Method",
     "MethodLoss",
     "PairTerm",

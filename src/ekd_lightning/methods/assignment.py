@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
@@ -26,22 +25,23 @@ ROW_SUM_TOLERANCE = 1e-6
 
 
 class Assignment(nn.Module):
-    """Gives the matrix of a step. A module only so that its matrix travels with the method's device.
+    """Gives the matrix of a step, here the same in all. A module only so that it travels with the method's device.
+
+    Args:
+        mean_KM: float32 [K, M], rows summing to 1: the matrix, in the mean over the steps.
 
     Attributes:
         num_branches: K.
         num_teachers: M.
-        fixed_KM: The matrix, float32 [K, M], where it is the same in every step; else None.
     """
 
-    fixed_KM: Tensor | None  # noqa: N815  # shape letters
+    mean_KM: Tensor  # noqa: N815  # shape letters
 
-    def __init__(self, num_branches: int, num_teachers: int) -> None:
+    def __init__(self, mean_KM: Tensor) -> None:
         super().__init__()
-        self.num_branches = num_branches
-        self.num_teachers = num_teachers
+        self.num_branches, self.num_teachers = mean_KM.shape
         # Not persistent: it is configuration, and a checkpoint must not override what was asked for.
-        self.register_buffer("fixed_KM", None, persistent=False)
+        self.register_buffer("mean_KM", mean_KM, persistent=False)
 
     def matrix(self, step: int) -> Tensor:
         """Returns the assignment of one optimiser step.
@@ -52,31 +52,11 @@ class Assignment(nn.Module):
         Returns:
             float32 [K, M]; rows sum to 1.
         """
-        raise NotImplementedError
+        return self.mean_KM
 
     def pairs(self) -> list[tuple[int, int]]:
         """Returns all pairs (branch, teacher) that have a non-zero weight at some step."""
-        raise NotImplementedError
-
-
-class FixedAssignment(Assignment):
-    """The same matrix in every step.
-
-    Args:
-        matrix_KM: float32 [K, M], rows summing to 1.
-    """
-
-    def __init__(self, matrix_KM: Tensor) -> None:
-        super().__init__(*matrix_KM.shape)
-        self.fixed_KM = matrix_KM
-
-    def matrix(self, step: int) -> Tensor:
-        """Returns the matrix, float32 [K, M], whatever the step."""
-        return cast(Tensor, self.fixed_KM)
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """Returns all pairs (branch, teacher) with a non-zero weight."""
-        return [(k, m) for k, m in cast(Tensor, self.fixed_KM).nonzero().tolist()]
+        return [(k, m) for k, m in self.mean_KM.nonzero().tolist()]
 
 
 class RandomAssignment(Assignment):
@@ -93,7 +73,7 @@ class RandomAssignment(Assignment):
     """
 
     def __init__(self, num_branches: int, num_teachers: int, seed: int = 0) -> None:
-        super().__init__(num_branches, num_teachers)
+        super().__init__(torch.full((num_branches, num_teachers), 1.0 / num_teachers))
         if seed < 0:
             raise UserError(f"seed={seed} is not allowed for the random assignment; give an integer >= 0")
         self.seed = seed
@@ -105,10 +85,6 @@ class RandomAssignment(Assignment):
         place_of_branch = generator.permutation(self.num_branches)
         teachers_K = teacher_of_place[place_of_branch % self.num_teachers]
         return torch.eye(self.num_teachers)[torch.from_numpy(teachers_K)]
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """Returns all K x M pairs: each occurs at some step."""
-        return [(k, m) for k in range(self.num_branches) for m in range(self.num_teachers)]
 
 
 def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int, seed: int = 0) -> Assignment:
@@ -131,7 +107,7 @@ def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int,
     if kind == "random":
         _check_counts(num_branches, num_teachers)
         return RandomAssignment(num_branches, num_teachers, seed)
-    return FixedAssignment(make_assignment(kind, num_branches, num_teachers))
+    return Assignment(make_assignment(kind, num_branches, num_teachers))
 
 
 def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) -> Tensor:

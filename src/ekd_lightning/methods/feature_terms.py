@@ -18,7 +18,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import FeatureSite, PairTerm, map_sites, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import FeatureTerm, different_stages, pair_key
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -27,24 +27,8 @@ POOLINGS = ("max", "average")
 ELEMENTS = ("mean", "sum")
 
 
-class _Maps(PairTerm):
-    """Compares the maps of one or more stages."""
-
-    def __init__(
-        self, weight: float, context: TermContext, stages: Sequence[str], *, least: int = 1, reduction: str = "mean"
-    ) -> None:
-        super().__init__(weight, context, reduction=reduction)
-        self.sites = map_sites(stages, context, self.pairs, least)
-        read_sites(self, *self.sites)
-
-    def maps(self, context: StepContext, k: int, m: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The maps of branch k and those of teacher m, stage by stage."""
-        pairs = [site.features(context, k, m) for site in self.sites]
-        return [student for student, _ in pairs], [teacher for _, teacher in pairs]
-
-
 @register_term("attention")
-class Attention(_Maps):
+class Attention(FeatureTerm):
     """Σ_stages mean((Q_s - Q_m)²) with attention maps of length 1: Zagoruyko and Komodakis, ICLR 2017.
 
     See `losses.attention_loss`. Summed over stages, averaged over branches and teachers as in every `PairTerm`.
@@ -69,17 +53,16 @@ class Attention(_Maps):
         form: str = "squared",
         **options: Any,
     ) -> None:
-        super().__init__(weight, context, stages, **options)
+        super().__init__(weight, context, different_stages(stages), **options)
         self.form = choice("form", form, FORMS)
 
-    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
-        """Returns the sum over the stages."""
-        maps = zip(*self.maps(context, k, m), strict=True)
-        return torch.stack([losses.attention_loss(s, t, self.form) for s, t in maps]).sum()
+    def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the distance of the attention maps at one stage."""
+        return losses.attention_loss(student, teacher, self.form)
 
 
 @register_term("fsp")
-class FlowOfSolution(_Maps):
+class FlowOfSolution(FeatureTerm):
     """Σ_i ‖G_i(student) - G_i(teacher)‖² over consecutive stages: Yim et al., CVPR 2017, equation 2.
 
     See `losses.flow_loss`.
@@ -107,16 +90,16 @@ class FlowOfSolution(_Maps):
         elements: str = "mean",
         **options: Any,
     ) -> None:
-        super().__init__(weight, context, stages, least=2, **options)
+        super().__init__(weight, context, different_stages(stages, least=2), **options)
         self.pooling = choice("pooling", pooling, POOLINGS)
         self.elements = choice("elements", elements, ELEMENTS)
         for site in self.sites:
-            for m in sorted({m for _, m in self.pairs}):
-                site.require_equal_channels(m, "fsp compares only networks of equal width")
+            site.require_equal_channels("fsp compares only networks of equal width")
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the sum over the pairs of stages."""
-        return losses.flow_loss(*self.maps(context, k, m), self.pooling, self.elements)
+        students, teachers = zip(*(site.features(context, k, m) for site in self.sites), strict=True)
+        return losses.flow_loss(students, teachers, self.pooling, self.elements)
 
 
 class GaussianModel(nn.Module):
@@ -154,7 +137,7 @@ class GaussianModel(nn.Module):
 
 
 @register_term("vid")
-class VariationalInformation(_Maps):
+class VariationalInformation(FeatureTerm):
     """Σ_stages mean(½ [(μ(f_s) - f_m)² / σ_c² + log σ_c²]): Ahn et al., CVPR 2019, equations 5 and 6.
 
     See `losses.gaussian_loss`. The paper sums over elements with a factor λ; here it is the mean, for the weight 1.
@@ -182,42 +165,36 @@ class VariationalInformation(_Maps):
         eps: float = 1e-5,
         **options: Any,
     ) -> None:
-        super().__init__(weight, context, stages, **options)
+        super().__init__(weight, context, different_stages(stages), **options)
         number("eps", eps, above=0.0)
         if number("initial_variance", initial_variance) <= eps:
             raise UserError(f"initial_variance={initial_variance!r} is not allowed; give a number > eps={eps:g}")
         self.models = nn.ModuleDict(
             {
                 pair_key(k, m): nn.ModuleList(
-                    GaussianModel(site.student_shape()[0], site.teacher_shape(m)[0], initial_variance, eps)
+                    GaussianModel(site.student_shape[0], site.teacher_shapes[m][0], initial_variance, eps)
                     for site in self.sites
                 )
                 for k, m in self.pairs
             }
         )
 
-    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
-        """Returns the sum over the stages."""
+    def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the loss of the model of one stage."""
         models = cast(nn.ModuleList, self.models[pair_key(k, m)])
-        pairs = zip(models, *self.maps(context, k, m), strict=True)
-        return torch.stack([model(*losses.to_common_size(s, t)) for model, s, t in pairs]).sum()
+        return models[place](*losses.to_common_size(student, teacher))
 
 
-class _Relation(PairTerm):
+class _Relation(FeatureTerm):
     """Compares the batch's images at one place of both networks; subclasses say how, with flattened features."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
 
-    def __init__(
-        self, weight: float, context: TermContext, *, feature: str = "pooled", reduction: str = "mean"
-    ) -> None:
-        super().__init__(weight, context, reduction=reduction)
-        self.site = FeatureSite(feature, context, self.pairs)
-        read_sites(self, self.site)
+    def __init__(self, weight: float, context: TermContext, *, feature: str = "pooled", **options: Any) -> None:
+        super().__init__(weight, context, [feature], **options)
 
-    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+    def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss of branch k against teacher m."""
-        student, teacher = self.site.features(context, k, m)
         # Autocast would compute the products of the features in bfloat16.
         with torch.autocast(student.device.type, enabled=False):
             return self.loss(student.flatten(1), teacher.flatten(1))

@@ -21,11 +21,19 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.terms import SoftBranchTerm, SoftTerm, Term, branch_factor, register_term
+from ekd_lightning.methods.terms import BranchTerm, SoftTerm, Term, register_term
+
+
+class _CrossEntropy(Term):
+    """What both cross-entropies share: the smoothing of labels."""
+
+    def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, **options: Any) -> None:
+        super().__init__(weight, context, **options)
+        self.label_smoothing = number("label_smoothing", label_smoothing, low=0.0, below=1.0)
 
 
 @register_term("ce_ensemble")
-class CrossEntropyEnsemble(Term):
+class CrossEntropyEnsemble(_CrossEntropy):
     """CE(z̄, y): cross-entropy of the student's coupled prediction; y are the soft labels of mixed images.
 
     Args:
@@ -34,17 +42,13 @@ class CrossEntropyEnsemble(Term):
         label_smoothing: In [0, 1).
     """
 
-    def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0) -> None:
-        super().__init__(weight)
-        self.label_smoothing = _smoothing(label_smoothing)
-
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats."""
         return losses.cross_entropy(context.student.logits, context.batch.targets, self.label_smoothing)
 
 
 @register_term("ce_branch")
-class CrossEntropyBranch(Term):
+class CrossEntropyBranch(BranchTerm, _CrossEntropy):
     """mean_k CE(z_k, y): cross-entropy of every branch on its own; y are the soft labels of mixed images.
 
     Args:
@@ -53,13 +57,6 @@ class CrossEntropyBranch(Term):
         label_smoothing: In [0, 1).
         reduction: `mean` or `sum` over the K branches.
     """
-
-    def __init__(
-        self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, reduction: str = "mean"
-    ) -> None:
-        super().__init__(weight)
-        self.label_smoothing = _smoothing(label_smoothing)
-        self.factor = branch_factor(reduction, context.num_branches)
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""
@@ -80,8 +77,9 @@ class _Distillation(SoftTerm):
         temperature: float | None = None,
         combine: str = "logits",
         loss: str = "kl",
+        **options: Any,
     ) -> None:
-        super().__init__(weight, context, temperature=temperature)
+        super().__init__(weight, context, temperature=temperature, **options)
         self.combine = choice("combine", combine, ("logits", "probabilities"))
         self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
@@ -122,7 +120,7 @@ class DistillationEnsemble(_Distillation):
 
 
 @register_term("kd_branch")
-class DistillationBranch(_Distillation):
+class DistillationBranch(BranchTerm, _Distillation):
     """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates the teachers that are assigned to it.
 
     Args:
@@ -137,24 +135,14 @@ class DistillationBranch(_Distillation):
 
     uses_assignment = True
 
-    def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any) -> None:
-        super().__init__(weight, context, **options)
-        self.factor = branch_factor(reduction, context.num_branches)
-
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over branches, in nats (or squared logits)."""
         assert context.assignment_KM is not None
         return self.factor * self._value(context.student.branch_logits, context, context.assignment_KM)
 
 
-def _smoothing(value: float) -> float:
-    if number("label_smoothing", value, low=0.0) >= 1.0:
-        raise UserError(f"label_smoothing={value!r} is not allowed; give a number in [0, 1)")
-    return float(value)
-
-
 @register_term("dkd")
-class DecoupledDistillation(SoftBranchTerm):
+class DecoupledDistillation(SoftTerm, BranchTerm):
     """mean_k T² (α TCKD + β NCKD): Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022; see `losses.decoupled`.
 
     Several teachers of a branch are combined by the mean of their logits. Of a mixed image the class with the larger
@@ -186,7 +174,7 @@ class DecoupledDistillation(SoftBranchTerm):
 
 
 @register_term("kd_standardized")
-class StandardizedDistillation(SoftBranchTerm):
+class StandardizedDistillation(SoftTerm, BranchTerm):
     """mean_k T² KL(p_T(s(t)) ‖ p_T(s(z_k))) with standardised logits s(z); see `losses.standardized`.
 
     Args:
@@ -201,5 +189,5 @@ class StandardizedDistillation(SoftBranchTerm):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""
-        branches, target = context.student.branch_logits, context.assigned_logits
-        return self.factor * losses.standardized_divergence(branches, target, self.temperature)
+        pair = losses.standardized(context.student.branch_logits), losses.standardized(context.assigned_logits)
+        return self.factor * losses.kd_divergence(*pair, self.temperature)

@@ -1,23 +1,28 @@
-"""Methods: named lists of weighted terms.
+"""Methods: named lists of weighted terms, built from plain settings.
 
 Shape letters: B batch, C classes, M teachers, K branches.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.assignment import Assignment, RandomAssignment
-from ekd_lightning.methods.context import LiveNetworks, StepContext
-from ekd_lightning.methods.terms import Term
+from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, RandomAssignment, build_assignment
+from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
+from ekd_lightning.methods.options import WeightSchedule, number, read_schedule
+from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
+DEFAULT_ASSIGNMENT = "one_to_one"
+_OWN_KEYS = ("type", "weight", "schedule")
 _PARTS = 240  # how finely schedules are looked through
 
 
@@ -42,6 +47,13 @@ class Method(nn.Module):
         terms: Name -> term. Terms of weight 0 are left out, so they cost nothing.
         assignment: Needed when a term uses it.
 
+    Attributes:
+        needs_teachers: Whether `forward` must be given teacher outputs.
+        needs_pooled: Whether the teachers' pooled features are read; otherwise nobody needs to keep them.
+        needs_networks: Whether `forward` must be given the networks themselves.
+        teacher_stages: Names of the stage outputs that the teachers must return.
+        student_stages: Names of the student's stage outputs that some term reads.
+
     Raises:
         UserError: If no term has a positive weight, or a name cannot name a module.
     """
@@ -51,64 +63,46 @@ class Method(nn.Module):
         self.name = name
         active = {key: term for key, term in terms.items() if term.weight > 0}
         if not active:
-            raise UserError(f"method {name!r} has no term with a positive weight (terms: {_listed(terms)})")
+            raise UserError(f"method {name!r} has no term with a positive weight (terms: {', '.join(terms) or 'none'})")
         for key in active:
-            _check_key(key)
+            # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
+            if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
+                raise UserError(f"method.terms.{key}: not a usable name for a term; choose another and set its `type`")
         self.terms = nn.ModuleDict(active)
-        self._constant = {key for key, term in active.items() if term.has_constant_weight}
         if assignment is None and any(term.uses_assignment for term in active.values()):
             raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
         self.assignment = assignment
+        self.needs_teachers = any(term.needs_teachers for term in active.values())
+        self.needs_pooled = any(term.needs_pooled for term in active.values())
+        self.needs_networks = any(term.needs_networks for term in active.values())
+        self.teacher_stages = _stages(active, "teacher_stages")
+        self.student_stages = _stages(active, "student_stages")
+        # Most weights never change; a step does not ask their terms.
+        self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
         """Yields the names and terms that are evaluated, in order."""
         yield from ((key, cast(Term, term)) for key, term in self.terms.items())
 
-    @property
-    def needs_teachers(self) -> bool:
-        """Whether `forward` must be given teacher outputs."""
-        return any(term.needs_teachers for _, term in self.named_terms())
+    def weights_at(self, progress: float) -> dict[str, float]:
+        """The factors in the total of the terms that are computed at a share of the training in [0, 1].
 
-    @property
-    def needs_pooled(self) -> bool:
-        """Whether the teachers' pooled features are read; otherwise nobody needs to keep them."""
-        return any(term.needs_pooled for _, term in self.named_terms())
-
-    @property
-    def needs_networks(self) -> bool:
-        """Whether `forward` must be given the networks themselves."""
-        return any(term.needs_networks for _, term in self.named_terms())
-
-    @property
-    def teacher_stages(self) -> tuple[str, ...]:
-        """Names of the stage outputs that the teachers must return."""
-        return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.teacher_stages))
+        Those whose schedule gives them weight 0 are not computed; if that leaves none, all are.
+        """
+        constant = self._constant
+        weights = {
+            key: constant[key] if key in constant else term.weight_at(progress) for key, term in self.named_terms()
+        }
+        return {key: weight for key, weight in weights.items() if weight} or weights
 
     def counting_terms(self, progress: float) -> dict[str, Term]:
-        """The terms that are computed at a share of the training in [0, 1].
-
-        Those whose schedule gives them weight 0 are not; if that leaves none, all are.
-        """
-        everything = dict(self.named_terms())
-        return {key: term for key, term in everything.items() if self._weight(key, term, progress)} or everything
-
-    def _weight(self, key: str, term: Term, progress: float) -> float:
-        return term.weight if key in self._constant else term.weight_at(progress)
+        """The terms that are computed at a share of the training, see `weights_at`."""
+        return {key: cast(Term, self.terms[key]) for key in self.weights_at(progress)}
 
     def asks_teachers(self, progress: float) -> tuple[bool, tuple[str, ...]]:
         """Whether teachers must answer at a share of the training, and the stages they must return then."""
-        terms = self.counting_terms(progress).values()
-        stages = dict.fromkeys(stage for term in terms for stage in term.teacher_stages)
-        return any(term.needs_teachers for term in terms), tuple(stages)
-
-    def weights_at(self, progress: float) -> dict[str, float]:
-        """The factor in the total of each of the `counting_terms` at a share of the training in [0, 1]."""
-        return {key: self._weight(key, term, progress) for key, term in self.counting_terms(progress).items()}
-
-    def assignment_at(self, step: int) -> Tensor | None:
-        """The matrix [K, M] that is drawn for a step, on the CPU; None where it is the same in all steps."""
-        drawn = isinstance(self.assignment, RandomAssignment)
-        return self.assignment.matrix(step) if drawn and self.assignment is not None else None
+        terms = self.counting_terms(progress)
+        return any(term.needs_teachers for term in terms.values()), _stages(terms, "teacher_stages")
 
     @property
     def stages_asked(self) -> set[tuple[str, ...]]:
@@ -116,10 +110,9 @@ class Method(nn.Module):
         asked = (self.asks_teachers(part / _PARTS) for part in range(_PARTS))
         return {stages for needed, stages in asked if needed}
 
-    @property
-    def student_stages(self) -> tuple[str, ...]:
-        """Names of the student's stage outputs that some term reads."""
-        return tuple(dict.fromkeys(stage for _, term in self.named_terms() for stage in term.student_stages))
+    def assignment_at(self, step: int) -> Tensor | None:
+        """The matrix [K, M] that is drawn for a step, on the CPU; None where it is the same in all steps."""
+        return self.assignment.matrix(step) if isinstance(self.assignment, RandomAssignment) else None
 
     def forward(  # plain loops may pass the time by position
         self,
@@ -171,7 +164,7 @@ class Method(nn.Module):
         matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
         values = {key: term(context) for key, term in counting.items()}
-        factors = self.weights_at(progress) if weights is None else weights
+        factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
         if len(self._constant) < len(self.terms):
             weighted.append(self._nothing(student, counting))
@@ -200,15 +193,107 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
         if assignment_KM is not None:
             return assignment_KM
-        fixed = self.assignment.fixed_KM
-        return (self.assignment.matrix(step) if fixed is None else fixed).to(student.logits.device)
+        drawn = self.assignment_at(step)
+        return (self.assignment.mean_KM if drawn is None else drawn).to(student.logits.device)
 
 
-def _check_key(key: str) -> None:
-    # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
-    if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
-        raise UserError(f"method.terms.{key}: not a usable name for a term; choose another and set its `type`")
+def _stages(terms: Mapping[str, Term], which: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(stage for term in terms.values() for stage in getattr(term, which)))
 
 
-def _listed(terms: Mapping[str, Term]) -> str:
-    return ", ".join(terms) or "none"
+def build_method(
+    name: str,
+    terms: Mapping[str, Mapping[str, Any]],
+    context: TermContext,
+    *,
+    temperature: float | None = None,
+    assignment: AssignmentSpec | None = None,
+) -> Method:
+    """Builds a method from plain settings.
+
+    Args:
+        name: The method's name in records.
+        terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), schedule: see
+            `options.read_schedule` (default: constant), further options of the term}. A term of weight 0 is
+            checked for typing errors but not built.
+        context: The networks and the images; see `TermContext.of`. Its temperature and assignment are filled in here.
+        temperature: T > 0 for all terms that do not set their own; None for 4.
+        assignment: A kind or explicit rows (see `make_assignment`); None for one_to_one.
+
+    Returns:
+        The method.
+
+    Raises:
+        UserError: For an unknown term, option or stage, a weight that is negative or not finite, a
+            temperature that is not positive, an assignment that does not fit, or when no term has a positive
+            weight.
+    """
+    K, M = context.num_branches, context.num_teachers
+    entries = _entries(terms)
+    T = DEFAULT_TEMPERATURE if temperature is None else number("method.temperature", temperature, above=0.0)
+    built = None
+    if M > 0 and any(entry.cls.uses_assignment for entry in entries.values()):
+        kind = DEFAULT_ASSIGNMENT if assignment is None else assignment
+        built = build_assignment(kind, K, M, context.seed)
+    context = replace(context, temperature=T, assignment=built)
+    method = Method(name, {key: _build(key, entry, context) for key, entry in entries.items()}, built)
+    for setting, value in (("temperature", temperature), ("assignment", assignment)):
+        if value is not None and not any(getattr(term, f"uses_{setting}") for _, term in method.named_terms()):
+            warnings.warn(f"method.{setting}={value} has no effect: no term of {name!r} uses it", stacklevel=2)
+    keys = {entry.kind: key for key, entry in entries.items()}
+    if K == 1 and "ce_branch" in keys and "ce_ensemble" in keys:
+        branch, ensemble = keys["ce_branch"], keys["ce_ensemble"]
+        repeats = f"{branch} repeats {ensemble}, so the cross-entropy counts twice"
+        warnings.warn(f"the student of {name!r} has one branch: {repeats}", stacklevel=2)
+    return method
+
+
+def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Says whether a method with these settings needs teachers, before any network is there.
+
+    Raises:
+        UserError: As `build_method`, for unknown terms, options and weights.
+    """
+    return any(entry.cls.needs_teachers for entry in _entries(terms).values())
+
+
+def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Says whether the assignment has an effect on a method with these settings; raises as `needs_teachers`."""
+    return any(entry.cls.uses_assignment for entry in _entries(terms).values())
+
+
+class _Entry(NamedTuple):
+    """One term in the settings of a method, its names and weight checked."""
+
+    kind: str
+    weight: float
+    schedule: WeightSchedule
+    options: dict[str, Any]
+
+    @property
+    def cls(self) -> type[Term]:
+        return term_class(self.kind)
+
+
+def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
+    """The terms that count, by name; all are checked."""
+    entries = {}
+    for key, spec in terms.items():
+        where = f"method.terms.{key}"
+        if not isinstance(spec, Mapping) or "weight" not in spec:
+            raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
+        options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
+        kind = str(spec.get("type") or key)
+        check_option_names(kind, options)
+        weight = number(f"{where}.weight", spec["weight"], low=0.0)
+        entries[key] = _Entry(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
+    return {key: entry for key, entry in entries.items() if entry.weight > 0}
+
+
+def _build(key: str, entry: _Entry, context: TermContext) -> Term:
+    try:
+        term = build_term(entry.kind, entry.weight, context, **entry.options)
+    except UserError as error:
+        raise UserError(f"method.terms.{key}: {error}") from None
+    term.schedule = entry.schedule
+    return term

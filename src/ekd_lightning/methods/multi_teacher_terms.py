@@ -16,7 +16,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, MapAdapter, PooledAdapter, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, PooledAdapter, map_adapter, pair_key, read_sites
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 from ekd_lightning.networks.staged import pool
 
@@ -181,9 +181,11 @@ class ConfidenceFeatures(Term):
         pairs = [(k, m) for k in range(K) for m in range(M)]
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs)
         read_sites(self, self.site)
-        make = PooledAdapter if self.site.is_pooled else MapAdapter
-        channels = self.site.student_shape()[0]
-        self.adapters = nn.ModuleDict({pair_key(k, m): make(channels, self.site.teacher_shape(m)[0]) for k, m in pairs})
+        make = PooledAdapter if self.site.is_pooled else map_adapter
+        channels = self.site.student_shape[0]
+        self.adapters = nn.ModuleDict(
+            {pair_key(k, m): make(channels, self.site.teacher_shapes[m][0]) for k, m in pairs}
+        )
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over branches and images of the weighted sum over the teachers."""

@@ -10,23 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.terms import SoftBranchTerm, SoftTerm, branch_factor, register_term
+from ekd_lightning.methods.terms import BranchTerm, SoftTerm, register_term
 
 LEADER_AND_PEERS = 3
 
 
-def _require_branches(least: int, context: TermContext) -> None:
-    K = context.num_branches
-    if least > K:
-        raise UserError(f"student.branches={K} is not allowed with this term; give at least {least} branches")
-
-
 @register_term("mutual")
-class Mutual(SoftBranchTerm):
+class Mutual(SoftTerm, BranchTerm):
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)), targets detached: every branch imitates all others.
 
     Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
@@ -37,14 +30,9 @@ class Mutual(SoftBranchTerm):
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
         reduction: `mean` or `sum` over the K branches; `sum` gives each network its own loss unscaled.
-
-    Raises:
-        UserError: With fewer than two branches.
     """
 
-    def __init__(self, weight: float, context: TermContext, **options: Any) -> None:
-        _require_branches(2, context)
-        super().__init__(weight, context, **options)
+    least_branches = 2
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, the other branches, and the mean or sum over branches, in nats."""
@@ -52,7 +40,7 @@ class Mutual(SoftBranchTerm):
 
 
 @register_term("self_distillation")
-class SelfDistillation(SoftBranchTerm):
+class SelfDistillation(SoftTerm, BranchTerm):
     """mean_k T² KL(p_T(z̄) ‖ p_T(z_k)), target detached: every branch imitates the student's ensemble output.
 
     ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018), where z̄ is the
@@ -64,23 +52,18 @@ class SelfDistillation(SoftBranchTerm):
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
         reduction: `mean` or `sum` over the K branches.
-
-    Raises:
-        UserError: With one branch, which is its own ensemble.
     """
 
-    def __init__(self, weight: float, context: TermContext, **options: Any) -> None:
-        _require_branches(2, context)
-        super().__init__(weight, context, **options)
+    least_branches = 2
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over branches, in nats."""
         branches, logits = context.student.branch_logits, context.student.logits
-        return self.factor * losses.ensemble_divergence(branches, logits, self.temperature)
+        return self.factor * losses.kd_divergence(branches, logits.expand_as(branches), self.temperature)
 
 
 @register_term("peer_attention")
-class PeerAttention(SoftTerm):
+class PeerAttention(SoftTerm, BranchTerm):
     """mean_a T² KL(p_T(t_a) ‖ p_T(z_a)) over the K-1 peers, where t_a = Σ_b α_ab z_b mixes the peers' logits.
 
     The first level of OKDDip (Chen, Mei, Wang, Feng and Chen, "Online Knowledge Distillation with Diverse Peers",
@@ -100,25 +83,22 @@ class PeerAttention(SoftTerm):
         combine: What α mixes: `logits`, as in the authors' code, or `probabilities` at T.
         divisor: D over the width of Wq and Wk, >= 1; 8 in the authors' code.
         detach_targets: False lets gradients flow into the targets, as in the authors' code.
-
-    Raises:
-        UserError: With fewer than three branches (two peers and a leader).
     """
+
+    least_branches = LEADER_AND_PEERS
 
     def __init__(
         self,
         weight: float,
         context: TermContext,
         *,
-        reduction: str = "mean",
         combine: str = "logits",
         divisor: float = 8,
         detach_targets: bool = True,
-        temperature: float | None = None,
+        **options: Any,
     ) -> None:
-        _require_branches(LEADER_AND_PEERS, context)
-        super().__init__(weight, context, temperature=temperature)
-        self.factor = branch_factor(reduction, context.num_branches - 1)
+        super().__init__(weight, context, **options)
+        self.factor = min(self.factor, context.num_branches - 1.0)  # the leader is no peer
         self.combine = choice("combine", combine, ("logits", "probabilities"))
         self.detach_targets = bool(detach_targets)
         D = context.student_features
@@ -164,13 +144,11 @@ class Leader(SoftTerm):
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
         detach_targets: False lets gradients flow into the peers, as in the authors' code.
-
-    Raises:
-        UserError: With fewer than three branches (two peers and a leader).
     """
 
+    least_branches = LEADER_AND_PEERS
+
     def __init__(self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any) -> None:
-        _require_branches(LEADER_AND_PEERS, context)
         super().__init__(weight, context, **options)
         self.detach_targets = bool(detach_targets)
 

@@ -6,17 +6,27 @@ A mistake is one line that names key, value and what is allowed.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from operator import itemgetter
 
 from ekd_lightning.errors import UserError, unknown_name
 
 SHAPES = ("linear", "ramp_up")
 
 
-def number(key: str, value: object, *, above: float | None = None, low: float | None = None) -> float:
+def number(
+    key: str,
+    value: object,
+    *,
+    above: float | None = None,
+    low: float | None = None,
+    below: float | None = None,
+    high: float | None = None,
+) -> float:
     """Checks a finite number.
 
     Args:
@@ -24,6 +34,8 @@ def number(key: str, value: object, *, above: float | None = None, low: float | 
         value: What was given; strings and booleans are refused, not converted.
         above: Exclusive lower bound, or None.
         low: Inclusive lower bound, or None.
+        below: Exclusive upper bound, or None; only with a lower one.
+        high: Inclusive upper bound, or None; only with a lower one.
 
     Returns:
         The value as a float.
@@ -31,13 +43,19 @@ def number(key: str, value: object, *, above: float | None = None, low: float | 
     Raises:
         UserError: If it is not a finite number or lies outside the bounds.
     """
-    bound = f" > {above:g}" if above is not None else f" >= {low:g}" if low is not None else ""
     # bool is a Real in Python, and `weight: yes` in YAML is a slip, not a 1.
     fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     result = float(value) if fits else math.nan  # type: ignore[arg-type]
-    if not fits or (above is not None and result <= above) or (low is not None and result < low):
-        raise UserError(f"{key}={value!r} is not allowed; give a finite number{bound}")
-    return result
+    fits = fits and (above is None or result > above) and (low is None or result >= low)
+    if fits and (below is None or result < below) and (high is None or result <= high):
+        return result
+    allowed = "a finite number"
+    if below is not None or high is not None:
+        start, end = f"({above:g}" if low is None else f"[{low:g}", f"{high:g}]" if below is None else f"{below:g})"
+        allowed = f"a number in {start}, {end}"
+    elif above is not None or low is not None:
+        allowed += f" > {above:g}" if low is None else f" >= {low:g}"
+    raise UserError(f"{key}={value!r} is not allowed; give {allowed}")
 
 
 def choice(key: str, value: object, allowed: Iterable[str]) -> str:
@@ -87,22 +105,13 @@ class WeightSchedule:
 
     def __call__(self, progress: float) -> float:
         """The factor at a share of the training in [0, 1]."""
-        return self._interpolated(progress) * self._ramp(progress)
-
-    def _interpolated(self, progress: float) -> float:
-        if progress < self.points[0][0]:
-            return self.points[0][1]
-        last = max(i for i, (share, _) in enumerate(self.points) if share <= progress)
-        left, low = self.points[last]
-        if last + 1 == len(self.points):
-            return low
-        right, high = self.points[last + 1]
-        return low + (high - low) * (progress - left) / (right - left)
-
-    def _ramp(self, progress: float) -> float:
-        if self.ramp_until is None or progress >= self.ramp_until:
-            return 1.0
-        return math.exp(-5.0 * (1.0 - progress / self.ramp_until) ** 2)
+        place = bisect_right(self.points, progress, key=itemgetter(0))
+        left, low = self.points[max(place - 1, 0)]
+        right, high = self.points[min(place, len(self.points) - 1)]
+        factor = low if left == right else low + (high - low) * (progress - left) / (right - left)
+        if self.ramp_until is not None and progress < self.ramp_until:
+            factor *= math.exp(-5.0 * (1.0 - progress / self.ramp_until) ** 2)
+        return factor
 
 
 CONSTANT = WeightSchedule()
@@ -129,11 +138,8 @@ def read_schedule(key: str, spec: object) -> WeightSchedule:
     for name in spec:
         if name not in SHAPES:
             raise unknown_name(f"key of {key}", str(name), SHAPES)
-    ramp = spec.get("ramp_up")
-    until = None if ramp is None else _share(f"{key}.ramp_up", ramp)
-    if until == 0.0:
-        raise UserError(f"{key}.ramp_up={ramp!r} is not allowed; give a share in (0, 1]")
-    linear = spec.get("linear")
+    linear, ramp = spec.get("linear"), spec.get("ramp_up")
+    until = None if ramp is None else number(f"{key}.ramp_up", ramp, above=0.0, high=1.0)
     return WeightSchedule(CONSTANT.points if linear is None else _points(f"{key}.linear", linear), until)
 
 
@@ -141,14 +147,7 @@ def _points(key: str, linear: object) -> tuple[tuple[float, float], ...]:
     pairs = list(linear) if isinstance(linear, (list, tuple)) else []
     if not pairs or any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
         raise UserError(f"{key}={linear!r} is not allowed; give pairs [share of the training, factor]")
-    points = tuple((_share(key, share), number(key, factor, low=0.0)) for share, factor in pairs)
+    points = tuple((number(key, share, low=0.0, high=1.0), number(key, factor, low=0.0)) for share, factor in pairs)
     if any(later < earlier for (earlier, _), (later, _) in pairwise(points)):
         raise UserError(f"{key}={linear!r} is not allowed; the shares must be in order")
     return points
-
-
-def _share(key: str, value: object) -> float:
-    share = number(key, value, low=0.0)
-    if share > 1.0:
-        raise UserError(f"{key}={value!r} is not allowed; give a share of the training in [0, 1]")
-    return share

@@ -14,16 +14,16 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
-from ekd_lightning.methods.context import StageShape, StepContext, TermContext
+from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice
-from ekd_lightning.methods.terms import Term, branch_factor, register_term
+from ekd_lightning.methods.terms import BranchTerm, Term, register_term
 
 POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
 REGRESSORS = ("conv_reg", "regressor")
 
 
-class PairTerm(Term):
+class PairTerm(BranchTerm):
     """mean_k Σ_m A[k, m] · compare(branch k, teacher m), over the pairs that the assignment ever uses.
 
     With one teacher and a plain student that is the plain loss of the single-teacher literature; with the
@@ -38,11 +38,10 @@ class PairTerm(Term):
     needs_teachers = True
     uses_assignment = True
 
-    def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean") -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float, context: TermContext, **options: Any) -> None:
+        super().__init__(weight, context, **options)
         assert context.assignment is not None
         self.num_branches = context.num_branches
-        self.factor = branch_factor(reduction, context.num_branches)
         self.pairs = tuple(context.assignment.pairs())
 
     def forward(self, context: StepContext) -> Tensor:
@@ -60,10 +59,13 @@ class PairTerm(Term):
 
 
 class FeatureSite:
-    """A place in the networks where a pair term reads features: `pooled`, `last`, or a stage.
+    """A place in the networks where a term reads features: `pooled`, `last`, or a stage.
 
     Attributes:
         name: As the user wrote it.
+        is_pooled: Whether features are vectors [B, D]; otherwise maps [B, C, H, W].
+        student_shape: Shape of a branch's features, (D,) or (channels, height, width).
+        teacher_shapes: Teacher m of some pair -> the shape of its features.
         student_stages: The stages that the term must list as its own `student_stages`.
         teacher_stages: Likewise.
     """
@@ -74,83 +76,102 @@ class FeatureSite:
         Raises:
             UserError: A network has no such stage, or `last` has different names in different teachers.
         """
-        self.name = name
-        self._context = context
-        self._student: str | None = None
-        self._teacher: dict[int, str] = {}
-        if name != POOLED:
-            self._student = context.student_stage(name)
-            self._teacher = {m: context.teacher_stage(m, name) for m in sorted({m for _, m in pairs})}
-        self.student_stages = () if self._student is None else (self._student,)
+        self.name, self.is_pooled, self._context = name, name == POOLED, context
+        self.student_shape: tuple[int, ...] = (context.student_features,)
+        self.teacher_shapes: dict[int, tuple[int, ...]] = dict.fromkeys(sorted({m for _, m in pairs}), ())
+        self.student_stages: tuple[str, ...] = ()
+        self.teacher_stages: tuple[str, ...] = ()
+        if self.is_pooled:
+            self.teacher_shapes = {m: (context.teacher_features[m],) for m in self.teacher_shapes}
+            return
+        self._student = context.student_stage(name)
+        self._teacher = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}
+        self.student_stages = (self._student,)
         self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
         for m in self._teacher:
             for stage in self.teacher_stages:  # all teachers are asked for all of them
                 context.teacher_stage(m, stage)
+        self.student_shape = context.student_stage_shapes[self._student]
+        self.teacher_shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in self._teacher.items()}
 
-    @property
-    def is_pooled(self) -> bool:
-        """Whether features are vectors [B, D]; otherwise maps [B, C, H, W]."""
-        return self._student is None
-
-    def student_shape(self) -> StageShape | tuple[int]:
-        """Shape of a branch's features: (D,) or (channels, height, width)."""
-        if self._student is None:
-            return (self._context.student_features,)
-        return self._context.student_stage_shapes[self._student]
-
-    def teacher_shape(self, m: int) -> StageShape | tuple[int]:
-        """Shape of the features of teacher m."""
-        if self._student is None:
-            return (self._context.teacher_features[m],)
-        return self._context.teacher_stage_shapes[m][self._teacher[m]]
-
-    def require_equal_channels(self, m: int, reason: str) -> None:
-        """Refuses a pair of networks with different channel counts, for losses that cannot adapt them.
+    def require_equal_channels(self, reason: str) -> None:
+        """Refuses networks with different channel counts, for losses that cannot adapt them.
 
         Args:
-            m: The teacher.
             reason: Why, and what to do: the end of the message.
 
         Raises:
-            UserError: With both shapes.
+            UserError: With the shapes of the first pair that differs.
         """
-        student, teacher = self.student_shape(), self.teacher_shape(m)
-        if student[0] != teacher[0]:
-            raise UserError(
-                f"{reason}: the student {self._context.student_name!r} has shape {list(student)},"
-                f" the teacher {self._context.teacher_label(m)} {list(teacher)} (feature {self.name!r})"
-            )
+        for m, shape in self.teacher_shapes.items():
+            if self.student_shape[0] != shape[0]:
+                raise UserError(
+                    f"{reason}: the student {self._context.student_name!r} has shape {list(self.student_shape)},"
+                    f" the teacher {self._context.teacher_label(m)} {list(shape)} (feature {self.name!r})"
+                )
 
     def features(self, context: StepContext, k: int, m: int) -> tuple[Tensor, Tensor]:
         """Features of branch k (with gradients) and of teacher m (detached), as they are."""
         assert context.teachers is not None
-        if self._student is None:
+        if self.is_pooled:
             return context.student.pooled[k], context.teachers.pooled[m].detach()
-        return (context.student.stages[k][self._student], context.teachers.stages[m][self._teacher[m]].detach())
+        return context.student.stages[k][self._student], context.teachers.stages[m][self._teacher[m]].detach()
 
 
-def map_sites(
-    stages: object, context: TermContext, pairs: Sequence[tuple[int, int]], least: int = 1
-) -> list[FeatureSite]:
-    """The places of a term that compares maps at several stages.
+class FeatureTerm(PairTerm):
+    """A pair term that reads features at one place or several; the losses of the places are added.
 
     Args:
-        stages: The option `stages` as the user gave it: a list of stage names, each once.
-        context: The networks' sizes.
-        pairs: The term's (branch, teacher) pairs.
-        least: How many stages there must be.
-
-    Returns:
-        One place for each stage, in the given order.
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes and the assignment.
+        places: `pooled`, `last` or a stage's name, each.
+        reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For anything else than such a list, or a stage that a network lacks.
+        UserError: For a stage that a network lacks.
+    """
+
+    def __init__(self, weight: float, context: TermContext, places: Sequence[str], **options: Any) -> None:
+        super().__init__(weight, context, **options)
+        self.sites = [FeatureSite(name, context, self.pairs) for name in places]
+        read_sites(self, *self.sites)
+
+    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+        """Returns the sum over the places."""
+        found = [self.compare_at(i, k, m, *site.features(context, k, m)) for i, site in enumerate(self.sites)]
+        return torch.stack(found).sum()
+
+    def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
+        """Returns the loss at one of the places, a scalar.
+
+        Args:
+            place: Its position in `places`.
+            k: The branch.
+            m: The teacher.
+            student: Features of the branch, with gradients, [B, D] or [B, C, H, W].
+            teacher: Those of the teacher, detached.
+        """
+        raise NotImplementedError
+
+
+def different_stages(stages: object, least: int = 1) -> list[str]:
+    """Checks the option `stages` of a term that compares maps at several stages.
+
+    Args:
+        stages: As the user gave it: a list of stage names, each once.
+        least: How many there must be.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: For anything else than such a list.
     """
     names = list(stages) if isinstance(stages, (list, tuple)) else []
     wrong = len(names) < least or len(set(map(str, names))) < len(names) or POOLED in names
     if wrong or not all(isinstance(name, str) for name in names):
         raise UserError(f"stages={stages!r} is not allowed; give a list of {least} or more different stages")
-    return [FeatureSite(name, context, pairs) for name in names]
+    return names
 
 
 def read_sites(term: Term, *sites: FeatureSite) -> None:
@@ -185,18 +206,10 @@ class PooledAdapter(nn.Sequential):
         return norm(projected)
 
 
-class MapAdapter(nn.Sequential):
-    """1×1 convolution without bias, then batch norm: [B, C, H, W] -> [B, C_m, H, W].
-
-    Args:
-        student_channels: C.
-        teacher_channels: C_m.
-    """
-
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
-        super().__init__(
-            nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False), nn.BatchNorm2d(teacher_channels)
-        )
+def map_adapter(student_channels: int, teacher_channels: int) -> nn.Sequential:
+    """1×1 convolution without bias, then batch norm: [B, C, H, W] -> [B, C_m, H, W]."""
+    conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))
 
 
 class ConvRegressor(nn.Sequential):
@@ -215,7 +228,7 @@ class ConvRegressor(nn.Sequential):
         UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form: and not half).
     """
 
-    def __init__(self, student: StageShape, teacher: StageShape, norm: bool) -> None:
+    def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], norm: bool) -> None:
         (C, *size), (C_m, *size_m) = student, teacher
         bias = not norm  # batch norm takes any bias out again
         conv: nn.Module
@@ -235,7 +248,7 @@ class ConvRegressor(nn.Sequential):
 
 
 @register_term("feature_branch")
-class FeatureBranch(PairTerm):
+class FeatureBranch(FeatureTerm):
     """mean_k Σ_m A[k, m] · MSE(r_km(h_k), h_m): features of every branch approach those of its teachers.
 
     r_km is the identity or a trained projection that is not part of the student and is dropped after
@@ -265,28 +278,27 @@ class FeatureBranch(PairTerm):
     def __init__(
         self, weight: float, context: TermContext, *, feature: str = "pooled", adapter: str = "auto", **options: Any
     ) -> None:
-        super().__init__(weight, context, **options)
-        self.site = FeatureSite(feature, context, self.pairs)
-        read_sites(self, self.site)
+        super().__init__(weight, context, [feature], **options)
+        (site,) = self.sites
         self.sizes_by_adapter = choice("adapter", adapter, ADAPTERS) in REGRESSORS
-        self.adapters = nn.ModuleDict({pair_key(k, m): self._adapter(m, adapter) for k, m in self.pairs})
+        if self.sizes_by_adapter and site.is_pooled:
+            raise UserError(f"adapter={adapter} is for maps, not for feature=pooled: choose a stage or `last`")
+        if adapter == "identity":
+            site.require_equal_channels("adapter=identity does not fit (use auto or project)")
+        self.adapters = nn.ModuleDict(
+            {pair_key(k, m): _adapter(adapter, site.student_shape, site.teacher_shapes[m]) for k, m in self.pairs}
+        )
 
-    def _adapter(self, m: int, kind: str) -> nn.Module:
-        if kind == "identity":
-            self.site.require_equal_channels(m, "adapter=identity does not fit (use auto or project)")
-        student, teacher = self.site.student_shape(), self.site.teacher_shape(m)
-        if kind in REGRESSORS:
-            if self.site.is_pooled:
-                raise UserError(f"adapter={kind} is for maps, not for feature=pooled: choose a stage or `last`")
-            maps = cast(StageShape, student), cast(StageShape, teacher)
-            return ConvRegressor(*maps, norm=kind == "conv_reg")
-        if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
-            return nn.Identity()
-        return (PooledAdapter if self.site.is_pooled else MapAdapter)(student[0], teacher[0])
-
-    def compare(self, context: StepContext, k: int, m: int) -> Tensor:
+    def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
-        student, teacher = self.site.features(context, k, m)
-        if not self.sizes_by_adapter and not self.site.is_pooled:
+        if student.ndim == 4 and not self.sizes_by_adapter:
             student, teacher = losses.to_common_size(student, teacher)
         return losses.mse(self.adapters[pair_key(k, m)](student), teacher)
+
+
+def _adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
+    if kind in REGRESSORS:
+        return ConvRegressor(student, teacher, norm=kind == "conv_reg")
+    if kind == "identity" or (kind == "auto" and student[0] == teacher[0]):
+        return nn.Identity()
+    return (PooledAdapter if len(student) == 1 else map_adapter)(student[0], teacher[0])

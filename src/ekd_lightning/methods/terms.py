@@ -20,7 +20,7 @@ class Term(nn.Module):
     """One loss of a method. Subclass it, name it with `@register_term`, return a scalar from `forward`.
 
     A subclass's `__init__` takes (weight, context) and then keyword-only options; the options are what a user
-    may write beside `weight` in the method's configuration (with `**options` those of its base class, too). Modules
+    may write beside `weight` in the method's configuration (with `**options` those of its base classes, too). Modules
     it keeps (1×1 regressors and the like) reach the optimiser, the device and the checkpoint by themselves. The value
     that `forward` returns is unweighted.
 
@@ -37,6 +37,7 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
+        least_branches: The fewest branches that a student may have.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
     """
@@ -47,10 +48,11 @@ class Term(nn.Module):
     uses_assignment: bool = False
     uses_temperature: bool = False
     captures: bool = True
+    least_branches: int = 1
     teacher_stages: tuple[str, ...] = ()
     student_stages: tuple[str, ...] = ()
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, context: TermContext | None = None) -> None:
         super().__init__()
         self.weight = number("weight", weight, low=0.0)
         self.schedule = CONSTANT
@@ -92,44 +94,30 @@ class SoftTerm(Term):
         temperature: T > 0; None for the method's.
     """
 
-    def __init__(self, weight: float, context: TermContext, *, temperature: float | None = None) -> None:
-        super().__init__(weight)
+    def __init__(
+        self, weight: float, context: TermContext, *, temperature: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(weight, context, **options)
         self.uses_temperature = temperature is None
         chosen = context.temperature if temperature is None else temperature
         self.temperature = number("temperature", chosen, above=0.0)
 
 
-class SoftBranchTerm(SoftTerm):
-    """A term with a temperature whose losses of the branches are averaged, or added.
+class BranchTerm(Term):
+    """A term whose losses of the branches are averaged, or added.
 
     Args:
         weight: Factor in the total, >= 0.
-        context: The networks' sizes, the method's temperature.
+        context: The networks' sizes.
         reduction: `mean` or `sum` over the K branches.
-        temperature: T > 0; None for the method's.
+
+    Attributes:
+        factor: What a mean over the branches is multiplied with: 1 for `mean`, K for `sum`.
     """
 
-    def __init__(
-        self, weight: float, context: TermContext, *, reduction: str = "mean", temperature: float | None = None
-    ) -> None:
-        super().__init__(weight, context, temperature=temperature)
-        self.factor = branch_factor(reduction, context.num_branches)
-
-
-def branch_factor(reduction: object, num_branches: int) -> float:
-    """Returns what a mean over branches is multiplied with to obey `reduction`.
-
-    Args:
-        reduction: `mean` (factor 1) or `sum` (factor K).
-        num_branches: K.
-
-    Returns:
-        The factor.
-
-    Raises:
-        UserError: For any other reduction.
-    """
-    return float(num_branches) if choice("reduction", reduction, ("mean", "sum")) == "sum" else 1.0
+    def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any) -> None:
+        super().__init__(weight, context, **options)
+        self.factor = float(context.num_branches) if choice("reduction", reduction, ("mean", "sum")) == "sum" else 1.0
 
 
 TermClass = TypeVar("TermClass", bound=type[Term])
@@ -233,10 +221,15 @@ def build_term(name: str, weight: float, context: TermContext, /, **options: Any
 
     Raises:
         UserError: For an unknown name or option, a value that is not allowed, a stage that a network lacks,
-            or a term that needs teachers when there are none.
+            or a term that needs teachers, or more branches, than there are.
     """
     cls = term_class(name)
     check_option_names(name, options)
     if cls.needs_teachers and context.num_teachers < 1:
         raise UserError(f"term {name!r} needs teachers, but there are none; add teachers or set its weight to 0")
-    return cls(weight, context, **options)  # type: ignore[call-arg]  # subclasses take the context
+    if context.num_branches < cls.least_branches:
+        raise UserError(
+            f"student.branches={context.num_branches} is not allowed with this term;"
+            f" give at least {cls.least_branches} branches"
+        )
+    return cls(weight, context, **options)

@@ -34,14 +34,12 @@ from ekd_lightning.methods.losses.logits import (
     combine_teachers,
     cross_entropy,
     decoupled,
-    ensemble_divergence,
     kd_divergence,
     mix_peers,
     mse,
     mutual_divergence,
     soft_cross_entropy,
     standardized,
-    standardized_divergence,
 )
 from ekd_lightning.methods.losses.weights import (
     MinNormWeights,
@@ -68,7 +66,6 @@ __all__ = [
     "directions",
     "distance_loss",
     "divergences",
-    "ensemble_divergence",
     "entropy_weights",
     "flow_loss",
     "flow_matrix",
@@ -84,6 +81,5 @@ __all__ = [
     "similarity_loss",
     "soft_cross_entropy",
     "standardized",
-    "standardized_divergence",
     "to_common_size",
 ]

@@ -189,11 +189,6 @@ def standardized(logits: Tensor) -> Tensor:
     return (wide - wide.mean(-1, keepdim=True)) / (wide.std(-1, keepdim=True) + STD_EPS)
 
 
-def standardized_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² KL(p_T(s(t)) ‖ p_T(s(z))) with standardised logits s(z); see `standardized`. As `kd_divergence` else."""
-    return kd_divergence(standardized(student_logits), standardized(teacher_logits), temperature)
-
-
 def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)): every network imitates all others.
 
@@ -212,22 +207,6 @@ def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
     rows = [torch.stack([branch_logits[other] for other in range(K) if other != k]) for k in range(K)]
     targets = torch.stack(rows)
     return kd_divergence(branch_logits[:, None].expand_as(targets), targets, temperature)
-
-
-def ensemble_divergence(branch_logits: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """mean_k T² KL(p_T(z̄) ‖ p_T(z_k)): every branch imitates their ensemble.
-
-    ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018, section 3).
-
-    Args:
-        branch_logits: [K, B, C].
-        logits: z̄, [B, C], detached here.
-        temperature: T > 0.
-
-    Returns:
-        Scalar >= 0 in nats, float32 or wider.
-    """
-    return kd_divergence(branch_logits, logits.expand_as(branch_logits), temperature)
 
 
 def mix_peers(peer_logits: Tensor, log_attention: Tensor, temperature: float, combine: str = "logits") -> Tensor:
