@@ -9,7 +9,8 @@ from made_runs import result, write_run
 from whole_runs import TINY, call_teach, call_train
 
 from ekd_lightning.data import load_dataset
-from ekd_lightning.evaluation.scores import score_network
+from ekd_lightning.evaluation.predict import predict
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import load_network
 from ekd_lightning.pipeline import teachers
 from ekd_lightning.runs.lock import DirectoryLock
@@ -31,7 +32,7 @@ def test_each_teacher_is_scored_on_the_whole_test_set(taught):
     images = load_dataset("digits", root, download=False).test
     found = {}
     for path in (root / "store" / "teachers").glob("*/teacher.safetensors"):
-        scores = score_network(load_network(path), images, batch_size=120)
+        scores = score_logits(predict(load_network(path), images, batch_size=120).logits, images.labels)
         found[scores["accuracy"], scores["nll"]] = path
     rows = first.json("teachers.json")["teachers"]
     assert {(row["test_accuracy"], row["test_nll"]) for row in rows} == set(found)

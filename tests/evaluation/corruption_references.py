@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from ekd_lightning.evaluation.corruption_tools import ImageDraws
-from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, corrupt
+from ekd_lightning.evaluation.corruption_filters import ImageDraws
+from ekd_lightning.evaluation.robustness import EXTRA, MAIN, corrupt
 
 ALL = (*MAIN, *EXTRA)
 

@@ -7,18 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from corruption_references import IMAGES
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, SEVERITIES, corrupt
 from ekd_lightning.evaluation.robustness import (
-    OfficialSets,
-    RegeneratedSets,
-    corrupted_sets,
+    EXTRA,
+    FROST_FILES,
+    MAIN,
+    SEVERITIES,
+    CorruptedSets,
+    corrupt,
     mean_by_severity,
     mean_corruption_error,
+    read_frost,
     score_corruptions,
     spread_index,
 )
@@ -45,8 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_official_files_are_read_block_by_block(folder):
-    sets = corrupted_sets(clean(), folder.parent)
-    assert isinstance(sets, OfficialSets)
+    sets = CorruptedSets(clean(), folder.parent)
     assert (sets.source, sets.names) == ("official", MAIN)
     index = torch.tensor([7, 0, 11])
     for name in ("fog", "frost"):
@@ -54,13 +58,12 @@ def test_official_files_are_read_block_by_block(folder):
         for severity in SEVERITIES:
             expected = whole[(severity - 1) * N :][:N][[7, 0, 11]].transpose(0, 3, 1, 2)
             assert np.array_equal(sets.images(name, severity, index).numpy(), expected)
-    assert corrupted_sets(clean(), folder.parent, extra=True).names == (*MAIN, *EXTRA)
+    assert CorruptedSets(clean(), folder.parent, extra=True).names == (*MAIN, *EXTRA)
 
 
 def test_without_the_folder_images_are_regenerated(tmp_path):
     for name in ("cifar10", "digits"):
-        sets = corrupted_sets(clean(name), tmp_path, seed=3)
-        assert isinstance(sets, RegeneratedSets)
+        sets = CorruptedSets(clean(name), tmp_path, seed=3)
         assert sets.source == "regenerated"
         assert sets.names == tuple(one for one in MAIN if one != "frost")
         index = torch.tensor([5, 2])
@@ -69,11 +72,11 @@ def test_without_the_folder_images_are_regenerated(tmp_path):
 
 
 def test_the_folder_of_another_data_set_is_not_taken(folder):
-    assert corrupted_sets(clean("cifar100"), folder.parent).source == "regenerated"
-    assert corrupted_sets(clean("digits"), folder.parent).source == "regenerated"
+    assert CorruptedSets(clean("cifar100"), folder.parent).source == "regenerated"
+    assert CorruptedSets(clean("digits"), folder.parent).source == "regenerated"
     folder.rename(folder.with_name("CIFAR-100-C"))
-    assert corrupted_sets(clean("cifar100"), folder.parent).source == "official"
-    assert corrupted_sets(clean("cifar10"), folder.parent).source == "regenerated"
+    assert CorruptedSets(clean("cifar100"), folder.parent).source == "official"
+    assert CorruptedSets(clean("cifar10"), folder.parent).source == "regenerated"
 
 
 def cut(path: Path) -> None:
@@ -101,7 +104,7 @@ def test_damaged_files_are_named(folder, damage, file):
     change, message = DAMAGES[damage]
     change(folder / file)
     with pytest.raises(UserError) as caught:
-        corrupted_sets(clean(), folder.parent)
+        CorruptedSets(clean(), folder.parent)
     assert str(caught.value).startswith(str(folder / file))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -110,7 +113,7 @@ def test_damaged_files_are_named(folder, damage, file):
 def test_labels_of_other_images(folder):
     np.save(folder / "labels.npy", np.tile((np.arange(N) + 1) % 3, 5).astype(np.uint8))
     with pytest.raises(UserError, match=r"labels\.npy: not the labels of the test images of cifar10"):
-        corrupted_sets(clean(), folder.parent)
+        CorruptedSets(clean(), folder.parent)
 
 
 def test_spread_index():
@@ -131,7 +134,7 @@ class Colours(nn.Module):
 
 def test_scores_of_official_files_by_sklearn(folder):
     test, index = clean(), torch.tensor([0, 2, 3, 5, 7, 8, 11])
-    sets = corrupted_sets(test, folder.parent, extra=True)
+    sets = CorruptedSets(test, folder.parent, extra=True)
     found = score_corruptions(Colours(), sets, test, index, batch_size=3)
     assert list(found) == [*MAIN, *EXTRA]
     labels = test.labels[index].numpy()
@@ -149,3 +152,38 @@ def test_scores_of_official_files_by_sklearn(folder):
     assert mean_corruption_error(found) == pytest.approx(1 - accuracies.mean())
     found["saturate"]["accuracy"] = [0.0] * 5  # an extra one, in no mean
     assert mean_corruption_error(found) == pytest.approx(1 - accuracies.mean())
+
+
+def test_photographs_are_read_at_a_fifth(tmp_path):
+    assert read_frost(tmp_path / "frost") == []
+    folder = tmp_path / "frost"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 175, 3), dtype=np.uint8)
+    for name in FROST_FILES:
+        Image.fromarray(pixels).save(folder / name.replace(".jpg", ".png"))
+        (folder / name.replace(".jpg", ".png")).rename(folder / name)
+    read = read_frost(folder)
+    assert len(read) == 5
+    # A fifth with pixel centres aligned: every fifth pixel from the third on.
+    np.testing.assert_allclose(read[0].permute(1, 2, 0).numpy() * 255, pixels[2::5, 2::5], atol=1e-3)
+    (folder / "frost4.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"frost4\.jpg: not an image, or damaged"):
+        read_frost(folder)
+    (folder / "frost2.png").unlink()
+    with pytest.raises(UserError, match=r"frost2\.png: no such file; frost needs frost1\.png"):
+        read_frost(folder)
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="unknown corruption 'fogg'; did you mean 'fog'"):
+        corrupt(IMAGES, "fogg", 1)
+    for severity in (0, 6):
+        with pytest.raises(UserError, match=f"severity={severity} of fog"):
+            corrupt(IMAGES, "fog", severity)
+    with pytest.raises(UserError, match=r"frost needs the photographs frost1\.png"):
+        corrupt(IMAGES, "frost", 1)
+    with pytest.raises(UserError, match="not larger than the images"):
+        corrupt(IMAGES, "frost", 1, frost=[torch.rand(3, 32, 80)])
+    for wrong in (IMAGES.float(), IMAGES[:, :1], IMAGES[0], IMAGES[..., :30]):
+        with pytest.raises(ValueError, match="uint8"):
+            corrupt(wrong, "fog", 1)

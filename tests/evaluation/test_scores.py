@@ -11,10 +11,16 @@ import torch.multiprocessing as mp
 import torchmetrics.classification as tm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, brier_score_loss, log_loss, recall_score, top_k_accuracy_score
-from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import (
+    accuracy_score,
+    brier_score_loss,
+    confusion_matrix,
+    log_loss,
+    recall_score,
+    top_k_accuracy_score,
+)
 
-from ekd_lightning.evaluation.scores import ClassificationScores, class_accuracy, confusion_matrix
+from ekd_lightning.evaluation.scores import ClassificationScores, class_accuracy
 
 
 def make(N=60, C=5, K=3, seed=0, scale=2.0):
@@ -274,13 +280,11 @@ def test_two_processes_give_the_result_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("missing", [None, 2])
-def test_it_is_that_of_scikit_learn(missing):
+def test_accuracies_of_classes_are_recalls(missing):
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
     if missing is not None:
         labels[labels == missing] = 0
-    found = confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(labels), 4)
-    np.testing.assert_array_equal(found, sklearn_confusion(labels, predicted, labels=range(4)))
     recalls = recall_score(labels, predicted, labels=range(4), average=None, zero_division=np.nan)
-    for c, accuracy in enumerate(class_accuracy(found)):
+    for c, accuracy in enumerate(class_accuracy(confusion_matrix(labels, predicted, labels=range(4)))):
         assert accuracy is None if c == missing else accuracy == pytest.approx(recalls[c])

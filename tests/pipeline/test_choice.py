@@ -40,7 +40,7 @@ def test_best_is_the_one_with_most_right_validation_images(tiny_settings):
 def test_teachers_that_know_the_validation_images_differ_in_their_certainty(tiny_settings, monkeypatch, nlls, winner):
     """Networks trained on these images are right on all of them; the first is not the best for that."""
     scores = iter([{"accuracy": 1.0, "nll": nll} for nll in nlls])
-    monkeypatch.setattr(teachers, "score_network", lambda *args, **kwargs: next(scores))
+    monkeypatch.setattr(teachers, "score_logits", lambda *args, **kwargs: next(scores))
     settings = tiny_settings("method=kd_mean", "method.teacher=best")
     assert [plan.id for plan in choose_teacher(settings, ready(settings)).teachers] == [f"resnet8-s{winner}"]
 

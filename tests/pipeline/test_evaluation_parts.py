@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ekd_lightning.data import Dataset, ImageSet, choose_subset, load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, corrupt
+from ekd_lightning.evaluation.robustness import EXTRA, MAIN, corrupt
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import context as context_module
 from ekd_lightning.pipeline import evaluation as parts

@@ -83,7 +83,11 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Reli
     confidence, hit = _confidence_and_hits(probs, labels)
     # Inner edges only, so that rounding beyond 1 stays in the last bin; left means (lo, hi].
     bins = np.searchsorted(np.arange(1, num_bins) / num_bins, confidence, side="left")
-    return _diagram(bins, confidence, hit, num_bins)
+    count = np.bincount(bins, minlength=num_bins)
+    sums = (np.bincount(bins, weights=values, minlength=num_bins) for values in (confidence, hit))
+    with np.errstate(invalid="ignore"):
+        confidences, accuracies = (total / count for total in sums)
+    return Reliability(confidences, accuracies, count)
 
 
 def calibration_error(diagram: Reliability) -> float:
@@ -156,14 +160,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
 def _confidence_and_hits(probs: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     confidence, predicted = probs.double().cpu().max(-1)
     return confidence.numpy(), (predicted == labels.cpu()).double().numpy()
-
-
-def _diagram(bins: np.ndarray, confidence: np.ndarray, hit: np.ndarray, num_bins: int) -> Reliability:
-    count = np.bincount(bins, minlength=num_bins)
-    sums = (np.bincount(bins, weights=values, minlength=num_bins) for values in (confidence, hit))
-    with np.errstate(invalid="ignore"):
-        confidences, accuracies = (total / count for total in sums)
-    return Reliability(confidences, accuracies, count)
 
 
 def _shares(diagram: Reliability) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,19 +75,25 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
     """
     hits = (member_logits.argmax(-1) == labels).double()
     oracle = float(hits.amax(0).mean())
-    if len(member_logits) < 2:
+    K, N = hits.shape
+    if K < 2:
         return Diversity(None, None, None, None, None, None, oracle, None)
     log_probs = member_logits.double().log_softmax(-1)
     probs = log_probs.exp()
-    pairs = list(itertools.combinations(range(len(probs)), 2))
-    tables = [_contingency(hits[i], hits[j]) for i, j in pairs]
+    pairs = list(itertools.combinations(range(K), 2))
+    # How many images both of a pair have right, only the one, only the other, and none.
+    first, second = hits[[i for i, _ in pairs]], hits[[j for _, j in pairs]]
+    both, one, other = ((x * y).sum(1) for x, y in ((first, second), (first, 1 - second), (1 - first, second)))
+    neither = N - both - one - other
+    same, different = both * neither, one * other
+    sides = (both + one) * (other + neither) * (both + other) * (one + neither)
     return Diversity(
-        pairwise_kl=_mean(float(_jeffreys(log_probs[i], log_probs[j])) for i, j in pairs),
-        pairwise_js=_mean(_js(probs[[i, j]]) for i, j in pairs),
+        pairwise_kl=sum(_jeffreys(log_probs[i], log_probs[j]) for i, j in pairs) / len(pairs),
+        pairwise_js=sum(_js(probs[[i, j]]) for i, j in pairs) / len(pairs),
         mutual_information=_js(probs),
-        q_statistic=_mean(_q_statistic(table) for table in tables),
-        error_correlation=_mean(_correlation(table) for table in tables),
-        double_fault=_mean(table.neither / len(labels) for table in tables),
+        q_statistic=_mean_of_known((same - different) / (same + different)),
+        error_correlation=_mean_of_known((same - different) / sides.sqrt()),
+        double_fault=float((neither / N).mean()),
         oracle_accuracy=oracle,
         variance=float(probs.var(0, correction=0).sum(-1).mean()),
     )
@@ -118,37 +124,9 @@ def spread_over_runs(probs: np.ndarray, labels: np.ndarray) -> Spread:
     )
 
 
-class _Contingency(NamedTuple):
-    both: int
-    first: int
-    second: int
-    neither: int
-
-
-def _contingency(first: Tensor, second: Tensor) -> _Contingency:
-    both, one, other = (int(x.sum()) for x in (first * second, first * (1 - second), (1 - first) * second))
-    return _Contingency(both, one, other, len(first) - both - one - other)
-
-
-def _q_statistic(table: _Contingency) -> float | None:
-    same, different = table.both * table.neither, table.first * table.second
-    return (same - different) / (same + different) if same + different else None
-
-
-def _correlation(table: _Contingency) -> float | None:
-    sides = (
-        (table.both + table.first)
-        * (table.second + table.neither)
-        * (table.both + table.second)
-        * (table.first + table.neither)
-    )
-    same, different = table.both * table.neither, table.first * table.second
-    return (same - different) / math.sqrt(sides) if sides else None
-
-
-def _jeffreys(first: Tensor, second: Tensor) -> Tensor:
+def _jeffreys(first: Tensor, second: Tensor) -> float:
     """Half the sum of both KL divergences of log-probabilities [N, C], mean over images."""
-    return ((first.exp() - second.exp()) * (first - second)).sum(-1).mean() / 2
+    return float(((first.exp() - second.exp()) * (first - second)).sum(-1).mean() / 2)
 
 
 def _js(probs: Tensor) -> float:
@@ -157,24 +135,13 @@ def _js(probs: Tensor) -> float:
     return float(gap.mean().clamp_min(0.0))
 
 
-def _mean(values: Iterator[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _mean_of_known(values: Tensor) -> float | None:
+    """The mean of the values that are numbers, and not 0 divided by 0; None without any."""
+    mean = float(values.nanmean())
+    return None if math.isnan(mean) else mean
 
 
 _ROUNDING = 1e-12
-
-
-class Fidelity(NamedTuple):
-    """How well a student imitates a teacher (Stanton et al. 2021).
-
-    Attributes:
-        agreement: Share of images on which both predict the same class, in [0, 1].
-        kl: Mean of KL(p_teacher ‖ p_student) at temperature 1, nats.
-    """
-
-    agreement: float
-    kl: float
 
 
 def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
@@ -210,11 +177,11 @@ def agreement_matrix(first: Tensor, second: Tensor) -> np.ndarray:
     Returns:
         float64 [K, M] in [0, 1].
     """
-    return np.array([[float((a == b).double().mean()) for b in second] for a in first])
+    return (first[:, None] == second).double().mean(-1).numpy()
 
 
 def kl_matrix(student_logits: Tensor, teacher_logits: Tensor) -> np.ndarray:
-    """Mean KL(p_teacher ‖ p_student) at temperature 1, of every branch to every teacher.
+    """Mean KL(p_teacher ‖ p_student) at temperature 1, of every branch to every teacher (Stanton et al. 2021).
 
     Args:
         student_logits: [K, N, C].
@@ -225,17 +192,6 @@ def kl_matrix(student_logits: Tensor, teacher_logits: Tensor) -> np.ndarray:
     """
     students, teachers = (logits.double().log_softmax(-1) for logits in (student_logits, teacher_logits))
     return np.array([[float((t.exp() * (t - s)).sum(-1).mean()) for t in teachers] for s in students])
-
-
-def fidelity(student_logits: Tensor, teacher_logits: Tensor) -> Fidelity:
-    """Compares one student with one teacher, or one ensemble with another.
-
-    Args:
-        student_logits: [N, C].
-        teacher_logits: [N, C].
-    """
-    agreement = agreement_matrix(student_logits.argmax(-1)[None], teacher_logits.argmax(-1)[None])
-    return Fidelity(float(agreement[0, 0]), float(kl_matrix(student_logits[None], teacher_logits[None])[0, 0]))
 
 
 def own_teachers(assignment: Tensor) -> list[int | None]:
@@ -271,11 +227,11 @@ def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> fl
         The margin, in the unit of `similarity`. None where no branch has a teacher, with fewer than two teachers, or
         where a similarity that is needed is not finite.
     """
-    margins = []
-    for row, own in zip(similarity, teachers, strict=True):
-        if own is None or len(row) < 2:
-            continue
-        margins.append(row[own] - np.delete(row, own).mean())
+    margins = [
+        row[own] - np.delete(row, own).mean()
+        for row, own in zip(similarity, teachers, strict=True)
+        if own is not None and len(row) > 1
+    ]
     margin = float(np.mean(margins)) if margins else float("nan")
     return margin if np.isfinite(margin) else None
 

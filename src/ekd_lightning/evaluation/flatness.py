@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +14,6 @@ from torch.func import functional_call
 from torch.nn import functional
 
 Weights = Mapping[str, Tensor]
-
-
-class Loss(Protocol):
-    """A loss as a function of the weights."""
-
-    def value(self, weights: Weights) -> float:
-        """The loss at these weights."""
-        ...
-
-    def gradient(self, weights: Weights) -> dict[str, Tensor]:
-        """Its gradient there, by name."""
-        ...
 
 
 class DatasetLoss:
@@ -84,10 +71,8 @@ class DatasetLoss:
         return losses.sum(dtype=torch.float64)
 
 
-def sharpness(
-    loss: Loss, weights: Weights, *, rho: float, adaptive: bool = False, gradient: Weights | None = None
-) -> float:
-    """By how much the loss rises when the weights take one step of a given length uphill.
+def sharpness(loss: DatasetLoss, *, rho: float, adaptive: bool = False, gradient: Weights | None = None) -> float:
+    """By how much the loss rises when its weights take one step of a given length uphill.
 
     L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖
     (Kwon et al. 2021, arXiv 2102.11600), which does not change when a filter is scaled up and what reads it is
@@ -95,8 +80,7 @@ def sharpness(
     https://github.com/davda54/sam, the weights of batch norm and biases take part.
 
     Args:
-        loss: The loss.
-        weights: Where.
+        loss: The loss, and where.
         rho: ρ > 0; usual are 0.05, and 0.5 adaptively.
         adaptive: Which of the two.
         gradient: The loss's gradient there, if it is known already.
@@ -104,6 +88,7 @@ def sharpness(
     Returns:
         The rise; 0 where the gradient is 0.
     """
+    weights = loss.weights
     gradient = loss.gradient(weights) if gradient is None else gradient
     scaled = {name: weights[name].abs() * g if adaptive else g for name, g in gradient.items()}
     norm = torch.stack([part.double().square().sum() for part in scaled.values()]).sum().sqrt()
@@ -150,18 +135,18 @@ def curve_alphas(points: int) -> list[float]:
     return sorted([*named, *(a for a in even if min(abs(a - b) for b in named) > 1e-9)])
 
 
-def loss_curves(loss: Loss, weights: Weights, alphas: Sequence[float], seeds: Sequence[int]) -> Tensor:
-    """The loss at w + α d for filter-normalised directions d.
+def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]) -> Tensor:
+    """The loss at w + α d for its weights w and filter-normalised directions d.
 
     Args:
         loss: The loss.
-        weights: w.
         alphas: A places α.
         seeds: Of the directions, D of them.
 
     Returns:
         float64 [D, A].
     """
+    weights = loss.weights
     middle = loss.value(weights)
     curves = torch.empty(len(seeds), len(alphas), dtype=torch.float64)
     for row, seed in enumerate(seeds):

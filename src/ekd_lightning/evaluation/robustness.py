@@ -1,102 +1,168 @@
-"""Robustness: how a classifier fares on corrupted test sets.
+"""Robustness: corrupted test sets by name, and how a classifier fares on them.
 
-The sets are the official files where they are present, else made from the test images under a seed.
+The sets are the official files of CIFAR-10-C and CIFAR-100-C where they are present, else made from the test images
+under a seed. Images made here are "regenerated": other random numbers than those of the published files, and for
+frost the photographs of https://github.com/hendrycks/robustness are needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ekd_lightning.data import ImageSet
-from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.corruptions import EXTRA, MAIN, SEVERITIES, corrupt, read_frost
+from ekd_lightning.data.views import to_unit
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.evaluation import corruptions
+from ekd_lightning.evaluation.corruption_filters import ImageDraws, to_levels
 from ekd_lightning.evaluation.scores import score_batches
 
 OFFICIAL_FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 FROST_FOLDER = "frost"
+SEVERITIES = (1, 2, 3, 4, 5)
+
+MAIN = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+"""The 15 that the mean corruption error is taken over."""
+
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""The four that are meant for validation."""
+
+FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
+"""The photographs that the source draws from; it lists a sixth but never takes it."""
 
 
-class CorruptedSets(Protocol):
+def corrupt(
+    images: Tensor,
+    name: str,
+    severity: int,
+    *,
+    index: Tensor | None = None,
+    seed: int = 0,
+    frost: Sequence[Tensor] = (),
+) -> Tensor:
+    """Corrupts images; each comes out as a pure function of itself, its index and the other arguments.
+
+    Args:
+        images: uint8 [N, 3, S, S]; the constants are made for S = 32.
+        name: One of `MAIN` or `EXTRA`.
+        severity: 1 .. 5.
+        index: int64 [N], positions in the whole image set; 0 .. N-1 if None.
+        seed: Of the corrupted set.
+        frost: Photographs of `read_frost`; only frost needs them.
+
+    Returns:
+        uint8 [N, 3, S, S] on the images' device.
+
+    Raises:
+        UserError: Unknown name or severity, or frost without photographs.
+        ValueError: Images of another type or shape.
+    """
+    if name not in (*MAIN, *EXTRA):
+        raise unknown_name("corruption", name, (*MAIN, *EXTRA))
+    if severity not in SEVERITIES:
+        raise UserError(f"severity={severity} of {name}: must be 1, 2, 3, 4 or 5")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images must be uint8 [N, 3, S, S], not {images.dtype} {list(images.shape)}")
+    function = getattr(corruptions, name)
+    if name == "frost":
+        if not frost:
+            raise UserError(f"frost needs the photographs {', '.join(FROST_FILES)}, see read_frost")
+        if any(min(photograph.shape[1:]) <= images.shape[-1] for photograph in frost):
+            raise UserError(f"a photograph of frost is not larger than the images ({images.shape[-1]} pixels)")
+        function = partial(function, textures=frost)
+    if len(images) == 0:
+        return images.clone()
+    place = torch.arange(len(images)) if index is None else index
+    draws = ImageDraws(seed, name, severity, place.to(images.device))
+    return to_levels(function(to_unit(images), severity, draws))
+
+
+def read_frost(folder: Path) -> list[Tensor]:
+    """Reads the photographs of frost of hendrycks/robustness, at a fifth of their size as the source takes them.
+
+    Args:
+        folder: Where `frost1.png`, `frost2.png`, `frost3.png`, `frost4.jpg` and `frost5.jpg` are.
+
+    Returns:
+        Five tensors, float32 [3, height, width] in [0, 1]; none if the folder does not exist.
+
+    Raises:
+        UserError: The folder exists, and a file is missing or damaged.
+    """
+    if not folder.is_dir():
+        return []
+    return [_read_photograph(folder / name) for name in FROST_FILES]
+
+
+def _read_photograph(path: Path) -> Tensor:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; frost needs {', '.join(FROST_FILES)}, or no folder at all")
+    try:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not an image, or damaged ({type(error).__name__})") from None
+    photograph = to_unit(torch.from_numpy(pixels.copy())).permute(2, 0, 1)
+    # Without smoothing, as OpenCV's resize does it.
+    return functional.interpolate(photograph[None], scale_factor=0.2, mode="bilinear")[0]
+
+
+class CorruptedSets:
     """The test images of one data set under several corruptions.
 
+    Official files hold one corruption each, in five blocks of the N test images, mildest first.
+
     Attributes:
-        source: `official` or `regenerated`.
-        names: Corruptions that there are, the 15 main ones first.
+        source: `official`, or `regenerated` by `corrupt`.
+        names: Corruptions that there are, the 15 main ones first; regenerated frost only with photographs of it.
     """
 
-    source: str
-    names: tuple[str, ...]
+    def __init__(self, test: ImageSet, root: Path, *, extra: bool = False, seed: int = 0) -> None:
+        """Opens the official files of a data set, or sees to it that its test images can be corrupted.
+
+        Args:
+            test: The clean test images.
+            root: Folder of the data sets; `CIFAR-10-C` or `CIFAR-100-C` in it is the official folder, and `frost`
+                holds the photographs without which the regenerated set has no frost.
+            extra: Whether the four extra corruptions are wanted, too.
+            seed: Of regenerated images.
+
+        Raises:
+            UserError: A file is missing, damaged or belongs to other images.
+        """
+        self._test, self._seed = test, seed
+        self.names: tuple[str, ...] = (*MAIN, *EXTRA) if extra else MAIN
+        root = root.expanduser()
+        folder = root / OFFICIAL_FOLDERS.get(test.name, "")
+        if test.name in OFFICIAL_FOLDERS and folder.is_dir():
+            self.source = "official"
+            shape = (len(SEVERITIES) * len(test), *test.images.shape[2:], 3)
+            self._files = {name: _open(folder / f"{name}.npy", shape) for name in self.names}
+            labels = _open(folder / "labels.npy", shape[:1])
+            if not np.array_equal(labels, np.tile(test.labels.cpu().numpy(), len(SEVERITIES))):
+                raise UserError(f"{folder / 'labels.npy'}: not the labels of the test images of {test.name}")
+        else:
+            self.source = "regenerated"
+            self._frost = read_frost(root / FROST_FOLDER)
+            self.names = tuple(name for name in self.names if name != "frost" or self._frost)
 
     def images(self, name: str, severity: int, index: Tensor) -> Tensor:
         """Gives uint8 [n, 3, H, W] of the test images at positions `index`, int64 [n]."""
-        ...
-
-
-def corrupted_sets(test: ImageSet, root: Path, *, extra: bool = False, seed: int = 0) -> CorruptedSets:
-    """Opens the official files of a data set, or sees to it that its test images can be corrupted.
-
-    Args:
-        test: The clean test images.
-        root: Folder of the data sets; `CIFAR-10-C` or `CIFAR-100-C` in it is the official folder, and `frost`
-            holds the photographs without which the regenerated set has no frost.
-        extra: Whether the four extra corruptions are wanted, too.
-        seed: Of regenerated images.
-
-    Raises:
-        UserError: A file is missing, damaged or belongs to other images.
-    """
-    root = root.expanduser()
-    folder = root / OFFICIAL_FOLDERS.get(test.name, "")
-    if test.name in OFFICIAL_FOLDERS and folder.is_dir():
-        return OfficialSets(folder, test, extra=extra)
-    return RegeneratedSets(test, root / FROST_FOLDER, extra=extra, seed=seed)
-
-
-class RegeneratedSets:
-    """Corruptions of test images by `corrupt`; frost only if there are photographs of it."""
-
-    source = "regenerated"
-
-    def __init__(self, test: ImageSet, frost_folder: Path, *, extra: bool = False, seed: int = 0) -> None:
-        self._test, self._seed = test, seed
-        self._frost = read_frost(frost_folder)
-        wanted: tuple[str, ...] = (*MAIN, *EXTRA) if extra else MAIN
-        self.names = tuple(name for name in wanted if name != "frost" or self._frost)
-
-    def images(self, name: str, severity: int, index: Tensor) -> Tensor:
-        """See `CorruptedSets`."""
+        if self.source == "official":
+            rows = index.cpu().numpy() + (severity - 1) * len(self._test)
+            return torch.from_numpy(self._files[name][rows]).permute(0, 3, 1, 2)
         clean = self._test.images[index.to(self._test.images.device)]
         return corrupt(clean, name, severity, index=index, seed=self._seed, frost=self._frost)
-
-
-class OfficialSets:
-    """The files of Hendrycks and Dietterich: one a corruption, five blocks of the N test images, mildest first.
-
-    Raises:
-        UserError: A file is missing or damaged, or the labels are not those of the test images.
-    """
-
-    source = "official"
-
-    def __init__(self, folder: Path, test: ImageSet, *, extra: bool = False) -> None:
-        self._size = len(test)
-        shape = (len(SEVERITIES) * len(test), *test.images.shape[2:], 3)
-        wanted: tuple[str, ...] = (*MAIN, *EXTRA) if extra else MAIN
-        self._files = {name: _open(folder / f"{name}.npy", shape) for name in wanted}
-        self.names = wanted
-        labels = _open(folder / "labels.npy", shape[:1])
-        if not np.array_equal(labels, np.tile(test.labels.cpu().numpy(), len(SEVERITIES))):
-            raise UserError(f"{folder / 'labels.npy'}: not the labels of the test images of {test.name}")
-
-    def images(self, name: str, severity: int, index: Tensor) -> Tensor:
-        """See `CorruptedSets`."""
-        rows = index.cpu().numpy() + (severity - 1) * self._size
-        return torch.from_numpy(self._files[name][rows]).permute(0, 3, 1, 2)
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -127,7 +193,7 @@ def score_corruptions(
     index: Tensor,
     *,
     batch_size: int = 500,
-    device: torch.device | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
     """Scores a network under every corruption at every severity.
 
@@ -137,12 +203,11 @@ def score_corruptions(
         test: The clean ones, for the labels.
         index: int64 [n], which test images to take.
         batch_size: Images a forward pass.
-        device: Where to compute; the CPU if None.
+        device: Where to compute.
 
     Returns:
         Corruption -> {`accuracy`, `nll`, `ece`: five numbers, from severity 1 to 5}.
     """
-    device = device or torch.device("cpu")
     found: dict[str, dict[str, list[float]]] = {}
     for name in sets.names:
         found[name] = {"accuracy": [], "nll": [], "ece": []}

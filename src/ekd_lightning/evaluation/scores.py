@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import Metric
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ekd_lightning.data.images import ImageSet
 from ekd_lightning.data.views import to_unit
-from ekd_lightning.networks import StagedNetwork
 
 NUM_BINS = 15
 MIN_CLASSES_FOR_TOP5 = 20
@@ -174,26 +171,6 @@ class ClassificationScores(Metric):
 
 
 @torch.no_grad()
-def score_network(
-    network: StagedNetwork, images: ImageSet, *, batch_size: int = 500, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Evaluates a network on every image once, without augmentation, in float32.
-
-    Args:
-        network: Takes images [B, 3, H, W] in [0, 1]; put into eval mode and channels-last, and left there.
-        images: The image set.
-        batch_size: Images per forward pass.
-        device: Where to compute.
-
-    Returns:
-        The scores of `ClassificationScores`: accuracy and ECE in [0, 1], NLL in nats, Brier in [0, 2].
-    """
-    network = network.eval().to(device).to(memory_format=torch.channels_last)
-    parts = zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True)
-    return score_batches(network, parts, images.num_classes, device)
-
-
-@torch.no_grad()
 def score_batches(
     network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int, device: torch.device | str
 ) -> dict[str, Any]:
@@ -210,28 +187,18 @@ def score_batches(
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """What `score_network` returns, of logits [N, C] of a whole image set and its labels, int64 [N]."""
+    """The scores of `ClassificationScores` of logits [N, C] of a whole image set and its labels, int64 [N]."""
     scores = ClassificationScores(logits.shape[-1], sync_on_compute=False).to(logits.device)
     scores.update(logits, labels)
     return scores.compute()
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> np.ndarray:
-    """Counts images by label (rows) and predicted class (columns).
+def class_accuracy(confusion: np.ndarray) -> list[float | None]:
+    """Share of each class's images that are right, in [0, 1]; None for a class without images.
 
     Args:
-        predicted: int64 [N].
-        labels: int64 [N].
-        num_classes: C >= 2.
-
-    Returns:
-        int64 [C, C], summing to N.
+        confusion: int [C, C], images by label (rows) and predicted class.
     """
-    return multiclass_confusion_matrix(predicted, labels, num_classes=num_classes).cpu().numpy()
-
-
-def class_accuracy(confusion: np.ndarray) -> list[float | None]:
-    """Share of each class's images that are right, in [0, 1]; None for a class without images."""
     totals = confusion.sum(1)
     return [
         int(right) / int(total) if total else None for right, total in zip(confusion.diagonal(), totals, strict=True)

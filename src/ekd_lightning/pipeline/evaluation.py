@@ -17,11 +17,11 @@ from torch import Tensor
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError, reason
-from ekd_lightning.evaluation.corruptions import MAIN
 from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
 from ekd_lightning.evaluation.flatness import DatasetLoss, curve_alphas, loss_curves, loss_rise, sharpness
 from ekd_lightning.evaluation.robustness import (
-    corrupted_sets,
+    MAIN,
+    CorruptedSets,
     mean_by_severity,
     mean_corruption_error,
     score_batches,
@@ -93,15 +93,15 @@ def flatness(
     loss = _training_loss(context, sharpness_images)
     gradient = loss.gradient(loss.weights)
     fields: dict[str, object] = {
-        "sharpness_sam": sharpness(loss, loss.weights, rho=0.05, gradient=gradient),
-        "sharpness_adaptive": sharpness(loss, loss.weights, rho=0.5, adaptive=True, gradient=gradient),
+        "sharpness_sam": sharpness(loss, rho=0.05, gradient=gradient),
+        "sharpness_adaptive": sharpness(loss, rho=0.5, adaptive=True, gradient=gradient),
         "sharpness_images": loss.num_images,
     }
     if directions == 0:
         return Findings(fields)
     loss = _training_loss(context, curve_images)
     alphas = curve_alphas(points)
-    curves = loss_curves(loss, loss.weights, alphas, range(seed, seed + directions))
+    curves = loss_curves(loss, alphas, range(seed, seed + directions))
     fields |= {
         "loss_rise_at_quarter": loss_rise(curves, alphas, 0.25),
         "loss_rise_at_half": loss_rise(curves, alphas, 0.5),
@@ -132,7 +132,7 @@ def corruptions(
         UserError: The official folder, or that of the frost photographs, is incomplete or damaged.
     """
     test, batch = context.dataset.test, context.settings.data.eval_batch_size
-    sets = corrupted_sets(test, Path(context.settings.data.root), extra=extra, seed=seed)
+    sets = CorruptedSets(test, Path(context.settings.data.root), extra=extra, seed=seed)
     index = spread_index(len(test), images)
     student = _for_inference(context)
     clean = score_batches(student, _batches(test, index, batch), test.num_classes, context.device)

@@ -16,7 +16,8 @@ from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_parameters
-from ekd_lightning.evaluation.scores import score_network
+from ekd_lightning.evaluation.predict import predict
+from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
 from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data, validation_images, with_teachers
@@ -98,7 +99,8 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     rows: list[dict[str, Any]] = []
     networks = gather_teachers(list(prepared.candidates)).members
     for plan, network in zip(prepared.candidates, networks, strict=True):
-        scores = score_network(network, held_out, batch_size=batch_size, device=device)
+        said = predict(network.to(device), held_out, batch_size=batch_size, device=device)
+        scores = score_logits(said.logits, held_out.labels)
         rows.append({"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])})
     best = max(range(len(rows)), key=lambda m: (rows[m]["val_accuracy"], -rows[m]["val_nll"], -m))
     shown = ", ".join(f"{r['id']} {100 * r['val_accuracy']:.2f} % NLL {r['val_nll']:.4f}" for r in rows)

@@ -1,4 +1,4 @@
-"""What several corruptions are made of: seeded draws for each image, filters with a stated border, resampling.
+"""Steps of corruptions: seeded draws for each image, filters with a stated border, resampling, edges.
 
 All of it takes batches [N, C, H, W] or [N, H, W] and works value by value, so that an image comes out the same
 whatever it was batched with.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ekd_lightning.data.order import hash_uniform_u64, splitmix64
 
@@ -86,17 +86,6 @@ def inside(place: Tensor, size: int, border: str) -> Tensor:
     raise ValueError(f"border {border!r}")
 
 
-def correlate_axis(images: Tensor, weights: Sequence[float], dim: int, border: str) -> Tensor:
-    """Correlates along one axis with an odd number of weights."""
-    size, radius = images.shape[dim], len(weights) // 2
-    place = torch.arange(-radius, size + radius, device=images.device)
-    padded = images.index_select(dim, inside(place, size, border))
-    result = torch.zeros_like(images)
-    for shift, weight in enumerate(weights):
-        result += weight * padded.narrow(dim, shift, size)
-    return result
-
-
 def correlate(images: Tensor, kernel: Tensor, border: str) -> Tensor:
     """Correlates the last two axes with a kernel [odd, odd]; taps of weight 0 cost nothing."""
     H, W = images.shape[-2:]
@@ -110,12 +99,10 @@ def correlate(images: Tensor, kernel: Tensor, border: str) -> Tensor:
     return result
 
 
-def gaussian_weights(sigma: float, radius: int) -> list[float]:
-    """A sampled Gaussian at -radius .. radius, of sum 1."""
-    if radius == 0:
-        return [1.0]
-    values = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    return [float(value) for value in values / values.sum()]
+def gaussian_weights(sigma: float, radius: int) -> Tensor:
+    """A sampled Gaussian at -radius .. radius, of sum 1; float64."""
+    values = (-0.5 * (torch.arange(-radius, radius + 1).double() / sigma) ** 2).exp()
+    return values / values.sum()
 
 
 def gaussian_blur(images: Tensor, sigma: float, border: str = "nearest", truncate: float = 4.0) -> Tensor:
@@ -131,7 +118,7 @@ def gaussian_blur(images: Tensor, sigma: float, border: str = "nearest", truncat
     if radius == 0:
         return images
     weights = gaussian_weights(sigma, radius)
-    return correlate_axis(correlate_axis(images, weights, -2, border), weights, -1, border)
+    return correlate(correlate(images, weights[:, None], border), weights[None], border)
 
 
 def take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -164,7 +151,7 @@ def bilinear(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tens
 
 
 def zoomed(images: Tensor, factor: float) -> Tensor:
-    """Enlarges the middle of square images [..., S, S] to their size, linearly between pixels.
+    """Enlarges the middle of square images [N, C, S, S] to their size, linearly between pixels.
 
     The middle ceil(S / factor) pixels are resampled to round(... factor) by `scipy.ndimage.zoom` of order 1, of
     which the middle S are kept.
@@ -172,14 +159,10 @@ def zoomed(images: Tensor, factor: float) -> Tensor:
     size = images.shape[-1]
     part = math.ceil(size / factor)
     whole = round(part * factor)
-    step = (part - 1) / (whole - 1)
-    place = [(row + (whole - size) // 2) * step for row in range(size)]
-    low = [min(math.floor(value), part - 2) for value in place]
-    first = torch.tensor(low, device=images.device) + (size - part) // 2
-    share = torch.tensor([value - floor for value, floor in zip(place, low, strict=True)]).to(images)
-    images = images.index_select(-1, first) * (1 - share) + images.index_select(-1, first + 1) * share
-    share = share[:, None]
-    return images.index_select(-2, first) * (1 - share) + images.index_select(-2, first + 1) * share
+    first, trim = (size - part) // 2, (whole - size) // 2
+    middle = images[..., first : first + part, first : first + part].double()  # places between pixels, too
+    large = functional.interpolate(middle, (whole, whole), mode="bilinear", align_corners=True)
+    return large[..., trim : trim + size, trim : trim + size].to(images)
 
 
 def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
@@ -212,3 +195,113 @@ def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Ten
         columns = inside(column + (tap * right - 0.5).ceil().long(), W, "nearest").expand(-1, H, W)
         result += float(weight) * take(images, rows, columns)
     return (result * 255).round() / 255
+
+
+def plasma(draws: ImageDraws, size: int, decay: float) -> Tensor:
+    """Height maps by the diamond-square algorithm, on a torus.
+
+    Args:
+        draws: Of the images.
+        size: Height and width, a power of two.
+        decay: By how much the random part shrinks when the grid is halved.
+
+    Returns:
+        float32 [N, size, size] from 0 to 1.
+    """
+    first = draws.uniform(1)[:, :, None] * 0.0  # the corner starts at 0
+    maps = first.repeat(1, size, size)
+    step, wibble = size, 100.0
+
+    def moved(total: Tensor) -> Tensor:
+        noise = 2 * draws.uniform(*total.shape[1:]) - 1
+        return total / 4 + wibble * wibble * noise
+
+    while step >= 2:
+        half = step // 2
+        corners = maps[:, ::step, ::step]
+        pairs = corners + corners.roll(-1, 1)
+        maps[:, half::step, half::step] = moved(pairs + pairs.roll(-1, 2))
+        middles = maps[:, half::step, half::step]
+        beside = middles + middles.roll(1, 1) + corners + corners.roll(-1, 2)
+        maps[:, ::step, half::step] = moved(beside)
+        below = middles + middles.roll(1, 2) + corners + corners.roll(-1, 1)
+        maps[:, half::step, ::step] = moved(below)
+        step, wibble = half, wibble / decay
+    maps -= maps.amin((1, 2), keepdim=True)
+    return maps / maps.amax((1, 2), keepdim=True)
+
+
+_STEPS = [(0, 1, 1.0), (1, 0, 1.0), (1, 1, 1.4), (1, 2, 2.1969), (2, 1, 2.1969)]
+_FAR = 20.0
+
+
+def canny(layer: Tensor, low: float, high: float) -> Tensor:
+    """Edges of grey levels [N, H, W] as `cv2.Canny(layer, low, high)` finds them; bool [N, H, W]."""
+    smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
+    dx = correlate(layer, torch.outer(smooth, slope), "nearest")
+    dy = correlate(layer, torch.outer(slope, smooth), "nearest")
+    size = dx.abs() + dy.abs()
+
+    def above(down: int, right: int) -> Tensor:
+        return size > _seen(size, down, right)
+
+    def not_below(down: int, right: int) -> Tensor:
+        return size >= _seen(size, down, right)
+
+    flat = dy.abs() < dx.abs() * 0.41421356  # tan of 22.5 degrees
+    steep = dy.abs() > dx.abs() * 2.41421356
+    falling = (dx < 0) == (dy < 0)
+    slanted = torch.where(falling, above(-1, -1) & above(1, 1), above(-1, 1) & above(1, -1))
+    upright = torch.where(steep, above(-1, 0) & not_below(1, 0), slanted)
+    weak = torch.where(flat, above(0, -1) & not_below(0, 1), upright) & (size > low)
+    return _connected(weak & (size > high), weak)
+
+
+def _connected(strong: Tensor, weak: Tensor) -> Tensor:
+    """The weak pixels that a chain of weak neighbours joins to a strong one."""
+    while True:
+        grown = (functional.max_pool2d(strong.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0) & weak
+        if torch.equal(grown, strong):
+            return strong
+        strong = grown
+
+
+def _seen(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tensor:
+    """What each pixel sees that many rows below and columns to its right (at most two)."""
+    H, W = maps.shape[-2:]
+    padded = functional.pad(maps, (2, 2, 2, 2), value=outside)
+    return padded[..., 2 + down : 2 + down + H, 2 + right : 2 + right + W]
+
+
+def edge_distance(edges: Tensor) -> Tensor:
+    """Distance of each pixel from the nearest edge, at most 20, along steps of 1, 1.4 and 2.1969.
+
+    These are the steps of `cv2.distanceTransform` with a 5 × 5 mask (Borgefors 1986).
+
+    Args:
+        edges: bool [N, H, W].
+
+    Returns:
+        float32 [N, H, W].
+    """
+    distance = torch.where(edges, 0.0, _FAR)
+    while True:
+        shorter = distance
+        for down, right, cost in _STEPS:
+            for sign, other in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+                beside = _seen(distance, sign * down, other * right, outside=_FAR)
+                shorter = torch.minimum(shorter, beside + cost)
+        if torch.equal(shorter, distance):
+            return distance
+        distance = shorter
+
+
+def equalize(levels: Tensor) -> Tensor:
+    """Equalises the histogram of each map of grey levels [N, H, W] as `cv2.equalizeHist` does."""
+    N = len(levels)
+    place = levels.long().flatten(1)
+    histogram = torch.zeros(N, 256, device=levels.device).scatter_add_(1, place, torch.ones_like(levels).flatten(1))
+    darkest = histogram.gather(1, place.amin(1, keepdim=True))
+    others = place.shape[1] - darkest
+    table = ((histogram.cumsum(1) - darkest) * (255 / others)).round().clamp(0, 255)
+    return torch.where(others[..., None] > 0, table.gather(1, place).view_as(levels), levels)
