@@ -24,11 +24,10 @@ from ekd_lightning.evaluation.robustness import (
     CorruptedSets,
     mean_by_severity,
     mean_corruption_error,
-    score_batches,
     score_corruptions,
     spread_index,
 )
-from ekd_lightning.evaluation.scores import score_logits
+from ekd_lightning.evaluation.scores import score_batches, score_logits
 from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.pipeline.context import BETWEEN, EvaluationContext, Findings, merge

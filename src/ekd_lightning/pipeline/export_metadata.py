@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ekd_lightning import __version__
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
-from ekd_lightning.evaluation.scores import class_accuracy, confusion_matrix, score_logits
+from ekd_lightning.evaluation.scores import class_accuracy, score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.runs.provenance import version_of
@@ -31,9 +32,9 @@ def measure(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         `images`, `accuracy`, `nll`, `ece`, `brier`, perhaps `top5`, and `class_accuracy` (None for a class without
         images). Numbers that are not finite are None.
     """
-    by_class = class_accuracy(confusion_matrix(logits.argmax(-1), labels, logits.shape[1]))
+    confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu().numpy()
     scores = {name: value if math.isfinite(value) else None for name, value in score_logits(logits, labels).items()}
-    return {"images": len(labels), **scores, "class_accuracy": by_class}
+    return {"images": len(labels), **scores, "class_accuracy": class_accuracy(confusion)}
 
 
 def describe_export(
