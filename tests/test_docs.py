@@ -22,8 +22,7 @@ from hydra import compose, initialize_config_module
 from torch.nn import functional
 
 from ekd_lightning.cli.train import main as ekd_train
-from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import register_schema, to_settings
+from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.data import Batch, TrainLoader, augmentations, catalog, gather_batch, load_dataset
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import TeacherEnsemble, convert, load_network, registry, state_sha256

@@ -14,8 +14,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from ekd_lightning.config.build import build
-from ekd_lightning.config.config import register_schema, to_plain, to_settings, write_config
+from ekd_lightning.config.config import build_callback, register_schema, to_plain, to_settings, write_config
 from ekd_lightning.data.views import make_views
 from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, zoo_entry
@@ -63,7 +62,7 @@ def test_every_option_composes_into_possible_settings(group, name, tmp_path):
     settings.check()
     check_trainer(settings.trainer)
     for key, node in settings.callbacks.items():
-        assert isinstance(build(node, key), pl.Callback)
+        assert isinstance(build_callback(node, key), pl.Callback)
     plain = to_plain(cfg)
     write_config(plain, tmp_path)  # what is written down is what was composed
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == plain

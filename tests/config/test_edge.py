@@ -1,4 +1,4 @@
-"""The edge itself: what becomes one line, what keeps its traceback, what `_target_` may name."""
+"""The edge itself: what becomes one line, what keeps its traceback, and whose directory a job writes into."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from ekd_lightning.config import build as build_module
 from ekd_lightning.config import directory
-from ekd_lightning.config.build import build, import_user_modules
 from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import one_line, run_program
 from ekd_lightning.errors import UserError
@@ -126,18 +124,6 @@ def test_our_own_mistakes_keep_their_traceback(capsys, error):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("target", ["os.system", "ekd_lightningx.run", "builtins.eval", "", "torch.load"])
-def test_only_known_packages_may_be_built(target):
-    with pytest.raises(UserError, match=r"callbacks\.x\._target_"):
-        build({"_target_": target}, "callbacks.x")
-
-
-def test_what_refuses_its_arguments_is_named():
-    with pytest.raises(UserError, match=r"^callbacks\.x: .*patients") as caught:
-        build({"_target_": "pytorch_lightning.callbacks.EarlyStopping", "monitor": "a", "patients": 3}, "callbacks.x")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.fixture
 def sweep_job(tmp_path, monkeypatch):
     """A job of a multirun, as Hydra would tell it."""
@@ -205,38 +191,10 @@ def test_launch_variables_of_the_user_come_back(sweep_job, monkeypatch):
     assert "MASTER_PORT" not in os.environ
 
 
-def test_nested_targets_are_checked_and_the_users_own_modules_allowed():
-    inner = {"_target_": "pytorch_lightning.callbacks.Timer", "duration": {"_target_": "os.system"}}
-    with pytest.raises(UserError, match=r"os\.system"):
-        build(inner, "callbacks.x")
-    with pytest.raises(UserError, match="has no _target_"):
-        build({"patience": 3}, "callbacks.x")
-    node = {"_target_": "fractions.Fraction", "numerator": 3}
-    with pytest.raises(UserError, match="must begin with"):
-        build(node, "callbacks.x")
-    assert build(node, "callbacks.x", ["fractions"]) == 3
-
-
 def test_settings_can_be_composed_without_the_command():
     settings = compose_settings("method=kd_mean", "data.fraction=0.5", "seed=4")
     assert (settings.method.name, settings.student.branches, settings.data.fraction) == ("kd_mean", 1, 0.5)
     assert settings.trainer["max_epochs"] == settings.recipe.epochs
-
-
-def test_a_users_module_is_imported_from_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "own_parts_of_a_test.py").write_text("ANSWER = 42\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    import_user_modules(["own_parts_of_a_test"])
-    assert sys.modules.pop("own_parts_of_a_test").ANSWER == 42
-    with pytest.raises(UserError, match="no_such_module_here"):
-        import_user_modules(["no_such_module_here"])
-
-
-def test_one_file_builds_what_configuration_names():
-    package = Path(build_module.__file__).parents[1]
-    users = [path.name for path in package.rglob("*.py") if "hydra.utils" in path.read_text()]
-    assert users == ["build.py"]
 
 
 @pytest.fixture(params=["torchrun", "slurm"])

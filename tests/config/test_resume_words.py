@@ -9,8 +9,9 @@ import pytest
 from made_runs import result
 from omegaconf import OmegaConf
 
-from ekd_lightning.config import config as module
-from ekd_lightning.config.config import DIRECTORY, JobOutput, changed_keys, write_config
+from ekd_lightning.config import directory as module
+from ekd_lightning.config.config import changed_keys, write_config
+from ekd_lightning.config.directory import DIRECTORY, JobOutput
 from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory, RunState

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import JobOutput, register_schema, to_settings
-from ekd_lightning.config.directory import remove_unused
+from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
+from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, run_program
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import STATUS, RunDirectory

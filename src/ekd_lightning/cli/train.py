@@ -13,9 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ekd_lightning.config.build import build, import_user_modules
-from ekd_lightning.config.config import JobOutput, register_schema, to_plain, to_settings
-from ekd_lightning.config.directory import ddp_reruns_this_job, remove_unused
+from ekd_lightning.config.config import build_callback, import_user_modules, register_schema, to_plain, to_settings
+from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
 from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume, named_sweep, typed_override
 from ekd_lightning.errors import UserError
@@ -125,11 +124,9 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     if settings.resume is not None:
         check_place(settings.resume, directory)
         check_unchanged(directory, plain)
-    if settings.imports:
-        import_user_modules(settings.imports)
-    callbacks = [
-        build(node, f"callbacks.{name}", settings.imports) for name, node in settings.callbacks.items() if node
-    ]
+    import_user_modules(settings.imports)
+    nodes = {name: node for name, node in settings.callbacks.items() if node}
+    callbacks = [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
     result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory))

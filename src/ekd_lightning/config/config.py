@@ -1,18 +1,17 @@
-"""Configuration of a job: from what Hydra composed to typed settings, and back to plain containers for the record.
+"""Configuration of a job: from what Hydra composed to typed settings and the code that they name, and back.
 
-Hydra would open a job's log and write `.hydra/` before our function runs. Here both are held back until the checks of
-the run have passed (`JobOutput.start`): what is refused leaves no trace.
+All code that a configuration can name is named here: modules to import, and callbacks by `_target_`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -20,18 +19,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.config.build import import_user_modules
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import DamagedFileError, write_yaml
-from ekd_lightning.runs.directory import CONFIG, HYDRA, RunDirectory
-from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.files import write_yaml
+from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.settings import Settings, is_path, keys_where
 
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+
+ALLOWED = ("ekd_lightning", "pytorch_lightning.callbacks")
+"""Where callbacks may be defined, beside modules of the user's own."""
 PLACES = keys_where(is_path)
 """Settings that are paths of folders."""
-DIRECTORY = "EKD_RUN_DIRECTORY"
-"""Environment variable in which a process hands the run's directory to the ranks that it starts."""
 
 
 def register_schema() -> None:
@@ -87,18 +86,24 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 def write_config(plain: dict[str, Any], directory: Path) -> None:
     """Writes the resolved configuration into the run's directory."""
-    RunDirectory(directory).write_config(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    write_yaml(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, key: str = "") -> dict[str, Any]:
     """Reads what `write_config` wrote.
 
+    Args:
+        directory: The run's.
+        key: What named it, for error messages: "resume=".
+
     Raises:
-        UserError: If the directory is not that of a run, or the file is damaged.
+        UserError: If it is not the directory of a run, or the file is damaged.
     """
+    if not directory.is_dir():
+        raise UserError(f"{key}{directory}: no such directory")
     run = RunDirectory(directory)
     if run.file(CONFIG) is None:
-        raise UserError(f"resume={directory}: not the directory of a run (it has no {CONFIG})")
+        raise UserError(f"{key}{directory}: not the directory of a run (it has no {CONFIG})")
     return run.config()
 
 
@@ -113,24 +118,22 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
         UserError: If it is not the directory of a run, the file is damaged or not of this version, or a module that
             the run imported is not there.
     """
-    if not run.path.is_dir():
-        raise UserError(f"{run.path}: no such directory")
-    if (path := run.file(CONFIG)) is None:
-        raise UserError(f"{run.path}: not the directory of a run (it has no {CONFIG})")
+    config = _where_it_was_started(read_config(run.path), run)
     schema = OmegaConf.structured(Settings)
     try:
-        merged = OmegaConf.merge(schema, _where_it_was_started(run), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(schema, config, OmegaConf.from_dotlist(list(overrides)))
     except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a configuration of this version ({str(error).splitlines()[0]})") from None
+        said = str(error).splitlines()[0]
+        raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({said})") from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
     import_user_modules(settings.imports)  # its student, data and terms may be the user's own
     return settings
 
 
-def _where_it_was_started(run: RunDirectory) -> dict[str, Any]:
+def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """A run's configuration, with relative places that are still there as they were meant where it was started."""
-    config, start = run.config(), run.provenance().get("working_directory")
+    start = run.provenance().get("working_directory")
     for key in PLACES:
         section, name = key.split(".")
         value = (config.get(section) or {}).get(name)
@@ -157,105 +160,60 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
         yield prefix
 
 
-class HeldLog(logging.FileHandler):
-    """Log file of a job: its lines are kept until `open_in` says where they belong.
+def import_user_modules(names: list[str]) -> None:
+    """Imports modules that register networks, terms or data sets; the working directory is searched first.
 
-    Args:
-        filename: Name in the job's directory.
+    Raises:
+        UserError: For a module that is not there. An error inside the module keeps its traceback.
     """
-
-    def __init__(self, filename: str) -> None:
-        super().__init__(filename, delay=True)
-        self.name_in_directory = Path(filename).name
-        self._held: list[logging.LogRecord] | None = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps a line, or writes it."""
-        if self._held is None:
-            super().emit(record)
-        else:
-            self._held.append(record)
-
-    def open_in(self, directory: Path) -> None:
-        """Writes all lines into the directory, those to come at once."""
-        self.baseFilename = str(directory / self.name_in_directory)
-        held, self._held = self._held or [], None
-        for record in held:
-            self.emit(record)
-
-
-class JobOutput:
-    """Where the job that runs here writes.
-
-    Args:
-        cfg: The job's configuration.
-
-    Attributes:
-        directory: The job's, absolute.
-        started: Whether anything may have been written there.
-    """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-        self.started = False
-        self._hydra = cast("Any", HydraConfig.instance().cfg)  # typed as a dataclass, but a DictConfig
-        raw = OmegaConf.to_container(self._hydra.hydra.runtime, resolve=False)  # a path may hold `${`
-        assert isinstance(raw, dict)
-        self.directory = Path(self._hydra.hydra.job.env_set.get(DIRECTORY) or raw["output_dir"])
-        self.original = Path(raw["cwd"])
-
-    def start(self) -> None:
-        """Writes what was held back: `.hydra/` and config.yaml, and opens the log; called when all checks have passed.
-
-        `.hydra/` of a resumed run stays: it says what the run was first started with.
-        """
-        self.started = True
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, HeldLog):
-                if rank != "0":  # those that Lightning starts have a name of their own
-                    handler.name_in_directory = f"rank{rank}_{handler.name_in_directory}"
-                handler.open_in(self.directory)
-        if not is_rank_zero():
-            return
-        if self.cfg.get("resume") is None:
-            folder = self.directory / HYDRA
-            write_yaml(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
-            write_yaml(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
-            write_yaml(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
-        write_config(to_plain(self.cfg), self.directory)
-
-    def record_refusal(self, error: Exception) -> None:
-        """Leaves the record of a job of a sweep that was refused before it started, so that the sweep knows of it.
-
-        Nothing is written where another process is at work, or where a run lies: its record says what it goes on with.
-        """
-        if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
-            return
-        with contextlib.suppress(UserError, OmegaConfBaseException), DirectoryLock(self.directory):
-            run = RunDirectory(self.directory)
-            if run.holds_run():
-                return
-            run.fail(" ".join(str(error).split()))
-            self.start()
-
-    @contextlib.contextmanager
-    def anchored(self) -> Iterator[None]:
-        """Lets relative places mean what they meant where the run was first started, whatever hydra.job.chdir says."""
-        before = Path.cwd()
-        os.chdir(self._anchor())
+    if names and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in names:
         try:
-            yield
-        finally:
-            os.chdir(before)
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not name.startswith(error.name):
+                raise  # it is there, but lacks something itself
+            raise UserError(f"imports: no module {name!r} in {os.getcwd()} or the environment") from None
 
-    def _anchor(self) -> Path:
-        if self.cfg.get("resume") is not None:
-            with contextlib.suppress(DamagedFileError):
-                recorded = RunDirectory(self.directory).provenance().get("working_directory")
-                if isinstance(recorded, str) and os.path.isdir(recorded):
-                    return Path(recorded)
-        return self.original
+
+def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) -> Callback:
+    """Makes a callback of a node with `_target_`: a class that is defined, and not merely reachable, where it may be.
+
+    Args:
+        node: Plain mapping with `_target_` and the class's arguments, which are plain values.
+        key: Where the node stands, for error messages.
+        modules: Imported modules of the user's own, allowed beside `ALLOWED`.
+
+    Raises:
+        UserError: If the target is missing, elsewhere, or no callback, or refuses its arguments.
+    """
+    from pytorch_lightning import Callback  # noqa: PLC0415 (slow; --help needs none)
+
+    arguments = dict(node)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise UserError(f"{key}: has no _target_")
+    module, _, name = str(target).rpartition(".")
+    allowed = (*ALLOWED, *modules)
+    if not _is_in(module, allowed):
+        raise UserError(f"{key}._target_={target}: must begin with one of {', '.join(allowed)}")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Callback) and _is_in(found.__module__, allowed)):
+        raise UserError(f"{key}._target_={target}: not a class of Lightning callbacks that is defined there")
+    if unbuilt := [name for name, value in arguments.items() if "_target_" in str(value)]:
+        raise UserError(f"{key}.{unbuilt[0]}: holds a _target_, but a callback's arguments are plain values")
+    try:
+        return found(**arguments)
+    except Exception as error:
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from None
+
+
+def _is_in(module: str, packages: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
 def resolved(config: DictConfig, key: str) -> str:

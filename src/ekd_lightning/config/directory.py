@@ -1,36 +1,52 @@
-"""Directory of a job: claimed before Hydra writes there, and one for all its ranks, whoever started them.
+"""Directory of a job: claimed before Hydra writes there, one for all its ranks; and what the job's own Hydra writes.
 
-Ranks are the processes of one distributed job: those of Lightning's launcher, of torchrun and of SLURM.
+Hydra would open a job's log and write `.hydra/` before our function runs. Here both are held back until the checks of
+the run have passed (`JobOutput.start`): what is refused leaves no trace. Ranks are the processes of one distributed
+job: those of Lightning's launcher, of torchrun and of SLURM.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import logging.handlers
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.config.config import DIRECTORY, resolved
+from ekd_lightning.config.config import resolved, to_plain, write_config
 from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import config_flags, literal, override
-from ekd_lightning.errors import UserError
-from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.runs.lock import LockedError, holder, lock_ahead, make_directory, release_ahead, remove_empty
+from ekd_lightning.errors import UserError, reason
+from ekd_lightning.files import DamagedFileError, write_yaml
+from ekd_lightning.runs.directory import HYDRA, RunDirectory
+from ekd_lightning.runs.lock import (
+    DirectoryLock,
+    LockedError,
+    holder,
+    lock_ahead,
+    make_directory,
+    release_ahead,
+    remove_empty,
+)
 from ekd_lightning.runs.provenance import is_rank_zero
 
-_LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
+DIRECTORY = "EKD_RUN_DIRECTORY"
+"""Environment variable in which a process hands the run's directory to the ranks that it starts."""
+_LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)
 _made: list[Path] = []
 """Directories that this process made for output, outermost first."""
 
@@ -63,27 +79,25 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
         OSError: If it cannot be made.
     """
     key = f"hydra.{kind}.dir"
-    if (directory := handed_directory()) is None:
+    if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        directory = Path(os.environ[DIRECTORY])  # another process started this one, as a rank of its job
+    else:
         wanted = Path(resolved(config, key)).absolute()
         by_time = "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False))
 
         def decide() -> Path:
             if kind == "run" and not by_time:
                 refuse_taken(wanted, config)
-            directory = _new_directory(wanted) if by_time else _made_directory(wanted)
+            directory = _new_directory(wanted, numbered=by_time)
             take(directory)
             return directory
 
-        directory = agree(key, decide, nodes=_nodes(config), known=None if by_time else wanted)
+        nodes = config.get("trainer", {}).get("num_nodes") or 1
+        if not str(nodes).isdecimal():
+            raise UserError(f"trainer.num_nodes={nodes}: must be a whole number")
+        directory = agree(key, decide, nodes=int(nodes), known=None if by_time else wanted)
     _tell_hydra(config, kind, directory)
     return directory
-
-
-def _nodes(config: DictConfig) -> int:
-    given = config.get("trainer", {}).get("num_nodes") or 1
-    if not str(given).isdecimal():
-        raise UserError(f"trainer.num_nodes={given}: must be a whole number")
-    return int(given)
 
 
 def refuse_taken(directory: Path, config: DictConfig) -> None:
@@ -98,21 +112,19 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
         RunDirectory(directory).refuse_finished()
 
 
-def _made_directory(wanted: Path) -> Path:
-    _made.extend(make_directory(wanted))
-    return wanted
-
-
-def _new_directory(wanted: Path) -> Path:
-    """Makes a directory that nobody else has made, with a number behind its name if need be."""
-    _made.extend(make_directory(wanted.parent))
-    for number in itertools.count(1):
-        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+def _new_directory(wanted: Path, *, numbered: bool) -> Path:
+    """Makes a directory; `numbered` one that nobody else has made, with a number behind its name if need be."""
+    _made.extend(make_directory(wanted.parent if numbered else wanted))
+    if not numbered:
+        return wanted
+    path = wanted
+    for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             path.mkdir()
-            _made.append(path)
-            return path
-    raise AssertionError("unreachable")
+            break
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    _made.append(path)
+    return path
 
 
 def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
@@ -133,17 +145,6 @@ def remove_unused() -> None:
     _made.clear()
 
 
-def launched_by_others() -> bool:
-    """Whether this process is a rank that Lightning, torchrun or SLURM started."""
-    return any(name in os.environ for name in _OUTSIDE_LAUNCHERS)
-
-
-def handed_directory() -> Path | None:
-    """The directory of the run that another process started this one for, as its rank; None otherwise."""
-    started = DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    return Path(os.environ[DIRECTORY]) if started else None
-
-
 def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path | None = None) -> Path:
     """One directory for all processes of a job: global rank 0 decides, the others are told.
 
@@ -156,69 +157,56 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
     Raises:
         UserError: If the processes have no way to tell each other, or global rank 0 was refused.
     """
-    with contextlib.closing(_Meeting()) as meeting:
-        if meeting.store is None:
-            if known is not None:
-                return decide() if is_rank_zero() else known
-            if nodes > 1 or not is_rank_zero():
-                raise UserError(
-                    f"{key}: the usual directory holds the time of day, which each process reads for itself; "
-                    f"give {key}=..., the same for all of them"
-                )
-            return decide()
-        word = f"ekd-lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
-        if is_rank_zero():
-            try:
-                path = str(decide())
-            except BaseException:
-                meeting.tell(word, "")
-                raise
-            meeting.tell(word, path)
-            return Path(path)
-        if not (told := meeting.hear(word)):
-            raise UserError(f"{key}: refused to the first process of this job")
-        return Path(told)
+    store, world, rank = _meeting_place()
+    if store is None and known is not None:
+        return decide() if is_rank_zero() else known
+    if store is None:
+        if nodes > 1 or not is_rank_zero():
+            raise UserError(
+                f"{key}: the usual directory holds the time of day, which each process reads for itself; "
+                f"give {key}=..., the same for all of them"
+            )
+        return decide()
+    word = f"ekd-lightning/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{key}"
+    if is_rank_zero():
+        decided = ""
+        try:
+            decided = str(decide())
+        finally:  # what it is refused, all are; it waits until they have heard
+            store.set(word, os.fsencode(decided))
+            store.wait([f"{word}/{other}" for other in range(1, world)], _PATIENCE)
+    else:
+        decided = os.fsdecode(store.get(word))
+        store.set(f"{word}/{rank}", "")
+    if not decided:
+        raise UserError(f"{key}: refused to the first process of this job")
+    return Path(decided)
 
 
-class _Meeting:
-    """Where the processes of torchrun or SLURM meet before they train; its store is None if there is no such place."""
+def _meeting_place() -> tuple[Any, int, int]:
+    """Where the processes of torchrun or SLURM meet before they train, their number, and which of them this is.
 
-    def __init__(self) -> None:
-        self.store: Any = None
-        self.world = self.rank = 0
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            self.world, self.rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-            if self.world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-                self.store = dist.TCPStore(*place, is_master=False, timeout=_PATIENCE)
-        elif "SLURM_PROCID" in os.environ:
-            from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
+    The first is None if there is no such place.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None, world, rank
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(*place, is_master=False, timeout=_PATIENCE), world, rank
+    if "SLURM_PROCID" not in os.environ:
+        return None, 1, 0
+    from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
 
-            try:
-                slurm = SLURMEnvironment()
-            except RuntimeError as error:  # a task count that Lightning does not support
-                raise UserError(f"SLURM: {' '.join(str(error).split())}") from None
-            if not slurm.detect() or (world := slurm.world_size()) < 2:
-                return
-            self.world, self.rank = world, slurm.global_rank()
-            # Not Lightning's own port: it is opened again right after this.
-            place = slurm.main_address, slurm.main_port + 1
-            self.store = dist.TCPStore(*place, world, is_master=self.rank == 0, timeout=_PATIENCE)
-
-    def tell(self, key: str, value: str) -> None:
-        """Tells all other processes, and waits until they have heard."""
-        self.store.set(key, os.fsencode(value))
-        self.store.wait([f"{key}/{rank}" for rank in range(1, self.world)], _PATIENCE)
-
-    def hear(self, key: str) -> str:
-        """Waits for what global rank 0 tells."""
-        value = os.fsdecode(self.store.get(key))
-        self.store.set(f"{key}/{self.rank}", "")
-        return value
-
-    def close(self) -> None:
-        """Leaves."""
-        self.store = None
+    try:
+        slurm = SLURMEnvironment()
+    except RuntimeError as error:  # a task count that Lightning does not support
+        raise UserError(f"SLURM: {' '.join(str(error).split())}") from None
+    if not slurm.detect() or (world := slurm.world_size()) < 2:
+        return None, 1, 0
+    # Not Lightning's own port: it is opened again right after this.
+    place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
+    return dist.TCPStore(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
 
 
 @contextlib.contextmanager
@@ -233,7 +221,7 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
         directory: The job's.
         program: The file that runs one job, where this command does something else; None if this command does.
     """
-    if launched_by_others():
+    if any(name in os.environ for name in _OUTSIDE_LAUNCHERS):
         yield
         return
     argv = sys.argv
@@ -257,3 +245,95 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
         sys.argv = argv
         with read_write(hydra), open_dict(hydra):
             hydra.run.dir = run_dir
+
+
+class HeldLog(logging.handlers.MemoryHandler):
+    """Log file of a job: its lines are kept until `open_in` says where they belong.
+
+    Args:
+        filename: Its name; folders before it do not count.
+    """
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(capacity=1)  # each line is passed on at once, where there is a file
+        self._filename = Path(filename).name
+
+    def open_in(self, directory: Path, prefix: str = "") -> None:
+        """Writes all lines into a directory, those to come at once; `prefix` stands before the file's name."""
+        file = logging.FileHandler(directory / f"{prefix}{self._filename}", delay=True)
+        file.setFormatter(self.formatter)
+        self.setTarget(file)
+        self.flush()
+
+
+class JobOutput:
+    """Where the job that runs here writes.
+
+    Args:
+        cfg: The job's configuration.
+
+    Attributes:
+        directory: The job's, absolute.
+        started: Whether anything may have been written there.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.started = False
+        self._hydra = cast("Any", HydraConfig.instance().cfg)  # typed as a dataclass, but a DictConfig
+        raw = OmegaConf.to_container(self._hydra.hydra.runtime, resolve=False)  # a path may hold `${`
+        assert isinstance(raw, dict)
+        self.directory = Path(self._hydra.hydra.job.env_set.get(DIRECTORY) or raw["output_dir"])
+        self.original = Path(raw["cwd"])
+
+    def start(self) -> None:
+        """Writes what was held back: `.hydra/` and config.yaml, and opens the log; called when all checks have passed.
+
+        `.hydra/` of a resumed run stays: it says what the run was first started with.
+        """
+        self.started = True
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, HeldLog):
+                # Ranks that Lightning starts have a name of their own.
+                handler.open_in(self.directory, "" if rank == "0" else f"rank{rank}_")
+        if not is_rank_zero():
+            return
+        if self.cfg.get("resume") is None:
+            folder = self.directory / HYDRA
+            write_yaml(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
+            write_yaml(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
+            write_yaml(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
+        write_config(to_plain(self.cfg), self.directory)
+
+    def record_refusal(self, error: Exception) -> None:
+        """Leaves the record of a job of a sweep that was refused before it started, so that the sweep knows of it.
+
+        Nothing is written where another process is at work, or where a run lies: its record says what it goes on with.
+        """
+        if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
+            return
+        with contextlib.suppress(UserError, OmegaConfBaseException), DirectoryLock(self.directory):
+            run = RunDirectory(self.directory)
+            if run.holds_run():
+                return
+            run.fail(reason(error))
+            self.start()
+
+    @contextlib.contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Lets relative places mean what they meant where the run was first started, whatever hydra.job.chdir says."""
+        before = Path.cwd()
+        os.chdir(self._anchor())
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+    def _anchor(self) -> Path:
+        if self.cfg.get("resume") is not None:
+            with contextlib.suppress(DamagedFileError):
+                recorded = RunDirectory(self.directory).provenance().get("working_directory")
+                if isinstance(recorded, str) and os.path.isdir(recorded):
+                    return Path(recorded)
+        return self.original

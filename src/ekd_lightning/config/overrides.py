@@ -141,8 +141,7 @@ def resume_word(argv: Sequence[str]) -> Path | None:
     for word in argv[1:]:
         if "=" in word and key_of(word) == "resume" and not word.startswith("resume="):
             raise UserError(f"{word}: is written resume=DIR")
-    given = [word for word in argv[1:] if word.startswith("resume=")]
-    path = read_path(given[-1]) if given else None
+    path = next((read_path(word) for word in reversed(argv[1:]) if word.startswith("resume=")), None)
     return None if path is None else Path(path).absolute()
 
 
@@ -182,8 +181,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     directory = resume_word(argv)
     if directory is None:
         return argv
-    given = [word for word in argv[1:] if word.startswith("resume=")]
-    read_config(directory)
+    read_config(directory, "resume=")
     if not (run := RunDirectory(directory)).is_held():  # else it is refused by its lock, or this is a rank of it
         epochs = run.section("recipe").get("epochs")
         if not isinstance(epochs, int):
@@ -191,14 +189,16 @@ def expand_resume(argv: list[str]) -> list[str]:
         run.refuse_complete(epochs)
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
-    first = _recorded_overrides(directory)
-    flags = config_flags(argv)  # before all overrides: argparse takes no positionals on both sides of a flag
-    extra = [anchored(word) for word in argv[1:] if word not in (*given, *first, *flags)]
+    if run.file(OVERRIDES) is None:
+        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
+    first, flags = run.overrides(), config_flags(argv)
+    given = [word for word in argv[1:] if word not in (*first, *flags) and not word.startswith(_OF_THIS_RUN)]
     own = [override("resume", directory), override("hydra.run.dir", directory), "hydra.mode=RUN"]
-    return [argv[0], *flags, *first, *[word for word in extra if not word.startswith(_HYDRA_OWN)], *own]
+    # Flags come before all overrides: argparse takes no positionals on both sides of a flag.
+    return [argv[0], *flags, *first, *map(anchored, given), *own]
 
 
-_HYDRA_OWN = ("hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
+_OF_THIS_RUN = ("resume=", "hydra.run.dir=", "hydra.output_subdir=", "hydra.mode=")
 
 
 def anchored(word: str) -> str:
@@ -229,16 +229,11 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     Raises:
         UserError: Naming the keys that differ from the recorded configuration.
     """
-    changed = [key for key in changed_keys(read_config(directory), plain) if not may_change_between_parts(key)]
+    changed = [
+        key for key in changed_keys(read_config(directory, "resume="), plain) if not may_change_between_parts(key)
+    ]
     if changed:
         raise UserError(
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
             "a resumed run must compute what it was started with"
         )
-
-
-def _recorded_overrides(directory: Path) -> list[str]:
-    run = RunDirectory(directory)
-    if run.file(OVERRIDES) is None:
-        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
-    return run.overrides()

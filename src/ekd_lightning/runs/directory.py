@@ -23,7 +23,6 @@ from ekd_lightning.files import (
     remove_parts,
     write_bytes,
     write_json,
-    write_yaml,
 )
 from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
@@ -357,10 +356,6 @@ class RunDirectory:
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts known only after the start, e.g. hashes of data and teachers."""
         write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
-
-    def write_config(self, text: str) -> None:
-        """Writes the resolved configuration, as YAML."""
-        write_yaml(self.path / CONFIG, text)
 
     def write_result(self, result: Result) -> None:
         """Writes result.json."""

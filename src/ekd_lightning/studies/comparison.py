@@ -13,8 +13,7 @@ from typing import Any
 
 from hydra.types import TaskFunction
 
-from ekd_lightning.config.build import import_user_modules
-from ekd_lightning.config.config import changed_keys, read_config, to_plain, to_settings
+from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
 from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError

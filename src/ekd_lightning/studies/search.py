@@ -19,8 +19,7 @@ from omegaconf import DictConfig
 from optuna.trial import TrialState
 from pytorch_lightning.callbacks import Callback
 
-from ekd_lightning.config.build import build, import_user_modules
-from ekd_lightning.config.config import register_schema, to_plain, to_settings
+from ekd_lightning.config.config import build_callback, import_user_modules, register_schema, to_plain, to_settings
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, prepare
@@ -97,7 +96,7 @@ def tune(
 
     def callbacks() -> list[Callback]:
         nodes = {name: node for name, node in settings.callbacks.items() if node}
-        return [build(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
+        return [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
 
     objective = ValidationObjective(lambda words: to_settings(_compose(_with(base, words))), seeds, callbacks)
     try:
