@@ -16,14 +16,7 @@ import numpy as np
 from filelock import FileLock
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import (
-    DamagedFileError,
-    read_json,
-    read_yaml,
-    remove_parts,
-    write_bytes,
-    write_json,
-)
+from ekd_lightning.files import DamagedFileError, read_json, read_yaml, remove_parts, write_bytes, write_json
 from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
