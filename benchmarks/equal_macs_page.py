@@ -33,9 +33,10 @@ from typing import Any
 import yaml
 from page_parts import NOTES, bullets, difference, kept_notes, read_study_runs, setup, side
 
+from ekd_lightning import markdown as md
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import interval_text, percent
-from ekd_lightning.reporting.tables import Row, markdown_table
+from ekd_lightning.reporting.tables import Row
 from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.studies.comparison import records, study_block, study_rows
@@ -96,10 +97,16 @@ def ranked(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def trial_table(found: list[dict[str, Any]]) -> str:
     """One line per trial, the best of each method first."""
     lines = [
-        (f"`{t['method']}`", t["student"], f"{t['macs'] / 1e6:.1f} M", t["settings"], f"{100 * t['val_accuracy']:.2f}")
+        (
+            md.code(t["method"]),
+            t["student"],
+            f"{t['macs'] / 1e6:.1f} M",
+            t["settings"],
+            f"{100 * t['val_accuracy']:.2f}",
+        )
         for t in found
     ]
-    return markdown_table(("method", "student", "MACs", "settings", "validation accuracy %"), lines)
+    return md.table(("method", "student", "MACs", "settings", "validation accuracy %"), lines)
 
 
 def outcome(rows: Sequence[Row]) -> str:
@@ -109,7 +116,7 @@ def outcome(rows: Sequence[Row]) -> str:
         first, found = group.done[0].result or {}, group.scalars()
         lines.append(
             (
-                f"`{group.label}`",
+                md.code(group.label),
                 weights(first),
                 f"{first['num_parameters']:,}",
                 f"{first['macs'] / 1e6:.1f} M",
@@ -121,12 +128,12 @@ def outcome(rows: Sequence[Row]) -> str:
         )
     heads = ("row", "settings", "parameters", "MACs", "test accuracy %", "mean branch", "NLL", "n")
     pairs = [
-        (f"`{one.group.label}` − `{other.group.label}`", interval_text(minus), side(minus))
+        (md.Markdown(f"`{one.group.label}` − `{other.group.label}`"), interval_text(minus), side(minus))
         for one, other in combinations(rows, 2)
         for minus in [difference(one, other)]
     ]
-    compared = markdown_table(("difference, paired by seed", "points with 95 % interval", ""), pairs)
-    return f"{markdown_table(heads, lines)}\n{compared}"
+    compared = md.table(("difference, paired by seed", "points with 95 % interval", ""), pairs)
+    return f"{md.table(heads, lines)}\n{compared}"
 
 
 def tuned(folder: Path) -> list[dict[str, Any]]:
@@ -155,8 +162,8 @@ def tuned_table(found: list[dict[str, Any]]) -> str:
         searched = "; ".join(f"{short(key)} {said(values)}" for key, values in t["space"].items())
         best = ", ".join(map(short, t["overrides"])) or "the default"
         counts = (t["trials"], t["pruned"], t["diverged"])
-        lines.append((f"`{t['row']}`", *counts, searched, best, f"{100 * t['value']:.2f}", default))
-    return markdown_table(heads, lines)
+        lines.append((md.code(t["row"]), *counts, searched, best, f"{100 * t['value']:.2f}", default))
+    return md.table(heads, lines)
 
 
 def short(key: str) -> str:

@@ -23,10 +23,11 @@ from typing import Any
 from earlier import Repeat, merged
 from page_parts import NOTES, bullets, difference, kept_notes, named, read_study_runs, setup, side, table
 
+from ekd_lightning import markdown as md
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import interval_text, percent
-from ekd_lightning.reporting.tables import Row, markdown_table
+from ekd_lightning.reporting.tables import Row
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
 FAMILIES = {
@@ -97,13 +98,13 @@ def repeated(repeats: Sequence[Repeat]) -> str:
     for r in repeats:
         done = isinstance(r.again, float)
         again = (f"{100 * r.again:.2f}", f"{100 * (r.again - r.earlier):+.2f}") if done else (r.again, "–")
-        lines.append((f"`{r.row}`", r.seed, f"{100 * r.earlier:.2f}", *again))
+        lines.append((md.code(r.row), r.seed, f"{100 * r.earlier:.2f}", *again))
     text = (
         "The same seeds, images and settings on the second machine. Processors round differently, and training "
         "amplifies it; whether anything else differed the records of the first runs do not tell. The first accuracy "
         "counts above, whatever the second was."
     )
-    table = markdown_table(("row", "seed", "accuracy %", "again", "difference"), lines)
+    table = md.table(("row", "seed", "accuracy %", "again", "difference"), lines)
     return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}"
 
 
@@ -164,7 +165,7 @@ def readme_section(block: Block, page: Path) -> str:
     counted = sum(bool(group.n) for group in block.groups)
     lines = [
         (
-            f"`{group.label}`",
+            md.code(group.label),
             percent(group.accuracy),
             f"{group.only('num_parameters'):,}",
             f"{group.only('macs') / 1e6:.1f} M",
@@ -182,7 +183,7 @@ def readme_section(block: Block, page: Path) -> str:
         "are EKD, its controls, and of each other family the row that did best on the test set, which flatters it. All "
         f"rows, and what the numbers do and do not say: [{page}]({page})."
     )
-    table = markdown_table(("row", "test accuracy %", "parameters", "MACs", "n"), lines)
+    table = md.table(("row", "test accuracy %", "parameters", "MACs", "n"), lines)
     return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n{findings(rows, controls_only=True)}\n\n"
 
 

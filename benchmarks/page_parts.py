@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ekd_lightning.reporting import tables
-from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, paired_by_seed
+from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, corrected, minus
 from ekd_lightning.reporting.tables import Row
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.studies.comparison import Runs, read_runs
@@ -51,7 +51,7 @@ def kept_notes(page: Path) -> str:
 def difference(one: Row, other: Row) -> Difference | None:
     """One row minus another, paired by seed."""
     ours, theirs = (row.group.by_seed("test_accuracy") for row in (one, other))
-    return paired_by_seed({"one": ours, "other": theirs}, "other").get("one")
+    return corrected({0: minus(ours, theirs)}).get(0)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from ekd_lightning.reporting.tables import markdown_table
+from ekd_lightning import markdown as md
 
 PLAIN, OURS = "#9aa5b1", "#1f6feb"
 
@@ -27,13 +27,13 @@ def rate_rows(rates: dict[str, Any], field: str = "ratio") -> str:
         (name, f"{row['median']:,.0f}", f"{row['min']:,.0f} – {row['max']:,.0f}", f"{row.get(field, row['ratio']):.2f}")
         for name, row in rates.items()
     ]
-    return markdown_table(("", "median", "min – max", "ratio"), lines).strip()
+    return md.table(("", "median", "min – max", "ratio"), lines).strip()
 
 
 def plain_rows(values: dict[Any, float], head: str) -> str:
     """One row of a Markdown table of numbers."""
     numbers = (f"{value:,.0f}" for value in values.values())
-    return markdown_table((head, *map(str, values)), [("images/s", *numbers)]).strip()
+    return md.table((head, *map(str, values)), [("images/s", *numbers)]).strip()
 
 
 def teachers_section(part: dict[str, Any]) -> str:

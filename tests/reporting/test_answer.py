@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
-from ekd_lightning.reporting import answer_remarks, answer_words
-from ekd_lightning.reporting.answer import answer, answers, judge, lead, spoken_of
+from ekd_lightning.reporting.answer import answer, answers, comparison, judge, lead, spoken_of
 from ekd_lightning.reporting.blocks import blocks
-from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, holm, paired
+from ekd_lightning.reporting.estimates import SIGNIFICANCE, holm, listed, p_text, paired, plural
 from ekd_lightning.reporting.groups import group
+from ekd_lightning.reporting.remarks import NO_EQUAL_COST
 
 REAL = Path(__file__).resolve().parents[2] / "docs" / "results" / "cifar10_10pct.json"
 EKD = (0.72, 0.73, 0.76)
@@ -168,7 +168,7 @@ def test_a_larger_network_is_no_competitor_and_equal_cost_means_macs():
     found = told(*study(), *runs)
     assert "equal_cost" not in {finding.role for finding in found.findings}
     assert of(found, "best").other.label == "kd_mean"
-    assert answer_remarks.NO_EQUAL_COST in found.remarks
+    assert NO_EQUAL_COST in found.remarks
     without_teachers = [entry(result("ce", s, 0.9, student="resnet14"), f"ce{s}") for s in range(3)]
     assert "equal_cost" not in {finding.role for finding in told(*study(), *without_teachers).findings}
 
@@ -379,7 +379,7 @@ def test_a_verdict_needs_a_significant_difference(values):
         assert abs(difference.mean) > difference.half  # the two agree before correction
     else:
         assert verdict == "undecided"
-    sentence = answer_words.comparison(verdict, "x", difference, (0.5, 0.5), 1)
+    sentence = comparison(verdict, "x", difference, (0.5, 0.5), 1)
     assert sentence.endswith(".")
     starts = {
         "ahead": "EKD beats x",
@@ -392,13 +392,9 @@ def test_a_verdict_needs_a_significant_difference(values):
 
 
 def test_small_words():
-    assert answer_words.listed([]) == ""
-    assert answer_words.listed(["a"]) == "a"
-    assert answer_words.listed(["a", "b", "c"]) == "a, b and c"
-    assert answer_words.plural(1, "run") == "1 run"
-    assert answer_words.p_value(0.0004) == "p < 0.001"
-    with pytest.raises(ValueError, match="no interval"):
-        answer_words.interval(Difference(0.1, None, 1))
+    assert [listed(words) for words in ([], ["a"], ["a", "b", "c"])] == ["", "a", "a, b and c"]
+    assert plural(1, "run") == "1 run"
+    assert p_text(0.0004) == "p < 0.001"
 
 
 def test_the_published_first_result_is_told_as_its_numbers_are():

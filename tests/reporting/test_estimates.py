@@ -56,9 +56,9 @@ def test_percent():
 
 
 def test_the_interval_is_students():
-    # t(0.975, 2 degrees of freedom) = 4.302653 and t(0.95, 4) = 2.131847, from any table
+    # t(0.975, 2 degrees of freedom) = 4.302653 and t(0.975, 4) = 2.776445, from any table
     assert Estimate(5.0, 1.0, 3).half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert Estimate(5.0, 2.0, 5).half_width(0.9) == pytest.approx(2 * 2.131847 / 5**0.5, rel=1e-6)
+    assert Estimate(5.0, 2.0, 5).half == pytest.approx(2 * 2.776445 / 5**0.5, rel=1e-6)
     assert Estimate(5.0, None, 1).half is None
 
 

@@ -16,7 +16,7 @@ from ekd_lightning.pipeline.prepare import describe_run, prepare
 from ekd_lightning.pipeline.run import run_name
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures, report_files
-from ekd_lightning.reporting.page_data import page_data
+from ekd_lightning.reporting.page import payload
 from ekd_lightning.reporting.report import make_report, summary
 from ekd_lightning.runs.collection import collect
 
@@ -53,8 +53,8 @@ def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
     assert [block["title"] for block in summary(rounded)["blocks"]] == titles
     assert f"## {titles[1]}" in report_files.markdown(rounded)
     assert {row["fraction"] for row in csv.DictReader(io.StringIO(report_files.runs_csv(rounded)))} == {"0.1", "0.3"}
-    payload = page_data(rounded, {}).payload
-    for rows in (payload["groups"], payload["runs"]):
+    shown = payload(rounded)
+    for rows in (shown["groups"], shown["runs"]):
         assert {(row["fraction"], row["images"]) for row in rows} == {(0.1, 144), (0.3, 433)}
     with fs.style():
         (drawn,) = figures.by_fraction(rounded, fs.Looks([]))

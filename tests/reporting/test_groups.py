@@ -160,7 +160,7 @@ def test_a_failed_run_goes_to_the_group_with_its_settings():
 def test_a_method_of_which_every_run_failed_has_a_row_where_it_fits():
     runs = [*study(), entry(result("fitnet"), "f", "failed")]
     (block,) = blocks(group(collection(*runs)))
-    row = block.find("fitnet")
+    row = next(one for one in block.groups if one.label == "fitnet")
     assert (row.n, row.accuracy, row.num_teachers, len(row.others)) == (0, None, None, 1)
     assert "fitnet" not in differences(block.groups, "ce")
 
@@ -228,10 +228,8 @@ def test_figures_of_a_group_against_scipy():
     runs = [entry(result(accuracy=v, seed=s), f"{s}") for s, v in enumerate(values)]
     (one,) = group(collection(*runs))
     assert (one.accuracy.mean, one.accuracy.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    expected = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
-    found = one.values("test_accuracy")
-    half = found.half_width(0.9)
-    assert (found.mean - half, found.mean + half) == pytest.approx(expected)
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert (one.accuracy.low, one.accuracy.high) == pytest.approx(expected)
     assert one.values("test_branch_accuracy", 1).mean == pytest.approx(np.mean(values) - 0.02)
     assert one.array("test_branch_accuracy") == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
     assert one.only("num_branches") == 3

@@ -12,7 +12,7 @@ import pytest
 from made_runs import result, write_run
 from rich_runs import EVIL
 
-from ekd_lightning.reporting.page import write_page
+from ekd_lightning.reporting import page as page_of
 from ekd_lightning.reporting.report import make_report
 from ekd_lightning.runs.collection import collect
 
@@ -52,7 +52,7 @@ def browser() -> Iterator[Any]:
 def file(rich_report, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("plotly")
     path = tmp_path_factory.mktemp("page") / "index.html"
-    write_page(rich_report, path)
+    path.write_text(page_of.page(rich_report), encoding="utf-8")
     return path
 
 
@@ -110,7 +110,7 @@ def test_only_settings_asked_about_the_same_images_share_a_chart(show, tmp_path)
         more = {"corruption_source": source, "corruption_clean_accuracy": 0.65}
         more["corruption_accuracy_by_severity"] = [0.6, 0.5, 0.4, 0.3, 0.2]
         write_run(tmp_path / "runs" / method, result(method, **more))
-    write_page(make_report(collect([tmp_path / "runs"])), tmp_path / "index.html")
+    (tmp_path / "index.html").write_text(page_of.page(make_report(collect([tmp_path / "runs"]))), encoding="utf-8")
     page = show(path=tmp_path / "index.html")
     page.locator("#chart-corruptions").scroll_into_view_if_needed()
     page.wait_for_selector("#plot-corruptions .main-svg")
@@ -274,7 +274,7 @@ def test_paper_is_white_and_holds_everything(show, tmp_path):
 def test_long_tables_come_in_pages(show, tmp_path):
     for number in range(PAGE + 12):
         write_run(tmp_path / "runs" / f"run{number:02d}", result(seed=number), "failed", error=f"error {number}")
-    write_page(make_report(collect([tmp_path / "runs"])), tmp_path / "index.html")
+    (tmp_path / "index.html").write_text(page_of.page(make_report(collect([tmp_path / "runs"]))), encoding="utf-8")
     page = show(path=tmp_path / "index.html")
     assert rows(page, "run-table").count() == PAGE
     page.get_by_role("button", name="Next").click()

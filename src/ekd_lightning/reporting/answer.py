@@ -9,15 +9,42 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ekd_lightning.reporting import answer_remarks, answer_words
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import SIGNIFICANCE, Difference, paired_by_seed
+from ekd_lightning.reporting.estimates import (
+    SIGNIFICANCE,
+    Difference,
+    corrected,
+    interval_words,
+    listed,
+    minus,
+    p_text,
+    plural,
+    points,
+    share,
+)
 from ekd_lightning.reporting.groups import Group, branched
+from ekd_lightning.reporting.remarks import SUBJECT, remarks
 
-VERDICTS = ("ahead", "behind", "undecided", "not_enough")
+ROLES = {
+    "plain": "the plain student",
+    "plain_taught": "the plain student taught by the mean of the teachers",
+    "same_features": "the plain student that imitates the same features",
+    "equal_cost": "the plain student of equal cost",
+    "branched_untaught": "the branched student without teachers",
+    "mean_teacher": "the branched student whose branches all imitate the mean teacher",
+    "best": "the best other method",
+}
+"""What the others are, in the order in which they are spoken of."""
+VERDICTS = {
+    "ahead": ("beats", ""),
+    "behind": ("loses to", "loses in"),
+    "undecided": ("cannot be told apart from", "cannot be told apart in"),
+    "not_enough": ("", "not enough runs in"),
+}
+"""What a comparison can come to, and how it is said of one other and of several blocks."""
 SAME_COST = 0.05
 """MACs within this share are equal cost."""
 _ACCURACY = "test_accuracy"
@@ -28,11 +55,11 @@ class Finding:
     """EKD against one other.
 
     Attributes:
-        role: What the other is: one of `answer_words.ROLES`.
+        role: What the other is: one of `ROLES`.
         other: Its group.
         difference: EKD minus the other; None without a common seed. `p_holm` is corrected over the named controls,
             that of `best` over all other methods.
-        verdict: `ahead`, `behind`, `undecided` or `not_enough` (runs).
+        verdict: One of `VERDICTS`.
         sentence: The same in words.
     """
 
@@ -70,28 +97,60 @@ def answers(blocks: Sequence[Block]) -> list[Answer]:
 def answer(block: Block) -> Answer:
     """The answer of a block."""
     subject = spoken_of(block)
-    if subject is None:
-        return Answer(block, None, answer_words.headline(block.title, None, {}))
-    controls = {role: other for role, pick in _CONTROLS.items() if (other := pick(block, subject))}
-    findings = _findings(subject, controls)
+    if subject is None or subject.accuracy is None:
+        return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so nothing can be said of it.")
+    controls = _controls(block, subject)
+    found = _differences(subject, controls.values())
+    findings = [
+        _finding(role, other, subject, found, f"{ROLES[role]} ({other.label})") for role, other in controls.items()
+    ]
     best, above = _against_best(block, subject)
-    if best is not None:
-        findings.append(best)
-    verdicts = {v: [f.role for f in findings if f.verdict == v] for v in VERDICTS}
-    headline = answer_words.headline(block.title, subject, verdicts, above)
-    remarks = answer_remarks.remarks(block, subject, controls, [f.difference for f in findings])
-    return Answer(block, subject, headline, tuple(findings), tuple(remarks))
+    findings += [best] if best else []
+    name = SUBJECT if subject.label == "ekd" else f"{SUBJECT} ({subject.label})"
+    start = (
+        f"{block.title}: {name} reaches {share(subject.accuracy.mean)} % test accuracy "
+        f"(mean of n = {plural(subject.n, 'run')})"
+    )
+    said = remarks(block, subject, controls, [finding.difference for finding in findings])
+    return Answer(block, subject, f"{start}{_verdicts(findings, above)}", tuple(findings), tuple(said))
+
+
+def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
+    """The end of a headline: what the comparisons came to."""
+    roles = {verdict: [ROLES[f.role] for f in findings if f.verdict == verdict] for verdict in VERDICTS}
+    missing = roles.pop("not_enough")
+    told = [f"{VERDICTS[verdict][0]} {listed(names)}" for verdict, names in roles.items() if names]
+    if not told:
+        return f"; {'not enough runs' if missing else 'no run of another method is done'} to say whether it helps."
+    text = f". It {'; it '.join(told)}."
+    if missing:
+        text += f" Not enough runs to compare it with {listed(missing)}."
+    if above:
+        names = listed([f"{one.label} ({share(one.mean(_ACCURACY) or 0.0)} %)" for one in above])
+        has = "has" if len(above) == 1 else "have"
+        text += f" {names} {has} a higher test accuracy than the best other method that was compared, but "
+        text += "not enough runs."
+    return text
 
 
 def lead(found: Sequence[Answer]) -> str:
     """What all blocks together say; the headline if there is one block."""
     if len(found) == 1:
         return found[0].headline
-    counts: dict[str, Counter[str]] = {role: Counter() for role in answer_words.ROLES}
-    for one in found:
-        for finding in one.findings:
-            counts[finding.role][finding.verdict] += 1
-    return answer_words.lead({role: count for role, count in counts.items() if count}, len(found))
+    counts = Counter((finding.role, finding.verdict) for one in found for finding in one.findings)
+    told = []
+    for role, name in ROLES.items():
+        total = sum(counts[role, verdict] for verdict in VERDICTS)
+        rest = ", ".join(
+            f"{words} {counts[role, verdict]}" for verdict, (_, words) in VERDICTS.items() if counts[role, verdict]
+            and words
+        )  # fmt: skip
+        if total:
+            told.append(f"{name} in {counts[role, 'ahead']} of {total}" + (f" ({rest})" if rest else ""))
+    where = f"{plural(len(found), 'setting')} of data and protocol"
+    if not told:
+        return f"{where}, in none of which {SUBJECT} can be compared."
+    return f"Over {where}, {SUBJECT} beats {'; '.join(told)}."
 
 
 def spoken_of(block: Block) -> Group | None:
@@ -103,8 +162,7 @@ def spoken_of(block: Block) -> Group | None:
     if not own:
         return None
     students = Counter(group.student for group in own)
-    most = max(students.values())
-    usual = min((g for g in own if students[g.student] == most), key=lambda g: (g.mean("macs") or 0.0, g.label)).student
+    usual = min(own, key=lambda group: (-students[group.student], group.mean("macs") or 0.0, group.label)).student
     return strongest([group for group in own if group.student == usual])
 
 
@@ -117,20 +175,29 @@ def strongest(groups: Sequence[Group]) -> Group | None:
     return max(several or groups, key=lambda group: group.mean("val_accuracy") or -1.0, default=None)
 
 
-def _control(method: str, *, branched: bool = False) -> Callable[[Block, Group], Group | None]:
-    """Picks the strongest group of a method with EKD's student: plain, or branched as EKD's is."""
+def _controls(block: Block, subject: Group) -> dict[str, Group]:
+    """What EKD has to stand up to, by role: of each method the strongest group with EKD's student."""
+    plain, own = (1, None), _shape(subject)
+    features = subject.only("weight_feature_branch")
+    found = {
+        "plain": _control(block, subject, "ce", plain),
+        "plain_taught": _control(block, subject, "kd_mean", plain),
+        "same_features": _control(block, subject, "kd_mean_feature", plain) if features else None,
+        "equal_cost": _equal_cost(block, subject),
+        "branched_untaught": _control(block, subject, "branched_ce", own),
+        "mean_teacher": _control(block, subject, "ekd_mean", own),
+    }
+    return {role: other for role, other in found.items() if other is not None}
 
-    def pick(block: Block, subject: Group) -> Group | None:
-        shape = _shape(subject) if branched else (1, None)
-        alike = [
-            group
-            for group in block.done
-            if group.method == method and _shape(group) == shape and _network(group) == _network(subject)
-        ]
-        taught = [group for group in alike if group.taught_by == subject.taught_by]
-        return strongest(taught or alike)
 
-    return pick
+def _control(block: Block, subject: Group, method: str, shape: tuple[int | None, str | None]) -> Group | None:
+    alike = [
+        group
+        for group in block.done
+        if group.method == method and _shape(group) == shape and _network(group) == _network(subject)
+    ]
+    taught = [group for group in alike if group.taught_by == subject.taught_by]
+    return strongest(taught or alike)
 
 
 def _shape(group: Group) -> tuple[int | None, str | None]:
@@ -145,42 +212,8 @@ def _network(group: Group) -> tuple[str | None, str]:
 def _equal_cost(block: Block, subject: Group) -> Group | None:
     """The strongest plain student with teachers whose MACs are those of EKD's."""
     cost = subject.mean("macs")
-    if not cost:
-        return None
-    return strongest(
-        [
-            group
-            for group in block.done
-            if group.num_branches == 1
-            and group.taught_by
-            and group.method != "ekd"
-            and abs((group.mean("macs") or 0.0) / cost - 1) <= SAME_COST
-        ]
-    )
-
-
-def _same_features(block: Block, subject: Group) -> Group | None:
-    """The plain student that imitates the teachers' features, where EKD's branches do."""
-    return _control("kd_mean_feature")(block, subject) if subject.only("weight_feature_branch") else None
-
-
-_CONTROLS: dict[str, Callable[[Block, Group], Group | None]] = {
-    "plain": _control("ce"),
-    "plain_taught": _control("kd_mean"),
-    "same_features": _same_features,
-    "equal_cost": _equal_cost,
-    "branched_untaught": _control("branched_ce", branched=True),
-    "mean_teacher": _control("ekd_mean", branched=True),
-}
-
-
-def _findings(subject: Group, controls: dict[str, Group]) -> list[Finding]:
-    found = _minus({other.label: other for other in controls.values()}, subject)
-    count = sum(difference.std is not None for difference in found.values())
-    return [
-        _finding(role, other, subject, found.get(other.label), answer_words.name(other, role), count)
-        for role, other in controls.items()
-    ]
+    plain = [one for one in block.done if one.num_branches == 1 and one.taught_by and one.method != "ekd"]
+    return strongest([one for one in plain if cost and abs((one.mean("macs") or 0.0) / cost - 1) <= SAME_COST])
 
 
 def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Group]]:
@@ -189,51 +222,85 @@ def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Gr
     Returns:
         The comparison, and the others that have not enough runs to be compared, but a higher test accuracy.
     """
-    cost = subject.mean("macs")
-    others = {
-        group.label: group
-        for group in block.done
-        if not group.method.startswith("ekd") and (not cost or (group.mean("macs") or 0.0) <= cost * (1 + SAME_COST))
-    }
+    most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
+    others = [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
     if not others:
         return None, []
-    found = _minus(others, subject)
-    tested = [label for label, difference in found.items() if difference.std is not None]
-    picked = tested or list(others)
-    best = max((others[label] for label in picked), key=lambda group: group.mean(_ACCURACY) or 0.0)
-    reached = best.mean(_ACCURACY) or 0.0
-    above = [g for g in others.values() if g.label not in picked and (g.mean(_ACCURACY) or 0.0) > reached]
-    called = answer_words.best_of(best, len(picked), left=len(others) - len(picked))
-    return _finding("best", best, subject, found.get(best.label), called, len(tested)), above
+    found = _differences(subject, others)
+    tested = [one for one in others if one.label in found and found[one.label].std is not None]
+    picked = tested or others
+    best = max(picked, key=lambda group: group.mean(_ACCURACY) or 0.0)
+    above = [g for g in others if g not in picked and (g.mean(_ACCURACY) or 0.0) > (best.mean(_ACCURACY) or 0.0)]
+    among = f"the best of {len(picked)} others" if len(picked) > 1 else "the only other"
+    enough = " with enough runs" if len(picked) < len(others) else ""
+    return _finding("best", best, subject, found, f"{best.label} ({among}{enough} at no more cost)"), above
 
 
-def _minus(others: dict[str, Group], subject: Group) -> dict[str, Difference]:
-    """EKD minus each of the others, by the others' labels."""
-    negative = {label: {s: -v for s, v in other.by_seed(_ACCURACY).items()} for label, other in others.items()}
-    ours = {seed: -value for seed, value in subject.by_seed(_ACCURACY).items()}
-    return paired_by_seed({**negative, "": ours}, "")
+def _differences(subject: Group, others: Iterable[Group]) -> dict[str, Difference]:
+    """EKD minus each of the others, by the others' labels, corrected for their number."""
+    ours = subject.by_seed(_ACCURACY)
+    return corrected({other.label: minus(ours, other.by_seed(_ACCURACY)) for other in others})
 
 
-def _finding(
-    role: str, other: Group, subject: Group, difference: Difference | None, called: str, compared: int
-) -> Finding:
+def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Difference], called: str) -> Finding:
+    """One comparison.
+
+    Args:
+        role: What the other is.
+        other: Its group.
+        subject: That of EKD.
+        found: All differences that were corrected together, by label.
+        called: What the other is called.
+    """
     ours, theirs = subject.by_seed(_ACCURACY), other.by_seed(_ACCURACY)
-    common = sorted(ours.keys() & theirs.keys())
-    means = (
-        (statistics.fmean(ours[s] for s in common), statistics.fmean(theirs[s] for s in common))
-        if common
-        else (0.0, 0.0)
-    )
+    common = [seed for seed in ours if seed in theirs]
+    means = [statistics.fmean(values[seed] for seed in common) for values in (ours, theirs)] if common else []
+    difference = found.get(other.label)
     verdict = judge(difference)
-    sentence = answer_words.comparison(verdict, called, difference, means, compared)
-    return Finding(role, other, difference, verdict, sentence)
+    compared = sum(one.std is not None for one in found.values())
+    return Finding(role, other, difference, verdict, comparison(verdict, called, difference, means, compared))
 
 
 def judge(difference: Difference | None) -> str:
     """What a difference, EKD minus another, says: one of `VERDICTS`."""
-    if difference is None or difference.p is None:  # too few, or without any spread
+    if difference is None or difference.tested is None:  # too few, or without any spread
         return "not_enough"
-    p = difference.p_holm if difference.p_holm is not None else difference.p
-    if p >= SIGNIFICANCE:
+    if difference.tested >= SIGNIFICANCE:
         return "undecided"
     return "ahead" if difference.mean > 0 else "behind"
+
+
+def comparison(
+    verdict: str, other: str, difference: Difference | None, accuracies: Sequence[float], compared: int
+) -> str:
+    """EKD against another, as a sentence.
+
+    Args:
+        verdict: One of `VERDICTS`.
+        other: What the other is called.
+        difference: EKD minus the other, with the corrected p value; None without a common seed.
+        accuracies: Mean test accuracies of EKD and the other over the seeds that both have.
+        compared: For how many comparisons p is corrected.
+    """
+    if difference is None:
+        return f"Not enough runs to compare {SUBJECT} with {other}: they have no seed in common."
+    both, by = " against ".join(map(share, accuracies)) + " %", points(difference.mean)
+    pairs = f"n = {plural(difference.n, 'pair')} of runs"
+    if difference.half is None:
+        return f"Not enough runs to compare {SUBJECT} with {other}: {pairs}, which differ by {by} points ({both})."
+    if difference.tested is None:
+        return (
+            f"{SUBJECT} and {other} differ by {by} points in each of {pairs} ({both}); without any spread the "
+            "difference cannot be tested."
+        )
+    over = f" corrected for {compared} comparisons" if compared > 1 else ""
+    numbers = f"{interval_words(difference)}, {pairs}, {p_text(difference.tested)}{over}"
+    if verdict in ("ahead", "behind"):
+        size = share(abs(difference.mean))
+        return f"{SUBJECT} {VERDICTS[verdict][0]} {other} by {size} points: {both} ({numbers})."
+    outside = abs(difference.mean) > difference.half
+    though = "; the interval alone leaves 0 out, which one in 20 does by chance" if outside else ""
+    return (
+        f"No difference between {SUBJECT} and {other} can be told from n = {difference.n}: {by} points, {both} "
+        f"({numbers}{though})."
+    )

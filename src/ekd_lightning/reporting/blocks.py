@@ -9,7 +9,7 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.groups import Group, make_group
-from ekd_lightning.reporting.setups import taught_by
+from ekd_lightning.reporting.setups import short, taught_by
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Place, Protocol, Way, places
 
@@ -30,7 +30,6 @@ SAME_IN_A_ROW = (
     "teacher_choice",
 )
 """Fields of a result that runs of one row must share, beside the weights of its terms."""
-Family = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,6 @@ class Block:
     Attributes:
         key: Short name for files and anchors, unique, e.g. `cifar10-f0.1`, `cifar10-f0.1-2`.
         title: E.g. `cifar10, 10 % of the training images`, and what sets it apart from others of the same.
-        data: Name of the data set.
-        fraction: Share of the training images; None if unknown (no run is done).
         protocol: Of its groups. Groups without results, which hardly know theirs, are where it fits.
         teachers: Records of the pool's teachers (`id`, `sha256`, `test_accuracy`, ...), in the order of the largest
             group. Every group was taught by some of them, or none.
@@ -50,8 +47,6 @@ class Block:
 
     key: str
     title: str
-    data: str
-    fraction: float | None
     protocol: Protocol
     teachers: tuple[Mapping[str, Any], ...]
     groups: tuple[Group, ...]
@@ -61,9 +56,15 @@ class Block:
         """The groups with results."""
         return [group for group in self.groups if group.n]
 
-    def find(self, label: str) -> Group | None:
-        """The group with a label; None without one."""
-        return next((group for group in self.groups if group.label == label), None)
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return self.protocol.data
+
+    @property
+    def fraction(self) -> float | None:
+        """Share of the training images in (0, 1]; None if unknown (no run is done and none was set)."""
+        return self.protocol.fraction
 
 
 def blocks(groups: Sequence[Group]) -> list[Block]:
@@ -77,14 +78,16 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
     Returns:
         Blocks by data set and fraction, those with more groups first.
     """
-    ways = [Way(one.protocol, frozenset(one.taught_by), _has_result(one)) for one in groups]
-    found = places(ways)
-    found.sort(key=lambda p: (p.protocol.data, p.protocol.fraction or 0.0, -len(p.members), p.members[0]))
+    ways = [
+        Way(one.protocol, frozenset(one.taught_by), any(run.result is not None for run in one.runs)) for one in groups
+    ]
     alike: dict[tuple[str, float | None], list[Place]] = defaultdict(list)
-    for place in found:
+    for place in sorted(
+        places(ways), key=lambda p: (p.protocol.data, p.protocol.fraction or 0.0, -len(p.members), p.members[0])
+    ):
         alike[place.protocol.data, place.protocol.fraction].append(place)
     return [
-        _block(place, [groups[p] for p in place.members], number, _apart(same))
+        _block(place, [groups[p] for p in place.members], number, same)
         for same in alike.values()
         for number, place in enumerate(same)
     ]
@@ -141,58 +144,32 @@ def _same(runs: Sequence[RunEntry], key: str, values: Sequence[Any]) -> None:
 
 
 def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any) -> None:
-    def short(what: Any) -> str:
-        return f"[{', '.join(map(short, what))}]" if isinstance(what, list) else str(what)[:12]
+    def brief(what: Any) -> str:
+        return f"[{', '.join(map(brief, what))}]" if isinstance(what, list) else str(what)[:12]
 
     raise UserError(
-        f"{one.name} and {other.name} differ in {key} ({short(value)}, {short(different)}): "
+        f"{one.name} and {other.name} differ in {key} ({brief(value)}, {brief(different)}): "
         "runs that went different ways are not compared in one table"
     )
 
 
-def _has_result(group: Group) -> bool:
-    return any(run.result is not None for run in group.runs)
-
-
-def _block(place: Place, groups: Sequence[Group], number: int, apart: Sequence[str]) -> Block:
+def _block(place: Place, groups: Sequence[Group], number: int, same: Sequence[Place]) -> Block:
+    """A block, called by what sets it apart from others of the same data and fraction."""
     protocol = place.protocol
-    share = "" if protocol.fraction is None else f"-f{protocol.fraction:g}"
-    return Block(
-        key=f"{protocol.data}{share}" + (f"-{number + 1}" if number else ""),
-        title=", ".join([_what(protocol), *(_words(name, place) for name in apart)]),
-        data=protocol.data,
-        fraction=protocol.fraction,
-        protocol=protocol,
-        teachers=_teachers(groups),
-        groups=tuple(groups),
-    )
-
-
-def _what(protocol: Protocol) -> str:
-    if protocol.fraction is None:
-        return protocol.data
-    share = f"{protocol.data}, {100 * protocol.fraction:.4g} % of the training images"
-    return share if protocol.num_images is None else f"{share} ({protocol.num_images:,})"
-
-
-def _apart(same: Sequence[Place]) -> list[str]:
-    """What sets places of the same data and fraction apart: fields of the protocol, and their teachers."""
-    told = [f.name for f in fields(Protocol) if len({getattr(other.protocol, f.name) for other in same}) > 1]
-    return told + (["teachers"] if len({other.pool for other in same}) > 1 else [])
-
-
-def _words(name: str, place: Place) -> str:
-    if name == "teachers":
-        return "teachers " + (" ".join(sha[:6] for sha in sorted(place.pool)) or "none")
-    words = name.removesuffix("_sha256").replace("_", " ")
-    return f"{words} {_short(getattr(place.protocol, name))}"
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "unknown"
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text[:8] if len(text) == 64 else text
+    key, title = protocol.data, protocol.data
+    if protocol.fraction is not None:
+        key += f"-f{protocol.fraction:g}"
+        title += f", {100 * protocol.fraction:.4g} % of the training images"
+        title += "" if protocol.num_images is None else f" ({protocol.num_images:,})"
+    for part in fields(Protocol):
+        if len({getattr(other.protocol, part.name) for other in same}) > 1:
+            value = getattr(protocol, part.name)
+            words = part.name.removesuffix("_sha256").replace("_", " ")
+            title += f", {words} {'unknown' if value is None else short(value)}"
+    if len({other.pool for other in same}) > 1:
+        title += ", teachers " + (" ".join(sha[:6] for sha in sorted(place.pool)) or "none")
+    suffix = f"-{number + 1}" if number else ""
+    return Block(f"{key}{suffix}", title, protocol, _teachers(groups), tuple(groups))
 
 
 def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:
@@ -206,21 +183,17 @@ def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:
     return tuple(found.values())
 
 
-def family(block: Block) -> Family:
-    """What blocks share that differ in the fraction alone: protocol, and teachers by name.
+def families(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks that differ in the fraction alone, by fraction; their teachers have the same names.
 
-    By name and not by hash, as teachers that were trained on the subset are others at every fraction.
+    Not the same hashes, as teachers that were trained on the subset are others at every fraction.
     """
-    return (block.data, block.protocol.family, tuple(sorted(str(t.get("id")) for t in block.teachers)))
-
-
-def families(blocks: Sequence[Block]) -> dict[Family, list[Block]]:
-    """Blocks by family, those of one family by fraction."""
-    found: dict[Family, list[Block]] = defaultdict(list)
+    found: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
         if block.fraction is not None:
-            found[family(block)].append(block)
-    return {key: sorted(own, key=lambda block: block.fraction or 0.0) for key, own in found.items()}
+            names = tuple(sorted(str(teacher.get("id")) for teacher in block.teachers))
+            found[block.protocol.family, names].append(block)
+    return [sorted(own, key=lambda block: block.fraction or 0.0) for own in found.values()]
 
 
 def over_fractions(blocks: Sequence[Block]) -> dict[str, list[Group]]:
@@ -242,9 +215,8 @@ def over_fractions(blocks: Sequence[Block]) -> dict[str, list[Group]]:
 
 def grid_name(group: Group) -> str:
     """The label of a group without its numbers of teachers and branches: what all cells of a grid share."""
-    rest = {name: value for name, value in (group.varied or {}).items() if name not in _COUNTS}
-    words = [f"{name}={value}" for name, value in rest.items() if value is not None and name != "student"]
-    return ", ".join([group.method, *words])
+    rest = {name: value for name, value in group.varied.items() if name not in (*_COUNTS, "student")}
+    return ", ".join([group.method, *(f"{name}={value}" for name, value in rest.items() if value is not None)])
 
 
 def grids(block: Block) -> dict[str, dict[tuple[int, int], Group]]:

@@ -1,32 +1,36 @@
 """Details of a group that figures and page draw: its branches, its learning curves, and its arrays, over runs.
 
-Curves lie in metrics.csv and arrays in arrays.npz, beside result.json.
+Curves lie in metrics.csv and arrays in arrays.npz, beside result.json. Of a damaged file nothing is drawn; `damage`
+says which ones are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import logging
-import zipfile
-from collections.abc import Mapping, Sequence
+import io
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
+from ekd_lightning.files import DamagedFileError, read_bytes
 from ekd_lightning.reporting.estimates import Estimate, estimate
 from ekd_lightning.reporting.groups import Group, is_number
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.directory import ARRAYS
 from ekd_lightning.runs.directory import CURVES as CURVES_FILE
 
 Array = np.ndarray
-log = logging.getLogger(__name__)
 
 CURVES = ("val/accuracy", "val/nll", "train/loss")
 MOST_EPOCHS = 60
 """Longer curves are thinned to about as many points, the last one kept."""
+SUFFIXES = ("", "_calibrated")
+"""Of reliability as trained and after temperature scaling."""
+_RELIABILITY = ("confidence", "accuracy", "count")
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ def subsets(group: Group) -> list[Point]:
     """Operating points by the branches that are kept, those with fewer branches first."""
     points = []
     for branches, rows in _collate(group, "test_subsets", lambda row: tuple(row["branches"])).items():
-        accuracy = estimate(row["accuracy"] for row in rows)
-        if accuracy is not None:
+        if accuracy := estimate(row["accuracy"] for row in rows):
             cost = rows[0]["macs"], rows[0].get("num_parameters")
             points.append(Point(branches, accuracy, *cost, float(len(branches))))
     return sorted(points, key=lambda point: (point.mean_branches, point.name))
@@ -68,20 +71,19 @@ def early_exits(group: Group) -> list[Point]:
     """Operating points by the confidence at which no further branch is asked, the cheapest first."""
     points = []
     for threshold, rows in _collate(group, "test_early_exit", lambda row: float(row["threshold"])).items():
-        accuracy = estimate(row["accuracy"] for row in rows)
-        if accuracy is not None:
+        if accuracy := estimate(row["accuracy"] for row in rows):
             macs, used = (sum(row[key] for row in rows) / len(rows) for key in ("macs", "mean_branches"))
             points.append(Point(threshold, accuracy, macs, None, used))
     return sorted(points, key=lambda point: point.macs)
 
 
-def _collate(group: Group, key: str, name: Any) -> dict[Any, list[Mapping[str, Any]]]:
+def _collate(group: Group, key: str, name: Callable[[Any], Any]) -> dict[Any, list[Mapping[str, Any]]]:
     """Entries of a list of records over the runs of a group, by their name."""
-    found: dict[Any, list[Mapping[str, Any]]] = {}
+    found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for run in group.done:
         for row in run.get(key) or ():
             if all(is_number(row.get(figure)) for figure in ("accuracy", "macs")):
-                found.setdefault(name(row), []).append(row)
+                found[name(row)].append(row)
     return found
 
 
@@ -100,16 +102,19 @@ def own_teachers(group: Group) -> list[int | None]:
     Rules as in `ekd_lightning.methods.assignment`.
     """
     K, M, spec = group.num_branches or 0, group.num_teachers or 0, group.only("assignment")
-    if not M or spec is None:
-        return [None] * K
-    if M == 1:
+    if M == 1 and spec is not None:
         return [0] * K
-    if spec in ("one_to_one", "permuted"):
-        shift = int(spec == "permuted")
-        return [(k + shift) % M for k in range(K)]
-    if isinstance(spec, list) and len(spec) == K:
+    if M and spec in ("one_to_one", "permuted"):
+        return [(k + (spec == "permuted")) % M for k in range(K)]
+    if M and isinstance(spec, list) and len(spec) == K:
         return [row.index(max(row)) if max(row) == sum(row) else None for row in spec]
     return [None] * K
+
+
+def matrix(group: Group, key: str) -> Array | None:
+    """Mean over runs of a field that is a matrix, float [rows, columns]; None if no run has it or they differ."""
+    found = group.array(key)
+    return found if found is not None and found.ndim == 2 and found.size else None
 
 
 def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[int, Estimate]]]:
@@ -122,10 +127,13 @@ def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[
     Returns:
         By column: (epoch from 1, estimate), ascending; without the columns that no run has.
     """
-    read = [_columns(run, names) for run in group.done]
+    read: list[Mapping[str, Mapping[int, float]]] = []
+    for run in group.done:
+        with contextlib.suppress(DamagedFileError):
+            read.append(read_curves(run))
     found = {}
     for name in names:
-        lines = [one[name] for one in read if one.get(name)]
+        lines = [one[name] for one in read if name in one]
         epochs = thin(sorted({epoch for line in lines for epoch in line}))
         points = [(epoch, estimate(line[epoch] for line in lines if epoch in line)) for epoch in epochs]
         if points:
@@ -139,25 +147,46 @@ def thin(epochs: list[int]) -> list[int]:
     return epochs[::-1][::step][::-1]
 
 
-def _columns(run: RunEntry, names: Sequence[str]) -> dict[str, dict[int, float]]:
-    """Value by epoch (from 1) of some columns; of an epoch that was written twice, the later one."""
+def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
+    """Columns of metrics.csv: values by epoch, from 1; of an epoch that was written twice, the later one.
+
+    Raises:
+        DamagedFileError: If the file, which need not exist, is something else or cut off.
+    """
+    found: dict[str, dict[int, float]] = defaultdict(dict)
     path = run.on_disk.file(CURVES_FILE)
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
     if path is None:
         return found
     try:
-        with path.open(newline="") as file:
-            rows = csv.reader(file)
-            head = next(rows, [])
-            places = [(found[name], head.index(name)) for name in names if name in head]
-            at = head.index("epoch") if "epoch" in head else None
-            for row in rows:
-                if at is not None and len(row) == len(head) and row[at]:
-                    for values, place in places:
-                        if row[place]:
-                            values[int(float(row[at])) + 1] = float(row[place])
-    except (OSError, ValueError, csv.Error) as error:
-        log.warning("%s: damaged, its curves are left out (%s)", path, error)
+        rows = csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""))
+        if not rows.fieldnames and run.state != "done":  # it ended before its first epoch did
+            return found
+        if "epoch" not in (rows.fieldnames or ()):
+            raise ValueError("no column epoch")
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(f"line {rows.line_num} is not as long as the others")
+            for name, text in row.items():
+                if text and row["epoch"]:
+                    found[name][int(float(row["epoch"])) + 1] = float(text)
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
+        raise DamagedFileError(f"{path}: damaged ({error}); its curves are left out") from None
+    return found
+
+
+def damage(run: RunEntry) -> list[str]:
+    """One line for each of a run's files that is damaged, beside status.json and result.json."""
+    found = []
+    for read in (
+        *(() if run.config else (run.on_disk.config,)),
+        *(() if run.provenance else (run.on_disk.provenance,)),
+        lambda: read_curves(run),
+        run.on_disk.arrays,
+    ):
+        try:
+            read()
+        except DamagedFileError as error:
+            found.append(f"{run.name}/{str(error).removeprefix(f'{run.directory}/')}")
     return found
 
 
@@ -176,17 +205,17 @@ class Bin:
     share: float
 
 
-def reliability(arrays: Sequence[dict[str, np.ndarray]], suffix: str = "") -> list[Bin]:
+def reliability(arrays: Sequence[dict[str, Array]], suffix: str = "") -> list[Bin]:
     """A reliability diagram over runs, without empty bins.
 
     Args:
         arrays: One for each run, from `read_arrays`.
-        suffix: `_calibrated` for that after temperature scaling.
+        suffix: One of `SUFFIXES`.
 
     Returns:
         By confidence; empty where no run has the arrays, or they differ in the number of bins.
     """
-    names = [f"reliability_{what}{suffix}" for what in ("confidence", "accuracy", "count")]
+    names = [f"reliability_{what}{suffix}" for what in _RELIABILITY]
     have = [[one[name] for name in names] for one in arrays if all(name in one for name in names)]
     if not have or any(part.shape != have[0][0].shape for one in have for part in one):
         return []
@@ -194,8 +223,7 @@ def reliability(arrays: Sequence[dict[str, np.ndarray]], suffix: str = "") -> li
     bins = []
     for b in range(count.shape[1]):
         full = count[:, b] > 0
-        level = estimate(accuracy[full, b])
-        if level is not None:
+        if level := estimate(accuracy[full, b]):
             pooled = float(np.average(confidence[full, b], weights=count[full, b]))
             bins.append(Bin(pooled, level, float(count[:, b].sum() / count.sum())))
     return bins
@@ -204,7 +232,7 @@ def reliability(arrays: Sequence[dict[str, np.ndarray]], suffix: str = "") -> li
 def seed_spread(group: Group) -> Spread | None:
     """How much the runs of a group differ on the same test images; None unless two of them have their predictions."""
     names = ("ensemble_probs", "labels")
-    have = [one for one in read_arrays(group, names) if all(name in one for name in names)]
+    have = [one for one in read_arrays(group, names) if len(one) == len(names)]
     if len(have) < 2 or any(not np.array_equal(one["labels"], have[0]["labels"]) for one in have):
         return None
     probs = [one["ensemble_probs"] for one in have]
@@ -213,22 +241,16 @@ def seed_spread(group: Group) -> Spread | None:
     return spread_over_runs(np.stack(probs), have[0]["labels"])
 
 
-def read_arrays(group: Group, names: Sequence[str] | None = None) -> list[dict[str, np.ndarray]]:
+def read_arrays(group: Group, names: Sequence[str] | None = None) -> list[dict[str, Array]]:
     """The arrays of each run of a group that has some, by seed; a damaged file adds nothing.
 
     Args:
         group: The group.
-        names: Which arrays; those of reliability diagrams and of the loss curve if None.
+        names: Which arrays; those of reliability diagrams if None.
     """
+    names = names or [f"reliability_{what}{suffix}" for what in _RELIABILITY for suffix in SUFFIXES]
     found = []
     for run in group.done:
-        path = run.on_disk.file(ARRAYS)
-        if path is None:
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                wanted = names or [n for n in file.files if n.startswith(("reliability_", "loss_curve_"))]
-                found.append({name: file[name] for name in wanted if name in file.files})
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            log.warning("%s: damaged, left out (%s)", path, error)
-    return found
+        with contextlib.suppress(DamagedFileError):
+            found.append(run.on_disk.arrays(names))
+    return [one for one in found if one]

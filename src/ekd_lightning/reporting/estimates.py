@@ -1,20 +1,22 @@
-"""Estimates over runs: a mean with its spread and 95 % interval, and differences paired by seed."""
+"""Estimates over runs: a mean with its spread and 95 % interval, differences paired by seed, and both in words."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
-CONFIDENCE = 0.95
-"""Of all intervals."""
 SIGNIFICANCE = 0.05
-"""Corrected p values below this tell a difference."""
+"""Corrected p values below this tell a difference; intervals cover the rest, 95 %."""
 NOT_ENOUGH = "not enough runs"
+NONE = "–"
+"""Stands in a table for what is not known."""
 _EQUAL = 1e-6
 """Accuracies are recorded in float32; what is closer than this is the same number of images."""
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,10 @@ class Estimate:
     std: float | None
     n: int
 
-    def half_width(self, level: float = CONFIDENCE) -> float | None:
-        """Half the width of Student's t interval, in the unit of the mean; None for a single run.
-
-        Args:
-            level: Confidence in (0, 1).
-        """
-        return None if self.std is None else _quantile(level, self.n - 1) * self.std / math.sqrt(self.n)
-
     @property
     def half(self) -> float | None:
-        """Half the width of the 95 % interval; None for a single run."""
-        return self.half_width()
+        """Half the width of Student's 95 % interval, in the unit of the mean; None for a single run."""
+        return None if self.std is None else _quantile(self.n - 1) * self.std / math.sqrt(self.n)
 
     @property
     def low(self) -> float:
@@ -68,13 +62,18 @@ class Difference(Estimate):
     p: float | None = None
     p_holm: float | None = None
 
+    @property
+    def tested(self) -> float | None:
+        """The p value that counts: the corrected one, where there is one."""
+        return self.p if self.p_holm is None else self.p_holm
+
 
 @cache
-def _quantile(level: float, freedom: int) -> float:
+def _quantile(freedom: int) -> float:
     """Of Student's t; scipy takes longer for it than for everything else in a report."""
     from scipy import stats  # noqa: PLC0415 (slow)
 
-    return float(stats.t.ppf(0.5 + level / 2, freedom))
+    return float(stats.t.ppf(1 - SIGNIFICANCE / 2, freedom))
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -105,31 +104,22 @@ def paired(differences: Sequence[float]) -> Difference:
     return replace(difference, p=float(stats.ttest_1samp(differences, 0.0).pvalue))
 
 
-def paired_by_seed(values: Mapping[str, Mapping[int, float]], reference: str) -> dict[str, Difference]:
-    """Differences to a reference, paired by seed, with p values corrected over all that are compared.
-
-    Args:
-        values: Name -> seed -> figure.
-        reference: One of the names.
-
-    Returns:
-        By name; those without a common seed, and the reference, are left out.
-    """
-    theirs = values[reference]
-    found = {}
-    for name, ours in values.items():
-        common = sorted(ours.keys() & theirs.keys())
-        if name != reference and common:
-            found[name] = paired([ours[seed] - theirs[seed] for seed in common])
-    return corrected(found)
+def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Figures by seed minus others of the same seeds; None without a common seed."""
+    common = sorted(ours.keys() & theirs.keys())
+    return paired([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
-def corrected(found: Mapping[str, Difference]) -> dict[str, Difference]:
-    """The differences with p values corrected for their number by Holm's method."""
+def corrected(found: Mapping[Name, Difference | None]) -> dict[Name, Difference]:
+    """The differences that there are, with p values corrected for their number by Holm's method."""
     # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
-    tested = {name: one.p or 0.0 for name, one in found.items() if one.std is not None}
+    tested = {name: one.p or 0.0 for name, one in found.items() if one is not None and one.std is not None}
     p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {name: replace(one, p_holm=None if one.p is None else p_holm[name]) for name, one in found.items()}
+    return {
+        name: replace(one, p_holm=None if one.p is None else p_holm[name])
+        for name, one in found.items()
+        if one is not None
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -152,15 +142,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return raised
 
 
+def share(value: float) -> str:
+    """A share as percent, e.g. `71.55`."""
+    return f"{100 * value:.2f}"
+
+
+def points(value: float) -> str:
+    """A difference of shares as points with its sign, e.g. `+5.43`."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def plural(count: int, word: str) -> str:
+    """A count and its noun, e.g. `1 pair`, `3 pairs`."""
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """E.g. `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def percent(value: Estimate | None) -> str:
     """A share as percent with its spread, e.g. `78.02 ± 0.31`."""
     if value is None:
-        return "–"
-    spread = "" if value.std is None else f" ± {100 * value.std:.2f}"
-    return f"{100 * value.mean:.2f}{spread}"
+        return NONE
+    return share(value.mean) + ("" if value.std is None else f" ± {share(value.std)}")
 
 
-def p_value(value: float) -> str:
+def accuracy_text(value: Estimate | None) -> str:
+    """The same with its interval, e.g. `71.55 ± 0.29 [70.83, 72.27]`; a single run has none, and says so."""
+    if value is None:
+        return NONE
+    return f"{percent(value)} " + (
+        f"({NOT_ENOUGH})" if value.std is None else f"[{share(value.low)}, {share(value.high)}]"
+    )
+
+
+def p_text(value: float) -> str:
     """E.g. `p 0.012`, `p < 0.001`."""
     return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
 
@@ -168,16 +186,22 @@ def p_value(value: float) -> str:
 def interval_text(value: Difference | None) -> str:
     """In points with the interval, e.g. `+5.43 [+4.10, +6.76]`; with fewer than two pairs it says so."""
     if value is None:
-        return "–"
+        return NONE
     interval = f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
     return f"{100 * value.mean:+.2f} {f'({NOT_ENOUGH})' if value.std is None else interval}"
+
+
+def interval_words(value: Estimate, words: Callable[[float], str] = points) -> str:
+    """The interval in a sentence, e.g. `95 % interval +4.10 to +6.76`, each end in `words`."""
+    if value.half is None:
+        return f"{NOT_ENOUGH} for an interval"
+    return f"95 % interval {words(value.low)} to {words(value.high)}"
 
 
 def difference_text(value: Difference | None) -> str:
     """The same with n and the corrected p, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`."""
     if value is None or value.std is None:
         return interval_text(value)
-    if value.p is None:  # the same difference in every pair
+    if value.tested is None:  # the same difference in every pair
         return f"{100 * value.mean:+.2f} (n {value.n}, no spread)"
-    p = value.p if value.p_holm is None else value.p_holm
-    return f"{interval_text(value)}, n {value.n}, {p_value(p)}"
+    return f"{interval_text(value)}, n {value.n}, {p_text(value.tested)}"

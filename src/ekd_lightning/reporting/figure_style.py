@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import textwrap
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import quiet
 from ekd_lightning.reporting.details import Array
 from ekd_lightning.reporting.estimates import Estimate
 from ekd_lightning.reporting.groups import Group
@@ -117,25 +116,12 @@ def chunks(groups: Iterable[Group]) -> list[list[Group]]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The style, for the time in which figures are made and written.
+    """The style, for the time in which figures are made and written."""
+    import matplotlib  # noqa: PLC0415
 
-    Raises:
-        UserError: Without matplotlib.
-    """
-    try:
-        import matplotlib  # noqa: PLC0415
-    except ImportError:
-        raise UserError(
-            "figures need matplotlib: pip install 'ekd-lightning[report]', or leave them out with --no-figures"
-        ) from None
-    log = logging.getLogger("matplotlib.font_manager")  # that one of several fonts is missing is no news
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with matplotlib.rc_context(_RC):
-            yield
-    finally:
-        log.setLevel(level)
+    # That one of several fonts is missing is no news.
+    with quiet("matplotlib.font_manager"), matplotlib.rc_context(_RC):
+        yield
 
 
 class Looks:
@@ -159,21 +145,20 @@ class Looks:
         }
 
 
-def panels(count: int, most: int = 3, height: float = PANEL, width: float = WIDTH) -> tuple[Figure, list[Axes]]:
+def panels(count: int, most: int = 3, height: float = PANEL) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `most` beside each other.
 
     Args:
         count: Of panels.
         most: In a row; the figure is narrower where there are fewer.
         height: Of a panel, in inches.
-        width: Of the figure with a full row, in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     columns = min(count, most)
     rows = math.ceil(count / columns)
-    wide = width if columns == most else max(width * columns / most, 0.62 * width)
+    wide = WIDTH if columns == most else WIDTH * max(columns / most, 0.62)
     figure = Figure(figsize=(wide, rows * height + 0.35))
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, position + 1) for position in range(count)]
@@ -190,17 +175,13 @@ def points(
     """A line through means with a band of intervals; of short lines, points of single runs are hollow marks."""
     pairs = list(zip(xs, values, strict=True))
     many = len(pairs) > _MANY
-    axes.plot(
-        xs,
-        [scale * v.mean for v in values],
-        label=label,
-        **look | ({"marker": None} if not many else {"markevery": len(pairs) // 5}),
-    )
+    marks = {"markevery": len(pairs) // 5} if many else {"marker": None}
+    axes.plot(xs, [scale * v.mean for v in values], label=label, **look | marks)
     for hollow in (False, True):
-        some = [(x, v) for x, v in pairs if (v.half is None) == hollow]
+        some = [(x, scale * v.mean) for x, v in pairs if (v.half is None) == hollow]
         if some and not many:
             face = {"markerfacecolor": "white"} if hollow else {}
-            axes.plot(*zip(*((x, scale * v.mean) for x, v in some), strict=True), **look | {"linestyle": ""} | face)
+            axes.plot(*zip(*some, strict=True), **look | {"linestyle": ""} | face)
     banded = [(x, v) for x, v in pairs if v.half is not None]
     if banded:
         lows, highs = ([scale * getattr(v, end) for _, v in banded] for end in ("low", "high"))
@@ -272,10 +253,10 @@ def band_text(values: Iterable[Estimate], what: str = "band") -> str:
     return f"Mean and 95 % {what} over seeds, {counts(found)}{alone}."
 
 
-def key(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+def key(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all panels, below them."""
     handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4)
 
 
 def legend_above(axes: Axes) -> None:
@@ -284,9 +265,9 @@ def legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if longest <= _SHORT else 1)
 
 
-def title(axes: Axes, text: str, letters: int = 26) -> None:
+def title(axes: Axes, text: str) -> None:
     """A title of one panel, in as many lines as it takes."""
-    axes.set_title(textwrap.fill(text, letters))
+    axes.set_title(textwrap.fill(text, _SHORT + 6))
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:

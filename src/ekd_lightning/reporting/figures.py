@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures_detail
@@ -29,7 +29,7 @@ _LONG_LABEL = 20
 
 def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
     """Accuracy against the share of training images, one line per setting; a figure per data set and protocol."""
-    for position, blocks in enumerate(families(report.blocks).values()):
+    for position, blocks in enumerate(families(report.blocks)):
         lines = over_fractions(blocks)
         if not lines:
             continue
@@ -44,9 +44,11 @@ def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
 
 
 def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Looks) -> None:
+    ticks: dict[float, int | None] = {}
     for label, line in lines.items():
-        fs.points(axes, [100 * (g.fraction or 0) for g in line], [accuracy(g) for g in line], looks(label), label)
-    ticks = {100 * (group.fraction or 0): group.protocol.num_images for line in lines.values() for group in line}
+        shares = [100 * (group.protocol.fraction or 0) for group in line]
+        fs.points(axes, shares, [accuracy(group) for group in line], looks(label), label)
+        ticks |= dict(zip(shares, (group.protocol.num_images for group in line), strict=True))
     axes.set_xscale("log")
     axes.set_xticks([*ticks], [f"{t:.4g}\n({n:,})" if n else f"{t:.4g}" for t, n in ticks.items()])
     axes.minorticks_off()
@@ -71,7 +73,9 @@ def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
                 _prefix_points(panel, prefixes(group), key, looks(group.label)["color"])
             fs.limit_accuracy(panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))])
         fs.key(figure, axes)
-        text = f"{fs.band_text(shown, 'interval')} {_cost_words(cut)}"
+        text = f"{fs.band_text(shown, 'interval')} Dashed: Pareto front of the means."
+        if cut:
+            text += f" Dotted: the first j branches alone ({', '.join(group.label for group in cut)})."
         yield fs.drawn("accuracy_cost", block.key, figure, block.title, text)
 
 
@@ -82,31 +86,17 @@ def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
     return [group for group in branched if group.label in references] or best[:1]
 
 
-def _cost_words(cut: Sequence[Group]) -> str:
-    names = ", ".join(group.label for group in cut)
-    small = f" Dotted: the first j branches alone ({names})." if cut else ""
-    return f"Dashed: Pareto front of the means.{small}"
-
-
 def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
-    """Labels of points that are told by name: those on a front, the references, and the most accurate ones."""
-    if len(groups) <= _MOST_NAMED:
-        return {group.label for group in groups}
+    """Labels of points that are told by name: the references, those on a front, and the most accurate ones."""
+    fronts = {key: _front(groups, key) for key in ("macs", "num_parameters")}
+    on_front = [g for key, front in fronts.items() for g in groups if (_cost(g, key), accuracy(g).mean) in front]
     best = sorted(groups, key=lambda group: -accuracy(group).mean)
-    on_front = [
-        group
-        for key in ("macs", "num_parameters")
-        for group in groups
-        if (_cost(group, key), accuracy(group).mean) in _front(groups, key)
-    ]
     wanted = dict.fromkeys([*references, *(group.label for group in (*on_front, *best))])
     return set(list(wanted)[:_MOST_NAMED])
 
 
 def _cost(group: Group, key: str) -> float:
-    found = group.values(key)
-    assert found is not None
-    return found.mean / 1e6
+    return (group.mean(key) or 0.0) / 1e6
 
 
 def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
@@ -208,32 +198,20 @@ def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], lo
     axes.set(title=f"minus {name}", xlabel="points of accuracy")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of figure.
-
-    Attributes:
-        title: What it shows.
-        needs: What runs must have for it, in words.
-        draw: Makes the figures of a report: none, one, or one for each block.
-    """
-
-    title: str
-    needs: str
-    draw: Callable[[Report, Looks], Iterator[Drawn]]
-
-
-KINDS = (
-    Kind("accuracy against training images", "a setting at two fractions", by_fraction),
-    Kind("teachers × branches", "a method with several numbers of teachers or branches", figures_detail.by_counts),
-    Kind("accuracy against cost", "two settings in one block", by_cost),
-    Kind("ablations and controls", "two seeds in common with the reference", by_difference),
-    Kind("branches", "a student with several branches", figures_detail.branches),
-    Kind("learning curves", "metrics.csv with two epochs", figures_detail.learning_curves),
-    Kind("calibration", "arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),
-    Kind("corrupted images", "an evaluation on corrupted images, by ekd-evaluate", figures_detail.corruption_curves),
-    Kind("similarity of features", "CKA matrices, written by ekd-evaluate", figures_detail.similarity),
-)
+Draw = Callable[[Report, Looks], Iterator[Drawn]]
+"""Makes the figures of a report: none, one, or one for each block."""
+KINDS: dict[str, tuple[str, Draw]] = {
+    "accuracy against training images": ("a setting at two fractions", by_fraction),
+    "teachers × branches": ("a method with several numbers of teachers or branches", figures_detail.by_counts),
+    "accuracy against cost": ("two settings in one block", by_cost),
+    "ablations and controls": ("two seeds in common with the reference", by_difference),
+    "branches": ("a student with several branches", figures_detail.branches),
+    "learning curves": ("metrics.csv with two epochs", figures_detail.learning_curves),
+    "calibration": ("arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),
+    "corrupted images": ("an evaluation on corrupted images, by ekd-evaluate", figures_detail.corruption_curves),
+    "similarity of features": ("CKA matrices, written by ekd-evaluate", figures_detail.similarity),
+}
+"""What figures show -> what runs must have for them, and what draws them."""
 
 
 def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[Path]:
@@ -247,9 +225,6 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
     Returns:
         What was written: `<name>.<format>`, and `figures.md`, which says what each figure shows, and which ones
         are left out for want of data.
-
-    Raises:
-        UserError: Without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
     looks = Looks(report.ordered_labels)
@@ -257,13 +232,13 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
     lines = ["# Figures", ""]
     left_out = []
     with fs.style():
-        for kind in KINDS:
+        for title, (needs, draw) in KINDS.items():
             count = len(files)
-            for drawn in kind.draw(report, looks):
+            for drawn in draw(report, looks):
                 files += fs.save(drawn.figure, folder / drawn.name, formats)
-                lines += [f"![{drawn.caption}]({files[-len(formats)].name})", "", drawn.caption, ""]
+                lines += [md.image(files[-len(formats)].name, drawn.caption), "", md.prose(drawn.caption), ""]
             if len(files) == count:
-                left_out.append(f"- {kind.title}: needs {kind.needs}")
+                left_out.append(f"- {title}: needs {needs}")
     if left_out:
         lines += ["Left out for want of data:", "", *left_out, ""]
     write_text(folder / LIST, "\n".join(lines))

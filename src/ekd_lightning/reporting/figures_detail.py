@@ -16,7 +16,6 @@ from ekd_lightning.reporting.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.patches import Rectangle
 
 _MOST_ROWS = 20
 _MOST_PANELS = 6
@@ -36,7 +35,7 @@ def _rest(groups: Sequence[Group], shown: Sequence[Group]) -> str:
 def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """Heat maps of accuracy over teachers and branches, one panel per method; a figure per block."""
     for block in report.blocks:
-        found = {name: cells for name, cells in grids(block).items() if _is_grid(cells)}
+        found = grids(block)
         if not found:
             continue
         figure, axes = fs.panels(len(found), most=2, height=2.5)
@@ -45,10 +44,6 @@ def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
         text = f"Test accuracy, mean and 95 % interval over seeds, {fs.counts(numbers)}."
         yield fs.drawn("teachers_branches", block.key, figure, block.title, text)
-
-
-def _is_grid(cells: Mapping[tuple[int, int], Group]) -> bool:
-    return len({m for m, _ in cells}) > 1 or len({k for _, k in cells}) > 1
 
 
 def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -> None:
@@ -215,7 +210,7 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
     """CKA of branches with each other and with the teachers; a figure per block."""
     for block in report.blocks:
         branched = [group for group in block.done if (group.num_branches or 1) > 1]
-        groups = [group for group in branched if _matrix(group, "test_branch_cka") is not None]
+        groups = [group for group in branched if details.matrix(group, "test_branch_cka") is not None]
         if not groups:
             continue
         shown = _heterogeneous(groups) or _best(groups, report.references(block), _MOST_PANELS // 2)
@@ -238,13 +233,10 @@ def _heterogeneous(groups: Sequence[Group]) -> list[Group]:
     return [best[method] for method in methods if method in best]
 
 
-def _matrix(group: Group, key: str) -> details.Array | None:
-    found = group.array(key)
-    return found if found is not None and found.ndim == 2 and found.size else None
-
-
 def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
-    values = _matrix(group, key)
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    values = details.matrix(group, key)
     if values is None:
         axes.set_axis_off()
         return
@@ -252,16 +244,10 @@ def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
     texts = [[f"{value:.2f}" for value in row] for row in values.tolist()]
     fs.heat_map(axes, values, texts, (0.0, 1.0), "CKA")
     axes.invert_yaxis()
-    if name == "teacher":
-        for branch, teacher in enumerate(own_teachers(group)[:rows]):
-            if teacher is not None and teacher < columns:
-                axes.add_patch(_frame(teacher, branch))
+    for row, column in enumerate(own_teachers(group)[:rows] if name == "teacher" else ()):
+        if column is not None and column < columns:
+            place = (column - 0.46, row - 0.44)
+            axes.add_patch(Rectangle(place, 0.92, 0.88, fill=False, edgecolor=fs.INK, linewidth=1.5))
     axes.set_xticks(range(columns), [f"{name} {c + 1}" for c in range(columns)])
     axes.set_yticks(range(rows), [f"branch {r + 1}" for r in range(rows)])
     fs.title(axes, group.label)
-
-
-def _frame(column: int, row: int) -> Rectangle:
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
-
-    return Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, edgecolor=fs.INK, linewidth=1.5)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.reporting import setups
-from ekd_lightning.reporting.estimates import Difference, Estimate, estimate, paired_by_seed
+from ekd_lightning.reporting.estimates import Difference, Estimate, corrected, estimate, minus
 from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
@@ -45,9 +45,7 @@ class Group:
         label: The method, and what sets it apart from other groups of the method, e.g. `ekd`, `ekd, K=2, M=3`,
             `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks.
         method: Name of the method.
-        data: Name of the data set.
-        fraction: Share of the training images in (0, 1]; None if no run is done and none was set.
-        protocol: Shared by all its runs.
+        protocol: Shared by all its runs; data set and fraction are in it.
         student: Name of the student's network.
         num_teachers: M; None if no run is done.
         num_branches: K.
@@ -59,8 +57,6 @@ class Group:
 
     label: str
     method: str
-    data: str
-    fraction: float | None
     protocol: Protocol
     student: str | None
     num_teachers: int | None
@@ -159,26 +155,21 @@ class Group:
 
     def distinct(self, key: str) -> list[Any]:
         """The different values of a field, in order of appearance; None is no value."""
-        found: list[Any] = []
-        for run in self.done:
-            value = run.get(key)
-            if value is not None and value not in found:
-                found.append(value)
-        return found
+        return _distinct(self.done, key)
+
+
+def _distinct(runs: Sequence[RunEntry], key: str) -> list[Any]:
+    found: list[Any] = []
+    for run in runs:
+        value = run.get(key)
+        if value is not None and value not in found:
+            found.append(value)
+    return found
 
 
 def disagreements(runs: Sequence[RunEntry], keys: Sequence[str]) -> dict[str, list[Any]]:
     """Those of some fields in which runs differ, with their values; a run that has not recorded one says nothing."""
-    found: dict[str, list[Any]] = {}
-    for key in keys:
-        values: list[Any] = []
-        for run in runs:
-            value = run.get(key)
-            if value is not None and value not in values:
-                values.append(value)
-        if len(values) > 1:
-            found[key] = values
-    return found
+    return {key: values for key in keys if len(values := _distinct(runs, key)) > 1}
 
 
 def branched(groups: Sequence[Group]) -> list[Group]:
@@ -237,8 +228,6 @@ def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any
     return Group(
         label=label,
         method=str(first.get("method") or "unknown"),
-        data=Protocol.of(first).data,
-        fraction=first.get("fraction"),
         protocol=Protocol.of(first),
         student=first.get("student"),
         num_teachers=first.get("num_teachers"),
@@ -270,12 +259,12 @@ def differences(groups: Sequence[Group], reference: str, key: str = "test_accura
     values = {one.label: one.by_seed(key) for one in groups}
     if reference not in values:
         raise ValueError(f"no group {reference!r}")
-    return paired_by_seed(values, reference)
+    return corrected({label: minus(own, values[reference]) for label, own in values.items() if label != reference})
 
 
 def _order(one: Group) -> tuple[Any, ...]:
-    numbers = [one.fraction or 0.0, one.num_branches or 0, one.num_teachers or 0]
-    return (one.data, numbers[0], one.method, *numbers[1:], one.label, repr(one.protocol), one.runs[0].name)
+    numbers = [one.protocol.fraction or 0.0, one.num_branches or 0, one.num_teachers or 0]
+    return (one.protocol.data, numbers[0], one.method, *numbers[1:], one.label, repr(one.protocol), one.runs[0].name)
 
 
 def _at(value: Any, path: Sequence[int | str]) -> float | None:

@@ -1,25 +1,33 @@
-"""Page of a report: one HTML file that needs nothing but itself, no network, no files beside it."""
+"""Page of a report: one HTML file that needs nothing but itself, no network, no files beside it.
+
+Everything that runs have recorded is in it as escaped text or JSON, never as markup.
+"""
 
 from __future__ import annotations
 
 import base64
 import gzip
 import json
+import math
 import re
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_text
-from ekd_lightning.reporting import figure_style
-from ekd_lightning.reporting.answer import Answer, Finding
-from ekd_lightning.reporting.answer_words import ROLES
-from ekd_lightning.reporting.page_data import page_data, short_paths
+from jinja2 import Environment, StrictUndefined
+
+from ekd_lightning.reporting import details
+from ekd_lightning.reporting.answer import ROLES
+from ekd_lightning.reporting.blocks import Block, families, grid_name
+from ekd_lightning.reporting.details import Bin, Point, early_exits, own_teachers, subsets
+from ekd_lightning.reporting.estimates import Difference, Estimate, plural, points
+from ekd_lightning.reporting.figure_style import DARK, LIGHT
+from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
-from ekd_lightning.runs.collection import STATES
+from ekd_lightning.runs.collection import STATES, RunEntry
+from ekd_lightning.runs.directory import PROVENANCE
+from ekd_lightning.runs.protocol import Protocol
 
 _SCRIPTS = (
     "base.js",
@@ -35,140 +43,60 @@ _SCRIPTS = (
     "charts_closer.js",
     "page.js",
 )
-_OPEN = 4
-"""Answers, or notes, that are shown at once; further ones are folded."""
+MAIN = "main"
+"""Name of the reference that the report takes for a block; further ones go by their label."""
+CONTROLS = ("ekd", "ce", "kd_mean", "kd_mean_feature", "branched_ce", "ekd_mean")
+"""Methods that a reader may want differences to, too."""
+_MOST_REFERENCES = 8
+_DIGITS = 6
+_LONG = 400
+"""Characters of a list or mapping that are still shown in a run's record."""
+_FOLDERS = re.compile(r"(?<![\w.…/<])/(?:[\w.+@~=-]+/)+")
+_OF_A_RUN = {
+    **{name: name for name in ("data", "method", "fraction", "student", "seed")},
+    "teachers": "num_teachers",
+    "branches": "num_branches",
+    "accuracy": "test_accuracy",
+    "seconds": "train_seconds",
+}
+"""What is shown of a run, and the field of its result."""
 _MOST_COLUMNS = 8
-_LONG = 240
-_MARKS = {"ahead": ("up", "▲ ahead"), "behind": ("down", "▼ behind"), "undecided": ("", "≈ undecided")}
-_NOTES = """\
-<ul>
-<li>One row is one setting: runs that differ in their seed alone. n is the number of runs that are done; failed,
-partial and running ones never count.</li>
-<li>Brackets are Student’s 95 % t interval for the mean over seeds. It says how much seeds matter, not how well the
-test set stands for the world. With one run there is no interval, and no bar.</li>
-<li>Differences are paired: the same seed, hence the same subset and order, on both sides. p is that of the paired
-t-test, corrected by Holm’s method over the settings of a block. ▲ and ▼ mark differences
-whose corrected p is below 0.05.</li>
-<li>Settings are compared only inside a block: same data, subset, views, epochs, batch size, steps, precision, and
-teachers from one pool.</li>
-<li>Accuracy is that of the last epoch on the test set. Which setting speaks for EKD, and which for a control, is
-chosen by validation accuracy; the best other method by test accuracy, and its p is corrected for that choice.</li>
-<li>The view (filters, text) is kept in the page’s address, and can be sent as a link to the file.</li>
-</ul>
-"""
-
-
-def write_page(report: Report, path: Path) -> None:
-    """Writes the page to an `.html` file in a folder that exists.
-
-    Raises:
-        UserError: Without plotly.
-    """
-    write_text(path, page(report))
+_MARKS = {
+    "ahead": ("up", "▲ ahead"),
+    "behind": ("down", "▼ behind"),
+    "undecided": ("", "≈ undecided"),
+    "not_enough": ("", "not enough runs"),
+}
 
 
 def page(report: Report) -> str:
-    """The page as text; everything that runs have recorded is in it as escaped text or JSON, never as markup.
+    """The page as text; needs plotly."""
+    from plotly.offline import get_plotlyjs  # noqa: PLC0415
 
-    Raises:
-        UserError: Without plotly.
-    """
-    data = page_data(report, {"light": figure_style.LIGHT, "dark": figure_style.DARK})
-    return _fill(
-        _asset("page.html"),
-        title=escape(report.title),
-        subtitle=escape(_subtitle(report)),
-        css=_asset("page.css"),
-        theme_js=_asset("theme.js"),
-        answer=_answers(report),
-        alarm=_alarm(report),
-        notes=_NOTES + f"<p>Made on: {escape('; '.join(report.machines) or 'no run is done')}.</p>",
-        footer=_footer(),
-        payload=script_json(data.payload),
-        details=pack(script_json(data.details)),
-        js='(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "})();",
-        plotly=pack(plotly_js()),
-    )
+    from ekd_lightning import __version__  # noqa: PLC0415
 
-
-def _answers(report: Report) -> str:
-    """The answer: all blocks in a sentence and a table, then each block; what it rests on is folded."""
-    told = report.answers
-    if not told:
-        return f"<p class='lead'>{escape(report.lead)}</p>"
-    shown = [_answer(answer, titled=len(told) > 1) for answer in told]
-    size = "lead" if len(report.lead) < _LONG else "strong"
-    lead = f"<p class='{size}'>{escape(report.lead)}</p>" if len(told) > 1 else ""
-    folded = shown[_OPEN:]
-    more = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>" if folded else ""
-    return lead + _verdicts(told) + "".join(shown[:_OPEN]) + more
-
-
-def _answer(answer: Answer, *, titled: bool) -> str:
-    """One block; of several, only what leads is unfolded."""
-    title = answer.block.title
-    head = "" if answer.headline.startswith(title) else f"<h3>{escape(title)}</h3>"
-    findings = "".join(f"<li>{escape(finding.sentence)}</li>" for finding in answer.findings)
-    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in answer.remarks)
-    size = "strong" if titled else "lead"
-    folded = "" if titled else " open"
-    parts = [
-        f"<details{folded}><summary>{name}</summary><ul>{items}</ul></details>"
-        for name, items in (("Comparisons", findings), ("Cost, choices and caveats", remarks))
-        if items
-    ]
-    return f"{head}<p class='{size}'>{escape(answer.headline)}</p>{''.join(parts)}"
-
-
-def _alarm(report: Report) -> str:
-    """What a reader has to know before the numbers: failed runs, and files that were left out."""
-    failed = report.collection.count("failed")
-    told = []
-    if failed:
-        runs = "1 run" if failed == 1 else f"{failed:,} runs"
-        told.append(f"<p><strong>{runs} failed</strong>: <a href='#runs' id='to-failed'>see why</a>.</p>")
-    failures = f"<div class='alarm'>{''.join(told)}</div>" if told else ""
-    notes = "".join(f"<li>{escape(short_paths(note))}</li>" for note in report.notes)
-    folded = " open" if len(report.notes) <= _OPEN else ""
-    count = len(report.notes)
-    more = f"<details{folded}><summary>Notes on the runs ({count})</summary><ul>{notes}</ul></details>"
-    return failures + (f"<div class='notes'>{more}</div>" if notes else "")
-
-
-def _verdicts(told: Sequence[Answer]) -> str:
-    """EKD against each control in each block, at a glance; empty where no block has a comparison."""
-    shown = [answer for answer in told if answer.findings][:_MOST_COLUMNS]
-    found = [{finding.role: finding for finding in answer.findings} for answer in shown]
-    roles = [role for role in ROLES if any(role in one for one in found)]
-    if not roles:
-        return ""
-    heads = "".join(f"<th scope='col' class='plain'>{escape(answer.block.title)}</th>" for answer in shown)
-    lines = "".join(
-        f"<tr><th scope='row'>{escape(ROLES[role])}</th>{''.join(_verdict(one.get(role)) for one in found)}</tr>"
-        for role in roles
-    )
-    return (
-        "<div class='scroll' tabindex='0' role='region' aria-label='EKD against each control'><table id='verdicts'>"
-        "<caption>EKD minus the control, in points of test accuracy</caption>"
-        f"<thead><tr><th scope='col' class='plain'>EKD against</th>{heads}</tr></thead><tbody>{lines}</tbody>"
-        "</table></div>"
-    )
-
-
-def _verdict(finding: Finding | None) -> str:
-    if finding is None:
-        return "<td class='soft'>no such run</td>"
-    difference = finding.difference
-    value = "" if difference is None else f"{100 * difference.mean:+.2f}".replace("-", "−")
-    kind, mark = _MARKS.get(finding.verdict, ("", "not enough runs"))
-    n = "" if difference is None else f", n = {difference.n}"
-    who = f"<span class='sub'>{escape(finding.other.label)}{n}</span>"
-    return f"<td title='{escape(finding.sentence)}'><span class='{kind}'>{mark}</span> {value}{who}</td>"
-
-
-def _fill(template: str, **values: str) -> str:
-    """Puts values into `{{name}}`, in one go: what a value contains is never looked at again."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+    compared = [answer for answer in report.answers if answer.findings][:_MOST_COLUMNS]
+    shown = {finding.role for answer in compared for finding in answer.findings}
+    states = {state: report.collection.count(state) for state in STATES}
+    values = {
+        "report": report,
+        "answers": report.answers,
+        "compared": compared,
+        "roles": {role: name for role, name in ROLES.items() if role in shown},
+        "marks": _MARKS,
+        "states": ", ".join(f"{count:,} {state}" for state, count in states.items() if count),
+        "settings": sum(1 for group in report.groups if group.n),
+        "version": __version__,
+        "css": _asset("page.css"),
+        "theme_js": _asset("theme.js"),
+        "js": '(() => {\n"use strict";\n' + "\n".join(_asset(name) for name in _SCRIPTS) + "})();",
+        "payload": script_json(payload(report)),
+        "details": pack(script_json(records(report))),
+        "plotly": pack(get_plotlyjs()),
+    }
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    functions = {"plural": plural, "points": points, "short_paths": short_paths}
+    return environment.from_string(_asset("page.html"), functions).render(values)
 
 
 def _asset(name: str) -> str:
@@ -192,27 +120,166 @@ def pack(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
 
 
-def plotly_js() -> str:
-    """The plotting library of the page.
+def payload(report: Report) -> dict[str, Any]:
+    """What tables and charts need at once, as plain values; small enough for thousands of runs."""
+    ids = _ids(report)
+    family_of = {block.key: position for position, own in enumerate(families(report.blocks)) for block in own}
+    subjects = {told.block.key: told.subject.label for told in report.answers if told.subject}
+    groups, names = [], []
+    for block in report.blocks:
+        found = _differences(block, report.reference.get(block.key))
+        names += list(found)
+        for one in block.groups:
+            subject = one.label == subjects.get(block.key)
+            groups.append(_group(one, block, found, ids) | {"family": family_of.get(block.key), "subject": subject})
+    content = {
+        "labels": report.ordered_labels,
+        "references": _references(names, report.reference),
+        "palette": {"light": LIGHT, "dark": DARK},
+        "blocks": [{"key": block.key, "title": block.title} for block in report.blocks],
+        "groups": groups,
+        "runs": [_run(run, ids[run.name]) for run in report.collection.runs],
+    }
+    return dict(plain(content))
 
-    Raises:
-        UserError: Without plotly.
-    """
+
+def records(report: Report) -> dict[str, Any]:
+    """The record of each run, by its id, unpacked when a reader asks for one."""
+    ids = _ids(report)
+    return {
+        ids[run.name]: {
+            "config": _text(run.on_disk.config_path),
+            "result": {key: _short(value) for key, value in (run.result or {}).items()},
+            "provenance": _text(run.on_disk.file(PROVENANCE)),
+        }
+        for run in report.collection.runs
+    }
+
+
+def _ids(report: Report) -> dict[str, str]:
+    return {run.name: f"r{position}" for position, run in enumerate(report.collection.runs)}
+
+
+def _differences(block: Block, main: str | None) -> dict[str, tuple[str, dict[str, Difference]]]:
+    """Name of a reference -> its label, and the differences to it by label."""
+    labels = [group.label for group in block.done if group.method in CONTROLS and group.label != main]
+    wanted = ([(MAIN, main)] if main else []) + [(label, label) for label in labels[:_MOST_REFERENCES]]
+    return {name: (label, differences(block.done, label)) for name, label in wanted if label}
+
+
+def _references(names: Sequence[str], main: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The references that a reader may choose: that of the report, then the others, those of more blocks first."""
+    labels = set(main.values())
+    many = len(labels) > 1
+    text = "the reference of each block" if many else next(iter(labels), "")
+    others = sorted(dict.fromkeys(names), key=lambda name: -names.count(name))
+    return [{"key": name, "text": text if name == MAIN else name, "many": many and name == MAIN} for name in others]
+
+
+def _group(
+    group: Group, block: Block, references: Mapping[str, tuple[str, Mapping[str, Difference]]], ids: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "id": f"{block.key}/{group.label}",
+        "block": block.key,
+        "label": group.label,
+        "grid": grid_name(group),
+        "data": group.protocol.data,
+        "method": group.method,
+        "fraction": group.protocol.fraction,
+        "images": group.protocol.num_images,
+        "student": group.student,
+        "teachers": group.num_teachers,
+        "branches": group.num_branches,
+        "n": group.n,
+        "failed": sum(run.state == "failed" for run in group.others),
+        "runs": [ids[run.name] for run in (*group.runs, *group.duplicates)],
+        "metrics": group.scalars(),
+        "reference_of": [name for name, (label, _) in references.items() if label == group.label],
+        "differences": {
+            name: {"to": label, "mean": one.mean, "half": one.half, "n": one.n, "p": one.p_holm}
+            for name, (label, found) in references.items()
+            if (one := found.get(group.label))
+        },
+        "branch_accuracy": group.per_item("test_branch_accuracy"),
+        "subsets": subsets(group),
+        "exits": early_exits(group),
+        "severity": group.per_item("corruption_accuracy_by_severity"),
+        "clean": group.values("corruption_clean_accuracy"),
+        "corrupted": group.corrupted,
+        "curves": {
+            name: [(epoch, one.mean, one.half, one.n) for epoch, one in points]
+            for name, points in details.curves(group).items()
+        },
+        "reliability": _reliability(details.read_arrays(group)),
+        "cka": _cka(group),
+        "own_teachers": own_teachers(group),
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: numbers with six digits, null for what is none; estimates and points as mappings."""
+    if isinstance(value, Estimate):
+        value = {"mean": value.mean, "half": value.half, "n": value.n}
+    elif isinstance(value, Point):
+        name = "branches" if isinstance(value.name, tuple) else "threshold"
+        value = {name: value.name} | {key: one for key, one in vars(value).items() if key != "name"}
+    elif isinstance(value, Bin):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.{_DIGITS}g}")
+
+
+def _reliability(arrays: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    found = zip(("before", "after"), details.SUFFIXES, strict=True)
+    have = {name: bins for name, suffix in found if (bins := details.reliability(arrays, suffix))}
+    return {**have, "n": len(arrays)} if have else None
+
+
+def _cka(group: Group) -> dict[str, Any] | None:
+    found = {
+        name: values.tolist()
+        for name, key in (("branch", "test_branch_cka"), ("teacher", "test_branch_teacher_cka"))
+        if (values := details.matrix(group, key)) is not None
+    }
+    runs = sum(run.get("test_branch_cka") is not None for run in group.done)
+    return {**found, "n": runs} if found else None
+
+
+def _run(run: RunEntry, key: str) -> dict[str, Any]:
+    return {
+        "id": key,
+        "name": run.name,
+        "state": run.state,
+        "error": run.error and short_paths(run.error),
+        "images": Protocol.of(run).num_images,
+        **{name: run.get(field) for name, field in _OF_A_RUN.items()},
+    }
+
+
+def _text(path: Path | None) -> str | None:
     try:
-        from plotly.offline import get_plotlyjs  # noqa: PLC0415
-    except ImportError:
-        raise UserError("the page needs plotly: pip install 'ekd-lightning[report]', or leave the page out") from None
-    return str(get_plotlyjs())
+        return None if path is None else short_paths(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
 
 
-def _subtitle(report: Report) -> str:
-    states = {state: report.collection.count(state) for state in STATES}
-    told = ", ".join(f"{count:,} {state}" for state, count in states.items() if count)
-    settings = sum(1 for group in report.groups if group.n)
-    return f"{len(report.collection.runs):,} runs ({told}), {settings:,} settings with results"
+def short_paths(text: str) -> str:
+    """Takes the folders from absolute paths: a page is made to be shown, a machine's folders are not."""
+    return _FOLDERS.sub("…/", text)
 
 
-def _footer() -> str:
-    from ekd_lightning import __version__  # noqa: PLC0415
-
-    return f"<p>Made by ekd-report of ekd-lightning {escape(__version__)}. This file loads nothing from elsewhere.</p>"
+def _short(value: Any) -> Any:
+    """A value of a record; of long lists and mappings only how long they are."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (list, dict)) and len(str(value)) > _LONG:
+        return f"({len(value)} entries, in result.json)"
+    return short_paths(value) if isinstance(value, str) else value

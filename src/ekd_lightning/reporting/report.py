@@ -1,14 +1,4 @@
-"""The report of many runs: what is known of them, in one value, and the files that are written of it.
-
-What draws and lays out gets a `Report` and nothing else:
-
-    reporting.figures.write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[Path]
-        Figures as `folder`/<name>.<format>; `formats` are of "svg" and "png". Returns what was written.
-    reporting.page.write_page(report: Report, path: Path) -> None
-        The self-contained HTML page.
-
-Both are imported when they are needed: matplotlib and plotly are optional.
-"""
+"""Report of many runs: what is known of them, in one value. What draws and lays out gets it and nothing else."""
 
 from __future__ import annotations
 
@@ -20,11 +10,12 @@ from typing import Any
 
 from ekd_lightning.errors import unknown_name
 from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
-from ekd_lightning.reporting.answer_words import plural
 from ekd_lightning.reporting.blocks import Block, blocks
+from ekd_lightning.reporting.details import damage
+from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
-from ekd_lightning.reporting.tables import difference_record, record, rows
-from ekd_lightning.runs.collection import STATES, Collection
+from ekd_lightning.reporting.tables import Row, difference_record, record, rows
+from ekd_lightning.runs.collection import STATES, Collection, RunEntry
 
 _FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
 """Methods that have the clearest colours, as they are what others are held against."""
@@ -78,6 +69,16 @@ class Report:
 
         return sorted(labels, key=order)
 
+    @cached_property
+    def rows(self) -> dict[str, list[Row]]:
+        """The rows of each block's table, by the block's key."""
+        return {block.key: rows(block, self.references(block)) for block in self.blocks}
+
+    @property
+    def not_counted(self) -> list[tuple[RunEntry, Group]]:
+        """Runs that failed, are not done or saw a part of the data only, with their groups."""
+        return [(run, group) for group in self.groups for run in group.others]
+
     def references(self, block: Block) -> tuple[str, ...]:
         """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""
         told = self.answer(block)
@@ -108,7 +109,8 @@ def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: s
         labels = {one.label for one in groups if one.n}
         raise unknown_name("--reference", reference, labels | {one.method for one in groups if one.n})
     told = answers(found)
-    notes = (*collection.problems, *_notes(groups, found))
+    damaged = [line for run in collection.runs for line in damage(run)]
+    notes = (*collection.problems, *damaged, *_notes(groups, found))
     return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(told), notes)
 
 
@@ -153,25 +155,28 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
                 f"or compared across: {'; '.join(block.title for block in same)}"
             )
     told += [note for block in found for note in _measured(block)]
-    partial = [run.name for one in groups for run in one.others if run.state == "partial"]
-    if partial:
-        told.append(f"{partial[0]}{_more(partial)}: saw a part of the data only, left out of all means")
-    broken = [(run.name, error) for one in groups for run in one.done if (error := run.get("evaluation_error"))]
-    if broken:
-        name, error = broken[0]
-        told.append(f"{name}{_more(broken)}: a part of the evaluation failed ({error}); its figures are missing")
+    partial = [run for one in groups for run in one.others if run.state == "partial"]
+    broken = [run for one in groups for run in one.done if run.get("evaluation_error")]
+    for runs, text in (
+        (partial, "saw a part of the data only, left out of all means"),
+        (broken, "a part of the evaluation failed ({}); its figures are missing"),
+    ):
+        if runs:
+            more = f" (and {len(runs) - 1} more)" if len(runs) > 1 else ""
+            told.append(f"{runs[0].name}{more}: {text.format(runs[0].get('evaluation_error'))}")
     return told
-
-
-def _more(found: Sequence[Any]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _measured(block: Block) -> list[str]:
     """What the runs of a block measured in different ways."""
     told = []
     for what, (starts, ways) in MEASURED.items():
-        runs = [run for one in block.groups for run in one.done if _has(run.result or {}, starts)]
+        runs = [
+            run
+            for one in block.groups
+            for run in one.done
+            if any(key.startswith(starts) and value is not None for key, value in (run.result or {}).items())
+        ]
         found = disagreements(runs, ways)
         if found:
             words = [f"{key.replace('_', ' ')} {', '.join(map(_words, found[key]))}" for key in found]
@@ -180,10 +185,6 @@ def _measured(block: Block) -> list[str]:
                 "between settings; a setting whose runs differ in it has none"
             )
     return told
-
-
-def _has(result: Mapping[str, Any], starts: tuple[str, ...]) -> bool:
-    return any(key.startswith(starts) and value is not None for key, value in result.items())
 
 
 def _words(value: Any) -> str:
@@ -197,26 +198,23 @@ def summary(report: Report) -> dict[str, Any]:
         "lead": report.lead,
         "machines": list(report.machines),
         "runs": {state: report.collection.count(state) for state in STATES},
-        "blocks": [_block(report, block) for block in report.blocks],
+        "blocks": [
+            {
+                "key": block.key,
+                "title": block.title,
+                "protocol": asdict(block.protocol),
+                "teachers": [dict(teacher) for teacher in block.teachers],
+                "reference": report.reference.get(block.key),
+                "answer": _answer(told) if (told := report.answer(block)) else None,
+                "rows": [record(row) for row in report.rows[block.key]],
+            }
+            for block in report.blocks
+        ],
         "not_done": [
             {"run": run.name, "setting": one.label, "seed": run.get("seed"), "state": run.state, "error": run.error}
-            for one in report.groups
-            for run in one.others
+            for run, one in report.not_counted
         ],
         "notes": list(report.notes),
-    }
-
-
-def _block(report: Report, block: Block) -> dict[str, Any]:
-    told = report.answer(block)
-    return {
-        "key": block.key,
-        "title": block.title,
-        "protocol": asdict(block.protocol),
-        "teachers": [dict(teacher) for teacher in block.teachers],
-        "reference": report.reference.get(block.key),
-        "answer": _answer(told) if told else None,
-        "rows": [record(row) for row in rows(block, report.references(block))],
     }
 
 

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import setups, tables
-from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
 from ekd_lightning.runs.collection import RunEntry
@@ -76,9 +76,9 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
 
         files += write_figures(report, folder / FIGURES, formats)
     if page:
-        from ekd_lightning.reporting.page import write_page  # noqa: PLC0415 (needs plotly)
+        from ekd_lightning.reporting.page import page as page_text  # noqa: PLC0415 (needs plotly)
 
-        write_page(report, folder / PAGE)
+        write_text(folder / PAGE, page_text(report))
         files.append(folder / PAGE)
     names = [path.relative_to(folder).as_posix() for path in files]
     write_text(folder / SUMMARY, summary_json({**content, "files": names}))
@@ -100,39 +100,17 @@ def _remove_earlier(folder: Path) -> None:
 
 def markdown(report: Report) -> str:
     """The whole report as a Markdown page."""
-    parts = [f"# {tables.prose(report.title)}\n", f"{tables.prose(report.lead)}\n"]
-    for block in report.blocks:
-        parts += [
-            f"## {tables.prose(block.title)}\n",
-            *_answer(report, block),
-            tables.markdown(tables.rows(block, report.references(block))),
-        ]
-    parts += ["## How to read the tables\n", tables.REPORT_LEGEND]
-    parts += [f"Made on: {tables.prose('; '.join(report.machines) or 'no run is done')}.\n"]
-    if report.notes:
-        parts += ["## Notes\n", "".join(f"- {tables.prose(note)}\n" for note in report.notes)]
-    parts += _not_done(report)
-    return "\n".join(parts)
-
-
-def _answer(report: Report, block: Block) -> list[str]:
-    found = report.answer(block)
-    if found is None:
-        return ["No run is done here.\n"]
-    sentences = [*(finding.sentence for finding in found.findings), *found.remarks]
-    return [f"{tables.prose(found.headline)}\n", "".join(f"- {tables.prose(sentence)}\n" for sentence in sentences)]
-
-
-def _not_done(report: Report) -> list[str]:
-    left = [(run, group) for group in report.groups for run in group.others]
-    if not left:
-        return []
-    lines = [
-        (run.name, f"`{group.label}`", run.get("seed"), run.state, tables.prose(run.error or ""))
-        for run, group in sorted(left, key=lambda pair: pair[0].name)
+    left = [
+        (run.name, md.code(group.label), run.get("seed"), run.state, run.error or "")
+        for run, group in sorted(report.not_counted, key=lambda pair: pair[0].name)
     ]
-    heads = ("run", "setting", "seed", "state", "error")
-    return ["## Runs that do not count\n", tables.markdown_table(heads, lines)]
+    values = {
+        "report": report,
+        "tables": {key: md.Markdown(tables.markdown(rows)) for key, rows in report.rows.items()},
+        "legend": md.Markdown(tables.REPORT_LEGEND),
+        "not_counted": md.table(("run", "setting", "seed", "state", "error"), left) if left else "",
+    }
+    return md.fill("ekd_lightning.reporting", "report.md", values)
 
 
 def runs_csv(report: Report) -> str:

@@ -6,6 +6,7 @@ Settings that say where things lie or how a run is carried out, but not what it 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,27 +28,16 @@ _RESULT = {
 }
 _DERIVED = ("teachers", "MACs", "parameters")
 """They follow from the rest, unless something is set that no file tells."""
-_TOLD = (
-    "data",
-    "teachers",
-    "student.network",
-    "student.branches",
-    "student.split_after",
-    "student.ensemble",
-    "method.name",
-    "method.temperature",
-    "method.assignment",
-    "method.teacher",
-    "method.assistants",
-    "trainer.precision",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.max_epochs",
-    "seed",
+_TOLD = re.compile(
+    r"(data|teachers|seed|student\.(network|branches|split_after|ensemble)"
+    r"|method\.(name|temperature|assignment|teacher|assistants|terms\.[^.]+\.weight)"
+    r"|trainer\.(precision|devices|num_nodes|max_epochs))(\.|$)"
 )
-"""What results tell, under other names; of everything else the configuration alone tells."""
+"""Settings that results tell, under other names; of everything else the configuration alone tells."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
+_GROUP = re.compile(r"^(method\.terms\.|student\.options\.|recipe\.|method\.|trainer\.)")
+"""What goes without saying in a label."""
 
 
 def taught_by(result: Mapping[str, Any]) -> list[str]:
@@ -69,18 +59,12 @@ def describe(run: RunEntry) -> dict[str, Any]:
     chosen = result.get("teacher_choice") in ("best", "first")
     found["teachers"] = result.get("pool_teachers") if chosen else taught_by(result)
     found |= {"MACs": result.get("macs"), "parameters": result.get("num_parameters")}
-    if not run.config:
-        return {**found, _UNKNOWN: True}
-    return {**found, **settings(run)}
+    return {**found, **(settings(run) if run.config else {_UNKNOWN: True})}
 
 
 def settings(run: RunEntry) -> dict[str, Any]:
     """Settings that the configuration alone tells, by dotted keys; those that are null are left out."""
-    return {
-        key: value
-        for key, value in _settings(run).items()
-        if not _is_weight(key) and not any(key == told or key.startswith(f"{told}.") for told in _TOLD)
-    }
+    return {key: value for key, value in _settings(run).items() if not _TOLD.match(key)}
 
 
 def _settings(run: RunEntry) -> dict[str, Any]:
@@ -89,10 +73,6 @@ def _settings(run: RunEntry) -> dict[str, Any]:
     for name, value in run.config.items():
         _flatten(value, name, flat)
     return {key: value for key, value in flat.items() if not is_free(key, exact=False)}
-
-
-def _is_weight(key: str) -> bool:
-    return key.startswith("method.terms.") and key.endswith(".weight") and key.count(".") == 3
 
 
 def _flatten(value: Any, prefix: str, into: dict[str, Any]) -> None:
@@ -135,7 +115,10 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
     """
     firsts = [next((run for run in group if run.result is not None), group[0]) for group in groups]
     setups = [describe(run) for run in firsts]
-    ways = [_way(group, first) for group, first in zip(groups, firsts, strict=True)]
+    ways = []
+    for group, first in zip(groups, firsts, strict=True):
+        taught = frozenset(sha for run in group for sha in taught_by(run.result or {}))
+        ways.append(Way(Protocol.of(first), taught, first.result is not None))
     usual = _usual_students(firsts)
     classes: dict[tuple[str, str], list[int]] = defaultdict(list)
     for position, run in enumerate(firsts):
@@ -148,12 +131,14 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
             varied = {name: setups[position].get(name) for name in told}
             shown = [_word(name, value) for name, value in varied.items() if (name, value) != ("student", usual[data])]
             made[position] = (", ".join([method, *filter(None, shown)]), varied)
-    return _numbered(made, ways)
-
-
-def _way(group: Sequence[RunEntry], first: RunEntry) -> Way:
-    taught = frozenset(sha for run in group for sha in taught_by(run.result or {}))
-    return Way(Protocol.of(first), taught, first.result is not None)
+    for place in places(ways):  # unique in each place, where nothing recorded tells two groups apart
+        seen: Counter[str] = Counter()
+        for position in place.members:
+            label, varied = made[position]
+            seen[label] += 1
+            if seen[label] > 1:
+                made[position] = (f"{label} #{seen[label]}", varied)
+    return made
 
 
 def _usual_students(runs: Sequence[RunEntry]) -> dict[str, Any]:
@@ -169,27 +154,23 @@ def _told(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]]) ->
     names = dict.fromkeys(name for place in near for position in place for name in setups[position])
     told = [name for name in names if name not in _DERIVED and any(_varies(name, setups, p) for p in near)]
     for name in _DERIVED:
-        unclear = [place for place in near if not _apart(told, setups, place)]
+        unclear = [
+            place
+            for place in near
+            if len({_text({one: setups[position].get(one) for one in told}) for position in place}) < len(place)
+        ]
         if any(_varies(name, setups, place) for place in unclear):
             told.append(name)
     return told
 
 
 def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
-    values = [setups[position].get(name) for position in place if _knows(setups[position], name)]
-    known = [value for value in values if value is not None]
-    count = known if name in _RESULT or name in _DERIVED else values
-    return any(value != count[0] for value in count)
-
-
-def _knows(setup: Mapping[str, Any], name: str) -> bool:
-    """Whether a run could tell: one without a configuration knows nothing of its settings."""
-    return "." not in name or _UNKNOWN not in setup
-
-
-def _apart(told: Sequence[str], setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
-    texts = {_text({name: setups[position].get(name) for name in told}) for position in place}
-    return len(texts) == len(place)
+    """Whether a setting differs in a place; a run without a configuration knows nothing of what it alone tells."""
+    able = [setups[position] for position in place if "." not in name or _UNKNOWN not in setups[position]]
+    values = [setup.get(name) for setup in able]
+    if name in _RESULT or name in _DERIVED:
+        values = [value for value in values if value is not None]
+    return any(value != values[0] for value in values)
 
 
 def _word(name: str, value: Any) -> str:
@@ -200,27 +181,14 @@ def _word(name: str, value: Any) -> str:
         return str(value)
     if name == _UNKNOWN:
         return "settings not recorded"
-    short = name.removeprefix("method.terms.").removeprefix("student.options.")
-    short = short.removeprefix("recipe.").removeprefix("method.").removeprefix("trainer.")
     if name == "teachers":
         value = "+".join(str(one)[:8] for one in value)
-    return f"{short}={_short(value)}"
+    return f"{_GROUP.sub('', name)}={short(value)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in a label or a title; of a hash the first digits."""
     if isinstance(value, float):
         return f"{value:g}"
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, (list, dict)) else str(value)
-
-
-def _numbered(made: Sequence[tuple[str, dict[str, Any]]], ways: Sequence[Way]) -> list[tuple[str, dict[str, Any]]]:
-    """Makes labels unique in each place where nothing recorded tells two groups apart."""
-    found = list(made)
-    for place in places(ways):
-        seen: Counter[str] = Counter()
-        for position in place.members:
-            label, varied = found[position]
-            seen[label] += 1
-            if seen[label] > 1:
-                found[position] = (f"{label} #{seen[label]}", varied)
-    return found
+    text = json.dumps(value, separators=(",", ":")) if isinstance(value, (list, dict)) else str(value)
+    return text[:8] if len(text) == 64 else text

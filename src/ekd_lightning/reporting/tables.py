@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from ekd_lightning import markdown as md
 from ekd_lightning.evaluation.diversity import Spread
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.details import seed_spread
-from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, Estimate, difference_text, percent
+from ekd_lightning.reporting.estimates import NONE, Difference, accuracy_text, difference_text
 from ekd_lightning.reporting.groups import FEW, Group, differences
 from ekd_lightning.runs.collection import STATES
 from ekd_lightning.runs.directory import RunState
@@ -49,7 +49,6 @@ MEANS = (
     "latency_ms_batch1",
 )
 """Fields of which a record gives the mean over runs, where they have them."""
-_EMPTY = "–"
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,6 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
     ]
 
 
-def accuracy(found: Estimate | None) -> str:
-    """E.g. `71.55 ± 0.29 [70.83, 72.27]`; a single run has no interval, and says so."""
-    if found is None:
-        return _EMPTY
-    if found.std is None:
-        return f"{percent(found)} ({NOT_ENOUGH})"
-    return f"{percent(found)} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
-
-
 STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value for state in RunState}
 """What tables call them."""
 
@@ -108,13 +98,9 @@ def problems(group: Group) -> str:
 def _mean(key: str, form: str, scale: float = 1, unit: str = "") -> Callable[[Row], str]:
     def text(row: Row) -> str:
         found = row.group.values(key)
-        return f"{format(scale * found.mean, form)}{unit}" if found else _EMPTY
+        return f"{format(scale * found.mean, form)}{unit}" if found else NONE
 
     return text
-
-
-def _count(value: int | None) -> str:
-    return _EMPTY if value is None else str(value)
 
 
 def _seconds(row: Row) -> str:
@@ -128,17 +114,17 @@ def _taught(group: Group) -> str | None:
     return " / ".join(map(str, group.distinct("teacher"))) or ("all" if group.num_teachers else None)
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "K": lambda row: _count(row.group.num_branches),
-    "M": lambda row: _count(row.group.num_teachers),
-    "teacher": lambda row: _taught(row.group) or _EMPTY,
-    "n": lambda row: str(row.group.n),
-    "test accuracy % [95 % interval]": lambda row: accuracy(row.group.accuracy),
+_COLUMNS: dict[str, Callable[[Row], object]] = {
+    "K": lambda row: row.group.num_branches,
+    "M": lambda row: row.group.num_teachers,
+    "teacher": lambda row: _taught(row.group),
+    "n": lambda row: row.group.n,
+    "test accuracy % [95 % interval]": lambda row: accuracy_text(row.group.accuracy),
     "differences": lambda row: "",  # one column for each reference
     "NLL": _mean("test_nll", ".3f"),
     "ECE": _mean("test_ece", ".3f"),
     "gain": _mean("test_gain_over_mean_branch", "+.2f", 100),
-    "seeds disagree %": lambda row: f"{100 * row.spread.disagreement:.1f}" if row.spread else _EMPTY,
+    "seeds disagree %": lambda row: f"{100 * row.spread.disagreement:.1f}" if row.spread else None,
     "parameters": _mean("num_parameters", ",.0f"),
     "adapters": _mean("num_adapter_parameters", ",.0f"),
     "MACs": _mean("macs", ".1f", 1e-6, " M"),
@@ -161,10 +147,8 @@ def cells(row: Row, names: Sequence[str] = REPORT) -> list[str]:
     """A row as texts, in the order of `heads`."""
     label = row.group.label
     minus = ["" if name == label else difference_text(one) for name, one in row.differences.items()]
-    found = [row.group.label]
-    for name in names:
-        found += minus if name == "differences" else [_COLUMNS[name](row)]
-    return found
+    texts = [minus if name == "differences" else [_COLUMNS[name](row)] for name in names]
+    return [label, *(NONE if text is None else str(text) for part in texts for text in part)]
 
 
 def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
@@ -176,36 +160,23 @@ def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapp
         settings: One column more, by label: what the row changes of its method's defaults.
     """
     more = [] if settings is None else ["settings"]
-    top = [*heads(tuple(found[0].differences), names), *more]
     lines = []
     for row in found:
         label, *texts = cells(row, names)
         own = [] if settings is None else [settings.get(label) or "defaults"]
-        lines.append((f"`{label}`", *map(prose, texts), *own))
-    return markdown_table(top, lines)
-
-
-def markdown_table(names: Sequence[str], lines: Iterable[Iterable[object]]) -> str:
-    """A table in Markdown, whatever stands in its cells."""
-    whole = [names, ["---"] * len(names), *lines]
-    texts = [[" ".join(str(one).split()).replace("|", "\\|") for one in line] for line in whole]
-    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
-
-
-def prose(text: str) -> str:
-    """Text in one line, in which `<class 'int'>` is no markup that a reader would not see."""
-    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", " ".join(text.split()))
+        lines.append([md.code(label), *texts, *own])
+    return md.table([*heads(tuple(found[0].differences), names), *more], lines)
 
 
 def terminal_table(title: str, found: Sequence[Row], names: Sequence[str] = STUDY) -> Table:
     """Rows of a block for the terminal; what went wrong is red."""
-    table = Table(title=title, title_justify="left", show_lines=True)
+    table = Table(title=Text(title), title_justify="left", show_lines=True)
     for position, name in enumerate(heads(tuple(found[0].differences), names)):
         left = position == 0 or name in ("teacher", "not done")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=position == 0)
+        table.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=position == 0)
     for row in found:
         *texts, wrong = cells(row, (*(name for name in names if name != "not done"), "not done"))
-        table.add_row(*texts, Text(wrong, style="red"))
+        table.add_row(*map(Text, texts), Text(wrong, style="red"))
     return table
 
 

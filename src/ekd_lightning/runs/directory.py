@@ -6,7 +6,7 @@ import contextlib
 import io
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -269,8 +269,8 @@ class RunDirectory:
             raise DamagedFileError(f"{path}: damaged (resumed is not a list)")
         return content
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What plots need and no table shows; empty without the file.
+    def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """What plots need and no table shows, or some of it by name; empty without the file.
 
         Raises:
             DamagedFileError: If it is damaged.
@@ -280,7 +280,7 @@ class RunDirectory:
             return {}
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+                return {name: file[name] for name in file.files if names is None or name in names}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise DamagedFileError(
                 f"{path}: damaged ({error}); remove it and evaluate the run again, by force"

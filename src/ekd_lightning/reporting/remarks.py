@@ -1,0 +1,198 @@
+"""Remarks on a block: the settings of EKD, its cost, its heterogeneity, and what is missing to be sure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from ekd_lightning.reporting.blocks import Block
+from ekd_lightning.reporting.estimates import (
+    SIGNIFICANCE,
+    Difference,
+    corrected,
+    interval_words,
+    listed,
+    minus,
+    plural,
+    points,
+    share,
+)
+from ekd_lightning.reporting.groups import FEW, Group, branched
+from ekd_lightning.reporting.setups import describe
+from ekd_lightning.runs.directory import RunState
+
+SUBJECT = "EKD"
+NO_EQUAL_COST = (
+    "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
+    "comes from the method or from the larger network is open."
+)
+_NUMBERS = {
+    "K": ("branches", "num_branches", "num_teachers", ("K", "split", "MACs", "parameters")),
+    "M": ("teachers", "num_teachers", "num_branches", ("M", "teachers")),
+}
+"""Of branches and teachers: their name, their field, the field of the other, and settings that follow from them."""
+_STATES = {
+    RunState.FAILED: "failed",
+    RunState.STOPPED: "were interrupted or killed",
+    RunState.RUNNING: "are still running",
+    RunState.PARTIAL: "saw a part of the data only",
+}
+
+
+def remarks(
+    block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[Difference | None]
+) -> list[str]:
+    """All remarks that the runs give reason to.
+
+    Args:
+        block: The block.
+        subject: The group of EKD that is spoken of.
+        controls: Those it was compared with, by role.
+        differences: All differences that were told.
+    """
+    siblings = [group for group in block.done if group.method == "ekd" and group.student == subject.student]
+    found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
+    found += [_cost(subject, controls.get("plain")), _ensemble(subject), *_heterogeneity(subject, controls)]
+    found += [_chance(block, subject), "" if "equal_cost" in controls else NO_EQUAL_COST]
+    pairs = [difference.n for difference in differences if difference is not None and difference.n > 1]
+    if pairs and min(pairs) < FEW:
+        found.append(
+            f"Some of these comparisons rest on n = {min(pairs)} (fewer than {FEW} pairs): their intervals presume "
+            "that differences are normal, and cannot check it."
+        )
+    states = [run.state for group in block.groups for run in group.others]
+    left = [f"{states.count(state)} {text}" for state, text in _STATES.items() if state in states]
+    found += [f"Not counted here: of the runs of this block {listed(left)}."] if left else []
+    return [sentence for sentence in found if sentence]
+
+
+def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
+    """How the group of EKD was chosen from several, itself among them."""
+    if len(siblings) < 2:
+        return ""
+    several = " and several branches" if (subject.num_branches or 1) > 1 else ""
+    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} is spoken of: it "
+    why = "has the highest validation accuracy"
+    if subject.values("val_accuracy") is None:
+        why = "comes first; validation accuracies are not recorded"
+    elif subject.n > 1 and any(group.n == 1 for group in siblings):
+        why += " of those with several runs"
+    return f"{start}{why}. The test set had no part in the choice."
+
+
+def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
+    """Accuracy over K at the subject's M, or over M at its K, where nothing else varies.
+
+    Any pair may be the one that is told of, as the best is picked by its result: p is corrected for every pair.
+    """
+    words, number, fixed, follow = _NUMBERS[letter]
+    alike: dict[int, list[Group]] = defaultdict(list)
+    for group in siblings:
+        if getattr(group, fixed) == getattr(subject, fixed) and _rest(group, follow) == _rest(subject, follow):
+            alike[getattr(group, number)].append(group)
+    alike[getattr(subject, number)] = [subject]
+    own = {count: groups[0] for count, groups in sorted(alike.items()) if len(groups) == 1}  # else teachers decide
+    means = {count: group.accuracy for count, group in own.items() if group.accuracy is not None}
+    if len(means) < 2:
+        return ""
+    best = max(means, key=lambda count: means[count].mean)
+    values = {count: group.by_seed("test_accuracy") for count, group in own.items()}
+    found = corrected({pair: minus(values[pair[0]], values[pair[1]]) for pair in combinations(own, 2)})
+    told: dict[bool | None, list[str]] = defaultdict(list)
+    for count in means:
+        if count != best:
+            told[_apart(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
+    parts = [f"highest is {letter} = {best}"]
+    parts += [f"{listed(told[True])} can be told to be lower"] if told[True] else []
+    parts += [f"{listed(told[False])} cannot be told apart from it"] if told[False] else []
+    parts += [f"not enough runs for {listed(told[None])}"] if told[None] else []
+    numbers = ", ".join(f"{letter} = {count}: {share(one.mean)} % (n = {one.n})" for count, one in means.items())
+    return f"Number of {words}: {numbers}; {', '.join(parts)}."
+
+
+def _rest(group: Group, follow: Sequence[str]) -> dict[str, object]:
+    return {name: value for name, value in group.varied.items() if name not in follow}
+
+
+def _apart(difference: Difference | None) -> bool | None:
+    """Whether two can be told apart; None without enough runs."""
+    if difference is None or difference.half is None:
+        return None
+    return difference.p_holm is not None and difference.p_holm < SIGNIFICANCE
+
+
+def _cost(subject: Group, plain: Group | None) -> str:
+    told = []
+    for key, form in (
+        ("num_parameters", "{:,.0f} parameters{}"),
+        ("macs", "{:.1f} M MACs{}"),
+        ("train_seconds", "{:.0f} s of training{}"),
+    ):
+        ours = subject.mean(key)
+        if ours is None:
+            return ""
+        theirs = plain.mean(key) if plain is not None and plain.label != subject.label else None
+        times = f" ({ours / theirs:.1f} × the plain student)" if theirs else ""
+        told.append(form.format(ours / 1e6 if key == "macs" else ours, times))
+    return f"Cost: {', '.join(told)}, which depends on what else the machine did."
+
+
+def _ensemble(subject: Group) -> str:
+    parts = []
+    for key, what in (
+        ("test_gain_over_mean_branch", "their mean"),
+        ("test_gain_over_best_branch", "the best of them on the test set"),
+    ):
+        if gain := subject.values(key):
+            parts.append(f"minus {what} {points(gain.mean)} points ({interval_words(gain)}, n = {gain.n})")
+    return f"Accuracy of the ensemble of branches {', '.join(parts)}." if parts else ""
+
+
+def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
+    """How much branches differ, and the paper's explanation: is one more like its own teacher than like others?"""
+    control = controls.get("mean_teacher")
+    told = []
+    if (subject.num_branches or 1) > 1 and (ours := subject.values("test_disagreement")):
+        text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
+        if control and (theirs := control.values("test_disagreement")):
+            text += "; where all branches imitate the mean teacher it is "
+            text += f"{share(theirs.mean)} % (n = {plural(theirs.n, 'run')})"
+        told.append(f"{text}.")
+    if ours := subject.values("test_own_teacher_cka_margin"):
+        text = (
+            "Linear CKA of a branch's features with its own teacher's minus that with the others': "
+            f"{_signed(ours.mean)} ({interval_words(ours, _signed)}, n = {plural(ours.n, 'run')})"
+        )
+        if control and (theirs := control.values("test_one_to_one_cka_margin")):
+            text += "; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
+            text += f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})"
+        told.append(f"{text}.")
+    return told
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _chance(block: Block, subject: Group) -> str:
+    """EKD with its teachers shifted differs from EKD by chance alone: its distance shows how large chance is."""
+    for group in block.done:
+        if group.method == "ekd_permuted" and _same_settings(group, subject):
+            found = minus(subject.by_seed("test_accuracy"), group.by_seed("test_accuracy"))
+            if found is None:
+                return ""
+            spread = f" ± {share(found.std)}" if found.std is not None else ""
+            return (
+                f"For the size of chance: with its teachers shifted by one branch ({group.label}), which should "
+                f"change nothing, EKD differs by {points(found.mean)}{spread} points "
+                f"(n = {plural(found.n, 'pair')} of runs)."
+            )
+    return ""
+
+
+def _same_settings(group: Group, subject: Group) -> bool:
+    """Whether students and teachers are the same, and what sets either apart from others of its method."""
+    ours, theirs = (describe(one.done[0]) for one in (subject, group))
+    names = {"student", "K", "teachers", *group.varied, *subject.varied} - {"assignment"}
+    return all(ours.get(name) == theirs.get(name) for name in names)
