@@ -157,8 +157,9 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
     path = run.on_disk.file(CURVES_FILE)
     if path is None:
         return found
+    content = read_bytes(path)
     try:
-        rows = csv.DictReader(io.StringIO(read_bytes(path).decode(), newline=""))
+        rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
         if not rows.fieldnames and run.state != "done":  # it ended before its first epoch did
             return found
         if "epoch" not in (rows.fieldnames or ()):
@@ -169,7 +170,7 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
             for name, text in row.items():
                 if text and row["epoch"]:
                     found[name][int(float(row["epoch"])) + 1] = float(text)
-    except (OSError, ValueError, OverflowError, csv.Error) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise DamagedFileError(f"{path}: damaged ({error}); its curves are left out") from None
     return found
 
