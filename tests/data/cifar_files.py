@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ekd_lightning.data.cifar_official import CifarSpec, Layout, OfficialFile, cifar_spec
+from ekd_lightning.data.cifar import CifarSpec, Layout, OfficialFile, cifar_spec
 
 
 @dataclasses.dataclass

@@ -10,8 +10,7 @@ import pytest
 import torch
 from cifar_files import make_tiny, python_bytes
 
-from ekd_lightning.data.cifar import find_cifar, read_cifar
-from ekd_lightning.data.cifar_official import cifar_spec, read_pickled_dict
+from ekd_lightning.data.cifar import cifar_spec, find_cifar, read_cifar, read_pickled_dict
 from ekd_lightning.errors import UserError
 
 NAMES = ["cifar10", "cifar100"]

@@ -17,7 +17,7 @@ def plain_epochs(datamodule, epochs):
         datamodule.dataset.train, datamodule.subset.train_index, datamodule.views, datamodule.batch_size, 3
     )
     for epoch in epochs:
-        loader.sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         for rows in loader:
             yield epoch, gather_batch(datamodule.dataset.train.images, rows, datamodule.views)
 

@@ -20,7 +20,7 @@ FIELDS = ("labels", "index", "view", "valid")
 
 
 def epoch(loader: TrainLoader, number: int) -> list[IndexBatch]:
-    loader.sampler.set_epoch(number)
+    loader.set_epoch(number)
     return list(loader)
 
 
@@ -48,8 +48,6 @@ def test_batches_follow_order_and_views():
     assert torch.equal(torch.cat([batch.view for batch in batches]), epoch_views(5, 7, index, 50))
     assert torch.equal(torch.cat([batch.labels for batch in batches]), TRAIN.labels[index])
     assert all(batch.valid.all() and batch.valid.dtype == torch.bool for batch in batches)
-    assert list(loader.sampler) == epoch_order(5, 7, INDEX).tolist()
-    assert len(loader.sampler) == 60
 
 
 def test_no_image_is_left_out_for_good():

@@ -23,7 +23,7 @@ KINDS = {"mixup": Mixing(mixup=0.4), "cutmix": Mixing(cutmix=1.0), "both": Mixin
 
 def epoch(number: int, mixing: Mixing | None, views=VIEWS, size=12, **processes) -> list[Batch]:
     loader = TrainLoader(TRAIN, INDEX, views, size, seed=5, mixing=mixing, **processes)
-    loader.sampler.set_epoch(number)
+    loader.set_epoch(number)
     return [gather_batch(TRAIN.images, rows, views) for rows in loader]
 
 
@@ -53,7 +53,7 @@ def test_what_a_batch_holds(kind):
     """Every row against the formula, from the unmixed batch of the same epoch."""
     plain = epoch(2, None)
     loader = TrainLoader(TRAIN, INDEX, VIEWS, 12, seed=5, mixing=KINDS[kind])
-    loader.sampler.set_epoch(2)
+    loader.set_epoch(2)
     for rows, batch, unmixed in zip(loader, epoch(2, KINDS[kind]), plain, strict=True):
         mix = rows.mix
         assert sorted(mix.index.tolist()) == sorted(rows.index.tolist())  # within the batch, each once

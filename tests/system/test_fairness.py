@@ -41,7 +41,7 @@ def rows_sha256(parts, epochs=(0, 1)) -> str:
     for epoch in epochs:
         loader = data.train_dataloader()
         assert isinstance(loader, TrainLoader)
-        loader.sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         for batch in loader:
             digest.update(batch.index.numpy().tobytes() + batch.view.numpy().tobytes())
     return digest.hexdigest()

@@ -82,7 +82,7 @@ def test_batches_are_those_of_torchvision_one_image_at_a_time(tiny_settings):
     prepared = prepare(tiny_settings(), "cpu")
     images, padding, P = prepared.dataset.train.images, 2, 5
     loader = TrainLoader(prepared.dataset.train, prepared.subset.train_index, prepared.views, 32, seed=3)
-    loader.sampler.set_epoch(4)
+    loader.set_epoch(4)
     for rows in loader:
         batch = gather_batch(images, rows, prepared.views)
         for image, index, view in zip(batch.images, rows.index, rows.view, strict=True):

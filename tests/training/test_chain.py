@@ -110,7 +110,7 @@ def by_hand(settings, spec, teachers):
     network = build_network(spec)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     loader = data.train_dataloader()
-    loader.sampler.set_epoch(0)
+    loader.set_epoch(0)
     for rows in loader:
         images = data.training_images(rows.index, rows.view, torch.device("cpu"))
         with torch.no_grad():

@@ -32,7 +32,7 @@ class GraphLoop:
             weight_names=tuple(bare.method.terms),
         )
         bare.student.train()
-        bare.loader.sampler.set_epoch(0)
+        bare.loader.set_epoch(0)
         images_of = partial(bare.prepared.datamodule.training_images, device=job.device)
         labels, index, view = bare.loader.epoch()
         bare.source.prepare_epoch(index.flatten(), view.flatten(), images_of, {(): index.numel()})

@@ -233,8 +233,8 @@ class BareLoop:
             self._epoch(epoch)
 
     def _epoch(self, epoch: int) -> None:
-        self.loader.sampler.set_epoch(epoch)
-        index, view = self.loader.rows()
+        self.loader.set_epoch(epoch)
+        _, index, view = (values.flatten() for values in self.loader.epoch())
         gather = partial(self.prepared.datamodule.training_images, device=self.job.device)
         self.source.prepare_epoch(index, view, gather, {(): len(index)})
         half = self.job.settings.trainer.get("precision") == "bf16-mixed"

@@ -4,7 +4,7 @@ from ekd_lightning.data.augmentations import Augmentation, augmentation_names, r
 from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.loader import Batch, EpochSampler, EvalLoader, IndexBatch, TrainLoader, gather_batch
+from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.mixing import Mix, Mixing
 from ekd_lightning.data.order import Draws, epoch_order, epoch_views, hash_uniform_u64
 from ekd_lightning.data.subset import Subset, choose_subset
@@ -16,7 +16,6 @@ __all__ = [
     "CropFlip",
     "Dataset",
     "Draws",
-    "EpochSampler",
     "EvalLoader",
     "Identity",
     "ImageSet",

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ekd_lightning.data.cifar import find_cifar, read_cifar
-from ekd_lightning.data.cifar_official import CIFAR_NAMES, cifar_spec
+from ekd_lightning.data.cifar import CIFAR_NAMES, cifar_spec, find_cifar, read_cifar
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64

@@ -76,7 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
             mixing=self.mixing,
         )
         # Lightning's overfit_batches means the same batches again and again; it cannot see into this loader.
-        loader.sampler.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
+        loader.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
         return loader
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:

@@ -19,8 +19,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from ekd_lightning.data.cifar import checked_bytes, find_cifar
-from ekd_lightning.data.cifar_official import CifarSpec, Layout, cifar_spec
+from ekd_lightning.data.cifar import CifarSpec, Layout, checked_bytes, cifar_spec, find_cifar
 from ekd_lightning.errors import UserError, one_line
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ loaders are plain iterables, which Lightning neither wraps nor re-creates; they 
 
     loader = TrainLoader(train_set, subset.train_index, views, batch_size=128, seed=0)
     for epoch in range(epochs):
-        loader.sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         for rows in loader:
             batch = gather_batch(images_on_device, rows, views)
 """
@@ -68,40 +68,6 @@ class IndexBatch(NamedTuple):
     mix: Mix | None = None
 
 
-class EpochSampler:
-    """The order of the images in the epoch that was set last.
-
-    Lightning calls `loader.sampler.set_epoch(epoch)` before every epoch, also after a resume.
-
-    Args:
-        index: int64 [N], positions in the whole training set.
-        seed: The run's seed.
-    """
-
-    def __init__(self, index: Tensor, seed: int) -> None:
-        self.index, self.seed, self.epoch = index, seed, 0
-        self.frozen = False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, 0, 1, ...; without effect while `frozen`."""
-        if not self.frozen:
-            self.epoch = epoch
-
-    def order(self) -> Tensor:
-        """int64 [N], the positions in this epoch's order."""
-        return epoch_order(self.seed, self.epoch, self.index)
-
-    def views(self, index: Tensor, num_views: int) -> Tensor:
-        """int64, this epoch's view of each position in `index`."""
-        return epoch_views(self.seed, self.epoch, index, num_views)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order().tolist())
-
-
 def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
     """Checks that a global batch size fits the images and the processes.
 
@@ -159,29 +125,27 @@ class TrainLoader:
         mixing: Mixing | None = None,
     ) -> None:
         check_batch_size(batch_size, len(index), world_size)
-        self.sampler = EpochSampler(index, seed)
+        self.index, self.seed, self.number, self.frozen = index, seed, 0, False
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self._labels, self._num_views = image_set.labels, views.num_views
         self._num_classes, self._image_shape = image_set.num_classes, image_set.images.shape[2:]
         self._mixing = mixing or None  # one that mixes nothing is none
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.batch_size
+        return len(self.index) // self.batch_size
 
-    def rows(self, num_batches: int | None = None) -> tuple[Tensor, Tensor]:
-        """What this process will see in the epoch that was set last, before any image is made.
+    @property
+    def sampler(self) -> TrainLoader:
+        """This loader: Lightning calls `loader.sampler.set_epoch(epoch)` before every epoch, also after a resume."""
+        return self
 
-        Args:
-            num_batches: The first so many batches; None for all.
-
-        Returns:
-            index and view, both int64 [N], batch by batch.
-        """
-        index, view = self._batches()
-        return index[:num_batches].flatten(), view[:num_batches].flatten()
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, 0, 1, ...; without effect while `frozen`."""
+        if not self.frozen:
+            self.number = epoch
 
     def epoch(self, num_batches: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """All batches of this process in the epoch that was set last.
+        """What this process will see in the epoch that was set last, before any image is made.
 
         Args:
             num_batches: The first so many batches; None for all.
@@ -189,32 +153,26 @@ class TrainLoader:
         Returns:
             labels, index and view, each int64 [batches, images in a batch].
         """
-        index, view = (values[:num_batches] for values in self._batches())
+        places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
+        index, view = self._shown(places[:num_batches])
         return self._labels[index], index, view
 
-    def _batches(self) -> tuple[Tensor, Tensor]:
-        """Index and view of this process, int64 [batches, images in a batch]."""
-        global_batches = self.sampler.order()[: len(self) * self.batch_size].view(len(self), self.batch_size)
-        index = global_batches[:, self.rank :: self.world_size].contiguous()
-        return index, self.sampler.views(index.flatten(), self._num_views).view_as(index)
+    def _shown(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Index and view of this process's share of global batches, given as places in the epoch's order."""
+        index = epoch_order(self.seed, self.number, self.index)[places[:, self.rank :: self.world_size]].contiguous()
+        return index, epoch_views(self.seed, self.number, index.flatten(), self._num_views).view_as(index)
 
     def __iter__(self) -> Iterator[IndexBatch]:
-        index, view = self._batches()
-        labels, valid = self._labels[index], torch.ones_like(index, dtype=torch.bool)
-        if self._mixing is None:
-            yield from map(IndexBatch, labels, index, view, valid)
-        else:
-            yield from map(IndexBatch, labels, index, view, valid, self._mixes(labels))
+        labels, index, view = self.epoch()
+        rows = labels, index, view, torch.ones_like(index, dtype=torch.bool)
+        yield from map(IndexBatch, *rows) if self._mixing is None else map(IndexBatch, *rows, self._mixes(labels))
 
     def _mixes(self, labels: Tensor) -> Iterator[Mix]:
         """What each batch of this process is mixed with; partners come from its whole global batch."""
         assert self._mixing is not None
-        seed, epoch = self.sampler.seed, self.sampler.epoch
-        rows = self._mixing.partners(seed, epoch, len(self), self.batch_size)
-        global_batches = self.sampler.order()[: rows.numel()].view_as(rows)
-        index = global_batches.gather(1, rows)[:, self.rank :: self.world_size].contiguous()
-        view = self.sampler.views(index.flatten(), self._num_views).view_as(index)
-        shares = self._mixing.shares(seed, epoch, len(self), *self._image_shape)
+        rows = self._mixing.partners(self.seed, self.number, len(self), self.batch_size)
+        index, view = self._shown(torch.arange(len(self))[:, None] * self.batch_size + rows)
+        shares = self._mixing.shares(self.seed, self.number, len(self), *self._image_shape)
         for number, (share, box) in enumerate(shares):
             partner_labels = self._labels[index[number]]
             soft = mix_labels(labels[number], partner_labels, self._num_classes, share)

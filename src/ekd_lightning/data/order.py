@@ -25,19 +25,9 @@ STREAM_POOL = 5
 STREAM_MIX = 6
 STREAM_PARTNER = 8  # 7 is taken by training.trainer
 
-_MASK = (1 << 64) - 1
-
-
-def _splitmix64(x: UInt64Array) -> UInt64Array:
-    """One output of splitmix64 (Steele, Lea, Flood 2014) from the state x; a bijection of 64 bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
 
 def splitmix64(x: Tensor) -> Tensor:
-    """One output of splitmix64 from each state, on the tensor's device.
+    """One output of splitmix64 (Steele, Lea, Flood 2014) from each state, on the tensor's device; a bijection.
 
     Args:
         x: int64, any shape; the 64 bits are taken as unsigned, since torch computes little in uint64.
@@ -52,6 +42,8 @@ def splitmix64(x: Tensor) -> Tensor:
 
 
 def _signed(bits: int) -> int:
+    """The low 64 bits as torch holds them."""
+    bits &= (1 << 64) - 1
     return bits - (1 << 64) if bits >> 63 else bits
 
 
@@ -108,10 +100,10 @@ def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) ->
         uint64 [N]: sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. Distinct indices
         give distinct numbers.
     """
-    key = np.zeros(1, dtype=np.uint64)  # an array, since only arrays wrap around without a warning
+    key = torch.zeros((), dtype=torch.int64)
     for part in (stream, seed, epoch):
-        key = _splitmix64(key ^ np.uint64(int(part) & _MASK))
-    return _splitmix64(key ^ np.asarray(index).astype(np.uint64))
+        key = splitmix64(key ^ _signed(int(part)))
+    return splitmix64(key ^ torch.from_numpy(np.array(index, dtype=np.int64))).numpy().view(np.uint64)
 
 
 def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:

@@ -196,12 +196,12 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
 
 def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
     """Index and view of every epoch of the run."""
-    index = prepared.subset.train_index
-    recipe = settings.recipe
-    loader = TrainLoader(prepared.dataset.train, index, prepared.views, recipe.batch_size, settings.seed)
+    recipe, subset = settings.recipe, prepared.subset
+    loader = TrainLoader(prepared.dataset.train, subset.train_index, prepared.views, recipe.batch_size, settings.seed)
     for epoch in range(recipe.epochs):
-        loader.sampler.set_epoch(epoch)
-        yield loader.rows()
+        loader.set_epoch(epoch)
+        _, index, view = (values.flatten() for values in loader.epoch())
+        yield index, view
 
 
 def _views(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:

@@ -143,7 +143,7 @@ class Distiller(ImageClassificationModule):
         if source is None:
             return
         batches = self._batches_to_come()
-        index, view = loader.rows(batches)
+        _, index, view = (values.flatten() for values in loader.epoch(batches))
         source.plan(len(index) * self.recipe.epochs)
         asked: Counter[tuple[str, ...]] = Counter()
         for batch in range(batches):
