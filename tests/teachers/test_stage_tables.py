@@ -11,7 +11,6 @@ import torch
 from tutors import PLAIN, VIEWS, N, gather, make_batch, same, tutors
 from tutors import tabled as plain_tabled
 
-from ekd_lightning.errors import UserError
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers import rows
@@ -106,19 +105,6 @@ def test_a_damaged_stage_row_is_computed_again(ensemble, tmp_path):
     assert same(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
 
 
-def test_without_a_folder_stages_are_live_with_one_warning(ensemble, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    batch = make_batch([2, 9], [3, 3])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        source = tabled(ensemble, blocked)
-        found = [source.ask(batch, STAGES) for _ in range(2)]
-    assert len([w for w in caught if "cannot be kept" in str(w.message)]) == 1
-    assert same(found[0], found[1])
-    assert (source.hits, source.misses) == (0, 8)
-
-
 def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
     live = prepare(tiny_settings(FITNET), "cpu")
     assert not live.source.tables
@@ -158,12 +144,6 @@ def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_
     run = train(tmp_path / "run", *words, "teachers.table_stages=true", f"teachers.store={tmp_path / 's'}")
     assert run.code == 0, run.err
     assert prepared == [128, 128]
-
-
-def test_tables_that_would_not_fit_are_refused_where_required(tiny_settings):
-    small = "teachers.table_budget_gb=0.001"
-    with pytest.raises(UserError, match=r"teachers\.table=require.*budget"):
-        prepare(tiny_settings(FITNET, "teachers.table_stages=true", "teachers.table=require", small), "cpu")
 
 
 def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp_path):

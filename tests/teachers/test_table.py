@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,15 +91,12 @@ def test_round_trip_equals_float16_rounding(tmp_path):
 
 
 def test_holes_are_absent_and_zero_outputs_present(tmp_path):
-    table = TeacherTable(tmp_path, KEY)
-    index, view = every_row()
-    assert not table.read(index, view)[1].any()
-    assert table.disk_bytes() == 0
-    table.write(index, view, zeros(len(index)))
-    found, present = table.read(index, view)
+    table, rows = TeacherTable(tmp_path, KEY), every_row()
+    assert (count(table), table.disk_bytes()) == (0, 0)
+    table.write(*rows, zeros(len(rows[0])))
+    found, present = table.read(*rows)
     assert present.all()
-    assert not found["logits"].any()
-    assert not found["pooled"].any()
+    assert not any(column.any() for column in found.values())
 
 
 def test_the_check_value_of_a_written_row_is_never_that_of_a_hole():
@@ -147,13 +145,6 @@ def test_nothing_is_read_ahead(tmp_path):
     flags = [line.split() for one in mappings for line in one.splitlines() if line.startswith("VmFlags")]
     assert len(mappings) == 1
     assert "rr" in flags[0]  # "random read advise provided", proc(5)
-
-
-def test_an_empty_batch_is_fine(tmp_path):
-    none = np.zeros(0, np.int64)
-    table = TeacherTable(tmp_path, KEY)
-    table.write(none, none, zeros(0))
-    assert table.read(none, none)[1].shape == (0,)
 
 
 @pytest.mark.parametrize(("index", "view"), [(-1, 0), (N, 0), (0, -1), (0, V)])
@@ -250,36 +241,27 @@ def test_a_torn_row_is_absent(tmp_path, part):
         assert assert_right(table) == KEY.num_rows - 1
 
 
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def _lengthen(path: Path) -> None:
-    os.truncate(path, path.stat().st_size + 1)
-
-
-def _empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def _alter_sidecar(path: Path) -> None:
+def change_sidecar(path: Path, change: Callable[[bytes], bytes]) -> None:
     sidecar = path.with_suffix(".json")
-    sidecar.write_text(sidecar.read_text().replace("a" * 64, "c" * 64))
+    sidecar.write_bytes(change(sidecar.read_bytes()))
 
 
-def _break_sidecar(path: Path) -> None:
-    path.with_suffix(".json").write_bytes(b"\xff{")
+DAMAGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "described otherwise": lambda path: change_sidecar(path, lambda text: text.replace(b"a" * 64, b"c" * 64)),
+    "a list": lambda path: change_sidecar(path, lambda text: b"[]"),
+    "no text": lambda path: change_sidecar(path, lambda text: b"\xff{"),
+    "not described": lambda path: path.with_suffix(".json").unlink(),
+}
 
 
-def _lose_sidecar(path: Path) -> None:
-    path.with_suffix(".json").unlink()
-
-
-@pytest.mark.parametrize("damage", [_truncate, _lengthen, _empty, _alter_sidecar, _break_sidecar, _lose_sidecar])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_table_is_named_and_built_anew(tmp_path, damage):
-    table = filled(tmp_path)
-    damage(table.path)
-    with pytest.warns(RuntimeWarning, match=table.path.name):
+    path = filled(tmp_path).path
+    DAMAGES[damage](path)
+    with pytest.warns(RuntimeWarning, match=path.name):
         again = TeacherTable(tmp_path, KEY)
     assert assert_right(again) == 0
     with warnings.catch_warnings():
@@ -298,7 +280,7 @@ def test_a_builder_killed_half_way_leaves_nothing_to_trust(tmp_path):
 
 def test_a_file_cut_short_while_open_is_an_error_not_a_crash(tmp_path):
     table = filled(tmp_path)
-    _empty(table.path)
+    os.truncate(table.path, 0)
     with pytest.raises(OSError, match="cut short"):
         assert_right(table)
 

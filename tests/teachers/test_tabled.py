@@ -112,28 +112,36 @@ def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
     assert source.hit_rate == 0.0
 
 
-def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("stages", [(), ("stage2",)])
+def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path, ahead, stages):
     (tmp_path / "file").write_text("not a folder")
     batch = make_batch([1, 2], [0, 1])
     with pytest.warns(RuntimeWarning, match="teachers run live") as caught:
-        source = tabled(ensemble, tmp_path / "file" / "tables")
+        source = tabled(ensemble, tmp_path / "file" / "tables", keep_stages=stages)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = [source.ask(batch) for _ in range(2)]
+        if ahead:
+            source.prepare_epoch(batch.index, batch.view, gather, {stages: 2})
+        results = [source.ask(batch, stages) for _ in range(2)]
     assert same(results[0], results[1])
-    assert same(results[0], tabled(ensemble, tmp_path / "tables").ask(batch))
-    assert (source.hits, source.misses) == (0, 8)
+    assert same(results[0], tabled(ensemble, tmp_path / "tables", keep_stages=stages).ask(batch, stages))
+    assert (source.hits, source.misses) == (0, 4 if ahead else 8)
 
 
-def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, monkeypatch):
-    source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
-    source.ask(known)
-
+@pytest.fixture
+def full_disk(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    return lambda: monkeypatch.setattr(os, "pwrite", full)
+
+
+def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, full_disk):
+    source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
+    source.ask(known)
+    full_disk()
     with pytest.warns(RuntimeWarning, match="No space left") as caught:
         results = [source.ask(unknown) for _ in range(2)]
     assert len(caught) == 1
@@ -361,33 +369,22 @@ def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_pa
     assert warm.hit_rate == 1.0
 
 
-def test_a_disk_that_fills_behind_the_training_costs_one_warning(ensemble, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_disk_that_fills_behind_the_training_costs_one_warning(ensemble, tmp_path, full_disk):
+    batch = make_batch([9], [4])
+    expected = tabled(ensemble, tmp_path / "other").ask(batch)
+    source, index = tabled(ensemble, tmp_path), torch.arange(N)
 
     def two_epochs():
         for view in (index % V, index % 5):
             source.prepare_epoch(index, view, gather, {(): N})
             source.flush()
 
-    batch = make_batch([9], [4])
-    expected = tabled(ensemble, tmp_path / "other").ask(batch)
-    source, index = tabled(ensemble, tmp_path), torch.arange(N)
-    monkeypatch.setattr(os, "pwrite", full)
+    full_disk()
     with pytest.warns(RuntimeWarning, match="No space left") as caught:
         two_epochs()
     assert len(caught) == 1
     assert not source.keeping
     assert same(source.ask(batch), expected)
-
-
-def test_an_epoch_ahead_without_a_disk(ensemble, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    batch = make_batch([4, 2], [1, 0])
-    with pytest.warns(RuntimeWarning, match="teachers run live"):
-        source = tabled(ensemble, tmp_path / "file" / "tables")
-    source.prepare_epoch(batch.index, batch.view, gather, {(): 2})
-    assert same(source.ask(batch), tabled(ensemble, tmp_path / "tables").ask(batch))
 
 
 def test_mixed_images_are_refused(ensemble, tmp_path):
