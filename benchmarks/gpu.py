@@ -30,11 +30,11 @@ import gpu_page
 import gpu_shared
 import torch
 
-from ekd_lightning.bench.graph_loop import GraphLoop
-from ekd_lightning.bench.ours import Fitted
-from ekd_lightning.bench.parts import Bench, fastest_plain, started, worker_counts
-from ekd_lightning.bench.step_profile import kernel_shares
-from ekd_lightning.bench.timing import seconds_of
+from ekd_lightning.bench.ours import BareLoop, Clock
+from ekd_lightning.bench.parts import Bench, fastest_plain, worker_counts
+from ekd_lightning.bench.plain import CarefulLoop, PlainLoop
+from ekd_lightning.bench.step_profile import time_shares
+from ekd_lightning.bench.timing import rate_of, seconds_of
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.files import write_json
@@ -103,14 +103,14 @@ class Part:
         return Bench(settings, prepared.dataset, teachers, device, rounds, steps, workers=worker_counts(device))
 
 
-def steady(fitted: Fitted) -> dict[str, Any]:
+def steady(clock: Clock) -> dict[str, Any]:
     """What a training says of its speed once it runs: the first epoch warms up."""
-    later = fitted.epoch_rates[1:] or fitted.epoch_rates
+    later = clock.epoch_rates[1:] or clock.epoch_rates
     return {
         "images_per_second": statistics.median(later),
-        "by_epoch": fitted.epoch_rates,
-        "seconds_to_first_step": fitted.clock.first_step,
-        "seconds_between_epochs": fitted.clock.between,
+        "by_epoch": clock.epoch_rates,
+        "seconds_to_first_step": clock.first_step,
+        "seconds_between_epochs": clock.between,
     }
 
 
@@ -133,7 +133,7 @@ def plain(part: Part) -> dict[str, Any]:
 def careful(part: Part, mode: str) -> dict[str, Any]:
     """(b) The loop of a careful user, compiled in this mode, with a worker for each core."""
     bench = part.bench()
-    loop = bench.careful(bench.job(), max(bench.workers), mode)
+    loop = CarefulLoop(bench.job(), max(bench.workers), mode)
     seconds = seconds_of(loop.step, loop.device)
     part.told({"seconds_to_first_step": seconds})
     part.turn()
@@ -156,9 +156,9 @@ def ours(part: Part, form: str) -> dict[str, Any]:
         part.turn()
     else:
         part.turn()
-        found["cold"] = steady(job.fit())
+        found["cold"] = steady(job.fit().clock)
         part.told(found)
-    return {**found, "warm": steady(job.fit())}
+    return {**found, "warm": steady(job.fit().clock)}
 
 
 def graph(part: Part) -> dict[str, Any]:
@@ -172,18 +172,19 @@ def graph(part: Part) -> dict[str, Any]:
     for form, compile_ in {"captured": "never", "captured and compiled": "always"}.items():
         student = replace(job.settings.student, compile="never" if part.tiny else compile_)
         start = time.perf_counter()
-        loop = GraphLoop(replace(job, settings=replace(job.settings, student=student)))
+        loop = BareLoop(replace(job, settings=replace(job.settings, student=student)))
+        loop.start_epoch(0)
         loop.run(10)
         seconds = time.perf_counter() - start
-        rates = [loop.images_per_second(steps) for _ in range(bench.rounds)]
+        images = steps * job.settings.recipe.batch_size
         found[form] = {
-            "images_per_second": statistics.median(rates),
+            "images_per_second": rate_of(partial(loop.run, steps), images, bench.device, bench.rounds)(),
             "seconds_to_first_step": seconds,
             "graphs": loop.num_graphs,
         }
         part.told(found)
         if not part.tiny:
-            found[form]["profile"] = kernel_shares(partial(loop.run, 50))
+            found[form]["profile"] = time_shares(partial(loop.run, 50), bench.device)
             part.told(found)
     return found
 
@@ -199,7 +200,7 @@ def teachers(part: Part) -> dict[str, Any]:
     for m, identity in enumerate(bench.teachers.identities):
         frozen.ask(m, images)
         ask = partial(frozen.ask, m, images)
-        found[identity.id] = count / statistics.median(seconds_of(ask, bench.device) for _ in range(10))
+        found[identity.id] = rate_of(ask, count, bench.device, 10)()
     return {"images_per_second": found, "chunk": count, "format": frozen.numeric_format}
 
 
@@ -208,9 +209,10 @@ def maps(part: Part, method: str) -> dict[str, Any]:
     bench = part.bench(f"method={method}", "method.teacher=null", "student.compile=never", "capture=auto")
     job = bench.job().with_store(part.folder)
     part.turn()
-    found: dict[str, Any] = {"ours": steady(job.fit())}
+    found: dict[str, Any] = {"ours": steady(job.fit().clock)}
     part.told(found)
-    loop, _ = started(bench.plain(job, max(bench.workers) if not part.tiny else 0))
+    loop = PlainLoop(job, max(bench.workers) if not part.tiny else 0)
+    loop.started()
     rates = [loop.images_per_second(bench.plain_steps) for _ in range(bench.rounds)]
     loop.close()
     return {**found, "plain": {"images_per_second": statistics.median(rates)}}

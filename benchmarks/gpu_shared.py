@@ -46,7 +46,7 @@ def timed_command(words: tuple[str, ...], folder: Path, store: Path) -> dict[str
     own = [
         f"hydra.run.dir={folder / 'run'}",
         f"teachers.store={store}",
-        "+callbacks.moments._target_=ekd_lightning.bench.ours.Moments",
+        "+callbacks.moments._target_=ekd_lightning.bench.ours.Clock",
         f"+callbacks.moments.file={moments}",
     ]
     began = time.time()

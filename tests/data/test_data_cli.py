@@ -15,7 +15,7 @@ def nothing_loaded(monkeypatch):
 
 
 def test_digits(capsys, tmp_path):
-    assert main(["digits", "--root", str(tmp_path)]) == 0
+    main(["digits", "--root", str(tmp_path)])
     out = capsys.readouterr().out
     for part in ("bundled with scikit-learn", "1437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
         assert part in out
@@ -23,7 +23,9 @@ def test_digits(capsys, tmp_path):
 
 
 def test_users_error_is_one_line(capsys, tmp_path):
-    assert main(["digts", "--root", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["digts", "--root", str(tmp_path)])
+    assert caught.value.code == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("ekd-data: error: unknown data set 'digts'; did you mean 'digits'?")
     assert captured.err.count("\n") == 1
@@ -53,7 +55,7 @@ def test_as_a_module(tmp_path):
 
 @pytest.mark.assets
 def test_real_cifar(capsys, real_root):
-    assert main(["cifar10", "--root", str(real_root)]) == 0
+    main(["cifar10", "--root", str(real_root)])
     out = capsys.readouterr().out
     assert str(real_root / "cifar-10-batches-bin") in out
     assert "50000 for training, 10000 for testing" in out

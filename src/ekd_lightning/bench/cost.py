@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ekd_lightning.bench.machine import matmul_peak
 from ekd_lightning.bench.parts import Bench
-from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.bench.timing import matmul_peak, rate_of, summary, take_turns
 from ekd_lightning.config.overrides import override
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
+
+_FORMS = ("plain", "folded", "compiled")
 
 
 class _Mean(nn.Module):
@@ -35,52 +36,34 @@ class _Mean(nn.Module):
         return torch.stack([a[0] if isinstance(a, tuple) else a for a in answers]).mean(0)
 
 
+@torch.no_grad()
 def inference(bench: Bench) -> dict[str, Any]:
     """(e) The student against each teacher and the ensemble of all: batch 1 and 128, plain, folded, compiled."""
     student = bench.job().prepared().student.to(bench.device).eval()
     networks = list(bench.teachers.to(bench.device).members)
     dtype = teacher_dtype("auto", bench.device.type)
     folded = [FrozenNetwork(network, dtype=dtype) for network in networks]
-    names = [identity.id for identity in bench.teachers.identities]
-    plain: dict[str, nn.Module] = {"student": student, **dict(zip(names, networks, strict=True))}
-    fast: dict[str, nn.Module] = {
-        "student": FrozenStudent(student, dtype=dtype),
-        **dict(zip(names, folded, strict=True)),
-    }
-    plain["teacher ensemble"], fast["teacher ensemble"] = _Mean(list(networks)), _Mean(list(folded))
+    names = ["student", *(identity.id for identity in bench.teachers.identities), "teacher ensemble"]
+    plain: dict[str, nn.Module] = dict(zip(names, (student, *networks, _Mean([*networks])), strict=True))
+    fast = dict(zip(names, (FrozenStudent(student, dtype=dtype), *folded, _Mean([*folded])), strict=True))
     result: dict[str, Any] = {"unit": "images/s", "format": str(dtype).removeprefix("torch."), "batches": {}}
+    over = result["student_over_ensemble_in_the_same_form"] = {}
     for batch in (1, 128):
         images = bench.dataset.test.images[:batch].float().div(255).to(bench.device)
         ways: dict[str, Callable[[], float]] = {}
         for name, network in plain.items():
             compiled = compiled_or_not(fast[name], options={"freezing": True})
-            forms: dict[str, Callable[..., object]] = {"plain": network, "folded": fast[name], "compiled": compiled}
-            for form, module in forms.items():
-                ways[f"{name}, {form}"] = _forward_rate(module, images, bench.device)
+            for form, module in zip(_FORMS, (network, fast[name], compiled), strict=True):
+                ways[f"{name}, {form}"] = rate_of(partial(module, images), batch, bench.device)
         rates = take_turns(ways, bench.rounds)
-        rows = summary(rates, "teacher ensemble, plain")
-        result["batches"][str(batch)] = rows
-        result.setdefault("student_over_ensemble_in_the_same_form", {})[str(batch)] = {
-            form: statistics.median(
-                a / b for a, b in zip(rates[f"student, {form}"], rates[f"teacher ensemble, {form}"], strict=True)
-            )
-            for form in ("plain", "folded", "compiled")
+        result["batches"][str(batch)] = summary(rates, "teacher ensemble, plain")
+        over[str(batch)] = {
+            form: summary(rates, f"teacher ensemble, {form}")[f"student, {form}"]["ratio"] for form in _FORMS
         }
         torch.compiler.reset()
     result["parameters"] = {name: count_parameters(module) for name, module in plain.items()}
     result["macs"] = {name: count_macs(module, bench.dataset.image_size) for name, module in plain.items()}
     return result
-
-
-def _forward_rate(module: Callable[..., object], images: torch.Tensor, device: torch.device) -> Callable[[], float]:
-    def forward() -> None:
-        with torch.no_grad():
-            module(images)
-
-    def measure() -> float:
-        return len(images) / statistics.median(seconds_of(forward, device) for _ in range(5))
-
-    return measure
 
 
 _CHILD = """
@@ -90,10 +73,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
-def memory(overrides: Sequence[str]) -> dict[str, Any]:
-    """(f) Peak resident memory of an `ekd-train` with these overrides: one epoch, in a process of its own."""
+def memory(bench: Bench) -> dict[str, Any]:
+    """(f) Peak resident memory of an `ekd-train` with the same overrides: one epoch, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [*overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
+        words = [*bench.overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
         command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
@@ -127,18 +110,23 @@ def growth(bench: Bench) -> dict[str, Any]:
     return result
 
 
-def peak_share(bench: Bench, warm_images_per_second: float, teacher_rates: dict[str, float]) -> dict[str, Any]:
-    """(h) Share of the measured matrix-product peak; a training step counts three forward passes."""
-    peaks = {
-        name: matmul_peak(dtype, bench.device)
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16))
-    }
+def peak_share(bench: Bench, teachers: dict[str, Any], epoch: dict[str, Any]) -> dict[str, Any]:
+    """(h) Share of the measured matrix-product peak; a training step counts three forward passes.
+
+    Args:
+        bench: What is measured.
+        teachers: What part b found.
+        epoch: What part c found.
+    """
+    formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    peaks = {name: matmul_peak(dtype, bench.device) for name, dtype in formats.items()}
     format_ = str(teacher_dtype("auto", bench.device.type)).removeprefix("torch.")
-    student = bench.job().prepared().student
-    macs = {i.id: count_macs(n) for i, n in zip(bench.teachers.identities, bench.teachers.members, strict=True)}
+    work = {"student_training": 3 * count_macs(bench.job().prepared().student) * epoch["rates"]["warm table"]["median"]}
+    for identity, network in zip(bench.teachers.identities, bench.teachers.members, strict=True):
+        rate = teachers["teachers"][identity.id]["rates"]["auto folded, compiled"]["median"]
+        work[f"teacher {identity.id}"] = count_macs(network) * rate
     return {
         "peak_gmacs": {name: value / 1e9 for name, value in peaks.items()},
         "format": format_,
-        "student_training": 3 * count_macs(student) * warm_images_per_second / peaks[format_],
-        **{f"teacher {name}": macs[name] * rate / peaks[format_] for name, rate in teacher_rates.items()},
+        **{name: macs / peaks[format_] for name, macs in work.items()},
     }

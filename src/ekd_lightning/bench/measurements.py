@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,22 +15,20 @@ from ekd_lightning.bench.parts import Bench, worker_counts
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import keep_freed_memory, resolve_precision
 from ekd_lightning.training.pool import gather_teachers
 
 _GPU_MINUTES = 3.0
 
 
-def make_bench(overrides: Sequence[str], *, epochs: int, rounds: int, plain_steps: int, minutes: float | None) -> Bench:
+def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, **counts: Any) -> Bench:
     """Prepares what all parts measure.
 
     Args:
         overrides: As for ekd-train.
         epochs: Of every training.
-        rounds: Counted rounds of every comparison.
-        plain_steps: Steps of the plain loop in a round.
         minutes: Nothing begins after so long; None for no limit, three minutes on a GPU.
+        **counts: Fields of `Bench` that say how often and how much is measured.
 
     Raises:
         UserError: For a job that the plain loop cannot do.
@@ -61,75 +59,58 @@ def make_bench(overrides: Sequence[str], *, epochs: int, rounds: int, plain_step
         prepared.dataset,
         gather_teachers(prepared.teachers).to(device),
         device,
-        rounds=rounds,
-        plain_steps=plain_steps,
         workers=worker_counts(device),
+        overrides=tuple(overrides),
         began=began,
         deadline=began + 60 * limit,
+        **counts,
     )
 
 
-def measure(
-    key: str,
-    bench: Bench,
-    overrides: Sequence[str],
-    found: dict[str, Any],
-    *,
-    sweep_fraction: float | None,
-    sweep_epochs: int,
-) -> dict[str, Any]:
+_PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "a": parts.loader_alone,
+    "b": parts.teachers_alone,
+    "c": parts.epoch,
+    "d": parts.sweep,
+    "e": cost.inference,
+    "f": cost.memory,
+    "g": cost.growth,
+    "i": parts.overhead,
+    "p": step_profile.step_profile,
+}
+
+
+def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
     """Measures one part.
 
     Args:
         key: Its letter.
         bench: From `make_bench`.
-        overrides: As for ekd-train.
         found: What earlier parts measured; what this one needs of others is added.
-        sweep_fraction: Share of the data for the parts that train often; None for that of the settings.
-        sweep_epochs: Epochs of their trainings.
 
     Returns:
         The part's numbers, for a table and JSON.
     """
-    if key in "dgi":
-        bench = replace(bench, settings=_smaller(bench.settings, overrides, key, sweep_fraction, sweep_epochs))
-    if key == "d":
-        return parts.sweep(bench)
-    if key == "h":
-        for needed, also in (("b", parts.teachers_alone), ("c", parts.epoch)):
-            if needed not in found:
-                found[needed] = also(bench)
-        teachers = {
-            name: row["rates"]["auto folded, compiled"]["median"] for name, row in found["b"]["teachers"].items()
-        }
-        return cost.peak_share(bench, found["c"]["rates"]["warm table"]["median"], teachers)
-    if key == "f":
-        return cost.memory(overrides)
-    parts_by_letter = {
-        "a": parts.loader_alone,
-        "b": parts.teachers_alone,
-        "c": parts.epoch,
-        "e": cost.inference,
-        "g": cost.growth,
-        "i": parts.overhead,
-        "p": step_profile.step_profile,
-    }
-    return parts_by_letter[key](bench)
+    if key != "h":
+        return _PARTS[key](_smaller(bench, key) if key in "dgi" else bench)
+    for needed in "bc":
+        if needed not in found:
+            found[needed] = _PARTS[needed](bench)
+    return cost.peak_share(bench, found["b"], found["c"])
 
 
-def _smaller(settings: Settings, overrides: Sequence[str], key: str, fraction: float | None, epochs: int) -> Settings:
-    """The settings for the parts that train often; the sweep compiles when ekd-train would."""
-    data, recipe = settings.data, settings.recipe
-    if fraction is not None:
-        data = replace(data, fraction=fraction, per_class=None)
-    if key == "g":
-        return replace(settings, data=data)
-    recipe = replace(recipe, epochs=epochs)
-    trainer = {**settings.trainer, "max_epochs": epochs}
-    settings = replace(settings, data=data, recipe=recipe, trainer=trainer)
+def _smaller(bench: Bench, key: str) -> Bench:
+    """The bench for the parts that train often; the sweep compiles when ekd-train would."""
+    settings, epochs = bench.settings, bench.sweep_epochs
+    if bench.sweep_fraction is not None:
+        data = replace(settings.data, fraction=bench.sweep_fraction, per_class=None)
+        settings = replace(settings, data=data)
+    if key != "g":
+        recipe = replace(settings.recipe, epochs=epochs)
+        settings = replace(settings, recipe=recipe, trainer={**settings.trainer, "max_epochs": epochs})
     if key == "d":
-        chosen = compose_settings(*overrides)
+        chosen = compose_settings(*bench.overrides)
         teachers = replace(settings.teachers, compile=chosen.teachers.compile)
         student = replace(settings.student, compile=chosen.student.compile)
         settings = replace(settings, teachers=teachers, student=student)
-    return settings
+    return replace(bench, settings=settings)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +13,11 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from ekd_lightning.bench.timing import seconds_of
-from ekd_lightning.data.loader import TrainLoader, gather_batch
+from ekd_lightning.data.loader import Batch, TrainLoader, gather_batch
+from ekd_lightning.errors import quiet
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.run import make_distiller
@@ -28,6 +27,7 @@ from ekd_lightning.tracking.loggers import MetricsCsv
 from ekd_lightning.training.checkpoints import checkpoint_callbacks
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import memory_format
+from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues
 from ekd_lightning.training.steps import make_optimizer
 from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer
 
@@ -40,14 +40,12 @@ class Fitted(NamedTuple):
         module: The trained module.
         seconds: What the rate is over.
         clock: When its parts began and ended.
-        epoch_rates: Images per second of each epoch; the first pays for compiling and capturing.
     """
 
     images_per_second: float
     module: Distiller
     seconds: float
     clock: Clock
-    epoch_rates: list[float]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Job:
     """
 
     settings: Settings
-    teachers: TeacherEnsemble | None
+    teachers: TeacherEnsemble
     device: torch.device
 
     def prepared(self) -> Prepared:
@@ -85,44 +83,55 @@ class Job:
         """
         prepared = self.prepared()
         module = make_distiller(self.settings, prepared, self.teachers)
-        report, clock = EpochReport(self.settings.recipe.batch_size), Clock()
-        rates = _EpochRates(report)
+        report = EpochReport(self.settings.recipe.batch_size)
+        clock = Clock()
         validates = prepared.datamodule.num_val_images > 0 and self.settings.trainer.get("limit_val_batches") != 0
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            checkpoints = checkpoint_callbacks(Path(folder), with_best=validates)
-            callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, rates, *checkpoints, *also]
-            trainer = build_trainer(
-                self.settings.trainer,
-                Path(folder),
-                [MetricsCsv(Path(folder) / "metrics.csv")],
-                callbacks,
-                in_sweep=True,
-            )
+        loud = ("pytorch_lightning", "lightning_fabric", "ekd_lightning")
+        with tempfile.TemporaryDirectory() as name, quiet(*loud):
+            folder = Path(name)
+            checkpoints = checkpoint_callbacks(folder, with_best=validates)
+            callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, *checkpoints, *also]
+            curves = MetricsCsv(folder / "metrics.csv")
+            trainer = build_trainer(self.settings.trainer, folder, [curves], callbacks, in_sweep=True)
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
         assert trainer.should_stop or trainer.current_epoch == self.settings.recipe.epochs
         seconds = clock.seconds if whole else report.train_seconds
-        return Fitted(report.images_seen / seconds, module, seconds, clock, rates.rates)
+        return Fitted(report.images_seen / seconds, module, seconds, clock)
 
 
 class Clock(pl.Callback):
-    """When the parts of a training began and ended; must be the first callback.
+    """When the parts of a training began and ended; as the first callback, what others do counts, too.
+
+    Args:
+        file: Where a process tells the one that started it when its first and its last step ended: JSON with
+            `first_step` and `last_step`, seconds since 1970; None tells nobody.
 
     Attributes:
         seconds: From the beginning of the first epoch to the end of the training.
         first_step: Seconds from the callback's making to the end of the first step.
         between: Seconds between the last step of an epoch and the next epoch, without the validation's.
+        epoch_rates: Images per second of each epoch; the first pays for compiling and capturing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: str | None = None) -> None:
+        self._file = None if file is None else Path(file)
         self.seconds = self.first_step = 0.0
         self.between: list[float] = []
+        self.epoch_rates: list[float] = []
         self._made = time.perf_counter()
-        self._since = self._last_step = self._validation = self._validating = 0.0
+        self._since = self._epoch = self._last_step = self._validation = self._validating = 0.0
+        self._told: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock of the training."""
         self._since = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends the time between two epochs."""
+        self._epoch = time.perf_counter()
+        if trainer.current_epoch and self._last_step:
+            self.between.append(self._epoch - self._last_step - self._validation)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -130,10 +139,13 @@ class Clock(pl.Callback):
         """Notes the end of the first step, and of an epoch's last one."""
         if self.first_step and not trainer.is_last_batch:
             return
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
+        _synchronize(pl_module)
         self._last_step, self._validation = time.perf_counter(), 0.0
-        self.first_step = self.first_step or self._last_step - self._made
+        if not self.first_step:
+            self.first_step, self._told["first_step"] = self._last_step - self._made, time.time()
+        if trainer.is_last_batch:
+            images = (batch_idx + 1) * trainer.datamodule.batch_size  # type: ignore[attr-defined]
+            self.epoch_rates.append(images / (self._last_step - self._epoch))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes when a validation begins."""
@@ -143,125 +155,88 @@ class Clock(pl.Callback):
         """Adds the validation's time."""
         self._validation += time.perf_counter() - self._validating
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ends the time between two epochs."""
-        if trainer.current_epoch and self._last_step:
-            self.between.append(time.perf_counter() - self._last_step - self._validation)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock."""
+        """Stops the clock, and tells."""
         self.seconds = time.perf_counter() - self._since
+        _synchronize(pl_module)
+        if self._file:
+            self._file.write_text(json.dumps({**self._told, "last_step": time.time()}))
 
 
-class Moments(pl.Callback):
-    """Writes when the first and the last training step of a run ended, for who started its process.
-
-    Args:
-        file: JSON with `first_step` and `last_step`, seconds since 1970.
-    """
-
-    def __init__(self, file: str) -> None:
-        self._file = Path(file)
-        self._found: dict[str, float] = {}
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Notes the first step's end."""
-        if not self._found:
-            self._note("first_step", pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Notes the training's end, and writes."""
-        self._note("last_step", pl_module)
-        self._file.write_text(json.dumps(self._found))
-
-    def _note(self, name: str, module: pl.LightningModule) -> None:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
-        self._found[name] = time.time()
-
-
-class _EpochRates(pl.Callback):
-    """Images per second of each epoch, as the report's clock has them; follows the report."""
-
-    def __init__(self, report: EpochReport) -> None:
-        self._report = report
-        self._seconds, self._images = 0.0, 0
-        self.rates: list[float] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the epoch that ended."""
-        seconds, images = self._report.train_seconds, self._report.images_seen
-        self.rates.append((images - self._images) / max(seconds - self._seconds, 1e-9))
-        self._seconds, self._images = seconds, images
+def _synchronize(module: pl.LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
 
 
 class BareLoop:
-    """The same kernels, images, teacher tables and optimiser in a `for` loop, without Lightning."""
+    """The step of a run, with its images, teacher tables and optimiser, in a `for` loop without Lightning.
+
+    On CUDA the step is one graph, elsewhere the same step as it is.
+
+    Args:
+        job: What to train; the weights of its terms and its assignment must be the same in all steps.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.job, settings = job, job.settings
-        prepared = self.prepared = job.prepared()
-        self.memory_format = memory_format(prepared.student, settings.channels_last)
-        self.student = prepared.student.to(job.device).to(memory_format=self.memory_format)
+        settings, prepared = job.settings, job.prepared()
+        self._device, self._batch_size = job.device, settings.recipe.batch_size
+        self._half = settings.trainer.get("precision") == "bf16-mixed"
+        self._format = memory_format(prepared.student, settings.channels_last)
+        self.student = prepared.student.to(job.device).to(memory_format=self._format)
         self.method = prepared.method.to(job.device)
-        assert job.teachers is not None
         self.source = prepared.source.open(job.teachers.to(job.device))
-        self.images = prepared.dataset.train.images.to(job.device)
-        self.loader = TrainLoader(
-            prepared.dataset.train,
-            prepared.subset.train_index,
-            prepared.views,
-            settings.recipe.batch_size,
-            settings.seed,
-        )
+        train, views = prepared.dataset.train, prepared.views
+        self._gather_all = partial(prepared.datamodule.training_images, device=job.device)
+        self.loader = TrainLoader(train, prepared.subset.train_index, views, self._batch_size, settings.seed)
         parameters = [*self.student.parameters(), *self.method.parameters()]
-        self.optimizer, self.schedule = make_optimizer(parameters, settings.recipe, len(self.loader), fused=True)
-        self.forward = self.student.outputs
+        optimizer, self._schedule = make_optimizer(parameters, settings.recipe, len(self.loader), fused=True)
+        self._forward = self.student.outputs
         if settings.student.compile == "always":
             stages = tuple(self.method.student_stages)
-            self.forward = compiled_or_not(lambda images: self.student.outputs(images, stages))
+            self._forward = compiled_or_not(lambda images: self.student.outputs(images, stages))
+        self._step = RecordedStep(
+            device=job.device,
+            optimizer=optimizer,
+            gather=partial(gather_batch, train.images.to(job.device), views=views),
+            loss=self._loss,
+            weight_names=tuple(self.method.terms),
+        )
+        self._done = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """Recorded graphs; 0 where none can be, or before the warm-up is over."""
+        return self._step.num_graphs
 
     def images_per_second(self, epochs: int) -> float:
         """The rate over some epochs, the first of the seed."""
-        seconds = seconds_of(lambda: self._epochs(epochs), self.job.device)
-        return epochs * len(self.loader) * self.job.settings.recipe.batch_size / seconds
+        return epochs * len(self.loader) * self._batch_size / seconds_of(partial(self._epochs, epochs), self._device)
 
     def _epochs(self, count: int) -> None:
         for epoch in range(count):
-            self._epoch(epoch)
+            self.start_epoch(epoch)
+            self.run(len(self.loader))
 
-    def _epoch(self, epoch: int) -> None:
-        self.loader.set_epoch(epoch)
-        _, index, view = (values.flatten() for values in self.loader.epoch())
-        gather = partial(self.prepared.datamodule.training_images, device=self.job.device)
-        self.source.prepare_epoch(index, view, gather, {(): len(index)})
-        half = self.job.settings.trainer.get("precision") == "bf16-mixed"
+    def start_epoch(self, epoch: int) -> None:
+        """Gets an epoch's rows and the teachers' answers to them."""
         self.student.train()
-        for rows in self.loader:
-            batch = gather_batch(self.images, rows, self.prepared.views)
-            batch = batch._replace(images=batch.images.contiguous(memory_format=self.memory_format))
-            with torch.autocast(self.job.device.type, torch.bfloat16, enabled=half):
-                output = self.forward(batch.images)
-                result = self.method(output, self.source.ask(batch), batch, epoch=epoch)
-            self.optimizer.zero_grad()
-            result.total.backward()
-            self.optimizer.step()
-            self.schedule.step()
+        self.loader.set_epoch(epoch)
+        labels, index, view = self.loader.epoch()
+        self.source.prepare_epoch(index.flatten(), view.flatten(), self._gather_all, {(): index.numel()})
+        weights = self.method.weights_at(0.0)
+        row = torch.tensor([weights[name] for name in self.method.terms])
+        self._step.start_epoch(EpochRows(labels, index, view, row.expand(len(index), -1).contiguous()), 1)
 
+    def run(self, steps: int) -> None:
+        """Goes on by so many steps of the epoch that was started last."""
+        for _ in range(steps):
+            self._step.run(self._done % len(self.loader), self._done, "all terms")
+            self._schedule.step()
+            self._done += 1
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what Lightning says about itself."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "ekd_lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    def _loss(self, batch: Batch, values: StepValues) -> tuple[Tensor, list[Tensor]]:
+        batch = batch._replace(images=batch.images.contiguous(memory_format=self._format))
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half, cache_enabled=False):
+            taught = self.source.ask(batch)
+            result = self.method(self._forward(batch.images), taught, batch, weights=values.weights, step_t=values.step)
+        return result.total, [result.total]

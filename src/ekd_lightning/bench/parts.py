@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,15 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ekd_lightning.bench.ours import BareLoop, Job
-from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers, plain_loader
-from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers
+from ekd_lightning.bench.timing import rate_of, summary, take_turns
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
-from ekd_lightning.pipeline.prepare import Prepared
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
@@ -40,6 +36,9 @@ class Bench:
         rounds: Counted rounds of every comparison.
         plain_steps: Steps of the plain loop in a round; its speed does not change over an epoch.
         workers: Numbers of loader workers that are tried for the plain loop.
+        overrides: What the settings were composed from, as for ekd-train.
+        sweep_fraction: Share of the data for the parts that train often; None for that of the settings.
+        sweep_epochs: Epochs of their trainings.
         began: What `time.perf_counter` said when the benchmark began.
         deadline: What `time.perf_counter` says when no further reference or part may begin.
     """
@@ -51,6 +50,9 @@ class Bench:
     rounds: int = 3
     plain_steps: int = 30
     workers: tuple[int, ...] = (0, 1, 2)
+    overrides: tuple[str, ...] = ()
+    sweep_fraction: float | None = None
+    sweep_epochs: int = 3
     began: float = 0.0
     deadline: float = math.inf
 
@@ -65,24 +67,6 @@ class Bench:
         settings = settings or self.settings
         pool = replace(settings.teachers, count=count)
         return Job(replace(settings, teachers=pool), chosen, self.device)
-
-    def plain(self, job: Job, workers: int) -> PlainLoop:
-        """The plain loop of a job."""
-        loader, prepared, teachers = self._plain_parts(job, workers, pin=False)
-        return PlainLoop(loader, prepared.student, prepared.method, teachers, self.device)
-
-    def careful(self, job: Job, workers: int, mode: str = "default") -> CarefulLoop:
-        """The loop of a careful user, compiled in this mode."""
-        loader, prepared, teachers = self._plain_parts(job, workers, pin=self.device.type == "cuda")
-        return CarefulLoop(loader, prepared.student, prepared.method, teachers, self.device, mode)
-
-    def _plain_parts(
-        self, job: Job, workers: int, *, pin: bool
-    ) -> tuple[DataLoader[tuple[Tensor, int]], Prepared, TeacherEnsemble]:
-        prepared = job.prepared()
-        index, size = prepared.subset.train_index, job.settings.recipe.batch_size
-        assert job.teachers is not None
-        return plain_loader(self.dataset.train, index, size, workers, pin=pin), prepared, job.teachers
 
 
 def worker_counts(device: torch.device) -> tuple[int, ...]:
@@ -102,17 +86,15 @@ def loader_alone(bench: Bench) -> dict[str, Any]:
     images = bench.dataset.train.images.to(bench.device)
     ours = TrainLoader(bench.dataset.train, index, prepared.views, batch_size, seed=0)
 
-    def measure_plain() -> float:
-        return best_workers(bench.dataset.train, index, batch_size, (best,), 2 * bench.plain_steps)[best]
+    def epoch() -> None:
+        for rows in ours:
+            gather_batch(images, rows, prepared.views)
 
-    def measure_ours() -> float:
-        def epoch() -> None:
-            for rows in ours:
-                gather_batch(images, rows, prepared.views)
-
-        return len(ours) * batch_size / seconds_of(epoch, bench.device)
-
-    found = take_turns({"plain": measure_plain, "views in memory": measure_ours}, bench.rounds)
+    ways = {
+        "plain": lambda: best_workers(bench.dataset.train, index, batch_size, (best,), 2 * bench.plain_steps)[best],
+        "views in memory": rate_of(epoch, len(ours) * batch_size, bench.device, repeats=1),
+    }
+    found = take_turns(ways, bench.rounds)
     return {"unit": "images/s", "workers": rates, "best_workers": best, "rates": summary(found, "plain")}
 
 
@@ -136,7 +118,9 @@ def teachers_alone(bench: Bench) -> dict[str, Any]:
         start = time.perf_counter()
         ready["auto folded, compiled"].ask(m, batch)
         compile_seconds = time.perf_counter() - start
-        ways = {name: _rate(partial(frozen.ask, m, batch), len(batch), bench.device) for name, frozen in ready.items()}
+        ways = {
+            name: rate_of(partial(frozen.ask, m, batch), len(batch), bench.device) for name, frozen in ready.items()
+        }
         rates = summary(take_turns(ways, bench.rounds), "float32 eager")
         plain, fast = (
             torch.cat([ready[name].ask(m, part).logits for part in test.split(128)])
@@ -165,36 +149,21 @@ def agreement(plain: Tensor, fast: Tensor, temperature: float = 4.0) -> dict[str
     }
 
 
-def _rate(work: Callable[[], object], count: int, device: torch.device, repeats: int = 5) -> Callable[[], float]:
-    def measure() -> float:
-        return count / statistics.median(seconds_of(work, device) for _ in range(repeats))
-
-    return measure
-
-
 CAREFUL = {"careful plain": "default", "careful plain, reduce-overhead": "reduce-overhead"}
 """What the loops of a careful user are called, and their modes of `torch.compile`."""
 _COMPILE_SECONDS = 60  # of a careful loop on a GPU
 
 
-def started(loop: PlainLoop) -> tuple[PlainLoop, float]:
-    """A loop after its first step, and the seconds that this took: starting workers, and compiling."""
-    seconds = seconds_of(loop.step, loop.device)
-    for _ in range(2 * loop.loader.num_workers):  # what lies ready would pass for speed
-        loop.step()
-    return loop, seconds
-
-
 def fastest_plain(bench: Bench, job: Job) -> tuple[PlainLoop, float, dict[int, float]]:
     """The plain loop with the best number of workers, the seconds to its first step, and all rates."""
-    loops = {workers: started(bench.plain(job, workers)) for workers in bench.workers}
+    loops = {workers: PlainLoop(job, workers) for workers in bench.workers}
+    seconds = {workers: loop.started() for workers, loop in loops.items()}
     steps = max(3, bench.plain_steps // 3)
-    tried = {workers: loop.images_per_second(steps) for workers, (loop, _) in loops.items()}
+    tried = {workers: loop.images_per_second(steps) for workers, loop in loops.items()}
     best = max(tried, key=tried.__getitem__)
-    for workers, (loop, _) in loops.items():
-        if workers != best:
-            loop.close()
-    return (*loops[best], tried)
+    for workers in tried.keys() - {best}:
+        loops[workers].close()
+    return loops[best], seconds[best], tried
 
 
 def careful_epoch(bench: Bench, job: Job, plain: PlainLoop) -> tuple[dict[str, Any], dict[str, float | str]]:
@@ -212,7 +181,9 @@ def careful_epoch(bench: Bench, job: Job, plain: PlainLoop) -> tuple[dict[str, A
             starts[name] = "no time left"
             continue
         try:
-            loops[name], starts[name] = started(bench.careful(job, plain.loader.num_workers, mode))
+            loop = CarefulLoop(job, plain.loader.num_workers, mode)
+            starts[name] = loop.started()
+            loops[name] = loop
         except Exception as error:  # no compiler, or one that fails: many kinds
             starts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not loops:
@@ -301,20 +272,15 @@ def sweep(bench: Bench) -> dict[str, Any]:
     """
     counts, branches = range(1, bench.teachers.num_teachers + 1), (1, 2, 3)
     plain_seconds, jobs = 0.0, []
-    rates = best_workers(
-        bench.dataset.train,
-        bench.job().prepared().subset.train_index,
-        bench.settings.recipe.batch_size,
-        bench.workers,
-        bench.plain_steps,
-    )
+    index, size = bench.job().prepared().subset.train_index, bench.settings.recipe.batch_size
+    rates = best_workers(bench.dataset.train, index, size, bench.workers, bench.plain_steps)
     workers = max(rates, key=rates.__getitem__)
     for count in counts:
         for number in branches:
             student = replace(bench.settings.student, branches=number)
             job = bench.job(replace(bench.settings, student=student), count)
             jobs.append(job)
-            loop = bench.plain(job, workers)
+            loop = PlainLoop(job, workers)
             loop.step()
             images = len(job.prepared().subset.train_index) * job.settings.recipe.epochs
             plain_seconds += images / loop.images_per_second(max(3, bench.plain_steps // 3))

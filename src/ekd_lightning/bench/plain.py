@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from ekd_lightning.bench.ours import Job
 from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 
@@ -83,25 +84,27 @@ class PlainLoop:
     """Trains a student under live teachers, in float32.
 
     Args:
-        loader: Images and labels.
-        student: The student; trained by SGD with Nesterov momentum.
-        method: The loss: the same as the other side's.
-        teachers: The frozen teachers.
-        device: Where to compute.
+        job: What to train, by SGD with Nesterov momentum; the loss is the same as the other side's.
+        workers: Of the loader.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[tuple[Tensor, int]],
-        student: BranchedStudent,
-        method: Method,
-        teachers: TeacherEnsemble,
-        device: torch.device,
-    ) -> None:
-        self.loader, self.device = loader, device
-        self.student, self.method, self.teachers = student.to(device), method.to(device), teachers.to(device)
-        self.networks = _PlainNetworks(student, teachers)
-        parameters = [*student.parameters(), *method.parameters()]
+    memory_format = torch.preserve_format
+    pinned = False
+    """Whether batches lie where a copy to an accelerator need not wait."""
+
+    def __init__(self, job: Job, workers: int) -> None:
+        prepared, self.device = job.prepared(), job.device
+        self.loader = plain_loader(
+            prepared.dataset.train,
+            prepared.subset.train_index,
+            job.settings.recipe.batch_size,
+            workers,
+            pin=self.pinned and job.device.type == "cuda",
+        )
+        self.student, self.method = prepared.student.to(job.device), prepared.method.to(job.device)
+        self.teachers = job.teachers.to(job.device)
+        self.networks = _PlainNetworks(self.student, self.teachers)
+        parameters = [*self.student.parameters(), *self.method.parameters()]
         self.optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
         self._batches = self._endless()
 
@@ -111,7 +114,9 @@ class PlainLoop:
 
     def next_batch(self) -> Batch:
         """The loader's next batch, on the device."""
-        images, labels = (tensor.to(self.device) for tensor in next(self._batches))
+        images, labels = next(self._batches)
+        images = images.to(self.device, non_blocking=self.pinned, memory_format=self.memory_format)
+        labels = labels.to(self.device, non_blocking=self.pinned)
         nothing = torch.zeros_like(labels)
         return Batch(images, labels, nothing, nothing, nothing.bool())
 
@@ -132,14 +137,17 @@ class PlainLoop:
         loss.backward()
         self.optimizer.step()
 
-    def _steps(self, count: int) -> None:
-        for _ in range(count):
+    def started(self) -> float:
+        """Takes the first steps: seconds to the first one, for which workers start and what compiles is compiled."""
+        seconds = seconds_of(self.step, self.device)
+        for _ in range(2 * self.loader.num_workers):  # what lies ready would pass for speed
             self.step()
+        return seconds
 
     def images_per_second(self, steps: int) -> float:
         """The rate over some steps, the loader included."""
         self.teachers.to(self.device)  # Lightning takes them off the device when a fit of the other side ends
-        seconds = seconds_of(lambda: self._steps(steps), self.device)
+        seconds = seconds_of(lambda: [self.step() for _ in range(steps)], self.device)
         return steps * int(self.loader.batch_size or 1) / seconds
 
     def close(self) -> None:
@@ -158,27 +166,19 @@ class CarefulLoop(PlainLoop):
     """The same loop as a careful user writes it: channels-last, autocast to bfloat16, torch.compile, pinned batches.
 
     Args:
-        loader: Images and labels, pinned where the device is no processor.
-        student: The student.
-        method: The loss.
-        teachers: The frozen teachers, copied.
-        device: Where to compute.
+        job: What to train; the teachers are copied.
+        workers: Of the loader.
         mode: Of `torch.compile`; "reduce-overhead" makes graphs of the compiled parts on CUDA.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[tuple[Tensor, int]],
-        student: BranchedStudent,
-        method: Method,
-        teachers: TeacherEnsemble,
-        device: torch.device,
-        mode: str = "default",
-    ) -> None:
-        super().__init__(loader, student, method, copy.deepcopy(teachers), device)
+    memory_format = torch.channels_last
+    pinned = True
+
+    def __init__(self, job: Job, workers: int, mode: str = "default") -> None:
+        super().__init__(replace(job, teachers=copy.deepcopy(job.teachers)), workers)
         self.student.to(memory_format=torch.channels_last)
         self.teachers.to(memory_format=torch.channels_last)
-        stages, taught_stages = tuple(method.student_stages), tuple(method.teacher_stages)
+        stages, taught_stages = tuple(self.method.student_stages), tuple(self.method.teacher_stages)
         network, members = self.student, list(self.teachers.members)
 
         def student_outputs(images: Tensor) -> StudentOutput:
@@ -192,14 +192,6 @@ class CarefulLoop(PlainLoop):
         self._student_outputs = torch.compile(student_outputs, **options)
         self._ask = [torch.compile(partial(member_outputs, member), **options) for member in members]
         self._stages = taught_stages
-
-    def next_batch(self) -> Batch:
-        """The loader's next batch, on the device; the copy of a pinned one does not wait."""
-        images, labels = next(self._batches)
-        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(self.device, non_blocking=True)
-        nothing = torch.zeros_like(labels)
-        return Batch(images, labels, nothing, nothing, nothing.bool())
 
     def loss(self, batch: Batch) -> Tensor:
         """The total of the method; networks compute in bfloat16."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench
+from ekd_lightning.bench.timing import seconds_of
 
 GROUPS = {
     "convolutions, backward": ("convolution_backward",),
@@ -38,7 +38,6 @@ KERNELS = {
 """What a CUDA kernel's name contains; the first group that fits counts."""
 
 OTHER = "everything else"
-_EPOCHS = 1
 
 
 def step_profile(bench: Bench) -> dict[str, Any]:
@@ -50,17 +49,9 @@ def step_profile(bench: Bench) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         loop = BareLoop(bench.job().with_store(Path(folder)))
-        loop.images_per_second(_EPOCHS)  # fills the table and compiles
-        rate = loop.images_per_second(_EPOCHS)
-        activities = [ProfilerActivity.CPU]
-        on_gpu = bench.device.type == "cuda"
-        if on_gpu:
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as recorded:
-            loop.images_per_second(_EPOCHS)
-    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {event.key: float(getattr(event, field)) for event in recorded.key_averages()}
-    shares = by_group(times)
+        loop.images_per_second(1)  # fills the table and compiles
+        rate = loop.images_per_second(1)
+        shares = time_shares(lambda: loop.images_per_second(1), bench.device)["shares"]
     convolutions = shares["convolutions, backward"] + shares["convolutions, forward"]
     return {
         "unit": "images/s",
@@ -70,35 +61,34 @@ def step_profile(bench: Bench) -> dict[str, Any]:
     }
 
 
-def kernel_shares(work: Callable[[], object], most: int = 15) -> dict[str, Any]:
-    """Shares of the time on a GPU by group of kernels, also of work that replays graphs.
+def time_shares(work: Callable[[], object], device: torch.device, most: int = 15) -> dict[str, Any]:
+    """Shares of the time by group of kernels, also of work that replays graphs; of operators on a processor.
 
     Args:
-        work: What to look at; called twice, the second time under the profiler.
-        most: How many single kernels to name.
+        work: What to look at, warm by now.
+        device: Where it computes.
+        most: How many single kernels or operators to name.
 
     Returns:
         Shares in [0, 1] by group, the largest kernels in microseconds with their number of calls, and the share of
         the elapsed time in which any kernel ran.
     """
-    work()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    events = [event for event in recorded.key_averages() if event.device_type == DeviceType.CUDA]
-    times = {event.key: float(event.self_device_time_total) for event in events}
-    largest = sorted(events, key=lambda event: -event.self_device_time_total)[:most]
+    on_gpu = device.type == "cuda"
+    kind, groups = (DeviceType.CUDA, KERNELS) if on_gpu else (DeviceType.CPU, GROUPS)
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        seconds = seconds_of(work, device)
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in recorded.key_averages() if event.device_type == kind]
+    events.sort(key=lambda event: -getattr(event, field))
+    times = {event.key: float(getattr(event, field)) for event in events}
     return {
-        "shares": by_group(times, KERNELS),
+        "shares": by_group(times, groups),
         "busy": sum(times.values()) / 1e6 / seconds,
-        "kernels": [[e.key[:120], float(e.self_device_time_total), int(e.count)] for e in largest],
+        "kernels": [[event.key[:120], times[event.key], int(event.count)] for event in events[:most]],
     }
 
 
-def by_group(times: dict[str, float], groups: Mapping[str, tuple[str, ...]] = GROUPS) -> dict[str, float]:
+def by_group(times: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
     """Shares of the whole time in [0, 1], by group; name of an operator or kernel -> its own time."""
     sums = dict.fromkeys([*groups, OTHER], 0.0)
     for name, value in times.items():

@@ -1,4 +1,4 @@
-"""Fair timings: the ways take turns, so that a machine whose speed drifts is unfair to none of them."""
+"""Timings that are fair: the ways take turns, so that a machine whose speed drifts is unfair to none of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+_PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
@@ -22,6 +24,21 @@ def seconds_of(work: Callable[[], object], device: torch.device | None = None) -
 def _wait(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def rate_of(
+    work: Callable[[], object], count: int, device: torch.device | None = None, repeats: int = 5
+) -> Callable[[], float]:
+    """What measures a rate: `count` over the median seconds of the work, repeated so often each time it is asked."""
+    return lambda: count / statistics.median(seconds_of(work, device) for _ in range(repeats))
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    """Best multiply-accumulates a second of a square matrix product in this format, of several tries."""
+    n = _PEAK_SIZES.get(device.type, 2048)
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    torch.mm(left, right)
+    return max(n**3 / seconds_of(lambda: torch.mm(left, right), device) for _ in range(repeats))
 
 
 def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import one_line, print_table
+from ekd_lightning.config.edge import make_parser, print_table, run_command
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 
 PROGRAM = "ekd-bench"
@@ -41,18 +41,9 @@ Overrides are those of ekd-train. Nothing else should run on the machine meanwhi
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-bench`.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Measure the plain way and this package's in turn, on the same work.\n\nparts:\n"
-        + "\n".join(f"  {key}  {text}" for key, text in PARTS.items()),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Entry point of `ekd-bench`."""
+    what = "Measure the plain way and this package's in turn, on the same work.\n\nparts:\n"
+    parser = make_parser(PROGRAM, what + "\n".join(f"  {key}  {text}" for key, text in PARTS.items()), EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--parts", help=f"letters of the parts (default: all; on a GPU {GPU_PARTS})")
     parser.add_argument("--minutes", type=float, help="begin nothing after so long (default: no limit; on a GPU 3)")
@@ -62,13 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep-fraction", type=float, help="share of the data for parts d, g and i")
     parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i")
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
-    args = parser.parse_args(argv)
-    unknown = [letter for letter in args.parts or "" if letter not in PARTS]
-    if unknown or args.rounds < 1 or args.plain_steps < 1:
-        parser.error(f"--parts {args.parts} --rounds {args.rounds}: parts are {', '.join(PARTS)}; at least 1 round")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with one_line(PROGRAM):
-        bench(args)
+    run_command(parser, bench, argv)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -77,13 +62,17 @@ def bench(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake.
     """
+    unknown = [letter for letter in args.parts or "" if letter not in PARTS]
+    if unknown or args.rounds < 1 or args.plain_steps < 1:
+        words = f"--parts {args.parts} --rounds {args.rounds} --plain-steps {args.plain_steps}"
+        raise UserError(f"{words}: parts are {', '.join(PARTS)}; at least 1 round and step")
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.runs.provenance import provenance  # noqa: PLC0415
 
     quiet_libraries()
-    context = make_bench(
-        args.overrides, epochs=args.epochs, rounds=args.rounds, plain_steps=args.plain_steps, minutes=args.minutes
-    )
+    names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs")
+    counts = {name: getattr(args, name) for name in names}
+    context = make_bench(args.overrides, epochs=args.epochs, minutes=args.minutes, **counts)
     on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
         "origin": provenance(),
@@ -98,23 +87,17 @@ def bench(args: argparse.Namespace) -> None:
             continue
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        found[key] = measure(
-            key, context, args.overrides, found, sweep_fraction=args.sweep_fraction, sweep_epochs=args.sweep_epochs
-        )
+        found[key] = measure(key, context, found)
         found["seconds"][key] = time.perf_counter() - start
-        _show(key, found[key])
+        heads = ("what", "median", "min", "max", "ratio")
+        print_table(f"({key}) {PARTS[key]}", heads, _rows("", found[key]), left=("what",), width=_WIDTH)
         print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)
 
 
-def _show(key: str, numbers: dict[str, Any]) -> None:
-    """One table per part; nested groups become rows."""
-    heads = ("what", "median", "min", "max", "ratio")
-    print_table(f"({key}) {PARTS[key]}", heads, _rows("", numbers), left=("what",), width=_WIDTH)
-
-
 def _rows(name: str, value: Any) -> Iterator[tuple[str, ...]]:
+    """Rows of a part's table; nested groups become rows."""
     if isinstance(value, dict) and "median" in value:
         numbers = (f"{value[field]:,.0f}" for field in ("median", "min", "max"))
         yield (name, *numbers, f"{value['ratio']:.2f}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from ekd_lightning.config.config import register_schema
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.config.overrides import anchored, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
@@ -38,14 +36,10 @@ _ONLY_WITH_RUNS = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Run methods × fractions × seeds as one resumable study, and compare them in one table.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-compare`; exit code 1 if a run failed or is missing, 2 for a user's mistake."""
+    what = "Run methods × fractions × seeds as one resumable study, and compare them in one table."
+    parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--methods", help="rows: a method, or method@network for a plain student, e.g. ce,ekd")
     parser.add_argument("--fractions", help="shares of the training images (default: that of the settings)")
@@ -59,23 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument("--print-jobs", action="store_true", help="print the commands of what would be run")
     parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-compare`; exit code 1 if a run failed or is missing, 2 for a user's mistake.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = make_parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
-    register_schema()
-    with one_line(PROGRAM):
-        complete = run_compare(args)
-    if not complete:
-        sys.exit(1)
+    run_command(parser, run_compare, argv)
 
 
 def run_compare(args: argparse.Namespace) -> bool:
@@ -91,6 +69,8 @@ def run_compare(args: argparse.Namespace) -> bool:
     from ekd_lightning.studies import comparison  # noqa: PLC0415
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
+    register_schema()
     folder = args.output.absolute()
     old = read_study(folder)
     if args.report_only:

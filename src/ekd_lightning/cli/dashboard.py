@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.errors import UserError
 
 PROGRAM = "ekd-dashboard"
@@ -22,33 +22,17 @@ Runs get there by logger=wandb, those made offline by `make wandb-sync`. docs/da
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Save a workspace, or a report, with panels for distillation runs in a W&B project.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-dashboard`; exit code 2 for a user's mistake."""
+    what = "Save a workspace, or a report, with panels for distillation runs in a W&B project."
+    parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("--entity", required=True, help="user or team")
     parser.add_argument("--project", default="ekd-lightning", help="default: ekd-lightning")
     parser.add_argument("--group", help="only runs of this sweep, as W&B shows its group")
     parser.add_argument("--name", default="Ensemble distillation", help="title of the view")
     parser.add_argument("--report", action="store_true", help="a report instead of a workspace")
     parser.add_argument("--dry-run", action="store_true", help="send nothing, say what would be saved")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-dashboard`; exit code 2 for a user's mistake.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING)
-    with one_line(PROGRAM):
-        run_dashboard(args)
+    run_command(parser, run_dashboard, argv, level=logging.WARNING)
 
 
 def run_dashboard(args: argparse.Namespace) -> None:

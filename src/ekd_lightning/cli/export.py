@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import one_line, print_table
+from ekd_lightning.config.edge import make_parser, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_location, keys_where
@@ -37,14 +37,10 @@ Every file is read back and asked about all test images before it gets its name.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Write the student of a finished run as files for use, check them, and fill a model card.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-export`; exit code 1 if a file failed its check, 2 for a user's mistake."""
+    what = "Write the student of a finished run as files for use, check them, and fill a model card."
+    parser = make_parser(PROGRAM, what, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of a finished run")
     add("overrides", nargs="*", metavar="KEY=VALUE", help=f"where things are by now: {', '.join(PLACES)}")
@@ -66,29 +62,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--push-to", metavar="REPO", help="print the command that uploads the folder to a Hugging Face repository")
     add("--upload", action="store_true", help="with --push-to: upload it")
     add("--force", action="store_true", help="overwrite")
-    return parser
+    run_command(parser, run_export, argv, level=logging.WARNING)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-export`; exit code 1 if a file failed its check, 2 for a user's mistake.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = make_parser().parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    with one_line(PROGRAM):
-        failure = run_export(args)
-    if failure:
-        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
-        sys.exit(1)
-
-
-def run_export(args: argparse.Namespace) -> str | None:
+def run_export(args: argparse.Namespace) -> bool:
     """Exports, and says what came of it.
 
     Returns:
-        Why a file was removed again; None if all passed their checks.
+        Whether all files passed their checks; one that did not is removed again.
 
     Raises:
         UserError: For a user's mistake, before anything is written.
@@ -115,7 +96,9 @@ def run_export(args: argparse.Namespace) -> str | None:
         if not failure:
             _say_accuracy(record, context.result)
             _push(args, folder)
-    return failure
+    if failure:
+        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
+    return not failure
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:

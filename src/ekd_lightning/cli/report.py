@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -30,14 +30,9 @@ below the given folders. docs/reporting.md tells how they are grouped and compar
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Report on any number of runs: does EKD help, how much, at what cost?",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `ekd-report`; exit code 2 for a user's mistake."""
+    parser = make_parser(PROGRAM, "Report on any number of runs: does EKD help, how much, at what cost?", EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, sweeps, studies")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--reference", metavar="LABEL", help="what differences are taken to (default: ce, else ekd)")
@@ -46,18 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")
     parser.add_argument("--no-figures", action="store_true", help="no figures as files")
     parser.add_argument("--no-page", action="store_true", help="no HTML page")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-report`; exit code 2 for a user's mistake.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = make_parser().parse_args(argv)
-    with one_line(PROGRAM):
-        run_report(args)
+    run_command(parser, run_report, argv, level=None)
 
 
 def run_report(args: argparse.Namespace) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
-from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.config.edge import one_line, print_table, run_program
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
@@ -57,13 +54,18 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     if is_rank_zero() and RunDirectory(output.directory).file(STATUS) is not None:
         raise UserError(f"{output.directory}: holds a run; give another hydra.run.dir")
     rows = obtain_teachers(settings, output.directory, on_start=output.start)
-    table = Table(title=f"teachers for {settings.data.name}")
-    for name in ("teacher", "source", "parameters", "test accuracy %", "SHA-256"):
-        table.add_column(name, justify="right" if name in ("parameters", "test accuracy %") else "left")
-    for row in rows:
-        accuracy = f"{100 * row['test_accuracy']:.2f}"
-        table.add_row(row["id"], row["source"], f"{row['num_parameters']:,}", accuracy, row["sha256"][:12])
-    Console(file=sys.stdout).print(table)
+    heads = ("teacher", "source", "parameters", "test accuracy %", "SHA-256")
+    cells = (
+        (
+            row["id"],
+            row["source"],
+            f"{row['num_parameters']:,}",
+            f"{100 * row['test_accuracy']:.2f}",
+            row["sha256"][:12],
+        )
+        for row in rows
+    )
+    print_table(f"teachers for {settings.data.name}", heads, cells, left=("teacher", "source", "SHA-256"))
 
 
 if __name__ == "__main__":

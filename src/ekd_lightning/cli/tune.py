@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import one_line
+from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.errors import UserError
 from ekd_lightning.studies.study import parse_seeds
 from ekd_lightning.studies.tuned import read_tuned
@@ -31,29 +31,13 @@ _TALKS = ("ekd_lightning.studies.tuned", "ekd_lightning.studies.search", "ekd_li
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `ekd-tune`.
-
-    Args:
-        argv: Arguments without the command's name; those of the process if None.
-    """
-    args = _parser().parse_intermixed_args(argv)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(lambda r: args.verbose or r.levelno >= logging.WARNING or r.name in _TALKS)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    with one_line(PROGRAM):
-        if args.print:
-            print(*read_tuned(args.print)["overrides"], sep="\n")
-        else:
-            run_tune(args)
+    """Entry point of `ekd-tune`; exit code 2 for a user's mistake."""
+    run_command(_parser(), run_tune, argv, level=None)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Choose a method's weights and temperature on the validation split.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    what = "Choose a method's weights and temperature on the validation split."
+    parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--output", type=Path, help="folder for <method>.yaml and the study")
     parser.add_argument("--trials", type=int, default=20, help="trials in all, earlier ones too (default: 20)")
@@ -69,11 +53,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    """Checks the options, and searches.
+    """Checks the options, and searches; or prints what an earlier search found.
 
     Raises:
         UserError: For a user's mistake.
     """
+    if args.print:
+        print(*read_tuned(args.print)["overrides"], sep="\n")
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda r: args.verbose or r.levelno >= logging.WARNING or r.name in _TALKS)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     if args.output is None:
         raise UserError("--output: must be given, a folder for <method>.yaml and the study")
     for name, low in (("trials", 1), ("epochs", 1), ("sampler_seed", 0)):

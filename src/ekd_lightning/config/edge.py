@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -34,6 +36,37 @@ _PLACE_ERRORS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+
+
+def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The command line of a program, its examples at the end of `--help`."""
+    return argparse.ArgumentParser(
+        prog=program, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    body: Callable[[argparse.Namespace], object],
+    argv: Sequence[str] | None = None,
+    *,
+    level: int | None = logging.INFO,
+) -> None:
+    """Runs `body` with the arguments; a user's mistake ends as in `one_line`, and False with exit code 1.
+
+    Args:
+        parser: The command line, from `make_parser`.
+        body: The command.
+        argv: Arguments without the command's name; those of the process if None.
+        level: Of the log on standard error; None leaves logging alone.
+    """
+    args = parser.parse_intermixed_args(argv)
+    if level is not None:
+        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    with one_line(parser.prog):
+        complete = body(args)
+    if complete is False:
+        sys.exit(1)
 
 
 def run_program(program: str, body: Callable[[], object]) -> None:
