@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from ekd_lightning.cli.compare import main as compare
-from ekd_lightning.studies.progress import show_summary
-from ekd_lightning.studies.sweep import found_sweep
+from ekd_lightning.studies.sweep import found_sweep, show_summary
 from ekd_lightning.studies.tuned import read_tuned
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "runs_0_1"
@@ -41,13 +40,11 @@ def test_a_sweep_is_summed_up(earlier, capsys):
 def test_a_search_goes_on_and_its_result_is_read(earlier):
     pytest.importorskip("optuna")
     from ekd_lightning.studies.search import is_ignored
-    from ekd_lightning.studies.space import Interval
     from ekd_lightning.studies.trials import Search
 
     description = json.loads((earlier / "tuned" / "ce" / "study.json").read_text())
-    space = {key: Interval(**values) for key, values in description["space"].items()}
     description["config"]["data"]["root"] = "elsewhere"  # was no part of it
-    search = Search(earlier / "tuned" / "ce", description, space, {}, ignored=is_ignored)
+    search = Search(earlier / "tuned" / "ce", description, {}, {}, ignored=is_ignored)
     tuned = read_tuned(earlier / "tuned" / "ce.yaml")
     assert sum(trial.state.is_finished() for trial in search.trials) == tuned["trials"]
     search.close()

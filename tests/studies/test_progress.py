@@ -12,8 +12,7 @@ from rich.console import Console
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.result import Result
-from ekd_lightning.studies.progress import MOST_ROWS, seed_groups, sweep_tables
-from ekd_lightning.studies.sweep import Job, Standing
+from ekd_lightning.studies.sweep import MOST_ROWS, Job, Standing, seed_groups, sweep_tables
 
 FOLDER = Path("/sweep")
 

@@ -20,15 +20,15 @@ from ekd_lightning.config.overrides import typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.studies import launching, multirun
-from ekd_lightning.studies.launching import is_queued, stopped
+from ekd_lightning.studies.launching import Progress, is_queued, readable, seconds_left, stopped
 from ekd_lightning.studies.multirun import lost_job, plan_jobs
-from ekd_lightning.studies.progress import Progress, readable, seconds_left, show_summary
 from ekd_lightning.studies.sweep import (
     Job,
     Sweep,
     found_sweep,
     look,
     read_sweep,
+    show_summary,
     sweep_of,
     varied_keys,
     varied_values,

@@ -16,7 +16,7 @@ from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.config.overrides import anchored, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.studies.study import parse_seeds, read_study, split_overrides, write_study
+from ekd_lightning.studies.study import parse_numbers, read_study, split_overrides, write_study
 
 PROGRAM = "ekd-compare"
 EXAMPLES = """\
@@ -92,8 +92,8 @@ def run_compare(args: argparse.Namespace) -> bool:
                 common,
                 composer,
                 methods=args.methods,
-                fractions=parse_fractions(args.fractions) if args.fractions else (),
-                seeds=parse_seeds(args.seeds) if args.seeds else (),
+                fractions=parse_numbers("--fractions", args.fractions) if args.fractions else (),
+                seeds=parse_numbers("--seeds", args.seeds) if args.seeds else (),
                 match=args.match,
                 controls=not args.no_controls,
                 tuned=tuned,
@@ -108,22 +108,6 @@ def run_compare(args: argparse.Namespace) -> bool:
                 study, folder, composer, hydra_words, run_listed_job, command=again, retry_failed=args.retry_failed
             )
     return comparison.report(study, folder)
-
-
-def parse_fractions(text: str) -> tuple[float, ...]:
-    """Reads `0.05,0.1`.
-
-    Raises:
-        UserError: For anything but different numbers in (0, 1].
-    """
-    try:
-        values = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        values = ()
-    short = {f"{value:g}" for value in values}  # as directories are named
-    if not values or not all(0 < value <= 1 for value in values) or len(short) < len(values):
-        raise UserError(f"--fractions {text}: give different shares in (0, 1], e.g. 0.05,0.1")
-    return values
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.errors import UserError
-from ekd_lightning.studies.study import parse_seeds
+from ekd_lightning.studies.study import parse_numbers
 from ekd_lightning.studies.tuned import read_tuned
 
 PROGRAM = "ekd-tune"
@@ -72,7 +72,7 @@ def run_tune(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}={value}: must be at least {low}")
     if args.timeout is not None and not args.timeout > 0:
         raise UserError(f"--timeout={args.timeout:g}: must be positive")
-    seeds = parse_seeds(args.seeds)
+    seeds = parse_numbers("--seeds", args.seeds)
     quiet_libraries()
     try:
         import optuna  # noqa: F401, PLC0415

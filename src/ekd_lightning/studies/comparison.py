@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from hydra.types import TaskFunction
 from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
 from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import key_of, override
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
@@ -214,16 +213,11 @@ def _check_row(row: RowPlan, settings: Settings) -> None:
     """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
     from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415 (slow; a report needs none)
 
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))  # what is to be said, the run says
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet(None, "ekd_lightning"):  # what is to be said, the run says
             prepare(settings, str(settings.trainer.get("accelerator", "auto")))
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
-    finally:
-        logging.disable(before)
 
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
@@ -234,18 +228,13 @@ def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
 
 def commands(jobs: Sequence[Job]) -> list[str]:
     """The jobs as commands for a shell, for launchers that Hydra does not know."""
-    return [
-        shlex.join(
-            [
-                "ekd-train",
-                override("resume", str(job.directory)),
-                *(word for word in job.overrides if is_free(key_of(word))),
-            ]
-        )
-        if job.resumed
-        else shlex.join(["ekd-train", *job.overrides, override("hydra.run.dir", str(job.directory))])
-        for job in jobs
-    ]
+    lines = []
+    for job in jobs:
+        free = [word for word in job.overrides if is_free(key_of(word))]
+        again = [override("resume", str(job.directory)), *free]
+        anew = [*job.overrides, override("hydra.run.dir", str(job.directory))]
+        lines.append(shlex.join(["ekd-train", *(again if job.resumed else anew)]))
+    return lines
 
 
 def report(study: Study, folder: Path) -> bool:

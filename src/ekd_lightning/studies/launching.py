@@ -1,4 +1,4 @@
-"""Launching of a list of jobs: one after another, side by side or on a cluster; and what is left of it after Ctrl-C."""
+"""Launching of a list of jobs, one after another, side by side or on a cluster, and what is told of them meanwhile."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import contextlib
 import logging
 import os
 import signal
+import statistics
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 
 from hydra import compose
 from hydra.types import TaskFunction
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override, typed_override
+from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
-from ekd_lightning.studies.progress import watched
-from ekd_lightning.studies.sweep import Job, Sweep, look
+from ekd_lightning.runs.provenance import now
+from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, varied_keys, varied_values
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0  # between two looks at the jobs' files
+_BAR = 12
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
 _COUNTED = {
     "done": (RunState.DONE, RunState.PARTIAL),
@@ -154,3 +163,139 @@ def _is_our_child(pid: int) -> bool:
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     except (ChildProcessError, OverflowError):
         return False
+
+
+def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int) -> float | None:
+    """Time until the last job ends, if those to come take as long as the mean of those that ended.
+
+    Args:
+        durations: Seconds that ended jobs took.
+        ages: Seconds since each running job was started.
+        waiting: Jobs that were not started yet.
+        workers: Jobs that run at a time, at least 1.
+
+    Returns:
+        Seconds; None while nothing has ended.
+    """
+    if not durations:
+        return None
+    mean = statistics.fmean(durations)
+    to_do = waiting * mean + sum(max(mean - age, 0.0) for age in ages)
+    return to_do / max(workers, 1)
+
+
+def readable(seconds: float) -> str:
+    """A duration in words: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Looks at the files of a sweep's jobs and tells of each that ended since the last look.
+
+    Works whatever process runs the jobs, on this machine or another, as all they share is the folder.
+
+    Args:
+        sweep: The sweep, all jobs known.
+        say: Prints a line.
+        since: Start of this part of the sweep, ISO 8601; jobs that ended before without success are still to come.
+    """
+
+    def __init__(self, sweep: Sweep, say: Callable[[Text], None], since: str = "") -> None:
+        self._sweep, self._say, self._since = sweep, say, since or sweep.started
+        self._keys = varied_keys(sweep.jobs)
+        self._durations: list[float] = []
+        self._workers = 1
+        self._lock = threading.Lock()
+        before = enumerate(look(job, sweep.started) for job in sweep.jobs)
+        self._ended = {number: state for number, state in before if state.run.is_over}
+
+    def look(self) -> None:
+        """Looks once, and says a line for every job that ended since."""
+        with self._lock:
+            jobs = enumerate(self._sweep.jobs)
+            states = [self._ended.get(number) or look(job, self._since) for number, job in jobs]
+            running = sum(state.run.state is RunState.RUNNING for state in states)
+            self._workers = max(self._workers, running)
+            for number, state in enumerate(states):
+                if number not in self._ended and (state.run.is_over or state.run.state is RunState.FAILED):
+                    self._ended[number] = state
+                    if state.run.is_over and (seconds := state.run.seconds) is not None:
+                        self._durations.append(seconds)
+                    self._say(self._line(state, states))
+
+    def _line(self, state: Standing, states: Sequence[Standing]) -> Text:
+        total, ended = len(states), len(self._ended)
+        done = round(_BAR * ended / max(total, 1))
+        values = varied_values(state.job, self._keys)
+        name = " ".join(f"{key}={value}" for key, value in values.items()) or state.job.directory.name
+        return Text.assemble(
+            (f"sweep {ended}/{total}", "bold"),
+            *(" ", ("━" * done, "cyan"), ("─" * (_BAR - done) + " ", "dim"), f"{name}: "),
+            (_outcome(state.run), STYLES.get(state.run.state, "")),
+            (f"  ({self._rest(states)})", "dim"),
+        )
+
+    def _rest(self, states: Sequence[Standing]) -> str:
+        here = datetime.now(timezone.utc)
+        left = [state for number, state in enumerate(states) if number not in self._ended]
+        running = [state.run.since for state in left if state.run.state is RunState.RUNNING]
+        ages = [(here - since).total_seconds() for since in running if since]
+        told = {
+            "failed": sum(state.run.state is RunState.FAILED for state in self._ended.values()),
+            "running": len(running),
+            "waiting": sum(state.run.state is RunState.PLANNED for state in left),
+        }
+        parts = [f"{count} {name}" for name, count in told.items() if count]
+        seconds = seconds_left(self._durations, ages, len(left) - len(ages), self._workers) if left else None
+        parts += [f"about {readable(seconds)} left"] if seconds is not None else []
+        return ", ".join(parts) or "nothing left"
+
+
+def _outcome(run: RunEntry) -> str:
+    if run.state is RunState.FAILED:
+        return f"failed: {run.error}"
+    parts = [] if run.result is None else [f"test accuracy {100 * run.result.test_accuracy:.2f} %"]
+    parts += [] if run.seconds is None else [readable(run.seconds)]
+    return ", ".join(parts) or run.state.value
+
+
+def _say(text: Text) -> None:
+    """Prints a line on standard output; plain where that is no terminal."""
+    Console(file=sys.stdout, soft_wrap=True, highlight=False).print(text, soft_wrap=True)
+
+
+_watches: list[Progress] = []
+
+
+@contextlib.contextmanager
+def watched(sweep: Sweep) -> Iterator[None]:
+    """Tells of the jobs of a sweep while the block runs, and once more at its end.
+
+    Args:
+        sweep: Jobs of it that are done by now are not told of.
+    """
+    progress, stop = Progress(sweep, _say, since=now()), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_LOOK_SECONDS):
+            progress.look()
+
+    thread = threading.Thread(target=watch, name="sweep-progress", daemon=True)
+    thread.start()
+    _watches.append(progress)
+    try:
+        yield
+    finally:
+        _watches.remove(progress)
+        stop.set()
+        thread.join()
+        progress.look()
+
+
+def look_now() -> None:
+    """Looks at once, for when a job ended in this very process."""
+    for progress in _watches:
+        progress.look()

@@ -23,9 +23,16 @@ from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.provenance import now
 from ekd_lightning.settings import keys_where, may_change_between_parts
-from ekd_lightning.studies.launching import is_queued, launch, stop_local_queue, stopped, wait_for_local_queue
-from ekd_lightning.studies.progress import look_now, show_summary, watched
-from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, look, read_sweep, write_sweep
+from ekd_lightning.studies.launching import (
+    is_queued,
+    launch,
+    look_now,
+    stop_local_queue,
+    stopped,
+    wait_for_local_queue,
+    watched,
+)
+from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, look, read_sweep, show_summary, write_sweep
 
 # Where the sweep is and that it is one is known; these are given anew.
 _OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")

@@ -8,26 +8,34 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytorch_lightning as pl
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from pytorch_lightning.callbacks import Callback
 
-from ekd_lightning.config.config import build_callback, import_user_modules, register_schema, to_plain, to_settings
+from ekd_lightning.config.config import (
+    build_callback,
+    compose_settings,
+    import_user_modules,
+    register_schema,
+    to_plain,
+    to_settings,
+)
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
-from ekd_lightning.pipeline.prepare import Prepared, prepare
+from ekd_lightning.pipeline.prepare import Prepared, describe_run, prepare
 from ekd_lightning.pipeline.run import run
+from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
-from ekd_lightning.studies.trials import Search
-from ekd_lightning.studies.tuned import show_outcome, warn_of_other_budgets, write_outcome
+from ekd_lightning.studies.trials import Search, show_outcome, write_outcome
+from ekd_lightning.studies.tuned import warn_of_other_budgets
 from ekd_lightning.training.checkpoints import BEST_METRIC
 from ekd_lightning.training.module import NonFiniteLossError
 
@@ -68,7 +76,9 @@ def tune(
         UserError: For a user's mistake.
     """
     base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
-    cfg = _compose(base)
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        cfg = compose("train", overrides=base)
     settings, plain = to_settings(cfg), to_plain(cfg)
     import_user_modules(settings.imports)
     prepared = _prepare(settings)
@@ -98,7 +108,7 @@ def tune(
         nodes = {name: node for name, node in settings.callbacks.items() if node}
         return [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
 
-    objective = ValidationObjective(lambda words: to_settings(_compose(_with(base, words))), seeds, callbacks)
+    objective = ValidationObjective(lambda words: compose_settings(*_with(base, words)), seeds, callbacks)
     try:
         run_trials(
             search,
@@ -127,12 +137,6 @@ def _search_space(path: Path | None, base: list[str], settings: Settings, prepar
     return space
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    register_schema()
-    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        return compose("train", overrides=list(overrides))
-
-
 def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
     """The command line with a trial's values; it may not say the same key twice."""
     replaced = {key_of(word) for word in overrides}
@@ -159,10 +163,13 @@ def _prepare(settings: Settings) -> Prepared:
 
 def try_ends(base: list[str], space: SearchSpace) -> None:
     """Composes and checks runs with the ends and choices of a user's space, so that mistakes show at once."""
-    probes = {key: values.probes() for key, values in space.items()}
+    probes = {
+        key: values.choices if isinstance(values, CategoricalDistribution) else (values.low, values.high)
+        for key, values in space.items()
+    }
     for position in range(max(len(values) for values in probes.values())):
         words = [override(key, values[position % len(values)]) for key, values in probes.items()]
-        _prepare(to_settings(_compose(_with(base, words))))
+        _prepare(compose_settings(*_with(base, words)))
 
 
 def is_ignored(key: str) -> bool:
@@ -173,15 +180,10 @@ def is_ignored(key: str) -> bool:
 
 def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     """What a result says of how it was found."""
+    shared = asdict(Protocol.of(describe_run(settings, prepared)))
     return {
-        "data": prepared.dataset.name,
-        "fraction": prepared.subset.fraction,
+        **{name: value for name, value in shared.items() if value is not None},
         "val_fraction": settings.data.val_fraction,
-        "subset_seed": settings.data.subset_seed,
-        "subset_sha256": prepared.subset.sha256,
-        "views": prepared.views.key,
-        "epochs": settings.recipe.epochs,
-        "batch_size": settings.recipe.batch_size,
         "student": settings.student.network,
         "branches": prepared.student.num_branches,
         "teachers": [plan.id for plan in prepared.candidates or prepared.teachers],

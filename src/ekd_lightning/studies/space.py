@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ekd_lightning.config.overrides import Scalar
 from ekd_lightning.errors import UserError, unknown_name
@@ -36,56 +36,7 @@ _NOT_SEARCHED = (
 )
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A range of numbers, both ends included.
-
-    Attributes:
-        low: Smallest value.
-        high: Largest value, > low.
-        log: Whether the logarithm is uniform, not the value; needs low > 0.
-        integer: Whether only whole numbers are tried.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    integer: bool = False
-
-    def contains(self, value: object) -> bool:
-        """Whether a value can be a point of this range."""
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return (whole or (isinstance(value, float) and not self.integer)) and self.low <= value <= self.high  # type: ignore[operator]
-
-    def probes(self) -> tuple[Scalar, ...]:
-        """The values to try a configuration with: the ends."""
-        return (self.low, self.high)
-
-    def tidy(self, value: Any) -> Scalar:
-        """The value in four significant digits: what is trained with is what the record says."""
-        return value if self.integer else min(max(float(f"{value:.4g}"), self.low), self.high)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A few values without an order."""
-
-    values: tuple[Scalar, ...]
-
-    def contains(self, value: object) -> bool:
-        """Whether a value is one of them."""
-        return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.values)
-
-    def probes(self) -> tuple[Scalar, ...]:
-        """The values to try a configuration with: all."""
-        return self.values
-
-    def tidy(self, value: Any) -> Scalar:
-        """The value itself."""
-        return value
-
-
-SearchSpace: TypeAlias = "dict[str, Interval | Choices]"
+SearchSpace: TypeAlias = "dict[str, FloatDistribution | IntDistribution | CategoricalDistribution]"
 """Key on the command line, possibly with Hydra's + or ++ -> its values."""
 
 
@@ -109,14 +60,14 @@ def derive_space(method: Method, temperature: float | None, fixed: Collection[st
     labels = [key for key, term in terms if isinstance(term, (CrossEntropyEnsemble, CrossEntropyBranch))]
     reference = labels[0] if labels else terms[0][0]
     space: SearchSpace = {
-        f"method.terms.{key}.weight": Interval(term.weight / WEIGHT_FACTOR, term.weight * WEIGHT_FACTOR, True)
+        f"method.terms.{key}.weight": FloatDistribution(term.weight / WEIGHT_FACTOR, term.weight * WEIGHT_FACTOR, True)
         for key, term in terms
         if key != reference
     }
     if any(term.uses_temperature for _, term in terms):
         default = DEFAULT_TEMPERATURE if temperature is None else temperature
         low, high = TEMPERATURES
-        space["method.temperature"] = Interval(min(low, default), max(high, default), True)
+        space["method.temperature"] = FloatDistribution(min(low, default), max(high, default), True)
     return {key: values for key, values in space.items() if key not in fixed}
 
 
@@ -140,7 +91,7 @@ def read_space(path: Path) -> SearchSpace:
     return {str(key): _values(f"{where}: {key}", str(key), spec) for key, spec in content.items()}
 
 
-def _values(where: str, key: str, spec: object) -> Interval | Choices:
+def _values(where: str, key: str, spec: object) -> FloatDistribution | IntDistribution | CategoricalDistribution:
     if key.lstrip("+") in _NOT_SEARCHED:
         raise UserError(f"{where}: cannot be searched, as trials must see the same images for as many epochs")
     if not isinstance(spec, Mapping):
@@ -152,16 +103,16 @@ def _values(where: str, key: str, spec: object) -> Interval | Choices:
     return _choices(where, spec["choices"]) if "choices" in spec else _interval(where, spec)
 
 
-def _choices(where: str, values: object) -> Choices:
+def _choices(where: str, values: object) -> CategoricalDistribution:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}.choices={values!r} is not allowed; give a list of values")
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise UserError(f"{where}.choices: {value!r} is not a number, a text, true, false or null")
-    return Choices(tuple(values))
+    return CategoricalDistribution(values)
 
 
-def _interval(where: str, spec: Mapping[str, Any]) -> Interval:
+def _interval(where: str, spec: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
     for name in ("low", "high"):
         if name not in spec:
             raise UserError(f"{where}: has no {name}")
@@ -174,14 +125,26 @@ def _interval(where: str, spec: Mapping[str, Any]) -> Interval:
     if log and low <= 0:
         raise UserError(f"{where}.low={spec['low']!r} is not allowed with log; give a number > 0")
     if isinstance(spec["low"], int) and isinstance(spec["high"], int):
-        return Interval(spec["low"], spec["high"], log, integer=True)
-    return Interval(low, high, log)
+        return IntDistribution(spec["low"], spec["high"], log)
+    return FloatDistribution(low, high, log)
 
 
 def describe_space(space: SearchSpace) -> dict[str, Any]:
     """The space as plain containers, for records and comparisons."""
     return {
-        key: asdict(values) if isinstance(values, Interval) else {"choices": list(values.values)}
+        key: {"choices": list(values.choices)}
+        if isinstance(values, CategoricalDistribution)
+        else {"low": values.low, "high": values.high, "log": values.log, "integer": isinstance(values, IntDistribution)}
+        for key, values in space.items()
+    }
+
+
+def tidied(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Values with four significant digits: what is trained with is what the record says."""
+    return {
+        key: min(max(float(f"{found[key]:.4g}"), values.low), values.high)
+        if isinstance(values, FloatDistribution)
+        else found[key]
         for key, values in space.items()
     }
 
@@ -203,6 +166,11 @@ def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, S
             value = value.get(part) if isinstance(value, Mapping) else None
         if key.lstrip("+") == "method.temperature" and value is None:
             value = DEFAULT_TEMPERATURE
-        if values.contains(value):
+        if isinstance(values, CategoricalDistribution):
+            fits = any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in values.choices)
+        else:
+            allowed = (int,) if isinstance(values, IntDistribution) else (int, float)
+            fits = type(value) in allowed and values.low <= value <= values.high
+        if fits:
             found[key] = value
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -112,16 +112,27 @@ def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
     return common, hydra
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Reads `0,1,2`.
+_NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {
+    "--seeds": (int, lambda value: value >= 0, "whole numbers from 0 on, e.g. 0,1,2"),
+    "--fractions": (float, lambda value: 0 < value <= 1, "shares in (0, 1], e.g. 0.05,0.1"),
+}
+
+
+def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
+    """Reads `0,1,2` for `--seeds`, or `0.05,0.1` for `--fractions`.
 
     Raises:
-        UserError: For anything but different whole numbers that are not negative.
+        UserError: For anything but different numbers in the option's range.
     """
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len({int(word) for word in words}) < len(words):
-        raise UserError(f"--seeds {text}: give different whole numbers from 0 on, e.g. 0,1,2")
-    return tuple(int(word) for word in words)
+    read, fits, allowed = _NUMBERS[option]
+    try:
+        values = [read(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    different = {value if isinstance(value, int) else f"{value:g}" for value in values}  # as directories are named
+    if not values or not all(map(fits, values)) or len(different) < len(values):
+        raise UserError(f"{option} {text}: give different {allowed}")
+    return tuple(values)
 
 
 def write_study(study: Study, folder: Path) -> None:

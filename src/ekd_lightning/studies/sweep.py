@@ -1,18 +1,30 @@
-"""Sweeps on disk: their jobs, written down in sweep.json before the first one starts, and how each stands."""
+"""Sweep on disk: its jobs, written down in sweep.json before the first one starts, how each stands, and the summary."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ekd_lightning.config.overrides import SWEEP_FILE, key_of
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ekd_lightning.config.edge import print_wide
+from ekd_lightning.config.overrides import SWEEP_FILE, key_of, typed, typed_override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
+from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.provenance import now
+
+SEED = "seed"
+MOST_ROWS = 60
+"""Longer tables are of no use in a terminal; runs that are not done are shown all the same."""
+STYLES = {RunState.DONE: "green", RunState.PARTIAL: "green", RunState.FAILED: "red", RunState.STOPPED: "yellow"}
+_BEST = "★"
 
 
 @dataclass(frozen=True)
@@ -68,16 +80,8 @@ def write_sweep(sweep: Sweep) -> None:
         {"directory": job.directory.relative_to(sweep.folder).as_posix(), "overrides": list(job.overrides)}
         for job in sweep.jobs
     ]
-    content = {
-        "started": sweep.started or now(),
-        "working_directory": sweep.working_directory,
-        "config_name": sweep.config_name,
-        "config_dir": sweep.config_dir,
-        "hydra": list(sweep.hydra),
-        "common": list(sweep.common),
-        "jobs": jobs,
-    }
-    write_json(sweep.folder / SWEEP_FILE, content)
+    content = {name: value for name, value in vars(sweep).items() if name != "folder"}
+    write_json(sweep.folder / SWEEP_FILE, {**content, "started": sweep.started or now(), "jobs": jobs})
 
 
 def read_sweep(folder: Path) -> Sweep | None:
@@ -135,11 +139,9 @@ def look(job: Job, started: str = "") -> Standing:
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
     """Keys of overrides that differ between jobs, by first appearance."""
-    values: dict[str, set[str | None]] = {}
     tables = [_table(job) for job in jobs]
-    for key in dict.fromkeys(key for table in tables for key in table):
-        values[key] = {table.get(key) for table in tables}
-    return [key for key, found in values.items() if len(found) > 1]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [key for key in keys if len({table.get(key) for table in tables}) > 1]
 
 
 def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
@@ -150,3 +152,110 @@ def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
 
 def _table(job: Job) -> dict[str, str]:
     return {key_of(word): word.partition("=")[2] for word in job.overrides}
+
+
+def show_summary(sweep: Sweep) -> None:
+    """Prints what the runs of a sweep found, which failed and why, and where everything is.
+
+    Nothing, if it was refused before its first job.
+    """
+    states = [look(job, sweep.started) for job in sweep.jobs]
+    if all(state.run.state is RunState.PLANNED for state in states):
+        return
+    print_wide(*sweep_tables(states, sweep.folder))
+    done = sum(state.run.is_over for state in states)
+    failed = [state for state in states if state.run.state is RunState.FAILED]
+    print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")
+    for state in failed:
+        print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
+    place = typed(sweep.folder)
+    if done < len(states):
+        print(f"continue:  ekd-train {typed_override('resume', sweep.folder)}")
+    if done:
+        print(f"report:    ekd-report {place} -o {typed(sweep.folder / 'report')}")
+
+
+def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:
+    """The tables of a sweep.
+
+    Args:
+        states: How all jobs stand, in their order.
+        folder: That of the sweep.
+
+    Returns:
+        One row per run, the highest accuracy marked; where seeds vary, also the mean over them, and the mark there,
+        as single seeds are no settings to choose from. At most `MOST_ROWS` done runs are shown.
+    """
+    keys = varied_keys([state.job for state in states])
+    groups = seed_groups(states) if SEED in keys else {}
+    cut = {id(state) for state in [state for state in states if state.run.is_over][MOST_ROWS:]}
+    runs = _table_of("runs", ["run", *keys], ["test %", "val %", "train s"], ["state"])
+    runs.caption = f"{len(cut)} more runs are done; ekd-report shows all" if cut else None
+    best = _highest(() if groups else (_mean([state], "test_accuracy") for state in states))
+    for state in (state for state in states if id(state) not in cut):
+        values = varied_values(state.job, keys)
+        found = [_mean([state], key) for key in ("test_accuracy", "val_accuracy", "train_seconds")]
+        ended = "not started" if state.run.state is RunState.PLANNED else state.run.state.value
+        runs.add_row(
+            state.job.directory.relative_to(folder).as_posix(),
+            *(values.get(key, "–") for key in keys),
+            *_figures(found, best),
+            Text(ended, STYLES.get(state.run.state, "")),
+            style=_style(found[0], best),
+        )
+    return [runs, _means(groups, [key for key in keys if key != SEED])] if groups else [runs]
+
+
+def seed_groups(states: Sequence[Standing]) -> dict[tuple[str, ...], list[Standing]]:
+    """Runs that differ in nothing but the seed, by the values of the other keys; only runs with an accuracy."""
+    others = [key for key in varied_keys([state.job for state in states]) if key != SEED]
+    groups: dict[tuple[str, ...], list[Standing]] = {}
+    for state in states:
+        if _mean([state], "test_accuracy") is not None:
+            values = varied_values(state.job, others)
+            groups.setdefault(tuple(values.get(key, "–") for key in others), []).append(state)
+    return groups
+
+
+def _means(groups: Mapping[tuple[str, ...], Sequence[Standing]], keys: Sequence[str]) -> Table:
+    table = _table_of("means over seeds ± std", keys, ["test %", "n", "train s"])
+    found = {values: _mean(group, "test_accuracy") for values, group in groups.items()}
+    best = _highest(found.values())
+    for values, accuracy in found.items():
+        assert accuracy is not None  # only runs with an accuracy are in groups
+        test, seconds = _figures([accuracy, _mean(groups[values], "train_seconds")], best)
+        table.add_row(*values, test, str(accuracy.n), seconds, style=_style(accuracy, best))
+    return table
+
+
+def _mean(states: Sequence[Standing], key: str) -> Estimate | None:
+    found = [None if state.run.result is None else state.run.result.get(key) for state in states]
+    return estimate(float(value) for value in found if value is not None)
+
+
+def _highest(found: Iterable[Estimate | None]) -> float | None:
+    """The highest of several means; None of a single one, which is not the best of anything."""
+    means = [one.mean for one in found if one]
+    return max(means) if len(means) > 1 else None
+
+
+def _style(found: Estimate | None, best: float | None) -> str:
+    return "bold" if found and found.mean == best else ""
+
+
+def _figures(found: Sequence[Estimate | None], best: float | None) -> list[Text]:
+    """Accuracies in percent, the first of them marked if it is the best, and seconds last."""
+    *accuracies, seconds = found
+    first, *others = (Text(percent(one)) for one in accuracies)
+    if _style(accuracies[0], best):
+        first = Text.assemble((f"{_BEST} ", "yellow"), first)
+    return [first, *others, Text(f"{seconds.mean:.{0 if seconds.mean >= 10 else 1}f}" if seconds else "–")]
+
+
+def _table_of(title: str, left: Sequence[str], right: Sequence[str], last: Sequence[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in (*right, *last):
+        table.add_column(name, justify="left" if name in last else "right", no_wrap=True)
+    return table

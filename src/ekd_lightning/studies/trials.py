@@ -11,12 +11,13 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import yaml
 from filelock import FileLock
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
@@ -24,18 +25,22 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ekd_lightning.config.config import changed_keys
+from ekd_lightning.config.edge import print_table
 from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import read_json, write_json
+from ekd_lightning.files import read_json, write_json, write_text
 from ekd_lightning.runs.lock import DirectoryLock, is_held
-from ekd_lightning.studies.space import Choices, Interval, SearchSpace
+from ekd_lightning.studies.space import SearchSpace, tidied
+from ekd_lightning.studies.tuned import standard_error
 
 DESCRIPTION = "search.json"
 _EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
 JOURNAL = "trials.journal"
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
 _PRUNE_AFTER = 5  # complete trials, of which a median means something
+_SHOWN_TRIALS = 10
+_WIDTH = 120  # where there is no terminal
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
@@ -103,12 +108,16 @@ class Search:
             counted = [trial for trial in self.trials if trial.state in _COUNTED]
             if len(counted) >= budget:
                 return None
-            if not any(trial.user_attrs.get("default") for trial in counted):
-                self._enqueue_default()
+            space = self.space
+            if is_default := not any(trial.user_attrs.get("default") for trial in counted):
+                space = {key: space[key] for key in self.defaults}  # also where the space does not contain all
+                if not any(trial.state == TrialState.WAITING for trial in self.trials):
+                    self._study.enqueue_trial(self.defaults, {"default": True})
             self._study.sampler = _sampler(self.seed, len(counted))
-            trial = self._study.ask()
+            trial = self._study.ask(space)
+            found = {} if is_default else tidied(space, trial.params)
             trial.set_user_attr("worker", self._name)
-            trial.set_user_attr("overrides", self._suggest(trial))
+            trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
         return trial
 
     def tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
@@ -118,19 +127,6 @@ class Search:
     def trial_folder(self, number: int) -> Path:
         """Where a trial works; nothing of it is kept."""
         return self.folder / "trials" / str(number)
-
-    def _enqueue_default(self) -> None:
-        waiting = [trial for trial in self.trials if trial.state == TrialState.WAITING]
-        if not waiting:
-            self._study.enqueue_trial(self.defaults, {"default": True})
-
-    def _suggest(self, trial: optuna.Trial) -> list[str]:
-        if trial.user_attrs.get("default"):  # as configured, also where the space does not contain that
-            for key in self.defaults:
-                _sample(trial, key, self.space[key])
-            return []
-        values = {key: dimension.tidy(_sample(trial, key, dimension)) for key, dimension in self.space.items()}
-        return [override(key, value) for key, value in values.items()]
 
     def _bury_dead(self) -> None:
         """Takes running trials of processes that were killed out of the count."""
@@ -188,14 +184,6 @@ def _sampler(seed: int, position: int) -> TPESampler:
         return TPESampler(seed=drawn % 2**32, multivariate=True, constant_liar=True)
 
 
-def _sample(trial: optuna.Trial, key: str, dimension: Interval | Choices) -> Any:
-    if isinstance(dimension, Choices):
-        return trial.suggest_categorical(key, dimension.values)
-    if dimension.integer:
-        return trial.suggest_int(key, int(dimension.low), int(dimension.high), log=dimension.log)
-    return trial.suggest_float(key, dimension.low, dimension.high, log=dimension.log)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a study has found so far; accuracies are on the validation split, of the last epoch, in [0, 1].
@@ -203,8 +191,8 @@ class Outcome:
     Attributes:
         overrides: Of the best trial; empty if that is the configuration as it was given. Of equals the earliest.
         value: Its accuracy, a mean over seeds.
-        by_seed: Its accuracies.
         default_value: Accuracy of the configuration as it was given; None if it diverged.
+        by_seed: Accuracies of the best trial.
         trials: How many were complete, pruned or diverged.
         pruned: How many were stopped early.
         diverged: How many had a loss that is not finite.
@@ -212,8 +200,8 @@ class Outcome:
 
     overrides: list[str]
     value: float
-    by_seed: list[float]
     default_value: float | None
+    by_seed: list[float]
     trials: int
     pruned: int
     diverged: int
@@ -226,14 +214,12 @@ def outcome(study: Search) -> Outcome | None:
     if not ranked:
         return None
     best = ranked[0]
-    assert best.value is not None  # it is complete
     diverged = sum(bool(t.user_attrs.get("diverged")) for t in ended)
-    default = next((t.value for t in ranked if t.user_attrs.get("default")), None)
     return Outcome(
-        overrides=list(best.user_attrs["overrides"]),
-        value=best.value,
-        by_seed=list(best.user_attrs["by_seed"]),
-        default_value=default,
+        list(best.user_attrs["overrides"]),
+        value_of(best),
+        next((t.value for t in ranked if t.user_attrs.get("default")), None),
+        list(best.user_attrs["by_seed"]),
         trials=len(ended),
         pruned=len(ended) - len(ranked) - diverged,
         diverged=diverged,
@@ -243,4 +229,51 @@ def outcome(study: Search) -> Outcome | None:
 def ranking(study: Search) -> list[FrozenTrial]:
     """The complete trials, best first; of equals the earliest first."""
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
+    return sorted(complete, key=lambda trial: (-value_of(trial), trial.number))
+
+
+def value_of(trial: FrozenTrial) -> float:
+    """The accuracy of a complete trial, in [0, 1]."""
+    return float(trial.value or 0.0)
+
+
+def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
+    """Writes `<method>.yaml` as soon as a trial is complete, and anew after each."""
+    if (found := outcome(study)) is None:
+        return
+    error = standard_error(found.value, facts["validation_images"])
+    content = {"method": facts["method"], **asdict(found), "standard_error": error, **facts}
+    write_text(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
+
+
+def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
+    """Prints the best trials, and what their difference means.
+
+    Raises:
+        UserError: If no trial is complete.
+    """
+    if (found := outcome(study)) is None:
+        ended = sum(trial.state.is_finished() for trial in study.trials)
+        raise UserError(f"{output}: no trial is complete ({ended} ended early); nothing to choose from")
+    rows = (
+        (
+            str(trial.number),
+            f"{100 * value_of(trial):.2f}",
+            "  ".join(trial.user_attrs["overrides"]) or "as given (the default)",
+        )
+        for trial in ranking(study)[:_SHOWN_TRIALS]
+    )
+    title = f"{facts['method']}: the best of {found.trials} trials"
+    print_table(title, ("trial", "validation %", "settings"), rows, left=("settings",), width=_WIDTH)
+    images = facts["validation_images"]
+    error = 100 * standard_error(found.value, images)
+    if found.default_value is None:
+        gain = "the default did not come to an end"
+    else:
+        default = 100 * found.default_value
+        gain = f"{100 * found.value - default:+.2f} points over the default's {default:.2f} %"
+    print(
+        f"best {100 * found.value:.2f} %, {gain}; with {images} validation images the standard error of an "
+        f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
+        f"  -> {output / facts['method']}.yaml"
+    )

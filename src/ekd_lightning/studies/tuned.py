@@ -1,4 +1,4 @@
-"""Tuned settings of a method: `<method>.yaml`, as `ekd-tune` writes and shows it and `ekd-compare` reads it."""
+"""Tuned settings of a method: `<method>.yaml`, as `ekd-tune` writes it and `ekd-compare` reads it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from ekd_lightning.config.edge import print_table
-from ekd_lightning.config.overrides import is_under, key_of
+from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_text
 from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import RowPlan
 
-if TYPE_CHECKING:
-    from ekd_lightning.studies.trials import Search
-
 log = logging.getLogger(__name__)
-
-_SHOWN_TRIALS = 10
-_WIDTH = 120  # where there is no terminal
-# What a tuned row may not change: the rows would no longer be comparable.
-_SHARED = ("data", "teachers", "student", "seed", "trainer", "experiment", "method.name")
 
 
 def read_tuned(path: Path) -> dict[str, Any]:
@@ -50,8 +40,9 @@ def read_tuned(path: Path) -> dict[str, Any]:
 
 
 def _is_shared(key: str) -> bool:
-    """Whether all rows of a study must have the same value of a setting."""
-    return key == "method" or is_under(key, _SHARED) or purpose_of(key).role is Role.PROTOCOL
+    """Whether all rows of a study must have the same value of a setting; their own are weights, rates and the like."""
+    own = key.startswith(("method.", "recipe.")) and key != "method.name"
+    return not own or purpose_of(key).role is not Role.COMPUTED
 
 
 def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
@@ -73,60 +64,6 @@ def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
     # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
     return differ + [name for name in ours.differences(theirs) if name != "fraction"]
-
-
-def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
-    """Writes `<method>.yaml` as soon as a trial is complete, and anew after each."""
-    from ekd_lightning.studies.trials import outcome  # noqa: PLC0415 (needs Optuna)
-
-    found = outcome(study)
-    if found is None:
-        return
-    content = {
-        "method": facts["method"],
-        "overrides": found.overrides,
-        "value": found.value,
-        "default_value": found.default_value,
-        "by_seed": found.by_seed,
-        "standard_error": standard_error(found.value, facts["validation_images"]),
-        "trials": found.trials,
-        "pruned": found.pruned,
-        "diverged": found.diverged,
-        **{name: value for name, value in facts.items() if name != "method"},
-    }
-    write_text(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
-
-
-def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
-    """Prints the best trials, and what their difference means."""
-    from ekd_lightning.studies.trials import outcome, ranking  # noqa: PLC0415 (needs Optuna)
-
-    found = outcome(study)
-    if found is None:
-        ended = sum(trial.state.is_finished() for trial in study.trials)
-        raise UserError(f"{output}: no trial is complete ({ended} ended early); nothing to choose from")
-    rows = (
-        (
-            str(trial.number),
-            f"{100 * float(trial.value or 0):.2f}",
-            "  ".join(trial.user_attrs["overrides"]) or "as given (the default)",
-        )
-        for trial in ranking(study)[:_SHOWN_TRIALS]
-    )
-    title = f"{facts['method']}: the best of {found.trials} trials"
-    print_table(title, ("trial", "validation %", "settings"), rows, left=("settings",), width=_WIDTH)
-    images = facts["validation_images"]
-    error = 100 * standard_error(found.value, images)
-    if found.default_value is None:
-        gain = "the default did not come to an end"
-    else:
-        default = 100 * found.default_value
-        gain = f"{100 * found.value - default:+.2f} points over the default's {default:.2f} %"
-    print(
-        f"best {100 * found.value:.2f} %, {gain}; with {images} validation images the standard error of an "
-        f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
-        f"  -> {output / facts['method']}.yaml"
-    )
 
 
 def standard_error(accuracy: float, images: int) -> float:
