@@ -53,7 +53,8 @@ def inference(bench: Bench) -> dict[str, Any]:
         ways: dict[str, Callable[[], float]] = {}
         for name, network in plain.items():
             compiled = compiled_or_not(fast[name], options={"freezing": True})
-            for form, module in zip(_FORMS, (network, fast[name], compiled), strict=True):
+            forms: dict[str, Callable[..., object]] = {"plain": network, "folded": fast[name], "compiled": compiled}
+            for form, module in forms.items():
                 ways[f"{name}, {form}"] = rate_of(partial(module, images), batch, bench.device)
         rates = take_turns(ways, bench.rounds)
         result["batches"][str(batch)] = summary(rates, "teacher ensemble, plain")

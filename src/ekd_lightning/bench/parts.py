@@ -181,9 +181,9 @@ def careful_epoch(bench: Bench, job: Job, plain: PlainLoop) -> tuple[dict[str, A
             starts[name] = "no time left"
             continue
         try:
-            loop = CarefulLoop(job, plain.loader.num_workers, mode)
-            starts[name] = loop.started()
-            loops[name] = loop
+            careful = CarefulLoop(job, plain.loader.num_workers, mode)
+            starts[name] = careful.started()
+            loops[name] = careful
         except Exception as error:  # no compiler, or one that fails: many kinds
             starts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not loops:

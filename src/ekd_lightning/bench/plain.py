@@ -147,7 +147,12 @@ class PlainLoop:
     def images_per_second(self, steps: int) -> float:
         """The rate over some steps, the loader included."""
         self.teachers.to(self.device)  # Lightning takes them off the device when a fit of the other side ends
-        seconds = seconds_of(lambda: [self.step() for _ in range(steps)], self.device)
+
+        def work() -> None:
+            for _ in range(steps):
+                self.step()
+
+        seconds = seconds_of(work, self.device)
         return steps * int(self.loader.batch_size or 1) / seconds
 
     def close(self) -> None:

@@ -114,7 +114,7 @@ class Search:
                 if not any(trial.state == TrialState.WAITING for trial in self.trials):
                     self._study.enqueue_trial(self.defaults, {"default": True})
             self._study.sampler = _sampler(self.seed, len(counted))
-            trial = self._study.ask(space)
+            trial = self._study.ask(dict(space))
             found = {} if is_default else tidied(space, trial.params)
             trial.set_user_attr("worker", self._name)
             trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
