@@ -11,12 +11,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
@@ -29,51 +27,12 @@ from ekd_lightning.teachers.store import COST
 from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
 from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.module import ImageClassificationModule
-from ekd_lightning.training.recorded_step import StepValues
 from ekd_lightning.training.trainer import EpochReport, EpochSeed
 
 log = logging.getLogger(__name__)
 
-
-class Classifier(ImageClassificationModule):
-    """A staged network trained by cross-entropy on the ground truth."""
-
-    recipe_key = "teachers.recipe"
-
-    def __init__(
-        self,
-        network: StagedNetwork,
-        recipe: RecipeSettings,
-        *,
-        label_smoothing: float = 0.0,
-        channels_last: bool = True,
-        capture: str = "auto",
-    ) -> None:
-        super().__init__(
-            recipe,
-            term_names=("ce",),
-            num_classes=network.spec.num_classes,
-            channels_last=channels_last,
-            capture=capture,
-        )
-        self._spare_fragile(network)
-        self.network = network
-        self.label_smoothing = label_smoothing
-
-    def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Cross-entropy of a batch; see the base class."""
-        logits = self.network(batch.images).float()
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.label_smoothing)
-        return loss, {"ce": loss.detach()}, logits
-
-    def predict(self, images: Tensor) -> tuple[Tensor, None]:
-        """Logits [B, C] of images [B, 3, H, W]."""
-        return self.network(images), None
-
-    def trained_modules(self) -> list[nn.Module]:
-        """The network."""
-        return [self.network]
+LABELS_ALONE = {"ce": {"type": "ce_ensemble", "weight": 1.0}}
+"""The method of a teacher that is trained on demand."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +59,14 @@ def train_teacher(
 ) -> StagedNetwork:
     """Trains one network by cross-entropy on one device.
 
+    An earlier try that was killed is continued from its last whole epoch.
+
     Args:
         spec: Network to build.
         data: Images it may see, and their augmentation.
         recipe: Optimiser and schedule.
         seed: Initialisation, order and views.
-        scratch: Folder for what Lightning writes.
+        scratch: Folder with the checkpoints of an earlier try, if there was one; receives ours.
         accelerator: Lightning's flag.
 
     Returns:
@@ -113,15 +74,14 @@ def train_teacher(
     """
     index = data.index()
     log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
-    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
-        torch.manual_seed(seed)
-        network = build_network(spec)
-        images = _images(data.dataset, index, data.views, recipe, seed)
-        facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
-        with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
-            module = Classifier(network, recipe, capture=data.capture)
-            _fit(module, images, seed, scratch, accelerator=accelerator, logger=loggers)
-    return network.eval().cpu()
+    method = build_method("teacher", LABELS_ALONE, TermContext(spec.num_classes, num_branches=1, num_teachers=0))
+    options = {"capture": data.capture, "compile_student": "never", "recipe_key": "teachers.recipe"}
+    images = _images(data.dataset, index, data.views, recipe, seed)
+    facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
+    with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
+        flags = {"accelerator": accelerator, "logger": loggers}
+        network, _ = _train(spec, seed, method, recipe, images, scratch, options, flags)
+    return network
 
 
 _FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
@@ -210,36 +170,21 @@ def train_assistant(
     recipe = lesson.settings.recipe
     names = ", ".join(identity.id for identity in teachers.identities)
     log.info("training assistant %s (seed %d), taught by %s", spec.name, seed, names)
-    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
-        torch.manual_seed(seed)
-        student = BranchedStudent(spec, branches=1, split_after="none")
-        method = link_method(lesson, teachers.num_teachers, seed=seed)
-        module = Distiller(
-            student,
-            method,
-            recipe,
-            teachers=teachers,
-            make_source=lesson.source.open,
-            channels_last=lesson.settings.channels_last,
-            capture=lesson.settings.capture,
-            fold_teachers=lesson.settings.teachers.fold,
-            compile_student=lesson.settings.student.compile,
-        )
-        images = _images(lesson.dataset, lesson.subset.train_index, lesson.views, recipe, seed)
-        facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
-        with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
-            seconds, steps = _fit(
-                module,
-                images,
-                seed,
-                scratch,
-                accelerator=lesson.accelerator,
-                logger=loggers,
-                precision=lesson.precision,
-                **lesson.flags(),
-            )
-        network = _plain(student, spec)
-    write_json(scratch / COST, {"train_seconds": seconds, "steps": steps})
+    method = link_method(lesson, teachers.num_teachers, seed=seed)
+    options = {
+        "teachers": teachers,
+        "make_source": lesson.source.open,
+        "channels_last": lesson.settings.channels_last,
+        "capture": lesson.settings.capture,
+        "fold_teachers": lesson.settings.teachers.fold,
+        "compile_student": lesson.settings.student.compile,
+    }
+    images = _images(lesson.dataset, lesson.subset.train_index, lesson.views, recipe, seed)
+    facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
+    with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
+        flags = {"accelerator": lesson.accelerator, "logger": loggers, "precision": lesson.precision, **lesson.flags()}
+        network, cost = _train(spec, seed, method, recipe, images, scratch, options, flags)
+    write_json(scratch / COST, cost)
     return network
 
 
@@ -251,26 +196,41 @@ def _images(dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSe
     return ImageDataModule(dataset, subset, views, batch_size=recipe.batch_size, seed=seed, mixing=mixing)
 
 
-def _fit(
-    module: ImageClassificationModule, images: ImageDataModule, seed: int, scratch: Path, **flags: Any
-) -> tuple[float, int]:
-    """Trains on one device, going on from the last whole epoch of an earlier try; seconds and steps."""
-    recipe = module.recipe
-    report = EpochReport(recipe.batch_size)
-    callbacks = [*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report]
-    trainer = pl.Trainer(
-        devices=1,
-        max_epochs=recipe.epochs,
-        default_root_dir=scratch,
-        callbacks=callbacks,
-        plugins=[CheckpointWriter()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **flags,
-    )
-    trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
-    return report.train_seconds, trainer.global_step
+def _train(
+    spec: NetworkSpec,
+    seed: int,
+    method: Method,
+    recipe: RecipeSettings,
+    images: ImageDataModule,
+    scratch: Path,
+    options: Mapping[str, Any],
+    flags: Mapping[str, Any],
+) -> tuple[StagedNetwork, dict[str, Any]]:
+    """Trains one network on one device, going on from the last whole epoch of an earlier try; also what it cost.
+
+    `options` are the Distiller's, `flags` the Trainer's.
+    """
+    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
+        torch.manual_seed(seed)
+        student = BranchedStudent(spec, branches=1, split_after="none")
+        module = Distiller(student, method, recipe, **options)
+        report = EpochReport(recipe.batch_size)
+        trainer = pl.Trainer(
+            devices=1,
+            max_epochs=recipe.epochs,
+            default_root_dir=scratch,
+            callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report],
+            plugins=[CheckpointWriter()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            **flags,
+        )
+        trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
+    network, branch = build_network(spec), student.branches[0]
+    network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
+    network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
+    return network.eval(), {"train_seconds": report.train_seconds, "steps": trainer.global_step}
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:
@@ -279,19 +239,12 @@ def _last_checkpoint(scratch: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        step = int(read_checkpoint(path)["global_step"])
+        found = read_checkpoint(path)
+        if "teachers" not in found:
+            raise UserError(f"{path}: of another version")
     except UserError as error:
         warnings.warn(f"{error}; its training starts again", stacklevel=2)
         path.unlink()
         return None
-    log.info("going on from %s at step %d", path, step)
+    log.info("going on from %s at step %d", path, int(found["global_step"]))
     return path
-
-
-def _plain(student: BranchedStudent, spec: NetworkSpec) -> StagedNetwork:
-    """The one branch of a student without a trunk, as a network of its own."""
-    network = build_network(spec)
-    branch = student.branches[0]
-    network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
-    network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
-    return network.eval()
