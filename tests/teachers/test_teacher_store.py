@@ -13,6 +13,7 @@ from ekd_lightning.files import read_json
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, state_sha256
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
 from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers, plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
 
@@ -276,13 +277,11 @@ def test_training_a_teacher_is_reproducible_and_leaves_the_generator_alone(train
 
 
 def test_a_killed_training_goes_on_at_its_last_whole_epoch(tmp_path, monkeypatch):
-    from ekd_lightning.training.teacher_training import Classifier
-
     def teacher(store):
         settings = replace(SETTINGS, store=str(tmp_path / store), recipe=replace(RECIPE, epochs=3))
         return gather_teachers(plan_teachers(settings, teacher_data(), "cpu")).identities[0].sha256
 
-    epochs, start = [], Classifier.on_train_epoch_start
+    epochs, start = [], Distiller.on_train_epoch_start
 
     def killed(self):
         epochs.append(self.current_epoch)
@@ -290,7 +289,7 @@ def test_a_killed_training_goes_on_at_its_last_whole_epoch(tmp_path, monkeypatch
             raise RuntimeError("killed")
         start(self)
 
-    monkeypatch.setattr(Classifier, "on_train_epoch_start", killed)
+    monkeypatch.setattr(Distiller, "on_train_epoch_start", killed)
     with pytest.raises(RuntimeError, match="killed"):
         teacher("killed")
     again = teacher("killed")

@@ -12,11 +12,12 @@ import torch
 from ekd_lightning.data import Pool
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.networks import NetworkSpec, normalization
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.settings import RecipeSettings
-from ekd_lightning.training.teacher_training import Classifier, TeacherData, train_teacher
+from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.teacher_training import TeacherData, train_teacher
 
 POOL = (
     "data.augmentation=[crop_flip,cutout]",
@@ -109,25 +110,12 @@ def test_teachers_on_demand_are_mixed_by_their_own_recipe(tiny_settings, tmp_pat
     prepared = prepare(tiny_settings("data.augmentation=[crop_flip,randaugment]"), "cpu")
     assert isinstance(prepared.views, Pool)
     seen: list[Batch] = []
-    losses = Classifier.losses
+    losses = Distiller.losses
     monkeypatch.setattr(
-        Classifier, "losses", lambda self, batch, *rest: seen.append(batch) or losses(self, batch, *rest)
+        Distiller, "losses", lambda self, batch, *rest: seen.append(batch) or losses(self, batch, *rest)
     )
     data = TeacherData(prepared.dataset, prepared.subset, prepared.views, "subset")
     spec = NetworkSpec("resnet8", 10, normalization("unit"), {"width": 0.5})
     train_teacher(spec, data, RecipeSettings(epochs=1, batch_size=32, cutmix=1.0), 0, tmp_path, "cpu")
     assert len(seen) == 4
     assert all(batch.soft_labels is not None for batch in seen)
-
-
-def test_a_classifier_uses_soft_labels():
-    network = build_network(NetworkSpec("resnet8", 4, normalization("unit"), {"width": 0.5})).eval()
-    module = Classifier(network, RecipeSettings(), label_smoothing=0.1)
-    generator = torch.Generator().manual_seed(0)
-    soft = torch.softmax(torch.randn(6, 4, generator=generator), dim=-1)
-    rows = torch.zeros(6, dtype=torch.int64)
-    images = torch.rand(6, 3, 32, 32, generator=generator)
-    loss, terms, logits = module.losses(Batch(images, rows, rows, rows, rows == 0, soft))
-    expected = -((0.9 * soft + 0.025) * logits.log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(terms["ce"], expected.detach())

@@ -16,12 +16,12 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
-from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
 from ekd_lightning.settings import ChainSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
-from ekd_lightning.training.pool import plan_teachers, usual_normalization
+from ekd_lightning.training.pool import plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
     """The student with initial weights that depend on the seed alone."""
     student = settings.student
-    statistics = usual_normalization(dataset, student.normalization)
+    statistics = normalization(student.normalization or dataset.normalization)
     spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":

@@ -30,17 +30,19 @@ from ekd_lightning.networks import (
     TeacherEnsemble,
     TeacherIdentity,
     build_network,
+    normalization,
     state_sha256,
 )
 from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.teacher_curves import TeacherCurves
-from ekd_lightning.training.pool import gather_teachers, usual_normalization
+from ekd_lightning.training.pool import gather_teachers
 from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
 
 DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
 """What a link's terms weigh where the method has no kd_ensemble whose weights it could take."""
+_ENTRY = ("network", "options", "seed")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def plan_chain(
         raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} has no teachers")
     assistants = tuple(_assistants(settings, dataset))
     _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
-    recipe = _recipe(settings)
+    recipe, temperature = _recipe(settings), method.chain.temperature
     check_batch_size(recipe.batch_size, len(subset.train_index))
     lesson = Lesson(
         replace(settings, recipe=recipe),
@@ -110,7 +112,9 @@ def plan_chain(
         subset,
         views,
         terms=link_terms(settings),
-        temperature=_temperature(settings),
+        temperature=method.temperature
+        if temperature is None
+        else number("method.chain.temperature", temperature, above=0.0),
         accelerator=accelerator,
         curves=curves,
     )
@@ -149,13 +153,6 @@ def _term(terms: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {name: value for name, value in next(found, {}).items() if name != "type"}
 
 
-def _temperature(settings: Settings) -> float | None:
-    chosen = settings.method.chain.temperature
-    if chosen is None:
-        return settings.method.temperature
-    return number("method.chain.temperature", chosen, above=0.0)
-
-
 def _recipe(settings: Settings) -> RecipeSettings:
     """The run's recipe with the changes of `method.chain.recipe`."""
     changes, key = settings.method.chain.recipe, "method.chain.recipe"
@@ -175,33 +172,26 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
     assistants = []
     for position, node in enumerate(settings.method.assistants or []):
         key = f"method.assistants[{position}]"
-        entry = _entry(key, node)
-        seed = entry.get("seed")
-        seed = settings.seed if seed is None else seed
+        entry = {"network": node} if isinstance(node, str) else node
+        if not isinstance(entry, dict) or not entry.get("network"):
+            raise UserError(f"{key}={node}: must be a network's name, or a mapping with network, options and seed")
+        for name in entry:
+            if name not in _ENTRY:
+                raise unknown_name(f"key of {key}", name, _ENTRY)
+        options = entry.get("options") or {}
+        if not isinstance(options, dict):
+            raise UserError(f"{key}.options={options!r}: must be a mapping")
+        seed = settings.seed if entry.get("seed") is None else entry["seed"]
         if type(seed) is not int or seed < 0:
             raise UserError(f"{key}.seed={seed!r}: must be a whole number of at least 0")
-        statistics = usual_normalization(dataset, None)
+        statistics = normalization(dataset.normalization)
         try:
-            spec = NetworkSpec(str(entry["network"]), dataset.num_classes, statistics, entry.get("options") or {})
+            spec = NetworkSpec(str(entry["network"]), dataset.num_classes, statistics, options)
             size = _size(spec)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
         assistants.append(Assistant(f"{spec.name}-s{seed}-assistant", spec, seed, size))
     return assistants
-
-
-def _entry(key: str, node: Any) -> dict[str, Any]:
-    if isinstance(node, str):
-        return {"network": node}
-    if not isinstance(node, dict) or not node.get("network"):
-        raise UserError(f"{key}={node}: must be a network's name, or a mapping with network, options and seed")
-    allowed = ("network", "options", "seed")
-    for name in node:
-        if name not in allowed:
-            raise unknown_name(f"key of {key}", name, allowed)
-    if not isinstance(node.get("options") or {}, dict):
-        raise UserError(f"{key}.options={node['options']!r}: must be a mapping")
-    return node
 
 
 def _size(spec: NetworkSpec) -> int:

@@ -18,11 +18,11 @@ from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
-from ekd_lightning.networks.staged import NetworkOutput, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
-from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.module import TrainingModule
 from ekd_lightning.training.recorded_step import StepValues
 
 COMPILE_STUDENT_MACS = {"cpu": 1e13, "cuda": 5e14}
@@ -70,7 +70,7 @@ class _LiveNetworks:
         return self._members[m].normalize.mean, self._members[m].normalize.std
 
 
-class Distiller(ImageClassificationModule):
+class Distiller(TrainingModule):
     """Trains a branched student by a method, with or without frozen teachers.
 
     The teachers are a submodule so that they follow the device, but have no submodules, parameters or state of their
@@ -88,6 +88,11 @@ class Distiller(ImageClassificationModule):
         compile_student: Whether the student's forward and backward pass in training go through torch.compile:
             "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then
             takes long; without a working compiler this warns and trains as if it were off.
+        capture: Whether steps are recorded as CUDA graphs, see `Settings.capture`.
+        recipe_key: Where the recipe stands in the configuration, for messages.
+
+    Raises:
+        UserError: If the method needs teachers and there are none.
     """
 
     def __init__(
@@ -102,22 +107,13 @@ class Distiller(ImageClassificationModule):
         fold_teachers: bool = True,
         compile_student: str = "auto",
         capture: str = "auto",
+        recipe_key: str = "recipe",
     ) -> None:
-        super().__init__(
-            recipe,
-            term_names=tuple(method.terms),
-            num_classes=student.num_classes,
-            num_branches=student.num_branches,
-            channels_last=channels_last,
-            capture=capture,
-        )
+        super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is None:
             raise UserError(f"method {method.name!r} needs teachers, and there are none")
-        self._spare_fragile(student)
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
-        self.student = student.to(memory_format=self._memory_format)
-        self.method = method
         self.teachers = teachers
         self._live_networks = _LiveNetworks(self.student, teachers, fold=fold_teachers, channels_last=channels_last)
         self._make_source = make_source
@@ -147,7 +143,7 @@ class Distiller(ImageClassificationModule):
         source.plan(len(index) * self.recipe.epochs)
         asked: Counter[tuple[str, ...]] = Counter()
         for batch in range(batches):
-            needed, stages = self.method.asks_teachers(self._progress(batch))
+            needed, stages = self.method.asks_teachers(self.progress(batch))
             asked[stages] += needed * len(index) // batches
         source.prepare_epoch(index, view, partial(data.training_images, device=self.device), +asked)
 
@@ -171,22 +167,6 @@ class Distiller(ImageClassificationModule):
             return "the teachers' outputs come through the host"
         return None
 
-    def weight_names(self) -> tuple[str, ...]:
-        """All terms of the method."""
-        return tuple(self.method.terms)
-
-    def schedules(self, num_steps: int) -> tuple[list[tuple[str, ...]], Tensor, Tensor | None]:
-        """Counting terms, weights and assignment of the steps to come; see the base class."""
-        progress = [self._progress(step) for step in range(num_steps)]
-        kinds = [tuple(self.method.counting_terms(share)) for share in progress]
-        weights = torch.zeros(num_steps, len(self.method.terms))
-        for row, share in zip(weights, progress, strict=True):
-            now = self.method.weights_at(share)
-            row.copy_(torch.tensor([now.get(name, 0.0) for name in self.method.terms]))
-        matrices = [self.method.assignment_at(self.global_step + step) for step in range(num_steps)]
-        assignment = torch.stack([m for m in matrices if m is not None]) if matrices[0] is not None else None
-        return kinds, weights, assignment
-
     def _batches_to_come(self) -> int:
         """Batches of this epoch, fewer where `trainer.max_steps` ends the training before."""
         batches = int(self.trainer.num_training_batches)
@@ -194,12 +174,6 @@ class Distiller(ImageClassificationModule):
             return batches
         left = self.trainer.max_steps - self.global_step
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
-
-    def _progress(self, ahead: int = 0) -> float:
-        """Share of the training in [0, 1] that is done, `ahead` batches from now."""
-        batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
-        steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
-        return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
 
     def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
         """The student's forward pass in training, with the stages that the method reads; compiled or not."""
@@ -223,9 +197,10 @@ class Distiller(ImageClassificationModule):
         if self._student_outputs is None:
             self._student_outputs = self._student_forward()
         student = self._student_outputs(batch.images)
-        progress = self._progress()
+        progress = self.progress()
         needed, stages = self.method.asks_teachers(progress)
-        teachers = self._teach(batch, stages) if needed else None
+        assert self.teacher_source is not None or not needed  # opened when the fit started
+        teachers = self.teacher_source.ask(batch, stages) if needed and self.teacher_source else None
         result = self.method(
             student,
             teachers,
@@ -239,19 +214,6 @@ class Distiller(ImageClassificationModule):
             step_t=values and values.step,
         )
         return result.total, result.terms, student.logits
-
-    def _teach(self, batch: Batch, stages: tuple[str, ...]) -> TeacherOutput:
-        assert self.teacher_source is not None  # opened when the fit started
-        return self.teacher_source.ask(batch, stages)
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Ensemble logits [B, C] and branch logits [K, B, C] of images [B, 3, H, W]."""
-        output = self.student.outputs(images)
-        return output.logits, output.branch_logits
-
-    def trained_modules(self) -> list[nn.Module]:
-        """The student, and the adapters that the method owns."""
-        return [self.student, self.method]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which teachers taught; their weights stay outside."""

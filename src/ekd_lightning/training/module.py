@@ -1,4 +1,4 @@
-"""What the two LightningModules share: the step, eager or recorded, the optimiser, loss bookkeeping and evaluation."""
+"""Half of the LightningModule: the step, eager or recorded, the optimiser, loss bookkeeping and evaluation."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
+from ekd_lightning.methods import Method
+from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
 from ekd_lightning.training.steps import StepLog, make_optimizer
@@ -48,55 +50,53 @@ def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_forma
     return torch.channels_last if able else torch.contiguous_format
 
 
-class ImageClassificationModule(pl.LightningModule):
-    """Base of `Classifier` and `Distiller`.
+class TrainingModule(pl.LightningModule):
+    """The half of `Distiller` that knows no teachers: steps, eager or recorded, the log, validation and test.
 
-    Subclasses give the loss terms of a step (`losses`), the prediction (`predict`) and the trained parameters.
     Every term is logged once per epoch as `train/<term>`, scores as `val/<score>` and `test/<score>`.
+
+    Args:
+        student: The branched student.
+        method: Weighted loss terms; its adapters are trained with the student.
+        recipe: Optimiser and schedule.
+        channels_last: Memory format of images and student.
+        capture: Whether steps are recorded as CUDA graphs, see `Settings.capture`.
+        recipe_key: Where the recipe stands in the configuration, for messages.
 
     Attributes:
         test_section: What stands before the slash in the names of test scores.
     """
 
-    recipe_key = "recipe"
-    """Where the recipe stands in the configuration, for messages."""
-
     def __init__(
         self,
+        student: BranchedStudent,
+        method: Method,
         recipe: RecipeSettings,
         *,
-        term_names: tuple[str, ...],
-        num_classes: int,
-        num_branches: int = 0,
-        channels_last: bool = True,
-        capture: str = "auto",
+        channels_last: bool,
+        capture: str,
+        recipe_key: str,
     ) -> None:
         super().__init__()
-        self.recipe = recipe
-        self._capture = capture
-        self._recorded: RecordedStep | None = None
-        self._decided = False
-        self._kinds: list[tuple[str, ...]] = []
-        self.val_scores = ClassificationScores(num_classes, num_branches)
-        self.test_scores = ClassificationScores(num_classes, num_branches)
-        self.test_section = "test"
-        self._log_names = ("loss", *term_names, "accuracy")
-        self._step_log = StepLog(self._log_names)
-        self._epoch_means: dict[str, Tensor] = {}
-        self._epoch_lr = recipe.lr
-        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def _spare_fragile(self, network: nn.Module) -> None:
-        """Gives channels-last up for a network whose backward pass torch cannot compute in it."""
-        able = memory_format(network, self._memory_format is torch.channels_last)
-        if able is not self._memory_format:
+        self._memory_format = memory_format(student, channels_last)
+        if channels_last and self._memory_format is not torch.channels_last:
             warnings.warn(
                 "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
                 stacklevel=3,
             )
-            self._memory_format = able
-
-    # -- for subclasses ---------------------------------------------------------------------------------
+        self.student = student.to(memory_format=self._memory_format)
+        self.method = method
+        self.recipe, self.recipe_key = recipe, recipe_key
+        self._capture, self._may_record = capture, False
+        self._recorded: RecordedStep | None = None
+        self._kinds: list[tuple[str, ...]] = []
+        self.val_scores = ClassificationScores(student.num_classes, student.num_branches)
+        self.test_scores = ClassificationScores(student.num_classes, student.num_branches)
+        self.test_section = "test"
+        self._log_names = ("loss", *method.terms, "accuracy")
+        self._step_log = StepLog(self._log_names)
+        self._epoch_means: dict[str, Tensor] = {}
+        self._epoch_lr = recipe.lr
 
     def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Returns the total loss, the detached terms by name, and the logits [B, C] of a training batch.
@@ -110,41 +110,31 @@ class ImageClassificationModule(pl.LightningModule):
 
     def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
         """Called before an epoch's first step, where data come from this package's data module."""
+        raise NotImplementedError
 
     def bytes_on_device(self) -> dict[str, int]:
         """What else of the training lies in the device's memory, by name."""
-        return {}
+        raise NotImplementedError
 
     def why_not_recorded(self) -> str | None:
         """Why the losses cannot be part of a CUDA graph; None where they can."""
-        return None
-
-    def schedules(self, num_steps: int) -> tuple[list[tuple[str, ...]], Tensor, Tensor | None]:
-        """What changes from step to step of the epoch to come.
-
-        Returns:
-            Names of the terms that count in each step; float32 [N, terms], their weights; float32 [N, K, M], the
-            assignment, or None.
-        """
-        return [()] * num_steps, torch.empty(num_steps, 0), None
-
-    def weight_names(self) -> tuple[str, ...]:
-        """Names of the columns of the weights that `schedules` returns."""
-        return ()
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns logits [B, C] and, for a branched student, branch logits [K, B, C]."""
         raise NotImplementedError
 
-    def trained_modules(self) -> list[nn.Module]:
-        """The modules whose parameters the optimiser gets, nothing else."""
-        raise NotImplementedError
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The student's parameters and those of the method's adapters: the optimiser gets them and nothing else."""
+        return [*self.student.parameters(), *self.method.parameters()]
+
+    def progress(self, ahead: int = 0) -> float:
+        """Share of the training in [0, 1] that is done, `ahead` batches from now."""
+        batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
+        steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
+        return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
 
     # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with a schedule that advances every optimiser step."""
-        parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+        parameters = [parameter for parameter in self.trained_parameters() if parameter.requires_grad]
         self.trainer.fit_loop.setup_data()
         batches = float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
         # Lightning refuses to clip the gradients of a fused optimiser under automatic mixed precision.
@@ -155,7 +145,8 @@ class ImageClassificationModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Forgets what an earlier fit recorded."""
-        self._recorded, self._decided = None, self._capture == "never"
+        self._recorded = None
+        self._may_record = self._capture == "always" or (self._capture == "auto" and self.device.type == "cuda")
 
     @property
     def gathers_images(self) -> bool:
@@ -167,25 +158,19 @@ class ImageClassificationModule(pl.LightningModule):
 
         Looked at in every epoch: callbacks may begin to accumulate gradients, for example.
         """
-        if self._decided and self._recorded is None:
+        if not self._may_record:
             return
-        if self._capture == "auto" and self.device.type != "cuda":
-            self._decided = True
-            return
-        reason = why_not_recorded(self.trainer) or self.why_not_recorded()
-        if reason:
+        if reason := why_not_recorded(self.trainer) or self.why_not_recorded():
             log.info("the training step is not recorded as one CUDA graph: %s", reason)
-            self._decided, self._recorded = True, None
-        if self._decided:
-            return
-        self._decided = True
-        self._recorded = RecordedStep(
-            device=self.device,
-            optimizer=self.trainer.optimizers[0],
-            gather=partial(data.gather_training, device=self.device),
-            loss=self._loss_and_values,
-            weight_names=self.weight_names(),
-        )
+            self._may_record, self._recorded = False, None
+        elif self._recorded is None:
+            self._recorded = RecordedStep(
+                device=self.device,
+                optimizer=self.trainer.optimizers[0],
+                gather=partial(data.gather_training, device=self.device),
+                loss=self._loss_and_values,
+                weight_names=tuple(self.method.terms),
+            )
 
     def on_fit_end(self) -> None:
         """Gives the graphs' memory back."""
@@ -225,7 +210,7 @@ class ImageClassificationModule(pl.LightningModule):
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
         """What took the device's memory, the largest first."""
-        trained = sum(p.nbytes for module in self.trained_modules() for p in module.parameters())
+        trained = sum(parameter.nbytes for parameter in self.trained_parameters())
         used = {
             "images": getattr(getattr(self.trainer, "datamodule", None), "bytes_on_device", 0),
             "weights, gradients and momentum": 3 * trained,
@@ -276,8 +261,13 @@ class ImageClassificationModule(pl.LightningModule):
     def _start_recorded_epoch(self, recorded: RecordedStep, loader: TrainLoader) -> None:
         steps = int(self.trainer.num_training_batches)
         labels, index, view = loader.epoch(steps)
-        self._kinds, weights, assignment = self.schedules(steps)
-        recorded.start_epoch(EpochRows(labels, index, view, weights, assignment), len(self._log_names))
+        now = [self.method.weights_at(self.progress(step)) for step in range(steps)]
+        self._kinds = [tuple(weights) for weights in now]
+        table = torch.tensor([[weights.get(name, 0.0) for name in self.method.terms] for weights in now])
+        drawn = [self.method.assignment_at(self.global_step + step) for step in range(steps)]
+        matrices = [matrix for matrix in drawn if matrix is not None]
+        rows = EpochRows(labels, index, view, table, torch.stack(matrices) if matrices else None)
+        recorded.start_epoch(rows, len(self._log_names))
         self._step_log.watch(recorded.log_table)
 
     def epoch_means(self) -> dict[str, Tensor]:
@@ -335,8 +325,8 @@ class ImageClassificationModule(pl.LightningModule):
         self._log_scores(self.test_section, self.test_scores)
 
     def _score(self, scores: ClassificationScores, batch: Batch) -> None:
-        logits, branch_logits = self.predict(self._in_format(batch).images)
-        scores.update(logits.float(), batch.labels, batch.valid, branch_logits)
+        output = self.student.outputs(self._in_format(batch).images)
+        scores.update(output.logits.float(), batch.labels, batch.valid, output.branch_logits)
 
     def _log_scores(self, prefix: str, scores: ClassificationScores) -> None:
         for name, value in scores.compute().items():

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.data import Dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks import (
     NetworkSpec,
-    Normalization,
     StagedNetwork,
     TeacherEnsemble,
     TeacherIdentity,
@@ -29,11 +27,6 @@ from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.teacher_training import TeacherData, train_teacher
-
-
-def usual_normalization(dataset: Dataset, name: str | None) -> Normalization:
-    """The named normalisation; without a name the data set's usual one."""
-    return normalization(name or dataset.normalization)
 
 
 def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
@@ -123,7 +116,10 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
     if entry.key_map is None:
         raise UserError(f"{key}.key_map: needed beside network={entry.network} to read a foreign checkpoint")
     spec = NetworkSpec(
-        entry.network, data.dataset.num_classes, usual_normalization(data.dataset, entry.normalization), entry.options
+        entry.network,
+        data.dataset.num_classes,
+        normalization(entry.normalization or data.dataset.normalization),
+        entry.options,
     )
     key_map = entry.key_map
     return PlannedTeacher(path.stem, spec, "file", lambda: (load_foreign(path, spec, key_map), detail))
@@ -132,12 +128,8 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
 def _plan_trained(
     settings: TeacherSettings, entry: TeacherEntry, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
-    spec = NetworkSpec(
-        str(entry.train),
-        data.dataset.num_classes,
-        usual_normalization(data.dataset, entry.normalization),
-        entry.options,
-    )
+    statistics = normalization(entry.normalization or data.dataset.normalization)
+    spec = NetworkSpec(str(entry.train), data.dataset.num_classes, statistics, entry.options)
     build_network(spec)  # an unknown network or option is refused now, not after other teachers were trained
     key = {
         "network": spec.to_dict(),

@@ -126,14 +126,16 @@ class RecordedStep:
             rows: The epoch's steps.
             log_columns: Values that a step logs.
         """
-        wanted = {name: value.shape for name, value in rows.tensors().items()}
-        if self._rows is None or wanted != {n: v.shape for n, v in self._rows.tensors().items()}:
-            self.forget()  # their buffers go
-            self._rows = EpochRows(**{name: value.to(self.device) for name, value in rows.tensors().items()})
+        given = rows.tensors()
+        held = {} if self._rows is None else self._rows.tensors()
+        if {name: values.shape for name, values in given.items()} != {n: values.shape for n, values in held.items()}:
+            self._graphs.clear()  # their buffers go
+            self._seen.clear()
+            self._rows = EpochRows(**{name: values.to(self.device) for name, values in given.items()})
             self.log_table = torch.zeros(len(rows.index), log_columns, device=self.device)
             return
-        for name, value in rows.tensors().items():
-            getattr(self._rows, name).copy_(value, non_blocking=True)
+        for name, values in given.items():
+            held[name].copy_(values, non_blocking=True)
 
     def run(self, position: int, step: int, kind: Hashable) -> Tensor:
         """Runs one training step, the optimiser's included.
@@ -160,11 +162,6 @@ class RecordedStep:
             with self._aside():
                 self._step()
         return self._loss
-
-    def forget(self) -> None:
-        """Drops all graphs, and with them their memory."""
-        self._graphs.clear()
-        self._seen.clear()
 
     def _fixed(self) -> Iterator[Hashable]:
         """What a graph takes from the optimiser as it is when it is recorded."""
@@ -194,8 +191,8 @@ class RecordedStep:
         return True
 
     def _step(self) -> None:
-        batch = self._gather(self._batch_rows())
-        total, logged = self._compute(batch, self._values())
+        rows, values = self._now()
+        total, logged = self._compute(self._gather(rows), values)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, enabled=False):
             total.backward()
@@ -204,34 +201,26 @@ class RecordedStep:
         self._loss.copy_(total.detach())
         self.log_table.index_copy_(0, self._position, log_row(logged)[None])
 
-    def _batch_rows(self) -> IndexBatch:
+    def _now(self) -> tuple[IndexBatch, StepValues]:
+        """The rows and values of the step at `_position`."""
         assert self._rows is not None  # an epoch was started
-        labels, index, view = (
-            values.index_select(0, self._position)[0]
-            for values in (self._rows.labels, self._rows.index, self._rows.view)
-        )
-        return IndexBatch(labels, index, view, torch.ones_like(index, dtype=torch.bool))
-
-    def _values(self) -> StepValues:
-        assert self._rows is not None
-        weights = self._rows.weights.index_select(0, self._position)[0]
-        matrix = self._rows.assignment
-        return StepValues(
-            self._step_number,
-            dict(zip(self._names, weights.unbind(), strict=True)),
-            None if matrix is None else matrix.index_select(0, self._position)[0],
-        )
+        now = {name: values.index_select(0, self._position)[0] for name, values in self._rows.tensors().items()}
+        index = now["index"]
+        rows = IndexBatch(now["labels"], index, now["view"], torch.ones_like(index, dtype=torch.bool))
+        weights = dict(zip(self._names, now["weights"].unbind(), strict=True))
+        return rows, StepValues(self._step_number, weights, now.get("assignment"))
 
     @contextlib.contextmanager
     def _rates_as_data(self) -> Iterator[None]:
         """The optimiser reads its learning rates from buffers; outside they stay numbers, for schedules and records."""
-        numbers = [group["lr"] for group in self._optimizer.param_groups]
+        groups = self._optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
         try:
-            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            for group, rate in zip(groups, self._rates, strict=True):
                 group["lr"] = rate
             yield
         finally:
-            for group, number in zip(self._optimizer.param_groups, numbers, strict=True):
+            for group, number in zip(groups, numbers, strict=True):
                 group["lr"] = number
 
     @contextlib.contextmanager

@@ -227,9 +227,9 @@ def _train(
             **flags,
         )
         trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
-    network, branch = build_network(spec), student.branches[0]
-    network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
-    network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
+        network, branch = build_network(spec), student.branches[0]
+        network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
+        network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
     return network.eval(), {"train_seconds": report.train_seconds, "steps": trainer.global_step}
 
 

@@ -26,7 +26,7 @@ from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.checkpoints import BEST_METRIC, CheckpointWriter, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
-from ekd_lightning.training.module import ImageClassificationModule
+from ekd_lightning.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class EpochReport(Callback):
         self._stop(pl_module)
         self.train_seconds += self._epoch_seconds
         self.images_seen += self._epoch_images
-        means = pl_module.epoch_means() if isinstance(pl_module, ImageClassificationModule) else {}
+        means = pl_module.epoch_means() if isinstance(pl_module, TrainingModule) else {}
         if trainer.is_global_zero and not trainer.sanity_checking:
             log.info(self._line(trainer, means))
 
