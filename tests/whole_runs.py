@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
@@ -52,7 +51,11 @@ class Outcome:
     error: BaseException | None = None
 
     def json(self, name: str) -> dict[str, Any]:
-        return json.loads((self.directory / name).read_text())
+        from ekd_lightning.files import read_json
+
+        content = read_json(self.directory / name)
+        content.pop("run", None)  # each run has its own
+        return content
 
     @property
     def result(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ekd_lightning.cli.evaluate import PARTS, is_override, main, parse_parts
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.pipeline import evaluation
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import EVALUATION_PARTS
 
 
@@ -49,7 +50,7 @@ def evaluate(*words, directory) -> Outcome:
 
 
 def read(directory):
-    return json.loads((directory / "result.json").read_text())
+    return dict(RunDirectory(directory).read_result())
 
 
 def test_a_run_that_was_not_evaluated_becomes_one_that_was(bare, trained):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file
 from whole_runs import Outcome
+
+from ekd_lightning.runs.directory import RunDirectory
 
 FOUR = ("recipe.epochs=4", "trainer.limit_train_batches=3")
 DROPOUT = (
@@ -51,7 +52,7 @@ def assert_same_run(directory: Path, reference: Path) -> None:
         momentum = [c["optimizer_states"][0]["state"][0]["momentum_buffer"] for c in (a, b)]
         assert torch.equal(*momentum)
         assert best_so_far(a) == best_so_far(b)
-    ours, theirs = (json.loads((d / "result.json").read_text()) for d in (directory, reference))
+    ours, theirs = (dict(RunDirectory(d).read_result()) for d in (directory, reference))
     for field in TIMING:
         ours.pop(field), theirs.pop(field)
     assert ours == theirs

@@ -157,14 +157,14 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.networks import cut_branches, load_student  # noqa: PLC0415
-    from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
+    from ekd_lightning.networks import cut_branches  # noqa: PLC0415
+    from ekd_lightning.pipeline.context import load_own_student, open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
 
     run = RunDirectory(args.run)
     settings = recorded_settings(run, args.overrides)
     run.finished_result()  # refuses a run that is not done
-    student = choose_weights(run, load_student(run.student), options.weights)
+    student = choose_weights(run, load_own_student(run), options.weights)
     if options.branches is not None:
         cut_branches(student, options.branches)  # refuses before the data are read
     return open_context(run, settings, torch.device("cpu"), student), run.provenance()

@@ -86,7 +86,8 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 def write_config(plain: dict[str, Any], directory: Path) -> None:
     """Writes the resolved configuration into the run's directory."""
-    write_yaml(directory / CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain)))
+    text, identity = OmegaConf.to_yaml(OmegaConf.create(plain)), RunDirectory(directory).identity
+    write_yaml(directory / CONFIG, f"# run {identity}\n{text}" if identity else text)
 
 
 def read_config(directory: Path, key: str = "") -> dict[str, Any]:

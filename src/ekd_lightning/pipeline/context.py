@@ -23,6 +23,7 @@ from ekd_lightning.networks import (
     TeacherIdentity,
     load_network,
     load_student,
+    read_metadata,
     state_sha256,
 )
 from ekd_lightning.pipeline.prepare import prepare_data
@@ -122,6 +123,17 @@ class EvaluationContext:
         return predict_student(self.student, self.dataset.test, batch_size=batch_size, device=self.device)
 
 
+def load_own_student(run: RunDirectory) -> BranchedStudent:
+    """The student that a run left, with the weights after the last epoch.
+
+    Raises:
+        UserError: If it is missing or damaged, or another run's.
+    """
+    student = load_student(run.student)
+    run.require_own(run.student, read_metadata(run.student).get("run"))
+    return student
+
+
 def open_context(
     run: RunDirectory, settings: Settings, device: torch.device, student: BranchedStudent | None = None
 ) -> EvaluationContext:
@@ -139,7 +151,7 @@ def open_context(
     started = run.started()  # first: a run that takes its place meanwhile is noticed
     result, record = run.finished_result(), run.provenance()
     if student is None:
-        student = load_student(run.student)
+        student = load_own_student(run)
     dataset, subset, views = prepare_data(settings)
     recorded = record.get("data") or {}
     for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):

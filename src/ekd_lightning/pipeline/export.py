@@ -76,7 +76,7 @@ def choose_weights(run: RunDirectory, student: BranchedStudent, weights: str) ->
     path = run.best_checkpoint
     if not path.is_file():
         raise UserError(f"--weights best: the run has no {path} (it had no validation images, or it was removed)")
-    state = read_checkpoint(path).get("state_dict", {})
+    state = read_checkpoint(path, run.identity).get("state_dict", {})
     own = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
     best = copy.deepcopy(student)
     try:

@@ -106,6 +106,9 @@ def run(
         try:
             result = _run(settings, directory, record, loggers, config, sweep, callbacks, test, start)
             if record:
+                for logger in loggers:
+                    if isinstance(logger, MetricsCsv):
+                        logger.finalize("success")  # the record tells its checksum
                 record.finish(result)
             return result
         except BaseException as error:
@@ -172,6 +175,7 @@ def _run(
             chain = describe_chain(settings, prepared.dataset, teachers.identities[0], device)
             result = result.having(**chain)
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
+        metadata["run"] = record.identity or ""
         save_student(record.student, prepared.student, metadata)
         if not result.partial:
             student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
@@ -240,7 +244,7 @@ def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int
     if not last.is_file():
         log.info("no checkpoint in %s yet: starting from the beginning", directory)
         return None, 0
-    step = int(read_checkpoint(last)["global_step"])
+    step = int(read_checkpoint(last, RunDirectory(directory).identity)["global_step"])
     log.info("resuming from %s at step %d", last, step)
     return last, step
 

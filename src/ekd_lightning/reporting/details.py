@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
-from ekd_lightning.files import DamagedFileError, read_bytes
+from ekd_lightning.files import DamagedFileError
 from ekd_lightning.reporting.estimates import Estimate, estimate
 from ekd_lightning.reporting.groups import Group, is_number
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import ARRAYS
 from ekd_lightning.runs.directory import CURVES as CURVES_FILE
 
 Array = np.ndarray
@@ -154,10 +155,10 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
         DamagedFileError: If the file, which need not exist, is something else or cut off.
     """
     found: dict[str, dict[int, float]] = defaultdict(dict)
-    path = run.on_disk.file(CURVES_FILE)
-    if path is None:
+    path = run.directory / CURVES_FILE
+    content = run.on_disk.curves(run.get("curves_sha256"))
+    if content is None:
         return found
-    content = read_bytes(path)
     try:
         rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
         if not rows.fieldnames and run.state != "done":  # it ended before its first epoch did
@@ -188,6 +189,8 @@ def damage(run: RunEntry) -> list[str]:
             read()
         except DamagedFileError as error:
             found.append(f"{run.name}/{str(error).removeprefix(f'{run.directory}/')}")
+    if "predictions" in (run.get("evaluated") or ()) and not (run.directory / ARRAYS).exists():
+        found.append(f"{run.name}/{ARRAYS}: is gone, what it held is left out")
     return found
 
 

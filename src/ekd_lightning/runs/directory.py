@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import re
 import shutil
-import zipfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from enum import Enum
@@ -16,7 +18,16 @@ import numpy as np
 from filelock import FileLock
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import DamagedFileError, read_json, read_yaml, remove_parts, write_bytes, write_json
+from ekd_lightning.files import (
+    DamagedFileError,
+    file_sha256,
+    read_bytes,
+    read_json,
+    read_yaml,
+    remove_parts,
+    write_bytes,
+    write_json,
+)
 from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
@@ -29,8 +40,6 @@ CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
 HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
 _INTERRUPTED = "interrupted"
 _OF_ONE_RUN = (
-    f"{CHECKPOINTS}/{BEST}",
-    f"{CHECKPOINTS}/{LAST}",
     STUDENT,
     CURVES,
     "train.log",
@@ -113,6 +122,22 @@ class RunDirectory:
         """One of its files; None where it is absent."""
         path = self.path / name
         return path if path.is_file() else None
+
+    @property
+    def identity(self) -> str | None:
+        """What all files of the run name as theirs; None for an earlier version, or a damaged provenance.json."""
+        with contextlib.suppress(DamagedFileError):
+            return self.provenance().get("run")
+        return None
+
+    def require_own(self, path: Path, run: str | None) -> None:
+        """Refuses a file that names another run as its own; one that names none is accepted.
+
+        Raises:
+            DamagedFileError: Naming the file.
+        """
+        if run and self.identity not in (None, run) and run != self.provenance().get("replaced"):
+            raise DamagedFileError(f"{path}: damaged, of another run than {PROVENANCE}")
 
     def is_held(self) -> bool:
         """Whether a process is at work in the directory, by its lock."""
@@ -209,6 +234,7 @@ class RunDirectory:
             content = read_json(path)
         except FileNotFoundError:
             return None
+        self.require_own(path, content.pop("run", None))
         version = content.get("format", 1)
         if isinstance(version, bool) or not isinstance(version, int):
             raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
@@ -231,7 +257,12 @@ class RunDirectory:
             DamagedFileError: If it is damaged.
         """
         path = self.config_path
-        return {} if path is None else {str(key): value for key, value in _read_yaml(path, dict, "mapping").items()}
+        if path is None:
+            return {}
+        content = _read_yaml(path, dict, "mapping")
+        if named := re.search(rb"^# run (\w+)$", path.read_bytes(), re.MULTILINE):
+            self.require_own(path, named[1].decode())
+        return {str(key): value for key, value in content.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """A group of the configuration; empty without.
@@ -276,15 +307,38 @@ class RunDirectory:
             DamagedFileError: If it is damaged.
         """
         path = self.path / ARRAYS
-        if not path.is_file():
-            return {}
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files if names is None or name in names}
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
+                self.require_own(path, str(file["run"]) if "run" in file.files else None)
+                return {n: file[n] for n in file.files if n != "run" and (names is None or n in names)}
+        except FileNotFoundError:
+            return {}
+        except DamagedFileError:
+            raise
+        except Exception as error:  # of a damaged file NumPy, zipfile and zlib each have several kinds
             raise DamagedFileError(
                 f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
             ) from None
+
+    def curves(self, sha256: str | None = None) -> bytes | None:
+        """Content of metrics.csv; None without the file.
+
+        Args:
+            sha256: What the result says of it; None where it says nothing.
+
+        Raises:
+            DamagedFileError: If it cannot be read, or is not what the result tells of.
+        """
+        path = self.path / CURVES
+        try:
+            content = read_bytes(path)
+        except FileNotFoundError:
+            if sha256 is None:
+                return None
+            content = b""
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise DamagedFileError(f"{path}: damaged or changed, its content is not that which was written (SHA-256)")
+        return content
 
     def start(self, *, resumed: bool) -> None:
         """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
@@ -298,13 +352,16 @@ class RunDirectory:
         first = self.provenance() if resumed else {}
         if first:
             here = {**first, "resumed": [*(first.get("resumed") or []), here]}
-        write_json(self.path / PROVENANCE, here)
+        # Until the status is written, too, the files here are those of the run that is replaced.
+        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, "replaced": self.identity, **here})
+        if not resumed:
+            for checkpoint in (self.last_checkpoint, self.best_checkpoint):
+                checkpoint.unlink(missing_ok=True)
         self._say("running")
         for name in (RESULT, ARRAYS):
             (self.path / name).unlink(missing_ok=True)
         if resumed:
             return
-        # Nothing of an earlier run must pass for this one's: its last checkpoint above all, where a resume goes on.
         for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -352,13 +409,13 @@ class RunDirectory:
 
     def write_result(self, result: Result) -> None:
         """Writes result.json."""
-        write_json(self.path / RESULT, {"format": FORMAT, **result})
+        write_json(self.path / RESULT, {"format": FORMAT, "run": self.identity, **result})
 
     def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes arrays.npz, if there is something to write."""
         if arrays:
             stream = io.BytesIO()
-            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type] # names are not its own options
+            np.savez_compressed(stream, run=self.identity or "", **arrays)  # type: ignore[arg-type] # no options
             write_bytes(self.path / ARRAYS, stream.getvalue())
 
     @contextlib.contextmanager
@@ -373,7 +430,8 @@ class RunDirectory:
 
     def finish(self, result: Result) -> None:
         """Writes the result, then says done; in this order, so that done implies a result."""
-        self.write_result(result)
+        written = file_sha256(self.path / CURVES) if self.file(CURVES) else None
+        self.write_result(result.having(curves_sha256=written))
         self._say("done")
 
     def fail(self, error: str) -> None:
@@ -385,7 +443,9 @@ class RunDirectory:
         self._say("stopped", _INTERRUPTED)
 
     def _say(self, state: str, error: str | None = None) -> None:
-        write_json(self.path / STATUS, {"format": FORMAT, "state": state, "error": error, "time": now()})
+        write_json(
+            self.path / STATUS, {"format": FORMAT, "run": self.identity, "state": state, "error": error, "time": now()}
+        )
 
 
 def _read_yaml(path: Path, kind: type[_Kind], named: str) -> _Kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,22 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from torch import Tensor
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import SEAL, UNSEALED, WriterBehind, remove_parts, require_intact, seal, write_bytes
+from ekd_lightning.files import (
+    SEAL,
+    UNSEALED,
+    WriterBehind,
+    read_bytes,
+    remove_parts,
+    require_intact,
+    seal,
+    write_bytes,
+)
 from ekd_lightning.runs.directory import BEST, LAST
 
 log = logging.getLogger(__name__)
 
 BEST_METRIC = "val/accuracy"
+_OWNER = "ekd_owner"
 _SEAL_COMMENT = f"{SEAL}:{UNSEALED}".encode()
 
 
@@ -33,9 +43,13 @@ class CheckpointWriter(CheckpointIO):
     training ends, waits for all. What went wrong is raised by the next call.
 
     One belongs to one Trainer: `pl.Trainer(plugins=[CheckpointWriter()], ...)`.
+
+    Args:
+        owner: Whose checkpoints these are: they name it, and those of another one are refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Callable[[], str | None] = lambda: None) -> None:
+        self._owner = owner
         self._writer = WriterBehind()
         self._seen: set[Path] = set()
 
@@ -55,7 +69,7 @@ class CheckpointWriter(CheckpointIO):
         if path not in self._seen:
             self._seen.add(path)
             remove_parts(path.parent, path.name)
-        state = _on_host(checkpoint)
+        state = _on_host({**checkpoint, _OWNER: self._owner()})
         self._writer.submit(path, lambda: write_checkpoint(path, state))
 
     def load_checkpoint(
@@ -67,7 +81,7 @@ class CheckpointWriter(CheckpointIO):
             UserError: If it is missing or damaged.
         """
         self._writer.wait(Path(path))
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), self._owner())
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint."""
@@ -96,21 +110,24 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     write_bytes(path, seal(stream.getvalue()))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, owner: str | None = None) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU, without unpickling code; its checksum is checked if it has one.
 
     Raises:
-        UserError: If it cannot be read or is damaged.
+        UserError: If it cannot be read, is damaged, or names another owner.
     """
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     require_intact(path, content)
     try:
-        return dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
+        found = dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
     except Exception as error:  # torch raises many kinds for damaged files
         raise UserError(f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})") from None
+    if owner and owner != (found.get(_OWNER) or owner):
+        raise UserError(f"{path}: a checkpoint of another training")
+    return found
 
 
 def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:

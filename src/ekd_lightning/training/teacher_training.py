@@ -220,7 +220,7 @@ def _train(
             max_epochs=recipe.epochs,
             default_root_dir=scratch,
             callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report],
-            plugins=[CheckpointWriter()],
+            plugins=[CheckpointWriter(lambda: scratch.name)],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

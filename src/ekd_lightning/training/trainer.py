@@ -23,8 +23,9 @@ from torch import Tensor
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.teachers.hardware import resolve_precision
-from ekd_lightning.training.checkpoints import BEST_METRIC, CheckpointWriter, read_checkpoint
+from ekd_lightning.training.checkpoints import BEST_METRIC, CheckpointWriter
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import TrainingModule
 
@@ -86,18 +87,18 @@ def build_trainer(
     if chosen.get("enable_progress_bar") is None:
         own = any(isinstance(callback, ProgressBar) for callback in callbacks)
         chosen["enable_progress_bar"] = own or (sys.stderr.isatty() and not in_sweep)
-    chosen["plugins"] = _plugins(chosen.get("plugins"))
+    chosen["plugins"] = _plugins(chosen.get("plugins"), directory)
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def _plugins(chosen: Any) -> list[Any]:
+def _plugins(chosen: Any, directory: Path) -> list[Any]:
     """The user's plugins, and the one that writes checkpoints unless they brought their own."""
     plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
     own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
-    return plugins if own else [*plugins, CheckpointWriter()]
+    return plugins if own else [*plugins, CheckpointWriter(lambda: RunDirectory(directory).identity)]
 
 
 class EpochSeed(Callback):
@@ -192,7 +193,7 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
     if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
         last_weights = {name: value.clone() for name, value in module.state_dict().items()}
-        state = read_checkpoint(Path(best.best_model_path))
+        state = trainer.strategy.checkpoint_io.load_checkpoint(best.best_model_path)
         module.load_state_dict(state["state_dict"])
         scores |= named_scores("test", _test(trainer, module, data, "test_best"), "_best")
         scores["val_accuracy_best"] = float(best.best_model_score)
