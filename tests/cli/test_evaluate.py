@@ -179,7 +179,7 @@ def test_a_mistake_is_one_line(run, tmp_path, words, named):
         ("result.json", '{"method": "ek', "result.json: damaged, not JSON"),
         ("result.json", "[1]", "result.json: damaged, holds no mapping"),
         ("result.json", None, "without a result.json"),
-        ("config.yaml", "seed: [1", "config.yaml: not a configuration of this version"),
+        ("config.yaml", "seed: [1", "config.yaml: damaged, not YAML"),
         ("config.yaml", "imports: 3", "config.yaml: not a configuration of this version"),
         ("config.yaml", "imports: [no_such_module_here]", "imports: no module 'no_such_module_here'"),
     ],
