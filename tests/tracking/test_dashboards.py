@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,24 +10,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
-from wandb_files import history_of, offline_runs, records, summary_of, unpacked
-from whole_runs import TINY, call_train
+from wandb_files import config_of, history_of, offline_runs, records, rows, run_of, summary_of
 
 from ekd_lightning.data.catalog import read_digits
 from ekd_lightning.tracking import dashboards
-from ekd_lightning.tracking.dashboards import confusion_figure, examples_grid, markdown, result_facts
-from ekd_lightning.tracking.loggers import flat_columns, wandb_run_id
+from ekd_lightning.tracking.dashboards import confusion_figure, examples_grid, markdown, result_columns
+from ekd_lightning.tracking.loggers import flat_columns
 from ekd_lightning.tracking.panels import branch_table, curves, make_panels, misclassified, scalars, tables
 
 NAMES = ("cat", "dog", "frog")
-
-
-@pytest.fixture(autouse=True)
-def _quiet_wandb(monkeypatch, tmp_path_factory):
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path_factory.mktemp("wandb")))
 
 
 # -- what is shown, without a dashboard -----------------------------------------------------------------
@@ -164,26 +152,6 @@ def test_a_class_that_never_occurs_is_an_empty_row():
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """A run that trains its teacher, too, with everything on."""
-    root = tmp_path_factory.mktemp("dashboards")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_SILENT", "true")
-        patch.delenv("WANDB_MODE", raising=False)
-        words = (
-            "logger=all",
-            "logger.wandb.mode=offline",
-            "evaluation=standard",
-            "teachers.count=1",
-            "student.branches=2",
-        )
-        own = (f"teachers.store={root / 'store'}", f"hydra.sweep.dir={root / 'day' / 'time'}", "seed=0")
-        outcome = call_train("-m", *TINY, *words, *own, directory=root / "day" / "time" / "0")
-    assert outcome.code == 0, outcome.err
-    return outcome.directory
-
-
-@pytest.fixture(scope="module")
 def panels(ran):
     result = json.loads((ran / "result.json").read_text())
     arrays = dict(np.load(ran / "arrays.npz"))
@@ -191,36 +159,14 @@ def panels(ran):
     return make_panels(result, arrays, test.images.numpy(), tuple(str(i) for i in range(10)))
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def kinds(folder: Path) -> tuple[str, str, str]:
-    (run, *_) = records(folder)["run"]
-    return run.job_type, run.run_group, run.display_name
-
-
-def test_teacher_and_student_are_runs_of_their_own_kind_in_one_group(ran):
-    (student,) = offline_runs(ran)
-    (teacher,) = offline_runs(ran / "teachers" / "resnet8-s0")
-    assert kinds(student)[:2] == ("student", "day/time")
-    assert kinds(teacher) == ("teacher", "day/time", "resnet8-s0")
-    assert {"train/loss", "lr", "epoch"} <= set(history_of(teacher)[0])
-    assert records(teacher)["exit"][0].exit_code == 0
-
-
 def test_what_was_run_stands_in_flat_columns(ran):
     (folder,) = offline_runs(ran)
-    config: dict[str, object] = {}
-    found = records(folder)
-    for item in [run.config for run in found["run"]] + found.get("config", []):
-        config |= unpacked(item.update)
+    config = config_of(folder)
     result = json.loads((ran / "result.json").read_text())
     wanted = ("fraction", "num_teachers", "num_branches", "num_parameters", "macs", "split_after")
     assert {name: config[name] for name in wanted} == {name: result[name] for name in wanted}
     assert (config["method_name"], config["data_name"], config["student_network"]) == ("ekd", "digits", "resnet8")
-    columns = flat_columns(result_facts(result), {})
+    columns = result_columns(result, {})
     assert (columns["method_name"], columns["num_branches"]) == ("ekd", 2)
 
 
@@ -269,7 +215,7 @@ def test_the_last_row_of_the_history_holds_the_evaluation(ran, panels):
     row = next(row for row in history_of(folder) if "evaluation/branches" in row)
     numbers = {name: value for name, value in panels.scalars.items() if not is_test_score(name)}
     assert {name: row[name] for name in numbers} == numbers
-    assert row["epoch"] == 1
+    assert row["epoch"] == 2
     for name, table in panels.tables.items():
         file = json.loads((folder / "files" / row[name]["path"]).read_text())
         assert (file["columns"], file["data"]) == (table.columns, table.rows)
@@ -289,18 +235,8 @@ def test_charts_hold_the_confusion_and_the_reliability(ran, panels):
     lines = json.loads((folder / "files" / row["calibration/reliability_table"]["path"]).read_text())
     made = panels.curves["calibration/reliability"].lines
     assert len(lines["data"]) == sum(len(x) for x, _ in made.values())
-    config: dict[str, object] = {}
-    for item in records(folder).get("config", []):
-        config |= unpacked(item.update)
-    shown = yaml.safe_dump(config.get("_wandb", {}))
+    shown = yaml.safe_dump(config_of(folder).get("_wandb", {}))
     assert "wandb/confusion_matrix/v1" in shown or "confusion" in shown
-
-
-def test_the_summary_holds_the_final_fields(ran):
-    (folder,) = offline_runs(ran)
-    result, summary = json.loads((ran / "result.json").read_text()), summary_of(folder)
-    for name in ("test_accuracy", "test_mean_branch_accuracy", "test_adaptive_ece", "train_seconds"):
-        assert summary[name] == result[name]
 
 
 def test_tensorboard_holds_the_same_numbers_and_pictures(ran, panels):
@@ -316,7 +252,7 @@ def test_tensorboard_holds_the_same_numbers_and_pictures(ran, panels):
     assert {f"{name}/text_summary" for name in panels.tables} <= set(tags["tensors"])
     told = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     result = json.loads((ran / "result.json").read_text())
-    assert all(name.encode() in told for name in flat_columns(result_facts(result), {}))
+    assert all(name.encode() in told for name in result_columns(result, {}))
     assert b"test/accuracy" in events.SummaryMetadata("_hparams_/experiment").plugin_data.content
 
 
@@ -326,7 +262,7 @@ def test_a_later_evaluation_is_a_run_of_its_own_kind(ran, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     main([str(ran), "--parts", "generalisation", "--force", "--device", "cpu"])
     (folder,) = offline_runs(ran / "evaluation")
-    assert kinds(folder)[:2] == ("evaluation", "day/time")
+    assert (run_of(folder).job_type, run_of(folder).run_group) == ("evaluation", "day/time")
     result = json.loads((ran / "result.json").read_text())
     (row,) = [row for row in history_of(folder) if "generalisation/gap_nll" in row]
     assert row["generalisation/gap_nll"] == result["gap_nll"]
@@ -342,11 +278,3 @@ def test_a_dashboard_in_trouble_does_not_cost_the_result(train, tmp_path, monkey
     outcome = train(tmp_path / "run", "logger=tensorboard", "method=branched_ce", "student.branches=2")
     assert outcome.code == 0, outcome.err
     assert "the dashboard has no evaluation of this run" in outcome.out + outcome.err
-
-
-def test_an_agent_of_a_sweep_decides_the_id(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
-    monkeypatch.setenv("WANDB_RUN_ID", "given")
-    assert wandb_run_id(tmp_path) == "given"
-    monkeypatch.delenv("WANDB_SWEEP_ID")
-    assert wandb_run_id(tmp_path) == "given"  # as it was, also when it is resumed by hand

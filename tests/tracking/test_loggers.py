@@ -1,29 +1,18 @@
-from __future__ import annotations
+"""What loggers get: metrics.csv of any run; W&B and TensorBoard read back from the files of a sweep."""
 
-import csv
-import os
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 import yaml
-from wandb_files import offline_runs, records, unpacked
-from whole_runs import TINY, call_train
+from wandb_files import config_of, history_of, offline_runs, records, rows, run_of, summary_of
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import LoggerSettings, WandbSettings
-from ekd_lightning.tracking.loggers import MetricsCsv, check_loggers, make_loggers
+from ekd_lightning.tracking.loggers import MetricsCsv, check_loggers, make_loggers, wandb_run_id
 
 FAST = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
-OFFLINE = ("logger=wandb", "logger.wandb.mode=offline", *FAST)
-
-
-SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "generalisation/")
+SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "fidelity/", "generalisation/", "efficiency/")
 """What an evaluation found is in result.json and on dashboards, not among the curves."""
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 # -- metrics.csv ----------------------------------------------------------------------------------------
@@ -82,27 +71,22 @@ def test_metrics_csv_is_always_there(tmp_path):
     assert made[0].path == tmp_path / "metrics.csv"
 
 
-@pytest.mark.parametrize("mode", [None, "online", "offline", "disabled"])
-def test_known_modes(mode):
-    check_loggers(LoggerSettings(wandb=WandbSettings(mode=mode)))
-
-
 def test_an_unknown_mode():
+    for mode in (None, "online", "offline", "disabled"):
+        check_loggers(LoggerSettings(wandb=WandbSettings(mode=mode)))
     with pytest.raises(UserError, match="did you mean 'disabled'"):
         check_loggers(LoggerSettings(wandb=WandbSettings(enabled=True, mode="disable")))
 
 
-# -- TensorBoard ----------------------------------------------------------------------------------------
+# -- a sweep, read back ---------------------------------------------------------------------------------
 
 
-def test_tensorboard_holds_the_same_scalars(train, tmp_path):
+def test_tensorboard_holds_the_same_scalars(ran):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    outcome = train(tmp_path / "run", "logger=tensorboard", "recipe.epochs=2", *FAST)
-    assert outcome.code == 0, outcome.err
-    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = reader.EventAccumulator(str(ran / "tensorboard"))
     events.Reload()
     names = {name for name in events.Tags()["scalars"] if not name.startswith(SECTIONS)}
-    table = rows(tmp_path / "run" / "metrics.csv")
+    table = rows(ran / "metrics.csv")
     assert names == set(table[0]) - {"step"}
     for name in names - {"epoch"}:
         expected = {int(row["step"]): float(row[name]) for row in table if row[name]}
@@ -110,84 +94,48 @@ def test_tensorboard_holds_the_same_scalars(train, tmp_path):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-# -- Weights & Biases, offline --------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _quiet_wandb(monkeypatch, tmp_path_factory):
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path_factory.mktemp("wandb")))
-
-
-@pytest.fixture(scope="module")
-def swept(store, tmp_path_factory):
-    """Two jobs of a sweep in one process, the second of which fails."""
-    folder = tmp_path_factory.mktemp("wandb") / "day" / "time"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_SILENT", "true")
-        patch.delenv("WANDB_MODE", raising=False)
-        words = (*OFFLINE, "recipe.lr=0.1,1e30", f"teachers.store={store}", f"hydra.sweep.dir={folder}")
-        outcome = call_train("-m", *TINY, *words, directory=folder)
-        assert "WANDB_MODE" not in os.environ
-    return outcome
-
-
-def test_every_job_is_a_run_of_its_own(swept):
+def test_every_job_is_a_run_of_its_own_and_a_failure_shows_as_a_failure(swept):
+    folders = [offline_runs(swept.directory / job) for job in ("0", "1")]
     ids = [(swept.directory / job / "wandb_run_id.txt").read_text().strip() for job in ("0", "1")]
     assert ids[0] != ids[1]
-    for job, run_id in zip(("0", "1"), ids, strict=True):
-        (folder,) = offline_runs(swept.directory / job)
-        (run, *_) = records(folder)["run"]
-        assert run.run_id == run_id
+    assert [[run_of(folder).run_id for folder in own] for own in folders] == [[one] for one in ids]
+    assert [records(own[0])["exit"][0].exit_code for own in folders] == [0, 1]
 
 
-def test_a_run_is_named_grouped_and_typed(swept):
-    (folder,) = offline_runs(swept.directory / "0")
-    (run, *_) = records(folder)["run"]
-    assert run.run_group == "day/time"
-    assert run.job_type == "student"
-    assert run.project == "ekd-lightning"
-    assert run.display_name.startswith("branched_ce-T0-B2-f")
-    assert run.display_name.endswith("-s0")
+def test_a_run_is_named_grouped_and_typed(ran):
+    (student,) = offline_runs(ran)
+    run = run_of(student)
+    assert (run.run_group, run.job_type, run.project) == ("day/time", "student", "ekd-lightning")
+    assert run.display_name == "ekd-T1-B2-f10-s0"
+    (teacher,) = offline_runs(ran / "teachers" / "resnet8-s0")
+    run = run_of(teacher)
+    assert (run.run_group, run.job_type, run.display_name) == ("day/time", "teacher", "resnet8-s0")
+    assert {"train/loss", "lr", "epoch"} <= set(history_of(teacher)[0])
+    assert records(teacher)["exit"][0].exit_code == 0
 
 
-def test_the_configuration_is_nested_and_resolved(swept):
-    (folder,) = offline_runs(swept.directory / "0")
-    (run, *_) = records(folder)["run"]
-    config = unpacked(run.config.update)
-    recorded = yaml.safe_load((swept.directory / "0" / "config.yaml").read_text())
+def test_the_configuration_is_nested_and_resolved(ran):
+    (folder,) = offline_runs(ran)
+    config, recorded = config_of(folder), yaml.safe_load((ran / "config.yaml").read_text())
     assert {key: config[key] for key in recorded} == recorded
-    assert config["trainer"]["max_epochs"] == 1
-    assert config["method"]["terms"]["ce_branch"] == {"weight": 1.0}
+    assert config["trainer"]["max_epochs"] == 2
+    assert config["method"]["terms"]["ce_branch"] == {"weight": 0.1}
 
 
-def test_curves_and_summary(swept):
-    (folder,) = offline_runs(swept.directory / "0")
-    found = records(folder)
-    names = {name for item in found["history"] for name in unpacked(item.item)}
+def test_curves_and_summary(ran):
+    (folder,) = offline_runs(ran)
+    names = {name for row in history_of(folder) for name in row}
     assert names >= {"train/loss", "train/ce_ensemble", "train/ce_branch", "val/branch_accuracy_1", "lr", "epoch"}
-    summary = {}
-    for item in found["summary"]:
-        summary.update(unpacked(item.update))
-    result = yaml.safe_load((swept.directory / "0" / "result.json").read_text())
-    assert summary["test_accuracy"] == result["test_accuracy"]
+    result, summary = yaml.safe_load((ran / "result.json").read_text()), summary_of(folder)
+    wanted = ("test_accuracy", "num_parameters", "test_mean_branch_accuracy", "test_adaptive_ece", "train_seconds")
+    assert {name: summary[name] for name in wanted} == {name: result[name] for name in wanted}
     assert summary["test_branch_accuracy_1"] == result["test_branch_accuracy"][1]
-    assert summary["num_parameters"] == result["num_parameters"]
-
-
-def test_a_failure_shows_as_a_failure(swept):
-    codes = []
-    for job in ("0", "1"):
-        (folder,) = offline_runs(swept.directory / job)
-        codes.append(records(folder)["exit"][0].exit_code)
-    assert codes == [0, 1]
 
 
 def test_a_resumed_run_keeps_its_id(train, resume, tmp_path):
     directory = tmp_path / "run"
-    assert train(directory, *OFFLINE, "recipe.epochs=2", "trainer.max_epochs=1").code == 0
+    offline = ("logger=wandb", "logger.wandb.mode=offline", *FAST)
+    assert train(directory, *offline, "recipe.epochs=2", "trainer.max_epochs=1").code == 0
     run_id = (directory / "wandb_run_id.txt").read_text().strip()
     assert resume(directory, "trainer.max_epochs=2").code == 0
     assert {folder.name.rsplit("-", 1)[1] for folder in offline_runs(directory)} == {run_id}
@@ -197,3 +145,11 @@ def test_disabled_leaves_nothing(train, tmp_path):
     outcome = train(tmp_path / "run", "logger=wandb", "logger.wandb.mode=disabled", *FAST)
     assert outcome.code == 0, outcome.err
     assert offline_runs(tmp_path / "run") == []
+
+
+def test_an_agent_of_a_sweep_decides_the_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "given")
+    assert wandb_run_id(tmp_path) == "given"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert wandb_run_id(tmp_path) == "given"  # as it was, also when it is resumed by hand

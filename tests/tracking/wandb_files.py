@@ -1,11 +1,18 @@
-"""Reads what W&B wrote offline: all that a later `wandb sync` would send."""
+"""Reads what loggers wrote: metrics.csv, and of W&B all that a later `wandb sync` would send."""
 
 from __future__ import annotations
 
+import csv
 import struct
 from pathlib import Path
 
 import yaml
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv."""
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def offline_runs(directory: Path) -> list[Path]:
@@ -35,10 +42,10 @@ def records(folder: Path) -> dict[str, list]:
     return found
 
 
-def unpacked(items) -> dict[str, object]:
-    """Values by key; what a key holds below itself is a mapping again."""
+def unpacked(*updates) -> dict[str, object]:
+    """Values by key over several lists of items; what a key holds below itself is a mapping again."""
     found: dict = {}
-    for item in items:
+    for item in (item for items in updates for item in items):
         *path, last = [item.key] if item.key else list(item.nested_key)
         place = found
         for name in path:
@@ -47,12 +54,20 @@ def unpacked(items) -> dict[str, object]:
     return found
 
 
+def run_of(folder: Path):
+    """What is told of a run at its start."""
+    return records(folder)["run"][0]
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    """The configuration of a run, as it was and as it was changed."""
+    found = records(folder)
+    return unpacked(*(one.config.update for one in found["run"]), *(one.update for one in found.get("config", [])))
+
+
 def summary_of(folder: Path) -> dict[str, object]:
     """What the summary of a run came to, as far as we set it."""
-    found: dict[str, object] = {}
-    for item in records(folder).get("summary", []):
-        found.update(unpacked(item.update))
-    return found
+    return unpacked(*(item.update for item in records(folder).get("summary", [])))
 
 
 def history_of(folder: Path) -> list[dict[str, object]]:

@@ -19,7 +19,7 @@ from ekd_lightning.methods import Method, TermContext, build_method, needs_teach
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
 from ekd_lightning.settings import ChainSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
-from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
 from ekd_lightning.training.pool import plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData

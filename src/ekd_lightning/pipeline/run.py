@@ -33,13 +33,13 @@ from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, s
 from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
+    TeacherCurves,
     check_loggers,
     describe_metrics,
     finish_loggers,
     flat_columns,
     make_loggers,
 )
-from ekd_lightning.tracking.teacher_curves import TeacherCurves
 from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers

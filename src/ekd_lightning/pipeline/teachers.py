@@ -25,8 +25,7 @@ from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.teachers.tabled import TabledTeachers
-from ekd_lightning.tracking.loggers import check_loggers
-from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.tracking.loggers import TeacherCurves, check_loggers
 from ekd_lightning.training.pool import gather_teachers, plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
 

@@ -10,8 +10,9 @@ import contextlib
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import numpy as np
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.reporting.estimates import Estimate, estimate
-from ekd_lightning.reporting.groups import Group, is_number
+from ekd_lightning.reporting.groups import Group
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import ARRAYS
 from ekd_lightning.runs.directory import CURVES as CURVES_FILE
+from ekd_lightning.runs.result import is_number
 
 Array = np.ndarray
 
@@ -55,12 +57,7 @@ class Point:
 
 def subsets(group: Group) -> list[Point]:
     """Operating points by the branches that are kept, those with fewer branches first."""
-    points = []
-    for branches, rows in _collate(group, "test_subsets", lambda row: tuple(row["branches"])).items():
-        if accuracy := estimate(row["accuracy"] for row in rows):
-            cost = rows[0]["macs"], rows[0].get("num_parameters")
-            points.append(Point(branches, accuracy, *cost, float(len(branches))))
-    return sorted(points, key=lambda point: (point.mean_branches, point.name))
+    return sorted(_points(group, "test_subsets"), key=lambda point: (point.mean_branches, point.name))
 
 
 def prefixes(group: Group) -> list[Point]:
@@ -70,22 +67,23 @@ def prefixes(group: Group) -> list[Point]:
 
 def early_exits(group: Group) -> list[Point]:
     """Operating points by the confidence at which no further branch is asked, the cheapest first."""
-    points = []
-    for threshold, rows in _collate(group, "test_early_exit", lambda row: float(row["threshold"])).items():
-        if accuracy := estimate(row["accuracy"] for row in rows):
-            macs, used = (sum(row[key] for row in rows) / len(rows) for key in ("macs", "mean_branches"))
-            points.append(Point(threshold, accuracy, macs, None, used))
-    return sorted(points, key=lambda point: point.macs)
+    return sorted(_points(group, "test_early_exit"), key=lambda point: point.macs)
 
 
-def _collate(group: Group, key: str, name: Callable[[Any], Any]) -> dict[Any, list[Mapping[str, Any]]]:
-    """Entries of a list of records over the runs of a group, by their name."""
-    found: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+def _points(group: Group, key: str) -> list[Point]:
+    """Means over the runs of a group of a field that lists operating points."""
+    found: dict[tuple[int, ...] | float, list[Mapping[str, Any]]] = defaultdict(list)
     for run in group.done:
         for row in run.get(key) or ():
-            if all(is_number(row.get(figure)) for figure in ("accuracy", "macs")):
-                found[name(row)].append(row)
-    return found
+            if is_number(row.get("accuracy")) and is_number(row.get("macs")):
+                found[tuple(row["branches"]) if "branches" in row else float(row["threshold"])].append(row)
+    points = []
+    for name, rows in found.items():
+        if accuracy := estimate(row["accuracy"] for row in rows):
+            used = len(name) if isinstance(name, tuple) else fmean(row["mean_branches"] for row in rows)
+            macs = fmean(row["macs"] for row in rows)
+            points.append(Point(name, accuracy, macs, rows[0].get("num_parameters"), float(used)))
+    return points
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -5,7 +5,6 @@ Nothing is averaged over groups. Which groups may be compared with each other, `
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from ekd_lightning.reporting.estimates import Difference, Estimate, corrected, e
 from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.result import is_number
 
 FEW = 5
 """Below this many runs an interval is shown with a warning."""
@@ -275,8 +275,3 @@ def _at(value: Any, path: Sequence[int | str]) -> float | None:
         else:
             value = value[step] if isinstance(value, list) and -len(value) <= step < len(value) else None
     return float(value) if is_number(value) else None
-
-
-def is_number(value: Any) -> bool:
-    """Whether a field of a result holds a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

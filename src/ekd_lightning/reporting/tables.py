@@ -137,46 +137,47 @@ STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "s
 """Columns of a report, and of a study, where what everything cost matters more."""
 
 
-def heads(references: Sequence[str], names: Sequence[str] = REPORT) -> list[str]:
-    """Heads of a block's table."""
-    minus = [f"− {reference} [95 % interval]" for reference in references]
-    return ["setting", *(head for name in names for head in (minus if name == "differences" else [name]))]
-
-
-def cells(row: Row, names: Sequence[str] = REPORT) -> list[str]:
-    """A row as texts, in the order of `heads`."""
-    label = row.group.label
-    minus = ["" if name == label else difference_text(one) for name, one in row.differences.items()]
-    texts = [minus if name == "differences" else [_COLUMNS[name](row)] for name in names]
-    return [label, *(NONE if text is None else str(text) for part in texts for text in part)]
-
-
-def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
-    """Rows of a block as a Markdown table.
+def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str], list[list[str]]]:
+    """Heads of a block's table, the first of which is `setting`, and the cells of its rows.
 
     Args:
         found: From `rows`, at least one.
         names: Columns.
-        settings: One column more, by label: what the row changes of its method's defaults.
     """
-    more = [] if settings is None else ["settings"]
+    minus = [f"− {reference} [95 % interval]" for reference in found[0].differences]
+    heads = ["setting", *(head for name in names for head in (minus if name == "differences" else [name]))]
     lines = []
     for row in found:
-        label, *texts = cells(row, names)
-        own = [] if settings is None else [settings.get(label) or "defaults"]
-        lines.append([md.code(label), *texts, *own])
-    return md.table([*heads(tuple(found[0].differences), names), *more], lines)
+        label = row.group.label
+        differences = ["" if name == label else difference_text(one) for name, one in row.differences.items()]
+        cells = [differences if name == "differences" else [_COLUMNS[name](row)] for name in names]
+        lines.append([label, *(NONE if cell is None else str(cell) for part in cells for cell in part)])
+    return heads, lines
 
 
-def terminal_table(title: str, found: Sequence[Row], names: Sequence[str] = STUDY) -> Table:
-    """Rows of a block for the terminal; what went wrong is red."""
+def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
+    """Rows of a block as a Markdown table; arguments as for `texts`.
+
+    Args:
+        found: The rows.
+        names: Columns.
+        settings: One column more, by label: what the row changes of its method's defaults.
+    """
+    heads, lines = texts(found, names)
+    if settings is not None:
+        heads, lines = [*heads, "settings"], [[*line, settings.get(line[0]) or "defaults"] for line in lines]
+    return md.table(heads, [[md.code(label), *cells] for label, *cells in lines])
+
+
+def terminal_table(title: str, found: Sequence[Row]) -> Table:
+    """Rows of a study's block for the terminal; what went wrong, in the last column, is red."""
+    heads, lines = texts(found, STUDY)
     table = Table(title=Text(title), title_justify="left", show_lines=True)
-    for position, name in enumerate(heads(tuple(found[0].differences), names)):
-        left = position == 0 or name in ("teacher", "not done")
-        table.add_column(Text(name), justify="left" if left else "right", overflow="fold", no_wrap=position == 0)
-    for row in found:
-        *texts, wrong = cells(row, (*(name for name in names if name != "not done"), "not done"))
-        table.add_row(*map(Text, texts), Text(wrong, style="red"))
+    for head in heads:
+        left, first = head in ("setting", "teacher", "not done"), head == "setting"
+        table.add_column(Text(head), justify="left" if left else "right", overflow="fold", no_wrap=first)
+    for *cells, wrong in lines:
+        table.add_row(*map(Text, cells), Text(wrong, style="red"))
     return table
 
 

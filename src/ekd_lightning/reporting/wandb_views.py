@@ -57,16 +57,15 @@ def build_report(entity: str, project: str, name: str, group: str | None = None)
     Args and raises as for `build_workspace`.
     """
     _, wr = _packages()
-    filters = "Metric('JobType') == 'student'" + (f" and Metric('Group') == {group!r}" if group else "")
+    runs = wr.Runset(
+        entity=entity,
+        project=project,
+        name="students",
+        filters="Metric('JobType') == 'student'" + (f" and Metric('Group') == {group!r}" if group else ""),
+        groupby=[f"config.{key}" for key in _GROUPING],
+    )
     blocks: list[Any] = [wr.MarkdownBlock(text=_ABOUT), wr.TableOfContents()]
     for title, panels in panel_sections().items():
-        runs = wr.Runset(
-            entity=entity,
-            project=project,
-            name="students",
-            filters=filters,
-            groupby=[f"config.{key}" for key in _GROUPING],
-        )
         blocks += [wr.H2(text=title), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
         entity=entity,

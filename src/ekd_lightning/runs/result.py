@@ -163,3 +163,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     return isinstance(value, get_origin(hint) or hint)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a field holds a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -17,15 +17,10 @@ from PIL import Image, ImageDraw
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from ekd_lightning import markdown as md
 from ekd_lightning.data import Dataset
 from ekd_lightning.settings import LoggerSettings
-from ekd_lightning.tracking.loggers import (
-    describe_metrics,
-    finish_loggers,
-    flat_columns,
-    in_wandb_sweep,
-    selected_loggers,
-)
+from ekd_lightning.tracking.loggers import describe_metrics, finish_loggers, flat_columns, in_wandb_sweep, make_loggers
 from ekd_lightning.tracking.panels import TEST, TEST_BEST, Example, Lines, Panels, Table, make_panels
 
 log = logging.getLogger(__name__)
@@ -34,21 +29,8 @@ EVALUATION = "evaluation"
 _HEADLINE = ("test/accuracy", "validation/val_accuracy", "test/nll", "test/ece")
 """What TensorBoard's table of hyperparameters shows beside them."""
 FACTS = (
-    "method",
-    "data",
-    "student",
-    "num_teachers",
-    "num_branches",
-    "split_after",
-    "ensemble",
-    "temperature",
-    "assignment",
-    "fraction",
-    "seed",
-    "epochs",
-    "batch_size",
-    "num_parameters",
-    "macs",
+    *("method", "data", "student", "num_teachers", "num_branches", "split_after", "ensemble", "temperature"),
+    *("assignment", "fraction", "seed", "epochs", "batch_size", "num_parameters", "macs"),
 )
 """What was run, as flat columns."""
 _TILE, _CAPTION, _COLUMNS = 96, 28, 8  # pixels, pixels, tiles in a row
@@ -114,20 +96,18 @@ def log_evaluation_run(
     if in_wandb_sweep():
         return
     name = f"{result['method']}-T{result['num_teachers']}-B{result['num_branches']}-s{result['seed']}"
-    loggers = selected_loggers(
-        settings, directory / EVALUATION, name=name, sweep=sweep, config=config, job_type=EVALUATION
-    )
+    loggers = make_loggers(settings, directory / EVALUATION, name=name, sweep=sweep, config=config, job_type=EVALUATION)
     try:
-        describe_metrics(loggers, flat_columns(result_facts(result), config))
+        describe_metrics(loggers, result_columns(result, config))
         log_evaluation(loggers, result, read_arrays, dataset, tested=False)
     except Exception:  # no server, no login
         log.exception("%s: no dashboard has this evaluation; its record does", directory)
     finish_loggers(loggers, result=result)
 
 
-def result_facts(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What was run, of a finished run's record."""
-    return {name: result[name] for name in FACTS if name in result}
+def result_columns(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was run, of a finished run's record, as flat columns."""
+    return flat_columns({name: result[name] for name in FACTS if name in result}, config)
 
 
 def _wandb_media(panels: Panels) -> dict[str, Any]:
@@ -174,7 +154,7 @@ def _write_tensorboard(
     logger.log_metrics(dict(numbers), step)
     told = {name: panels.scalars[name] for name in _HEADLINE if name in panels.scalars}
     # Lightning's log_hyperparams would write these numbers a second time.
-    columns = {n: "none" if v is None else v for n, v in flat_columns(result_facts(result), {}).items()}
+    columns = {n: "none" if v is None else v for n, v in result_columns(result, {}).items()}
     for summary in hparams(columns, told):
         writer._get_file_writer().add_summary(summary, step)
     for name, table in panels.tables.items():
@@ -195,9 +175,8 @@ def _write_tensorboard(
 
 def markdown(table: Table) -> str:
     """A table as Markdown, numbers with four digits."""
-    rows = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row] for row in table.rows]
-    lines = [table.columns, ["---"] * len(table.columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[f"{value:.4f}" if isinstance(value, float) else value for value in row] for row in table.rows]
+    return md.table(table.columns, rows)
 
 
 def examples_grid(examples: list[Example]) -> NDArray[np.uint8]:

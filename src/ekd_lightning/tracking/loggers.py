@@ -7,7 +7,9 @@ import io
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 _WANDB_MODES = ("online", "offline", "disabled", "shared")
 _WANDB_ID = "wandb_run_id.txt"
 _SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
+STUDENT = "student"
 
 _SUMMARIES = {
     "train/*": "min",
@@ -100,9 +103,15 @@ class MetricsCsv(Logger):
 
 
 def make_loggers(
-    settings: LoggerSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any]
+    settings: LoggerSettings,
+    directory: Path,
+    *,
+    name: str,
+    sweep: str | None,
+    config: dict[str, Any],
+    job_type: str = STUDENT,
 ) -> list[Logger]:
-    """Builds the loggers of a run; metrics.csv first.
+    """Builds the loggers of a run; metrics.csv first, which is the student's alone.
 
     Args:
         settings: What is selected.
@@ -110,34 +119,62 @@ def make_loggers(
         name: Readable name of the run.
         sweep: Name of the sweep, for grouping; None for a single run.
         config: Resolved, nested configuration as plain containers.
+        job_type: W&B's word for the kind of run: `student`, `teacher`, `assistant`, `evaluation`.
 
     Raises:
-        UserError: For an unknown W&B mode or a package that is not installed.
+        UserError: For a package that is not installed.
     """
-    selected = selected_loggers(settings, directory, name=name, sweep=sweep, config=config)
-    return [MetricsCsv(directory / "metrics.csv"), *selected]
-
-
-def selected_loggers(
-    settings: LoggerSettings,
-    directory: Path,
-    *,
-    name: str,
-    sweep: str | None,
-    config: dict[str, Any],
-    job_type: str = "student",
-) -> list[Logger]:
-    """The loggers of a run that were selected, without metrics.csv; arguments as for `make_loggers`.
-
-    `job_type` is W&B's word for the kind of run: `student`, `teacher`, `assistant`, `evaluation`.
-    """
-    loggers: list[Logger] = []
+    loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv")] if job_type == STUDENT else []
     if settings.tensorboard:
         loggers.append(_tensorboard(directory))
-    if settings.wandb.enabled:
+    # The agent of a W&B sweep gives this process one run, and that is the student's.
+    if settings.wandb.enabled and (job_type == STUDENT or not in_wandb_sweep()):
         made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
         loggers.append(made)
     return loggers
+
+
+@dataclass(frozen=True)
+class TeacherCurves:
+    """Where curves of the teachers and assistants go that a run trains on its way: to runs of their own.
+
+    Attributes:
+        settings: What is selected.
+        directory: The run's directory; theirs are `teachers/<name>/` below it.
+        sweep: Name of the sweep, for grouping; None for a single run.
+    """
+
+    settings: LoggerSettings
+    directory: Path
+    sweep: str | None = None
+
+
+@contextmanager
+def open_curves(
+    curves: TeacherCurves | None, job_type: str, name: str, config: Mapping[str, Any]
+) -> Iterator[list[Logger]]:
+    """Loggers of one training; ended with the block, as failed if it raises. None where nobody wants curves.
+
+    Args:
+        curves: Where they go.
+        job_type: `teacher` or `assistant`.
+        name: Of the network, e.g. `resnet8-s0`.
+        config: What determines it, for columns.
+    """
+    if curves is None:
+        yield []
+        return
+    directory = curves.directory / "teachers" / name
+    loggers = make_loggers(
+        curves.settings, directory, name=name, sweep=curves.sweep, config=dict(config), job_type=job_type
+    )
+    ended: dict[str, Any] | None = None
+    try:
+        describe_metrics(loggers)
+        yield loggers
+        ended = {}
+    finally:
+        finish_loggers(loggers, result=ended)
 
 
 def check_loggers(settings: LoggerSettings) -> None:
@@ -231,11 +268,12 @@ def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
         facts: What is known of the run before training.
         config: The nested configuration.
     """
-    columns: dict[str, Any] = {}
-    for name, value in facts.items():
-        plain = value if value is None or isinstance(value, (int, float, str)) else str(value)
-        columns[_RENAMED.get(name, name)] = plain
-    return {name: value for name, value in columns.items() if name not in config}
+    columns = {_RENAMED.get(name, name): value for name, value in facts.items()}
+    return {
+        name: value if value is None or isinstance(value, (int, float, str)) else str(value)
+        for name, value in columns.items()
+        if name not in config
+    }
 
 
 def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -> None:
@@ -249,28 +287,25 @@ def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -
     """
     for logger in loggers:
         try:
-            _finish(logger, result)
+            if isinstance(logger, WandbLogger):
+                _finish_wandb(result)
+            else:
+                logger.finalize("failed" if result is None else "success")
         except Exception:
             log.exception("%s could not be ended properly", type(logger).__name__)
 
 
-def _finish(logger: Logger, result: Mapping[str, Any] | None) -> None:
-    if not isinstance(logger, WandbLogger):
-        logger.finalize("failed" if result is None else "success")
-        return
+def _finish_wandb(result: Mapping[str, Any] | None) -> None:
     import wandb  # noqa: PLC0415
 
-    if wandb.run is not None:
-        if result:
-            wandb.run.summary.update(_summary(result))
-        wandb.finish(exit_code=1 if result is None else 0)
-
-
-def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    if wandb.run is None:
+        return
     summary: dict[str, Any] = {}
-    for name, value in result.items():
+    for name, value in (result or {}).items():
         if isinstance(value, (int, float, str)):
             summary[name] = value
         elif isinstance(value, list) and all(isinstance(item, (int, float)) for item in value):
-            summary.update({f"{name}_{k}": item for k, item in enumerate(value)})
-    return summary
+            summary |= {f"{name}_{k}": item for k, item in enumerate(value)}
+    if summary:
+        wandb.run.summary.update(summary)
+    wandb.finish(exit_code=1 if result is None else 0)

@@ -6,33 +6,26 @@ C classes, K branches, M teachers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ekd_lightning.runs.result import is_number
+
 MOST_EXAMPLES = 32
 
+_DIVERSITY = ("pairwise_", "q_statistic", "double_fault", "error_correlation", "branch_variance", "mutual_information")
 _SECTIONS = (
     ("corruptions", ("corruption_",)),
     ("flatness", ("sharpness", "loss_rise_")),
     ("generalisation", ("gap_", "train_accuracy", "train_nll")),
     ("efficiency", ("latency_", "throughput_", "memory_", "deployed_")),
     ("calibration", ("calibration_", "test_nll", "test_ece", "test_adaptive_ece", "test_brier", "test_overconfidence")),
-    (
-        "diversity",
-        (
-            "test_pairwise_",
-            "test_q_statistic",
-            "test_double_fault",
-            "test_error_correlation",
-            "test_branch_variance",
-            "test_mutual_information",
-        ),
-    ),
+    ("diversity", tuple(f"test_{name}" for name in _DIVERSITY)),
     ("fidelity", ("test_teacher_", "test_own_teacher_")),
     ("evaluation", ("test_",)),
     ("validation", ("val_",)),
@@ -132,7 +125,7 @@ def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for field, value in result.items():
         name = _scalar_name(field)
-        if name is not None and _is_number(value):
+        if name is not None and is_number(value):
             found[name] = float(value)
         elif name is not None and field.startswith("test_branch_accuracy") and isinstance(value, list):
             found |= {f"{name}_{k}": float(item) for k, item in enumerate(value)}
@@ -143,41 +136,34 @@ def _scalar_name(field: str) -> str | None:
     score, best = field.removeprefix("test_").removesuffix("_best"), field.endswith("_best")
     if field.startswith("test_") and score in _SCORES:
         return f"{TEST_BEST if best else TEST}/{score}"
-    section = _section(field)
+    section = next((section for section, starts in _SECTIONS if field.startswith(starts)), None)
     return None if section is None or field.endswith("_last") else f"{section}/{field}"
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:
     """Tables of branches, operating points, early exits, classes, and how like branches and teachers are."""
     made = {"evaluation/branches": branch_table(result)}
-    subsets = result.get("test_subsets") or []
-    if subsets:
+    if subsets := result.get("test_subsets"):
         columns = ["branches", "accuracy", "nll", "macs", "num_parameters"]
         rows = [["+".join(map(str, s["branches"])), *(s.get(name) for name in columns[1:])] for s in subsets]
         made["evaluation/operating_points"] = Table(columns, rows)
-    exits = result.get("test_early_exit") or []
-    if exits:
+    if exits := result.get("test_early_exit"):
         columns = list(exits[0])
         made["evaluation/early_exit"] = Table(columns, [[row.get(name) for name in columns] for row in exits])
-    for name, section in (
-        ("test_branch_agreement", "diversity"),
-        ("test_branch_cka", "diversity"),
-        ("test_branch_teacher_cka", "fidelity"),
-        ("test_branch_teacher_agreement", "fidelity"),
-        ("test_branch_teacher_kl", "fidelity"),
+    for section, names in (
+        ("diversity", ("branch_agreement", "branch_cka")),
+        ("fidelity", ("branch_teacher_cka", "branch_teacher_agreement", "branch_teacher_kl")),
     ):
-        if result.get(name):
-            made[f"{section}/{name.removeprefix('test_')}"] = _matrix_table(result, name)
+        for name in names:
+            if result.get(f"test_{name}"):
+                made[f"{section}/{name}"] = _matrix_table(result, f"test_{name}")
     return made
 
 
 def branch_table(result: Mapping[str, Any]) -> Table:
     """One row per branch, and one for the ensemble output: accuracies in [0, 1], and the branch's own teachers."""
-    test = result.get("test_branch_accuracy") or []
-    validation = result.get("val_branch_accuracy") or [None] * len(test)
-    rows: list[list[Any]] = [
-        [str(k), accuracy, validation[k] if k < len(validation) else None] for k, accuracy in enumerate(test)
-    ]
+    pairs = zip_longest(*(result.get(f"{split}_branch_accuracy") or [] for split in ("test", "val")))
+    rows: list[list[Any]] = [[str(k), *pair] for k, pair in enumerate(pairs)]
     rows.append(["ensemble", result.get("test_accuracy"), result.get("val_accuracy")])
     return Table(["branch", "test accuracy", "val accuracy"], rows)
 
@@ -197,8 +183,7 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
     if len(prefixes) > 1:
         line = ([float(s["macs"]) for s in prefixes], [float(s["accuracy"]) for s in prefixes])
         made["evaluation/accuracy_against_macs"] = Lines("MACs", "accuracy", {"first branches": line})
-    by_severity = result.get("corruption_accuracy_by_severity")
-    if by_severity:
+    if by_severity := result.get("corruption_accuracy_by_severity"):
         line = ([float(severity) for severity in range(1, len(by_severity) + 1)], list(by_severity))
         made["corruptions/accuracy_by_severity"] = Lines("severity", "accuracy", {"mean": line})
     if "loss_curve_loss" in arrays:
@@ -240,14 +225,6 @@ def misclassified(
     ]
 
 
-def _section(name: str) -> str | None:
-    return next((section for section, starts in _SECTIONS if name.startswith(starts)), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _reliability(arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[list[float], list[float]]:
     filled = arrays[f"reliability_count{suffix}"] > 0
     confidence, accuracy = arrays[f"reliability_confidence{suffix}"], arrays[f"reliability_accuracy{suffix}"]
@@ -256,17 +233,11 @@ def _reliability(arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[list[
 
 def _matrix_table(result: Mapping[str, Any], name: str) -> Table:
     """A matrix as one row per cell: branches below, branches or teachers beside."""
-    teachers = [teacher["id"] for teacher in result.get("teachers") or []]
-    with_teachers = "teacher" in name
+    across = "teacher" if "teacher" in name else "branch"
+    ids = [teacher["id"] for teacher in result.get("teachers") or []] if across == "teacher" else []
     rows = [
-        [f"branch {k}", _other(j, with_teachers, teachers), value]
+        [f"branch {k}", ids[j] if j < len(ids) else f"{across} {j}", value]
         for k, row in enumerate(result[name])
         for j, value in enumerate(row)
     ]
-    return Table(["branch", "teacher" if with_teachers else "other", "value"], rows)
-
-
-def _other(number: int, with_teachers: bool, teachers: Sequence[str]) -> str:
-    if not with_teachers:
-        return f"branch {number}"
-    return teachers[number] if number < len(teachers) else f"teacher {number}"
+    return Table(["branch", "teacher" if across == "teacher" else "other", "value"], rows)

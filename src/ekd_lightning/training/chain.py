@@ -36,7 +36,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
-from ekd_lightning.tracking.teacher_curves import TeacherCurves
+from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.pool import gather_teachers
 from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
 

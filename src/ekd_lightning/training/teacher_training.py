@@ -24,7 +24,7 @@ from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.hardware import device_type_of, resolve_precision, teacher_dtype
 from ekd_lightning.teachers.plan import SourcePlan
 from ekd_lightning.teachers.store import COST
-from ekd_lightning.tracking.teacher_curves import TeacherCurves, open_curves
+from ekd_lightning.tracking.loggers import TeacherCurves, open_curves
 from ekd_lightning.training.checkpoints import CheckpointWriter, checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.trainer import EpochReport, EpochSeed
