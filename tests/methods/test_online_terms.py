@@ -237,19 +237,6 @@ def test_far_attention_gives_finite_gradients():
         assert far.pooled.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_half_precision_gives_float32_close_to_full_precision(name):
-    student = make_student(4, dtype=torch.bfloat16)
-    context = step_context(student, None, make_batch())
-    with torch.autocast("cpu", torch.bfloat16):
-        found = built(name).float()(context)
-    wide = student._replace(
-        logits=student.logits.double(), branch_logits=student.branch_logits.double(), pooled=student.pooled.double()
-    )
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), value(name, wide), rtol=1e-4, atol=1e-6)
-
-
 def whole(name):
     """A preset's method and its student, after one step of a real network."""
     torch.manual_seed(0)

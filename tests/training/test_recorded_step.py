@@ -43,6 +43,12 @@ class Watch(Callback):
         self.recorded = pl_module._recorded is not None
 
 
+def plain_trainer(folder: Path, *callbacks: Callback, **flags: object) -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    own = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, **quiet, **flags}
+    return pl.Trainer(**own, default_root_dir=folder, callbacks=list(callbacks))
+
+
 def fit(settings: Settings, folder: Path, *callbacks: Callback, accelerator: str = "cpu", **flags: object):
     """Trains for two epochs; returns the module, what a callback saw, and the epochs' means."""
     with warnings.catch_warnings():
@@ -51,15 +57,8 @@ def fit(settings: Settings, folder: Path, *callbacks: Callback, accelerator: str
         teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
         module = make_distiller(settings, prepared, teachers)
         watch = Watch()
-        trainer = pl.Trainer(
-            **{"max_epochs": settings.recipe.epochs, "accelerator": accelerator, "devices": 1, **flags},
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[watch, *callbacks],
-        )
+        own = {"max_epochs": settings.recipe.epochs, "accelerator": accelerator, **flags}
+        trainer = plain_trainer(folder, watch, *callbacks, **own)
         trainer.fit(module, datamodule=prepared.datamodule)
     means = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return module, watch, means
@@ -74,16 +73,27 @@ def settings_of(tiny_settings, method: str, *words: str) -> Settings:
     return tiny_settings(*own, *OWN_WORDS.get(method, ()), *words)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_static_steps_train_bit_for_bit_as_eager_steps(tiny_settings, tmp_path, method):
-    eager = fit(settings_of(tiny_settings, method), tmp_path)
-    static = fit(settings_of(tiny_settings, method, "capture=always"), tmp_path)
+def both(what, folder: Path, *callbacks, accelerator: str = "cpu"):
+    """The same fit step by step, then over static buffers, which is said to be recorded; on a GPU as graphs."""
+    compose, method, *words = what
+    capture = "capture=always" if accelerator == "cpu" else "capture=auto"
+    eager = fit(settings_of(compose, method, *words, "capture=never"), folder, *callbacks, accelerator=accelerator)
+    static = fit(settings_of(compose, method, *words, capture), folder, *callbacks, accelerator=accelerator)
     assert (eager[1].recorded, static[1].recorded) == (False, method not in NOT_RECORDED)
     assert (static[1].steps, static[1].rates) == (eager[1].steps, eager[1].rates)
+    if accelerator == "gpu":
+        assert static[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+        return eager, static
     assert static[1].losses == eager[1].losses
     assert static[2] == eager[2]
     wanted = state(eager[0])
     assert all(torch.equal(value, wanted[name]) for name, value in state(static[0]).items())
+    return eager, static
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_static_steps_train_bit_for_bit_as_eager_steps(tiny_settings, tmp_path, method):
+    both((tiny_settings, method), tmp_path)
 
 
 SCHEDULES = {
@@ -99,12 +109,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("words", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_reach_static_steps(tiny_settings, tmp_path, words):
-    eager = fit(settings_of(tiny_settings, "ekd", *words), tmp_path)
-    static = fit(settings_of(tiny_settings, "ekd", "capture=always", *words), tmp_path)
-    assert static[1].recorded
-    assert static[1].losses == eager[1].losses
-    wanted = state(eager[0])
-    assert all(torch.equal(value, wanted[name]) for name, value in state(static[0]).items())
+    both((tiny_settings, "ekd", *words), tmp_path)
 
 
 def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_path):
@@ -121,10 +126,7 @@ def test_a_module_trains_again_after_a_recorded_fit(tiny_settings, tmp_path):
     assert not module.gathers_images  # the graphs are given back
     data = module.trainer.datamodule
     again = Watch()
-    trainer = pl.Trainer(
-        max_epochs=1, gradient_clip_val=1.0, accelerator="cpu", logger=False, callbacks=[again],
-        enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = plain_trainer(tmp_path, again, gradient_clip_val=1.0)
     trainer.fit(module, datamodule=data)
     assert not again.recorded
     assert len(again.steps) == 4
@@ -140,10 +142,7 @@ def test_a_fit_that_fails_leaves_the_data_as_they_were(tiny_settings, tmp_path):
     with pytest.raises(RuntimeError, match="over"):
         fit(settings_of(tiny_settings, "ekd", "capture=always"), tmp_path, fails)
     module, _, _ = fit(settings_of(tiny_settings, "ekd", "capture=never"), tmp_path)
-    trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    trainer = plain_trainer(tmp_path)
     trainer.fit(module, datamodule=fails.data)
     assert module.trainer.global_step == 4
 
@@ -170,11 +169,7 @@ class ChangesTheOptimiser(Callback):
 
 
 def test_what_a_callback_changes_in_the_optimiser_reaches_static_steps(tiny_settings, tmp_path):
-    words = ("recipe.epochs=4",)
-    eager = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, ChangesTheOptimiser())
-    static = fit(settings_of(tiny_settings, "ekd", "capture=always", *words), tmp_path, ChangesTheOptimiser())
-    assert static[1].recorded
-    assert static[1].losses == eager[1].losses
+    both((tiny_settings, "ekd", "recipe.epochs=4"), tmp_path, ChangesTheOptimiser())
 
 
 def test_parameters_that_get_gradients_later_are_trained_from_then_on(tiny_settings, tmp_path):
@@ -238,16 +233,14 @@ def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_pat
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+ON_GPU = ("recipe.epochs=4", "trainer.precision=32-true", "teachers.precision=float32")
+
+
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_train_as_eager_steps_on_the_device(tiny_settings, tmp_path, method):
-    words = ("recipe.epochs=4", "trainer.precision=32-true", "teachers.precision=float32")
-    eager = fit(settings_of(tiny_settings, method, *words, "capture=never"), tmp_path, accelerator="gpu")
-    graph = fit(settings_of(tiny_settings, method, *words, "capture=auto"), tmp_path, accelerator="gpu")
-    assert (eager[1].recorded, graph[1].recorded) == (False, method not in NOT_RECORDED)
-    assert graph[1].steps == eager[1].steps
-    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+    eager, graph = both((tiny_settings, method, *ON_GPU), tmp_path, accelerator="gpu")
     assert graph[1].losses[:4] == pytest.approx(eager[1].losses[:4], rel=1e-3)
 
 
@@ -255,24 +248,13 @@ def test_graphs_train_as_eager_steps_on_the_device(tiny_settings, tmp_path, meth
 @gpu
 @pytest.mark.parametrize("words", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_reach_graphs(tiny_settings, tmp_path, words):
-    own = ("recipe.epochs=4", "teachers.precision=float32", *words)
-    eager = fit(settings_of(tiny_settings, "ekd", *own, "capture=never"), tmp_path, accelerator="gpu")
-    graph = fit(settings_of(tiny_settings, "ekd", *own), tmp_path, accelerator="gpu")
-    assert graph[1].recorded
-    assert graph[1].rates == eager[1].rates
-    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+    both((tiny_settings, "ekd", *ON_GPU, *words), tmp_path, accelerator="gpu")
 
 
 @pytest.mark.gpu
 @gpu
 def test_what_a_callback_changes_in_the_optimiser_reaches_graphs(tiny_settings, tmp_path):
-    words = ("recipe.epochs=4", "teachers.precision=float32", "trainer.precision=32-true")
-    eager = fit(
-        settings_of(tiny_settings, "ekd", *words, "capture=never"), tmp_path, ChangesTheOptimiser(), accelerator="gpu"
-    )
-    graph = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, ChangesTheOptimiser(), accelerator="gpu")
-    assert graph[1].recorded
-    assert graph[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+    both((tiny_settings, "ekd", *ON_GPU), tmp_path, ChangesTheOptimiser(), accelerator="gpu")
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import FeatureTerm, different_stages, pair_key
+from ekd_lightning.methods.pair_terms import FeatureTerm, adapted, different_stages, pair_key
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -133,7 +133,7 @@ class GaussianModel(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of features [B, C, H, W] against [B, C_m, H, W]."""
-        return losses.gaussian_loss(self.mean(student), self.variance(), teacher)
+        return losses.gaussian_loss(adapted(self.mean, student), self.variance(), teacher)
 
 
 @register_term("vid")

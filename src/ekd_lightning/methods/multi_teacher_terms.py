@@ -16,7 +16,15 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, number
-from ekd_lightning.methods.pair_terms import POOLED, FeatureSite, PooledAdapter, map_adapter, pair_key, read_sites
+from ekd_lightning.methods.pair_terms import (
+    POOLED,
+    FeatureSite,
+    PooledAdapter,
+    adapted,
+    map_adapter,
+    pair_key,
+    read_sites,
+)
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
 from ekd_lightning.networks.staged import pool
 
@@ -196,7 +204,7 @@ class ConfidenceFeatures(Term):
         for m in range(self.num_teachers):
             student, teacher = losses.to_common_size(*self.site.features(context, k, m))
             # Last-stage features of all our networks come out of a ReLU, so the projection's do too.
-            projected = functional.relu(self.adapters[pair_key(k, m)](student))
+            projected = functional.relu(adapted(self.adapters[pair_key(k, m)], student))
             difference = losses.at_least_float32(projected) - losses.at_least_float32(teacher)
             distances.append(difference.square().flatten(1).mean(1))
             errors.append(self._error(context, m, projected))

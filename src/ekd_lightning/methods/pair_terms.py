@@ -186,6 +186,13 @@ def pair_key(k: int, m: int) -> str:
     return f"branch{k}_teacher{m}"
 
 
+def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
+    """What an adapter makes of features; outside autocast in the precision of its weights, whatever theirs."""
+    weight = next(adapter.parameters(), None)
+    cast_by_torch = weight is None or torch.is_autocast_enabled(features.device.type)
+    return cast(Tensor, adapter(features if cast_by_torch else features.to(weight.dtype)))
+
+
 class PooledAdapter(nn.Sequential):
     """Linear map without bias, then batch norm: pooled features [B, D] -> [B, D_m].
 
@@ -293,7 +300,7 @@ class FeatureBranch(FeatureTerm):
         """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
         if student.ndim == 4 and not self.sizes_by_adapter:
             student, teacher = losses.to_common_size(student, teacher)
-        return losses.mse(self.adapters[pair_key(k, m)](student), teacher)
+        return losses.mse(adapted(self.adapters[pair_key(k, m)], student), teacher)
 
 
 def _adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
