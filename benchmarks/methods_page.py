@@ -3,9 +3,6 @@
     ekd-compare --methods ... --fractions 0.1 --seeds 0,1,2 --output compare/c10 experiment=cifar10_limited ...
     python benchmarks/methods_page.py compare/c10 docs/results/methods_cifar10_10pct.md
 
-A study can go on where the folders of its first runs are not: --earlier FILE takes their accuracies from a file of
-records, see earlier.py.
-
 Everything is computed from the runs' files, whatever comes out. With --readme the README's section is made anew. What
 stands in an existing page between the two marks `<!-- notes -->` was written by hand after looking into single rows,
 and is kept.
@@ -16,11 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from earlier import Repeat, merged
 from page_parts import NOTES, bullets, difference, kept_notes, named, read_study_runs, setup, side, table
 
 from ekd_lightning import markdown as md
@@ -90,25 +85,7 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
     return lines
 
 
-def repeated(repeats: Sequence[Repeat]) -> str:
-    """A section about the runs that were made twice; empty without."""
-    if not repeats:
-        return ""
-    lines = []
-    for r in repeats:
-        done = isinstance(r.again, float)
-        again = (f"{100 * r.again:.2f}", f"{100 * (r.again - r.earlier):+.2f}") if done else (r.again, "–")
-        lines.append((md.code(r.row), r.seed, f"{100 * r.earlier:.2f}", *again))
-    text = (
-        "The same seeds, images and settings on the second machine. Processors round differently, and training "
-        "amplifies it; whether anything else differed the records of the first runs do not tell. The first accuracy "
-        "counts above, whatever the second was."
-    )
-    table = md.table(("row", "seed", "accuracy %", "again", "difference"), lines)
-    return f"\n## Runs made again on the second machine\n\n{textwrap.fill(text, 120)}\n\n{table}"
-
-
-def page(block: Block, notes: str, repeats: Sequence[Repeat] = ()) -> str:
+def page(block: Block, notes: str) -> str:
     """The whole page."""
     rows = by_name(block)
     known = {name for names in FAMILIES.values() for name in names}
@@ -140,7 +117,7 @@ points, paired by seed, with the 95 % t interval; p of the paired t-test after H
 three seeds the corrected test finds large differences only. K branches, M teachers.
 
 {tables}
-{repeated(repeats)}"""
+"""
 
 
 def best_of(rows: dict[str, Row], family: str) -> str | None:
@@ -212,36 +189,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output of ekd-compare")
     parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
-    parser.add_argument("--earlier", type=Path, help="records of runs whose folders are elsewhere")
     parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
     data, fraction, runs = read_study_runs(parser, args.folder)
-    repeats: list[Repeat] = []
-    if args.earlier:
-        try:
-            runs, repeats = merged(runs, json.loads(args.earlier.read_text()))
-        except ValueError as error:
-            parser.error(f"{args.earlier}: {error}")
     block = study_block(data, fraction, runs)
-    args.page.write_text(page(block, kept_notes(args.page), repeats))
+    args.page.write_text(page(block, kept_notes(args.page)))
     if args.figure:
         draw(block, args.figure)
     if args.readme:
         write_readme(args.readme, readme_section(block, args.page))
-    args.page.with_suffix(".json").write_text(json.dumps(kept(block, runs, repeats), indent=1) + "\n")
+    args.page.with_suffix(".json").write_text(json.dumps(kept(block, runs), indent=1) + "\n")
 
 
-def kept(block: Block, runs: Runs, repeats: Sequence[Repeat]) -> list[dict[str, Any]]:
-    """The rows as they are kept beside the page, with the machine of every run, and what repeats had."""
+def kept(block: Block, runs: Runs) -> list[dict[str, Any]]:
+    """The rows as they are kept beside the page, with the machine of every run."""
     made = {group.label: {str(run.get("seed")): run.get("machine") for run in group.done} for group in block.groups}
-    again: dict[str, dict[str, float | str]] = {}
-    for r in repeats:
-        again.setdefault(r.row, {})[str(r.seed)] = r.again
-    return [
-        {**record, "machines": made[record["row"]], "again_by_seed": again.get(record["row"])}
-        for record in records(block, study_rows(block), runs)
-    ]
+    found = records(block, study_rows(block), runs)
+    return [{**record, "machines": made[record["row"]]} for record in found]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def made_on(rows: Sequence[Row]) -> str:
     if not others:
         return first
     rest = "; ".join(f"{place} for {', '.join(runs[place])}" for place in others)
-    return f"{first}; {rest}, so differences between these rows and others are also ones of machines (see the end)"
+    return f"{first}; {rest}, so differences between these rows and others are also ones of machines"
 
 
 def setup(data: str, rows: Sequence[Row], weights: str) -> str:

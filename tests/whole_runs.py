@@ -104,3 +104,21 @@ def _call(main: Callable[[], None], argv: list[str], directory: Path) -> Outcome
     for name in leaked:
         os.environ.pop(name, None)
     return Outcome(code, out.getvalue(), err.getvalue(), directory, failure)
+
+
+def called(main: Callable[[list[str]], None], *words: object, level: int = logging.WARNING) -> tuple[int, str, str]:
+    """Calls a program with its arguments; exit code, standard output, and standard error with its log."""
+    root = logging.getLogger()
+    handlers, before, environment = list(root.handlers), root.level, dict(os.environ)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        root.handlers = [logging.StreamHandler(err)]
+        root.setLevel(level)
+        try:
+            main([str(word) for word in words])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    root.handlers, root.level = handlers, before
+    os.environ.clear()
+    os.environ.update(environment)
+    return code, out.getvalue(), err.getvalue()

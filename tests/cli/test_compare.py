@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
-import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from whole_runs import TINY
+from whole_runs import TINY, called
 
 from ekd_lightning.cli import compare
 from ekd_lightning.cli.compare import main
@@ -27,23 +25,7 @@ WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction"
 ROWS = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--fractions", "0.1")
 
 
-def call(*words: str):
-    """Calls the program; returns its exit code, standard output and standard error."""
-    root = logging.getLogger()
-    handlers, level, before = list(root.handlers), root.level, dict(os.environ)
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        root.handlers = [logging.StreamHandler(err)]
-        root.setLevel(logging.INFO)
-        try:
-            main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    root.handlers, root.level = handlers, level
-    os.environ.clear()
-    os.environ.update(before)
-    return code, out.getvalue(), err.getvalue()
+call = partial(called, main, level=logging.INFO)
 
 
 def table(folder):
@@ -98,18 +80,14 @@ def test_the_table_holds_what_the_runs_found(finished):
     assert (folder / "comparison.md").read_text().count("| `") == 3
 
 
-def test_calling_again_runs_nothing(study):
+def test_calling_again_runs_nothing_and_the_report_alone_needs_the_folder_only(study):
     before = stamps(study)
     code, _, err = call("--output", study)
     assert code == 0
     assert "6 runs in the study, 0 to be run" in err
     assert stamps(study) == before
-
-
-def test_the_report_alone_needs_the_folder_only(study):
     (study / "comparison.json").unlink()
-    code, _, _ = call("--output", study, "--report-only")
-    assert code == 0
+    assert call("--output", study, "--report-only")[0] == 0
     assert set(table(study)) == {"ce", "kd_mean", "ekd"}
 
 
@@ -238,21 +216,20 @@ def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
     )
 
 
-def test_runs_that_went_different_ways_are_refused(study):
-    path = study / "runs" / "ekd-f0.1-s1" / "result.json"
-    write_json(path, {**read_json(path), "steps": 99})
-    code, _, err = call("--output", study, "--report-only")
-    assert code == 2
-    assert "ekd-f0.1-s1 differ in steps (4, 99)" in err
-
-
-@pytest.mark.parametrize(("key", "value"), [("method", "ekd_mean"), ("weight_kd_branch", 0.5)])
-def test_runs_of_one_row_are_of_one_method(study, key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("steps", 99, "ekd-f0.1-s1 differ in steps (4, 99)"),
+        ("method", "ekd_mean", "ekd-f0.1-s0 and ekd-f0.1-s1 differ in method "),
+        ("weight_kd_branch", 0.5, "ekd-f0.1-s0 and ekd-f0.1-s1 differ in weight_kd_branch "),
+    ],
+)
+def test_runs_that_went_different_ways_are_refused(study, key, value, told):
     path = study / "runs" / "ekd-f0.1-s1" / "result.json"
     write_json(path, {**read_json(path), key: value})
     code, _, err = call("--output", study, "--report-only")
     assert code == 2
-    assert f"ekd-f0.1-s0 and ekd-f0.1-s1 differ in {key} " in err
+    assert told in err
 
 
 def test_the_jobs_can_be_printed_instead(study):
@@ -286,21 +263,16 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     assert "10 missing" in out
 
 
-def test_the_branching_of_the_study_is_not_forced_on_plain_students(tmp_path, words):
-    rows = ("--methods", "ce,ekd", "--no-controls", "--seeds", "0", "--fractions", "0.1")
-    _, out, _ = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, "student.branches=2")
-    found = {line.rsplit("/", 1)[1]: "student.branches=2" in line for line in out.splitlines()}
-    assert found == {"ce-f0.1-s0": False, "ekd-f0.1-s0": True}
-
-
 def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
-    rows = ("--methods", "one,dml,okddip,hydra_heads,ekd_permuted", "--no-controls", "--seeds", "0")
+    """That of the study is not forced on plain students either."""
+    rows = ("--methods", "ce,one,dml,okddip,hydra_heads,ekd_permuted", "--no-controls", "--seeds", "0")
     branching = ("student.branches=2", "student.split_after=stem", "student.ensemble=mean_probs")
     _, out, err = call(*rows, "--output", tmp_path / "c", "--print-jobs", *words, *branching)
     found = {
         line.split("method=")[1].split()[0]: [word for word in branching if word in line] for line in out.splitlines()
     }
     assert found == {
+        "ce": [],
         "one": [],
         "dml": [branching[2]],
         "okddip": [branching[2]],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from whole_runs import called
 
 from ekd_lightning.cli.dashboard import main
 from ekd_lightning.config.config import register_schema, to_settings
@@ -92,32 +93,29 @@ def test_panels_name_what_runs_log(views):
     assert set(named) - set(sections) <= {"train/loss", "val/accuracy", "val/nll", "lr", *RETURNABLE}
 
 
-def test_a_dry_run_says_what_would_be_saved(views, capsys):
-    main(["--entity", "me", "--dry-run"])
-    assert "not sent" in capsys.readouterr().out
+def test_a_dry_run_says_what_would_be_saved(views):
+    assert "not sent" in called(main, "--entity", "me", "--dry-run")[1]
 
 
-def test_saving_is_one_call_and_prints_the_address(views, capsys, monkeypatch):
+def test_saving_is_one_call_and_prints_the_address(views, monkeypatch):
     workspaces = pytest.importorskip("wandb_workspaces.workspaces")
     sent = []
     monkeypatch.setattr(workspaces.Workspace, "save", lambda view: sent.append(view.project))
     monkeypatch.setattr(workspaces.Workspace, "url", "https://wandb.example/me/p")
-    main(["--entity", "me", "--project", "p"])
+    assert called(main, "--entity", "me", "--project", "p") == (0, "https://wandb.example/me/p\n", "")
     assert sent == ["p"]
-    assert capsys.readouterr().out == "https://wandb.example/me/p\n"
 
 
-def refused(capsys, *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(words))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def refused(*words: str) -> str:
+    code, _, err = called(main, *words)
+    assert code == 2
+    (line,) = err.splitlines()
     assert line.startswith("ekd-dashboard: error: ")
     return line
 
 
 @pytest.mark.parametrize("more", [[], ["--report"]])
-def test_without_a_login_it_is_one_line(views, capsys, monkeypatch, more):
+def test_without_a_login_it_is_one_line(views, monkeypatch, more):
     interface = pytest.importorskip("wandb_workspaces.reports.v2.interface")
 
     def nobody(*_, **__):
@@ -125,17 +123,17 @@ def test_without_a_login_it_is_one_line(views, capsys, monkeypatch, more):
 
     monkeypatch.setattr(interface, "_get_api", nobody)
     monkeypatch.setattr("wandb_workspaces.workspaces.internal.wandb.Api", nobody)
-    assert "wandb login" in refused(capsys, "--entity", "me", *more)
+    assert "wandb login" in refused("--entity", "me", *more)
 
 
-def test_without_the_package_the_extra_is_named(capsys, monkeypatch):
+def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    assert "ekd-lightning[dashboards]" in refused(capsys, "--entity", "me")
+    assert "ekd-lightning[dashboards]" in refused("--entity", "me")
 
 
-def test_an_empty_name(capsys):
-    assert "--project: must not be empty" in refused(capsys, "--entity", "me", "--project", " ")
+def test_an_empty_name():
+    assert "--project: must not be empty" in refused("--entity", "me", "--project", " ")
 
 
 # -- the sweep of W&B -----------------------------------------------------------------------------------

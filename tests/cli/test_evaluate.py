@@ -201,15 +201,6 @@ def test_words():
     assert not is_override("runs/a")
 
 
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert "--parts all" in said
-    assert [name for name in PARTS if name not in said] == []
-
-
 def test_a_failing_evaluation_is_no_failed_run(train, tmp_path, monkeypatch):
     def broken(name):
         raise RuntimeError("no memory")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from whole_runs import called
 
 from ekd_lightning import load
 from ekd_lightning.cli import export as command
@@ -44,14 +45,9 @@ def exported(run: Path) -> Path:
     return run / "export"
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, list[str]]:
-    code = 0
-    try:
-        command.main([str(word) for word in words])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    found = capsys.readouterr()
-    return code, found.out, found.err.splitlines()
+def call(*words: object) -> tuple[int, str, list[str]]:
+    code, out, err = called(command.main, *words)
+    return code, out, err.splitlines()
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -112,7 +108,7 @@ def test_every_file_knows_what_the_run_knows(run, exported):
     assert read(exported)["student"] == found["student"]
 
 
-def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch, capsys):
+def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch):
     card = (exported / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
     facts = yaml.safe_load(header)
@@ -140,8 +136,8 @@ def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch, capsys):
     assert str(Path(exported).parent) not in card + (exported / "export.json").read_text()
 
 
-def test_branches_weights_and_output(run, tmp_path, capsys):
-    code, out, _ = call(capsys, run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold", "--license", "mit")
+def test_branches_weights_and_output(run, tmp_path):
+    code, out, _ = call(run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold", "--license", "mit")
     assert code == 0, out
     images, expected, _ = answers(run, (2, 0))
     model = load(tmp_path / "one" / "student.safetensors")
@@ -152,7 +148,7 @@ def test_branches_weights_and_output(run, tmp_path, capsys):
     assert card.startswith("---\nlicense: mit\n")
     assert "2 branches (2, 0 of the 3 it was trained with" in card
 
-    code, out, _ = call(capsys, run, "-o", tmp_path / "best", "--weights", "best")
+    code, out, _ = call(run, "-o", tmp_path / "best", "--weights", "best")
     result = json.loads((run / "result.json").read_text())
     best = load(tmp_path / "best" / "student.safetensors").metadata
     assert best["student"]["weights"] == "best"
@@ -160,31 +156,31 @@ def test_branches_weights_and_output(run, tmp_path, capsys):
     assert f"the run recorded {100 * result['test_accuracy_best']:.2f} %" in out
 
 
-def test_a_folder_holds_one_student(run, tmp_path, capsys):
+def test_a_folder_holds_one_student(run, tmp_path):
     folder = tmp_path / "out"
-    assert call(capsys, run, "-o", folder)[0] == 0
+    assert call(run, "-o", folder)[0] == 0
     first = file_sha256(folder / "student.safetensors")
-    code, _, (line,) = call(capsys, run, "-o", folder)
+    code, _, (line,) = call(run, "-o", folder)
     assert code == 2
     assert f"{folder / 'student.safetensors'} exists (--force" in line
-    code, _, (line,) = call(capsys, run, "-o", folder, "--format", "torch-export", "--branches", "0")
+    code, _, (line,) = call(run, "-o", folder, "--format", "torch-export", "--branches", "0")
     assert code == 2
     assert "holds the export of another student" in line
 
     (folder / "README.md").write_text("my own words")
-    code, out, _ = call(capsys, run, "-o", folder, "--format", "torch-export")
+    code, out, _ = call(run, "-o", folder, "--format", "torch-export")
     assert code == 0
     assert "was edited and is left as it is" in out
     assert set(read(folder)["files"]) == {"student.safetensors", "student.pt2"}
     assert file_sha256(folder / "student.safetensors") == first
 
-    assert call(capsys, run, "-o", folder, "--branches", "0", "--force")[0] == 0
+    assert call(run, "-o", folder, "--branches", "0", "--force")[0] == 0
     assert set(read(folder)["files"]) == {"student.safetensors"}
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "export.json", "student.safetensors"]
     assert "one branch" in (folder / "README.md").read_text()
 
 
-def test_a_file_that_says_something_else_is_removed(run, tmp_path, capsys, monkeypatch):
+def test_a_file_that_says_something_else_is_removed(run, tmp_path, monkeypatch):
     genuine = export.to_bytes
 
     def wrong(student, metadata, file_format):
@@ -193,20 +189,20 @@ def test_a_file_that_says_something_else_is_removed(run, tmp_path, capsys, monke
         return genuine(student, metadata, file_format)
 
     monkeypatch.setattr(export, "to_bytes", wrong)
-    code, _, (line,) = call(capsys, run, "-o", tmp_path / "out")
+    code, _, (line,) = call(run, "-o", tmp_path / "out")
     assert code == 1
     assert "does not say what the student says and was removed: max |Δlogit|" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_int8_that_loses_too_much_is_removed(run, exported, tmp_path, capsys, monkeypatch):
+def test_int8_that_loses_too_much_is_removed(run, exported, tmp_path, monkeypatch):
     wrong = (exported / "student.onnx").read_bytes()
     monkeypatch.setattr(export, "quantize_onnx", lambda *_: wrong)
     monkeypatch.setattr(export, "to_bytes", lambda *_: wrong)
     genuine = export.ask
     wrong_classes = torch.eye(10)[(load_dataset("digits", run).test.labels + 1) % 10]
     monkeypatch.setattr(export, "ask", lambda *words: wrong_classes if is_last(tmp_path) else genuine(*words))
-    code, _, (line,) = call(capsys, run, "-o", tmp_path / "out", "--format", "onnx", "--int8")
+    code, _, (line,) = call(run, "-o", tmp_path / "out", "--format", "onnx", "--int8")
     assert code == 1
     assert "loses more accuracy than --max-drop 0.02 allows" in line
     assert set(read(tmp_path / "out")["files"]) == {"student.onnx"}
@@ -238,18 +234,18 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "named"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
-def test_one_line_before_anything_is_written(run, tmp_path, capsys, words, named):
+def test_one_line_before_anything_is_written(run, tmp_path, words, named):
     own = [] if "-o" in words else ["-o", tmp_path / "out"]
-    code, _, (line,) = call(capsys, run, *own, *words)
+    code, _, (line,) = call(run, *own, *words)
     assert code == 2
     assert line.startswith("ekd-export: error: ")
     assert [part for part in named if part not in line] == [], line
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_that_cannot_be_exported(run, tmp_path, capsys):
+def test_runs_that_cannot_be_exported(run, tmp_path):
     def refused(directory: Path, *words: str) -> str:
-        code, _, (line,) = call(capsys, directory, "-o", tmp_path / "out", *words)
+        code, _, (line,) = call(directory, "-o", tmp_path / "out", *words)
         assert code == 2
         assert not (tmp_path / "out").exists()
         return line
@@ -275,24 +271,24 @@ def test_runs_that_cannot_be_exported(run, tmp_path, capsys):
     assert "the run is not done, its status is 'failed' (no luck)" in refused(copy)
 
 
-def test_folders_that_are_somebody_elses(run, tmp_path, capsys):
+def test_folders_that_are_somebody_elses(run, tmp_path):
     (tmp_path / "README.md").write_text("# my project")
-    code, _, (line,) = call(capsys, run, "-o", tmp_path)
+    code, _, (line,) = call(run, "-o", tmp_path)
     assert (code, "is no model card of an export" in line) == (2, True)
     (tmp_path / "export.json").write_text("{}")
-    code, _, (line,) = call(capsys, run, "-o", tmp_path, "--force")
+    code, _, (line,) = call(run, "-o", tmp_path, "--force")
     assert (code, "not written by ekd-export" in line) == (2, True)
-    code, _, (line,) = call(capsys, run, "-o", tmp_path / "README.md")
+    code, _, (line,) = call(run, "-o", tmp_path / "README.md")
     assert (code, "is a file" in line) == (2, True)
 
 
-def test_a_missing_package_names_the_extra(run, tmp_path, capsys, monkeypatch):
+def test_a_missing_package_names_the_extra(run, tmp_path, monkeypatch):
     find = __import__("importlib.util").util.find_spec
     hidden = ("onnxscript", "huggingface_hub")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in hidden else find(name))
-    code, _, (line,) = call(capsys, run, "-o", tmp_path / "out", "--format", "onnx")
+    code, _, (line,) = call(run, "-o", tmp_path / "out", "--format", "onnx")
     assert (code, "onnxscript is not installed: pip install 'ekd-lightning[export]'" in line) == (2, True)
-    code, _, (line,) = call(capsys, run, "-o", tmp_path / "out", "--push-to", "me/x", "--upload")
+    code, _, (line,) = call(run, "-o", tmp_path / "out", "--push-to", "me/x", "--upload")
     assert (code, "huggingface_hub is not installed: pip install 'ekd-lightning[hub]'" in line) == (2, True)
     assert not (tmp_path / "out").exists()
 
@@ -324,7 +320,7 @@ def push(monkeypatch: pytest.MonkeyPatch, hub: Hub, *, upload: bool) -> None:
     command._push(argparse.Namespace(push_to="me/x", upload=upload), Path("a folder"))
 
 
-def test_nothing_is_uploaded_unless_two_words_ask_for_it(monkeypatch, capsys):
+def test_nothing_is_uploaded_unless_two_words_ask_for_it(capsys, monkeypatch):
     hub = Hub()
     push(monkeypatch, hub, upload=False)
     assert hub.calls == []
@@ -335,10 +331,3 @@ def test_nothing_is_uploaded_unless_two_words_ask_for_it(monkeypatch, capsys):
     assert hub.calls[1][1] == {"repo_id": "me/x", "folder_path": "a folder", "repo_type": "model"}
     with pytest.raises(command.UserError, match="--push-to me/x: no token"):
         push(monkeypatch, Hub(RuntimeError("no token")), upload=True)
-
-
-def test_help_shows_examples(capsys):
-    code, out, _ = call(capsys, "--help")
-    assert code == 0
-    assert "ekd-export RUN --format onnx --int8" in out
-    assert "--no-fold" in out

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
+from functools import partial
 
 import pytest
 from made_runs import result, write_run, write_study
+from whole_runs import called
 
 from ekd_lightning.cli.report import main
 from ekd_lightning.reporting import report_files
+from ekd_lightning.settings import EVALUATION_PARTS
 
 TABLES = ("--no-page", "--no-figures")
 
 
-def call(capsys, *words):
-    """Exit code, standard output and standard error."""
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
+call = partial(called, main)
 
 
-def refused(capsys, *words):
-    code, out, err = call(capsys, *words)
+def refused(*words):
+    code, out, err = call(*words)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("ekd-report: error: ")
@@ -38,8 +35,8 @@ def runs(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("runs"))
 
 
-def test_the_tables_of_a_study(runs, tmp_path, capsys):
-    code, out, err = call(capsys, runs, "-o", tmp_path / "out", *TABLES)
+def test_the_tables_of_a_study(runs, tmp_path):
+    code, out, err = call(runs, "-o", tmp_path / "out", *TABLES)
     assert (code, err) == (0, "")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"tables.md", "runs.csv", "summary.json"}
@@ -49,11 +46,11 @@ def test_the_tables_of_a_study(runs, tmp_path, capsys):
     assert out.splitlines()[-1] == f"15 done; 3 files in {tmp_path / 'out'}"
 
 
-def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path, capsys):
+def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path):
     write_study(tmp_path / "in")
     write_run(tmp_path / "in" / "half", result())
     (tmp_path / "in" / "half" / "result.json").write_text('{"meth')
-    code, out, err = call(capsys, tmp_path / "in", "-o", tmp_path / "out", *TABLES)
+    code, out, err = call(tmp_path / "in", "-o", tmp_path / "out", *TABLES)
     assert code == 0
     (line,) = err.splitlines()
     assert line.startswith("ekd-report: half/result.json: damaged, not JSON")
@@ -62,35 +59,35 @@ def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path,
     assert "damaged, not JSON" in (tmp_path / "out" / "tables.md").read_text()
 
 
-def test_an_existing_output_is_kept_without_force(runs, tmp_path, capsys):
+def test_an_existing_output_is_kept_without_force(runs, tmp_path):
     out = tmp_path / "out"
-    call(capsys, runs, "-o", out, *TABLES)
+    call(runs, "-o", out, *TABLES)
     before = (out / "tables.md").read_text()
-    assert "is not empty; --force writes over" in refused(capsys, runs, "-o", out, "--title", "New", *TABLES)
+    assert "is not empty; --force writes over" in refused(runs, "-o", out, "--title", "New", *TABLES)
     assert (out / "tables.md").read_text() == before
-    assert call(capsys, runs, "-o", out, "--title", "New", "--force", *TABLES)[0] == 0
+    assert call(runs, "-o", out, "--title", "New", "--force", *TABLES)[0] == 0
     assert (out / "tables.md").read_text().startswith("# New\n")
 
 
-def test_force_removes_what_the_earlier_report_wrote_and_nothing_else(runs, tmp_path, capsys):
+def test_force_removes_what_the_earlier_report_wrote_and_nothing_else(runs, tmp_path):
     out = tmp_path / "out"
-    call(capsys, runs, "-o", out, *TABLES)
+    call(runs, "-o", out, *TABLES)
     summary = json.loads((out / "summary.json").read_text())
     for path in (out / "figures" / "old.svg", out / "mine.txt", tmp_path / "outside.svg"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     summary["files"] += ["figures/old.svg", "mine.txt", "../outside.svg", 3]
     (out / "summary.json").write_text(json.dumps(summary))
-    assert call(capsys, runs, "-o", out, "--force", *TABLES)[0] == 0
+    assert call(runs, "-o", out, "--force", *TABLES)[0] == 0
     assert not (out / "figures" / "old.svg").exists()
     assert (out / "mine.txt").exists()
     assert (tmp_path / "outside.svg").exists()
 
 
-def test_force_does_not_write_into_another_folder(runs, tmp_path, capsys):
+def test_force_does_not_write_into_another_folder(runs, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    assert "not empty and no report" in refused(capsys, runs, "-o", tmp_path, "--force", *TABLES)
-    assert "is a file" in refused(capsys, runs, "-o", tmp_path / "thesis.tex", *TABLES)
+    assert "not empty and no report" in refused(runs, "-o", tmp_path, "--force", *TABLES)
+    assert "is a file" in refused(runs, "-o", tmp_path / "thesis.tex", *TABLES)
 
 
 BAD = [
@@ -104,32 +101,46 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "said"), BAD, ids=range(len(BAD)))
-def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, capsys, words, said):
+def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, words, said):
     (tmp_path / "empty").mkdir()
     places = {"runs": runs, "empty": tmp_path / "empty"}
-    line = refused(capsys, *(word.format(**places) for word in words), "-o", tmp_path / "out")
+    line = refused(*(word.format(**places) for word in words), "-o", tmp_path / "out")
     assert said in line
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("package", "option"), [("matplotlib", "--no-figures"), ("plotly", "--no-page")])
-def test_a_missing_package_names_the_extra_and_the_option(runs, tmp_path, capsys, monkeypatch, package, option):
+def test_a_missing_package_names_the_extra_and_the_option(runs, tmp_path, monkeypatch, package, option):
     real = report_files.find_spec
     monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == package else real(name))
-    line = refused(capsys, runs, "-o", tmp_path / "out")
+    line = refused(runs, "-o", tmp_path / "out")
     assert f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}" in line
     assert not (tmp_path / "out").exists()
-    assert call(capsys, runs, "-o", tmp_path / "out", *TABLES)[0] == 0
+    assert call(runs, "-o", tmp_path / "out", *TABLES)[0] == 0
 
 
-def test_help_has_examples(capsys):
-    code, out, _ = call(capsys, "--help")
+HELP = {
+    "bench": ("ekd-bench --parts abc", "p  where a training step's time goes"),
+    "compare": ("ekd-compare --output compare/c10 --seeds 3,4",),
+    "dashboard": ("ekd-dashboard --entity me --report",),
+    "data": ("ekd-data cifar10", "(default: somewhere)"),
+    "evaluate": ("--parts all", *EVALUATION_PARTS),
+    "export": ("ekd-export RUN --format onnx --int8", "--no-fold"),
+    "report": ("ekd-report compare/c10 compare/c100 -o report",),
+    "tune": ("ekd-tune --trials 20 --output tuned/c10 method=kd_mean",),
+}
+
+
+@pytest.mark.parametrize(("command", "said"), HELP.items())
+def test_help_has_examples(monkeypatch, command, said):
+    monkeypatch.setenv("EKD_DATA_ROOT", "somewhere")
+    code, out, _ = called(importlib.import_module(f"ekd_lightning.cli.{command}").main, "--help")
     assert code == 0
-    assert "ekd-report compare/c10 compare/c100 -o report" in out
+    assert [words for words in said if words not in out] == []
 
 
-def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path, capsys):
-    code, out, err = call(capsys, runs, "-o", tmp_path / "out", "--formats", "svg")
+def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path):
+    code, out, err = call(runs, "-o", tmp_path / "out", "--formats", "svg")
     assert (code, err) == (0, "")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures = [name for name in summary["files"] if name.startswith("figures/")]
@@ -140,14 +151,14 @@ def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_thousand_runs(tmp_path, capsys):
+def test_a_thousand_runs(tmp_path):
     """All are read, and every figure is right; docs/reporting.md tells how long it takes."""
     chance = random.Random(0)
     for number in range(1000):
         K, M, seed, fraction = (number % 5 + 1, number // 5 % 4 + 1, number // 20 % 10, (number // 200 + 1) / 10)
         made = result("ekd", seed, 0.5 + 0.3 * chance.random(), K=K, M=M, fraction=fraction)
         write_run(tmp_path / "in" / f"{number // 100}" / f"{number}", made)
-    code, out, _ = call(capsys, tmp_path / "in", "-o", tmp_path / "out", *TABLES)
+    code, out, _ = call(tmp_path / "in", "-o", tmp_path / "out", *TABLES)
     assert code == 0
     assert "1000 done" in out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

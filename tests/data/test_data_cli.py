@@ -32,16 +32,6 @@ def test_users_error_is_one_line(capsys, tmp_path):
     assert not captured.out
 
 
-def test_help_has_examples_and_names_the_default_root(capsys, monkeypatch):
-    monkeypatch.setenv("EKD_DATA_ROOT", "somewhere")
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    out = capsys.readouterr().out
-    assert "ekd-data cifar10" in out
-    assert "(default: somewhere)" in out
-
-
 def test_as_a_module(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "ekd_lightning.cli.data", "nope", "--root", str(tmp_path)],

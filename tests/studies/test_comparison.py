@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_runs import entry, result
 from rich.console import Console
 from scipy import stats
 
@@ -17,7 +18,6 @@ from ekd_lightning.reporting.blocks import check_comparable
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
-from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.comparison import records, study_block, study_rows
 
 POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
@@ -28,27 +28,15 @@ def run(row, seed, accuracy, fraction=0.1, state="done", error=None, **more):
     if accuracy is None:
         return RunEntry(Path("/nowhere") / name, name, RunState(state), error=error)
     teachers = more.pop("teachers", [] if row == "ce" else POOL)
-    result = {
+    size = {"num_parameters": 1234567, "macs": 12_340_000, "epochs": 1, "epochs_done": 1, "batch_size": 32, "steps": 4}
+    told = {
         "data": "digits",
-        "seed": seed,
         "fraction": fraction,
-        "subset_sha256": "s" * 64,
-        "epochs": 1,
-        "epochs_done": 1,
-        "batch_size": 32,
-        "steps": 4,
-        "student": "resnet8",
-        "num_branches": 1 if row in ("ce", "kd_mean") else 3,
-        "num_teachers": len(teachers),
+        "M": len(teachers),
         "teachers": teachers,
-        "test_accuracy": accuracy,
-        "num_parameters": 1234567,
-        "num_adapter_parameters": 0,
-        "macs": 12_340_000,
-        "train_seconds": 10.0 + seed,
-        **more,
+        "train_seconds": 10 + seed,
     }
-    return RunEntry(Path("/nowhere") / name, name, RunState(state), Result.of({"method": row, **result}))
+    return entry(result(row, seed, accuracy, **{**size, **told, **more}), name, state)
 
 
 ACCURACIES = {"ce": [0.70, 0.72, 0.71, 0.69], "kd_mean": [0.75, 0.76, 0.75, 0.75], "ekd": [0.76, 0.79, 0.75, 0.77]}
