@@ -1,9 +1,11 @@
-"""A sweep on disk: its plan, how jobs stand, the lines it says on its way, and its summary."""
+"""A sweep on disk: its plan, how jobs stand, the lines it says on its way, its summary and its tables."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import statistics
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -14,22 +16,29 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from ekd_lightning.config.config import register_schema
-from ekd_lightning.config.overrides import typed
 from ekd_lightning.errors import UserError
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.result import Result
 from ekd_lightning.studies import launching, multirun
 from ekd_lightning.studies.launching import Progress, is_queued, readable, seconds_left, stopped
 from ekd_lightning.studies.multirun import lost_job, plan_jobs
 from ekd_lightning.studies.sweep import (
+    MOST_ROWS,
     Job,
+    Standing,
     Sweep,
     found_sweep,
     look,
     read_sweep,
+    seed_groups,
     show_summary,
     sweep_of,
+    sweep_tables,
     varied_keys,
     varied_values,
     write_sweep,
@@ -95,24 +104,14 @@ def planned(folder: Path, *words: str) -> list[tuple[str, dict[str, str]]]:
     return [(j.directory.relative_to(folder).as_posix(), varied_values(j, keys)) for j in jobs]
 
 
-def test_the_plan_is_the_product_in_hydras_order(tmp_path):
+def test_the_plan_is_the_product_in_hydras_order_with_its_directories(tmp_path):
     found = planned(tmp_path, "method=ce,ekd", "seed=range(2)", "data.fraction=0.1")
-    assert found == [
-        ("0", {"method": "ce", "seed": "0"}),
-        ("1", {"method": "ce", "seed": "1"}),
-        ("2", {"method": "ekd", "seed": "0"}),
-        ("3", {"method": "ekd", "seed": "1"}),
-    ]
-
-
-def test_directories_of_ones_own_are_known_ahead(tmp_path):
+    runs = [{"method": method, "seed": seed} for method in ("ce", "ekd") for seed in ("0", "1")]
+    assert found == [(str(number), values) for number, values in enumerate(runs)]
     subdir = "hydra.sweep.subdir=${method.name}/s${seed}_${hydra:job.num}"
     found = planned(tmp_path, "method=ce,ekd", "seed=3", subdir)
     assert [name for name, _ in found] == ["ce/s3_0", "ekd/s3_1"]
-
-
-def test_a_sweep_stored_in_an_experiment_is_planned_from_it(tmp_path):
-    found = planned(tmp_path, "experiment=sweep_counts", "seed=7,8")
+    found = planned(tmp_path, "experiment=sweep_counts", "seed=7,8")  # what is varied is stored there
     assert len(found) == 3 * 3 * 2
     assert found[0][1] == {"teachers.count": "1", "student.branches": "1", "seed": "7"}
 
@@ -280,12 +279,6 @@ def test_jobs_of_a_cluster_go_on_without_us(sweep):
             assert is_queued(cfg) == queued
 
 
-def test_a_path_can_be_pasted_into_a_shell(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert typed(tmp_path / "a b") == "'a b'"
-    assert typed(Path("/elsewhere/x")) == "/elsewhere/x"
-
-
 # -- progress -------------------------------------------------------------------------------------------
 
 
@@ -363,15 +356,13 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
     assert any(line.split()[-2:] == ["not", "started"] for line in lines)
 
 
-def test_a_sweep_that_was_refused_at_once_says_nothing(sweep, capsys):
+def test_a_sweep_that_was_refused_at_once_says_nothing_and_jobs_without_a_record_failed(sweep, capsys):
     write_sweep(sweep)
     show_summary(found_sweep(sweep.folder))
     assert capsys.readouterr().out == ""
-
-
-def test_a_job_without_a_record_is_counted_as_failed(tmp_path, capsys):
-    (tmp_path / "0" / ".hydra").mkdir(parents=True)
-    show_summary(found_sweep(tmp_path))
+    (sweep.folder / "sweep.json").unlink()
+    (sweep.folder / "0" / ".hydra").mkdir(parents=True)
+    show_summary(found_sweep(sweep.folder))
     told = capsys.readouterr().out
     assert "0 of 1 runs done, 1 failed" in told
     assert "ended before it had a record" in told
@@ -406,3 +397,78 @@ def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, 
         launching.launch([], tmp_path, [], lambda cfg: None)
     (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
     assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"
+
+
+# -- its tables -----------------------------------------------------------------------------------------
+
+FOLDER = Path("/sweep")
+
+
+def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> Standing:
+    result = None
+    if accuracy is not None:
+        result = Result("ekd", "digits", 0, 0.1, accuracy, val_accuracy=0.5, train_seconds=4.25)
+    job = Job(FOLDER / name, tuple(f"{key}={value}" for key, value in varied.items()))
+    return Standing(job, RunEntry(job.directory, name, RunState(state), result))
+
+
+def text(*tables) -> list[list[str]]:
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    for table in tables:
+        console.print(table)
+    return [line.split() for line in out.getvalue().splitlines() if line.strip()]
+
+
+def test_a_row_per_run_with_the_highest_accuracy_marked():
+    rows = [row("0", 0.5, method="ce"), row("1", 0.7123, method="ekd"), row("2", None, "failed", method="kd")]
+    lines = text(*sweep_tables(rows, FOLDER))
+    assert ["0", "ce", "50.00", "50.00", "4.2", "done"] in lines
+    assert ["1", "ekd", "★", "71.23", "50.00", "4.2", "done"] in lines
+    assert ["2", "kd", "–", "–", "–", "failed"] in lines
+
+
+def test_equal_runs_are_equally_high_and_a_single_one_is_not_the_best_of_anything():
+    lines = text(*sweep_tables([row("0", 0.5, a="1"), row("1", 0.5, a="2"), row("2", 0.1, a="3")], FOLDER))
+    assert sum("★" in line for line in lines) == 2
+    assert not any("★" in line for line in text(*sweep_tables([row("0", 0.5)], FOLDER)))
+
+
+def test_means_over_seeds_and_the_mark_goes_there():
+    values = {"ce": [0.5, 0.52, 0.57], "ekd": [0.6, 0.62]}
+    rows = [
+        row(f"{method}{seed}", value, method=method, seed=str(seed))
+        for method, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    rows.append(row("ekd2", None, "stopped", method="ekd", seed="2"))
+    runs, means = sweep_tables(rows, FOLDER)
+    assert not any("★" in line for line in text(runs))
+    lines = text(means)
+    for method, found in values.items():
+        spread = f"{100 * statistics.stdev(found):.2f}"
+        mark = ["★"] if method == "ekd" else []
+        expected = [method, *mark, f"{100 * statistics.fmean(found):.2f}", "±", spread, str(len(found)), "4.2"]
+        assert expected in lines
+
+
+def test_where_only_seeds_vary_there_is_one_mean_and_one_seed_has_no_spread():
+    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", 0.7, seed="1")], FOLDER)
+    assert ["60.00", "±", "14.14", "2", "4.2"] in text(means)
+    _, means = sweep_tables([row("0", 0.5, seed="0"), row("1", None, "failed", seed="1")], FOLDER)
+    assert ["50.00", "1", "4.2"] in text(means)
+
+
+def test_a_key_that_a_run_does_not_set_is_its_own_group():
+    rows = [row("0", 0.5, seed="0"), row("1", 0.6, seed="0", lr="1")]
+    assert list(seed_groups(rows)) == [("–",), ("1",)]
+
+
+@pytest.mark.parametrize("number", [MOST_ROWS, MOST_ROWS + 7])
+def test_long_tables_are_cut_but_not_what_went_wrong(number):
+    rows = [row(str(i), 0.5, a=str(i)) for i in range(number)] + [row("bad", None, "failed", a="x")]
+    (table,) = sweep_tables(rows, FOLDER)
+    assert table.row_count == MOST_ROWS + 1
+    assert ["bad", "x", "–", "–", "–", "failed"] in text(table)
+    said = " ".join(word for line in text(table) for word in line)
+    assert ("7 more runs are done" in said) == (number > MOST_ROWS)
