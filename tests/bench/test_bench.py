@@ -10,10 +10,10 @@ import pytest
 import torch
 from whole_runs import TINY
 
+from ekd_lightning.bench.cost import GROUPS, by_group, step_profile
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
-from ekd_lightning.bench.step_profile import GROUPS, by_group, step_profile
 from ekd_lightning.bench.timing import summary, take_turns
 from ekd_lightning.cli.bench import main
 from ekd_lightning.data import load_dataset

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ekd_lightning.bench.step_profile import KERNELS, by_group
+from ekd_lightning.bench.cost import KERNELS, by_group
 
 HERE = Path(__file__).parents[2]
 STEP = {"images_per_second": 40_000.0, "seconds_to_first_step": 2.5, "seconds_between_epochs": [0.03, 0.05]}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from whole_runs import TINY, Outcome, _call
 
-from ekd_lightning.cli.evaluate import PARTS, is_override, main, parse_parts
+from ekd_lightning.cli.evaluate import PARTS, is_override, main
+from ekd_lightning.config.edge import parse_names
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.pipeline import evaluation
@@ -151,7 +152,7 @@ def test_other_images_than_the_runs_are_refused(run):
     [
         (["nowhere"], ["nowhere: no such directory"]),
         (["."], ["no run is there"]),
-        (["runs/a", "--parts", "flatnes"], ["part 'flatnes'", "did you mean 'flatness'"]),
+        (["runs/a", "--parts", "flatnes"], ["--parts 'flatnes'", "did you mean 'flatness'"]),
         (["runs/a", "--parts", ","], ["--parts", "at least one"]),
         (["runs/a", "--batch-size", "0"], ["--batch-size 0"]),
         (["runs/a", "recipe.lr=1"], ["recipe.lr=1", "keeps its settings", "data.root"]),
@@ -193,8 +194,7 @@ def test_a_run_that_is_not_done_or_damaged(run, file, content, said):
 
 
 def test_words():
-    assert parse_parts("all") == list(EVALUATION_PARTS)
-    assert parse_parts("flatness, predictions") == ["flatness", "predictions"]
+    assert parse_names("--parts", "flatness, predictions", PARTS) == ["flatness", "predictions"]
     assert PARTS.keys() == set(EVALUATION_PARTS)
     assert is_override("teachers.store=/x=y")
     assert not is_override("./data.root=x")

@@ -218,8 +218,8 @@ def is_last(tmp_path: Path) -> bool:
 # -- refusals ---------------------------------------------------------------------------------------------
 
 REFUSED = [
-    (["--format", "onxn"], ["unknown format 'onxn'", "did you mean 'onnx'"]),
-    (["--format", "onnx,"], ["unknown format ''"]),
+    (["--format", "onxn"], ["unknown --format 'onxn'", "did you mean 'onnx'"]),
+    (["--format", ","], ["--format ',': name at least one of"]),
     (["--weights", "bets"], ["did you mean 'best'"]),
     (["--branches", "0,x"], ["--branches 0,x"]),
     (["--branches", "0,3"], ["branches 0 to 2, not 3"]),

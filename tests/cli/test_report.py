@@ -92,7 +92,7 @@ def test_force_does_not_write_into_another_folder(runs, tmp_path):
 
 BAD = [
     (["{runs}", "--formats", "pgn"], "unknown --formats 'pgn'; did you mean 'png'? (allowed: png, svg)"),
-    (["{runs}", "--formats", ","], "--formats ',': give one of svg, png, or --no-figures"),
+    (["{runs}", "--formats", ","], "--formats ',': name at least one of svg, png"),
     (["{runs}", "--reference", "kd_men", *TABLES], "unknown --reference 'kd_men'; did you mean 'kd_mean'?"),
     (["{empty}", *TABLES], "no runs (no status.json or result.json)"),
     (["{empty}/nowhere", *TABLES], "nowhere: no such folder"),

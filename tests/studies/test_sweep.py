@@ -26,7 +26,7 @@ from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.studies import launching, multirun
 from ekd_lightning.studies.launching import Progress, is_queued, readable, seconds_left, stopped
-from ekd_lightning.studies.multirun import lost_job, plan_jobs
+from ekd_lightning.studies.multirun import lost_job, planned_sweep
 from ekd_lightning.studies.sweep import (
     MOST_ROWS,
     Job,
@@ -99,7 +99,7 @@ def composed(*words: str):
 
 def planned(folder: Path, *words: str) -> list[tuple[str, dict[str, str]]]:
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        jobs = plan_jobs(composed(*words), folder)
+        jobs = planned_sweep(composed(*words), folder).jobs
     keys = varied_keys(jobs)
     return [(j.directory.relative_to(folder).as_posix(), varied_values(j, keys)) for j in jobs]
 
@@ -120,7 +120,7 @@ def test_other_sweepers_decide_as_they_go(tmp_path):
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         cfg = composed("seed=1")
         cfg.hydra.sweeper._target_ = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
-        assert plan_jobs(cfg, tmp_path) is None
+        assert planned_sweep(cfg, tmp_path) is None
 
 
 def test_runs_of_an_unplanned_sweep_are_found_with_their_overrides(tmp_path):
@@ -231,7 +231,7 @@ def test_jobs_that_have_not_started_do_so_where_the_sweep_was_first_started(swee
 def test_a_planned_sweep_says_where_its_relative_places_begin(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
-        described = multirun.describe_sweep(composed("seed=0,1"), tmp_path, [])
+        described = planned_sweep(composed("seed=0,1"), tmp_path)
     assert described.working_directory == str(tmp_path)
 
 
@@ -394,7 +394,7 @@ def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, 
     monkeypatch.setattr(launching.internals, "launch", ends)
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         register_schema()
-        launching.launch([], tmp_path, [], lambda cfg: None)
+        launching.launch([], Sweep(tmp_path, ()), [], lambda cfg: None)
     (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
     assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.bench import cost, parts, step_profile
+from ekd_lightning.bench import cost, parts
 from ekd_lightning.bench.parts import Bench, worker_counts
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.errors import UserError
@@ -76,7 +76,7 @@ _PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "f": cost.memory,
     "g": cost.growth,
     "i": parts.overhead,
-    "p": step_profile.step_profile,
+    "p": cost.step_profile,
 }
 
 

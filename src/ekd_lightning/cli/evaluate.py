@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import make_parser, print_table, run_command
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
+from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import finished_runs
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
@@ -71,7 +71,9 @@ def run_evaluate(args: argparse.Namespace) -> bool:
         UserError: For a user's mistake, before anything is evaluated.
     """
     overrides = [word for word in args.words if is_override(word)]
-    parts = parse_parts(args.parts)
+    parts = parse_names("--parts", args.parts, (*EVALUATION_PARTS, "all"))
+    if "all" in parts:
+        parts = list(EVALUATION_PARTS)
     if args.batch_size is not None:
         if args.batch_size < 1:
             raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -119,23 +121,6 @@ def is_override(word: str) -> bool:
             f"{word}: a finished run keeps its settings; what can be set is {', '.join(keys_where(is_location))}"
         )
     return True
-
-
-def parse_parts(text: str) -> list[str]:
-    """The parts that are named, separated by commas.
-
-    Raises:
-        UserError: For an unknown one, or none.
-    """
-    if text.strip() == "all":
-        return list(EVALUATION_PARTS)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in EVALUATION_PARTS:
-            raise unknown_name("part", name, (*EVALUATION_PARTS, "all"))
-    if not names:
-        raise UserError(f"--parts {text!r}: name at least one of {', '.join(EVALUATION_PARTS)}")
-    return names
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import make_parser, print_table, run_command
+from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.settings import is_location, keys_where
@@ -110,10 +110,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from ekd_lightning.networks.deploy import SUFFIXES  # noqa: PLC0415
     from ekd_lightning.pipeline.export import WEIGHTS, ExportOptions  # noqa: PLC0415
 
-    formats = tuple(dict.fromkeys(word.strip() for word in args.format.split(",")))
-    for name in formats:
-        if name not in SUFFIXES:
-            raise unknown_name("format", name, SUFFIXES)
+    formats = tuple(parse_names("--format", args.format, SUFFIXES))
     if args.weights not in WEIGHTS:
         raise unknown_name("--weights", args.weights, WEIGHTS)
     if args.int8 and "onnx" not in formats:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.config.edge import make_parser, parse_names, run_command
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
@@ -50,7 +49,7 @@ def run_report(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake, before anything is written.
     """
-    formats = [] if args.no_figures else parse_formats(args.formats)
+    formats = [] if args.no_figures else parse_names("--formats", args.formats, FORMATS)
     from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
     from ekd_lightning.runs.collection import collect  # noqa: PLC0415
@@ -60,21 +59,6 @@ def run_report(args: argparse.Namespace) -> None:
     report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
     files = report_files.write_report(report, args.output, formats, page=not args.no_page)
     _print(report, args.output, files)
-
-
-def parse_formats(text: str) -> list[str]:
-    """Reads `svg,png`.
-
-    Raises:
-        UserError: For another word, or none.
-    """
-    words = list(dict.fromkeys(word.strip().lower() for word in text.split(",") if word.strip()))
-    for word in words:
-        if word not in FORMATS:
-            raise unknown_name("--formats", word, FORMATS)
-    if not words:
-        raise UserError(f"--formats {text!r}: give one of {', '.join(FORMATS)}, or --no-figures")
-    return words
 
 
 def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:

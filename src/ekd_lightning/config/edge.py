@@ -69,6 +69,21 @@ def run_command(
         sys.exit(1)
 
 
+def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:
+    """Reads names with commas between them; what is named twice counts once.
+
+    Raises:
+        UserError: For an unknown name, or none.
+    """
+    names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    for name in names:
+        if name not in allowed:
+            raise unknown_name(option, name, allowed)
+    if not names:
+        raise UserError(f"{option} {text!r}: name at least one of {', '.join(allowed)}")
+    return names
+
+
 def run_program(program: str, body: Callable[[], object]) -> None:
     """Runs `body`, turning a user's mistake into one line on stderr and exit code 2, Ctrl-C into 130.
 

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.types import TaskFunction
 
 from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
-from ekd_lightning.config.edge import print_wide
+from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.files import write_text
@@ -24,16 +24,7 @@ from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunSta
 from ekd_lightning.runs.lock import holder
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import launch
-from ekd_lightning.studies.study import (
-    Composer,
-    RowPlan,
-    Study,
-    continued,
-    parse_matches,
-    plan_rows,
-    union,
-    write_study,
-)
+from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, union, write_study
 from ekd_lightning.studies.sweep import Job, Sweep
 from ekd_lightning.studies.tuned import with_tuned
 
@@ -89,8 +80,8 @@ def ask(
     seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
     rows: list[RowPlan] = []
     if methods is not None:
-        matches = parse_matches(match or ("macs,parameters" if controls else "none"))
-        rows = plan_rows(methods, matches, controls, common, old, composer)
+        matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
+        rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     if tuned is not None:
         rows = with_tuned(rows, tuned, cfg.data.name, fractions)
     data = old.data if old else cfg.data.name
@@ -132,7 +123,7 @@ def run(
         log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
     if jobs:
         whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
-        launch(jobs, whole.folder, hydra_words, task, sweep=whole, command=command)
+        launch(jobs, whole, hydra_words, task, command)
 
 
 def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:

@@ -26,7 +26,7 @@ from ekd_lightning.config.overrides import override, typed_override
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.provenance import now
-from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, varied_keys, varied_values
+from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, standings, varied_keys, varied_values
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,7 @@ _COUNTED = {
 
 
 def launch(
-    jobs: Sequence[Job],
-    folder: Path,
-    hydra_words: Sequence[str],
-    task: TaskFunction,
-    *,
-    sweep: Sweep | None = None,
-    command: str | None = None,
+    jobs: Sequence[Job], sweep: Sweep, hydra_words: Sequence[str], task: TaskFunction, command: str | None = None
 ) -> None:
     """Runs jobs as `ekd-train -m` would; a job that fails does not stop the others.
 
@@ -57,28 +51,26 @@ def launch(
 
     Args:
         jobs: The runs.
-        folder: Folder of the runs' directories.
+        sweep: The sweep of which these jobs are left, for its folder and progress.
         hydra_words: Overrides of Hydra, e.g. the launcher.
         task: Runs one job; launchers hand it to other processes.
-        sweep: The sweep of which these jobs are left, for its progress; None if they are all there is.
         command: What continues the work if it is interrupted, for the user.
 
     Raises:
         KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
     """
-    whole = sweep or Sweep(folder, tuple(jobs))
-    own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(folder))]
-    config = compose(whole.config_name, overrides=[*whole.common, *hydra_words, *own], return_hydra_config=True)
+    own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
+    config = compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
     try:
-        with watched(whole), working_in(whole.working_directory):
-            internals.launch(config, [[*job.overrides, *_placed(job, folder)] for job in jobs], task)
+        with watched(sweep), working_in(sweep.working_directory):
+            internals.launch(config, [[*job.overrides, *_placed(job, sweep.folder)] for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
-        stop_local_queue(folder)
-        raise KeyboardInterrupt(stopped(whole, command, queued=is_queued(config))) from None
+        stop_local_queue(sweep.folder)
+        raise KeyboardInterrupt(stopped(sweep, command, queued=is_queued(config))) from None
     except Exception as error:  # a job that was killed outright; what is known of it stands in its directory
-        wait_for_local_queue(folder)
+        wait_for_local_queue(sweep.folder)
         first = (str(error).splitlines() or ["no message"])[0]
         log.error("the launcher ended early: %s: %s", type(error).__name__, first)
 
@@ -118,7 +110,7 @@ def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -
         command: What continues it; by default `ekd-train resume=FOLDER`.
         queued: Whether its jobs are in a queue elsewhere, where they go on.
     """
-    states = [look(job, sweep.started).run.state for job in sweep.jobs]
+    states = [state.run.state for state in standings(sweep)]
     counts = {name: sum(state in kinds for state in states) for name, kinds in _COUNTED.items()}
     said = [f"{counts['done']} of {len(states)} runs done"]
     said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
@@ -209,8 +201,7 @@ class Progress:
         self._durations: list[float] = []
         self._workers = 1
         self._lock = threading.Lock()
-        before = enumerate(look(job, sweep.started) for job in sweep.jobs)
-        self._ended = {number: state for number, state in before if state.run.is_over}
+        self._ended = {number: state for number, state in enumerate(standings(sweep)) if state.run.is_over}
 
     def look(self) -> None:
         """Looks once, and says a line for every job that ended since."""

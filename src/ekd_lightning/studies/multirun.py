@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.directory import claim_output
@@ -32,7 +32,7 @@ from ekd_lightning.studies.launching import (
     wait_for_local_queue,
     watched,
 )
-from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, look, read_sweep, show_summary, write_sweep
+from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, read_sweep, show_summary, standings, write_sweep
 
 # Where the sweep is and that it is one is known; these are given anew.
 _OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
@@ -59,12 +59,11 @@ class SweepSummary(Callback):
                 f"another sweep is running in this folder: {error}; give this one its own with hydra.sweep.dir=..."
             ) from None
         _open.append((folder, stack, is_queued(config)))
-        jobs = plan_jobs(config, folder)
-        if jobs is not None:
-            for job in jobs:
+        sweep = planned_sweep(config, folder)
+        if sweep is not None:
+            for job in sweep.jobs:
                 if "overwrite=true" not in job.overrides and not config.get("overwrite"):
                     RunDirectory(job.directory).refuse_finished()
-            sweep = describe_sweep(config, folder, jobs)
             write_sweep(sweep)
             stack.enter_context(watched(sweep))
 
@@ -73,30 +72,27 @@ class SweepSummary(Callback):
         look_now()
 
 
-def plan_jobs(config: DictConfig, folder: Path) -> tuple[Job, ...] | None:
-    """The jobs that Hydra's own sweeper is going to start.
+def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
+    """The sweep that Hydra's own sweeper is going to start, with all that is needed to start jobs of it again.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
         folder: Folder of the sweep.
 
     Returns:
-        The jobs in their order; None for another sweeper, which decides as it goes.
+        The sweep; None for another sweeper, which decides as it goes.
     """
     found = internals.sweep_jobs(config)
-    return None if found is None else tuple(Job(folder / name, tuple(words)) for name, words in found)
-
-
-def describe_sweep(config: DictConfig, folder: Path, jobs: Sequence[Job]) -> Sweep:
-    """The sweep with all that is needed to start jobs of it again."""
+    if found is None:
+        return None
     hydra = config.hydra
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    first, *others = (job.overrides for job in jobs) if jobs else ((),)
+    every = [words for _, words in found]
     return Sweep(
         folder,
-        tuple(jobs),
-        tuple(hydra.overrides.hydra),
-        tuple(word for word in first if all(word in other for other in others)),
+        tuple(Job(folder / name, tuple(words)) for name, words in found),
+        tuple(OmegaConf.to_container(hydra.overrides.hydra, resolve=False)),  # type: ignore[arg-type]
+        tuple(word for word in every[0] if all(word in words for words in every)),
         str(hydra.job.config_name or "train"),
         str(folders[0]) if folders else None,
         now(),
@@ -164,7 +160,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     assert sweep is not None
     hydra_words, extra = split_words(sweep, argv)
     with DirectoryLock(folder), internals.initialized(sweep.config_dir):
-        states = [look(job, sweep.started) for job in sweep.jobs]
+        states = standings(sweep)
         running = sum(state.run.state is RunState.RUNNING for state in states)
         left = [state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING]
         jobs = [_job(*state, extra) for state in left]
@@ -174,9 +170,9 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         print(f"{running} run elsewhere; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         if jobs:
-            launch(jobs, folder, hydra_words, task, sweep=sweep)
+            launch(jobs, sweep, hydra_words, task)
         show_summary(sweep)
-    return all(look(job, sweep.started).run.is_over for job in sweep.jobs)
+    return all(state.run.is_over for state in standings(sweep))
 
 
 def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]]:

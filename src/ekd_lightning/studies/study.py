@@ -209,21 +209,6 @@ def union(old: Study, new: Study) -> Study:
     )
 
 
-def parse_matches(text: str) -> tuple[str, ...]:
-    """Reads `macs,parameters` or `none`.
-
-    Raises:
-        UserError: For another word.
-    """
-    if text == "none":
-        return ()
-    words = tuple(dict.fromkeys(text.split(",")))
-    for word in words:
-        if word not in MATCHES:
-            raise unknown_name("--match", word, (*MATCHES, "none"))
-    return words
-
-
 def plan_rows(
     methods: str, matches: Sequence[str], controls: bool, common: Sequence[str], old: Study | None, compose: Composer
 ) -> list[RowPlan]:

@@ -137,6 +137,11 @@ def look(job: Job, started: str = "") -> Standing:
     return Standing(job, run)
 
 
+def standings(sweep: Sweep) -> list[Standing]:
+    """How all jobs of a sweep stand, in their order."""
+    return [look(job, sweep.started) for job in sweep.jobs]
+
+
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
     """Keys of overrides that differ between jobs, by first appearance."""
     tables = [_table(job) for job in jobs]
@@ -159,7 +164,7 @@ def show_summary(sweep: Sweep) -> None:
 
     Nothing, if it was refused before its first job.
     """
-    states = [look(job, sweep.started) for job in sweep.jobs]
+    states = standings(sweep)
     if all(state.run.state is RunState.PLANNED for state in states):
         return
     print_wide(*sweep_tables(states, sweep.folder))
