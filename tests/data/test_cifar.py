@@ -36,14 +36,6 @@ def test_reads_either_form_from_the_root_or_the_folder(name, form, tmp_path):
         assert dataset.class_names == tiny.spec.class_names
 
 
-def test_both_forms_hold_the_same(tmp_path):
-    tiny = make_tiny("cifar10")
-    tiny.write(tmp_path / "a", "binary")
-    tiny.write(tmp_path / "b", "python")
-    a, b = (read_cifar(tiny.spec, tmp_path / x) for x in "ab")
-    assert (a.train.sha256, a.test.sha256) == (b.train.sha256, b.test.sha256)
-
-
 def test_binary_form_comes_first(tmp_path):
     tiny = make_tiny("cifar10")
     tiny.write(tmp_path, "python")
