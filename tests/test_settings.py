@@ -89,7 +89,7 @@ def test_entries_of_the_pool():
     assert settings.entry(2).file == "x.safetensors"
 
 
-LOCATIONS = {"data.root", "data.download", "teachers.weights_dir", "teachers.download", "teachers.store"}
+LOCATIONS = {"data.root", "data.download", "teachers.weights_dir", "teachers.download", "teachers.store", "data.cache"}
 
 
 def test_every_setting_says_what_it_is_for():
@@ -140,7 +140,7 @@ def test_a_key_has_the_role_of_what_it_lies_in(key, role):
 
 
 def test_places_that_are_paths_are_told_from_permissions_to_fetch():
-    assert set(keys_where(is_path)) == {"data.root", "teachers.weights_dir", "teachers.store"}
+    assert set(keys_where(is_path)) == {"data.root", "data.cache", "teachers.weights_dir", "teachers.store"}
 
 
 def test_free_settings_that_round_are_not_exact():

@@ -52,9 +52,19 @@ class DataSettings:
     """Which images, how many of them, and how they are augmented."""
 
     name: str = field(default="digits", metadata=PROTOCOL)
-    """Registered data set: digits (bundled), cifar10, cifar100."""
+    """Registered data set: digits (bundled), cifar10, cifar100; of images of your own, what they are called."""
+    source: Optional[str] = field(default=None, metadata=PROTOCOL)
+    """Where images of your own come from: folder (one subfolder a class); null: a registered data set."""
     root: str = field(default="data", metadata=LOCATION)
-    """Folder that holds (or receives) the data set's own folder."""
+    """Folder that holds (or receives) the data set's own folder, or is it."""
+    cache: str = field(default="store/images", metadata=LOCATION)
+    """Folder of decoded images, which runs share."""
+    image_size: Any = field(default=None, metadata=PROTOCOL)
+    """Pixels of the squares that images of your own become, or [height, width]; null: they have one size already."""
+    test_fraction: float = field(default=0.2, metadata=PROTOCOL)
+    """Share of every class that is set aside for testing, by `subset_seed`, where there are no images for that."""
+    skip_broken: bool = field(default=False, metadata=PROTOCOL)
+    """Whether to go on without images that cannot be read."""
     download: bool = field(default=True, metadata=LOCATION)
     """Whether a run may obtain missing data."""
     fraction: Optional[float] = field(default=None, metadata=PROTOCOL)
@@ -69,8 +79,8 @@ class DataSettings:
     """none, crop_flip, cutout, random_erasing, color, randaugment, or a list of them, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
     """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
-    padding: int = field(default=4, metadata=PROTOCOL)
-    """Of crop_flip: pixels added on every side."""
+    padding: Optional[int] = field(default=4, metadata=PROTOCOL)
+    """Of crop_flip: pixels added on every side; null: an eighth of the images' shorter side."""
     flip: bool = field(default=True, metadata=PROTOCOL)
     """Of crop_flip: whether images are mirrored, too."""
     pool_size: int = field(default=64, metadata=PROTOCOL)

@@ -1,7 +1,7 @@
 """Images in memory, subsets, views, batches; the LightningDataModule is in `data.datamodule`."""
 
 from ekd_lightning.data.augmentations import Augmentation, augmentation_names, register_augmentation
-from ekd_lightning.data.catalog import dataset_names, load_dataset, register_dataset
+from ekd_lightning.data.catalog import dataset_names, load_dataset, open_dataset, register_dataset
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, gather_batch
@@ -36,6 +36,7 @@ __all__ = [
     "load_dataset",
     "make_views",
     "obtain",
+    "open_dataset",
     "register_augmentation",
     "register_dataset",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Hashable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,13 @@ from torch.nn import functional
 
 from ekd_lightning.data.cifar import CIFAR_NAMES, cifar_spec, find_cifar, read_cifar
 from ekd_lightning.data.download import obtain
+from ekd_lightning.data.folder import list_folder
 from ekd_lightning.data.images import Dataset, ImageSet
+from ekd_lightning.data.listing import Listing, check_image_size, read_listing
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
 from ekd_lightning.data.subset import take_evenly
 from ekd_lightning.errors import unknown_name
+from ekd_lightning.settings import DataSettings
 
 NUM_TEST = 360
 
@@ -59,7 +63,7 @@ def _test_rows(labels: np.ndarray) -> torch.Tensor:
 Loader = Callable[[Path, bool], Dataset]
 
 _LOADERS: dict[str, Loader] = {}
-_LOADED: dict[tuple[str, Path], Dataset] = {}
+_LOADED: dict[Hashable, Dataset] = {}
 
 
 def register_dataset(name: str) -> Callable[[Loader], Loader]:
@@ -111,6 +115,34 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
     if key not in _LOADED:
         _LOADED[key] = _LOADERS[name](key[1], download)
     return _LOADED[key]
+
+
+def open_dataset(data: DataSettings) -> Dataset:
+    """The data set that settings ask for: a registered one, or one of the user's own.
+
+    Returns:
+        The data set; the same object for the same settings.
+
+    Raises:
+        UserError: Unknown names, missing or damaged data, a setting that does not fit.
+    """
+    if data.source is None:
+        return load_dataset(data.name, data.root, data.download)
+    if data.source not in _SOURCES:
+        raise unknown_name("data.source", data.source, _SOURCES)
+    key = json.dumps({name: getattr(data, name) for name in _OWN}, default=list)
+    if key not in _LOADED:
+        root, size = Path(data.root).expanduser().resolve(), check_image_size(data.image_size)
+        cache = Path(data.cache).expanduser()
+        listing = _SOURCES[data.source](data, root)
+        _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
+    return _LOADED[key]
+
+
+_OWN = ("source", "name", "root", "image_size", "test_fraction", "subset_seed", "skip_broken", "cache")
+_SOURCES: dict[str, Callable[[DataSettings, Path], Listing]] = {
+    "folder": lambda data, root: list_folder(root, test_fraction=data.test_fraction, seed=data.subset_seed)
+}
 
 
 def _load_cifar(name: str, root: Path, download: bool) -> Dataset:

@@ -17,7 +17,7 @@ class ImageSet:
     Attributes:
         name: Data set, e.g. "cifar10".
         split: "train" or "test".
-        images: uint8 [N, 3, H, W].
+        images: uint8 [N, 3, H, W]; may be mapped from a file, hence not to be written to.
         labels: int64 [N], 0 .. num_classes-1.
         class_names: One name a class.
 
@@ -67,6 +67,8 @@ class Dataset:
         test: Test images, not looked at before the end of a run.
         source: Where it was read from, for people to read.
         normalization: Name of the statistics that networks usually take for these images.
+        val_index: int64, positions in `train` that are there for validation only; None where validation images are
+            taken from those for training.
 
     Raises:
         ValueError: The splits do not fit each other.
@@ -77,14 +79,13 @@ class Dataset:
     test: ImageSet
     source: str = ""
     normalization: str = "unit"
+    val_index: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.train.class_names != self.test.class_names:
             raise ValueError(f"training and test set of {self.name} have different classes")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             raise ValueError(f"training and test images of {self.name} have different sizes")
-        if self.train.images.shape[2] != self.train.images.shape[3]:
-            raise ValueError(f"images of {self.name} are not square")
 
     @property
     def num_classes(self) -> int:
@@ -97,6 +98,7 @@ class Dataset:
         return self.train.class_names
 
     @property
-    def image_size(self) -> int:
-        """Height, and width, in pixels: images are square."""
-        return int(self.train.images.shape[-1])
+    def image_size(self) -> int | tuple[int, int]:
+        """Height, and width, in pixels; (height, width) where images are not square."""
+        height, width = self.train.images.shape[2:]
+        return height if height == width else (height, width)

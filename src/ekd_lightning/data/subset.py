@@ -61,6 +61,7 @@ def choose_subset(
     per_class: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
+    val_index: Tensor | None = None,
 ) -> Subset:
     """Chooses the images of a run.
 
@@ -74,6 +75,8 @@ def choose_subset(
         per_class: Images of every class, 1 .. size of the smallest class.
         val_fraction: Share of the subset that is set aside for validation, in [0, 1).
         seed: Seed of the choice.
+        val_index: Positions that are there for validation only: all of them are the validation part, none is chosen
+            for training, and `val_fraction` has no effect.
 
     Returns:
         The subset.
@@ -81,11 +84,15 @@ def choose_subset(
     Raises:
         UserError: A value out of range, both sizes given, or a class without training or validation images.
     """
-    sizes = _class_sizes(labels, fraction, per_class)
+    own, held_out = labels.cpu().numpy(), np.empty(0, dtype=np.int64)
+    if val_index is not None:
+        held_out, val_fraction = val_index.numpy(), 0.0
+    offered = np.setdiff1d(np.arange(len(own)), held_out)
+    sizes = _class_sizes(labels[offered], fraction, per_class)
     share = _val_share(val_fraction)
-    train_parts, val_parts = [], []
+    train_parts, val_parts = [], [held_out]
     for label, size in sizes.items():
-        members = np.flatnonzero(labels.cpu().numpy() == label)
+        members = offered[own[offered] == label]
         ranked = members[np.argsort(hash_uniform_u64(STREAM_SUBSET, seed, 0, members), kind="stable")][:size]
         is_val = take_evenly(size, share)
         if share > 0 and not is_val.any():
@@ -100,7 +107,7 @@ def choose_subset(
         train_index=torch.from_numpy(train),
         val_index=torch.from_numpy(val),
         sha256=_hash(train, val),
-        fraction=(len(train) + len(val)) / len(labels) if per_class is not None else float(fraction or 1),
+        fraction=float(fraction or 1) if per_class is None else sum(sizes.values()) / len(offered),
         per_class=per_class,
         seed=seed,
     )

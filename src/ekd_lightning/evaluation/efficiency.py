@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ekd_lightning.errors import quiet
+from ekd_lightning.networks.staged import ImageSize, sides
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -22,14 +23,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_macs(module: nn.Module, image_size: int = 32) -> int:
+def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
     """Counts the multiply-accumulates of the forward pass of one image, convolutions and linear layers only.
 
     Nothing is computed (meta device, on a copy in eval mode), and the module is not touched.
 
     Args:
         module: takes images [B, 3, H, W].
-        image_size: height and width of the image, in pixels.
+        image_size: height and width of the image in pixels, one number for squares.
 
     Returns:
         Half of the floating-point operations that PyTorch's counter reports.
@@ -37,7 +38,7 @@ def count_macs(module: nn.Module, image_size: int = 32) -> int:
     probe = copy.deepcopy(module).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        probe(torch.empty(1, 3, image_size, image_size, device="meta"))
+        probe(torch.empty(1, 3, *sides(image_size), device="meta"))
     return int(counter.get_total_flops()) // 2
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks import BranchedStudent, cut_branches
+from ekd_lightning.networks.staged import ImageSize
 
 MOST_BRANCHES = 6
 """Up to so many branches all subsets are scored (63 for 6); beyond, single branches and prefixes."""
@@ -110,7 +111,7 @@ def branch_subsets(num_branches: int) -> list[list[int]]:
     return [[k] for k in range(num_branches)] + [list(range(n)) for n in range(2, num_branches + 1)]
 
 
-def costs_by_size(student: BranchedStudent, image_size: int) -> list[Cost]:
+def costs_by_size(student: BranchedStudent, image_size: ImageSize) -> list[Cost]:
     """What the student costs with 1, 2, ..., K branches; the branches are equally large, so which ones is no matter."""
     counted = []
     for size in range(1, min(student.num_branches, 3) + 1):

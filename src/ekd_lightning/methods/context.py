@@ -16,7 +16,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
-from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
+from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 from ekd_lightning.networks.student import BranchedStudent
 
 StageShape = tuple[int, int, int]
@@ -134,7 +134,12 @@ class TermContext:
 
     @classmethod
     def of(
-        cls, student: BranchedStudent, teachers: Sequence[StagedNetwork] = (), *, image_size: int = 32, **others: Any
+        cls,
+        student: BranchedStudent,
+        teachers: Sequence[StagedNetwork] = (),
+        *,
+        image_size: ImageSize = 32,
+        **others: Any,
     ) -> TermContext:
         """Describes networks as they are.
 

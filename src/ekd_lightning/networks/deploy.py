@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.frozen import FrozenStudent
-from ekd_lightning.networks.staged import NetworkSpec
+from ekd_lightning.networks.staged import NetworkSpec, sides
 from ekd_lightning.networks.student import BranchedStudent
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -110,8 +110,7 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
     if file_format == "safetensors":
         state = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
         return seal(safetensors.torch.save(state, {**strings, SEAL: UNSEALED}))
-    size = int(metadata["image_size"])
-    example = torch.zeros(2, 3, size, size)  # of a batch of one, tracing would make a constant
+    example = torch.zeros(2, 3, *sides(metadata["image_size"]))  # of a batch of one, tracing would make a constant
     shapes = {"images": {0: torch.export.Dim("batch")}}
     try:
         with quiet(*EXPORTERS), contextlib.redirect_stdout(io.StringIO()):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.files import SEAL, is_intact
 from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent, require
+from ekd_lightning.networks.staged import ImageSize, sides
 
 REQUIRED = ("spec", "class_names", "image_size")
 
@@ -63,9 +64,10 @@ class DeployedModel:
         return tuple(self.metadata["class_names"])
 
     @property
-    def image_size(self) -> int:
-        """Height, and width, of the images in pixels."""
-        return int(self.metadata["image_size"])
+    def image_size(self) -> ImageSize:
+        """Side of the images in pixels, or (height, width) where they are not square."""
+        height, width = sides(self.metadata["image_size"])
+        return height if height == width else (height, width)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -83,9 +85,9 @@ class DeployedModel:
         """
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images must be [B, 3, {size}, {size}], got {list(images.shape)}")
+        height, width = sides(self.image_size)
+        if images.ndim != 4 or images.shape[1:] != (3, height, width):
+            raise ValueError(f"images must be [B, 3, {height}, {width}], got {list(images.shape)}")
         return self._run(images.float())
 
     def probabilities(self, images: Tensor) -> Tensor:

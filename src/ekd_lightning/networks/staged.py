@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, unknown_name
 
 Triple = tuple[float, float, float]
+ImageSize = int | Sequence[int]
+"""Side of square images in pixels, or (height, width)."""
+
+
+def sides(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return int(height), int(width)
 
 
 @dataclass(frozen=True)
@@ -260,20 +268,20 @@ class StagedNetwork(nn.Module):
         pooled = pool(maps)
         return NetworkOutput(self.head(pooled), pooled, stages)
 
-    def stage_shapes(self, image_size: int = 32) -> dict[str, tuple[int, int, int]]:
-        """Tells the shape (channels, height, width) of each stage's output for square images.
+    def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
+        """Tells the shape (channels, height, width) of each stage's output.
 
         Nothing is computed (meta device) and this network is not touched.
         """
         return shapes_of(imagined(self, image_size).stages)
 
 
-def imagined(network: Any, image_size: int) -> Any:
+def imagined(network: Any, image_size: ImageSize) -> Any:
     """The outputs of a network for one image, without values: nothing is computed, and it is not touched."""
     # A copy in eval mode: a forward in train mode would move the batch norm statistics.
     probe = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad():
-        return probe.outputs(torch.empty(1, 3, image_size, image_size, device="meta"))
+        return probe.outputs(torch.empty(1, 3, *sides(image_size), device="meta"))
 
 
 def shapes_of(stages: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:

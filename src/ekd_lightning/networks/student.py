@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.staged import (
+    ImageSize,
     NetworkSpec,
     Normalize,
     StagedNetwork,
@@ -202,7 +203,7 @@ class BranchedStudent(nn.Module):
         logits = couple(branch_logits, maps, self.ensemble, self.gate)
         return StudentOutput(logits, branch_logits, pooled, kept)
 
-    def stage_shapes(self, image_size: int = 32) -> dict[str, tuple[int, int, int]]:
+    def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
         """Tells the shape (channels, height, width) of each stage's output in every branch.
 
         Nothing is computed (meta device) and the student is not touched.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.staged import StagedNetwork, TeacherOutput
+from ekd_lightning.networks.staged import ImageSize, StagedNetwork, TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
 
 
@@ -93,7 +93,7 @@ class TeacherEnsemble(nn.Module):
         """D_m, the width of each teacher's pooled features."""
         return tuple(member.num_features for member in self.members)
 
-    def stage_shapes(self, image_size: int = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
+    def stage_shapes(self, image_size: ImageSize = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
         """Tells the (channels, height, width) of each teacher's stage outputs; nothing is computed."""
         return tuple(member.stage_shapes(image_size) for member in self.members)
 

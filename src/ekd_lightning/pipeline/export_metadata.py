@@ -14,6 +14,7 @@ from ekd_lightning import __version__
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.evaluation.scores import class_accuracy, score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
+from ekd_lightning.networks.staged import sides
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.runs.provenance import version_of
 
@@ -64,7 +65,7 @@ def describe_export(
         "input": {
             "name": "images",
             "type": "float32",
-            "shape": ["batch", 3, data.image_size, data.image_size],
+            "shape": ["batch", 3, *sides(data.image_size)],
             "range": [0, 1],
             "channels": "RGB",
             "normalization": {**student.spec.to_dict()["normalization"], "inside": True},

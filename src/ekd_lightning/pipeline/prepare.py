@@ -6,17 +6,17 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, load_dataset, make_views
+from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, make_views, open_dataset
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
+from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import ChainSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
@@ -128,17 +128,18 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
         UserError: For an unknown or missing data set, or a subset that leaves a class empty.
     """
     data = settings.data
-    dataset = load_dataset(data.name, Path(data.root), data.download)
+    dataset = open_dataset(data)
     subset = choose_subset(
         dataset.train.labels,
         fraction=data.fraction,
         per_class=data.per_class,
         val_fraction=data.val_fraction,
         seed=data.subset_seed,
+        val_index=dataset.val_index,
     )
     views = make_views(
         data.augmentation,
-        data.padding,
+        min(sides(dataset.image_size)) // 8 if data.padding is None else data.padding,
         data.flip,
         options=data.augmentation_options,
         pool_size=data.pool_size,

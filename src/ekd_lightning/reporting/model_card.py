@@ -54,10 +54,14 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
     student, method, metrics = export["student"], export["method"], export["test_metrics"]
     teachers, classes, hardware = method["teachers"], export["class_names"], export["run"]["hardware"]
     scored = zip(metrics.get("class_accuracy") or [], classes, strict=False)
+    size = export["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
     values = {
         **export,
         "license": license_id,
         "header": _header(export, license_id),
+        "height": height,
+        "width": width,
         "name": model_name(export),
         "structure": _structure(export),
         "taught": plural(len(teachers), "frozen teacher") if teachers else "labels alone",

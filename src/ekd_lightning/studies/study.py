@@ -286,14 +286,13 @@ def match_student(by: str, cfg: DictConfig) -> Match:
         by: `macs` or `parameters`.
         cfg: Composed configuration with the study's student.
     """
-    from ekd_lightning.data import load_dataset  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.data import open_dataset  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
     from ekd_lightning.networks.registry import match_network  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
 
     settings = to_settings(cfg)
-    data = settings.data
-    dataset = load_dataset(data.name, Path(data.root), data.download)
+    dataset = open_dataset(settings.data)
     student = build_student(settings, dataset)
     cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
     return match_network(student.spec, cost(student), cost)

@@ -182,7 +182,7 @@ class FrozenTeachers:
         """
         frozen = self._frozen[m]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            if m not in self._compiled and self._wants_compiling(m, images.shape[-1]):
+            if m not in self._compiled and self._wants_compiling(m, images.shape[-2:]):
                 log.info("compiling teacher %s", self._names[m])
                 # Freezing: weights become constants, laid out as the kernels want them.
                 compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
@@ -194,7 +194,7 @@ class FrozenTeachers:
             results = tuple(torch.cat(pieces)[: len(images)] for pieces in zip(*parts, strict=True))
         return frozen.named(results)
 
-    def _wants_compiling(self, m: int, image_size: int) -> bool:
+    def _wants_compiling(self, m: int, image_size: Sequence[int]) -> bool:
         if self._choice != "auto":
             return self._choice == "always"
         if m not in self._macs:

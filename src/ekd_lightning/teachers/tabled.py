@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.networks.staged import TeacherOutput
+from ekd_lightning.networks.staged import ImageSize, TeacherOutput
 from ekd_lightning.teachers.rows import HeldRows, KnownRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Rows, TableKey
@@ -59,7 +59,7 @@ class TabledTeachers(TeacherSource):
         images: Tensor | None = None,
         include_pooled: bool = False,
         keep_stages: Sequence[str] = (),
-        image_size: int = 32,
+        image_size: ImageSize = 32,
         how: TeacherFormat | None = None,
     ) -> None:
         """Opens the tables, or creates them: for each teacher one of logits and pooled features, and one per stage.

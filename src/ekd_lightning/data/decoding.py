@@ -1,0 +1,159 @@
+"""Decoding of image files: any mode, orientation and size becomes RGB of one size, as a person sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+
+from ekd_lightning.errors import UserError, one_line, quiet
+
+DECODER = 1
+"""Counts changes of what `to_rgb` and `fitted` make of an image; part of every cache's key."""
+_SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB, turned upright by its EXIF orientation.
+
+    Transparent pixels show white behind them, 16-bit grey keeps its high byte (as PIL reads 16-bit colour), and grey
+    in floating point spans 0 to 1, or to 255 where it goes beyond 1.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BITS:
+        return _grey(np.asarray(image).astype(np.int64).clip(0, 65535) >> 8)
+    if image.mode == "F":
+        levels = np.asarray(image)
+        return _grey((levels * (255 if levels.max() <= 1 else 1)).clip(0, 255).round())
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Shrinks or enlarges an RGB image until it just covers `size` (height, width), and cuts the centre out.
+
+    For squares this is torchvision's `Resize` (bilinear, antialiased) of the short side and `CenterCrop`.
+    """
+    (width, height), (H, W) = image.size, size
+    if H * width >= W * height:  # the height decides
+        new_height, new_width = H, max(W, int(H * width / height))
+    else:
+        new_height, new_width = max(H, int(W * height / width)), W
+    if (new_height, new_width) != (height, width):
+        image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    top, left = round((new_height - H) / 2), round((new_width - W) / 2)
+    return image.crop((left, top, left + W, top + H))
+
+
+@dataclass
+class Decoded:
+    """What was found while images were decoded.
+
+    Attributes:
+        size: Height and width of all of them.
+        digests: BLAKE2 of each image as it came, b"" for broken ones.
+        broken: Position and reason of those that cannot be read.
+    """
+
+    size: tuple[int, int]
+    digests: list[bytes] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
+
+
+class _OtherSizeError(Exception):
+    """An image that is not as large as the first."""
+
+
+def decode_all(
+    target: Path, load: Callable[[int], bytes | Image.Image], count: int, size: tuple[int, int] | None, title: str
+) -> Decoded:
+    """Decodes images in parallel into one file of uint8 [N, 3, H, W]; rows of broken ones are zero.
+
+    Args:
+        target: The file.
+        load: Gives the content of a file, or a decoded image, by its position; called by several threads.
+        count: N, at least 1.
+        size: Height and width; None for those of the first image, which all others must then have, too.
+        title: What the progress bar says; there is one on a terminal.
+
+    Raises:
+        UserError: If `size` is None and images differ in size.
+        OSError: If the disk refuses.
+    """
+    exact, found = size is None, Decoded(size or _first_size(load, count))
+    row_bytes = 3 * found.size[0] * found.size[1]
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)  # PIL decodes and resizes without the interpreter's lock
+    with target.open("wb") as file, quiet():
+        file.truncate(row_bytes * count)
+
+        def work(position: int) -> tuple[bytes, str]:
+            content: bytes | Image.Image | None = None
+            try:
+                content = load(position)
+                digest = hashlib.blake2b(content if isinstance(content, bytes) else content.tobytes(), digest_size=16)
+                pixels = _pixels(content, found.size, exact)
+            except _OtherSizeError:
+                raise
+            except Exception as error:  # damaged files make PIL fail in many ways
+                return b"", "has zero bytes" if content == b"" else _reason(error)
+            os.pwrite(file.fileno(), pixels, position * row_bytes)  # a full disk is an error here, not a signal
+            return digest.digest(), ""
+
+        try:
+            console = Console(stderr=True)
+            results = pool.map(work, range(count))
+            for digest, reason in track(results, title, count, console=console, disable=not sys.stderr.isatty()):
+                if reason:
+                    found.broken[len(found.digests)] = reason
+                found.digests.append(digest)
+        except _OtherSizeError as error:
+            raise UserError(f"data.image_size=null: images differ in size ({error}): give a size") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _open(content: bytes | Image.Image) -> Image.Image:
+    return Image.open(io.BytesIO(content)) if isinstance(content, bytes) else content
+
+
+def _first_size(load: Callable[[int], bytes | Image.Image], count: int) -> tuple[int, int]:
+    for position in range(count):
+        with contextlib.suppress(Exception):  # broken ones are told later, all together
+            width, height = ImageOps.exif_transpose(_open(load(position))).size
+            return height, width
+    return 1, 1
+
+
+def _pixels(content: bytes | Image.Image, size: tuple[int, int], exact: bool) -> bytes:
+    image = _open(content)
+    # Of large photographs JPEG can leave out the finest frequencies while it decodes, down to twice what is wanted.
+    image.draft(None, (2 * max(size), 2 * max(size)))  # None keeps the mode
+    image = to_rgb(image)
+    if exact and image.size != size[::-1]:
+        raise _OtherSizeError(f"{size[0]}×{size[1]} and {image.height}×{image.width}")
+    return np.ascontiguousarray(np.asarray(fitted(image, size)).transpose(2, 0, 1)).tobytes()
+
+
+def _reason(error: Exception) -> str:
+    return "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({one_line(error, 80)})"
