@@ -104,10 +104,10 @@ def test_a_folder_means_its_finished_runs(run):
 
 
 def test_a_part_that_fails_is_told_with_its_run(run, monkeypatch):
-    def broken(name):
+    def broken(context):
         raise UserError("no corruptions in sight")
 
-    monkeypatch.setattr(evaluation, "find_part", broken)
+    monkeypatch.setattr(evaluation, "PARTS", dict.fromkeys(evaluation.PARTS, broken))
     before = (run / "result.json").read_bytes()
     outcome = evaluate(run, "--parts", "corruptions", directory=run)
     assert outcome.code == 1
@@ -202,10 +202,10 @@ def test_words():
 
 
 def test_a_failing_evaluation_is_no_failed_run(train, tmp_path, monkeypatch):
-    def broken(name):
+    def broken(context):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(evaluation, "find_part", broken)
+    monkeypatch.setattr(evaluation, "PARTS", dict.fromkeys(evaluation.PARTS, broken))
     outcome = train(tmp_path / "run", "evaluation=standard")
     assert outcome.code == 0, outcome.err
     assert outcome.status["state"] == "done"
