@@ -14,6 +14,7 @@ from PIL import Image
 
 from ekd_lightning.data import catalog, choose_subset, listing, open_dataset
 from ekd_lightning.data.catalog import read_digits
+from ekd_lightning.data.folder import list_folder
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.data.views import CropFlip
@@ -163,18 +164,20 @@ def test_folders_of_splits_are_kept(tmp_path):
     assert choose_subset(dataset.train.labels, per_class=4, val_index=dataset.val_index).fraction == 0.8
 
 
-def names_of_test(root: Path, **changes) -> set[str]:
-    found = catalog._SOURCES["folder"](replace(DataSettings(), **changes), root)
-    assert found.counts["train"] + found.counts["test"] == len(found.names)
-    return set(found.names[found.counts["train"] :])
+def names_of_test(root: Path, share: float = 0.2, seed: int = 0) -> set[str]:
+    found = listing.with_test_images(list_folder(root), share, seed).splits
+    names = {split: {row.name for row in rows} for split, rows in found.items()}
+    assert not names["train"] & names["test"]
+    assert names["train"] | names["test"] == {row.name for row in list_folder(root).splits["train"]}
+    return names["test"]
 
 
 def test_images_for_testing_are_set_aside_class_by_class(tmp_path):
     root = make(tmp_path / "own", {"a": 20, "b": 10})
     chosen = names_of_test(root)
     assert sorted(name[0] for name in chosen) == list("aaaabb")
-    assert names_of_test(root) == chosen != names_of_test(root, subset_seed=1)
-    assert chosen < names_of_test(root, test_fraction=0.5)
+    assert names_of_test(root) == chosen != names_of_test(root, seed=1)
+    assert chosen < names_of_test(root, share=0.5)
     save(root / "a" / "another.png", 5)
     assert len(names_of_test(root) & chosen) >= 5  # the others stay where they were
 

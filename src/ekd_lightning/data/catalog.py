@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ekd_lightning.data.arrays import list_npz, list_torchvision
 from ekd_lightning.data.cifar import CIFAR_NAMES, cifar_spec, find_cifar, read_cifar
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.folder import list_folder
 from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.listing import Listing, check_image_size, read_listing
+from ekd_lightning.data.listing import Listing, check_image_size, read_listing, with_test_images
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
 from ekd_lightning.data.subset import take_evenly
 from ekd_lightning.errors import unknown_name
@@ -134,14 +135,16 @@ def open_dataset(data: DataSettings) -> Dataset:
     if key not in _LOADED:
         root, size = Path(data.root).expanduser().resolve(), check_image_size(data.image_size)
         cache = Path(data.cache).expanduser()
-        listing = _SOURCES[data.source](data, root)
+        listing = with_test_images(_SOURCES[data.source](data, root), data.test_fraction, data.subset_seed)
         _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
     return _LOADED[key]
 
 
 _OWN = ("source", "name", "root", "image_size", "test_fraction", "subset_seed", "skip_broken", "cache")
 _SOURCES: dict[str, Callable[[DataSettings, Path], Listing]] = {
-    "folder": lambda data, root: list_folder(root, test_fraction=data.test_fraction, seed=data.subset_seed)
+    "folder": lambda data, root: list_folder(root),
+    "npz": lambda data, root: list_npz(root),
+    "torchvision": lambda data, root: list_torchvision(data.name, root, data.download),
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,32 +26,37 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True)
-class Listing:
-    """N images, those for training first, then those for validation, if any, and those for testing.
+class Row(NamedTuple):
+    """One image that is not decoded yet.
 
     Attributes:
-        names: What each is called in messages; for files, their path below the root.
-        labels: The class of each, 0 .. C-1.
-        counts: How many belong to each of `SPLITS`.
+        name: What it is called in messages; of a file, its path below the root.
+        label: Its class, 0 .. C-1.
+        item: What `Listing.load` is handed for it.
+        stamp: JSON-able; tells whether it changed, beside its name and label.
+    """
+
+    name: str
+    label: int
+    item: Any
+    stamp: Any = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images by split.
+
+    Attributes:
+        splits: Those of `SPLITS` that there are; `train` at least.
         class_names: C names.
-        load: Gives the content of a file, or an image, by its position.
-        key: JSON-able; what tells these images from others, beside names, labels and counts.
+        load: Gives the content of a file, or an image, for a row's item; called by several threads.
         source: Where they come from, for people to read.
     """
 
-    names: Sequence[str]
-    labels: Sequence[int]
-    counts: Mapping[str, int]
+    splits: Mapping[str, Sequence[Row]]
     class_names: tuple[str, ...]
-    load: Callable[[int], bytes | Image.Image]
-    key: Any
+    load: Callable[[Any], bytes | Image.Image]
     source: str
-
-    def split(self, position: int) -> str:
-        """Which split an image belongs to."""
-        train, val = self.counts["train"], self.counts["val"]
-        return "train" if position < train else "val" if position < train + val else "test"
 
 
 def check_image_size(value: Any) -> tuple[int, int] | None:
@@ -66,13 +74,47 @@ def check_image_size(value: Any) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
+def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
+    """Sets images aside for testing where there are none: of every class those that come first by a hash of their name.
+
+    So most images stay where they are when others are added.
+
+    Args:
+        listing: Any.
+        share: Of every class, rounded down, in (0, 1).
+        seed: Of the choice.
+
+    Raises:
+        UserError: If the share is out of range, or leaves a class without an image for testing.
+    """
+    if "test" in listing.splits:
+        return listing
+    if not 0 < share < 1:
+        raise UserError(f"data.test_fraction={share} must lie in (0, 1)")
+    rows, chosen = listing.splits["train"], set()
+    for label, text in enumerate(listing.class_names):
+        own = [row.name for row in rows if row.label == label]
+        own.sort(key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
+        first = own[: int(Fraction(str(float(share))) * len(own))]
+        if own and not first:
+            raise UserError(
+                f"data.test_fraction={share} leaves class {text!r} ({len(own)} images) without an image for testing: "
+                "choose more, or give images for testing"
+            )
+        chosen.update(first)
+    train = [row for row in rows if row.name not in chosen]
+    return replace(
+        listing, splits={**listing.splits, "train": train, "test": [row for row in rows if row.name in chosen]}
+    )
+
+
 def read_listing(
     listing: Listing, name: str, *, image_size: tuple[int, int] | None, cache: Path, skip_broken: bool
 ) -> Dataset:
     """Decodes the images of a listing, or takes them from the cache.
 
     Args:
-        listing: Which images.
+        listing: Which images, those for testing among them.
         name: What the data set is called.
         image_size: Height and width; None for that of the first image, if all have it.
         cache: The folder of decoded images.
@@ -84,80 +126,78 @@ def read_listing(
     Raises:
         UserError: For a single class, a class without images, images that cannot be read or differ in size.
     """
-    _check_classes(listing, name)
-    key = {
-        "decoder": DECODER,
-        "name": name,
-        "images": listing.key,
-        "names": list(listing.names),
-        "labels": list(listing.labels),
-        "counts": dict(listing.counts),
-        "size": image_size,
-        "skip_broken": skip_broken,
-    }
+    _check_classes(listing, name, [row.label for row in listing.splits["train"]])
+    rows = [(split, row) for split in SPLITS for row in listing.splits.get(split, ())]
+    images = [(split, row.name, row.label, row.stamp) for split, row in rows]
+    options = {"size": image_size, "skip_broken": skip_broken}
+    key = {"decoder": DECODER, "name": name, "source": listing.source, "images": images, **options}
 
     def build(target: Path) -> dict[str, Any]:
-        log.info("%s: decoding %d images, once; they are kept in %s", name, len(listing.names), cache)
-        found = decode_all(target, listing.load, len(listing.names), image_size, f"{name}: decoding images")
+        log.info("%s: decoding %d images, once; they are kept in %s", name, len(rows), cache)
+        title = f"{name}: decoding images"
+        found = decode_all(target, lambda i: listing.load(rows[i][1].item), len(rows), image_size, title)
         if found.broken and not skip_broken:
-            raise UserError(f"{_first_broken(listing, found)}; data.skip_broken=true goes on without such")
-        return _facts(listing, found, target, name)
+            raise UserError(f"{_first_broken(rows, found)}; data.skip_broken=true goes on without such")
+        return _facts(listing, rows, found, target, name)
 
-    images, facts = cached_images(cache, key, build)
+    pixels, facts = cached_images(cache, key, build)
     _check_classes(listing, name, facts["labels"][: facts["counts"]["train"]])
     for remark in facts["remarks"]:
         warnings.warn(remark, stacklevel=2)
-    return _dataset(listing, name, images, facts)
+    return _dataset(listing, name, pixels, facts)
 
 
-def _check_classes(listing: Listing, name: str, train_labels: Sequence[int] | None = None) -> None:
+def _check_classes(listing: Listing, name: str, train_labels: Sequence[int]) -> None:
     if len(listing.class_names) < 2:
         raise UserError(f"data set {name!r} ({listing.source}) has a single class, {listing.class_names[0]!r}")
-    labels = listing.labels[: listing.counts["train"]] if train_labels is None else train_labels
-    present = set(labels)
+    present = set(train_labels)
     empty = [text for label, text in enumerate(listing.class_names) if label not in present]
     if empty:
         more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
         raise UserError(f"data set {name!r} ({listing.source}): class {empty[0]!r} has no training image{more}")
 
 
-def _first_broken(listing: Listing, found: Decoded) -> str:
+def _first_broken(rows: Sequence[tuple[str, Row]], found: Decoded) -> str:
     first, reason = next(iter(found.broken.items()))
     more = len(found.broken) - 1
-    return f"{listing.names[first]} {reason}" + (f", and {more} more cannot be read" if more else "")
+    return f"{rows[first][1].name} {reason}" + (f", and {more} more cannot be read" if more else "")
 
 
-def _facts(listing: Listing, found: Decoded, target: Path, name: str) -> dict[str, Any]:
+def _facts(
+    listing: Listing, rows: Sequence[tuple[str, Row]], found: Decoded, target: Path, name: str
+) -> dict[str, Any]:
     """What is kept of the decoded images; rows of broken ones are closed up in the file."""
-    kept = [position for position in range(len(listing.names)) if position not in found.broken]
-    shape = (len(kept), 3, *found.size)
-    remarks = [f"data.skip_broken=true: {_first_broken(listing, found)}"] if found.broken else []
-    remarks += _seen_twice(listing, found, kept)
+    kept = [position for position in range(len(rows)) if position not in found.broken]
     if not kept:
-        raise UserError(f"data set {name!r}: none of its {len(listing.names)} images can be read")
-    pixels = np.memmap(target, np.uint8, "r+", shape=(len(listing.names), *shape[1:]))
+        raise UserError(f"data set {name!r}: none of its {len(rows)} images can be read")
+    remarks = [f"data.skip_broken=true: {_first_broken(rows, found)}"] if found.broken else []
+    remarks += _seen_twice(rows, found, kept)
+    pixels = np.memmap(target, np.uint8, "r+", shape=(len(rows), 3, *found.size))
     if found.broken:
-        for row, position in enumerate(kept):
-            pixels[row] = pixels[position]
+        for place, position in enumerate(kept):
+            pixels[place] = pixels[position]
     pixels.flush()
-    with target.open("r+b") as file:
-        file.truncate(int(np.prod(shape)))
-    labels = [listing.labels[position] for position in kept]
-    splits = [listing.split(position) for position in kept]
-    facts = {"shape": shape, "labels": labels, "counts": {split: splits.count(split) for split in SPLITS}}
+    os.truncate(target, len(kept) * pixels[0].nbytes)
+    splits = [rows[position][0] for position in kept]
+    facts = {
+        "shape": (len(kept), *pixels.shape[1:]),
+        "labels": [rows[position][1].label for position in kept],
+        "counts": {split: splits.count(split) for split in SPLITS},
+    }
     dataset = _dataset(listing, name, torch.from_numpy(pixels[: len(kept)]), facts)
     return {**facts, "remarks": remarks, "sha256": {"train": dataset.train.sha256, "test": dataset.test.sha256}}
 
 
-def _seen_twice(listing: Listing, found: Decoded, kept: Sequence[int]) -> list[str]:
+def _seen_twice(rows: Sequence[tuple[str, Row]], found: Decoded, kept: Sequence[int]) -> list[str]:
     """Says which images of other splits are among those for training, if any."""
-    first = {found.digests[i]: i for i in reversed(kept) if listing.split(i) == "train"}
-    twice = [(first[found.digests[i]], i) for i in kept if listing.split(i) != "train" and found.digests[i] in first]
+    first = {found.digests[i]: i for i in reversed(kept) if rows[i][0] == "train"}
+    twice = [(first[found.digests[i]], i) for i in kept if rows[i][0] != "train" and found.digests[i] in first]
     if not twice:
         return []
-    one, other = (listing.names[i] for i in twice[0])
+    one, other = twice[0]
     more = f", as are {len(twice) - 1} more" if len(twice) > 1 else ""
-    return [f"{other} ({listing.split(twice[0][1])}) is among the images for training, too, as {one}{more}"]
+    seen = f"{rows[other][1].name} ({rows[other][0]}) is among the images for training, too, as {rows[one][1].name}"
+    return [seen + more]
 
 
 def _dataset(listing: Listing, name: str, images: torch.Tensor, facts: Mapping[str, Any]) -> Dataset:

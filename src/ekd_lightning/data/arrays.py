@@ -1,0 +1,157 @@
+"""Arrays of images: those of an .npz file, and the labelled data sets of torchvision."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ekd_lightning.data.listing import SPLITS, Listing, Row
+from ekd_lightning.errors import UserError, one_line, unknown_name
+
+_NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
+"""How files call the images and the labels of a split."""
+_SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
+"""How data sets call the splits, most likely first."""
+_LABELS = ("targets", "labels", "_labels", "y")
+_CLASSES = ("classes", "categories")
+
+
+def list_npz(path: Path) -> Listing:
+    """Lists the images of an .npz file.
+
+    It holds `x_train` and `y_train` (or `train_images` and `train_labels`), the same for `test` and `val` if there are
+    any, or `images` and `labels` alone; and perhaps `class_names`. Images are uint8 [N, H, W] or [N, H, W, channels].
+
+    Args:
+        path: The file; nothing in it is unpickled.
+
+    Raises:
+        UserError: If the file is missing or damaged, or its arrays are others.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+    except FileNotFoundError:
+        raise UserError(f"data.root={path}: no such file") from None
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"data.root={path}: not an .npz file of plain arrays, or damaged ({one_line(error)})") from None
+    found = {split: pair for split in SPLITS if (pair := _pair(arrays, split, path))}
+    if "train" not in found:
+        known = ", ".join(sorted(arrays)) or "none"
+        raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (but {known})")
+    names = tuple(map(str, arrays.get("class_names", ())))
+    return _listing(found, names, str(path), stamp)
+
+
+def list_torchvision(name: str, root: Path, download: bool) -> Listing:
+    """Lists the images of a data set of torchvision, in its order.
+
+    Args:
+        name: As `torchvision.datasets` calls it.
+        root: The folder that holds it, or is to hold it.
+        download: Whether torchvision may fetch it.
+
+    Raises:
+        UserError: For an unknown name, a data set without classes, or one that is not there and cannot be fetched.
+    """
+    from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
+
+    if name not in datasets.__all__:
+        raise unknown_name("data set of torchvision", name, datasets.__all__)
+    parts = {split: _torchvision_split(getattr(datasets, name), name, root, split, download) for split in SPLITS}
+    found = {split: part for split, part in parts.items() if part is not None}
+    if "val" in found and "test" not in found:
+        found["test"] = found.pop("val")  # as ImageNet has it: its images for testing have no labels
+    if "train" not in found:
+        raise UserError(f"data.name={name}: torchvision has no images for training in it")
+    first = found["train"]
+    classes = next((getattr(first, key) for key in _CLASSES if hasattr(first, key)), ())
+    names = tuple(text if isinstance(text, str) else ", ".join(map(str, text)) for text in classes)
+    labelled = {split: (_PILImages(part), _labels(part, name)) for split, part in found.items()}
+    return _listing(labelled, names, f"{name} of torchvision in {root}")
+
+
+class _PILImages:
+    """The images of a data set of torchvision, by position."""
+
+    def __init__(self, part: Any) -> None:
+        self._part = part
+
+    def __getitem__(self, position: int) -> Any:
+        return self._part[position][0]
+
+
+def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamp: Any = None) -> Listing:
+    """The listing of images and labels by split; classes without names are numbered."""
+    rows = {
+        split: [Row(f"image {i} of {split}", int(label), (split, i), stamp) for i, label in enumerate(labels)]
+        for split, (_, labels) in parts.items()
+    }
+    count = max(row.label for own in rows.values() for row in own) + 1
+
+    def load(item: tuple[str, int]) -> Image.Image:
+        image = parts[item[0]][0][item[1]]
+        return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+    return Listing(rows, names if len(names) >= count else tuple(map(str, range(count))), load, source)
+
+
+def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    names = [(x.format(split), y.format(split)) for x, y in _NPZ_NAMES]
+    names += [("images", "labels")] if split == "train" else []
+    for x, y in names:
+        if x in arrays and y in arrays:
+            images, labels = arrays[x], arrays[y]
+            if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
+                images = images.transpose(0, 2, 3, 1)
+            images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,), (4,)):
+                raise UserError(f"{path}: {x} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
+            labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (len(labels) and labels.min() < 0):
+                raise UserError(
+                    f"{path}: {y} must be {len(images)} classes, 0, 1, ... (it is {labels.dtype} {list(labels.shape)})"
+                )
+            return images, labels
+    return None
+
+
+def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:
+    """One split of a data set; None where it has none of that name."""
+    parameters = inspect.signature(kind).parameters
+    fetch = {"download": download} if "download" in parameters else {}
+    if "train" in parameters:
+        choices: list[dict[str, Any]] = [{"train": split == "train"}] if split != "val" else []
+    elif "split" in parameters:
+        choices = [{"split": value} for value in _SPLIT_NAMES[split]]
+    else:
+        choices = [{}] if split == "train" else []
+    for choice in choices:
+        try:
+            return kind(str(root), **choice, **fetch)
+        except ValueError as error:  # of a split that it does not have
+            if "split" not in str(error):
+                raise UserError(f"data.name={name}: {one_line(error)}") from None
+        except Exception as error:  # missing files, packages or networks, each of its own kind
+            raise UserError(f"data.name={name}: torchvision cannot read it from {root} ({one_line(error)})") from None
+    return None
+
+
+def _labels(part: Any, name: str) -> list[int]:
+    for attribute in _LABELS:
+        values = getattr(part, attribute, None)
+        if values is not None and len(values) == len(part):
+            with_numbers = np.asarray(values)
+            if with_numbers.dtype.kind in "iu" and with_numbers.ndim == 1:
+                return [int(value) for value in with_numbers]
+    try:
+        return [int(part[i][1]) for i in range(len(part))]
+    except (TypeError, ValueError):
+        raise UserError(f"data.name={name}: torchvision gives its images no classes") from None

@@ -1,0 +1,158 @@
+"""Arrays: .npz files and torchvision's data sets become the data sets that they are."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from ekd_lightning.data import Dataset, catalog, open_dataset
+from ekd_lightning.errors import UserError
+from ekd_lightning.settings import DataSettings
+
+RNG = np.random.default_rng(0)
+
+
+def opened(source: str, root: Path, **changes) -> Dataset:
+    catalog._LOADED.clear()
+    given = DataSettings("own", source, str(root), cache=str(root.parent / "cache"), download=False)
+    return open_dataset(replace(given, **changes))
+
+
+def colours(count: int, side: int = 6) -> np.ndarray:
+    return RNG.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def npz(folder: Path, **arrays) -> Path:
+    np.savez(folder / "own.npz", **arrays)
+    return folder / "own.npz"
+
+
+@pytest.mark.parametrize("names", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
+@pytest.mark.parametrize("form", ["colour", "channels first", "grey", "grey with a channel"])
+def test_arrays_of_either_spelling_and_form(tmp_path, names, form):
+    images, labels = {"train": colours(12), "val": colours(2), "test": colours(4)}, {}
+    arrays = {}
+    for split, pixels in images.items():
+        labels[split] = np.arange(len(pixels)) % 2
+        given = {
+            "colour": pixels,
+            "channels first": pixels.transpose(0, 3, 1, 2),
+            "grey": pixels[..., 0],
+            "grey with a channel": pixels[..., :1],
+        }[form]
+        arrays |= {names[0].format(split): given, names[1].format(split): labels[split][:, None]}
+    found = opened("npz", npz(tmp_path, **arrays))
+    grey = form.startswith("grey")
+    expected = {split: np.repeat(x[..., :1], 3, 3) if grey else x for split, x in images.items()}
+    assert np.array_equal(found.test.images.permute(0, 2, 3, 1), expected["test"])
+    assert np.array_equal(found.train.images.permute(0, 2, 3, 1), np.concatenate([expected["train"], expected["val"]]))
+    assert found.train.labels.tolist() == [*labels["train"], *labels["val"]]
+    assert found.val_index.tolist() == [12, 13]
+    assert found.class_names == ("0", "1")
+
+
+def test_images_and_labels_alone_are_split_and_named(tmp_path):
+    path = npz(tmp_path, images=colours(20), labels=np.arange(20) % 2, class_names=np.array(["cat", "dog"]))
+    found = opened("npz", path, image_size=4)
+    assert (len(found.train), len(found.test), found.class_names) == (16, 4, ("cat", "dog"))
+    assert found.image_size == 4
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((4, 5, 5, 3))}, r"holds neither x_train and y_train nor images and labels \(but images\)"),
+        ({"images": np.zeros((4, 5, 5, 3)), "labels": np.arange(4)}, r"images is float64 \[4, 5, 5, 3\], not uint8"),
+        ({"images": np.zeros((4, 5), np.uint8), "labels": np.arange(4)}, r"images is uint8 \[4, 5\], not"),
+        ({"images": colours(4), "labels": np.arange(3)}, r"labels must be 4 classes, .*int64 \[3\]"),
+        ({"images": colours(4), "labels": np.arange(4) - 1}, r"labels must be 4 classes"),
+        ({"images": colours(4), "labels": np.zeros(4)}, r"labels must be 4 classes.*float64"),
+        ({"images": colours(4), "labels": np.array([{}] * 4)}, r"not an \.npz file of plain arrays"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, arrays, message):
+    with pytest.raises(UserError, match=message) as caught:
+        opened("npz", npz(tmp_path, **arrays))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text"])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    path = tmp_path / "own.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"own\.npz: (no such file|not an \.npz file)"):
+        opened("npz", path)
+
+
+def idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def test_a_data_set_of_torchvision(tmp_path):
+    """FashionMNIST in its own file form, small."""
+    raw, expected = tmp_path / "root" / "FashionMNIST" / "raw", {}
+    for split, name, count in (("train", "train", 30), ("test", "t10k", 20)):
+        expected[split] = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % 10
+        for array, kind in zip(expected[split], ("images-idx3", "labels-idx1"), strict=True):
+            idx(raw / f"{name}-{kind}-ubyte", array)
+            with gzip.open(raw / f"{name}-{kind}-ubyte.gz", "wb") as file:
+                file.write(b"")
+    found = opened("torchvision", tmp_path / "root", name="FashionMNIST")
+    for image_set in (found.train, found.test):
+        images, labels = expected[image_set.split]
+        assert torch.equal(image_set.images, torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1))
+        assert image_set.labels.tolist() == labels.tolist()
+    assert found.class_names == tuple(datasets.FashionMNIST.classes)
+
+
+class Fake:
+    """A data set of torchvision whose splits have names, and whose labels only its items tell."""
+
+    categories = (("husky", "dog"), "cat")
+    names = ("train", "val", "test")
+
+    def __init__(self, root, split="train", download=False):
+        if split not in self.names:
+            raise ValueError(f"Unknown value '{split}' for argument split")
+        self.split = split
+
+    def __len__(self):
+        return {"train": 8, "trainval": 8, "val": 2, "test": 4}[self.split]
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (5 + i, 9), (i, 0, 0)), torch.tensor(i % 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val", "test"),
+    [(Fake.names, 10, 2, 4), (("trainval", "test"), 8, 0, 4), (("train", "val"), 8, 0, 2), (("train",), 6, 0, 2)],
+)
+def test_splits_by_name(tmp_path, monkeypatch, names, train, val, test):
+    monkeypatch.setattr(datasets, "SVHN", type("SVHN", (Fake,), {"names": names}))
+    found = opened("torchvision", tmp_path / "root", name="SVHN", image_size=3, test_fraction=0.25)
+    held_out = 0 if found.val_index is None else len(found.val_index)
+    assert (len(found.train), held_out, len(found.test)) == (train, val, test)
+    assert found.class_names == ("husky, dog", "cat")
+    with pytest.raises(UserError, match=r"images differ in size \(9×5 and 9×6\): give"):
+        opened("torchvision", tmp_path / "root", name="SVHN", test_fraction=0.25)
+
+
+def test_what_torchvision_cannot_give_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"data set of torchvision 'SVHM'; did you mean 'SVHN'"):
+        opened("torchvision", tmp_path, name="SVHM")
+    with pytest.raises(UserError, match=r"data\.name=STL10: torchvision cannot read it from .*not found"):
+        opened("torchvision", tmp_path, name="STL10")
+    boxes = {"__getitem__": lambda self, i: (Image.new("RGB", (3, 3)), {"boxes": []})}
+    monkeypatch.setattr(datasets, "SVHN", type("SVHN", (Fake,), boxes))
+    with pytest.raises(UserError, match=r"data\.name=SVHN: torchvision gives its images no classes"):
+        opened("torchvision", tmp_path, name="SVHN")
