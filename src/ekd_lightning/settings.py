@@ -176,7 +176,7 @@ class TeacherSettings:
     """What teachers trained on demand may see: the same `subset` as the student, or `all` training images."""
     recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED)
     store: str = field(default="store", metadata=LOCATION)
-    """Folder shared by all runs: trained teachers, their test scores, and teacher tables."""
+    """Folder shared by all runs: trained teachers, what they say of test images, and teacher tables."""
     table: str = field(default="auto", metadata=ROUNDING)
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_stages: bool = field(default=False, metadata=ROUNDING)
@@ -214,6 +214,8 @@ class TeacherSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise unknown_name(f"teachers.{name}", getattr(self, name), allowed)
+        budget = self.table_budget_gb
+        _require(budget >= 0, "teachers.table_budget_gb", budget, "must be at least 0")  # which NaN is not
         for position in range(pool):
             self.entry(position)
         self.recipe.check("teachers.recipe")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, one_line
-from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, require_intact, seal, write_bytes
+from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, read_bytes, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
@@ -186,10 +186,10 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file; its checksum is checked if it has one.
 
     Raises:
-        DamagedFileError: If it is no safetensors file, or not what was written.
-        OSError: If it cannot be read.
+        DamagedFileError: If it is no safetensors file, not what was written, or cannot be read.
+        FileNotFoundError: If there is none.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     require_intact(path, content)
     try:
         return safetensors.torch.load(content)

@@ -5,7 +5,6 @@ Outputs are looked up in tables where these can be had and fit the disk; else th
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from typing import Any
 
 from ekd_lightning.data import Dataset, Subset, ViewFamily
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
 from ekd_lightning.runs.provenance import is_rank_zero
@@ -93,7 +93,7 @@ def plan_source(
     needed = _needed_bytes(settings, dataset, subset, views, teachers, method.needs_pooled, stages)
     try:
         present = present_bytes(folder, dataset.train.sha256, views.key, len(teachers), stages)
-        check_disk(folder, needed, int(chosen.table_budget_gb * 1e9), present)
+        check_disk(folder, needed, chosen.table_budget_gb * 1e9, present)
     except UserError as error:
         if chosen.table == "require":
             raise UserError(f"teachers.table=require: {error} ({_ADVICE})") from None
@@ -192,7 +192,7 @@ def present_bytes(
     sizes: dict[str, list[int]] = {kind: [] for kind in ("", *stages)}
     for sidecar in folder.glob("*.json"):
         try:
-            facts = json.loads(sidecar.read_text(encoding="utf-8"))
+            facts = read_json(sidecar)
             same = facts["image_set_sha256"] == image_set_sha256 and facts["view_key"] == view_key
             kind = "" if "num_classes" in facts else facts["content"]
             if same and kind in sizes:
@@ -202,7 +202,7 @@ def present_bytes(
     return sum(sum(sorted(own)[:num_teachers]) for own in sizes.values())
 
 
-def check_disk(folder: Path, needed: int, budget: int, present: int) -> None:
+def check_disk(folder: Path, needed: int, budget: float, present: int) -> None:
     """Refuses tables that would not fit, before training begins.
 
     Args:

@@ -61,6 +61,7 @@ class KnownRows:
     ) -> None:
         self._folder, self._keys, self._live, self._names, self._device = folder, keys, live, names, device
         self._writable, self._warned = True, False
+        self._clipped: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "teacher-tables")
         self._written: deque[Future[None]] = deque()
         self._tables = [[self._opened(key) for key in own] for own in keys]
@@ -162,7 +163,7 @@ class KnownRows:
                         host[name] = half.to("cpu", non_blocking=True)
                     writes.append((m, t, rows[new], host))
         if writes:  # one wait for the device; then all copies are complete, too
-            self._refuse_non_finite(largest.tolist())
+            self._check_range(largest.tolist())
         for m, t, rows, host in writes:
             table = self._tables[m][t]
             if table is not None and self._writable:
@@ -171,10 +172,17 @@ class KnownRows:
                 self._settle(_WAITING)
         return values, found
 
-    def _refuse_non_finite(self, largest: list[float]) -> None:
+    def _check_range(self, largest: list[float]) -> None:
+        """Refuses outputs that are not finite; says once, for each teacher, that larger ones than float16 are cut."""
         for name, most in zip(self._names, largest, strict=True):
             if not isfinite(most):
                 raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
+            if most > FLOAT16_MAX and name not in self._clipped:
+                self._clipped.add(name)
+                text = (
+                    f"teacher {name} returned outputs up to ±{most:.4g}: teacher tables hold them as ±{FLOAT16_MAX:.0f}"
+                )
+                warnings.warn(f"{text} (teachers.table=off leaves them as they are)", RuntimeWarning, stacklevel=4)
 
     def there(
         self, columns: Mapping[str, NDArray[np.float16]], rows: NDArray[np.bool_] | slice = slice(None)

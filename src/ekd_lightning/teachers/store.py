@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from ekd_lightning.evaluation.predict import Predictions, predict
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, move_folder, read_json, write_json
 from ekd_lightning.networks import StagedNetwork, load_network, save_network
-from ekd_lightning.networks.weights import read_sealed_tensors, write_sealed_tensors
+from ekd_lightning.networks.weights import read_metadata, read_sealed_tensors, write_sealed_tensors
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _T = TypeVar("_T")
 _FORMAT = 1  # raise it when training changes so that older teachers must not be reused
 _WEIGHTS = "teacher.safetensors"
 _KEY = "key.json"
+_OF = "store_key"  # what a file says of its own place, so that one from another place is noticed
 COST = "cost.json"
 """What a training may leave in its scratch folder: numbers of its cost, kept beside the weights."""
 
@@ -85,17 +87,21 @@ class TeacherStore:
                 self._remove_leftovers(final)
                 if not (final / _WEIGHTS).is_file():
                     self._train(final, key, train)
+        path = final / _WEIGHTS
         try:
-            return load_network(final / _WEIGHTS)
+            network = load_network(path)
+            if read_metadata(path).get(_OF, final.name) != final.name:
+                raise DamagedFileError(f"{path}: replaced, it belongs to another folder of the store")
         except UserError as error:
             raise UserError(f"{error}; delete the folder {final} to have this teacher trained again") from None
+        return network
 
     @staticmethod
     def _train(final: Path, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> None:
         run, ready = (final.with_name(f"{final.name}.{suffix}") for suffix in ("resume", "part-ready"))
         network = train(run)
         try:
-            save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", ""))})
+            save_network(ready / _WEIGHTS, network, {"data": str(key.get("data", "")), _OF: final.name})
             write_json(ready / _KEY, dict(key))
             if (run / COST).is_file():
                 write_json(ready / COST, read_json(run / COST))
@@ -130,9 +136,7 @@ class TeacherStore:
         digest = self.digest({"teacher": sha256, "images": images.sha256})
         path = self.root / "outputs" / f"{digest}.safetensors"
 
-        def read(path: Path) -> Predictions:
-            return _read_outputs(path, len(images))
-
+        read = partial(_read_outputs, count=len(images))
         found = _kept(path, read)  # without a lock: a store may be shared read-only
         if found is not None:
             return found
@@ -141,7 +145,7 @@ class TeacherStore:
             if found is None:
                 found = predict(network().to(device), images, batch_size=batch_size, device=device)
                 try:
-                    write_sealed_tensors(path, found._asdict())
+                    write_sealed_tensors(path, found._asdict(), {_OF: path.stem})
                 except UnwritableFileError as error:
                     log.warning("%s: what this teacher says of the test set is not kept", error)
         return found
@@ -188,7 +192,18 @@ def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) ->
 
 
 def _read_outputs(path: Path, count: int) -> Predictions:
+    """What `test_outputs` wrote.
+
+    Raises:
+        DamagedFileError: If it is damaged, of other images or of another teacher.
+    """
     tensors = read_sealed_tensors(path)
-    if tensors.keys() != set(Predictions._fields) or any(part.shape[:1] != (count,) for part in tensors.values()):
+    if read_metadata(path).get(_OF, path.stem) != path.stem:
+        raise DamagedFileError(f"{path}: replaced, it belongs to another teacher or other images")
+    if tensors.keys() != set(Predictions._fields) or not all(_are_outputs(part, count) for part in tensors.values()):
         raise DamagedFileError(f"{path}: damaged, does not hold what a teacher says of {count} images")
     return Predictions(**tensors)
+
+
+def _are_outputs(part: torch.Tensor, count: int) -> bool:
+    return part.ndim == 2 and len(part) == count and part.dtype == torch.float32 and not bool(part.isnan().any())

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ekd_lightning.files import read_json, replacing, write_json
 
 _LAYOUT = 1
+_SALTED = "salted"  # tables of version 0.1 are not
 _TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
 _SHORT = 64  # bytes of a row up to which check values are computed for many rows at once
 _LOCK_SECONDS = 60.0
@@ -87,6 +88,11 @@ class TableKey:
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
     @property
+    def salt(self) -> int:
+        """What the check values of its rows are mixed with, so that rows of another table are not taken for its own."""
+        return int(self.name[:8], 16)
+
+    @property
     def num_rows(self) -> int:
         """Rows of the table, num_images * V."""
         return self.num_images * self.num_views
@@ -127,12 +133,12 @@ def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return crc
 
 
-def _check_values(payloads: NDArray[np.uint8], rows: Rows) -> NDArray[np.uint32]:
-    """CRC32 of every payload [B, bytes], mixed with its row number; never 0, which marks a hole."""
+def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int = 0) -> NDArray[np.uint32]:
+    """CRC32 of every payload [B, bytes], mixed with its row number and the salt; never 0, which marks a hole."""
     wide = rows.astype(np.uint64)
     # An odd factor permutes 32-bit numbers: any two rows below 2^32 differ in what is mixed in.
     mixed = ((wide ^ (wide >> np.uint64(32))) * np.uint64(0x9E3779B1)).astype(np.uint32)
-    check = _crc32(payloads) ^ mixed
+    check = _crc32(payloads) ^ mixed ^ np.uint32(salt)
     check[check == 0] = 1
     return check
 
@@ -190,6 +196,7 @@ class TeacherTable:
             return f"has {found} bytes instead of {self._file_bytes}"
         try:
             described = read_json(self._sidecar)
+            self._salt = self.key.salt if described.pop(_SALTED, False) else 0
         except (OSError, ValueError):
             return f"has no readable description {self._sidecar.name}"
         same = described == self.key.description
@@ -204,7 +211,8 @@ class TeacherTable:
             message = f"teacher table {self.path} {defect}; it is built anew"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         # The sidecar goes first: a kill in between leaves no file of rows, which is simply built later.
-        write_json(self._sidecar, self.key.description)
+        write_json(self._sidecar, self.key.description | {_SALTED: True})
+        self._salt = self.key.salt
         with replacing(self.path) as temporary:
             os.truncate(temporary, self._file_bytes)
 
@@ -242,7 +250,7 @@ class TeacherTable:
         check = records["check"]
         present = check != 0  # no hole
         some = slice(None) if present.all() else np.flatnonzero(present)
-        present[some] = check[some] == _check_values(copied[some, : -check.itemsize], rows[some])
+        present[some] = check[some] == _check_values(copied[some, : -check.itemsize], rows[some], self._salt)
         if not present.all():
             self._report_damage(copied[~present])
         columns = {name: records[name].copy() for name, _ in self.key.columns}
@@ -278,7 +286,7 @@ class TeacherTable:
             records[name] = column
         size = self._row_bytes
         payloads = records.view(np.uint8).reshape(-1, size)[:, : -records["check"].itemsize]
-        records["check"] = _check_values(payloads, rows)
+        records["check"] = _check_values(payloads, rows, self._salt)
         blob = memoryview(records.tobytes())
         # pwrite and not the map: on a full disk it raises, where a write to mapped memory kills.
         for i, offset in enumerate((rows * size).tolist()):
