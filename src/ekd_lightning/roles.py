@@ -1,14 +1,19 @@
-"""Role of a setting: where things lie, how a run is carried out, what makes runs comparable, or what is computed.
+"""Role of a setting: where things lie, how a run is carried out, what makes runs comparable; and the values it takes.
 
-Each field of the settings says it in its metadata; whoever asks whether a setting may change reads it there.
+Each field of the settings says both in its metadata; whoever asks whether a setting may change, or have a value, reads
+it there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ekd_lightning.errors import UserError, unknown_name
 
 
 class Role(Enum):
@@ -68,3 +73,116 @@ def purposes(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, Purpo
             yield from purposes(hints[one.name], f"{key}.")
         else:
             raise TypeError(f"{settings.__name__}.{one.name} does not say what it is for")
+
+
+# -- values ---------------------------------------------------------------------------------------------
+
+ALLOWED = "allowed"
+"""What a field's metadata hold where not every value of its type will do: a `Range`, or a tuple of names."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds.
+
+    Attributes:
+        low: The smallest, or with `above` what all are larger than.
+        high: The largest, or with `below` what all are smaller than.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def check(self, key: str, value: object) -> None:
+        """Refuses what lies outside.
+
+        Raises:
+            UserError: Naming the key, the value and what is allowed.
+        """
+        if not is_of(value, float) or not math.isfinite(value):  # type: ignore[arg-type]
+            raise UserError(f"{key}={value}: must be a finite number")
+        inside = value > self.low if self.above else value >= self.low  # type: ignore[operator]
+        if not inside or value > self.high or (self.below and value == self.high):  # type: ignore[operator]
+            raise UserError(f"{key}={value}: must be {self._allowed(value)}")
+
+    def _allowed(self, value: object) -> str:
+        if isinstance(value, float) and self.high < math.inf:
+            return f"in {'[('[self.above]}{self.low:g}, {self.high:g}{'])'[self.below]}"
+        if value > self.high:  # type: ignore[operator]
+            return f"at most {self.high}"
+        return "positive" if self.above and not self.low else f"{'above' if self.above else 'at least'} {self.low}"
+
+
+LARGEST = 2**31 - 1
+COUNT = {ALLOWED: Range(1, LARGEST)}
+COUNT_OR_NONE = {ALLOWED: Range(0, LARGEST)}
+NOT_NEGATIVE = {ALLOWED: Range(0)}
+POSITIVE = {ALLOWED: Range(0, above=True)}
+SEED = {ALLOWED: Range(0, 2**64 - 1)}
+TEMPERATURE = {ALLOWED: Range(1e-3, 1e3)}
+"""T² and logits / T stay far from the ends of float32."""
+
+
+def one_of(*names: str) -> dict[str, Any]:
+    """Metadata of a setting that takes one of a few names."""
+    return {ALLOWED: names}
+
+
+def check_values(settings: Any, prefix: str = "") -> None:
+    """Refuses values that the metadata of a group of settings, or of one below it, do not allow; None always is.
+
+    Args:
+        settings: A dataclass.
+        prefix: Its dotted key and a dot, for messages.
+
+    Raises:
+        UserError: At the first such value, naming its key and what is allowed.
+    """
+    for one in fields(settings):
+        key, value = f"{prefix}{one.name}", getattr(settings, one.name)
+        _check_value(key, value, one.metadata)
+        for name, metadata in one.metadata.get(KEYS, {}).items():
+            _check_value(f"{key}.{name}", value.get(name), metadata)
+        if is_dataclass(value):
+            check_values(value, f"{key}.")
+
+
+def _check_value(key: str, value: object, metadata: Any) -> None:
+    allowed = metadata.get(ALLOWED)
+    if value is None or allowed is None:
+        return
+    if isinstance(allowed, Range):
+        allowed.check(key, value)
+    elif value not in allowed:
+        raise unknown_name(key, value, allowed)
+
+
+def is_of(value: object, hint: Any) -> bool:
+    """Whether a plain value, as YAML gives it, is of an annotated type.
+
+    A whole number will do for a float; true and false are no numbers.
+    """
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(is_of(value, one) for one in inner)
+    if kind is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if kind in (list, dict) and isinstance(value, (list, dict)):
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and all(is_of(one, inner[-1]) for one in values)
+    if hint in (int, float):
+        return type(value) is int or (hint is float and type(value) is float)
+    return hint is Any or isinstance(value, kind or hint)
+
+
+def name_of_type(hint: Any) -> str:
+    """An annotated type in words, e.g. `int, float or null`."""
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        *names, last = dict.fromkeys(name_of_type(one) for one in inner)
+        return f"{', '.join(names)} or {last}" if names else last
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, inner))
+    return "null" if hint is type(None) else str(getattr(get_origin(hint) or hint, "__name__", hint))

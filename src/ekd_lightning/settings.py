@@ -6,24 +6,36 @@ this module checks what can be checked without importing anything heavy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.roles import (
+    ALLOWED,
     COMPUTED,
+    COUNT,
+    COUNT_OR_NONE,
     FREE,
     KEYS,
+    LARGEST,
     LOCATION,
+    NOT_NEGATIVE,
     PART,
+    POSITIVE,
     PROTOCOL,
     PURPOSE,
     ROUNDING,
+    SEED,
+    TEMPERATURE,
     Purpose,
+    Range,
     Role,
+    check_values,
+    is_of,
+    name_of_type,
+    one_of,
     purposes,
 )
 
@@ -35,15 +47,27 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value}: {allowed}")
 
 
-# Flags of the trainer that do not change what is computed, or not as all others do.
+_FROM_MINUS_ONE = {ALLOWED: Range(-1, LARGEST)}
+_COMPILE = ("auto", "always", "never")
+# Flags of the trainer that do not change what is computed, or not as all others do, and values that Lightning takes
+# for what they do not mean, or fails with.
 _TRAINER = {
     **dict.fromkeys(("enable_progress_bar", "enable_checkpointing"), FREE),
     **dict.fromkeys(("accelerator", "strategy", "threads", "deterministic", "benchmark"), ROUNDING),
     **dict.fromkeys(("inference_mode", "profiler", "detect_anomaly", "barebones"), ROUNDING),
-    **dict.fromkeys(("num_sanity_val_steps", "limit_predict_batches", "log_every_n_steps"), ROUNDING),
     **dict.fromkeys(("enable_model_summary", "enable_autolog_hparams", "model_registry"), ROUNDING),
-    **dict.fromkeys(("precision", "devices", "num_nodes"), PROTOCOL),
-    **dict.fromkeys(("max_epochs", "max_steps", "max_time"), PART),
+    "num_sanity_val_steps": ROUNDING | _FROM_MINUS_ONE,
+    "log_every_n_steps": ROUNDING | COUNT_OR_NONE,
+    "limit_predict_batches": ROUNDING,
+    **dict.fromkeys(("precision", "devices"), PROTOCOL),
+    "num_nodes": PROTOCOL | COUNT,
+    **dict.fromkeys(("max_epochs", "max_time"), PART),
+    "max_steps": PART | _FROM_MINUS_ONE,
+    **dict.fromkeys((f"limit_{part}_batches" for part in ("train", "val", "test")), COMPUTED | POSITIVE),
+    **dict.fromkeys(("min_epochs", "min_steps", "reload_dataloaders_every_n_epochs"), COMPUTED | COUNT_OR_NONE),
+    **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), COMPUTED | COUNT),
+    **dict.fromkeys(("gradient_clip_val", "overfit_batches"), COMPUTED | NOT_NEGATIVE),
+    "gradient_clip_algorithm": COMPUTED | one_of("norm", "value"),
 }
 
 
@@ -62,55 +86,55 @@ class DataSettings:
     """Folder of decoded images, which runs share."""
     image_size: Any = field(default=None, metadata=PROTOCOL)
     """Pixels of the squares that images of your own become, or [height, width]; null: they have one size already."""
-    test_fraction: float = field(default=0.2, metadata=PROTOCOL)
+    test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)})
     """Share of every class that is set aside for testing, by `subset_seed`, where there are no images for that."""
     skip_broken: bool = field(default=False, metadata=PROTOCOL)
     """Whether to go on without images that cannot be read."""
     download: bool = field(default=True, metadata=LOCATION)
     """Whether a run may obtain missing data."""
-    fraction: Optional[float] = field(default=None, metadata=PROTOCOL)
+    fraction: Optional[float] = field(default=None, metadata=PROTOCOL | {ALLOWED: Range(0, 1, above=True)})
     """Share of the training images in (0, 1]; null means all, or what `per_class` says."""
-    per_class: Optional[int] = field(default=None, metadata=PROTOCOL)
+    per_class: Optional[int] = field(default=None, metadata=PROTOCOL | COUNT)
     """Training images per class, instead of `fraction`."""
-    subset_seed: int = field(default=0, metadata=PROTOCOL)
+    subset_seed: int = field(default=0, metadata=PROTOCOL | SEED)
     """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
-    val_fraction: float = field(default=0.1, metadata=PROTOCOL)
+    val_fraction: float = field(default=0.1, metadata=PROTOCOL | {ALLOWED: Range(0, 1, below=True)})
     """Share of the subset held out for validation, in [0, 1)."""
     augmentation: Any = field(default="crop_flip", metadata=PROTOCOL)
     """none, crop_flip, cutout, random_erasing, color, randaugment, or a list of them, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
     """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
-    padding: Optional[int] = field(default=4, metadata=PROTOCOL)
+    padding: Optional[int] = field(default=4, metadata=PROTOCOL | {ALLOWED: Range(0, 1024)})
     """Of crop_flip: pixels added on every side; null: an eighth of the images' shorter side."""
     flip: bool = field(default=True, metadata=PROTOCOL)
     """Of crop_flip: whether images are mirrored, too."""
-    pool_size: int = field(default=64, metadata=PROTOCOL)
+    pool_size: int = field(default=64, metadata=PROTOCOL | COUNT)
     """Draws per image for any augmentation but plain none and crop_flip, whose views are finite by themselves."""
-    pool_seed: int = field(default=0, metadata=PROTOCOL)
+    pool_seed: int = field(default=0, metadata=PROTOCOL | SEED)
     """Seed of these draws; apart from `seed`, so that all runs of a study share the teachers' tables."""
-    eval_batch_size: int = field(default=500, metadata=ROUNDING)
+    eval_batch_size: int = field(default=500, metadata=ROUNDING | COUNT)
 
 
 @dataclass
 class RecipeSettings:
     """Optimiser and schedule: SGD with momentum, learning rate as a function of the epoch."""
 
-    epochs: int = field(default=60, metadata=PROTOCOL)
-    batch_size: int = field(default=128, metadata=PROTOCOL)
+    epochs: int = field(default=60, metadata=PROTOCOL | COUNT)
+    batch_size: int = field(default=128, metadata=PROTOCOL | COUNT)
     """Images per batch over all devices together (an optimiser step, unless gradients are accumulated)."""
-    lr: float = field(default=0.1, metadata=COMPUTED)
-    momentum: float = field(default=0.9, metadata=COMPUTED)
+    lr: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
+    momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
     nesterov: bool = field(default=True, metadata=COMPUTED)
-    weight_decay: float = field(default=5e-4, metadata=COMPUTED)
-    schedule: str = field(default="cosine", metadata=COMPUTED)
+    weight_decay: float = field(default=5e-4, metadata=COMPUTED | NOT_NEGATIVE)
+    schedule: str = field(default="cosine", metadata=COMPUTED | one_of("cosine", "step", "constant"))
     """cosine (to zero), step (times `gamma` at each milestone) or constant."""
     milestones: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata=COMPUTED)
     """Points of the step schedule as shares of the training, in (0, 1)."""
-    gamma: float = field(default=0.1, metadata=COMPUTED)
-    warmup_epochs: float = field(default=0.0, metadata=COMPUTED)
-    mixup: float = field(default=0.0, metadata=PROTOCOL)
+    gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
+    warmup_epochs: float = field(default=0.0, metadata=COMPUTED | NOT_NEGATIVE)
+    mixup: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
     """α of mixup, 0 for none; with `cutmix` on, too, either is taken with equal chance in each batch."""
-    cutmix: float = field(default=0.0, metadata=PROTOCOL)
+    cutmix: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
     """α of CutMix, 0 for none."""
 
     def check(self, prefix: str) -> None:
@@ -119,23 +143,12 @@ class RecipeSettings:
         Raises:
             UserError: At the first value outside its range.
         """
-        _require(self.epochs >= 1, f"{prefix}.epochs", self.epochs, "must be at least 1")
-        _require(self.batch_size >= 1, f"{prefix}.batch_size", self.batch_size, "must be at least 1")
-        _require(math.isfinite(self.lr) and self.lr > 0, f"{prefix}.lr", self.lr, "must be positive")
-        _require(0 <= self.momentum < 1, f"{prefix}.momentum", self.momentum, "must be in [0, 1)")
+        check_values(self, f"{prefix}.")
         _require(not self.nesterov or self.momentum > 0, f"{prefix}.nesterov", True, f"needs {prefix}.momentum > 0")
-        _require(self.weight_decay >= 0, f"{prefix}.weight_decay", self.weight_decay, "must not be negative")
-        if self.schedule not in ("cosine", "step", "constant"):
-            raise unknown_name(f"{prefix}.schedule", self.schedule, ("cosine", "step", "constant"))
         inside = all(0 < m < 1 for m in self.milestones)
         _require(inside, f"{prefix}.milestones", self.milestones, "must be shares of the training in (0, 1)")
-        _require(self.gamma > 0, f"{prefix}.gamma", self.gamma, "must be positive")
-        fits = 0 <= self.warmup_epochs < self.epochs
-        _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be in [0, {prefix}.epochs)")
-        for name in ("mixup", "cutmix"):
-            alpha = getattr(self, name)
-            fits = math.isfinite(alpha) and alpha >= 0
-            _require(fits, f"{prefix}.{name}", alpha, "must be 0 (off) or a positive number")
+        fits = self.warmup_epochs < self.epochs
+        _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be below {prefix}.epochs={self.epochs}")
 
     def mixed(self, prefix: str) -> str:
         """The keys by which images are mixed, with their values; empty where they are not."""
@@ -157,7 +170,7 @@ class TeacherEntry:
     key_map: Optional[str] = None
     options: dict[str, Any] = field(default_factory=dict)
     normalization: Optional[str] = None
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     """Initialisation and order of a teacher trained on demand."""
 
 
@@ -167,31 +180,31 @@ class TeacherSettings:
 
     pool: list[Any] = field(default_factory=list, metadata=COMPUTED)
     """Entries as mappings (see `TeacherEntry`) or as plain zoo ids."""
-    count: Optional[int] = field(default=None, metadata=COMPUTED)
+    count: Optional[int] = field(default=None, metadata=COMPUTED | COUNT_OR_NONE)
     """The first `count` members of the pool teach; null means all of them."""
     weights_dir: str = field(default="weights", metadata=LOCATION)
     """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
     download: bool = field(default=True, metadata=LOCATION)
-    train_on: str = field(default="subset", metadata=COMPUTED)
+    train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all"))
     """What teachers trained on demand may see: the same `subset` as the student, or `all` training images."""
     recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED)
     store: str = field(default="store", metadata=LOCATION)
     """Folder shared by all runs: trained teachers, what they say of test images, and teacher tables."""
-    table: str = field(default="auto", metadata=ROUNDING)
+    table: str = field(default="auto", metadata=ROUNDING | one_of("auto", "require", "off"))
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_stages: bool = field(default=False, metadata=ROUNDING)
     """Whether stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for the
     last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
     Otherwise such methods ask their teachers live."""
-    table_budget_gb: float = field(default=20.0, metadata=ROUNDING)
+    table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE)
     """Most disk that the tables of one run may need."""
-    fill: str = field(default="none", metadata=FREE)
+    fill: str = field(default="none", metadata=FREE | one_of("none", "run", "all"))
     """What `ekd-teach` computes ahead: none, run (the rows that a run with these settings reads) or all views."""
-    precision: str = field(default="auto", metadata=COMPUTED)
+    precision: str = field(default="auto", metadata=COMPUTED | one_of("auto", "float32", "bfloat16"))
     """What frozen teachers compute in: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
     fold: bool = field(default=True, metadata=ROUNDING)
     """Whether batch norms are folded into convolutions."""
-    compile: str = field(default="auto", metadata=ROUNDING)
+    compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
     """Whether torch.compile is used: auto (when the work is long enough to pay for it), always or never."""
 
     def check(self) -> None:
@@ -201,21 +214,9 @@ class TeacherSettings:
             UserError: At the first value that is impossible or does not fit the pool.
         """
         pool = len(self.pool)
+        check_values(self, "teachers.")
         if self.count is not None:
-            _require(self.count >= 0, "teachers.count", self.count, "must be at least 0")
             _require(self.count <= pool, "teachers.count", self.count, f"the pool has only {pool} teachers")
-        if self.train_on not in ("subset", "all"):
-            raise unknown_name("teachers.train_on", self.train_on, ("subset", "all"))
-        for name, allowed in (
-            ("table", ("auto", "require", "off")),
-            ("fill", ("none", "run", "all")),
-            ("precision", ("auto", "float32", "bfloat16")),
-            ("compile", ("auto", "always", "never")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise unknown_name(f"teachers.{name}", getattr(self, name), allowed)
-        budget = self.table_budget_gb
-        _require(budget >= 0, "teachers.table_budget_gb", budget, "must be at least 0")  # which NaN is not
         for position in range(pool):
             self.entry(position)
         self.recipe.check("teachers.recipe")
@@ -232,15 +233,18 @@ class TeacherSettings:
         elif isinstance(node, str):
             entry = TeacherEntry(zoo=node)
         elif isinstance(node, dict):
-            allowed = [item.name for item in fields(TeacherEntry)]
-            for name in node:
+            allowed = get_type_hints(TeacherEntry)
+            for name, value in node.items():
                 if name not in allowed:
                     raise unknown_name(f"key of {key}", name, allowed)
+                fits = is_of(value, allowed[name])
+                _require(fits, f"{key}.{name}", value, f"must be {name_of_type(allowed[name])}")
             entry = TeacherEntry(**node)
         else:
             raise UserError(f"{key}={node}: must be a zoo id or a mapping with zoo, file or train")
         given = [name for name in ("zoo", "file", "train") if getattr(entry, name)]
         _require(len(given) == 1, key, given, "give exactly one of zoo, file and train")
+        check_values(entry, f"{key}.")
         return entry
 
 
@@ -250,13 +254,13 @@ class StudentSettings:
 
     network: str = field(default="resnet8", metadata=COMPUTED)
     options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
-    branches: int = field(default=3, metadata=COMPUTED)
+    branches: int = field(default=3, metadata=COMPUTED | {ALLOWED: Range(1, 1000)})
     split_after: str = field(default="stage1", metadata=COMPUTED)
     """Last stage that the branches share, or `none` for separate networks."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
     normalization: Optional[str] = field(default=None, metadata=COMPUTED)
     """Named normalisation; null takes the data set's own."""
-    compile: str = field(default="auto", metadata=ROUNDING)
+    compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
     """Whether training steps go through torch.compile: auto (in long runs, where it pays), always or never."""
 
 
@@ -266,8 +270,8 @@ class ChainSettings:
 
     recipe: dict[str, Any] = field(default_factory=dict)
     """What differs from the run's `recipe`: `+method.chain.recipe.epochs=240` on the command line."""
-    temperature: Optional[float] = None
-    """T > 0; null takes the method's."""
+    temperature: Optional[float] = field(default=None, metadata=TEMPERATURE)
+    """T; null takes the method's."""
     ce_weight: Optional[float] = None
     """1 - λ of the paper; null takes the weight of the method's ce_ensemble, see `assistants.link_terms`."""
     kd_weight: Optional[float] = None
@@ -279,11 +283,11 @@ class MethodSettings:
     """A named list of weighted loss terms."""
 
     name: str = field(default="ekd", metadata=COMPUTED)
-    temperature: Optional[float] = field(default=None, metadata=COMPUTED)
-    """T > 0 of all terms without their own; null means 4."""
+    temperature: Optional[float] = field(default=None, metadata=COMPUTED | TEMPERATURE)
+    """T of all terms without their own; null means 4."""
     assignment: Any = field(default=None, metadata=COMPUTED)
     """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
-    teacher: Optional[str] = field(default=None, metadata=COMPUTED)
+    teacher: Optional[str] = field(default=None, metadata=COMPUTED | one_of("best", "first", "mean"))
     """For methods that know one teacher: best (of the pool on the validation split), first, or mean (logits are
     averaged; losses of features, relations and the boundary are taken against each teacher, and averaged); null: all
     teachers teach, by the assignment."""
@@ -371,14 +375,14 @@ class Settings:
     logger: LoggerSettings = field(default_factory=LoggerSettings, metadata=FREE)
     callbacks: dict[str, Any] = field(default_factory=dict, metadata=PART)
     """Additional Lightning callbacks, each a node with `_target_`."""
-    seed: int = field(default=0, metadata=COMPUTED)
+    seed: int = field(default=0, metadata=COMPUTED | SEED)
     channels_last: bool = field(default=True, metadata=ROUNDING)
     """Memory format of images and convolutions; changes the speed, not what is computed."""
-    capture: str = field(default="auto", metadata=ROUNDING)
+    capture: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
     """Whether whole training steps are recorded as CUDA graphs: auto (on one CUDA device, where nothing stands against
     it), always (on a processor too, where the same step runs unrecorded) or never. Changes the speed, not what is
     computed."""
-    metric: str = field(default="val_accuracy", metadata=FREE)
+    metric: str = field(default="val_accuracy", metadata=FREE | one_of(*RETURNABLE))
     """Field of result.json that a run returns to a sweeper."""
     tags: list[str] = field(default_factory=list, metadata=FREE)
     imports: list[str] = field(default_factory=list, metadata=ROUNDING)
@@ -394,30 +398,22 @@ class Settings:
         Raises:
             UserError: At the first impossible value.
         """
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
-        _require(self.student.branches >= 1, "student.branches", self.student.branches, "must be at least 1")
-        for key, value in (("student.compile", self.student.compile), ("capture", self.capture)):
-            if value not in ("auto", "always", "never"):
-                raise unknown_name(key, value, ("auto", "always", "never"))
-        fraction = self.data.fraction
-        if fraction is not None:
-            _require(0 < fraction <= 1, "data.fraction", fraction, "must be in (0, 1]")
-        batch = self.data.eval_batch_size
-        _require(batch >= 1, "data.eval_batch_size", batch, "at least 1")
-        if self.method.teacher not in (None, "best", "first", "mean"):
-            raise unknown_name("method.teacher", self.method.teacher, ("best", "first", "mean"))
-        if self.metric not in RETURNABLE:
-            raise unknown_name("metric", self.metric, RETURNABLE)
+        check_values(self)
         self.recipe.check("recipe")
-        self._check_max_epochs()
+        self._check_length()
         self.teachers.check()
         self.evaluation.check()
 
-    def _check_max_epochs(self) -> None:
+    def _check_length(self) -> None:
         epochs, most = self.recipe.epochs, self.trainer.get("max_epochs")
         fits = most is None or (type(most) is int and 1 <= most <= epochs)
         allowed = f"recipe.epochs={epochs} is the length of the training; fewer stop it early, to be resumed"
         _require(fits, "trainer.max_epochs", most, allowed)
+        least, last = self.trainer.get("min_epochs") or 0, most or epochs
+        _require(least <= last, "trainer.min_epochs", least, f"the training has {last} epochs")
+        least, last = self.trainer.get("min_steps") or 0, self.trainer.get("max_steps", -1)
+        _require(last != 0, "trainer.max_steps", last, "leaves nothing to train; -1 sets no limit")
+        _require(last == -1 or least <= last, "trainer.min_steps", least, f"is above trainer.max_steps={last}")
 
 
 _PURPOSES = dict(purposes(Settings))

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.settings import Settings
 from ekd_lightning.training.trainer import build_trainer, check_trainer, trainer_flags
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "max_epochs": 1}
@@ -36,7 +37,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest():
 @pytest.mark.parametrize("nothing", [0, 0.0])
 def test_training_on_nothing_is_refused(nothing):
     with pytest.raises(UserError, match=r"trainer\.limit_train_batches=0"):
-        check_trainer({"limit_train_batches": nothing})
+        Settings(trainer={"limit_train_batches": nothing}).check()
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,8 @@ def import_user_modules(names: list[str]) -> None:
     if names and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     for name in names:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"imports: {name!r} is not the name of a module")
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -191,7 +193,7 @@ def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) 
     """
     from pytorch_lightning import Callback  # noqa: PLC0415 (slow; --help needs none)
 
-    arguments = dict(node)
+    arguments = dict(node) if isinstance(node, dict) else {}
     target = arguments.pop("_target_", None)
     if target is None:
         raise UserError(f"{key}: has no _target_")

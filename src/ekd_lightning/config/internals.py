@@ -95,9 +95,14 @@ def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
     return [(_subdirectory(config, job, number), list(job)) for number, job in enumerate(jobs)]
 
 
+def job_config(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a job of a multirun, as the launcher composes it; both with the node `hydra`."""
+    return GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+
+
 def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
     """The directory of a job below its sweep's, as the launcher will resolve it."""
-    job = GlobalHydra.instance().config_loader().load_sweep_config(config, list(overrides))
+    job = job_config(config, overrides)
     with open_dict(job):
         job.hydra.job.num = number
         job.hydra.job.id = str(number)

@@ -12,17 +12,26 @@ import torch
 
 from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, make_views, open_dataset
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, quiet, unknown_name
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
-from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
+from ekd_lightning.networks import (
+    BranchedStudent,
+    NetworkSpec,
+    TeacherEnsemble,
+    build_network,
+    network_names,
+    normalization,
+    zoo_entry,
+)
 from ekd_lightning.networks.staged import sides
-from ekd_lightning.settings import ChainSettings, Settings
+from ekd_lightning.settings import ChainSettings, DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
 from ekd_lightning.training.pool import plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
+from ekd_lightning.training.trainer import check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +70,8 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     Raises:
         UserError: At the first setting that does not fit.
     """
-    settings.check()
+    check_settings(settings)
     needs = needs_teachers(settings.method.terms)
-    if needs and settings.teachers.count == 0:
-        raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
     data = settings.data
     dataset, subset, views = prepare_data(settings)
     datamodule = ImageDataModule(
@@ -92,6 +99,30 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
         method = _build_method(settings, dataset, subset, student, taught_by)
     source = plan_source(settings, dataset, subset, views, taught_by, method) if needs else SourcePlan()
     return Prepared(dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain)
+
+
+def check_settings(settings: Settings) -> None:
+    """Makes the checks that need neither the images nor this machine, so that a sweep can make them for its jobs.
+
+    Raises:
+        UserError: At the first setting that does not fit.
+    """
+    settings.check()
+    check_trainer(settings.trainer)
+    entries = []
+    if needs_teachers(settings.method.terms):
+        if settings.teachers.count == 0:
+            raise UserError(f"teachers.count=0: the method {settings.method.name!r} needs teachers")
+        entries = [settings.teachers.entry(m) for m in range(len(settings.teachers.pool))]
+    trained = {f"teachers.pool[{m}].train": entry.train for m, entry in enumerate(entries) if entry.train}
+    for key, name in {"student.network": settings.student.network, **trained}.items():
+        if name not in network_names():
+            raise UserError(f"{key}: {unknown_name('network', name, network_names())}")
+    for entry in entries:
+        if entry.zoo:
+            zoo_entry(entry.zoo)
+    with quiet():  # what has no effect is told when they are made in earnest
+        _make_views(settings.data, settings.data.padding or 0)
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
@@ -129,6 +160,11 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
     """
     data = settings.data
     dataset = open_dataset(data)
+    side = min(sides(dataset.image_size))
+    padding = side // 8 if data.padding is None else data.padding
+    if padding >= side:
+        raise UserError(f"data.padding={padding}: must be below the images' shorter side, {side} pixels")
+    views = _make_views(data, padding)
     subset = choose_subset(
         dataset.train.labels,
         fraction=data.fraction,
@@ -137,15 +173,18 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
         seed=data.subset_seed,
         val_index=dataset.val_index,
     )
-    views = make_views(
+    return dataset, subset, views
+
+
+def _make_views(data: DataSettings, padding: int) -> ViewFamily:
+    return make_views(
         data.augmentation,
-        min(sides(dataset.image_size)) // 8 if data.padding is None else data.padding,
+        padding,
         data.flip,
         options=data.augmentation_options,
         pool_size=data.pool_size,
         pool_seed=data.pool_seed,
     )
-    return dataset, subset, views
 
 
 def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:

@@ -18,11 +18,11 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning.data.loader import check_batch_size
-from ekd_lightning.errors import reason
+from ekd_lightning.errors import quiet, reason
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
-from ekd_lightning.pipeline.prepare import Prepared, describe_run, describe_teacher, origin, prepare
+from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
@@ -43,15 +43,7 @@ from ekd_lightning.tracking.loggers import (
 from ekd_lightning.training.checkpoints import checkpoint_callbacks, read_checkpoint
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.pool import gather_teachers
-from ekd_lightning.training.trainer import (
-    EpochReport,
-    EpochSeed,
-    build_trainer,
-    check_trainer,
-    cost,
-    end_processes,
-    final_scores,
-)
+from ekd_lightning.training.trainer import EpochReport, EpochSeed, build_trainer, cost, end_processes, final_scores
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +182,7 @@ def _check(
     settings: Settings, directory: Path, sweep: str | None, callbacks: Sequence[Callback]
 ) -> tuple[Prepared, pl.Trainer, EpochReport, int]:
     """All that can be refused before anything is written; returns the parts of the run, and torch's threads."""
-    check_trainer(settings.trainer)
+    check_settings(settings)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     devices = settings.trainer.get("devices", 1)
     threads = set_threads(
@@ -202,14 +194,15 @@ def _check(
     check_loggers(settings.logger)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
-    curves = TeacherCurves(settings.logger, directory, sweep)
-    prepared = prepare(settings, accelerator, curves)
+    flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
+    with quiet("pytorch_lightning.utilities.rank_zero"):  # what Lightning refuses is refused before images are read
+        build_trainer(flags, directory, [], [], in_sweep=sweep is not None)
+    prepared = prepare(settings, accelerator, TeacherCurves(settings.logger, directory, sweep))
     report = EpochReport(settings.recipe.batch_size)
     own: list[Callback] = [EpochSeed(settings.seed), report]
     if settings.trainer.get("enable_checkpointing") is not False and not settings.trainer.get("fast_dev_run"):
         with_best = prepared.datamodule.num_val_images > 0
         own += checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=with_best)
-    flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
     trainer = build_trainer(flags, directory, [], [*own, *callbacks], in_sweep=sweep is not None)
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
     return prepared, trainer, report, threads

@@ -20,7 +20,14 @@ from ekd_lightning.evaluation.predict import predict
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
-from ekd_lightning.pipeline.prepare import Prepared, prepare, prepare_data, validation_images, with_teachers
+from ekd_lightning.pipeline.prepare import (
+    Prepared,
+    check_settings,
+    prepare,
+    prepare_data,
+    validation_images,
+    with_teachers,
+)
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
@@ -48,7 +55,7 @@ def obtain_teachers(
     Raises:
         UserError: For a user's mistake, before anything is trained.
     """
-    settings.check()
+    check_settings(settings)
     check_loggers(settings.logger)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)

@@ -11,9 +11,10 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ekd_lightning.config import internals
+from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import anchored, is_hydras, is_under, key_of, typed
@@ -61,6 +62,7 @@ class SweepSummary(Callback):
         _open.append((folder, stack, is_queued(config)))
         sweep = planned_sweep(config, folder)
         if sweep is not None:
+            refuse_common_mistake(config, sweep.jobs)
             for job in sweep.jobs:
                 if "overwrite=true" not in job.overrides and not config.get("overwrite"):
                     RunDirectory(job.directory).refuse_finished()
@@ -70,6 +72,36 @@ class SweepSummary(Callback):
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Tells of it at once where the job ran in the sweep's own process."""
         look_now()
+
+
+def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
+    """Refuses a sweep all of whose jobs would be refused for the same reason; composes one job where the first fits.
+
+    Args:
+        config: Composed configuration of the multirun, with the node `hydra`.
+        jobs: What it is going to start.
+
+    Raises:
+        UserError: The reason.
+    """
+    from ekd_lightning.pipeline.prepare import check_settings  # noqa: PLC0415 (slow; --help needs none)
+
+    found = set()
+    for job in jobs:
+        chosen = internals.job_config(config, job.overrides).copy()
+        with open_dict(chosen):
+            chosen.pop("hydra")
+        try:
+            settings = to_settings(chosen)
+            import_user_modules(settings.imports)
+            check_settings(settings)
+            return
+        except UserError as error:
+            found.add(str(error))
+        if len(found) > 1:
+            return
+    if found:
+        raise UserError(found.pop())
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:

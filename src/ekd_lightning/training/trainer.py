@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.order import hash_uniform_u64
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.checkpoints import BEST_METRIC, CheckpointWriter
@@ -40,6 +42,9 @@ _OURS = {
 }
 
 
+_OUR_VALUES = {"precision": ("auto",)}
+
+
 def trainer_flags() -> dict[str, Any]:
     """Names and defaults of all flags that `trainer.*` may set."""
     parameters = inspect.signature(pl.Trainer).parameters
@@ -47,8 +52,13 @@ def trainer_flags() -> dict[str, Any]:
     return lightning | {"threads": None}  # see `threads.set_threads`
 
 
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(pl.Trainer.__init__) | {"threads": int | None}
+
+
 def check_trainer(flags: dict[str, Any]) -> None:
-    """Refuses unknown flags, with the nearest match, and those that other groups decide.
+    """Refuses unknown flags, with the nearest match, values of another type, and what other groups decide.
 
     Raises:
         UserError: At the first such flag.
@@ -57,13 +67,20 @@ def check_trainer(flags: dict[str, Any]) -> None:
         raise UserError(
             f"trainer.precision={flags['precision']}: would cast the teachers too, which stay float32; use bf16-mixed"
         )
-    for name in flags:
+    for name, value in flags.items():
         if name in _OURS:
             raise UserError(f"trainer.{name}: {_OURS[name]}")
         if name not in trainer_flags():
             raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
-    if flags.get("limit_train_batches") == 0:
-        raise UserError("trainer.limit_train_batches=0: leaves nothing to train on")
+        if value not in _OUR_VALUES.get(name, ()) and not is_of(value, _types()[name]):
+            raise UserError(f"trainer.{name}={value}: must be {name_of_type(_types()[name])}")
+    if (limit := flags.get("max_time")) is not None:
+        try:
+            seconds = Timer(limit).time_remaining()
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"trainer.max_time={limit}: {one_line(error)}") from None
+        if not seconds or seconds <= 0:
+            raise UserError(f"trainer.max_time={limit}: leaves no time to train; null sets no limit")
 
 
 def build_trainer(
@@ -90,6 +107,8 @@ def build_trainer(
     chosen["plugins"] = _plugins(chosen.get("plugins"), directory)
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
+    except ModuleNotFoundError as error:
+        raise UserError(f"trainer.accelerator={flags.get('accelerator')}: {one_line(error)}") from None
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
