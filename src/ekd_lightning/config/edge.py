@@ -143,11 +143,6 @@ def is_interrupt(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt)
 
 
-def _prefix(error: ConfigKeyError | ConfigAttributeError) -> str:
-    parent, _, _ = str(error.full_key or "").rpartition(".")
-    return f"{parent}." if parent else ""
-
-
 def _exit(program: str, message: str) -> None:
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
@@ -165,7 +160,8 @@ def _config_error(error: Exception) -> str:
     """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
-        allowed = [_prefix(cause) + str(key) for key in cause.parent_node]
+        parent, dot, _ = str(cause.full_key or "").rpartition(".")
+        allowed = [f"{parent}{dot}{key}" for key in cause.parent_node]
         return str(unknown_name("key", cause.full_key, allowed))
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]

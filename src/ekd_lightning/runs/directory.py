@@ -187,9 +187,9 @@ class RunDirectory:
 
     def started(self) -> datetime | None:
         """When the run, or its last part, was started; None where that is unknown."""
-        parts = [self.provenance(), *(self.provenance().get("resumed") or [])]
+        first = self.provenance()
         try:
-            return datetime.fromisoformat(parts[-1]["started"])
+            return datetime.fromisoformat([first, *(first.get("resumed") or [])][-1]["started"])
         except (TypeError, ValueError, KeyError):
             return None
 
