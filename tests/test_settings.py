@@ -95,6 +95,7 @@ LOCATIONS = {"data.root", "data.download", "teachers.weights_dir", "teachers.dow
 def test_every_setting_says_what_it_is_for():
     """`purposes` refuses a field that does not; what is listed here is what commands promise."""
     assert set(keys_where(is_location)) == LOCATIONS
+    assert set(keys_where(is_path)) == {"data.root", "data.cache", "teachers.weights_dir", "teachers.store"}
     assert set(keys_where(is_free)) - LOCATIONS == {
         "teachers.fill",
         "trainer.enable_progress_bar",
@@ -112,6 +113,9 @@ def test_every_setting_says_what_it_is_for():
         "trainer.max_time",
         "callbacks",
     }
+    assert not is_free("student.compile")
+    assert is_free("student.compile", exact=False)  # it rounds
+    assert not is_free("recipe.lr", exact=False)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +141,6 @@ def test_every_setting_says_what_it_is_for():
 )
 def test_a_key_has_the_role_of_what_it_lies_in(key, role):
     assert purpose_of(key).role is role
-
-
-def test_places_that_are_paths_are_told_from_permissions_to_fetch():
-    assert set(keys_where(is_path)) == {"data.root", "data.cache", "teachers.weights_dir", "teachers.store"}
-
-
-def test_free_settings_that_round_are_not_exact():
-    assert not is_free("student.compile")
-    assert is_free("student.compile", exact=False)
-    assert not is_free("recipe.lr", exact=False)
 
 
 def test_a_field_without_a_purpose_is_refused():

@@ -42,18 +42,6 @@ def test_who_writes(monkeypatch, environment, expected):
     assert is_rank_zero() is expected
 
 
-def test_a_start_withdraws_an_older_result(tmp_path):
-    own = RunDirectory(tmp_path / "run")
-    own.start(resumed=False)
-    own.finish(Result.of(result()))
-    (tmp_path / "run" / "arrays.npz").write_bytes(b"its arrays")
-    assert read(tmp_path / "run" / "status.json")["state"] == "done"
-    RunDirectory(tmp_path / "run").start(resumed=False)
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert not (tmp_path / "run" / "arrays.npz").exists()
-    assert read(tmp_path / "run" / "status.json")["state"] == "running"
-
-
 def test_provenance_names_what_a_result_comes_from(tmp_path):
     own = RunDirectory(tmp_path)
     own.start(resumed=False)
@@ -88,15 +76,10 @@ def test_done_implies_a_result(tmp_path, monkeypatch):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_an_error_is_kept(tmp_path):
-    own = RunDirectory(tmp_path)
-    own.fail("x=1: no")
-    found = read(tmp_path / "status.json")
-    assert (found["state"], found["error"]) == ("failed", "x=1: no")
-
-
 def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
     old = (
+        "result.json",
+        "arrays.npz",
         "checkpoints/last.ckpt",
         "student.safetensors",
         "metrics.csv",
@@ -114,7 +97,10 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
     for name in (*old, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    RunDirectory(tmp_path).start(resumed=False)
+    own = RunDirectory(tmp_path)
+    own.finish(Result.of(result()))
+    own.start(resumed=False)
+    assert read(tmp_path / "status.json")["state"] == "running"
     assert [name for name in old if (tmp_path / name).exists()] == []
     assert [name for name in kept if (tmp_path / name).exists()] == list(kept)
 
@@ -150,11 +136,6 @@ def test_a_run_runs_while_its_lock_is_held_whatever_a_file_says(tmp_path, says):
         assert RunDirectory(path).record().state is RunState.RUNNING
     assert RunDirectory(path).record().state is before
     assert before is not RunState.RUNNING
-
-
-def test_an_interrupted_run_of_version_0_1_is_stopped(tmp_path):
-    path = write_run(tmp_path / "run", result(), "failed", error="interrupted")
-    assert RunDirectory(path).record().state is RunState.STOPPED
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -209,22 +190,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("name", ["result.json", "status.json"])
 @pytest.mark.parametrize(("content", "kind"), BAD.values(), ids=BAD)
-def test_a_bad_result_is_named(tmp_path, content, kind):
-    path = write_run(tmp_path / "run", result())
-    (path / "result.json").write_text(content)
-    with pytest.raises(kind, match=r"result\.json: "):
-        RunDirectory(path).read_result()
-    with pytest.raises(UserError, match=r"result\.json: "):
-        RunDirectory(path).finished_result()
-
-
-@pytest.mark.parametrize(("content", "kind"), BAD.values(), ids=BAD)
-def test_a_bad_status_is_named(tmp_path, content, kind):
-    path = write_run(tmp_path / "run", result())
-    (path / "status.json").write_text(content)
-    with pytest.raises(kind, match=r"status\.json: "):
-        RunDirectory(path).record()
+def test_a_bad_record_is_named(tmp_path, name, content, kind):
+    own = RunDirectory(write_run(tmp_path / "run", result()))
+    (own.path / name).write_text(content)
+    with pytest.raises(kind, match=rf"{name}: "):
+        own.read_result() if name == "result.json" else own.record()
+    with pytest.raises(UserError, match=rf"{name}: "):
+        own.finished_result()
 
 
 def test_a_record_of_another_version_says_which(tmp_path):
