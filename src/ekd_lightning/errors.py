@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,10 +40,31 @@ def one_line(error: Exception, most: int = 160) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in one line; with the error's type where it is no mistake of the user."""
+# A place that cannot be written is the user's to change; other OSErrors may be bugs.
+_PLACE_ERRORS = (
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EROFS),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP),
+)
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def users_line(error: BaseException) -> str | None:
+    """One line on what the user can change: a mistake, a place, too little memory; None for a bug of ours."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)  # PyTorch's, of the host and of CUDA
+    if no_memory or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        said = text[:160] or type(error).__name__
+        return f"out of memory ({said}); smaller batches, or fewer jobs at a time, need less"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line; with the error's type where it is a bug of ours."""
+    return users_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.config.overrides import anchored, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.words import names_code
 from ekd_lightning.studies.study import parse_numbers, read_study, split_overrides, write_study
 
 PROGRAM = "ekd-compare"
@@ -82,6 +84,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
     common, hydra_words = split_overrides(args.overrides)
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
+    again = " ".join([again, *map(shlex.quote, filter(names_code, common))])
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"), DirectoryLock(folder):
         old = read_study(folder)  # again: another process may have added to it

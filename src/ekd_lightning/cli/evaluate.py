@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
     parser.add_argument("--force", action="store_true", help="run parts again that are there already")
+    trust = "import the modules that the runs' records name (or: imports=[NAME,...])"
+    parser.add_argument("--trust", action="store_true", help=trust)
     run_command(parser, run_evaluate, argv)
 
 
@@ -88,7 +90,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     for position, directory in enumerate(runs, 1):
         print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
         try:
-            outcome = _evaluate(directory, parts, overrides, device, args.force)
+            outcome = _evaluate(directory, parts, overrides, device, force=args.force, trust=args.trust)
         except UserError as error:
             if len(runs) == 1:
                 raise
@@ -116,7 +118,7 @@ def is_override(word: str) -> bool:
     key = found[1]
     if key == "evaluation.parts":
         raise UserError(f"{word}: name the parts with --parts")
-    if not is_location(key):
+    if not is_location(key) and key != "imports":
         raise UserError(
             f"{word}: a finished run keeps its settings; what can be set is {', '.join(keys_where(is_location))}"
         )
@@ -139,14 +141,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def _evaluate(
-    directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, force: bool
+    directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, *, force: bool, trust: bool
 ) -> Outcome:
     from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
     from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
     run = RunDirectory(directory)
-    settings = recorded_settings(run, overrides)
+    settings = recorded_settings(run, overrides, trust=trust)
     if run.finished_result().partial:
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
     context = open_context(run, settings, device)

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--push-to", metavar="REPO", help="print the command that uploads the folder to a Hugging Face repository")
     add("--upload", action="store_true", help="with --push-to: upload it")
     add("--force", action="store_true", help="overwrite")
+    add("--trust", action="store_true", help="import the modules that the run's record names (or: imports=[NAME,...])")
     run_command(parser, run_export, argv, level=logging.WARNING)
 
 
@@ -76,7 +77,7 @@ def run_export(args: argparse.Namespace) -> bool:
     """
     options = _options(args)
     for word in args.overrides:
-        if word.partition("=")[0] not in PLACES or "=" not in word:
+        if word.partition("=")[0] not in (*PLACES, "imports") or "=" not in word:
             raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
     folder = args.output or args.run / "export"
     from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
@@ -86,16 +87,17 @@ def run_export(args: argparse.Namespace) -> bool:
     model_card.refuse_foreign_card(folder, export.read_export(folder), force=args.force)
     context, provenance = _open(args, options)
     failure = None
-    try:
-        record = export.export_student(context, provenance, folder, options, force=args.force)
-    except export.CheckFailedError as error:
-        failure, record = str(error), export.read_export(folder) or {}
-    if record.get("files"):
-        _show(record, folder)
-        print(model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force))
-        if not failure:
-            _say_accuracy(record, context.result)
-            _push(args, folder)
+    with export.exporting(folder):
+        try:
+            record = export.export_student(context, provenance, folder, options, force=args.force)
+        except export.CheckFailedError as error:
+            failure, record = str(error), export.read_export(folder) or {}
+        if record.get("files"):
+            _show(record, folder)
+            print(model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force))
+    if record.get("files") and not failure:
+        _say_accuracy(record, context.result)
+        _push(args, folder)
     if failure:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
     return not failure
@@ -156,15 +158,15 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
 
     from ekd_lightning.networks import cut_branches  # noqa: PLC0415
     from ekd_lightning.pipeline.context import load_own_student, open_context  # noqa: PLC0415
-    from ekd_lightning.pipeline.export import choose_weights  # noqa: PLC0415
+    from ekd_lightning.pipeline.export import load_best  # noqa: PLC0415
 
     run = RunDirectory(args.run)
-    settings = recorded_settings(run, args.overrides)
+    settings = recorded_settings(run, args.overrides, trust=args.trust)
     run.finished_result()  # refuses a run that is not done
-    student = choose_weights(run, load_own_student(run), options.weights)
+    best = load_best(run) if options.weights == "best" else None
     if options.branches is not None:
-        cut_branches(student, options.branches)  # refuses before the data are read
-    return open_context(run, settings, torch.device("cpu"), student), run.provenance()
+        cut_branches(best or load_own_student(run), options.branches)  # refuses before the data are read
+    return open_context(run, settings, torch.device("cpu"), best), run.provenance()
 
 
 def _show(record: dict[str, Any], folder: Path) -> None:

@@ -16,8 +16,15 @@ from omegaconf import DictConfig
 from ekd_lightning.config.config import build_callback, import_user_modules, register_schema, to_plain, to_settings
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
-from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume, named_sweep, typed_override
-from ekd_lightning.errors import UserError
+from ekd_lightning.config.overrides import (
+    check_place,
+    check_unchanged,
+    config_flags,
+    expand_resume,
+    named_sweep,
+    typed_resume,
+)
+from ekd_lightning.errors import users_line
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
 from ekd_lightning.studies.multirun import interrupted_sweep, lost_job, resume_sweep, tell_sweep
@@ -85,8 +92,9 @@ def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
-        again = f"to continue: {PROGRAM} {typed_override('resume', output.directory)}" if output.started else ""
-        raise KeyboardInterrupt(again) from None
+        words, flags = HydraConfig.get().overrides.task, config_flags(sys.argv)
+        again = f"to continue: {typed_resume(output.directory, words, flags)}"
+        raise KeyboardInterrupt(again if output.started else "") from None
 
 
 def train_in_sweep(cfg: DictConfig, output: JobOutput) -> float | None:
@@ -94,8 +102,8 @@ def train_in_sweep(cfg: DictConfig, output: JobOutput) -> float | None:
     try:
         return train(cfg, output)
     except Exception as error:
-        if isinstance(error, UserError):
-            log.error("%s", error)
+        if (line := users_line(error)) is not None:
+            log.error("%s", line)
         else:
             log.exception("this run failed")
         output.record_refusal(error)

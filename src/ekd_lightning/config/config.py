@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
@@ -108,16 +109,17 @@ def read_config(directory: Path, key: str = "") -> dict[str, Any]:
     return run.config()
 
 
-def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Settings:
-    """The settings of a run that is on disk; modules of the user's own that it imported are imported again.
+def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust: bool = False) -> Settings:
+    """The settings of a run that is on disk; modules that it imported are imported again if the user says so.
 
     Args:
         run: The run.
-        overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`.
+        overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`, and for `imports`.
+        trust: Whether modules are imported that the record alone names.
 
     Raises:
-        UserError: If it is not the directory of a run, the file is damaged or not of this version, or a module that
-            the run imported is not there.
+        UserError: If it is not the directory of a run, the file is damaged or not of this version, or it imported
+            modules that are not there, or that nobody but its record names.
     """
     config = _where_it_was_started(read_config(run.path), run)
     schema = OmegaConf.structured(Settings)
@@ -128,6 +130,11 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
         raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({said})") from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
+    if settings.imports and not trust and not any(word.startswith("imports=") for word in overrides):
+        raise UserError(
+            f"{run.path}: its record imports {', '.join(settings.imports)}, and a record never names code: if you "
+            f"trust these modules, add --trust, or imports=[{','.join(settings.imports)}]"
+        )
     import_user_modules(settings.imports)  # its student, data and terms may be the user's own
     return settings
 
@@ -135,11 +142,13 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = ()) -> Setti
 def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """A run's configuration, with relative places that are still there as they were meant where it was started."""
     start = run.provenance().get("working_directory")
-    for key in PLACES:
-        section, name = key.split(".")
-        value = (config.get(section) or {}).get(name)
+    groups: list[tuple[Any, str]] = [(config.get(key.split(".")[0]), key.split(".")[1]) for key in PLACES]
+    pool = teachers.get("pool") if isinstance(teachers := config.get("teachers"), dict) else None
+    groups += [(entry, "file") for entry in (pool if isinstance(pool, list) else [])]
+    for group, name in groups:
+        value = group.get(name) if isinstance(group, dict) else None
         if isinstance(value, str) and isinstance(start, str) and Path(start, value).exists():
-            config[section][name] = str(Path(start, value))
+            group[name] = str(Path(start, value))
     return config
 
 
@@ -161,14 +170,17 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
         yield prefix
 
 
-def import_user_modules(names: list[str]) -> None:
-    """Imports modules that register networks, terms or data sets; the working directory is searched first.
+def import_user_modules(names: Sequence[str]) -> None:
+    """Imports modules that register networks, terms or data sets.
+
+    The directory in which the user called the command is searched first, and none that a record names.
 
     Raises:
         UserError: For a module that is not there. An error inside the module keeps its traceback.
     """
-    if names and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    here = os.environ.get(STARTED_IN) or os.getcwd()
+    if names and here not in sys.path:
+        sys.path.insert(0, here)
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise UserError(f"imports: {name!r} is not the name of a module")
@@ -177,7 +189,7 @@ def import_user_modules(names: list[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
                 raise  # it is there, but lacks something itself
-            raise UserError(f"imports: no module {name!r} in {os.getcwd()} or the environment") from None
+            raise UserError(f"imports: no module {name!r} in {here} or the environment") from None
 
 
 def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) -> Callback:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -17,25 +16,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import UserError, unknown_name, users_line
 from ekd_lightning.runs.provenance import is_rank_zero
 
+STARTED_IN = "EKD_STARTED_IN"
+"""Environment variable: where the user called the command, whatever a record says of its working directory."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
-
-# A place that cannot be written is the user's to change; other OSErrors may be bugs.
-_PLACE_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -63,7 +50,7 @@ def run_command(
     args = parser.parse_intermixed_args(argv)
     if level is not None:
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    with one_line(parser.prog):
+    with one_line(parser.prog), _started_here():
         complete = body(args)
     if complete is False:
         sys.exit(1)
@@ -90,8 +77,18 @@ def run_program(program: str, body: Callable[[], object]) -> None:
     Anything else is a bug of ours and keeps its traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
-    with one_line(program):
+    with one_line(program), _started_here():
         body()
+
+
+@contextlib.contextmanager
+def _started_here() -> Iterator[None]:
+    before = os.environ.setdefault(STARTED_IN, "")  # processes that this one starts are told
+    os.environ[STARTED_IN] = before or os.getcwd()
+    try:
+        yield
+    finally:
+        os.environ[STARTED_IN] = before
 
 
 @contextlib.contextmanager
@@ -109,16 +106,14 @@ def one_line(program: str) -> Iterator[None]:
         if is_rank_zero():
             print(f"{program}: interrupted" + (f": {what}" if what else ""), file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except UserError as error:
-        _exit(program, str(error))
     except MissingConfigException as error:
         _exit(program, _missing_config(error))
     except (HydraException, OmegaConfBaseException) as error:
         _exit(program, _config_error(error))
-    except OSError as error:
-        if error.errno not in _PLACE_ERRORS:
+    except Exception as error:
+        if (line := users_line(error)) is None:
             raise
-        _exit(program, f"{error.filename or 'output'}: {error.strerror}")
+        _exit(program, line)
 
 
 @contextlib.contextmanager
@@ -161,7 +156,7 @@ def _config_error(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         parent, dot, _ = str(cause.full_key or "").rpartition(".")
-        allowed = [f"{parent}{dot}{key}" for key in cause.parent_node]
+        allowed = [parent + dot + str(key) for key in cause.parent_node]
         return str(unknown_name("key", cause.full_key, allowed))
     lines = [line.strip() for line in f"{error}\n{cause}".splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -20,6 +22,7 @@ from ekd_lightning.config.config import PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
+from ekd_lightning.runs.words import names_code, require_named_code
 from ekd_lightning.settings import may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
@@ -82,6 +85,14 @@ def config_flags(argv: list[str]) -> list[str]:
     return flags
 
 
+def split_config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The folder of the user's own configuration that a command line names, absolute, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    known, words = parser.parse_known_args(argv[1:])
+    return known.config_dir, words
+
+
 def read_path(word: str) -> str | None:
     """The path that an override `key=value` names, read by Hydra's grammar as the user typed it.
 
@@ -119,6 +130,18 @@ def typed_override(key: str, path: Path | str) -> str:
     except UserError:
         plain = False
     return f"{key}={_shell(near if plain else override(key, near).removeprefix(f'{key}='))}"
+
+
+def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str] = ()) -> str:
+    """The command that continues a run or a sweep, as one would type it here.
+
+    Args:
+        directory: Of the run or sweep.
+        words: Overrides that it was started with: those that name code are given again, as no record may.
+        flags: `--config-dir` and the like that it was started with.
+    """
+    again = [*flags, typed_override("resume", directory), *filter(names_code, words)]
+    return " ".join(["ekd-train", *(word if word.startswith("resume=") else _shell(word) for word in again)])
 
 
 def _near(path: Path | str) -> str:
@@ -192,6 +215,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     if run.file(OVERRIDES) is None:
         raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
     first, flags = run.overrides(), config_flags(argv)
+    require_named_code(first, argv[1:], f"resume={directory}")
     given = [word for word in argv[1:] if word not in (*first, *flags) and not word.startswith(_OF_THIS_RUN)]
     own = [override("resume", directory), override("hydra.run.dir", directory), "hydra.mode=RUN"]
     # Flags come before all overrides: argparse takes no positionals on both sides of a flag.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +35,7 @@ from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.pool import TeacherData, plan_teachers
 
 BETWEEN = "; "  # between the errors of two parts
+_ROUNDING = 0.005  # of an accuracy, between the precisions in which it may be found
 _OWN = ("id", "sha256", "source", "network")
 
 
@@ -135,7 +137,7 @@ def load_own_student(run: RunDirectory) -> BranchedStudent:
 
 
 def open_context(
-    run: RunDirectory, settings: Settings, device: torch.device, student: BranchedStudent | None = None
+    run: RunDirectory, settings: Settings, device: torch.device, best: BranchedStudent | None = None
 ) -> EvaluationContext:
     """What the parts of an evaluation need of a finished run.
 
@@ -143,15 +145,15 @@ def open_context(
         run: The run.
         settings: Those it ran with, but for where things are by now.
         device: Where to compute.
-        student: Moved to `device`; None for the run's own, with the weights after the last epoch.
+        best: Its student with the weights of the best epoch, moved to `device`; None for those after the last.
 
     Raises:
-        UserError: If the run is not done, a file of it is damaged, or the data are missing, or others than the run's.
+        UserError: If the run is not done, a file of it is damaged, the data are missing, or data or student are others
+            than the run's.
     """
     started = run.started()  # first: a run that takes its place meanwhile is noticed
     result, record = run.finished_result(), run.provenance()
-    if student is None:
-        student = load_own_student(run)
+    student = load_own_student(run) if best is None else best
     dataset, subset, views = prepare_data(settings)
     recorded = record.get("data") or {}
     for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
@@ -161,16 +163,30 @@ def open_context(
         raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     entries = record.get("teachers") or []
-    return EvaluationContext(
-        settings,
-        result,
-        student.eval().to(device),
-        dataset,
-        subset,
-        device,
-        gather=(lambda: recorded_teachers(settings, entries, data)) if entries else None,
-        started=started,
-    )
+    gather = (lambda: recorded_teachers(settings, entries, data)) if entries else None
+    student = student.eval().to(device)
+    context = EvaluationContext(settings, result, student, dataset, subset, device, gather, started)
+    if best is not None:
+        _require_recorded(context, run.best_checkpoint, result.test_accuracy_best)
+    elif result.student_sha256 is None:  # not recorded before version 0.2
+        _require_recorded(context, run.student, result.test_accuracy)
+    elif result.student_sha256 != state_sha256(student):
+        raise UserError(f"{run.student}: not the student of this run, its weights are not those on record (SHA-256)")
+    return context
+
+
+def _require_recorded(context: EvaluationContext, path: Path, recorded: float | None) -> None:
+    """Refuses a student whose test accuracy contradicts the record by more than precision and rounding explain."""
+    if recorded is None or context.result.partial:
+        return
+    labels = context.dataset.test.labels
+    logits = context.test_predictions.logits
+    found = float((logits.argmax(-1) == labels).double().mean()) if logits.isfinite().all() else math.nan
+    if not abs(found - recorded) <= _ROUNDING + 2 / len(labels):
+        raise UserError(
+            f"{path}: not the student of this run, or damaged: its test accuracy is {100 * found:.2f} %, the run "
+            f"recorded {100 * recorded:.2f} %"
+        )
 
 
 def recorded_teachers(settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData) -> TeacherEnsemble:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.views import to_unit
-from ekd_lightning.errors import UserError, reason
+from ekd_lightning.errors import UserError, reason, users_line
 from ekd_lightning.evaluation.efficiency import measure_latency, peak_memory, stored_bytes
 from ekd_lightning.evaluation.flatness import DatasetLoss, curve_alphas, loss_curves, loss_rise, sharpness
 from ekd_lightning.evaluation.robustness import (
@@ -291,7 +291,7 @@ def _run_parts(
         except Exception as error:
             # Training took long, and this can be made up for: one warning, and the next part.
             errors[name] = f"{name}: {reason(error).replace(BETWEEN, ', ')}"
-            bug = not isinstance(error, UserError)
+            bug = users_line(error) is None
             if bug or new:  # else the caller tells
                 log.warning("evaluation: %s", errors[name], exc_info=bug)
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
-from ekd_lightning.files import DamagedFileError, file_sha256, read_json, replacing, write_json
+from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, require, to_bytes
-from ekd_lightning.pipeline.context import EvaluationContext
+from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.provenance import now
 from ekd_lightning.training.checkpoints import read_checkpoint
 
@@ -27,6 +27,7 @@ INT8 = "student.int8.onnx"
 WEIGHTS = ("last", "best")
 _PREFIX = "student."  # of the student's weights in a checkpoint
 _CALIBRATION_BATCH = 64
+_PATIENCE_SECONDS = 3600.0  # for another export into the same folder
 
 
 class CheckFailedError(Exception):
@@ -65,20 +66,18 @@ class ExportOptions:
         return (*(f"student{SUFFIXES[name]}" for name in self.formats), *((INT8,) if self.int8 else ()))
 
 
-def choose_weights(run: RunDirectory, student: BranchedStudent, weights: str) -> BranchedStudent:
-    """The run's student with the weights of the last epoch (which it has), or of the best on validation images.
+def load_best(run: RunDirectory) -> BranchedStudent:
+    """The run's student with the weights of the best epoch by validation accuracy.
 
     Raises:
         UserError: If there is no best checkpoint, or it is damaged or another student's.
     """
-    if weights == "last":
-        return student
     path = run.best_checkpoint
     if not path.is_file():
         raise UserError(f"--weights best: the run has no {path} (it had no validation images, or it was removed)")
     state = read_checkpoint(path, run.identity).get("state_dict", {})
     own = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
-    best = copy.deepcopy(student)
+    best = load_own_student(run)
     try:
         best.load_state_dict(own, strict=True)
     except (RuntimeError, AttributeError):
@@ -137,6 +136,11 @@ def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:
         raise UserError(f"{folder / there[0]} exists (--force overwrites it, -o names another folder)")
 
 
+def exporting(folder: Path) -> DirectoryLock:
+    """The lock of a folder while files are exported there, made if it is missing; another export waits for it."""
+    return DirectoryLock(folder, patience=_PATIENCE_SECONDS)
+
+
 def export_student(
     context: EvaluationContext,
     provenance: Mapping[str, Any],
@@ -147,8 +151,8 @@ def export_student(
 ) -> dict[str, Any]:
     """Writes the files, checks each on all test images, and records them in export.json.
 
-    A file appears under its name only after its check. Files of the same student that are in the folder stay and
-    keep their place in export.json.
+    To be called under the lock of the folder, `exporting`. A file appears under its name only after its check. Files of
+    the same student that are in the folder stay and keep their place in export.json.
 
     Args:
         context: The run; its student has the weights that are to be exported, on the CPU.
@@ -177,7 +181,7 @@ def export_student(
     deployed = DeployedStudent(student, fold=options.fold, probabilities=options.probabilities)
     record = _record(folder, {**metadata, "spec": deployed.spec}, force)
     tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
-    folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder)  # of an export that was killed
     for name, facts, content in _contents(context, deployed, metadata, options):
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)

@@ -19,7 +19,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import quiet, reason
-from ekd_lightning.networks import TeacherEnsemble, load_student, save_student
+from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
@@ -169,6 +169,7 @@ def _run(
         metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
         metadata["run"] = record.identity or ""
         save_student(record.student, prepared.student, metadata)
+        result = result.having(student_sha256=state_sha256(prepared.student))
         if not result.partial:
             student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
             gather = None if teachers is None else lambda: teachers

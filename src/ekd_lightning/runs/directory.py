@@ -20,6 +20,7 @@ from filelock import FileLock
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import (
     DamagedFileError,
+    UnwritableFileError,
     file_sha256,
     read_bytes,
     read_json,
@@ -31,6 +32,7 @@ from ekd_lightning.files import (
 from ekd_lightning.runs.lock import DirectoryLock, is_held
 from ekd_lightning.runs.provenance import now, provenance
 from ekd_lightning.runs.result import NotAResultError, Result
+from ekd_lightning.runs.words import check_words
 
 FORMAT = 2
 """Of status.json and result.json; records of version 0.1 say none, which is 1."""
@@ -43,6 +45,7 @@ _OF_ONE_RUN = (
     STUDENT,
     CURVES,
     "train.log",
+    "rank*_train.log",
     "wandb_run_id.txt",
     "evaluation/wandb_run_id.txt",
     "teachers/*/wandb_run_id.txt",
@@ -280,10 +283,11 @@ class RunDirectory:
 
         Raises:
             DamagedFileError: If the file is damaged.
+            UserError: If it holds what a record may not set, see `check_words`.
         """
         path = self.file(OVERRIDES)
-        words = [] if path is None else _read_yaml(path, list, "list")
-        return [str(word) for word in words if not str(word).startswith("resume=")]
+        words = [] if path is None else check_words(_read_yaml(path, list, "list"), path)
+        return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
         """Where the run was made; empty where that is unknown.
@@ -424,8 +428,14 @@ class RunDirectory:
 
         Raises:
             LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
+            UnwritableFileError: If the directory cannot be written.
         """
-        with FileLock(self.path / ".evaluation.lock"), DirectoryLock(self.path):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self.path / ".evaluation.lock"))
+                stack.enter_context(DirectoryLock(self.path))
+            except OSError as error:
+                raise UnwritableFileError(f"{self.path}: cannot be written ({error.strerror or error})") from None
             yield
 
     def finish(self, result: Result) -> None:

@@ -83,10 +83,12 @@ class DirectoryLock:
 
     Args:
         directory: The directory.
+        patience: Seconds for which somebody else's lock is waited for.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, patience: float | None = None) -> None:
         self.directory = directory.absolute()  # whatever becomes of the working directory
+        self._patience = patience
         self._file: int | None = None
         self._owner = 0
         self._made: list[Path] = []
@@ -109,7 +111,7 @@ class DirectoryLock:
         if ahead is not None and ahead._owner == os.getpid():
             self._file, self._owner, self._made = ahead._file, ahead._owner, ahead._made
             return
-        until = time.monotonic() + _PATIENCE_SECONDS
+        until = time.monotonic() + (_PATIENCE_SECONDS if self._patience is None else self._patience)
         while self._file is None:
             self._made += make_directory(self.directory)
             try:

@@ -27,6 +27,7 @@ class Result(Mapping[str, Any]):
     Attributes:
         fraction: Share of the training images, in (0, 1], as it was asked for.
         subset_sha256: Hash of the images that the run saw.
+        student_sha256: `state_sha256` of student.safetensors.
         views: The augmentation, see `Views.key`.
         macs: Multiply-accumulates of one image through the student.
         partial: Whether the run saw a part of the data only, so that its numbers are no results.
@@ -94,6 +95,7 @@ class Result(Mapping[str, Any]):
     precision: str | None = None
     teachers: list[Any] | None = field(default=None, metadata=_LATE)
     chain: list[Any] | None = field(default=None, metadata=_LATE)
+    student_sha256: str | None = field(default=None, metadata=_LATE)
     evaluated: list[Any] | None = field(default=None, metadata=_LATE)
     evaluation_error: str | None = None
     evaluation_seconds: dict[str, Any] | None = field(default=None, metadata=_LATE)

@@ -22,6 +22,7 @@ from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunState
 from ekd_lightning.runs.lock import holder
+from ekd_lightning.runs.words import names_code, require_named_code
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import launch
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, union, write_study
@@ -72,7 +73,10 @@ def ask(
     """
     if methods is None and old is None:
         raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
-    common = common if old is None else continued(old, common)
+    if old is not None:
+        recorded = [*old.common, *(word for row in old.rows for word in row.overrides)]
+        require_named_code(recorded, common, "the study")
+        common = continued(old, common)
     cfg = composer(overrides=common)
     import_user_modules(list(cfg.imports))
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
@@ -161,7 +165,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     left: list[RunEntry] = []
     checked: set[tuple[str, float]] = set()
-    free = [word for word in study.common if is_free(key_of(word))]
+    free = [word for word in study.common if is_free(key_of(word)) or names_code(word)]
     for row, fraction, seed in study.every:
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
         directory = found.directory
@@ -213,15 +217,16 @@ def _check_row(row: RowPlan, settings: Settings) -> None:
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
     """The overrides that a run was started with, but for places and the like, which may have changed since."""
-    given = {key_of(word) for word in free}
-    return [*(word for word in RunDirectory(directory).overrides() if key_of(word) not in given), *free]
+    given, recorded = {key_of(word) for word in free}, RunDirectory(directory).overrides()
+    require_named_code(recorded, free, directory)
+    return [*(word for word in recorded if key_of(word) not in given), *free]
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:
     """The jobs as commands for a shell, for launchers that Hydra does not know."""
     lines = []
     for job in jobs:
-        free = [word for word in job.overrides if is_free(key_of(word))]
+        free = [word for word in job.overrides if is_free(key_of(word)) or names_code(word)]
         again = [override("resume", str(job.directory)), *free]
         anew = [*job.overrides, override("hydra.run.dir", str(job.directory))]
         lines.append(shlex.join(["ekd-train", *(again if job.resumed else anew)]))

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.edge import is_interrupt
-from ekd_lightning.config.overrides import override, typed_override
+from ekd_lightning.config.overrides import override
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.provenance import now
@@ -115,7 +115,7 @@ def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -
     said = [f"{counts['done']} of {len(states)} runs done"]
     said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
     first = "to continue, once the queue is empty:" if queued else "to continue:"
-    return f"{', '.join(said)}; {first} {command or 'ekd-train ' + typed_override('resume', sweep.folder)}"
+    return f"{', '.join(said)}; {first} {command or sweep.again}"
 
 
 # Jobs of submitit's local executor are processes that outlive the one that started them, unless it sees to it.

@@ -17,12 +17,13 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ending_callback
-from ekd_lightning.config.overrides import anchored, is_hydras, is_under, key_of, typed
+from ekd_lightning.config.overrides import SWEEP_FILE, anchored, is_hydras, is_under, key_of, split_config_dir, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.provenance import now
+from ekd_lightning.runs.words import check_words, names_code, require_named_code
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import (
     is_queued,
@@ -190,8 +191,14 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     """
     sweep = read_sweep(folder)
     assert sweep is not None
-    hydra_words, extra = split_words(sweep, argv)
-    with DirectoryLock(folder), internals.initialized(sweep.config_dir):
+    config_dir, words = split_config_dir(argv)
+    if sweep.config_dir is not None and config_dir is None:
+        raise UserError(
+            f"resume={folder}: was started with --config-dir {sweep.config_dir}; a record never names code, as such a "
+            "folder may: give it again if it is yours"
+        )
+    hydra_words, extra = split_words(sweep, words)
+    with DirectoryLock(folder), internals.initialized(config_dir):
         states = standings(sweep)
         running = sum(state.run.state is RunState.RUNNING for state in states)
         left = [state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING]
@@ -207,17 +214,18 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
     return all(state.run.is_over for state in standings(sweep))
 
 
-def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of Hydra to launch with, and further ones for the runs.
+def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of Hydra to launch with, and further ones for the runs, of those that the command and the sweep hold.
 
     Raises:
-        UserError: For an option, or an override that would change what is computed.
+        UserError: For an option, an override that would change what is computed, or one of the sweep that a record
+            may not hold.
     """
-    given = [word for word in argv[1:] if not word.startswith("resume=") and word not in ("-m", "--multirun")]
+    given = [word for word in words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
     hydra = [word for word in given if is_hydras(word)]
     extra = [anchored(word) for word in given if word not in hydra]
     for word in extra:
-        if "=" not in word or not may_change_between_parts(key_of(word)):
+        if "=" not in word or not (may_change_between_parts(key_of(word)) or names_code(word)):
             raise UserError(
                 f"{word}: a resumed sweep computes what it was started with; beside resume= it takes a launcher "
                 f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
@@ -225,6 +233,9 @@ def split_words(sweep: Sweep, argv: Sequence[str]) -> tuple[list[str], list[str]
     dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN
     again = {key_of(word) for word in hydra}
     kept = [word for word in sweep.hydra if not is_under(key_of(word), dropped) and key_of(word) not in again]
+    path = sweep.folder / SWEEP_FILE
+    require_named_code((word for job in sweep.jobs for word in (*sweep.common, *job.overrides)), words, path)
+    kept = check_words(kept, path, launching=True)
     return [*kept, *(word for word in hydra if not is_under(key_of(word), _OWN))], extra
 
 

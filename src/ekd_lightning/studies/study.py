@@ -17,6 +17,7 @@ from ekd_lightning.config.overrides import is_hydras, is_under, key_of, override
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.runs.lock import LOCK_FILE
+from ekd_lightning.runs.words import check_words, names_code
 from ekd_lightning.settings import is_free
 
 if TYPE_CHECKING:
@@ -161,14 +162,18 @@ def read_study(folder: Path) -> Study | None:
         )
         fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
-        return Study(rows, fractions, seeds, common, str(content["data"]), where)
+        study = Study(rows, fractions, seeds, common, str(content["data"]), where)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged") from None
+    check_words([*common, *(word for row in rows for word in row.overrides)], path)
+    return study
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
     """The common overrides of a study that is called again: its own, where only places and the like are given."""
-    if not all(is_free(key_of(word)) for word in words):
+    if not all(is_free(key_of(word)) or names_code(word) for word in words):
         return words
     given = {key_of(word) for word in words}
     return (*(word for word in old.common if key_of(word) not in given), *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ekd_lightning.config.edge import print_wide
-from ekd_lightning.config.overrides import SWEEP_FILE, key_of, typed, typed_override
+from ekd_lightning.config.overrides import SWEEP_FILE, key_of, typed, typed_resume
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.provenance import now
+from ekd_lightning.runs.words import check_words
 
 SEED = "seed"
 MOST_ROWS = 60
@@ -66,6 +68,13 @@ class Sweep:
     started: str = ""
     working_directory: str = ""
 
+    @property
+    def again(self) -> str:
+        """The command that continues it."""
+        flags = [] if self.config_dir is None else ["--config-dir", self.config_dir]
+        words = {word: None for job in self.jobs for word in job.overrides}
+        return typed_resume(self.folder, words, flags)
+
 
 class Standing(NamedTuple):
     """How a job stands: the job, and its run on disk."""
@@ -96,11 +105,20 @@ def read_sweep(folder: Path) -> Sweep | None:
     try:
         content = read_json(path)
         jobs = tuple(Job(folder / job["directory"], tuple(job["overrides"])) for job in content["jobs"])
-        words = tuple(content["hydra"]), tuple(content["common"])
-        where = content["config_name"], content["config_dir"], content["started"]
-        return Sweep(folder, jobs, *words, *where, str(content.get("working_directory", "")))
+        hydra, common = tuple(content["hydra"]), tuple(content["common"])
+        where = str(content["config_name"]), content["config_dir"], content["started"]
+        sweep = Sweep(folder, jobs, hydra, common, *where, str(content.get("working_directory", "")))
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged") from None
+    check_words([*common, *(word for job in jobs for word in job.overrides)], path)
+    for job in jobs:
+        if not job.directory.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: the directory {job.directory} of a job is outside the sweep's folder")
+    if not re.fullmatch(r"\w[\w-]*", sweep.config_name):
+        raise UserError(f"{path}: config_name {sweep.config_name!r} is not the name of a configuration")
+    return sweep
 
 
 def found_sweep(folder: Path) -> Sweep:
@@ -175,7 +193,7 @@ def show_summary(sweep: Sweep) -> None:
         print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
     place = typed(sweep.folder)
     if done < len(states):
-        print(f"continue:  ekd-train {typed_override('resume', sweep.folder)}")
+        print(f"continue:  {sweep.again}")
     if done:
         print(f"report:    ekd-report {place} -o {typed(sweep.folder / 'report')}")
 

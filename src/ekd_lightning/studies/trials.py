@@ -149,7 +149,9 @@ def _check_description(folder: Path, description: dict[str, Any], ignored: Calla
         write_json(folder / DESCRIPTION, description)
         return
     here = json.loads(json.dumps(description))
-    changed = [key for key in changed_keys(read_json(path), here) if not ignored(key)]
+    there = read_json(path)
+    settings = changed_keys(there.pop("config", {}), here.pop("config", {}))
+    changed = [key for key in (*(f"config.{key}" for key in settings), *changed_keys(there, here)) if not ignored(key)]
     if changed:
         raise UserError(
             f"{folder}: holds a search of another configuration ({', '.join(changed[:5])} differ); "
