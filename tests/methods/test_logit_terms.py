@@ -104,3 +104,69 @@ def test_a_mixed_image_has_the_class_of_its_larger_share():
     mixed = term(step_context(student, teachers, batch._replace(soft_labels=soft)))
     plain = term(step_context(student, teachers, batch._replace(labels=(batch.labels + 1) % 4)))
     torch.testing.assert_close(mixed, plain)
+
+
+ON_LOGITS = [
+    ("kd_ensemble", {}),
+    ("kd_ensemble", {"combine": "probabilities"}),
+    ("kd_branch", {}),
+    ("kd_branch", {"combine": "probabilities"}),
+    ("kd_branch", {"loss": "kl_plain"}),
+    ("dkd", {}),
+    ("kd_ebkd", {}),
+    ("kd_camkd", {}),
+    ("kd_aekd", {}),
+]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("assignment", ["mean", "one_to_one"])
+@pytest.mark.parametrize(("name", "options"), ON_LOGITS)
+def test_masked_classes_of_a_teacher_are_classes_of_no_probability(name, options, assignment, soft):
+    """-inf acts as -1e4, whose probability is 0 in float64: for some classes, the true one, all but the true one."""
+    batch = make_batch()
+    if soft:
+        batch = batch._replace(soft_labels=torch.nn.functional.one_hot(batch.labels, 4).float())
+    masked = torch.zeros(3, 5, 4, dtype=torch.bool)
+    masked[0, :, 1] = masked[1, 0, batch.labels[0]] = True
+    masked[2, 1] = torch.arange(4) != batch.labels[1]
+    found = []
+    for low in (-torch.inf, -1e4):
+        student, teachers = make_student(dtype=torch.float64), make_teachers(dtype=torch.float64)
+        teachers = teachers._replace(logits=teachers.logits.detach().masked_fill(masked, low))
+        if (name, options) == ("kd_ensemble", {}) or assignment == "mean":
+            # A mean of logits that masks every class has no distribution.
+            teachers = teachers._replace(logits=teachers.logits.index_fill(0, torch.tensor([1, 2]), 0.5))
+        term = build_term(name, 1.0, term_context(assignment=assignment), **options)
+        value = term(step_context(student, teachers, batch, assignment))
+        value.backward()
+        found.append((value, student.branch_logits.grad))
+        assert value.isfinite()
+        assert student.branch_logits.grad.isfinite().all()
+    torch.testing.assert_close(*found)
+
+
+def test_a_masked_class_contributes_nothing_to_the_divergence():
+    student, T = logits(1, 5), 2.0
+    teacher = torch.tensor([[1.0, -torch.inf, 0.5, -torch.inf, 2.0]], dtype=torch.float64)
+    p = softmax([1.0, 0.5, 2.0], T)
+    q = np.array(softmax(student[0].tolist(), T))[[0, 2, 4]]
+    assert losses.kd_divergence(student, teacher, T).item() == pytest.approx(T**2 * kl(p, q))
+    both = losses.kd_divergence(student.masked_fill(teacher.isneginf(), -torch.inf), teacher, T)
+    assert both.isfinite()
+    missing = losses.kd_divergence(teacher, student, T)  # a class that the student rules out and the teacher does not
+    assert missing.item() == torch.inf
+
+
+def test_one_teachers_masked_class_stays_with_its_branches():
+    teachers = make_teachers().logits.detach()
+    masked = teachers.clone()
+    masked[0, :, 2] = -torch.inf
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    for combine in ("logits", "probabilities"):
+        found = losses.combine_teachers(masked, rows, 2.0, combine)
+        assert found[0, :, 2].isneginf().all()
+        torch.testing.assert_close(found[1], losses.combine_teachers(teachers, rows, 2.0, combine)[1])
+    half = torch.full((3,), 1 / 3)
+    assert losses.combine_teachers(masked, half)[:, 2].isneginf().all()  # a geometric mean
+    assert losses.combine_teachers(masked, half, 2.0, "probabilities").isfinite().all()

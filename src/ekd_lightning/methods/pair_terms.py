@@ -189,8 +189,9 @@ def pair_key(k: int, m: int) -> str:
 def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
     """What an adapter makes of features; outside autocast in the precision of its weights, whatever theirs."""
     weight = next(adapter.parameters(), None)
-    cast_by_torch = weight is None or torch.is_autocast_enabled(features.device.type)
-    return cast(Tensor, adapter(features if cast_by_torch else features.to(weight.dtype)))
+    if weight is not None and not torch.is_autocast_enabled(features.device.type):
+        features = features.to(weight.dtype)
+    return cast(Tensor, adapter(features))
 
 
 class PooledAdapter(nn.Sequential):

@@ -44,6 +44,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return functional.cross_entropy(rows, targets, label_smoothing=label_smoothing)
 
 
+def without_masked(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes masked classes, where log p is -inf, contribute 0 to Σ_c p_c (log p_c - log q_c), whatever log q is.
+
+    Args:
+        log_p: Log-probabilities, any shape.
+        log_q: The same shape.
+
+    Returns:
+        Both, with 0 where log p is -inf; so nothing flows back there.
+    """
+    masked = log_p.isneginf()
+    return log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
+
+
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, detach: bool = True) -> Tensor:
     """T² · KL(softmax(t / T) ‖ softmax(s / T)): Hinton, Vinyals and Dean (2015), section 2.
 
@@ -53,7 +67,8 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     Args:
         student_logits: [..., B, C].
         teacher_logits: The same shape. To imitate a mixture of probabilities, pass
-            what `combine_teachers(..., combine="probabilities")` returns.
+            what `combine_teachers(..., combine="probabilities")` returns. Classes of -inf (masked ones) have
+            probability 0 and contribute 0.
         temperature: T > 0.
         detach: False lets a gradient flow into the teacher's side too.
 
@@ -69,6 +84,7 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     student = functional.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     teacher = functional.log_softmax(at_least_float32(target) / temperature, dim=-1)
     # Both sides in log space: probabilities that underflow at T = 1 would otherwise give 0 · log 0.
+    teacher, student = without_masked(teacher, student)
     divergence = functional.kl_div(
         student.flatten(0, -2), teacher.flatten(0, -2), reduction="batchmean", log_target=True
     )
@@ -117,9 +133,13 @@ def combine_teachers(
     at temperature T equals the mean at T / M with the weight of the term multiplied by M², because of the T²
     factor. Where only the teachers are summed and the student is not, no temperature makes the two equal.
 
+    A class that a teacher masks (-inf) has probability 0 in the mean of the logits if any teacher of weight > 0 masks
+    it, as a geometric mean has; in the mean of the probabilities it has those of the others. At least one class must
+    be left.
+
     Args:
         teacher_logits: [M, B, C].
-        weights: [M] or [K, M], non-negative, each row summing to 1.
+        weights: [M] or [K, M], non-negative, each row summing to 1. Teachers of weight 0 have no part.
         temperature: T > 0 at which probabilities are mixed; no effect on `logits`.
         combine: `logits` for Σ_m w_m t_m; `probabilities` for T · log Σ_m w_m softmax(t_m / T), logits whose
             softmax at T is the mixture of the teachers' probabilities at T.
@@ -131,7 +151,8 @@ def combine_teachers(
     # Multiply and add, not einsum: autocast would turn a matrix product into bfloat16.
     weights = weights.to(teacher)[..., None, None]
     if combine == "logits":
-        return (weights * teacher).sum(-3)
+        # 0 · -inf is not a number.
+        return torch.where(weights > 0, weights * teacher, 0.0).sum(-3)
     log_probs = functional.log_softmax(teacher / temperature, dim=-1)
     return temperature * torch.logsumexp(log_probs + weights.log(), dim=-3)
 
@@ -147,7 +168,7 @@ def decoupled(
 
     Args:
         student_logits: [..., B, C] with C >= 2.
-        teacher_logits: The same shape, detached here.
+        teacher_logits: The same shape, detached here. Classes of -inf have probability 0 and contribute 0.
         labels: int64 [B].
         temperature: T > 0.
 
@@ -157,10 +178,11 @@ def decoupled(
     student = at_least_float32(student_logits) / temperature
     teacher = at_least_float32(teacher_logits).detach() / temperature
     labels = labels.expand(student.shape[:-1])
-    own_s, rest_s, others_s = _parts(student, labels)
-    own_t, rest_t, others_t = _parts(teacher, labels)
-    tckd = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
-    nckd = (others_t.exp() * (others_t - others_s)).sum(-1)
+    ours, theirs = _parts(student, labels), _parts(teacher, labels)
+    (own_t, own_s), (rest_t, rest_s), (others_t, others_s) = map(without_masked, theirs, ours)
+    p_own, p_rest, p_others = (log_p.exp() for log_p in theirs)
+    tckd = p_own * (own_t - own_s) + p_rest * (rest_t - rest_s)
+    nckd = (p_others * (others_t - others_s)).sum(-1)
     return temperature**2 * tckd.mean(), temperature**2 * nckd.mean()
 
 
@@ -170,7 +192,8 @@ def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = logits.gather(-1, place + (place >= labels[..., None]))
     whole, rest = logits.logsumexp(-1), others.logsumexp(-1)
     own = logits.gather(-1, labels[..., None])[..., 0]
-    return own - whole, rest - whole, others - rest[..., None]
+    # Where all others are masked, each of them has probability 0.
+    return own - whole, rest - whole, others - rest[..., None].clamp(min=torch.finfo(rest.dtype).min)
 
 
 def standardized(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods.losses.logits import at_least_float32
+from ekd_lightning.methods.losses.logits import at_least_float32, without_masked
 
 MAX_FACES = 60_000
 RIDGE = 1e-10
@@ -24,7 +24,7 @@ def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
     Args:
         student_logits: [B, C], with gradients.
-        teacher_logits: [M, B, C], detached here.
+        teacher_logits: [M, B, C], detached here. Classes of -inf have probability 0 and contribute 0.
         temperature: T > 0.
 
     Returns:
@@ -32,7 +32,8 @@ def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     """
     student = functional.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     teacher = functional.log_softmax(at_least_float32(teacher_logits).detach() / temperature, dim=-1)
-    pointwise = functional.kl_div(student.expand_as(teacher), teacher, reduction="none", log_target=True)
+    teacher, student = without_masked(teacher, student.expand_as(teacher))
+    pointwise = functional.kl_div(student, teacher, reduction="none", log_target=True)
     return temperature**2 * pointwise.sum(-1)
 
 
@@ -44,11 +45,12 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
         targets: int64 [B], or probabilities [B, C].
 
     Returns:
-        [M, B], float32 or wider, in nats.
+        [M, B], float32 or wider, in nats; inf where a teacher masks (-inf) a class that the label names.
     """
     log_probs = functional.log_softmax(at_least_float32(logits), dim=-1)
     if targets.is_floating_point():
-        return -(targets.to(log_probs) * log_probs).sum(-1)
+        shares = targets.to(log_probs)
+        return -torch.where(shares > 0, shares * log_probs, 0.0).sum(-1)
     return -log_probs.gather(-1, targets.expand(len(logits), -1)[..., None]).squeeze(-1)
 
 
@@ -67,7 +69,8 @@ def entropy_weights(teacher_logits: Tensor) -> Tensor:
     M = len(teacher_logits)
     log_probs = functional.log_softmax(at_least_float32(teacher_logits).detach(), dim=-1)
     # Entropies that underflow to 0 in all teachers count as equal; elsewhere `tiny` changes nothing.
-    entropies = torch.finfo(log_probs.dtype).tiny - (log_probs.exp() * log_probs).sum(-1)
+    finite, _ = without_masked(log_probs, log_probs)
+    entropies = torch.finfo(log_probs.dtype).tiny - (log_probs.exp() * finite).sum(-1)
     return _one_minus(entropies / entropies.sum(0), M)
 
 
@@ -77,12 +80,13 @@ def confidence_weights(errors: Tensor) -> Tensor:
     Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation" (ICASSP 2022, arXiv 2201.00007).
 
     Args:
-        errors: Cross-entropies [M, B] in nats.
+        errors: Cross-entropies [M, B] in nats; inf gives a teacher the weight 0, or all teachers the same.
 
     Returns:
         [M, B]; every column sums to 1. 1 for M = 1.
     """
-    return _one_minus(errors.softmax(0), len(errors))
+    finite = errors.clamp(max=torch.finfo(errors.dtype).max)  # inf - inf is not a number
+    return _one_minus(finite.softmax(0), len(errors))
 
 
 def _one_minus(shares: Tensor, num_teachers: int) -> Tensor:
