@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import make_distiller
 from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.training.distiller import Distiller
+from ekd_lightning.training.module import NonFiniteLossError
 from ekd_lightning.training.pool import gather_teachers
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
@@ -230,6 +233,39 @@ def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_pat
         fit(settings_of(tiny_settings, "ekd", f"capture={capture}"), tmp_path)
 
 
+@pytest.mark.parametrize("capture", ["never", "always"])
+@pytest.mark.parametrize(
+    ("value", "name", "why"),
+    [
+        (math.nan, "kd_ensemble", "nan; use another one"),
+        (-math.inf, "kd_standardized", "-inf; it masks classes"),
+        (-math.inf, "kd_ensemble", None),
+    ],
+)
+def test_a_teacher_whose_answers_are_no_numbers_is_named(
+    tiny_settings, tmp_path, monkeypatch, value, name, why, capture
+):
+    ask = LiveTeachers.ask
+
+    def spoilt(self, batch, stages=()):
+        output = ask(self, batch, stages)
+        logits = output.logits.clone()
+        logits[1, batch.index == seen[0], 3] = value
+        return output._replace(logits=logits)
+
+    monkeypatch.setattr(LiveTeachers, "ask", spoilt)
+    words = (f"+method.terms={{spoilt: {{type: {name}, weight: 1.0}}}}", "teachers.table=off", f"capture={capture}")
+    settings = settings_of(tiny_settings, "ce", "method.assignment=mean", *words)
+    seen = [int(prepare(settings, "cpu").subset.train_index[7])]
+    if why is None:
+        fit(settings, tmp_path)
+        return
+    with pytest.raises(
+        NonFiniteLossError, match=rf"^spoilt is nan .* teacher 'resnet8-s1' .* image {seen[0]} are {why}"
+    ):
+        fit(settings, tmp_path)
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -260,8 +296,6 @@ def test_what_a_callback_changes_in_the_optimiser_reaches_graphs(tiny_settings, 
 @pytest.mark.gpu
 @gpu
 def test_a_loss_that_is_not_finite_inside_a_graph_ends_the_epoch(tiny_settings, tmp_path):
-    from ekd_lightning.training.module import NonFiniteLossError
-
     settings = settings_of(tiny_settings, "ekd", "recipe.lr=1e12", "recipe.epochs=4", "recipe.warmup_epochs=1")
     with pytest.raises(NonFiniteLossError, match="epoch"):
         fit(settings, tmp_path, accelerator="gpu")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
+from ekd_lightning.errors import UserError
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.steps import StepLog, lr_factor, make_optimizer
 
@@ -100,6 +101,13 @@ def test_the_optimiser_is_what_the_recipe_says():
         optimizer.step()
         schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.15])  # half of the cosine
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "gamma", "warmup_epochs"])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=rf"^recipe\.{name}={value}: must be"):
+        RecipeSettings(**{name: value}).check("recipe")
 
 
 NAMES = ("loss", "kd", "ce")

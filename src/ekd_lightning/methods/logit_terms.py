@@ -84,7 +84,8 @@ class _Distillation(SoftTerm):
         self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
             raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
-        self.uses_temperature = temperature is None and self.loss != "mse_logits"
+        self.takes_masked = self.loss != "mse_logits"
+        self.uses_temperature = temperature is None and self.takes_masked
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
         assert context.teachers is not None
@@ -186,6 +187,7 @@ class StandardizedDistillation(SoftTerm, BranchTerm):
 
     needs_teachers = True
     uses_assignment = True
+    takes_masked = False  # the mean over the classes is taken
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""

@@ -17,7 +17,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, RandomAssignment, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
-from ekd_lightning.methods.options import WeightSchedule, number, read_schedule
+from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
 from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
@@ -230,7 +230,7 @@ def build_method(
     """
     K, M = context.num_branches, context.num_teachers
     entries = _entries(terms)
-    T = DEFAULT_TEMPERATURE if temperature is None else number("method.temperature", temperature, above=0.0)
+    T = DEFAULT_TEMPERATURE if temperature is None else temperature_of("method.temperature", temperature)
     built = None
     if M > 0 and any(entry.cls.uses_assignment for entry in entries.values()):
         kind = DEFAULT_ASSIGNMENT if assignment is None else assignment

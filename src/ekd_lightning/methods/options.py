@@ -58,6 +58,15 @@ def number(
     raise UserError(f"{key}={value!r} is not allowed; give {allowed}")
 
 
+def temperature_of(key: str, value: object) -> float:
+    """Checks a temperature: outside [0.01, 10000] T² times the divergence is rounding, or overflows, in float32.
+
+    Raises:
+        UserError: If it is no number in this range; `key` is the option's name.
+    """
+    return number(key, value, low=0.01, high=1e4)
+
+
 def choice(key: str, value: object, allowed: Iterable[str]) -> str:
     """Checks that a value is one of the allowed names.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.options import CONSTANT, choice, number
+from ekd_lightning.methods.options import CONSTANT, choice, number, temperature_of
 
 
 class Term(nn.Module):
@@ -37,6 +37,7 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
+        takes_masked: Whether the loss is finite where a teacher's logits are -inf, as of classes that it masks.
         least_branches: The fewest branches that a student may have.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
@@ -48,6 +49,7 @@ class Term(nn.Module):
     uses_assignment: bool = False
     uses_temperature: bool = False
     captures: bool = True
+    takes_masked: bool = True
     least_branches: int = 1
     teacher_stages: tuple[str, ...] = ()
     student_stages: tuple[str, ...] = ()
@@ -100,7 +102,7 @@ class SoftTerm(Term):
         super().__init__(weight, context, **options)
         self.uses_temperature = temperature is None
         chosen = context.temperature if temperature is None else temperature
-        self.temperature = number("temperature", chosen, above=0.0)
+        self.temperature = temperature_of("temperature", chosen)
 
 
 class BranchTerm(Term):

@@ -23,7 +23,7 @@ from ekd_lightning.data import Dataset, Subset, ViewFamily
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.evaluation.efficiency import count_parameters
-from ekd_lightning.methods.options import number
+from ekd_lightning.methods.options import number, temperature_of
 from ekd_lightning.networks import (
     NetworkSpec,
     StagedNetwork,
@@ -114,7 +114,7 @@ def plan_chain(
         terms=link_terms(settings),
         temperature=method.temperature
         if temperature is None
-        else number("method.chain.temperature", temperature, above=0.0),
+        else temperature_of("method.chain.temperature", temperature),
         accelerator=accelerator,
         curves=curves,
     )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.data.loader import Batch, TrainLoader
+from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs
-from ekd_lightning.methods import Method
+from ekd_lightning.methods import Method, Term
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import NetworkOutput, StudentOutput
@@ -165,6 +166,31 @@ class Distiller(TrainingModule):
         source = self.teacher_source
         if source is not None and not all(source.captured(stages) for stages in self.method.stages_asked):
             return "the teachers' outputs come through the host"
+        return None
+
+    def teacher_to_blame(self, step: int, term: str) -> str | None:
+        """Asks the teachers about the step's images once more; see the base class."""
+        loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
+        needed, stages = self.method.asks_teachers(self.progress())
+        source, teachers = self.teacher_source, self.teachers
+        ours = isinstance(loader, TrainLoader) and isinstance(data, ImageDataModule)
+        if not (ours and needed) or source is None or teachers is None:
+            return None
+        rows = IndexBatch(*(values[step] for values in loader.epoch(step + 1)), torch.ones(loader.batch_size) > 0)
+        output = source.ask(data.gather_training(rows, self.device), stages)
+        masking = term not in self.method.terms or cast(Term, self.method.terms[term]).takes_masked
+        for m, identity in enumerate(teachers.identities):
+            pooled = {"pooled features": output.pooled[m]} if output.pooled else {}
+            maps = output.stages[m] if output.stages else {}
+            for name, values in {"logits": output.logits[m], **pooled, **maps}.items():
+                wrong = ~values.isfinite() & ~(values.isneginf() & (masking and name == "logits"))
+                if wrong.any():
+                    image = int(rows.index[wrong.flatten(1).any(1).cpu()][0])
+                    value = float(values[wrong][0])
+                    why = (
+                        "it masks classes, which this loss cannot compare" if value == -math.inf else "use another one"
+                    )
+                    return f"teacher {identity.id!r} is the cause: its {name} of image {image} are {value}; {why}"
         return None
 
     def _batches_to_come(self) -> int:

@@ -120,6 +120,10 @@ class TrainingModule(pl.LightningModule):
         """Why the losses cannot be part of a CUDA graph; None where they can."""
         raise NotImplementedError
 
+    def teacher_to_blame(self, step: int, term: str) -> str | None:
+        """Which teacher's answers make a term's loss infinite, or no number, in a step of the epoch; None for none."""
+        raise NotImplementedError
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """The student's parameters and those of the method's adapters: the optimiser gets them and nothing else."""
         return [*self.student.parameters(), *self.method.parameters()]
@@ -293,9 +297,10 @@ class TrainingModule(pl.LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(found is not None, all=False):
             return
         step, name, value = found or (-1, "the loss of another process", float("nan"))
+        advice = f"lower {self.recipe_key}.lr or the weight of the term, or clip gradients (trainer.gradient_clip_val)"
+        cause = self.teacher_to_blame(step, name) if found else None
         raise NonFiniteLossError(
-            f"{name} is {value} in epoch {self.current_epoch}, step {step} of the epoch; "
-            f"lower {self.recipe_key}.lr or the weight of the term, or clip gradients (trainer.gradient_clip_val)"
+            f"{name} is {value} in epoch {self.current_epoch}, step {step} of the epoch; {cause or advice}"
         )
 
     def _in_format(self, batch: Batch) -> Batch:
