@@ -75,7 +75,7 @@ def test_the_result_is_a_command_line(tune, train, tmp_path):
 
     space = tmp_path / "space.yaml"
     space.write_text(
-        "recipe.lr: {choices: [1.0e-6, 0.05]}\n++method.terms.ce_ensemble.label_smoothing: {low: 0.0, high: 0.2}\n"
+        "recipe.lr: {choices: [1.0e-6, 0.05]}\nmethod.terms.ce_ensemble.label_smoothing: {low: 0.0, high: 0.2}\n"
     )
     base = ("method=ce", "recipe.lr=1e-6", "recipe.epochs=4", "data.fraction=0.5")
     found = result(tune("--space", str(space), "--trials", "4", "--seeds", "3", *base), "ce")
@@ -136,7 +136,7 @@ def test_mistakes_are_one_line_before_anything_starts(tune, tmp_path, words, mes
     [
         ("recipe.lrr: {low: 0.1, high: 0.2}", "did you mean 'recipe.lr'"),
         ("method.terms.kd.weight: {low: 0.1, high: 0.2}", "method.terms.kd"),
-        ("++method.terms.kd_ensemble.tempo: {choices: [1]}", "option of term 'kd_ensemble': 'tempo'"),
+        ("method.terms.kd_ensemble.tempo: {choices: [1]}", "option of term 'kd_ensemble': 'tempo'"),
         ("recipe.momentum: {low: 0.5, high: 1.5}", "recipe.momentum=1.5: must be in [0, 1)"),
         ("student.split_after: {choices: [none, stage7]}", "stage7"),
         ("recipe.batch_size: {low: 1.5, high: 8.0}", "recipe.batch_size"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from pathlib import Path
 
 import ekd_lightning.conf
@@ -16,7 +17,9 @@ from omegaconf import OmegaConf
 
 from ekd_lightning.config.config import build_callback, register_schema, to_plain, to_settings, write_config
 from ekd_lightning.data.views import make_views
-from ekd_lightning.methods import TermContext, build_method
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import TermContext, build_method, needs_teachers, term_names
+from ekd_lightning.methods.terms import option_defaults, term_class
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, zoo_entry
 from ekd_lightning.training.trainer import check_trainer
 
@@ -43,6 +46,39 @@ def composed(*overrides: str, name: str = "train", hydra: bool = False):
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         return compose(name, overrides=list(overrides), return_hydra_config=hydra)
+
+
+@pytest.mark.parametrize("name", [name for name in term_names() if term_class(name).__module__.startswith("ekd_")])
+def test_every_option_of_a_term_is_set_without_a_plus(name):
+    words = []
+    for option, default in (options := option_defaults(name)).items():
+        value = list(default) if isinstance(default, tuple) else default
+        words.append(f"method.terms.{name}.{option}={'null' if value is None else str(value).replace(chr(39), '')}")
+    cfg = composed(f"+method.terms.{name}={{weight: 1.0}}", *words)
+    terms = to_settings(cfg).method.terms
+    assert set(terms[name]) == {"weight", *options}
+    needs_teachers(terms)  # checks all names
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "method.terms.kd_branch.tempo=3",
+            "method.terms.kd_branch: unknown option of term 'kd_branch': 'tempo'; did you",
+        ),
+        (
+            "method.terms.kd_brnch.temperature=3",
+            "unknown term 'method.terms.kd_brnch'; did you mean 'method.terms.kd_bran",
+        ),
+        ("method.terms.kd_brnch.weight=3", "method.terms.kd_brnch: unknown term 'kd_brnch'; did you mean 'kd_branch'"),
+        ("method.terms.dkd.alpha=3", "method.terms.dkd={'alpha': 3} is not allowed; give at least a weight"),
+    ],
+)
+def test_options_and_terms_that_do_not_exist_are_refused_with_the_nearest(word, message):
+    terms = to_settings(composed(word)).method.terms
+    with pytest.raises(UserError, match=re.escape(message)):
+        needs_teachers(terms)
 
 
 def option_names(group: str) -> list[str]:

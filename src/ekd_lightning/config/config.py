@@ -36,7 +36,10 @@ PLACES = keys_where(is_path)
 
 def register_schema() -> None:
     """Makes the typed schema known to Hydra as `ekd_schema`; conf/train.yaml starts from it."""
-    ConfigStore.instance().store(name="ekd_schema", node=Settings)
+    schema = OmegaConf.structured(Settings)
+    # Options that a term has and its method's file does not list need no plus; those that it has not are refused later.
+    OmegaConf.set_struct(schema.method.terms, False)
+    ConfigStore.instance().store(name="ekd_schema", node=schema)
 
 
 def compose_settings(*overrides: str) -> Settings:

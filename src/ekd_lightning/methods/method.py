@@ -5,6 +5,7 @@ Shape letters: B batch, C classes, M teachers, K branches.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, RandomAssignment, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
 from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
-from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class
+from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class, term_names
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 DEFAULT_ASSIGNMENT = "one_to_one"
@@ -280,20 +281,30 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
     entries = {}
     for key, spec in terms.items():
         where = f"method.terms.{key}"
+        if isinstance(spec, Mapping) and "weight" not in spec and key not in term_names():
+            raise unknown_name("term", where, (f"method.terms.{own}" for own in terms if own != key))
         if not isinstance(spec, Mapping) or "weight" not in spec:
             raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
         options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
         kind = str(spec.get("type") or key)
-        check_option_names(kind, options)
+        with _named(where):
+            check_option_names(kind, options)
         weight = number(f"{where}.weight", spec["weight"], low=0.0)
         entries[key] = _Entry(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
     return {key: entry for key, entry in entries.items() if entry.weight > 0}
 
 
 def _build(key: str, entry: _Entry, context: TermContext) -> Term:
-    try:
+    with _named(f"method.terms.{key}"):
         term = build_term(entry.kind, entry.weight, context, **entry.options)
-    except UserError as error:
-        raise UserError(f"method.terms.{key}: {error}") from None
     term.schedule = entry.schedule
     return term
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts a place before what a mistake there says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

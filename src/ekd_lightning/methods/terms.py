@@ -177,14 +177,24 @@ def term_class(name: str) -> type[Term]:
     return _REGISTRY[name]
 
 
-def _options(term: type[Term]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a term; where it passes others on, those of its bases as well."""
-    known: dict[str, inspect.Parameter] = {}
-    for cls in term.__mro__:
+def option_defaults(name: str) -> dict[str, Any]:
+    """Returns a term's options: its keyword-only parameters, and where it passes others on, those of its bases as well.
+
+    Args:
+        name: The term's registered name.
+
+    Returns:
+        Name -> default; `inspect.Parameter.empty` for those that must be given.
+
+    Raises:
+        UserError: If there is no such term.
+    """
+    known: dict[str, Any] = {}
+    for cls in term_class(name).__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        known |= {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in known}
+        known |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in known}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return known
@@ -200,11 +210,11 @@ def check_option_names(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: If the term or one of the options does not exist, or a required one is missing.
     """
-    known = _options(term_class(name))
+    known = option_defaults(name)
     for option in options:
         if option not in known:
             raise unknown_name(f"option of term {name!r}:", option, known)
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
+    missing = [n for n, default in known.items() if default is inspect.Parameter.empty and n not in options]
     if missing:
         raise UserError(f"term {name!r} needs the option {missing[0]!r}")
 
