@@ -173,10 +173,12 @@ class Distiller(TrainingModule):
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         needed, stages = self.method.asks_teachers(self.progress())
         source, teachers = self.teacher_source, self.teachers
-        ours = isinstance(loader, TrainLoader) and isinstance(data, ImageDataModule)
-        if not (ours and needed) or source is None or teachers is None:
+        if not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
             return None
-        rows = IndexBatch(*(values[step] for values in loader.epoch(step + 1)), torch.ones(loader.batch_size) > 0)
+        if not needed or source is None or teachers is None:
+            return None
+        labels, index, view = (values[step] for values in loader.epoch(step + 1))
+        rows = IndexBatch(labels, index, view, torch.ones_like(index, dtype=torch.bool))
         output = source.ask(data.gather_training(rows, self.device), stages)
         masking = term not in self.method.terms or cast(Term, self.method.terms[term]).takes_masked
         for m, identity in enumerate(teachers.identities):
