@@ -144,23 +144,25 @@ class TrainLoader:
         if not self.frozen:
             self.number = epoch
 
-    def epoch(self, num_batches: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def epoch(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """What this process will see in the epoch that was set last, before any image is made.
 
         Args:
             num_batches: The first so many batches; None for all.
+            ahead: Epochs after the one that was set last.
 
         Returns:
             labels, index and view, each int64 [batches, images in a batch].
         """
         places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
-        index, view = self._shown(places[:num_batches])
+        index, view = self._shown(places[:num_batches], ahead)
         return self._labels[index], index, view
 
-    def _shown(self, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _shown(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Index and view of this process's share of global batches, given as places in the epoch's order."""
-        index = epoch_order(self.seed, self.number, self.index)[places[:, self.rank :: self.world_size]].contiguous()
-        return index, epoch_views(self.seed, self.number, index.flatten(), self._num_views).view_as(index)
+        number = self.number if self.frozen else self.number + ahead
+        index = epoch_order(self.seed, number, self.index)[places[:, self.rank :: self.world_size]].contiguous()
+        return index, epoch_views(self.seed, number, index.flatten(), self._num_views).view_as(index)
 
     def __iter__(self) -> Iterator[IndexBatch]:
         labels, index, view = self.epoch()

@@ -106,6 +106,13 @@ class KnownRows:
         values = {name: np.empty((len(index), width), np.float16) for name, width in self._keys[m][t].columns}
         return values, np.zeros(len(index), dtype=np.bool_)
 
+    def read_all(self, index: Rows, view: Rows, stages: Stages) -> tuple[list[dict[str, Halves]], NDArray[np.bool_]]:
+        """Rows [N] of all teachers, with the stages or without: their columns; bool [M, tables, N], which are there."""
+        tables = range(1 + len(stages))
+        read = [[self.read(m, t, index, view) for t in tables] for m in range(len(self._names))]
+        values = [{name: column for columns, _ in own for name, column in columns.items()} for own in read]
+        return values, np.stack([[present for _, present in own] for own in read])
+
     def flush(self) -> None:
         """Waits until all is written."""
         self._settle(0)
@@ -137,13 +144,12 @@ class KnownRows:
             UserError: A teacher's output is not finite.
         """
         tables = range(1 + len(stages))
-        read = [[self.read(m, t, index, view) for t in tables] for m in range(len(self._names))]
-        here = np.stack([[present for _, present in own] for own in read])  # [M, tables, N]
+        read, here = self.read_all(index, view, stages)
         found = np.logical_and.reduce(here, axis=1)
-        values = [self.there({k: v for columns, _ in own for k, v in columns.items()}) for own in read]
+        values = [self.there(columns) for columns in read]
         missing = np.flatnonzero(~found.all(axis=0))
         teachers = self._live.frozen(stages)
-        largest = torch.zeros(len(read), device=self._device)
+        largest = torch.zeros(len(values), device=self._device)
         writes = []
         for start in range(0, len(missing), teachers.chunk):
             rows = missing[start : start + teachers.chunk]

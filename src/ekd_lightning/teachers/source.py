@@ -66,6 +66,12 @@ class TeacherSource:
                 pooled features alone.
         """
 
+    def expect_epoch(self, index: Tensor, view: Tensor, asked: Asked) -> None:
+        """Hears what the epoch after the prepared one will hold, so that its rows can be read in the meantime.
+
+        Arguments are those of `prepare_epoch`, which is called for that epoch all the same.
+        """
+
     def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """Returns the outputs of all teachers for the batch.
 

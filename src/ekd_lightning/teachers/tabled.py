@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput
 from ekd_lightning.teachers.rows import HeldRows, KnownRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat, TeacherSource
-from ekd_lightning.teachers.table import LOGITS, POOLED, Rows, TableKey
+from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
 
 if TYPE_CHECKING:
     from ekd_lightning.data.views import ViewFamily
@@ -35,6 +36,9 @@ _BLOCK_CHUNKS, _BLOCK_BYTES = 32, 1 << 28  # rows are computed and handed to the
 _LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
 _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
+
+
+Expected = tuple[list[HeldRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
 
 
 class TabledTeachers(TeacherSource):
@@ -89,6 +93,8 @@ class TabledTeachers(TeacherSource):
         self._planned_rows = 0
         self._prepared = False
         self._rooms: dict[Stages, HeldRows | None] = {}
+        self._reader = ThreadPoolExecutor(1, "teacher-rows")
+        self._expected: Expected | None = None
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
         self._shapes = [
             {LOGITS: (C,), POOLED: (D,), **{stage: shapes[stage] for stage in self._stages}}
@@ -155,17 +161,52 @@ class TabledTeachers(TeacherSource):
         """
         start = time.perf_counter()
         self._prepared = True
-        kept = [stages for stages in asked if self._keeps(stages)]
-        self.misses += len(self._shapes) * sum(asked[stages] for stages in asked if stages not in kept)
+        self.misses += len(self._shapes) * sum(asked[stages] for stages in asked if not self._keeps(stages))
         before = self.misses
-        rooms = [self._room(self._stages)] if any(kept) else []
-        if () in kept or any(rooms):
-            rooms.append(self._room(()))
-        self._complete([room for room in rooms if room], index.numpy(), view.numpy(), images_of)
+        self._take_expected()
+        self._complete(self._rooms_for(asked, self._room), index.numpy(), view.numpy(), images_of)
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
             log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
+
+    def expect_epoch(self, index: Tensor, view: Tensor, asked: Asked) -> None:
+        """Reads the rows of the next epoch that are not held yet, in a thread of its own; see `TeacherSource`.
+
+        Not where they would take more of the computer's memory than rows of one kind may.
+        """
+        rooms, where, which = self._rooms_for(asked, self._rooms.get), index.numpy(), view.numpy()
+        unknown, stages = self._unknown(rooms, where, which), self._stages if len(rooms) > 1 else ()
+        size = len(unknown) * row_bytes(self._held_shapes((*self._answers, *stages)))
+        if 0 < size <= memory_for_rows(torch.device("cpu")):
+            rows = where[unknown], which[unknown]
+            self._expected = rooms, *rows, self._reader.submit(self._known.read_all, *rows, stages)
+
+    def _take_expected(self) -> None:
+        """Holds the rows that were read ahead, once the epoch before needs its own no more."""
+        if self._expected is None:
+            return
+        rooms, index, view, read = self._expected
+        self._expected = None
+        values, present = read.result()
+        here = np.logical_and.reduce(present, axis=(0, 1))
+        there = [self._known.there(columns, here) for columns in values]
+        for room in rooms:
+            room.put(index[here], view[here], there)
+
+    def _rooms_for(self, asked: Asked, room: Callable[[Stages], HeldRows | None]) -> list[HeldRows]:
+        """Where rows that come from tables are held: those with stages, where these are asked for, then the others."""
+        kept = [stages for stages in asked if self._keeps(stages)]
+        rooms = [room(self._stages)] if any(kept) else []
+        if () in kept or any(rooms):
+            rooms.append(room(()))
+        return [one for one in rooms if one is not None]
+
+    @staticmethod
+    def _unknown(rooms: Sequence[HeldRows], index: Rows, view: Rows) -> Rows:
+        """Positions of the rows that one of the rooms does not hold."""
+        held = [room.holds(index, view) for room in rooms]
+        return np.flatnonzero(~np.logical_and.reduce(held)) if held else np.zeros(0, np.int64)
 
     def _room(self, stages: Stages) -> HeldRows | None:
         """Where rows with these columns are held; None for outputs of stages that are too large for that."""
@@ -208,9 +249,8 @@ class TabledTeachers(TeacherSource):
             return
         said = time.perf_counter()
         self.flush()
-        known = np.logical_and.reduce([room.holds(index, view) for room in rooms])
-        self.hits += len(self._shapes) * int(known.sum())
-        unknown = np.flatnonzero(~known)
+        unknown = self._unknown(rooms, index, view)
+        self.hits += len(self._shapes) * (len(index) - len(unknown))
         stages = self._stages if len(rooms) > 1 else ()
         chunk, shapes = self._live.frozen().chunk, self._held_shapes((*self._answers, *stages))
         size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // row_bytes(shapes)))

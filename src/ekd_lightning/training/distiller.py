@@ -142,11 +142,20 @@ class Distiller(TrainingModule):
         batches = self._batches_to_come()
         _, index, view = (values.flatten() for values in loader.epoch(batches))
         source.plan(len(index) * self.recipe.epochs)
+        images_of = partial(data.training_images, device=self.device)
+        source.prepare_epoch(index, view, images_of, self._asked(range(batches), len(index) // batches))
+        if self.current_epoch + 1 < self.recipe.epochs:
+            batches = int(self.trainer.num_training_batches)
+            _, index, view = (values.flatten() for values in loader.epoch(batches, ahead=1))
+            source.expect_epoch(index, view, self._asked(range(batches, 2 * batches), len(index) // batches))
+
+    def _asked(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
+        """The stages that teachers are asked for in batches counted from now, with how many images."""
         asked: Counter[tuple[str, ...]] = Counter()
-        for batch in range(batches):
+        for batch in batches:
             needed, stages = self.method.asks_teachers(self.progress(batch))
-            asked[stages] += needed * len(index) // batches
-        source.prepare_epoch(index, view, partial(data.training_images, device=self.device), +asked)
+            asked[stages] += needed * size
+        return +asked
 
     def bytes_on_device(self) -> dict[str, int]:
         """The teachers' weights, and what is known of their answers."""
