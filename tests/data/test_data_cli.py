@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ekd_lightning.cli.data import main
@@ -20,6 +21,17 @@ def test_digits(capsys, tmp_path):
     for part in ("bundled with scikit-learn", "1437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
         assert part in out
     assert not list(tmp_path.iterdir())
+
+
+def test_own_images(capsys, tmp_path):
+    path, cache = tmp_path / "own.npz", tmp_path / "cache"
+    np.savez(path, images=np.arange(20 * 48, dtype=np.uint8).reshape(20, 4, 4, 3), labels=np.arange(20) % 2)
+    main(["npz", "--root", str(path), "--image-size", "8", "--cache", str(cache)])
+    assert "16 for training, 4 for testing, 3×8×8" in capsys.readouterr().out
+    assert len(list(cache.glob("*.pixels"))) == 1
+    with pytest.raises(SystemExit):
+        main(["torchvision:STL11", "--root", str(tmp_path), "--cache", str(cache)])
+    assert "data set of torchvision 'STL11'; did you mean 'STL10'?" in capsys.readouterr().err
 
 
 def test_users_error_is_one_line(capsys, tmp_path):

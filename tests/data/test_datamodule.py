@@ -158,3 +158,18 @@ def test_loaders_take_processes_from_the_trainer(datamodule, random_dataset):
     datamodule.trainer = SimpleNamespace(world_size=2, global_rank=0)
     with pytest.raises(UserError, match=r"recipe\.batch_size=15 cannot be shared evenly by 2 processes"):
         datamodule.train_dataloader()
+
+
+def test_images_that_do_not_fit_on_the_device_are_sent_batch_by_batch(datamodule, monkeypatch):
+    """A device that is told apart by its name only, so that this runs anywhere."""
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: moved.append(tensor.shape) or tensor)
+    for free, held in ((0.0, False), (1e9, True)):
+        datamodule._on_device.clear()
+        moved.clear()
+        monkeypatch.setattr("ekd_lightning.data.datamodule.free_bytes", lambda device, free=free: free)
+        rows = next(iter(datamodule.train_dataloader()))
+        batch = datamodule.gather_training(rows, torch.device("meta"))
+        assert (datamodule.dataset.train.images.shape in moved) is held
+        expected = gather_batch(datamodule.dataset.train.images, rows, datamodule.views)
+        assert torch.equal(batch.images, expected.images)

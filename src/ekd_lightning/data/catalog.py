@@ -140,6 +140,11 @@ def open_dataset(data: DataSettings) -> Dataset:
     return _LOADED[key]
 
 
+def source_names() -> tuple[str, ...]:
+    """Where images that are no registered data set can come from: what `data.source` may be."""
+    return tuple(_SOURCES)
+
+
 _OWN = ("source", "name", "root", "image_size", "test_fraction", "subset_seed", "skip_broken", "cache")
 _SOURCES: dict[str, Callable[[DataSettings, Path], Listing]] = {
     "folder": lambda data, root: list_folder(root),

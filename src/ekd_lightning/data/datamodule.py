@@ -1,7 +1,8 @@
-"""The LightningDataModule: images stay in memory on the device, batches are gathered there."""
+"""The LightningDataModule: images stay in memory on the device where they fit, batches are gathered there."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,14 @@ from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import ViewFamily
+
+HELD_SHARE = 0.5
+"""The most of a device's free memory that images may take; others are sent there batch by batch."""
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on a CUDA device; other devices share the host's, or do not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -90,7 +99,7 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def bytes_on_device(self) -> int:
         """Memory that images take on accelerators."""
-        return sum(images.nbytes for (_, device), images in self._on_device.items() if device.type != "cpu")
+        return sum(images.nbytes for images in self._on_device.values() if images.device.type != "cpu")
 
     def _leaves_rows(self) -> bool:
         """Whether the module gathers the images of its training steps itself, from the loader's rows."""
@@ -106,7 +115,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def gather_training(self, rows: IndexBatch, device: torch.device) -> Batch:
         """The training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
-        return gather_batch(self._images(self.dataset.train, device), rows, self.views)
+        return gather_batch(self._images(self.dataset.train, device), rows, self.views, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Gathers the images of an IndexBatch on its device; leaves anything else alone."""
@@ -114,8 +123,8 @@ class ImageDataModule(pl.LightningDataModule):
             return batch
         trainer = self.trainer
         image_set = self.dataset.test if trainer is not None and trainer.testing else self.dataset.train
-        augment = trainer is None or trainer.training
-        return gather_batch(self._images(image_set, batch.index.device), batch, self.views if augment else None)
+        views, device = self.views if trainer is None or trainer.training else None, batch.index.device
+        return gather_batch(self._images(image_set, device), batch, views, device)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
         """Views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
@@ -130,11 +139,17 @@ class ImageDataModule(pl.LightningDataModule):
         return self.gather_training(rows, device).images
 
     def _images(self, image_set: ImageSet, device: torch.device) -> Tensor:
-        """uint8 [N, 3, H, W] on the device, moved once."""
+        """uint8 [N, 3, H, W], moved to the device once; where they do not fit there, as they are."""
         key = image_set.split, device
         if key not in self._on_device:
-            self._on_device[key] = image_set.images.to(device)
+            held = image_set.images.nbytes <= HELD_SHARE * free_bytes(device)
+            self._on_device[key] = image_set.images.to(device) if held else image_set.images
         return self._on_device[key]
+
+    def why_not_recorded(self, device: torch.device) -> str | None:
+        """What in the images needs the host in a training step; None if they are on the device."""
+        held = self._images(self.dataset.train, device).device.type == device.type
+        return None if held else "the images do not fit into the device's memory"
 
     def _eval_loader(self, image_set: ImageSet, index: Tensor) -> EvalLoader:
         world_size, rank = self._processes()

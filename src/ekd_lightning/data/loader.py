@@ -230,22 +230,27 @@ class EvalLoader:
         yield from map(IndexBatch, self._labels[index], index, view, position < len(self._index))
 
 
-def gather_batch(images: Tensor, rows: IndexBatch, views: ViewFamily | None = None) -> Batch:
-    """Turns indices into images, on the device where the images are.
+def gather_batch(
+    images: Tensor, rows: IndexBatch, views: ViewFamily | None = None, device: torch.device | None = None
+) -> Batch:
+    """Turns indices into images, on a device.
 
     Args:
-        images: uint8 [N, 3, H, W], the whole set that `rows.index` points into.
+        images: uint8 [N, 3, H, W], the whole set that `rows.index` points into; held on the device, or in memory or
+            on disk, from where the chosen ones are sent there.
         rows: B rows from one of the loaders, on any device.
         views: The family that `rows.view` numbers; None leaves the images as they are (evaluation).
+        device: Where the batch is made; None for where the images are.
 
     Returns:
         The batch, images as float32 [B, 3, H, W] in [0, 1], mixed where `rows.mix` says so.
     """
-    rows = _on_device(rows, images.device)
+    device = device or images.device
+    rows = _on_device(rows, device)
     index, view, mix = rows.index, rows.view, rows.mix
     if mix is not None:  # partners are gathered here, whichever process has them in its own share
         index, view = torch.cat((index, mix.index)), torch.cat((view, mix.view))
-    chosen = images[index]
+    chosen = images[index.to(images.device)].to(device, non_blocking=True)
     if views is not None:
         chosen = views(chosen, view, index)
     chosen = to_unit(chosen)

@@ -156,14 +156,18 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
     """The images, which of them a run may see, and how they are augmented.
 
     Raises:
-        UserError: For an unknown or missing data set, or a subset that leaves a class empty.
+        UserError: For an unknown or missing data set, a subset that leaves a class empty, or images that a part of
+            the evaluation cannot take.
     """
     data = settings.data
     dataset = open_dataset(data)
-    side = min(sides(dataset.image_size))
+    height, width = sides(dataset.image_size)
+    side = min(height, width)
     padding = side // 8 if data.padding is None else data.padding
     if padding >= side:
         raise UserError(f"data.padding={padding}: must be below the images' shorter side, {side} pixels")
+    if height != width and "corruptions" in settings.evaluation.parts:
+        raise UserError(f"evaluation.parts: corruptions are made for squares, images are {height}×{width}")
     views = _make_views(data, padding)
     subset = choose_subset(
         dataset.train.labels,
@@ -284,6 +288,8 @@ def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, An
             "source": prepared.dataset.source,
             "train_sha256": prepared.dataset.train.sha256,
             "test_sha256": prepared.dataset.test.sha256,
+            "class_names": list(prepared.dataset.class_names),
+            "image_size": prepared.dataset.image_size,
             "subset_sha256": prepared.subset.sha256,
         },
         "teachers": [

@@ -164,7 +164,7 @@ class TrainingModule(pl.LightningModule):
         """
         if not self._may_record:
             return
-        if reason := why_not_recorded(self.trainer) or self.why_not_recorded():
+        if reason := why_not_recorded(self.trainer) or self.why_not_recorded() or data.why_not_recorded(self.device):
             log.info("the training step is not recorded as one CUDA graph: %s", reason)
             self._may_record, self._recorded = False, None
         elif self._recorded is None:
