@@ -107,7 +107,7 @@ def test_modules_of_a_record_are_imported_when_the_user_says_so(run, tmp_path, c
     set_config(run, imports=["evil"])
     code, err = called(capsys, main, run, "--force")
     assert code == 2
-    assert f"{run}: its record imports evil, and a record never names code" in err
+    assert f"{run}: its record names code (imports=[evil]), which is imported only if you say so" in err
     assert "--trust, or imports=[evil]" in err
     assert "evil" not in sys.modules
     for trust in ("--trust", "imports=[evil]"):

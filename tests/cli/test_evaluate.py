@@ -182,11 +182,7 @@ def test_a_mistake_is_one_line(run, tmp_path, words, named):
         ("result.json", None, "without a result.json"),
         ("config.yaml", "seed: [1", "config.yaml: damaged, not YAML"),
         ("config.yaml", "imports: 3", "config.yaml: not a configuration of this version"),
-        (
-            "config.yaml",
-            "imports: [no_such_module_here]",
-            "its record imports no_such_module_here, and a record never names code",
-        ),
+        ("config.yaml", "imports: [no_such_module_here]", "its record names code (imports=[no_such_module_here])"),
     ],
 )
 def test_a_run_that_is_not_done_or_damaged(run, file, content, said):

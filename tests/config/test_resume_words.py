@@ -10,7 +10,7 @@ from made_runs import result
 from omegaconf import OmegaConf
 
 from ekd_lightning.config import directory as module
-from ekd_lightning.config.config import changed_keys, write_config
+from ekd_lightning.config.config import changed_keys, recorded_settings, write_config
 from ekd_lightning.config.directory import DIRECTORY, JobOutput
 from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume
 from ekd_lightning.errors import UserError
@@ -161,3 +161,20 @@ def test_a_damaged_configuration_is_told_by_path(run, text):
     (directory / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml: damaged"):
         check_unchanged(directory, PLAIN)
+
+
+def test_places_of_a_reopened_run_begin_where_it_was_started(tmp_path):
+    (start := tmp_path / "start").mkdir()
+    for name in ("here.safetensors", "weights"):
+        (start / name).touch()
+    pool = [{"file": "here.safetensors"}, {"file": "gone.safetensors"}, {"train": "resnet8"}, "an_id"]
+    settings = {"teachers": {"pool": pool, "weights_dir": "weights", "store": "no_store"}}
+    write_config(settings, tmp_path / "run")
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({"working_directory": str(start)}))
+    found = recorded_settings(RunDirectory(tmp_path / "run")).teachers
+    assert [entry.get("file") for entry in found.pool[:3]] == [
+        str(start / "here.safetensors"),
+        "gone.safetensors",
+        None,
+    ]
+    assert (found.weights_dir, found.store) == (str(start / "weights"), "no_store")

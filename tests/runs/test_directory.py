@@ -84,6 +84,7 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
         "student.safetensors",
         "metrics.csv",
         "train.log",
+        "rank1_train.log",
         "wandb_run_id.txt",
         "evaluation/wandb_run_id.txt",
         "teachers/resnet8-s0/wandb_run_id.txt",

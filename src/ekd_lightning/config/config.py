@@ -23,6 +23,7 @@ from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
+from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.settings import Settings, is_path, keys_where
 
 if TYPE_CHECKING:
@@ -133,10 +134,10 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
         raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({said})") from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
-    if settings.imports and not trust and not any(word.startswith("imports=") for word in overrides):
+    if (code := code_of(settings)) and not trust and not any(map(names_code, overrides)):
         raise UserError(
-            f"{run.path}: its record imports {', '.join(settings.imports)}, and a record never names code: if you "
-            f"trust these modules, add --trust, or imports=[{','.join(settings.imports)}]"
+            f"{run.path}: its record names code ({' '.join(code)}), which is imported only if you say so: if you trust "
+            f"it, add --trust, or {' '.join(code)}"
         )
     import_user_modules(settings.imports)  # its student, data and terms may be the user's own
     return settings

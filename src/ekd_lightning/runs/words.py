@@ -88,6 +88,11 @@ def require_named_code(recorded: Iterable[str], given: Sequence[str], source: ob
 
 
 def names_code(word: str) -> bool:
-    """Whether an override names modules to import."""
+    """Whether an override names code to import or run; a setting that comes to do so is told here and in `code_of`."""
     found = _WORD.fullmatch(word)
     return found is not None and re.split(r"[./]", found["key"])[0] == "imports" and found["value"] not in (None, "[]")
+
+
+def code_of(settings: Settings) -> list[str]:
+    """The code that settings name, as overrides that name it; callbacks are classes of that code, or of ours."""
+    return [f"imports=[{','.join(settings.imports)}]"] if settings.imports else []
