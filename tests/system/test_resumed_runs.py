@@ -107,12 +107,12 @@ def test_a_killed_run_resumes_even_with_dropout(train, resume, tmp_path, monkeyp
 
     reference = train(tmp_path / "whole", *DROPOUT)
     assert reference.code == 0, reference.err
-    directory, original = tmp_path / "killed", program.build
+    directory, original = tmp_path / "killed", program.build_callback
 
     def build(node, key, *rest):
         return Killer(1, 0) if "killer" in key else original(node, key, *rest)
 
-    monkeypatch.setattr(program, "build", build)
+    monkeypatch.setattr(program, "build_callback", build)
     killed = train(directory, *DROPOUT, "+callbacks.killer={_target_: x}")
     assert (killed.code, killed.status["state"]) == (1, "failed")
     assert "killed" in killed.status["error"]
