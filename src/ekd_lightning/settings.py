@@ -158,7 +158,7 @@ class RecipeSettings:
 
 @dataclass
 class TeacherEntry:
-    """One member of the pool: exactly one of `zoo`, `file` and `train` is set."""
+    """One member of the pool: exactly one of the first seven is set."""
 
     zoo: Optional[str] = None
     """Id of a pretrained network in the zoo."""
@@ -166,12 +166,43 @@ class TeacherEntry:
     """A safetensors file of this package, or (with `network` and `key_map`) a foreign checkpoint."""
     train: Optional[str] = None
     """Network to train on demand; kept in the teacher store."""
+    timm: Optional[str] = None
+    """Name of a network of timm."""
+    torchvision: Optional[str] = None
+    """Name of a network of torchvision."""
+    module: Optional[str] = None
+    """PACKAGE.FUNCTION that returns a torch.nn.Module from images to logits; `imports` names the package."""
+    hub: Optional[str] = None
+    """USER/REPO of a timm network on the Hugging Face hub; its safetensors file is read, nothing else."""
     network: Optional[str] = None
     key_map: Optional[str] = None
     options: dict[str, Any] = field(default_factory=dict)
     normalization: Optional[str] = None
     seed: int = field(default=0, metadata=SEED)
     """Initialisation and order of a teacher trained on demand."""
+    weights: Optional[str] = None
+    """For timm, torchvision and module: a file of weights; null or DEFAULT takes the published ones, and a module as
+    its function returns it."""
+    state_key: Optional[str] = None
+    """Where in a checkpoint its weights are, if not in a usual place."""
+    classes: Optional[list[Any]] = None
+    """Where the classes of the weights are not the data's: positions of the data's classes, or the weights' names."""
+    stages: Optional[dict[str, str]] = None
+    """Own names of stages, each with the submodule that it ends with, in order; null finds them by the maps' sizes."""
+    image_size: Optional[int] = None
+    """Side in pixels to which images are brought first; null takes the library's own."""
+    finetune: Optional[str] = None
+    """head or all: trains a new classifier, or everything, on the images of teachers.train_on; kept in the store."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What differs from teachers.recipe."""
+
+    @property
+    def source(self) -> str:
+        """Which of the ways to obtain it is given."""
+        return next(name for name in _SOURCES if getattr(self, name))
+
+
+_SOURCES = ("zoo", "file", "train", "timm", "torchvision", "module", "hub")
 
 
 @dataclass
@@ -225,7 +256,7 @@ class TeacherSettings:
         """Returns pool member `position` (0-based) as a typed entry.
 
         Raises:
-            UserError: If it has an unknown key, or not exactly one of zoo, file and train.
+            UserError: If it has an unknown key, or not exactly one way to obtain it.
         """
         node, key = self.pool[position], f"teachers.pool[{position}]"
         if isinstance(node, TeacherEntry):
@@ -241,9 +272,11 @@ class TeacherSettings:
                 _require(fits, f"{key}.{name}", value, f"must be {name_of_type(allowed[name])}")
             entry = TeacherEntry(**node)
         else:
-            raise UserError(f"{key}={node}: must be a zoo id or a mapping with zoo, file or train")
-        given = [name for name in ("zoo", "file", "train") if getattr(entry, name)]
-        _require(len(given) == 1, key, given, "give exactly one of zoo, file and train")
+            raise UserError(f"{key}={node}: must be a zoo id or a mapping with one of {', '.join(_SOURCES)}")
+        given = [name for name in _SOURCES if getattr(entry, name)]
+        _require(len(given) == 1, key, given, f"give exactly one of {', '.join(_SOURCES)}")
+        if entry.finetune not in (None, "head", "all"):
+            raise unknown_name(f"{key}.finetune", entry.finetune, ("head", "all"))
         check_values(entry, f"{key}.")
         return entry
 

@@ -311,7 +311,7 @@ def feature_loop(term, student, teachers, labels, heads, *, pooled, divisor):
             for d in range(r.shape[1]):
                 r[:, d] = (r[:, d] - r[:, d].mean()) / np.sqrt(r[:, d].var() + 1e-5)
             r = np.maximum(r, 0)
-            head = heads.teacher_head(m)
+            head = heads.heads[m]
             for b in range(B):
                 distance[m, b] = np.mean((r[b] - target[b]) ** 2)
                 logits = head.weight.detach().numpy() @ r[b].mean(-1) + head.bias.detach().numpy()

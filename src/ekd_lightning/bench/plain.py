@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -73,8 +73,8 @@ class _PlainNetworks:
     def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
         return self._members[m].outputs(images)
 
-    def teacher_head(self, m: int) -> nn.Linear:
-        return self._members[m].head
+    def classify(self, m: int, features: Tensor) -> Tensor:
+        return self._members[m].classify(features)
 
     def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
         return self._members[m].normalize.mean, self._members[m].normalize.std

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
@@ -37,8 +37,8 @@ class LiveNetworks(Protocol):
         """Teacher m's outputs (0-based), with gradients towards the images but never towards its weights."""
         ...
 
-    def teacher_head(self, m: int) -> nn.Linear:
-        """The frozen classifier [D_m -> C] of teacher m."""
+    def classify(self, m: int, features: Tensor) -> Tensor:
+        """Logits [B, C] of teacher m's classifier, held fixed, for pooled features [B, D_m] or last maps."""
         ...
 
     def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +166,19 @@ class TermContext:
     def teacher_label(self, teacher: int) -> str:
         """How messages call teacher m (0-based)."""
         return repr(self.teacher_names[teacher]) if self.teacher_names else f"number {teacher}"
+
+    def teacher_width(self, teacher: int) -> int:
+        """D_m, the size of one teacher's pooled features.
+
+        Raises:
+            UserError: If the network has none, as it does not end with a linear layer.
+        """
+        if not self.teacher_features[teacher]:
+            raise UserError(
+                f"the teacher {self.teacher_label(teacher)} does not end with a linear layer, so it has no pooled "
+                f"features and no classifier to ask"
+            )
+        return self.teacher_features[teacher]
 
     def student_stage(self, name: str) -> str:
         """Resolves a stage of the student; see `teacher_stage`."""

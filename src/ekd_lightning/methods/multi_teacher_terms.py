@@ -26,7 +26,6 @@ from ekd_lightning.methods.pair_terms import (
     read_sites,
 )
 from ekd_lightning.methods.terms import SoftTerm, Term, register_term
-from ekd_lightning.networks.staged import pool
 
 SCALES = ("normalized", "published_code")
 
@@ -190,6 +189,8 @@ class ConfidenceFeatures(Term):
         self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs)
         read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else map_adapter
+        for m in range(context.num_teachers):
+            context.teacher_width(m)  # refuses a teacher without a classifier to ask
         channels = self.site.student_shape[0]
         self.adapters = nn.ModuleDict(
             {pair_key(k, m): make(channels, self.site.teacher_shapes[m][0]) for k, m in pairs}
@@ -215,12 +216,8 @@ class ConfidenceFeatures(Term):
         """Cross-entropy [B] of teacher m's classifier on projected features [B, D_m] or [B, D_m, H, W]."""
         assert context.networks is not None
         features = projected.detach() if self.detach_weights else projected
-        head = context.networks.teacher_head(m)
         with torch.autocast(features.device.type, enabled=False):
-            pooled = features if self.site.is_pooled else pool(features)
-            # Detached: the classifier is frozen, but a plain loop may have left its requires_grad on.
-            bias = None if head.bias is None else head.bias.detach()
-            logits = functional.linear(pooled.to(head.weight.dtype), head.weight.detach(), bias)
+            logits = context.networks.classify(m, features)
         return losses.cross_entropies(logits[None], context.batch.targets)[0]
 
 

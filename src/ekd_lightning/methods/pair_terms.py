@@ -82,7 +82,7 @@ class FeatureSite:
         self.student_stages: tuple[str, ...] = ()
         self.teacher_stages: tuple[str, ...] = ()
         if self.is_pooled:
-            self.teacher_shapes = {m: (context.teacher_features[m],) for m in self.teacher_shapes}
+            self.teacher_shapes = {m: (context.teacher_width(m),) for m in self.teacher_shapes}
             return
         self._student = context.student_stage(name)
         self._teacher = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}

@@ -1,7 +1,7 @@
 """Staged networks and their registry, the branched student, the teacher ensemble, pretrained weights."""
 
 # Importing the families registers them.
-from ekd_lightning.networks import convnets  # noqa: F401
+from ekd_lightning.networks import convnets, library  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed import DeployedModel, load_deployed

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ekd_lightning.networks.registry import is_number, register_network, require
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
+from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, he_initialised
 
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 RESNET_WIDTHS = (16, 16, 32, 64)
@@ -78,7 +78,7 @@ def _resnet(spec: NetworkSpec, depth: int, widths: tuple[int, ...], shortcut: st
         first = BasicBlock(channels, width, stride, _shortcut(shortcut, channels, width, stride))
         rest = (BasicBlock(width, width) for _ in range((depth - 2) // 6 - 1))
         stages[f"stage{number}"], channels = nn.Sequential(first, *rest), width
-    return StagedNetwork(spec, stages, num_features=channels)
+    return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
 def _scaled_resnet(depth: int, spec: NetworkSpec, *, shortcut: str = "B", width: float = 1) -> StagedNetwork:
@@ -136,7 +136,7 @@ def _wide_resnet(depth: int, factor: int, spec: NetworkSpec, *, dropout: float =
             channels = base * factor
         # The last activation belongs to the last stage, whose output the head pools.
         stages[f"stage{number}"] = _named(**parts, **(_activation(channels) if number == 3 else {}))
-    return StagedNetwork(spec, stages, num_features=channels)
+    return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
 for _depth, _factor in WIDE_FORMS:
@@ -171,7 +171,7 @@ def _vgg(convolutions: tuple[int, ...], spec: NetworkSpec) -> StagedNetwork:
         if number == len(VGG_WIDTHS) - 1:
             layers.append(nn.MaxPool2d(2))
         stages[f"stage{number}" if number else "stem"] = nn.Sequential(*layers)
-    return StagedNetwork(spec, stages, num_features=channels)
+    return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
 for _name, _convolutions in VGG_CONVOLUTIONS.items():
@@ -206,7 +206,7 @@ def _mobilenetv2(spec: NetworkSpec) -> StagedNetwork:
         if name == "stage4":
             layers.append(full(channels, LAST_CHANNELS, kernel_size=1))
         stages[name] = nn.Sequential(*layers)
-    return StagedNetwork(spec, stages, num_features=LAST_CHANNELS)
+    return he_initialised(StagedNetwork(spec, stages, num_features=LAST_CHANNELS))
 
 
 class DenseLayer(nn.Module):
@@ -240,7 +240,7 @@ def _densenet(depth: int, growth: int, spec: NetworkSpec) -> StagedNetwork:
         parts["block"] = nn.Sequential(*(DenseLayer(channels + i * growth, growth) for i in range(layers)))
         channels += layers * growth
         stages[f"stage{number}"] = _named(**parts, **(_activation(channels) if number == 3 else {}))
-    return StagedNetwork(spec, stages, num_features=channels)
+    return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
 for _depth, _growth in DENSE_FORMS:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from ekd_lightning.networks.staged import NetworkOutput, Normalize, StagedNetwork, pool
+from ekd_lightning.networks.staged import GlobalPool, NetworkOutput, Normalize, StagedNetwork, in_memory_format, resized
 from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
 
 log = logging.getLogger(__name__)
@@ -28,24 +28,31 @@ class _Frozen(nn.Module):
     std: Tensor
 
     def _take(self, normalize: Normalize, dtype: torch.dtype, fold: bool, channels_last: bool) -> None:
-        self.dtype, self._fold = dtype, fold
+        self.dtype, self._fold, self.image_size = dtype, fold, normalize.image_size
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("mean", normalize.mean, persistent=False)
         self.register_buffer("std", normalize.std, persistent=False)
 
     def _normalized(self, images: Tensor) -> Tensor:
+        if self.image_size is not None:
+            images = resized(images, self.image_size)
         return ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _frozen(self, stages: nn.ModuleDict) -> dict[str, nn.Module]:
-        """The stages, folded, in `dtype` but for batch norms that cannot be folded: their statistics need float32."""
-        found = {name: _folded(stage, name) if self._fold else stage for name, stage in stages.items()}
-        for stage in found.values():
-            stage.to(self.dtype)
-            for part in stage.modules():
-                if isinstance(part, nn.BatchNorm2d):
-                    part.float()
-            stage.to(memory_format=self._memory_format)
-        return found
+        """The stages, see `_frozen_part`."""
+        return {name: self._frozen_part(stage, name) for name, stage in stages.items()}
+
+    def _frozen_part(self, part: nn.Module, name: str) -> nn.Module:
+        """A part, folded, in `dtype` but for batch norms that cannot be folded: their statistics need float32."""
+        found = _folded(part, name) if self._fold else part
+        found.to(self.dtype)
+        for inner in found.modules():
+            if isinstance(inner, nn.BatchNorm2d):
+                inner.float()
+        return in_memory_format(found, self._memory_format)
+
+    def _frozen_neck(self, neck: nn.Module) -> nn.Module:
+        return neck if isinstance(neck, GlobalPool) else self._frozen_part(neck, "the neck")
 
 
 class FrozenNetwork(_Frozen):
@@ -83,6 +90,7 @@ class FrozenNetwork(_Frozen):
         network = copy.deepcopy(network).eval()
         self._take(network.normalize, dtype, fold, channels_last)
         self.stages = nn.ModuleDict(self._frozen(network.stages))
+        self.neck = self._frozen_neck(network.neck)
         self.head = network.head
         self.eval().requires_grad_(False)
 
@@ -98,7 +106,7 @@ class FrozenNetwork(_Frozen):
             maps = stage(maps)
             if name in self.stage_names:
                 wanted.append(maps.float())
-        pooled = pool(maps.float())
+        pooled = _pooled(self.neck, maps)
         return self.head(pooled), pooled, *wanted
 
     def named(self, results: tuple[Tensor, ...]) -> NetworkOutput:
@@ -138,6 +146,7 @@ class FrozenStudent(_Frozen):
         own = [cast(Branch, branch) for branch in student.branches]
         self.trunk = nn.Sequential(*self._frozen(student.trunk.stages).values())
         self.branches = nn.ModuleList(nn.Sequential(*self._frozen(branch.stages).values()) for branch in own)
+        self.necks = nn.ModuleList(self._frozen_neck(branch.neck) for branch in own)
         self.heads = nn.ModuleList(branch.head for branch in own)
         self.ensemble = student.ensemble
         self.gate = _folded_gate(student.gate) if fold and student.gate is not None else student.gate
@@ -146,9 +155,14 @@ class FrozenStudent(_Frozen):
     def forward(self, images: Tensor) -> Tensor:
         """The ensemble output [B, C] in float32 for images [B, 3, H, W] in [0, 1]."""
         maps = self.trunk(self._normalized(images))
-        branches = zip(self.branches, self.heads, strict=True)
-        logits = torch.stack([head(pool(branch(maps).float())) for branch, head in branches])
+        branches = zip(self.branches, self.necks, self.heads, strict=True)
+        logits = torch.stack([head(_pooled(neck, branch(maps))) for branch, neck, head in branches])
         return couple(logits, maps.float(), self.ensemble, self.gate)
+
+
+def _pooled(neck: nn.Module, maps: Tensor) -> Tensor:
+    """The head's input [B, D] in float32; a pool takes its mean of float32 values, too."""
+    return neck(maps.float()) if isinstance(neck, GlobalPool) else neck(maps).float()
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:

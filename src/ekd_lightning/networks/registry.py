@@ -6,7 +6,8 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,10 @@ from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 Builder = Callable[..., StagedNetwork]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
+LibraryT = TypeVar("LibraryT", bound=Callable[[NetworkSpec], StagedNetwork])
+
 _BUILDERS: dict[str, Builder] = {}
+_LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 
 
 def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
@@ -42,6 +46,27 @@ def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
     return register
 
 
+def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
+    """Registers a builder `fn(spec) -> StagedNetwork` for all networks called `prefix:name`."""
+
+    def register(builder: LibraryT) -> LibraryT:
+        _LIBRARIES.update(dict.fromkeys(prefixes, builder))
+        return builder
+
+    return register
+
+
+def is_of_library(name: str) -> bool:
+    """Whether a network's name is one of a library's, such as `timm:resnet18`."""
+    return name.partition(":")[0] in _LIBRARIES and ":" in name
+
+
+def library_version(name: str) -> str:
+    """Version of the library that makes a network; empty for the package's own networks and the user's modules."""
+    prefix = name.partition(":")[0]
+    return version(prefix) if is_of_library(name) and prefix != "module" else ""
+
+
 def network_names() -> tuple[str, ...]:
     """Returns all registered names, sorted."""
     return tuple(sorted(_BUILDERS))
@@ -59,8 +84,10 @@ def build_network(spec: NetworkSpec) -> StagedNetwork:
     Raises:
         UserError: on an unknown name, an unknown option, or a value that the network cannot have.
     """
+    if is_of_library(spec.name):
+        return _LIBRARIES[spec.name.partition(":")[0]](spec)
     if spec.name not in _BUILDERS:
-        raise unknown_name("network", spec.name, _BUILDERS)
+        raise unknown_name("network", spec.name, [*_BUILDERS, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
     builder = _BUILDERS[spec.name]
     allowed = list(inspect.signature(builder).parameters)[1:]
     for option in spec.options:
@@ -137,6 +164,8 @@ def family(name: str) -> tuple[str, ...]:
     Raises:
         UserError: For an unknown name.
     """
+    if is_of_library(name):
+        return (name,)
     if name not in network_names():
         raise unknown_name("network", name, network_names())
     own = re.fullmatch(r"(.*?)(\d+)", name)
@@ -173,7 +202,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
         if width is not None and width != 1:
             options["width"] = width
         with torch.device("meta"):
-            network = build_network(NetworkSpec(name, spec.num_classes, spec.normalization, options))
+            network = build_network(replace(spec, name=name, options=options))
         return Match(name, options, cost(network), target)
 
     found = [match for name in family(spec.name) for match in _candidates(name, own, target, measured)]
@@ -187,7 +216,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
 
 def _candidates(name: str, own: float, target: int, measured: Callable[[str, float | None], Match]) -> Iterator[Match]:
     """One depth: as it is and, where it can be scaled, widths up to the two between which the target lies."""
-    if "width" not in inspect.signature(_BUILDERS[name]).parameters:
+    if is_of_library(name) or "width" not in inspect.signature(_BUILDERS[name]).parameters:
         yield measured(name, None)
         return
     middle = measured(name, own)

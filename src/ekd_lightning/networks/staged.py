@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, unknown_name
 
 Triple = tuple[float, float, float]
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 ImageSize = int | Sequence[int]
 """Side of square images in pixels, or (height, width)."""
 
@@ -83,17 +84,23 @@ class NetworkSpec:
         num_classes: C, at least 1.
         normalization: what the network does to images in [0, 1] first.
         options: keyword arguments of the registered builder, JSON-able.
+        image_size: side in pixels to which the network brings images before anything else; None takes them as they
+            are.
 
     Raises:
-        UserError: when the class count is not a whole number above 0 or an option is not JSON-able.
+        UserError: when the class count or the image size is not a whole number above 0 or an option is not JSON-able.
     """
 
     name: str
     num_classes: int
     normalization: Normalization
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
+        size = self.image_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise UserError(f"network {self.name!r}: image_size={size!r} must be at least 1, or null")
         if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be at least 1")
         try:
@@ -104,8 +111,11 @@ class NetworkSpec:
         object.__setattr__(self, "options", options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON-able values."""
-        return json.loads(json.dumps(asdict(self)))
+        """Returns the spec as plain JSON-able values; an image size of None is left out."""
+        values = json.loads(json.dumps(asdict(self)))
+        if self.image_size is None:
+            del values["image_size"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
@@ -169,13 +179,18 @@ class StudentOutput(NamedTuple):
 
 
 class Normalize(nn.Module):
-    """Brings images [B, 3, H, W] in [0, 1] to the statistics a network was trained with."""
+    """Brings images [B, 3, H, W] in [0, 1] to the size and the statistics a network was trained with.
+
+    Attributes:
+        image_size: As in `NetworkSpec`.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, statistics: Normalization) -> None:
+    def __init__(self, statistics: Normalization, image_size: int | None = None) -> None:
         super().__init__()
+        self.image_size = image_size
         # Not persistent: the statistics belong to the spec, so they cannot contradict it.
         self.register_buffer("mean", torch.tensor(statistics.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics.std).view(1, 3, 1, 1), persistent=False)
@@ -188,7 +203,14 @@ class Normalize(nn.Module):
         """
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
+        if self.image_size is not None:
+            images = resized(images, self.image_size)
         return ((images - self.mean) / self.std).to(self.mean.dtype)
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images [B, 3, H, W] brought to `size` pixels a side, bilinearly and with antialiasing; exact at that size."""
+    return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -204,45 +226,74 @@ def pool(maps: Tensor) -> Tensor:
     return maps.mean((-2, -1))
 
 
+class GlobalPool(nn.Module):
+    """The usual neck: `pool` as a module."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps [B, D, height, width] to [B, D]."""
+        return pool(maps)
+
+
 class StagedNetwork(nn.Module):
-    """A classifier made of an own normalisation, named stages and one linear head.
+    """A classifier made of an own normalisation, named stages, a neck and a head.
 
     Attributes:
         spec: what the network was built from; enough to build it again.
-        normalize: applies the spec's normalisation.
+        normalize: brings images to the spec's size and normalisation.
         stages: the stages by name, in the order of execution (`stem`, `stage1`, ...).
-        head: the linear classifier on the pooled output of the last stage.
-        num_features: D, the width of the head's input.
+        neck: makes the head's input of the last stage's output; `GlobalPool` but for networks of other libraries.
+        head: the linear classifier; an identity in a network of another library that does not end with one.
+        num_features: D, the width of the head's input; 0 without a linear head.
     """
 
     stages: nn.ModuleDict
-    head: nn.Linear
+    head: nn.Module
 
-    def __init__(self, spec: NetworkSpec, stages: Mapping[str, nn.Module], num_features: int) -> None:
-        """Assembles and initialises the network.
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        stages: Mapping[str, nn.Module],
+        num_features: int,
+        *,
+        neck: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        """Assembles the network; what is handed in keeps its weights.
 
         Args:
             spec: what the network is built from.
             stages: name to module, in the order of execution.
-            num_features: number of channels of the last stage's output.
+            num_features: D, for a global pool the number of channels of the last stage's output.
+            neck: None makes a global pool.
+            head: None makes a fresh linear classifier [D -> C].
         """
         super().__init__()
         self.spec = spec
         self.num_features = num_features
-        self.normalize = Normalize(spec.normalization)
+        self.normalize = Normalize(spec.normalization, spec.image_size)
         self.stages = nn.ModuleDict(stages)
-        self.head = nn.Linear(num_features, spec.num_classes)
-        for module in self.stages.modules():
-            # He et al. 2015, as in the residual networks' papers; linear layers keep PyTorch's default.
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.neck = GlobalPool() if neck is None else neck
+        self.head = nn.Linear(num_features, spec.num_classes) if head is None else head
 
     @property
     def stage_names(self) -> tuple[str, ...]:
         """Names of the stages, in the order of execution."""
         return tuple(self.stages)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """What the network's own classifier, held fixed, says of features; they get a gradient, its weights none.
+
+        Args:
+            features: [B, D], or maps as the last stage gives them [B, channels, height, width].
+
+        Returns:
+            Logits [B, C], in the floating-point type of the head.
+        """
+        assert isinstance(self.head, nn.Linear), "a network without pooled features has no classifier of its own"
+        pooled = self.neck(features) if features.dim() == 4 else features
+        # Detached: the classifier is frozen, but a plain loop may have left its requires_grad on.
+        bias = None if self.head.bias is None else self.head.bias.detach()
+        return nn.functional.linear(pooled.to(self.head.weight.dtype), self.head.weight.detach(), bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classifies images.
@@ -256,7 +307,7 @@ class StagedNetwork(nn.Module):
         maps = self.normalize(images)
         for stage in self.stages.values():
             maps = stage(maps)
-        return self.head(pool(maps))
+        return self.head(self.neck(maps))
 
     def outputs(self, images: Tensor) -> NetworkOutput:
         """Like `forward`, with the pooled features [B, D] and every stage's output.
@@ -265,7 +316,7 @@ class StagedNetwork(nn.Module):
             images: [B, 3, H, W] in [0, 1], not normalised.
         """
         maps, stages = through(self.stages, self.normalize(images))
-        pooled = pool(maps)
+        pooled = self.neck(maps)
         return NetworkOutput(self.head(pooled), pooled, stages)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
@@ -273,7 +324,32 @@ class StagedNetwork(nn.Module):
 
         Nothing is computed (meta device) and this network is not touched.
         """
-        return shapes_of(imagined(self, image_size).stages)
+        probe = copy.deepcopy(nn.ModuleList([self.normalize, self.stages])).to("meta").eval()
+        images = torch.empty(1, 3, *sides(image_size), device="meta")
+        with torch.no_grad():
+            return shapes_of(through(probe[1], probe[0](images))[1])  # type: ignore[arg-type]
+
+
+def in_memory_format(module: _ModuleT, memory_format: torch.memory_format) -> _ModuleT:
+    """The module, its four-dimensional parameters in a memory format; attention keeps tables of five dimensions."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    return module
+
+
+def he_initialised(network: StagedNetwork) -> StagedNetwork:
+    """Draws the convolutions of a network's stages as He et al. 2015 do, as in the residual networks' papers.
+
+    Biases of convolutions become 0; linear layers and batch norms stay as they are. Builders call it for modules that
+    they have just made.
+    """
+    for module in network.stages.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network
 
 
 def imagined(network: Any, image_size: ImageSize) -> Any:

@@ -43,7 +43,7 @@ class Trunk(nn.Module):
 
     def __init__(self, network: StagedNetwork, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.normalize = Normalize(network.spec.normalization)
+        self.normalize = Normalize(network.spec.normalization, network.spec.image_size)
         self.stages = nn.ModuleDict({name: network.stages[name] for name in names})
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,19 +52,20 @@ class Trunk(nn.Module):
 
 
 class Branch(nn.Module):
-    """The remaining stages of one network (possibly none) and its head."""
+    """The remaining stages of one network (possibly none), its neck and its head."""
 
     stages: nn.ModuleDict
 
     def __init__(self, network: StagedNetwork, names: tuple[str, ...]) -> None:
         super().__init__()
         self.stages = nn.ModuleDict({name: network.stages[name] for name in names})
+        self.neck = network.neck
         self.head = network.head
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Returns logits [B, C], pooled features [B, D] and the output of each of its stages."""
         maps, outputs = through(self.stages, maps)
-        pooled = pool(maps)
+        pooled = self.neck(maps)
         return self.head(pooled), pooled, outputs
 
 

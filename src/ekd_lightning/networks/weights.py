@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line
+from ekd_lightning.errors import UserError, one_line, unknown_name
 from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, read_bytes, require_intact, seal, write_bytes
-from ekd_lightning.networks.registry import build_network
+from ekd_lightning.networks.registry import build_network, library_version
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 from ekd_lightning.networks.student import BranchedStudent
 
 _KIND, _SPEC = "ekd_kind", "ekd_spec"
-_WRAPPERS = ("state_dict", "model", "net")
+_WRAPPERS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "ema", "model", "net")
 
 
 def save_network(path: str | Path, network: StagedNetwork, metadata: Mapping[str, str] | None = None) -> None:
@@ -116,7 +116,8 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode())
+    library = library_version(network.spec.name)  # the same weights may be computed with otherwise by another version
+    digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode() + library.encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -124,11 +125,15 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
     return digest.hexdigest()
 
 
-def read_foreign_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
     """Reads the tensors of somebody else's checkpoint; nothing in it is ever executed.
 
-    A wrapping `state_dict`, `model` or `net` is opened, and the `module.` of data-parallel
-    training is taken off the names. Files named `*.safetensors` are read as such.
+    A wrapping `state_dict`, `model_state_dict`, `model_ema`, `model`, `net` or the like is opened, and the `module.` of
+    data-parallel training is taken off the names. Files named `*.safetensors` are read as such.
+
+    Args:
+        path: the checkpoint.
+        state_key: the key that holds the weights, for checkpoints that have several or another; dots go deeper.
 
     Returns:
         Name to tensor, on the CPU.
@@ -140,6 +145,12 @@ def read_foreign_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     _require_file(path)
     content = _load_untrusted(path)
+    if state_key is not None:
+        for key in state_key.split("."):
+            if not isinstance(content, Mapping) or key not in content:
+                keys = list(content) if isinstance(content, Mapping) else []
+                raise unknown_name(f"{path}: key", state_key, [str(one) for one in keys])
+            content = content[key]
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -149,7 +160,11 @@ def read_foreign_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: holds no weights (a {type(content).__name__}, not named tensors)")
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strange:
-        raise UserError(f"{path}: holds things that are not tensors: {', '.join(strange[:3])}")
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        shown = ", ".join(strange[:3]) + more
+        raise UserError(
+            f"{path}: holds things that are not tensors: {shown} (state_key=KEY says where the weights are)"
+        )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -64,8 +64,8 @@ class _LiveNetworks:
         with torch.autocast(images.device.type, enabled=False):
             return frozen.named(frozen(images))
 
-    def teacher_head(self, m: int) -> nn.Linear:
-        return self._members[m].head
+    def classify(self, m: int, features: Tensor) -> Tensor:
+        return self._members[m].classify(features)
 
     def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
         return self._members[m].normalize.mean, self._members[m].normalize.std

@@ -20,6 +20,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import BranchedStudent
+from ekd_lightning.networks.staged import in_memory_format
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
 from ekd_lightning.training.steps import StepLog, make_optimizer
@@ -84,7 +85,7 @@ class TrainingModule(pl.LightningModule):
                 "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
                 stacklevel=3,
             )
-        self.student = student.to(memory_format=self._memory_format)
+        self.student = in_memory_format(student, self._memory_format)
         self.method = method
         self.recipe, self.recipe_key = recipe, recipe_key
         self._capture, self._may_record = capture, False

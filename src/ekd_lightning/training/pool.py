@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from ekd_lightning.networks import (
     state_sha256,
     zoo_entry,
 )
+from ekd_lightning.networks.library import PUBLISHED, LibraryWeights, from_hub, load_library_network, usual
+from ekd_lightning.networks.registry import library_version
+from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
@@ -78,7 +83,9 @@ def _plan(
         return _plan_zoo(settings, entry.zoo, key, data)
     if entry.file:
         return _plan_file(entry, key, data)
-    return _plan_trained(settings, entry, data, accelerator)
+    if entry.train:
+        return _plan_trained(settings, entry, str(entry.train), data, accelerator)
+    return _plan_library(settings, entry, key, data, accelerator)
 
 
 def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherData) -> PlannedTeacher:
@@ -126,11 +133,26 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
 
 
 def _plan_trained(
-    settings: TeacherSettings, entry: TeacherEntry, data: TeacherData, accelerator: str
+    settings: TeacherSettings, entry: TeacherEntry, network: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
     statistics = normalization(entry.normalization or data.dataset.normalization)
-    spec = NetworkSpec(str(entry.train), data.dataset.num_classes, statistics, entry.options)
+    spec = NetworkSpec(network, data.dataset.num_classes, statistics, entry.options)
     build_network(spec)  # an unknown network or option is refused now, not after other teachers were trained
+    return _plan_stored(settings, entry, spec, data, accelerator, {}, train_teacher)
+
+
+def _plan_stored(
+    settings: TeacherSettings,
+    entry: TeacherEntry,
+    spec: NetworkSpec,
+    data: TeacherData,
+    accelerator: str,
+    beginning: Mapping[str, Any],
+    train: Callable[..., StagedNetwork],
+) -> PlannedTeacher:
+    """A teacher that is trained when the store lacks it; `beginning` is the part of its key that says from what."""
+    recipe = replace(settings.recipe, **entry.recipe)
+    recipe.check("teachers.pool[].recipe")
     key = {
         "network": spec.to_dict(),
         "data": data.dataset.name,
@@ -138,15 +160,54 @@ def _plan_trained(
         "train_on": data.train_on,
         "subset": data.subset.sha256 if data.train_on == "subset" else "all",
         "views": data.views.key,
-        "recipe": asdict(settings.recipe),
+        "recipe": asdict(recipe),
         "seed": entry.seed,
+        **beginning,
     }
     store = TeacherStore(Path(settings.store))
 
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
-        network = store.get_or_train(
-            key, lambda scratch: train_teacher(spec, data, settings.recipe, entry.seed, scratch, accelerator)
-        )
+        network = store.get_or_train(key, lambda scratch: train(spec, data, recipe, entry.seed, scratch, accelerator))
         return network, {"trained_on": data.train_on, "seed": entry.seed, "store_key": store.digest(key)}
 
     return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain)
+
+
+def _plan_library(
+    settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
+) -> PlannedTeacher:
+    """A network of another library: as its weights are, or trained further on the data."""
+    if entry.hub:
+        found = from_hub(entry.hub)
+    else:
+        given = entry.weights not in (None, PUBLISHED)
+        path = Path(str(entry.weights)) if given else None
+        if path is not None and not path.is_file():
+            raise UserError(f"{key}.weights={path}: no such file (or {PUBLISHED}, what the library publishes)")
+        name = f"{entry.source}:{getattr(entry, entry.source)}"
+        found = LibraryWeights(name, usual(name), path)
+    statistics = found.usual.normalization if found.usual else normalization(data.dataset.normalization)
+    size = entry.image_size or (found.usual.image_size if found.usual else None)
+    spec = NetworkSpec(
+        found.name,
+        data.dataset.num_classes,
+        normalization(entry.normalization) if entry.normalization else statistics,
+        {**entry.options, **({"stages": entry.stages} if entry.stages else {})},
+        None if (size, size) == sides(data.dataset.image_size) else size,
+    )
+    build_network(spec)
+    load = partial(load_library_network, spec, found.path, state_key=entry.state_key)
+    detail = {"library": f"{entry.source} {library_version(spec.name)}".strip(), "weights": PUBLISHED}
+    if found.path is not None:
+        detail |= {"weights": found.path.name, "file_sha256": file_sha256(found.path)}
+    if entry.finetune:
+        start = {"start": detail, "finetune": entry.finetune}
+        train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
+        return _plan_stored(settings, entry, spec, data, accelerator, start, train)
+    names = tuple(data.dataset.class_names)
+    return PlannedTeacher(
+        spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
+        spec,
+        entry.source,
+        lambda: (load(classes=entry.classes, class_names=names), {"trained_on": "published", **detail}),
+    )

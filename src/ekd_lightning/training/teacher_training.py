@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ekd_lightning.data import Dataset, Mixing, Subset, ViewFamily
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -55,7 +55,15 @@ class TeacherData:
 
 
 def train_teacher(
-    spec: NetworkSpec, data: TeacherData, recipe: RecipeSettings, seed: int, scratch: Path, accelerator: str = "auto"
+    spec: NetworkSpec,
+    data: TeacherData,
+    recipe: RecipeSettings,
+    seed: int,
+    scratch: Path,
+    accelerator: str = "auto",
+    *,
+    start: Callable[[], StagedNetwork] | None = None,
+    head_only: bool = False,
 ) -> StagedNetwork:
     """Trains one network by cross-entropy on one device.
 
@@ -68,6 +76,8 @@ def train_teacher(
         seed: Initialisation, order and views.
         scratch: Folder with the checkpoints of an earlier try, if there was one; receives ours.
         accelerator: Lightning's flag.
+        start: Gives the network whose weights are trained further, under a fresh head; None starts with fresh ones.
+        head_only: Whether all but the head stays as it is, batch norm's statistics included.
 
     Returns:
         The network with its last weights, in eval mode on the CPU.
@@ -80,8 +90,38 @@ def train_teacher(
     facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
     with open_curves(data.curves, "teacher", f"{spec.name}-s{seed}", facts) as loggers:
         flags = {"accelerator": accelerator, "logger": loggers}
-        network, _ = _train(spec, seed, method, recipe, images, scratch, options, flags)
+        student = _fresh(spec, seed)
+        callbacks = []
+        if start is not None:
+            _parts(student).load_state_dict(_parts(start()).state_dict())
+        if head_only:
+            callbacks.append(KeepFixed(_parts(student)))
+        network, _ = _train(student, seed, method, recipe, images, scratch, options, flags, callbacks)
     return network
+
+
+class KeepFixed(pl.Callback):
+    """Keeps a module as it is while others are trained: no gradients, batch norm and dropout as in inference."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undoes the trainer's `.train()`."""
+        self._module.eval()
+
+
+def _fresh(spec: NetworkSpec, seed: int) -> BranchedStudent:
+    """A plain network in the form in which it is trained; the student's randomness does not depend on it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BranchedStudent(spec, branches=1, split_after="none")
+
+
+def _parts(network: BranchedStudent | StagedNetwork) -> nn.ModuleList:
+    """All of a plain network but its head: stages and neck."""
+    owner = network.branches[0] if isinstance(network, BranchedStudent) else network
+    return nn.ModuleList([owner.stages, owner.neck])  # type: ignore[list-item]
 
 
 _FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
@@ -183,7 +223,7 @@ def train_assistant(
     facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
     with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
         flags = {"accelerator": lesson.accelerator, "logger": loggers, "precision": lesson.precision, **lesson.flags()}
-        network, cost = _train(spec, seed, method, recipe, images, scratch, options, flags)
+        network, cost = _train(_fresh(spec, seed), seed, method, recipe, images, scratch, options, flags)
     write_json(scratch / COST, cost)
     return network
 
@@ -197,7 +237,7 @@ def _images(dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSe
 
 
 def _train(
-    spec: NetworkSpec,
+    student: BranchedStudent,
     seed: int,
     method: Method,
     recipe: RecipeSettings,
@@ -205,6 +245,7 @@ def _train(
     scratch: Path,
     options: Mapping[str, Any],
     flags: Mapping[str, Any],
+    callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[StagedNetwork, dict[str, Any]]:
     """Trains one network on one device, going on from the last whole epoch of an earlier try; also what it cost.
 
@@ -212,14 +253,13 @@ def _train(
     """
     with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
         torch.manual_seed(seed)
-        student = BranchedStudent(spec, branches=1, split_after="none")
         module = Distiller(student, method, recipe, **options)
         report = EpochReport(recipe.batch_size)
         trainer = pl.Trainer(
             devices=1,
             max_epochs=recipe.epochs,
             default_root_dir=scratch,
-            callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report],
+            callbacks=[*checkpoint_callbacks(scratch.absolute(), with_best=False), EpochSeed(seed), report, *callbacks],
             plugins=[CheckpointWriter(lambda: scratch.name)],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -227,9 +267,9 @@ def _train(
             **flags,
         )
         trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
-        network, branch = build_network(spec), student.branches[0]
-        network.stages.load_state_dict(branch.stages.state_dict())  # type: ignore[union-attr]
-        network.head.load_state_dict(branch.head.state_dict())  # type: ignore[union-attr]
+        network = build_network(student.spec)
+        _parts(network).load_state_dict(_parts(student).state_dict())
+        network.head.load_state_dict(student.branches[0].head.state_dict())  # type: ignore[union-attr]
     return network.eval(), {"train_seconds": report.train_seconds, "steps": trainer.global_step}
 
 

@@ -1,0 +1,253 @@
+"""Cuts of a foreign module into stages, neck and linear head, along the graph of its own forward pass.
+
+Shape letters: B batch, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ekd_lightning.errors import UserError, unknown_name
+
+NEVER = -1e4
+"""Logit of a class that a network does not know: its probability is 0, and no sum of logits becomes NaN."""
+_PROBE = 224
+"""Side in pixels of the images whose maps tell stages apart; a network of a fixed input size is probed with its own."""
+_SMALLER = 1.5
+"""A stage ends where maps become smaller by at least this factor: an unpadded convolution does not end one."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A module, cut; `head(neck(stages(images)))` are the operations of the module itself, in its order.
+
+    Attributes:
+        stages: Name to module, in the order of execution; maps [B, channels, height, width] leave each. Empty where
+            there is no place at which maps alone cross.
+        neck: From the last maps (without stages: from images) to what the head is given.
+        head: The linear classifier; `nn.Identity` where the module does not end with one.
+        num_features: D, the head's inputs; 0 without a linear head.
+    """
+
+    stages: Mapping[str, nn.Module] = field(default_factory=dict)
+    neck: nn.Module = field(default_factory=nn.Identity)
+    head: nn.Module = field(default_factory=nn.Identity)
+    num_features: int = 0
+
+
+def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, str] | None = None) -> Parts:
+    """Cuts a classifier into stages, neck and head without changing what it computes.
+
+    The module's containers are traced with `torch.fx`, its blocks stay whole. A stage ends at the last place before
+    the maps become smaller at which they alone cross; stages are called `stem` (where the first halves the image at
+    most), `stage1`, `stage2`, and so on. A module that cannot be traced is returned whole, as the neck.
+
+    Args:
+        module: Maps normalised images [B, 3, H, W] to logits [B, C]. Its blocks are shared with the parts, not copied.
+        image_size: Side in pixels of the square images that it needs; None where any size will do.
+        stages: Own names of stages, each with the name of the submodule that it ends with, in order.
+
+    Raises:
+        UserError: Where `stages` names a submodule that does not exist or at which the module cannot be cut.
+    """
+    head = _final_linear(module)
+    opened = _opened(module, head, stages or {})
+    training = module.training
+    module.eval()  # auxiliary classifiers are left out, and dropout outside of blocks
+    try:
+        graph = _Tracer(opened).trace(module)
+        shapes = _shapes(fx.GraphModule(module, graph), image_size or _PROBE)
+    except Exception:  # control flow that depends on data raises many kinds
+        if stages:
+            raise UserError(f"{type(module).__name__} cannot be traced, so it has no stages {sorted(stages)}") from None
+        return Parts(neck=module)
+    finally:
+        module.train(training)
+    classifier = _classifier(module, graph, head)
+    ends = _named(module, graph, stages) if stages else _by_size(graph, shapes, image_size or _PROBE, classifier)
+    parts: dict[str, nn.Module] = {}
+    begin = None
+    for name, end in ends.items():
+        parts[name] = _between(module, graph, begin, end)
+        begin = end
+    if classifier is None:
+        return Parts(parts, _between(module, graph, begin, _result(graph)))
+    (given,) = classifier.all_input_nodes
+    linear = module.get_submodule(str(classifier.target))
+    assert isinstance(linear, nn.Linear)
+    return Parts(parts, _between(module, graph, begin, given), linear, linear.in_features)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into the modules named `opened` and no others."""
+
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__()
+        self._opened = opened
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self._opened
+
+
+def _opened(module: nn.Module, head: str | None, stages: Mapping[str, str]) -> set[str]:
+    """What is traced into: the module, what holds its head or a stage's end, and sequences in these."""
+    names = [name for name, _ in module.named_modules() if name]
+    for unknown in set(stages.values()).difference(names):
+        raise unknown_name(f"submodule of {type(module).__name__}:", unknown, names)
+    opened = {""}
+    for path in (head or "", *stages.values()):
+        parts = path.split(".")
+        opened |= {".".join(parts[:count]) for count in range(1, len(parts))}
+    for name, part in module.named_modules():
+        if type(part) is nn.Sequential and name.rpartition(".")[0] in opened and name not in stages.values():
+            opened.add(name)
+    return opened
+
+
+def _final_linear(module: nn.Module) -> str | None:
+    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    return names[-1] if names else None
+
+
+def _classifier(module: nn.Module, graph: fx.Graph, head: str | None) -> fx.Node | None:
+    """The call of the linear layer whose output is that of the module, through nothing but an identity or dropout."""
+    result = _result(graph)
+    while result.op == "call_module" and result.target != head:
+        if not isinstance(module.get_submodule(str(result.target)), nn.Identity | nn.Dropout):
+            return None
+        (result,) = result.all_input_nodes
+    found = result.op == "call_module" and result.target == head
+    return result if found and len(result.all_input_nodes) == 1 else None
+
+
+def _result(graph: fx.Graph) -> fx.Node:
+    (output,) = graph.find_nodes(op="output")
+    (result,) = output.all_input_nodes
+    return result
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph for the shapes of what its nodes give."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.extra_traceback = False
+        self.found: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.found[n.name] = tuple(result.shape)
+        return result
+
+
+def _shapes(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every node's output for one image, by its name."""
+    try:
+        shapes = _Shapes(copy.deepcopy(traced).to("meta"))
+        shapes.run(torch.empty(1, 3, size, size, device="meta"))
+    except Exception:  # tensors made on the way, on a device of their own
+        shapes = _Shapes(traced)
+        with torch.no_grad():
+            shapes.run(torch.zeros(1, 3, size, size))
+    return shapes.found
+
+
+def _crossings(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes after which their own output is all that later nodes need, in order."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    needed = {node: max((order[user] for user in node.users), default=-1) for node in order}
+    found, until = [], -1  # the farthest use of what came before
+    for node, position in order.items():
+        if node.op in ("get_attr", "output"):
+            continue
+        if node.op != "placeholder" and until <= position and needed[node] > position:
+            found.append(node)
+        until = max(until, needed[node])
+    return found
+
+
+def _by_size(
+    graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]], size: int, classifier: fx.Node | None
+) -> dict[str, fx.Node]:
+    """The last crossing at each size of the maps, by the stage's name."""
+    ends: list[tuple[int, fx.Node]] = []
+    for node in _crossings(graph):
+        shape = shapes.get(node.name, ())
+        is_map = len(shape) == 4 and shape[2] == shape[3] > 1 and not shape[1] == shape[2] != shape[3]
+        if not is_map or (classifier is None and node is _result(graph)):
+            continue
+        if ends and ends[-1][0] < _SMALLER * shape[2]:
+            ends[-1] = (ends[-1][0], node)
+        else:
+            ends.append((shape[2], node))
+    first = 0 if ends and 2 * ends[0][0] >= size - 2 else 1
+    return {f"stage{number}" if number else "stem": node for number, (_, node) in enumerate(ends, first)}
+
+
+def _named(module: nn.Module, graph: fx.Graph, stages: Mapping[str, str]) -> dict[str, fx.Node]:
+    """The crossings at which the submodules named by the user end."""
+    crossings = _crossings(graph)
+    found = {
+        name: [n for n in crossings if n.op == "call_module" and n.target == path] for name, path in stages.items()
+    }
+    for name, nodes in found.items():
+        if not nodes:
+            possible = ", ".join(str(node.target) for node in crossings if node.op == "call_module")
+            raise UserError(
+                f"{type(module).__name__} cannot be cut after {stages[name]!r} (stage {name!r}; possible: {possible})"
+            )
+    ends = {name: nodes[-1] for name, nodes in found.items()}
+    places = [crossings.index(node) for node in ends.values()]
+    if places != sorted(set(places)):
+        raise UserError(f"stages {dict(stages)} are not in the order in which {type(module).__name__} runs them")
+    return ends
+
+
+def _between(module: nn.Module, graph: fx.Graph, begin: fx.Node | None, end: fx.Node) -> nn.Module:
+    """The operations behind `begin` (None: the input) up to `end`, as a module that shares its parts with the whole."""
+    (start,) = graph.find_nodes(op="placeholder")[:1]
+    own = fx.Graph()
+    copied = {begin or start: own.placeholder("maps")}
+    needed = _needed(end, begin or start)
+    for node in graph.nodes:
+        if node in needed:
+            copied[node] = own.node_copy(node, copied.__getitem__)
+    own.output(copied[end])
+    return fx.GraphModule(module, own)
+
+
+def _needed(end: fx.Node, begin: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node is not begin and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
+    """A head that tells these classes only, in this order.
+
+    Args:
+        head: A linear classifier [D -> C].
+        classes: Positions in 0 .. C-1 of the classes wanted; -1 for a class that is never told, whose logit is
+            `NEVER`.
+    """
+    index = torch.tensor(classes)
+    bias = torch.zeros(head.out_features) if head.bias is None else head.bias
+    chosen = nn.Linear(head.in_features, len(classes))
+    with torch.no_grad():
+        chosen.weight.copy_(head.weight[index.clamp(min=0)])
+        chosen.bias.copy_(bias[index.clamp(min=0)])
+        chosen.weight[index < 0] = 0
+        chosen.bias[index < 0] = NEVER
+    return chosen

@@ -1,0 +1,316 @@
+"""Libraries of networks: timm, torchvision and the user's own modules, as staged networks of the usual kind.
+
+A network of a library is called `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.networks.cutting import cut, select_classes
+from ekd_lightning.networks.registry import register_library
+from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normalization, StagedNetwork
+from ekd_lightning.networks.weights import read_foreign_checkpoint
+
+PUBLISHED = "DEFAULT"
+"""Stands for the weights that a library publishes for a network."""
+_STAGES = "stages"
+"""The option that names stages; all others are the library's own."""
+_SHOWN = 3
+_ABSENT = -1
+"""Stands for a class of the data that a teacher does not know."""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How a library's own configuration says that a network wants its images.
+
+    Attributes:
+        normalization: Statistics.
+        image_size: Side in pixels.
+        fixed: Whether no other size will do.
+    """
+
+    normalization: Normalization
+    image_size: int
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class LibraryWeights:
+    """A network of a library and where its weights are.
+
+    Attributes:
+        name: Of the network, with its library's prefix.
+        usual: What the library says of its images; None where it says nothing.
+        path: The file; None for the published weights.
+    """
+
+    name: str
+    usual: Usual | None
+    path: Path | None
+
+
+def from_hub(repository: str) -> LibraryWeights:
+    """Fetches a timm network from the Hugging Face hub: its description and its safetensors file, nothing else.
+
+    Args:
+        repository: USER/REPO.
+
+    Raises:
+        UserError: If the package is missing, the hub or the repository cannot be reached, or the repository holds no
+            timm network in safetensors form.
+    """
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError("teachers of the hub need the package huggingface_hub (pip install 'ekd-lightning[hub]')")
+    import huggingface_hub  # noqa: PLC0415 (optional)
+
+    try:
+        described = json.loads(Path(huggingface_hub.hf_hub_download(repository, "config.json")).read_text())
+        path = Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:  # no network, no such repository, no such file, no permission
+        raise UserError(f"hub repository {repository!r} cannot be fetched ({one_line(error)})") from None
+    if not isinstance(described, dict) or not isinstance(described.get("architecture"), str):
+        raise UserError(f"hub repository {repository!r}: its config.json names no timm architecture")
+    name = f"timm:{described['architecture']}"
+    found = usual(name)
+    assert found is not None
+    config = described.get("pretrained_cfg") or {}
+    statistics = Normalization(config.get("mean", found.normalization.mean), config.get("std", found.normalization.std))
+    size = (config.get("input_size") or [3, found.image_size, found.image_size])[1]
+    return LibraryWeights(name, Usual(statistics, size, found.fixed), path)
+
+
+def usual(name: str) -> Usual | None:
+    """What the library says of a network; None for the user's own modules, of which it says nothing.
+
+    Raises:
+        UserError: For an unknown name, or a library that is not installed.
+    """
+    library, _, own = name.partition(":")
+    if library == "timm":
+        timm = _timm()
+        _require_known(name, own, timm.list_models())
+        config = timm.models.get_pretrained_cfg(own) or timm.models.PretrainedCfg()
+        _, size, _ = config.input_size
+        return Usual(Normalization(tuple(config.mean), tuple(config.std)), size, bool(config.fixed_input_size))
+    if library == "torchvision":
+        return _usual_of_torchvision(name, own)
+    return None
+
+
+def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """Builds a network of a library as the library makes it, with its own initialisation.
+
+    Args:
+        name: `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
+        num_classes: C; a function of the user's is not told.
+        options: Keyword arguments of the library's builder.
+        pretrained: Whether it has the weights that the library publishes, fetched if need be; then `num_classes` does
+            not count.
+
+    Raises:
+        UserError: For an unknown name or option, a library that is not installed, or weights that cannot be fetched.
+    """
+    library, _, own = name.partition(":")
+    usual(name)  # refuses unknown names
+    classes = {} if pretrained else {"num_classes": num_classes}
+    try:
+        if library == "timm":
+            return _timm().create_model(own, pretrained=pretrained, **classes, **options)
+        if library == "torchvision":
+            from torchvision import models  # noqa: PLC0415 (slow to import)
+
+            return models.get_model(own, weights="DEFAULT" if pretrained else None, **classes, **options)
+        made = _users_function(name, own)(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"network {name!r} cannot be built with options {dict(options)} ({one_line(error)})") from None
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise UserError(f"network {name!r}: its published weights cannot be fetched ({one_line(error)})") from None
+    if not isinstance(made, nn.Module):
+        raise UserError(f"network {name!r} is made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+@register_library("timm", "torchvision", "module")
+def build_library_network(spec: NetworkSpec) -> StagedNetwork:
+    """Builds a network of a library with fresh weights, drawn as the library draws them.
+
+    Raises:
+        UserError: See `make_module` and `cutting.cut`.
+    """
+    module = make_module(spec.name, spec.num_classes, _own_options(spec))
+    parts = cut(module, _probed_size(spec), spec.options.get(_STAGES))
+    head = parts.head
+    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # a function that is not told how many
+        head = nn.Linear(head.in_features, spec.num_classes)
+    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head).train()
+
+
+def load_library_network(
+    spec: NetworkSpec,
+    weights: Path | None,
+    *,
+    classes: Sequence[int | str] | None = None,
+    class_names: Sequence[str] = (),
+    state_key: str | None = None,
+    fresh_head: bool = False,
+) -> StagedNetwork:
+    """Builds a network of a library with trained weights.
+
+    Args:
+        spec: With the classes of the data.
+        weights: A safetensors file or a checkpoint with the library's own names; None takes the weights that the
+            library publishes.
+        classes: Which classes of the weights are those of the data: one position for each class of the data, or the
+            names of all classes of the weights, in their order; a class of the data that is not among them is never
+            told (its logit is `cutting.NEVER`). None: they are the same.
+        class_names: Names of the data's classes.
+        state_key: Where in a checkpoint the weights are; None finds the usual places.
+        fresh_head: Whether the classifier is made anew for the data's classes, to be trained.
+
+    Returns:
+        The network on the CPU, in eval mode. The global random generator is not advanced, but for a fresh head.
+
+    Raises:
+        UserError: If the weights do not fit the network, or their classes not the data's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        module = _filled(spec, weights, state_key)
+        parts = cut(module.eval(), _probed_size(spec), spec.options.get(_STAGES))
+    head: nn.Module = parts.head
+    if fresh_head or classes is not None:
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"network {spec.name!r} does not end with a linear layer, so its classes cannot be changed")
+        if fresh_head:
+            head = nn.Linear(head.in_features, spec.num_classes, head.bias is not None)
+        else:
+            assert classes is not None
+            head = select_classes(head, _positions(spec, classes, class_names, head.out_features))
+    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
+        raise UserError(
+            f"teacher {spec.name!r} tells {head.out_features} classes, the data has {spec.num_classes}: say which are "
+            f"which by classes=[..], or train a new head by finetune=head"
+        )
+    network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head)
+    return network.eval()
+
+
+def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> nn.Module:
+    """The module with its trained weights, whatever classes they tell."""
+    options = _own_options(spec)
+    if weights is None:
+        if spec.name.startswith("module:"):
+            return make_module(spec.name, spec.num_classes, options)  # the function returns it trained
+        return make_module(spec.name, spec.num_classes, options, pretrained=True)
+    state = read_foreign_checkpoint(weights, state_key)
+    module = make_module(spec.name, _told_classes(spec, options, state), options)
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    strange = [name for name in state if name not in own]
+    shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
+    problems = {"missing": missing, "unexpected": strange, "of another shape": shapes}
+    if any(problems.values()):
+        shown = [f"{what}: {_few(names)}" for what, names in problems.items() if names]
+        raise UserError(f"{weights} does not fit network {spec.name!r}: {'; '.join(shown)}")
+    module.load_state_dict({**own, **state})
+    return module
+
+
+def _told_classes(spec: NetworkSpec, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
+    """How many classes weights tell: the length of the last layer's bias or weight, by the library's name of it."""
+    with torch.device("meta"):
+        module = make_module(spec.name, spec.num_classes, options)
+    last = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)][-1:]
+    found = state.get(f"{last[0]}.weight") if last else None
+    return spec.num_classes if found is None else found.shape[0]
+
+
+def _positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], told: int) -> list[int]:
+    if all(isinstance(one, str) for one in classes):
+        if len(classes) != told:
+            raise UserError(f"teacher {spec.name!r}: classes names {len(classes)} classes, its weights tell {told}")
+        known = [str(one).casefold() for one in classes]
+        found = [known.index(name.casefold()) if name.casefold() in known else _ABSENT for name in class_names]
+        if max(found, default=_ABSENT) == _ABSENT:
+            raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({_few(class_names)})")
+        return found
+    possible = range(_ABSENT, told)
+    if len(classes) != spec.num_classes or any(one not in possible for one in classes):
+        raise UserError(
+            f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in 0 .. {told - 1} "
+            f"(-1: not known), one for each class of the data, or the names of all its {told} classes"
+        )
+    return [int(one) for one in classes]
+
+
+def _own_options(spec: NetworkSpec) -> dict[str, Any]:
+    return {name: value for name, value in spec.options.items() if name != _STAGES}
+
+
+def _probed_size(spec: NetworkSpec) -> int | None:
+    known = usual(spec.name)
+    return known.image_size if known is not None and known.fixed else spec.image_size
+
+
+def _timm() -> Any:
+    if importlib.util.find_spec("timm") is None:
+        raise UserError("networks called timm:... need the package timm (pip install 'ekd-lightning[timm]')")
+    import timm  # noqa: PLC0415 (slow to import, and optional)
+
+    return timm
+
+
+def _usual_of_torchvision(name: str, own: str) -> Usual:
+    from torchvision import models  # noqa: PLC0415 (slow to import)
+
+    _require_known(name, own, models.list_models(module=models))
+    weights = models.get_model_weights(own)
+    published = getattr(weights, "DEFAULT", None)
+    if published is None:
+        return Usual(NORMALIZATIONS["imagenet"], 224)
+    preset = published.transforms()
+    smallest = published.meta.get("min_size", (1, 1))
+    size = int(preset.crop_size[0])
+    # Attention with learned positions knows one size; torchvision says so by nothing but its families' names.
+    fixed = own.startswith(("vit_", "maxvit"))
+    return Usual(Normalization(tuple(preset.mean), tuple(preset.std)), max(size, *smallest), fixed)
+
+
+def _require_known(name: str, own: str, names: Sequence[str]) -> None:
+    if own not in names:
+        raise unknown_name(f"network of {name.partition(':')[0]}:", own, names)
+
+
+def _users_function(name: str, path: str) -> Callable[..., Any]:
+    """A function of a module that has been imported already: a file or a record never brings code in."""
+    package, _, function = path.rpartition(".")
+    if package not in sys.modules:
+        raise UserError(f"network {name!r}: module {package!r} is not imported (imports=[{package}] imports it)")
+    found = getattr(sys.modules[package], function, None)
+    if not callable(found):
+        raise unknown_name(f"function of module {package}:", function, _functions(sys.modules[package]))
+    return found
+
+
+def _functions(module: Any) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

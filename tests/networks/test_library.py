@@ -1,0 +1,371 @@
+"""Networks of timm, torchvision and the user: cut into stages, they compute what the library computes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+from torchvision import models
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
+from ekd_lightning.methods import TermContext, build_method
+from ekd_lightning.networks import (
+    BranchedStudent,
+    NetworkSpec,
+    build_network,
+    load_student,
+    normalization,
+    register_network,
+    save_student,
+    state_sha256,
+)
+from ekd_lightning.networks import library as libraries
+from ekd_lightning.networks.cutting import NEVER, cut
+from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
+from ekd_lightning.networks.library import from_hub, load_library_network, usual
+from ekd_lightning.networks.staged import StagedNetwork, he_initialised
+
+UNIT = normalization("unit")
+SMALL = "timm:mobilenetv3_small_050"
+FAMILIES = {  # network -> side in pixels
+    "timm:resnet18": 64,
+    "timm:mobilenetv3_small_050": 64,
+    "timm:efficientnet_b0": 64,
+    "timm:regnety_002": 64,
+    "timm:convnext_atto": 64,
+    "timm:vit_tiny_patch16_224": 224,
+    "timm:swin_tiny_patch4_window7_224": 224,
+    "torchvision:resnet18": 64,
+    "torchvision:mobilenet_v3_small": 64,
+    "torchvision:regnet_y_400mf": 64,
+    "torchvision:densenet121": 64,
+    "torchvision:shufflenet_v2_x0_5": 64,
+}
+STAGED = ("resnet", "mobilenet", "efficientnet", "regnet", "convnext")
+
+
+def original(name, classes=10, **options):
+    library, _, own = name.partition(":")
+    if library == "timm":
+        return timm.create_model(own, num_classes=classes, **options)
+    return models.get_model(own, weights=None, num_classes=classes, **options)
+
+
+def twins(name, spec=None):
+    """The library's module, and ours of the same draw, both for inference."""
+    torch.manual_seed(0)
+    module = original(name).eval()
+    torch.manual_seed(0)
+    return module, build_network(spec or NetworkSpec(name, 10, UNIT)).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_a_network_computes_what_its_library_computes(name):
+    module, network = twins(name)
+    images = torch.rand(2, 3, FAMILIES[name], FAMILIES[name])
+    outputs = network.outputs(images)
+    assert torch.equal(outputs.logits, module(images))
+    assert torch.equal(network(images), outputs.logits)
+    assert count_parameters(network) == sum(parameter.numel() for parameter in module.parameters())
+    assert outputs.pooled.shape == (2, network.num_features)
+    if any(family in name for family in STAGED):
+        assert network.stage_names[-3:] == ("stage2", "stage3", "stage4")
+        sizes = [maps.shape[-1] for maps in outputs.stages.values()]
+        assert sizes == sorted(sizes, reverse=True)
+        if name.startswith("timm"):
+            assert torch.equal(list(outputs.stages.values())[-1], module.forward_features(images))
+    frozen = FrozenNetwork(network, stage_names=network.stage_names)
+    found = frozen.named(frozen(images))
+    torch.testing.assert_close(found.logits, outputs.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.stages, outputs.stages, rtol=1e-3, atol=1e-4)
+
+
+QUICK = ("timm:resnet18", SMALL)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in FAMILIES
+        if any(family in name for family in STAGED)
+    ],
+)
+def test_students_are_cut_from_networks_of_libraries(name, tmp_path):
+    torch.manual_seed(0)
+    student = BranchedStudent(NetworkSpec(name, 10, UNIT), branches=2, split_after="stage3").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        outputs = student.outputs(images)
+        torch.testing.assert_close(FrozenStudent(student)(images), outputs.logits, rtol=1e-4, atol=1e-4)
+    assert [list(stages) for stages in outputs.stages] == [list(student.stage_names)] * 2
+    trunk, branches = count_parameters(student.trunk), [count_parameters(branch) for branch in student.branches]
+    assert branches[0] == branches[1]
+    assert trunk + branches[0] == count_parameters(original(name))
+    assert count_macs(student, 64) > count_macs(student, 32) > 0
+    save_student(tmp_path / "student.safetensors", student)
+    again = load_student(tmp_path / "student.safetensors")
+    assert state_sha256(again) == state_sha256(student)
+    assert torch.equal(again(images), outputs.logits)
+
+
+def test_a_plain_student_learns_as_the_library_s_module_does():
+    module, _ = twins(SMALL)
+    torch.manual_seed(0)
+    student = BranchedStudent(NetworkSpec(SMALL, 10, UNIT), branches=1, split_after="none").train()
+    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
+    for network in (module.train(), student):
+        nn.functional.cross_entropy(network(images), labels).backward()
+    theirs = [parameter.grad for parameter in module.parameters()]
+    ours = [parameter.grad for parameter in student.parameters()]
+    assert sum(bool(one is not None) for one in ours) == len(theirs)
+    assert sorted(float(one.abs().sum()) for one in ours) == pytest.approx(
+        sorted(float(one.abs().sum()) for one in theirs), rel=1e-4
+    )
+
+
+@torch.no_grad()
+def test_images_are_brought_to_the_network_s_own_size_and_statistics():
+    known = usual("timm:resnet18")
+    assert (known.image_size, known.normalization) == (224, normalization("imagenet"))
+    assert usual("torchvision:inception_v3").image_size == 299
+    module, network = twins("timm:resnet18", NetworkSpec("timm:resnet18", 10, known.normalization, {}, 48))
+    images = torch.rand(2, 3, 32, 40)
+    large = nn.functional.interpolate(images, (48, 48), mode="bilinear", antialias=True)
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (known.normalization.mean, known.normalization.std)
+    )
+    expected = module((large - mean) / std)
+    assert torch.equal(network(images), expected)
+    torch.testing.assert_close(FrozenNetwork(network)(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(network(large), expected)  # images of that size are left alone
+
+
+def test_weights_come_in_the_library_s_own_form(tmp_path):
+    torch.manual_seed(1)
+    module = original(SMALL).eval()
+    images = torch.rand(2, 3, 64, 64)
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "plain.safetensors")
+    wrapped = {f"module.{name}": value for name, value in module.state_dict().items()}
+    torch.save({"model_state_dict": wrapped, "epoch": 3}, tmp_path / "wrapped.pth")
+    torch.save({"mine": {"weights": module.state_dict()}, "epoch": 3}, tmp_path / "own.pth")
+    spec = NetworkSpec(SMALL, 10, UNIT)
+    for file, key in (("plain.safetensors", None), ("wrapped.pth", None), ("own.pth", "mine.weights")):
+        network = load_library_network(spec, tmp_path / file, state_key=key)
+        assert torch.equal(network(images), module(images))
+        assert not network.training
+    with pytest.raises(UserError, match=r"own.pth: holds things that are not tensors: mine, epoch \(state_key=KEY"):
+        load_library_network(spec, tmp_path / "own.pth")
+    with pytest.raises(UserError, match=r"own.pth: key 'mine.wieghts'.*allowed: weights"):
+        load_library_network(spec, tmp_path / "own.pth", state_key="mine.wieghts")
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    safetensors.torch.save_file(original("timm:resnet18").state_dict(), tmp_path / "r18.safetensors")
+    with pytest.raises(UserError) as refused:
+        load_library_network(NetworkSpec(SMALL, 10, UNIT), tmp_path / "r18.safetensors")
+    line = str(refused.value)
+    assert "missing: conv_stem.weight, " in line
+    assert "unexpected: " in line
+    assert " more" in line
+
+
+@torch.no_grad()
+def test_classes_are_those_of_the_data(tmp_path):
+    torch.manual_seed(2)
+    module = original(SMALL, classes=5).eval()
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 64, 64)
+    logits = module(images).detach()
+
+    def load(classes, names=("cat", "dog", "owl"), **others):
+        spec = NetworkSpec(SMALL, len(names), UNIT)
+        return load_library_network(spec, tmp_path / "w.safetensors", classes=classes, class_names=names, **others)
+
+    torch.testing.assert_close(load([4, 0, 2])(images), logits[:, [4, 0, 2]])
+    by_name = load(["Owl", "ant", "dog", "bee", "cat"])
+    torch.testing.assert_close(by_name(images), logits[:, [4, 2, 0]])
+    partial = load(["owl", "ant", "dog", "bee", "elk"])(images)
+    torch.testing.assert_close(partial[:, 1:], logits[:, [2, 0]])
+    assert torch.equal(partial[:, 0], torch.full((2,), NEVER))
+    assert torch.equal(partial.softmax(1)[:, 0], torch.zeros(2))
+    for wrong, said in (
+        ([0, 1], "must be 3 positions in 0 .. 4"),
+        ([0, 1, 5], "must be 3 positions in 0 .. 4"),
+        (["cat", "dog"], "names 2 classes, its weights tell 5"),
+        (["a", "b", "c", "d", "e"], "none of its classes"),
+        (None, "tells 5 classes, the data has 3.*classes=.*finetune=head"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(wrong)
+    head = load(None, fresh_head=True).head
+    assert head.weight.shape == (3, module.classifier.in_features)
+
+
+class Residual(nn.Module):
+    """Traceable, without a linear end where `linear` is false."""
+
+    def __init__(self, linear=True):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.second = nn.Conv2d(8, 8, 3, 2, 1)
+        self.last = nn.Linear(8, 10)
+        self.linear = linear
+
+    def forward(self, images):
+        maps = self.first(images)
+        maps = torch.relu(self.second(maps)) + maps[:, :, ::2, ::2]
+        logits = self.last(maps.mean((2, 3)))
+        return logits if self.linear else logits * 2
+
+
+class Moody(Residual):
+    """Its path depends on the data, so it cannot be traced."""
+
+    def forward(self, images):
+        return super().forward(images) if images.mean() > 0.5 else super().forward(images) + 1
+
+
+@pytest.fixture
+def users(monkeypatch):
+    module = types.ModuleType("users_networks")
+    module.residual = Residual
+    module.moody = Moody
+    module.table = dict
+    monkeypatch.setitem(sys.modules, "users_networks", module)
+
+
+def test_a_users_module_is_a_network_as_it_is(users):
+    torch.manual_seed(0)
+    plain = Residual()
+    torch.manual_seed(0)
+    network = build_network(NetworkSpec("module:users_networks.residual", 10, UNIT))
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(images), plain(images))
+    assert network.stage_names == ("stem", "stage1")
+    assert network.num_features == 8
+    with pytest.raises(UserError, match=r"module 'elsewhere' is not imported \(imports=\[elsewhere\] imports it\)"):
+        build_network(NetworkSpec("module:elsewhere.residual", 10, UNIT))
+    with pytest.raises(UserError, match="did you mean 'residual'"):
+        build_network(NetworkSpec("module:users_networks.residuals", 10, UNIT))
+    with pytest.raises(UserError, match=r"is made a dict, not a torch.nn.Module"):
+        build_network(NetworkSpec("module:users_networks.table", 10, UNIT))
+
+
+@pytest.mark.parametrize("name", ["module:users_networks.moody", "module:users_networks.residual"])
+def test_a_module_without_pooled_features_serves_logits_alone(users, name):
+    options = {} if name.endswith("moody") else {"linear": False}
+    network = build_network(NetworkSpec(name, 10, UNIT, options)).eval()
+    assert network.num_features == 0
+    images = torch.rand(2, 3, 32, 32)
+    assert network.outputs(images).logits.shape == (2, 10)
+    student = BranchedStudent(NetworkSpec("resnet8", 10, UNIT), branches=1, split_after="none")
+    context = TermContext.of(student, [network], teacher_names=("theirs",))
+    build_method("m", {"kd_ensemble": {"weight": 1}}, context)
+    with pytest.raises(UserError, match=r"the teacher 'theirs' does not end with a linear layer.*no pooled features"):
+        build_method("m", {"feature_branch": {"weight": 1, "feature": "pooled"}}, context)
+    if name.endswith("moody"):
+        with pytest.raises(UserError, match="the teacher 'theirs' has no stage"):
+            build_method("m", {"feature_branch": {"weight": 1, "feature": "last", "adapter": "project"}}, context)
+
+
+def test_stages_are_named_by_submodules():
+    spec = NetworkSpec("timm:resnet18", 10, UNIT, {"stages": {"early": "layer1", "last": "layer4"}})
+    network = build_network(spec).eval()
+    assert network.stage_names == ("early", "last")
+    assert network.stage_shapes(64) == {"early": (64, 16, 16), "last": (512, 2, 2)}
+    for stages, said in (
+        ({"x": "layer9"}, "did you mean 'layer4'"),
+        ({"x": "layer1.0.conv1"}, "cannot be cut after 'layer1.0.conv1'"),
+        ({"b": "layer2", "a": "layer1"}, "not in the order"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_network(NetworkSpec("timm:resnet18", 10, UNIT, {"stages": stages}))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("timm:resnet19", {}, r"unknown network of timm: 'resnet19'; did you mean"),
+        ("torchvision:resnet19", {}, "unknown network of torchvision: 'resnet19'; did you mean 'resnet18'"),
+        ("timm:resnet18", {"colour": 1}, "'timm:resnet18' cannot be built with options {'colour': 1}"),
+        ("tim:resnet18", {}, "unknown network 'tim:resnet18'"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(name, options, said):
+    with pytest.raises(UserError, match=said):
+        build_network(NetworkSpec(name, 10, UNIT, options))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"need the package timm \(pip install 'ekd-lightning\[timm\]'\)"):
+        build_network(NetworkSpec("timm:resnet18", 10, UNIT))
+    with pytest.raises(UserError, match=r"need the package huggingface_hub"):
+        from_hub("user/repo")
+
+
+def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    module = original(SMALL).eval()
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
+    described = {
+        "architecture": "mobilenetv3_small_050",
+        "pretrained_cfg": {"mean": [0.5] * 3, "input_size": [3, 96, 96]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    asked = []
+
+    def fetch(repository, file):
+        asked.append(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    found = from_hub("user/repo")
+    assert (found.name, found.usual.image_size, found.usual.normalization.mean) == (SMALL, 96, (0.5, 0.5, 0.5))
+    assert asked == ["config.json", "model.safetensors"]
+    network = load_library_network(NetworkSpec(SMALL, 10, UNIT), found.path)
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network(images), module(images))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="names no timm architecture"):
+        from_hub("user/repo")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(UserError, match=r"hub repository 'user/repo' cannot be fetched \(no route\)"):
+        from_hub("user/repo")
+
+
+def test_the_version_of_a_library_is_part_of_an_identity(monkeypatch):
+    _, network = twins(SMALL)
+    before = state_sha256(network)
+    monkeypatch.setattr("ekd_lightning.networks.registry.version", lambda name: "99")
+    assert state_sha256(network) != before
+
+
+def test_a_registered_network_keeps_the_weights_it_is_given():
+    convolution = nn.Conv2d(3, 4, 3)
+    given = convolution.weight.detach().clone()
+
+    @register_network("kept_as_given")
+    def build(spec):
+        return StagedNetwork(spec, {"stem": convolution}, num_features=4)
+
+    network = build_network(NetworkSpec("kept_as_given", 10, UNIT))
+    assert torch.equal(network.stages["stem"].weight, given)
+    assert not torch.equal(he_initialised(network).stages["stem"].weight, given)
+
+
+def test_cutting_shares_the_module_s_parts():
+    module = original("timm:resnet18")
+    parts = cut(module)
+    assert parts.head is module.fc
+    assert parts.stages["stage1"].get_submodule("layer1.0") is module.layer1[0]
+    assert module.training
