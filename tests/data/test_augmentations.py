@@ -11,7 +11,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from ekd_lightning.data import color
-from ekd_lightning.data.augmentations import Cutout, RandomErasing, build_augmentation, register_augmentation
+from ekd_lightning.data.augmentations import (
+    Cutout,
+    RandomErasing,
+    ResizedCrop,
+    build_augmentation,
+    register_augmentation,
+)
 from ekd_lightning.data.order import STREAM_POOL, Draws, hash_uniform_u64, splitmix64
 from ekd_lightning.errors import UserError
 
@@ -140,6 +146,41 @@ def test_nothing_is_erased_when_no_rectangle_fits():
     assert torch.equal(made, images)
 
 
+def crops_drawn(scale, ratio):
+    """Top, left, height and width of each image, by torchvision's rule from the same numbers."""
+    source = draws()
+    area = source.uniform(*scale, count=10).numpy() * H * W
+    aspect = np.exp(-source.uniform(-math.log(ratio[1]), -math.log(ratio[0]), count=10).numpy())
+    sides = np.full((2, B), [[H], [W]])
+    for b in range(B):
+        for attempt in range(10):
+            h, w = (
+                round(math.sqrt(area[attempt, b] / aspect[attempt, b])),
+                round(math.sqrt(area[attempt, b] * aspect[attempt, b])),
+            )
+            if 0 < w <= W and 0 < h <= H:
+                sides[:, b] = h, w
+                break
+    top, left = (source.integers(torch.from_numpy(whole - side + 1)) for whole, side in zip((H, W), sides, strict=True))
+    return zip(top.tolist(), left.tolist(), *sides.tolist(), strict=True)
+
+
+@pytest.mark.parametrize(("scale", "ratio"), [((0.1, 1.0), (0.75, 4 / 3)), ((0.5, 1.0), (1.0, 1.0)), ((1, 1), (9, 9))])
+def test_resized_crop_is_torchvisions_image_by_image(scale, ratio):
+    """Within one grey level: torchvision interpolates uint8 in integers."""
+    images = random_images()
+    made = ResizedCrop(scale=scale, ratio=ratio)(images, draws())
+    assert made.dtype == torch.uint8
+    boxes = list(crops_drawn(scale, ratio))
+    for image, found, box in zip(images, made, boxes, strict=True):
+        expected = tv.resized_crop(image, *box, [H, W], interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+        assert (found.int() - expected.int()).abs().max() <= 1, box
+    if scale == (1, 1):  # no such rectangle: the images stay as they are
+        assert torch.equal(made, images)
+    else:
+        assert len(set(boxes)) > 20
+
+
 # -- colour ---------------------------------------------------------------------------------------------
 
 ADJUST = {
@@ -242,6 +283,7 @@ def test_randaugment_calls_each_operation_once_for_all_its_images(monkeypatch):
         ("random_erasing", {"scale": 0.3}, r"random_erasing\.scale=0\.3: must be a pair"),
         ("random_erasing", {"scale": [0.5, 0.1]}, r"random_erasing\.scale=.*increasing"),
         ("random_erasing", {"ratio": [0.0, 1.0]}, r"random_erasing\.ratio=0\.0"),
+        ("resized_crop", {"scale": [0.0, 1.0]}, r"resized_crop\.scale=0\.0: must be a number in \[1e-06, 1\]"),
         ("color", {"hue": 0.6}, r"color\.hue=0\.6: must be a number in \[0, 0\.5\]"),
         ("color", {"contrast": -1}, r"color\.contrast=-1"),
         ("color", {"contrast": float("nan")}, r"color\.contrast=nan"),
@@ -270,7 +312,7 @@ def test_a_name_is_given_once(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["cutout", "random_erasing", "color", "randaugment"])
+@pytest.mark.parametrize("name", ["cutout", "random_erasing", "resized_crop", "color", "randaugment"])
 def test_on_the_gpu_as_on_the_cpu(name):
     """Within one grey level in almost every image; rounding may move a rectangle or a rotated pixel."""
     images, view, index = random_images(B, 32, 32), torch.arange(B) % 7, torch.arange(B) * 11

@@ -94,7 +94,7 @@ def test_views_on_the_gpu_equal_those_on_the_cpu():
 
 
 IMAGES = random_set("train", 60, side=17).images
-EVERYTHING = ["crop_flip", "randaugment", "color", "random_erasing", "cutout"]
+EVERYTHING = ["crop_flip", "resized_crop", "randaugment", "color", "random_erasing", "cutout"]
 OPTIONS = {"cutout": {"size": 5}, "random_erasing": {"p": 0.8}}
 V = 9
 FAMILY = make_views(EVERYTHING, 2, options=OPTIONS, pool_size=V, pool_seed=4)
@@ -117,7 +117,7 @@ def test_a_view_does_not_depend_on_the_batch_it_is_in(pairs):
     assert torch.equal(made, WHOLE[index, view])
 
 
-@pytest.mark.parametrize("name", ["crop_flip", "randaugment", "color", "random_erasing", "cutout"])
+@pytest.mark.parametrize("name", ["crop_flip", "resized_crop", "randaugment", "color", "random_erasing", "cutout"])
 def test_each_augmentation_alone_is_pure_and_does_something(name):
     family = make_views([name, name], pool_size=V)
     pairs = [(i, v) for i in range(60) for v in range(V)]

@@ -1,4 +1,4 @@
-"""Augmentations by name, for pools of draws; `cutout` and `random_erasing`."""
+"""Augmentations by name, for pools of draws; `cutout`, `random_erasing` and `resized_crop`."""
 
 from __future__ import annotations
 
@@ -170,6 +170,25 @@ def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | 
     return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
 
 
+ATTEMPTS = 10
+"""How often a rectangle is drawn until it is small enough, as in torchvision."""
+
+
+def _draw_box(
+    draws: Draws, H: int, W: int, scale: tuple[float, float], log_ratio: tuple[float, float], most_H: int, most_W: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Height and width of a rectangle in each image, int64 [B], and whether one was small enough, bool [B].
+
+    The share of the area is uniform in `scale`, the logarithm of height / width in `log_ratio`.
+    """
+    area = H * W * draws.uniform(*scale, count=ATTEMPTS)
+    ratio = draws.uniform(*log_ratio, count=ATTEMPTS).exp()
+    heights, widths = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (heights <= most_H) & (widths <= most_W)
+    first = fits.byte().argmax(0, keepdim=True)
+    return heights.gather(0, first)[0].clamp(max=H), widths.gather(0, first)[0].clamp(max=W), fits.any(0)
+
+
 @register_augmentation("cutout")
 class Cutout:
     """A black square (zero) with its centre on any pixel, so that it may hang over the edge.
@@ -210,8 +229,6 @@ class RandomErasing:
         UserError: Other values.
     """
 
-    ATTEMPTS = 10
-
     def __init__(
         self, *, p: float = 0.5, scale: Sequence[float] = (0.02, 0.33), ratio: Sequence[float] = (0.3, 3.3)
     ) -> None:
@@ -223,13 +240,52 @@ class RandomErasing:
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Augments a batch; see `Augmentation`."""
         H, W = images.shape[2:]
-        area = H * W * draws.uniform(*self.scale, count=self.ATTEMPTS)
-        ratio = draws.uniform(*self.log_ratio, count=self.ATTEMPTS).exp()
-        heights, widths = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-        fits = (heights < H) & (widths < W)
-        first = fits.byte().argmax(0, keepdim=True)
-        height, width = heights.gather(0, first)[0].clamp(max=H), widths.gather(0, first)[0].clamp(max=W)
+        height, width, found = _draw_box(draws, H, W, self.scale, self.log_ratio, H - 1, W - 1)
         top, left = draws.integers(H - height + 1), draws.integers(W - width + 1)
-        erased = (draws.uniform() < self.p) & fits.any(0)
+        erased = (draws.uniform() < self.p) & found
         mask = rectangles(top, left, height, width, images) & erased[:, None, None, None]
         return images.masked_fill(mask, 0)
+
+
+@register_augmentation("resized_crop")
+class ResizedCrop:
+    """A rectangle of the image, enlarged to the size of the whole (bilinear).
+
+    Area and aspect ratio (width / height) are drawn up to ten times until the rectangle lies within the image; if none
+    does, the image stays as it is. Source: Szegedy et al. 2015, arXiv 1409.4842, in the form of torchvision's
+    RandomResizedCrop.
+
+    Args:
+        scale: Range of the share of the area that is kept, in (0, 1].
+        ratio: Range of the aspect ratio, whose logarithm is uniform; positive.
+
+    Raises:
+        UserError: Other values.
+    """
+
+    def __init__(self, *, scale: Sequence[float] = (0.35, 1.0), ratio: Sequence[float] = (0.75, 4 / 3)) -> None:
+        self.scale = check_range("resized_crop.scale", scale, 1e-6, 1)
+        low, high = check_range("resized_crop.ratio", ratio, 1e-6)
+        self.log_ratio = -math.log(high), -math.log(low)  # of height / width
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments a batch; see `Augmentation`."""
+        H, W = images.shape[2:]
+        height, width, found = _draw_box(draws, H, W, self.scale, self.log_ratio, H, W)
+        height, width = (torch.where(found, sides, whole).clamp(min=1) for sides, whole in ((height, H), (width, W)))
+        top, left = draws.integers(H - height + 1), draws.integers(W - width + 1)
+        rows = _stretched(images.float(), top, height, 2)
+        return _stretched(rows, left, width, 3).round().to(torch.uint8)
+
+
+def _stretched(images: Tensor, first: Tensor, length: Tensor, dim: int) -> Tensor:
+    """Enlarges `length` [B] pixels from `first` [B] on to the whole of one dimension, by linear interpolation."""
+    size = images.shape[dim]
+    shape = [len(images), 1, 1, 1]
+    shape[dim] = size
+    place = (torch.arange(size, device=images.device) + 0.5) * (length[:, None] / size) - 0.5  # [B, size]
+    place = torch.minimum(place.clamp(min=0), length[:, None] - 1.0)
+    below = place.floor().long()
+    above = torch.minimum(below + 1, length[:, None] - 1)
+    low, high = (images.gather(dim, (first[:, None] + index).view(shape).expand_as(images)) for index in (below, above))
+    return torch.lerp(low, high, (place - below).view(shape))

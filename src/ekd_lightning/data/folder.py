@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ekd_lightning.data.listing import SPLITS, Listing, Row
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
@@ -31,7 +32,7 @@ def list_folder(root: Path) -> Listing:
     if not classes:
         raise UserError(f"data.root={root}: holds no subfolders; images lie in one subfolder a class")
     rows = {split: _rows(root, folder, classes) for split, folder in splits.items()}
-    return Listing(rows, classes, Path.read_bytes, str(root))
+    return Listing(rows, classes, read_bytes, str(root))
 
 
 def _stamp(path: Path) -> tuple[int, int]:
