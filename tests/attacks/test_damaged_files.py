@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 
 from ekd_lightning.data import load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.evaluation.predict import predict
-from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import SEAL, is_intact
 from ekd_lightning.networks import (
     BranchedStudent,
@@ -209,15 +207,3 @@ def test_damaged_outputs_of_a_teacher_are_made_again(
         assert is_intact(path.read_bytes()) is True
     else:  # what is zero now was zero before
         assert path.read_bytes() == whole
-
-
-def test_outputs_of_before_are_accepted(tmp_path: Path) -> None:
-    store, network = TeacherStore(tmp_path), _network()
-    test, device = DIGITS.test, torch.device("cpu")
-    found = predict(network, test, batch_size=120, device=device)
-    expected = store.test_scores(network, "a", test, 120, device)
-    (outputs,) = (tmp_path / "outputs").glob("*.safetensors")
-    safetensors.torch.save_file(found._asdict(), outputs)
-    assert all(map(torch.equal, store.test_outputs(pytest.fail, "a", test, 120, device), found))
-    assert is_intact(outputs.read_bytes()) is None
-    assert score_logits(found.logits, test.labels) == expected

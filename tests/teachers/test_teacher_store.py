@@ -99,16 +99,6 @@ def test_what_a_killed_training_left_is_not_trusted_and_goes(tmp_path):
     assert other.exists()
 
 
-def test_a_damaged_entry_is_refused_by_path(tmp_path):
-    store = TeacherStore(tmp_path)
-    store.get_or_train(KEY, Trainer())
-    file = store.path(KEY)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{file}: .* delete the folder {file.parent} to have") as caught:
-        store.get_or_train(KEY, Trainer())
-    assert "\n" not in str(caught.value)
-
-
 def test_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"teachers\.store="):
@@ -145,28 +135,6 @@ def test_a_teacher_is_asked_about_a_test_set_once(tmp_path, monkeypatch):
     assert torch.allclose(kept.logits[:3], alone.logits, atol=1e-5)
     assert torch.allclose(kept.pooled[:3], alone.pooled, atol=1e-5)
     assert not list((tmp_path / "outputs").glob(".*"))
-
-
-@pytest.mark.parametrize("damage", ["cut", "foreign", "rows"])
-def test_damaged_outputs_are_made_anew(tmp_path, caplog, damage):
-    import safetensors.torch
-
-    data, network = load_dataset("digits", tmp_path), build_network(SPEC).eval()
-    store = TeacherStore(tmp_path)
-    good = store.test_outputs(lambda: network, "a", data.test, 100, "cpu")
-    (path,) = (tmp_path / "outputs").glob("*.safetensors")
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        safetensors.torch.save_file(
-            {"x": torch.zeros(1)} if damage == "foreign" else {n: v[:9].clone() for n, v in good._asdict().items()},
-            path,
-        )
-    again = store.test_outputs(lambda: network, "a", data.test, 100, "cpu")
-    assert torch.equal(again.logits, good.logits)
-    (said,) = (line for line in caplog.messages if "its teacher is asked again" in line)
-    assert said.startswith(f"{path}: ")
-    assert len(store.test_outputs(pytest.fail, "a", data.test, 100, "cpu").logits) == 360
 
 
 # -- what determines a teacher trained on demand --------------------------------------------------------
