@@ -55,13 +55,6 @@ def test_percent():
     assert percent(None) == "–"
 
 
-def test_the_interval_is_students():
-    # t(0.975, 2 degrees of freedom) = 4.302653 and t(0.975, 4) = 2.776445, from any table
-    assert Estimate(5.0, 1.0, 3).half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert Estimate(5.0, 2.0, 5).half == pytest.approx(2 * 2.776445 / 5**0.5, rel=1e-6)
-    assert Estimate(5.0, None, 1).half is None
-
-
 def test_holm_against_a_worked_example():
     # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and the last is raised to the one before it.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -73,20 +66,14 @@ def test_holm_against_a_worked_example():
 P_VALUES = st.lists(st.floats(0, 1), max_size=8)
 
 
-@given(P_VALUES)
-def test_holm_never_lowers_keeps_the_order_and_stays_within_bonferroni(p):
-    corrected = holm(p)
-    assert all(raw <= new <= min(1, len(p) * raw) + 1e-12 for raw, new in zip(p, corrected, strict=True))
-    order = np.argsort(p, kind="stable")
-    assert all(np.diff(np.array(corrected)[order]) >= 0)
-
-
 @given(P_VALUES, st.randoms())
-def test_holm_does_not_depend_on_the_order(p, random):
+def test_holm_never_lowers_stays_within_bonferroni_and_keeps_the_order_whatever_it_is(p, random):
+    found = holm(p)
+    assert all(raw <= new <= min(1, len(p) * raw) + 1e-12 for raw, new in zip(p, found, strict=True))
+    assert all(np.diff(np.array(found)[np.argsort(p, kind="stable")]) >= 0)
     order = list(range(len(p)))
     random.shuffle(order)
-    corrected = holm(p)
-    assert holm([p[i] for i in order]) == pytest.approx([corrected[i] for i in order])
+    assert holm([p[i] for i in order]) == pytest.approx([found[i] for i in order])
 
 
 @given(st.lists(st.floats(-0.2, 0.2).filter(lambda x: abs(x) > 1e-3), min_size=3, max_size=8, unique=True))

@@ -251,11 +251,6 @@ def test_null_and_nan_are_left_out():
     assert (found.n, found.half) == (1, None)
 
 
-def test_one_run_has_no_interval():
-    (one,) = group(collection(entry(result())))
-    assert (one.accuracy.n, one.accuracy.std, one.accuracy.half) == (1, None, None)
-
-
 def test_differences_are_paired_by_seed_and_corrected_over_the_block():
     (block,) = blocks(group(collection(*study())))
     found = differences(block.groups, "ce")
