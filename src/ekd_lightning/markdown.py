@@ -12,8 +12,8 @@ from jinja2 import Environment, StrictUndefined
 _MARKUP = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|~(?=~)|\](?=[(\[:])")
 """What CommonMark and GitHub's dialect read as more than a letter; an underscore inside a word is one.
 Brackets make a link with what follows them."""
-_START = re.compile(r"^(?=#|>|([-+=])(\1|\s|$))")
-"""Where a line would be a heading, a quotation, an item of a list or a rule."""
+_START = re.compile(r"^(?:(\d{1,9})(?=[.)](?:\s|$))|(?=[#>]|([-+=])(?:\2|\s|$)))")
+"""How a line begins that would be a heading, a quotation, an item of a list or a rule."""
 
 
 class Markdown(str):
@@ -24,7 +24,7 @@ def prose(text: object) -> Markdown:
     """Text in one line that reads as it is: no markup, HTML, heading or link is made of it."""
     if isinstance(text, Markdown):
         return text
-    return Markdown(_START.sub(r"\\", _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))))
+    return Markdown(_START.sub(r"\1\\", _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))))
 
 
 def code(text: object) -> Markdown:
