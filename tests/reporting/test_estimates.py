@@ -153,13 +153,6 @@ def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
     assert [epoch for epoch, _ in found["val/accuracy"]] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("content", ["", "step\n1\n", "epoch,val/accuracy\nx,y\n", "epoch,val/accuracy\n0"])
-def test_a_damaged_curve_is_left_out(tmp_path, content):
-    write_run(tmp_path / "run", result())
-    (tmp_path / "run" / "metrics.csv").write_text(content)
-    assert details.curves(only_group(tmp_path)) == {}
-
-
 @given(st.integers(1, 1000))
 def test_thinned_curves_keep_their_end(length):
     epochs = list(range(1, length + 1))
@@ -184,19 +177,6 @@ def test_reliability_pools_the_runs(tmp_path):
         assert one.accuracy.mean == pytest.approx(np.mean(accuracy))
     assert sum(one.share for one in found) == pytest.approx(1)
     assert details.reliability([{}, {}]) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", b"nothing"])
-def test_damaged_arrays_are_left_out(tmp_path, content):
-    write_run(tmp_path / "run", result())
-    (tmp_path / "run" / "arrays.npz").write_bytes(content)
-    assert details.read_arrays(only_group(tmp_path)) == []
-
-
-def test_arrays_are_never_unpickled(tmp_path):
-    write_run(tmp_path / "run", result())
-    np.savez(tmp_path / "run" / "arrays.npz", reliability_count=np.array([{}], dtype=object))
-    assert details.read_arrays(only_group(tmp_path)) == []
 
 
 def test_prefixes_are_the_subsets_that_begin_with_the_first_branch(rich_report):

@@ -164,8 +164,8 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
         if "epoch" not in (rows.fieldnames or ()):
             raise ValueError("no column epoch")
         for row in rows:
-            if None in row or None in row.values():
-                raise ValueError(f"line {rows.line_num} is not as long as the others")
+            if None in row or None in row.values() or not content.endswith(b"\n"):
+                raise ValueError("cut off")
             for name, text in row.items():
                 if text and row["epoch"]:
                     found[name][int(float(row["epoch"])) + 1] = float(text)

@@ -143,7 +143,10 @@ class Group:
         Returns:
             float [...] in the field's shape; None if no run has it, or the runs differ in its shape.
         """
-        found = [np.array(run.get(key), dtype=float) for run in self.done if run.get(key) is not None]
+        try:
+            found = [np.array(run.get(key), dtype=float) for run in self.done if run.get(key) is not None]
+        except (TypeError, ValueError):  # rows of different lengths
+            return None
         if not found or any(one.shape != found[0].shape for one in found):
             return None
         return np.mean(found, axis=0)

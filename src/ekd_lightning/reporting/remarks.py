@@ -89,9 +89,10 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     words, number, fixed, follow = _NUMBERS[letter]
     alike: dict[int, list[Group]] = defaultdict(list)
     for group in siblings:
-        if getattr(group, fixed) == getattr(subject, fixed) and _rest(group, follow) == _rest(subject, follow):
+        same = getattr(group, number) is not None and getattr(group, fixed) == getattr(subject, fixed)
+        if same and _rest(group, follow) == _rest(subject, follow):
             alike[getattr(group, number)].append(group)
-    alike[getattr(subject, number)] = [subject]
+    alike[getattr(subject, number) or 0] = [subject]
     own = {count: groups[0] for count, groups in sorted(alike.items()) if len(groups) == 1}  # else teachers decide
     means = {count: group.accuracy for count, group in own.items() if group.accuracy is not None}
     if len(means) < 2:

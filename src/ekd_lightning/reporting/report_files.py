@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_text
+from ekd_lightning.files import UnwritableFileError, move_folder, write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
@@ -52,7 +55,7 @@ def check_output(folder: Path, *, force: bool) -> None:
 
 
 def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
-    """Writes all files of a report, in place of those of an earlier one.
+    """Writes all files of a report in place of those of an earlier one, or none of them.
 
     Args:
         report: What is to be said.
@@ -62,15 +65,34 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
 
     Returns:
         The files, in the order of writing.
+
+    Raises:
+        UnwritableFileError: If the disk refuses, naming the folder, which is then as it was.
     """
-    _remove_earlier(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The summary first, so that what is cut short is known as a report.
-    content = summary(report)
-    texts = {SUMMARY: summary_json(content), TABLES: markdown(report), RUNS: runs_csv(report)}
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    files = [folder / name for name in texts]
+    there = folder.is_dir()
+    beside = (folder if there else folder.parent) / f".part-{uuid.uuid4().hex[:8]}.report"
+    try:
+        beside.mkdir(parents=True)
+        names = [path.relative_to(beside) for path in _write_files(report, beside, formats, page=page)]
+        if there:
+            _remove_earlier(folder)
+            for name in names:  # the summary first, so that what a kill cuts short is known as a report
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(beside / name, folder / name)
+        else:
+            move_folder(beside, folder)
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise UnwritableFileError(f"{folder}: cannot be written ({cause.strerror or cause})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return [folder / name for name in names]
+
+
+def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
+    files = [folder / name for name in (SUMMARY, TABLES, RUNS)]
+    write_text(folder / TABLES, markdown(report))
+    write_text(folder / RUNS, runs_csv(report))
     if formats:
         from ekd_lightning.reporting.figures import write_figures  # noqa: PLC0415 (needs matplotlib)
 
@@ -81,7 +103,7 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
         write_text(folder / PAGE, page_text(report))
         files.append(folder / PAGE)
     names = [path.relative_to(folder).as_posix() for path in files]
-    write_text(folder / SUMMARY, summary_json({**content, "files": names}))
+    write_text(folder / SUMMARY, summary_json({**summary(report), "files": names}))
     return files
 
 

@@ -7,10 +7,47 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 _LATE = {"late": True}
 """Of a field that a record need not have: it is left out while it is None."""
+
+
+class TeacherRecord(TypedDict):
+    """What every record of a teacher has."""
+
+    id: str
+    sha256: str
+
+
+class AssistantRecord(TypedDict):
+    """What every record of an assistant has: by whom it was taught."""
+
+    teachers_sha256: list[str]
+
+
+class SubsetScores(TypedDict):
+    """What every record of a student with some of its branches has."""
+
+    branches: list[int]
+
+
+class ExitScores(TypedDict):
+    """What every record of a student that asks no further branch when it is sure has."""
+
+    threshold: float
+    mean_branches: float
+
+
+_FINDINGS: dict[str, Any] = {
+    "test_subsets": list[SubsetScores],
+    "test_early_exit": list[ExitScores],
+    **dict.fromkeys(
+        (f"test_branch_{name}" for name in ("cka", "agreement", "teacher_cka", "teacher_agreement", "teacher_kl")),
+        list[list[float | None]],
+    ),
+}
+"""Types of findings that are more than a number, where they are there."""
 
 
 class NotAResultError(ValueError):
@@ -82,7 +119,7 @@ class Result(Mapping[str, Any]):
     val_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_last: float | None = field(default=None, metadata=_LATE)
-    test_branch_accuracy: list[Any] | None = field(default=None, metadata=_LATE)
+    test_branch_accuracy: list[float | None] | None = field(default=None, metadata=_LATE)
     test_nll: float | None = field(default=None, metadata=_LATE)
     test_ece: float | None = field(default=None, metadata=_LATE)
     best_epoch: int | None = field(default=None, metadata=_LATE)
@@ -93,8 +130,8 @@ class Result(Mapping[str, Any]):
     steps: int | None = None
     num_devices: int | None = None
     precision: str | None = None
-    teachers: list[Any] | None = field(default=None, metadata=_LATE)
-    chain: list[Any] | None = field(default=None, metadata=_LATE)
+    teachers: list[TeacherRecord] | None = field(default=None, metadata=_LATE)
+    chain: list[AssistantRecord] | None = field(default=None, metadata=_LATE)
     student_sha256: str | None = field(default=None, metadata=_LATE)
     evaluated: list[Any] | None = field(default=None, metadata=_LATE)
     evaluation_error: str | None = None
@@ -121,11 +158,11 @@ class Result(Mapping[str, Any]):
         known: dict[str, Any] = {}
         more: dict[str, Any] = {}
         for name, value in record.items():
+            if value is not None and not _fits(value, hints.get(name, _FINDINGS.get(name, Any))):
+                raise NotAResultError(f"{name!r} is {value!r:.60}")
             if name not in hints:
                 more[name] = value
             elif value is not None:
-                if not _fits(value, hints[name]):
-                    raise NotAResultError(f"{name!r} is {value!r:.60}")
                 known[name] = value
         return cls(**known, more=more)
 
@@ -164,6 +201,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, one) for one in get_args(hint))
     if hint in (int, float):
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    if get_origin(hint) is list:
+        return isinstance(value, (list, tuple)) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if is_typeddict(hint):
+        parts = get_type_hints(hint)
+        return isinstance(value, Mapping) and all(_fits(value.get(name), parts[name]) for name in parts)
     return isinstance(value, get_origin(hint) or hint)
 
 
