@@ -333,14 +333,16 @@ class MethodSettings:
 
 @dataclass
 class WandbSettings:
-    """Weights & Biases; `mode` null honours WANDB_MODE and otherwise means online."""
+    """Weights & Biases; what is null is what its environment variables say."""
 
     enabled: bool = False
     mode: Optional[str] = None
-    project: str = "ekd-lightning"
+    """Null: WANDB_MODE, else online."""
+    project: Optional[str] = None
+    """Null: WANDB_PROJECT, else `ekd-lightning`."""
     entity: Optional[str] = None
     group: Optional[str] = None
-    """Null takes the sweep's name."""
+    """Null: WANDB_RUN_GROUP, else the sweep's name."""
     tags: list[str] = field(default_factory=list)
     notes: Optional[str] = None
     log_model: bool = False

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import wandb
 import yaml
 from wandb_files import config_of, history_of, offline_runs, records, rows, run_of, summary_of
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import LoggerSettings, WandbSettings
-from ekd_lightning.tracking.loggers import MetricsCsv, check_loggers, make_loggers, wandb_run_id
+from ekd_lightning.tracking.loggers import MetricsCsv, check_loggers, finish_loggers, make_loggers, wandb_run_id
 
 FAST = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
 SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "fidelity/", "generalisation/", "efficiency/")
@@ -145,6 +146,29 @@ def test_disabled_leaves_nothing(train, tmp_path):
     outcome = train(tmp_path / "run", "logger=wandb", "logger.wandb.mode=disabled", *FAST)
     assert outcome.code == 0, outcome.err
     assert offline_runs(tmp_path / "run") == []
+
+
+VARIABLES = {"PROJECT": "theirs", "ENTITY": "team", "RUN_GROUP": "pack", "TAGS": "a,b", "NOTES": "why"}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ("theirs", "team", "pack", ["a", "b"], "why")),
+        ({"project": "p", "entity": "e", "group": "g", "tags": ["t"], "notes": "n"}, ("p", "e", "g", ["t"], "n")),
+    ],
+)
+def test_the_environment_says_what_the_configuration_does_not(tmp_path, monkeypatch, own, expected):
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # a process reads them once
+    settings = LoggerSettings(wandb=WandbSettings(enabled=True, mode="offline", **own))
+    loggers = make_loggers(settings, tmp_path, name="n", sweep="day/time", config={})
+    assert loggers[1].experiment.project == expected[0]
+    finish_loggers(loggers, result={})
+    (folder,) = offline_runs(tmp_path)
+    run = run_of(folder)
+    assert (run.project, run.entity, run.run_group, [*run.tags], run.notes) == expected
 
 
 def test_an_agent_of_a_sweep_decides_the_id(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-dashboard`; exit code 2 for a user's mistake."""
     what = "Save a workspace, or a report, with panels for distillation runs in a W&B project."
     parser = make_parser(PROGRAM, what, EXAMPLES)
-    parser.add_argument("--entity", required=True, help="user or team")
-    parser.add_argument("--project", default="ekd-lightning", help="default: ekd-lightning")
+    parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY", ""), help="user or team (or WANDB_ENTITY)")
+    project = os.environ.get("WANDB_PROJECT") or "ekd-lightning"
+    parser.add_argument("--project", default=project, help="default: WANDB_PROJECT, else ekd-lightning")
     parser.add_argument("--group", help="only runs of this sweep, as W&B shows its group")
     parser.add_argument("--name", default="Ensemble distillation", help="title of the view")
     parser.add_argument("--report", action="store_true", help="a report instead of a workspace")
@@ -49,7 +51,7 @@ def run_dashboard(args: argparse.Namespace) -> None:
 
     for option in ("entity", "project", "name"):
         if not getattr(args, option).strip():
-            raise UserError(f"--{option}: must not be empty")
+            raise UserError(f"--{option}: must not be empty" + " (nor is WANDB_ENTITY set)" * (option == "entity"))
     view = (build_report if args.report else build_workspace)(args.entity, args.project, args.name, args.group)
     if args.dry_run:
         kind = "report" if args.report else "workspace"

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _WANDB_MODES = ("online", "offline", "disabled", "shared")
 _WANDB_ID = "wandb_run_id.txt"
 _SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
-STUDENT = "student"
+STUDENT, PROJECT = "student", "ekd-lightning"
 
 _SUMMARIES = {
     "train/*": "min",
@@ -204,9 +204,9 @@ def _wandb(
         id=wandb_run_id(directory),
         resume="allow",
         save_dir=str(directory),
-        project=settings.project,
-        entity=settings.entity,
-        group=settings.group or sweep or os.environ.get(_SWEEP_ID),
+        project=settings.project or os.environ.get("WANDB_PROJECT") or PROJECT,
+        entity=settings.entity,  # what is None, W&B takes from its environment variables itself
+        group=settings.group or os.environ.get("WANDB_RUN_GROUP") or sweep or os.environ.get(_SWEEP_ID),
         job_type=job_type,
         tags=settings.tags or None,
         notes=settings.notes,
