@@ -39,7 +39,10 @@ class ExitScores(TypedDict):
     mean_branches: float
 
 
-_FINDINGS: dict[str, Any] = {
+_ROWS: dict[str, Any] = {
+    "teachers": list[TeacherRecord],
+    "chain": list[AssistantRecord],
+    "test_branch_accuracy": list[float | None],
     "test_subsets": list[SubsetScores],
     "test_early_exit": list[ExitScores],
     **dict.fromkeys(
@@ -47,7 +50,7 @@ _FINDINGS: dict[str, Any] = {
         list[list[float | None]],
     ),
 }
-"""Types of findings that are more than a number, where they are there."""
+"""What lists in a record hold, where it has them."""
 
 
 class NotAResultError(ValueError):
@@ -119,7 +122,7 @@ class Result(Mapping[str, Any]):
     val_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_last: float | None = field(default=None, metadata=_LATE)
-    test_branch_accuracy: list[float | None] | None = field(default=None, metadata=_LATE)
+    test_branch_accuracy: list[Any] | None = field(default=None, metadata=_LATE)
     test_nll: float | None = field(default=None, metadata=_LATE)
     test_ece: float | None = field(default=None, metadata=_LATE)
     best_epoch: int | None = field(default=None, metadata=_LATE)
@@ -130,8 +133,8 @@ class Result(Mapping[str, Any]):
     steps: int | None = None
     num_devices: int | None = None
     precision: str | None = None
-    teachers: list[TeacherRecord] | None = field(default=None, metadata=_LATE)
-    chain: list[AssistantRecord] | None = field(default=None, metadata=_LATE)
+    teachers: list[Any] | None = field(default=None, metadata=_LATE)
+    chain: list[Any] | None = field(default=None, metadata=_LATE)
     student_sha256: str | None = field(default=None, metadata=_LATE)
     evaluated: list[Any] | None = field(default=None, metadata=_LATE)
     evaluation_error: str | None = None
@@ -158,7 +161,7 @@ class Result(Mapping[str, Any]):
         known: dict[str, Any] = {}
         more: dict[str, Any] = {}
         for name, value in record.items():
-            if value is not None and not _fits(value, hints.get(name, _FINDINGS.get(name, Any))):
+            if value is not None and not _fits(value, _ROWS.get(name, hints.get(name, Any))):
                 raise NotAResultError(f"{name!r} is {value!r:.60}")
             if name not in hints:
                 more[name] = value
