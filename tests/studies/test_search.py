@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from optuna.distributions import CategoricalDistribution as Choices  # noqa: E40
 from optuna.distributions import FloatDistribution as Float  # noqa: E402
 from optuna.distributions import IntDistribution as Int  # noqa: E402
 
-from ekd_lightning.studies import trials as study_module  # noqa: E402
+from ekd_lightning.studies import storage  # noqa: E402
 from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
 from ekd_lightning.studies.space import (  # noqa: E402
     default_values,
@@ -219,9 +220,9 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (study_module.DESCRIPTION, "{", "search.json: damaged"),
+        (storage.DESCRIPTION, "{", "search.json: damaged"),
         ("study.json", "{", "study.json: damaged"),
-        (study_module.JOURNAL, "{}", "holds trials but no search.json"),
+        (storage.JOURNAL, "{}", "holds trials but no search.json"),
     ],
 )
 def test_wrong_files_in_the_folder_are_refused(tmp_path, name, text, message):
@@ -232,9 +233,9 @@ def test_wrong_files_in_the_folder_are_refused(tmp_path, name, text, message):
 
 def test_a_search_of_the_version_before_goes_on(tmp_path):
     opened(tmp_path).close()
-    (tmp_path / study_module.DESCRIPTION).rename(tmp_path / "study.json")
+    (tmp_path / storage.DESCRIPTION).rename(tmp_path / "study.json")
     opened(tmp_path).close()
-    assert not (tmp_path / study_module.DESCRIPTION).exists()
+    assert not (tmp_path / storage.DESCRIPTION).exists()
     with pytest.raises(UserError, match=r"another configuration \(config.a differ\)"):
         opened(tmp_path, {"config": {"a": 2}})
 
@@ -242,9 +243,109 @@ def test_a_search_of_the_version_before_goes_on(tmp_path):
 @pytest.mark.parametrize("text", ["not json\n{}\n", '{"op": 0}\n', '["a"]\n{}\n'])
 def test_a_damaged_journal_is_refused(tmp_path, text):
     opened(tmp_path)
-    (tmp_path / study_module.JOURNAL).write_text(text)
+    (tmp_path / storage.JOURNAL).write_text(text)
     with pytest.raises(UserError, match=r"trials.journal: not a journal of trials, or damaged"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60, 10**6])
+def test_a_journal_that_was_cut_off_goes_on(tmp_path, cut):
+    study = opened(tmp_path)
+    run_trials(study, evaluate, trials=3)
+    study.close()
+    journal = tmp_path / storage.JOURNAL
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[: max(len(whole) - cut, 7)])
+    again = opened(tmp_path)
+    run_trials(again, evaluate, trials=6)
+    assert outcome(again).trials == 6
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert len({tuple(words) for words in tried(again)}) == 6
+    assert len(opened(tmp_path).trials) == len(again.trials)
+
+
+def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
+    study = opened(tmp_path)
+    run_trials(study, evaluate, trials=1)
+    whole = (tmp_path / storage.JOURNAL).read_bytes()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(UserError, match=r"trials.journal: cannot be written \(No space"):
+            run_trials(study, evaluate, trials=2)
+    assert (tmp_path / storage.JOURNAL).read_bytes() == whole
+    run_trials(study, evaluate, trials=2)
+    assert outcome(study).trials == 2
+
+
+# -- a database ---------------------------------------------------------------------------------------------
+
+
+def test_machines_share_a_study_in_a_database(tmp_path):
+    """They have neither folders nor locks in common."""
+    url = f"sqlite:///{tmp_path}/trials.db"
+    one, other = (opened(tmp_path / name / "c10" / "ekd", storage=url) for name in ("a", "b"))
+    claimed = [study.claim(3) for study in (one, other, one)]
+    assert other.claim(3) is None
+    words = [trial.user_attrs["overrides"] for trial in claimed]
+    assert words[0] == []
+    assert words[1] != words[2]
+    for trial in claimed:
+        other.tell(trial, accuracy(trial.user_attrs["overrides"]), optuna.trial.TrialState.COMPLETE)
+    run_trials(one, evaluate, trials=5)
+    run_trials(opened(tmp_path / "journal" / "ekd"), evaluate, trials=5)
+    assert [len(tried(study)) for study in (one, other)] == [5, 5]
+    with pytest.raises(
+        UserError, match=r"its study c10/ekd holds a search of another configuration \(config.a differ\)"
+    ):
+        opened(tmp_path / "c" / "c10" / "ekd", {"config": {"a": 2}}, storage=url)
+    with pytest.raises(UserError, match=r"another configuration \(storage differ\)"):
+        opened(tmp_path / "a" / "c10" / "ekd")
+
+
+def test_a_budget_is_kept_where_another_machine_is_faster(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    one, other = (opened(tmp_path / name / "c10" / "ekd", storage=url) for name in ("a", "b"))
+    ask = other._ask
+
+    def late(counted):
+        monkeypatch.setattr(other, "_ask", ask)
+        assert one.claim(2) is not None
+        return ask(counted)
+
+    monkeypatch.setattr(other, "_ask", late)
+    assert other.claim(2).user_attrs["overrides"] != []
+    assert one.claim(2) is None
+    states = [trial.state.name for trial in one.trials]
+    assert states.count("RUNNING") == 2
+    assert sum(bool(t.user_attrs.get("default")) for t in one.trials if t.state.name == "RUNNING") == 1
+
+
+def test_a_trial_of_a_machine_that_died_is_taken_out_of_the_count(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    opened(tmp_path / "a" / "ekd", storage=url).claim(1)  # and is never heard of again
+    study = opened(tmp_path / "a" / "ekd", storage=url)
+    monkeypatch.setattr(study._study._storage._backend, "grace_period", -1)  # whatever was not heard of just now
+    assert study.claim(1) is not None
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("tuned.db", "--storage tuned.db: not the URL of a database, e.g. sqlite:///tuned.db"),
+        ("sqlite:////proc/x/t.db", "--storage sqlite:////proc/x/t.db: cannot be opened ("),
+        ("nosuch://me:secret@host/t", "--storage nosuch://me:***@host/t: cannot be opened ("),
+    ],
+)
+def test_a_database_that_cannot_be_opened_is_one_line_without_its_password(tmp_path, url, named):
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path / "ekd", storage=url)
+    assert str(caught.value).startswith(named)
+    assert "\n" not in str(caught.value)
 
 
 # -- the search space ---------------------------------------------------------------------------------------

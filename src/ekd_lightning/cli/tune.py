@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--space", type=Path, metavar="FILE", help="YAML: key -> {low, high, log} or {choices}")
     parser.add_argument("--sampler-seed", type=int, default=0, help="of what is tried (default: 0)")
     parser.add_argument("--no-prune", action="store_true", help="never stop a hopeless trial early")
+    parser.add_argument("--storage", metavar="URL", help="database of the trials, e.g. sqlite:///tuned.db")
     parser.add_argument("--verbose", action="store_true", help="show the lines of every run")
     parser.add_argument("--print", type=Path, metavar="FILE", help="print the overrides of a result, and end")
     return parser
@@ -90,6 +91,7 @@ def run_tune(args: argparse.Namespace) -> None:
         timeout=args.timeout,
         sampler_seed=args.sampler_seed,
         prune=not args.no_prune,
+        storage=args.storage,
     )
 
 

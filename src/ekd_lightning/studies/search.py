@@ -58,6 +58,7 @@ def tune(
     timeout: float | None = None,
     sampler_seed: int = 0,
     prune: bool = True,
+    storage: str | None = None,
 ) -> None:
     """Runs a search up to its budget and leaves `<method>.yaml`.
 
@@ -71,6 +72,7 @@ def tune(
         timeout: Seconds after which no further trial is started.
         sampler_seed: Of what is tried.
         prune: Whether hopeless trials are stopped early.
+        storage: URL of a database for the trials, for several machines; None keeps them below `output`.
 
     Raises:
         UserError: For a user's mistake.
@@ -102,6 +104,7 @@ def tune(
         seed=sampler_seed,
         warmup_steps=settings.recipe.epochs // 3 if prune else None,
         ignored=is_ignored,
+        storage=storage,
     )
 
     def callbacks() -> list[Callback]:
@@ -233,7 +236,8 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
     folder = study.trial_folder(trial.number)
     state, value = TrialState.FAIL, None
     try:
-        by_seed = evaluate(trial.user_attrs["overrides"], folder, report)
+        with study.alive(trial):
+            by_seed = evaluate(trial.user_attrs["overrides"], folder, report)
         trial.set_user_attr("by_seed", by_seed)
         state, value = TrialState.COMPLETE, statistics.fmean(by_seed)
     except optuna.TrialPruned:

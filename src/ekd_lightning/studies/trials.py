@@ -6,11 +6,11 @@ was stopped and resumed tries what the uninterrupted one would have tried.
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,30 @@ import optuna
 import yaml
 from filelock import FileLock
 from optuna.samplers import TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
-from ekd_lightning.config.config import changed_keys
 from ekd_lightning.config.edge import print_table
 from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import read_json, write_json, write_text
-from ekd_lightning.runs.lock import DirectoryLock, is_held
+from ekd_lightning.files import write_text
+from ekd_lightning.runs.lock import DirectoryLock, is_held, make_directory
 from ekd_lightning.studies.space import SearchSpace, tidied
+from ekd_lightning.studies.storage import open_study
 from ekd_lightning.studies.tuned import standard_error
 
-DESCRIPTION = "search.json"
-_EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
-JOURNAL = "trials.journal"
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
-_PRUNE_AFTER = 5  # complete trials, of which a median means something
 _SHOWN_TRIALS = 10
 _WIDTH = 120  # where there is no terminal
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 class Search:
-    """A search on disk, opened by one of possibly several processes.
+    """A search, opened by one of possibly several processes.
+
+    Its trials lie in a journal in the folder, where all processes must be on file systems with locks; or in a database,
+    where processes of any machine find them.
 
     Args:
         folder: The study's own folder; made if needed.
@@ -55,9 +53,11 @@ class Search:
         seed: Of the sampler, >= 0.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
         ignored: Which dotted keys of the description may differ.
+        storage: URL of a database for the trials, as Optuna has it; None keeps a journal in the folder.
 
     Raises:
-        UserError: If the folder holds a study with another description, or a damaged one.
+        UserError: If the folder or the database holds a study with another description, or a damaged one; or if the
+            database cannot be opened.
     """
 
     def __init__(
@@ -70,16 +70,17 @@ class Search:
         seed: int = 0,
         warmup_steps: int | None = None,
         ignored: Callable[[str], bool] = lambda key: False,
+        storage: str | None = None,
     ) -> None:
         self.folder, self.space, self.defaults, self.seed = folder, space, defaults, seed
         self.prunes = warmup_steps is not None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
+        self._in_database = storage is not None
         self._workers = folder / "workers"
         self._lock = FileLock(folder / "study.lock")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._lock:
-            _check_description(folder, description, ignored)
-            self._study = _open(folder, warmup_steps)
+            self._study = open_study(folder, description, ignored, warmup_steps=warmup_steps, url=storage)
         self._name = uuid.uuid4().hex
         # Held as long as this process lives, whatever ends it: a running trial without it has died.
         self._alive = DirectoryLock(self._workers / self._name)
@@ -104,21 +105,36 @@ class Search:
             The trial, its `overrides` among its user attributes; None when the budget is used up.
         """
         with self._lock:
-            self._bury_dead()
-            counted = [trial for trial in self.trials if trial.state in _COUNTED]
-            if len(counted) >= budget:
-                return None
-            space = self.space
-            if is_default := not any(trial.user_attrs.get("default") for trial in counted):
-                space = {key: space[key] for key in self.defaults}  # also where the space does not contain all
-                if not any(trial.state == TrialState.WAITING for trial in self.trials):
-                    self._study.enqueue_trial(self.defaults, {"default": True})
-            self._study.sampler = _sampler(self.seed, len(counted))
-            trial = self._study.ask(dict(space))
-            found = {} if is_default else tidied(space, trial.params)
-            trial.set_user_attr("worker", self._name)
-            trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
+            while True:
+                self._bury_dead()
+                counted = [trial for trial in self.trials if trial.state in _COUNTED]
+                if len(counted) >= budget:
+                    return None
+                trial = self._ask(counted)
+                earlier = [t for t in self.trials if t.state in _COUNTED and t.number < trial.number]
+                again = trial.user_attrs.get("default") and any(t.user_attrs.get("default") for t in earlier)
+                if len(earlier) < budget and not again:
+                    return trial
+                self.tell(trial, None, TrialState.FAIL)  # a machine that does not know this lock was faster
+
+    def _ask(self, counted: list[FrozenTrial]) -> optuna.Trial:
+        space = self.space
+        if is_default := not any(trial.user_attrs.get("default") for trial in counted):
+            space = {key: space[key] for key in self.defaults}  # also where the space does not contain all
+            if not any(trial.state == TrialState.WAITING for trial in self.trials):
+                self._study.enqueue_trial(self.defaults, {"default": True})
+        self._study.sampler = _sampler(self.seed, len(counted))
+        trial = self._study.ask(dict(space))
+        with self.alive(trial):  # from its first moment on, however soon this process dies
+            pass
+        found = {} if is_default else tidied(space, trial.params)
+        trial.set_user_attr("worker", self._name)
+        trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
         return trial
+
+    def alive(self, trial: optuna.Trial) -> AbstractContextManager[object]:
+        """A block in which a trial of this process is known to be at work, to other machines, too."""
+        return get_heartbeat_thread(trial._trial_id, self._study._storage)
 
     def tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
         """Records how a trial ended."""
@@ -130,6 +146,9 @@ class Search:
 
     def _bury_dead(self) -> None:
         """Takes running trials of processes that were killed out of the count."""
+        if self._in_database:
+            optuna.storages.fail_stale_trials(self._study)
+            return
         for trial in self.trials:
             worker = trial.user_attrs.get("worker")
             if trial.state != TrialState.RUNNING or worker == self._name:
@@ -138,41 +157,6 @@ class Search:
                 self._study.tell(trial.number, state=TrialState.FAIL)
                 shutil.rmtree(self.trial_folder(trial.number), ignore_errors=True)
                 shutil.rmtree(self._workers / str(worker), ignore_errors=True)
-
-
-def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
-    """Leaves the description of a new search; refuses one that differs from what is there."""
-    path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
-    if path is None:
-        if (folder / JOURNAL).exists():
-            raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
-        write_json(folder / DESCRIPTION, description)
-        return
-    here = json.loads(json.dumps(description))
-    there = read_json(path)
-    settings = changed_keys(there.pop("config", {}), here.pop("config", {}))
-    changed = [key for key in (*(f"config.{key}" for key in settings), *changed_keys(there, here)) if not ignored(key)]
-    if changed:
-        raise UserError(
-            f"{folder}: holds a search of another configuration ({', '.join(changed[:5])} differ); "
-            "choose another --output, or repeat its settings"
-        )
-
-
-def _open(folder: Path, warmup_steps: int | None) -> optuna.Study:
-    path = folder / JOURNAL
-    pruner = (
-        optuna.pruners.NopPruner()
-        if warmup_steps is None
-        else optuna.pruners.MedianPruner(n_startup_trials=_PRUNE_AFTER, n_warmup_steps=warmup_steps)
-    )
-    try:
-        storage = JournalStorage(JournalFileBackend(str(path)))
-        return optuna.create_study(
-            storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a journal of trials, or damaged ({type(error).__name__})") from None
 
 
 def _sampler(seed: int, position: int) -> TPESampler:

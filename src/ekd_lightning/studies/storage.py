@@ -1,0 +1,151 @@
+"""Storage of a search's trials: a journal in its folder, or a database that several machines share.
+
+Both hold what the search is a search of, and refuse another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from ekd_lightning.config.config import changed_keys
+from ekd_lightning.errors import UserError, one_line
+from ekd_lightning.files import UnwritableFileError, read_json, write_json
+
+DESCRIPTION = "search.json"
+_EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
+JOURNAL = "trials.journal"
+HEARTBEAT_SECONDS = 60
+"""A trial in a database is taken for dead after twice that."""
+_PRUNE_AFTER = 5  # complete trials, of which a median means something
+
+
+def open_study(
+    folder: Path,
+    description: dict[str, Any],
+    ignored: Callable[[str], bool],
+    *,
+    warmup_steps: int | None,
+    url: str | None,
+) -> optuna.Study:
+    """Opens the study of a folder, or the one in a database that is called by the folder's last two names.
+
+    Args:
+        folder: The search's own.
+        description: What determines the search besides its trials, as plain containers.
+        ignored: Which dotted keys of the description may differ.
+        warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
+        url: Of the database; None for a journal in the folder.
+
+    Raises:
+        UserError: If there is a search with another description, or a damaged one; or if the database cannot be opened.
+    """
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+    if warmup_steps is not None:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=_PRUNE_AFTER, n_warmup_steps=warmup_steps)
+    plain = json.loads(json.dumps(description))
+    if url is None:
+        _check_description(folder, plain, ignored)
+        return _open_journal(folder / JOURNAL, pruner)
+    _check_description(folder, {**plain, "storage": shown(url)}, ignored)
+    name = "/".join(folder.absolute().parts[-2:])
+    try:
+        storage = RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS)
+        study = optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", pruner=pruner, load_if_exists=True
+        )
+        known = study.user_attrs.get("description")
+        if known is None:
+            study.set_user_attr("description", plain)
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"--storage {shown(url)}: cannot be opened ({one_line(error)})") from None
+    _refuse_another(f"--storage {shown(url)}: its study {name}", known or plain, plain, ignored)
+    return study
+
+
+def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
+    """Leaves the description of a new search; refuses one that differs from what is there."""
+    path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
+    if path is None:
+        if (folder / JOURNAL).exists():
+            raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
+        write_json(folder / DESCRIPTION, description)
+        return
+    _refuse_another(f"{folder}:", read_json(path), description, ignored)
+
+
+def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any], ignored: Callable[[str], bool]) -> None:
+    known, here = dict(known), dict(here)
+    settings = changed_keys(known.pop("config", {}), here.pop("config", {}))
+    every = (*(f"config.{key}" for key in settings), *changed_keys(known, here))
+    changed = [key for key in every if not ignored(key)]
+    if changed:
+        raise UserError(
+            f"{where} holds a search of another configuration ({', '.join(changed[:5])} differ); "
+            "choose another --output, or repeat its settings"
+        )
+
+
+class _Journal(JournalFileBackend):
+    """The trials, a line for each event; what a kill or a full disk left of a line is dropped before the next one.
+
+    As long as nothing follows it, readers pass over it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._held = path, JournalFileSymlinkLock(str(path))
+        super().__init__(str(path), self._held)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Writes events, all of them or none."""
+        text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+        self._held.acquire()
+        try:
+            with self._path.open("r+b") as file:
+                whole = file.read()
+                end = file.truncate(whole.rfind(b"\n") + 1)
+                file.seek(end)
+                try:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise UnwritableFileError(f"{self._path}: cannot be written ({error.strerror or error})") from error
+        finally:
+            self._held.release()
+
+
+def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    try:
+        storage = JournalStorage(_Journal(path))
+        return optuna.create_study(
+            storage=storage, study_name="tune", direction="maximize", pruner=pruner, load_if_exists=True
+        )
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a journal of trials, or damaged ({type(error).__name__})") from None
+
+
+def shown(url: str) -> str:
+    """A URL without its password.
+
+    Raises:
+        UserError: If it is none.
+    """
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        raise UserError(f"--storage {url}: not the URL of a database, e.g. sqlite:///tuned.db") from None
