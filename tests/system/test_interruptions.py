@@ -82,7 +82,7 @@ def test_overfitting_sees_the_same_batches_again_and_again(train, tmp_path, monk
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             seen.setdefault(trainer.current_epoch, []).append([*batch.index.tolist(), *batch.view.tolist()])
 
-    monkeypatch.setattr("ekd_lightning.cli.train.build", lambda *_: Spy())
+    monkeypatch.setattr("ekd_lightning.cli.train.build_callbacks", lambda *_: [Spy()])
     words = ("debug=overfit", "recipe.epochs=2", "+callbacks.spy._target_=ekd_lightning.Spy")
     assert train(tmp_path / "run", *words).code == 0
     assert len(seen[0]) == 3

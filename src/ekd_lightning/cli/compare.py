@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.config.overrides import anchored, key_of, typed
+from ekd_lightning.config.overrides import anchored, anchored_search, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
@@ -83,6 +83,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     if args.methods is None and old is not None:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
     common, hydra_words = split_overrides(args.overrides)
+    hydra_words = tuple(anchored_search(word) for word in hydra_words)
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
     again = " ".join([again, *map(shlex.quote, filter(names_code, common))])
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
@@ -91,6 +92,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
         with working_in(old.working_directory if old else ""):
             study = comparison.ask(
+                folder,
                 old,
                 common,
                 composer,

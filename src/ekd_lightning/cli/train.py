@@ -10,10 +10,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.config.config import build_callback, import_user_modules, register_schema, to_plain, to_settings
+from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
 from ekd_lightning.config.overrides import (
@@ -24,10 +26,10 @@ from ekd_lightning.config.overrides import (
     named_sweep,
     typed_resume,
 )
-from ekd_lightning.errors import users_line
+from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
-from ekd_lightning.studies.multirun import interrupted_sweep, lost_job, resume_sweep, tell_sweep
+from ekd_lightning.studies.multirun import forget_sweep, interrupted_sweep, lost_job, resume_sweep, tell_sweep
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,9 @@ def main() -> None:
         except (KeyboardInterrupt, SystemExit) as stop:
             if is_interrupt(stop):
                 raise KeyboardInterrupt(interrupted_sweep() or "") from None
+            raise
+        except (UserError, HydraException, OmegaConfBaseException):
+            forget_sweep()
             raise
         except Exception as error:
             if (lost := lost_job(error)) is None:
@@ -132,9 +137,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     if settings.resume is not None:
         check_place(settings.resume, directory)
         check_unchanged(directory, plain)
-    import_user_modules(settings.imports)
-    nodes = {name: node for name, node in settings.callbacks.items() if node}
-    callbacks = [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
+    callbacks = build_callbacks(settings)
     result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory))

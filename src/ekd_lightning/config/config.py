@@ -196,6 +196,17 @@ def import_user_modules(names: Sequence[str]) -> None:
             raise UserError(f"imports: no module {name!r} in {here} or the environment") from None
 
 
+def build_callbacks(settings: Settings) -> list[Callback]:
+    """The user's own callbacks, made anew; modules that they name are imported first.
+
+    Raises:
+        UserError: What `build_callback` and `import_user_modules` raise.
+    """
+    import_user_modules(settings.imports)
+    nodes = {name: node for name, node in settings.callbacks.items() if node}
+    return [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
+
+
 def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) -> Callback:
     """Makes a callback of a node with `_target_`: a class that is defined, and not merely reachable, where it may be.
 

@@ -49,6 +49,17 @@ def is_hydras(word: str) -> bool:
     return key_of(word).startswith(("hydra.", "hydra/"))
 
 
+def anchored_search(word: str) -> str:
+    """`hydra.searchpath=[...]` with its folders as they are meant where it is typed; any other word as it is."""
+    if key_of(word) != "hydra.searchpath" or "=" not in word:
+        return word
+    value = internals.parse_override(word).value()
+    places = value if isinstance(value, list) else [value]
+    folders = [str(place).removeprefix("file://") for place in places]
+    told = [folder if "://" in folder else f"file://{Path(folder).absolute()}" for folder in folders]
+    return f"{word.partition('=')[0]}=[{','.join(_quoted(place) for place in told)}]"
+
+
 def override(key: str, value: Scalar | Path) -> str:
     """`key=value` as Hydra reads it back to the same value."""
     if value is None:

@@ -131,7 +131,7 @@ def _run(
         record.refuse_complete(settings.recipe.epochs)  # another process may have ended it since the command was read
     elif record and not settings.overwrite:
         record.refuse_finished()
-    prepared, trainer, report, threads = _check(settings, directory, sweep, callbacks)
+    prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
     checkpoint, step = _resume_point(settings, directory)
     facts = describe_run(settings, prepared)
     start()
@@ -179,7 +179,7 @@ def _run(
     return result
 
 
-def _check(
+def check_run(
     settings: Settings, directory: Path, sweep: str | None, callbacks: Sequence[Callback]
 ) -> tuple[Prepared, pl.Trainer, EpochReport, int]:
     """All that can be refused before anything is written; returns the parts of the run, and torch's threads."""

@@ -35,7 +35,7 @@ from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.words import check_words
 
 FORMAT = 2
-"""Of status.json and result.json; records of version 0.1 say none, which is 1."""
+"""Of status.json, result.json, sweep.json and study.json; records of version 0.1 say none, which is 1."""
 STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml", "provenance.json"
 CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
@@ -76,6 +76,22 @@ class RunState(str, Enum):
 
 class ForeignRecordError(UserError):
     """A file that is no record of this package, or one of a version that is not read here."""
+
+
+def require_format(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuses a record by its number; one without a number is of version 0.1.
+
+    Raises:
+        ForeignRecordError: If it is no record of this package, or one of a version that is not read here.
+    """
+    version = content.get("format", 1)
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
+    if not 1 <= version <= FORMAT:
+        age = "newer" if version > FORMAT else "older"
+        raise ForeignRecordError(
+            f"{path}: written by a{'n' * (age == 'older')} {age} version (format {version}; 1 to {FORMAT} are read)"
+        )
 
 
 class Record(NamedTuple):
@@ -238,14 +254,7 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         self.require_own(path, content.pop("run", None))
-        version = content.get("format", 1)
-        if isinstance(version, bool) or not isinstance(version, int):
-            raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
-        if not 1 <= version <= FORMAT:
-            age = "newer" if version > FORMAT else "older"
-            raise ForeignRecordError(
-                f"{path}: written by a{'n' * (age == 'older')} {age} version (format {version}; 1 to {FORMAT} are read)"
-            )
+        require_format(path, content)
         return content
 
     @property

@@ -15,7 +15,7 @@ from hydra.types import TaskFunction
 from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
 from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, override
-from ekd_lightning.errors import UserError, quiet
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
@@ -24,7 +24,7 @@ from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunSta
 from ekd_lightning.runs.lock import holder
 from ekd_lightning.runs.words import names_code, require_named_code
 from ekd_lightning.settings import Settings, is_free
-from ekd_lightning.studies.launching import launch
+from ekd_lightning.studies.launching import check_job, launch
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, union, write_study
 from ekd_lightning.studies.sweep import Job, Sweep
 from ekd_lightning.studies.tuned import with_tuned
@@ -206,11 +206,8 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
 
 def _check_row(row: RowPlan, settings: Settings) -> None:
     """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
-    from ekd_lightning.pipeline.prepare import prepare  # noqa: PLC0415 (slow; a report needs none)
-
     try:
-        with quiet(None, "ekd_lightning"):  # what is to be said, the run says
-            prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+        check_job(settings)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
 

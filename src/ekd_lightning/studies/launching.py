@@ -8,11 +8,13 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose
 from hydra.types import TaskFunction
@@ -21,12 +23,18 @@ from rich.console import Console
 from rich.text import Text
 
 from ekd_lightning.config import internals
+from ekd_lightning.config.config import build_callbacks
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override
+from ekd_lightning.errors import quiet
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.provenance import now
 from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, standings, varied_keys, varied_values
+
+if TYPE_CHECKING:
+    from ekd_lightning.pipeline.prepare import Prepared
+    from ekd_lightning.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,21 @@ _COUNTED = {
     "running": (RunState.RUNNING,),
     "not started": (RunState.PLANNED,),
 }
+
+
+def check_job(settings: Settings) -> Prepared:
+    """Makes all checks that a run makes before it trains, and says nothing: what is to be said, the run says.
+
+    Raises:
+        UserError: What the run would be refused for.
+    """
+    from ekd_lightning.pipeline.run import check_run  # noqa: PLC0415 (slow; a report needs none)
+    from ekd_lightning.teachers.hardware import threads_as_before  # noqa: PLC0415
+
+    callbacks = build_callbacks(settings)
+    names = (None, "ekd_lightning", "pytorch_lightning", "lightning_fabric")
+    with threads_as_before(), quiet(*names), tempfile.TemporaryDirectory() as nowhere:
+        return check_run(settings, Path(nowhere), "sweep", callbacks)[0]
 
 
 def launch(

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.experimental.callback import Callback
 from hydra.types import TaskFunction
@@ -17,7 +17,16 @@ from ekd_lightning.config import internals
 from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ending_callback
-from ekd_lightning.config.overrides import SWEEP_FILE, anchored, is_hydras, is_under, key_of, split_config_dir, typed
+from ekd_lightning.config.overrides import (
+    SWEEP_FILE,
+    anchored,
+    anchored_search,
+    is_hydras,
+    is_under,
+    key_of,
+    split_config_dir,
+    typed,
+)
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
@@ -26,6 +35,7 @@ from ekd_lightning.runs.provenance import now
 from ekd_lightning.runs.words import check_words, names_code, require_named_code
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import (
+    check_job,
     is_queued,
     launch,
     look_now,
@@ -76,7 +86,7 @@ class SweepSummary(Callback):
 
 
 def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
-    """Refuses a sweep all of whose jobs would be refused for the same reason; composes one job where the first fits.
+    """Refuses a sweep all of whose jobs would be refused for the same reason; checks one job where the first fits.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
@@ -87,6 +97,8 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
     """
     from ekd_lightning.pipeline.prepare import check_settings  # noqa: PLC0415 (slow; --help needs none)
 
+    # In a queue elsewhere there are other data and devices.
+    check = check_settings if is_queued(config) else check_job
     found = set()
     for job in jobs:
         chosen = internals.job_config(config, job.overrides).copy()
@@ -95,7 +107,7 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
         try:
             settings = to_settings(chosen)
             import_user_modules(settings.imports)
-            check_settings(settings)
+            check(settings)
             return
         except UserError as error:
             found.add(str(error))
@@ -120,12 +132,13 @@ def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
         return None
     hydra = config.hydra
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    every = [words for _, words in found]
+    every = [own for _, own in found]
+    words = cast("list[str]", OmegaConf.to_container(hydra.overrides.hydra, resolve=False))
     return Sweep(
         folder,
         tuple(Job(folder / name, tuple(words)) for name, words in found),
-        tuple(OmegaConf.to_container(hydra.overrides.hydra, resolve=False)),  # type: ignore[arg-type]
-        tuple(word for word in every[0] if all(word in words for words in every)),
+        tuple(anchored_search(str(word)) for word in words),
+        tuple(word for word in every[0] if all(word in own for own in every)),
         str(hydra.job.config_name or "train"),
         str(folders[0]) if folders else None,
         now(),
@@ -139,6 +152,14 @@ def tell_sweep() -> None:
         folder, stack, _ = _open.pop()
         stack.close()
         show_summary(found_sweep(folder))
+
+
+def forget_sweep() -> None:
+    """Removes the plan of a sweep that was refused before any of its jobs began."""
+    for folder, *_ in _open:
+        if all(state.run.state is RunState.PLANNED for state in standings(found_sweep(folder))):
+            for name in (SWEEP_FILE, "multirun.yaml"):
+                (folder / name).unlink(missing_ok=True)
 
 
 def interrupted_sweep() -> str | None:
@@ -222,8 +243,8 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
             may not hold.
     """
     given = [word for word in words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
-    hydra = [word for word in given if is_hydras(word)]
-    extra = [anchored(word) for word in given if word not in hydra]
+    hydra = [anchored_search(word) for word in given if is_hydras(word)]
+    extra = [anchored(word) for word in given if not is_hydras(word)]
     for word in extra:
         if "=" not in word or not (may_change_between_parts(key_of(word)) or names_code(word)):
             raise UserError(

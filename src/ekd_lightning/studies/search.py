@@ -19,20 +19,14 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from pytorch_lightning.callbacks import Callback
 
-from ekd_lightning.config.config import (
-    build_callback,
-    compose_settings,
-    import_user_modules,
-    register_schema,
-    to_plain,
-    to_settings,
-)
+from ekd_lightning.config.config import build_callbacks, compose_settings, register_schema, to_plain, to_settings
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
-from ekd_lightning.pipeline.prepare import Prepared, describe_run, prepare
+from ekd_lightning.pipeline.prepare import Prepared, describe_run
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.launching import check_job
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
 from ekd_lightning.studies.trials import Search, show_outcome, write_outcome
 from ekd_lightning.studies.tuned import warn_of_other_budgets
@@ -82,7 +76,6 @@ def tune(
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=base)
     settings, plain = to_settings(cfg), to_plain(cfg)
-    import_user_modules(settings.imports)
     prepared = _prepare(settings)
     space = _search_space(space_file, base, settings, prepared)
     facts: dict[str, Any] = {
@@ -107,11 +100,9 @@ def tune(
         storage=storage,
     )
 
-    def callbacks() -> list[Callback]:
-        nodes = {name: node for name, node in settings.callbacks.items() if node}
-        return [build_callback(node, f"callbacks.{name}", settings.imports) for name, node in nodes.items()]
-
-    objective = ValidationObjective(lambda words: compose_settings(*_with(base, words)), seeds, callbacks)
+    objective = ValidationObjective(
+        lambda words: compose_settings(*_with(base, words)), seeds, lambda: build_callbacks(settings)
+    )
     try:
         run_trials(
             search,
@@ -155,7 +146,7 @@ def _prepare(settings: Settings) -> Prepared:
         raise UserError(f"trainer.devices={devices}: a trial has one device; start several processes with one --output")
     if not re.fullmatch(r"\w[\w.+@-]*", settings.method.name):
         raise UserError(f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-")
-    prepared = prepare(settings, str(settings.trainer.get("accelerator", "auto")))
+    prepared = check_job(settings)
     if not prepared.datamodule.num_val_images:
         raise UserError(
             f"data.val_fraction={settings.data.val_fraction:g}: leaves no validation images to choose by; "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ekd_lightning.config.config import to_settings
 from ekd_lightning.config.overrides import is_hydras, is_under, key_of, override
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_json, write_json
+from ekd_lightning.runs.directory import FORMAT, require_format
 from ekd_lightning.runs.lock import LOCK_FILE
 from ekd_lightning.runs.words import check_words, names_code
 from ekd_lightning.settings import is_free
@@ -141,14 +143,15 @@ def write_study(study: Study, folder: Path) -> None:
     rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
     content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
     content |= {"common": list(study.common), "data": study.data}
-    write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory})
+    write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory, "format": FORMAT})
 
 
 def read_study(folder: Path) -> Study | None:
     """Reads study.json; None if the folder is new or empty.
 
     Raises:
-        UserError: If the folder holds something else, or the file is damaged.
+        UserError: If the folder holds something else; or if the file is damaged, of another version, or asks for
+            what no study asks for.
     """
     path = folder / STUDY_FILE
     if not path.is_file():
@@ -157,18 +160,35 @@ def read_study(folder: Path) -> Study | None:
         return None
     try:
         content = read_json(path)
-        rows = tuple(
-            RowPlan(name, tuple(row["overrides"]), tuple(row["without"])) for name, row in content["rows"].items()
-        )
-        fractions, seeds = tuple(content["fractions"]), tuple(content["seeds"])
+        require_format(path, content)
+        rows = tuple(_read_row(path, name, row) for name, row in content["rows"].items())
+        fractions, seeds = (_read_numbers(path, name, content[name]) for name in ("fractions", "seeds"))
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
         study = Study(rows, fractions, seeds, common, str(content["data"]), where)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged") from None
-    check_words([*common, *(word for row in rows for word in row.overrides)], path)
+    check_words(common, path)
     return study
+
+
+def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
+    """A row as a study writes it: its name is part of a path, and it sets its method and student alone."""
+    words = tuple(check_words(row["overrides"], path))
+    if not re.fullmatch(r"\w[\w.+@-]*", name) or not words or not words[0].startswith("method="):
+        raise UserError(f"{path}: damaged (a row {name!r})")
+    for word in words:
+        if not is_under(key_of(word), ("method", "student", "recipe")):
+            raise UserError(f"{path}: {word}: the row {name} sets more than its method, student and recipe")
+    return RowPlan(name, words, tuple(row["without"]))
+
+
+def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any, ...]:
+    try:
+        return parse_numbers(f"--{name}", ",".join(map(str, values)))
+    except UserError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:

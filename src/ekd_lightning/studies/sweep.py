@@ -18,7 +18,15 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.directory import HYDRA, STATUS, ForeignRecordError, RunDirectory, RunState
+from ekd_lightning.runs.directory import (
+    FORMAT,
+    HYDRA,
+    STATUS,
+    ForeignRecordError,
+    RunDirectory,
+    RunState,
+    require_format,
+)
 from ekd_lightning.runs.provenance import now
 from ekd_lightning.runs.words import check_words
 
@@ -90,7 +98,8 @@ def write_sweep(sweep: Sweep) -> None:
         for job in sweep.jobs
     ]
     content = {name: value for name, value in vars(sweep).items() if name != "folder"}
-    write_json(sweep.folder / SWEEP_FILE, {**content, "started": sweep.started or now(), "jobs": jobs})
+    content |= {"format": FORMAT, "started": sweep.started or now(), "jobs": jobs}
+    write_json(sweep.folder / SWEEP_FILE, content)
 
 
 def read_sweep(folder: Path) -> Sweep | None:
@@ -104,6 +113,7 @@ def read_sweep(folder: Path) -> Sweep | None:
         return None
     try:
         content = read_json(path)
+        require_format(path, content)
         jobs = tuple(Job(folder / job["directory"], tuple(job["overrides"])) for job in content["jobs"])
         hydra, common = tuple(content["hydra"]), tuple(content["common"])
         where = str(content["config_name"]), content["config_dir"], content["started"]

@@ -15,6 +15,7 @@ from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.words import check_words
 from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import RowPlan
 
@@ -36,6 +37,10 @@ def read_tuned(path: Path) -> dict[str, Any]:
     words = content.get("overrides") if isinstance(content, dict) else None
     if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
         raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
+    for word in check_words(words, path):
+        purpose = purpose_of(key_of(word))
+        if purpose.role in (Role.LOCATION, Role.FREE) or purpose.between_parts:
+            raise UserError(f"{path}: {word}: is nothing that a search tries")
     return dict(content)
 
 
