@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from made_runs import entry, result
 from rich.console import Console
 from scipy import stats
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json, write_json
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import check_comparable
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.comparison import records, study_block, study_rows
+from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
+from ekd_lightning.studies.tuned import with_tuned
 
 POOL = [{"id": "a", "sha256": "a" * 64}, {"id": "b", "sha256": "b" * 64}]
 
@@ -157,6 +162,57 @@ def test_all_forms_of_the_table_say_the_same():
 def test_one_seed_says_not_enough_runs():
     text = page(study({row: values[:1] for row, values in ACCURACIES.items()}))
     assert text.count("not enough runs") == 3 + 4  # accuracies, and differences
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("student.network=resnet20", "all rows of a study must share it"),
+        ("seed=3", "all rows of a study must share it"),
+        ("trainer.gradient_clip_val=1", "all rows of a study must share it"),
+        ("recipe.epochs=9", "all rows of a study must share it"),
+        ("method.name=../../x", "all rows of a study must share it"),
+        ("data.root=/x", "is nothing that a search tries"),
+        ("teachers.store=/x", "is nothing that a search tries"),
+        ("logger.wandb.enabled=true", "is nothing that a search tries"),
+        ("callbacks.x._target_=y", "is nothing that a search tries"),
+        ("imports=[x]", "is nothing that a search tries"),
+        ("hydra.run.dir=/x", "a record may set settings of a run alone"),
+        ("hydra.callbacks.x._target_=y", "a record may set settings of a run alone"),
+        ("+x@hydra.callbacks=y", "a record may set settings of a run alone"),
+    ],
+)
+def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named):
+    (tmp_path / "ekd.yaml").write_text(yaml.safe_dump({"overrides": ["method.temperature=2", "recipe.lr=0.1"]}))
+    (row,) = with_tuned([RowPlan("ekd", ("method=ekd",))], tmp_path)
+    assert row.settings == "method.temperature=2 recipe.lr=0.1"
+    (tmp_path / "ekd.yaml").write_text(yaml.safe_dump({"overrides": ["recipe.lr=0.1", word]}))
+    with pytest.raises(UserError, match=re.escape(named)):
+        with_tuned([row], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"format": 9}, r"study\.json: written by a newer version \(format 9; 1 to 2 are read\)"),
+        ({"rows": {"../x": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row '../x'\)"),
+        ({"rows": {"a\nb": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row 'a"),
+        ({"rows": {"ce": {"overrides": ["method=ce", "data.root=/x"], "without": []}}}, "sets more than its method"),
+        ({"common": ["hydra.run.dir=/x"]}, "a record may set settings of a run alone"),
+        ({"seeds": [0, "../1"]}, r"study\.json: damaged \(--seeds"),
+        ({"fractions": [2]}, r"study\.json: damaged \(--fractions"),
+    ],
+)
+def test_a_foreign_study_is_named(tmp_path, change, named):
+    written = Study((RowPlan("ce", ("method=ce",)),), (0.1, 1.0), (0, 3), ("recipe.lr=0.1",), "digits")
+    write_study(written, tmp_path)
+    content = read_json(tmp_path / "study.json")
+    assert content.pop("format") == 2
+    write_json(tmp_path / "study.json", content)
+    assert read_study(tmp_path) == written  # as versions before wrote it
+    write_json(tmp_path / "study.json", {**content, **change})
+    with pytest.raises(UserError, match=named):
+        read_study(tmp_path)
 
 
 def test_a_chosen_teacher_is_named():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json, write_json
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock
@@ -88,6 +90,40 @@ def test_a_damaged_plan_is_named(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UserError, match=r"sweep\.json: damaged"):
         read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"format": 9}, r"sweep\.json: written by a newer version \(format 9; 1 to 2 are read\)"),
+        ({"format": "x"}, r"sweep\.json: not a record of this package \(format 'x'\)"),
+        ({"jobs": [{"directory": "../x", "overrides": []}]}, "is outside the sweep's folder"),
+        ({"jobs": [{"directory": "/x", "overrides": []}]}, "is outside the sweep's folder"),
+        ({"jobs": [{"directory": "link", "overrides": []}]}, "is outside the sweep's folder"),
+        ({"jobs": [{"directory": "0", "overrides": ["method.name=a\nb", 3]}]}, "settings of a run"),
+    ],
+)
+def test_a_foreign_plan_is_named(sweep, change, named):
+    write_sweep(sweep)
+    (sweep.folder / "link").symlink_to(sweep.folder.parent)
+    path = sweep.folder / "sweep.json"
+    content = read_json(path)
+    assert content.pop("format") == 2
+    write_json(path, content)
+    assert read_sweep(sweep.folder) == sweep  # as versions before wrote it
+    write_json(path, {**content, **change})
+    with pytest.raises(UserError, match=named):
+        read_sweep(sweep.folder)
+
+
+def test_folders_of_hydras_search_path_are_those_of_where_they_were_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    word = "hydra.searchpath=[file://my conf,pkg://other.conf,/abs]"
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        found = planned_sweep(composed("seed=0,1", word), tmp_path)
+    (typed_word,) = [word for word in found.hydra if word.startswith("hydra.searchpath")]
+    value = OverridesParser.create().parse_override(typed_word).value()
+    assert [str(place) for place in value] == [f"file://{tmp_path}/my conf", "pkg://other.conf", "file:///abs"]
 
 
 def composed(*words: str):

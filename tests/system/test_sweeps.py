@@ -94,8 +94,18 @@ def test_a_failing_job_neither_stops_nor_poisons_the_others(store, tmp_path):
     assert outcome.err.splitlines()[-1] == "ekd-train: error: student.branches=0: must be at least 1"
 
 
-def test_a_name_that_does_not_exist_stops_a_sweep_before_it_starts(store, tmp_path):
-    outcome = sweep(tmp_path / "sweep", store, "method=ce,ekdd")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["method=ce,ekdd"], "did you mean 'ekd'"),  # Hydra finds it once the sweep is planned
+        (["seed=0,1", "data=cifar10", "teachers=digits", "data.download=false", "data.root=nowhere"], "nowhere"),
+        (["seed=0,1", "recipe.batch_size=500"], "recipe.batch_size=500"),
+        (["seed=0,1", "+callbacks.x._target_=pytorch_lightning.callbacks.Nothing"], "Nothing"),
+    ],
+)
+def test_what_no_job_can_do_stops_a_sweep_before_it_starts(store, tmp_path, words, named):
+    outcome = sweep(tmp_path / "sweep", store, *words)
     assert outcome.code == 2
-    assert "did you mean 'ekd'" in outcome.err
-    assert not list(tmp_path.rglob("result.json"))
+    (line,) = outcome.err.splitlines()
+    assert named in line
+    assert not (tmp_path / "sweep").exists()

@@ -92,7 +92,6 @@ def run_compare(args: argparse.Namespace) -> bool:
         composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
         with working_in(old.working_directory if old else ""):
             study = comparison.ask(
-                folder,
                 old,
                 common,
                 composer,

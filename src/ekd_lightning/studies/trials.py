@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,15 @@ class Search:
         trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
         return trial
 
-    def alive(self, trial: optuna.Trial) -> AbstractContextManager[object]:
+    @contextmanager
+    def alive(self, trial: optuna.Trial) -> Iterator[None]:
         """A block in which a trial of this process is known to be at work, to other machines, too."""
-        return get_heartbeat_thread(trial._trial_id, self._study._storage)
+        beats = get_heartbeat_thread(trial._trial_id, self._study._storage)
+        beats.start()
+        try:
+            yield
+        finally:
+            beats.join()
 
     def tell(self, trial: optuna.Trial, value: float | None, state: TrialState) -> None:
         """Records how a trial ended."""
