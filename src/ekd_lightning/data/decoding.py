@@ -25,12 +25,12 @@ _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, turned upright by its EXIF orientation.
+    """Any PIL image as RGB, turned upright (in place) by its EXIF orientation.
 
     Transparent pixels show white behind them, 16-bit grey keeps its high byte (as PIL reads 16-bit colour), and grey
     in floating point spans 0 to 1, or to 255 where it goes beyond 1.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in _SIXTEEN_BITS:
         return _grey(np.asarray(image).astype(np.int64).clip(0, 65535) >> 8)
     if image.mode == "F":
@@ -41,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey(levels: np.ndarray) -> Image.Image:
@@ -61,7 +61,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if (new_height, new_width) != (height, width):
         image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     top, left = round((new_height - H) / 2), round((new_width - W) / 2)
-    return image.crop((left, top, left + W, top + H))
+    return image if image.size == (W, H) else image.crop((left, top, left + W, top + H))
 
 
 @dataclass

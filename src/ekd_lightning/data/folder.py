@@ -32,13 +32,13 @@ def list_folder(root: Path) -> Listing:
     if not classes:
         raise UserError(f"data.root={root}: holds no subfolders; images lie in one subfolder a class")
     rows = {split: _rows(root, folder, classes) for split, folder in splits.items()}
-    return Listing(rows, classes, read_bytes, str(root))
+    return Listing(rows, classes, lambda path: read_bytes(Path(path)), str(root))
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: str) -> tuple[int, int]:
     """Size and time of a file, which tell whether it changed."""
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:  # a link into nothing; reading it will say so
         return -1, 0
     return stat.st_size, stat.st_mtime_ns
@@ -57,9 +57,11 @@ def _rows(root: Path, split: Path, classes: tuple[str, ...]) -> list[Row]:
             raise UserError(f"{folder}: no such class among the training images ({', '.join(classes[:5])}, ...)")
         label = classes.index(folder.name)
         for parent, _, names in sorted(os.walk(folder, followlinks=True)):
-            for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-                if path.suffix.lower() in EXTENSIONS:
-                    found.append(Row(path.relative_to(root).as_posix(), label, path, _stamp(path)))
+            for name in sorted(name for name in names if not name.startswith(".")):
+                path = os.path.join(parent, name)  # of a million, Path would take half a minute
+                if name.lower().endswith(EXTENSIONS):
+                    below = path[len(str(root)) + 1 :].replace(os.sep, "/")
+                    found.append(Row(below, label, path, _stamp(path)))
                 else:
                     others.append(path)
     if others:
