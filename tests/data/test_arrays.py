@@ -71,6 +71,7 @@ def test_images_and_labels_alone_are_split_and_named(tmp_path):
         ({"images": np.zeros((4, 5, 5, 3))}, r"holds neither x_train and y_train nor images and labels \(but images\)"),
         ({"images": np.zeros((4, 5, 5, 3)), "labels": np.arange(4)}, r"images is float64 \[4, 5, 5, 3\], not uint8"),
         ({"images": np.zeros((4, 5), np.uint8), "labels": np.arange(4)}, r"images is uint8 \[4, 5\], not"),
+        ({"images": colours(0), "labels": np.arange(0)}, r"images is uint8 \[0, 6, 6, 3\], not"),
         ({"images": colours(4), "labels": np.arange(3)}, r"labels must be 4 classes, .*int64 \[3\]"),
         ({"images": colours(4), "labels": np.arange(4) - 1}, r"labels must be 4 classes"),
         ({"images": colours(4), "labels": np.zeros(4)}, r"labels must be 4 classes.*float64"),
@@ -152,7 +153,8 @@ def test_what_torchvision_cannot_give_is_one_line(tmp_path, monkeypatch):
         opened("torchvision", tmp_path, name="SVHM")
     with pytest.raises(UserError, match=r"data\.name=STL10: torchvision cannot read it from .*not found"):
         opened("torchvision", tmp_path, name="STL10")
-    boxes = {"__getitem__": lambda self, i: (Image.new("RGB", (3, 3)), {"boxes": []})}
-    monkeypatch.setattr(datasets, "SVHN", type("SVHN", (Fake,), boxes))
-    with pytest.raises(UserError, match=r"data\.name=SVHN: torchvision gives its images no classes"):
-        opened("torchvision", tmp_path, name="SVHN")
+    for target in ({"boxes": []}, torch.zeros(40, dtype=torch.int64), (1, 2)):
+        several = {"__getitem__": lambda self, i, target=target: (Image.new("RGB", (3, 3)), target)}
+        monkeypatch.setattr(datasets, "SVHN", type("SVHN", (Fake,), several))
+        with pytest.raises(UserError, match=r"data\.name=SVHN: torchvision gives its images no classes"):
+            opened("torchvision", tmp_path, name="SVHN")

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from random_images import random_images
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -22,11 +23,6 @@ from ekd_lightning.data.order import STREAM_POOL, Draws, hash_uniform_u64, split
 from ekd_lightning.errors import UserError
 
 B, H, W = 200, 12, 9
-
-
-def random_images(count: int = B, height: int = H, width: int = W, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def draws(count: int = B) -> Draws:
@@ -84,7 +80,7 @@ def test_seed_place_view_and_index_all_matter():
 
 @pytest.mark.parametrize("size", [1, 4, 5, 30])
 def test_cutout_against_a_loop(size):
-    images, source = random_images(), draws()
+    images, source = random_images(B, H, W), draws()
     centre_y, centre_x = source.integers(H).tolist(), source.integers(W).tolist()
     expected = images.numpy().copy()
     for b in range(B):
@@ -102,7 +98,7 @@ def test_cutout_against_a_loop(size):
 
 def test_random_erasing_against_a_loop():
     scale, ratio, p = (0.1, 0.9), (0.2, 5.0), 0.7
-    images, source = random_images(), draws()
+    images, source = random_images(B, H, W), draws()
     area = source.uniform(*scale, count=10).numpy()
     aspect = np.exp(source.uniform(math.log(ratio[0]), math.log(ratio[1]), count=10).numpy())
     heights, widths = np.ones(B, dtype=np.int64), np.ones(B, dtype=np.int64)
@@ -141,7 +137,7 @@ def test_random_erasing_erases_as_much_as_torchvision():
 
 
 def test_nothing_is_erased_when_no_rectangle_fits():
-    images = random_images()
+    images = random_images(B, H, W)
     made = RandomErasing(p=1.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))(images, draws())
     assert torch.equal(made, images)
 
@@ -168,7 +164,7 @@ def crops_drawn(scale, ratio):
 @pytest.mark.parametrize(("scale", "ratio"), [((0.1, 1.0), (0.75, 4 / 3)), ((0.5, 1.0), (1.0, 1.0)), ((1, 1), (9, 9))])
 def test_resized_crop_is_torchvisions_image_by_image(scale, ratio):
     """Within one grey level: torchvision interpolates uint8 in integers."""
-    images = random_images()
+    images = random_images(B, H, W)
     made = ResizedCrop(scale=scale, ratio=ratio)(images, draws())
     assert made.dtype == torch.uint8
     boxes = list(crops_drawn(scale, ratio))
@@ -263,7 +259,7 @@ def test_randaugment_calls_each_operation_once_for_all_its_images(monkeypatch):
     monkeypatch.setitem(color.UNSIGNED, "Equalize", lambda x, value: calls.append(len(x)) or tv.equalize(x))
     augment = color.RandAugment(num_ops=1)
     equalized = int((augment.draw(draws())[0] == 2 * color.NAMES.index("Equalize")).sum())
-    augment(random_images(), draws())
+    augment(random_images(B, H, W), draws())
     assert calls == [equalized]
     assert equalized > 1
 

@@ -66,23 +66,19 @@ def test_missing_data_says_what_where_and_what_to_do(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-def test_truncated_binary_file(tmp_path):
-    tiny = make_tiny("cifar100")
-    path = tiny.write(tmp_path) / "train.bin"
-    path.write_bytes(path.read_bytes()[:-5])
-    size = 4 * 3074
-    with pytest.raises(UserError, match=rf"{path} has {size - 5} bytes instead of {size}: .*ekd-data"):
-        read_cifar(tiny.spec, tmp_path)
-
-
-@pytest.mark.parametrize(("form", "file"), [("binary", "data_batch_2.bin"), ("python", "data_batch_2")])
-def test_altered_file(form, file, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "file", "damage", "message"),
+    [
+        ("binary", "data_batch_2.bin", lambda data: data[:-5], r"has 12287 bytes instead of 12292: .*ekd-data"),
+        ("binary", "data_batch_2.bin", lambda data: data[:99] + b"!" + data[100:], r".*MD5 \w{32} instead of \w{32}"),
+        ("python", "data_batch_2", lambda data: data[:99] + b"!" + data[100:], r".*MD5 \w{32} instead of \w{32}"),
+    ],
+)
+def test_truncated_and_altered_files(form, file, damage, message, tmp_path):
     tiny = make_tiny("cifar10")
     path = tiny.write(tmp_path, form) / file
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{path} .*has MD5 \w{{32}} instead of \w{{32}}"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"{path} {message}"):
         read_cifar(tiny.spec, tmp_path)
 
 

@@ -182,12 +182,22 @@ def test_images_for_testing_are_set_aside_class_by_class(tmp_path):
     assert len(names_of_test(root) & chosen) >= 5  # the others stay where they were
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    root = make(tmp_path / "own", {"a": 5, "b": 5})
+    os.rename(root / "a" / "00.png", os.fsencode(root / "a") + b"/\xff.png")
+    assert len(opened(root).train) == 8
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------
 
 
 def with_text(root: Path) -> None:
     (root / "a" / "00.png").write_text("no image")
     (root / "b" / "01.png").write_bytes(b"")
+
+
+def without_test(root: Path) -> None:
+    (root / "test" / "a" / "00.png").write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +208,12 @@ def with_text(root: Path) -> None:
         ({"train/a": 2, "train/b": 2, "test/c": 1}, None, {}, r"test/c: no such class among the training"),
         ({"train/a": 2, "train/b": 2, "test/a": 0}, None, {}, r"test: holds no images"),
         ({"a": 5, "b": 5}, with_text, {}, r"a/00\.png is no image, and 1 more cannot be read; data\.skip_broken=true"),
+        (
+            {"train/a": 2, "train/b": 2, "test/a": 1},
+            without_test,
+            {"skip_broken": True},
+            r"none of its images for test",
+        ),
         ({"a": 5, "b": 2}, None, {}, r"leaves class 'b' \(2 images\) without an image for testing"),
         ({"a": 5, "b": 5}, None, {"test_fraction": 1.0}, r"data\.test_fraction=1\.0 must lie in \(0, 1\)"),
         ({"a": 5, "b": 5}, None, {"image_size": 0}, r"data\.image_size=0: must be"),

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_images import random_set
 
-from ekd_lightning.data.images import ImageSet
 from ekd_lightning.data.loader import EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.order import epoch_order, epoch_views
 from ekd_lightning.data.views import CropFlip, Identity, to_unit, unit_levels
@@ -142,11 +141,6 @@ def test_gathering_on_the_gpu_gives_the_same_batch():
         assert (ours.device.type, sent.device.type) == ("cuda", "cuda")
         assert torch.equal(ours.cpu(), reference)
         assert torch.equal(sent.cpu(), reference)
-
-
-def test_image_sets_are_not_copied():
-    assert isinstance(TRAIN, ImageSet)
-    assert TrainLoader(TRAIN, INDEX, VIEWS, 16, 0)._labels is TRAIN.labels
 
 
 def test_grey_levels_are_the_nearest_float32_to_parts_of_255():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_images import random_set
+from random_images import random_images, random_set
 from torchvision.transforms import functional as tv
 
 from ekd_lightning.data.loader import TrainLoader, gather_batch
@@ -28,10 +28,6 @@ def slow_view(image: torch.Tensor, number: int, padding: int) -> torch.Tensor:
         for left in range(2 * padding + 1)
     ]
     return views[number]
-
-
-def random_images(count: int, height: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
 
 
 def test_all_162_views_equal_torchvision():

@@ -112,10 +112,11 @@ def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.
             if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3, 4):
                 images = images.transpose(0, 2, 3, 1)
             images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
-            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,), (4,)):
+            fits = images.ndim in (3, 4) and images.shape[3:] in ((), (3,), (4,)) and images.size > 0
+            if images.dtype != np.uint8 or not fits:
                 raise UserError(f"{path}: {x} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
             labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (len(labels) and labels.min() < 0):
+            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
                 raise UserError(
                     f"{path}: {y} must be {len(images)} classes, 0, 1, ... (it is {labels.dtype} {list(labels.shape)})"
                 )
@@ -153,5 +154,5 @@ def _labels(part: Any, name: str) -> list[int]:
                 return [int(value) for value in with_numbers]
     try:
         return [int(part[i][1]) for i in range(len(part))]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
         raise UserError(f"data.name={name}: torchvision gives its images no classes") from None

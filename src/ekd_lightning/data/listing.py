@@ -92,14 +92,16 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
     if not 0 < share < 1:
         raise UserError(f"data.test_fraction={share} must lie in (0, 1)")
     rows, chosen = listing.splits["train"], set()
-    for label, text in enumerate(listing.class_names):
-        own = [row.name for row in rows if row.label == label]
-        own.sort(key=lambda name: hashlib.sha256(f"{seed}|{name}".encode()).digest())
+    members: dict[int, list[str]] = {}
+    for row in rows:
+        members.setdefault(row.label, []).append(row.name)
+    for label, own in members.items():
+        own.sort(key=lambda name: hashlib.sha256(f"{seed}|{name}".encode(errors="surrogateescape")).digest())
         first = own[: int(Fraction(str(float(share))) * len(own))]
-        if own and not first:
+        if not first:
             raise UserError(
-                f"data.test_fraction={share} leaves class {text!r} ({len(own)} images) without an image for testing: "
-                "choose more, or give images for testing"
+                f"data.test_fraction={share} leaves class {listing.class_names[label]!r} ({len(own)} images) without "
+                "an image for testing: choose more, or give images for testing"
             )
         chosen.update(first)
     train = [row for row in rows if row.name not in chosen]
@@ -142,6 +144,8 @@ def read_listing(
 
     pixels, facts = cached_images(cache, key, build)
     _check_classes(listing, name, facts["labels"][: facts["counts"]["train"]])
+    if not facts["counts"]["test"]:
+        raise UserError(f"data set {name!r} ({listing.source}): none of its images for testing can be read")
     for remark in facts["remarks"]:
         warnings.warn(remark, stacklevel=2)
     return _dataset(listing, name, pixels, facts)
@@ -169,7 +173,7 @@ def _facts(
     """What is kept of the decoded images; rows of broken ones are closed up in the file."""
     kept = [position for position in range(len(rows)) if position not in found.broken]
     if not kept:
-        raise UserError(f"data set {name!r}: none of its {len(rows)} images can be read")
+        raise UserError(f"data set {name!r} ({listing.source}): none of its images can be read")
     remarks = [f"data.skip_broken=true: {_first_broken(rows, found)}"] if found.broken else []
     remarks += _seen_twice(rows, found, kept)
     pixels = np.memmap(target, np.uint8, "r+", shape=(len(rows), 3, *found.size))
