@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ekd_lightning.bench.timing import seconds_of, summary, take_turns
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
-from ekd_lightning.runs.provenance import provenance
+from ekd_lightning.runs.writer import provenance
 from ekd_lightning.teachers.hardware import native_bfloat16
 
 BATCH, STEPS = 128, 12

@@ -39,7 +39,7 @@ from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.files import write_json
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.runs.provenance import provenance
+from ekd_lightning.runs.writer import provenance
 from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 from ekd_lightning.training.pool import gather_teachers

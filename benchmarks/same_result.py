@@ -18,7 +18,7 @@ from typing import Any
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.pipeline.run import run
-from ekd_lightning.runs.provenance import provenance
+from ekd_lightning.runs.writer import provenance
 
 PLAIN = (
     "experiment=quick",

@@ -21,7 +21,7 @@ TINY_STUDY = tuple(word for word in TINY if not word.startswith("data.fraction")
 SETTINGS = {"ekd-train": TINY, "ekd-teach": TINY, "ekd-compare": TINY_STUDY, "ekd-tune": TINY, "ekd-bench": TINY}
 """What commands are given beside a row's own words, which come last."""
 EXPENSIVE = (
-    "ekd_lightning.runs.directory.RunDirectory.start",  # all checks of a run have passed
+    "ekd_lightning.runs.writer.RunWriter.start",  # all checks of a run have passed
     "ekd_lightning.config.directory.JobOutput.start",
     "ekd_lightning.data.catalog.obtain",
     "ekd_lightning.teachers.store.TeacherStore.get_or_train",

@@ -37,9 +37,9 @@ def run(finished, tmp_path) -> Path:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    """Content of every file but the lock of evaluations, which stays."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".evaluation.lock"]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def on_host() -> None:

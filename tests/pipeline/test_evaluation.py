@@ -14,9 +14,9 @@ from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import evaluation
 from ekd_lightning.pipeline.context import EvaluationContext, Findings, merge
 from ekd_lightning.pipeline.evaluation import PARTS, evaluate_finished_run, evaluate_new_run
-from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, Settings
 
 RESULT = Result.of({"method": "ekd", "data": "digits", "seed": 0, "fraction": 0.1, "test_accuracy": 0.5})
@@ -54,7 +54,7 @@ def context(*parts, result=RESULT):
 
 @pytest.fixture
 def directory(tmp_path):
-    return RunDirectory(tmp_path)
+    return RunWriter(tmp_path)
 
 
 @pytest.fixture
@@ -87,12 +87,12 @@ def test_without_parts_the_record_says_so(directory, parts):
     assert found == {**RESULT, "evaluated": [], "evaluation_error": None}
 
 
-@pytest.mark.parametrize("error", [UserError("no such; folder"), RuntimeError("out of\nmemory")])
+@pytest.mark.parametrize("error", [UserError("no such; folder"), RuntimeError("out of\nchalk")])
 def test_a_part_that_fails_is_stated_and_loses_nothing_else(directory, parts, caplog, error):
     parts |= {"predictions": error, "generalisation": Findings({"c": 1}), "flatness": error}
     found = evaluate_new_run(context("predictions", "generalisation", "flatness"), directory)
     assert (found["evaluated"], found["c"], found["method"]) == (["generalisation"], 1, "ekd")
-    line = "no such, folder" if isinstance(error, UserError) else "RuntimeError: out of memory"
+    line = "no such, folder" if isinstance(error, UserError) else "RuntimeError: out of chalk"
     assert found["evaluation_error"] == f"predictions: {line}; flatness: {line}"
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert ("Traceback" in caplog.text) is not isinstance(error, UserError)
@@ -201,7 +201,7 @@ def test_a_killed_evaluation_can_be_repeated(finished, parts, monkeypatch):
     """Killed between the two files: the arrays are there, the result is the old one."""
     parts["predictions"] = Findings({"a": 1}, {"x": np.zeros(1)})
     with monkeypatch.context() as patch:
-        patch.setattr(RunDirectory, "write_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RunWriter, "write_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluate_finished_run(context(), finished, ["predictions"])
     assert read(finished) == RESULT

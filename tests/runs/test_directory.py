@@ -11,11 +11,11 @@ from made_runs import result, write_run
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
-from ekd_lightning.runs import directory as module
-from ekd_lightning.runs.directory import FORMAT, ForeignRecordError, RunDirectory, RunState
+from ekd_lightning.runs import writer as module
+from ekd_lightning.runs.directory import FORMAT, ForeignRecordError, RunState
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import NotAResultError, Result
+from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 
 
 def read(path):
@@ -43,7 +43,7 @@ def test_who_writes(monkeypatch, environment, expected):
 
 
 def test_provenance_names_what_a_result_comes_from(tmp_path):
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     own.start(resumed=False)
     own.add_provenance(data={"name": "digits"})
     found = read(tmp_path / "provenance.json")
@@ -57,18 +57,18 @@ def test_provenance_names_what_a_result_comes_from(tmp_path):
 
 def test_a_resumed_start_keeps_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "provenance", lambda: {"started": "first"})
-    RunDirectory(tmp_path).start(resumed=False)
-    RunDirectory(tmp_path).add_provenance(data="kept")
+    RunWriter(tmp_path).start(resumed=False)
+    RunWriter(tmp_path).add_provenance(data="kept")
     for time in ("second", "third"):
         monkeypatch.setattr(module, "provenance", lambda time=time: {"started": time})
-        RunDirectory(tmp_path).start(resumed=True)
+        RunWriter(tmp_path).start(resumed=True)
     found = read(tmp_path / "provenance.json")
     assert (found["started"], found["data"]) == ("first", "kept")
     assert [start["started"] for start in found["resumed"]] == ["second", "third"]
 
 
 def test_done_implies_a_result(tmp_path, monkeypatch):
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     own.start(resumed=False)
     with pytest.raises(TypeError):
         own.finish(Result.of(result(x=object())))
@@ -98,7 +98,7 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
     for name in (*old, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     own.finish(Result.of(result()))
     own.start(resumed=False)
     assert read(tmp_path / "status.json")["state"] == "running"
@@ -107,7 +107,7 @@ def test_a_new_run_forgets_an_older_one_but_nothing_else(tmp_path):
 
 
 def states(path, *steps):
-    own = RunDirectory(path)
+    own = RunWriter(path)
     for step in steps:
         step(own)
     return own.record().state
@@ -119,7 +119,7 @@ def test_what_became_of_a_run(tmp_path):
 
     assert states(tmp_path / "planned") is RunState.PLANNED
     assert states(tmp_path / "killed", start) is RunState.STOPPED
-    assert states(tmp_path / "interrupted", start, RunDirectory.stop) is RunState.STOPPED
+    assert states(tmp_path / "interrupted", start, RunWriter.stop) is RunState.STOPPED
     assert states(tmp_path / "failed", start, lambda own: own.fail("no")) is RunState.FAILED
     for name, made in {"done": result(), "partial": result(partial=True)}.items():
         found = states(tmp_path / name, start, lambda own, made=made: own.finish(Result.of(made)))
@@ -132,15 +132,15 @@ def test_a_run_runs_while_its_lock_is_held_whatever_a_file_says(tmp_path, says):
     if says is None:
         (path / "status.json").unlink()
         (path / "result.json").unlink()
-    before = RunDirectory(path).record().state
+    before = RunWriter(path).record().state
     with DirectoryLock(path):
-        assert RunDirectory(path).record().state is RunState.RUNNING
-    assert RunDirectory(path).record().state is before
+        assert RunWriter(path).record().state is RunState.RUNNING
+    assert RunWriter(path).record().state is before
     assert before is not RunState.RUNNING
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
-    own, made = RunDirectory(tmp_path), Result.of(result(test_cka=[[1.0, None]], weight_new=0.5))
+    own, made = RunWriter(tmp_path), Result.of(result(test_cka=[[1.0, None]], weight_new=0.5))
     own.write_result(made)
     found = own.read_result()
     assert found == made
@@ -152,7 +152,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
 
 
 def test_fields_of_a_newer_version_are_kept_and_written_back(tmp_path):
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps(result(from_the_future={"a": [1]})))
     own.write_result(own.read_result().having(test_brier=0.25))
     found = read(tmp_path / "result.json")
@@ -162,7 +162,7 @@ def test_fields_of_a_newer_version_are_kept_and_written_back(tmp_path):
 
 
 def test_a_result_of_validation_alone_has_no_test_accuracy(tmp_path):
-    own, made = RunDirectory(tmp_path), result(partial=True)
+    own, made = RunWriter(tmp_path), result(partial=True)
     del made["test_accuracy"]
     own.write_result(Result.of(made))
     assert "test_accuracy" not in read(tmp_path / "result.json")
@@ -194,7 +194,7 @@ BAD = {
 @pytest.mark.parametrize("name", ["result.json", "status.json"])
 @pytest.mark.parametrize(("content", "kind"), BAD.values(), ids=BAD)
 def test_a_bad_record_is_named(tmp_path, name, content, kind):
-    own = RunDirectory(write_run(tmp_path / "run", result()))
+    own = RunWriter(write_run(tmp_path / "run", result()))
     (own.path / name).write_text(content)
     with pytest.raises(kind, match=rf"{name}: "):
         own.read_result() if name == "result.json" else own.record()
@@ -205,7 +205,7 @@ def test_a_bad_record_is_named(tmp_path, name, content, kind):
 def test_a_record_of_another_version_says_which(tmp_path):
     path = write_run(tmp_path / "run", result(format=7))
     with pytest.raises(ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"):
-        RunDirectory(path).record()
+        RunWriter(path).record()
 
 
 def test_a_start_that_cannot_be_recorded_keeps_the_result(tmp_path, monkeypatch):
@@ -217,13 +217,13 @@ def test_a_start_that_cannot_be_recorded_keeps_the_result(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "write_json", full)
     for resumed in (True, False):
         with pytest.raises(UserError, match="No space"):
-            RunDirectory(path).start(resumed=resumed)
-        assert RunDirectory(path).record().state is RunState.DONE
+            RunWriter(path).start(resumed=resumed)
+        assert RunWriter(path).record().state is RunState.DONE
 
 
 @pytest.mark.parametrize("data", [[1], "digits", 3])
 def test_a_group_that_is_none_costs_no_result_of_version_0_1(tmp_path, data):
-    own = RunDirectory(write_run(tmp_path / "run", result(fraction=0.25)))
+    own = RunWriter(write_run(tmp_path / "run", result(fraction=0.25)))
     (own.path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     assert own.record().result.fraction == 0.25
     with pytest.raises(DamagedFileError, match=r"config\.yaml: damaged \(data is not a mapping\)"):
@@ -232,7 +232,7 @@ def test_a_group_that_is_none_costs_no_result_of_version_0_1(tmp_path, data):
 
 def test_a_damaged_list_of_starts_is_named(tmp_path):
     (tmp_path / "provenance.json").write_text('{"started": "2026-01-01", "resumed": 5}')
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     for read_it in (own.provenance, own.started, lambda: own.start(resumed=True)):
         with pytest.raises(DamagedFileError, match=r"provenance\.json: damaged"):
             read_it()
@@ -242,11 +242,11 @@ def test_a_damaged_list_of_starts_is_named(tmp_path):
 def test_a_damaged_configuration_is_named(tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(DamagedFileError, match=r"config\.yaml"):
-        RunDirectory(tmp_path).config()
+        RunWriter(tmp_path).config()
 
 
 def test_arrays(tmp_path):
-    own = RunDirectory(tmp_path)
+    own = RunWriter(tmp_path)
     assert own.arrays() == {}
     own.write_arrays({})
     assert own.file("arrays.npz") is None
@@ -260,7 +260,7 @@ def test_arrays(tmp_path):
 def test_a_run_that_is_not_done_has_no_result_to_go_on_with(tmp_path):
     path = write_run(tmp_path / "run", result(), "failed", error="no such stage\nmore")
     with pytest.raises(UserError, match=r"not done, its status is 'failed' \(no such stage\)"):
-        RunDirectory(path).finished_result()
+        RunWriter(path).finished_result()
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,6 @@ def test_only_what_can_be_read_or_is_of_another_version_keeps_new_runs_out(tmp_p
         (tmp_path / "result.json").write_text(text)
     if taken:
         with pytest.raises(UserError, match=r"holds a finished run.*overwrite=true"):
-            RunDirectory(tmp_path).refuse_finished()
+            RunWriter(tmp_path).refuse_finished()
     else:
-        RunDirectory(tmp_path).refuse_finished()
+        RunWriter(tmp_path).refuse_finished()

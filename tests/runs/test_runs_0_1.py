@@ -21,6 +21,7 @@ from ekd_lightning.pipeline.context import open_context
 from ekd_lightning.pipeline.evaluation import evaluate_finished_run
 from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import plan, read_runs, report
 from ekd_lightning.studies.study import RowPlan, read_study
@@ -129,7 +130,7 @@ def test_an_old_checkpoint_is_read(folder):
 
 
 def test_a_finished_run_opens_and_its_students_accuracy_is_the_recorded_one(folder, tmp_path):
-    run = RunDirectory(folder / "done")
+    run = RunWriter(folder / "done")
     settings = recorded_settings(run, [f"teachers.store={tmp_path / 'store'}"])
     context = open_context(run, settings, torch.device("cpu"))
     predicted = context.test_predictions.logits.argmax(-1)

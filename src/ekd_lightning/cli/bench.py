@@ -67,7 +67,7 @@ def bench(args: argparse.Namespace) -> None:
         words = f"--parts {args.parts} --rounds {args.rounds} --plain-steps {args.plain_steps}"
         raise UserError(f"{words}: parts are {', '.join(PARTS)}; at least 1 round and step")
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
-    from ekd_lightning.runs.provenance import provenance  # noqa: PLC0415
+    from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 
     quiet_libraries()
     names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs")

@@ -13,7 +13,7 @@ from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import finished_runs
-from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
 from ekd_lightning.studies.sweep import sweep_of
 
@@ -147,7 +147,7 @@ def _evaluate(
     from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
     from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
-    run = RunDirectory(directory)
+    run = RunWriter(directory)
     settings = recorded_settings(run, overrides, trust=trust)
     if run.finished_result().partial:
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")

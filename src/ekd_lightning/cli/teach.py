@@ -14,7 +14,7 @@ from ekd_lightning.config.edge import one_line, print_table, run_program
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.writer import is_rank_zero
 
 PROGRAM = "ekd-teach"
 

@@ -27,8 +27,8 @@ from ekd_lightning.config.overrides import (
     typed_resume,
 )
 from ekd_lightning.errors import UserError, users_line
-from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.studies.multirun import forget_sweep, interrupted_sweep, lost_job, resume_sweep, tell_sweep
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ from ekd_lightning.runs.lock import (
     release_ahead,
     remove_empty,
 )
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
@@ -314,7 +314,7 @@ class JobOutput:
         if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
             return
         with contextlib.suppress(UserError, OmegaConfBaseException), DirectoryLock(self.directory):
-            run = RunDirectory(self.directory)
+            run = RunWriter(self.directory)
             if run.holds_run():
                 return
             run.fail(reason(error))

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ekd_lightning.errors import UserError, unknown_name, users_line
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.writer import is_rank_zero
 
 STARTED_IN = "EKD_STARTED_IN"
 """Environment variable: where the user called the command, whatever a record says of its working directory."""

@@ -32,9 +32,8 @@ from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.pipeline.context import BETWEEN, EvaluationContext, Findings, merge
 from ekd_lightning.pipeline.predictions import predictions
-from ekd_lightning.runs.directory import RunDirectory
-from ekd_lightning.runs.provenance import cpu_name
 from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.writer import RunWriter, cpu_name
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +234,7 @@ class Outcome(NamedTuple):
     errors: dict[str, str]
 
 
-def evaluate_new_run(context: EvaluationContext, directory: RunDirectory) -> Result:
+def evaluate_new_run(context: EvaluationContext, directory: RunWriter) -> Result:
     """Runs the parts of `evaluation.parts` after a training. A part that fails loses its findings, not the run.
 
     Args:
@@ -250,7 +249,7 @@ def evaluate_new_run(context: EvaluationContext, directory: RunDirectory) -> Res
 
 
 def evaluate_finished_run(
-    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool = False
+    context: EvaluationContext, directory: RunWriter, parts: Sequence[str], *, force: bool = False
 ) -> Outcome:
     """Runs parts for a run that is done, and writes result.json and the arrays file after each.
 
@@ -266,7 +265,7 @@ def evaluate_finished_run(
 
 
 def _run_parts(
-    context: EvaluationContext, directory: RunDirectory, parts: Sequence[str], *, force: bool, new: bool
+    context: EvaluationContext, directory: RunWriter, parts: Sequence[str], *, force: bool, new: bool
 ) -> Outcome:
     result, done, skipped, errors = context.result, [], [], {}
     if result.evaluated is None:
@@ -299,7 +298,7 @@ def _run_parts(
     return Outcome(result, done, skipped, errors)
 
 
-def _recorded(context: EvaluationContext, directory: RunDirectory) -> Result:
+def _recorded(context: EvaluationContext, directory: RunWriter) -> Result:
     """What is recorded of a finished run by now.
 
     Raises:

@@ -19,7 +19,7 @@ from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.runs.provenance import now
+from ekd_lightning.runs.writer import now
 from ekd_lightning.training.checkpoints import read_checkpoint
 
 EXPORT = "export.json"

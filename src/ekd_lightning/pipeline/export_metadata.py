@@ -16,7 +16,7 @@ from ekd_lightning.evaluation.scores import class_accuracy, score_logits
 from ekd_lightning.networks import BranchedStudent, state_sha256
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.pipeline.context import EvaluationContext
-from ekd_lightning.runs.provenance import version_of
+from ekd_lightning.runs.writer import version_of
 
 _PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
 _OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accuracy", "num_parameters")

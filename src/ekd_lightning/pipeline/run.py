@@ -26,8 +26,8 @@ from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_ru
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
 from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.runs.provenance import is_rank_zero
 from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import device_type_of, keep_freed_memory, set_threads, threads_as_before
 from ekd_lightning.tracking.dashboards import log_evaluation
@@ -80,7 +80,7 @@ def run(
         UserError: For settings that do not fit, or a directory that is in use or holds a finished run, before
             anything is written; or for a loss that is not finite.
     """
-    record = RunDirectory(directory) if is_rank_zero() else None
+    record = RunWriter(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
     result, started = None, False
     config = asdict(settings) if config is None else config
@@ -119,7 +119,7 @@ def run(
 def _run(
     settings: Settings,
     directory: Path,
-    record: RunDirectory | None,
+    record: RunWriter | None,
     loggers: list[Logger],
     config: dict[str, Any],
     sweep: str | None,

@@ -28,7 +28,7 @@ from ekd_lightning.pipeline.prepare import (
     validation_images,
     with_teachers,
 )
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.teachers.tabled import TabledTeachers

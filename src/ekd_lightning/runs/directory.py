@@ -1,4 +1,4 @@
-"""Directory of a run: its state, its files, and the only code that reads and writes its record."""
+"""Directory of a run: its state, its files, and the only code that reads its record."""
 
 from __future__ import annotations
 
@@ -6,31 +6,17 @@ import contextlib
 import hashlib
 import io
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from filelock import FileLock
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import (
-    DamagedFileError,
-    UnwritableFileError,
-    file_sha256,
-    read_bytes,
-    read_json,
-    read_yaml,
-    remove_parts,
-    write_bytes,
-    write_json,
-)
-from ekd_lightning.runs.lock import DirectoryLock, is_held
-from ekd_lightning.runs.provenance import now, provenance
+from ekd_lightning.files import DamagedFileError, read_bytes, read_json, read_yaml
+from ekd_lightning.runs.lock import is_held
 from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.words import check_words
 
@@ -40,20 +26,8 @@ STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml"
 CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
 HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
-_INTERRUPTED = "interrupted"
-_OF_ONE_RUN = (
-    STUDENT,
-    CURVES,
-    "train.log",
-    "rank*_train.log",
-    "wandb_run_id.txt",
-    "evaluation/wandb_run_id.txt",
-    "teachers/*/wandb_run_id.txt",
-    "export/student.*",
-    "tensorboard",
-    "evaluation/tensorboard",
-    "teachers/*/tensorboard",
-)
+INTERRUPTED = "interrupted"
+"""What status.json of version 0.1 says of a stopped run as its error."""
 _Kind = TypeVar("_Kind")
 
 
@@ -113,7 +87,7 @@ class Record(NamedTuple):
 class RunDirectory:
     """One run on disk.
 
-    In a distributed job only global rank 0 writes; reading is free to all.
+    It only reads, which is free to all; `RunWriter` writes.
 
     Args:
         path: The directory; it need not exist.
@@ -184,7 +158,7 @@ class RunDirectory:
         status = {"state": "done"} if status is None else status  # a result that was put apart
         state, time = status.get("state"), str(status["time"]) if status.get("time") else None
         error = (str(status.get("error") or "unknown error").splitlines() or [""])[0]
-        if state in ("running", "stopped") or (state == "failed" and error == _INTERRUPTED):
+        if state in ("running", "stopped") or (state == "failed" and error == INTERRUPTED):
             return Record(RunState.STOPPED, time=time)
         if state == "failed":
             return Record(RunState.FAILED, error=error, time=time)
@@ -353,34 +327,6 @@ class RunDirectory:
             raise DamagedFileError(f"{path}: damaged or changed, its content is not that which was written (SHA-256)")
         return content
 
-    def start(self, *, resumed: bool) -> None:
-        """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
-
-        A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the record
-        could be written: a full disk costs no result.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_parts(self.path)
-        here = provenance()
-        first = self.provenance() if resumed else {}
-        if first:
-            here = {**first, "resumed": [*(first.get("resumed") or []), here]}
-        # Until the status is written, too, the files here are those of the run that is replaced.
-        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, "replaced": self.identity, **here})
-        if not resumed:
-            for checkpoint in (self.last_checkpoint, self.best_checkpoint):
-                checkpoint.unlink(missing_ok=True)
-        self._say("running")
-        for name in (RESULT, ARRAYS):
-            (self.path / name).unlink(missing_ok=True)
-        if resumed:
-            return
-        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def refuse_finished(self) -> None:
         """Refuses a new run here if there is a finished one, which only the user may let be replaced.
 
@@ -415,56 +361,6 @@ class RunDirectory:
     def holds_run(self) -> bool:
         """Whether a run has left its configuration, its state or a checkpoint here."""
         return any((self.path / name).exists() for name in (CONFIG, STATUS, f"{CHECKPOINTS}/{LAST}"))
-
-    def add_provenance(self, **facts: Any) -> None:
-        """Adds facts known only after the start, e.g. hashes of data and teachers."""
-        write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
-
-    def write_result(self, result: Result) -> None:
-        """Writes result.json."""
-        write_json(self.path / RESULT, {"format": FORMAT, "run": self.identity, **result})
-
-    def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes arrays.npz, if there is something to write."""
-        if arrays:
-            stream = io.BytesIO()
-            np.savez_compressed(stream, run=self.identity or "", **arrays)  # type: ignore[arg-type] # no options
-            write_bytes(self.path / ARRAYS, stream.getvalue())
-
-    @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Lets a block read the record of a finished run, add to it, and write it back, while others wait.
-
-        Raises:
-            LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
-            UnwritableFileError: If the directory cannot be written.
-        """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(FileLock(self.path / ".evaluation.lock"))
-                stack.enter_context(DirectoryLock(self.path))
-            except OSError as error:
-                raise UnwritableFileError(f"{self.path}: cannot be written ({error.strerror or error})") from None
-            yield
-
-    def finish(self, result: Result) -> None:
-        """Writes the result, then says done; in this order, so that done implies a result."""
-        written = file_sha256(self.path / CURVES) if self.file(CURVES) else None
-        self.write_result(result.having(curves_sha256=written))
-        self._say("done")
-
-    def fail(self, error: str) -> None:
-        """Says that the run failed, and why."""
-        self._say("failed", error)
-
-    def stop(self) -> None:
-        """Says that the run was interrupted."""
-        self._say("stopped", _INTERRUPTED)
-
-    def _say(self, state: str, error: str | None = None) -> None:
-        write_json(
-            self.path / STATUS, {"format": FORMAT, "run": self.identity, "state": state, "error": error, "time": now()}
-        )
 
 
 def _read_yaml(path: Path, kind: type[_Kind], named: str) -> _Kind:

@@ -29,7 +29,7 @@ from ekd_lightning.config.overrides import override
 from ekd_lightning.errors import quiet
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
-from ekd_lightning.runs.provenance import now
+from ekd_lightning.runs.writer import now
 from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, standings, varied_keys, varied_values
 
 if TYPE_CHECKING:

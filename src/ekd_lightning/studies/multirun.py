@@ -31,8 +31,8 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
-from ekd_lightning.runs.provenance import now
 from ekd_lightning.runs.words import check_words, names_code, require_named_code
+from ekd_lightning.runs.writer import now
 from ekd_lightning.settings import keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import (
     check_job,

@@ -27,8 +27,8 @@ from ekd_lightning.runs.directory import (
     RunState,
     require_format,
 )
-from ekd_lightning.runs.provenance import now
 from ekd_lightning.runs.words import check_words
+from ekd_lightning.runs.writer import now
 
 SEED = "seed"
 MOST_ROWS = 60

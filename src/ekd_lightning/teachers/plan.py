@@ -20,7 +20,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
-from ekd_lightning.runs.provenance import is_rank_zero
+from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.source import LiveTeachers, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Columns, row_dtype

@@ -1,0 +1,202 @@
+"""Writer of a run's record: what the process that holds its lock leaves there, and where that process runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from ekd_lightning import __version__
+from ekd_lightning.files import UnwritableFileError, file_sha256, remove_parts, write_bytes, write_json
+from ekd_lightning.runs.directory import (
+    ARRAYS,
+    CURVES,
+    FORMAT,
+    INTERRUPTED,
+    PROVENANCE,
+    RESULT,
+    STATUS,
+    STUDENT,
+    RunDirectory,
+)
+from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.result import Result
+
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "wandb", "numpy")
+_OF_ONE_RUN = (
+    STUDENT,
+    CURVES,
+    "train.log",
+    "rank*_train.log",
+    "wandb_run_id.txt",
+    "evaluation/wandb_run_id.txt",
+    "teachers/*/wandb_run_id.txt",
+    "export/student.*",
+    "tensorboard",
+    "evaluation/tensorboard",
+    "teachers/*/tensorboard",
+)
+
+
+class RunWriter(RunDirectory):
+    """One run on disk, to the process that makes it or adds to it; in a distributed job global rank 0 alone."""
+
+    def start(self, *, resumed: bool) -> None:
+        """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
+
+        A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the record
+        could be written: a full disk costs no result.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_parts(self.path)
+        here = provenance()
+        first = self.provenance() if resumed else {}
+        if first:
+            here = {**first, "resumed": [*(first.get("resumed") or []), here]}
+        # Until the status is written, too, the files here are those of the run that is replaced.
+        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, "replaced": self.identity, **here})
+        if not resumed:
+            for checkpoint in (self.last_checkpoint, self.best_checkpoint):
+                checkpoint.unlink(missing_ok=True)
+        self._say("running")
+        for name in (RESULT, ARRAYS):
+            (self.path / name).unlink(missing_ok=True)
+        if resumed:
+            return
+        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def add_provenance(self, **facts: Any) -> None:
+        """Adds facts known only after the start, e.g. hashes of data and teachers."""
+        write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
+
+    def write_result(self, result: Result) -> None:
+        """Writes result.json."""
+        write_json(self.path / RESULT, {"format": FORMAT, "run": self.identity, **result})
+
+    def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays.npz, if there is something to write."""
+        if arrays:
+            stream = io.BytesIO()
+            np.savez_compressed(stream, run=self.identity or "", **arrays)  # type: ignore[arg-type] # no options
+            write_bytes(self.path / ARRAYS, stream.getvalue())
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Lets a block read the record of a finished run, add to it, and write it back, while others wait.
+
+        Raises:
+            LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
+            UnwritableFileError: If the directory cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self.path / ".evaluation.lock"))
+                stack.enter_context(DirectoryLock(self.path))
+            except OSError as error:
+                raise UnwritableFileError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+            yield
+
+    def finish(self, result: Result) -> None:
+        """Writes the result, then says done; in this order, so that done implies a result."""
+        written = file_sha256(self.path / CURVES) if self.file(CURVES) else None
+        self.write_result(result.having(curves_sha256=written))
+        self._say("done")
+
+    def fail(self, error: str) -> None:
+        """Says that the run failed, and why."""
+        self._say("failed", error)
+
+    def stop(self) -> None:
+        """Says that the run was interrupted."""
+        self._say("stopped", INTERRUPTED)
+
+    def _say(self, state: str, error: str | None = None) -> None:
+        write_json(
+            self.path / STATUS, {"format": FORMAT, "run": self.identity, "state": state, "error": error, "time": now()}
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result comes from: code, versions, hardware, command."""
+    return {
+        "version": __version__,
+        "git": _git(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "working_directory": os.getcwd(),  # where relative places of the configuration begin
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "hardware": _hardware(),
+        "started": now(),
+    }
+
+
+def is_rank_zero() -> bool:
+    """Whether this process writes the run's files; known before any process group exists."""
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name]) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def version_of(name: str) -> str | None:
+    """The version of an installed package; None without it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the source tree this package runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {"commit": ask("rev-parse", "HEAD") or None, "modified": bool(ask("status", "--porcelain", "-uno"))}
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
