@@ -13,6 +13,12 @@ from made_runs import result, write_run
 
 EVIL = '</script><script>window.hurt=1</script><img src=x onerror=window.hurt=1> & "quotes" \' $$ {{answer}}'
 """An error message that must be seen as what it is, and do nothing."""
+EVIL_NAME = (
+    "a\n\n# heading\n\n</script><script>window.hurt=1</script><img src=x onerror=window.hurt=1> | x | `y` "
+    "[z](javascript:hurt()) ![w](http://a.b/c.png) {{ 7*7 }} \\<b> &lt;i> <a href='javascript:hurt()'>q</a>"
+)
+"""A name that would be markup in Markdown, HTML, templates and the labels of plotly."""
+_NO_NAMES = {"sha256", "subset_sha256", "views", "ensemble", "assignment", "weights", "split_after"}
 METHODS = {"ce": 0.62, "kd_mean": 0.70, "branched_ce": 0.64, "ekd_mean": 0.725, "ekd": 0.74}
 SEEDS = (0, 1, 2)
 FRACTIONS = (0.05, 0.1)
@@ -146,4 +152,24 @@ def write_rich_study(folder: Path) -> Path:
         error="OutOfMemoryError: no memory at /home/x/y.py",
     )
     write_run(folder / "failed-fsp", result("fsp", 0, 0.0), "failed", error="UserError: fsp needs stages of equal size")
+    return folder
+
+
+def evil(made: Any, key: str = "") -> Any:
+    """A record in which every text is evil but for hashes and words of the format."""
+    if isinstance(made, dict):
+        return {name: evil(value, name) for name, value in made.items()}
+    if isinstance(made, list):
+        return [evil(value, key) for value in made]
+    return f"{made} {EVIL_NAME}" if isinstance(made, str) and key not in _NO_NAMES else made
+
+
+def write_hostile_study(folder: Path) -> Path:
+    """Three methods and two seeds, with all files, and one that failed; every name is evil."""
+    for seed in (0, 1):
+        for method in ("ekd", "ce", "kd_mean"):
+            made = rich_result(method, seed, 0.7 + seed / 100)
+            write_rich(folder / f"{method}{seed}", {**evil(made), "data": f"d{EVIL_NAME}"})
+        write_rich(folder / f"plain{seed}", {**rich_result("ekd", seed, 0.7), "data": f"d{EVIL_NAME}"})
+    write_run(folder / "failed", evil(result("ekd", 9)), "failed", error=EVIL_NAME.replace("\n", " "))
     return folder

@@ -119,6 +119,21 @@ def test_what_is_evil_is_text(show):
     assert page.evaluate("window.hurt") is None
 
 
+def test_names_that_would_be_markup_are_text_in_tables_and_charts(show, hostile_report, tmp_path):
+    (tmp_path / "index.html").write_text(page_of.page(hostile_report), encoding="utf-8")
+    page = show(path=tmp_path / "index.html")
+    charts = page.locator("#chart-grid figure:not([hidden])").all()
+    assert len(charts) >= 5
+    for chart in charts:
+        chart.scroll_into_view_if_needed()
+        chart.locator(".main-svg").first.wait_for()
+    for name in page.locator("#run-table tbody button").all()[:1]:
+        name.click()
+    assert "<script>window.hurt=1</script>" in page.inner_text("#row-table")
+    assert page.evaluate("window.hurt") is None
+    assert page.locator("img, a[href^='javascript'], svg a").count() == 0
+
+
 def test_filters_change_what_is_seen(show, rich_report):
     page = show()
     page.get_by_label("kd_mean", exact=True).check()
