@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.types import TaskFunction
 
+from ekd_lightning import markdown as md
 from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
 from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, override
@@ -250,7 +251,7 @@ def report(study: Study, folder: Path) -> bool:
     ]
     page = ["# Comparison\n", tables.LEGEND]
     for block, own in zip(blocks, rows, strict=True):
-        page += [f"## {block.title}\n", tables.markdown(own, tables.STUDY, settings)]
+        page += [f"## {md.prose(block.title)}\n", tables.markdown(own, tables.STUDY, settings)]
     write_text(folder / "comparison.md", "\n".join(page))
     write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
