@@ -7,7 +7,7 @@ this module checks what can be checked without importing anything heavy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Optional, get_type_hints
 
@@ -150,6 +150,22 @@ class RecipeSettings:
         fits = self.warmup_epochs < self.epochs
         _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be below {prefix}.epochs={self.epochs}")
 
+    def changed(self, changes: dict[str, Any], key: str) -> RecipeSettings:
+        """This recipe with other values for some settings, which messages call `key`.
+
+        Raises:
+            UserError: For an unknown setting, or a value of another type or outside its range.
+        """
+        hints = get_type_hints(RecipeSettings)
+        for name, value in changes.items():
+            if name not in hints:
+                raise unknown_name(f"key of {key}", name, hints)
+            _require(is_of(value, hints[name]), f"{key}.{name}", value, f"must be {name_of_type(hints[name])}")
+        recipe = replace(self, **changes)
+        if changes:
+            recipe.check(key)
+        return recipe
+
     def mixed(self, prefix: str) -> str:
         """The keys by which images are mixed, with their values; empty where they are not."""
         values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
@@ -189,9 +205,9 @@ class TeacherEntry:
     """Where the classes of the weights are not the data's: positions of the data's classes, or the weights' names."""
     stages: Optional[dict[str, str]] = None
     """Own names of stages, each with the submodule that it ends with, in order; null finds them by the maps' sizes."""
-    image_size: Optional[int] = None
+    image_size: Optional[int] = field(default=None, metadata=COUNT)
     """Side in pixels to which images are brought first; null takes the library's own."""
-    finetune: Optional[str] = None
+    finetune: Optional[str] = field(default=None, metadata=one_of("head", "all"))
     """head or all: trains a new classifier, or everything, on the images of teachers.train_on; kept in the store."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """What differs from teachers.recipe."""
@@ -275,8 +291,6 @@ class TeacherSettings:
             raise UserError(f"{key}={node}: must be a zoo id or a mapping with one of {', '.join(_SOURCES)}")
         given = [name for name in _SOURCES if getattr(entry, name)]
         _require(len(given) == 1, key, given, f"give exactly one of {', '.join(_SOURCES)}")
-        if entry.finetune not in (None, "head", "all"):
-            raise unknown_name(f"{key}.finetune", entry.finetune, ("head", "all"))
         check_values(entry, f"{key}.")
         return entry
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ekd_lightning.networks import (
     normalization,
     state_sha256,
 )
-from ekd_lightning.settings import RecipeSettings, Settings
+from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.loggers import TeacherCurves
@@ -104,7 +104,7 @@ def plan_chain(
         raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} has no teachers")
     assistants = tuple(_assistants(settings, dataset))
     _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
-    recipe, temperature = _recipe(settings), method.chain.temperature
+    recipe, temperature = settings.recipe.changed(method.chain.recipe, "method.chain.recipe"), method.chain.temperature
     check_batch_size(recipe.batch_size, len(subset.train_index))
     lesson = Lesson(
         replace(settings, recipe=recipe),
@@ -151,21 +151,6 @@ def _term(terms: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Options and weight of the first term of a type; empty if there is none."""
     found = (term for name, term in terms.items() if (term.get("type") or name) == kind)
     return {name: value for name, value in next(found, {}).items() if name != "type"}
-
-
-def _recipe(settings: Settings) -> RecipeSettings:
-    """The run's recipe with the changes of `method.chain.recipe`."""
-    changes, key = settings.method.chain.recipe, "method.chain.recipe"
-    names = [item.name for item in fields(RecipeSettings)]
-    for name, value in changes.items():
-        if name not in names:
-            raise unknown_name(f"key of {key}", name, names)
-        kind = type(getattr(settings.recipe, name))
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{key}.{name}={value!r}: must be of type {kind.__name__}")
-    recipe = replace(settings.recipe, **changes)
-    recipe.check(key if changes else "recipe")
-    return recipe
 
 
 def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:

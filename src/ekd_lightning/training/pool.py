@@ -79,6 +79,7 @@ def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
 def _plan(
     settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
+    settings = replace(settings, recipe=settings.recipe.changed(entry.recipe, f"{key}.recipe"))
     if entry.zoo:
         return _plan_zoo(settings, entry.zoo, key, data)
     if entry.file:
@@ -151,8 +152,6 @@ def _plan_stored(
     train: Callable[..., StagedNetwork],
 ) -> PlannedTeacher:
     """A teacher that is trained when the store lacks it; `beginning` is the part of its key that says from what."""
-    recipe = replace(settings.recipe, **entry.recipe)
-    recipe.check("teachers.pool[].recipe")
     key = {
         "network": spec.to_dict(),
         "data": data.dataset.name,
@@ -160,14 +159,16 @@ def _plan_stored(
         "train_on": data.train_on,
         "subset": data.subset.sha256 if data.train_on == "subset" else "all",
         "views": data.views.key,
-        "recipe": asdict(recipe),
+        "recipe": asdict(settings.recipe),
         "seed": entry.seed,
         **beginning,
     }
     store = TeacherStore(Path(settings.store))
 
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
-        network = store.get_or_train(key, lambda scratch: train(spec, data, recipe, entry.seed, scratch, accelerator))
+        network = store.get_or_train(
+            key, lambda scratch: train(spec, data, settings.recipe, entry.seed, scratch, accelerator)
+        )
         return network, {"trained_on": data.train_on, "seed": entry.seed, "store_key": store.digest(key)}
 
     return PlannedTeacher(f"{spec.name}-s{entry.seed}", spec, "trained", obtain)

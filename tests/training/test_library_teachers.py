@@ -1,0 +1,129 @@
+"""Teachers of other libraries in the pool: planned, loaded, fine-tuned, and named by all that makes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from ekd_lightning.data import choose_subset, load_dataset, make_views
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks import normalization
+from ekd_lightning.settings import RecipeSettings, TeacherSettings
+from ekd_lightning.training.pool import gather_teachers, plan_teachers
+from ekd_lightning.training.teacher_training import TeacherData
+
+NAME = "mobilenetv3_small_050"
+
+
+@pytest.fixture(scope="module")
+def data():
+    dataset = load_dataset("digits", "unused")
+    subset = choose_subset(dataset.train.labels, fraction=0.1)
+    return TeacherData(dataset, subset, make_views("crop_flip", 2, False), "subset")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of ten classes and the module that they belong to."""
+    torch.manual_seed(0)
+    module = timm.create_model(NAME, num_classes=10).train()
+    module(torch.rand(16, 3, 64, 64))  # batch norm has statistics of its own
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    safetensors.torch.save_file(module.state_dict(), path)
+    return path, module.eval()
+
+
+@pytest.fixture
+def plan(data, weights, tmp_path):
+    path, _ = weights
+
+    def make(**entry):
+        pool = [{"timm": NAME, "weights": str(path), "image_size": 32, **entry}]
+        settings = TeacherSettings(pool=pool, recipe=RecipeSettings(epochs=1, batch_size=32))
+        return plan_teachers(replace(settings, store=str(tmp_path)), data, "cpu")
+
+    return make
+
+
+def test_a_teacher_is_taken_as_it_is(plan, weights):
+    path, module = weights
+    teachers = gather_teachers(plan(image_size=40))
+    (identity,) = teachers.identities
+    assert (identity.id, identity.source, identity.network) == (f"timm:{NAME}-mine", "timm", f"timm:{NAME}")
+    assert identity.detail["weights"] == "mine.safetensors"
+    assert identity.detail["library"] == f"timm {timm.__version__}"
+    images = torch.rand(4, 3, 32, 32)
+    large = torch.nn.functional.interpolate(images, (40, 40), mode="bilinear", antialias=True)
+    imagenet = normalization("imagenet")
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (imagenet.mean, imagenet.std))
+    assert torch.equal(teachers(images).logits[0], module((large - mean) / std))
+    teachers.verify()
+
+
+def test_all_that_makes_a_teacher_is_in_its_identity(plan):
+    changes = ({}, {"image_size": 40}, {"normalization": "unit"}, {"classes": [1, 0, 2, 3, 4, 5, 6, 7, 8, 9]})
+    hashes = [gather_teachers(plan(**change)).identities[0].sha256 for change in changes]
+    assert len(set(hashes)) == len(changes)
+
+
+@pytest.mark.parametrize("finetune", ["head", "all"])
+def test_fine_tuning_begins_with_the_weights(plan, weights, finetune):
+    path, module = weights
+    (network,) = gather_teachers(plan(finetune=finetune)).members
+    ours = {**network.stages.state_dict(), **network.neck.state_dict()}
+    before = module.state_dict()
+    names = {name: name.partition(".")[2] if name.startswith(("stem", "stage")) else name for name in ours}
+    same = [torch.equal(value, before[names[name]]) for name, value in ours.items()]
+    assert len(same) == len(before) - 2  # all but the head's weight and bias
+    assert all(same) == (finetune == "head")  # batch norm's statistics among them
+    assert not torch.equal(network.head.weight, module.classifier.weight)
+
+
+def test_fine_tuned_teachers_are_kept_by_what_they_come_from(plan, data, weights, tmp_path):
+    def kept():
+        return {path.name for path in (tmp_path / "teachers").iterdir() if path.is_dir()}
+
+    first = gather_teachers(plan(finetune="head")).identities[0]
+    assert first.source == "trained"
+    assert kept() == {first.detail["store_key"]}
+    assert gather_teachers(plan(finetune="head")).identities[0] == first
+    other = tmp_path / "mine.safetensors"  # of the same name
+    path, module = weights
+    state = {**module.state_dict(), "conv_stem.weight": module.conv_stem.weight.detach() * 2}
+    safetensors.torch.save_file(state, other)
+    keys = {first.detail["store_key"]}
+    for changed in ({"weights": str(other)}, {"seed": 1}, {"recipe": {"lr": 0.01}}, {"finetune": "all"}):
+        keys.add(gather_teachers(plan(**{"finetune": "head", **changed})).identities[0].detail["store_key"])
+    assert kept() == keys
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"weights": "nowhere.pt"}, r"teachers.pool\[0\].weights=nowhere.pt: no such file \(or DEFAULT"),
+        ({"timm": "resnet19"}, "unknown network of timm: 'resnet19'; did you mean"),
+        ({"train": "resnet8"}, "give exactly one of zoo, file, train, timm, torchvision, module, hub"),
+        ({"finetune": "heads"}, "finetune"),
+        ({"stages": {"a": "nowhere"}}, "unknown submodule of MobileNetV3: 'nowhere'"),
+        ({"image_size": 0}, "image_size"),
+        ({"recipe": {"epochs": 0}, "finetune": "head"}, "epochs"),
+        ({"recipe": {"epoch": 1}, "finetune": "head"}, "epoch"),
+    ],
+)
+def test_an_impossible_entry_is_refused_before_anything_is_loaded(plan, entry, said):
+    with pytest.raises(UserError, match=said):
+        plan(**entry)
+
+
+def test_weights_of_other_classes_say_what_can_be_done(plan, tmp_path):
+    path = tmp_path / "seven.safetensors"
+    safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), path)
+    with pytest.raises(UserError, match=r"tells 7 classes, the data has 10.*classes=.*finetune=head"):
+        gather_teachers(plan(weights=str(path)))
+    (network,) = gather_teachers(plan(weights=str(path), finetune="head")).members
+    assert network.head.out_features == 10
