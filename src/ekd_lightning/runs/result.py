@@ -16,7 +16,6 @@ _LATE = {"late": True}
 class TeacherRecord(TypedDict):
     """What every record of a teacher has."""
 
-    id: str
     sha256: str
 
 
