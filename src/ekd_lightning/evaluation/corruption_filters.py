@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -254,16 +255,9 @@ def canny(layer: Tensor, low: float, high: float) -> Tensor:
     slanted = torch.where(falling, above(-1, -1) & above(1, 1), above(-1, 1) & above(1, -1))
     upright = torch.where(steep, above(-1, 0) & not_below(1, 0), slanted)
     weak = torch.where(flat, above(0, -1) & not_below(0, 1), upright) & (size > low)
-    return _connected(weak & (size > high), weak)
-
-
-def _connected(strong: Tensor, weak: Tensor) -> Tensor:
-    """The weak pixels that a chain of weak neighbours joins to a strong one."""
-    while True:
-        grown = (functional.max_pool2d(strong.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0) & weak
-        if torch.equal(grown, strong):
-            return strong
-        strong = grown
+    strong, weak = (found.cpu().numpy() for found in (weak & (size > high), weak))
+    joined = ndimage.binary_propagation(strong, np.ones((1, 3, 3)), mask=weak)  # by a chain of weak neighbours
+    return torch.from_numpy(joined).to(layer.device)
 
 
 def _seen(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tensor:
