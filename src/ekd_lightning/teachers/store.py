@@ -135,7 +135,6 @@ class TeacherStore:
         """
         digest = self.digest({"teacher": sha256, "images": images.sha256})
         path = self.root / "outputs" / f"{digest}.safetensors"
-
         read = partial(_read_outputs, count=len(images))
         found = _kept(path, read)  # without a lock: a store may be shared read-only
         if found is not None:

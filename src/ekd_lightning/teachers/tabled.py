@@ -213,13 +213,12 @@ class TabledTeachers(TeacherSource):
         if stages not in self._rooms:
             shapes = self._held_shapes(stages or self._answers)
             n, V, budget = len(self._images), self._num_views, memory_for_rows(self._device)
-            if n * V * row_bytes(shapes) > budget:
-                size = n * V * row_bytes(shapes) / 1e9
-                log.info(
-                    "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch", size
-                )
+            one = n * row_bytes(shapes)
+            if one * V > budget:
+                text = "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch"
+                log.info(text, one * V / 1e9)
             self._rooms[stages] = None
-            if not stages or n * row_bytes(shapes) <= budget:
+            if not stages or one <= budget:
                 room = HeldRows(shapes, self._images, self._num_images, V, self._device)
                 self._rooms[stages] = room
                 if room.whole and not stages:
