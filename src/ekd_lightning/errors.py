@@ -29,8 +29,9 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
         The error, ready to be raised.
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    lower = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
     shown = names if len(names) <= _MOST_SHOWN or not near else [*names[:_MOST_SHOWN], "..."]
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(shown) or 'none'})")
 

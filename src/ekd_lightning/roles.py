@@ -7,7 +7,7 @@ it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import UnionType
@@ -120,8 +120,9 @@ COUNT = {ALLOWED: Range(1, LARGEST)}
 COUNT_OR_NONE = {ALLOWED: Range(0, LARGEST)}
 NOT_NEGATIVE = {ALLOWED: Range(0)}
 POSITIVE = {ALLOWED: Range(0, above=True)}
+SHARE = {ALLOWED: Range(0, 1, above=True)}
 SEED = {ALLOWED: Range(0, 2**64 - 1)}
-TEMPERATURE = {ALLOWED: Range(1e-3, 1e3)}
+TEMPERATURE = {ALLOWED: Range(0.01, 1e4)}
 """T² and logits / T stay far from the ends of float32."""
 
 
@@ -142,14 +143,19 @@ def check_values(settings: Any, prefix: str = "") -> None:
     """
     for one in fields(settings):
         key, value = f"{prefix}{one.name}", getattr(settings, one.name)
-        _check_value(key, value, one.metadata)
+        check_value(key, value, one.metadata)
         for name, metadata in one.metadata.get(KEYS, {}).items():
-            _check_value(f"{key}.{name}", value.get(name), metadata)
+            check_value(f"{key}.{name}", value.get(name), metadata)
         if is_dataclass(value):
             check_values(value, f"{key}.")
 
 
-def _check_value(key: str, value: object, metadata: Any) -> None:
+def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
+    """Refuses a value that metadata do not allow; None always is.
+
+    Raises:
+        UserError: Naming the key, the value and what is allowed.
+    """
     allowed = metadata.get(ALLOWED)
     if value is None or allowed is None:
         return
@@ -174,7 +180,8 @@ def is_of(value: object, hint: Any) -> bool:
         return isinstance(value, kind) and all(is_of(one, inner[-1]) for one in values)
     if hint in (int, float):
         return type(value) is int or (hint is float and type(value) is float)
-    return hint is Any or isinstance(value, kind or hint)
+    known = kind or hint
+    return hint is Any or not isinstance(known, type) or isinstance(value, known)
 
 
 def name_of_type(hint: Any) -> str:

@@ -28,6 +28,7 @@ from ekd_lightning.roles import (
     PURPOSE,
     ROUNDING,
     SEED,
+    SHARE,
     TEMPERATURE,
     Purpose,
     Range,
@@ -92,7 +93,7 @@ class DataSettings:
     """Whether to go on without images that cannot be read."""
     download: bool = field(default=True, metadata=LOCATION)
     """Whether a run may obtain missing data."""
-    fraction: Optional[float] = field(default=None, metadata=PROTOCOL | {ALLOWED: Range(0, 1, above=True)})
+    fraction: Optional[float] = field(default=None, metadata=PROTOCOL | SHARE)
     """Share of the training images in (0, 1]; null means all, or what `per_class` says."""
     per_class: Optional[int] = field(default=None, metadata=PROTOCOL | COUNT)
     """Training images per class, instead of `fraction`."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import make_parser, print_table, run_command
+from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
+from ekd_lightning.roles import COUNT, POSITIVE, SHARE
+from ekd_lightning.runs.lock import check_directory
 
 PROGRAM = "ekd-bench"
 PARTS = {
@@ -63,9 +65,14 @@ def bench(args: argparse.Namespace) -> None:
         UserError: For a user's mistake.
     """
     unknown = [letter for letter in args.parts or "" if letter not in PARTS]
-    if unknown or args.rounds < 1 or args.plain_steps < 1:
-        words = f"--parts {args.parts} --rounds {args.rounds} --plain-steps {args.plain_steps}"
-        raise UserError(f"{words}: parts are {', '.join(PARTS)}; at least 1 round and step")
+    if unknown or args.parts == "":
+        raise UserError(f"--parts {args.parts!r}: parts are {', '.join(PARTS)}")
+    check_options(args, rounds=COUNT, plain_steps=COUNT, epochs=COUNT, sweep_epochs=COUNT, minutes=POSITIVE)
+    check_options(args, sweep_fraction=SHARE)
+    if args.output and args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder; give the name of a file")
+    if args.output:
+        check_directory(args.output.parent)
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 

@@ -49,9 +49,11 @@ def run_dashboard(args: argparse.Namespace) -> None:
         panel_sections,
     )
 
-    for option in ("entity", "project", "name"):
-        if not getattr(args, option).strip():
+    for option in ("entity", "project", "name", "group"):
+        if (value := getattr(args, option)) is not None and not value.strip():
             raise UserError(f"--{option}: must not be empty" + " (nor is WANDB_ENTITY set)" * (option == "entity"))
+        if option in ("entity", "project") and "/" in value:
+            raise UserError(f"--{option} {value}: must not hold a slash")
     view = (build_report if args.report else build_workspace)(args.entity, args.project, args.name, args.group)
     if args.dry_run:
         kind = "report" if args.report else "workspace"

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.config import recorded_settings
-from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
+from ekd_lightning.config.edge import check_options, make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.roles import COUNT
 from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.settings import is_location, keys_where
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--probabilities", action="store_true", help="return probabilities beside logits")
     add("--int8", action="store_true", help="also an ONNX file quantised to int8")
-    add("--calibration-images", type=int, default=512, help="training images that int8 takes its ranges from")
-    add("--max-drop", type=float, default=0.02, help="accuracy that int8 may lose, of 1 (default: %(default)s)")
+    add("--calibration-images", type=int, help="training images that int8 takes its ranges from (default: 512)")
+    add("--max-drop", type=float, help="accuracy that int8 may lose, of 1 (default: 0.02)")
     add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
     add("--push-to", metavar="REPO", help="print the command that uploads the folder to a Hugging Face repository")
     add("--upload", action="store_true", help="with --push-to: upload it")
@@ -83,6 +85,8 @@ def run_export(args: argparse.Namespace) -> bool:
     from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
     from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
+    if args.output:
+        check_directory(folder)
     export.refuse_existing(folder, options, args.force)
     model_card.refuse_foreign_card(folder, export.read_export(folder), force=args.force)
     context, provenance = _open(args, options)
@@ -122,9 +126,12 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         )
     if args.output is not None and args.output.suffix in SUFFIXES.values():
         raise UserError(f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}")
-    if args.calibration_images < 1:
-        raise UserError(f"--calibration-images {args.calibration_images}: must be at least 1")
-    if not 0 <= args.max_drop <= 1:
+    of_int8 = {name: getattr(args, name) for name in ("calibration_images", "max_drop")}
+    of_int8 = {name: value for name, value in of_int8.items() if value is not None}
+    if of_int8 and not args.int8:
+        raise UserError(f"--{next(iter(of_int8)).replace('_', '-')}: has no effect without --int8")
+    check_options(args, calibration_images=COUNT)
+    if args.max_drop is not None and not 0 <= args.max_drop <= 1:
         raise UserError(f"--max-drop {args.max_drop}: must lie in [0, 1]")
     if args.upload and not args.push_to:
         raise UserError("--upload: needs --push-to REPO")
@@ -139,8 +146,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         fold=args.fold,
         probabilities=args.probabilities,
         int8=args.int8,
-        calibration_images=args.calibration_images,
-        max_drop=args.max_drop,
+        **of_int8,
     )
 
 

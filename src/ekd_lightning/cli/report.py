@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
+from ekd_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
@@ -49,6 +50,8 @@ def run_report(args: argparse.Namespace) -> None:
     Raises:
         UserError: For a user's mistake, before anything is written.
     """
+    if args.no_figures and args.formats != ",".join(FORMATS):
+        raise UserError("--formats: has no effect with --no-figures")
     formats = [] if args.no_figures else parse_names("--formats", args.formats, FORMATS)
     from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import make_parser, run_command
+from ekd_lightning.config.edge import check_options, make_parser, run_command
 from ekd_lightning.errors import UserError
+from ekd_lightning.roles import COUNT, COUNT_OR_NONE, POSITIVE
 from ekd_lightning.studies.study import parse_numbers
 from ekd_lightning.studies.tuned import read_tuned
 
@@ -67,12 +68,7 @@ def run_tune(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     if args.output is None:
         raise UserError("--output: must be given, a folder for <method>.yaml and the study")
-    for name, low in (("trials", 1), ("epochs", 1), ("sampler_seed", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')}={value}: must be at least {low}")
-    if args.timeout is not None and not args.timeout > 0:
-        raise UserError(f"--timeout={args.timeout:g}: must be positive")
+    check_options(args, trials=COUNT, epochs=COUNT, sampler_seed=COUNT_OR_NONE, timeout=POSITIVE)
     seeds = parse_numbers("--seeds", args.seeds)
     quiet_libraries()
     try:

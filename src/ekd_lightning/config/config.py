@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import write_yaml
+from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.settings import Settings, is_path, keys_where
@@ -128,10 +129,14 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
     config = _where_it_was_started(read_config(run.path), run)
     schema = OmegaConf.structured(Settings)
     try:
-        merged = OmegaConf.merge(schema, config, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(schema, config)
     except (ValueError, OmegaConfBaseException) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({said})") from None
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(merged, DictConfig)
     settings = to_settings(merged)
     if (code := code_of(settings)) and not trust and not any(map(names_code, overrides)):
@@ -236,6 +241,10 @@ def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) 
         raise UserError(f"{key}._target_={target}: not a class of Lightning callbacks that is defined there")
     if unbuilt := [name for name, value in arguments.items() if "_target_" in str(value)]:
         raise UserError(f"{key}.{unbuilt[0]}: holds a _target_, but a callback's arguments are plain values")
+    hints = get_type_hints(found.__init__)
+    for name, value in arguments.items():
+        if name in hints and not is_of(value, hints[name]):
+            raise UserError(f"{key}.{name}={value}: must be {name_of_type(hints[name])}")
     try:
         return found(**arguments)
     except Exception as error:

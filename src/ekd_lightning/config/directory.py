@@ -228,7 +228,8 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
     kept = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
-    sys.argv = [program or argv[0], *config_flags(argv), *hydra.overrides.task, *kept, "hydra.mode=RUN"]
+    words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
+    sys.argv = [program or argv[0], *config_flags(argv), *words, *kept, "hydra.mode=RUN"]
     environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     os.environ[DIRECTORY] = str(directory)
     with read_write(hydra), open_dict(hydra):

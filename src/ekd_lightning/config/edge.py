@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -17,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ekd_lightning.errors import UserError, unknown_name, users_line
+from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
 
 STARTED_IN = "EKD_STARTED_IN"
@@ -54,6 +56,20 @@ def run_command(
         complete = body(args)
     if complete is False:
         sys.exit(1)
+
+
+def check_options(args: argparse.Namespace, **allowed: Mapping[str, Any]) -> None:
+    """Refuses values of options outside their ranges; one that was not given is None.
+
+    Args:
+        args: What was given.
+        **allowed: Metadata with the range, by the option's name, e.g. `COUNT`.
+
+    Raises:
+        UserError: At the first such value.
+    """
+    for name, metadata in allowed.items():
+        check_value(f"--{name.replace('_', '-')}", getattr(args, name), metadata)
 
 
 def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:

@@ -99,6 +99,13 @@ class ClassificationScores(Metric):
         if branch_logits is not None:
             self._add_branches(branch_logits.float(), labels, valid)
 
+    def names(self) -> tuple[str, ...]:
+        """Names of all scores, a branch's with its number at the end."""
+        found = ["accuracy", "nll", "ece", "brier"]
+        found += ["top5"] if self.num_classes >= MIN_CLASSES_FOR_TOP5 else []
+        found += [f"branch_accuracy_{branch}" for branch in range(self.num_branches)]
+        return (*found, *(("disagreement", "ambiguity") if self.num_branches > 1 else ()))
+
     def compute(self) -> dict[str, float | list[float]]:
         """Returns all scores as plain numbers; see the class.
 

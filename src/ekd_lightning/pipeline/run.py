@@ -18,7 +18,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning.data.loader import check_batch_size
-from ekd_lightning.errors import quiet, reason
+from ekd_lightning.errors import quiet, reason, unknown_name
+from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
 from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
@@ -199,6 +200,7 @@ def check_run(
     with quiet("pytorch_lightning.utilities.rank_zero"):  # what Lightning refuses is refused before images are read
         build_trainer(flags, directory, [], [], in_sweep=sweep is not None)
     prepared = prepare(settings, accelerator, TeacherCurves(settings.logger, directory, sweep))
+    _check_monitors(settings, prepared)
     report = EpochReport(settings.recipe.batch_size)
     own: list[Callback] = [EpochSeed(settings.seed), report]
     if settings.trainer.get("enable_checkpointing") is not False and not settings.trainer.get("fast_dev_run"):
@@ -207,6 +209,19 @@ def check_run(
     trainer = build_trainer(flags, directory, [], [*own, *callbacks], in_sweep=sweep is not None)
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
     return prepared, trainer, report, threads
+
+
+def _check_monitors(settings: Settings, prepared: Prepared) -> None:
+    """Refuses callbacks that watch a curve which there will not be; the user's own may make further ones."""
+    if settings.imports:
+        return
+    student = prepared.student
+    scores = ClassificationScores(student.num_classes, student.num_branches).names()
+    curves = ["lr", *(f"train/{name}" for name in ("loss", *prepared.method.terms, "accuracy"))]
+    curves += [f"val/{name}" for name in scores if prepared.datamodule.num_val_images]
+    for name, node in settings.callbacks.items():
+        if node and "monitor" in node and node["monitor"] not in (None, *curves):
+            raise unknown_name(f"callbacks.{name}.monitor", node["monitor"], curves)
 
 
 def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:

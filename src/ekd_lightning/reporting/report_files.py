@@ -18,6 +18,7 @@ from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.lock import check_directory
 
 PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tables.md", "summary.json"
 _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
@@ -43,7 +44,7 @@ def check_output(folder: Path, *, force: bool) -> None:
         UserError: If it is a file, or not empty and `force` is not given, or holds something else than a report.
     """
     if not folder.exists():
-        return
+        return check_directory(folder)
     if not folder.is_dir():
         raise UserError(f"--output {folder}: is a file")
     if not any(folder.iterdir()):

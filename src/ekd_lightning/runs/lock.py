@@ -225,11 +225,24 @@ def make_directory(directory: Path) -> list[Path]:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     made: list[Path] = []
     for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             path.mkdir()
             made.append(path)
+        except FileExistsError:  # another process was faster
+            continue
+        except FileNotFoundError:  # as /proc says of what it does not take
+            raise PermissionError(errno.EPERM, "no directory can be made here", str(path)) from None
     directory.mkdir(exist_ok=True)  # tells of a file in its place
     return made
+
+
+def check_directory(directory: Path) -> None:
+    """Refuses a directory that cannot be made, and leaves behind none that was not there.
+
+    Raises:
+        OSError: As `make_directory`.
+    """
+    remove_empty(make_directory(directory))
 
 
 def remove_empty(directories: list[Path]) -> None:

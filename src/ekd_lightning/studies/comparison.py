@@ -79,6 +79,7 @@ def ask(
         require_named_code(recorded, common, "the study")
         common = continued(old, common)
     cfg = composer(overrides=common)
+    to_settings(cfg).check()
     import_user_modules(list(cfg.imports))
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
     fractions = tuple(fractions) or (old.fractions if old else (usual,))

@@ -24,6 +24,7 @@ from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
 from ekd_lightning.pipeline.run import run
+from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import check_job
@@ -76,8 +77,10 @@ def tune(
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=base)
     settings, plain = to_settings(cfg), to_plain(cfg)
+    given = None if space_file is None else read_space(space_file)
+    check_directory(output)
     prepared = _prepare(settings)
-    space = _search_space(space_file, base, settings, prepared)
+    space = _search_space(given, base, settings, prepared)
     facts: dict[str, Any] = {
         "method": settings.method.name,
         "budget": trials,
@@ -117,12 +120,11 @@ def tune(
         search.close()
 
 
-def _search_space(path: Path | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
+def _search_space(given: SearchSpace | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
     """The user's search space, checked, or the method's own."""
-    if path is not None:
-        space = read_space(path)
-        try_ends(base, space)
-        return space
+    if given is not None:
+        try_ends(base, given)
+        return given
     fixed = {key_of(word) for word in base}
     space = derive_space(prepared.method, settings.method.temperature, fixed)
     if not space:

@@ -116,7 +116,7 @@ def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
 
 
 _NUMBERS: dict[str, tuple[Callable[[str], float], Callable[[float], bool], str]] = {
-    "--seeds": (int, lambda value: value >= 0, "whole numbers from 0 on, e.g. 0,1,2"),
+    "--seeds": (int, lambda value: 0 <= value < 2**64, "whole numbers from 0 to 2^64 - 1, e.g. 0,1,2"),
     "--fractions": (float, lambda value: 0 < value <= 1, "shares in (0, 1], e.g. 0.05,0.1"),
 }
 

@@ -167,8 +167,8 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
         if not isinstance(options, dict):
             raise UserError(f"{key}.options={options!r}: must be a mapping")
         seed = settings.seed if entry.get("seed") is None else entry["seed"]
-        if type(seed) is not int or seed < 0:
-            raise UserError(f"{key}.seed={seed!r}: must be a whole number of at least 0")
+        if type(seed) is not int or not 0 <= seed < 2**64:
+            raise UserError(f"{key}.seed={seed!r}: must be a whole number in [0, 2**64)")
         statistics = normalization(dataset.normalization)
         try:
             spec = NetworkSpec(str(entry["network"]), dataset.num_classes, statistics, options)
