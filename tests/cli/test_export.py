@@ -225,7 +225,7 @@ REFUSED = [
     (["--branches", "0,3"], ["branches 0 to 2, not 3"]),
     (["--branches", "1,1"], ["named twice"]),
     (["--int8"], ["--int8 --format safetensors", "add onnx"]),
-    (["--calibration-images", "0"], ["--calibration-images 0"]),
+    (["--calibration-images", "0"], ["--calibration-images=0"]),
     (["--max-drop", "-1"], ["--max-drop -1"]),
     (["-o", "here.onnx"], ["names a folder"]),
     (["recipe.lr=1"], ["recipe.lr=1", "data.root"]),

@@ -113,7 +113,7 @@ def test_another_configuration_or_budget_is_not_mixed_in(tune, caplog):
     [
         (["--trials", "0"], "--trials=0: must be at least 1"),
         (["--epochs", "0"], "--epochs=0: must be at least 1"),
-        (["--timeout", "0"], "--timeout=0: must be positive"),
+        (["--timeout", "0"], "--timeout=0.0: must be positive"),
         (["--seeds", "0,x"], "--seeds 0,x: give different whole numbers"),
         (["--seeds", "1,1"], "--seeds 1,1: give different whole numbers"),
         (["data.val_fraction=0"], "data.val_fraction=0: leaves no validation images"),

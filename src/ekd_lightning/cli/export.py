@@ -126,13 +126,13 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         )
     if args.output is not None and args.output.suffix in SUFFIXES.values():
         raise UserError(f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}")
-    of_int8 = {name: getattr(args, name) for name in ("calibration_images", "max_drop")}
-    of_int8 = {name: value for name, value in of_int8.items() if value is not None}
-    if of_int8 and not args.int8:
-        raise UserError(f"--{next(iter(of_int8)).replace('_', '-')}: has no effect without --int8")
     check_options(args, calibration_images=COUNT)
     if args.max_drop is not None and not 0 <= args.max_drop <= 1:
         raise UserError(f"--max-drop {args.max_drop}: must lie in [0, 1]")
+    given = {name: getattr(args, name) for name in ("calibration_images", "max_drop")}
+    of_int8 = {name: value for name, value in given.items() if value is not None}
+    if of_int8 and not args.int8:
+        raise UserError(f"--{next(iter(of_int8)).replace('_', '-')}: has no effect without --int8")
     if args.upload and not args.push_to:
         raise UserError("--upload: needs --push-to REPO")
     if args.upload:
