@@ -109,7 +109,15 @@ def run_row(row: Row, places: dict[str, str], folder: Path) -> tuple[Outcome, li
     return outcome, [str(one.message) for one in caught]
 
 
-@pytest.mark.parametrize("row", read_rows(), ids=lambda row: f"{row.command} {row.typed}")
+def parameters() -> list[Any]:
+    """All rows; every third runs with all tests, the whole table by `make attacks`."""
+    return [
+        pytest.param(row, id=f"{row.command} {row.typed}", marks=[pytest.mark.attacks] * (place % 3 > 0))
+        for place, row in enumerate(read_rows())
+    ]
+
+
+@pytest.mark.parametrize("row", parameters())
 def test_bad_input(row, places, finished, tmp_path):
     folders = (tmp_path, finished)
     before = files_below(*folders)
