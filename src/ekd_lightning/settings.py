@@ -102,7 +102,8 @@ class DataSettings:
     val_fraction: float = field(default=0.1, metadata=PROTOCOL | {ALLOWED: Range(0, 1, below=True)})
     """Share of the subset held out for validation, in [0, 1)."""
     augmentation: Any = field(default="crop_flip", metadata=PROTOCOL)
-    """none, crop_flip, resized_crop, cutout, random_erasing, color, randaugment, or a list of them, in order."""
+    """none, crop_flip, resized_crop, cutout, random_erasing, color, randaugment, a transform of torchvision by the
+    name of its class (GaussianBlur), or a list of them, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
     """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
     padding: Optional[int] = field(default=4, metadata=PROTOCOL | {ALLOWED: Range(0, 1024)})

@@ -182,6 +182,12 @@ def test_images_for_testing_are_set_aside_class_by_class(tmp_path):
     assert len(names_of_test(root) & chosen) >= 5  # the others stay where they were
 
 
+def test_settings_of_own_images_without_effect_are_warned_of(tmp_path):
+    for change in ({"image_size": 16}, {"skip_broken": True}):
+        with pytest.warns(UserWarning, match=r"data\.\w+=(16|True) has no effect without data\.source"):
+            open_dataset(replace(DataSettings(root=str(tmp_path)), **change))
+
+
 def test_names_that_are_no_utf8(tmp_path):
     root = make(tmp_path / "own", {"a": 5, "b": 5})
     os.rename(root / "a" / "00.png", os.fsencode(root / "a") + b"/\xff.png")

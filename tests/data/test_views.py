@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_images import random_images, random_set
 from torchvision.transforms import functional as tv
+from torchvision.transforms import v2
 
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.data.order import Draws
@@ -150,6 +151,55 @@ def test_an_epoch_of_a_loader_sees_views_of_the_pool():
     assert torch.equal((batch.images * 255).round().to(torch.uint8), WHOLE[rows.index, rows.view])
 
 
+TRANSFORMS = {
+    "GaussianBlur": {"kernel_size": 5},
+    "RandomPerspective": {"p": 1.0},
+    "RandomResizedCrop": {"size": 17},
+    "GaussianNoise": {},
+    "AutoAugment": {},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_torchvision_are_pure_and_draw_as_torchvision_does(name):
+    """A view is what the transform makes of its image after the generator was seeded by the image's draw."""
+    family = make_views(["crop_flip", name], 2, options={name: TRANSFORMS[name]}, pool_size=V, pool_seed=4)
+    index, view = torch.arange(60), torch.arange(60) % V
+    state = torch.get_rng_state()
+    whole = family(IMAGES, view, index)
+    assert torch.equal(torch.get_rng_state(), state)
+    some = torch.tensor([41, 3, 3])
+    assert torch.equal(family(IMAGES[some], view[some], index[some]), whole[some])
+    before = make_views(["crop_flip", "crop_flip"], 2, pool_size=V, pool_seed=4).augmentations[0]
+    cropped = before(IMAGES, Draws(4, 0, view, index))
+    transform = getattr(v2, name)(**TRANSFORMS[name])
+    for row, seed in enumerate(Draws(4, 1, view, index).integers(2**31 - 1).tolist()):
+        torch.manual_seed(seed)
+        assert torch.equal(whole[row], transform(cropped[row]))
+    assert not torch.equal(whole, cropped)
+    assert not family.captures
+
+
+def test_transforms_that_make_no_views_are_refused():
+    zeros = torch.zeros(2, dtype=torch.int64)
+    for name, options, message in (
+        ("Resize", {"size": 5}, r"torchvision's Resize makes torch\.uint8 \[3, 5, 5\] of torch\.uint8 \[3, 17, 17\]"),
+        ("ToImage", {}, None),
+        ("RandomCrop", {"size": 99}, r"torchvision's RandomCrop fails: "),
+        ("Normalize", {"mean": [0.5], "std": [0.5]}, r"torchvision's Normalize fails: .*float"),
+    ):
+        family = make_views(name, options={name: options})
+        if message is None:
+            assert torch.equal(family(IMAGES[:2], zeros, zeros), IMAGES[:2])
+        else:
+            with pytest.raises(UserError, match=message):
+                family(IMAGES[:2], zeros, zeros)
+    with pytest.raises(UserError, match=r"options\.GaussianBlur: torchvision's GaussianBlur says: .*kern"):
+        make_views("GaussianBlur")
+    with pytest.raises(UserError, match=r"data\.augmentation 'Gaussianblur'"):
+        make_views("Gaussianblur")
+
+
 def test_keys_tell_all_that_determines_the_views():
     cut = {"cutout": {"size": 8}}
     families = [
@@ -168,6 +218,8 @@ def test_keys_tell_all_that_determines_the_views():
         *(make_views("random_erasing", options={"random_erasing": {k: v}}) for k, v in ERASING.items()),
         make_views("color"),
         *(make_views("color", options={"color": {k: 0.3}}) for k in COLOR),
+        make_views("GaussianBlur", options={"GaussianBlur": {"kernel_size": 3}}),
+        make_views("GaussianBlur", options={"GaussianBlur": {"kernel_size": 5}}),
         make_views("randaugment"),
         make_views("randaugment", options={"randaugment": {"num_ops": 1}}),
         make_views("randaugment", options={"randaugment": {"magnitude": 5}}),

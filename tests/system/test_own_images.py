@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ekd_lightning.cli.export import main as export
-from ekd_lightning.networks import load_deployed
+from ekd_lightning.data import Dataset, catalog
+from ekd_lightning.data.catalog import read_digits
+from ekd_lightning.networks import load_deployed, load_student, state_sha256
+
+DIGITS = ("teachers=digits", "recipe=digits")  # what comes with the data set that the images are of
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,38 @@ def test_a_folder_of_jpegs_is_distilled_and_exported(photographs, train, tmp_pat
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "16×24" in card
     assert json.loads((tmp_path / "run" / "export" / "export.json").read_text())["input"]["shape"][2:] == [16, 24]
+
+
+def losses(run) -> list[str]:
+    with (run.directory / "metrics.csv").open() as file:
+        return [row["train/loss"] for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def test_files_train_the_student_that_the_same_images_in_memory_train(train, tmp_path, monkeypatch):
+    """A part of the digits, as PNG files and in memory in the folder's order: losses and weights, bit for bit."""
+    sets = {}
+    for name, split in (("train", read_digits().train), ("test", read_digits().test)):
+        order = sorted(range(0, len(split), 3), key=lambda i: (int(split.labels[i]), i))
+        sets[name] = replace(split, name="own", images=split.images[order], labels=split.labels[order])
+        for i in order:
+            path = tmp_path / "own" / name / str(int(split.labels[i])) / f"{i:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(split.images[i].permute(1, 2, 0).numpy()).save(path)
+    memory = Dataset("own", **sets, normalization="imagenet")
+    monkeypatch.setitem(catalog._LOADERS, "own", lambda root, download: memory)
+    common = ("data.name=own", "data.fraction=0.5", "data.padding=2", "data.flip=false")
+    rest = (*common, *DIGITS)
+    files = ("data=folder", f"data.root={tmp_path / 'own'}", "data.image_size=32")
+    runs = [train(tmp_path / "memory", "data=digits", *common), train(tmp_path / "files", *files, *rest)]
+    assert [run.code for run in runs] == [0, 0], runs[1].err
+    hashes = [run.json("provenance.json")["data"] for run in runs]
+    for key in ("train_sha256", "test_sha256", "subset_sha256"):
+        assert hashes[0][key] == hashes[1][key]
+    assert len(losses(runs[0])) > 0
+    assert losses(runs[0]) == losses(runs[1])
+    one, other = (state_sha256(load_student(run.directory / "student.safetensors")) for run in runs)
+    assert one == other
+    assert runs[0].json("result.json")["test_nll"] == runs[1].json("result.json")["test_nll"]
 
 
 def test_what_needs_squares_is_refused_before_training(photographs, train, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 from functools import partial
@@ -128,6 +129,9 @@ def open_dataset(data: DataSettings) -> Dataset:
         UserError: Unknown names, missing or damaged data, a setting that does not fit.
     """
     if data.source is None:
+        own = {"image_size": data.image_size is not None, "skip_broken": data.skip_broken}
+        for name in (name for name, given in own.items() if given):
+            warnings.warn(f"data.{name}={getattr(data, name)} has no effect without data.source", stacklevel=2)
         return load_dataset(data.name, data.root, data.download)
     if data.source not in _SOURCES:
         raise unknown_name("data.source", data.source, _SOURCES)

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ekd_lightning.data import color  # noqa: F401  # it registers its augmentations
 from ekd_lightning.data.augmentations import OPTIONS_KEY, Augmentation, augmentation_names, build_augmentation
 from ekd_lightning.data.order import Draws
+from ekd_lightning.data.transforms import Transform, is_transform
 from ekd_lightning.errors import UserError, unknown_name
 
 POOL_SIZE = 64
@@ -182,7 +183,8 @@ def make_views(
     """Builds a view family by name.
 
     Args:
-        augmentation: "none", "crop_flip", a registered augmentation, or a list of them to be applied in order.
+        augmentation: "none", "crop_flip", a registered augmentation, a transform of torchvision (`GaussianBlur`), or
+            a list of them to be applied in order.
         padding: For crop_flip: pixels added on every side.
         flip: For crop_flip: whether mirrored views belong to the family.
         options: Options of the augmentations, by their names.
@@ -204,12 +206,15 @@ def make_views(
     crop_flip = CropFlip(padding, flip)
     if names == ["crop_flip"]:
         return crop_flip
-    parts = [
-        (_DrawnView(crop_flip), crop_flip.key)
-        if name == "crop_flip"
-        else build_augmentation(name, options.get(name, {}))
-        for name in names
-    ]
+    parts: list[tuple[Augmentation, str]] = []
+    for name in names:
+        if name == "crop_flip":
+            parts.append((_DrawnView(crop_flip), crop_flip.key))
+        elif name in augmentation_names():
+            parts.append(build_augmentation(name, options.get(name, {})))
+        else:
+            transform = Transform(name, options.get(name, {}))
+            parts.append((transform, transform.key))
     return Pool(parts, pool_size, pool_seed)
 
 
@@ -219,7 +224,7 @@ def _checked_names(augmentation: object) -> list[str]:
         raise UserError(f"data.augmentation={augmentation}: must be a name or a list of names")
     allowed = ("none", "crop_flip", *augmentation_names())
     for name in names:
-        if name not in allowed:
+        if name not in allowed and not is_transform(name):
             raise unknown_name("data.augmentation", name, allowed)
     if "none" in names and len(names) > 1:
         raise UserError(f"data.augmentation={augmentation}: none stands alone")
@@ -228,7 +233,7 @@ def _checked_names(augmentation: object) -> list[str]:
 
 def _checked_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
     for name, values in options.items():
-        if name not in augmentation_names():
+        if name not in augmentation_names() and not is_transform(name):
             raise unknown_name(f"augmentation in {OPTIONS_KEY}:", name, augmentation_names())
         if not isinstance(values, Mapping):
             raise UserError(f"{OPTIONS_KEY}.{name}={values!r}: must be a mapping from options to values")

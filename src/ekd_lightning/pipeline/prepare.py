@@ -169,6 +169,8 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
     if height != width and "corruptions" in settings.evaluation.parts:
         raise UserError(f"evaluation.parts: corruptions are made for squares, images are {height}×{width}")
     views = _make_views(data, padding)
+    one = torch.zeros(1, dtype=torch.int64)
+    views(torch.zeros(1, 3, height, width, dtype=torch.uint8), one, one)  # what cannot be made fails now
     subset = choose_subset(
         dataset.train.labels,
         fraction=data.fraction,

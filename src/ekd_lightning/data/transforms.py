@@ -1,0 +1,82 @@
+"""Transforms of torchvision as augmentations: any of `torchvision.transforms.v2`, by the name of its class.
+
+A transform draws from PyTorch's generator. Here that is seeded for every image by its own draw, so that a view stays a
+pure function of the image, its index and the view's number, and teachers' answers can be remembered as usual.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ekd_lightning.data.augmentations import OPTIONS_KEY
+from ekd_lightning.data.order import Draws
+from ekd_lightning.errors import UserError, one_line, quiet
+
+
+def is_transform(name: object) -> bool:
+    """Whether torchvision has a transform of this name, e.g. `GaussianBlur`."""
+    if not isinstance(name, str) or not name[:1].isupper():
+        return False  # without importing torchvision, which takes a second
+    from torchvision.transforms import v2  # noqa: PLC0415
+
+    found = getattr(v2, name, None)
+    return inspect.isclass(found) and issubclass(found, v2.Transform)
+
+
+class Transform:
+    """A transform of torchvision, applied image by image on the processor, whichever device asks.
+
+    Args:
+        name: The name of its class.
+        options: Keyword arguments of the class.
+
+    Raises:
+        UserError: If the class does not take them.
+    """
+
+    captures = False  # see `data.augmentations.Augmentation`
+
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
+        import torchvision  # noqa: PLC0415
+        from torchvision.transforms import v2  # noqa: PLC0415
+
+        self.name = name
+        try:
+            self._transform = getattr(v2, name)(**options)
+        except Exception as error:  # each class checks in its own way
+            raise UserError(f"{OPTIONS_KEY}.{name}: torchvision's {name} says: {one_line(error)}") from None
+        # What a transform makes of a seed may change with torchvision's version.
+        self.key = (
+            f"{name}{json.dumps(dict(options), sort_keys=True, default=str)}-torchvision{torchvision.__version__}"
+        )
+
+    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+        """Augments a batch; see `data.augmentations.Augmentation`.
+
+        Raises:
+            UserError: If the transform fails, or changes the size or the type of images.
+        """
+        seeds = draws.integers((1 << 31) - 1).tolist()
+        with torch.random.fork_rng(devices=[]), quiet():
+            made = [self._one(image, seed) for image, seed in zip(images.cpu(), seeds, strict=True)]
+        return torch.stack(made).to(images.device)
+
+    def _one(self, image: Tensor, seed: int) -> Tensor:
+        torch.default_generator.manual_seed(seed)
+        try:
+            made = self._transform(image)
+        except Exception as error:  # of many kinds
+            raise UserError(f"data.augmentation: torchvision's {self.name} fails: {one_line(error)}") from None
+        if not isinstance(made, Tensor) or made.shape != image.shape or made.dtype != image.dtype:
+            what = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise UserError(
+                f"data.augmentation: torchvision's {self.name} makes {what} of {image.dtype} {list(image.shape)}; "
+                "views keep size and type"
+            )
+        return made
