@@ -103,16 +103,10 @@ def test_live_teachers_give_a_resumed_run_the_same_targets(train, resume, tmp_pa
 
 
 def test_a_killed_run_resumes_even_with_dropout(train, resume, tmp_path, monkeypatch):
-    from ekd_lightning.cli import train as program
-
     reference = train(tmp_path / "whole", *DROPOUT)
     assert reference.code == 0, reference.err
-    directory, original = tmp_path / "killed", program.build_callback
-
-    def build(node, key, *rest):
-        return Killer(1, 0) if "killer" in key else original(node, key, *rest)
-
-    monkeypatch.setattr(program, "build_callback", build)
+    directory = tmp_path / "killed"
+    monkeypatch.setattr("ekd_lightning.cli.train.build_callbacks", lambda *_: [Killer(1, 0)])
     killed = train(directory, *DROPOUT, "+callbacks.killer={_target_: x}")
     assert (killed.code, killed.status["state"]) == (1, "failed")
     assert "killed" in killed.status["error"]
