@@ -7,7 +7,7 @@ this module checks what can be checked without importing anything heavy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from typing import Any, Optional, get_type_hints
 
@@ -119,13 +119,18 @@ class DataSettings:
 
 @dataclass
 class RecipeSettings:
-    """Optimiser and schedule: SGD with momentum, learning rate as a function of the epoch."""
+    """Optimiser and schedule: SGD with momentum by default, learning rate as a function of the epoch."""
 
     epochs: int = field(default=60, metadata=PROTOCOL | COUNT)
     batch_size: int = field(default=128, metadata=PROTOCOL | COUNT)
     """Images per batch over all devices together (an optimiser step, unless gradients are accumulated)."""
+    optimizer: str = field(default="sgd", metadata=COMPUTED)
+    """sgd, adamw, or the name of any other class of torch.optim, in upper or lower case."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
+    """Further arguments of that class: `recipe.optimizer=adamw recipe.optimizer_options={betas: [0.9, 0.95]}`."""
     lr: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
     momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
+    """Of sgd alone, as is `nesterov`."""
     nesterov: bool = field(default=True, metadata=COMPUTED)
     weight_decay: float = field(default=5e-4, metadata=COMPUTED | NOT_NEGATIVE)
     schedule: str = field(default="cosine", metadata=COMPUTED | one_of("cosine", "step", "constant"))
@@ -167,6 +172,11 @@ class RecipeSettings:
         if changes:
             recipe.check(key)
         return recipe
+
+    def key(self) -> dict[str, Any]:
+        """A recipe's part of a store's key; what came later counts only where it is not left at its default."""
+        usual = {"optimizer": "sgd", "optimizer_options": {}}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def mixed(self, prefix: str) -> str:
         """The keys by which images are mixed, with their values; empty where they are not."""

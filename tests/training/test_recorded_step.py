@@ -115,6 +115,14 @@ def test_schedules_reach_static_steps(tiny_settings, tmp_path, words):
     both((tiny_settings, "ekd", *words), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_other_fused_optimisers_take_static_steps(tiny_settings, tmp_path, name):
+    words = (f"recipe.optimizer={name}", "recipe.lr=0.003", "recipe.optimizer_options={betas: [0.8, 0.99]}")
+    _, static = both((tiny_settings, "ekd", *words), tmp_path)
+    (group,) = static[0].trainer.optimizers[0].param_groups
+    assert (group["betas"], group["fused"]) == ((0.8, 0.99), True)
+
+
 def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_path):
     words = ("capture=always", "recipe.epochs=3")
     _, watch, means = fit(settings_of(tiny_settings, "ekd", *words), tmp_path, max_steps=6)
@@ -195,6 +203,7 @@ class LooksAtGradients(Callback):
         ({"accumulate_grad_batches": 2}, (), "accumulate_grad_batches"),
         ({"gradient_clip_val": 1.0}, (), "gradient_clip_val"),
         ({"detect_anomaly": True}, (), "detect_anomaly"),
+        ({}, ("recipe.optimizer=rmsprop", "recipe.lr=0.001"), "RMSprop is no fused"),
         ({}, ("recipe.mixup=0.2",), "mixed"),
         ({}, ("data.augmentation=[randaugment]",), "augmentation"),
         ({"callbacks": "class"}, (), "LooksAtGradients"),
@@ -284,6 +293,14 @@ def test_graphs_train_as_eager_steps_on_the_device(tiny_settings, tmp_path, meth
 @gpu
 @pytest.mark.parametrize("words", SCHEDULES.values(), ids=SCHEDULES)
 def test_schedules_reach_graphs(tiny_settings, tmp_path, words):
+    both((tiny_settings, "ekd", *ON_GPU, *words), tmp_path, accelerator="gpu")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_other_fused_optimisers_are_part_of_graphs(tiny_settings, tmp_path, name):
+    words = (f"recipe.optimizer={name}", "recipe.lr=0.003")
     both((tiny_settings, "ekd", *ON_GPU, *words), tmp_path, accelerator="gpu")
 
 

@@ -103,6 +103,71 @@ def test_the_optimiser_is_what_the_recipe_says():
     assert schedule.get_last_lr() == pytest.approx([0.15])  # half of the cosine
 
 
+@pytest.mark.parametrize("name", ["adamw", "Adam", "NAdam", "rmsprop", "ADADELTA", "Adafactor"])
+def test_any_optimiser_of_torch_takes_its_own_steps(name):
+    recipe = RecipeSettings(epochs=2, lr=0.01, optimizer=name, weight_decay=0.1, schedule="constant")
+    (cls,) = (cls for cls in vars(torch.optim).values() if getattr(cls, "__name__", "").lower() == name.lower())
+    gradients = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for make in (
+        lambda weight: make_optimizer([weight], recipe, STEPS)[0],
+        lambda weight: cls([weight], lr=0.01, weight_decay=0.1),
+    ):
+        weight = torch.nn.Parameter(torch.ones(4, 5))
+        optimizer = make(weight)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    assert type(optimizer) is cls
+    assert torch.equal(*ends)
+
+
+def test_options_of_an_optimiser_reach_it():
+    recipe = RecipeSettings(optimizer="adamw", optimizer_options={"betas": [0.8, 0.9], "amsgrad": True})
+    (group,) = make_optimizer([torch.nn.Parameter(torch.ones(3))], recipe, STEPS)[0].param_groups
+    assert (group["betas"], group["amsgrad"], group["weight_decay"]) == ((0.8, 0.9), True, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adamv", {}, "unknown recipe.optimizer 'adamv'; did you mean 'adam"),
+        ("torch.optim.SGD", {}, "unknown recipe.optimizer 'torch.optim.SGD'"),
+        ("lr_scheduler", {}, "unknown recipe.optimizer 'lr_scheduler'"),
+        ("Optimizer", {}, "recipe.optimizer=Optimizer: the base"),
+        ("lbfgs", {}, "recipe.optimizer=lbfgs: asks for the loss several times"),
+        ("sparseadam", {}, "recipe.optimizer=sparseadam: is for sparse"),
+        ("adamw", {"beta": [0.9, 0.9]}, "unknown option of recipe.optimizer=adamw: 'beta'; did you mean 'betas'"),
+        ("adamw", {"capturable": True}, "unknown option of recipe.optimizer=adamw: 'capturable'"),
+        ("sgd", {"momentum": 0.5}, "unknown option of recipe.optimizer=sgd: 'momentum'"),
+        ("adamw", {"betas": [0.9, 1.5]}, "recipe.optimizer=adamw: Invalid beta"),
+        ("adamw", {"betas": "x"}, "recipe.optimizer=adamw: "),
+        ("muon", {}, "recipe.optimizer=muon: .*2D"),
+    ],
+)
+def test_what_is_no_optimiser_or_refuses_its_options_is_one_line(name, options, message):
+    recipe = RecipeSettings(optimizer=name, optimizer_options=options)
+    with pytest.raises(UserError, match=message) as caught:
+        make_optimizer([torch.nn.Parameter(torch.ones(2, 2, 3))], recipe, STEPS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_somebody_put_into_torch_optim_is_not_found(monkeypatch):
+    class Evil(torch.optim.SGD):
+        pass
+
+    monkeypatch.setattr(torch.optim, "Evil", Evil, raising=False)
+    with pytest.raises(UserError, match=r"unknown recipe\.optimizer 'Evil'"):
+        make_optimizer([torch.nn.Parameter(torch.ones(3))], RecipeSettings(optimizer="Evil"), STEPS)
+
+
+def test_keys_of_stores_stay_what_they_were_before_there_were_optimisers():
+    assert "optimizer" not in RecipeSettings().key()
+    assert RecipeSettings(optimizer="adamw").key()["optimizer"] == "adamw"
+    assert "optimizer_options" in RecipeSettings(optimizer="adamw", optimizer_options={"amsgrad": True}).key()
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "gamma", "warmup_epochs"])
 def test_what_is_no_number_is_refused_by_name(name, value):

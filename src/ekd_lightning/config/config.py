@@ -39,8 +39,9 @@ PLACES = keys_where(is_path)
 def register_schema() -> None:
     """Makes the typed schema known to Hydra as `ekd_schema`; conf/train.yaml starts from it."""
     schema = OmegaConf.structured(Settings)
-    # Options that a term has and its method's file does not list need no plus; those that it has not are refused later.
-    OmegaConf.set_struct(schema.method.terms, False)
+    # Options that no file lists need no plus, of terms and of optimisers; those that these lack are refused later.
+    for options in (schema.method.terms, schema.recipe.optimizer_options, schema.teachers.recipe.optimizer_options):
+        OmegaConf.set_struct(options, False)
     ConfigStore.instance().store(name="ekd_schema", node=schema)
 
 

@@ -59,12 +59,12 @@ def number(
 
 
 def temperature_of(key: str, value: object) -> float:
-    """Checks a temperature: outside [0.01, 10000] T² times the divergence is rounding, or overflows, in float32.
+    """Checks a temperature: outside [0.001, 1000] T² or logits / T come near the ends of float32.
 
     Raises:
         UserError: If it is no number in this range; `key` is the option's name.
     """
-    return number(key, value, low=0.01, high=1e4)
+    return number(key, value, low=1e-3, high=1e3)
 
 
 def choice(key: str, value: object, allowed: Iterable[str]) -> str:

@@ -30,6 +30,7 @@ from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
 from ekd_lightning.training.pool import plan_teachers
+from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import TeacherData
 from ekd_lightning.training.trainer import check_trainer
 
@@ -109,6 +110,7 @@ def check_settings(settings: Settings) -> None:
     """
     settings.check()
     check_trainer(settings.trainer)
+    check_optimizer(settings.recipe, "recipe")
     entries = []
     if needs_teachers(settings.method.terms):
         if settings.teachers.count == 0:

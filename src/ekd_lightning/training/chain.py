@@ -38,6 +38,7 @@ from ekd_lightning.teachers.plan import PlannedTeacher, plan_source
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
 
 DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
@@ -105,6 +106,7 @@ def plan_chain(
     assistants = tuple(_assistants(settings, dataset))
     _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
     recipe, temperature = settings.recipe.changed(method.chain.recipe, "method.chain.recipe"), method.chain.temperature
+    check_optimizer(recipe, "method.chain.recipe")
     check_batch_size(recipe.batch_size, len(subset.train_index))
     lesson = Lesson(
         replace(settings, recipe=recipe),

@@ -138,14 +138,14 @@ class TrainingModule(pl.LightningModule):
     # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with a schedule that advances every optimiser step."""
+        """The recipe's optimiser, with a schedule that advances every optimiser step."""
         parameters = [parameter for parameter in self.trained_parameters() if parameter.requires_grad]
         self.trainer.fit_loop.setup_data()
         batches = float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
         # Lightning refuses to clip the gradients of a fused optimiser under automatic mixed precision.
         fused = self.device.type in ("cpu", "cuda") and not self.trainer.gradient_clip_val
         steps = max(1, math.ceil(batches))
-        optimizer, schedule = make_optimizer(parameters, self.recipe, steps, fused=fused)
+        optimizer, schedule = make_optimizer(parameters, self.recipe, steps, fused=fused, key=self.recipe_key)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:

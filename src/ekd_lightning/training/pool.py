@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
+from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import TeacherData, train_teacher
 
 
@@ -152,6 +153,7 @@ def _plan_stored(
     train: Callable[..., StagedNetwork],
 ) -> PlannedTeacher:
     """A teacher that is trained when the store lacks it; `beginning` is the part of its key that says from what."""
+    check_optimizer(settings.recipe, "teachers.recipe")  # now, not after other teachers were trained
     key = {
         "network": spec.to_dict(),
         "data": data.dataset.name,
@@ -159,7 +161,7 @@ def _plan_stored(
         "train_on": data.train_on,
         "subset": data.subset.sha256 if data.train_on == "subset" else "all",
         "views": data.views.key,
-        "recipe": asdict(settings.recipe),
+        "recipe": settings.recipe.key(),
         "seed": entry.seed,
         **beginning,
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch
-from ekd_lightning.training.steps import log_row
+from ekd_lightning.training.steps import FUSED, log_row
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,11 @@ class RecordedStep:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._records = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self._records else None
+        for group in optimizer.param_groups if self._records else ():
+            if "capturable" in group:
+                group["capturable"] = True
+        # Steps that run as they are, before their kind is recorded, are no mistake.
+        optimizer._warned_capturable_if_run_uncaptured = True
 
     @property
     def num_graphs(self) -> int:
@@ -166,7 +171,7 @@ class RecordedStep:
     def _fixed(self) -> Iterator[Hashable]:
         """What a graph takes from the optimiser as it is when it is recorded."""
         for group in self._optimizer.param_groups:
-            yield group["weight_decay"], group["momentum"], group["dampening"], group["nesterov"]
+            yield tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
             yield tuple(parameter.requires_grad for parameter in group["params"])
 
     def _record(self, kind: Hashable) -> bool:
@@ -257,8 +262,8 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
         "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
         "trainer.detect_anomaly": trainer._detect_anomaly,
         f"trainer.precision={trainer.precision} scales the loss": str(trainer.precision).startswith("16"),
-        f"{type(optimizer).__name__} is not a fused SGD": not (
-            isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("fused")
+        f"{type(optimizer).__name__} is no fused {', '.join(cls.__name__ for cls in FUSED)}": not (
+            type(optimizer) in FUSED and optimizer.defaults.get("fused")
         ),
         f"the callback {', '.join(watching)} looks at gradients or changes the optimiser": bool(watching),
         f"{type(module).__name__}.{', '.join(own)} looks at gradients": bool(own),

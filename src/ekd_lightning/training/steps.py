@@ -5,14 +5,27 @@ The rate warms up linearly and then follows a cosine, falls in steps, or stays.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ekd_lightning.errors import UserError, one_line, unknown_name
 from ekd_lightning.settings import RecipeSettings
+
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""Optimisers with one kernel for all parameters, which can be part of a recorded step."""
+_UNFIT = {
+    "optimizer": "the base of all optimisers, and none itself",
+    "lbfgs": "asks for the loss several times a step, which a training step does not do",
+    "sparseadam": "is for sparse gradients, and these are dense",
+}
+_NO_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], float]:
@@ -44,25 +57,79 @@ def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], f
     return factor
 
 
+def optimizer_class(name: str, key: str) -> type[Optimizer]:
+    """Finds a class of torch.optim by its name; nothing that is defined elsewhere can be named.
+
+    Args:
+        name: In upper or lower case.
+        key: Where it stands, for the error.
+
+    Returns:
+        The class.
+
+    Raises:
+        UserError: If torch.optim has no such class, or it cannot train here.
+    """
+    if reason := _UNFIT.get(name.lower()):
+        raise UserError(f"{key}={name}: {reason}")
+    usable = {
+        found.__name__.lower(): found
+        for found in vars(torch.optim).values()
+        if isinstance(found, type)
+        and issubclass(found, Optimizer)
+        and f"{found.__module__}.".startswith("torch.optim.")
+    }
+    if name.lower() not in usable:
+        raise unknown_name(key, name, (other for other in usable if other not in _UNFIT))
+    return usable[name.lower()]
+
+
+def check_optimizer(recipe: RecipeSettings, key: str) -> None:
+    """Refuses an optimiser that `make_optimizer` would refuse for a convolution; `key` is where the recipe stands.
+
+    Raises:
+        UserError: As `make_optimizer`.
+    """
+    make_optimizer([nn.Parameter(torch.zeros(1, 1, 1, 1))], recipe, 1, key=key)
+
+
 def make_optimizer(
-    parameters: list[torch.nn.Parameter], recipe: RecipeSettings, steps_per_epoch: int, *, fused: bool = False
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """SGD as the recipe says, with its schedule (to be stepped once per optimiser step).
+    parameters: list[torch.nn.Parameter],
+    recipe: RecipeSettings,
+    steps_per_epoch: int,
+    *,
+    fused: bool = False,
+    key: str = "recipe",
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimiser that the recipe names, with its schedule (to be stepped once per optimiser step).
 
     Args:
         parameters: What is trained.
         recipe: Checked recipe.
         steps_per_epoch: Optimiser steps of one epoch.
-        fused: One kernel for all parameters instead of several for each; CPU and CUDA have it.
+        fused: One kernel for all parameters instead of several for each, where the class is one of `FUSED`; CPU and
+            CUDA have it.
+        key: Where the recipe stands, for messages.
+
+    Raises:
+        UserError: If torch.optim has no such class, or it refuses its options or the parameters.
     """
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
+    cls = optimizer_class(recipe.optimizer, f"{key}.optimizer")
+    accepted = set(inspect.signature(cls).parameters)
+    own: dict[str, Any] = {"lr": recipe.lr}
+    own |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov} if cls is torch.optim.SGD else {}
+    own |= {"weight_decay": recipe.weight_decay} if "weight_decay" in accepted else {}
+    own |= {"fused": fused} if cls in FUSED else {}
+    for name in recipe.optimizer_options:
+        if name not in (allowed := accepted - {*own, *_NO_OPTIONS}):
+            raise unknown_name(f"option of {key}.optimizer={recipe.optimizer}:", name, allowed)
+    options: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in recipe.optimizer_options.items()
+    }
+    try:
+        optimizer = cls(parameters, **own, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{key}.optimizer={recipe.optimizer}: {one_line(error)}") from None
     return optimizer, LambdaLR(optimizer, lr_factor(recipe, steps_per_epoch))
 
 

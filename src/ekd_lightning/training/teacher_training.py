@@ -166,7 +166,7 @@ class Lesson:
             "images": self.dataset.train.sha256,
             "subset": self.subset.sha256,
             "views": self.views.key,
-            "recipe": asdict(self.settings.recipe),
+            "recipe": self.settings.recipe.key(),
             "seed": seed,
             "teachers": list(teachers),
             "terms": {name: dict(term) for name, term in self.terms.items()},
