@@ -139,6 +139,9 @@ class RecipeSettings:
     """Points of the step schedule as shares of the training, in (0, 1)."""
     gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
     warmup_epochs: float = field(default=0.0, metadata=COMPUTED | NOT_NEGATIVE)
+    ema: float = field(default=0.0, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
+    """Decay of a moving average of the student's weights, taken after every step; 0 for none. Its test scores are the
+    fields `test_..._ema`. Of the student's recipe alone."""
     mixup: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
     """α of mixup, 0 for none; with `cutmix` on, too, either is taken with equal chance in each batch."""
     cutmix: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
@@ -175,7 +178,7 @@ class RecipeSettings:
 
     def key(self) -> dict[str, Any]:
         """A recipe's part of a store's key; what came later counts only where it is not left at its default."""
-        usual = {"optimizer": "sgd", "optimizer_options": {}}
+        usual = {"optimizer": "sgd", "optimizer_options": {}, "ema": self.ema}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def mixed(self, prefix: str) -> str:
@@ -408,6 +411,7 @@ RETURNABLE = (
     "test_accuracy",
     "test_accuracy_best",
     "test_accuracy_last",
+    "test_accuracy_ema",
     "test_nll",
     "test_ece",
     "test_brier",

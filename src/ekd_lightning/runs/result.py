@@ -121,6 +121,7 @@ class Result(Mapping[str, Any]):
     val_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_best: float | None = field(default=None, metadata=_LATE)
     test_accuracy_last: float | None = field(default=None, metadata=_LATE)
+    test_accuracy_ema: float | None = field(default=None, metadata=_LATE)
     test_branch_accuracy: list[Any] | None = field(default=None, metadata=_LATE)
     test_nll: float | None = field(default=None, metadata=_LATE)
     test_ece: float | None = field(default=None, metadata=_LATE)

@@ -21,7 +21,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.data import Dataset
 from ekd_lightning.settings import LoggerSettings
 from ekd_lightning.tracking.loggers import describe_metrics, finish_loggers, flat_columns, in_wandb_sweep, make_loggers
-from ekd_lightning.tracking.panels import TEST, TEST_BEST, Example, Lines, Panels, Table, make_panels
+from ekd_lightning.tracking.panels import TEST, TEST_BEST, TEST_EMA, Example, Lines, Panels, Table, make_panels
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def log_evaluation(
     try:
         images = dataset.test.images.cpu().numpy()
         panels = make_panels(result, read_arrays(), images, tuple(dataset.class_names))
-        hidden = (f"{TEST}/", f"{TEST_BEST}/") if tested else ()
+        hidden = (f"{TEST}/", f"{TEST_BEST}/", f"{TEST_EMA}/") if tested else ()
         numbers = {name: value for name, value in panels.scalars.items() if not name.startswith(hidden)}
         for logger in shown:
             if isinstance(logger, WandbLogger):

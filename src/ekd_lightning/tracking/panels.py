@@ -31,7 +31,7 @@ _SECTIONS = (
     ("validation", ("val_",)),
 )
 """Section of a field by its beginning; the first that fits. Other fields are no findings."""
-TEST, TEST_BEST = "test", "test_best"
+TEST, TEST_BEST, TEST_EMA = "test", "test_best", "test_ema"
 """Sections of the scores of a run's own test, with the weights of the last epoch and of the best one."""
 _SCORES = ("accuracy", "top5", "nll", "ece", "brier", "branch_accuracy", "disagreement", "ambiguity")
 
@@ -120,7 +120,8 @@ def scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Every finite number that was found, by `<section>/<field>`; branches one by one, counted from 0.
 
     Scores of the run's own test have the names under which training logs them: `test/accuracy` for the weights of
-    the last epoch, `test_best/accuracy` for those of the best one. All else is of the last epoch's weights.
+    the last epoch, `test_best/accuracy` for those of the best one, `test_ema/accuracy` for their moving average. All
+    else is of the last epoch's weights.
     """
     found: dict[str, float] = {}
     for field, value in result.items():
@@ -133,9 +134,11 @@ def scalars(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _scalar_name(field: str) -> str | None:
-    score, best = field.removeprefix("test_").removesuffix("_best"), field.endswith("_best")
+    endings = {"_best": TEST_BEST, "_ema": TEST_EMA}
+    ending = next((ending for ending in endings if field.endswith(ending)), "")
+    score = field.removeprefix("test_").removesuffix(ending)
     if field.startswith("test_") and score in _SCORES:
-        return f"{TEST_BEST if best else TEST}/{score}"
+        return f"{endings.get(ending, TEST)}/{score}"
     section = next((section for section, starts in _SECTIONS if field.startswith(starts)), None)
     return None if section is None or field.endswith("_last") else f"{section}/{field}"
 

@@ -23,7 +23,7 @@ from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.staged import in_memory_format
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.recorded_step import EpochRows, RecordedStep, StepValues, why_not_recorded
-from ekd_lightning.training.steps import StepLog, make_optimizer
+from ekd_lightning.training.steps import StepLog, WeightAverage, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         test_section: What stands before the slash in the names of test scores.
+        ema: The moving average of the student's weights; None where `recipe.ema` is 0.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class TrainingModule(pl.LightningModule):
             )
         self.student = in_memory_format(student, self._memory_format)
         self.method = method
+        self.ema = WeightAverage(self.student, recipe.ema) if recipe.ema else None
+        self._averaged_steps = 0
         self.recipe, self.recipe_key = recipe, recipe_key
         self._capture, self._may_record = capture, False
         self._recorded: RecordedStep | None = None
@@ -150,7 +153,7 @@ class TrainingModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Forgets what an earlier fit recorded."""
-        self._recorded = None
+        self._recorded, self._averaged_steps = None, self.global_step
         self._may_record = self._capture == "always" or (self._capture == "auto" and self.device.type == "cuda")
 
     @property
@@ -249,6 +252,12 @@ class TrainingModule(pl.LightningModule):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         elif optimizer_closure is not None:
             optimizer_closure()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Averages the weights, after batches that ended with a step of the optimiser."""
+        if self.ema is not None and self.global_step != self._averaged_steps:
+            self._averaged_steps = self.global_step
+            self.ema.update(self.student, self.global_step)
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's bookkeeping."""

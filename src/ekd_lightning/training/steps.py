@@ -5,7 +5,9 @@ The rate warms up linearly and then follows a cosine, falls in steps, or stays.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ekd_lightning.errors import UserError, one_line, unknown_name
 from ekd_lightning.settings import RecipeSettings
@@ -131,6 +134,42 @@ def make_optimizer(
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{key}.optimizer={recipe.optimizer}: {one_line(error)}") from None
     return optimizer, LambdaLR(optimizer, lr_factor(recipe, steps_per_epoch))
+
+
+class WeightAverage(nn.Module):
+    """Exponential moving average of a network's parameters and buffers.
+
+    It computes what `torch.optim.swa_utils.AveragedModel` does, which reads a counter back from the device in every
+    update. Buffers that are whole numbers are those of the network.
+
+    Args:
+        network: What is averaged; it is copied.
+        decay: Share of the old average in the new one, in (0, 1).
+
+    Attributes:
+        module: A network with the average.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(network).requires_grad_(False)
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Takes a step's weights into the average.
+
+        Args:
+            network: The one that is averaged.
+            step: Optimiser steps so far, >= 1; the average starts with the weights after the first one.
+        """
+        ours, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, network))
+        exact = [step <= 1 or not average.is_floating_point() for average in ours]
+        for average, weights in zip(itertools.compress(ours, exact), itertools.compress(theirs, exact), strict=True):
+            average.copy_(weights)
+        moving = [not copied for copied in exact]
+        if any(moving):
+            self._average([*itertools.compress(ours, moving)], [*itertools.compress(theirs, moving)], step)
 
 
 def log_row(values: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +253,7 @@ def _train(
     """
     with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
         torch.manual_seed(seed)
-        module = Distiller(student, method, recipe, **options)
+        module = Distiller(student, method, replace(recipe, ema=0.0), **options)
         report = EpochReport(recipe.batch_size)
         trainer = pl.Trainer(
             devices=1,

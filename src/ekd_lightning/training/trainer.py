@@ -198,10 +198,10 @@ class EpochReport(Callback):
 
 
 def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
-    """Scores on the test set, read here for the first time: with the best weights, then with the last ones.
+    """Scores on the test set, read here for the first time: of the best weights, of the moving average, of the last ones.
 
-    They are logged as `test_best/<score>` and `test/<score>`. Without `test` only the validation scores of the last
-    epoch.
+    They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`
+    only the validation scores of the last epoch.
     """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if data.num_val_images and "val/accuracy" not in metrics:  # resumed after the last epoch: nothing was trained
@@ -218,6 +218,11 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
         scores["val_accuracy_best"] = float(best.best_model_score)
         scores["best_epoch"] = int(state["epoch"]) + 1
         module.load_state_dict(last_weights)
+    if module.ema is not None:
+        student = {name: value.clone() for name, value in module.student.state_dict().items()}
+        module.student.load_state_dict(module.ema.module.state_dict())
+        scores |= named_scores("test", _test(trainer, module, data, "test_ema"), "_ema")
+        module.student.load_state_dict(student)
     last = named_scores("test", _test(trainer, module, data))
     return scores | last | {"test_accuracy_last": last["test_accuracy"]}
 
