@@ -49,8 +49,9 @@ def assert_same_run(directory: Path, reference: Path) -> None:
         a, b = (torch.load(d / "checkpoints" / f"{name}.ckpt", weights_only=True) for d in (directory, reference))
         assert (a["epoch"], a["global_step"]) == (b["epoch"], b["global_step"])
         assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in b["state_dict"])
-        momentum = [c["optimizer_states"][0]["state"][0]["momentum_buffer"] for c in (a, b)]
-        assert torch.equal(*momentum)
+        moments, theirs = (c["optimizer_states"][0]["state"][0] for c in (a, b))
+        assert moments.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in moments.items() if value is not None)
         assert best_so_far(a) == best_so_far(b)
     ours, theirs = (dict(RunDirectory(d).read_result()) for d in (directory, reference))
     for field in TIMING:
@@ -100,6 +101,23 @@ def test_live_teachers_give_a_resumed_run_the_same_targets(train, resume, tmp_pa
     assert train(directory, *live, "trainer.max_epochs=1").code == 0
     assert resume(directory, "trainer.max_epochs=2").code == 0
     assert_same_run(directory, reference.directory)
+
+
+def test_another_optimiser_and_the_moving_average_are_resumed(train, resume, tmp_path):
+    words = (*FOUR, "recipe.epochs=2", "recipe.optimizer=adamw", "recipe.lr=0.003", "recipe.ema=0.8")
+    reference = train(tmp_path / "whole", *words)
+    assert reference.code == 0, reference.err
+    directory = tmp_path / "halves"
+    assert train(directory, *words, "trainer.max_epochs=1").code == 0
+    assert resume(directory, "trainer.max_epochs=2").code == 0
+    assert_same_run(directory, reference.directory)
+    (last,) = [row for row in metrics(directory) if row.get("test_ema/accuracy")]
+    assert float(last["test_ema/accuracy"]) == pytest.approx(reference.result["test_accuracy_ema"])
+    assert len(reference.result["test_branch_accuracy_ema"]) == 3
+    state = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    student = load_file(directory / "student.safetensors")
+    averaged = [name for name in student if not torch.equal(state[f"ema.module.{name}"], student[name])]
+    assert any(name.endswith("running_var") for name in averaged)  # the file holds the last weights
 
 
 def test_a_killed_run_resumes_even_with_dropout(train, resume, tmp_path, monkeypatch):

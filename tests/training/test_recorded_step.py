@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler, LambdaCallback
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
@@ -121,6 +122,36 @@ def test_other_fused_optimisers_take_static_steps(tiny_settings, tmp_path, name)
     _, static = both((tiny_settings, "ekd", *words), tmp_path)
     (group,) = static[0].trainer.optimizers[0].param_groups
     assert (group["betas"], group["fused"]) == ((0.8, 0.99), True)
+
+
+class Averages(Callback):
+    """Averages the student as torch does, after every step of the optimiser."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.average = AveragedModel(pl_module.student, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
+            self.average.update_parameters(pl_module.student)
+
+
+@pytest.mark.parametrize("flags", [{}, {"accumulate_grad_batches": 3}])
+@pytest.mark.parametrize("capture", ["never", "always"])
+def test_the_moving_average_is_that_of_torch(tiny_settings, tmp_path, capture, flags):
+    settings = settings_of(tiny_settings, "ekd", f"capture={capture}", "recipe.ema=0.8")
+    module, watch, _ = fit(settings, tmp_path, averages := Averages(), **flags)
+    assert averages.steps == watch.steps[-1] == (4 if flags else 8)
+    expected = dict(averages.average.module.state_dict())
+    for name, value in module.ema.module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, expected[name]), name
+        else:
+            assert torch.equal(value, module.student.state_dict()[name])
+    assert not any(p.requires_grad for p in module.ema.parameters())
+    held = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not held & {id(p) for p in module.ema.parameters()}
 
 
 def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_path):

@@ -198,7 +198,7 @@ class EpochReport(Callback):
 
 
 def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
-    """Scores on the test set, read here for the first time: of the best weights, of the moving average, of the last ones.
+    """Scores on the test set, read here for the first time: of the best weights, their moving average, the last ones.
 
     They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`
     only the validation scores of the last epoch.
