@@ -33,7 +33,7 @@ def run(train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the bundled digits: three branches behind a gate."""
     directory = tmp_path_factory.mktemp("exported") / "run"
     student = ("student.branches=3", "student.ensemble=gate", "student.split_after=stage2")
-    outcome = train(directory, *student, "recipe.epochs=3")
+    outcome = train(directory, *student, "recipe.epochs=3", "recipe.ema=0.5")
     assert outcome.code == 0, outcome.err
     return directory
 
@@ -148,12 +148,15 @@ def test_branches_weights_and_output(run, tmp_path):
     assert card.startswith("---\nlicense: mit\n")
     assert "2 branches (2, 0 of the 3 it was trained with" in card
 
-    code, out, _ = call(run, "-o", tmp_path / "best", "--weights", "best")
-    result = json.loads((run / "result.json").read_text())
-    best = load(tmp_path / "best" / "student.safetensors").metadata
-    assert best["student"]["weights"] == "best"
-    assert best["test_metrics"]["accuracy"] == pytest.approx(result["test_accuracy_best"], abs=1e-6)
-    assert f"the run recorded {100 * result['test_accuracy_best']:.2f} %" in out
+
+@pytest.mark.parametrize("weights", ["best", "ema"])
+def test_other_weights_have_the_accuracy_on_record(run, tmp_path, weights):
+    _, out, _ = call(run, "-o", tmp_path, "--weights", weights)
+    recorded = json.loads((run / "result.json").read_text())[f"test_accuracy_{weights}"]
+    found = load(tmp_path / "student.safetensors").metadata
+    assert found["student"]["weights"] == weights
+    assert found["test_metrics"]["accuracy"] == pytest.approx(recorded, abs=1e-6)
+    assert f"the run recorded {100 * recorded:.2f} %" in out
 
 
 def test_a_folder_holds_one_student(run, tmp_path):

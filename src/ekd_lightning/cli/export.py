@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
     add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
-    add("--weights", default="last", help="last (default) or best, by validation accuracy")
+    add("--weights", default="last", help="last (default), best, by validation accuracy, or ema, the moving average")
     add(
         "--fold",
         action=argparse.BooleanOptionalAction,
@@ -164,15 +164,15 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
 
     from ekd_lightning.networks import cut_branches  # noqa: PLC0415
     from ekd_lightning.pipeline.context import load_own_student, open_context  # noqa: PLC0415
-    from ekd_lightning.pipeline.export import load_best  # noqa: PLC0415
+    from ekd_lightning.pipeline.export import load_weights  # noqa: PLC0415
 
     run = RunDirectory(args.run)
     settings = recorded_settings(run, args.overrides, trust=args.trust)
     run.finished_result()  # refuses a run that is not done
-    best = load_best(run) if options.weights == "best" else None
+    other = load_weights(run, options.weights) if options.weights != "last" else None
     if options.branches is not None:
-        cut_branches(best or load_own_student(run), options.branches)  # refuses before the data are read
-    return open_context(run, settings, torch.device("cpu"), best), run.provenance()
+        cut_branches(other or load_own_student(run), options.branches)  # refuses before the data are read
+    return open_context(run, settings, torch.device("cpu"), other, options.weights), run.provenance()
 
 
 def _show(record: dict[str, Any], folder: Path) -> None:
@@ -196,7 +196,7 @@ def _show(record: dict[str, Any], folder: Path) -> None:
 
 def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
     student = record["student"]
-    recorded = result.get("test_accuracy_best" if student["weights"] == "best" else "test_accuracy")
+    recorded = result.get("test_accuracy" + ("" if student["weights"] == "last" else f"_{student['weights']}"))
     whole = len(student["branches"]) == student["of_branches"]
     said = f"; the run recorded {100 * recorded:.2f} %" if whole and recorded is not None else ""
     print(f"student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{said}")

@@ -137,7 +137,11 @@ def load_own_student(run: RunDirectory) -> BranchedStudent:
 
 
 def open_context(
-    run: RunDirectory, settings: Settings, device: torch.device, best: BranchedStudent | None = None
+    run: RunDirectory,
+    settings: Settings,
+    device: torch.device,
+    other: BranchedStudent | None = None,
+    weights: str = "last",
 ) -> EvaluationContext:
     """What the parts of an evaluation need of a finished run.
 
@@ -145,7 +149,8 @@ def open_context(
         run: The run.
         settings: Those it ran with, but for where things are by now.
         device: Where to compute.
-        best: Its student with the weights of the best epoch, moved to `device`; None for those after the last.
+        other: Its student with other weights, moved to `device`; None for those after the last epoch.
+        weights: Which weights these are, `best` or `ema`.
 
     Raises:
         UserError: If the run is not done, a file of it is damaged, the data are missing, or data or student are others
@@ -153,7 +158,7 @@ def open_context(
     """
     started = run.started()  # first: a run that takes its place meanwhile is noticed
     result, record = run.finished_result(), run.provenance()
-    student = load_own_student(run) if best is None else best
+    student = load_own_student(run) if other is None else other
     dataset, subset, views = prepare_data(settings)
     recorded = record.get("data") or {}
     for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
@@ -166,8 +171,10 @@ def open_context(
     gather = (lambda: recorded_teachers(settings, entries, data)) if entries else None
     student = student.eval().to(device)
     context = EvaluationContext(settings, result, student, dataset, subset, device, gather, started)
-    if best is not None:
+    if other is not None and weights == "best":
         _require_recorded(context, run.best_checkpoint, result.test_accuracy_best)
+    elif other is not None:
+        _require_recorded(context, run.last_checkpoint, result.test_accuracy_ema)
     elif result.student_sha256 is None:  # not recorded before version 0.2
         _require_recorded(context, run.student, result.test_accuracy)
     elif result.student_sha256 != state_sha256(student):

@@ -24,8 +24,8 @@ from ekd_lightning.training.checkpoints import read_checkpoint
 
 EXPORT = "export.json"
 INT8 = "student.int8.onnx"
-WEIGHTS = ("last", "best")
-_PREFIX = "student."  # of the student's weights in a checkpoint
+WEIGHTS = {"last": "", "best": "student.", "ema": "ema.module."}
+"""What may be exported, and what the names of these weights begin with in a checkpoint."""
 _CALIBRATION_BATCH = 64
 _PATIENCE_SECONDS = 3600.0  # for another export into the same folder
 
@@ -41,7 +41,7 @@ class ExportOptions:
     Attributes:
         formats: Some of `SUFFIXES`, each once.
         branches: Which branches are kept, in this order; None for all.
-        weights: `last` or `best`, for the student's record.
+        weights: One of `WEIGHTS`, for the student's record.
         fold: Whether batch norms are folded.
         probabilities: Whether files return probabilities beside logits.
         int8: Whether an ONNX file quantised to int8 is written, too.
@@ -66,23 +66,30 @@ class ExportOptions:
         return (*(f"student{SUFFIXES[name]}" for name in self.formats), *((INT8,) if self.int8 else ()))
 
 
-def load_best(run: RunDirectory) -> BranchedStudent:
-    """The run's student with the weights of the best epoch by validation accuracy.
+def load_weights(run: RunDirectory, weights: str) -> BranchedStudent:
+    """The run's student with other weights than those after the last epoch.
+
+    Args:
+        run: The run.
+        weights: `best`, of the best epoch by validation accuracy, or `ema`, the moving average.
 
     Raises:
-        UserError: If there is no best checkpoint, or it is damaged or another student's.
+        UserError: If there is no such checkpoint, or it lacks these weights, is damaged or another student's.
     """
-    path = run.best_checkpoint
+    path, prefix = run.best_checkpoint if weights == "best" else run.last_checkpoint, WEIGHTS[weights]
     if not path.is_file():
-        raise UserError(f"--weights best: the run has no {path} (it had no validation images, or it was removed)")
+        why = "it had no validation images, or it was removed" if weights == "best" else "it was removed"
+        raise UserError(f"--weights {weights}: the run has no {path} ({why})")
     state = read_checkpoint(path, run.identity).get("state_dict", {})
-    own = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
-    best = load_own_student(run)
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if weights == "ema" and not own:
+        raise UserError(f"--weights ema: the run has no moving average (recipe.ema=0), see {path}")
+    student = load_own_student(run)
     try:
-        best.load_state_dict(own, strict=True)
+        student.load_state_dict(own, strict=True)
     except (RuntimeError, AttributeError):
         raise UserError(f"{path}: not a checkpoint of this run's student") from None
-    return best.eval()
+    return student.eval()
 
 
 def read_export(folder: Path) -> dict[str, Any] | None:

@@ -53,7 +53,7 @@ def describe_export(
         provenance: Content of its provenance.json.
         student: What is exported, branches cut.
         branches: Which of the run's branches these are.
-        weights: `last` or `best`.
+        weights: `last`, `best` or `ema`.
         metrics: What `measure` found for this student.
     """
     data = context.dataset
