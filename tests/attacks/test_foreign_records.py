@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -14,11 +15,15 @@ import yaml
 from whole_runs import Outcome, call_train
 
 from ekd_lightning.cli import compare, evaluate, export
+from ekd_lightning.config.overrides import split_config_dir
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json, write_yaml
 from ekd_lightning.networks import load_student, save_student
 from ekd_lightning.pipeline import export as pipeline_export
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.studies.multirun import split_words
+from ekd_lightning.studies.sweep import Job, Sweep
 
 FEW = ("method=branched_ce", "student.branches=2", "data.fraction=0.5", "trainer.max_epochs=3", "recipe.epochs=4")
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
@@ -245,3 +250,36 @@ def test_what_a_killed_export_left_goes_with_the_next(run, capsys):
         "export.json",
         "student.safetensors",
     ]
+
+
+# -- what is the user's own goes on ---------------------------------------------------------------------------
+
+
+def test_what_is_printed_to_continue_names_again_what_a_record_may_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = tuple(Job(tmp_path / "s" / str(seed), ("imports=[my_parts]", f"seed={seed}")) for seed in range(2))
+    hydra = ("hydra/launcher=slurm", "hydra.sweep.dir=s", "hydra.launcher.setup=[module load x]")
+    sweep = Sweep(tmp_path / "s", jobs, hydra, config_dir="my conf")
+    printed = shlex.split(sweep.again)
+    assert printed == ["ekd-train", "--config-dir", "my conf", "resume=s", "imports=[my_parts]"]
+    config_dir, words = split_config_dir(printed)
+    assert (config_dir, words) == (str(tmp_path / "my conf"), ["resume=s", "imports=[my_parts]"])
+    with pytest.raises(UserError, match=r"sweep\.json: holds 'hydra\.launcher\.setup=\[module load x\]'"):
+        split_words(sweep, words)
+    with pytest.raises(UserError, match=r"add 'imports=\[my_parts\]' to your command"):
+        split_words(sweep, ["resume=s"])
+    setup = "hydra.launcher.setup=[module load y]"
+    assert split_words(sweep, [*words, setup]) == (["hydra/launcher=slurm", setup], ["imports=[my_parts]"])
+
+
+def test_a_run_with_modules_of_the_users_own_goes_on_when_they_are_named(train, resume, tmp_path, monkeypatch):
+    mine = "from pytorch_lightning import Callback\n\nclass Mine(Callback):\n    pass\n"
+    (tmp_path / "mine_of_a_test.py").write_text(mine)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ("imports=[mine_of_a_test]", "+callbacks.x={_target_: mine_of_a_test.Mine}")
+    assert train(tmp_path / "run", *FEW, *own).code == 0
+    assert_refused(resume(tmp_path / "run", "trainer.max_epochs=4"), "add 'imports=[mine_of_a_test]' to your command")
+    outcome = resume(tmp_path / "run", "trainer.max_epochs=4", own[0])
+    assert outcome.code == 0, outcome.err
+    assert outcome.result["epochs_done"] == 4
+    sys.modules.pop("mine_of_a_test")
