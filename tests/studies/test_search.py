@@ -464,7 +464,7 @@ class Untouchable:
 def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, override_):
     from ekd_lightning.pipeline import prepare, run, teachers
 
-    load = prepare.load_dataset
+    load = prepare.open_dataset
 
     def load_without_test(*words: Any) -> Any:
         dataset = copy.copy(load(*words))
@@ -474,7 +474,7 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
     forbidden = object()  # not even hidden behind a score that was remembered earlier
     for place in (run, teachers):
         monkeypatch.setattr(place, "score_teachers", forbidden)
-    monkeypatch.setattr(prepare, "load_dataset", load_without_test)
+    monkeypatch.setattr(prepare, "open_dataset", load_without_test)
     reports: list[tuple[int, float]] = []
     objective = ValidationObjective(
         lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words), seeds=(0, 1)
