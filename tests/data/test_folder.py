@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ekd_lightning.data import catalog, choose_subset, listing, open_dataset
+from ekd_lightning.data.cache import cached_images
 from ekd_lightning.data.catalog import read_digits
 from ekd_lightning.data.folder import list_folder
 from ekd_lightning.data.images import Dataset, ImageSet
@@ -139,6 +141,26 @@ def test_what_a_killed_or_damaged_builder_left_is_not_believed(tmp_path, monkeyp
         path.write_bytes(content)
         found = opened(root).train
         assert found.sha256 == expected == replace(found).sha256
+
+
+def test_several_at_once_decode_once_and_read_the_same(tmp_path):
+    built = []
+
+    def build(target: Path) -> dict[str, object]:
+        built.append(target)
+        target.write_bytes(bytes(range(24)))
+        return {"shape": [2, 3, 2, 2]}
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cached_images(tmp_path, {"of": "two"}, build), range(8)))
+    assert len(built) == 1
+    assert all(torch.equal(images.flatten(), torch.arange(24, dtype=torch.uint8)) for images, _ in found)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(UserError, match=r"data\.cache=.*cache: cannot be written"):
+        opened(make(tmp_path / "own", {"a": 5, "b": 5}))
 
 
 def test_jpegs_of_any_size_become_squares_or_rectangles(tmp_path):
