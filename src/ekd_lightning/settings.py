@@ -365,7 +365,7 @@ class WandbSettings:
     """Weights & Biases; what is null is what its environment variables say."""
 
     enabled: bool = False
-    mode: Optional[str] = None
+    mode: Optional[str] = field(default=None, metadata=one_of("online", "offline", "disabled", "shared"))
     """Null: WANDB_MODE, else online."""
     project: Optional[str] = None
     """Null: WANDB_PROJECT, else `ekd-lightning`."""

@@ -8,8 +8,9 @@ import yaml
 from wandb_files import config_of, history_of, offline_runs, records, rows, run_of, summary_of
 
 from ekd_lightning.errors import UserError
+from ekd_lightning.roles import check_values
 from ekd_lightning.settings import LoggerSettings, WandbSettings
-from ekd_lightning.tracking.loggers import MetricsCsv, check_loggers, finish_loggers, make_loggers, wandb_run_id
+from ekd_lightning.tracking.loggers import MetricsCsv, finish_loggers, make_loggers, wandb_run_id
 
 FAST = ("method=branched_ce", "student.branches=2", "trainer.limit_train_batches=2")
 SECTIONS = ("evaluation/", "validation/", "calibration/", "diversity/", "fidelity/", "generalisation/", "efficiency/")
@@ -72,11 +73,11 @@ def test_metrics_csv_is_always_there(tmp_path):
     assert made[0].path == tmp_path / "metrics.csv"
 
 
-def test_an_unknown_mode():
+def test_modes_are_those_of_wandb():
     for mode in (None, "online", "offline", "disabled"):
-        check_loggers(LoggerSettings(wandb=WandbSettings(mode=mode)))
+        check_values(WandbSettings(mode=mode))
     with pytest.raises(UserError, match="did you mean 'disabled'"):
-        check_loggers(LoggerSettings(wandb=WandbSettings(enabled=True, mode="disable")))
+        check_values(LoggerSettings(wandb=WandbSettings(enabled=True, mode="disable")))
 
 
 # -- a sweep, read back ---------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from ekd_lightning.tracking.dashboards import log_evaluation
 from ekd_lightning.tracking.loggers import (
     MetricsCsv,
     TeacherCurves,
-    check_loggers,
     describe_metrics,
     finish_loggers,
     flat_columns,
@@ -193,7 +192,6 @@ def check_run(
         device_type=device_type_of(accelerator),
         num_devices=devices if isinstance(devices, int) else 1,
     )
-    check_loggers(settings.logger)
     if settings.teachers.fill != "none":
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}

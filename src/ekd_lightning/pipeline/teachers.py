@@ -32,7 +32,7 @@ from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.teachers.tabled import TabledTeachers
-from ekd_lightning.tracking.loggers import TeacherCurves, check_loggers
+from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.pool import gather_teachers, plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
 
@@ -56,7 +56,6 @@ def obtain_teachers(
         UserError: For a user's mistake, before anything is trained.
     """
     check_settings(settings)
-    check_loggers(settings.logger)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)
     if to_fill and not to_fill.source.tables:

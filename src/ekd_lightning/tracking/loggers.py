@@ -16,13 +16,12 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import UserError
 from ekd_lightning.files import WriterBehind, write_text
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
 
-_WANDB_MODES = ("online", "offline", "disabled", "shared")
 _WANDB_ID = "wandb_run_id.txt"
 _SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
 STUDENT, PROJECT = "student", "ekd-lightning"
@@ -175,13 +174,6 @@ def open_curves(
         ended = {}
     finally:
         finish_loggers(loggers, result=ended)
-
-
-def check_loggers(settings: LoggerSettings) -> None:
-    """Refuses an unknown W&B mode before anything is started."""
-    mode = settings.wandb.mode
-    if mode is not None and mode not in _WANDB_MODES:
-        raise unknown_name("logger.wandb.mode", mode, _WANDB_MODES)
 
 
 def _tensorboard(directory: Path) -> Logger:
