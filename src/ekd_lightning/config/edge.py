@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -127,9 +128,18 @@ def one_line(program: str) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _exit(program, _config_error(error))
     except Exception as error:
-        if (line := users_line(error)) is None:
+        line = _not_an_option(error) or users_line(error)
+        if line is None:
             raise
         _exit(program, line)
+
+
+def _not_an_option(error: Exception) -> str | None:
+    """What Hydra says with a plain ValueError: a group was given a number, a truth value or null."""
+    if not (isinstance(error, ValueError) and str(error).startswith("Config group override must be")):
+        return None
+    words = [word for word in sys.argv[1:] if re.fullmatch(r"\+?[\w/@]*=(null|true|false|[\d.eE+-]+)", word)]
+    return f"{' or '.join(words)}: a group of the configuration takes the name of one of its options"
 
 
 @contextlib.contextmanager

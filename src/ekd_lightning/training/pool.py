@@ -11,7 +11,9 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import file_sha256
+from ekd_lightning.methods.options import choice
 from ekd_lightning.networks import (
+    KEY_MAPS,
     NetworkSpec,
     StagedNetwork,
     TeacherEnsemble,
@@ -130,7 +132,7 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
         normalization(entry.normalization or data.dataset.normalization),
         entry.options,
     )
-    key_map = entry.key_map
+    key_map = choice(f"{key}.key_map", entry.key_map, KEY_MAPS)
     return PlannedTeacher(path.stem, spec, "file", lambda: (load_foreign(path, spec, key_map), detail))
 
 

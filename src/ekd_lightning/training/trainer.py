@@ -74,6 +74,8 @@ def check_trainer(flags: dict[str, Any]) -> None:
             raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
         if value not in _OUR_VALUES.get(name, ()) and not is_of(value, _types()[name]):
             raise UserError(f"trainer.{name}={value}: must be {name_of_type(_types()[name])}")
+    if flags.get("val_check_interval") == 0:
+        raise UserError("trainer.val_check_interval=0: must be positive; null validates after every epoch")
     if (limit := flags.get("max_time")) is not None:
         try:
             seconds = Timer(limit).time_remaining()
