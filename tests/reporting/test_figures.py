@@ -119,6 +119,16 @@ def test_labels_are_no_mathematics(tmp_path):
     assert "$\\broken{" in (tmp_path / "a-f0.05.svg").read_text()
 
 
+def test_names_of_files_are_short_and_tell_blocks_apart():
+    names = []
+    for end in ("a", "b"):
+        with fs.style():
+            figure, _ = fs.panels(1)
+        names.append(fs.drawn("kind", f"{'long/' * 200}{end}", figure, "title", "text").name)
+    assert names[0] != names[1]
+    assert all(re.fullmatch(r"kind-[A-Za-z0-9._-]{100,120}", name) for name in names)
+
+
 def luminance(colour):
     """Relative luminance (WCAG 2.2)."""
     channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _SHORT = 20
 """Letters of a name that leaves room for another beside it."""
 _LETTERS = 17
 """Of a note, to an inch."""
+_LONGEST = 100
+"""Letters of a block's key in the name of a file; of longer ones a checksum tells them apart."""
 _MOST_LINES = 6
 """In a panel; further ones get a panel of their own."""
 ACCURACY = "test accuracy, %"
@@ -96,7 +99,10 @@ def drawn(kind: str, key: str, figure: Figure, title: str, text: str) -> Drawn:
     caption = f"{title}. {text}"
     wide = int(_LETTERS * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(caption, wide), fontsize=7, color=GREY, x=0.005, ha="left")
-    return Drawn(f"{kind}-{re.sub(r'[^A-Za-z0-9._-]+', '_', key)}", figure, caption)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
+    if len(name) > _LONGEST:
+        name = f"{name[:_LONGEST]}-{zlib.crc32(key.encode()):08x}"
+    return Drawn(f"{kind}-{name}", figure, caption)
 
 
 def accuracy(group: Group) -> Estimate:
