@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ekd_lightning.api import (
+        BranchedStudent,
+        Distiller,
+        ImageDataModule,
+        RecipeSettings,
+        Run,
+        TeacherEnsemble,
+        distill,
+        method,
+    )
     from ekd_lightning.networks import DeployedModel
 
 try:
@@ -18,7 +28,31 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0+unknown"
 
-__all__ = ["__version__", "load"]
+__all__ = [
+    "BranchedStudent",
+    "Distiller",
+    "ImageDataModule",
+    "RecipeSettings",
+    "Run",
+    "TeacherEnsemble",
+    "__version__",
+    "distill",
+    "load",
+    "method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The pieces of `ekd_lightning.api`, imported when first asked for: `import ekd_lightning` stays cheap."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ekd_lightning import api  # noqa: PLC0415
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
 
 
 def load(path: str | Path, device: str = "cpu") -> DeployedModel:

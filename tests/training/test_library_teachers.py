@@ -50,7 +50,7 @@ def plan(data, weights, tmp_path):
 
 
 def test_a_teacher_is_taken_as_it_is(plan, weights):
-    path, module = weights
+    _, module = weights
     teachers = gather_teachers(plan(image_size=40))
     (identity,) = teachers.identities
     assert (identity.id, identity.source, identity.network) == (f"timm:{NAME}-mine", "timm", f"timm:{NAME}")
@@ -72,7 +72,7 @@ def test_all_that_makes_a_teacher_is_in_its_identity(plan):
 
 @pytest.mark.parametrize("finetune", ["head", "all"])
 def test_fine_tuning_begins_with_the_weights(plan, weights, finetune):
-    path, module = weights
+    _, module = weights
     (network,) = gather_teachers(plan(finetune=finetune)).members
     ours = {**network.stages.state_dict(), **network.neck.state_dict()}
     before = module.state_dict()
@@ -92,7 +92,7 @@ def test_fine_tuned_teachers_are_kept_by_what_they_come_from(plan, data, weights
     assert kept() == {first.detail["store_key"]}
     assert gather_teachers(plan(finetune="head")).identities[0] == first
     other = tmp_path / "mine.safetensors"  # of the same name
-    path, module = weights
+    _, module = weights
     state = {**module.state_dict(), "conv_stem.weight": module.conv_stem.weight.detach() * 2}
     safetensors.torch.save_file(state, other)
     keys = {first.detail["store_key"]}

@@ -88,7 +88,7 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
         def decide() -> Path:
             if kind == "run" and not by_time:
                 refuse_taken(wanted, config)
-            directory = _new_directory(wanted, numbered=by_time)
+            directory = new_directory(wanted, numbered=by_time)
             take(directory)
             return directory
 
@@ -112,7 +112,7 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
         RunDirectory(directory).refuse_finished()
 
 
-def _new_directory(wanted: Path, *, numbered: bool) -> Path:
+def new_directory(wanted: Path, *, numbered: bool) -> Path:
     """Makes a directory; `numbered` one that nobody else has made, with a number behind its name if need be."""
     _made.extend(make_directory(wanted.parent if numbered else wanted))
     if not numbered:

@@ -24,6 +24,7 @@ from ekd_lightning.networks import (
     normalization,
     zoo_entry,
 )
+from ekd_lightning.networks.registry import is_of_library
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import ChainSettings, DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
@@ -118,7 +119,7 @@ def check_settings(settings: Settings) -> None:
         entries = [settings.teachers.entry(m) for m in range(len(settings.teachers.pool))]
     trained = {f"teachers.pool[{m}].train": entry.train for m, entry in enumerate(entries) if entry.train}
     for key, name in {"student.network": settings.student.network, **trained}.items():
-        if name not in network_names():
+        if name not in network_names() and not is_of_library(name):
             raise UserError(f"{key}: {unknown_name('network', name, network_names())}")
     for entry in entries:
         if entry.zoo:

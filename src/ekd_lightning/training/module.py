@@ -313,6 +313,20 @@ class TrainingModule(pl.LightningModule):
             f"{name} is {value} in epoch {self.current_epoch}, step {step} of the epoch; {cause or advice}"
         )
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Takes (images [B, 3, H, W] in [0, 1], labels [B]) of any data loader; the own data module gives more."""
+        if isinstance(batch, (tuple, list)) and not isinstance(batch, Batch) and len(batch) == 2:
+            images, labels = batch
+            if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+                raise UserError("images of a data loader must be floating point in [0, 1]: networks normalise them")
+            unknown = torch.full_like(labels, -1)
+            return Batch(images, labels, unknown, unknown, torch.ones_like(labels, dtype=torch.bool))
+        return batch
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits [B, C] of a batch, or of images [B, 3, H, W] alone."""
+        return self.student(batch if isinstance(batch, Tensor) else batch[0])
+
     def _in_format(self, batch: Batch) -> Batch:
         return batch._replace(images=batch.images.contiguous(memory_format=self._memory_format))
 

@@ -1,0 +1,150 @@
+"""Python's entrance: a whole run in one call, and the pieces for a Trainer or a loop of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback
+
+from ekd_lightning.config.config import compose_settings, import_user_modules
+from ekd_lightning.config.directory import new_directory
+from ekd_lightning.config.overrides import override
+from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.errors import UserError
+from ekd_lightning.methods import Method, TermContext, build_method
+from ekd_lightning.networks import BranchedStudent, TeacherEnsemble, load_student
+from ekd_lightning.pipeline.run import run
+from ekd_lightning.runs.directory import STUDENT
+from ekd_lightning.runs.result import Result
+from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.training.distiller import Distiller
+
+__all__ = [
+    "BranchedStudent",
+    "Distiller",
+    "ImageDataModule",
+    "RecipeSettings",
+    "Run",
+    "TeacherEnsemble",
+    "distill",
+    "method",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        result: What result.json holds.
+        directory: Where the record lies; `ekd-evaluate`, `ekd-report` and `ekd-export` take it.
+    """
+
+    result: Result
+    directory: Path
+
+    @property
+    def student(self) -> BranchedStudent:
+        """The student with its last weights, on the CPU, in eval mode."""
+        return load_student(self.directory / STUDENT)
+
+
+def distill(
+    data: str | Path = "cifar10",
+    teachers: Sequence[str | Mapping[str, Any]] | None = None,
+    student: str | None = None,
+    *,
+    branches: int | None = None,
+    split_after: str | None = None,
+    method: str | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+    directory: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Trains one student, as `ekd-train` does, with its defaults and its checks; None leaves a setting as it is.
+
+    Args:
+        data: A configured data set (`cifar10`, `cifar100`, `digits`, ...), or a folder of images with one subfolder a
+            class.
+        teachers: Members of the pool: names of the zoo, or mappings as in `teachers.pool`, e.g. `{"timm": "resnet18",
+            "weights": "mine.safetensors"}`.
+        student: Name of the student's network.
+        branches: K.
+        split_after: The last stage that the branches share, or `none`.
+        method: Name of a method.
+        epochs: Of the student's training.
+        seed: Of the run.
+        overrides: Further words as on the command line, e.g. `["data.fraction=0.1", "trainer.devices=2"]`.
+        directory: Where the record goes; without one, `outputs/<data>/<method>/<time>`.
+        callbacks: Further Lightning callbacks.
+
+    Returns:
+        The run: result, student, directory.
+
+    Raises:
+        UserError: For an impossible setting, before anything is written; or for a loss that is not finite.
+    """
+    given = {
+        "student.network": student,
+        "student.branches": branches,
+        "student.split_after": split_after,
+        "recipe.epochs": epochs,
+        "seed": seed,
+    }
+    words = [] if method is None else [f"method={method}"]
+    words += [override(key, value) for key, value in given.items() if value is not None]
+    settings = compose_settings(*_data_words(data), *words, *overrides)
+    if teachers is not None:
+        pool = [one if isinstance(one, str) else dict(one) for one in teachers]
+        settings = replace(settings, teachers=replace(settings.teachers, pool=pool, count=None))
+    import_user_modules(settings.imports)
+    if directory is None:
+        usual = Path("outputs") / settings.data.name / settings.method.name
+        place = new_directory(usual / f"{datetime.now():%Y-%m-%d_%H-%M-%S}", numbered=True)
+    else:
+        place = Path(directory)
+    return Run(run(settings, place, callbacks=list(callbacks)), place)
+
+
+def method(
+    name: str,
+    student: BranchedStudent,
+    teachers: TeacherEnsemble | None = None,
+    *,
+    image_size: int = 32,
+    overrides: Sequence[str] = (),
+) -> Method:
+    """Builds a configured method for networks, to be used in a loop of your own or in a `Distiller`.
+
+    Args:
+        name: E.g. `ekd`.
+        student: The student that will be taught.
+        teachers: M teachers; None for methods without.
+        image_size: Side of the images in pixels.
+        overrides: Words as on the command line, e.g. `["method.terms.feature_branch.weight=0"]`.
+
+    Raises:
+        UserError: For an unknown name, or a method that does not fit the networks.
+    """
+    settings = compose_settings(f"method={name}", *overrides).method
+    members = () if teachers is None else teachers.members
+    names = () if teachers is None else tuple(identity.id for identity in teachers.identities)
+    context = TermContext.of(student, members, image_size=image_size, teacher_names=names)
+    return build_method(
+        settings.name, settings.terms, context, temperature=settings.temperature, assignment=settings.assignment
+    )
+
+
+def _data_words(data: str | Path) -> list[str]:
+    path = Path(data)
+    if isinstance(data, Path) or path.is_dir():
+        if not path.is_dir():
+            raise UserError(f"data={data}: no such folder")
+        return ["data=folder", override("data.root", path.absolute()), override("data.name", path.name)]
+    return [f"data={data}"]

@@ -1,0 +1,176 @@
+"""The package from Python: one call that does what the command does, and pieces for other loops."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+import ekd_lightning as ekd
+from ekd_lightning.data import Batch, load_dataset
+from ekd_lightning.data.views import to_unit
+from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_json
+from ekd_lightning.networks import NetworkSpec, TeacherIdentity, build_network, normalization, state_sha256
+from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
+from tests.whole_runs import TINY
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SPEC = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.25})
+TEACHERS = [{"train": "resnet8", "options": {"width": 0.5}, "seed": 0}, {"train": "resnet8", "seed": 1}]
+WORDS = [word for word in TINY if not word.startswith("teachers.pool=")]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_one_call_does_what_the_command_does(here, train):
+    outcome = train(here / "command", "method=ekd", "student.branches=2", "seed=3")
+    assert outcome.code == 0, outcome.err
+    run = ekd.distill(
+        "digits", TEACHERS, "resnet8", branches=2, method="ekd", seed=3, overrides=[*WORDS, f"teachers.store={here}/s"]
+    )
+    theirs = read_json(here / "command" / "result.json")
+    assert run.directory.parent == Path("outputs/digits/ekd")
+    assert run.result.test_accuracy == theirs["test_accuracy"]
+    assert run.result.test_nll == theirs["test_nll"]
+    assert run.student.num_branches == 2
+    saved = state_sha256(run.student)
+    assert saved == state_sha256(ekd.api.load_student(here / "command" / "student.safetensors"))
+    with pytest.raises(UserError, match="overwrite"):
+        ekd.distill("digits", TEACHERS, overrides=[*WORDS, f"teachers.store={here}/s"], directory=run.directory)
+
+
+def test_mistakes_are_those_of_the_command(here):
+    for arguments, said in (
+        ({"student": "resnet9"}, "unknown network 'resnet9'; did you mean"),
+        ({"branches": 0}, "student.branches"),
+        ({"teachers": ["cifar10_resnet99"]}, "unknown teacher 'cifar10_resnet99'"),
+        ({"data": Path("nowhere")}, "data=nowhere: no such folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            ekd.distill(**{"data": "digits", "teachers": TEACHERS, "overrides": WORDS, **arguments})
+    assert not any(here.rglob("result.json"))
+
+
+def test_the_package_is_imported_lazily():
+    code = (
+        "import sys, ekd_lightning as e; assert 'torch' not in sys.modules; e.Distiller; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(ekd.__all__) <= set(dir(ekd))
+    with pytest.raises(AttributeError, match="distil"):
+        ekd.distil  # noqa: B018
+
+
+def networks(teachers=2):
+    torch.manual_seed(0)
+    members = [build_network(SPEC) for _ in range(teachers)]
+    names = [TeacherIdentity(f"t{m}", state_sha256(one), "mine", "resnet8") for m, one in enumerate(members)]
+    ensemble = ekd.TeacherEnsemble(members, names)
+    student = ekd.BranchedStudent(SPEC, branches=2, split_after="stage1")
+    return student, ensemble, ekd.method("ekd", student, ensemble)
+
+
+def fitted(module, loader, **flags):
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **flags
+    )
+    trainer.fit(module, loader)
+    return trainer
+
+
+def test_any_loader_gives_the_losses_of_the_method():
+    digits = load_dataset("digits", "unused").train
+    images, labels = to_unit(digits.images[:96]), digits.labels[:96]
+    student, teachers, method = networks()
+    plain = TeacherFormat(precision="float32", compile="never")
+    recipe = ekd.RecipeSettings(epochs=1, lr=1e-9)
+    module = ekd.Distiller(
+        student, method, recipe, teachers=teachers, make_source=partial(LiveTeachers, how=plain), capture="never"
+    )
+    trainer = fitted(module, DataLoader(TensorDataset(images, labels), batch_size=32))
+    student, teachers, method = networks()
+    student.train()
+    found = []
+    for some, truth in zip(images.split(32), labels.split(32), strict=True):
+        unknown = torch.full_like(truth, -1)
+        batch = Batch(some, truth, unknown, unknown, torch.ones_like(truth, dtype=torch.bool))
+        found.append(method(student.outputs(some), teachers(some), batch).terms)
+    for name in method.terms:
+        expected = torch.stack([terms[name] for terms in found]).mean()
+        torch.testing.assert_close(trainer.callback_metrics[f"train/{name}"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_the_students():
+    student, teachers, method = networks()
+    module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=1), teachers=teachers)
+    images = torch.rand(6, 3, 32, 32)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    for loader in (
+        DataLoader(images, batch_size=3),
+        DataLoader(TensorDataset(images, torch.zeros(6, dtype=torch.int64)), batch_size=3),
+    ):
+        predicted = torch.cat(trainer.predict(module, loader))
+        torch.testing.assert_close(predicted, student.eval()(images))
+
+
+@pytest.mark.parametrize("images", [torch.rand(32, 3, 32, 32) * 255, torch.zeros(32, 3, 32, 32, dtype=torch.uint8)])
+def test_images_of_another_range_are_refused(images):
+    student, teachers, method = networks()
+    module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=1), teachers=teachers)
+    with pytest.raises(UserError, match=r"in \[0, 1\]"):
+        fitted(module, DataLoader(TensorDataset(images, torch.zeros(32, dtype=torch.int64)), batch_size=32))
+
+
+@pytest.mark.parametrize("name", ["plain_trainer", "plain_loop"])
+def test_examples_of_other_loops_run(name, here, capsys):
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    assert {"plain_trainer": "test accuracy", "plain_loop": "step 20"}[name] in capsys.readouterr().out
+
+
+def called(name, *words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def test_the_example_of_a_folder_runs(here, monkeypatch, capsys):
+    digits = load_dataset("digits", "unused").train
+    for label in (0, 1):
+        folder = here / "birds" / ("heron", "owl")[label]
+        folder.mkdir(parents=True)
+        for number, image in enumerate(digits.images[digits.labels == label][:30]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:03}.png")
+    words = (
+        "trainer=cpu",
+        "teachers.recipe.epochs=1",
+        "teachers.recipe.batch_size=8",
+        "recipe.batch_size=8",
+        "evaluation=none",
+    )
+    called("own_folder", "birds", "1", *words, monkeypatch=monkeypatch)
+    assert "test accuracy" in capsys.readouterr().out
+    (result,) = (here / "outputs" / "birds" / "ekd").glob("*/result.json")
+    assert read_json(result)["data"] == "birds"
+
+
+def test_the_example_of_timm_runs(here, monkeypatch, capsys):
+    torch.manual_seed(0)
+    module = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    safetensors.torch.save_file(module.state_dict(), here / "w.safetensors")
+    words = ("data.fraction=0.1", "teachers.recipe.epochs=1", "recipe.epochs=1", "evaluation=none")
+    called("timm_teachers", "w.safetensors", *words, monkeypatch=monkeypatch)
+    assert "student: " in capsys.readouterr().out
