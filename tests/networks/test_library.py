@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 
@@ -19,6 +20,7 @@ from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
+    allow_module,
     build_network,
     load_student,
     normalization,
@@ -237,10 +239,14 @@ class Moody(Residual):
 @pytest.fixture
 def users(monkeypatch):
     module = types.ModuleType("users_networks")
-    module.residual = Residual
-    module.moody = Moody
-    module.table = dict
+    module.residual, module.moody, module.table = Residual, Moody, lambda: {}
+    for made in (Residual, Moody, module.table):
+        monkeypatch.setattr(made, "__module__", "users_networks")
+    module.system = os.system
+    module.Linear = nn.Linear
     monkeypatch.setitem(sys.modules, "users_networks", module)
+    monkeypatch.setattr(libraries, "_allowed", set())
+    allow_module("users_networks")
 
 
 def test_a_users_module_is_a_network_as_it_is(users):
@@ -258,6 +264,41 @@ def test_a_users_module_is_a_network_as_it_is(users):
         build_network(NetworkSpec("module:users_networks.residuals", 10, UNIT))
     with pytest.raises(UserError, match=r"is made a dict, not a torch.nn.Module"):
         build_network(NetworkSpec("module:users_networks.table", 10, UNIT))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "module:os.system",
+        "module:subprocess.run",
+        "module:builtins.eval",
+        "module:ekd_lightning.files.os.system",
+        "module:users_networks.system",  # reachable there, but defined elsewhere
+        "module:users_networks.os.system",
+        "module:users_networks.Linear",
+        "module:users_networksx.residual",
+        "module:system",
+        "module:",
+    ],
+)
+def test_a_file_that_names_code_runs_none(users, tmp_path, name):
+    """A network's description lies in weight files and records: it may call what the user has allowed alone."""
+    mark = tmp_path / "ran"
+    options = {"command": f"touch {mark}", "args": ["touch", str(mark)]}
+    with pytest.raises(UserError, match=r"is not imported|unknown function of module"):
+        build_network(NetworkSpec(name, 10, UNIT, options))
+    student = BranchedStudent(NetworkSpec("resnet8", 10, UNIT), branches=1, split_after="none")
+    save_student(tmp_path / "s.safetensors", student)
+    content = (tmp_path / "s.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    described = json.loads(header["__metadata__"]["ekd_spec"])
+    described["spec"] |= {"name": name, "options": options}
+    metadata = {"ekd_kind": "student", "ekd_spec": json.dumps(described)}
+    safetensors.torch.save_file(safetensors.torch.load(content), tmp_path / "evil.safetensors", metadata)
+    with pytest.raises(UserError, match=r"is not imported|unknown function of module"):
+        load_student(tmp_path / "evil.safetensors")
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("name", ["module:users_networks.moody", "module:users_networks.residual"])

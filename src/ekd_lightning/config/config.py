@@ -188,8 +188,12 @@ def import_user_modules(names: Sequence[str]) -> None:
     Raises:
         UserError: For a module that is not there. An error inside the module keeps its traceback.
     """
+    if not names:
+        return
+    from ekd_lightning.networks import allow_module  # noqa: PLC0415 (slow; --help needs none)
+
     here = os.environ.get(STARTED_IN) or os.getcwd()
-    if names and here not in sys.path:
+    if here not in sys.path:
         sys.path.insert(0, here)
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
@@ -200,6 +204,7 @@ def import_user_modules(names: Sequence[str]) -> None:
             if error.name is None or not name.startswith(error.name):
                 raise  # it is there, but lacks something itself
             raise UserError(f"imports: no module {name!r} in {here} or the environment") from None
+        allow_module(name)
 
 
 def build_callbacks(settings: Settings) -> list[Callback]:

@@ -5,6 +5,7 @@ from ekd_lightning.networks import convnets, library  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed import DeployedModel, load_deployed
+from ekd_lightning.networks.library import allow_module
 from ekd_lightning.networks.registry import build_network, network_names, register_network
 from ekd_lightning.networks.staged import (
     NORMALIZATIONS,
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherIdentity",
     "TeacherOutput",
     "ZooEntry",
+    "allow_module",
     "build_network",
     "cut_branches",
     "load_deployed",

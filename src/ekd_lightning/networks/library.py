@@ -29,6 +29,8 @@ _STAGES = "stages"
 _SHOWN = 3
 _ABSENT = -1
 """Stands for a class of the data that a teacher does not know."""
+_allowed: set[str] = set()
+"""Modules of the user's own; see `allow_module`."""
 
 
 @dataclass(frozen=True)
@@ -296,19 +298,32 @@ def _require_known(name: str, own: str, names: Sequence[str]) -> None:
         raise unknown_name(f"network of {name.partition(':')[0]}:", own, names)
 
 
+def allow_module(name: str) -> None:
+    """Lets networks be called `module:NAME.FUNCTION`, for what an imported module of the user's own defines.
+
+    To be called for modules that the user's own command or code names, and never for what a file or a record does: its
+    options are the function's arguments. See SECURITY.md.
+    """
+    _allowed.add(name)
+
+
 def _users_function(name: str, path: str) -> Callable[..., Any]:
-    """A function of a module that has been imported already: a file or a record never brings code in."""
+    """A function that is defined, and not merely reachable, in a module that the user has allowed."""
     package, _, function = path.rpartition(".")
-    if package not in sys.modules:
+    if package not in sys.modules or not _is_allowed(package):
         raise UserError(f"network {name!r}: module {package!r} is not imported (imports=[{package}] imports it)")
-    found = getattr(sys.modules[package], function, None)
-    if not callable(found):
-        raise unknown_name(f"function of module {package}:", function, _functions(sys.modules[package]))
-    return found
+    functions = {
+        own: value
+        for own, value in vars(sys.modules[package]).items()
+        if callable(value) and not own.startswith("_") and _is_allowed(str(getattr(value, "__module__", "")))
+    }
+    if function not in functions:
+        raise unknown_name(f"function of module {package}:", function, functions)
+    return functions[function]
 
 
-def _functions(module: Any) -> list[str]:
-    return [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+def _is_allowed(module: str) -> bool:
+    return any(f"{module}.".startswith(f"{name}.") for name in _allowed)
 
 
 def _few(names: Sequence[str]) -> str:
