@@ -167,7 +167,7 @@ def test_places_of_a_reopened_run_begin_where_it_was_started(tmp_path):
     (start := tmp_path / "start").mkdir()
     for name in ("here.safetensors", "weights"):
         (start / name).touch()
-    pool = [{"file": "here.safetensors"}, {"file": "gone.safetensors"}, {"train": "resnet8"}, "an_id"]
+    pool = [{"file": "here.safetensors"}, {"file": "gone.safetensors"}, {"timm": "x", "weights": "weights"}, "an_id"]
     settings = {"teachers": {"pool": pool, "weights_dir": "weights", "store": "no_store"}}
     write_config(settings, tmp_path / "run")
     (tmp_path / "run" / "provenance.json").write_text(json.dumps({"working_directory": str(start)}))
