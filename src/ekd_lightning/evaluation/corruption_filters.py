@@ -255,8 +255,9 @@ def canny(layer: Tensor, low: float, high: float) -> Tensor:
     slanted = torch.where(falling, above(-1, -1) & above(1, 1), above(-1, 1) & above(1, -1))
     upright = torch.where(steep, above(-1, 0) & not_below(1, 0), slanted)
     weak = torch.where(flat, above(0, -1) & not_below(0, 1), upright) & (size > low)
-    strong, weak = (found.cpu().numpy() for found in (weak & (size > high), weak))
-    joined = ndimage.binary_propagation(strong, np.ones((1, 3, 3)), mask=weak)  # by a chain of weak neighbours
+    strong = weak & (size > high)
+    # By chains of weak neighbours.
+    joined = ndimage.binary_propagation(strong.cpu().numpy(), np.ones((1, 3, 3)), mask=weak.cpu().numpy())
     return torch.from_numpy(joined).to(layer.device)
 
 
