@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 import warnings
@@ -34,18 +35,24 @@ RUNS = ("study/runs/kd_mean-f0.1-s0", "study/runs/kd_mean-f0.1-s1")
 
 @dataclass
 class World:
-    """Where everything lies; a scene is a folder of it, which is put back before each attack."""
+    """Where everything lies; a scene is a folder of it, made when first needed and put back before each attack."""
 
     root: Path
     kept: Path
 
     def restore(self, scene: str) -> None:
+        if not (self.kept / scene).exists():
+            self.root.mkdir(exist_ok=True)
+            SCENES[scene](self.root)
+            self._copy(self.root, self.kept, scene)
         for path in (self.root / "out", self.root / scene):
             shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(self.kept / scene, self.root / scene, symlinks=True)
+        self._copy(self.kept, self.root, scene)
 
-    def keep(self, scene: str) -> None:
-        shutil.copytree(self.root / scene, self.kept / scene, symlinks=True)
+    @staticmethod
+    def _copy(source: Path, target: Path, scene: str) -> None:
+        target.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-a", source / scene, target / scene], check=True)  # tables stay sparse
 
 
 @dataclass
@@ -82,9 +89,22 @@ def _limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def _load() -> None:
+    """What a program does that uses an exported student."""
+    import torch
+
+    from ekd_lightning import load
+    from ekd_lightning.config.edge import one_line
+
+    with one_line("load"):
+        print(load(sys.argv[1])(torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)).tolist())
+
+
 def call(program: str, *words: object, cwd: Path) -> Called:
     """Calls a command as the console script would, with its log on standard error."""
-    main: Callable[[], None] = importlib.import_module(f"ekd_lightning.cli.{program.removeprefix('ekd-')}").main
+    main: Callable[[], None] = _load
+    if program != "load":
+        main = importlib.import_module(f"ekd_lightning.cli.{program.removeprefix('ekd-')}").main
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     out, err = io.StringIO(), io.StringIO()
@@ -127,7 +147,7 @@ def _result(directory: Path) -> Any:
     return steady(dict(RunDirectory(directory).finished_result()))
 
 
-def _trained(directory: Path) -> Any:
+def trained(directory: Path) -> Any:
     from ekd_lightning.networks import load_student, state_sha256
 
     return state_sha256(load_student(directory / "student.safetensors")), _result(directory)
@@ -157,11 +177,11 @@ def _exported(folder: Path) -> Any:
     return record, logits.tolist()
 
 
-def _compared(folder: Path) -> Any:
+def compared(folder: Path) -> Any:
     return steady(json.loads((folder / "comparison.json").read_text()))
 
 
-def _tuned(folder: Path) -> Any:
+def tuned(folder: Path) -> Any:
     return steady(yaml.safe_load((folder / "kd_mean.yaml").read_text()))
 
 
@@ -214,28 +234,28 @@ COMMANDS: dict[str, Command] = {
     "compare, the table": Command(
         "ekd-compare",
         lambda w: ("--output", w / "study", "--report-only"),
-        lambda w, called: _compared(w / "study"),
+        lambda w, called: compared(w / "study"),
         leaves_out=True,
     ),
     "compare": Command(
-        "ekd-compare", lambda w: ("--output", w / "study"), lambda w, called: _compared(w / "study"), leaves_out=True
+        "ekd-compare", lambda w: ("--output", w / "study"), lambda w, called: compared(w / "study"), leaves_out=True
     ),
-    "resume": Command("ekd-train", lambda w: (f"resume={w}/stopped/a",), lambda w, called: _trained(w / "stopped/a")),
+    "resume": Command("ekd-train", lambda w: (f"resume={w}/stopped/a",), lambda w, called: trained(w / "stopped/a")),
     "resume the sweep": Command(
         "ekd-train",
         lambda w: (f"resume={w}/sweep",),
-        lambda w, called: [_trained(w / "sweep" / name) for name in ("0", "1")],
+        lambda w, called: [trained(w / "sweep" / name) for name in ("0", "1")],
         leaves_out=True,
     ),
     "train": Command(
         "ekd-train",
         lambda w: (*few(w), "method=kd_mean", f"hydra.run.dir={w}/out"),
-        lambda w, called: _trained(w / "out"),
+        lambda w, called: trained(w / "out"),
     ),
     "tune": Command(
         "ekd-tune",
         lambda w: ("--output", w / "tuned", "--trials", 2, *few(w), "method=kd_mean"),
-        lambda w, called: _tuned(w / "tuned"),
+        lambda w, called: tuned(w / "tuned"),
     ),
     "tuned rows": Command(
         "ekd-compare",
@@ -245,31 +265,51 @@ COMMANDS: dict[str, Command] = {
         ),
         lambda w, called: called.out,
     ),
+    "load": Command("load", lambda w: (w / RUNS[0] / "export/student.safetensors",), lambda w, called: called.out),
     "print": Command("ekd-tune", lambda w: ("--print", w / "tuned/kd_mean.yaml"), lambda w, called: called.out),
 }
 
 
-def make_world(root: Path) -> World:
-    """Makes the world: seconds, most of it the trainings of two teachers and seven students."""
-    world = World(root / "w", root / "kept")
-    w = world.root
-    w.mkdir()
+def _did(w: Path, program: str, *words: object) -> None:
+    called = call(program, *words, cwd=w)
+    assert called.code == 0, called.err
 
-    def did(program: str, *words: object, code: int = 0) -> None:
-        called = call(program, *words, cwd=w)
-        assert called.code == code, called.err
 
+def _study(w: Path) -> None:
+    """Two runs, one of them exported."""
     rows = ("--methods", "kd_mean", "--no-controls", "--match", "none", "--fractions", 0.1, "--seeds", "0,1")
     evaluated = ("evaluation=standard", "evaluation.parts=[predictions,generalisation]")
     own = [word for word in few(w) if not word.startswith(("data.fraction", "evaluation"))]
-    did("ekd-compare", "--output", w / "study", *rows, *own, *evaluated)
-    did("ekd-export", w / RUNS[0])
+    _did(w, "ekd-compare", "--output", w / "study", *rows, *own, *evaluated)
+    _did(w, "ekd-export", w / RUNS[0])
+
+
+def _stopped(w: Path) -> None:
+    """Two runs that can go on."""
     for name, seed in (("a", 0), ("b", 1)):
-        words = (*few(w), "method=kd_mean", f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={w}/stopped/{name}")
-        did("ekd-train", *words)
+        words = ("method=kd_mean", f"seed={seed}", "trainer.max_epochs=1", f"hydra.run.dir={w}/stopped/{name}")
+        _did(w, "ekd-train", *few(w), *words)
+
+
+def _stopped_sweep(w: Path) -> None:
     words = (*few(w), "method=branched_ce", "seed=0,1", "trainer.max_epochs=1", f"hydra.sweep.dir={w}/sweep")
-    did("ekd-train", "-m", *words)
-    did("ekd-tune", "--output", w / "tuned", "--trials", 1, *few(w), "method=kd_mean")
-    for scene in ("study", "stopped", "sweep", "tuned", "store"):
-        world.keep(scene)
-    return world
+    _did(w, "ekd-train", "-m", *words)
+
+
+def _search(w: Path) -> None:
+    """One trial."""
+    _did(w, "ekd-tune", "--output", w / "tuned", "--trials", 1, *few(w), "method=kd_mean")
+
+
+def _taught(w: Path) -> None:
+    """A store with two teachers, what they say of the test images, and a table of each."""
+    _did(w, "ekd-train", *few(w), "method=kd_mean", f"hydra.run.dir={w}/out")
+
+
+SCENES: dict[str, Callable[[Path], None]] = {
+    "store": _taught,
+    "study": _study,
+    "stopped": _stopped,
+    "sweep": _stopped_sweep,
+    "tuned": _search,
+}

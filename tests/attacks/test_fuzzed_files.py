@@ -6,7 +6,8 @@ A part of it runs with all tests, the whole by `make attacks`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -14,10 +15,23 @@ from typing import Any
 
 import pytest
 from damages import DAMAGES, EXECUTED, damage
-from scenes import COMMANDS, RUNS, Called, Command, World, call, make_world
+from scenes import COMMANDS, RUNS, Called, Command, World, call
 
-KINDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
-    name: ("study", f"{RUNS[0]}/{name}", f"{RUNS[1]}/{name}", commands)
+RUN, OTHER = RUNS
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file: the scene that it is in, where it is, where one of its kind is that is another's, and who reads it."""
+
+    scene: str
+    path: str
+    other: str
+    commands: tuple[str, ...]
+
+
+def _kinds() -> Iterator[Kind]:
+    """Of every scene the files that are read; names may be patterns, of which the first that fits is meant."""
     for name, commands in {
         "status.json": ("report", "evaluate", "compare", "compare, the table"),
         "result.json": ("report", "export", "evaluate", "compare", "compare, the table"),
@@ -28,25 +42,40 @@ KINDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "student.safetensors": ("export", "evaluate"),
         "checkpoints/best.ckpt": ("export best",),
         ".hydra/overrides.yaml": ("compare", "report"),
-    }.items()
-}
-"""File -> its scene, its path in the world, that of another run, and the commands that read it."""
+    }.items():
+        yield Kind("study", f"{RUN}/{name}", f"{OTHER}/{name}", commands)
+    yield Kind("study", f"{RUN}/export/export.json", f"{RUN}/result.json", ("export again",))
+    yield Kind("study", f"{RUN}/export/README.md", f"{RUN}/result.json", ("export again",))
+    yield Kind("study", f"{RUN}/export/student.safetensors", f"{RUN}/student.safetensors", ("load", "export again"))
+    yield Kind("study", "study/study.json", f"{RUN}/result.json", ("compare", "compare, the table"))
+    for name in (
+        *("status.json", "result.json", "config.yaml", "provenance.json", "metrics.csv", ".hydra/overrides.yaml"),
+        *(".hydra/config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    ):
+        yield Kind("stopped", f"stopped/a/{name}", f"stopped/b/{name}", ("resume",))
+    for name in ("status.json", "result.json", "config.yaml", ".hydra/overrides.yaml", "checkpoints/last.ckpt"):
+        yield Kind("sweep", f"sweep/0/{name}", f"sweep/1/{name}", ("resume the sweep",))
+    yield Kind("sweep", "sweep/sweep.json", "sweep/0/result.json", ("resume the sweep",))
+    yield Kind("tuned", "tuned/kd_mean.yaml", "tuned/kd_mean/search.json", ("tuned rows", "print", "tune"))
+    yield Kind("tuned", "tuned/kd_mean/search.json", "tuned/kd_mean.yaml", ("tune",))
+    yield Kind("tuned", "tuned/kd_mean/trials.journal", "tuned/kd_mean/search.json", ("tune",))
+    for pattern in ("teachers/*/teacher.safetensors", "teachers/*/key.json", "outputs/*.safetensors", "tables/*.rows"):
+        yield Kind("store", f"store/{pattern}", f"store/{pattern}", ("train",))
+    yield Kind("store", "store/tables/*.json", "store/tables/*.json", ("train",))
+    yield Kind("store", "store/tables/*.lock", "store/tables/*.json", ("train",))
+    yield Kind("store", "store/teachers/*.lock", "store/tables/*.json", ("train",))
 
-OUTCOMES: Counter[str] = Counter()
+
+KINDS = {kind.path: kind for kind in _kinds()}
 _usual: dict[str, Any] = {}
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("attacks"))
-
-
-def usual(world: World, name: str) -> Any:
+def usual(world: World, name: str, scene: str) -> Any:
     """What a command leaves where nothing is damaged."""
     if name not in _usual:
         command = COMMANDS[name]
-        for scene in ("study", "stopped", "sweep", "tuned", "store"):
-            world.restore(scene)
+        for one in ("store", scene):
+            world.restore(one)
         called = call(command.program, *command.words(world.root), cwd=world.root)
         assert called.code == 0, called.err
         _usual[name] = command.left(world.root, called)
@@ -66,11 +95,11 @@ def attack(world: World, kind: str, name: str, how: str, seed: int) -> str:
     Raises:
         WrongEndError: If it had another one.
     """
-    scene, path, other, _ = KINDS[kind]
-    command, expected = COMMANDS[name], usual(world, name)
-    world.restore(scene)
-    file = world.root / path
-    damage(how, file, world.root / other, Random(f"{kind} {how} {seed}"))
+    found, command = KINDS[kind], COMMANDS[name]
+    expected = usual(world, name, found.scene)
+    world.restore(found.scene)
+    file, other = sorted(world.root.glob(found.path))[0], sorted(world.root.glob(found.other))[-1]
+    damage(how, file, other, Random(f"{kind} {how} {seed}"))
     called = call(command.program, *command.words(world.root), cwd=world.root)
     if list(world.root.rglob(EXECUTED)):
         raise WrongEndError("something was executed")
@@ -112,11 +141,13 @@ def _difference(one: Any, other: Any, at: str = "") -> str:
     return "; ".join(filter(None, found))[:600]
 
 
-def attack_all(world: World, kind: str, command: str, damages: Sequence[str], seeds: Sequence[int] = (0,)) -> None:
+def attack_all(
+    world: World, outcomes: Counter[str], kind: str, command: str, damages: Sequence[str], seeds: Sequence[int] = (0,)
+) -> None:
     wrong = []
     for how, seed in product(damages, seeds):
         try:
-            OUTCOMES[attack(world, kind, command, how, seed)] += 1
+            outcomes[f"damaged file: {attack(world, kind, command, how, seed)}"] += 1
         except WrongEndError as error:
             wrong.append(f"-- {how} {seed}: {error}")
     assert not wrong, f"{kind}, {command}: {len(wrong)} of {len(damages) * len(seeds)}\n" + "\n".join(wrong)
@@ -124,7 +155,7 @@ def attack_all(world: World, kind: str, command: str, damages: Sequence[str], se
 
 @pytest.mark.attacks
 @pytest.mark.parametrize(
-    ("kind", "command"), [(kind, command) for kind, (*_, commands) in KINDS.items() for command in commands]
+    ("kind", "command"), [(kind, command) for kind, found in KINDS.items() for command in found.commands]
 )
-def test_every_damage(world, kind, command):
-    attack_all(world, kind, command, DAMAGES)
+def test_every_damage(world, outcomes, kind, command):
+    attack_all(world, outcomes, kind, command, DAMAGES)
