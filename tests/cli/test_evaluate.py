@@ -186,7 +186,8 @@ def test_a_mistake_is_one_line(run, tmp_path, words, named):
     ],
 )
 def test_a_run_that_is_not_done_or_damaged(run, file, content, said):
-    (run / file).unlink() if content is None else (run / file).write_text(content)
+    own = f"# run {RunDirectory(run).identity}\n" if file == "config.yaml" else ""
+    (run / file).unlink() if content is None else (run / file).write_text(own + content)
     outcome = evaluate(run, directory=run)
     assert outcome.code == 2
     (line,) = [line for line in outcome.err.splitlines() if not line.startswith("[1/1]")]

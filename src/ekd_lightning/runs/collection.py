@@ -246,6 +246,6 @@ def _read(directory: Path, name: str, problems: list[str]) -> RunEntry | None:
     except (DamagedFileError, ForeignRecordError) as error:
         problems.append(f"{name}/{str(error).removeprefix(f'{directory}/')}; left out")
         return None
-    if entry.state is RunState.FAILED and (entry.error or "").startswith(f"{RESULT}: "):
+    if entry.state is RunState.FAILED and RESULT in (entry.error or ""):
         problems.append(f"{name}/{entry.error}; counted as failed")
     return entry

@@ -129,8 +129,12 @@ class RunDirectory:
         Raises:
             DamagedFileError: Naming the file.
         """
-        if run and self.identity not in (None, run) and run != self.provenance().get("replaced"):
-            raise DamagedFileError(f"{path}: damaged, of another run than {PROVENANCE}")
+        try:
+            record = self.provenance()
+        except DamagedFileError:  # who needs it tells
+            return
+        if run and run not in (record.get("run"), record.get("replaced")):
+            raise DamagedFileError(f"{path}: damaged, not of the run that {PROVENANCE} tells of")
 
     def is_held(self) -> bool:
         """Whether a process is at work in the directory, by its lock."""
@@ -248,6 +252,8 @@ class RunDirectory:
         content = _read_yaml(path, dict, "mapping")
         if named := re.search(rb"^# run (\w+)$", path.read_bytes(), re.MULTILINE):
             self.require_own(path, named[1].decode())
+        elif path.parent == self.path and self.identity and "replaced" not in self.provenance():
+            raise DamagedFileError(f"{path}: damaged, names no run")
         return {str(key): value for key, value in content.items()}
 
     def section(self, name: str) -> dict[str, Any]:
