@@ -10,7 +10,7 @@ TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 -
 # Rows of `make results`; ekd-compare adds the controls and the plain students of equal cost.
 METHODS := ekd $(filter-out ekd,$(basename $(notdir $(wildcard conf/method/*.yaml)))) ce@resnet20
 
-.PHONY: help run run-cifar10 data test test-all lint format type check notebooks results bench wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all attacks lint format type check notebooks results bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ test: $(READY) ## lint, types and all tests but the slow ones
 	$(TESTS)
 
 test-all: $(READY) ## the slow tests, too
-	$(TESTS) -m "slow or not slow"
+	$(TESTS) -m "not attacks"
+
+attacks: $(READY) ## damaged files and killed programs by the hundred, and how often each ended in which way (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/attacks -m "attacks or not attacks"
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .

@@ -196,6 +196,7 @@ class Command:
     words: Callable[[Path], tuple[object, ...]]
     left: Callable[[Path, Called], Any]
     leaves_out: bool = False
+    trains: bool = False
     others: Callable[[Any], Any] = field(default=lambda left: None)
     """What of it has nothing to do with the damaged file."""
 
@@ -240,22 +241,27 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "ekd-compare", lambda w: ("--output", w / "study"), lambda w, called: compared(w / "study"), leaves_out=True
     ),
-    "resume": Command("ekd-train", lambda w: (f"resume={w}/stopped/a",), lambda w, called: trained(w / "stopped/a")),
+    "resume": Command(
+        "ekd-train", lambda w: (f"resume={w}/stopped/a",), lambda w, called: trained(w / "stopped/a"), trains=True
+    ),
     "resume the sweep": Command(
         "ekd-train",
         lambda w: (f"resume={w}/sweep",),
         lambda w, called: [trained(w / "sweep" / name) for name in ("0", "1")],
         leaves_out=True,
+        trains=True,
     ),
     "train": Command(
         "ekd-train",
         lambda w: (*few(w), "method=kd_mean", f"hydra.run.dir={w}/out"),
         lambda w, called: trained(w / "out"),
+        trains=True,
     ),
     "tune": Command(
         "ekd-tune",
         lambda w: ("--output", w / "tuned", "--trials", 2, *few(w), "method=kd_mean"),
         lambda w, called: tuned(w / "tuned"),
+        trains=True,
     ),
     "tuned rows": Command(
         "ekd-compare",

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from damages import DAMAGES, EXECUTED, damage
+from damages import CHANGES, DAMAGES, EXECUTED, LINKS, damage
 from scenes import COMMANDS, RUNS, Called, Command, World, call
 
 RUN, OTHER = RUNS
@@ -150,7 +150,13 @@ def attack_all(
             outcomes[f"damaged file: {attack(world, kind, command, how, seed)}"] += 1
         except WrongEndError as error:
             wrong.append(f"-- {how} {seed}: {error}")
+            print(f"{kind}, {command}, {wrong[-1]}", flush=True)  # at once, where pytest -s shows it
     assert not wrong, f"{kind}, {command}: {len(wrong)} of {len(damages) * len(seeds)}\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, found in KINDS.items() if found.scene in ("study", "stopped")])
+def test_some_damages(world, outcomes, kind):
+    attack_all(world, outcomes, kind, KINDS[kind].commands[0], [Random(kind).choice(DAMAGES)])
 
 
 @pytest.mark.attacks
@@ -158,4 +164,7 @@ def attack_all(
     ("kind", "command"), [(kind, command) for kind, found in KINDS.items() for command in found.commands]
 )
 def test_every_damage(world, outcomes, kind, command):
-    attack_all(world, outcomes, kind, command, DAMAGES)
+    damages: Sequence[str] = DAMAGES
+    if COMMANDS[command].trains:  # seconds, not tenths: some, and all links
+        damages = [*Random(f"{kind} {command}").sample(sorted(CHANGES), 10), *LINKS]
+    attack_all(world, outcomes, kind, command, damages)
