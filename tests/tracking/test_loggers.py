@@ -32,7 +32,7 @@ def test_values_of_one_step_share_a_row(tmp_path):
         {"step": "3", "b": "1.0", "epoch": "0.0", "a": "0.1", "c": ""},
         {"step": "7", "b": "", "epoch": "", "a": "0.2", "c": "inf"},
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metrics.json", "metrics.csv"]
 
 
 def test_numbers_survive_writing_and_reading(tmp_path):

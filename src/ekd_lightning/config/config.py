@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.files import write_yaml
 from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import Settings, is_path, keys_where
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 def write_config(plain: dict[str, Any], directory: Path) -> None:
     """Writes the resolved configuration into the run's directory."""
-    text, identity = OmegaConf.to_yaml(OmegaConf.create(plain)), RunDirectory(directory).identity
-    write_yaml(directory / CONFIG, f"# run {identity}\n{text}" if identity else text)
+    RunWriter(directory).write_yaml(CONFIG, OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
 def read_config(directory: Path, key: str = "") -> dict[str, Any]:

@@ -29,8 +29,8 @@ from ekd_lightning.config.config import resolved, to_plain, write_config
 from ekd_lightning.config.edge import ending_callback
 from ekd_lightning.config.overrides import config_flags, literal, override
 from ekd_lightning.errors import UserError, reason
-from ekd_lightning.files import DamagedFileError, write_yaml
-from ekd_lightning.runs.directory import HYDRA, RunDirectory
+from ekd_lightning.files import DamagedFileError
+from ekd_lightning.runs.directory import CONFIG, HYDRA, OVERRIDES, RunDirectory
 from ekd_lightning.runs.lock import (
     DirectoryLock,
     LockedError,
@@ -301,10 +301,10 @@ class JobOutput:
         if not is_rank_zero():
             return
         if self.cfg.get("resume") is None:
-            folder = self.directory / HYDRA
-            write_yaml(folder / "config.yaml", OmegaConf.to_yaml(self.cfg))
-            write_yaml(folder / "hydra.yaml", OmegaConf.to_yaml(self._hydra))
-            write_yaml(folder / "overrides.yaml", OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
+            run = RunWriter(self.directory)
+            run.write_yaml(f"{HYDRA}/{CONFIG}", OmegaConf.to_yaml(self.cfg))
+            run.write_yaml(f"{HYDRA}/hydra.yaml", OmegaConf.to_yaml(self._hydra))
+            run.write_yaml(OVERRIDES, OmegaConf.to_yaml(self._hydra.hydra.overrides.task))
         write_config(to_plain(self.cfg), self.directory)
 
     def record_refusal(self, error: Exception) -> None:

@@ -25,7 +25,7 @@ from ekd_lightning.pipeline.context import EvaluationContext
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
-from ekd_lightning.runs.directory import CHECKPOINTS, RunDirectory
+from ekd_lightning.runs.directory import CHECKPOINTS, CURVES, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
@@ -98,9 +98,6 @@ def run(
         try:
             result = _run(settings, directory, record, loggers, config, sweep, callbacks, test, start)
             if record:
-                for logger in loggers:
-                    if isinstance(logger, MetricsCsv):
-                        logger.finalize("success")  # the record tells its checksum
                 record.finish(result)
             return result
         except BaseException as error:
@@ -248,6 +245,7 @@ def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int
     if settings.resume is None:
         return None, 0
     last = RunDirectory(directory).last_checkpoint
+    MetricsCsv(directory / CURVES)  # refuses a damaged one
     if not last.is_file():
         log.info("no checkpoint in %s yet: starting from the beginning", directory)
         return None, 0

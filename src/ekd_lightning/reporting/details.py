@@ -154,7 +154,7 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
     """
     found: dict[str, dict[int, float]] = defaultdict(dict)
     path = run.directory / CURVES_FILE
-    content = run.on_disk.curves(run.get("curves_sha256"))
+    content = run.on_disk.curves()
     if content is None:
         return found
     try:

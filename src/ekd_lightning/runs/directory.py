@@ -24,6 +24,7 @@ FORMAT = 2
 """Of status.json, result.json, sweep.json and study.json; records of version 0.1 say none, which is 1."""
 STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml", "provenance.json"
 CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
+CURVES_SUM = ".metrics.json"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
 HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
 INTERRUPTED = "interrupted"
@@ -250,11 +251,16 @@ class RunDirectory:
         if path is None:
             return {}
         content = _read_yaml(path, dict, "mapping")
+        if path.parent == self.path:
+            self._require_named(path)
+        return {str(key): value for key, value in content.items()}
+
+    def _require_named(self, path: Path) -> None:
+        """Refuses YAML that `write_yaml` did not write for this run."""
         if named := re.search(rb"^# run (\w+)$", path.read_bytes(), re.MULTILINE):
             self.require_own(path, named[1].decode())
-        elif path.parent == self.path and self.identity and "replaced" not in self.provenance():
+        elif self.identity and "replaced" not in self.provenance():
             raise DamagedFileError(f"{path}: damaged, names no run")
-        return {str(key): value for key, value in content.items()}
 
     def section(self, name: str) -> dict[str, Any]:
         """A group of the configuration; empty without.
@@ -275,7 +281,10 @@ class RunDirectory:
             UserError: If it holds what a record may not set, see `check_words`.
         """
         path = self.file(OVERRIDES)
-        words = [] if path is None else check_words(_read_yaml(path, list, "list"), path)
+        if path is None:
+            return []
+        words = check_words(_read_yaml(path, list, "list"), path)
+        self._require_named(path)
         return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
@@ -313,24 +322,24 @@ class RunDirectory:
                 f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
             ) from None
 
-    def curves(self, sha256: str | None = None) -> bytes | None:
+    def curves(self) -> bytes | None:
         """Content of metrics.csv; None without the file.
 
-        Args:
-            sha256: What the result says of it; None where it says nothing.
-
         Raises:
-            DamagedFileError: If it cannot be read, or is not what the result tells of.
+            DamagedFileError: If it cannot be read, or is not what was written.
         """
-        path = self.path / CURVES
+        path, known = self.path / CURVES, None
+        with contextlib.suppress(FileNotFoundError):
+            known = read_json(self.path / CURVES_SUM).get("sha256")
         try:
             content = read_bytes(path)
         except FileNotFoundError:
-            if sha256 is None:
-                return None
-            content = b""
-        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-            raise DamagedFileError(f"{path}: damaged or changed, its content is not that which was written (SHA-256)")
+            content = None
+        if isinstance(known, list) and sha256_of(content) not in known:
+            raise DamagedFileError(
+                f"{path}: damaged or changed, its content is not that which was written (SHA-256); "
+                f"remove it and {CURVES_SUM} to go on without its curves"
+            )
         return content
 
     def refuse_finished(self) -> None:
@@ -367,6 +376,11 @@ class RunDirectory:
     def holds_run(self) -> bool:
         """Whether a run has left its configuration, its state or a checkpoint here."""
         return any((self.path / name).exists() for name in (CONFIG, STATUS, f"{CHECKPOINTS}/{LAST}"))
+
+
+def sha256_of(content: bytes | None) -> str | None:
+    """The hash of a content; None without one."""
+    return None if content is None else hashlib.sha256(content).hexdigest()
 
 
 def _read_yaml(path: Path, kind: type[_Kind], named: str) -> _Kind:

@@ -21,10 +21,11 @@ import torch
 from filelock import FileLock
 
 from ekd_lightning import __version__
-from ekd_lightning.files import UnwritableFileError, file_sha256, remove_parts, write_bytes, write_json
+from ekd_lightning.files import UnwritableFileError, remove_parts, write_bytes, write_json, write_yaml
 from ekd_lightning.runs.directory import (
     ARRAYS,
     CURVES,
+    CURVES_SUM,
     FORMAT,
     INTERRUPTED,
     PROVENANCE,
@@ -32,6 +33,7 @@ from ekd_lightning.runs.directory import (
     STATUS,
     STUDENT,
     RunDirectory,
+    sha256_of,
 )
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
@@ -40,6 +42,7 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra
 _OF_ONE_RUN = (
     STUDENT,
     CURVES,
+    CURVES_SUM,
     "train.log",
     "rank*_train.log",
     "wandb_run_id.txt",
@@ -68,7 +71,8 @@ class RunWriter(RunDirectory):
         if first:
             here = {**first, "resumed": [*(first.get("resumed") or []), here]}
         # Until the status is written, too, the files here are those of the run that is replaced.
-        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, "replaced": self.identity, **here})
+        replaced = {"replaced": self.identity} if "run" not in here and self.holds_run() else {}
+        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, **replaced, **here})
         if not resumed:
             for checkpoint in (self.last_checkpoint, self.best_checkpoint):
                 checkpoint.unlink(missing_ok=True)
@@ -86,6 +90,16 @@ class RunWriter(RunDirectory):
     def add_provenance(self, **facts: Any) -> None:
         """Adds facts known only after the start, e.g. hashes of data and teachers."""
         write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
+
+    def write_yaml(self, name: str, text: str) -> None:
+        """Writes one of the run's files, which names the run."""
+        write_yaml(self.path / name, f"# run {self.identity}\n{text}" if self.identity else text)
+
+    def write_curves(self, content: bytes, before: bytes | None) -> None:
+        """Writes metrics.csv; first its checksum beside that of the content before, as a kill may leave either."""
+        write_json(self.path / CURVES_SUM, {"sha256": list({sha256_of(content), sha256_of(before)})})
+        if content != before:
+            write_bytes(self.path / CURVES, content)
 
     def write_result(self, result: Result) -> None:
         """Writes result.json."""
@@ -116,8 +130,7 @@ class RunWriter(RunDirectory):
 
     def finish(self, result: Result) -> None:
         """Writes the result, then says done; in this order, so that done implies a result."""
-        written = file_sha256(self.path / CURVES) if self.file(CURVES) else None
-        self.write_result(result.having(curves_sha256=written))
+        self.write_result(result)
         self._say("done")
 
     def fail(self, error: str) -> None:

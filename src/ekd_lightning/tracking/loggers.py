@@ -16,8 +16,9 @@ from typing import Any
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from ekd_lightning.errors import UserError
-from ekd_lightning.files import WriterBehind, write_text
+from ekd_lightning.errors import UserError, one_line
+from ekd_lightning.files import DamagedFileError, WriterBehind, write_text
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class MetricsCsv(Logger):
 
     Lightning's CSVLogger deletes the rows of the first try when a run is resumed; this one keeps those up to the
     checkpoint's step. Rows are written behind the training; `finalize` waits for the disk.
+
+    Raises:
+        DamagedFileError: If there are rows that are not what was written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,10 +55,14 @@ class MetricsCsv(Logger):
         self.path = path
         self._writer = WriterBehind()
         self._rows: dict[int, dict[str, str]] = {}
-        if path.is_file():
-            with path.open(newline="") as stream:
-                rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(stream)]
+        self._run = RunWriter(path.parent)
+        self._written = self._run.curves()
+        try:
+            stream = io.StringIO((self._written or b"").decode(), newline="")
+            rows = [{name: text for name, text in row.items() if text} for row in csv.DictReader(stream)]
             self._rows = {int(row["step"]): row for row in rows}
+        except (ValueError, KeyError, AttributeError, csv.Error) as error:
+            raise DamagedFileError(f"{path}: damaged ({one_line(error)})") from None
 
     @property
     def name(self) -> str:
@@ -91,13 +99,19 @@ class MetricsCsv(Logger):
         writer = csv.DictWriter(text, fieldnames=columns, restval="")
         writer.writeheader()
         writer.writerows(self._rows[step] for step in sorted(self._rows))
-        self._writer.submit(self.path, lambda: write_text(self.path, text.getvalue()))
+        content = text.getvalue().encode()
+        self._writer.submit(self.path, lambda: self._write(content))
+
+    def _write(self, content: bytes) -> None:
+        self._run.write_curves(content, self._written)
+        self._written = content
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Writes what is there, and waits for the disk."""
         if self._rows:
             self.save()
+            self.save()  # once more, so that the content before is known no more
         self._writer.close()
 
 
