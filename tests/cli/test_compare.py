@@ -306,7 +306,7 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     (folder / "ekd.yaml").write_text("temperature: 2")
     assert "must hold `overrides:`" in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_bytes(b"overrides: [\xff]")
-    assert "ekd.yaml: not YAML" in call(*ROWS, *options, *words)[2].splitlines()[-1]
+    assert "ekd.yaml: damaged, not YAML" in call(*ROWS, *options, *words)[2].splitlines()[-1]
     (folder / "ekd.yaml").write_text("overrides: [method=ce]")
     assert "method=ce: all rows of a study must share it" in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("{method: ce, overrides: []}")

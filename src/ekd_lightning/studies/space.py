@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ekd_lightning.config.overrides import Scalar
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import DamagedFileError, read_yaml
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method
 from ekd_lightning.methods.logit_terms import CrossEntropyBranch, CrossEntropyEnsemble
 from ekd_lightning.methods.options import number
@@ -81,11 +81,11 @@ def read_space(path: Path) -> SearchSpace:
     """
     where = f"--space {path}"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read ({getattr(error, 'strerror', 'not text')})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+        content = read_yaml(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+    except DamagedFileError as error:
+        raise UserError(f"--space {error}") from None
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{where}: must map keys to {{low: , high: }} or {{choices: [...]}}")
     return {str(key): _values(f"{where}: {key}", str(key), spec) for key, spec in content.items()}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from ekd_lightning.config.config import changed_keys
 from ekd_lightning.errors import UserError, one_line
-from ekd_lightning.files import UnwritableFileError, read_json, write_json
+from ekd_lightning.files import DamagedFileError, UnwritableFileError, read_json, write_json
 
 DESCRIPTION = "search.json"
 _EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
 JOURNAL = "trials.journal"
+_CHECK = "check"
 HEARTBEAT_SECONDS = 60
 """A trial in a database is taken for dead after twice that."""
 _PRUNE_AFTER = 5  # complete trials, of which a median means something
@@ -107,7 +109,8 @@ class _Journal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Writes events, all of them or none."""
-        text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+        checked = ({**log, _CHECK: _checksum(log)} for log in logs)
+        text = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in checked).encode()
         self._held.acquire()
         try:
             with self._path.open("r+b") as file:
@@ -126,8 +129,26 @@ class _Journal(JournalFileBackend):
         finally:
             self._held.release()
 
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The events from one on.
+
+        Raises:
+            DamagedFileError: If one is not what was written.
+        """
+        for log in super().read_logs(log_number_from):
+            check = log.pop(_CHECK, None) if isinstance(log, dict) else ""
+            if check not in (None, _checksum(log)):
+                raise DamagedFileError(f"{self._path}: damaged, one of its events is not what was written")
+            yield log
+
+
+def _checksum(log: Any) -> int:
+    return zlib.crc32(json.dumps(log, sort_keys=True).encode())
+
 
 def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
+    if os.path.lexists(path) and not path.is_file():
+        raise DamagedFileError(f"{path}: damaged, not a file")
     try:
         storage = JournalStorage(_Journal(path))
         return optuna.create_study(

@@ -27,7 +27,7 @@ from ekd_lightning.config.edge import print_table
 from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_text
+from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.lock import DirectoryLock, is_held, make_directory
 from ekd_lightning.studies.space import SearchSpace, tidied
 from ekd_lightning.studies.storage import open_study
@@ -235,7 +235,7 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
         return
     error = standard_error(found.value, facts["validation_images"])
     content = {"method": facts["method"], **asdict(found), "standard_error": error, **facts}
-    write_text(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
+    write_yaml(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
 
 
 def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:

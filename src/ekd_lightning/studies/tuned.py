@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
+from ekd_lightning.files import read_yaml
 from ekd_lightning.roles import Role
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.words import check_words
@@ -29,11 +28,9 @@ def read_tuned(path: Path) -> dict[str, Any]:
         UserError: If the file is missing or of another form.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
+        content = read_yaml(path)
+    except FileNotFoundError as error:
         raise UserError(f"{path}: not a result of ekd-tune ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     words = content.get("overrides") if isinstance(content, dict) else None
     if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
         raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
@@ -56,8 +53,8 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
         if path.stem == facts["method"]:
             continue
         try:
-            differ = other_budget(yaml.safe_load(path.read_text()), facts)
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+            differ = other_budget(read_yaml(path), facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if differ:
             log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
