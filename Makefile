@@ -33,7 +33,7 @@ test: $(READY) ## lint, types and all tests but the slow ones
 test-all: $(READY) ## the slow tests, too
 	$(TESTS) -m "not attacks"
 
-attacks: $(READY) ## damaged files and killed programs by the hundred, and how often each ended in which way (an hour)
+attacks: $(READY) ## damaged files and killed programs by the hundred, and how often each ended in which way (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/attacks -m "attacks or not attacks"
 
 lint: $(READY) ## ruff

@@ -159,7 +159,7 @@ def attack_all(
     assert not wrong, f"{kind}, {command}: {len(wrong)} of {len(damages) * len(seeds)}\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("kind", [kind for kind, found in KINDS.items() if found.scene in ("study", "stopped")])
+@pytest.mark.parametrize("kind", [kind for kind, found in KINDS.items() if found.scene == "study"])
 def test_some_damages(world, outcomes, kind):
     attack_all(world, outcomes, kind, KINDS[kind].commands[0], [Random(kind).choice(DAMAGES)])
 
@@ -169,7 +169,8 @@ def test_some_damages(world, outcomes, kind):
     ("kind", "command"), [(kind, command) for kind, found in KINDS.items() for command in found.commands]
 )
 def test_every_damage(world, outcomes, kind, command):
-    damages: Sequence[str] = DAMAGES
+    draw = Random(f"{kind} {command}")
+    damages = draw.sample(DAMAGES, 16)
     if COMMANDS[command].trains:  # seconds, not tenths
-        damages = [*Random(f"{kind} {command}").sample(sorted(CHANGES), 4), "zero", "dangling", "gone", "of another"]
+        damages = [*draw.sample(sorted(CHANGES), 3), "zero", "gone", "of another"]
     attack_all(world, outcomes, kind, command, damages)

@@ -98,7 +98,7 @@ WORKS: dict[str, Work] = {
     "evaluating": Work(evaluate, evaluate, evaluated, ("study",)),
 }
 
-KILLED_EACH = 8
+KILLED_EACH = 4
 
 
 def prepare(world: World, work: Work) -> None:

@@ -32,7 +32,7 @@ from ekd_lightning.studies.study import read_study
 from ekd_lightning.studies.sweep import read_sweep
 from ekd_lightning.studies.tuned import read_tuned
 
-many = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT

@@ -36,32 +36,32 @@ def test_values_of_one_step_share_a_row(tmp_path):
 
 
 def test_numbers_survive_writing_and_reading(tmp_path):
-    first = MetricsCsv(tmp_path / "m.csv")
+    first = MetricsCsv(tmp_path / "metrics.csv")
     first.log_metrics({"x": 0.1 + 0.2}, step=0)
     first.finalize("success")
-    content = (tmp_path / "m.csv").read_bytes()
-    second = MetricsCsv(tmp_path / "m.csv")
+    content = (tmp_path / "metrics.csv").read_bytes()
+    second = MetricsCsv(tmp_path / "metrics.csv")
     second.finalize("success")
-    assert (tmp_path / "m.csv").read_bytes() == content
-    assert float(rows(tmp_path / "m.csv")[0]["x"]) == 0.1 + 0.2
+    assert (tmp_path / "metrics.csv").read_bytes() == content
+    assert float(rows(tmp_path / "metrics.csv")[0]["x"]) == 0.1 + 0.2
 
 
 def test_a_resumed_log_forgets_what_will_be_logged_again(tmp_path):
-    log = MetricsCsv(tmp_path / "m.csv")
+    log = MetricsCsv(tmp_path / "metrics.csv")
     for step, name in ((3, "loss"), (7, "loss"), (8, "test")):  # two epochs of four steps, then a final test
         log.log_metrics({name: step}, step)
     log.finalize("success")
-    again = MetricsCsv(tmp_path / "m.csv")
+    again = MetricsCsv(tmp_path / "metrics.csv")
     again.forget_from(8)
     again.log_metrics({"loss": 11.0}, 11)
     again.finalize("success")
-    assert [row["step"] for row in rows(tmp_path / "m.csv")] == ["3", "7", "11"]
-    assert "test" not in (tmp_path / "m.csv").read_text()
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv")] == ["3", "7", "11"]
+    assert "test" not in (tmp_path / "metrics.csv").read_text()
 
 
 def test_an_empty_log_writes_nothing(tmp_path):
-    MetricsCsv(tmp_path / "m.csv").finalize("failed")
-    assert not (tmp_path / "m.csv").exists()
+    MetricsCsv(tmp_path / "metrics.csv").finalize("failed")
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 # -- selection ------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class _Journal(JournalFileBackend):
             DamagedFileError: If one is not what was written.
         """
         for log in super().read_logs(log_number_from):
-            check = log.pop(_CHECK, None) if isinstance(log, dict) else ""
+            check = log.pop(_CHECK, None) if isinstance(log, dict) else None
             if check not in (None, _checksum(log)):
                 raise DamagedFileError(f"{self._path}: damaged, one of its events is not what was written")
             yield log
