@@ -100,12 +100,14 @@ def run_program(program: str, body: Callable[[], object]) -> None:
 
 @contextlib.contextmanager
 def _started_here() -> Iterator[None]:
-    before = os.environ.setdefault(STARTED_IN, "")  # processes that this one starts are told
-    os.environ[STARTED_IN] = before or os.getcwd()
+    if os.environ.get(STARTED_IN):  # by the process that started this one
+        yield
+        return
+    os.environ[STARTED_IN] = os.getcwd()
     try:
         yield
     finally:
-        os.environ[STARTED_IN] = before
+        os.environ.pop(STARTED_IN, None)
 
 
 @contextlib.contextmanager
