@@ -6,6 +6,7 @@ this module checks what can be checked without importing anything heavy.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
@@ -41,6 +42,16 @@ from ekd_lightning.roles import (
 )
 
 # `Optional[X]` and not `X | None`: OmegaConf reads these annotations as a schema.
+
+
+def check_name(key: str, value: object) -> None:
+    """Refuses a name that could not be one of a file or folder, as directories of runs have it.
+
+    Raises:
+        UserError: For separators of paths, control characters, a leading dot, and nothing at all.
+    """
+    fits = isinstance(value, str) and value.isprintable() and not re.search(r"[/\\]|^\.|^\s*$", value)
+    _require(fits, key, value, "names folders: no separators, line breaks or leading dot")
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -464,6 +475,7 @@ class Settings:
             UserError: At the first impossible value.
         """
         check_values(self)
+        check_name("method.name", self.method.name)
         self.recipe.check("recipe")
         self._check_length()
         self.teachers.check()

@@ -57,6 +57,15 @@ REFUSED = [
     (["+callbacks.x={_target_: os.system, command: 'touch hacked'}"], ["callbacks.x._target_=os.system"]),
     (["+callbacks.x={_target_: pytorch_lightning.callbacks.Nothing}"], ["callbacks.x", "Nothing"]),
     (["foo"], ["'foo'"]),
+    (["--seed=0"], ["--seed=0: no option", "here seed=0"]),
+    (["--fraction", "0.1"], ["--fraction: no option", "here data.fraction=0.1"]),
+    (["--max-epochs", "3"], ["--max-epochs: no option", "here trainer.max_epochs=3"]),
+    (["--nonsense"], ["--nonsense: no option", "e.g. seed=0"]),
+    (["data.root=~/d"], ["cannot read the override 'data.root=~/d'", f"data.root={Path.home()}/d"]),
+    (["data.root=/home/józef/d"], ["such a text is typed \"data.root='/home/józef/d'\""]),
+    (["data.root=my data (1)"], ["such a text is typed \"data.root='my data (1)'\""]),
+    (["method.name=../../../x"], ["method.name=../../../x", "no separators"]),
+    (["method.name='a\nb'"], ["method.name=a b", "line breaks"]),
     (["recipe.lr=[1"], ["recipe.lr=[1"]),
 ]
 

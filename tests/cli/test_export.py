@@ -274,6 +274,12 @@ def test_runs_that_cannot_be_exported(run, tmp_path):
     assert "the run is not done, its status is 'failed' (no luck)" in refused(copy)
 
 
+def test_a_folder_that_cannot_be_made_is_named(run):
+    code, _, lines = call(run, "-o", "/proc/nowhere")
+    assert code == 2
+    assert lines[-1].startswith("ekd-export: error: /proc/nowhere")
+
+
 def test_folders_that_are_somebody_elses(run, tmp_path):
     (tmp_path / "README.md").write_text("# my project")
     code, _, (line,) = call(run, "-o", tmp_path)

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from made_runs import result, write_run, write_study
-from whole_runs import called
+from whole_runs import TINY, call_teach, call_train, called
 
 from ekd_lightning.cli.report import main
 from ekd_lightning.reporting import report_files
@@ -137,6 +137,36 @@ def test_help_has_examples(monkeypatch, command, said):
     code, out, _ = called(importlib.import_module(f"ekd_lightning.cli.{command}").main, "--help")
     assert code == 0
     assert [words for words in said if words not in out] == []
+
+
+# A command -> a word beside the option for its output, which nothing can be written to.
+UNWRITABLE = {
+    "bench": ("--parts", "a", "--output"),
+    "compare": ("--methods", "ce", "--no-controls", "--output"),
+    "report": ("{runs}", "--no-page", "--no-figures", "-o"),
+    "tune": ("method=kd_mean", *TINY, "teachers.store={store}", "data.val_fraction=0.3", "--output"),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), UNWRITABLE.items())
+def test_an_output_that_cannot_be_written_is_one_line_that_names_it(runs, store, command, words):
+    given = [
+        word if word.startswith("teachers.pool") or "{w" in word else word.format(runs=runs, store=store)
+        for word in words
+    ]
+    code, _, err = called(importlib.import_module(f"ekd_lightning.cli.{command}").main, *given, "/proc/nowhere/x")
+    assert code == 2
+    line = err.splitlines()[-1]
+    assert line.startswith(f"ekd-{command}: error: ") and "/proc/nowhere" in line
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("call_command", [call_train, call_teach])
+def test_a_directory_that_cannot_be_made_is_one_line_that_names_it(tmp_path, call_command):
+    outcome = call_command(*TINY, "hydra.run.dir=/proc/nowhere/x", directory=tmp_path / "x")
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert "error: /proc/nowhere" in line
 
 
 def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
+from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.roles import COUNT, POSITIVE, SHARE
@@ -73,6 +74,7 @@ def bench(args: argparse.Namespace) -> None:
         raise UserError(f"--output {args.output}: is a folder; give the name of a file")
     if args.output:
         check_directory(args.output.parent)
+    check_typed(args.overrides)
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.config.overrides import anchored, anchored_search, key_of, typed
+from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
@@ -82,6 +82,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         return comparison.report(old, folder)
     if args.methods is None and old is not None:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
+    check_typed(args.overrides)
     common, hydra_words = split_overrides(args.overrides)
     hydra_words = tuple(anchored_search(word) for word in hydra_words)
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 import hydra
@@ -11,6 +12,7 @@ from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, print_table, run_program
+from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
@@ -23,9 +25,14 @@ def main() -> None:
     """Entry point of `ekd-teach`."""
     register_schema()
     try:
-        run_program(PROGRAM, _hydra_main)
+        run_program(PROGRAM, _checked)
     finally:
         remove_unused()
+
+
+def _checked() -> None:
+    check_typed(sys.argv[1:])
+    _hydra_main()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://ekd_lightning.conf", config_name="teach")

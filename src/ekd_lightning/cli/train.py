@@ -20,6 +20,7 @@ from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remov
 from ekd_lightning.config.edge import is_interrupt, one_line, run_program
 from ekd_lightning.config.overrides import (
     check_place,
+    check_typed,
     check_unchanged,
     config_flags,
     expand_resume,
@@ -41,6 +42,7 @@ def main() -> None:
     register_schema()
 
     def body() -> None:
+        check_typed(sys.argv[1:])
         if (sweep := named_sweep(sys.argv)) is not None:
             sys.exit(0 if resume_sweep(sweep, sys.argv, run_listed_job) else 1)
         sys.argv = expand_resume(sys.argv)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.edge import check_options, make_parser, run_command
+from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.roles import COUNT, COUNT_OR_NONE, POSITIVE
 from ekd_lightning.studies.study import parse_numbers
@@ -69,6 +70,7 @@ def run_tune(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UserError("--output: must be given, a folder for <method>.yaml and the study")
     check_options(args, trials=COUNT, epochs=COUNT, sampler_seed=COUNT_OR_NONE, timeout=POSITIVE)
+    check_typed(args.overrides)
     seeds = parse_numbers("--seeds", args.seeds)
     quiet_libraries()
     try:

@@ -41,11 +41,13 @@ from ekd_lightning.runs.lock import (
     remove_empty,
 )
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
+from ekd_lightning.settings import check_name
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
 DIRECTORY = "EKD_RUN_DIRECTORY"
 """Environment variable in which a process hands the run's directory to the ranks that it starts."""
+
 _LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)
 _made: list[Path] = []
 """Directories that this process made for output, outermost first."""
@@ -82,6 +84,8 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
     if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
         directory = Path(os.environ[DIRECTORY])  # another process started this one, as a rank of its job
     else:
+        for name in ("method.name", "data.name"):
+            check_name(name, OmegaConf.select(config, name, default="none"))
         wanted = Path(resolved(config, key)).absolute()
         by_time = "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -60,6 +60,11 @@ def keys_set_by(config: str, section: str) -> set[str]:
         if name and name != "_self_":
             found |= keys_set_by(f"{group}/{name}", section)
     return found
+
+
+def option_names() -> list[str]:
+    """The options of a command of Hydra, with their dashes."""
+    return list(get_args_parser()._option_string_actions)
 
 
 def parse_override(word: str) -> Override:

@@ -23,7 +23,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
 from ekd_lightning.runs.words import names_code, require_named_code
-from ekd_lightning.settings import may_change_between_parts
+from ekd_lightning.settings import Settings, keys_where, may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
 """The plan of a sweep, in its folder."""
@@ -82,6 +82,40 @@ def literal(text: str) -> str:
 def _quoted(text: str) -> str:
     quoted = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), literal(text))
     return f"'{quoted}'"
+
+
+def check_typed(words: Sequence[str]) -> None:
+    """Refuses what a user types out of habit with other programs: options for settings, and texts without quotes.
+
+    Args:
+        words: Those of a command line that are not its own options.
+
+    Raises:
+        UserError: Showing how the first such word is typed.
+    """
+    for position, word in enumerate(words):
+        if word.startswith("--") and not any(name.startswith(word.split("=")[0]) for name in internals.option_names()):
+            raise UserError(_no_option(word, next(iter(words[position + 1 :]), "")))
+        key, sign, text = word.partition("=")
+        if word.startswith("-") or not sign or not text or text[0] in "[{(":
+            continue
+        try:
+            internals.parse_override(word)
+        except HydraException:
+            place = os.path.expanduser(text) if key_of(word) in PLACES else text
+            wanted = _shell(override(key, place))
+            raise UserError(f"cannot read the override {word!r}; such a text is typed {wanted}") from None
+
+
+def _no_option(word: str, following: str) -> str:
+    """What was meant by `--fraction 0.1`: `data.fraction=0.1`."""
+    name, sign, text = word[2:].replace("-", "_").partition("=")
+    value = text if sign else "" if "=" in following or following.startswith("-") else following
+    known = [*keys_where(lambda key: True), *vars(Settings())]
+    keys = sorted((key for key in known if key == name or key.endswith(f".{name}")), key=lambda key: key.count("."))
+    if not keys:
+        return f"{word}: no option of this command; settings are typed KEY=VALUE, e.g. seed=0"
+    return f"{word}: no option of this command; settings are typed KEY=VALUE, here {keys[0]}={value or '...'}"
 
 
 def config_flags(argv: list[str]) -> list[str]:
