@@ -157,7 +157,8 @@ def test_an_output_that_cannot_be_written_is_one_line_that_names_it(runs, store,
     code, _, err = called(importlib.import_module(f"ekd_lightning.cli.{command}").main, *given, "/proc/nowhere/x")
     assert code == 2
     line = err.splitlines()[-1]
-    assert line.startswith(f"ekd-{command}: error: ") and "/proc/nowhere" in line
+    assert line.startswith(f"ekd-{command}: error: ")
+    assert "/proc/nowhere" in line
     assert "Traceback" not in err
 
 
