@@ -119,8 +119,8 @@ def judge(command: Command, called: Called, file: Path, world: World, expected: 
     refused = called.code and not (command.leaves_out and called.code == 1)
     if refused:
         lines = [line for line in called.err.splitlines() if line.startswith(f"{command.program}: error: ")]
-        if not named or len(lines) != 1:
-            raise WrongEndError(f"refused in {len(lines)} lines" + "" if named else ", without its name")
+        if not named or (called.code == 2 and len(lines) != 1):  # of an evaluation each part says so
+            raise WrongEndError(f"refused in {len(lines)} lines, {'with' if named else 'without'} its name")
         return "refused by name"
     try:
         left = command.left(world.root, called)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, one_line, quiet
-from ekd_lightning.files import SEAL, is_intact
+from ekd_lightning.files import SEAL, is_intact, read_bytes
 from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent, require
 from ekd_lightning.networks.staged import ImageSize, sides
 
@@ -130,7 +130,7 @@ def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> Deplo
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device}: this machine has no CUDA device, or PyTorch does not see it")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     readers = {".safetensors": _from_safetensors, ".onnx": _from_onnx, ".pt2": _from_torch_export}
@@ -142,7 +142,14 @@ def _from_safetensors(path: Path, content: bytes, device: torch.device) -> Deplo
         (length,) = struct.unpack("<Q", content[:8])
         strings = dict(json.loads(content[8 : 8 + length]).get("__metadata__") or {})
         state = safetensors.torch.load(content)
-    except (struct.error, ValueError, AttributeError, OverflowError, safetensors.SafetensorError) as error:
+    except (
+        struct.error,
+        ValueError,
+        RecursionError,
+        AttributeError,
+        OverflowError,
+        safetensors.SafetensorError,
+    ) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({type(error).__name__})") from None
     metadata = _checked_metadata(strings, path, content)
     try:
