@@ -134,6 +134,40 @@ def test_a_plain_student_learns_as_the_library_s_module_does():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (SMALL, {"drop_rate": 0.5}),
+        ("timm:resnet10t", {"drop_rate": 0.5}),
+        ("timm:efficientnet_b0", {"drop_rate": 0.5}),
+        ("timm:ghostnet_050", {}),  # drops 0.2 of its own
+    ],
+)
+@torch.no_grad()
+def test_dropout_of_the_library_s_forward_pass_acts_in_training(name, options):
+    module = original(name, **options)
+    network = build_network(NetworkSpec(name, 10, UNIT, options))
+    students = BranchedStudent(NetworkSpec(name, 10, UNIT, options), branches=1, split_after="none")
+    state = module.state_dict()
+    for part in (*network.stages.values(), network.neck):
+        part.load_state_dict({key: state[key] for key in part.state_dict()})
+    head = f"{[key for key, part in module.named_modules() if isinstance(part, nn.Linear)][-1]}."
+    network.head.load_state_dict({key: state[head + key] for key in ("weight", "bias")})
+    images = torch.rand(4, 3, 64, 64)
+
+    def passes(one, training):
+        torch.manual_seed(0)
+        return one.train(training)(images), one(images)
+
+    for training in (True, False):  # so that batch norm has seen the same
+        ours, theirs = passes(network, training), passes(module, training)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(*ours) != training
+    assert not torch.equal(*passes(students, True))
+    assert torch.equal(*passes(students, False))
+
+
 @torch.no_grad()
 def test_images_are_brought_to_the_network_s_own_size_and_statistics():
     known = usual("timm:resnet18")
@@ -264,6 +298,24 @@ def test_a_users_module_is_a_network_as_it_is(users):
         build_network(NetworkSpec("module:users_networks.residuals", 10, UNIT))
     with pytest.raises(UserError, match=r"is made a dict, not a torch.nn.Module"):
         build_network(NetworkSpec("module:users_networks.table", 10, UNIT))
+
+
+def test_a_users_function_is_run_for_real_alone(users, tmp_path, monkeypatch):
+    devices = []
+
+    def make():
+        module = Residual()
+        devices.append(module.last.weight.device.type)
+        return module
+
+    monkeypatch.setattr(make, "__module__", "users_networks", raising=False)
+    sys.modules["users_networks"].make = make
+    module = Residual().eval()
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "w.safetensors")
+    network = load_library_network(NetworkSpec("module:users_networks.make", 10, UNIT), tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(images), module(images))
+    assert devices == ["cpu"]
 
 
 @pytest.mark.parametrize(

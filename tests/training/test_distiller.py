@@ -7,6 +7,7 @@ import csv
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import load_student
+from ekd_lightning.methods import TermContext, build_method
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, load_student, normalization
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.pipeline.run import run
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import has_fragile_convolution
 from ekd_lightning.training.pool import gather_teachers
@@ -150,6 +154,21 @@ def test_the_order_of_teachers_counts(fit):
 def test_a_method_that_needs_teachers_refuses_none(fit):
     with pytest.raises(UserError, match="'ekd' needs teachers"):
         Distiller(fit.module.student, fit.module.method, fit.module.recipe)
+
+
+def test_whether_compiling_pays_is_judged_at_the_size_of_the_images():
+    spec = NetworkSpec("timm:vit_tiny_patch16_224", 10, normalization("unit"), {"depth": 1})
+    student = BranchedStudent(spec, branches=1, split_after="none")
+    method = build_method("plain", {"ce_ensemble": {"weight": 1.0}}, TermContext(10, num_branches=1, num_teachers=0))
+    module = Distiller(student, method, RecipeSettings(epochs=1))
+    # On a processor it is asked with half precision alone.
+    module._trainer = SimpleNamespace(
+        precision="bf16-mixed", num_training_batches=1, accumulate_grad_batches=1, current_epoch=0, global_step=0
+    )
+    index = torch.arange(2)
+    batch = Batch(torch.rand(2, 3, 224, 224), index, index, index, index >= 0)
+    loss, _, logits = module.losses(batch)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, index))
 
 
 def epochs_of(fit: Fit) -> list[dict[str, str]]:

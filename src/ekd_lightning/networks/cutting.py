@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -59,29 +60,31 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
     head = _final_linear(module)
     opened = _opened(module, head, stages or {})
     training = module.training
-    module.eval()  # auxiliary classifiers are left out, and dropout outside of blocks
+    module.eval()  # auxiliary classifiers are left out
     try:
         graph = _Tracer(opened).trace(module)
-        shapes = _shapes(fx.GraphModule(module, graph), image_size or _PROBE)
+        whole = _with_dropout(module, graph)
+        shapes = _shapes(fx.GraphModule(whole, graph), image_size or _PROBE)
     except Exception:  # control flow that depends on data raises many kinds
         if stages:
             raise UserError(f"{type(module).__name__} cannot be traced, so it has no stages {sorted(stages)}") from None
         return Parts(neck=module)
     finally:
         module.train(training)
-    classifier = _classifier(module, graph, head)
-    ends = _named(module, graph, stages) if stages else _by_size(graph, shapes, image_size or _PROBE, classifier)
+    whole.train(training)
+    classifier = _classifier(whole, graph, head)
+    ends = _named(whole, graph, stages) if stages else _by_size(graph, shapes, image_size or _PROBE, classifier)
     parts: dict[str, nn.Module] = {}
     begin = None
     for name, end in ends.items():
-        parts[name] = _between(module, graph, begin, end)
+        parts[name] = _between(whole, graph, begin, end)
         begin = end
     if classifier is None:
-        return Parts(parts, _between(module, graph, begin, _result(graph)))
+        return Parts(parts, _between(whole, graph, begin, _result(graph)))
     (given,) = classifier.all_input_nodes
-    linear = module.get_submodule(str(classifier.target))
+    linear = whole.get_submodule(str(classifier.target))
     assert isinstance(linear, nn.Linear)
-    return Parts(parts, _between(module, graph, begin, given), linear, linear.in_features)
+    return Parts(parts, _between(whole, graph, begin, given), linear, linear.in_features)
 
 
 class _Tracer(fx.Tracer):
@@ -124,6 +127,34 @@ def _classifier(module: nn.Module, graph: fx.Graph, head: str | None) -> fx.Node
         (result,) = result.all_input_nodes
     found = result.op == "call_module" and result.target == head
     return result if found and len(result.all_input_nodes) == 1 else None
+
+
+_DROPOUTS: dict[Any, type[nn.Dropout] | type[nn.Dropout2d] | type[nn.AlphaDropout]] = {
+    functional.dropout: nn.Dropout,
+    functional.dropout2d: nn.Dropout2d,
+    functional.alpha_dropout: nn.AlphaDropout,
+}
+
+
+def _with_dropout(module: nn.Module, graph: fx.Graph) -> nn.Module:
+    """Makes modules of the graph's calls of dropout: traced in eval mode, they would be off in training too.
+
+    Returns:
+        A copy of the module that shares its parts and has these in addition; the module itself is not changed.
+    """
+    extended = copy.copy(module)
+    extended._modules = dict(module._modules)
+    for node in [node for node in graph.nodes if node.op == "call_function" and node.target in _DROPOUTS]:
+        given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
+        p = given.get("p", 0.5)
+        if given.get("training", True) or not p:  # without `training=False` it is meant to be on at all times
+            continue
+        name = f"traced_{node.name}"
+        extended.add_module(name, _DROPOUTS[node.target](p))
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(name, (given["input"],)))
+        graph.erase_node(node)
+    return extended
 
 
 def _result(graph: fx.Graph) -> fx.Node:
@@ -232,6 +263,14 @@ def _needed(end: fx.Node, begin: fx.Node) -> set[fx.Node]:
             found.add(node)
             waiting += node.all_input_nodes
     return found
+
+
+def untold_classes(head: nn.Module) -> frozenset[int]:
+    """Positions of the classes that a head never tells, see `select_classes`; none of what is not linear."""
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        return frozenset()
+    untold = (head.bias <= NEVER / 2) & (head.weight == 0).all(1)  # half precision rounds it
+    return frozenset(untold.nonzero().flatten().tolist())
 
 
 def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:

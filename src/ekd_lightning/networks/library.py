@@ -220,7 +220,9 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
             return make_module(spec.name, spec.num_classes, options)  # the function returns it trained
         return make_module(spec.name, spec.num_classes, options, pretrained=True)
     state = read_foreign_checkpoint(weights, state_key)
-    module = make_module(spec.name, _told_classes(spec, options, state), options)
+    # A function of the user's is not told how many classes there are, so it is not run to find out.
+    told = spec.num_classes if spec.name.startswith("module:") else _told_classes(spec, options, state)
+    module = make_module(spec.name, told, options)
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     strange = [name for name in state if name not in own]

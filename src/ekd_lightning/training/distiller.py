@@ -19,7 +19,7 @@ from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.frozen import FrozenNetwork
-from ekd_lightning.networks.staged import NetworkOutput, StudentOutput
+from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
@@ -212,7 +212,7 @@ class Distiller(TrainingModule):
         left = self.trainer.max_steps - self.global_step
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
-    def _student_forward(self) -> Callable[[Tensor], StudentOutput]:
+    def _student_forward(self, image_size: ImageSize) -> Callable[[Tensor], StudentOutput]:
         """The student's forward pass in training, with the stages that the method reads; compiled or not."""
         # Not `self`: the compiler would guard a whole LightningModule in every step.
         student, stages = self.student, tuple(self.method.student_stages)
@@ -226,13 +226,13 @@ class Distiller(TrainingModule):
         if self._compile_student == "auto" and pays:
             images = self.recipe.epochs * int(self.trainer.num_training_batches) * self.recipe.batch_size
             from_macs = COMPILE_STUDENT_MACS.get(self.device.type, float("inf"))
-            compiled = 3 * count_macs(self.student) * images >= from_macs
+            compiled = 3 * count_macs(self.student, image_size) * images >= from_macs
         return compiled_or_not(outputs) if compiled else outputs
 
     def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The method's total and terms for a batch; see the base class."""
         if self._student_outputs is None:
-            self._student_outputs = self._student_forward()
+            self._student_outputs = self._student_forward(batch.images.shape[-2:])
         student = self._student_outputs(batch.images)
         progress = self.progress()
         needed, stages = self.method.asks_teachers(progress)
