@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import types
+import warnings
 
 import pytest
 import safetensors.torch
@@ -20,6 +21,8 @@ from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
+    TeacherEnsemble,
+    TeacherIdentity,
     allow_module,
     build_network,
     load_student,
@@ -29,10 +32,12 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.networks import library as libraries
-from ekd_lightning.networks.cutting import NEVER, cut
+from ekd_lightning.networks.cutting import NEVER, cut, untold_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.library import from_hub, load_library_network, usual
 from ekd_lightning.networks.staged import StagedNetwork, he_initialised
+from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.training.distiller import Distiller
 
 UNIT = normalization("unit")
 SMALL = "timm:mobilenetv3_small_050"
@@ -244,6 +249,75 @@ def test_classes_are_those_of_the_data(tmp_path):
             load(wrong)
     head = load(None, fresh_head=True).head
     assert head.weight.shape == (3, module.classifier.in_features)
+
+
+def knowing(tmp_path, classes):
+    """A teacher of four classes that takes them from weights of three."""
+    path = tmp_path / "three.safetensors"
+    torch.manual_seed(0)
+    safetensors.torch.save_file(original(SMALL, classes=3).state_dict(), path)
+    return load_library_network(NetworkSpec(SMALL, 4, UNIT), path, classes=classes)
+
+
+def methods_for(teachers, terms, assignment=None):
+    """The method, built when the teachers are there, and before, as runs do; then a distiller meets them."""
+    student = BranchedStudent(NetworkSpec("resnet8", 4, UNIT), branches=2, split_after="none")
+    ensemble = TeacherEnsemble(teachers, [TeacherIdentity(f"t{m}", "", "file", SMALL) for m in range(len(teachers))])
+    names = tuple(identity.id for identity in ensemble.identities)
+
+    def distill(networks):
+        context = TermContext.of(student, networks, teacher_names=names)
+        method = build_method("m", terms, context, assignment=assignment)
+        return Distiller(student, method, RecipeSettings(epochs=1), teachers=ensemble)
+
+    fresh = [build_network(NetworkSpec(SMALL, 4, UNIT)) for _ in teachers]
+    return lambda: distill(teachers), lambda: distill(fresh)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"kd_ensemble": {"weight": 1, "loss": "mse_logits"}},
+        {"kd_branch": {"weight": 1, "loss": "mse_logits"}},
+        {"kd_standardized": {"weight": 1}},
+    ],
+)
+def test_terms_of_plain_logits_refuse_a_teacher_that_does_not_know_a_class(tmp_path, terms):
+    teachers = [knowing(tmp_path, [2, 1, 0, 0]), knowing(tmp_path, [2, -1, 0, -1])]
+    assert [untold_classes(teacher.head) for teacher in teachers] == [frozenset(), frozenset({1, 3})]
+    assert untold_classes(teachers[1].head.bfloat16()) == {1, 3}
+    teachers[1].float()
+    said = rf"method.terms.{next(iter(terms))} compares the logits of all classes, and the teacher 't1' .* 2 of them"
+    for distill in methods_for(teachers, terms):
+        with pytest.raises(UserError, match=said):
+            distill()
+    with pytest.raises(UserError, match=said):
+        methods_for(teachers, terms, "mean")[1]()
+    methods_for(teachers[:1], terms)[1]()
+
+
+@pytest.mark.parametrize(
+    ("classes", "terms", "assignment", "lost"),
+    [
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"kd_ensemble": {"weight": 1}}, None, "[1]"),
+        (([2, 1, -1, 0], [2, -1, 0, 1]), {"kd_branch": {"weight": 1}}, "mean", "[1, 2]"),
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"dkd": {"weight": 1}}, "mean", "[1]"),
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"kd_branch": {"weight": 1}}, "one_to_one", None),
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"kd_branch": {"weight": 1}}, "random", None),
+        (([2, -1, 0, 0], [2, -1, 0, 1]), {"kd_ensemble": {"weight": 1}}, None, None),  # nobody knows it
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"kd_ensemble": {"weight": 1, "combine": "probabilities"}}, None, None),
+        (([2, 1, 0, 0], [2, -1, 0, 1]), {"kd_ebkd": {"weight": 1}}, None, None),
+    ],
+)
+def test_a_mean_of_logits_that_rules_a_class_out_is_told_once(tmp_path, classes, terms, assignment, lost):
+    teachers = [knowing(tmp_path, one) for one in classes]
+    for distill in methods_for(teachers, terms, assignment):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            distill()
+        found = [str(one.message) for one in told if "rules them out" in str(one.message)]
+        assert len(found) == (lost is not None)
+        assert all(f"classes {lost} are known to some teachers only" in line for line in found)
 
 
 class Residual(nn.Module):

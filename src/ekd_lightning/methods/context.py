@@ -16,6 +16,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
+from ekd_lightning.networks.cutting import untold_classes
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 from ekd_lightning.networks.student import BranchedStudent
 
@@ -109,6 +110,8 @@ class TermContext:
         student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
             output.
         teacher_stage_shapes: The same for each of the M teachers.
+        untold_classes: For each of the M teachers the classes that it does not know, see `cutting.untold_classes`;
+            empty where nobody knows yet.
         student_name: For error messages.
         teacher_names: For error messages, M names or none.
         seed: Of the run, for terms that draw something.
@@ -126,6 +129,7 @@ class TermContext:
     teacher_features: tuple[int, ...] = ()
     student_stage_shapes: Mapping[str, StageShape] = field(default_factory=dict)
     teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
+    untold_classes: tuple[frozenset[int], ...] = ()
     student_name: str = "student"
     teacher_names: tuple[str, ...] = ()
     seed: int = 0
@@ -145,7 +149,7 @@ class TermContext:
 
         Args:
             student: The branched student.
-            teachers: M networks, whose weights do not matter.
+            teachers: M networks, whose weights do not matter but for the classes that they do not know.
             image_size: Height and width of the images in pixels, for the shapes of the stages.
             **others: The other attributes: names, seed, training images.
 
@@ -160,6 +164,7 @@ class TermContext:
             teacher_features=tuple(teacher.num_features for teacher in teachers),
             student_stage_shapes=student.stage_shapes(image_size),
             teacher_stage_shapes=tuple(teacher.stage_shapes(image_size) for teacher in teachers),
+            untold_classes=tuple(untold_classes(teacher.head) for teacher in teachers),
             **others,
         )
 

@@ -85,6 +85,7 @@ class _Distillation(SoftTerm):
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
             raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
         self.takes_masked = self.loss != "mse_logits"
+        self.averages_logits = self.combine == "logits"
         self.uses_temperature = temperature is None and self.takes_masked
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
@@ -160,6 +161,7 @@ class DecoupledDistillation(SoftTerm, BranchTerm):
 
     needs_teachers = True
     uses_assignment = True
+    averages_logits = True
 
     def __init__(
         self, weight: float, context: TermContext, *, alpha: float = 1.0, beta: float = 8.0, **options: Any
@@ -187,6 +189,7 @@ class StandardizedDistillation(SoftTerm, BranchTerm):
 
     needs_teachers = True
     uses_assignment = True
+    averages_logits = True
     takes_masked = False  # the mean over the classes is taken
 
     def forward(self, context: StepContext) -> Tensor:

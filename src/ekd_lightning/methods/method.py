@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -73,6 +73,7 @@ class Method(nn.Module):
         if assignment is None and any(term.uses_assignment for term in active.values()):
             raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
         self.assignment = assignment
+        self._checked_classes: tuple[frozenset[int], ...] = ()
         self.needs_teachers = any(term.needs_teachers for term in active.values())
         self.needs_pooled = any(term.needs_pooled for term in active.values())
         self.needs_networks = any(term.needs_networks for term in active.values())
@@ -80,6 +81,45 @@ class Method(nn.Module):
         self.student_stages = _stages(active, "student_stages")
         # Most weights never change; a step does not ask their terms.
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
+
+    def check_classes(self, untold: Sequence[frozenset[int]], names: Sequence[str]) -> None:
+        """Makes sure that the terms can be taken of teachers that do not know all classes.
+
+        Warns, once, where a mean of logits gives a class that some teachers know and others do not the probability 0.
+
+        Args:
+            untold: For each of the M teachers the classes that it does not know, see `cutting.untold_classes`.
+            names: How messages call the teachers.
+
+        Raises:
+            UserError: If a term compares the logits themselves, see `Term.takes_masked`.
+        """
+        if not any(untold) or tuple(untold) == self._checked_classes:
+            return
+        self._checked_classes = tuple(untold)
+        for key, term in self.named_terms():
+            for classes, name in zip(untold, names, strict=True):
+                if term.needs_teachers and not term.takes_masked and classes:
+                    raise UserError(
+                        f"method.terms.{key} compares the logits of all classes, and the teacher {name} does not know "
+                        f"{len(classes)} of them (classes: -1); leave it out, or use a loss of probabilities (kl)"
+                    )
+            lost = self._ruled_out(term, untold) if term.averages_logits else set()
+            if lost:
+                warnings.warn(
+                    f"method.terms.{key}: classes {sorted(lost)} are known to some teachers only, and the mean of the "
+                    f"logits rules them out; the mean of the probabilities (combine=probabilities) does not",
+                    stacklevel=2,
+                )
+
+    def _ruled_out(self, term: Term, untold: Sequence[frozenset[int]]) -> set[int]:
+        """Classes that some, but not all, of the teachers that a term takes the mean of do not know."""
+        rows = [[1.0] * len(untold)]
+        if term.uses_assignment:
+            assert self.assignment is not None
+            rows = self.assignment.matrix(0).tolist()  # a random one has single teachers in every step
+        groups = [[one for one, share in zip(untold, row, strict=True) if share] for row in rows]
+        return {c for group in groups for c in frozenset().union(*group).difference(frozenset.intersection(*group))}
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
         """Yields the names and terms that are evaluated, in order."""
@@ -226,8 +266,8 @@ def build_method(
 
     Raises:
         UserError: For an unknown term, option or stage, a weight that is negative or not finite, a
-            temperature that is not positive, an assignment that does not fit, or when no term has a positive
-            weight.
+            temperature that is not positive, an assignment that does not fit, when no term has a positive
+            weight, or one compares classes that a teacher does not know.
     """
     K, M = context.num_branches, context.num_teachers
     entries = _entries(terms)
@@ -238,6 +278,7 @@ def build_method(
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
     method = Method(name, {key: _build(key, entry, context) for key, entry in entries.items()}, built)
+    method.check_classes(context.untold_classes, [context.teacher_label(m) for m in range(M)])
     for setting, value in (("temperature", temperature), ("assignment", assignment)):
         if value is not None and not any(getattr(term, f"uses_{setting}") for _, term in method.named_terms()):
             warnings.warn(f"method.{setting}={value} has no effect: no term of {name!r} uses it", stacklevel=2)

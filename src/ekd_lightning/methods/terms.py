@@ -37,7 +37,9 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
-        takes_masked: Whether the loss is finite where a teacher's logits are -inf, as of classes that it masks.
+        takes_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf) or knows nothing of them.
+        averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
+            uses the assignment, else of all.
         least_branches: The fewest branches that a student may have.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
@@ -50,6 +52,7 @@ class Term(nn.Module):
     uses_temperature: bool = False
     captures: bool = True
     takes_masked: bool = True
+    averages_logits: bool = False
     least_branches: int = 1
     teacher_stages: tuple[str, ...] = ()
     student_stages: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
 from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.networks.cutting import untold_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
@@ -93,7 +94,7 @@ class Distiller(TrainingModule):
         recipe_key: Where the recipe stands in the configuration, for messages.
 
     Raises:
-        UserError: If the method needs teachers and there are none.
+        UserError: If the method needs teachers and there are none, or compares classes that one does not know.
     """
 
     def __init__(
@@ -113,6 +114,9 @@ class Distiller(TrainingModule):
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is None:
             raise UserError(f"method {method.name!r} needs teachers, and there are none")
+        if method.needs_teachers and teachers is not None:  # a method may be built before their weights are there
+            untold = [untold_classes(member.head) for member in teachers.members]
+            method.check_classes(untold, [repr(identity.id) for identity in teachers.identities])
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.teachers = teachers
