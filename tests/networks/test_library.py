@@ -219,6 +219,49 @@ def test_weights_of_another_network_are_named(tmp_path):
     assert " more" in line
 
 
+VIT = "timm:vit_tiny_patch16_224"
+
+
+def test_a_network_of_a_fixed_size_refuses_others_by_name():
+    said = r"vit_tiny_patch16_224' takes images of 224×224 pixels alone, not of {0}×{0}: image_size=224 brings them"
+    with pytest.raises(UserError, match=said.format(64)):
+        build_network(NetworkSpec(VIT, 10, UNIT, {"depth": 1}, 64))
+    spec = NetworkSpec(VIT, 10, UNIT, {"depth": 1})
+    student = BranchedStudent(spec, branches=1, split_after="none")
+    small = BranchedStudent(NetworkSpec("resnet8", 10, UNIT), branches=1, split_after="none")
+    for made in (lambda: TermContext.of(student), lambda: TermContext.of(small, [build_network(spec)])):
+        with pytest.raises(UserError, match=said.format(32)):
+            made()
+    assert TermContext.of(student, image_size=224).num_branches == 1
+    with pytest.raises(UserError, match="takes images of 224×224 pixels alone, not of 32×48"):
+        student.stage_shapes((32, 48))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "image_size"),
+    [
+        ({}, None, 224),
+        ({}, 224, 32),
+        ({"img_size": 32}, None, 32),
+        ({"img_size": [48, 48]}, 48, 32),
+        ({"dynamic_img_size": True}, None, 48),
+        ({"dynamic_img_size": True}, 48, 32),
+    ],
+)
+@torch.no_grad()
+def test_a_network_of_a_fixed_size_takes_images_that_fit_it(options, size, image_size):
+    spec = NetworkSpec(VIT, 10, UNIT, {"depth": 1, **options}, size)
+    student = BranchedStudent(spec, branches=1, split_after="none").eval()
+    assert student.stage_shapes(image_size) == {}
+    assert student(torch.rand(2, 3, image_size, image_size)).shape == (2, 10)
+
+
+def test_a_gate_is_made_for_a_network_of_a_fixed_size():
+    spec = NetworkSpec("torchvision:maxvit_t", 10, UNIT)
+    student = BranchedStudent(spec, branches=2, split_after="stem", ensemble="gate")
+    assert student.gate.fc.in_features == student.stage_shapes(224)["stem"][0]
+
+
 @torch.no_grad()
 def test_classes_are_those_of_the_data(tmp_path):
     torch.manual_seed(2)

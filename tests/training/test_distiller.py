@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +169,19 @@ def test_whether_compiling_pays_is_judged_at_the_size_of_the_images():
     batch = Batch(torch.rand(2, 3, 224, 224), index, index, index, index >= 0)
     loss, _, logits = module.losses(batch)
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, index))
+
+
+def test_a_student_of_a_fixed_size_is_given_it(tiny_settings):
+    settings = tiny_settings("method=kd", "student.split_after=none", "student.branches=1")
+
+    def student(**options):
+        own = replace(settings.student, network="timm:vit_tiny_patch16_224", options={"depth": 1, **options})
+        return prepare(replace(settings, student=own), "cpu").student
+
+    assert student().spec.image_size == 224
+    assert student()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert student(img_size=32, patch_size=4).spec.image_size is None  # the images' own
+    assert student(dynamic_img_size=True).spec.image_size is None
 
 
 def epochs_of(fit: Fit) -> list[dict[str, str]]:

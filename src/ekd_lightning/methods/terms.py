@@ -37,7 +37,7 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
-        takes_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf) or knows nothing of them.
+        takes_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf), or knows not all.
         averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
             uses the assignment, else of all.
         least_branches: The fewest branches that a student may have.

@@ -26,6 +26,10 @@ PUBLISHED = "DEFAULT"
 """Stands for the weights that a library publishes for a network."""
 _STAGES = "stages"
 """The option that names stages; all others are the library's own."""
+_SIZES = ("img_size", "image_size", "input_size")
+"""Options by which the libraries build a network of fixed size for another one."""
+_ANY_SIZE = (("dynamic_img_size", True), ("strict_img_size", False))
+"""Options, and their values, by which timm builds one for any size."""
 _SHOWN = 3
 _ABSENT = -1
 """Stands for a class of the data that a teacher does not know."""
@@ -156,11 +160,12 @@ def build_library_network(spec: NetworkSpec) -> StagedNetwork:
         UserError: See `make_module` and `cutting.cut`.
     """
     module = make_module(spec.name, spec.num_classes, _own_options(spec))
-    parts = cut(module, _probed_size(spec), spec.options.get(_STAGES))
+    size = fixed_size(spec)
+    parts = cut(module, size or spec.image_size, spec.options.get(_STAGES))
     head = parts.head
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # a function that is not told how many
         head = nn.Linear(head.in_features, spec.num_classes)
-    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head).train()
+    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size).train()
 
 
 def load_library_network(
@@ -191,9 +196,10 @@ def load_library_network(
     Raises:
         UserError: If the weights do not fit the network, or their classes not the data's.
     """
+    size = fixed_size(spec)
     with torch.random.fork_rng(devices=[]):
         module = _filled(spec, weights, state_key)
-        parts = cut(module.eval(), _probed_size(spec), spec.options.get(_STAGES))
+        parts = cut(module.eval(), size or spec.image_size, spec.options.get(_STAGES))
     head: nn.Module = parts.head
     if fresh_head or classes is not None:
         if not isinstance(head, nn.Linear):
@@ -208,7 +214,7 @@ def load_library_network(
             f"teacher {spec.name!r} tells {head.out_features} classes, the data has {spec.num_classes}: say which are "
             f"which by classes=[..], or train a new head by finetune=head"
         )
-    network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head)
+    network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size)
     return network.eval()
 
 
@@ -266,9 +272,19 @@ def _own_options(spec: NetworkSpec) -> dict[str, Any]:
     return {name: value for name, value in spec.options.items() if name != _STAGES}
 
 
-def _probed_size(spec: NetworkSpec) -> int | None:
+def fixed_size(spec: NetworkSpec) -> int | None:
+    """Side in pixels of the only images that a network of a library takes; None where any size will do.
+
+    Raises:
+        UserError: For an unknown name, or a library that is not installed.
+    """
     known = usual(spec.name)
-    return known.image_size if known is not None and known.fixed else spec.image_size
+    if known is None or not known.fixed or any(spec.options.get(name) == any_size for name, any_size in _ANY_SIZE):
+        return None
+    size = next((spec.options[name] for name in _SIZES if name in spec.options), known.image_size)
+    if isinstance(size, list) and len(set(size)) == 1:
+        size = size[0]
+    return size if isinstance(size, int) else None
 
 
 def _timm() -> Any:

@@ -244,6 +244,7 @@ class StagedNetwork(nn.Module):
         neck: makes the head's input of the last stage's output; `GlobalPool` but for networks of other libraries.
         head: the linear classifier; an identity in a network of another library that does not end with one.
         num_features: D, the width of the head's input; 0 without a linear head.
+        fixed_size: side in pixels of the only images that its stages take; None where any size will do.
     """
 
     stages: nn.ModuleDict
@@ -257,6 +258,7 @@ class StagedNetwork(nn.Module):
         *,
         neck: nn.Module | None = None,
         head: nn.Module | None = None,
+        fixed_size: int | None = None,
     ) -> None:
         """Assembles the network; what is handed in keeps its weights.
 
@@ -266,10 +268,17 @@ class StagedNetwork(nn.Module):
             num_features: D, for a global pool the number of channels of the last stage's output.
             neck: None makes a global pool.
             head: None makes a fresh linear classifier [D -> C].
+            fixed_size: side in pixels of the only images that the stages take; None where any size will do.
+
+        Raises:
+            UserError: when the spec's image size is another than the fixed one.
         """
         super().__init__()
         self.spec = spec
         self.num_features = num_features
+        self.fixed_size = fixed_size
+        if spec.image_size is not None:
+            check_size(spec, fixed_size, spec.image_size)
         self.normalize = Normalize(spec.normalization, spec.image_size)
         self.stages = nn.ModuleDict(stages)
         self.neck = GlobalPool() if neck is None else neck
@@ -323,11 +332,29 @@ class StagedNetwork(nn.Module):
         """Tells the shape (channels, height, width) of each stage's output.
 
         Nothing is computed (meta device) and this network is not touched.
+
+        Raises:
+            UserError: when the network does not take images of this size.
         """
+        check_size(self.spec, self.fixed_size, image_size)
         probe = copy.deepcopy(nn.ModuleList([self.normalize, self.stages])).to("meta").eval()
         images = torch.empty(1, 3, *sides(image_size), device="meta")
         with torch.no_grad():
             return shapes_of(through(probe[1], probe[0](images))[1])  # type: ignore[arg-type]
+
+
+def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize) -> None:
+    """Refuses images that a network of a fixed size cannot take; its spec's own size brings any images to that.
+
+    Raises:
+        UserError: with the size that it takes.
+    """
+    height, width = sides(image_size if spec.image_size is None else spec.image_size)
+    if fixed_size is not None and (height, width) != (fixed_size, fixed_size):
+        raise UserError(
+            f"network {spec.name!r} takes images of {fixed_size}×{fixed_size} pixels alone, not of {height}×{width}: "
+            f"image_size={fixed_size} brings them to that size; options={{img_size: {height}}} builds timm's for these"
+        )
 
 
 def in_memory_format(module: _ModuleT, memory_format: torch.memory_format) -> _ModuleT:

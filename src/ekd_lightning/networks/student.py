@@ -21,6 +21,7 @@ from ekd_lightning.networks.staged import (
     Normalize,
     StagedNetwork,
     StudentOutput,
+    check_size,
     imagined,
     pool,
     shapes_of,
@@ -128,6 +129,7 @@ class BranchedStudent(nn.Module):
         split_after: the last shared stage, or `none`.
         stage_names: names of the stages that every branch has, the shared ones included, in order.
         num_features: D, the width of every head's input.
+        fixed_size: side in pixels of the only images that its network takes; None where any size will do.
     """
 
     def __init__(self, spec: NetworkSpec, *, branches: int, split_after: str, ensemble: str = "mean_logits") -> None:
@@ -155,6 +157,7 @@ class BranchedStudent(nn.Module):
         self.spec = spec
         self.ensemble = ensemble
         self.num_features = network.num_features
+        self.fixed_size = network.fixed_size
         self.split_after = split_after
         self.stage_names = names
         self.trunk = Trunk(network, names[:shared])
@@ -162,7 +165,7 @@ class BranchedStudent(nn.Module):
         self.branches = nn.ModuleList(Branch(one, names[shared:]) for one in networks)
         self.gate = None
         if ensemble == "gate":
-            self.gate = Gate(network.stage_shapes()[split_after][0], branches)
+            self.gate = Gate(network.stage_shapes(network.fixed_size or 32)[split_after][0], branches)
 
     @property
     def num_branches(self) -> int:
@@ -208,7 +211,11 @@ class BranchedStudent(nn.Module):
         """Tells the shape (channels, height, width) of each stage's output in every branch.
 
         Nothing is computed (meta device) and the student is not touched.
+
+        Raises:
+            UserError: when its network does not take images of this size.
         """
+        check_size(self.spec, self.fixed_size, image_size)
         return shapes_of(imagined(self, image_size).stages[0])
 
 

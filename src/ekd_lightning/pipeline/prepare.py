@@ -24,6 +24,7 @@ from ekd_lightning.networks import (
     normalization,
     zoo_entry,
 )
+from ekd_lightning.networks.library import fixed_size
 from ekd_lightning.networks.registry import is_of_library
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import ChainSettings, DataSettings, Settings
@@ -203,10 +204,13 @@ def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
 
 
 def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
-    """The student with initial weights that depend on the seed alone."""
+    """The student with initial weights that depend on the seed alone; one of a fixed size brings images to that."""
     student = settings.student
     statistics = normalization(student.normalization or dataset.normalization)
     spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
+    size = fixed_size(spec) if is_of_library(spec.name) else None
+    if size is not None and (size, size) != sides(dataset.image_size):
+        spec = replace(spec, image_size=size)
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
         warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
