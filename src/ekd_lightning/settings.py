@@ -259,7 +259,7 @@ class TeacherSettings:
     """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
     download: bool = field(default=True, metadata=LOCATION)
     train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all"))
-    """What teachers trained on demand may see: the same `subset` as the student, or `all` training images."""
+    """What teachers trained on demand may see: the same `subset` as the student, or `all` but those of `val/`."""
     recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED)
     store: str = field(default="store", metadata=LOCATION)
     """Folder shared by all runs: trained teachers, what they say of test images, and teacher tables."""

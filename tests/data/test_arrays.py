@@ -34,6 +34,10 @@ def npz(folder: Path, **arrays) -> Path:
     return folder / "own.npz"
 
 
+def two_classes(names) -> dict[str, np.ndarray]:
+    return {"images": colours(20), "labels": np.arange(20) % 2, "class_names": np.array(names)}
+
+
 @pytest.mark.parametrize("names", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
 @pytest.mark.parametrize("form", ["colour", "channels first", "grey", "grey with a channel"])
 def test_arrays_of_either_spelling_and_form(tmp_path, names, form):
@@ -58,9 +62,9 @@ def test_arrays_of_either_spelling_and_form(tmp_path, names, form):
     assert found.class_names == ("0", "1")
 
 
-def test_images_and_labels_alone_are_split_and_named(tmp_path):
-    path = npz(tmp_path, images=colours(20), labels=np.arange(20) % 2, class_names=np.array(["cat", "dog"]))
-    found = opened("npz", path, image_size=4)
+@pytest.mark.parametrize("names", [["cat", "dog"], [b"cat", b"dog"]])
+def test_images_and_labels_alone_are_split_and_named(tmp_path, names):
+    found = opened("npz", npz(tmp_path, **two_classes(names)), image_size=4)
     assert (len(found.train), len(found.test), found.class_names) == (16, 4, ("cat", "dog"))
     assert found.image_size == 4
 
@@ -76,6 +80,10 @@ def test_images_and_labels_alone_are_split_and_named(tmp_path):
         ({"images": colours(4), "labels": np.arange(4) - 1}, r"labels must be 4 classes"),
         ({"images": colours(4), "labels": np.zeros(4)}, r"labels must be 4 classes.*float64"),
         ({"images": colours(4), "labels": np.array([{}] * 4)}, r"not an \.npz file of plain arrays"),
+        (two_classes("cat"), r"class_names is <U3 \[\], not \[2\] names"),
+        (two_classes(["cat"]), r"class_names is <U3 \[1\], not \[2\] names"),
+        (two_classes([["cat", "dog"]]), r"class_names is <U3 \[1, 2\], not \[2\] names"),
+        (two_classes([b"cat", b"\xff"]), r"class_names is no UTF-8"),
     ],
 )
 def test_other_arrays_are_refused(tmp_path, arrays, message):
@@ -91,6 +99,18 @@ def test_what_is_no_npz_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"own\.npz: (no such file|not an \.npz file)"):
         opened("npz", path)
+
+
+def test_other_files_of_numpy_are_refused(tmp_path):
+    np.save(tmp_path / "own.npy", colours(4))
+    with pytest.raises(UserError, match=r"own\.npy: not an \.npz file of plain arrays, .*a single array"):
+        opened("npz", tmp_path / "own.npy")
+    np.savez_compressed(tmp_path / "own.npz", images=np.zeros((40, 9, 9), np.uint8), labels=np.arange(40))
+    content = bytearray((tmp_path / "own.npz").read_bytes())
+    content[60:80] = bytes([255]) * 20
+    (tmp_path / "own.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"own\.npz: not an \.npz file of plain arrays, or damaged"):
+        opened("npz", tmp_path / "own.npz")
 
 
 def idx(path: Path, array: np.ndarray) -> None:

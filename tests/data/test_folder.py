@@ -284,8 +284,21 @@ def test_a_file_in_two_splits_is_told(tmp_path):
 
 
 def test_other_files_are_left_out_and_told(tmp_path):
-    root = make(tmp_path / "own", {"a": 5, "b": 5, ".hidden": 1})
+    root = make(tmp_path / "own", {"a": 5, "b": 5, ".hidden": 1, "a/.ipynb_checkpoints": 1})
     (root / "a" / "notes.txt").write_text("x")
     (root / "a" / ".DS_Store").write_text("x")
     with pytest.warns(UserWarning, match=r"by their names no images: .*notes\.txt$"):
-        assert opened(root).num_classes == 2
+        found = opened(root)
+    assert (found.num_classes, len(found.train) + len(found.test)) == (2, 10)
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../../b/deep", "../.."])
+def test_links_that_lead_back_end(tmp_path, target):
+    """A link to another folder is followed, into each folder once."""
+    root = make(tmp_path / "own", {"a/deep": 5, "b/deep": 5})
+    (root / "a" / "deep" / "loop").symlink_to(target)
+    (root / "b" / "deep" / "back").symlink_to(root / "a")
+    names = [row.name for row in list_folder(root).splits["train"]]
+    of_b = [name for name in names if name.startswith("a/deep/loop/")]
+    assert len(of_b) == (5 if target == "../../b/deep" else 0)
+    assert len(names) == 15 + len(of_b)

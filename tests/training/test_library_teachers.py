@@ -49,6 +49,13 @@ def plan(data, weights, tmp_path):
     return make
 
 
+def test_images_for_validation_only_are_kept_from_all_teachers(data):
+    held_out = replace(data.dataset, val_index=torch.tensor([3, 1436]))
+    everything = replace(data, train_on="all")
+    assert everything.index().tolist() == list(range(1437))
+    assert replace(everything, dataset=held_out).index().tolist() == [i for i in range(1436) if i != 3]
+
+
 def test_a_teacher_is_taken_as_it_is(plan, weights):
     _, module = weights
     teachers = gather_teachers(plan(image_size=40))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from ekd_lightning.data.listing import SPLITS, Listing, Row
@@ -20,6 +22,8 @@ _SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val",
 """How data sets call the splits, most likely first."""
 _LABELS = ("targets", "labels", "_labels", "y")
 _CLASSES = ("classes", "categories")
+_DAMAGED = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError)
+"""What numpy raises where a file is none of its own."""
 
 
 def list_npz(path: Path) -> Listing:
@@ -35,19 +39,21 @@ def list_npz(path: Path) -> Listing:
         UserError: If the file is missing or damaged, or its arrays are others.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, NpzFile):
+            raise ValueError("it holds a single array")
+        with file:
             arrays = {name: file[name] for name in file.files}
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
     except FileNotFoundError:
         raise UserError(f"data.root={path}: no such file") from None
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+    except _DAMAGED as error:
         raise UserError(f"data.root={path}: not an .npz file of plain arrays, or damaged ({one_line(error)})") from None
     found = {split: pair for split in SPLITS if (pair := _pair(arrays, split, path))}
     if "train" not in found:
         known = ", ".join(sorted(arrays)) or "none"
         raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (but {known})")
-    names = tuple(map(str, arrays.get("class_names", ())))
-    return _listing(found, names, str(path), stamp)
+    return _listing(found, _class_names(arrays, found, path), str(path), stamp)
 
 
 def list_torchvision(name: str, root: Path, download: bool) -> Listing:
@@ -122,6 +128,20 @@ def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.
                 )
             return images, labels
     return None
+
+
+def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """The names in an .npz file; none where it gives none."""
+    if "class_names" not in arrays:
+        return ()
+    given = arrays["class_names"]
+    count = 1 + max(int(labels.max()) for _, labels in found.values())
+    if given.ndim != 1 or len(given) < count:
+        raise UserError(f"data.root={path}: class_names is {given.dtype} {list(given.shape)}, not [{count}] names")
+    try:
+        return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in given.tolist())
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.root={path}: class_names is no UTF-8 ({error})") from None
 
 
 def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:

@@ -18,7 +18,7 @@ def list_folder(root: Path) -> Listing:
     """Lists the images of a folder in torchvision's order: classes by name, then paths by name.
 
     Args:
-        root: The folder; hidden files and folders are left out, links are followed.
+        root: The folder; hidden files and folders are left out, links are followed, but into no folder twice.
 
     Raises:
         UserError: If the folder is not there, holds no classes or no images, or its splits have other classes.
@@ -49,6 +49,29 @@ def _folders(root: Path) -> Iterator[Path]:
         yield from sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Walks through a folder, links included.
+
+    Hidden files and folders are left out, as is a folder that was seen before or that lies above: a link may lead
+    back to where it comes from.
+
+    Yields:
+        Paths of folders, and the names of the files in them.
+    """
+    seen = {
+        os.path.realpath(above) for path in (folder.absolute(), folder.resolve()) for above in (path, *path.parents)
+    }
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        new = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if not name.startswith(".") and real not in seen:
+                seen.add(real)
+                new.append(name)
+        folders[:] = new
+        yield parent, sorted(name for name in names if not name.startswith("."))
+
+
 def _rows(root: Path, split: Path, classes: tuple[str, ...]) -> list[Row]:
     """The images of a split."""
     found, others = [], []
@@ -56,8 +79,8 @@ def _rows(root: Path, split: Path, classes: tuple[str, ...]) -> list[Row]:
         if folder.name not in classes:
             raise UserError(f"{folder}: no such class among the training images ({', '.join(classes[:5])}, ...)")
         label = classes.index(folder.name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True)):
-            for name in sorted(name for name in names if not name.startswith(".")):
+        for parent, names in sorted(walk(folder)):
+            for name in names:
                 path = os.path.join(parent, name)  # of a million, Path would take half a minute
                 if name.lower().endswith(EXTENSIONS):
                     below = path[len(str(root)) + 1 :].replace(os.sep, "/")

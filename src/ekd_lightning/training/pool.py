@@ -156,12 +156,13 @@ def _plan_stored(
 ) -> PlannedTeacher:
     """A teacher that is trained when the store lacks it; `beginning` is the part of its key that says from what."""
     check_optimizer(settings.recipe, "teachers.recipe")  # now, not after other teachers were trained
+    everything = "all" if data.dataset.val_index is None else "all but those for validation"
     key = {
         "network": spec.to_dict(),
         "data": data.dataset.name,
         "images": data.dataset.train.sha256,
         "train_on": data.train_on,
-        "subset": data.subset.sha256 if data.train_on == "subset" else "all",
+        "subset": data.subset.sha256 if data.train_on == "subset" else everything,
         "views": data.views.key,
         "recipe": settings.recipe.key(),
         "seed": entry.seed,

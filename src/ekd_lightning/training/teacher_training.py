@@ -48,10 +48,13 @@ class TeacherData:
     """As in `Settings`."""
 
     def index(self) -> Tensor:
-        """Training images of the teacher, int64: those of the student, or all."""
+        """Training images of the teacher, int64: those of the student, or all, without those for validation only."""
         if self.train_on == "subset":
             return self.subset.train_index
-        return torch.arange(len(self.dataset.train))
+        chosen = torch.ones(len(self.dataset.train), dtype=torch.bool)
+        if self.dataset.val_index is not None:
+            chosen[self.dataset.val_index] = False
+        return chosen.nonzero()[:, 0]
 
 
 def train_teacher(
