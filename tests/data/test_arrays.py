@@ -178,3 +178,21 @@ def test_what_torchvision_cannot_give_is_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr(datasets, "SVHN", type("SVHN", (Fake,), several))
         with pytest.raises(UserError, match=r"data\.name=SVHN: torchvision gives its images no classes"):
             opened("torchvision", tmp_path, name="SVHN")
+
+
+@pytest.mark.parametrize("source", ["folder", "torchvision"])
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_replaced_images_are_read_anew(tmp_path, monkeypatch, source, forgotten):
+    """In another process and in the same one, from a root that is relative, too."""
+    monkeypatch.chdir(tmp_path)
+    settings = DataSettings("ImageFolder", source, "root", cache="cache", download=False)
+    for level in (1, 200):
+        for name in ("a", "b"):
+            (tmp_path / "root" / name).mkdir(parents=True, exist_ok=True)
+            for i in range(5):
+                Image.new("RGB", (4 + level % 2, 4), (level, i, i)).resize((4, 4)).save(f"root/{name}/{i}.png")
+        if forgotten:
+            catalog._LOADED.clear()
+        found = open_dataset(settings)
+        assert found.train.images[:, 0].unique().tolist() == [level]
+        assert open_dataset(settings) is found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from PIL import Image
 
+from ekd_lightning.data.folder import file_stamp, walk
 from ekd_lightning.data.listing import SPLITS, Listing, Row
 from ekd_lightning.errors import UserError, one_line, unknown_name
 
@@ -81,7 +84,22 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
     classes = next((getattr(first, key) for key in _CLASSES if hasattr(first, key)), ())
     names = tuple(text if isinstance(text, str) else ", ".join(map(str, text)) for text in classes)
     labelled = {split: (_PILImages(part), _labels(part, name)) for split, part in found.items()}
-    return _listing(labelled, names, f"{name} of torchvision in {root}")
+    stamp = {split: _stamp(part, root) for split, part in found.items()}
+    return _listing(labelled, names, f"{name} of torchvision in {root}", stamp)
+
+
+def _stamp(part: Any, root: Path) -> str:
+    """What changes with a part's images: a hash of them, or of the sizes and times of the files below the root."""
+    pixels = getattr(part, "data", None)
+    if hasattr(pixels, "dtype") and hasattr(pixels, "shape"):
+        array = np.ascontiguousarray(pixels)
+        return hashlib.sha256(array.data if array.size else b"").hexdigest()[:16]
+    digest = hashlib.sha256()
+    for parent, names in sorted(walk(root)):
+        if not any(name.endswith(".pixels") for name in names):  # a cache of decoded images
+            for path in (os.path.join(parent, name) for name in names):
+                digest.update(f"{path}|{file_stamp(path)}|".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 class _PILImages:
@@ -96,8 +114,9 @@ class _PILImages:
 
 def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamp: Any = None) -> Listing:
     """The listing of images and labels by split; classes without names are numbered."""
+    stamps = stamp if isinstance(stamp, dict) else dict.fromkeys(parts, stamp)
     rows = {
-        split: [Row(f"image {i} of {split}", int(label), (split, i), stamp) for i, label in enumerate(labels)]
+        split: [Row(f"image {i} of {split}", int(label), (split, i), stamps[split]) for i, label in enumerate(labels)]
         for split, (_, labels) in parts.items()
     }
     count = max(row.label for own in rows.values() for row in own) + 1

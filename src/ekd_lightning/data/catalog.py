@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Hashable
 from fractions import Fraction
@@ -123,7 +122,7 @@ def open_dataset(data: DataSettings) -> Dataset:
     """The data set that settings ask for: a registered one, or one of the user's own.
 
     Returns:
-        The data set; the same object for the same settings.
+        The data set; the same object for the same settings, as long as the images are the same.
 
     Raises:
         UserError: Unknown names, missing or damaged data, a setting that does not fit.
@@ -135,11 +134,11 @@ def open_dataset(data: DataSettings) -> Dataset:
         return load_dataset(data.name, data.root, data.download)
     if data.source not in _SOURCES:
         raise unknown_name("data.source", data.source, _SOURCES)
-    key = json.dumps({name: getattr(data, name) for name in _OWN}, default=list)
+    root, size = Path(data.root).expanduser().resolve(), check_image_size(data.image_size)
+    cache = Path(data.cache).expanduser().resolve()
+    listing = with_test_images(_SOURCES[data.source](data, root), data.test_fraction, data.subset_seed)
+    key = data.source, data.name, root, size, data.skip_broken, cache, listing.digest()
     if key not in _LOADED:
-        root, size = Path(data.root).expanduser().resolve(), check_image_size(data.image_size)
-        cache = Path(data.cache).expanduser()
-        listing = with_test_images(_SOURCES[data.source](data, root), data.test_fraction, data.subset_seed)
         _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
     return _LOADED[key]
 
@@ -149,7 +148,6 @@ def source_names() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-_OWN = ("source", "name", "root", "image_size", "test_fraction", "subset_seed", "skip_broken", "cache")
 _SOURCES: dict[str, Callable[[DataSettings, Path], Listing]] = {
     "folder": lambda data, root: list_folder(root),
     "npz": lambda data, root: list_npz(root),

@@ -35,7 +35,7 @@ def list_folder(root: Path) -> Listing:
     return Listing(rows, classes, lambda path: read_bytes(Path(path)), str(root))
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def file_stamp(path: str) -> tuple[int, int]:
     """Size and time of a file, which tell whether it changed."""
     try:
         stat = os.stat(path)
@@ -84,7 +84,7 @@ def _rows(root: Path, split: Path, classes: tuple[str, ...]) -> list[Row]:
                 path = os.path.join(parent, name)  # of a million, Path would take half a minute
                 if name.lower().endswith(EXTENSIONS):
                     below = path[len(str(root)) + 1 :].replace(os.sep, "/")
-                    found.append(Row(below, label, path, _stamp(path)))
+                    found.append(Row(below, label, path, file_stamp(path)))
                 else:
                     others.append(path)
     if others:
