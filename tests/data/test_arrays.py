@@ -196,3 +196,13 @@ def test_replaced_images_are_read_anew(tmp_path, monkeypatch, source, forgotten)
         found = open_dataset(settings)
         assert found.train.images[:, 0].unique().tolist() == [level]
         assert open_dataset(settings) is found
+
+
+def test_parameters_that_are_handed_on(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"data\.name=EMNIST: torchvision needs its `split`"):
+        opened("torchvision", tmp_path, name="EMNIST")
+    fetched = []
+    monkeypatch.setattr(datasets.QMNIST, "download", lambda self: fetched.append(self.what))
+    with pytest.raises(UserError, match=r"data\.name=QMNIST: torchvision cannot read it"):
+        opened("torchvision", tmp_path, name="QMNIST", download=True)
+    assert fetched == ["train"]

@@ -165,7 +165,12 @@ def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], pat
 
 def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:
     """One split of a data set; None where it has none of that name."""
-    parameters = inspect.signature(kind).parameters
+    own = inspect.signature(kind).parameters
+    parameters = dict(own)
+    if "kwargs" in own:  # handed on to the parent, as QMNIST does
+        parameters = {**inspect.signature(kind.__base__).parameters, **own}
+        if own.get("split", own["kwargs"]).default is inspect.Parameter.empty and {"split", "train"} <= set(parameters):
+            raise UserError(f"data.name={name}: torchvision needs its `split`, which cannot be chosen here")
     fetch = {"download": download} if "download" in parameters else {}
     if "train" in parameters:
         choices: list[dict[str, Any]] = [{"train": split == "train"}] if split != "val" else []
