@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import ekd_lightning as ekd
+from ekd_lightning.cli import evaluate, export
 from ekd_lightning.data import Batch, load_dataset
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError
@@ -44,12 +45,15 @@ def test_one_call_does_what_the_command_does(here, train):
         "digits", TEACHERS, "resnet8", branches=2, method="ekd", seed=3, overrides=[*WORDS, f"teachers.store={here}/s"]
     )
     theirs = read_json(here / "command" / "result.json")
-    assert run.directory.parent == Path("outputs/digits/ekd")
+    assert run.directory.parent == here / "outputs/digits/ekd"
     assert run.result.test_accuracy == theirs["test_accuracy"]
     assert run.result.test_nll == theirs["test_nll"]
     assert run.student.num_branches == 2
     saved = state_sha256(run.student)
     assert saved == state_sha256(ekd.api.load_student(here / "command" / "student.safetensors"))
+    assert evaluate.main([str(run.directory), "--parts", "generalisation", "--device", "cpu"]) in (None, 0)
+    assert export.main([str(run.directory), "-o", str(here / "out")]) in (None, 0)
+    assert ekd.load(here / "out" / "student.safetensors").classify(torch.zeros(1, 3, 32, 32)) is not None
     with pytest.raises(UserError, match="overwrite"):
         ekd.distill("digits", TEACHERS, overrides=[*WORDS, f"teachers.store={here}/s"], directory=run.directory)
 
@@ -60,10 +64,22 @@ def test_mistakes_are_those_of_the_command(here):
         ({"branches": 0}, "student.branches"),
         ({"teachers": ["cifar10_resnet99"]}, "unknown teacher 'cifar10_resnet99'"),
         ({"data": Path("nowhere")}, "data=nowhere: no such folder"),
+        ({"data": "digit"}, "digit"),
+        ({"method": "ekdd"}, "ekdd"),
+        ({"epochs": "three"}, "recipe.epochs"),
+        ({"overrides": ["resume=here"]}, "ekd-train resume=DIR"),
     ):
         with pytest.raises(UserError, match=said):
             ekd.distill(**{"data": "digits", "teachers": TEACHERS, "overrides": WORDS, **arguments})
-    assert not any(here.rglob("result.json"))
+    assert not (here / "outputs").exists()
+
+
+def test_callbacks_of_the_configuration_are_used(here):
+    target = "_target_: pytorch_lightning.callbacks.EarlyStopping"
+    stop = f"+callbacks.x={{{target}, monitor: train/loss, stopping_threshold: 1e9}}"
+    words = ["data.fraction=0.1", "recipe.batch_size=32", "trainer=cpu", "evaluation=none", stop]
+    run = ekd.distill("digits", method="ce", branches=1, epochs=3, overrides=words)
+    assert run.result.epochs_done == 1
 
 
 def test_the_package_is_imported_lazily():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback
 
-from ekd_lightning.config.config import compose_settings, import_user_modules
-from ekd_lightning.config.directory import new_directory
+from ekd_lightning.config.config import build_callbacks, compose_settings, import_user_modules, write_config
+from ekd_lightning.config.directory import DIRECTORY, agree, new_directory, remove_unused
+from ekd_lightning.config.edge import config_error
+from ekd_lightning.config.internals import initialized, options_of
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.errors import UserError
@@ -20,7 +26,8 @@ from ekd_lightning.networks import BranchedStudent, TeacherEnsemble, load_studen
 from ekd_lightning.pipeline.run import run
 from ekd_lightning.runs.directory import STUDENT
 from ekd_lightning.runs.result import Result
-from ekd_lightning.settings import RecipeSettings
+from ekd_lightning.runs.writer import is_rank_zero
+from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.training.distiller import Distiller
 
 __all__ = [
@@ -99,17 +106,26 @@ def distill(
     }
     words = [] if method is None else [f"method={method}"]
     words += [override(key, value) for key, value in given.items() if value is not None]
-    settings = compose_settings(*_data_words(data), *words, *overrides)
+    settings = _compose(*_data_words(data), *words, *overrides)
+    if settings.resume is not None:
+        raise UserError(f"resume={settings.resume}: a stopped run goes on by the command ekd-train resume=DIR")
     if teachers is not None:
         pool = [one if isinstance(one, str) else dict(one) for one in teachers]
         settings = replace(settings, teachers=replace(settings.teachers, pool=pool, count=None))
     import_user_modules(settings.imports)
-    if directory is None:
-        usual = Path("outputs") / settings.data.name / settings.method.name
-        place = new_directory(usual / f"{datetime.now():%Y-%m-%d_%H-%M-%S}", numbered=True)
-    else:
-        place = Path(directory)
-    return Run(run(settings, place, callbacks=list(callbacks)), place)
+    config = asdict(settings)
+    place = _place(settings, directory)
+
+    def start() -> None:
+        if is_rank_zero():
+            write_config(config, place)
+
+    with _told_to_ranks(place):
+        try:
+            all_callbacks = [*build_callbacks(settings), *callbacks]
+            return Run(run(settings, place, config=config, callbacks=all_callbacks, on_start=start), place)
+        finally:
+            remove_unused()
 
 
 def method(
@@ -132,7 +148,7 @@ def method(
     Raises:
         UserError: For an unknown name, or a method that does not fit the networks.
     """
-    settings = compose_settings(f"method={name}", *overrides).method
+    settings = _compose(f"method={name}", *overrides).method
     members = () if teachers is None else teachers.members
     names = () if teachers is None else tuple(identity.id for identity in teachers.identities)
     context = TermContext.of(student, members, image_size=image_size, teacher_names=names)
@@ -141,10 +157,42 @@ def method(
     )
 
 
+def _compose(*words: str) -> Settings:
+    try:
+        return compose_settings(*words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(config_error(error)) from None
+
+
 def _data_words(data: str | Path) -> list[str]:
-    path = Path(data)
-    if isinstance(data, Path) or path.is_dir():
+    path = Path(data).absolute()
+    with initialized(None):
+        configured = options_of("data")
+    if isinstance(data, Path) or (data not in configured and path.is_dir()):
         if not path.is_dir():
             raise UserError(f"data={data}: no such folder")
-        return ["data=folder", override("data.root", path.absolute()), override("data.name", path.name)]
+        return ["data=folder", override("data.root", path), override("data.name", path.name)]
     return [f"data={data}"]
+
+
+def _place(settings: Settings, directory: str | Path | None) -> Path:
+    """The run's directory, the same in all processes that Lightning, torchrun or SLURM start."""
+    if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return Path(os.environ[DIRECTORY])
+    if directory is not None:
+        return Path(directory).absolute()
+    wanted = Path("outputs", settings.data.name, settings.method.name, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    return agree("directory", lambda: new_directory(wanted.absolute(), numbered=True))
+
+
+@contextlib.contextmanager
+def _told_to_ranks(place: Path) -> Iterator[None]:
+    """Lightning starts further ranks with this script again: they read here where the run is."""
+    before = os.environ.get(DIRECTORY)
+    os.environ[DIRECTORY] = str(place)
+    try:
+        yield
+    finally:
+        os.environ.pop(DIRECTORY)
+        if before is not None:
+            os.environ[DIRECTORY] = before

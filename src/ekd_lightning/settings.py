@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import reduce
 from typing import Any, Optional, get_type_hints
 
@@ -244,7 +244,16 @@ class TeacherEntry:
         return next(name for name in _SOURCES if getattr(self, name))
 
 
-_SOURCES = ("zoo", "file", "train", "timm", "torchvision", "module", "hub")
+_LIBRARY = ("options", "normalization", "weights", "state_key", "classes", "stages", "image_size", "finetune")
+_USEFUL = {
+    "zoo": (),
+    "file": ("network", "key_map", "options", "normalization"),
+    "train": ("options", "normalization", "seed", "recipe"),
+    **dict.fromkeys(("timm", "torchvision", "module"), _LIBRARY),
+    "hub": tuple(name for name in _LIBRARY if name != "weights"),
+}
+"""What counts beside each way to obtain a teacher; with `finetune`, `seed` and `recipe` do, too."""
+_SOURCES = tuple(_USEFUL)
 
 
 @dataclass
@@ -317,6 +326,13 @@ class TeacherSettings:
             raise UserError(f"{key}={node}: must be a zoo id or a mapping with one of {', '.join(_SOURCES)}")
         given = [name for name in _SOURCES if getattr(entry, name)]
         _require(len(given) == 1, key, given, f"give exactly one of {', '.join(_SOURCES)}")
+        plain = TeacherEntry()
+        useful = _USEFUL[given[0]] + (("seed", "recipe") if entry.finetune else ())
+        for one in fields(TeacherEntry):
+            if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
+                raise UserError(f"{key}.{one.name} has no effect beside {given[0]} (what has: {', '.join(useful)})")
+        if entry.finetune and entry.classes:
+            raise UserError(f"{key}.classes has no effect beside finetune, which trains a new classifier")
         check_values(entry, f"{key}.")
         return entry
 

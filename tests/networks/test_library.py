@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -36,6 +37,7 @@ from ekd_lightning.networks.cutting import NEVER, cut, untold_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.library import from_hub, load_library_network, usual
 from ekd_lightning.networks.staged import StagedNetwork, he_initialised
+from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.distiller import Distiller
 
@@ -553,11 +555,24 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
         from_hub("user/repo")
 
 
-def test_the_version_of_a_library_is_part_of_an_identity(monkeypatch):
+def test_answers_depend_on_the_version_of_a_library_and_weights_do_not(monkeypatch, tmp_path):
     _, network = twins(SMALL)
-    before = state_sha256(network)
-    monkeypatch.setattr("ekd_lightning.networks.registry.version", lambda name: "99")
-    assert state_sha256(network) != before
+    before, known = answers_sha256("0" * 64, SMALL), state_sha256(network)
+    monkeypatch.setattr("ekd_lightning.networks.registry.version", lambda name: "99+cpu")
+    other = answers_sha256("0" * 64, SMALL)
+    assert other != before
+    monkeypatch.setattr("ekd_lightning.networks.registry.version", lambda name: "99+cu128")
+    assert answers_sha256("0" * 64, SMALL) == other
+    assert state_sha256(network) == known
+    assert answers_sha256("0" * 64, "resnet8") == "0" * 64
+    module = types.ModuleType("users_code")
+    module.__file__ = str(tmp_path / "users_code.py")
+    monkeypatch.setitem(sys.modules, "users_code", module)
+    found = set()
+    for code in ("a = 1", "a = 2"):
+        Path(module.__file__).write_text(code)
+        found.add(answers_sha256("0" * 64, "module:users_code.f"))
+    assert len(found) == 2
 
 
 def test_a_registered_network_keeps_the_weights_it_is_given():

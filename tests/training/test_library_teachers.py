@@ -103,6 +103,10 @@ def test_fine_tuned_teachers_are_kept_by_what_they_come_from(plan, data, weights
     state = {**module.state_dict(), "conv_stem.weight": module.conv_stem.weight.detach() * 2}
     safetensors.torch.save_file(state, other)
     keys = {first.detail["store_key"]}
+    twice = tmp_path / "twice.pt"
+    torch.save({"model": state, "mine": module.state_dict()}, twice)
+    again = plan(finetune="head", weights=str(twice), state_key="mine")  # the same weights from another file
+    assert gather_teachers(again).identities[0].detail["store_key"] == first.detail["store_key"]
     for changed in ({"weights": str(other)}, {"seed": 1}, {"recipe": {"lr": 0.01}}, {"finetune": "all"}):
         keys.add(gather_teachers(plan(**{"finetune": "head", **changed})).identities[0].detail["store_key"])
     assert kept() == keys
@@ -116,6 +120,9 @@ def test_fine_tuned_teachers_are_kept_by_what_they_come_from(plan, data, weights
         ({"timm": "resnet19"}, "unknown network of timm: 'resnet19'; did you mean"),
         ({"train": "resnet8"}, "give exactly one of zoo, file, train, timm, torchvision, module, hub"),
         ({"finetune": "heads"}, "finetune"),
+        ({"seed": 1}, r"teachers.pool\[0\].seed has no effect beside timm"),
+        ({"key_map": "own"}, r"teachers.pool\[0\].key_map has no effect beside timm"),
+        ({"finetune": "all", "classes": [0]}, "classes has no effect beside finetune"),
         ({"stages": {"a": "nowhere"}}, "unknown submodule of MobileNetV3: 'nowhere'"),
         ({"image_size": 0}, "image_size"),
         ({"recipe": {"epochs": 0}, "finetune": "head"}, "epochs"),

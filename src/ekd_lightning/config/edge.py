@@ -128,7 +128,7 @@ def one_line(program: str) -> Iterator[None]:
     except MissingConfigException as error:
         _exit(program, _missing_config(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _exit(program, _config_error(error))
+        _exit(program, config_error(error))
     except Exception as error:
         line = _not_an_option(error) or users_line(error)
         if line is None:
@@ -179,7 +179,7 @@ def _missing_config(error: MissingConfigException) -> str:
     return str(unknown_name(group or "configuration", name, options))
 
 
-def _config_error(error: Exception) -> str:
+def config_error(error: Exception) -> str:
     """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 Builder = Callable[..., StagedNetwork]
@@ -62,9 +65,14 @@ def is_of_library(name: str) -> bool:
 
 
 def library_version(name: str) -> str:
-    """Version of the library that makes a network; empty for the package's own networks and the user's modules."""
-    prefix = name.partition(":")[0]
-    return version(prefix) if is_of_library(name) and prefix != "module" else ""
+    """Version of the library that makes a network; of a user's module the hash of its file; else empty."""
+    prefix, _, own = name.partition(":")
+    if not is_of_library(name):
+        return ""
+    if prefix == "module":
+        file = getattr(sys.modules.get(own.rpartition(".")[0]), "__file__", None)
+        return file_sha256(Path(file)) if file else ""
+    return version(prefix).partition("+")[0]  # without what a build adds, such as +cpu: it answers the same
 
 
 def network_names() -> tuple[str, ...]:

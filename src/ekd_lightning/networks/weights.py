@@ -116,13 +116,23 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    library = library_version(network.spec.name)  # the same weights may be computed with otherwise by another version
-    digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode() + library.encode())
+    digest = hashlib.sha256(json.dumps(network.spec.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(values.numpy()))
     return digest.hexdigest()
+
+
+def answers_sha256(sha256: str, network: str) -> str:
+    """Hashes what a network's answers depend on: its `state_sha256` and, of a library's network, the version.
+
+    Args:
+        sha256: The network's `state_sha256`.
+        network: Its registered name, or that of a library.
+    """
+    version = library_version(network)
+    return hashlib.sha256(f"{sha256} {version}".encode()).hexdigest() if version else sha256
 
 
 def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:

@@ -227,9 +227,12 @@ def _load(settings: Settings, entry: Mapping[str, Any], data: TeacherData) -> St
                 "name the store that the run used"
             )
         return load_network(weights)
+    found: list[StagedNetwork] = []  # entries may differ in their classes or sizes alone
     for plan in plan_teachers(settings.teachers, data, "cpu"):
         if (plan.id, plan.source) == (entry["id"], entry["source"]):
             network, detail = plan.obtain()
             if detail.get("file_sha256") == entry.get("file_sha256"):
-                return network
-    raise UserError(f"teacher {entry['id']!r} of the run is not in its pool any more")
+                found.append(network)
+    if not found:
+        raise UserError(f"teacher {entry['id']!r} of the run is not in its pool any more")
+    return next((one for one in found if state_sha256(one) == entry["sha256"]), found[0])

@@ -29,6 +29,7 @@ from ekd_lightning.evaluation.scores import class_accuracy
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
 from ekd_lightning.networks import StagedNetwork
+from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.pipeline.context import EvaluationContext, Findings
 from ekd_lightning.pipeline.prepare import validation_images
 from ekd_lightning.settings import Settings
@@ -186,6 +187,12 @@ def _teachers(context: EvaluationContext) -> list[Predictions]:
     store = TeacherStore(Path(context.settings.teachers.store))
     batch_size = context.settings.data.eval_batch_size
     return [
-        store.test_outputs(partial(network, m), entry["sha256"], context.dataset.test, batch_size, context.device)
+        store.test_outputs(
+            partial(network, m),
+            answers_sha256(entry["sha256"], entry["network"]),
+            context.dataset.test,
+            batch_size,
+            context.device,
+        )
         for m, entry in enumerate(context.result.teachers or [])
     ]

@@ -20,6 +20,7 @@ from ekd_lightning.evaluation.predict import predict
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
+from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.pipeline.prepare import (
     Prepared,
     check_settings,
@@ -121,7 +122,8 @@ def score_teachers(
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
     for network, identity in zip(teachers.members, teachers.identities, strict=True):
-        scores = store.test_scores(network, identity.sha256, dataset.test, settings.data.eval_batch_size, device)
+        answers = answers_sha256(identity.sha256, identity.network)
+        scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
         rows.append(
             {
                 "id": identity.id,
@@ -157,7 +159,8 @@ def describe_chain(
     links = []
     for link in teacher.detail["chain"]:
         network = load_network(store.weights(link["store_key"]))
-        scores = store.test_scores(network, link["sha256"], dataset.test, settings.data.eval_batch_size, device)
+        answers = answers_sha256(link["sha256"], network.spec.name)
+        scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
         links.append({**link, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
     here = [link for link in links if not link["found"]]
     return {

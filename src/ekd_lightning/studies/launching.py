@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_SAFE_PATH = "PYTHONSAFEPATH"
+
 _LOOK_SECONDS = 1.0  # between two looks at the jobs' files
 _BAR = 12
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
@@ -105,12 +107,21 @@ def working_in(directory: str) -> Iterator[None]:
     Args:
         directory: The recorded working directory; one that is empty or gone changes nothing.
     """
-    before = Path.cwd()
-    os.chdir(directory if os.path.isdir(directory) else before)
+    before, safe = Path.cwd(), os.environ.get(_SAFE_PATH)
+    # A record names this directory: launchers start `python -m`, which would import modules that lie there.
+    os.environ[_SAFE_PATH] = "1"
+    if sys.version_info >= (3, 11) and os.path.isdir(directory):
+        os.chdir(directory)
+    elif os.path.isdir(directory) and not os.path.samefile(directory, before):
+        log.warning("Python 3.10 cannot keep modules in %s from being imported: this goes on here", directory)
     try:
         yield
     finally:
         os.chdir(before)
+        if safe is None:
+            os.environ.pop(_SAFE_PATH, None)
+        else:
+            os.environ[_SAFE_PATH] = safe
 
 
 def _placed(job: Job, folder: Path) -> list[str]:

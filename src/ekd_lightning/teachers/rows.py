@@ -163,8 +163,12 @@ class KnownRows:
                     host = {}
                     for name, _ in self._keys[m][t].columns:
                         column = _some(computed[name], new)
-                        largest[m] = torch.maximum(largest[m], computed[name].abs().amax())
+                        masked = computed[name].isneginf() if name == LOGITS else None  # a class that is never told
+                        known = computed[name] if masked is None else computed[name].masked_fill(masked, 0)
+                        largest[m] = torch.maximum(largest[m], known.abs().amax())
                         half = column.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
+                        if masked is not None:
+                            half = half.masked_fill(column.isneginf(), -torch.inf)
                         values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), half)
                         host[name] = half.to("cpu", non_blocking=True)
                     writes.append((m, t, rows[new], host))

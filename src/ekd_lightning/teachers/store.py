@@ -125,7 +125,7 @@ class TeacherStore:
 
         Args:
             network: Gives the teacher; not called where its outputs are kept already.
-            sha256: Its `state_sha256`.
+            sha256: Its `answers_sha256`.
             images: The test set.
             batch_size: Images per forward pass.
             device: Where to compute.

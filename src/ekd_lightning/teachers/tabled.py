@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput
+from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.teachers.rows import HeldRows, KnownRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
@@ -104,7 +105,7 @@ class TabledTeachers(TeacherSource):
         for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):
             columns = {name: (name, prod(shape)) for name, shape in shapes.items()}
             narrow = TableKey(
-                teacher_sha256=identity.sha256,
+                teacher_sha256=answers_sha256(identity.sha256, identity.network),
                 image_set_sha256=image_set_sha256,
                 num_images=num_images,
                 view_key=views.key,

@@ -34,7 +34,7 @@ from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.steps import check_optimizer
-from ekd_lightning.training.teacher_training import TeacherData, train_teacher
+from ekd_lightning.training.teacher_training import TeacherData, parts_sha256, train_teacher
 
 
 def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
@@ -201,13 +201,18 @@ def _plan_library(
         {**entry.options, **({"stages": entry.stages} if entry.stages else {})},
         None if (size, size) == sides(data.dataset.image_size) else size,
     )
-    build_network(spec)
+    linear = build_network(spec).num_features > 0
+    if (entry.finetune or entry.classes) and not linear:
+        raise UserError(f"{key}: {spec.name!r} does not end with a linear layer, so its classes cannot be changed")
     load = partial(load_library_network, spec, found.path, state_key=entry.state_key)
     detail = {"library": f"{entry.source} {library_version(spec.name)}".strip(), "weights": PUBLISHED}
     if found.path is not None:
         detail |= {"weights": found.path.name, "file_sha256": file_sha256(found.path)}
     if entry.finetune:
-        start = {"start": detail, "finetune": entry.finetune}
+        published = found.path is None and entry.source != "module"
+        # Weights that are at hand are read now: what does not fit is refused before other teachers are trained.
+        beginning = detail if published else parts_sha256(load(fresh_head=True))
+        start = {"start": beginning, "finetune": entry.finetune}
         train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
         return _plan_stored(settings, entry, spec, data, accelerator, start, train)
     names = tuple(data.dataset.class_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,6 +120,14 @@ def _fresh(spec: NetworkSpec, seed: int) -> BranchedStudent:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BranchedStudent(spec, branches=1, split_after="none")
+
+
+def parts_sha256(network: StagedNetwork) -> str:
+    """Hash of a network without its head."""
+    digest = hashlib.sha256()
+    for name, tensor in _parts(network).state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _parts(network: BranchedStudent | StagedNetwork) -> nn.ModuleList:

@@ -211,7 +211,7 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
     scores = named_scores("val", metrics)
     if not test:
         return scores
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
+    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None) == BEST_METRIC), None)
     if isinstance(best, ModelCheckpoint) and best.best_model_path and best.best_model_score is not None:
         last_weights = {name: value.clone() for name, value in module.state_dict().items()}
         state = trainer.strategy.checkpoint_io.load_checkpoint(best.best_model_path)
