@@ -510,6 +510,8 @@ def test_stages_are_named_by_submodules():
         ("torchvision:resnet19", {}, "unknown network of torchvision: 'resnet19'; did you mean 'resnet18'"),
         ("timm:resnet18", {"colour": 1}, "'timm:resnet18' cannot be built with options {'colour': 1}"),
         ("tim:resnet18", {}, "unknown network 'tim:resnet18'"),
+        ("timm:resnet18", {"checkpoint_path": "evil.pt"}, "option checkpoint_path is refused"),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, "option weights is refused"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, options, said):

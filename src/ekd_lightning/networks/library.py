@@ -31,6 +31,9 @@ _SIZES = ("img_size", "image_size", "input_size")
 _ANY_SIZE = (("dynamic_img_size", True), ("strict_img_size", False))
 """Options, and their values, by which timm builds one for any size."""
 _SHOWN = 3
+_FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"}
+_FILES |= {"weights_backbone", "progress"}
+"""Options by which a library would read files: options come from records, and those name no files."""
 _ABSENT = -1
 """Stands for a class of the data that a teacher does not know."""
 _allowed: set[str] = set()
@@ -130,6 +133,8 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
     """
     library, _, own = name.partition(":")
     usual(name)  # refuses unknown names
+    if taboo := sorted(_FILES.intersection(options)) if library != "module" else []:
+        raise UserError(f"network {name!r}: option {taboo[0]} is refused, files of weights are named by weights=FILE")
     classes = {} if pretrained else {"num_classes": num_classes}
     try:
         if library == "timm":
