@@ -17,11 +17,12 @@ from whole_runs import Outcome, call_train
 from ekd_lightning.cli import compare, evaluate, export
 from ekd_lightning.config.overrides import split_config_dir
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_json, write_yaml
+from ekd_lightning.files import write_json
 from ekd_lightning.networks import load_student, save_student
 from ekd_lightning.pipeline import export as pipeline_export
-from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.directory import OVERRIDES, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.studies.multirun import split_words
 from ekd_lightning.studies.sweep import Job, Sweep
 
@@ -51,11 +52,11 @@ def run(finished, tmp_path, monkeypatch) -> Path:
 
 def add_words(directory: Path, *words: object) -> None:
     path = directory / ".hydra" / "overrides.yaml"
-    write_yaml(path, yaml.safe_dump([*yaml.safe_load(path.read_text()), *words]))
+    RunWriter(directory).write_yaml(OVERRIDES, yaml.safe_dump([*yaml.safe_load(path.read_text()), *words]))
 
 
 def set_config(directory: Path, **values: object) -> None:
-    write_yaml(directory / "config.yaml", yaml.safe_dump({**RunDirectory(directory).config(), **values}))
+    RunWriter(directory).write_yaml("config.yaml", yaml.safe_dump({**RunDirectory(directory).config(), **values}))
 
 
 def called(capsys, main, *words: object) -> tuple[int, str]:

@@ -98,7 +98,7 @@ def test_an_automatic_table_and_mixed_images_are_reported_once(tiny_settings, ca
         (["data.augmentation=cutuot"], r"data\.augmentation 'cutuot'; did you mean 'cutout'"),
         (["data.augmentation=cutout", "data.pool_size=0"], r"data\.pool_size=0"),
         (["data.augmentation=cutout", "+data.augmentation_options={cutout: {sise: 3}}"], "did you mean 'size'"),
-        (["recipe.mixup=-1"], r"recipe\.mixup=-1\.0: must be 0 \(off\) or a positive number"),
+        (["recipe.mixup=-1"], r"recipe\.mixup=-1\.0: must be at least 0"),
     ],
 )
 def test_mistakes_are_refused_at_start(tiny_settings, words, message):

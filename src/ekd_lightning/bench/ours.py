@@ -71,11 +71,12 @@ class Job:
         teachers = replace(self.settings.teachers, store=str(store))
         return replace(self, settings=replace(self.settings, teachers=teachers))
 
-    def fit(self, *, whole: bool = False, also: Sequence[pl.Callback] = ()) -> Fitted:
+    def fit(self, *, whole: bool = False, validate: bool = True, also: Sequence[pl.Callback] = ()) -> Fitted:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
 
         Args:
             whole: Whether the ends of epochs count, where curves and checkpoints are written.
+            validate: Whether epochs end with the validation, where there are images for it.
             also: Further callbacks; they may stop the training.
 
         Returns:
@@ -85,14 +86,15 @@ class Job:
         module = make_distiller(self.settings, prepared, self.teachers)
         report = EpochReport(self.settings.recipe.batch_size)
         clock = Clock()
-        validates = prepared.datamodule.num_val_images > 0 and self.settings.trainer.get("limit_val_batches") != 0
+        validates = validate and prepared.datamodule.num_val_images > 0
+        flags = self.settings.trainer if validate else {**self.settings.trainer, "limit_val_batches": 0}
         loud = ("pytorch_lightning", "lightning_fabric", "ekd_lightning")
         with tempfile.TemporaryDirectory() as name, quiet(*loud):
             folder = Path(name)
             checkpoints = checkpoint_callbacks(folder, with_best=validates)
             callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, *checkpoints, *also]
             curves = MetricsCsv(folder / "metrics.csv")
-            trainer = build_trainer(self.settings.trainer, folder, [curves], callbacks, in_sweep=True)
+            trainer = build_trainer(flags, folder, [curves], callbacks, in_sweep=True)
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
         assert trainer.should_stop or trainer.current_epoch == self.settings.recipe.epochs

@@ -248,17 +248,13 @@ def overhead(bench: Bench) -> dict[str, Any]:
 
     Lightning's time goes from the first step to the end, with logging and checkpoints; neither side validates.
     """
-    settings = replace(
-        bench.settings,
-        student=replace(bench.settings.student, compile="never"),
-        trainer={**bench.settings.trainer, "limit_val_batches": 0},
-    )
+    settings = replace(bench.settings, student=replace(bench.settings.student, compile="never"))
     job, epochs = bench.job(settings), settings.recipe.epochs
     with tempfile.TemporaryDirectory() as folder:
         warm = job.with_store(Path(folder))
         ways = {
             "bare loop": lambda: BareLoop(warm).images_per_second(epochs),
-            "Lightning": lambda: warm.fit(whole=True).images_per_second,
+            "Lightning": lambda: warm.fit(whole=True, validate=False).images_per_second,
         }
         rates = take_turns(ways, 2 * bench.rounds + 1)
     found = summary(rates, "bare loop")

@@ -97,10 +97,10 @@ def check_typed(words: Sequence[str]) -> None:
         if word.startswith("--") and not any(name.startswith(word.split("=")[0]) for name in internals.option_names()):
             raise UserError(_no_option(word, next(iter(words[position + 1 :]), "")))
         key, sign, text = word.partition("=")
-        if (
-            word.startswith("-") or not sign or not text or text[0] in "[{(" or key == "resume"
-        ):  # which is read as a path
-            continue
+        if word.startswith("-") or not sign or not text or text[0] in "[{(" or key == "resume":
+            continue  # the last is read as a path
+        if re.fullmatch(r"[\w.,:+/@%-]*", text, re.ASCII):
+            continue  # nothing that the grammar would not take as it stands
         try:
             internals.parse_override(word)
         except HydraException:
