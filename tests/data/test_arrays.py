@@ -201,6 +201,8 @@ def test_replaced_images_are_read_anew(tmp_path, monkeypatch, source, forgotten)
 def test_parameters_that_are_handed_on(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data\.name=EMNIST: torchvision needs its `split`"):
         opened("torchvision", tmp_path, name="EMNIST")
+    with pytest.raises(UserError, match=r"data\.name=LSUN: refused, torchvision unpickles"):
+        opened("torchvision", tmp_path, name="LSUN")
     fetched = []
     monkeypatch.setattr(datasets.QMNIST, "download", lambda self: fetched.append(self.what))
     with pytest.raises(UserError, match=r"data\.name=QMNIST: torchvision cannot read it"):

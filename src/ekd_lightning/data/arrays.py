@@ -74,6 +74,10 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
 
     if name not in datasets.__all__:
         raise unknown_name("data set of torchvision", name, datasets.__all__)
+    if name.startswith("LSUN"):
+        raise UserError(
+            f"data.name={name}: refused, torchvision unpickles a cache file of it from the working directory"
+        )
     parts = {split: _torchvision_split(getattr(datasets, name), name, root, split, download) for split in SPLITS}
     found = {split: part for split, part in parts.items() if part is not None}
     if "val" in found and "test" not in found:
