@@ -39,10 +39,16 @@ def here(tmp_path, monkeypatch):
 
 
 def test_one_call_does_what_the_command_does(here, train):
-    outcome = train(here / "command", "method=ekd", "student.branches=2", "seed=3")
+    outcome = train(here / "command", "method=ekd", "student.branches=2", "seed=3", "trainer.threads=1")
     assert outcome.code == 0, outcome.err
     run = ekd.distill(
-        "digits", TEACHERS, "resnet8", branches=2, method="ekd", seed=3, overrides=[*WORDS, f"teachers.store={here}/s"]
+        "digits",
+        TEACHERS,
+        "resnet8",
+        branches=2,
+        method="ekd",
+        seed=3,
+        overrides=[*WORDS, "trainer.threads=1", f"teachers.store={here}/s"],
     )
     theirs = read_json(here / "command" / "result.json")
     assert run.directory.parent == here / "outputs/digits/ekd"
