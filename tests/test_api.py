@@ -193,6 +193,9 @@ def test_the_example_of_timm_runs(here, monkeypatch, capsys):
     torch.manual_seed(0)
     module = timm.create_model("mobilenetv3_small_050", num_classes=10)
     safetensors.torch.save_file(module.state_dict(), here / "w.safetensors")
-    words = ("data.fraction=0.1", "teachers.recipe.epochs=1", "recipe.epochs=1", "evaluation=none")
+    words = ("data.fraction=0.1", "teachers.recipe.epochs=1", "recipe.epochs=1")
     called("timm_teachers", "w.safetensors", *words, monkeypatch=monkeypatch)
     assert "student: " in capsys.readouterr().out
+    (result,) = (here / "outputs" / "digits" / "ekd").glob("*/result.json")
+    assert read_json(result)["evaluation_error"] is None
+    assert len(list((here / "store" / "outputs").glob("*.safetensors"))) == 2  # each teacher is asked once

@@ -189,7 +189,7 @@ def _teachers(context: EvaluationContext) -> list[Predictions]:
     return [
         store.test_outputs(
             partial(network, m),
-            answers_sha256(entry["sha256"], entry.get("network", "")),
+            answers_sha256(entry["sha256"], entry.get("network", "")),  # not recorded before version 0.2
             context.dataset.test,
             batch_size,
             context.device,
