@@ -118,7 +118,7 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
 def score_teachers(
     settings: Settings, dataset: Dataset, teachers: TeacherEnsemble, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each teacher's id, hash, origin, network, training images, and own test scores (accuracy in [0, 1], NLL in nats)."""
+    """Each teacher's id, hash, origin, network, training images, and test scores (accuracy in [0, 1], NLL in nats)."""
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
     for network, identity in zip(teachers.members, teachers.identities, strict=True):
