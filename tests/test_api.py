@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
+from whole_runs import TINY
 
 import ekd_lightning as ekd
 from ekd_lightning.cli import evaluate, export
@@ -24,7 +25,6 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.networks import NetworkSpec, TeacherIdentity, build_network, normalization, state_sha256
 from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
-from tests.whole_runs import TINY
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPEC = NetworkSpec("resnet8", 10, normalization("centered"), {"width": 0.25})
