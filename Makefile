@@ -10,7 +10,7 @@ TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 -
 # Rows of `make results`; ekd-compare adds the controls and the plain students of equal cost.
 METHODS := ekd $(filter-out ekd,$(basename $(notdir $(wildcard conf/method/*.yaml)))) ce@resnet20
 
-.PHONY: help run run-cifar10 data test test-all attacks lint format type check notebooks results bench wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all attacks lint format type check notebooks docs docs-links results bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ check: $(READY) ## all pre-commit hooks on all files
 notebooks: $(READY) ## make the notebooks from their scripts
 	$(BIN)/python notebooks/tools/generate.py
 
+docs: $(READY) ## build the documentation site into docs/_build/html; warnings and broken local links are errors
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
+docs-links: $(READY) ## ask every address in the documentation whether it is there (needs internet)
+	$(BIN)/sphinx-build --quiet -b linkcheck docs docs/_build/linkcheck
+
 results: $(READY) ## the comparison of all methods in docs/results (hours on a processor; stopped and started at will)
 	$(BIN)/ekd-compare --methods "$$(echo $(METHODS) | tr ' ' ,)" --fractions 0.1 --seeds 0,1,2 --output runs/methods \
 		experiment=cifar10_limited recipe.epochs=20 recipe.batch_size=64 recipe.lr=0.05 \
@@ -73,7 +79,7 @@ wandb-sync: $(READY) ## upload W&B runs that were made offline, below RUNS="outp
 	else find "$$@" -type d -name 'offline-run-*' -exec $(BIN)/wandb sync {} +; fi
 
 clean: ## remove what was built, but no data, store or results
-	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamp depends on pyproject.toml: changed dependencies are installed, unchanged ones cost nothing.
 $(READY): pyproject.toml
