@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.networks import NetworkSpec, TeacherIdentity, build_network, normalization, state_sha256
+from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -148,6 +150,83 @@ def test_predictions_are_the_students():
     ):
         predicted = torch.cat(trainer.predict(module, loader))
         torch.testing.assert_close(predicted, student.eval()(images))
+
+
+def checkpointed(here, method_name="ekd", epochs=1, **options):
+    """A module after some epochs with teachers, its loader, its trainer, and its checkpoint."""
+    digits = load_dataset("digits", "unused").train
+    loader = DataLoader(TensorDataset(to_unit(digits.images[:64]), digits.labels[:64]), batch_size=32)
+    student, teachers, _ = networks()
+    method = ekd.method(method_name, student, teachers)
+    module = ekd.Distiller(student, method, ekd.RecipeSettings(epochs=2), teachers=teachers, **options)
+    trainer = trainer_of(epochs)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(here / "a.ckpt")
+    return module, loader, trainer, here / "a.ckpt"
+
+
+def trainer_of(epochs):
+    flags = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(max_epochs=epochs, accelerator="cpu", **flags)
+
+
+def test_a_module_comes_back_for_prediction_without_teachers(here):
+    module, loader, _, path = checkpointed(here)
+    loaded = ekd.Distiller.load_from_checkpoint(path)
+    images = torch.rand(6, 3, 32, 32)
+    assert torch.equal(loaded.eval().student(images), module.eval().student(images))
+    assert torch.equal(loaded.predict_step(images, 0), module.student(images))
+    trainer = trainer_of(2)
+    assert trainer.validate(loaded, loader, verbose=False) == trainer.validate(module, loader, verbose=False)
+    with pytest.raises(UserError, match=r"method 'ekd' needs teachers, and there are none: hand them in, teachers="):
+        trainer.fit(loaded, loader, ckpt_path=path)
+    known = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert known["teachers"] == [
+        {"id": t.id, "network": "resnet8", "sha256": t.sha256} for t in module.teachers.identities
+    ]
+    assert RecipeSettings(**known["recipe"]) == module.recipe
+    assert json.loads(json.dumps(known)) == known
+
+
+@pytest.mark.parametrize("method_name", ["ekd", "fitnet", "ce"])
+def test_a_module_that_comes_back_goes_on_as_if_nothing_had_been(here, method_name):
+    _, loader, trainer, path = checkpointed(here, method_name)
+    whole, _, one, _ = checkpointed(here / "whole", method_name, epochs=2)
+    loaded = ekd.Distiller.load_from_checkpoint(path, teachers=networks()[1])
+    two = trainer_of(2)
+    two.fit(loaded, loader, ckpt_path=path)
+    assert two.global_step == one.global_step == 2 * trainer.global_step
+    assert two.callback_metrics == one.callback_metrics
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_is_no_such_checkpoint_is_refused(here):
+    module, _, _, path = checkpointed(here)
+    other = networks(teachers=1)[1]
+    with pytest.raises(UserError, match="was taught by"):
+        ekd.Distiller.load_from_checkpoint(path, teachers=other)
+    with pytest.raises(UserError, match="no such file"):
+        ekd.Distiller.load_from_checkpoint(here / "b.ckpt")
+    good = torch.load(path, weights_only=True)
+
+    def refusal(**changes):
+        torch.save({**good, **changes}, here / "b.ckpt")
+        with pytest.raises(UserError) as caught:
+            ekd.Distiller.load_from_checkpoint(here / "b.ckpt")
+        assert len(str(caught.value).splitlines()) == 1
+        return str(caught.value)
+
+    known = good["hyper_parameters"]
+    assert "not a checkpoint of a Distiller" in refusal(hyper_parameters={})
+    assert "not a checkpoint of a Distiller" in refusal(hyper_parameters={**known, "student": 3})
+    assert "recipe.epochs" in refusal(hyper_parameters={**known, "recipe": {"epochs": 0}})
+    assert "hand it in, method=" in refusal(hyper_parameters={**known, "method": {}})
+    spec = {**known["student"]["spec"], "name": "module:os.system"}
+    assert "is not imported" in refusal(hyper_parameters={**known, "student": {**known["student"], "spec": spec}})
+    state = {name: value for name, value in good["state_dict"].items() if "head" not in name}
+    assert "head" in refusal(state_dict=state)
+    mine = ekd.Distiller.load_from_checkpoint(path, method=module.method, capture="never")
+    assert mine.method is module.method
 
 
 @pytest.mark.parametrize("images", [torch.rand(32, 3, 32, 32) * 255, torch.zeros(32, 3, 32, 32, dtype=torch.uint8)])

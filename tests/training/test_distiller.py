@@ -151,9 +151,20 @@ def test_the_order_of_teachers_counts(fit):
         fit.module.on_load_checkpoint({"teachers": own[::-1]})
 
 
-def test_a_method_that_needs_teachers_refuses_none(fit):
-    with pytest.raises(UserError, match="'ekd' needs teachers"):
-        Distiller(fit.module.student, fit.module.method, fit.module.recipe)
+def test_a_checkpoint_gives_the_runs_predictions_without_teachers(fit):
+    loaded = Distiller.load_from_checkpoint(fit.directory / "checkpoints" / "last.ckpt").eval()
+    images = torch.rand(5, 3, 32, 32)
+    student = load_student(fit.directory / "student.safetensors")
+    assert torch.equal(loaded.predict_step(images, 0), student(images))
+    assert loaded.recipe == fit.module.recipe
+    assert [t["sha256"] for t in loaded.hparams["teachers"]] == [t["sha256"] for t in fit.result["teachers"]]
+
+
+def test_banks_of_training_images_come_back_with_their_images(tiny_settings, tmp_path):
+    terms = "method.terms={ce_ensemble: {weight: 1.0}, crd: {weight: 0.1, negatives: 8, features: 4}}"
+    result = run(tiny_settings(terms), tmp_path, config={})
+    loaded = Distiller.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert len(loaded.method.terms["crd"].images) == result["num_train_images"]
 
 
 def test_whether_compiling_pays_is_judged_at_the_size_of_the_images():

@@ -6,7 +6,7 @@ Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K bra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -167,6 +167,34 @@ class TermContext:
             untold_classes=tuple(untold_classes(teacher.head) for teacher in teachers),
             **others,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but temperature, assignment and training images, as plain JSON-able values."""
+        left_out = ("temperature", "assignment", "train_index", "train_labels")
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
+        plain["untold_classes"] = [sorted(classes) for classes in self.untold_classes]
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], images: Mapping[str, Tensor]) -> TermContext:
+        """Rebuilds a context from `to_dict`.
+
+        Args:
+            values: What `to_dict` returned, or its JSON form.
+            images: `train_index` and `train_labels`, or nothing.
+        """
+
+        def shapes(of_stages: Mapping[str, Sequence[int]]) -> dict[str, StageShape]:
+            return {name: (shape[0], shape[1], shape[2]) for name, shape in of_stages.items()}
+
+        changed: dict[str, Any] = {
+            "student_stage_shapes": shapes(values["student_stage_shapes"]),
+            "teacher_stage_shapes": tuple(shapes(one) for one in values["teacher_stage_shapes"]),
+            "untold_classes": tuple(frozenset(classes) for classes in values["untold_classes"]),
+            "teacher_features": tuple(values["teacher_features"]),
+            "teacher_names": tuple(values["teacher_names"]),
+        }
+        return cls(**{**values, **changed, **images})
 
     def teacher_label(self, teacher: int) -> str:
         """How messages call teacher m (0-based)."""

@@ -257,6 +257,8 @@ class ContrastiveRepresentation(FeatureTerm):
         UserError: For values outside these ranges, or when nobody says which images are trained on.
     """
 
+    knows_images = True
+
     def __init__(
         self,
         weight: float,

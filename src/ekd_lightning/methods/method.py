@@ -6,6 +6,7 @@ Shape letters: B batch, C classes, M teachers, K branches.
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import UserError, quiet, unknown_name
 from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, RandomAssignment, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
 from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
@@ -54,6 +55,9 @@ class Method(nn.Module):
         needs_networks: Whether `forward` must be given the networks themselves.
         teacher_stages: Names of the stage outputs that the teachers must return.
         student_stages: Names of the student's stage outputs that some term reads.
+        origin: What `build_method` made it of, for `rebuild_method`: plain values, and the training images' positions
+            and labels where a term reads them. Empty where it was put together by hand, or has options that are not
+            plain.
 
     Raises:
         UserError: If no term has a positive weight, or a name cannot name a module.
@@ -74,6 +78,7 @@ class Method(nn.Module):
             raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
         self.assignment = assignment
         self._checked_classes: tuple[frozenset[int], ...] = ()
+        self.origin: dict[str, Any] = {}
         self.needs_teachers = any(term.needs_teachers for term in active.values())
         self.needs_pooled = any(term.needs_pooled for term in active.values())
         self.needs_networks = any(term.needs_networks for term in active.values())
@@ -287,7 +292,29 @@ def build_method(
         branch, ensemble = keys["ce_branch"], keys["ce_ensemble"]
         repeats = f"{branch} repeats {ensemble}, so the cross-entropy counts twice"
         warnings.warn(f"the student of {name!r} has one branch: {repeats}", stacklevel=2)
+    given = {"name": name, "terms": terms, "temperature": temperature, "assignment": assignment}
+    with contextlib.suppress(TypeError):  # options of a term of the user's own need not be plain
+        method.origin = json.loads(json.dumps({**given, "context": context.to_dict()}))
+        if any(term.knows_images for _, term in method.named_terms()):
+            method.origin["images"] = {"train_index": context.train_index, "train_labels": context.train_labels}
     return method
+
+
+def rebuild_method(origin: Mapping[str, Any]) -> Method:
+    """Builds a method again; its adapters have the weights with which they begin.
+
+    Args:
+        origin: The attribute of that name.
+
+    Raises:
+        UserError: As `build_method`; e.g. for a term that is not registered in this process.
+        KeyError, TypeError, ValueError: For anything but an origin.
+    """
+    context = TermContext.from_dict(origin["context"], origin.get("images") or {})
+    with quiet(), torch.random.fork_rng(devices=[]):
+        return build_method(
+            origin["name"], origin["terms"], context, temperature=origin["temperature"], assignment=origin["assignment"]
+        )
 
 
 def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:

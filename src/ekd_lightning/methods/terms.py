@@ -41,6 +41,7 @@ class Term(nn.Module):
         averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
             uses the assignment, else of all.
         least_branches: The fewest branches that a student may have.
+        knows_images: Whether it reads `TermContext.train_index` and `train_labels`.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
     """
@@ -54,6 +55,7 @@ class Term(nn.Module):
     takes_masked: bool = True
     averages_logits: bool = False
     least_branches: int = 1
+    knows_images: bool = False
     teacher_stages: tuple[str, ...] = ()
     student_stages: tuple[str, ...] = ()
 

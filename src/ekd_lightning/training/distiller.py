@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,16 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
-from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
+from ekd_lightning.methods.method import rebuild_method
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
 from ekd_lightning.networks.cutting import untold_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.teachers.source import LiveTeachers, TeacherSource
+from ekd_lightning.training.checkpoints import read_checkpoint
 from ekd_lightning.training.module import TrainingModule
 from ekd_lightning.training.recorded_step import StepValues
 
@@ -76,13 +80,14 @@ class Distiller(TrainingModule):
     """Trains a branched student by a method, with or without frozen teachers.
 
     The teachers are a submodule so that they follow the device, but have no submodules, parameters or state of their
-    own; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed.
+    own; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed. Without the teachers
+    that its method needs it validates, tests and predicts, and does not train.
 
     Args:
         student: The branched student.
         method: Weighted loss terms; its adapters are trained with the student.
         recipe: Optimiser and schedule.
-        teachers: The frozen ensemble; None for methods without teachers.
+        teachers: The frozen ensemble; None for methods without teachers, or where nothing will be trained.
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
         channels_last: Memory format of images, student, and teachers that are asked about images of a term's own.
@@ -94,7 +99,7 @@ class Distiller(TrainingModule):
         recipe_key: Where the recipe stands in the configuration, for messages.
 
     Raises:
-        UserError: If the method needs teachers and there are none, or compares classes that one does not know.
+        UserError: If the method compares classes that a teacher does not know.
     """
 
     def __init__(
@@ -112,8 +117,6 @@ class Distiller(TrainingModule):
         recipe_key: str = "recipe",
     ) -> None:
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
-        if method.needs_teachers and teachers is None:
-            raise UserError(f"method {method.name!r} needs teachers, and there are none")
         if method.needs_teachers and teachers is not None:  # a method may be built before their weights are there
             untold = [untold_classes(member.head) for member in teachers.members]
             method.check_classes(untold, [repr(identity.id) for identity in teachers.identities])
@@ -124,6 +127,66 @@ class Distiller(TrainingModule):
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
         self._spare_broadcasts()
+        identities = [] if teachers is None else teachers.identities
+        description = {
+            "student": student.arguments(),
+            "method": method.origin,
+            "recipe": asdict(recipe),
+            "teachers": [{"id": t.id, "network": t.network, "sha256": t.sha256} for t in identities],
+            "channels_last": channels_last,
+            "fold_teachers": fold_teachers,
+            "compile_student": compile_student,
+            "capture": capture,
+        }
+        self.save_hyperparameters(description, logger=False)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # no pickles, no hyperparameters of another kind
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str = "cpu",
+        *,
+        teachers: TeacherEnsemble | None = None,
+        method: Method | None = None,
+        **options: Any,
+    ) -> Distiller:
+        """Rebuilds what a Trainer, or a run, saved, without running any code of the file.
+
+        Args:
+            checkpoint_path: The checkpoint, e.g. `checkpoints/last.ckpt` of a run.
+            map_location: Where to.
+            teachers: Those that taught, for further training; not needed to validate, test and predict.
+            method: In place of the recorded one, where that was not made by `build_method`.
+            **options: Further arguments of the constructor, in place of the recorded ones.
+
+        Returns:
+            The module, in train mode.
+
+        Raises:
+            UserError: If the file is missing or damaged, has no such module, was taught by other teachers, or names a
+                network or a term that is not registered in this process.
+        """
+        path = Path(checkpoint_path)
+        checkpoint = read_checkpoint(path)
+        known = checkpoint.get("hyper_parameters") or {}
+        if method is None and known.get("method") == {}:
+            raise UserError(f"{path}: its method was not made of plain settings: hand it in, method=...")
+        try:
+            arguments = {**known["student"], "spec": NetworkSpec.from_dict(known["student"]["spec"])}
+            student = BranchedStudent(**arguments)
+            own = {name: known[name] for name in ("channels_last", "fold_teachers", "compile_student", "capture")}
+            own["recipe"] = RecipeSettings().changed(known["recipe"], "recipe")
+            method = method or rebuild_method(known["method"])
+            module = cls(student, method, **{**own, "teachers": teachers, **options})
+            if teachers is None:
+                module.hparams["teachers"] = known["teachers"]
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: not a checkpoint of a Distiller ({one_line(error)})") from None
+        return module.to(map_location)
 
     def _spare_broadcasts(self) -> None:
         """Names for DDP what is equal in all processes anyway; it would broadcast such buffers in every step."""
@@ -132,6 +195,17 @@ class Distiller(TrainingModule):
         named = (*self.named_parameters(), *self.named_buffers())
         names = [name for name, _ in named if name.startswith(prefixes)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def setup(self, stage: str) -> None:
+        """Refuses to train without the teachers that the method needs.
+
+        Raises:
+            UserError: If they are not there.
+        """
+        if stage == "fit" and self.method.needs_teachers and self.teachers is None:
+            raise UserError(
+                f"method {self.method.name!r} needs teachers, and there are none: hand them in, teachers=..."
+            )
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""
@@ -282,4 +356,4 @@ class Distiller(TrainingModule):
             )
 
     def _teacher_hashes(self) -> list[str]:
-        return [] if self.teachers is None else [identity.sha256 for identity in self.teachers.identities]
+        return [teacher["sha256"] for teacher in self.hparams["teachers"]]
