@@ -39,6 +39,7 @@ __all__ = [
     "distill",
     "load",
     "method",
+    "push",
 ]
 
 
@@ -55,8 +56,28 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-def load(path: str | Path, device: str = "cpu") -> DeployedModel:
-    """Reads a student that `ekd-export` wrote; see `ekd_lightning.networks.load_deployed`."""
-    from ekd_lightning.networks import load_deployed  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) -> DeployedModel:
+    """Loads a student for use; nothing that it holds is executed.
 
-    return load_deployed(path, device)
+    Args:
+        name: A file that `ekd-export` wrote, the name of a student that comes with the package
+            (`resnet8-ekd-cifar10`), or USER/REPO on the Hugging Face hub, of which `student.safetensors` is read.
+        device: Where to compute.
+        revision: Branch, tag or commit of the repository.
+
+    Returns:
+        The model: `model(images)` gives logits [B, C] for images [B, 3, H, W] in [0, 1].
+
+    Raises:
+        UserError: If there is no such student, the hub cannot be reached, or a package is missing.
+    """
+    from ekd_lightning.networks import find_student, load_deployed  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+
+    return load_deployed(find_student(name, revision), device)
+
+
+def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
+    """Uploads an exported student to the Hugging Face hub; see `ekd_lightning.networks.push`."""
+    from ekd_lightning import networks  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+
+    return networks.push(folder, repository, private=private)

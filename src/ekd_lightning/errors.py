@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import logging
 import re
 import warnings
@@ -34,6 +35,21 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
     shown = names if len(names) <= _MOST_SHOWN or not near else [*names[:_MOST_SHOWN], "..."]
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(shown) or 'none'})")
+
+
+def require(extra: str, *packages: str) -> None:
+    """Refuses what needs a package that is not installed.
+
+    Args:
+        extra: The extra of this project that holds them.
+        packages: As they are imported.
+
+    Raises:
+        UserError: Naming the first that is missing, and how to install it.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'")
 
 
 def one_line(error: Exception, most: int = 160) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +229,8 @@ REFUSED = [
     (["--max-drop", "-1"], ["--max-drop -1"]),
     (["-o", "here.onnx"], ["names a folder"]),
     (["recipe.lr=1"], ["recipe.lr=1", "data.root"]),
-    (["--upload"], ["needs --push-to"]),
+    (["--push", "x"], ["'x'", "USER/REPO"]),
+    (["--push", "me/x", "--format", "onnx"], ["--push", "safetensors"]),
 ]
 
 
@@ -297,7 +295,7 @@ def test_a_missing_package_names_the_extra(run, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in hidden else find(name))
     code, _, (line,) = call(run, "-o", tmp_path / "out", "--format", "onnx")
     assert (code, "onnxscript is not installed: pip install 'ekd-lightning[export]'" in line) == (2, True)
-    code, _, (line,) = call(run, "-o", tmp_path / "out", "--push-to", "me/x", "--upload")
+    code, _, (line,) = call(run, "-o", tmp_path / "out", "--push", "me/x")
     assert (code, "huggingface_hub is not installed: pip install 'ekd-lightning[hub]'" in line) == (2, True)
     assert not (tmp_path / "out").exists()
 
@@ -305,38 +303,7 @@ def test_a_missing_package_names_the_extra(run, tmp_path, monkeypatch):
 # -- uploading --------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """Stands for huggingface_hub, and remembers."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.error = error
-
-    def create_repo(self, name: str, **options: Any) -> None:
-        if self.error:
-            raise self.error
-        self.calls.append(("create", {"repo_id": name, **options}))
-
-    def upload_folder(self, **options: Any) -> str:
-        self.calls.append(("upload", options))
-        return "https://hub/me/x"
-
-
-def push(monkeypatch: pytest.MonkeyPatch, hub: Hub, *, upload: bool) -> None:
-    module = types.ModuleType("huggingface_hub")
-    module.HfApi = lambda: hub  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    command._push(argparse.Namespace(push_to="me/x", upload=upload), Path("a folder"))
-
-
-def test_nothing_is_uploaded_unless_two_words_ask_for_it(capsys, monkeypatch):
-    hub = Hub()
-    push(monkeypatch, hub, upload=False)
-    assert hub.calls == []
-    assert "nothing was uploaded; to do so: hf upload me/x 'a folder' ." in capsys.readouterr().out
-    push(monkeypatch, hub, upload=True)
-    assert [name for name, _ in hub.calls] == ["create", "upload"]
-    assert hub.calls[0][1]["private"] is True
-    assert hub.calls[1][1] == {"repo_id": "me/x", "folder_path": "a folder", "repo_type": "model"}
-    with pytest.raises(command.UserError, match="--push-to me/x: no token"):
-        push(monkeypatch, Hub(RuntimeError("no token")), upload=True)
+def test_pushing_uploads_the_export_and_says_where(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ekd_lightning.networks.push", lambda *given: f"https://hub/{given[1]}, {len(given)}")
+    code, out, _ = call(run, "-o", tmp_path / "out", "--push", "me/x")
+    assert (code, out.splitlines()[-1]) == (0, "uploaded: https://hub/me/x, 2")

@@ -520,10 +520,10 @@ def test_unknown_names_are_refused_with_the_nearest(name, options, said):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"need the package timm \(pip install 'ekd-lightning\[timm\]'\)"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"timm is not installed: pip install 'ekd-lightning\[timm\]'"):
         build_network(NetworkSpec("timm:resnet18", 10, UNIT))
-    with pytest.raises(UserError, match=r"need the package huggingface_hub"):
+    with pytest.raises(UserError, match=r"huggingface_hub is not installed: pip install 'ekd-lightning\[hub\]'"):
         from_hub("user/repo")
 
 
@@ -538,7 +538,7 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(described))
     asked = []
 
-    def fetch(repository, file):
+    def fetch(repository, file, revision):
         asked.append(file)
         return str(tmp_path / file)
 
@@ -552,8 +552,8 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="names no timm architecture"):
         from_hub("user/repo")
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(UserError, match=r"hub repository 'user/repo' cannot be fetched \(no route\)"):
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    with pytest.raises(UserError, match=r"hub repository 'user/repo': config.json cannot be fetched \(no route\)"):
         from_hub("user/repo")
 
 

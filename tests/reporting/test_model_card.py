@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from ekd_lightning.reporting.model_card import model_card, model_name
 
@@ -36,16 +37,15 @@ def export(**student: Any) -> dict[str, Any]:
 
 def test_the_header_is_what_the_hub_reads():
     card = model_card(export(), {}, license_id="apache-2.0")
-    facts = yaml.safe_load(card.split("---\n")[1])
-    assert facts["license"] == "apache-2.0"
-    assert facts["datasets"] == ["uoft-cs/cifar100"]
-    assert facts["pipeline_tag"] == "image-classification"
-    (model,) = facts["model-index"]
-    assert model["name"] == model_name(export()) == "ekd-cifar100-resnet20x2"
-    (entry,) = model["results"]
-    assert entry["dataset"] == {"name": "CIFAR-100", "type": "uoft-cs/cifar100", "split": "test"}
+    facts = ModelCard(card).data  # as the hub reads it
+    assert (facts.license, facts.datasets, facts.library_name) == ("apache-2.0", ["uoft-cs/cifar100"], "ekd-lightning")
+    assert facts.pipeline_tag == "image-classification"
+    assert facts.model_name == model_name(export()) == "ekd-cifar100-resnet20x2"
+    assert {(one.dataset_name, one.dataset_type, one.dataset_split) for one in facts.eval_results} == {
+        ("CIFAR-100", "uoft-cs/cifar100", "test")
+    }
     # an NLL that was not finite is left out, not invented
-    assert [(m["type"], m["value"]) for m in entry["metrics"]] == [
+    assert [(one.metric_type, one.metric_value) for one in facts.eval_results] == [
         ("accuracy", 0.5),
         ("expected_calibration_error", 0.125),
         ("brier_score", 0.6),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--calibration-images", type=int, help="training images that int8 takes its ranges from (default: 512)")
     add("--max-drop", type=float, help="accuracy that int8 may lose, of 1 (default: 0.02)")
     add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
-    add("--push-to", metavar="REPO", help="print the command that uploads the folder to a Hugging Face repository")
-    add("--upload", action="store_true", help="with --push-to: upload it")
+    add("--push", metavar="USER/REPO", help="upload it to the Hugging Face hub, to a repository that is private if new")
     add("--force", action="store_true", help="overwrite")
     add("--trust", action="store_true", help="import the modules that the run's record names (or: imports=[NAME,...])")
     run_command(parser, run_export, argv, level=logging.WARNING)
@@ -82,7 +80,8 @@ def run_export(args: argparse.Namespace) -> bool:
         if word.partition("=")[0] not in (*PLACES, "imports") or "=" not in word:
             raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
     folder = args.output or args.run / "export"
-    from ekd_lightning.pipeline import export  # noqa: PLC0415 (slow; --help and misspellings need none)
+    from ekd_lightning.networks import push  # noqa: PLC0415 (slow; --help and misspellings need none)
+    from ekd_lightning.pipeline import export  # noqa: PLC0415
     from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
     if args.output:
@@ -101,7 +100,8 @@ def run_export(args: argparse.Namespace) -> bool:
             print(model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force))
     if record.get("files") and not failure:
         _say_accuracy(record, context.result)
-        _push(args, folder)
+        if args.push:
+            print(f"uploaded: {push(folder, args.push)}")
     if failure:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
     return not failure
@@ -133,12 +133,12 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     of_int8 = {name: value for name, value in given.items() if value is not None}
     if of_int8 and not args.int8:
         raise UserError(f"--{next(iter(of_int8)).replace('_', '-')}: has no effect without --int8")
-    if args.upload and not args.push_to:
-        raise UserError("--upload: needs --push-to REPO")
-    if args.upload:
-        from ekd_lightning.networks.deploy import require  # noqa: PLC0415
+    if args.push:
+        if "safetensors" not in formats:
+            raise UserError("--push: of a repository, ekd_lightning.load reads safetensors; add it to --format")
+        from ekd_lightning.networks.hub import check_repository  # noqa: PLC0415
 
-        require("hub", "huggingface_hub")
+        check_repository(args.push)
     return ExportOptions(
         formats,
         branches=_branches(args.branches),
@@ -200,19 +200,6 @@ def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
     whole = len(student["branches"]) == student["of_branches"]
     said = f"; the run recorded {100 * recorded:.2f} %" if whole and recorded is not None else ""
     print(f"student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{said}")
-
-
-def _push(args: argparse.Namespace, folder: Path) -> None:
-    """Uploads if that was asked for by a word of its own; otherwise says how."""
-    if not args.push_to:
-        return
-    if not args.upload:
-        command = shlex.join(["hf", "upload", args.push_to, str(folder), "."])
-        print(f"nothing was uploaded; to do so: {command}   (or add --upload)")
-        return
-    from ekd_lightning.pipeline.export import upload  # noqa: PLC0415
-
-    print(f"uploaded to {upload(folder, args.push_to)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from ekd_lightning.networks import convnets, library  # noqa: F401
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed import DeployedModel, load_deployed
+from ekd_lightning.networks.hub import find_student, push
 from ekd_lightning.networks.library import allow_module
 from ekd_lightning.networks.registry import build_network, network_names, register_network
 from ekd_lightning.networks.staged import (
@@ -50,6 +51,7 @@ __all__ = [
     "allow_module",
     "build_network",
     "cut_branches",
+    "find_student",
     "load_deployed",
     "load_foreign",
     "load_network",
@@ -57,6 +59,7 @@ __all__ = [
     "load_zoo_teacher",
     "network_names",
     "normalization",
+    "push",
     "read_foreign_checkpoint",
     "read_metadata",
     "read_spec",

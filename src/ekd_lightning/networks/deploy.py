@@ -6,7 +6,6 @@ Shape letters: B batch, C classes, K branches.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import tempfile
@@ -19,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, quiet
+from ekd_lightning.errors import UserError, one_line, quiet, require
 from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.networks.staged import NetworkSpec, sides
@@ -127,17 +126,6 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
 def pack_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Metadata as strings: one JSON value a key, as all three formats can hold them."""
     return {KIND: DEPLOYED, **{key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}}
-
-
-def require(extra: str, *packages: str) -> None:
-    """Refuses what needs a package that is not installed.
-
-    Raises:
-        UserError: Naming the package and the extra of this project that holds it.
-    """
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'")
 
 
 def _with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:

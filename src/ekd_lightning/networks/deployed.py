@@ -24,9 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, quiet
+from ekd_lightning.errors import UserError, one_line, quiet, require
 from ekd_lightning.files import SEAL, is_intact, read_bytes
-from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent, require
+from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXES, DeployedStudent
 from ekd_lightning.networks.staged import ImageSize, sides
 
 REQUIRED = ("spec", "class_names", "image_size")

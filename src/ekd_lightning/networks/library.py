@@ -5,7 +5,6 @@ A network of a library is called `timm:NAME`, `torchvision:NAME` or `module:PACK
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.errors import UserError, one_line, require, unknown_name
 from ekd_lightning.networks.cutting import cut, select_classes
+from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import register_library
 from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normalization, StagedNetwork
 from ekd_lightning.networks.weights import read_foreign_checkpoint
@@ -80,23 +80,19 @@ def from_hub(repository: str) -> LibraryWeights:
         UserError: If the package is missing, the hub or the repository cannot be reached, or the repository holds no
             timm network in safetensors form.
     """
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError("teachers of the hub need the package huggingface_hub (pip install 'ekd-lightning[hub]')")
-    import huggingface_hub  # noqa: PLC0415 (optional)
-
+    config, path = fetch(repository, "config.json"), fetch(repository, "model.safetensors")
     try:
-        described = json.loads(Path(huggingface_hub.hf_hub_download(repository, "config.json")).read_text())
-        path = Path(huggingface_hub.hf_hub_download(repository, "model.safetensors"))
-    except Exception as error:  # no network, no such repository, no such file, no permission
-        raise UserError(f"hub repository {repository!r} cannot be fetched ({one_line(error)})") from None
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        described = None
     if not isinstance(described, dict) or not isinstance(described.get("architecture"), str):
         raise UserError(f"hub repository {repository!r}: its config.json names no timm architecture")
     name = f"timm:{described['architecture']}"
     found = usual(name)
     assert found is not None
-    config = described.get("pretrained_cfg") or {}
-    statistics = Normalization(config.get("mean", found.normalization.mean), config.get("std", found.normalization.std))
-    size = (config.get("input_size") or [3, found.image_size, found.image_size])[1]
+    own = described.get("pretrained_cfg") or {}
+    statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
+    size = (own.get("input_size") or [3, found.image_size, found.image_size])[1]
     return LibraryWeights(name, Usual(statistics, size, found.fixed), path)
 
 
@@ -293,8 +289,7 @@ def fixed_size(spec: NetworkSpec) -> int | None:
 
 
 def _timm() -> Any:
-    if importlib.util.find_spec("timm") is None:
-        raise UserError("networks called timm:... need the package timm (pip install 'ekd-lightning[timm]')")
+    require("timm", "timm")
     import timm  # noqa: PLC0415 (slow to import, and optional)
 
     return timm

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, require
 from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
-from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, require, to_bytes
+from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
 from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.runs.directory import RunDirectory
@@ -108,25 +108,6 @@ def read_export(folder: Path) -> dict[str, Any] | None:
     if isinstance(content.get("files"), dict) and isinstance(content.get("student"), dict):
         return content
     raise UserError(f"{path}: damaged, or not written by ekd-export; choose another folder with -o")
-
-
-def upload(folder: Path, repository: str) -> str:
-    """Uploads the files of an export to a repository of the Hugging Face hub, made private if it is new.
-
-    Returns:
-        Its address.
-
-    Raises:
-        UserError: If the hub or the network refuses.
-    """
-    import huggingface_hub  # noqa: PLC0415 (optional)
-
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(repository, repo_type="model", private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model"))
-    except Exception as error:  # the hub's and the network's kinds
-        raise UserError(f"--push-to {repository}: {' '.join(str(error).split())[:300]}") from None
 
 
 def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:

@@ -1,0 +1,104 @@
+"""Students by name: a file, a student of the package, or a repository of the Hugging Face hub; and uploads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ekd_lightning.errors import UserError, one_line, require, unknown_name
+from ekd_lightning.networks.deploy import SUFFIXES
+
+STUDENTS = Path(__file__).parents[1] / "students"
+"""Students that come with the package: NAME.safetensors, and its model card NAME.md."""
+HUB_FILE = "student.safetensors"
+"""What is read of a repository of the hub; nothing else of it is fetched."""
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def find_student(name: str | Path, revision: str | None = None) -> Path:
+    """Finds the file that `ekd_lightning.load` reads.
+
+    Args:
+        name: A file, the name of a student of the package, or USER/REPO on the Hugging Face hub. What exists as a
+            file, and what ends as one, is one.
+        revision: Branch, tag or commit of the repository; None for its main branch.
+
+    Raises:
+        UserError: If it is none of them, the hub cannot be reached, or a `revision` is given for a file.
+    """
+    own = {path.stem: path for path in STUDENTS.glob("*.safetensors")}
+    is_file = isinstance(name, Path) or Path(name).suffix in SUFFIXES.values() or Path(name).exists()
+    if isinstance(name, str) and not is_file and name not in own:
+        if _REPOSITORY.fullmatch(name):
+            return fetch(name, HUB_FILE, revision)
+        if "/" not in name:
+            raise UserError(f"{unknown_name('student', name, own)}, nor is it a file or USER/REPO on the hub")
+    if revision is not None:
+        raise UserError(f"revision={revision!r}: {name} is no repository of the hub")
+    return Path(name) if is_file else own.get(str(name), Path(name))
+
+
+def fetch(repository: str, file: str, revision: str | None = None) -> Path:
+    """Fetches one file of a repository of the hub, or takes it from the hub's cache.
+
+    Args:
+        repository: USER/REPO.
+        file: Its name there.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+        UserError: If the package is missing, or the hub, the repository or the file cannot be reached.
+    """
+    require("hub", "huggingface_hub")
+    import huggingface_hub  # noqa: PLC0415 (optional)
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    except Exception as error:  # no network, no such repository, no such file, no permission
+        raise UserError(f"hub repository {repository!r}: {file} cannot be fetched ({one_line(error)})") from None
+
+
+def check_repository(repository: str) -> None:
+    """Refuses what is not USER/REPO, or cannot be uploaded to for want of a package.
+
+    Raises:
+        UserError: Saying which.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise UserError(f"{repository!r}: not the name of a repository on the hub, those are USER/REPO")
+    require("hub", "huggingface_hub")
+
+
+def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
+    """Uploads an exported student with its model card, for `ekd_lightning.load("USER/REPO")`.
+
+    Args:
+        folder: That `ekd-export` wrote; of it, `README.md`, `export.json` and the student's files are uploaded.
+        repository: USER/REPO, made if it does not exist. The token is that of `hf auth login` or `HF_TOKEN`.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: If the package is missing, the folder holds no export, its card's header is unreadable, or the hub
+            refuses.
+    """
+    check_repository(repository)
+    import huggingface_hub  # noqa: PLC0415 (optional)
+
+    folder = Path(folder)
+    missing = [name for name in ("export.json", "README.md", HUB_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: lacks {' and '.join(missing)} (ekd-export RUN -o {folder} writes them)")
+    try:
+        huggingface_hub.ModelCard.load(folder / "README.md")
+    except Exception as error:  # YAML's and the hub's kinds
+        raise UserError(f"{folder / 'README.md'}: the hub cannot read its header ({one_line(error)})") from None
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        files = ["export.json", "README.md", *(f"student*{suffix}" for suffix in SUFFIXES.values())]
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files))
+    except Exception as error:  # the hub's and the network's kinds
+        raise UserError(f"hub repository {repository!r}: nothing was uploaded ({one_line(error)})") from None
