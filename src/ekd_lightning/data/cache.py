@@ -1,7 +1,8 @@
 """Cache of decoded images: files of uint8 pixels that are mapped into memory, named by what determines them.
 
 A file of facts, written last, makes a file of pixels believed: a killed builder leaves nothing that a reader would
-trust, and concurrent runs build a data set once.
+trust, and concurrent runs build a data set once. It holds the pixels' SHA-256, which is compared at each opening of
+files that take no more than a few seconds to read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from filelock import FileLock
 from torch import Tensor
 
 from ekd_lightning.errors import UserError, quiet
-from ekd_lightning.files import DamagedFileError, read_json, remove_parts, replacing, write_json
+from ekd_lightning.files import file_sha256, read_json, remove_parts, replacing, write_json
+
+HASHED_BYTES = 1 << 30
+"""The largest files of pixels that are compared with their checksum."""
 
 
 def cached_images(
@@ -52,7 +56,7 @@ def cached_images(
             facts.unlink(missing_ok=True)
             with replacing(pixels) as temporary:
                 record = build(temporary)
-            write_json(facts, record)
+            write_json(facts, {**record, **_identity(pixels)})
     except UserError:
         raise
     except OSError as error:
@@ -66,9 +70,15 @@ def _read(pixels: Path, facts: Path) -> tuple[Tensor, dict[str, Any]] | None:
     try:
         record = read_json(facts)
         shape = tuple(record["shape"])
-        if pixels.stat().st_size != math.prod(shape):
+        if pixels.stat().st_size != math.prod(shape) or not _identity(pixels).items() <= record.items():
             return None
         with quiet():  # torch warns that the map cannot be written to
             return torch.from_numpy(np.memmap(pixels, np.uint8, "r", shape=shape)), record
-    except (OSError, DamagedFileError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError):
         return None  # made again
+
+
+def _identity(pixels: Path) -> dict[str, str]:
+    """What the facts must say of a file of pixels: its name, and its hash where that is soon found."""
+    hashed = {"pixels_sha256": file_sha256(pixels)} if pixels.stat().st_size <= HASHED_BYTES else {}
+    return {"pixels": pixels.name, **hashed}

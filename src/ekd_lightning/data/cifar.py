@@ -60,8 +60,8 @@ class CifarSpec:
 
     Attributes:
         name: "cifar10" or "cifar100".
-        class_names: The names, used where the folder has no `names_file`.
-        names_file: Text file with one name a line, in the binary folder; it has no published MD5.
+        class_names: The published names; a folder's own file of them is not read, as it has no published MD5.
+        names_file: Text file with one name a line, in the binary folder.
         label_bytes: Label bytes before the pixels of a row; the last one is the label.
         label_key: Key of the labels in a python batch.
         binary: The binary form.
@@ -180,11 +180,10 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
             f"{spec.name} not found: looked for {spec.binary.folder} and {spec.python.folder} in "
             f"{root.absolute()}; {_advice(spec, root)}"
         )
-    names = _class_names(spec, found)
     return Dataset(
         name=spec.name,
-        train=_read_split(spec, found, "train", found.layout.train, names),
-        test=_read_split(spec, found, "test", found.layout.test, names),
+        train=_read_split(spec, found, "train", found.layout.train),
+        test=_read_split(spec, found, "test", found.layout.test),
         source=str(found.path.absolute()),
         normalization=spec.name,
     )
@@ -215,11 +214,9 @@ def _advice(spec: CifarSpec, root: Path) -> str:
     return f"run `ekd-data {spec.name} --root {where}` or put the official folder at {target}"
 
 
-def _read_split(
-    spec: CifarSpec, found: Found, split: str, files: Iterable[OfficialFile], names: tuple[str, ...]
-) -> ImageSet:
+def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[OfficialFile]) -> ImageSet:
     parse = _parse_binary if found.layout == spec.binary else _parse_python
-    pixels, labels = [], []
+    pixels, labels, names = [], [], spec.class_names
     for file in files:
         path = found.path / file.name
         part_pixels, part_labels = parse(spec, checked_bytes(path, file), path)
@@ -248,16 +245,6 @@ def _parse_python(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array,
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
         raise UserError(f"{path.absolute()} lacks 'data' or {spec.label_key!r} in the form of a CIFAR batch")
     return pixels, labels.astype(np.int64)
-
-
-def _class_names(spec: CifarSpec, found: Found) -> tuple[str, ...]:
-    path = found.path / spec.names_file
-    if not path.is_file():
-        return spec.class_names
-    names = tuple(path.read_text(encoding="utf-8").split())
-    if len(names) != len(spec.class_names):
-        raise UserError(f"{path.absolute()} names {len(names)} classes instead of {len(spec.class_names)}: delete it")
-    return names
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ekd_lightning.files import read_json, replacing, write_json
 
 _LAYOUT = 1
-_SALTED = "salted"  # tables of version 0.1 are not
+_SALTED = {"salted": True}  # tables of version 0.1 are not: their rows could be those of another table
 _TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
 _SHORT = 64  # bytes of a row up to which check values are computed for many rows at once
 _LOCK_SECONDS = 60.0
@@ -133,7 +133,7 @@ def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return crc
 
 
-def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int = 0) -> NDArray[np.uint32]:
+def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray[np.uint32]:
     """CRC32 of every payload [B, bytes], mixed with its row number and the salt; never 0, which marks a hole."""
     wide = rows.astype(np.uint64)
     # An odd factor permutes 32-bit numbers: any two rows below 2^32 differ in what is mixed in.
@@ -163,7 +163,7 @@ class TeacherTable:
         Raises:
             OSError: The folder or the file cannot be made, written or opened.
         """
-        self.key = key
+        self.key, self._salt = key, key.salt
         self.path = Path(folder) / f"{key.name}.rows"
         self._sidecar = self.path.with_suffix(".json")
         self._dtype = row_dtype(key.columns)
@@ -196,10 +196,9 @@ class TeacherTable:
             return f"has {found} bytes instead of {self._file_bytes}"
         try:
             described = read_json(self._sidecar)
-            self._salt = self.key.salt if described.pop(_SALTED, False) else 0
         except (OSError, ValueError):
             return f"has no readable description {self._sidecar.name}"
-        same = described == self.key.description
+        same = described == self.key.description | _SALTED
         return None if same else f"is described otherwise by {self._sidecar.name}"
 
     def _build(self) -> None:
@@ -211,8 +210,7 @@ class TeacherTable:
             message = f"teacher table {self.path} {defect}; it is built anew"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         # The sidecar goes first: a kill in between leaves no file of rows, which is simply built later.
-        write_json(self._sidecar, self.key.description | {_SALTED: True})
-        self._salt = self.key.salt
+        write_json(self._sidecar, self.key.description | _SALTED)
         with replacing(self.path) as temporary:
             os.truncate(temporary, self._file_bytes)
 
