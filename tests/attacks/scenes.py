@@ -74,7 +74,7 @@ def _too_long(*_: object) -> None:
 
 
 @contextlib.contextmanager
-def _limited() -> Iterator[None]:
+def limited() -> Iterator[None]:
     """A command that reads what has no end, or waits for what never comes, fails instead."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -115,7 +115,7 @@ def call(program: str, *words: object, cwd: Path) -> Called:
         patch.setattr(sys, "argv", [program, *map(str, words)])
         patch.chdir(cwd)
         before = dict(os.environ)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limited():
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), limited():
             root.handlers = [logging.StreamHandler(err)]
             root.setLevel(logging.INFO)
             try:

@@ -44,6 +44,8 @@ def _kinds() -> Iterator[Kind]:
         "student.safetensors": ("export", "evaluate"),
         "checkpoints/best.ckpt": ("export best",),
         ".hydra/overrides.yaml": ("compare", "report"),
+        ".hydra/hydra.yaml": ("report",),
+        ".metrics.json": ("report",),
     }.items():
         yield Kind("study", f"{RUN}/{name}", f"{OTHER}/{name}", commands)
     yield Kind("study", f"{RUN}/export/export.json", f"{RUN}/result.json", ("export again",))
@@ -52,12 +54,13 @@ def _kinds() -> Iterator[Kind]:
     yield Kind("study", "study/study.json", f"{RUN}/result.json", ("compare", "compare, the table"))
     for name in (
         *("status.json", "result.json", "config.yaml", "provenance.json", "metrics.csv", ".hydra/overrides.yaml"),
-        *(".hydra/config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+        *(".hydra/config.yaml", ".hydra/hydra.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
     ):
         yield Kind("stopped", f"stopped/a/{name}", f"stopped/b/{name}", ("resume",))
     for name in ("status.json", "result.json", "config.yaml", ".hydra/overrides.yaml", "checkpoints/last.ckpt"):
         yield Kind("sweep", f"sweep/0/{name}", f"sweep/1/{name}", ("resume the sweep",))
-    yield Kind("sweep", "sweep/sweep.json", "sweep/0/result.json", ("resume the sweep",))
+    for name in ("sweep.json", "multirun.yaml"):
+        yield Kind("sweep", f"sweep/{name}", "sweep/0/result.json", ("resume the sweep",))
     yield Kind("tuned", "tuned/kd_mean.yaml", "tuned/kd_mean/search.json", ("tuned rows", "print", "tune"))
     yield Kind("tuned", "tuned/kd_mean/search.json", "tuned/kd_mean.yaml", ("tune",))
     yield Kind("tuned", "tuned/kd_mean/trials.journal", "tuned/kd_mean/search.json", ("tune",))

@@ -41,6 +41,8 @@ def list_npz(path: Path) -> Listing:
     Raises:
         UserError: If the file is missing or damaged, or its arrays are others.
     """
+    if not path.is_file():
+        raise UserError(f"data.root={path}: no such file")
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, NpzFile):
@@ -48,8 +50,6 @@ def list_npz(path: Path) -> Listing:
         with file:
             arrays = {name: file[name] for name in file.files}
         stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-    except FileNotFoundError:
-        raise UserError(f"data.root={path}: no such file") from None
     except _DAMAGED as error:
         raise UserError(f"data.root={path}: not an .npz file of plain arrays, or damaged ({one_line(error)})") from None
     found = {split: pair for split in SPLITS if (pair := _pair(arrays, split, path))}

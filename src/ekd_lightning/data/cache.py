@@ -60,7 +60,8 @@ def cached_images(
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"data.cache={folder}: cannot be written ({error.strerror or error})") from error
+        what = error.filename or folder
+        raise UserError(f"data.cache={folder}: cannot be written ({what}: {error.strerror or error})") from error
     found = _read(pixels, facts)
     assert found is not None
     return found

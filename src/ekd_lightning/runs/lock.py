@@ -27,6 +27,8 @@ LOCK_FILE = ".run.lock"
 _PATIENCE_SECONDS = 0.5  # `is_held` takes a free lock for an instant; nobody is refused because of that
 _LONGEST_COMMAND = 200
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_HOW = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""How lock files are opened: neither a link nor a pipe in place of one leads elsewhere, or lets wait."""
 _open: set[int] = set()
 """File descriptors of all locks of this process. A forked child closes its copies, as they would keep a lock alive."""
 _warned: set[int] = set()
@@ -115,7 +117,7 @@ class DirectoryLock:
         while self._file is None:
             self._made += make_directory(self.directory)
             try:
-                file = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                file = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | _HOW, 0o644)
             except FileNotFoundError:  # its last holder removed the directory again
                 continue
             try:
@@ -196,11 +198,11 @@ def is_held(directory: Path) -> bool:
 def holder(directory: Path) -> Holder | None:
     """Who holds the lock of a directory, this process included; None if nobody does."""
     try:
-        file = os.open(directory / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        file = os.open(directory / LOCK_FILE, os.O_RDONLY | _HOW)
     except PermissionError:  # it is there, and not ours
         return Holder()
+    except OSError:  # not there, or something that nobody locks
+        return None
     try:
         _flock(file, exclusive=False)
         return None

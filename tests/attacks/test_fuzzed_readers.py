@@ -1,0 +1,229 @@
+"""Files that programs of users read, and what was downloaded: spoilt in every way, below the commands.
+
+Refused in one line that names the file, made again, or as if untouched. What has no checksum of its own, as weights
+and arrays of others, may be read as what it says now, but never runs, hangs or crashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from damages import DAMAGES, EXECUTED, damage
+from scenes import limited
+
+from ekd_lightning.data.arrays import list_npz
+from ekd_lightning.data.cache import cached_images
+from ekd_lightning.data.cifar import read_cifar
+from ekd_lightning.data.listing import read_listing
+from ekd_lightning.errors import users_line
+from ekd_lightning.networks import (
+    BranchedStudent,
+    DeployedStudent,
+    NetworkSpec,
+    build_network,
+    load_deployed,
+    load_network,
+    normalization,
+    save_network,
+    zoo,
+)
+from ekd_lightning.networks.deploy import pack_metadata, quantize_onnx, to_bytes
+from ekd_lightning.networks.weights import read_foreign_checkpoint
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import LOCK_FILE, DirectoryLock
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from cifar_files import make_tiny
+
+SPEC = NetworkSpec("resnet8", 4, normalization("unit"), {"width": 0.25})
+METADATA = {"class_names": list("abcd"), "image_size": 8, "data": {"name": "nothing"}}
+IMAGES = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+CIFAR = make_tiny("cifar10")
+TEACHER, PUBLISHED = "cifar10_resnet20_akamaster", bytes(range(256))
+
+
+def _network(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return build_network(SPEC).eval()
+
+
+def _exported(file_format: str) -> bytes:
+    torch.manual_seed(0)
+    student = BranchedStudent(SPEC, branches=2, split_after="stage1").eval()
+    return to_bytes(DeployedStudent(student), METADATA, file_format)
+
+
+def _int8() -> bytes:
+    torch.manual_seed(0)
+    spec = DeployedStudent(BranchedStudent(SPEC, branches=2, split_after="stage1").eval()).spec
+    return quantize_onnx(_exported("onnx"), [IMAGES.numpy()], pack_metadata({**METADATA, "spec": spec}))
+
+
+def _said(path: Path) -> Any:
+    return load_deployed(path)(IMAGES).tolist()
+
+
+def _weights(path: Path) -> Any:
+    return {name: tensor.tolist() for name, tensor in load_network(path).state_dict().items()}
+
+
+def _foreign(path: Path) -> Any:
+    return {name: tensor.shape for name, tensor in read_foreign_checkpoint(path).items()}
+
+
+def _zoo(path: Path) -> Any:
+    """The teacher of a published file that is ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        entry = replace(zoo.zoo_entry(TEACHER), sha256=hashlib.sha256(PUBLISHED).hexdigest())
+        patch.setattr(zoo, "zoo_entry", lambda name: entry)
+        patch.setattr(zoo, "load_foreign", lambda path, *_: path.read_bytes())
+        return zoo.load_zoo_teacher(TEACHER, path.parent)[0]
+
+
+def _cifar(path: Path) -> Any:
+    found = read_cifar(CIFAR.spec, path.parent)
+    return found.train.sha256, found.test.sha256, found.class_names
+
+
+def _npz(path: Path) -> Any:
+    return read_listing(list_npz(path), "own", image_size=None, cache=path.parent / "cache", skip_broken=False).train
+
+
+def _cached(path: Path) -> Any:
+    def build(target: Path) -> dict[str, Any]:
+        target.write_bytes(bytes(range(24)))
+        return {"shape": [2, 3, 2, 2]}
+
+    images, facts = cached_images(path.parent, {"of": "two"}, build)
+    return images.tolist(), facts
+
+
+def _only_lock(folder: Path) -> None:
+    _cached(folder / "x")
+    for path in folder.glob("*.*"):
+        if path.suffix == ".lock":
+            path.write_text("lock")
+        else:
+            path.unlink()
+
+
+def _locked(path: Path) -> Any:
+    run = RunDirectory(path.parent)
+    before = run.is_held()
+    with DirectoryLock(path.parent):
+        return before, run.is_held()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file that is spoilt.
+
+    Attributes:
+        make: Writes it, and what belongs to it, into a folder that is empty.
+        file: Its name there; a pattern.
+        read: What a program has of it.
+        believed: Whether it may be read as something else: it has no checksum that one could know.
+    """
+
+    make: Callable[[Path], object]
+    file: str
+    read: Callable[[Path], Any]
+    believed: bool = False
+
+
+def _written(name: str, content: Callable[[], bytes], read: Callable[[Path], Any]) -> Kind:
+    return Kind(lambda folder: (folder / name).write_bytes(content()), name, read)
+
+
+KINDS = {
+    "exported ONNX": _written("student.onnx", lambda: _exported("onnx"), _said),
+    "exported ONNX in int8": _written("student-int8.onnx", _int8, _said),
+    "exported .pt2": _written("student.pt2", lambda: _exported("torch-export"), _said),
+    "teacher from a file": Kind(lambda folder: save_network(folder / "t.safetensors", _network()), "t.*", _weights),
+    "foreign checkpoint": Kind(
+        lambda folder: torch.save({"state_dict": _network().state_dict()}, folder / "t.pt"), "t.pt", _foreign, True
+    ),
+    "foreign safetensors": Kind(
+        lambda folder: save_network(folder / "t.safetensors", _network()), "t.*", _foreign, True
+    ),
+    "teacher of the zoo": _written(zoo.zoo_entry(TEACHER).file, lambda: PUBLISHED, _zoo),
+    "CIFAR's binary file": Kind(CIFAR.write, f"{CIFAR.spec.binary.folder}/data_batch_2.bin", _cifar),
+    "CIFAR's names": Kind(lambda folder: _named(CIFAR.write(folder)), f"{CIFAR.spec.binary.folder}/*.txt", _cifar),
+    "CIFAR's python file": Kind(
+        lambda folder: CIFAR.write(folder, "python"), f"{CIFAR.spec.python.folder}/data_batch_2", _cifar
+    ),
+    "own arrays": Kind(lambda folder: _arrays(folder / "own.npz"), "own.npz", lambda path: _npz(path).sha256, True),
+    "cached pixels": Kind(lambda folder: _cached(folder / "x"), "*.pixels", _cached),
+    "facts of cached pixels": Kind(lambda folder: _cached(folder / "x"), "*.json", _cached),
+    "lock of cached pixels": Kind(_only_lock, ".*.lock", _cached),
+    "lock of a run": Kind(lambda folder: (folder / LOCK_FILE).write_text("{}"), LOCK_FILE, _locked),
+}
+
+
+def _named(folder: Path) -> None:
+    (folder / CIFAR.spec.names_file).write_text("\n".join(CIFAR.spec.class_names))
+
+
+def _arrays(path: Path) -> None:
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (8, 4, 4, 3), np.uint8)
+    np.savez(path, x_train=images, y_train=np.arange(8) % 2, x_test=images[::-1], y_test=np.arange(8)[::-1] % 2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of undamaged files, made when first asked for."""
+    root = tmp_path_factory.mktemp("whole")
+
+    def folder(kind: str) -> Path:
+        if not (root / kind).exists():
+            (root / kind).mkdir()
+            KINDS[kind].make(root / kind)
+        return root / kind
+
+    return folder
+
+
+def spoil(whole: Path, folder: Path, kind: str, how: str) -> str | None:
+    """What is wrong with how one damage of one file ended; None where it ended as promised."""
+    found = KINDS[kind]
+    shutil.copytree(whole, folder)
+    path = next(folder.glob(found.file))
+    expected = found.read(path)
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+    other = next((one for one in sorted(folder.iterdir()) if one.is_file() and one != path), Path(__file__))
+    damage(how, path, other, Random(f"{kind} {how}"))
+    try:
+        with limited():
+            said = found.read(path)
+    except Exception as error:
+        line = users_line(error)
+        named = line is not None and path.name in line
+        return None if named else f"{type(error).__name__}: {error}"
+    return None if said == expected or found.believed else "believed"
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.attacks] * kind.startswith("exported")) for kind in KINDS]
+)
+def test_every_damage_of_a_file_that_is_read(tmp_path, monkeypatch, whole, outcomes, kind):
+    monkeypatch.chdir(tmp_path)
+    wrong = {}
+    for place, how in enumerate(DAMAGES):
+        ended = spoil(whole(kind), tmp_path / str(place), kind, how)
+        outcomes["damaged file below the commands"] += 1
+        if ended:
+            wrong[how] = ended
+    assert not list(tmp_path.rglob(EXECUTED))
+    assert wrong == {}
