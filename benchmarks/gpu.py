@@ -198,8 +198,8 @@ def teachers(part: Part) -> dict[str, Any]:
     part.turn()
     found = {}
     for m, identity in enumerate(bench.teachers.identities):
-        frozen.ask(m, images)
-        ask = partial(frozen.ask, m, images)
+        frozen.outputs(m, images)
+        ask = partial(frozen.outputs, m, images)
         found[identity.id] = rate_of(ask, count, bench.device, 10)()
     return {"images_per_second": found, "chunk": count, "format": frozen.numeric_format}
 

@@ -78,7 +78,7 @@ def answers(store: TeacherStore, seed: int = 0) -> dict[str, Any]:
     sha256 = state_sha256(network)
     said = store.test_outputs(lambda: network, sha256, TEST, 5, CPU)
     source = tabled(store.root / "tables", network)
-    rows = source.ask(batch())
+    rows = source.outputs(batch())
     source.flush()
     return {
         "weights": sha256,
@@ -175,17 +175,17 @@ def test_tables_of_before_are_built_anew(tmp_path):
     """Of version 0.1: their check values say which row, but not of which table, so that two could be swapped."""
     network = teacher(0)
     fresh = tabled(tmp_path, network)
-    expected = fresh.ask(batch())
+    expected = fresh.outputs(batch())
     fresh.flush()
     (table,) = fresh._known._tables[0]
     table._sidecar.write_text(json.dumps(table.key.description))
     with pytest.warns(RuntimeWarning, match=f"{table.path.name} is described otherwise"):
         old = tabled(tmp_path, network)
-    assert torch.equal(old.ask(batch()).logits, expected.logits)
+    assert torch.equal(old.outputs(batch()).logits, expected.logits)
     assert old.hit_rate == 0.0
     old.flush()
     again = tabled(tmp_path, network)
-    assert torch.equal(again.ask(batch()).logits, expected.logits)
+    assert torch.equal(again.outputs(batch()).logits, expected.logits)
     assert again.hit_rate == 1.0
 
 
@@ -201,14 +201,14 @@ def test_values_beyond_float16_are_said_once(tmp_path):
         network.head.bias[0], network.head.bias[1] = 1e6, -1e9
     source = tabled(tmp_path, network)
     with pytest.warns(RuntimeWarning, match=r"teacher tutor returned outputs up to ±1e\+09: .* as ±65504"):
-        first = source.ask(batch())
+        first = source.outputs(batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        source.ask(batch()._replace(view=(batch().view + 1) % VIEWS.num_views))
+        source.outputs(batch()._replace(view=(batch().view + 1) % VIEWS.num_views))
     assert first.logits[0, :, :2].unique(dim=0).tolist() == [[65504.0, -65504.0]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(tabled(tmp_path, network).ask(batch()).logits, first.logits)
+        assert torch.equal(tabled(tmp_path, network).outputs(batch()).logits, first.logits)
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------

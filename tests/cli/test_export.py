@@ -199,9 +199,11 @@ def test_int8_that_loses_too_much_is_removed(run, exported, tmp_path, monkeypatc
     wrong = (exported / "student.onnx").read_bytes()
     monkeypatch.setattr(export, "quantize_onnx", lambda *_: wrong)
     monkeypatch.setattr(export, "to_bytes", lambda *_: wrong)
-    genuine = export.ask
+    genuine = export.predict_logits
     wrong_classes = torch.eye(10)[(load_dataset("digits", run).test.labels + 1) % 10]
-    monkeypatch.setattr(export, "ask", lambda *words: wrong_classes if is_last(tmp_path) else genuine(*words))
+    monkeypatch.setattr(
+        export, "predict_logits", lambda *words: wrong_classes if is_last(tmp_path) else genuine(*words)
+    )
     code, _, (line,) = call(run, "-o", tmp_path / "out", "--format", "onnx", "--int8")
     assert code == 1
     assert "loses more accuracy than --max-drop 0.02 allows" in line

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekd_lightning.data import load_dataset
-from ekd_lightning.evaluation.predict import ask, compare_logits, default_tolerance
+from ekd_lightning.evaluation.predict import compare_logits, default_tolerance, predict_logits
 
 
 @given(
@@ -59,6 +59,6 @@ def test_what_cannot_be_compared():
 
 def test_every_image_is_asked_once_and_in_order(tmp_path):
     test = load_dataset("digits", tmp_path).test
-    found = ask(lambda batch: batch.mean((1, 2, 3))[:, None], test, batch_size=100)
+    found = predict_logits(lambda batch: batch.mean((1, 2, 3))[:, None], test, batch_size=100)
     expected = test.images.double().div(255).mean((1, 2, 3))[:, None]
     assert torch.allclose(found.double(), expected, atol=1e-6)

@@ -79,7 +79,7 @@ def test_targets_are_drawn_in_proportion_to_the_wrong_classes():
 
 def test_attacked_images_flip_the_teachers_class_or_had_all_steps(live):
     def ask(x):
-        return live.ask_teacher(0, x).logits
+        return live.teacher_outputs(0, x).logits
 
     x = images()
     first = ask(x).argmax(1)
@@ -118,7 +118,7 @@ def test_an_attack_asks_about_images_only_until_they_cross(live):
 
     def ask(x):
         asked.append(len(x))
-        return live.ask_teacher(0, x).logits
+        return live.teacher_outputs(0, x).logits
 
     target = (ask(x).argmax(1) + 1) % C
     options = {"std": std, "steps": 25, "step_size": 3.0}
@@ -140,7 +140,7 @@ def test_a_teacher_asked_live_is_the_teacher(fold, channels_last):
     live = make_live(fold=fold, channels_last=channels_last)
     x, member = images().requires_grad_(), live._members[1]
     with torch.autocast("cpu", torch.bfloat16):
-        found = live.ask_teacher(1, x)
+        found = live.teacher_outputs(1, x)
     expected = member.outputs(x)
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-4)
     assert found.stages.keys() == expected.stages.keys()
@@ -166,9 +166,9 @@ def test_teachers_are_copied_once_and_left_alone(live):
 
 def context(live, term_progress=0.0, step=0, labels=None):
     x = images()
-    student = live.ask_student(x)
+    student = live.student_outputs(x)
     with torch.no_grad():
-        logits = torch.stack([live.ask_teacher(m, x).logits for m in range(2)])
+        logits = torch.stack([live.teacher_outputs(m, x).logits for m in range(2)])
     # As right as teacher 0, with gradients towards the student.
     student = student._replace(logits=student.logits + (logits[0] - student.logits).detach())
     batch = make_batch(B, C)._replace(images=x, labels=logits[0].argmax(1) if labels is None else labels)
@@ -215,8 +215,8 @@ def test_the_published_attack_flips_a_pretrained_teacher():
 
 def test_without_a_fitting_image_the_value_is_zero_with_a_graph(live):
     with torch.no_grad():
-        wrong = (live.ask_teacher(0, images()).logits.argmax(1) + 1) % C
-        wrong = torch.where(live.ask_teacher(1, images()).logits.argmax(1) == wrong, (wrong + 1) % C, wrong)
+        wrong = (live.teacher_outputs(0, images()).logits.argmax(1) + 1) % C
+        wrong = torch.where(live.teacher_outputs(1, images()).logits.argmax(1) == wrong, (wrong + 1) % C, wrong)
     value = make_term()(context(live, labels=wrong))
     assert float(value.detach()) == 0.0
     value.backward()
@@ -226,8 +226,8 @@ def test_a_schedule_that_has_ended_costs_nothing(live, monkeypatch):
     term = make_term()
     term.schedule = read_schedule("x", {"linear": [[0, 2], [0.75, 0]]})
     here = context(live, term_progress=0.8)
-    monkeypatch.setattr(live, "ask_teacher", None)
-    monkeypatch.setattr(live, "ask_student", None)
+    monkeypatch.setattr(live, "teacher_outputs", None)
+    monkeypatch.setattr(live, "student_outputs", None)
     assert float(term(here).detach()) == 0.0
 
 
@@ -247,9 +247,9 @@ def test_a_single_image_to_attack_is_survived_where_maps_are_one_by_one():
     teachers = TeacherEnsemble([build_network(SPEC)], [TeacherIdentity("t", "0" * 64, "file", "x")])
     live = _LiveNetworks(student, teachers)
     x = torch.rand(B, 3, 4, 4, generator=torch.Generator().manual_seed(2))
-    outputs = live.ask_student(x)
+    outputs = live.student_outputs(x)
     assert outputs.stages[0]["stage3"].shape[-2:] == (1, 1)
-    logits = live.ask_teacher(0, x).logits.detach()
+    logits = live.teacher_outputs(0, x).logits.detach()
     outputs = outputs._replace(logits=outputs.logits + (logits - outputs.logits).detach())
     labels = logits.argmax(1)
     labels[1:] = (labels[1:] + 1) % C
@@ -267,8 +267,8 @@ def test_one_attacked_image_counts_as_itself_where_batch_norm_needs_two(live):
     (base,) = [choose_base(here.student.logits.detach(), here.teachers.logits[0], here.batch.labels, 1)]
     term = make_term(images=1)
     asked = []
-    ask = live.ask_student
-    live.ask_student = lambda x: asked.append(x) or ask(x)
+    ask = live.student_outputs
+    live.student_outputs = lambda x: asked.append(x) or ask(x)
     value = term(here)
     assert [len(x) for x in asked if len(x) != B] == [2] * len(asked)
     assert torch.equal(asked[0][0], asked[0][1])

@@ -99,10 +99,10 @@ STAGED = {
 
 def test_a_method_says_what_it_asks_for_by_progress():
     method = build_method("x", STAGED, sizes())
-    asked = [method.asks_teachers(progress) for progress in (0.0, 0.29, 0.3, 0.79, 0.8, 1.0)]
+    asked = [method.teacher_needs(progress) for progress in (0.0, 0.29, 0.3, 0.79, 0.8, 1.0)]
     assert asked == [(True, ("stage1",))] * 2 + [(True, ())] * 2 + [(False, ())] * 2
-    assert () in method.stages_asked
-    assert () not in build_method("x", {"hint": STAGED["hint"]}, sizes()).stages_asked
+    assert () in method.needed_stage_sets
+    assert () not in build_method("x", {"hint": STAGED["hint"]}, sizes()).needed_stage_sets
 
 
 def test_an_idle_term_costs_nothing_and_leaves_zero_gradients():

@@ -33,7 +33,7 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.networks import library as libraries
-from ekd_lightning.networks.cutting import NEVER, cut, untold_classes
+from ekd_lightning.networks.cutting import NEVER, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.library import from_hub, load_library_network, usual
 from ekd_lightning.networks.staged import StagedNetwork, he_initialised
@@ -329,8 +329,8 @@ def methods_for(teachers, terms, assignment=None):
 )
 def test_terms_of_plain_logits_refuse_a_teacher_that_does_not_know_a_class(tmp_path, terms):
     teachers = [knowing(tmp_path, [2, 1, 0, 0]), knowing(tmp_path, [2, -1, 0, -1])]
-    assert [untold_classes(teacher.head) for teacher in teachers] == [frozenset(), frozenset({1, 3})]
-    assert untold_classes(teachers[1].head.bfloat16()) == {1, 3}
+    assert [unknown_classes(teacher.head) for teacher in teachers] == [frozenset(), frozenset({1, 3})]
+    assert unknown_classes(teachers[1].head.bfloat16()) == {1, 3}
     teachers[1].float()
     said = rf"method.terms.{next(iter(terms))} compares the logits of all classes, and the teacher 't1' .* 2 of them"
     for distill in methods_for(teachers, terms):

@@ -13,7 +13,7 @@ from tutors import N, V, gather, make_batch, same, tabled, tutors
 
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.teachers import rows
-from ekd_lightning.teachers.rows import KnownRows
+from ekd_lightning.teachers.rows import StoredRows
 from ekd_lightning.teachers.table import TeacherTable
 from ekd_lightning.teachers.tabled import TabledTeachers
 from ekd_lightning.training.distiller import Distiller
@@ -49,8 +49,8 @@ def three_epochs(source, *, ahead: bool, stages=()) -> list:
     for number, view in enumerate(views):
         source.prepare_epoch(index, view, gather, {stages: N})
         if ahead and number + 1 < len(views):
-            source.expect_epoch(index, views[number + 1], {stages: N})
-        found.append(source.ask(make_batch(index.tolist(), view.tolist()), stages))
+            source.prefetch_epoch(index, views[number + 1], {stages: N})
+        found.append(source.outputs(make_batch(index.tolist(), view.tolist()), stages))
     source.flush()
     return found
 
@@ -88,7 +88,7 @@ def test_rows_that_are_held_are_not_read_ahead(ensemble, tmp_path, readers):
         source.flush()
         readers.clear()
         for view in epochs():
-            source.expect_epoch(torch.arange(N), view, {(): N})
+            source.prefetch_epoch(torch.arange(N), view, {(): N})
         assert readers == []
 
 
@@ -97,7 +97,7 @@ def test_more_rows_than_the_memory_may_hold_are_not_read_ahead(ensemble, tmp_pat
     source.prepare_epoch(torch.arange(N), epochs()[0], gather, {(): N})
     monkeypatch.setitem(rows.HELD_BYTES, "cpu", 1000)
     readers.clear()
-    source.expect_epoch(torch.arange(N), epochs()[1], {(): N})
+    source.prefetch_epoch(torch.arange(N), epochs()[1], {(): N})
     assert readers == []
 
 
@@ -110,20 +110,20 @@ def test_a_table_that_is_cut_while_it_is_read_ahead_costs_one_warning(ensemble, 
         os.truncate(path, 0)
 
     def next_epoch():
-        source.expect_epoch(index, second, {(): N})
+        source.prefetch_epoch(index, second, {(): N})
         source.prepare_epoch(index, second, gather, {(): N})
 
     with pytest.warns(RuntimeWarning, match="cut short") as caught:
         next_epoch()
     assert len(caught) == 1
-    assert same(source.ask(make_batch(index.tolist(), second.tolist())), expected[1])
+    assert same(source.outputs(make_batch(index.tolist(), second.tolist())), expected[1])
 
 
 def test_an_error_of_the_thread_reaches_the_training(ensemble, tmp_path, monkeypatch):
     source, index = tabled(ensemble, tmp_path), torch.arange(N)
     source.prepare_epoch(index, index % V, gather, {(): N})
     monkeypatch.setattr(TeacherTable, "read", lambda *_: 1 / 0)
-    source.expect_epoch(index, index % 5, {(): N})
+    source.prefetch_epoch(index, index % 5, {(): N})
     with pytest.raises(ZeroDivisionError):
         source.prepare_epoch(index, index % 5, gather, {(): N})
 
@@ -131,21 +131,21 @@ def test_an_error_of_the_thread_reaches_the_training(ensemble, tmp_path, monkeyp
 def test_a_run_reads_ahead_and_ends_alike(train, tmp_path, monkeypatch):
     """Every epoch but the first finds its rows read; what is never asked for is not waited for."""
     read, expected = [], []
-    genuine, expect = KnownRows.read_all, TabledTeachers.expect_epoch
+    genuine, expect = StoredRows.read_all, TabledTeachers.prefetch_epoch
 
     def read_all(self, index, view, stages):
         read.append((threading.current_thread().name.split("_")[0], len(index)))
         return genuine(self, index, view, stages)
 
-    monkeypatch.setattr(KnownRows, "read_all", read_all)
-    monkeypatch.setattr(TabledTeachers, "expect_epoch", lambda self, *asked: expected.append(asked))
+    monkeypatch.setattr(StoredRows, "read_all", read_all)
+    monkeypatch.setattr(TabledTeachers, "prefetch_epoch", lambda self, *asked: expected.append(asked))
     words = ("recipe.epochs=3", "teachers.pool=[{train: resnet8, options: {width: 0.5}, seed: 0}]")
     assert train(tmp_path / "first", *words).code == 0
     assert len(expected) == 2
     read.clear()
     behind = train(tmp_path / "behind", *words)
     assert [name for name, _ in read] == ["MainThread"] * 3
-    monkeypatch.setattr(TabledTeachers, "expect_epoch", expect)
+    monkeypatch.setattr(TabledTeachers, "prefetch_epoch", expect)
     read.clear()
     ahead = train(tmp_path / "ahead", *words)
     assert [name for name, _ in read] == ["MainThread", "teacher-rows", "teacher-rows"]
@@ -156,7 +156,7 @@ def test_a_run_reads_ahead_and_ends_alike(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [SystemError, KeyboardInterrupt])
 def test_a_run_that_ends_early_does_not_wait_for_what_is_read_ahead(train, tmp_path, monkeypatch, error):
-    may_read, genuine, losses = threading.Event(), KnownRows.read_all, Distiller.losses
+    may_read, genuine, losses = threading.Event(), StoredRows.read_all, Distiller.losses
     steps = []
 
     def read_all(self, *rows):
@@ -172,7 +172,7 @@ def test_a_run_that_ends_early_does_not_wait_for_what_is_read_ahead(train, tmp_p
 
     words = ("recipe.epochs=2", "teachers.pool=[{train: resnet8, options: {width: 0.5}, seed: 0}]")
     assert train(tmp_path / "first", *words).code == 0
-    monkeypatch.setattr(KnownRows, "read_all", read_all)
+    monkeypatch.setattr(StoredRows, "read_all", read_all)
     monkeypatch.setattr(Distiller, "losses", third_fails)
     assert train(tmp_path / "run", *words).code != 0
     assert not may_read.is_set()

@@ -21,14 +21,14 @@ def ensemble() -> TeacherEnsemble:
 
 def test_live_teachers_have_no_hit_rate(ensemble):
     live = LiveTeachers(ensemble, PLAIN)
-    output = live.ask(make_batch([1], [0]), ("stage1",))
+    output = live.outputs(make_batch([1], [0]), ("stage1",))
     assert not output.logits.requires_grad
     assert (live.hits, live.misses, live.hit_rate) == (0, 0, None)
 
 
 def ready(ensemble: TeacherEnsemble, images: torch.Tensor, **how):
     teachers = FrozenTeachers(ensemble, TeacherFormat(**how))
-    return [teachers.ask(m, images) for m in range(2)]
+    return [teachers.outputs(m, images) for m in range(2)]
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -52,7 +52,7 @@ def test_compiled_teachers_agree_for_any_batch(ensemble):
     with torch.no_grad():
         expected = ensemble(POOL).logits[0]
     for size in (16, 3, 40, 1):  # the first is compiled; others are filled up or cut
-        logits = teachers.ask(0, POOL[:size]).logits
+        logits = teachers.outputs(0, POOL[:size]).logits
         assert logits.shape == (size, C)
         torch.testing.assert_close(logits, expected[:size], rtol=1e-4, atol=1e-5)
 
@@ -67,7 +67,7 @@ def test_without_a_compiler_teachers_are_asked_uncompiled(ensemble, monkeypatch)
     monkeypatch.setattr(torch, "compile", broken)
     teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="always"))
     with pytest.warns(RuntimeWarning, match=r"torch.compile does not work here.*No working C\+\+ compiler") as caught:
-        answers = [teachers.ask(m, POOL) for m in (0, 1, 0)]
+        answers = [teachers.outputs(m, POOL) for m in (0, 1, 0)]
     assert len(caught) == 2  # one for each teacher
     expected = ready(ensemble, POOL, precision="float32", compile="never")
     assert torch.equal(answers[0].logits, expected[0].logits)
@@ -80,18 +80,18 @@ def test_only_long_work_is_compiled(ensemble, monkeypatch):
     teachers = FrozenTeachers(ensemble, TeacherFormat(precision="float32"))
     macs = frozen_teachers.count_macs(ensemble.members[0], SIDE)
     teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) - 1)
-    teachers.ask(0, POOL)
+    teachers.outputs(0, POOL)
     assert compiled == []
     teachers.plan(int(frozen_teachers.COMPILE_MACS["cpu"] / macs) + 1)
-    teachers.ask(0, POOL)
-    teachers.ask(0, POOL)
+    teachers.outputs(0, POOL)
+    teachers.outputs(0, POOL)
     assert len(compiled) == 1
     never = FrozenTeachers(ensemble, TeacherFormat(precision="float32", compile="never"))
     never.plan(10**12)
-    never.ask(0, POOL)
+    never.outputs(0, POOL)
     assert len(compiled) == 1
 
 
 def test_a_stage_that_a_teacher_lacks_is_refused(ensemble):
     with pytest.raises(UserError, match=r"stage of teacher 'tutor0'.*stage9"):
-        LiveTeachers(ensemble, PLAIN).ask(make_batch([1], [0]), ("stage9",))
+        LiveTeachers(ensemble, PLAIN).outputs(make_batch([1], [0]), ("stage9",))

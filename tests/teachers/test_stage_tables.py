@@ -30,9 +30,9 @@ def ensemble() -> TeacherEnsemble:
 
 def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_path):
     batch = make_batch([3, 0, 3, 29], [1, 7, 1, 17])
-    live = LiveTeachers(ensemble, PLAIN).ask(batch, STAGES)
+    live = LiveTeachers(ensemble, PLAIN).outputs(batch, STAGES)
     cold, warm = tabled(ensemble, tmp_path), tabled(ensemble, tmp_path)
-    first, second = cold.ask(batch, STAGES), warm.ask(batch, STAGES)
+    first, second = cold.outputs(batch, STAGES), warm.outputs(batch, STAGES)
     assert same(first, second)
     assert (warm.hits, warm.misses) == (8, 0)
     for found, expected in zip(first.stages, live.stages, strict=True):
@@ -45,7 +45,7 @@ def test_cold_and_warm_are_the_live_outputs_rounded_to_float16(ensemble, tmp_pat
 
 def test_a_part_of_the_stages_can_be_asked_for(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
-    found = tabled(ensemble, tmp_path).ask(batch, ("stage3",))
+    found = tabled(ensemble, tmp_path).outputs(batch, ("stage3",))
     assert [set(stages) for stages in found.stages] == [{"stage3"}, {"stage3"}]
 
 
@@ -59,7 +59,7 @@ def test_outputs_too_large_for_the_memory_are_read_step_by_step(ensemble, tmp_pa
     assert not source.captured(STAGES)
     with monkeypatch.context() as patch:
         patch.setitem(rows.HELD_BYTES, "cpu", 1 << 30)
-        assert same(source.ask(batch, STAGES), expected.ask(batch, STAGES))
+        assert same(source.outputs(batch, STAGES), expected.outputs(batch, STAGES))
     assert (source.hits, source.misses) == (0, 4)
 
 
@@ -68,20 +68,20 @@ def test_an_epoch_ahead_computes_every_row_once(ensemble, tmp_path, monkeypatch)
     index, view = torch.arange(N), torch.arange(N) % VIEWS.num_views
     asked = []
     frozen = source._live.frozen
-    original = type(frozen(STAGES)).ask
+    original = type(frozen(STAGES)).outputs
 
-    def ask(self, m, images, batch_size=None):
+    def outputs(self, m, images, batch_size=None):
         asked.append(len(images))
         return original(self, m, images, batch_size)
 
-    monkeypatch.setattr(type(frozen(STAGES)), "ask", ask)
+    monkeypatch.setattr(type(frozen(STAGES)), "outputs", outputs)
     source.prepare_epoch(index, view, gather, {STAGES: 2})
     assert sum(asked) == 2 * N  # logits, pooled features and stages in one pass
     assert (source.hits, source.misses) == (0, 2 * N)
     batch = make_batch([4, 5], [4, 5])
-    output = source.ask(batch, STAGES)
+    output = source.outputs(batch, STAGES)
     assert sum(asked) == 2 * N
-    assert same(output, tabled(ensemble, tmp_path).ask(batch, STAGES))
+    assert same(output, tabled(ensemble, tmp_path).outputs(batch, STAGES))
 
 
 def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_path):
@@ -94,15 +94,15 @@ def test_tables_of_stages_and_of_logits_have_names_of_their_own(ensemble, tmp_pa
 
 def test_a_damaged_stage_row_is_computed_again(ensemble, tmp_path):
     batch = make_batch([2, 9], [3, 3])
-    first = tabled(ensemble, tmp_path).ask(batch, STAGES)
+    first = tabled(ensemble, tmp_path).outputs(batch, STAGES)
     for path in tmp_path.glob("*.rows"):
         blob = bytearray(path.read_bytes())
         blob[:] = bytes(b ^ 0xFF if b else 0 for b in blob)
         path.write_bytes(bytes(blob))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        assert same(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
-    assert same(tabled(ensemble, tmp_path).ask(batch, STAGES), first)
+        assert same(tabled(ensemble, tmp_path).outputs(batch, STAGES), first)
+    assert same(tabled(ensemble, tmp_path).outputs(batch, STAGES), first)
 
 
 def test_a_run_keeps_stages_only_where_asked(train, tiny_settings, tmp_path):
@@ -148,8 +148,8 @@ def test_kept_stages_are_made_ready_for_the_epoch_that_asks_for_them(train, tmp_
 
 def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp_path):
     batch = make_batch([2, 9], [3, 3])
-    tabled(ensemble, tmp_path).ask(batch, STAGES)
-    tabled(ensemble, tmp_path, image_set_sha256="c" * 64).ask(batch, STAGES)
+    tabled(ensemble, tmp_path).outputs(batch, STAGES)
+    tabled(ensemble, tmp_path, image_set_sha256="c" * 64).outputs(batch, STAGES)
     assert present_bytes(tmp_path, "d" * 64, VIEWS.key, 2) == 0
     assert present_bytes(tmp_path, "b" * 64, "another", 2) == 0
     own = {
@@ -169,10 +169,10 @@ def test_only_tables_of_the_same_images_and_views_count_as_present(ensemble, tmp
 
 def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tmp_path):
     batch = make_batch([4, 5], [4, 5])
-    first = plain_tabled(ensemble, tmp_path).ask(batch)
+    first = plain_tabled(ensemble, tmp_path).outputs(batch)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.rows")}
     source = tabled(ensemble, tmp_path)
     source.prepare_epoch(batch.index, batch.view, gather, {STAGES: 2})
     source.flush()
     assert {path: path.read_bytes() for path in before} == before
-    assert torch.equal(source.ask(batch, STAGES).logits, first.logits)
+    assert torch.equal(source.outputs(batch, STAGES).logits, first.logits)

@@ -32,19 +32,19 @@ def ensemble() -> TeacherEnsemble:
 def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
     cold, batch = tabled(ensemble, tmp_path), make_batch([1, 5, 1, 39], [0, 17, 3, 2])
     assert cold.hit_rate is None
-    first = cold.ask(batch)
+    first = cold.outputs(batch)
     assert (cold.hits, cold.misses, cold.hit_rate) == (0, 8, 0.0)
-    assert same(first, cold.ask(batch))
+    assert same(first, cold.outputs(batch))
     assert (cold.hits, cold.misses, cold.hit_rate) == (8, 8, 0.5)
     warm = tabled(ensemble, tmp_path)
-    assert same(first, warm.ask(batch))
+    assert same(first, warm.outputs(batch))
     assert (warm.hits, warm.misses, warm.hit_rate) == (8, 0, 1.0)
     assert min(warm._known.disk_bytes()) > 0
 
 
 def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
     batch = make_batch(list(range(20)), [i % V for i in range(20)])
-    live, known = LiveTeachers(ensemble, PLAIN).ask(batch), tabled(ensemble, tmp_path).ask(batch)
+    live, known = LiveTeachers(ensemble, PLAIN).outputs(batch), tabled(ensemble, tmp_path).outputs(batch)
     assert live.logits.shape == known.logits.shape == (2, 20, C)
     assert known.logits.dtype == torch.float32
     assert [p.shape for p in known.pooled] == [p.shape for p in live.pooled]
@@ -59,53 +59,53 @@ def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
 def asked(monkeypatch) -> list[tuple[int, int]]:
     """(teacher, number of images) of every question to a teacher."""
     questions = []
-    genuine = FrozenTeachers.ask
+    genuine = FrozenTeachers.outputs
 
-    def ask(self, m, images, *rest):
+    def outputs(self, m, images, *rest):
         questions.append((m, len(images)))
         return genuine(self, m, images, *rest)
 
-    monkeypatch.setattr(FrozenTeachers, "ask", ask)
+    monkeypatch.setattr(FrozenTeachers, "outputs", outputs)
     return questions
 
 
 def test_only_missing_images_pass_through_a_teacher(ensemble, tmp_path, asked):
     source = tabled(ensemble, tmp_path)
-    source.ask(make_batch([0, 1, 2], [0, 0, 0]))
-    mixed = source.ask(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
+    source.outputs(make_batch([0, 1, 2], [0, 0, 0]))
+    mixed = source.outputs(make_batch([2, 3, 0, 3], [0, 1, 0, 1]))
     assert asked == [(0, 3), (1, 3), (0, 1), (1, 1)]  # the repeated image is computed once
     assert torch.equal(mixed.logits[:, 1], mixed.logits[:, 3])
-    assert same(mixed, source.ask(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
+    assert same(mixed, source.outputs(make_batch([2, 3, 0, 3], [0, 1, 0, 1])))
     assert len(asked) == 4
 
 
 def test_without_pooled_there_are_none(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path, include_pooled=False), make_batch([1], [1])
     for _ in range(2):
-        assert source.ask(batch).pooled == ()
+        assert source.outputs(batch).pooled == ()
 
 
 def test_another_image_set_or_format_shares_nothing(ensemble, tmp_path):
     batch = make_batch([1, 2], [0, 1])
-    tabled(ensemble, tmp_path).ask(batch)
+    tabled(ensemble, tmp_path).outputs(batch)
     for change in ({"image_set_sha256": "c" * 64}, {"how": TeacherFormat(precision="bfloat16")}):
         other = tabled(ensemble, tmp_path, **change)
-        other.ask(batch)
+        other.outputs(batch)
         assert other.hits == 0
 
 
 def test_the_students_autocast_does_not_reach_the_teachers(ensemble, tmp_path):
     batch = make_batch([1, 2, 3], [0, 1, 2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = tabled(ensemble, tmp_path / "a").ask(batch)
-        live = LiveTeachers(ensemble, PLAIN).ask(batch)
-    assert same(inside, tabled(ensemble, tmp_path / "b").ask(batch))
-    assert torch.equal(live.logits, LiveTeachers(ensemble, PLAIN).ask(batch).logits)
+        inside = tabled(ensemble, tmp_path / "a").outputs(batch)
+        live = LiveTeachers(ensemble, PLAIN).outputs(batch)
+    assert same(inside, tabled(ensemble, tmp_path / "b").outputs(batch))
+    assert torch.equal(live.logits, LiveTeachers(ensemble, PLAIN).outputs(batch).logits)
 
 
 def test_stages_without_a_table_come_from_live_teachers(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    output, live = source.ask(batch, ("stage2",)), LiveTeachers(ensemble, PLAIN).ask(batch, ("stage2",))
+    output, live = source.outputs(batch, ("stage2",)), LiveTeachers(ensemble, PLAIN).outputs(batch, ("stage2",))
     for found, expected in zip(output.stages, live.stages, strict=True):
         assert set(found) == {"stage2"}
         assert torch.equal(found["stage2"], expected["stage2"])
@@ -124,9 +124,9 @@ def test_an_unwritable_folder_costs_one_warning(ensemble, tmp_path, ahead, stage
         warnings.simplefilter("error")
         if ahead:
             source.prepare_epoch(batch.index, batch.view, gather, {stages: 2})
-        results = [source.ask(batch, stages) for _ in range(2)]
+        results = [source.outputs(batch, stages) for _ in range(2)]
     assert same(results[0], results[1])
-    assert same(results[0], tabled(ensemble, tmp_path / "tables", keep_stages=stages).ask(batch, stages))
+    assert same(results[0], tabled(ensemble, tmp_path / "tables", keep_stages=stages).outputs(batch, stages))
     assert (source.hits, source.misses) == (0, 4 if ahead else 8)
 
 
@@ -140,24 +140,24 @@ def full_disk(monkeypatch):
 
 def test_a_full_disk_costs_one_warning_and_known_rows_stay(ensemble, tmp_path, full_disk):
     source, known, unknown = tabled(ensemble, tmp_path), make_batch([1], [0]), make_batch([2], [0])
-    source.ask(known)
+    source.outputs(known)
     full_disk()
     with pytest.warns(RuntimeWarning, match="No space left") as caught:
-        results = [source.ask(unknown) for _ in range(2)]
+        results = [source.outputs(unknown) for _ in range(2)]
     assert len(caught) == 1
     assert same(results[0], results[1])
     hits = source.hits
-    source.ask(known)
+    source.outputs(known)
     assert source.hits == hits + 2
 
 
 def test_a_table_cut_short_during_the_run_costs_one_warning(ensemble, tmp_path):
     source, batch = tabled(ensemble, tmp_path), make_batch([1, 2], [0, 1])
-    first = source.ask(batch)
+    first = source.outputs(batch)
     for path in tmp_path.glob("*.rows"):
         os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="cut short") as caught:
-        again = source.ask(batch)
+        again = source.outputs(batch)
     assert len(caught) == 1
     assert same(first, again)
 
@@ -166,19 +166,19 @@ def test_a_teacher_that_is_not_finite_is_named(ensemble, tmp_path):
     with torch.no_grad():
         ensemble.members[1].head.bias[0] = float("nan")
     with pytest.raises(UserError, match="tutor1"):
-        tabled(ensemble, tmp_path).ask(make_batch([1], [0]))
+        tabled(ensemble, tmp_path).outputs(make_batch([1], [0]))
 
 
 def test_a_table_with_pooled_features_serves_runs_that_need_logits_only(ensemble, tmp_path):
     batch = make_batch([1, 5, 2, 39], [0, 17, 3, 2])
-    expected = tabled(ensemble, tmp_path).ask(batch)
+    expected = tabled(ensemble, tmp_path).outputs(batch)
     narrow = tabled(ensemble, tmp_path, include_pooled=False)
-    found = narrow.ask(batch)
+    found = narrow.outputs(batch)
     assert (narrow.hits, narrow.misses, found.pooled) == (8, 0, ())
     assert torch.equal(found.logits, expected.logits)
-    fresh = narrow.ask(make_batch([7], [1]))  # what it adds must serve the runs that need features
+    fresh = narrow.outputs(make_batch([7], [1]))  # what it adds must serve the runs that need features
     wide = tabled(ensemble, tmp_path)
-    assert torch.equal(wide.ask(make_batch([7], [1])).logits, fresh.logits)
+    assert torch.equal(wide.outputs(make_batch([7], [1])).logits, fresh.logits)
     assert (wide.hits, wide.misses) == (2, 0)
 
 
@@ -204,10 +204,10 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
     folder = tmp_path_factory.mktemp("tables")
     index = torch.tensor(order)
     view = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
-    expected = LiveTeachers(ensemble, PLAIN).ask(make_batch(order, view.tolist()))
+    expected = LiveTeachers(ensemble, PLAIN).outputs(make_batch(order, view.tolist()))
     source = tabled(ensemble, folder)
     if known:
-        source.ask(make_batch(order[:known], view[:known].tolist()))
+        source.outputs(make_batch(order[:known], view[:known].tolist()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(frozen_teachers.CHUNK, "cpu", chunk)
         patch.setitem(rows.HELD_BYTES, "cpu", memory)
@@ -215,12 +215,12 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
         source.plan(planned)
         source.prepare_epoch(index, view, gather, {(): N})
         assert (source.hits, source.misses) == (2 * known, 2 * (N - known))
-        whole = source.ask(make_batch(order, view.tolist()))
+        whole = source.outputs(make_batch(order, view.tolist()))
         source.flush()
         warm = tabled(ensemble, folder)
         warm.plan(planned)
         warm.prepare_epoch(index, view, gather, {(): N})
-        again = warm.ask(make_batch(order, view.tolist()))
+        again = warm.outputs(make_batch(order, view.tolist()))
     assert (warm.hits, warm.misses) == (2 * N, 0)
     assert same(whole, again)
     torch.testing.assert_close(whole.logits, expected.logits, rtol=1e-3, atol=1e-3)
@@ -231,7 +231,7 @@ def test_an_epoch_ahead_says_what_batches_would_say(tmp_path_factory, order, kno
 def test_a_row_that_was_not_prepared_is_nan(ensemble, tmp_path):
     source = tabled(ensemble, tmp_path)
     source.prepare_epoch(torch.tensor([3, 1]), torch.tensor([0, 2]), gather, {(): 2})
-    found = source.ask(make_batch([1, 3, 3, 5], [2, 0, 1, 0]))
+    found = source.outputs(make_batch([1, 3, 3, 5], [2, 0, 1, 0]))
     known = torch.tensor([True, True, False, False])
     assert torch.equal(found.logits.isfinite().all(dim=(0, 2)), known)
     for pooled in found.pooled:
@@ -244,7 +244,7 @@ def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble
     index = torch.arange(N)
 
     def ask(batch: Batch):
-        return source.ask(batch)
+        return source.outputs(batch)
 
     for view, size in ((torch.zeros_like(index), N), (index % V, N), (index % 5, N - 3)):
         source.prepare_epoch(index[:size], view[:size], gather, {(): size})
@@ -252,7 +252,7 @@ def test_a_recorded_question_is_answered_with_the_rows_of_a_later_epoch(ensemble
         if not view.any():
             recorded = make_fx(ask)(make_batch([1, 2], [0, 0]))
         batch = make_batch([5, 30], view[[5, 30]].tolist())
-        assert same(recorded(batch), source.ask(batch))
+        assert same(recorded(batch), source.outputs(batch))
         assert recorded(batch).logits.isfinite().all()
 
 
@@ -271,15 +271,15 @@ def test_a_cuda_graph_answers_for_a_later_epoch(ensemble, tmp_path, live, stages
         assert source.captured(stages)
         if not view.any():
             with torch.cuda.stream(torch.cuda.Stream()):
-                source.ask(static, stages)
+                source.outputs(static, stages)
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
-                answer = source.ask(static, stages)
+                answer = source.outputs(static, stages)
         batch = on_gpu(make_batch([5, 30], view[[5, 30]].tolist()))
         for place, values in zip(static[:5], batch[:5], strict=True):
             place.copy_(values)
         graph.replay()
-        expected = source.ask(batch, stages)
+        expected = source.outputs(batch, stages)
         torch.testing.assert_close(answer.logits, expected.logits, rtol=1e-4, atol=1e-4)
         assert answer.logits.isfinite().all()
         for m in range(2):
@@ -301,7 +301,7 @@ def test_rows_computed_on_the_gpu_are_what_the_disk_gives_back(ensemble, tmp_pat
         source = tabled(ensemble, tmp_path)
         source.prepare_epoch(index, index % V, lambda i, v: gather(i, v).cuda(), {(): N})
         assert source.misses == misses
-        answers.append(source.ask(batch))
+        answers.append(source.outputs(batch))
         source.flush()
     assert same(*answers)
 
@@ -312,11 +312,11 @@ def test_what_may_be_recorded_asks_no_value(ensemble, tmp_path, stages):
     batch = make_batch([1, 2], [0, 0])
     for source in sources:
         source.prepare_epoch(batch.index, batch.view, gather, {stages: 2})
-        source.ask(batch, stages)
+        source.outputs(batch, stages)
         assert source.captured(stages)
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
             fake = Batch(*(fakes.from_tensor(part) for part in batch[:5]))
-            answer = source.ask(fake, stages)
+            answer = source.outputs(fake, stages)
         assert answer.logits.shape == (2, 2, C)
         assert set(answer.stages[1]) == set(stages)
 
@@ -336,8 +336,8 @@ def test_a_row_is_read_or_computed_once_where_memory_holds_it(ensemble, tmp_path
     for view in (index % V, index % 5, index % V):
         source.prepare_epoch(index, view, gather, {(): len(index)})
         assert same(
-            source.ask(make_batch([7, 29], view[[4, 26]].tolist())),
-            tabled(ensemble, tmp_path / "other").ask(make_batch([7, 29], view[[4, 26]].tolist())),
+            source.outputs(make_batch([7, 29], view[[4, 26]].tolist())),
+            tabled(ensemble, tmp_path / "other").outputs(make_batch([7, 29], view[[4, 26]].tolist())),
         )
     changed = int((index % V != index % 5).sum())
     assert (source.hits, source.misses) == (2 * (2 * 27 - changed), 2 * (27 + changed))
@@ -360,7 +360,7 @@ def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_pa
     monkeypatch.setattr(TeacherTable, "write", write)
     source, index = tabled(ensemble, tmp_path), torch.arange(N)
     source.prepare_epoch(index, index % V, gather, {(): N})
-    assert source.ask(make_batch([1, 2], [1, 2])).logits.isfinite().all()
+    assert source.outputs(make_batch([1, 2], [1, 2])).logits.isfinite().all()
     assert not tabled(ensemble, tmp_path)._known.read(0, 0, index.numpy(), (index % V).numpy())[1].any()
     may_write.set()
     source.flush()
@@ -371,7 +371,7 @@ def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_pa
 
 def test_a_disk_that_fills_behind_the_training_costs_one_warning(ensemble, tmp_path, full_disk):
     batch = make_batch([9], [4])
-    expected = tabled(ensemble, tmp_path / "other").ask(batch)
+    expected = tabled(ensemble, tmp_path / "other").outputs(batch)
     source, index = tabled(ensemble, tmp_path), torch.arange(N)
 
     def two_epochs():
@@ -384,13 +384,13 @@ def test_a_disk_that_fills_behind_the_training_costs_one_warning(ensemble, tmp_p
         two_epochs()
     assert len(caught) == 1
     assert not source.keeping
-    assert same(source.ask(batch), expected)
+    assert same(source.outputs(batch), expected)
 
 
 def test_mixed_images_are_refused(ensemble, tmp_path):
     batch = make_batch([1], [0])
     with pytest.raises(ValueError, match="mixed"):
-        tabled(ensemble, tmp_path).ask(batch._replace(soft_labels=torch.ones(1, C) / C))
+        tabled(ensemble, tmp_path).outputs(batch._replace(soft_labels=torch.ones(1, C) / C))
 
 
 def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, monkeypatch):
@@ -407,6 +407,6 @@ def test_a_table_compiles_for_one_size_whatever_is_missing(ensemble, tmp_path, m
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setitem(frozen_teachers.CHUNK, "cpu", 16)
     source = tabled(ensemble, tmp_path, how=TeacherFormat(precision="float32", compile="always"))
-    source.ask(make_batch([1, 2], [0, 0]))  # the first question is about two images
+    source.outputs(make_batch([1, 2], [0, 0]))  # the first question is about two images
     source.prepare_epoch(torch.arange(N), torch.zeros(N, dtype=torch.int64), gather, {(): N})
     assert set(sizes) == {16}

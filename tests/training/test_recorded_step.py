@@ -285,7 +285,7 @@ def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_pat
 def test_a_teacher_whose_answers_are_no_numbers_is_named(
     tiny_settings, tmp_path, monkeypatch, value, name, why, capture
 ):
-    ask = LiveTeachers.ask
+    ask = LiveTeachers.outputs
 
     def spoilt(self, batch, stages=()):
         output = ask(self, batch, stages)
@@ -293,7 +293,7 @@ def test_a_teacher_whose_answers_are_no_numbers_is_named(
         logits[1, batch.index == seen[0], 3] = value
         return output._replace(logits=logits)
 
-    monkeypatch.setattr(LiveTeachers, "ask", spoilt)
+    monkeypatch.setattr(LiveTeachers, "outputs", spoilt)
     words = (f"+method.terms={{spoilt: {{type: {name}, weight: 1.0}}}}", "teachers.table=off", f"capture={capture}")
     settings = settings_of(tiny_settings, "ce", "method.assignment=mean", *words)
     seen = [int(prepare(settings, "cpu").subset.train_index[7])]

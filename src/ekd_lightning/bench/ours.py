@@ -239,6 +239,6 @@ class BareLoop:
     def _loss(self, batch: Batch, values: StepValues) -> tuple[Tensor, list[Tensor]]:
         batch = batch._replace(images=batch.images.contiguous(memory_format=self._format))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half, cache_enabled=False):
-            taught = self.source.ask(batch)
+            taught = self.source.outputs(batch)
             result = self.method(self._forward(batch.images), taught, batch, weights=values.weights, step_t=values.step)
         return result.total, [result.total]

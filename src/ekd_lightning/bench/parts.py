@@ -116,14 +116,14 @@ def teachers_alone(bench: Bench) -> dict[str, Any]:
     ready = {name: FrozenTeachers(bench.teachers.to(bench.device), how) for name, how in FORMATS.items()}
     for m, identity in enumerate(bench.teachers.identities):
         start = time.perf_counter()
-        ready["auto folded, compiled"].ask(m, batch)
+        ready["auto folded, compiled"].outputs(m, batch)
         compile_seconds = time.perf_counter() - start
         ways = {
-            name: rate_of(partial(frozen.ask, m, batch), len(batch), bench.device) for name, frozen in ready.items()
+            name: rate_of(partial(frozen.outputs, m, batch), len(batch), bench.device) for name, frozen in ready.items()
         }
         rates = summary(take_turns(ways, bench.rounds), "float32 eager")
         plain, fast = (
-            torch.cat([ready[name].ask(m, part).logits for part in test.split(128)])
+            torch.cat([ready[name].outputs(m, part).logits for part in test.split(128)])
             for name in ("float32 eager", "auto folded, compiled")
         )
         result["teachers"][identity.id] = {

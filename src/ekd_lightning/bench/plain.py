@@ -67,10 +67,10 @@ class _PlainNetworks:
     def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble) -> None:
         self._student, self._members = student, list(teachers.members)
 
-    def ask_student(self, images: Tensor) -> StudentOutput:
+    def student_outputs(self, images: Tensor) -> StudentOutput:
         return self._student.outputs(images)
 
-    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+    def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
         return self._members[m].outputs(images)
 
     def classify(self, m: int, features: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""How good, how diverse and how expensive a network is."""
+"""Evaluation of networks: accuracy, calibration, diversity, robustness and cost."""

@@ -1,4 +1,4 @@
-"""Whether a classifier is as often right as it says: reliability, calibration errors, temperature scaling.
+"""Calibration of a classifier: reliability diagrams, calibration errors, temperature scaling.
 
 Shape letters: N images, C classes, B bins. Everything is computed in float64, whatever comes in.
 """
@@ -17,7 +17,7 @@ from torch.nn import functional
 from ekd_lightning.evaluation.scores import NUM_BINS
 
 TEMPERATURES = (0.05, 20.0)
-"""Where `fit_temperature` looks; a minimum at an edge is none."""
+"""Range that `fit_temperature` searches; a minimum at its edge counts as none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class ProbabilityScores(NamedTuple):
 
 
 def score_probabilities(logits: Tensor, labels: Tensor) -> ProbabilityScores:
-    """All scores of this module.
+    """Computes all scores of this module.
 
     Args:
         logits: [N, C], N >= 1; log-probabilities are logits too.
@@ -128,7 +128,7 @@ def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = NU
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
-    """The temperature T for which softmax(logits / T) has the lowest negative log-likelihood (Guo et al. 2017).
+    """Fits the temperature T that minimises the negative log-likelihood of softmax(logits / T) (Guo et al. 2017).
 
     The likelihood has one minimum in 1/T, so a bounded scalar search finds it.
 
@@ -167,5 +167,5 @@ def _shares(diagram: Reliability) -> np.ndarray:
 
 
 def _gap(diagram: Reliability) -> np.ndarray:
-    """Confidence minus accuracy; 0 in empty bins."""
+    """Returns confidence minus accuracy per bin; 0 in empty bins."""
     return np.nan_to_num(diagram.confidence - diagram.accuracy)

@@ -1,4 +1,4 @@
-"""Steps of corruptions: seeded draws for each image, filters with a stated border, resampling, edges.
+"""Filters of the corruptions: seeded draws per image, blurs with a stated border, resampling, edges.
 
 All of it takes batches [N, C, H, W] or [N, H, W] and works value by value, so that an image comes out the same
 whatever it was batched with.
@@ -68,7 +68,7 @@ def to_levels(images: Tensor) -> Tensor:
 
 
 def inside(place: Tensor, size: int, border: str) -> Tensor:
-    """Positions along an axis, any integers, as positions 0 .. size-1 of what is seen there.
+    """Maps positions along an axis, any integers, into 0 .. size-1 by a border rule.
 
     Args:
         place: int64, any shape.
@@ -262,7 +262,7 @@ def canny(layer: Tensor, low: float, high: float) -> Tensor:
 
 
 def _seen(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tensor:
-    """What each pixel sees that many rows below and columns to its right (at most two)."""
+    """Shifts maps: each pixel gets the value that many rows below and columns to its right (at most two)."""
     H, W = maps.shape[-2:]
     padded = functional.pad(maps, (2, 2, 2, 2), value=outside)
     return padded[..., 2 + down : 2 + down + H, 2 + right : 2 + right + W]

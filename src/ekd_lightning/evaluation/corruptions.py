@@ -1,4 +1,4 @@
-"""Corruptions of CIFAR-10-C and CIFAR-100-C: noise, blur, weather, light and processing, each with one extra.
+"""Corruptions of CIFAR-10-C and CIFAR-100-C: noise, blur, weather, light and digital, each with one extra.
 
 Source: D. Hendrycks and T. Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations, ICLR 2019, arXiv 1903.12261, with the constants of their `make_cifar_c.py`
@@ -280,7 +280,7 @@ def _colour(*levels: int) -> Tensor:
 
 
 def _water(layer: Tensor) -> Tensor:
-    """How bright the drops of a layer of grey levels are: the layer times its embossed distance from the edges."""
+    """Returns the brightness of the drops in a layer: grey levels times the embossed distance from edges."""
     distance = filters.edge_distance(filters.canny(layer, 50, 150))
     box = torch.full((3, 3), 1 / 9)
     distance = filters.equalize(filters.correlate(distance, box, "mirror").add(1e-4).floor())

@@ -1,4 +1,4 @@
-"""Diversity of an ensemble's members, and who resembles whom: branches, their own and other teachers, the student.
+"""Diversity of ensemble members, and similarity between branches, teachers and student.
 
 Members are the K branches of one student, or the same student of R seeds.
 Shape letters: K members or branches, M teachers, N images, C classes, D features. Everything is computed in float64.
@@ -43,7 +43,7 @@ class Diversity(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How much the same training differs from seed to seed.
+    """Spread of the same training over seeds.
 
     Attributes:
         num_runs: R.
@@ -100,7 +100,7 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
 
 
 def spread_over_runs(probs: np.ndarray, labels: np.ndarray) -> Spread:
-    """How much runs differ that differ in nothing but their seed.
+    """Measures how runs differ that share everything but the seed.
 
     Args:
         probs: [R, N, C], R >= 2 runs' probabilities of the same images, e.g. `ensemble_probs` of their arrays files.
@@ -136,7 +136,7 @@ def _js(probs: Tensor) -> float:
 
 
 def _mean_of_known(values: Tensor) -> float | None:
-    """The mean of the values that are numbers, and not 0 divided by 0; None without any."""
+    """Returns the mean of all values that are not NaN; None without any."""
     mean = float(values.nanmean())
     return None if math.isnan(mean) else mean
 
@@ -195,7 +195,7 @@ def kl_matrix(student_logits: Tensor, teacher_logits: Tensor) -> np.ndarray:
 
 
 def own_teachers(assignment: Tensor) -> list[int | None]:
-    """Each branch's own teacher: the one with the largest weight in its row.
+    """Returns each branch's own teacher: the one with the largest weight in its row.
 
     Args:
         assignment: [K, M], rows summing to 1.
@@ -211,7 +211,7 @@ def own_teachers(assignment: Tensor) -> list[int | None]:
 
 
 def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> float | None:
-    """By how much more branches resemble certain teachers than the others.
+    """Returns how much more branches resemble certain teachers than the others.
 
     mean_k [ S_k,t(k) - mean over m ≠ t(k) of S_km ], over the branches for which there is a t(k). With t the own
     teachers, a positive margin is what "every branch learns from its own teacher" predicts; 0 is what is expected

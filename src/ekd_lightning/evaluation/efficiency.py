@@ -1,4 +1,4 @@
-"""Efficiency: what a network costs, in parameters, multiply-accumulates, time and memory."""
+"""Efficiency of a network: parameters, multiply-accumulates, latency and memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1
 
 
 def _benchmark() -> Any:
-    """The benchmark package of PyTorch, without its remark on machines that have CUDA's compiler but no card."""
+    """Imports PyTorch's benchmark package without its warning on machines that have nvcc but no GPU."""
     with quiet("torch.utils.cpp_extension"):
         from torch.utils import benchmark  # noqa: PLC0415
     return benchmark
@@ -96,7 +96,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 @torch.no_grad()
 def peak_memory(module: nn.Module, images: Tensor) -> int:
-    """Most bytes that tensors take during one forward pass without gradients: weights, images, and what is between.
+    """Measures the peak bytes of tensors during one forward pass: weights, images and intermediates.
 
     On CUDA it is what the allocator handed out at most, the kernels' work space included, above what was there
     already; module and images count in full. Elsewhere the tensors that PyTorch's operations return are counted

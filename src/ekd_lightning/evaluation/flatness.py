@@ -1,4 +1,4 @@
-"""How flat the loss is around the weights: sharpness, and the loss along random directions.
+"""Flatness of the loss around the weights: sharpness, and the loss along random directions.
 
 Weights are named tensors, and a loss is a function of them: nothing here changes a network.
 """
@@ -72,7 +72,7 @@ class DatasetLoss:
 
 
 def sharpness(loss: DatasetLoss, *, rho: float, adaptive: bool = False, gradient: Weights | None = None) -> float:
-    """By how much the loss rises when its weights take one step of a given length uphill.
+    """Returns how much the loss rises after one uphill step of given length.
 
     L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖
     (Kwon et al. 2021, arXiv 2102.11600), which does not change when a filter is scaled up and what reads it is
@@ -125,7 +125,7 @@ def filter_normalized_direction(weights: Weights, seed: int) -> dict[str, Tensor
 
 
 def curve_alphas(points: int) -> list[float]:
-    """Places on a curve: `points` from -1 to 1 at equal distances, and ±0.25, ±0.5 and 0; sorted.
+    """Returns the positions on a curve: `points` from -1 to 1 at equal distances, and ±0.25, ±0.5 and 0; sorted.
 
     Args:
         points: At least 2.
@@ -158,7 +158,7 @@ def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]
 
 
 def loss_rise(curves: Tensor, alphas: Sequence[float], distance: float) -> float:
-    """By how much the loss is higher at |α| = distance than in the middle: a mean over directions and both sides.
+    """Returns how much higher the loss is at |α| = distance than at 0: the mean over directions and both sides.
 
     Args:
         curves: [D, A] of `loss_curves`.

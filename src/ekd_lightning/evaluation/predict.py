@@ -1,4 +1,4 @@
-"""Predictions: what a network says of a whole image set, and whether two forms of it say the same.
+"""Predictions of a network for a whole image set, and the agreement of two forms of a network.
 
 One pass in float32, without augmentation. Shape letters: N images, C classes, D features, K branches.
 """
@@ -48,7 +48,7 @@ class StudentPredictions(NamedTuple):
 def predict(
     network: StagedNetwork, images: ImageSet, *, batch_size: int, device: torch.device | str = "cpu"
 ) -> Predictions:
-    """Asks a network about every image once.
+    """Computes a network's outputs for every image once.
 
     Args:
         network: On `device`; its mode is restored afterwards.
@@ -56,7 +56,7 @@ def predict(
         batch_size: Images per forward pass; changes the cost, and nothing else but rounding.
         device: Where to compute.
     """
-    with _asked(network):
+    with _inference(network):
         found = [network.outputs(batch)[:2] for batch in batches(images, batch_size, device)]
     logits, pooled = zip(*found, strict=True)
     return Predictions(*(torch.cat([part.float().cpu() for part in parts]) for parts in (logits, pooled)))
@@ -65,11 +65,11 @@ def predict(
 def predict_student(
     student: BranchedStudent, images: ImageSet, *, batch_size: int, device: torch.device | str = "cpu"
 ) -> StudentPredictions:
-    """Asks a student, and each of its branches, about every image once; see `predict`."""
+    """Computes the outputs of a student and its branches for every image once; see `predict`."""
     # A gate reads the trunk's output, which is that of the last shared stage.
     stages = () if student.gate is None else (student.split_after,)
     rows: list[list[Tensor]] = []
-    with _asked(student):
+    with _inference(student):
         for batch in batches(images, batch_size, device):
             output = student.outputs(batch, stages)
             row = [output.logits[None], output.branch_logits, output.pooled]
@@ -87,8 +87,8 @@ def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> It
 
 
 @contextmanager
-def _asked(network: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradient; the mode comes back afterwards."""
+def _inference(network: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the mode is restored afterwards."""
     training = network.training
     network.eval()
     try:
@@ -99,11 +99,11 @@ def _asked(network: nn.Module) -> Iterator[None]:
 
 
 RELATIVE_TOLERANCE = 1e-4
-"""Share of the largest logit by which float32 forms may differ: sums in another order, folded batch norms."""
+"""Share of the largest logit by which float32 forms may differ: other summation orders, folded batch norms."""
 
 
 class Agreement(NamedTuple):
-    """How far one form is from another, over all images.
+    """Agreement of two forms of a network over all images.
 
     Attributes:
         images: N.
@@ -169,8 +169,8 @@ def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance:
 
 
 @torch.no_grad()
-def ask(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
-    """What a model says of every image once: float32 [N, C] on the CPU.
+def predict_logits(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
+    """Computes a model's logits for every image once: float32 [N, C] on the CPU.
 
     Args:
         model: Maps float32 images [B, 3, H, W] in [0, 1] to logits [B, C].

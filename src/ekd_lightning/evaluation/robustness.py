@@ -1,4 +1,4 @@
-"""Robustness: corrupted test sets by name, and how a classifier fares on them.
+"""Robustness of a classifier: corrupted test sets by name, and scores on them.
 
 The sets are the official files of CIFAR-10-C and CIFAR-100-C where they are present, else made from the test images
 under a seed. Images made here are "regenerated": other random numbers than those of the published files, and for
@@ -39,7 +39,7 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """The four that are meant for validation."""
 
 FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
-"""The photographs that the source draws from; it lists a sixth but never takes it."""
+"""The photographs that the source draws from; it lists a sixth but never uses it."""
 
 
 def corrupt(
@@ -157,7 +157,7 @@ class CorruptedSets:
             self.names = tuple(name for name in self.names if name != "frost" or self._frost)
 
     def images(self, name: str, severity: int, index: Tensor) -> Tensor:
-        """Gives uint8 [n, 3, H, W] of the test images at positions `index`, int64 [n]."""
+        """Returns uint8 [n, 3, H, W] of the test images at positions `index`, int64 [n]."""
         if self.source == "official":
             rows = index.cpu().numpy() + (severity - 1) * len(self._test)
             return torch.from_numpy(self._files[name][rows]).permute(0, 3, 1, 2)
@@ -180,7 +180,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 
 
 def spread_index(count: int, most: int | None) -> Tensor:
-    """Positions of at most `most` of `count` images, evenly spread; int64, sorted; None for all."""
+    """Returns at most `most` of `count` positions, evenly spread; int64, sorted; all for None."""
     if most is None or most >= count:
         return torch.arange(count)
     return (torch.arange(most) * count).div(most, rounding_mode="floor")

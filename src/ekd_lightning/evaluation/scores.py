@@ -194,14 +194,14 @@ def score_batches(
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """The scores of `ClassificationScores` of logits [N, C] of a whole image set and its labels, int64 [N]."""
+    """Computes the scores of `ClassificationScores` for logits [N, C] and labels, int64 [N]."""
     scores = ClassificationScores(logits.shape[-1], sync_on_compute=False).to(logits.device)
     scores.update(logits, labels)
     return scores.compute()
 
 
 def class_accuracy(confusion: np.ndarray) -> list[float | None]:
-    """Share of each class's images that are right, in [0, 1]; None for a class without images.
+    """Returns the accuracy of each class, in [0, 1]; None for a class without images.
 
     Args:
         confusion: int [C, C], images by label (rows) and predicted class.

@@ -1,4 +1,4 @@
-"""One student, many operating points: every subset of its branches, and leaving early when confident.
+"""Subsets of a student's branches as operating points, and early exit when the ensemble is confident.
 
 Shape letters: N images, C classes, K branches. Everything is computed in float64.
 """
@@ -19,14 +19,14 @@ from ekd_lightning.networks import BranchedStudent, cut_branches
 from ekd_lightning.networks.staged import ImageSize
 
 MOST_BRANCHES = 6
-"""Up to so many branches all subsets are scored (63 for 6); beyond, single branches and prefixes."""
+"""Up to this many branches, all subsets are scored (63 for 6); beyond, single branches and prefixes."""
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Confidences at which `early_exit` is tried."""
 
 
 class Cost(NamedTuple):
-    """What one image costs.
+    """Cost of one image.
 
     Attributes:
         macs: Multiply-accumulates.
@@ -74,7 +74,7 @@ class EarlyExit(NamedTuple):
 def couple_branches(
     branch_logits: Tensor, branches: Sequence[int], ensemble: str, gate_weights: Tensor | None = None
 ) -> Tensor:
-    """The prediction of some branches, coupled as the whole student couples all of them.
+    """Couples some branches as the whole student couples all of them.
 
     `mean_logits` and `mean_probs` take the mean over these branches. A gate's weights are scaled so that they sum to
     1 over these branches, which is the softmax of their scores alone, as in a student that was cut to them; where all
@@ -104,7 +104,7 @@ def couple_branches(
 
 
 def branch_subsets(num_branches: int) -> list[list[int]]:
-    """Which subsets are scored: all non-empty ones, by size; for many branches, single branches and prefixes."""
+    """Lists the subsets to score: all non-empty ones, by size; for many branches, single ones and prefixes."""
     if num_branches <= MOST_BRANCHES:
         sizes = range(1, num_branches + 1)
         return [list(s) for size in sizes for s in itertools.combinations(range(num_branches), size)]
@@ -112,7 +112,7 @@ def branch_subsets(num_branches: int) -> list[list[int]]:
 
 
 def costs_by_size(student: BranchedStudent, image_size: ImageSize) -> list[Cost]:
-    """What the student costs with 1, 2, ..., K branches; the branches are equally large, so which ones is no matter."""
+    """Returns the cost with 1, 2, ..., K branches; branches are equally large, so which ones does not matter."""
     counted = []
     for size in range(1, min(student.num_branches, 3) + 1):
         cut = cut_branches(student, range(size))
@@ -126,7 +126,7 @@ def costs_by_size(student: BranchedStudent, image_size: ImageSize) -> list[Cost]
 def score_subsets(
     branch_logits: Tensor, labels: Tensor, costs: Sequence[Cost], ensemble: str, gate_weights: Tensor | None = None
 ) -> list[SubsetScores]:
-    """Accuracy and NLL of the student cut to each subset of `branch_subsets`, without training again.
+    """Scores the student cut to each subset of `branch_subsets`, without training again.
 
     Args:
         branch_logits: [K, N, C], N >= 1.

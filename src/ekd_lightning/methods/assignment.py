@@ -1,4 +1,4 @@
-"""Which teacher a branch imitates: a row-stochastic matrix [K branches, M teachers].
+"""Assignment of teachers to branches: a row-stochastic matrix [K branches, M teachers].
 
 Every branch distils from Σ_m A[k, m] · teacher m. The paper's abstract says that branches learn from
 "different teachers" but not how they are matched; one-to-one is the project's reading, the other kinds are
@@ -25,7 +25,7 @@ ROW_SUM_TOLERANCE = 1e-6
 
 
 class Assignment(nn.Module):
-    """Gives the matrix of a step, here the same in all. A module only so that it travels with the method's device.
+    """An assignment that is the same in every step; a module, so that it moves to the method's device.
 
     Args:
         mean_KM: float32 [K, M], rows summing to 1: the matrix, in the mean over the steps.
@@ -60,7 +60,7 @@ class Assignment(nn.Module):
 
 
 class RandomAssignment(Assignment):
-    """Redraws in every step which teacher a branch imitates, uniformly.
+    """A random assignment: every step draws anew, uniformly, which teacher each branch imitates.
 
     Each branch gets exactly one teacher, and teachers are shared as evenly as K and M allow: with K <= M no
     two branches have the same one, with K > M every teacher has floor(K/M) or ceil(K/M) branches. The draw
@@ -111,7 +111,7 @@ def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int,
 
 
 def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) -> Tensor:
-    """Makes the matrix of a fixed assignment.
+    """Returns the matrix of a fixed assignment.
 
     Kinds: `one_to_one` sends branch k to teacher k mod M; `mean` gives every branch the mean of all teachers;
     `permuted` is one_to_one shifted by one teacher, branch k to (k + 1) mod M: the null control, since with

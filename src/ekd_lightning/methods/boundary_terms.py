@@ -1,4 +1,4 @@
-"""Boundary distillation: at the teacher's decision boundary, on images that an attack has carried just across it (BSS).
+"""Boundary distillation (BSS): a loss on images moved just across the teacher's decision boundary.
 
 Shape letters: B batch, N attacked images, C classes, M teachers.
 """
@@ -22,7 +22,7 @@ _STREAM = 5  # apart from other draws by (seed, step)
 
 
 def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, most: int) -> Tensor:
-    """Chooses the images to attack: those that both networks classify rightly, and differ on most.
+    """Selects the images to attack: those that both networks classify correctly, largest disagreement first.
 
     The difference is Σ_c (p_t - p_s)² over the classes but the true one.
 
@@ -38,13 +38,13 @@ def choose_base(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, 
     right = (student_logits.argmax(1) == labels) & (teacher_logits.argmax(1) == labels)
     squared = (at_least_float32(teacher_logits).softmax(1) - at_least_float32(student_logits).softmax(1)).square()
     score = squared.sum(1) - squared.gather(1, labels[:, None])[:, 0]
-    # How many there are decides about shapes, so an accelerator is waited for here: the attack itself has loops.
+    # How many there are decides about shapes, so this waits for the accelerator: the attack itself loops.
     base = right.nonzero()[:, 0]
     return base[score[base].argsort(descending=True, stable=True)[:most]]
 
 
 def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws the class to attack towards, in proportion to the teacher's probabilities of the classes but its first.
+    """Draws target classes in proportion to the teacher's probabilities, its own prediction excluded.
 
     Args:
         teacher_logits: [N, C] with C >= 2.
@@ -63,7 +63,7 @@ def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
 def attack(
     ask: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, std: Tensor, steps: int, step_size: float
 ) -> Tensor:
-    """Carries images towards another class until the teacher's answer changes (Heo et al. 2019, algorithm 1).
+    """Moves images towards a target class until the teacher's prediction changes (Heo et al. 2019, algorithm 1).
 
     A step is step_size · (z_first - z_target + 1e-4) · g / ‖g‖₂ with g the gradient of z_target - z_first, in the
     normalised units of the teacher; an image that has changed class stays where it is. As a normalised image is
@@ -153,10 +153,10 @@ class BoundaryDistillation(SoftTerm):
             return nothing
         generator = np.random.default_rng((_STREAM, self.seed, context.step))
         uniform = torch.from_numpy(generator.random(len(context.batch.labels))).to(nothing.device)
-        parts = [self._against(context, m, uniform) for m in range(self.num_teachers)]
+        parts = [self._teacher_loss(context, m, uniform) for m in range(self.num_teachers)]
         return nothing + torch.stack([nothing if part is None else part for part in parts]).mean()
 
-    def _against(self, context: StepContext, m: int, uniform: Tensor) -> Tensor | None:
+    def _teacher_loss(self, context: StepContext, m: int, uniform: Tensor) -> Tensor | None:
         networks, teacher_logits = context.networks, context.teacher_logits[m]
         assert networks is not None
         student_logits, labels = context.student.logits.detach(), context.batch.hard_labels
@@ -164,7 +164,7 @@ class BoundaryDistillation(SoftTerm):
         if not len(base):
             return _keep_in_step(context)
         attacked = attack(
-            lambda images: networks.ask_teacher(m, images).logits,
+            lambda images: networks.teacher_outputs(m, images).logits,
             context.batch.images[base],
             draw_targets(teacher_logits[base], uniform[base]),
             networks.teacher_statistics(m)[1],
@@ -172,16 +172,16 @@ class BoundaryDistillation(SoftTerm):
             self.step_size,
         )
         with torch.no_grad():
-            target = networks.ask_teacher(m, attacked).logits
+            target = networks.teacher_outputs(m, attacked).logits
         if len(attacked) == 1:
             # One image has no batch statistics where maps are 1×1; twice the same has, and the same mean.
             attacked, target = attacked.repeat(2, 1, 1, 1), target.repeat(2, 1)
-        return soft_cross_entropy(networks.ask_student(attacked).logits, target, self.temperature)
+        return soft_cross_entropy(networks.student_outputs(attacked).logits, target, self.temperature)
 
 
 def _keep_in_step(context: StepContext) -> Tensor | None:
-    """Where batch norms are synchronised, processes without an image to attack must ask the student as others do."""
+    """Runs the student on two images, so that processes without an image to attack join synchronised batch norms."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     assert context.networks is not None
-    return 0.0 * context.networks.ask_student(context.batch.images[:2]).logits.sum()
+    return 0.0 * context.networks.student_outputs(context.batch.images[:2]).logits.sum()

@@ -1,4 +1,4 @@
-"""Contexts: what a term is told when it is built, and what it may look at in a step.
+"""Contexts of a term: what it is built from, and what it reads in each step.
 
 Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K branches, D features.
 """
@@ -16,7 +16,7 @@ from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.assignment import Assignment
 from ekd_lightning.methods.losses import combine_teachers
-from ekd_lightning.networks.cutting import untold_classes
+from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
 from ekd_lightning.networks.student import BranchedStudent
 
@@ -25,17 +25,17 @@ DEFAULT_TEMPERATURE = 4.0
 
 
 class LiveNetworks(Protocol):
-    """The networks themselves, for the few terms that ask about more than the batch's images.
+    """Access to the networks themselves, for terms that need outputs for other images than the batch's.
 
     Teachers answer in float32, whatever the format of the tables.
     """
 
-    def ask_student(self, images: Tensor) -> StudentOutput:
-        """The student's outputs for images [N, 3, H, W] in [0, 1], in its present mode, with gradients."""
+    def student_outputs(self, images: Tensor) -> StudentOutput:
+        """Outputs of the student for images [N, 3, H, W] in [0, 1], in its present mode, with gradients."""
         ...
 
-    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
-        """Teacher m's outputs (0-based), with gradients towards the images but never towards its weights."""
+    def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
+        """Outputs of teacher m (0-based), with gradients to the images but never to its weights."""
         ...
 
     def classify(self, m: int, features: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class LiveNetworks(Protocol):
 
 @dataclass(frozen=True)
 class StepContext:
-    """All that a term may look at in one step.
+    """Everything that a term reads in one step.
 
     Attributes:
         student: The student's outputs, with gradients.
@@ -97,7 +97,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class TermContext:
-    """What a term must know about the networks, and the images, to be built.
+    """Sizes, names and training images that a term is built from.
 
     Attributes:
         num_classes: C.
@@ -110,7 +110,7 @@ class TermContext:
         student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
             output.
         teacher_stage_shapes: The same for each of the M teachers.
-        untold_classes: For each of the M teachers the classes that it does not know, see `cutting.untold_classes`;
+        unknown_classes: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`;
             empty where nobody knows yet.
         student_name: For error messages.
         teacher_names: For error messages, M names or none.
@@ -129,7 +129,7 @@ class TermContext:
     teacher_features: tuple[int, ...] = ()
     student_stage_shapes: Mapping[str, StageShape] = field(default_factory=dict)
     teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
-    untold_classes: tuple[frozenset[int], ...] = ()
+    unknown_classes: tuple[frozenset[int], ...] = ()
     student_name: str = "student"
     teacher_names: tuple[str, ...] = ()
     seed: int = 0
@@ -145,7 +145,7 @@ class TermContext:
         image_size: ImageSize = 32,
         **others: Any,
     ) -> TermContext:
-        """Describes networks as they are.
+        """Builds the context that describes a student and its teachers.
 
         Args:
             student: The branched student.
@@ -164,7 +164,7 @@ class TermContext:
             teacher_features=tuple(teacher.num_features for teacher in teachers),
             student_stage_shapes=student.stage_shapes(image_size),
             teacher_stage_shapes=tuple(teacher.stage_shapes(image_size) for teacher in teachers),
-            untold_classes=tuple(untold_classes(teacher.head) for teacher in teachers),
+            unknown_classes=tuple(unknown_classes(teacher.head) for teacher in teachers),
             **others,
         )
 
@@ -197,11 +197,11 @@ class TermContext:
         return cls(**{**values, **changed, **images})
 
     def teacher_label(self, teacher: int) -> str:
-        """How messages call teacher m (0-based)."""
+        """Returns the name of teacher m (0-based) for messages."""
         return repr(self.teacher_names[teacher]) if self.teacher_names else f"number {teacher}"
 
     def teacher_width(self, teacher: int) -> int:
-        """D_m, the size of one teacher's pooled features.
+        """Returns D_m, the size of teacher m's pooled features.
 
         Raises:
             UserError: If the network has none, as it does not end with a linear layer.

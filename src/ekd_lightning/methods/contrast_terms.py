@@ -1,4 +1,4 @@
-"""Contrastive terms (representation distillation, CRD): an image's two embeddings agree, those of other classes do not.
+"""Contrastive representation distillation (CRD): each image's two embeddings attract, other classes' repel.
 
 Shape letters: B batch, N scores of one anchor, C classes, D features, M teachers, K branches; n is the number of
 training images.
@@ -29,7 +29,7 @@ _LOW_32 = (1 << 32) - 1
 
 
 class TrainingImages(nn.Module):
-    """Where an image stands in the banks, and images of other classes as its negatives.
+    """The training images: their rows in the memory banks, and draws of negatives from other classes.
 
     Rows of the banks are sorted by class, so that all images of other classes are two slices.
 
@@ -116,7 +116,7 @@ class TrainingImages(nn.Module):
 
 
 class MemoryBank(nn.Module):
-    """One embedding of each training image, a moving average of what was computed for it.
+    """Memory bank: a moving average of each training image's embedding.
 
     Args:
         num_images: n.
@@ -182,7 +182,7 @@ class Embedding(nn.Module):
 
 
 class ContrastiveSide(nn.Module):
-    """One network's embeddings: how they are computed, the bank of them, and z of the scores against the bank.
+    """One network's side of the contrast: its embedding, its memory bank and the normalisation z.
 
     Args:
         inputs: Size of the network's pooled features.
@@ -223,7 +223,7 @@ class ContrastiveSide(nn.Module):
 
 
 class Draw(NamedTuple):
-    """One step's positives and negatives: the batch's rows [B] in the banks; columns and counts of the scores."""
+    """Positives and negatives of a step: rows [B] of the batch in the banks; columns and counts of the scores."""
 
     rows: Tensor
     positive: Tensor
@@ -295,13 +295,13 @@ class ContrastiveRepresentation(FeatureTerm):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, and updates the banks when training."""
-        self._draw = self._drawn(context)
+        self._draw = self._draw_samples(context)
         with torch.autocast(context.batch.index.device.type, enabled=False):  # scores / τ need float32
             value = super().forward(context)
         self._draw = None
         return value
 
-    def _drawn(self, context: StepContext) -> Draw:
+    def _draw_samples(self, context: StepContext) -> Draw:
         rows = self.images.rows(context.batch.index)
         drawn = self.images.negatives(rows, self.negatives, context.step_tensor())
         if self.scores == "gathered":
@@ -323,15 +323,15 @@ class ContrastiveRepresentation(FeatureTerm):
         key = pair_key(k, m)
         ours, theirs = cast(ContrastiveSide, self.student_sides[key]), cast(ContrastiveSide, self.teacher_sides[key])
         v_s, v_t = ours.embed(student), theirs.embed(teacher)
-        value = self._against(v_s, theirs, self._draw) + self._against(v_t, ours, self._draw)
+        value = self._direction(v_s, theirs, self._draw) + self._direction(v_t, ours, self._draw)
         if self.training:
             rows = of_all_processes(self._draw.rows)
             ours.memory.update(rows, of_all_processes(v_s))
             theirs.memory.update(rows, of_all_processes(v_t))
         return value
 
-    def _against(self, anchors: Tensor, other: ContrastiveSide, draw: Draw) -> Tensor:
-        """The loss of anchors [B, D] against the other network's bank."""
+    def _direction(self, anchors: Tensor, other: ContrastiveSide, draw: Draw) -> Tensor:
+        """Returns the loss of anchors [B, D] against the other network's memory bank."""
         scores = other.memory.scores(anchors.to(other.memory.bank), draw.gathered) / self.tau
         times = draw.times.to(scores)
         z = other.normalisation(scores, draw.positive, times)

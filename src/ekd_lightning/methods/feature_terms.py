@@ -186,7 +186,7 @@ class VariationalInformation(FeatureTerm):
 
 
 class _Relation(FeatureTerm):
-    """Compares the batch's images at one place of both networks; subclasses say how, with flattened features."""
+    """Base of losses that compare relations between a batch's images at one feature, flattened."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
 

@@ -1,4 +1,4 @@
-"""Terms of logits: cross-entropy and distillation, of the ensemble output and of the branches.
+"""Logit terms: cross-entropy and distillation, of the ensemble output and of the branches.
 
 Four of them belong to the project's reconstruction of EKD,
 
@@ -25,7 +25,7 @@ from ekd_lightning.methods.terms import BranchTerm, SoftTerm, Term, register_ter
 
 
 class _CrossEntropy(Term):
-    """What both cross-entropies share: the smoothing of labels."""
+    """Base of both cross-entropies: label smoothing."""
 
     def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(weight, context, **options)
@@ -65,7 +65,7 @@ class CrossEntropyBranch(BranchTerm, _CrossEntropy):
 
 
 class _Distillation(SoftTerm):
-    """What both distillation terms share: options, and the loss against a combination of teachers."""
+    """Base of both distillation terms: options, and the loss against a combination of teachers."""
 
     needs_teachers = True
 
@@ -84,9 +84,9 @@ class _Distillation(SoftTerm):
         self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
             raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
-        self.takes_masked = self.loss != "mse_logits"
+        self.accepts_masked = self.loss != "mse_logits"
         self.averages_logits = self.combine == "logits"
-        self.uses_temperature = temperature is None and self.takes_masked
+        self.uses_temperature = temperature is None and self.accepts_masked
 
     def _value(self, student_logits: Tensor, context: StepContext, weights: Tensor) -> Tensor:
         assert context.teachers is not None
@@ -190,7 +190,7 @@ class StandardizedDistillation(SoftTerm, BranchTerm):
     needs_teachers = True
     uses_assignment = True
     averages_logits = True
-    takes_masked = False  # the mean over the classes is taken
+    accepts_masked = False  # the mean over the classes is taken
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""

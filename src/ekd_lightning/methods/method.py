@@ -87,29 +87,29 @@ class Method(nn.Module):
         # Most weights never change; a step does not ask their terms.
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
-    def check_classes(self, untold: Sequence[frozenset[int]], names: Sequence[str]) -> None:
-        """Makes sure that the terms can be taken of teachers that do not know all classes.
+    def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str]) -> None:
+        """Checks that the terms accept teachers that do not know all classes.
 
         Warns, once, where a mean of logits gives a class that some teachers know and others do not the probability 0.
 
         Args:
-            untold: For each of the M teachers the classes that it does not know, see `cutting.untold_classes`.
+            unknown: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`.
             names: How messages call the teachers.
 
         Raises:
-            UserError: If a term compares the logits themselves, see `Term.takes_masked`.
+            UserError: If a term compares the logits themselves, see `Term.accepts_masked`.
         """
-        if not any(untold) or tuple(untold) == self._checked_classes:
+        if not any(unknown) or tuple(unknown) == self._checked_classes:
             return
-        self._checked_classes = tuple(untold)
+        self._checked_classes = tuple(unknown)
         for key, term in self.named_terms():
-            for classes, name in zip(untold, names, strict=True):
-                if term.needs_teachers and not term.takes_masked and classes:
+            for classes, name in zip(unknown, names, strict=True):
+                if term.needs_teachers and not term.accepts_masked and classes:
                     raise UserError(
                         f"method.terms.{key} compares the logits of all classes, and the teacher {name} does not know "
                         f"{len(classes)} of them (classes: -1); leave it out, or use a loss of probabilities (kl)"
                     )
-            lost = self._ruled_out(term, untold) if term.averages_logits else set()
+            lost = self._ruled_out(term, unknown) if term.averages_logits else set()
             if lost:
                 warnings.warn(
                     f"method.terms.{key}: classes {sorted(lost)} are known to some teachers only, and the mean of the "
@@ -117,13 +117,13 @@ class Method(nn.Module):
                     stacklevel=2,
                 )
 
-    def _ruled_out(self, term: Term, untold: Sequence[frozenset[int]]) -> set[int]:
-        """Classes that some, but not all, of the teachers that a term takes the mean of do not know."""
-        rows = [[1.0] * len(untold)]
+    def _ruled_out(self, term: Term, unknown: Sequence[frozenset[int]]) -> set[int]:
+        """Returns the classes that some, but not all, teachers in one of a term's averages do not know."""
+        rows = [[1.0] * len(unknown)]
         if term.uses_assignment:
             assert self.assignment is not None
             rows = self.assignment.matrix(0).tolist()  # a random one has single teachers in every step
-        groups = [[one for one, share in zip(untold, row, strict=True) if share] for row in rows]
+        groups = [[one for one, share in zip(unknown, row, strict=True) if share] for row in rows]
         return {c for group in groups for c in frozenset().union(*group).difference(frozenset.intersection(*group))}
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
@@ -131,7 +131,7 @@ class Method(nn.Module):
         yield from ((key, cast(Term, term)) for key, term in self.terms.items())
 
     def weights_at(self, progress: float) -> dict[str, float]:
-        """The factors in the total of the terms that are computed at a share of the training in [0, 1].
+        """Returns the weights of the terms that are active at a share of the training in [0, 1].
 
         Those whose schedule gives them weight 0 are not computed; if that leaves none, all are.
         """
@@ -141,23 +141,23 @@ class Method(nn.Module):
         }
         return {key: weight for key, weight in weights.items() if weight} or weights
 
-    def counting_terms(self, progress: float) -> dict[str, Term]:
-        """The terms that are computed at a share of the training, see `weights_at`."""
+    def active_terms(self, progress: float) -> dict[str, Term]:
+        """Returns the terms that are active at a share of the training; see `weights_at`."""
         return {key: cast(Term, self.terms[key]) for key in self.weights_at(progress)}
 
-    def asks_teachers(self, progress: float) -> tuple[bool, tuple[str, ...]]:
-        """Whether teachers must answer at a share of the training, and the stages they must return then."""
-        terms = self.counting_terms(progress)
+    def teacher_needs(self, progress: float) -> tuple[bool, tuple[str, ...]]:
+        """Returns whether teacher outputs are needed at a share of the training, and for which stages."""
+        terms = self.active_terms(progress)
         return any(term.needs_teachers for term in terms.values()), _stages(terms, "teacher_stages")
 
     @property
-    def stages_asked(self) -> set[tuple[str, ...]]:
-        """The sets of stages that the teachers are asked for in some part of the training; () for none but logits."""
-        asked = (self.asks_teachers(part / _PARTS) for part in range(_PARTS))
+    def needed_stage_sets(self) -> set[tuple[str, ...]]:
+        """Sets of stages that are needed in some part of the training; () where logits suffice."""
+        asked = (self.teacher_needs(part / _PARTS) for part in range(_PARTS))
         return {stages for needed, stages in asked if needed}
 
     def assignment_at(self, step: int) -> Tensor | None:
-        """The matrix [K, M] that is drawn for a step, on the CPU; None where it is the same in all steps."""
+        """Returns the random assignment [K, M] of a step, on the CPU; None for fixed assignments."""
         return self.assignment.matrix(step) if isinstance(self.assignment, RandomAssignment) else None
 
     def forward(  # plain loops may pass the time by position
@@ -180,18 +180,18 @@ class Method(nn.Module):
 
         `weights`, `assignment_KM` and `step_t` give as tensors on the device what else follows from `step` and
         `progress`, so that the forward pass can be recorded as a CUDA graph and replayed in later steps: for the same
-        `counting_terms`, all of which must have `captures`.
+        `active_terms`, all of which must have `captures`.
 
         Args:
             student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
             teachers: Outputs for the same images, logits [M, B, C]; None if the method needs none then, see
-                `asks_teachers`.
+                `teacher_needs`.
             batch: The batch.
             epoch: Counted from 0.
             step: Optimiser steps so far, counted from 0.
             progress: Share of the training that is done, in [0, 1].
             networks: The networks themselves; needed by methods with `needs_networks`.
-            weights: Term name -> float32 scalar, for each of the `counting_terms`; see `weights_at`.
+            weights: Term name -> float32 scalar, for each of the `active_terms`; see `weights_at`.
             assignment_KM: float32 [K, M]; see `assignment_at`.
             step_t: int64 scalar.
 
@@ -202,7 +202,7 @@ class Method(nn.Module):
             ValueError: If the outputs do not fit the method (teachers missing, other K or M than it was
                 built for).
         """
-        counting = self.counting_terms(progress)
+        counting = self.active_terms(progress)
         if teachers is None and any(term.needs_teachers for term in counting.values()):
             raise ValueError(f"method {self.name!r} needs the teachers' outputs")
         if networks is None and any(term.needs_networks for term in counting.values()):
@@ -219,7 +219,7 @@ class Method(nn.Module):
         return MethodLoss(torch.stack(weighted).sum(), terms)
 
     def _nothing(self, student: StudentOutput, counting: Mapping[str, Term]) -> Tensor:
-        """0, with a gradient of 0 for all that only idle terms reach now or later.
+        """Returns 0, with a zero gradient for every parameter that only inactive terms reach.
 
         Without it such parameters would have no gradient: distributed training would wait for it, and weight decay
         would pass them by.
@@ -283,7 +283,7 @@ def build_method(
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
     method = Method(name, {key: _build(key, entry, context) for key, entry in entries.items()}, built)
-    method.check_classes(context.untold_classes, [context.teacher_label(m) for m in range(M)])
+    method.check_classes(context.unknown_classes, [context.teacher_label(m) for m in range(M)])
     for setting, value in (("temperature", temperature), ("assignment", assignment)):
         if value is not None and not any(getattr(term, f"uses_{setting}") for _, term in method.named_terms()):
             warnings.warn(f"method.{setting}={value} has no effect: no term of {name!r} uses it", stacklevel=2)
@@ -318,7 +318,7 @@ def rebuild_method(origin: Mapping[str, Any]) -> Method:
 
 
 def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Says whether a method with these settings needs teachers, before any network is there.
+    """Returns whether a method with these settings needs teachers, before any network is built.
 
     Raises:
         UserError: As `build_method`, for unknown terms, options and weights.
@@ -327,12 +327,12 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Says whether the assignment has an effect on a method with these settings; raises as `needs_teachers`."""
+    """Returns whether a method with these settings uses the assignment; raises as `needs_teachers`."""
     return any(entry.cls.uses_assignment for entry in _entries(terms).values())
 
 
 class _Entry(NamedTuple):
-    """One term in the settings of a method, its names and weight checked."""
+    """A term's settings, its names and weight checked."""
 
     kind: str
     weight: float
@@ -345,7 +345,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
-    """The terms that count, by name; all are checked."""
+    """Returns the settings of all terms with a positive weight, by name; the others are checked, too."""
     entries = {}
     for key, spec in terms.items():
         where = f"method.terms.{key}"

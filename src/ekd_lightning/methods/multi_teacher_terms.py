@@ -1,4 +1,4 @@
-"""Terms that weigh several teachers image by image or batch by batch: EBKD, CA-MKD and AE-KD.
+"""Multi-teacher terms, which weight teachers per image or per batch: EBKD, CA-MKD and AE-KD.
 
 Their logit terms act on the student's ensemble output z̄ and take all teachers, whatever the assignment.
 Shape letters: B batch, C classes, M teachers, K branches, D features, T temperature.
@@ -31,12 +31,12 @@ SCALES = ("normalized", "published_code")
 
 
 class _WeightedDistillation(SoftTerm):
-    """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)); a subclass says what w is."""
+    """Base: 1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the weights w of a subclass."""
 
     needs_teachers = True
 
     def teacher_weights(self, context: StepContext) -> Tensor:
-        """Weights [M, B] or [M, 1], detached."""
+        """Returns weights [M, B] or [M, 1], detached."""
         raise NotImplementedError
 
     def forward(self, context: StepContext) -> Tensor:

@@ -1,4 +1,4 @@
-"""Terms of students whose branches teach each other: mutual learning, ONE's self-distillation, OKDDip.
+"""Online distillation terms, whose branches teach each other: mutual learning, ONE, OKDDip.
 
 None of them needs a teacher. Shape letters: B batch, C classes, K branches, D features, T temperature.
 """
@@ -107,7 +107,7 @@ class PeerAttention(SoftTerm, BranchTerm):
         self.key = nn.Linear(D, width, bias=False)
 
     def log_attention(self, features_PBD: Tensor) -> Tensor:
-        """How much each peer listens to each other, as a logarithm.
+        """Returns the logarithm of each peer's attention to each other peer.
 
         Args:
             features_PBD: Pooled features of the P peers, [P, B, D].

@@ -1,4 +1,4 @@
-"""Options of terms and methods: their checks, and the schedule of a weight.
+"""Options of terms and methods: their checks, and weight schedules.
 
 A mistake is one line that names key, value and what is allowed.
 """
@@ -100,7 +100,7 @@ def count(key: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """A factor of a term's weight, a pure function of the training's progress, so a resumed run goes on with it.
+    """Schedule of a term's weight: a factor as a function of training progress, so that resumed runs continue it.
 
     Attributes:
         points: (share of the training in [0, 1], factor >= 0) in order; the factor is linear between neighbours
@@ -113,7 +113,7 @@ class WeightSchedule:
     ramp_until: float | None = None
 
     def __call__(self, progress: float) -> float:
-        """The factor at a share of the training in [0, 1]."""
+        """Returns the factor at a share of the training in [0, 1]."""
         place = bisect_right(self.points, progress, key=itemgetter(0))
         left, low = self.points[max(place - 1, 0)]
         right, high = self.points[min(place, len(self.points) - 1)]
@@ -127,7 +127,7 @@ CONSTANT = WeightSchedule()
 
 
 def read_schedule(key: str, spec: object) -> WeightSchedule:
-    """Reads a schedule as it stands in a method's configuration.
+    """Parses the schedule of a method's configuration.
 
     Args:
         key: Where it stands, for errors.

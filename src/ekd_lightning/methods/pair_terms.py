@@ -1,4 +1,4 @@
-"""Pair terms compare a branch with a teacher: their base, the places of features, and hints by trained adapters.
+"""Pair terms, which compare a branch with a teacher: their bases, and FitNets-style feature losses.
 
 Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W] the C is channels.
 """
@@ -59,7 +59,7 @@ class PairTerm(BranchTerm):
 
 
 class FeatureSite:
-    """A place in the networks where a term reads features: `pooled`, `last`, or a stage.
+    """A feature that a term compares: `pooled`, `last`, or a stage's maps.
 
     Attributes:
         name: As the user wrote it.
@@ -71,7 +71,7 @@ class FeatureSite:
     """
 
     def __init__(self, name: str, context: TermContext, pairs: Sequence[tuple[int, int]]) -> None:
-        """Resolves the place in the student and in the teachers of all pairs.
+        """Resolves the feature in the student and in the teachers of all pairs.
 
         Raises:
             UserError: A network has no such stage, or `last` has different names in different teachers.
@@ -95,7 +95,7 @@ class FeatureSite:
         self.teacher_shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in self._teacher.items()}
 
     def require_equal_channels(self, reason: str) -> None:
-        """Refuses networks with different channel counts, for losses that cannot adapt them.
+        """Checks that student and teachers have equal channel counts, for losses that cannot adapt them.
 
         Args:
             reason: Why, and what to do: the end of the message.
@@ -111,7 +111,7 @@ class FeatureSite:
                 )
 
     def features(self, context: StepContext, k: int, m: int) -> tuple[Tensor, Tensor]:
-        """Features of branch k (with gradients) and of teacher m (detached), as they are."""
+        """Returns the features of branch k (with gradients) and of teacher m (detached)."""
         assert context.teachers is not None
         if self.is_pooled:
             return context.student.pooled[k], context.teachers.pooled[m].detach()
@@ -119,7 +119,7 @@ class FeatureSite:
 
 
 class FeatureTerm(PairTerm):
-    """A pair term that reads features at one place or several; the losses of the places are added.
+    """A pair term on one or several features, whose losses are added.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -137,12 +137,12 @@ class FeatureTerm(PairTerm):
         read_sites(self, *self.sites)
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
-        """Returns the sum over the places."""
+        """Returns the sum over the features."""
         found = [self.compare_at(i, k, m, *site.features(context, k, m)) for i, site in enumerate(self.sites)]
         return torch.stack(found).sum()
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the loss at one of the places, a scalar.
+        """Returns the loss at one of the features, a scalar.
 
         Args:
             place: Its position in `places`.
@@ -175,19 +175,19 @@ def different_stages(stages: object, least: int = 1) -> list[str]:
 
 
 def read_sites(term: Term, *sites: FeatureSite) -> None:
-    """Declares what a term reads at its places."""
+    """Declares which features and stages a term reads."""
     term.needs_pooled = any(site.is_pooled for site in sites)
     term.student_stages = tuple(name for site in sites for name in site.student_stages)
     term.teacher_stages = tuple(dict.fromkeys(name for site in sites for name in site.teacher_stages))
 
 
 def pair_key(k: int, m: int) -> str:
-    """Names the adapters of branch k and teacher m in a ModuleDict."""
+    """Returns the name of branch k's and teacher m's adapter in a ModuleDict."""
     return f"branch{k}_teacher{m}"
 
 
 def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
-    """What an adapter makes of features; outside autocast in the precision of its weights, whatever theirs."""
+    """Applies an adapter; outside autocast in the precision of its weights."""
     weight = next(adapter.parameters(), None)
     if weight is not None and not torch.is_autocast_enabled(features.device.type):
         features = features.to(weight.dtype)
@@ -221,7 +221,7 @@ def map_adapter(student_channels: int, teacher_channels: int) -> nn.Sequential:
 
 
 class ConvRegressor(nn.Sequential):
-    """One convolution from the student's shape to the teacher's, then ReLU, as hints are trained with.
+    """The regressor of hints: one convolution from the student's shape to the teacher's, then ReLU.
 
     Of two published forms. Romero et al. (2015, section 2.2): no padding, kernel 1 + H - H_m, so that the sizes
     match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm, and where one side is twice

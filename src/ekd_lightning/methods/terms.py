@@ -1,4 +1,4 @@
-"""Terms: one weighted loss of a method each, found by name.
+"""Terms, the weighted losses of a method: base classes and registry.
 
 Shape letters: B batch, K branches.
 """
@@ -17,7 +17,7 @@ from ekd_lightning.methods.options import CONSTANT, choice, number, temperature_
 
 
 class Term(nn.Module):
-    """One loss of a method. Subclass it, name it with `@register_term`, return a scalar from `forward`.
+    """A loss of a method. Subclasses are named by `@register_term` and return a scalar from `forward`.
 
     A subclass's `__init__` takes (weight, context) and then keyword-only options; the options are what a user
     may write beside `weight` in the method's configuration (with `**options` those of its base classes, too). Modules
@@ -37,7 +37,7 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
-        takes_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf), or knows not all.
+        accepts_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf), or knows not all.
         averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
             uses the assignment, else of all.
         least_branches: The fewest branches that a student may have.
@@ -52,7 +52,7 @@ class Term(nn.Module):
     uses_assignment: bool = False
     uses_temperature: bool = False
     captures: bool = True
-    takes_masked: bool = True
+    accepts_masked: bool = True
     averages_logits: bool = False
     least_branches: int = 1
     knows_images: bool = False
@@ -66,11 +66,11 @@ class Term(nn.Module):
 
     @property
     def has_constant_weight(self) -> bool:
-        """Whether the factor in the total is `weight` all the time."""
+        """Whether the weight is the same during the whole training."""
         return self.schedule is CONSTANT and type(self).weight_at is Term.weight_at
 
     def weight_at(self, progress: float) -> float:
-        """Returns the factor in the total at a share of the training: `weight` times what the schedule says.
+        """Returns the weight at a share of the training: `weight` times the schedule.
 
         Args:
             progress: In [0, 1].
@@ -93,7 +93,7 @@ class Term(nn.Module):
 
 
 class SoftTerm(Term):
-    """A term with a temperature: its own, else the method's.
+    """A term with a temperature: its own or else the method's.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -111,7 +111,7 @@ class SoftTerm(Term):
 
 
 class BranchTerm(Term):
-    """A term whose losses of the branches are averaged, or added.
+    """A term whose branch losses are averaged or added.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -133,7 +133,7 @@ _REGISTRY: dict[str, type[Term]] = {}
 
 
 def register_term(name: str) -> Callable[[TermClass], TermClass]:
-    """Makes a term available under a name.
+    """Registers a term under a name.
 
     Args:
         name: What the user writes in the configuration.

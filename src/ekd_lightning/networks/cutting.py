@@ -265,16 +265,16 @@ def _needed(end: fx.Node, begin: fx.Node) -> set[fx.Node]:
     return found
 
 
-def untold_classes(head: nn.Module) -> frozenset[int]:
-    """Positions of the classes that a head never tells, see `select_classes`; none of what is not linear."""
+def unknown_classes(head: nn.Module) -> frozenset[int]:
+    """Returns the classes that a head does not know, see `select_classes`; none for heads that are not linear."""
     if not isinstance(head, nn.Linear) or head.bias is None:
         return frozenset()
-    untold = (head.bias <= NEVER / 2) & (head.weight == 0).all(1)  # half precision rounds it
-    return frozenset(untold.nonzero().flatten().tolist())
+    unknown = (head.bias <= NEVER / 2) & (head.weight == 0).all(1)  # half precision rounds it
+    return frozenset(unknown.nonzero().flatten().tolist())
 
 
 def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
-    """A head that tells these classes only, in this order.
+    """Returns a head that predicts these classes only, in this order.
 
     Args:
         head: A linear classifier [D -> C].

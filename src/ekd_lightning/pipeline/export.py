@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.errors import UserError, require
-from ekd_lightning.evaluation.predict import Agreement, ask, compare_logits, default_tolerance
+from ekd_lightning.evaluation.predict import Agreement, compare_logits, default_tolerance, predict_logits
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
 from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
@@ -163,7 +163,7 @@ def export_student(
     student = cut_branches(context.student, branches).eval()
     test = context.dataset.test
     batch_size = context.settings.data.eval_batch_size
-    reference = ask(student, test, batch_size)
+    reference = predict_logits(student, test, batch_size)
     metrics = measure(reference, test.labels)
     metadata = describe_export(context, provenance, student, branches, options.weights, metrics)
     deployed = DeployedStudent(student, fold=options.fold, probabilities=options.probabilities)
@@ -173,8 +173,8 @@ def export_student(
     for name, facts, content in _contents(context, deployed, metadata, options):
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
-            said = ask(load_deployed(temporary), test, batch_size)
-            found = compare_logits(said, reference, test.labels, tolerance)
+            logits = predict_logits(load_deployed(temporary), test, batch_size)
+            found = compare_logits(logits, reference, test.labels, tolerance)
             _require_agreement(folder / name, found, None if facts["precision"] == "float32" else options.max_drop)
         record["files"][name] = {**facts, **_file_facts(folder / name, found)}
         write_json(folder / EXPORT, record)
@@ -222,15 +222,15 @@ def _spread(index: Tensor, count: int) -> Tensor:
 
 def _require_agreement(path: Path, found: Agreement, max_drop: float | None) -> None:
     """Refuses a float32 file that differs by more than rounding, an int8 one that is wrong too often."""
-    said = f"accuracy {found.accuracy:.4f}, the student's {found.reference_accuracy:.4f}"
+    scores = f"accuracy {found.accuracy:.4f}, the student's {found.reference_accuracy:.4f}"
     if max_drop is None and not found.is_same:
         raise CheckFailedError(
             f"{path} does not say what the student says and was removed: max |Δlogit| {found.max_difference:.3g}, "
-            f"allowed {found.tolerance:.3g}; {found.changed_clearly} predictions of {found.images} changed; {said}"
+            f"allowed {found.tolerance:.3g}; {found.changed_clearly} predictions of {found.images} changed; {scores}"
         )
     if max_drop is not None and not found.reference_accuracy - found.accuracy <= max_drop:
         raise CheckFailedError(
-            f"{path} loses more accuracy than --max-drop {max_drop:g} allows and was removed: {said}"
+            f"{path} loses more accuracy than --max-drop {max_drop:g} allows and was removed: {scores}"
         )
 
 

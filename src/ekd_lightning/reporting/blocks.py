@@ -11,7 +11,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.groups import Group, make_group
 from ekd_lightning.reporting.setups import short, taught_by
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.protocol import Place, Protocol, Way, places
+from ekd_lightning.runs.protocol import ComparisonGroup, Protocol, Training, comparison_groups
 
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
 """Settings that vary in a grid of teachers and branches, and what follows from them."""
@@ -78,12 +78,14 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
     Returns:
         Blocks by data set and fraction, those with more groups first.
     """
-    ways = [
-        Way(one.protocol, frozenset(one.taught_by), any(run.result is not None for run in one.runs)) for one in groups
+    trainings = [
+        Training(one.protocol, frozenset(one.taught_by), any(run.result is not None for run in one.runs))
+        for one in groups
     ]
-    alike: dict[tuple[str, float | None], list[Place]] = defaultdict(list)
+    alike: dict[tuple[str, float | None], list[ComparisonGroup]] = defaultdict(list)
     for place in sorted(
-        places(ways), key=lambda p: (p.protocol.data, p.protocol.fraction or 0.0, -len(p.members), p.members[0])
+        comparison_groups(trainings),
+        key=lambda p: (p.protocol.data, p.protocol.fraction or 0.0, -len(p.members), p.members[0]),
     ):
         alike[place.protocol.data, place.protocol.fraction].append(place)
     return [
@@ -102,17 +104,17 @@ def block_of_rows(data: str, fraction: float, rows: Mapping[str, Sequence[RunEnt
         rows: The runs of each, at least one, done or not.
 
     Raises:
-        UserError: If two runs went different ways.
+        UserError: If two runs differ in their protocol.
     """
     check_comparable(rows)
     groups = tuple(make_group(runs, name) for name, runs in rows.items())
     first = next((group for group in groups if group.n), groups[0])
-    place = Place(replace(first.protocol, data=data, fraction=fraction), frozenset(), ())
+    place = ComparisonGroup(replace(first.protocol, data=data, fraction=fraction), frozenset(), ())
     return _block(place, groups, 0, ())
 
 
 def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
-    """Refuses rows whose runs went different ways.
+    """Refuses rows whose runs went different trainings.
 
     All runs that are done must share the protocol. The pool of teachers must be the same for all that were taught by
     all of it; a method that was given one teacher must have it from this pool. Within a row, method, weights of the
@@ -149,11 +151,11 @@ def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any
 
     raise UserError(
         f"{one.name} and {other.name} differ in {key} ({brief(value)}, {brief(different)}): "
-        "runs that went different ways are not compared in one table"
+        "runs that went different trainings are not compared in one table"
     )
 
 
-def _block(place: Place, groups: Sequence[Group], number: int, same: Sequence[Place]) -> Block:
+def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: Sequence[ComparisonGroup]) -> Block:
     """A block, called by what sets it apart from others of the same data and fraction."""
     protocol = place.protocol
     key, title = protocol.data, protocol.data

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.protocol import Protocol, Way, places
+from ekd_lightning.runs.protocol import Protocol, Training, comparison_groups
 from ekd_lightning.settings import is_free
 
 _RESULT = {
@@ -115,23 +115,26 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
     """
     firsts = [next((run for run in group if run.result is not None), group[0]) for group in groups]
     setups = [describe(run) for run in firsts]
-    ways = []
+    trainings = []
     for group, first in zip(groups, firsts, strict=True):
         taught = frozenset(sha for run in group for sha in taught_by(run.result or {}))
-        ways.append(Way(Protocol.of(first), taught, first.result is not None))
+        trainings.append(Training(Protocol.of(first), taught, first.result is not None))
     usual = _usual_students(firsts)
     classes: dict[tuple[str, str], list[int]] = defaultdict(list)
     for position, run in enumerate(firsts):
-        classes[ways[position].protocol.data, str(run.get("method") or "unknown")].append(position)
+        classes[trainings[position].protocol.data, str(run.get("method") or "unknown")].append(position)
     made: list[tuple[str, dict[str, Any]]] = [("", {})] * len(groups)
     for (data, method), members in classes.items():
-        near = [[members[p] for p in place.members] for place in places([ways[position] for position in members])]
+        near = [
+            [members[p] for p in place.members]
+            for place in comparison_groups([trainings[position] for position in members])
+        ]
         told = _told(setups, near)
         for position in members:
             varied = {name: setups[position].get(name) for name in told}
             shown = [_word(name, value) for name, value in varied.items() if (name, value) != ("student", usual[data])]
             made[position] = (", ".join([method, *filter(None, shown)]), varied)
-    for place in places(ways):  # unique in each place, where nothing recorded tells two groups apart
+    for place in comparison_groups(trainings):  # unique in each place, where nothing recorded tells two groups apart
         seen: Counter[str] = Counter()
         for position in place.members:
             label, varied = made[position]

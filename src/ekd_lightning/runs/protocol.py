@@ -68,13 +68,13 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where things are comparable.
+class ComparisonGroup:
+    """Trainings that may be compared with each other.
 
     Attributes:
-        protocol: That of all of them.
-        pool: SHA-256 of teachers; everything here was taught by some of them, or none.
-        members: Positions of what is here, ascending.
+        protocol: The protocol that they share.
+        pool: SHA-256 of teachers; each member was taught by some of them, or by none.
+        members: Positions of the members, ascending.
     """
 
     protocol: Protocol
@@ -83,13 +83,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Way:
-    """How something went.
+class Training:
+    """A training as far as comparisons look at it.
 
     Attributes:
         protocol: Its protocol.
         taught_by: SHA-256 of its teachers.
-        complete: Whether there is a result; else both are what little is known.
+        complete: Whether it has a result; without one, protocol and teachers may be known in part only.
     """
 
     protocol: Protocol
@@ -97,39 +97,37 @@ class Way:
     complete: bool
 
 
-def places(ways: Sequence[Way]) -> list[Place]:
-    """Sorts things into places where they may be compared.
+def comparison_groups(trainings: Sequence[Training]) -> list[ComparisonGroup]:
+    """Groups trainings that may be compared.
 
-    Those in one place share the protocol, and their teachers come from one pool: the sets of teachers that no other
-    set contains are the pools. So a sweep over the number of teachers is one place; two sweeps with different
-    teachers are two, and what had no teachers at all is in both. Something without a result goes wherever it fits,
-    or to a place of its own.
+    Members of a group share the protocol, and their teachers come from one pool: the sets of teachers that no other
+    set contains are the pools. A sweep over the number of teachers is one group; two sweeps with different teachers
+    are two, and trainings without teachers belong to both. A training without a result joins every group whose
+    protocol it fits, or forms one of its own.
 
     Returns:
-        Places in the order of the first of their members; every position is in at least one.
+        Groups in the order of their first members; every position is in at least one.
     """
-    same: dict[Protocol, list[int]] = defaultdict(list)
-    for position, way in enumerate(ways):
-        if way.complete:
-            same[way.protocol].append(position)
+    complete: dict[Protocol, list[int]] = defaultdict(list)
+    for position, one in enumerate(trainings):
+        if one.complete:
+            complete[one.protocol].append(position)
     found: list[tuple[Protocol, frozenset[str], list[int]]] = []
-    for protocol, inside in same.items():
-        for pool in largest(ways[position].taught_by for position in inside):
-            found.append((protocol, pool, [p for p in inside if ways[p].taught_by <= pool]))
+    for protocol, positions in complete.items():
+        for pool in maximal(trainings[p].taught_by for p in positions):
+            found.append((protocol, pool, [p for p in positions if trainings[p].taught_by <= pool]))
     alone: dict[Protocol, list[int]] = defaultdict(list)
-    for position, way in enumerate(ways):
-        if not way.complete:
-            fitting = [members for protocol, _, members in found if way.protocol.fits(protocol)]
-            for members in fitting:
+    for position, one in enumerate(trainings):
+        if not one.complete:
+            fitting = [members for protocol, _, members in found if one.protocol.fits(protocol)]
+            for members in fitting or [alone[one.protocol]]:
                 members.append(position)
-            if not fitting:
-                alone[way.protocol].append(position)
     found += [(protocol, frozenset(), members) for protocol, members in alone.items()]
-    made = [Place(protocol, pool, tuple(sorted(members))) for protocol, pool, members in found]
-    return sorted(made, key=lambda place: (place.members[0], sorted(place.pool)))
+    groups = [ComparisonGroup(protocol, pool, tuple(sorted(members))) for protocol, pool, members in found]
+    return sorted(groups, key=lambda group: (group.members[0], sorted(group.pool)))
 
 
-def largest(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
-    """Of some sets those that no other one contains, sorted."""
+def maximal(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
+    """Returns the sets that no other one contains, sorted."""
     distinct = set(sets)
     return sorted((one for one in distinct if not any(one < other for other in distinct)), key=sorted)

@@ -128,7 +128,7 @@ def _why_live(settings: Settings, method: Method) -> str:
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):
         return f"with {mixed} images are not finite in number"
-    if method.teacher_stages and not settings.teachers.table_stages and () not in method.stages_asked:
+    if method.teacher_stages and not settings.teachers.table_stages and () not in method.needed_stage_sets:
         stages = ", ".join(method.teacher_stages)
         return f"stage outputs ({stages}) are not kept in tables (teachers.table_stages=true keeps them)"
     return ""

@@ -37,7 +37,7 @@ Values = list[dict[str, Tensor]]
 Found = tuple[dict[str, Halves], NDArray[np.bool_]]
 
 
-class KnownRows:
+class StoredRows:
     """Rows of M teachers: read from disk where they are there, else computed and handed to the disk.
 
     Trouble with the disk costs one warning and ends nothing: a table that cannot be opened or read is given up and has
@@ -156,7 +156,7 @@ class KnownRows:
             images = images_of(rows)
             for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
                 # One size whatever is missing: how many rows a killed run left must not change the rounding.
-                computed = _columns(teachers.ask(m, images, teachers.chunk))
+                computed = _columns(teachers.outputs(m, images, teachers.chunk))
                 for t in tables:
                     # Rows that are there stay as they are: another graph may have rounded these otherwise.
                     new = np.flatnonzero(~here[m, t, rows])
@@ -211,7 +211,7 @@ def _some(column: Tensor, rows: Rows) -> Tensor:
     return column if len(rows) == len(column) else column[torch.from_numpy(rows).to(column.device)]
 
 
-class HeldRows:
+class DeviceRows:
     """Rows of M teachers in the device's memory: a step finds its rows there without waiting for the host.
 
     The memory stays where it is and is changed in place, so that a CUDA graph may read it. A batch that holds other

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Stages = tuple[str, ...]
 ImagesOf = Callable[[Tensor, Tensor], Tensor]
-Asked = Mapping[Stages, int]
+StageCounts = Mapping[Stages, int]
 
 
 class TeacherSource:
@@ -55,7 +55,7 @@ class TeacherSource:
     def plan(self, rows: int) -> None:
         """Hears how many images the run will probably ask about; see `FrozenTeachers.plan`."""
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: StageCounts) -> None:
         """Hears what the next epoch's batches hold, so that the answers can be ready.
 
         Args:
@@ -66,13 +66,13 @@ class TeacherSource:
                 pooled features alone.
         """
 
-    def expect_epoch(self, index: Tensor, view: Tensor, asked: Asked) -> None:
+    def prefetch_epoch(self, index: Tensor, view: Tensor, asked: StageCounts) -> None:
         """Hears what the epoch after the prepared one will hold, so that its rows can be read in the meantime.
 
         Arguments are those of `prepare_epoch`, which is called for that epoch all the same.
         """
 
-    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
+    def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """Returns the outputs of all teachers for the batch.
 
         Args:
@@ -91,11 +91,11 @@ class TeacherSource:
         """Waits until all that was computed so far is kept."""
 
     def captured(self, stages: Stages = ()) -> bool:
-        """Whether `ask` with these stages may be recorded in a CUDA graph and replayed for other batches.
+        """Whether `outputs` with these stages may be recorded in a CUDA graph and replayed for other batches.
 
         It is then made of tensor operations on the device alone, whose shapes do not depend on values, and all that
         it reads stays where it is: what `prepare_epoch` changes, it changes in place. Holds from `prepare_epoch`
-        on, after the first `ask` of a kind.
+        on, after the first `outputs` of a kind.
         """
         return True
 
@@ -175,7 +175,7 @@ class FrozenTeachers:
         """
         self._planned_rows = rows
 
-    def ask(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
+    def outputs(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
         """Outputs of teacher m (0-based), without gradient, whatever autocast is on.
 
         Args:
@@ -232,10 +232,10 @@ class LiveTeachers(TeacherSource):
         """See `FrozenTeachers.plan`."""
         self._planned_rows = rows
 
-    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
+    def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """See `TeacherSource`."""
         teachers = self.frozen(tuple(stages))
-        results = [teachers.ask(m, batch.images) for m in range(self._ensemble.num_teachers)]
+        results = [teachers.outputs(m, batch.images) for m in range(self._ensemble.num_teachers)]
         return TeacherOutput(
             logits=torch.stack([result.logits for result in results]),
             pooled=tuple(result.pooled for result in results),

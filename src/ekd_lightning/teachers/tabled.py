@@ -23,8 +23,8 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput
 from ekd_lightning.networks.weights import answers_sha256
-from ekd_lightning.teachers.rows import HeldRows, KnownRows, Values, memory_for_rows, row_bytes
-from ekd_lightning.teachers.source import Asked, ImagesOf, LiveTeachers, Stages, TeacherFormat, TeacherSource
+from ekd_lightning.teachers.rows import DeviceRows, StoredRows, Values, memory_for_rows, row_bytes
+from ekd_lightning.teachers.source import ImagesOf, LiveTeachers, StageCounts, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _WORTH_A_LINE = 2.0  # seconds
 _PROGRESS_EVERY = 20.0  # seconds
 
 
-Expected = tuple[list[HeldRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
+Expected = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
 
 
 class TabledTeachers(TeacherSource):
@@ -50,7 +50,7 @@ class TabledTeachers(TeacherSource):
     change or mix the images afterwards. Trouble with the disk costs one warning, then teachers run live.
 
     Where the device has room for all rows that the run may need, a row is read, or computed, once in the run; else
-    the rows of an epoch are read before it begins. Asked without `prepare_epoch`, every batch is read by itself.
+    the rows of an epoch are read before it begins. StageCounts without `prepare_epoch`, every batch is read by itself.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TabledTeachers(TeacherSource):
         self._stages = tuple(keep_stages)
         self._planned_rows = 0
         self._prepared = False
-        self._rooms: dict[Stages, HeldRows | None] = {}
+        self._rooms: dict[Stages, DeviceRows | None] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-rows")
         self._expected: Expected | None = None
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
@@ -117,7 +117,7 @@ class TabledTeachers(TeacherSource):
             first = wide if include_pooled or (Path(folder) / f"{wide.name}.rows").is_file() else narrow
             keys.append([first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)])
         names = [identity.id for identity in ensemble.identities]
-        self._known = KnownRows(Path(folder), keys, self._live, names, self._device)
+        self._known = StoredRows(Path(folder), keys, self._live, names, self._device)
 
     @property
     def keeping(self) -> bool:
@@ -144,7 +144,7 @@ class TabledTeachers(TeacherSource):
 
     # -- an epoch ahead ---------------------------------------------------------------------------------
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: Asked) -> None:
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: StageCounts) -> None:
         """Completes the tables for all rows of an epoch and holds these ready on the device.
 
         Missing rows are computed in large batches, all of one size. Until the next call, only batches made of
@@ -171,7 +171,7 @@ class TabledTeachers(TeacherSource):
         if seconds > _WORTH_A_LINE and self.misses > before:
             log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
 
-    def expect_epoch(self, index: Tensor, view: Tensor, asked: Asked) -> None:
+    def prefetch_epoch(self, index: Tensor, view: Tensor, asked: StageCounts) -> None:
         """Reads the rows of the next epoch that are not held yet, in a thread of its own; see `TeacherSource`.
 
         Not where they would take more of the computer's memory than rows of one kind may.
@@ -195,7 +195,7 @@ class TabledTeachers(TeacherSource):
         for room in rooms:
             room.put(index[here], view[here], there)
 
-    def _rooms_for(self, asked: Asked, room: Callable[[Stages], HeldRows | None]) -> list[HeldRows]:
+    def _rooms_for(self, asked: StageCounts, room: Callable[[Stages], DeviceRows | None]) -> list[DeviceRows]:
         """Where rows that come from tables are held: those with stages, where these are asked for, then the others."""
         kept = [stages for stages in asked if self._keeps(stages)]
         rooms = [room(self._stages)] if any(kept) else []
@@ -204,12 +204,12 @@ class TabledTeachers(TeacherSource):
         return [one for one in rooms if one is not None]
 
     @staticmethod
-    def _unknown(rooms: Sequence[HeldRows], index: Rows, view: Rows) -> Rows:
+    def _unknown(rooms: Sequence[DeviceRows], index: Rows, view: Rows) -> Rows:
         """Positions of the rows that one of the rooms does not hold."""
         held = [room.holds(index, view) for room in rooms]
         return np.flatnonzero(~np.logical_and.reduce(held)) if held else np.zeros(0, np.int64)
 
-    def _room(self, stages: Stages) -> HeldRows | None:
+    def _room(self, stages: Stages) -> DeviceRows | None:
         """Where rows with these columns are held; None for outputs of stages that are too large for that."""
         if stages not in self._rooms:
             shapes = self._held_shapes(stages or self._answers)
@@ -220,7 +220,7 @@ class TabledTeachers(TeacherSource):
                 log.info(text, one * V / 1e9)
             self._rooms[stages] = None
             if not stages or one <= budget:
-                room = HeldRows(shapes, self._images, self._num_images, V, self._device)
+                room = DeviceRows(shapes, self._images, self._num_images, V, self._device)
                 self._rooms[stages] = room
                 if room.whole and not stages:
                     self._load(room)
@@ -229,7 +229,7 @@ class TabledTeachers(TeacherSource):
     def _held_shapes(self, names: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
         return [{name: own[name] for name in names} for own in self._shapes]
 
-    def _load(self, room: HeldRows) -> None:
+    def _load(self, room: DeviceRows) -> None:
         """Reads all rows of the run's images that are on disk, where the run will need a good part of them."""
         images, V, teachers = self._images, self._num_views, range(len(self._shapes))
         few = self._planned_rows < _LOAD_FROM * len(images) * V
@@ -243,7 +243,7 @@ class TabledTeachers(TeacherSource):
                 here = np.logical_and.reduce([present for _, present in found])
                 room.put(index[here], view[here], [self._known.there(values, here) for values, _ in found])
 
-    def _complete(self, rooms: list[HeldRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
+    def _complete(self, rooms: list[DeviceRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
         """Takes the rows that the rooms do not hold yet from disk, or computes them."""
         if not rooms:
             return
@@ -272,13 +272,13 @@ class TabledTeachers(TeacherSource):
                 log.info("teachers: %d of %d images of the epoch are ready", ready, len(index))
 
     def captured(self, stages: Stages = ()) -> bool:
-        """Whether `ask` only looks rows up on the device, or passes images through live teachers."""
+        """Whether `outputs` only looks rows up on the device, or passes images through live teachers."""
         needed = ((), self._stages) if stages else ((),)
         return not self._keeps(stages) or all(self._room(names) for names in needed)
 
     # -- a batch ----------------------------------------------------------------------------------------
 
-    def ask(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
+    def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
         """See `TeacherSource`; what comes from rows was rounded to float16, and unless they are kept pooled is ().
 
         Stages that are not kept come from live teachers, and every row counts as a miss.
@@ -293,7 +293,7 @@ class TabledTeachers(TeacherSource):
         if not self._keeps(stages):
             if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
                 self.misses += len(self._shapes) * len(batch.index)
-            output = self._live.ask(batch, stages)
+            output = self._live.outputs(batch, stages)
             return output if POOLED in self._answers else output._replace(pooled=())
         answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
         if not self._prepared or answers is None or (stages and maps is None):

@@ -21,7 +21,7 @@ from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
 from ekd_lightning.methods.method import rebuild_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
-from ekd_lightning.networks.cutting import untold_classes
+from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
@@ -56,10 +56,10 @@ class _LiveNetworks:
         self._members = [] if teachers is None else list(teachers.members)
         self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
 
-    def ask_student(self, images: Tensor) -> StudentOutput:
+    def student_outputs(self, images: Tensor) -> StudentOutput:
         return self._student.outputs(images)
 
-    def ask_teacher(self, m: int, images: Tensor) -> NetworkOutput:
+    def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
         key, member = (m, images.device), self._members[m]
         if key not in self._frozen:
             self._frozen[key] = FrozenNetwork(
@@ -118,8 +118,8 @@ class Distiller(TrainingModule):
     ) -> None:
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is not None:  # a method may be built before their weights are there
-            untold = [untold_classes(member.head) for member in teachers.members]
-            method.check_classes(untold, [repr(identity.id) for identity in teachers.identities])
+            unknown = [unknown_classes(member.head) for member in teachers.members]
+            method.check_classes(unknown, [repr(identity.id) for identity in teachers.identities])
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.teachers = teachers
@@ -225,13 +225,13 @@ class Distiller(TrainingModule):
         if self.current_epoch + 1 < self.recipe.epochs:
             batches = int(self.trainer.num_training_batches)
             _, index, view = (values.flatten() for values in loader.epoch(batches, ahead=1))
-            source.expect_epoch(index, view, self._asked(range(batches, 2 * batches), len(index) // batches))
+            source.prefetch_epoch(index, view, self._asked(range(batches, 2 * batches), len(index) // batches))
 
     def _asked(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
         """The stages that teachers are asked for in batches counted from now, with how many images."""
         asked: Counter[tuple[str, ...]] = Counter()
         for batch in batches:
-            needed, stages = self.method.asks_teachers(self.progress(batch))
+            needed, stages = self.method.teacher_needs(self.progress(batch))
             asked[stages] += needed * size
         return +asked
 
@@ -251,14 +251,14 @@ class Distiller(TrainingModule):
             if not own.__module__.startswith("ekd_lightning.") and "captures" not in vars(own):
                 return f"method.terms.{name} does not say that it may be ({own.__name__}.captures = True)"
         source = self.teacher_source
-        if source is not None and not all(source.captured(stages) for stages in self.method.stages_asked):
+        if source is not None and not all(source.captured(stages) for stages in self.method.needed_stage_sets):
             return "the teachers' outputs come through the host"
         return None
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:
         """Asks the teachers about the step's images once more; see the base class."""
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
-        needed, stages = self.method.asks_teachers(self.progress())
+        needed, stages = self.method.teacher_needs(self.progress())
         source, teachers = self.teacher_source, self.teachers
         if not isinstance(loader, TrainLoader) or not isinstance(data, ImageDataModule):
             return None
@@ -266,8 +266,8 @@ class Distiller(TrainingModule):
             return None
         labels, index, view = (values[step] for values in loader.epoch(step + 1))
         rows = IndexBatch(labels, index, view, torch.ones_like(index, dtype=torch.bool))
-        output = source.ask(data.gather_training(rows, self.device), stages)
-        masking = term not in self.method.terms or cast(Term, self.method.terms[term]).takes_masked
+        output = source.outputs(data.gather_training(rows, self.device), stages)
+        masking = term not in self.method.terms or cast(Term, self.method.terms[term]).accepts_masked
         for m, identity in enumerate(teachers.identities):
             pooled = {"pooled features": output.pooled[m]} if output.pooled else {}
             maps = output.stages[m] if output.stages else {}
@@ -313,9 +313,9 @@ class Distiller(TrainingModule):
             self._student_outputs = self._student_forward(batch.images.shape[-2:])
         student = self._student_outputs(batch.images)
         progress = self.progress()
-        needed, stages = self.method.asks_teachers(progress)
+        needed, stages = self.method.teacher_needs(progress)
         assert self.teacher_source is not None or not needed  # opened when the fit started
-        teachers = self.teacher_source.ask(batch, stages) if needed and self.teacher_source else None
+        teachers = self.teacher_source.outputs(batch, stages) if needed and self.teacher_source else None
         result = self.method(
             student,
             teachers,

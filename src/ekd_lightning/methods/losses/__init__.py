@@ -1,4 +1,4 @@
-"""Losses of knowledge distillation as pure functions: tensors in, a scalar with a gradient to the student out.
+"""Losses of knowledge distillation as pure functions: tensors in, a scalar with gradients to the student out.
 
 Conventions, the same everywhere:
 

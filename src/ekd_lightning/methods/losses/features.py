@@ -1,4 +1,4 @@
-"""Losses of features: attention maps, relations between images, flow, Gaussian models, contrast.
+"""Feature losses: attention maps, relations between images, flow matrices, Gaussian models, contrast.
 
 Nothing flows into the teacher's side. Shape letters: B batch, D features; in maps [B, C, H, W] the C is channels.
 """
@@ -16,9 +16,9 @@ from torch.nn import functional
 from ekd_lightning.methods.losses.logits import at_least_float32, mse
 
 SHORTEST = 1e-4
-"""A vector shorter than this share of the others' root mean square counts as having no direction."""
+"""Vectors shorter than this share of the root mean square length count as having no direction."""
 NCE_EPS = 1e-7
-"""Of the published code of CRD, beside m/n in the denominators."""
+"""The epsilon of CRD's published code, beside m/n in the denominators."""
 
 
 def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> T
 
 
 def directions(vectors: Tensor) -> Tensor:
-    """Brings vectors to length 1, and those that are (nearly) 0 to 0, with gradient 0.
+    """Normalises vectors to length 1; those that are (nearly) 0 become 0, with gradient 0.
 
     The published codes divide by max(length, 1e-12) instead: at 0, where two images coincide or one has no active
     feature at all, that multiplies a gradient by 1e12.

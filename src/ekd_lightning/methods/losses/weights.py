@@ -1,4 +1,4 @@
-"""Weights of several teachers: by entropy, by cross-entropy, by agreement of gradients.
+"""Teacher weights: by entropy, by cross-entropy, by agreement of gradients.
 
 Shape letters: B batch, C classes, M teachers, T temperature. All weights are detached.
 """
@@ -165,7 +165,7 @@ class MinNormWeights(nn.Module):
             return self._best(gram_MM).to(gradients.dtype)
 
     def _best(self, gram_MM: Tensor) -> Tensor:
-        """The best feasible point [M] among the stationary points of all faces."""
+        """Returns the best feasible point [M] among the stationary points of all faces."""
         weights_FM = self._stationary(gram_MM)
         outside_F = torch.maximum(-weights_FM, weights_FM - self.tolerance).amax(1)
         values_F = (weights_FM @ gram_MM * weights_FM).sum(1)
