@@ -172,7 +172,7 @@ class TermContext:
         """All but temperature, assignment and training images, as plain JSON-able values."""
         left_out = ("temperature", "assignment", "train_index", "train_labels")
         plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
-        plain["untold_classes"] = [sorted(classes) for classes in self.untold_classes]
+        plain["unknown_classes"] = [sorted(classes) for classes in self.unknown_classes]
         return plain
 
     @classmethod
@@ -190,7 +190,7 @@ class TermContext:
         changed: dict[str, Any] = {
             "student_stage_shapes": shapes(values["student_stage_shapes"]),
             "teacher_stage_shapes": tuple(shapes(one) for one in values["teacher_stage_shapes"]),
-            "untold_classes": tuple(frozenset(classes) for classes in values["untold_classes"]),
+            "unknown_classes": tuple(frozenset(classes) for classes in values["unknown_classes"]),
             "teacher_features": tuple(values["teacher_features"]),
             "teacher_names": tuple(values["teacher_names"]),
         }
