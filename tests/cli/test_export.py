@@ -134,7 +134,7 @@ def test_the_card_is_filled_and_its_code_runs(exported, monkeypatch):
 
 
 def test_branches_weights_and_output(run, tmp_path):
-    code, out, _ = call(run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold", "--license", "mit")
+    code, out, _ = call(run, "-o", tmp_path / "one", "--branches", "2,0", "--no-fold-batch-norm", "--license", "mit")
     assert code == 0, out
     images, expected, _ = answers(run, (2, 0))
     model = load(tmp_path / "one" / "student.safetensors")
@@ -144,6 +144,22 @@ def test_branches_weights_and_output(run, tmp_path):
     card = (tmp_path / "one" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
     assert "2 branches (2, 0 of the 3 it was trained with" in card
+
+
+def test_late_branches_are_exported_as_one_head(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "student.branches=3", "student.split_after=stage3").code == 0
+    code, out, err = call(run, "-o", tmp_path / "one", "--fold")
+    assert code == 0, (out, err)
+    images, expected, _ = answers(run)
+    model = load(tmp_path / "one" / "student.safetensors")
+    assert float((model(images) - expected).abs().max()) < 1e-4
+    own, plain = load_student(run / "student.safetensors"), model.metadata["student"]
+    head = sum(value.numel() for value in own.branches[0].parameters())
+    assert plain["num_parameters"] == sum(value.numel() for value in own.parameters()) - 2 * head
+    assert (plain["branches"], plain["one_head"], model.metadata["spec"]["branches"]) == ([0, 1, 2], True, 1)
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "a plain network, whose head is the mean of the heads of 3 branches" in card
 
 
 @pytest.mark.parametrize("weights", ["best", "ema"])
@@ -233,6 +249,7 @@ REFUSED = [
     (["recipe.lr=1"], ["recipe.lr=1", "data.root"]),
     (["--push", "x"], ["'x'", "USER/REPO"]),
     (["--push", "me/x", "--format", "onnx"], ["--push", "safetensors"]),
+    (["--fold"], ["do not fold into one head", "ensemble=gate couples them"]),
 ]
 
 

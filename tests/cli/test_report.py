@@ -125,7 +125,7 @@ HELP = {
     "dashboard": ("ekd-dashboard --entity me --report",),
     "data": ("ekd-data cifar10", "(default: somewhere)"),
     "evaluate": ("--parts all", *EVALUATION_PARTS),
-    "export": ("ekd-export RUN --format onnx --int8", "--no-fold"),
+    "export": ("ekd-export RUN --format onnx --int8", "--no-fold-batch-norm"),
     "report": ("ekd-report compare/c10 compare/c100 -o report",),
     "tune": ("ekd-tune --trials 20 --output tuned/c10 method=kd_mean",),
 }

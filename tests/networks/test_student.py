@@ -17,6 +17,7 @@ from ekd_lightning.networks import (
     StudentOutput,
     build_network,
     cut_branches,
+    fold_branches,
     normalization,
 )
 
@@ -258,3 +259,42 @@ def test_separate_networks_and_a_gate_that_has_nothing_to_weigh():
 def test_impossible_choices_are_refused(kept, said):
     with pytest.raises(UserError, match=said):
         cut_branches(student("mean_logits"), kept)
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "timm:mobilenetv3_small_050"])
+def test_late_branches_fold_into_one_head(name):
+    torch.manual_seed(0)
+    spec = NetworkSpec(name, 10, normalization("centered"))
+    last = build_network(spec).stage_names[-1]
+    whole = BranchedStudent(spec, branches=3, split_after=last).eval()
+    if name.startswith("timm:"):  # its head follows a convolution of the branch's own
+        with pytest.raises(UserError, match="between the last stage"):
+            fold_branches(whole)
+        return
+    folded = fold_branches(whole)
+    with torch.no_grad():
+        before, after = whole.outputs(IMAGES), folded.outputs(IMAGES)
+    weights = [(b.head.weight.detach().double().numpy(), b.head.bias.detach().double().numpy()) for b in whole.branches]
+    pooled = before.pooled[0].double().numpy()
+    expected = np.mean([pooled @ weight.T + bias for weight, bias in weights], axis=0)
+    assert np.allclose(after.logits.numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(after.logits, before.logits, rtol=1e-5, atol=1e-5)
+    assert {name: value.shape for name, value in folded.state_dict().items()} == {
+        name: value.shape for name, value in BranchedStudent(spec, branches=1, split_after=last).state_dict().items()
+    }
+    assert whole.num_branches == 3
+    assert not {value.data_ptr() for value in folded.parameters()} & {value.data_ptr() for value in whole.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "split", "reason"),
+    [
+        ("gate", "stage3", "ensemble=gate couples them non-linearly"),
+        ("mean_probs", "stage3", "ensemble=mean_probs"),
+        ("mean_logits", "stage2", "stages stage3, which are not linear .split_after=stage3 folds"),
+        ("mean_logits", "none", "stages stem, stage1, stage2, stage3"),
+    ],
+)
+def test_branches_that_do_not_fold_are_refused_with_the_reason(ensemble, split, reason):
+    with pytest.raises(UserError, match=reason):
+        fold_branches(student(ensemble, split))

@@ -29,6 +29,7 @@ examples:
   ekd-export RUN --format onnx,torch-export -o exported   for ONNX Runtime, and for PyTorch alone
   ekd-export RUN --format onnx --int8                     also quantised to int8, its accuracy stated
   ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
+  ekd-export RUN --fold                                   branches that are heads as one: the cost of a plain student
   ekd-export RUN data.root=/data                          where the data are elsewhere by now
 
 RUN is the directory of a finished run. In Python, without Lightning or Hydra:
@@ -49,12 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
     add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
     add("--weights", default="last", help="last (default), best, by validation accuracy, or ema, the moving average")
-    add(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fold batch norm into the convolutions before it (default: yes)",
-    )
+    add("--fold", action="store_true", help="fold branches that are linear heads into one head, which is exact")
+    add("--no-fold-batch-norm", action="store_true", help="keep batch norms apart from the convolutions before them")
     add("--probabilities", action="store_true", help="return probabilities beside logits")
     add("--int8", action="store_true", help="also an ONNX file quantised to int8")
     add("--calibration-images", type=int, help="training images that int8 takes its ranges from (default: 512)")
@@ -143,7 +140,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         formats,
         branches=_branches(args.branches),
         weights=args.weights,
-        fold=args.fold,
+        fold_branches=args.fold,
+        fold_batch_norm=not args.no_fold_batch_norm,
         probabilities=args.probabilities,
         int8=args.int8,
         **of_int8,
@@ -162,7 +160,7 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
     import torch  # noqa: PLC0415
 
-    from ekd_lightning.networks import cut_branches  # noqa: PLC0415
+    from ekd_lightning.networks import cut_branches, fold_branches  # noqa: PLC0415
     from ekd_lightning.pipeline.context import load_own_student, open_context  # noqa: PLC0415
     from ekd_lightning.pipeline.export import load_weights  # noqa: PLC0415
 
@@ -170,8 +168,11 @@ def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationC
     settings = recorded_settings(run, args.overrides, trust=args.trust)
     run.finished_result()  # refuses a run that is not done
     other = load_weights(run, options.weights) if options.weights != "last" else None
-    if options.branches is not None:
-        cut_branches(other or load_own_student(run), options.branches)  # refuses before the data are read
+    if options.branches is not None or options.fold_branches:  # refuses before the data are read
+        student = other or load_own_student(run)
+        student = cut_branches(student, options.branches or range(student.num_branches))
+        if options.fold_branches:
+            fold_branches(student)
     return open_context(run, settings, torch.device("cpu"), other, options.weights), run.provenance()
 
 

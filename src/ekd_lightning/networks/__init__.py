@@ -2,6 +2,7 @@
 
 # Importing the families registers them.
 from ekd_lightning.networks import convnets, library  # noqa: F401
+from ekd_lightning.networks.branches import cut_branches, fold_branches
 from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.deploy import DeployedStudent
 from ekd_lightning.networks.deployed import DeployedModel, load_deployed
@@ -18,7 +19,7 @@ from ekd_lightning.networks.staged import (
     TeacherOutput,
     normalization,
 )
-from ekd_lightning.networks.student import ENSEMBLES, BranchedStudent, cut_branches
+from ekd_lightning.networks.student import ENSEMBLES, BranchedStudent
 from ekd_lightning.networks.teachers import TeacherEnsemble, TeacherIdentity
 from ekd_lightning.networks.weights import (
     load_network,
@@ -52,6 +53,7 @@ __all__ = [
     "build_network",
     "cut_branches",
     "find_student",
+    "fold_branches",
     "load_deployed",
     "load_foreign",
     "load_network",

@@ -5,7 +5,6 @@ Shape letters: B batch, C classes, D features, K branches.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -226,41 +225,3 @@ def _check(branches: int, split_after: str, ensemble: str) -> None:
         raise unknown_name("ensemble", ensemble, ENSEMBLES)
     if ensemble == "gate" and split_after == NO_SPLIT:
         raise UserError("ensemble='gate' reads the shared trunk, and split_after='none' leaves none (use a stage)")
-
-
-def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedStudent:
-    """Copies a student with some of its branches, in the order given.
-
-    Coupling is that of the student over the branches that stay. A gate keeps their scores, so its softmax is the
-    student's gate weights, scaled to sum to 1 over these branches; where one branch stays its weight is 1 and the
-    gate is left out.
-
-    Args:
-        student: Is not changed; no weight is shared with the copy.
-        branches: Positions, 0 .. K-1, each at most once.
-
-    Returns:
-        The copy, on the student's device, in its floating-point type and its mode.
-
-    Raises:
-        UserError: If no branch stays, or one is not there or is named twice.
-    """
-    kept = list(branches)
-    _check_kept(kept, student.num_branches)
-    cut = copy.deepcopy(student)
-    cut.branches = nn.ModuleList(cut.branches[k] for k in kept)
-    if cut.gate is not None and len(kept) == 1:
-        cut.gate, cut.ensemble = None, "mean_logits"
-    elif cut.gate is not None:
-        cut.gate.keep(kept)
-    return cut
-
-
-def _check_kept(kept: list[int], count: int) -> None:
-    if not kept:
-        raise UserError("branches=[]: at least 1 branch must stay")
-    for k in kept:
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < count:
-            raise UserError(f"branches={kept}: the student has branches 0 to {count - 1}, not {k!r}")
-    if len(set(kept)) < len(kept):
-        raise UserError(f"branches={kept}: a branch is named twice")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ekd_lightning.errors import UserError, require
 from ekd_lightning.evaluation.predict import Agreement, compare_logits, default_tolerance, predict_logits
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
-from ekd_lightning.networks import BranchedStudent, cut_branches, load_deployed
+from ekd_lightning.networks import BranchedStudent, cut_branches, fold_branches, load_deployed
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
 from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
@@ -42,7 +42,8 @@ class ExportOptions:
         formats: Some of `SUFFIXES`, each once.
         branches: Which branches are kept, in this order; None for all.
         weights: One of `WEIGHTS`, for the student's record.
-        fold: Whether batch norms are folded.
+        fold_branches: Whether the branches become one head, where that is exact.
+        fold_batch_norm: Whether batch norms are folded into the convolutions before them.
         probabilities: Whether files return probabilities beside logits.
         int8: Whether an ONNX file quantised to int8 is written, too.
         calibration_images: Training images of which int8 takes its ranges, at least 1.
@@ -53,7 +54,8 @@ class ExportOptions:
     formats: tuple[str, ...]
     branches: tuple[int, ...] | None = None
     weights: str = "last"
-    fold: bool = True
+    fold_branches: bool = False
+    fold_batch_norm: bool = True
     probabilities: bool = False
     int8: bool = False
     calibration_images: int = 512
@@ -153,7 +155,8 @@ def export_student(
         The content of export.json.
 
     Raises:
-        UserError: If branches are not there, a file exists, the folder holds another student, or a package is missing.
+        UserError: If branches are not there or do not fold, a file exists, the folder holds another student, or a
+            package is missing.
         CheckFailedError: If a file does not say what the student says.
     """
     refuse_existing(folder, options, force)
@@ -165,8 +168,10 @@ def export_student(
     batch_size = context.settings.data.eval_batch_size
     reference = predict_logits(student, test, batch_size)
     metrics = measure(reference, test.labels)
+    if options.fold_branches:
+        student = fold_branches(student)
     metadata = describe_export(context, provenance, student, branches, options.weights, metrics)
-    deployed = DeployedStudent(student, fold=options.fold, probabilities=options.probabilities)
+    deployed = DeployedStudent(student, fold=options.fold_batch_norm, probabilities=options.probabilities)
     record = _record(folder, {**metadata, "spec": deployed.spec}, force)
     tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
     remove_parts(folder)  # of an export that was killed
@@ -199,7 +204,7 @@ def _contents(
     """Name, facts and content of each file."""
     onnx: bytes | None = None
     for file_format in options.formats:
-        facts = {"format": file_format, "precision": "float32", "folded": options.fold}
+        facts = {"format": file_format, "precision": "float32", "folded": options.fold_batch_norm}
         facts["outputs"] = deployed.outputs
         content = to_bytes(deployed, {**metadata, "precision": "float32"}, file_format)
         onnx = content if file_format == "onnx" else onnx

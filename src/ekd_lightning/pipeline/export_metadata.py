@@ -51,8 +51,8 @@ def describe_export(
     Args:
         context: The run's settings, result and data.
         provenance: Content of its provenance.json.
-        student: What is exported, branches cut.
-        branches: Which of the run's branches these are.
+        student: What is exported, branches cut or folded.
+        branches: Which of the run's branches it was made of.
         weights: `last`, `best` or `ema`.
         metrics: What `measure` found for this student.
     """
@@ -82,6 +82,7 @@ def describe_export(
         "student": {
             "branches": list(branches),
             "of_branches": context.student.num_branches,
+            "one_head": student.num_branches < len(branches),
             "weights": weights,
             "sha256": state_sha256(student),
             "num_parameters": count_parameters(student),

@@ -130,7 +130,8 @@ def model_name(export: Mapping[str, Any]) -> str:
     """A short name: method, data set, network, branches."""
     student = export["student"]
     network = export["spec"]["network"]["name"]
-    return f"{export['method']['name']}-{export['data']['name']}-{network}x{len(student['branches'])}"
+    branches = 1 if student.get("one_head") else len(student["branches"])
+    return f"{export['method']['name']}-{export['data']['name']}-{network}x{branches}"
 
 
 def _header(export: Mapping[str, Any], license_id: str | None) -> md.Markdown:
@@ -172,6 +173,8 @@ def _structure(export: Mapping[str, Any]) -> str:
     branches = f"{len(kept)} branches" if len(kept) > 1 else "one branch"
     if len(kept) < of:
         branches += f" ({', '.join(map(str, kept))} of the {of} it was trained with, counted from 0)"
+    if student.get("one_head"):
+        return md.Markdown(f"a plain network, whose head is the mean of the heads of {branches}")
     shared = f"over a trunk shared up to {md.code(spec['split_after'])}"
     trunk = "that share nothing" if spec["split_after"] == "none" else shared
     coupled = f", coupled by {_COUPLING[spec['ensemble']]}" if len(kept) > 1 else ""
