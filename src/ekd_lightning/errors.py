@@ -1,4 +1,4 @@
-"""Errors of users: one line that says what is wrong and what is allowed, and no remarks of libraries around it."""
+"""Errors of users: one line that says what is wrong and what is allowed; registries and checks that raise them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import importlib.util
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 _MOST_SHOWN = 12  # beyond that the nearest match says more than the list
+
+
+_T = TypeVar("_T")
+_NamedT = TypeVar("_NamedT")
 
 
 class UserError(ValueError):
@@ -35,6 +40,49 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {lower[near[0]]!r}?" if near else ""
     shown = names if len(names) <= _MOST_SHOWN or not near else [*names[:_MOST_SHOWN], "..."]
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(shown) or 'none'})")
+
+
+class Registry(dict[str, _T]):
+    """Things by name; looking up an unknown name raises a `UserError` that offers the nearest one.
+
+    Args:
+        kind: What the names stand for, e.g. "network".
+        things: Those that are there from the start.
+    """
+
+    def __init__(self, kind: str, things: Mapping[str, _T] | None = None) -> None:
+        super().__init__(things or {})
+        self.kind = kind
+
+    def __missing__(self, name: str) -> _T:
+        raise unknown_name(self.kind, name, self)
+
+    def register(self, name: str) -> Callable[[_NamedT], _NamedT]:
+        """Returns a decorator that registers a class or function under a name.
+
+        Raises:
+            ValueError: If another one has the name already (when the decorator is applied). The same one defined anew,
+                as in a notebook cell that is run twice, replaces the old one.
+        """
+
+        def decorate(thing: _NamedT) -> _NamedT:
+            if name in self and _origin(self[name]) != _origin(thing):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered twice: by {_origin(self[name])} and by {_origin(thing)}"
+                )
+            self[name] = thing  # type: ignore[assignment]
+            return thing
+
+        return decorate
+
+
+def _origin(thing: object) -> str:
+    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """Joins the first `most` names, and counts the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def require(extra: str, *packages: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from ekd_lightning.errors import UserError
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    monkeypatch.setattr(catalog, "_LOADERS", dict(catalog._LOADERS))
+    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))
     monkeypatch.setattr(catalog, "_LOADED", {})
 
 
@@ -48,7 +50,7 @@ def test_a_name_taken_twice_names_both(random_dataset):
     def other_digits(root, download):
         return random_dataset
 
-    with pytest.raises(ValueError, match=r"'digits' is registered twice, by .*_load_digits and by .*other_digits"):
+    with pytest.raises(ValueError, match=r"'digits' is registered twice: by .*_load_digits and by .*other_digits"):
         register_dataset("digits")(other_digits)
 
 

@@ -97,7 +97,7 @@ def test_impossible_networks_are_refused_in_one_line(name: str, options: dict[st
 
 
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_BUILDERS", dict(registry_module._BUILDERS))
+    monkeypatch.setattr(registry_module, "_BUILDERS", copy.copy(registry_module._BUILDERS))
 
     @register_network("mine")
     def build_mine(spec: NetworkSpec, *, size: int = 4) -> StagedNetwork:

@@ -1,1 +1,1 @@
-"""Speed and cost, measured side by side with a plain PyTorch loop on the same machine and the same work."""
+"""Benchmark of speed and cost, side by side with a plain PyTorch loop on the same machine and work."""

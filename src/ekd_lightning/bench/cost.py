@@ -1,4 +1,4 @@
-"""Cost, as parts of the benchmark: inference, memory, growth, share of the machine's peak, and of a step's time."""
+"""Cost parts of the benchmark: inference, memory, scaling, share of peak, shares of a step's time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMS = ("plain", "folded", "compiled")
 
 
 class _Mean(nn.Module):
-    """An ensemble of networks as a user would deploy it: the mean of their logits."""
+    """An ensemble of networks in deployment: the mean of their logits."""
 
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ GROUPS = {
     "batch norm, activations and other compiled code": ("CompiledFxGraph", "batch_norm", "triton_"),
     "optimiser": ("_fused_sgd", "Optimizer."),
 }
-"""What an operator's name contains; the first that fits counts."""
+"""Substrings of operators' names; the first group that matches counts."""
 
 KERNELS = {
     "convolutions, backward": ("dgrad", "wgrad", "convolve_common_engine", "bprop"),
@@ -156,7 +156,7 @@ KERNELS = {
     "losses and other reductions": ("softmax", "SoftMax", "reduce_kernel", "nll_loss"),
     "other element-wise kernels": ("elementwise",),
 }
-"""What a CUDA kernel's name contains; the first group that fits counts."""
+"""Substrings of CUDA kernels' names; the first group that matches counts."""
 
 OTHER = "everything else"
 
@@ -183,7 +183,7 @@ def step_profile(bench: Bench) -> dict[str, Any]:
 
 
 def time_shares(work: Callable[[], object], device: torch.device, most: int = 15) -> dict[str, Any]:
-    """Shares of the time by group of kernels, also of work that replays graphs; of operators on a processor.
+    """Measures each group's share of the time, by kernels on a GPU and by operators on a processor.
 
     Args:
         work: What to look at, warm by now.
@@ -210,7 +210,7 @@ def time_shares(work: Callable[[], object], device: torch.device, most: int = 15
 
 
 def by_group(times: Mapping[str, float], groups: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
-    """Shares of the whole time in [0, 1], by group; name of an operator or kernel -> its own time."""
+    """Returns each group's share of the whole time in [0, 1], from the times of operators or kernels by name."""
     sums = dict.fromkeys([*groups, OTHER], 0.0)
     for name, value in times.items():
         fitting = (group for group, parts in groups.items() if any(part in name for part in parts))

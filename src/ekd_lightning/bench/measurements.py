@@ -1,4 +1,4 @@
-"""Measurements by letter: what all parts of the benchmark share, and what each of them measures."""
+"""Measurements by letter: the setting that all parts of the benchmark share, and the parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GPU_MINUTES = 3.0
 
 
 def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, **counts: Any) -> Bench:
-    """Prepares what all parts measure.
+    """Prepares settings, data and teachers for all parts.
 
     Args:
         overrides: As for ekd-train.
@@ -100,7 +100,7 @@ def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _smaller(bench: Bench, key: str) -> Bench:
-    """The bench for the parts that train often; the sweep compiles when ekd-train would."""
+    """Returns the bench for parts that train often; the sweep compiles when ekd-train would."""
     settings, epochs = bench.settings, bench.sweep_epochs
     if bench.sweep_fraction is not None:
         data = replace(settings.data, fraction=bench.sweep_fraction, per_class=None)

@@ -1,4 +1,4 @@
-"""This package's side of the comparison: through Lightning as `ekd-train` does it, and as a bare loop."""
+"""Trainings of this package in the comparison: through Lightning as `ekd-train` does it, and as a bare loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """One training, to be timed.
+    """A training to be timed.
 
     Attributes:
         settings: What to train.
@@ -63,11 +63,11 @@ class Job:
     device: torch.device
 
     def prepared(self) -> Prepared:
-        """Fresh parts: student, method, data module."""
+        """Prepares fresh parts: student, method, data module."""
         return prepare(self.settings, "cpu" if self.device.type == "cpu" else "auto")
 
     def with_store(self, store: Path) -> Job:
-        """The same with another store, e.g. an empty one."""
+        """Returns the job with another store, e.g. an empty one."""
         teachers = replace(self.settings.teachers, store=str(store))
         return replace(self, settings=replace(self.settings, teachers=teachers))
 
@@ -103,7 +103,7 @@ class Job:
 
 
 class Clock(pl.Callback):
-    """When the parts of a training began and ended; as the first callback, what others do counts, too.
+    """Times of a training's phases; as the first callback it includes the time of all others.
 
     Args:
         file: Where a process tells the one that started it when its first and its last step ended: JSON with
@@ -158,7 +158,7 @@ class Clock(pl.Callback):
         self._validation += time.perf_counter() - self._validating
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock, and tells."""
+        """Stops the clock and writes the times."""
         self.seconds = time.perf_counter() - self._since
         _synchronize(pl_module)
         if self._file:
@@ -220,7 +220,7 @@ class BareLoop:
             self.run(len(self.loader))
 
     def start_epoch(self, epoch: int) -> None:
-        """Gets an epoch's rows and the teachers' answers to them."""
+        """Prepares an epoch's rows and the teachers' outputs for them."""
         self.student.train()
         self.loader.set_epoch(epoch)
         labels, index, view = self.loader.epoch()

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that compare the plain way and ours on the same work."""
+"""Parts of the benchmark that compare plain loops with this package on the same work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured and how often.
+    """Subject and extent of the measurements.
 
     Attributes:
         settings: Data, pool of teachers, student, method, recipe and trainer flags of the job.
@@ -57,11 +57,11 @@ class Bench:
     deadline: float = math.inf
 
     def has_time(self, seconds: float = 0.0) -> bool:
-        """Whether something that takes so long would end before the deadline."""
+        """Whether so many seconds of work would end before the deadline."""
         return time.perf_counter() + seconds < self.deadline
 
     def job(self, settings: Settings | None = None, teachers: int | None = None) -> Job:
-        """The job, with the first so many teachers."""
+        """Returns the job with the first so many teachers."""
         count = self.teachers.num_teachers if teachers is None else teachers
         chosen = TeacherEnsemble(self.teachers.members[:count], self.teachers.identities[:count])
         settings = settings or self.settings
@@ -105,7 +105,7 @@ FORMATS = {
     "auto folded": TeacherFormat("auto", compile="never"),
     "auto folded, compiled": TeacherFormat("auto", compile="always"),
 }
-"""How teachers can be asked; "auto" is bfloat16 where the hardware has it."""
+"""Formats of frozen teachers; "auto" is bfloat16 where the hardware has it."""
 
 
 def teachers_alone(bench: Bench) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def teachers_alone(bench: Bench) -> dict[str, Any]:
 
 
 def agreement(plain: Tensor, fast: Tensor, temperature: float = 4.0) -> dict[str, float]:
-    """How far two sets of logits [B, C] lie apart: log-probabilities at T = 1 and T, and the same top class."""
+    """Agreement of two sets of logits [B, C]: log-probabilities at T = 1 and T, and the same top class."""
 
     def distance(T: float) -> float:
         return float(((plain / T).log_softmax(-1) - (fast / T).log_softmax(-1)).abs().max())
@@ -150,7 +150,7 @@ def agreement(plain: Tensor, fast: Tensor, temperature: float = 4.0) -> dict[str
 
 
 CAREFUL = {"careful plain": "default", "careful plain, reduce-overhead": "reduce-overhead"}
-"""What the loops of a careful user are called, and their modes of `torch.compile`."""
+"""Names of a careful user's loops in results, and their modes of `torch.compile`."""
 _COMPILE_SECONDS = 60  # of a careful loop on a GPU
 
 
@@ -299,7 +299,7 @@ def sweep(bench: Bench) -> dict[str, Any]:
 
 
 def _attributed(job: Job) -> dict[str, float]:
-    """Trains a job; seconds by what they were spent on."""
+    """Trains a job; returns its seconds by phase."""
     start = time.perf_counter()
     fitted = job.fit()
     source, training = fitted.module.teacher_source, fitted.seconds

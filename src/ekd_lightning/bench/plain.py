@@ -1,4 +1,4 @@
-"""What a user would write without this package: torchvision transforms in workers and live teachers.
+"""Plain loops, as a user would write them without this package: torchvision transforms in workers, live teachers.
 
 Idiomatic and fair: images are already in memory, teachers run under `no_grad`, workers persist, and their best
 number is looked for. `PlainLoop` computes in float32 as it comes, `CarefulLoop` uses what torch offers for speed.
@@ -62,7 +62,7 @@ def plain_loader(
 
 
 class _PlainNetworks:
-    """The networks as they are, for terms that ask them (`methods.terms.LiveNetworks`)."""
+    """The networks as they are, for terms that need them (`methods.context.LiveNetworks`)."""
 
     def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble) -> None:
         self._student, self._members = student, list(teachers.members)
@@ -138,7 +138,7 @@ class PlainLoop:
         self.optimizer.step()
 
     def started(self) -> float:
-        """Takes the first steps: seconds to the first one, for which workers start and what compiles is compiled."""
+        """Runs the first steps; returns the seconds to the first, which starts workers and compiles."""
         seconds = seconds_of(self.step, self.device)
         for _ in range(2 * self.loader.num_workers):  # what lies ready would pass for speed
             self.step()
@@ -156,7 +156,7 @@ class PlainLoop:
         return steps * int(self.loader.batch_size or 1) / seconds
 
     def close(self) -> None:
-        """Ends the loader's workers now; left to the garbage collector they end, slowly, in another way's time."""
+        """Ends the loader's workers now: the garbage collector would end them during another measurement."""
         self._batches.close()
         iterator = self.loader._iterator
         self.loader._iterator = None

@@ -1,4 +1,4 @@
-"""Timings that are fair: the ways take turns, so that a machine whose speed drifts is unfair to none of them."""
+"""Timing of alternatives in turns, so that a drifting machine speed affects all of them alike."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _wait(device: torch.device | None) -> None:
 def rate_of(
     work: Callable[[], object], count: int, device: torch.device | None = None, repeats: int = 5
 ) -> Callable[[], float]:
-    """What measures a rate: `count` over the median seconds of the work, repeated so often each time it is asked."""
+    """Returns a function that measures a rate: `count` over the median seconds of several repeats."""
     return lambda: count / statistics.median(seconds_of(work, device) for _ in range(repeats))
 
 
@@ -42,7 +42,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
 
 
 def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
-    """Asks every way for a rate, round by round.
+    """Measures the rate of every alternative, round by round.
 
     Args:
         ways: Name -> measures once and returns a rate (larger is faster).
@@ -62,7 +62,7 @@ def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up:
 
 
 def summary(rates: Mapping[str, list[float]], against: str) -> dict[str, Any]:
-    """Median, minimum and maximum of each way, and its median ratio to `against`, round by round."""
+    """Summarises each alternative: median, minimum, maximum, and median ratio to `against`, round by round."""
     return {
         name: {
             "median": statistics.median(values),

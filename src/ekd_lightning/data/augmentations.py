@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.order import Draws
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError, unknown_name
 
 OPTIONS_KEY = "data.augmentation_options"
 
@@ -43,7 +43,7 @@ class Augmentation(Protocol):
 
 AugmentationClass = TypeVar("AugmentationClass", bound=Callable[..., Augmentation])
 
-_REGISTRY: dict[str, Callable[..., Augmentation]] = {}
+_REGISTRY: Registry[Callable[..., Augmentation]] = Registry("augmentation")
 
 
 def register_augmentation(name: str) -> Callable[[AugmentationClass], AugmentationClass]:
@@ -62,19 +62,9 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
     Raises:
         ValueError: If another class has the name already.
     """
-
-    def decorate(cls: AugmentationClass) -> AugmentationClass:
-        old = _REGISTRY.get(name)
-        if name in ("none", "crop_flip") or (old is not None and _origin(old) != _origin(cls)):
-            raise ValueError(f"augmentation {name!r} is registered twice, the second time by {_origin(cls)}")
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
-
-
-def _origin(cls: Callable[..., Augmentation]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    if name in ("none", "crop_flip"):
+        raise ValueError(f"augmentation {name!r} is registered twice: this name belongs to a view family")
+    return _REGISTRY.register(name)
 
 
 def augmentation_names() -> tuple[str, ...]:
@@ -95,9 +85,8 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
     Raises:
         UserError: Unknown name or option, an option that is missing or has a value that is not allowed.
     """
-    if name not in _REGISTRY:
-        raise unknown_name("augmentation", name, _REGISTRY)
-    parameters = inspect.signature(_REGISTRY[name]).parameters
+    make = _REGISTRY[name]
+    parameters = inspect.signature(make).parameters
     for option in options:
         if option not in parameters:
             raise unknown_name(f"option in {OPTIONS_KEY}.{name}:", option, parameters)
@@ -105,7 +94,7 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
     for option, value in values.items():
         if value is inspect.Parameter.empty:
             raise UserError(f"{OPTIONS_KEY}.{name}.{option}: must be given")
-    return _REGISTRY[name](**options), name + json.dumps(values, sort_keys=True, default=str)
+    return make(**options), name + json.dumps(values, sort_keys=True, default=str)
 
 
 def check_number(key: str, value: object, low: float, high: float = math.inf) -> float:

@@ -20,7 +20,7 @@ from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.listing import Listing, check_image_size, read_listing, with_test_images
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
 from ekd_lightning.data.subset import take_evenly
-from ekd_lightning.errors import unknown_name
+from ekd_lightning.errors import Registry
 from ekd_lightning.settings import DataSettings
 
 NUM_TEST = 360
@@ -63,7 +63,7 @@ def _test_rows(labels: np.ndarray) -> torch.Tensor:
 
 Loader = Callable[[Path, bool], Dataset]
 
-_LOADERS: dict[str, Loader] = {}
+_LOADERS: Registry[Loader] = Registry("data set")
 _LOADED: dict[Hashable, Dataset] = {}
 
 
@@ -80,15 +80,7 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
     Raises:
         ValueError: The name is taken.
     """
-
-    def register(loader: Loader) -> Loader:
-        if name in _LOADERS:
-            old, new = (getattr(fn, "__qualname__", str(fn)) for fn in (_LOADERS[name], loader))
-            raise ValueError(f"data set {name!r} is registered twice, by {old} and by {new}")
-        _LOADERS[name] = loader
-        return loader
-
-    return register
+    return _LOADERS.register(name)
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -110,12 +102,10 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
     Raises:
         UserError: Unknown name, missing or damaged data.
     """
-    if name not in _LOADERS:
-        raise unknown_name("data set", name, _LOADERS)
-    key = name, Path(root).expanduser().resolve()
-    if key not in _LOADED:
-        _LOADED[key] = _LOADERS[name](key[1], download)
-    return _LOADED[key]
+    load, folder = _LOADERS[name], Path(root).expanduser().resolve()
+    if (name, folder) not in _LOADED:
+        _LOADED[name, folder] = load(folder, download)
+    return _LOADED[name, folder]
 
 
 def open_dataset(data: DataSettings) -> Dataset:
@@ -132,11 +122,10 @@ def open_dataset(data: DataSettings) -> Dataset:
         for name in (name for name, given in own.items() if given):
             warnings.warn(f"data.{name}={getattr(data, name)} has no effect without data.source", stacklevel=2)
         return load_dataset(data.name, data.root, data.download)
-    if data.source not in _SOURCES:
-        raise unknown_name("data.source", data.source, _SOURCES)
+    list_images = _SOURCES[data.source]
     root, size = Path(data.root).expanduser().resolve(), check_image_size(data.image_size)
     cache = Path(data.cache).expanduser().resolve()
-    listing = with_test_images(_SOURCES[data.source](data, root), data.test_fraction, data.subset_seed)
+    listing = with_test_images(list_images(data, root), data.test_fraction, data.subset_seed)
     key = data.source, data.name, root, size, data.skip_broken, cache, listing.digest()
     if key not in _LOADED:
         _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
@@ -148,11 +137,14 @@ def source_names() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-_SOURCES: dict[str, Callable[[DataSettings, Path], Listing]] = {
-    "folder": lambda data, root: list_folder(root),
-    "npz": lambda data, root: list_npz(root),
-    "torchvision": lambda data, root: list_torchvision(data.name, root, data.download),
-}
+_SOURCES: Registry[Callable[[DataSettings, Path], Listing]] = Registry(
+    "data.source",
+    {
+        "folder": lambda data, root: list_folder(root),
+        "npz": lambda data, root: list_npz(root),
+        "torchvision": lambda data, root: list_torchvision(data.name, root, data.download),
+    },
+)
 
 
 def _load_cifar(name: str, root: Path, download: bool) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError, unknown_name
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import CONSTANT, choice, number, temperature_of
 
@@ -129,7 +129,7 @@ class BranchTerm(Term):
 
 TermClass = TypeVar("TermClass", bound=type[Term])
 
-_REGISTRY: dict[str, type[Term]] = {}
+_REGISTRY: Registry[type[Term]] = Registry("term")
 
 
 def register_term(name: str) -> Callable[[TermClass], TermClass]:
@@ -145,19 +145,7 @@ def register_term(name: str) -> Callable[[TermClass], TermClass]:
         ValueError: If another class has the name already (when the decorator is applied). The same class
             defined anew, as in a notebook cell that is run twice, replaces the old one.
     """
-
-    def decorate(term: TermClass) -> TermClass:
-        old = _REGISTRY.get(name)
-        if old is not None and _origin(old) != _origin(term):
-            raise ValueError(f"term {name!r} is registered twice: by {_origin(old)} and by {_origin(term)}")
-        _REGISTRY[name] = term
-        return term
-
-    return decorate
-
-
-def _origin(term: type[Term]) -> str:
-    return f"{term.__module__}.{term.__qualname__}"
+    return _REGISTRY.register(name)
 
 
 def term_names() -> tuple[str, ...]:
@@ -177,8 +165,6 @@ def term_class(name: str) -> type[Term]:
     Raises:
         UserError: If there is none; offers the nearest name.
     """
-    if name not in _REGISTRY:
-        raise unknown_name("term", name, _REGISTRY)
     return _REGISTRY[name]
 
 

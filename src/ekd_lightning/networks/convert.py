@@ -1,4 +1,4 @@
-"""Foreign checkpoints into our networks, by explicit maps from their names to ours."""
+"""Conversion of foreign checkpoints into networks of this package, by explicit maps of tensor names."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError, few
 from ekd_lightning.networks.registry import build_network
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
-_SHOWN = 3
-"""How many offending names an error lists before it only counts them."""
-
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How the names in somebody's checkpoint become ours.
+    """Map from the tensor names of a foreign checkpoint to names of this package.
 
     Attributes:
         rules: (pattern, replacement) pairs; the first pattern that matches a whole foreign name
@@ -50,7 +47,8 @@ _RESNET = (
 # Saved by PyTorch before 0.4.1, which did not count batches; the counts do not enter any output.
 _COUNTERS = (r".*\.num_batches_tracked",)
 
-KEY_MAPS: dict[str, KeyMap] = {
+KEY_MAPS: Registry[KeyMap] = Registry("key map")
+KEY_MAPS |= {
     "akamaster_resnet": KeyMap(
         rules=(
             *_RESNET,
@@ -82,7 +80,7 @@ KEY_MAPS: dict[str, KeyMap] = {
 
 
 def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNetwork:
-    """Builds a network and fills it from somebody else's checkpoint, refused unless everything fits.
+    """Builds a network with the weights of a foreign checkpoint, which must fit it exactly.
 
     Nothing in the file is executed, and the global random generator is not advanced.
 
@@ -99,11 +97,10 @@ def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNet
             not fit: foreign names without a rule, two for one place, places left empty, shapes that differ; with
             the network and its number of classes.
     """
-    if key_map not in KEY_MAPS:
-        raise unknown_name("key map", key_map, KEY_MAPS)
+    rules = KEY_MAPS[key_map]
     with torch.random.fork_rng(devices=[]):
         network = build_network(spec)
-    rules, ours = KEY_MAPS[key_map], network.state_dict()
+    ours = network.state_dict()
     converted: dict[str, Tensor] = {}
     unmapped, doubled, shapes = [], [], []
     for key, value in read_foreign_checkpoint(path).items():
@@ -136,14 +133,11 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _misfits(problems: dict[str, list[str]], spec: NetworkSpec, key_map: str, head: Tensor | None) -> str:
-    """Names the network, and the first few misfits of each kind."""
+    """Describes the network and the first few misfits of each kind."""
     parts = []
     # The commonest mistakes in plain words: the class count, then the wrong network.
     if head is not None and head.dim() == 2 and head.shape[0] != spec.num_classes:
         parts.append(f"it has {head.shape[0]} classes")
-    for problem, names in problems.items():
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            parts.append(f"{problem}: {', '.join(names[:_SHOWN])}{more}")
+    parts += [f"{problem}: {few(names)}" for problem, names in problems.items() if names]
     options = f" {dict(spec.options)}" if spec.options else ""
     return f"network {spec.name!r}{options} with {spec.num_classes} classes (key map {key_map!r}): {'; '.join(parts)}"

@@ -1,4 +1,4 @@
-"""Cuts of a foreign module into stages, neck and linear head, along the graph of its own forward pass.
+"""Cutting of foreign modules into stages, neck and linear head, along their own torch.fx graph.
 
 Shape letters: B batch, C classes, D features.
 """
@@ -17,16 +17,16 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError, unknown_name
 
 NEVER = -1e4
-"""Logit of a class that a network does not know: its probability is 0, and no sum of logits becomes NaN."""
+"""Logit of a class that a network does not know: probability 0, and sums of logits never become NaN."""
 _PROBE = 224
-"""Side in pixels of the images whose maps tell stages apart; a network of a fixed input size is probed with its own."""
+"""Image size in pixels at which stages are told apart, unless the network has a fixed input size."""
 _SMALLER = 1.5
 """A stage ends where maps become smaller by at least this factor: an unpadded convolution does not end one."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A module, cut; `head(neck(stages(images)))` are the operations of the module itself, in its order.
+    """The parts of a module; `head(neck(stages(images)))` runs the module's own operations in their order.
 
     Attributes:
         stages: Name to module, in the order of execution; maps [B, channels, height, width] leave each. Empty where
@@ -88,7 +88,7 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
 
 
 class _Tracer(fx.Tracer):
-    """Goes into the modules named `opened` and no others."""
+    """Traces into the modules named `opened`; all others are leaves."""
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class _Tracer(fx.Tracer):
 
 
 def _opened(module: nn.Module, head: str | None, stages: Mapping[str, str]) -> set[str]:
-    """What is traced into: the module, what holds its head or a stage's end, and sequences in these."""
+    """Returns the modules to trace into: the module, parents of its head and of stages' ends, and sequences."""
     names = [name for name, _ in module.named_modules() if name]
     for unknown in set(stages.values()).difference(names):
         raise unknown_name(f"submodule of {type(module).__name__}:", unknown, names)
@@ -119,7 +119,7 @@ def _final_linear(module: nn.Module) -> str | None:
 
 
 def _classifier(module: nn.Module, graph: fx.Graph, head: str | None) -> fx.Node | None:
-    """The call of the linear layer whose output is that of the module, through nothing but an identity or dropout."""
+    """Finds the call of the final linear layer, if only identities or dropout follow it."""
     result = _result(graph)
     while result.op == "call_module" and result.target != head:
         if not isinstance(module.get_submodule(str(result.target)), nn.Identity | nn.Dropout):
@@ -137,7 +137,7 @@ _DROPOUTS: dict[Any, type[nn.Dropout] | type[nn.Dropout2d] | type[nn.AlphaDropou
 
 
 def _with_dropout(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """Makes modules of the graph's calls of dropout: traced in eval mode, they would be off in training too.
+    """Replaces functional dropout by modules: traced in eval mode, it would be off in training too.
 
     Returns:
         A copy of the module that shares its parts and has these in addition; the module itself is not changed.
@@ -164,7 +164,7 @@ def _result(graph: fx.Graph) -> fx.Node:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph for the shapes of what its nodes give."""
+    """Interpreter that records the shape of every node's output."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -179,7 +179,7 @@ class _Shapes(fx.Interpreter):
 
 
 def _shapes(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every node's output for one image, by its name."""
+    """Returns the shape of every node's output for one image, by the node's name."""
     try:
         shapes = _Shapes(copy.deepcopy(traced).to("meta"))
         shapes.run(torch.empty(1, 3, size, size, device="meta"))
@@ -191,7 +191,7 @@ def _shapes(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _crossings(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes after which their own output is all that later nodes need, in order."""
+    """Returns the nodes whose output is all that later nodes need, in order."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     needed = {node: max((order[user] for user in node.users), default=-1) for node in order}
     found, until = [], -1  # the farthest use of what came before
@@ -207,7 +207,7 @@ def _crossings(graph: fx.Graph) -> list[fx.Node]:
 def _by_size(
     graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]], size: int, classifier: fx.Node | None
 ) -> dict[str, fx.Node]:
-    """The last crossing at each size of the maps, by the stage's name."""
+    """Returns the last crossing at each map size, by the stage's name."""
     ends: list[tuple[int, fx.Node]] = []
     for node in _crossings(graph):
         shape = shapes.get(node.name, ())
@@ -223,7 +223,7 @@ def _by_size(
 
 
 def _named(module: nn.Module, graph: fx.Graph, stages: Mapping[str, str]) -> dict[str, fx.Node]:
-    """The crossings at which the submodules named by the user end."""
+    """Returns the crossings at which the user's named submodules end."""
     crossings = _crossings(graph)
     found = {
         name: [n for n in crossings if n.op == "call_module" and n.target == path] for name, path in stages.items()
@@ -242,7 +242,7 @@ def _named(module: nn.Module, graph: fx.Graph, stages: Mapping[str, str]) -> dic
 
 
 def _between(module: nn.Module, graph: fx.Graph, begin: fx.Node | None, end: fx.Node) -> nn.Module:
-    """The operations behind `begin` (None: the input) up to `end`, as a module that shares its parts with the whole."""
+    """Extracts the operations after `begin` (None: the input) up to `end` as a module with shared weights."""
     (start,) = graph.find_nodes(op="placeholder")[:1]
     own = fx.Graph()
     copied = {begin or start: own.placeholder("maps")}

@@ -1,4 +1,4 @@
-"""Deployed students: the student as it is used, images in, logits out, as a safetensors, ONNX or torch.export file.
+"""Deployed students, from images to logits, as safetensors, ONNX or torch.export files.
 
 Shape letters: B batch, C classes, K branches.
 """
@@ -25,7 +25,7 @@ from ekd_lightning.networks.staged import NetworkSpec, sides
 from ekd_lightning.networks.student import BranchedStudent
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}
-"""Formats, and how their files are called."""
+"""Formats and their file suffixes."""
 KIND = "ekd_kind"
 DEPLOYED = "deployed student"
 METADATA_FILE = "ekd_metadata.json"  # inside a .pt2
@@ -34,7 +34,7 @@ EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class DeployedStudent(nn.Module):
-    """A copy of a student for use: normalisation inside, eval mode, no gradients, any batch size.
+    """A student copied for inference: normalisation inside, eval mode, no gradients, any batch size.
 
     Attributes:
         spec: All that determines its structure (not its weights), JSON-able: `network`, the dictionary of what trunk
@@ -44,7 +44,7 @@ class DeployedStudent(nn.Module):
     """
 
     def __init__(self, student: BranchedStudent, *, fold: bool = True, probabilities: bool = False) -> None:
-        """Copies the student, which stays as it is; `cut_branches` leaves some of its branches out before.
+        """Copies the student, which is not changed; `cut_branches` selects branches before.
 
         Args:
             student: With the weights that are to be used.
@@ -61,7 +61,7 @@ class DeployedStudent(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> DeployedStudent:
-        """Builds the structure with weights that mean nothing yet; the global random generator is not advanced.
+        """Builds the structure with arbitrary weights; the global random generator is not advanced.
 
         Raises:
             UserError: When a key is missing, unknown or of the wrong kind.
@@ -78,7 +78,7 @@ class DeployedStudent(nn.Module):
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what the student returns."""
+        """Names of the outputs."""
         return ["logits", "probabilities"] if self.spec["probabilities"] else ["logits"]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class DeployedStudent(nn.Module):
 
 
 def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
-    """The content of a file that `load_deployed` reads.
+    """Returns the content of a file that `load_deployed` reads.
 
     Args:
         student: On the CPU.
@@ -124,12 +124,12 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
 
 
 def pack_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata as strings: one JSON value a key, as all three formats can hold them."""
+    """Packs metadata as strings, one JSON value per key, as all three formats can hold them."""
     return {KIND: DEPLOYED, **{key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}}
 
 
 def _with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:
-    """Serialises an ONNX model (an `onnx.ModelProto`) with these strings in its metadata."""
+    """Serialises an ONNX model (`onnx.ModelProto`) with these strings as its metadata."""
     import onnx  # noqa: PLC0415  # optional
 
     onnx.helper.set_model_props(model, {**strings, SEAL: UNSEALED})
@@ -223,7 +223,7 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
 
 
 def _first_convolutions(graph: Any) -> Iterator[str]:
-    """Names of the convolutions behind no other: one, or one a branch where nothing is shared."""
+    """Returns the names of the first convolutions: one, or one per branch where nothing is shared."""
     behind: set[str] = set()
     for node in graph.node:  # in the order of execution
         if node.op_type == "Conv" and behind.isdisjoint(node.input):

@@ -1,4 +1,4 @@
-"""Deployed models: exported students, loaded from any of the three formats in one call.
+"""Deployed models: exported students, loaded from any of the three formats.
 
 Shape letters: B batch, C classes.
 
@@ -33,7 +33,7 @@ REQUIRED = ("spec", "class_names", "image_size")
 
 
 class DeployedModel:
-    """A classifier, ready for use; made by `load_deployed`.
+    """A classifier for inference; made by `load_deployed`.
 
     Attributes:
         format: `safetensors`, `onnx` or `torch-export`.
@@ -48,7 +48,7 @@ class DeployedModel:
         file_format: str,
         module: nn.Module | None = None,
     ) -> None:
-        """Wraps what computes.
+        """Wraps a function that computes logits.
 
         Args:
             run: Maps float32 images [B, 3, H, W] to logits [B, C].
@@ -60,7 +60,7 @@ class DeployedModel:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class, in the order of the logits."""
+        """Class names in the order of the logits."""
         return tuple(self.metadata["class_names"])
 
     @property
@@ -91,11 +91,11 @@ class DeployedModel:
         return self._run(images.float())
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities [B, C]; see `__call__`."""
+        """Returns probabilities [B, C]; see `__call__`."""
         return self(images).softmax(dim=-1)
 
     def classify(self, images: Tensor) -> list[tuple[str, float]]:
-        """The most probable class of each image, with its probability."""
+        """Returns the most probable class of each image, with its probability."""
         confidence, index = self.probabilities(images).max(dim=-1)
         names = self.class_names
         return [(names[i], p) for i, p in zip(index.tolist(), confidence.tolist(), strict=True)]
@@ -219,7 +219,7 @@ def _from_onnx(path: Path, content: bytes, device: torch.device) -> DeployedMode
 
 
 def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | None) -> dict[str, Any]:
-    """Reads what `pack_metadata` made, and compares the checksum of the content, which a .pt2 has of its own."""
+    """Parses what `pack_metadata` made, and verifies the checksum of the content; a .pt2 has its own."""
     found = strings.get(KIND)
     if found != DEPLOYED:
         what = f"a {found}" if found else "nothing of ours"
@@ -245,14 +245,14 @@ _PLAIN = re.compile(
     r"|models/\w+\.json|extra/[\w.]+|extra_files/[\w.]+|archive_format|archive_version|version|byteorder"
     r"|serialized_\w+\.(json|pt)|\.data/\w+|\.format_version|\.storage_alignment)"
 )
-"""Members that students' archives have, by PyTorch 2.6 and later; compiled code, custom and opaque objects are not."""
+"""Members of students' archives, by PyTorch 2.6 and later; compiled code and custom objects are not among them."""
 _NAMES = {"Symbol", "Integer", "Add", "Mul", "Pow", "Max", "Min", "Mod", "positive", "integer", "nonnegative"}
 _NAMES |= {"FloorDiv", "True", "False"}
 _TARGETS = re.compile(r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.\w+|torch\.sym_\w+")
 
 
 def check_archive(content: bytes, path: Path) -> None:
-    """Refuses an archive that is damaged, or would run code on being opened.
+    """Checks that an archive is intact and would run no code when opened.
 
     Args:
         content: The file's.
@@ -272,7 +272,7 @@ def check_archive(content: bytes, path: Path) -> None:
 
 
 def _read_members(content: bytes) -> dict[str, bytes]:
-    """Members by name, without the folder that PyTorch wraps around them; every checksum is compared."""
+    """Reads the members by name, without PyTorch's top folder; every checksum is verified."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
@@ -304,7 +304,7 @@ def _objection(name: str, data: bytes) -> str | None:
 
 
 def _suspicious(value: Any) -> Iterator[str]:
-    """What in a program's description PyTorch would evaluate, and is not arithmetic on sizes."""
+    """Yields expressions in a program's description that PyTorch would evaluate and are not size arithmetic."""
     if isinstance(value, list):
         for item in value:
             yield from _suspicious(item)

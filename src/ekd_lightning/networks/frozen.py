@@ -1,4 +1,4 @@
-"""Networks that will only be asked, never trained: batch norm folded, in the format the hardware is fastest in.
+"""Frozen copies of networks for inference: batch norm folded, in the fastest format of the hardware.
 
 Shape letters: B batch, C classes, D features.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class _Frozen(nn.Module):
-    """What frozen networks and students share: the normalisation in float32, then stages in a format of their own."""
+    """Base of frozen networks and students: normalisation in float32, then stages in a format of their own."""
 
     mean: Tensor
     std: Tensor
@@ -39,11 +39,11 @@ class _Frozen(nn.Module):
         return ((images - self.mean) / self.std).to(dtype=self.dtype, memory_format=self._memory_format)
 
     def _frozen(self, stages: nn.ModuleDict) -> dict[str, nn.Module]:
-        """The stages, see `_frozen_part`."""
+        """Freezes the stages; see `_frozen_part`."""
         return {name: self._frozen_part(stage, name) for name, stage in stages.items()}
 
     def _frozen_part(self, part: nn.Module, name: str) -> nn.Module:
-        """A part, folded, in `dtype` but for batch norms that cannot be folded: their statistics need float32."""
+        """Folds a part and casts it to `dtype`, but for batch norms that cannot be folded: they need float32."""
         found = _folded(part, name) if self._fold else part
         found.to(self.dtype)
         for inner in found.modules():
@@ -110,13 +110,13 @@ class FrozenNetwork(_Frozen):
         return self.head(pooled), pooled, *wanted
 
     def named(self, results: tuple[Tensor, ...]) -> NetworkOutput:
-        """Gives the results of `forward` their names."""
+        """Names the results of `forward`."""
         logits, pooled, *stages = results
         order = [name for name in self.stages if name in self.stage_names]
         return NetworkOutput(logits, pooled, dict(zip(order, stages, strict=True)))
 
     def traced(self) -> nn.Module:
-        """The same computation as one graph of its own, or this module where it cannot be traced.
+        """Returns the computation as one graph, or this module where it cannot be traced.
 
         `torch.compile` counts the variants of a piece of code and gives up after a few; with a graph each,
         any number of teachers can be compiled.
@@ -153,7 +153,7 @@ class FrozenStudent(_Frozen):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The ensemble output [B, C] in float32 for images [B, 3, H, W] in [0, 1]."""
+        """Returns the ensemble output [B, C] in float32 for images [B, 3, H, W] in [0, 1]."""
         maps = self.trunk(self._normalized(images))
         branches = zip(self.branches, self.necks, self.heads, strict=True)
         logits = torch.stack([head(_pooled(neck, branch(maps))) for branch, neck, head in branches])
@@ -161,12 +161,12 @@ class FrozenStudent(_Frozen):
 
 
 def _pooled(neck: nn.Module, maps: Tensor) -> Tensor:
-    """The head's input [B, D] in float32; a pool takes its mean of float32 values, too."""
+    """Returns the head's input [B, D] in float32; a global pool averages float32 values, too."""
     return neck(maps.float()) if isinstance(neck, GlobalPool) else neck(maps).float()
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:
-    """The stage with batch norms folded into convolutions; as it was where it cannot be traced."""
+    """Folds batch norms into convolutions; returns the stage unchanged where it cannot be traced."""
     try:
         return fuse(stage)
     except Exception as error:
@@ -175,7 +175,7 @@ def _folded(stage: nn.Module, name: str) -> nn.Module:
 
 
 def _folded_gate(gate: Gate) -> Gate:
-    """The gate, its batch norm folded into its linear layer; it is changed in place."""
+    """Folds the gate's batch norm into its linear layer, in place."""
     if isinstance(gate.bn, nn.BatchNorm1d):
         gate.fc, gate.bn = fuse_linear_bn_eval(gate.fc, gate.bn), nn.Identity()
     return gate

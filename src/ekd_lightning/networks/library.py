@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, require, unknown_name
+from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
 from ekd_lightning.networks.cutting import cut, select_classes
 from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import register_library
@@ -23,14 +23,13 @@ from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normaliza
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
 PUBLISHED = "DEFAULT"
-"""Stands for the weights that a library publishes for a network."""
+"""Stands for the weights that the library publishes for a network."""
 _STAGES = "stages"
 """The option that names stages; all others are the library's own."""
 _SIZES = ("img_size", "image_size", "input_size")
 """Options by which the libraries build a network of fixed size for another one."""
 _ANY_SIZE = (("dynamic_img_size", True), ("strict_img_size", False))
 """Options, and their values, by which timm builds one for any size."""
-_SHOWN = 3
 _FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"}
 _FILES |= {"weights_backbone", "progress"}
 """Options by which a library would read files: options come from records, and those name no files."""
@@ -42,7 +41,7 @@ _allowed: set[str] = set()
 
 @dataclass(frozen=True)
 class Usual:
-    """How a library's own configuration says that a network wants its images.
+    """A network's usual input according to its library's configuration.
 
     Attributes:
         normalization: Statistics.
@@ -97,7 +96,7 @@ def from_hub(repository: str) -> LibraryWeights:
 
 
 def usual(name: str) -> Usual | None:
-    """What the library says of a network; None for the user's own modules, of which it says nothing.
+    """Returns the library's usual input of a network; None for the user's own modules.
 
     Raises:
         UserError: For an unknown name, or a library that is not installed.
@@ -220,7 +219,7 @@ def load_library_network(
 
 
 def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> nn.Module:
-    """The module with its trained weights, whatever classes they tell."""
+    """Builds the module with its trained weights, for the classes that these have."""
     options = _own_options(spec)
     if weights is None:
         if spec.name.startswith("module:"):
@@ -236,14 +235,14 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
     problems = {"missing": missing, "unexpected": strange, "of another shape": shapes}
     if any(problems.values()):
-        shown = [f"{what}: {_few(names)}" for what, names in problems.items() if names]
+        shown = [f"{what}: {few(names)}" for what, names in problems.items() if names]
         raise UserError(f"{weights} does not fit network {spec.name!r}: {'; '.join(shown)}")
     module.load_state_dict({**own, **state})
     return module
 
 
 def _told_classes(spec: NetworkSpec, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
-    """How many classes weights tell: the length of the last layer's bias or weight, by the library's name of it."""
+    """Returns the number of classes of weights: the length of the last layer's weight."""
     with torch.device("meta"):
         module = make_module(spec.name, spec.num_classes, options)
     last = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)][-1:]
@@ -258,7 +257,7 @@ def _positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Seq
         known = [str(one).casefold() for one in classes]
         found = [known.index(name.casefold()) if name.casefold() in known else _ABSENT for name in class_names]
         if max(found, default=_ABSENT) == _ABSENT:
-            raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({_few(class_names)})")
+            raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({few(class_names)})")
         return found
     possible = range(_ABSENT, told)
     if len(classes) != spec.num_classes or any(one not in possible for one in classes):
@@ -274,7 +273,7 @@ def _own_options(spec: NetworkSpec) -> dict[str, Any]:
 
 
 def fixed_size(spec: NetworkSpec) -> int | None:
-    """Side in pixels of the only images that a network of a library takes; None where any size will do.
+    """Returns the only image size in pixels that a library's network accepts; None where any will do.
 
     Raises:
         UserError: For an unknown name, or a library that is not installed.
@@ -326,7 +325,7 @@ def allow_module(name: str) -> None:
 
 
 def _users_function(name: str, path: str) -> Callable[..., Any]:
-    """A function that is defined, and not merely reachable, in a module that the user has allowed."""
+    """Finds a function that is defined, not merely reachable, in a module that the user has allowed."""
     package, _, function = path.rpartition(".")
     if package not in sys.modules or not _is_allowed(package):
         raise UserError(f"network {name!r}: module {package!r} is not imported (imports=[{package}] imports it)")
@@ -342,8 +341,3 @@ def _users_function(name: str, path: str) -> Callable[..., Any]:
 
 def _is_allowed(module: str) -> bool:
     return any(f"{module}.".startswith(f"{name}.") for name in _allowed)
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

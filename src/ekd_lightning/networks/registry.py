@@ -1,4 +1,4 @@
-"""Registry of networks: names, how one is built from its spec, and plain networks that cost what a student costs."""
+"""Registry of networks: builders by name, and plain networks that match a student's cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError, unknown_name
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
@@ -24,7 +24,7 @@ BuilderT = TypeVar("BuilderT", bound=Builder)
 
 LibraryT = TypeVar("LibraryT", bound=Callable[[NetworkSpec], StagedNetwork])
 
-_BUILDERS: dict[str, Builder] = {}
+_BUILDERS: Registry[Builder] = Registry("network")
 _LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 
 
@@ -35,18 +35,9 @@ def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
     with `require`.
 
     Raises:
-        ValueError: when the name is taken; both builders are named.
+        ValueError: when another builder has the name; both are named.
     """
-
-    def register(builder: BuilderT) -> BuilderT:
-        if name in _BUILDERS:
-            raise ValueError(
-                f"network {name!r} is already built by {_where(_BUILDERS[name])}; refused: {_where(builder)}"
-            )
-        _BUILDERS[name] = builder
-        return builder
-
-    return register
+    return _BUILDERS.register(name)
 
 
 def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
@@ -125,10 +116,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _where(builder: Builder) -> str:
-    return f"{getattr(builder, '__module__', '?')}.{getattr(builder, '__qualname__', builder)}"
-
-
 BASE_CHANNELS = 16
 """Widths are searched in steps of 1/16: one channel of the stem of a CIFAR ResNet, so no channel is rounded."""
 CLOSE = 0.02
@@ -156,7 +143,7 @@ class Match:
 
     @property
     def off(self) -> float:
-        """How far off it is, as a signed share of the target."""
+        """Deviation from the target, as a signed share of it."""
         return self.cost / self.target - 1
 
     def __str__(self) -> str:
@@ -165,7 +152,7 @@ class Match:
 
 
 def family(name: str) -> tuple[str, ...]:
-    """The registered networks that differ from `name` in one number at its end, e.g. the depth: by that number.
+    """Returns the registered networks that differ from `name` in the number at its end, e.g. depth, in order.
 
     `resnet8` has resnet8, resnet14, ..., resnet110; a network without such a number is alone.
 
@@ -223,7 +210,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
 
 
 def _candidates(name: str, own: float, target: int, measured: Callable[[str, float | None], Match]) -> Iterator[Match]:
-    """One depth: as it is and, where it can be scaled, widths up to the two between which the target lies."""
+    """Yields the candidates of one depth: unscaled and, where possible, the two widths around the target."""
     if is_of_library(name) or "width" not in inspect.signature(_BUILDERS[name]).parameters:
         yield measured(name, None)
         return

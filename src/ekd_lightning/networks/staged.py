@@ -1,4 +1,4 @@
-"""Staged networks: the one shape every teacher and student here has, what determines it, and what it returns.
+"""Staged networks, the common structure of teachers and students: specs, outputs, normalisation.
 
 Shape letters: B batch, C classes, D features, M teachers, K branches.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError
 
 Triple = tuple[float, float, float]
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -23,7 +23,7 @@ ImageSize = int | Sequence[int]
 
 
 def sides(image_size: ImageSize) -> tuple[int, int]:
-    """Height and width in pixels."""
+    """Returns height and width in pixels."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return int(height), int(width)
 
@@ -55,13 +55,16 @@ class Normalization:
         object.__setattr__(self, "std", std)
 
 
-NORMALIZATIONS: dict[str, Normalization] = {
-    "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": Normalization((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "unit": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "centered": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+NORMALIZATIONS: Registry[Normalization] = Registry(
+    "normalization",
+    {
+        "cifar10": Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        "cifar100": Normalization((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        "imagenet": Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "unit": Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        "centered": Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    },
+)
 
 
 def normalization(name: str) -> Normalization:
@@ -70,8 +73,6 @@ def normalization(name: str) -> Normalization:
     Raises:
         UserError: when there is none of that name; the nearest one is offered.
     """
-    if name not in NORMALIZATIONS:
-        raise unknown_name("normalization", name, NORMALIZATIONS)
     return NORMALIZATIONS[name]
 
 
@@ -149,7 +150,7 @@ class NetworkOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """What M frozen teachers say about a batch. No tensor here carries a gradient.
+    """Outputs of M frozen teachers for a batch. No tensor here carries a gradient.
 
     Attributes:
         logits: [M, B, C].
@@ -161,9 +162,18 @@ class TeacherOutput(NamedTuple):
     pooled: tuple[Tensor, ...]
     stages: tuple[dict[str, Tensor], ...]
 
+    @classmethod
+    def of(cls, outputs: Sequence[NetworkOutput], stages: Sequence[str]) -> TeacherOutput:
+        """Joins the outputs of M networks, with the named stages."""
+        return cls(
+            torch.stack([output.logits for output in outputs]),
+            tuple(output.pooled for output in outputs),
+            tuple({name: output.stages[name] for name in stages} for output in outputs),
+        )
+
 
 class StudentOutput(NamedTuple):
-    """What a branched student says about a batch.
+    """Outputs of a branched student for a batch.
 
     Attributes:
         logits: [B, C], the ensemble output. For `mean_probs` these are log-probabilities.
@@ -179,7 +189,7 @@ class StudentOutput(NamedTuple):
 
 
 class Normalize(nn.Module):
-    """Brings images [B, 3, H, W] in [0, 1] to the size and the statistics a network was trained with.
+    """Resizes and normalises images [B, 3, H, W] in [0, 1] as the network was trained.
 
     Attributes:
         image_size: As in `NetworkSpec`.
@@ -209,7 +219,7 @@ class Normalize(nn.Module):
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images [B, 3, H, W] brought to `size` pixels a side, bilinearly and with antialiasing; exact at that size."""
+    """Resizes images [B, 3, H, W] to `size` pixels a side, bilinearly with antialiasing; exact at that size."""
     return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
@@ -290,7 +300,7 @@ class StagedNetwork(nn.Module):
         return tuple(self.stages)
 
     def classify(self, features: Tensor) -> Tensor:
-        """What the network's own classifier, held fixed, says of features; they get a gradient, its weights none.
+        """Applies the network's own classifier, held fixed; features get a gradient, weights none.
 
         Args:
             features: [B, D], or maps as the last stage gives them [B, channels, height, width].
@@ -329,7 +339,7 @@ class StagedNetwork(nn.Module):
         return NetworkOutput(self.head(pooled), pooled, stages)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
-        """Tells the shape (channels, height, width) of each stage's output.
+        """Returns the shape (channels, height, width) of each stage's output.
 
         Nothing is computed (meta device) and this network is not touched.
 
@@ -344,7 +354,7 @@ class StagedNetwork(nn.Module):
 
 
 def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize) -> None:
-    """Refuses images that a network of a fixed size cannot take; its spec's own size brings any images to that.
+    """Checks that a network of fixed size can take images of this size; a spec's own size resizes any.
 
     Raises:
         UserError: with the size that it takes.
@@ -358,7 +368,7 @@ def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize)
 
 
 def in_memory_format(module: _ModuleT, memory_format: torch.memory_format) -> _ModuleT:
-    """The module, its four-dimensional parameters in a memory format; attention keeps tables of five dimensions."""
+    """Converts a module's four-dimensional parameters to a memory format; attention keeps tables of five."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
@@ -380,7 +390,7 @@ def he_initialised(network: StagedNetwork) -> StagedNetwork:
 
 
 def imagined(network: Any, image_size: ImageSize) -> Any:
-    """The outputs of a network for one image, without values: nothing is computed, and it is not touched."""
+    """Returns a network's outputs for one image on the meta device; nothing is computed."""
     # A copy in eval mode: a forward in train mode would move the batch norm statistics.
     probe = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad():
@@ -388,5 +398,5 @@ def imagined(network: Any, image_size: ImageSize) -> Any:
 
 
 def shapes_of(stages: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
-    """Channels, height and width of each stage's output."""
+    """Returns channels, height and width of each stage's output."""
     return {name: (maps.shape[1], maps.shape[2], maps.shape[3]) for name, maps in stages.items()}

@@ -37,7 +37,7 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 class Trunk(nn.Module):
-    """What all branches share: the normalisation and the first stages (possibly none)."""
+    """The part that all branches share: the normalisation and the first stages (possibly none)."""
 
     stages: nn.ModuleDict
 
@@ -70,7 +70,7 @@ class Branch(nn.Module):
 
 
 class Gate(nn.Module):
-    """Weights the branches image by image from the pooled trunk (Lan et al. 2018, ONE)."""
+    """Weights of the branches per image, from the pooled trunk (Lan et al. 2018, ONE)."""
 
     def __init__(self, num_features: int, branches: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[int]) -> None:
-        """Forgets all branches but these; a score depends on its own branch's row alone."""
+        """Drops all branches but these; a score depends on its own branch's row alone."""
         self.fc.out_features = self.bn.num_features = len(kept)
         for value in (*self.parameters(), *self.buffers()):
             if value.ndim:  # all but the counter of batches
@@ -92,7 +92,7 @@ class Gate(nn.Module):
 
 
 def couple(branch_logits: Tensor, trunk_maps: Tensor, ensemble: str, gate: Gate | None) -> Tensor:
-    """Makes one prediction of the branches' logits.
+    """Couples the branches' logits into one prediction.
 
     Args:
         branch_logits: [K, B, C].
@@ -177,7 +177,7 @@ class BranchedStudent(nn.Module):
         return self.spec.num_classes
 
     def arguments(self) -> dict[str, Any]:
-        """What the constructor needs to build this structure again, as plain JSON-able values."""
+        """Returns the constructor's arguments as plain JSON-able values."""
         rest = {"branches": self.num_branches, "split_after": self.split_after, "ensemble": self.ensemble}
         return {"spec": self.spec.to_dict(), **rest}
 
@@ -207,7 +207,7 @@ class BranchedStudent(nn.Module):
         return StudentOutput(logits, branch_logits, pooled, kept)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
-        """Tells the shape (channels, height, width) of each stage's output in every branch.
+        """Returns the shape (channels, height, width) of each stage's output in every branch.
 
         Nothing is computed (meta device) and the student is not touched.
 

@@ -1,4 +1,4 @@
-"""M frozen teachers that cannot drift and never enter a checkpoint.
+"""Teacher ensemble: M frozen teachers that cannot change and never enter a checkpoint.
 
 Shape letters: B batch, C classes, D features, M teachers.
 """
@@ -19,7 +19,7 @@ from ekd_lightning.networks.weights import state_sha256
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """Who a teacher is, for the run's record.
+    """Identity of a teacher in the run's record.
 
     Attributes:
         id: its name: the zoo id, the file's stem, or the key in the teacher store.
@@ -80,7 +80,7 @@ class TeacherEnsemble(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the members are."""
+        """Device of the members."""
         return next(self.members[0].parameters()).device
 
     @property
@@ -94,8 +94,19 @@ class TeacherEnsemble(nn.Module):
         return tuple(member.num_features for member in self.members)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
-        """Tells the (channels, height, width) of each teacher's stage outputs; nothing is computed."""
+        """Returns (channels, height, width) of each teacher's stage outputs; nothing is computed."""
         return tuple(member.stage_shapes(image_size) for member in self.members)
+
+    def check_stages(self, stages: Sequence[str]) -> None:
+        """Checks that every teacher has these stages.
+
+        Raises:
+            UserError: Naming the first stage that a teacher lacks, and that teacher.
+        """
+        for member, identity in zip(self.members, self.identities, strict=True):
+            for name in stages:
+                if name not in member.stages:
+                    raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
         for member in self.members:  # `.to(device)` does reach them
@@ -105,7 +116,7 @@ class TeacherEnsemble(nn.Module):
     # Not inference_mode: losses must be able to save these tensors for their backward pass.
     @torch.no_grad()
     def forward(self, images: Tensor, stages: Sequence[str] = ()) -> TeacherOutput:
-        """Asks every teacher.
+        """Computes the outputs of every teacher.
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
@@ -117,19 +128,11 @@ class TeacherEnsemble(nn.Module):
         Raises:
             UserError: when a teacher does not have one of the stages.
         """
-        for member, identity in zip(self.members, self.identities, strict=True):
-            for name in stages:
-                if name not in member.stages:
-                    raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
-        results = [member.outputs(images) for member in self.members]
-        return TeacherOutput(
-            logits=torch.stack([result.logits for result in results]),
-            pooled=tuple(result.pooled for result in results),
-            stages=tuple({name: result.stages[name] for name in stages} for result in results),
-        )
+        self.check_stages(stages)
+        return TeacherOutput.of([member.outputs(images) for member in self.members], stages)
 
     def verify(self) -> None:
-        """Hashes every member again.
+        """Checks the hash of every member.
 
         Raises:
             RuntimeError: when a member is no longer what its identity says.

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files of our own, and checkpoints of others read without trust."""
+"""Weights on disk: safetensors files of this package, and foreign checkpoints, read without trust."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.errors import UserError, few, one_line, unknown_name
 from ekd_lightning.files import SEAL, UNSEALED, DamagedFileError, read_bytes, require_intact, seal, write_bytes
 from ekd_lightning.networks.registry import build_network, library_version
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
@@ -101,7 +101,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec:
-    """Reads which network a file of `save_network` holds, without its weights.
+    """Reads the spec of a network's file, without its weights.
 
     Raises:
         UserError: when the file is missing, damaged, or holds something else.
@@ -111,7 +111,7 @@ def read_spec(path: str | Path) -> NetworkSpec:
 
 
 def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
-    """Hashes what a network is: its spec and its weights, whatever file, device or layout they are in.
+    """Hashes a network's spec and weights, whatever file, device or memory layout they are in.
 
     Returns:
         64 hexadecimal digits.
@@ -125,7 +125,7 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
 
 
 def answers_sha256(sha256: str, network: str) -> str:
-    """Hashes what a network's answers depend on: its `state_sha256` and, of a library's network, the version.
+    """Hashes what determines a network's outputs: its `state_sha256` and, of a library's network, the version.
 
     Args:
         sha256: The network's `state_sha256`.
@@ -136,7 +136,7 @@ def answers_sha256(sha256: str, network: str) -> str:
 
 
 def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
-    """Reads the tensors of somebody else's checkpoint; nothing in it is ever executed.
+    """Reads the tensors of a foreign checkpoint; nothing in it is ever executed.
 
     A wrapping `state_dict`, `model_state_dict`, `model_ema`, `model`, `net` or the like is opened, and the `module.` of
     data-parallel training is taken off the names. Files named `*.safetensors` are read as such.
@@ -170,10 +170,8 @@ def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> d
         raise UserError(f"{path}: holds no weights (a {type(content).__name__}, not named tensors)")
     strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        shown = ", ".join(strange[:3]) + more
         raise UserError(
-            f"{path}: holds things that are not tensors: {shown} (state_key=KEY says where the weights are)"
+            f"{path}: holds things that are not tensors: {few(strange)} (state_key=KEY says where the weights are)"
         )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 

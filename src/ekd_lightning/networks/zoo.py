@@ -1,4 +1,4 @@
-"""The zoo: pretrained teachers that are known by name, each with its address, hash and accuracy."""
+"""Zoo of pretrained teachers by name, each with its address, hash and accuracy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.convert import load_foreign
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, normalization
@@ -55,7 +55,7 @@ class ZooEntry:
 
     @property
     def spec(self) -> NetworkSpec:
-        """What to build for this entry."""
+        """The network of this entry."""
         return NetworkSpec(self.network, self.num_classes, normalization(self.normalization), self.options)
 
 
@@ -70,10 +70,7 @@ def zoo_entry(id: str) -> ZooEntry:
     Raises:
         UserError: when there is none of that name; the nearest one is offered.
     """
-    entries = _entries()
-    if id not in entries:
-        raise unknown_name("teacher", id, entries)
-    return entries[id]
+    return _entries()[id]
 
 
 def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -> tuple[StagedNetwork, ZooEntry]:
@@ -113,9 +110,9 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
 
 
 @cache
-def _entries() -> dict[str, ZooEntry]:
+def _entries() -> Registry[ZooEntry]:
     text = resources.files(__package__).joinpath("zoo.yaml").read_text(encoding="utf-8")
-    entries: dict[str, ZooEntry] = {}
+    entries: Registry[ZooEntry] = Registry("teacher")
     for values in yaml.safe_load(text)["teachers"]:
         entry = ZooEntry(**values)
         if entry.id in entries:

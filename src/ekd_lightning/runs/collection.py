@@ -1,4 +1,4 @@
-"""Collection of runs as they lie on disk: found below folders, read, and told apart by their state.
+"""Collection of runs on disk: found below folders, read, and classified by state.
 
 Only the record of a run is read (status.json, result.json, config.yaml), never its logs. What is foreign or
 half-written is told in one line and left out; nothing of it counts.
@@ -20,12 +20,12 @@ from ekd_lightning.runs.directory import CONFIG, HYDRA, RESULT, STATUS, ForeignR
 from ekd_lightning.runs.result import Result
 
 STATES = (RunState.DONE, RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING)
-"""Those of runs that are there."""
+"""States of existing runs."""
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run as its files say it is.
+    """A run as its files describe it.
 
     Attributes:
         directory: Absolute.
@@ -60,12 +60,12 @@ class RunEntry:
 
     @property
     def on_disk(self) -> RunDirectory:
-        """Its files."""
+        """The run's directory."""
         return RunDirectory(self.directory)
 
     @property
     def since(self) -> datetime | None:
-        """When the run, or its last part, was started; None where that is unknown."""
+        """Start of the run, or of its last part; None where that is unknown."""
         try:
             return self.on_disk.started()
         except DamagedFileError:
@@ -73,7 +73,7 @@ class RunEntry:
 
     @property
     def seconds(self) -> float | None:
-        """From its (last) start to when its state was written; None where one is not known."""
+        """Seconds from its (last) start to when its state was written; None where one is unknown."""
         try:
             end, since = datetime.fromisoformat(self.time or ""), self.since
             return None if since is None else (end - since).total_seconds()
@@ -91,7 +91,7 @@ class RunEntry:
         return _undamaged(self.on_disk.provenance)
 
     def setting(self, key: str) -> Any:
-        """A value of the configuration by its dotted key; None where it is not there."""
+        """Returns a value of the configuration by its dotted key; None where it is absent."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -171,7 +171,7 @@ def collect(paths: Sequence[Path]) -> Collection:
 
 
 def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Directories of runs that are done: those that are named, and all in folders.
+    """Returns directories of finished runs: those named, and all below named folders.
 
     Returns:
         The directories, and a line for each folder of which some were left out.
@@ -221,7 +221,7 @@ def _folder(path: Path) -> Path:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """Directories that look like runs. What lies below a run (checkpoints, W&B's files) is its own affair."""
+    """Yields directories that look like runs; what lies below a run (checkpoints, W&B files) is skipped."""
     for folder, below, files in os.walk(top):
         if STATUS in files or RESULT in files or (HYDRA in below and _was_composed(Path(folder))):
             yield Path(folder)
@@ -231,7 +231,7 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _was_composed(folder: Path) -> bool:
-    """Whether Hydra composed a run of this package here, which then ended before it had a record."""
+    """Whether Hydra composed a run of this package here that ended before it had a record."""
     try:
         text = (folder / HYDRA / CONFIG).read_text()
     except (OSError, UnicodeDecodeError):

@@ -28,15 +28,15 @@ CURVES_SUM = ".metrics.json"
 CHECKPOINTS, BEST, LAST = "checkpoints", "best.ckpt", "last.ckpt"
 HYDRA, OVERRIDES = ".hydra", ".hydra/overrides.yaml"
 INTERRUPTED = "interrupted"
-"""What status.json of version 0.1 says of a stopped run as its error."""
+"""The error in status.json of a stopped run of version 0.1."""
 _Kind = TypeVar("_Kind")
 
 
 class RunState(str, Enum):
-    """What became of a run."""
+    """State of a run."""
 
     PLANNED = "planned"
-    """Nothing of it is there yet."""
+    """Nothing of it exists yet."""
     RUNNING = "running"
     """A process is at work in its directory."""
     STOPPED = "stopped"
@@ -44,7 +44,7 @@ class RunState(str, Enum):
     FAILED = "failed"
     DONE = "done"
     PARTIAL = "partial"
-    """Done, but it saw a part of the data only: its numbers are no results."""
+    """Done, but on a part of the data only: its numbers are no results."""
 
     __str__ = str.__str__
 
@@ -54,7 +54,7 @@ class ForeignRecordError(UserError):
 
 
 def require_format(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuses a record by its number; one without a number is of version 0.1.
+    """Checks a record's format number; one without a number is of version 0.1.
 
     Raises:
         ForeignRecordError: If it is no record of this package, or one of a version that is not read here.
@@ -70,7 +70,7 @@ def require_format(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class Record(NamedTuple):
-    """What the files of a run say.
+    """A run's state, result, error and time according to its files.
 
     Attributes:
         state: What became of it.
@@ -119,13 +119,13 @@ class RunDirectory:
 
     @property
     def identity(self) -> str | None:
-        """What all files of the run name as theirs; None for an earlier version, or a damaged provenance.json."""
+        """The run's id, which all its files name; None for version 0.1 or a damaged provenance.json."""
         with contextlib.suppress(DamagedFileError):
             return self.provenance().get("run")
         return None
 
     def require_own(self, path: Path, run: str | None) -> None:
-        """Refuses a file that names another run as its own; one that names none is accepted.
+        """Checks that a file names this run as its own, or no run.
 
         Raises:
             DamagedFileError: Naming the file.
@@ -142,7 +142,7 @@ class RunDirectory:
         return is_held(self.path)
 
     def record(self) -> Record:
-        """What became of the run.
+        """Returns the state of the run.
 
         It runs while its lock is held, whatever its files say. One that says so without a lock was killed, which is
         the same as interrupted: it is stopped.
@@ -154,7 +154,7 @@ class RunDirectory:
         return Record(RunState.RUNNING, time=self._time()) if self.is_held() else self.recorded()
 
     def recorded(self) -> Record:
-        """What the files say, whoever holds the lock: for its holder; raises what `record` raises."""
+        """Returns the state according to the files, for the holder of the lock; raises like `record`."""
         status = self._read(STATUS)
         if status is None and self.file(RESULT) is None:
             if (self.path / HYDRA).is_dir() or self.file(CONFIG):
@@ -184,7 +184,7 @@ class RunDirectory:
             return None
 
     def started(self) -> datetime | None:
-        """When the run, or its last part, was started; None where that is unknown."""
+        """Returns when the run, or its last part, was started; None where that is unknown."""
         first = self.provenance()
         try:
             return datetime.fromisoformat([first, *(first.get("resumed") or [])][-1]["started"])
@@ -212,7 +212,7 @@ class RunDirectory:
             raise ForeignRecordError(f"{self.path / RESULT}: not a result of this package ({error})") from None
 
     def finished_result(self) -> Result:
-        """The result of a run that is done or partial.
+        """Returns the result of a run that is done or partial.
 
         Raises:
             UserError: If the run is not done, or a file is missing, half-written or something else.
@@ -226,7 +226,7 @@ class RunDirectory:
         return found.result
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """A record that carries a version; None without the file."""
+        """Reads a record with a format number; None without the file."""
         path = self.path / name
         try:
             content = read_json(path)
@@ -256,7 +256,7 @@ class RunDirectory:
         return {str(key): value for key, value in content.items()}
 
     def _require_named(self, path: Path) -> None:
-        """Refuses YAML that `write_yaml` did not write for this run."""
+        """Checks that `write_yaml` wrote a YAML file for this run."""
         if named := re.search(rb"^# run (\w+)$", path.read_bytes(), re.MULTILINE):
             self.require_own(path, named[1].decode())
         elif self.identity and "replaced" not in self.provenance():
@@ -288,7 +288,7 @@ class RunDirectory:
         return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
-        """Where the run was made; empty where that is unknown.
+        """Returns the run's provenance; empty where it is unknown.
 
         Raises:
             DamagedFileError: If the file is damaged.
@@ -303,7 +303,7 @@ class RunDirectory:
         return content
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """What plots need and no table shows, or some of it by name; empty without the file.
+        """Returns arrays that figures need, all or some by name; empty without the file.
 
         Raises:
             DamagedFileError: If it is damaged.
@@ -343,7 +343,7 @@ class RunDirectory:
         return content
 
     def refuse_finished(self) -> None:
-        """Refuses a new run here if there is a finished one, which only the user may let be replaced.
+        """Refuses to start a run in the directory of a finished one, which only the user may replace.
 
         Raises:
             UserError: If there is a result, of another version as well; a damaged one is none.
@@ -359,7 +359,7 @@ class RunDirectory:
         )
 
     def refuse_complete(self, epochs: int) -> None:
-        """Refuses to go on with a run that went through all epochs of its recipe.
+        """Refuses to continue a run that completed all epochs of its recipe.
 
         One that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
 

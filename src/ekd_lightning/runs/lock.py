@@ -1,4 +1,4 @@
-"""Lock of a directory: held by one process while it works there, and freed by the system however that process ends."""
+"""Lock of a directory: held by one process while it works there, freed by the system when that process ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HOW = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 _open: set[int] = set()
 """File descriptors of all locks of this process. A forked child closes its copies, as they would keep a lock alive."""
 _warned: set[int] = set()
-"""Devices without locks that the user was told of."""
+"""Devices without locks that the user was warned of."""
 
 
 class LockedError(UserError):
@@ -40,7 +40,7 @@ class LockedError(UserError):
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock, as the lock file names it; `pid` is 0 where nobody knows."""
+    """Process that holds a lock, according to the lock file; `pid` is 0 where it is unknown."""
 
     pid: int = 0
     host: str = ""
@@ -54,7 +54,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def read(cls, file: int) -> Holder:
-        """Who an open lock file names."""
+        """Reads the holder from an open lock file."""
         try:
             content: Any = json.loads(os.pread(file, 4096, 0))
             return cls(int(content["pid"]), str(content["host"]), str(content["command"]))
@@ -62,7 +62,7 @@ class Holder(NamedTuple):
             return cls()
 
     def is_alive(self) -> bool:
-        """Whether it is another process of this machine that runs."""
+        """Whether it is another running process of this machine."""
         if not self.pid or self.host != socket.gethostname() or self.pid == os.getpid():
             return False
         try:
@@ -138,7 +138,7 @@ class DirectoryLock:
             os.pwrite(self._file, content, 0)
 
     def _try(self, file: int) -> bool:
-        """Locks an open lock file, if it is free and still the one that the directory shows."""
+        """Locks an open lock file if it is free and still the directory's own."""
         try:
             _flock(file, exclusive=True)
         except BlockingIOError:
@@ -185,18 +185,18 @@ def lock_ahead(directory: Path) -> None:
 
 
 def release_ahead() -> None:
-    """Frees the locks taken ahead that nobody came for."""
+    """Frees the locks taken ahead that were not used."""
     while _ahead:
         _ahead.popitem()[1].release()
 
 
 def is_held(directory: Path) -> bool:
-    """Whether somebody holds the lock of a directory, this process included."""
+    """Whether a process holds the lock of a directory, this one included."""
     return holder(directory) is not None
 
 
 def holder(directory: Path) -> Holder | None:
-    """Who holds the lock of a directory, this process included; None if nobody does."""
+    """Returns the process that holds the lock of a directory, this one included; None if none does."""
     try:
         file = os.open(directory / LOCK_FILE, os.O_RDONLY | _HOW)
     except PermissionError:  # it is there, and not ours
@@ -239,7 +239,7 @@ def make_directory(directory: Path) -> list[Path]:
 
 
 def check_directory(directory: Path) -> None:
-    """Refuses a directory that cannot be made, and leaves behind none that was not there.
+    """Checks that a directory can be made; none that was absent is left behind.
 
     Raises:
         OSError: As `make_directory`.
@@ -248,7 +248,7 @@ def check_directory(directory: Path) -> None:
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Removes those of nested directories, outermost first, that hold nothing but each other."""
+    """Removes nested directories, outermost first, that hold nothing but each other."""
     with contextlib.suppress(OSError):
         for path in reversed(directories):
             path.rmdir()

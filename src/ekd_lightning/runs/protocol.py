@@ -1,4 +1,4 @@
-"""Protocol of runs: what they must share to be compared, and which of them do."""
+"""Protocol of runs: the settings that comparable runs share, and groups of comparable runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Recorded(typing.Protocol):
-    """What knows fields of a result by their names: a run, a result, or the record of one."""
+    """Anything with fields of a result by name: a run, a result, or a record."""
 
     def get(self, key: str, /) -> Any:
         """The value of a field; None where it is not known."""
@@ -18,7 +18,7 @@ class Recorded(typing.Protocol):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What runs must share to be compared; None where a run has not recorded it.
+    """The settings that comparable runs share; None where a run has not recorded one.
 
     Teachers are no part of it, since a sweep varies their number: see `places`.
     """
@@ -41,7 +41,7 @@ class Protocol:
 
     @classmethod
     def of(cls, run: Recorded) -> Protocol:
-        """The protocol of a run or a result; of a run without one, what its configuration says of it."""
+        """Reads the protocol of a run or a result; of a run without one, from its configuration."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)
@@ -53,12 +53,12 @@ class Protocol:
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """The protocol but for what follows from the fraction: points of one curve over fractions share it."""
+        """The protocol without what follows from the fraction: points of one curve over fractions share it."""
         follows = ("fraction", "subset_sha256", "num_train_images", "num_val_images", "steps")
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
 
     def differences(self, other: Protocol) -> list[str]:
-        """Names of the fields that both have recorded, and differ in."""
+        """Names of the fields that both have recorded and differ in."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return [name for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]]
 

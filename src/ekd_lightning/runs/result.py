@@ -1,4 +1,4 @@
-"""Result of a run: one flat, typed record of what was run and every final number, as result.json holds it."""
+"""Result of a run: a flat, typed record of what was run and every final number, as in result.json."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from types import UnionType
 from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 _LATE = {"late": True}
-"""Of a field that a record need not have: it is left out while it is None."""
+"""Metadata of optional fields, which a record omits while they are None."""
 
 
 class TeacherRecord(TypedDict):
-    """What every record of a teacher has."""
+    """Required fields of a teacher's record."""
 
     sha256: str
 
 
 class AssistantRecord(TypedDict):
-    """What every record of an assistant has: by whom it was taught."""
+    """Required fields of an assistant's record."""
 
     teachers_sha256: list[str]
 
 
 class SubsetScores(TypedDict):
-    """What every record of a student with some of its branches has."""
+    """Required fields of the scores of a subset of branches."""
 
     branches: list[int]
 
 
 class ExitScores(TypedDict):
-    """What every record of a student that asks no further branch when it is sure has."""
+    """Required fields of an operating point of early exit."""
 
     threshold: float
     mean_branches: float
@@ -49,16 +49,16 @@ _ROWS: dict[str, Any] = {
         list[list[float | None]],
     ),
 }
-"""What lists in a record hold, where it has them."""
+"""Types of the items of lists in a record."""
 
 
 class NotAResultError(ValueError):
-    """A record that lacks what every result has, or has it of another type; the message names the field."""
+    """A record without a required field or with one of another type; the message names the field."""
 
 
 @dataclass(frozen=True, eq=False)
 class Result(Mapping[str, Any]):
-    """What a run found, and what it was.
+    """Settings and final numbers of a run.
 
     Also a mapping of everything that is recorded: parts of the evaluation add fields of their own, and those that a
     newer version wrote are kept. None stands for what a run does not have, or an older version did not record.
@@ -143,7 +143,7 @@ class Result(Mapping[str, Any]):
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Result:
-        """Makes a result of a flat record.
+        """Builds a result from a flat record.
 
         Raises:
             NotAResultError: If it lacks what every result has, or a field is of another type.
@@ -170,7 +170,7 @@ class Result(Mapping[str, Any]):
         return cls(**known, more=more)
 
     def having(self, **more: Any) -> Result:
-        """The result with further or other fields, known or not."""
+        """Returns the result with further or changed fields, known or not."""
         return Result.of({**self, **more})
 
     def __getitem__(self, name: str) -> Any:

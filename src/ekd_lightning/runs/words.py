@@ -1,4 +1,4 @@
-"""Words of a record: overrides that runs were started with, and which of them may be used again.
+"""Overrides in records, and which of them may be used again.
 
 A record never names code. Its words set settings of a run and, of a sweep, how many jobs run where. All that could
 make something else run (flags, Hydra's search path, callbacks and logging, scripts of a launcher, files elsewhere,
@@ -25,7 +25,7 @@ _LAUNCHING = re.compile(
 
 
 def check_words(words: Iterable[object], source: object, *, launching: bool = False) -> list[str]:
-    """Refuses words that a record may not hold.
+    """Checks that a record's overrides are ones that a record may hold.
 
     Args:
         words: Overrides as they are recorded.
@@ -56,7 +56,7 @@ def _launches(word: re.Match[str]) -> bool:
 
 
 def _sets(word: re.Match[str]) -> bool:
-    """Whether a word sets a setting, or chooses a file of configuration among those that the user's command reads."""
+    """Whether an override sets a setting, or selects a configuration file that the user's command reads."""
     key, value = word["key"], word["value"]
     first = re.split(r"[./]", key)[0]
     if first == "hydra" or (value is None and word["sign"] != "~"):
@@ -69,7 +69,7 @@ def _sets(word: re.Match[str]) -> bool:
 
 
 def require_named_code(recorded: Iterable[str], given: Sequence[str], source: object) -> None:
-    """Refuses to import what a record names, unless the user's own command names the modules, too.
+    """Refuses to import modules of a record unless the user's own command names them, too.
 
     Args:
         recorded: Overrides of the record.
@@ -88,11 +88,11 @@ def require_named_code(recorded: Iterable[str], given: Sequence[str], source: ob
 
 
 def names_code(word: str) -> bool:
-    """Whether an override names code to import or run; a setting that comes to do so is told here and in `code_of`."""
+    """Whether an override names code to import; a new setting that does must be added here and in `code_of`."""
     found = _WORD.fullmatch(word)
     return found is not None and re.split(r"[./]", found["key"])[0] == "imports" and found["value"] not in (None, "[]")
 
 
 def code_of(settings: Settings) -> list[str]:
-    """The code that settings name, as overrides that name it; callbacks are classes of that code, or of ours."""
+    """Returns the code that settings name, as overrides; callbacks are classes of that code or of this package."""
     return [f"imports=[{','.join(settings.imports)}]"] if settings.imports else []

@@ -1,4 +1,4 @@
-"""Writer of a run's record: what the process that holds its lock leaves there, and where that process runs."""
+"""Writer of a run's record, and its provenance: code, versions, hardware, command."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ _OF_ONE_RUN = (
 
 
 class RunWriter(RunDirectory):
-    """One run on disk, to the process that makes it or adds to it; in a distributed job global rank 0 alone."""
+    """A run's directory for the process that writes it; in a distributed job global rank 0 alone."""
 
     def start(self, *, resumed: bool) -> None:
-        """Marks the run as running; a result of an earlier try is withdrawn, a new run leaves nothing of an old one.
+        """Marks the run as running; an earlier result is withdrawn, and a new run removes an old run's files.
 
         A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the record
         could be written: a full disk costs no result.
@@ -114,7 +114,7 @@ class RunWriter(RunDirectory):
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Lets a block read the record of a finished run, add to it, and write it back, while others wait.
+        """Lets a block change the record of a finished run, while other processes wait.
 
         Raises:
             LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
@@ -129,16 +129,16 @@ class RunWriter(RunDirectory):
             yield
 
     def finish(self, result: Result) -> None:
-        """Writes the result, then says done; in this order, so that done implies a result."""
+        """Writes the result, then the state done; in this order, so that done implies a result."""
         self.write_result(result)
         self._say("done")
 
     def fail(self, error: str) -> None:
-        """Says that the run failed, and why."""
+        """Records that the run failed, and why."""
         self._say("failed", error)
 
     def stop(self) -> None:
-        """Says that the run was interrupted."""
+        """Records that the run was interrupted."""
         self._say("stopped", INTERRUPTED)
 
     def _say(self, state: str, error: str | None = None) -> None:
@@ -148,7 +148,7 @@ class RunWriter(RunDirectory):
 
 
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: code, versions, hardware, command."""
+    """Returns where a result comes from: code, versions, hardware, command."""
     return {
         "version": __version__,
         "git": _git(),
@@ -171,12 +171,12 @@ def is_rank_zero() -> bool:
 
 
 def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
+    """Returns the time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def version_of(name: str) -> str | None:
-    """The version of an installed package; None without it."""
+    """Returns the version of an installed package; None without it."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -184,7 +184,7 @@ def version_of(name: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the source tree this package runs from; None for an installed wheel."""
+    """Returns the commit of this source tree; None for an installed wheel."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
@@ -207,7 +207,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Returns the processor's model name."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

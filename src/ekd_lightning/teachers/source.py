@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.errors import unknown_name
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.networks.frozen import FrozenNetwork
 from ekd_lightning.networks.staged import NetworkOutput, TeacherOutput
@@ -145,10 +144,7 @@ class FrozenTeachers:
             UserError: A teacher lacks a stage.
         """
         how = how or TeacherFormat()
-        for network, identity in zip(ensemble.members, ensemble.identities, strict=True):
-            for name in stages:
-                if name not in network.stages:
-                    raise unknown_name(f"stage of teacher {identity.id!r}:", name, network.stage_names)
+        ensemble.check_stages(stages)
         device = ensemble.device
         dtype = teacher_dtype(how.precision, device.type)
         self.numeric_format = str(dtype).removeprefix("torch.")
@@ -236,11 +232,7 @@ class LiveTeachers(TeacherSource):
         """See `TeacherSource`."""
         teachers = self.frozen(tuple(stages))
         results = [teachers.outputs(m, batch.images) for m in range(self._ensemble.num_teachers)]
-        return TeacherOutput(
-            logits=torch.stack([result.logits for result in results]),
-            pooled=tuple(result.pooled for result in results),
-            stages=tuple({name: result.stages[name] for name in stages} for result in results),
-        )
+        return TeacherOutput.of(results, stages)
 
     def frozen(self, stages: Stages = ()) -> FrozenTeachers:
         """The frozen copies that return these stages, made when first asked for."""
