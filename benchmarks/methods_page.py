@@ -3,9 +3,10 @@
     ekd-compare --methods ... --fractions 0.1 --seeds 0,1,2 --output compare/c10 experiment=cifar10_limited ...
     python benchmarks/methods_page.py compare/c10 docs/results/methods_cifar10_10pct.md
 
-Everything is computed from the runs' files, whatever comes out. With --readme the README's section is made anew. What
-stands in an existing page between the two marks `<!-- notes -->` was written by hand after looking into single rows,
-and is kept.
+    python benchmarks/methods_page.py docs/results/methods_cifar10_10pct.md --readme README.md
+
+Every number comes from the runs' files. --readme writes the README's table from the records beside the page, and needs
+no runs. Text between the two marks `<!-- notes -->` of an existing page was written by hand and is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from page_parts import NOTES, bullets, difference, kept_notes, named, read_study
 from ekd_lightning import markdown as md
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import interval_text, percent
+from ekd_lightning.reporting.estimates import NOT_ENOUGH, interval_text, minus
 from ekd_lightning.reporting.tables import Row
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
@@ -41,7 +43,7 @@ FAMILIES = {
         *("kd_mean_macs", "kd_mean_parameters", "kd_mean_feature_macs", "kd_mean_feature_parameters"),
     ),
 }
-VERDICTS = {"above": "; EKD wins", "below": "; EKD loses", "unclear": "; not told apart"}
+VERDICTS = {"above": "; EKD is better", "below": "; EKD is worse", "unclear": "; no significant difference"}
 DEFAULTS = (
     "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen "
     "on validation images ([search](equal_macs_cifar10_5pct.md)), the hint weight of two-stage FitNets by its loss on "
@@ -49,9 +51,9 @@ DEFAULTS = (
 )
 
 
-def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
-    """What the numbers say, in sentences; of all rows, or of EKD's controls."""
-    lines = [] if controls_only else all_findings(rows)
+def findings(rows: dict[str, Row]) -> str:
+    """The comparisons with `ce` and EKD over all rows, then EKD against each of its controls."""
+    lines = all_findings(rows)
     for name, what in (
         ("ce", "the plain student without a teacher"),
         ("kd_mean", "plain distillation of the same network"),
@@ -70,7 +72,7 @@ def findings(rows: dict[str, Row], controls_only: bool = False) -> str:
 
 
 def all_findings(rows: dict[str, Row]) -> list[str]:
-    """Which rows are above and below the plain student, and EKD."""
+    """The rows that are above and below the plain student, and above and below EKD."""
     lines = []
     for reference, what in (("ce", "the plain student without a teacher (`ce`)"), ("ekd", "`ekd`")):
         sides: dict[str, list[str]] = {}
@@ -79,8 +81,8 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
                 sides.setdefault(side(row.differences.get(reference)), []).append(row.group.label)
         lines.append(
             f"Against {what}, by the 95 % interval of the paired difference (not corrected for the number of rows): "
-            f"above it {named(sides.get('above', []))}; below it {named(sides.get('below', []))}; not told apart "
-            f"{named(sides.get('unclear', []))}; not enough runs {named(sides.get('not enough runs', []))}."
+            f"above it {named(sides.get('above', []))}; below it {named(sides.get('below', []))}; no significant "
+            f"difference {named(sides.get('unclear', []))}; not enough runs {named(sides.get('not enough runs', []))}."
         )
     return lines
 
@@ -120,48 +122,59 @@ three seeds the corrected test finds large differences only. K branches, M teach
 """
 
 
-def best_of(rows: dict[str, Row], family: str) -> str | None:
-    """The row of a family with the highest mean on the test set."""
-    means = {name: found.mean for name in FAMILIES[family] if name in rows and (found := rows[name].group.accuracy)}
-    return max(means, key=lambda name: means[name], default=None)
-
-
 def by_name(block: Block) -> dict[str, Row]:
     """The rows of a block."""
     return {row.group.label: row for row in study_rows(block)}
 
 
-def readme_section(block: Block, page: Path) -> str:
-    """The short version for the README: EKD, its controls, and the best of each family of methods."""
-    rows = by_name(block)
-    best = [best_of(rows, family) for family in list(FAMILIES)[1:4]]
-    costly = ("kd_mean_macs", "kd_mean_feature_macs", "kd_mean_parameters")
-    names = ["ce", "kd_mean", "kd_mean_feature", *best, "ekd_mean", "ekd", *costly, "ce@resnet20"]
-    shown = [rows[name].group for name in dict.fromkeys(names) if name in rows and rows[name].group.n]
-    first = shown[0].done[0].result or {}
-    counted = sum(bool(group.n) for group in block.groups)
+SHORT = {
+    "ce": "labels alone (`ce`)",
+    "kd_mean": "plain distillation (`kd_mean`)",
+    "kd_mean_macs": "plain distillation, larger student (`kd_mean_macs`)",
+    "kd_mean_feature_macs": "the same, imitating features, too (`kd_mean_feature_macs`)",
+    "ekd": "**EKD** (`ekd`)",
+    "camkd": "[CA-MKD](https://arxiv.org/abs/2201.00007) (`camkd`)",
+}
+"""The README's rows: what each is called there."""
+
+
+def readme_section(records: Sequence[Mapping[str, Any]], page: Path) -> str:
+    """The README's table and what it says, from the records beside a page."""
+    rows = {record["row"]: record for record in records}
+    first = rows["ekd"]
     lines = [
         (
-            md.code(group.label),
-            percent(group.accuracy),
-            f"{group.only('num_parameters'):,}",
-            f"{group.only('macs') / 1e6:.1f} M",
-            group.n,
+            md.Markdown(called),
+            f"{100 * rows[name]['test_accuracy']:.2f} ± {100 * rows[name]['test_accuracy_std']:.2f}",
+            f"{rows[name]['macs'] / 1e6:.1f} M",
+            f"{rows[name]['num_parameters'] / 1e3:.0f} k",
         )
-        for group in shown
+        for name, called in SHORT.items()
     ]
-    seeds = ", ".join(map(str, sorted({run.get("seed") for group in shown for run in group.done})))
-    processors = "; ".join(dict.fromkeys(place for group in block.groups for place in group.distinct("machine")))
     intro = (
-        f"{counted} rows, {100 * block.fraction:g} % of {block.data} ({first['num_train_images']:,} training images), "
-        f"pretrained teachers ResNet-20, -32, -56, students ResNet-8, plain or with three branches, {first['epochs']} "
-        f"epochs, default weights, seeds {seeds}, on a "
-        f"processor ({processors}). Here "
-        "are EKD, its controls, and of each other family the row that did best on the test set, which flatters it. All "
-        f"rows, and what the numbers do and do not say: [{page}]({page})."
+        f"{100 * first['fraction']:g} % of CIFAR-10's labels, three pretrained teachers (ResNet-20, -32 and -56), "
+        f"{first['steps']:,} steps, default weights, mean ± standard deviation over {first['n']} seeds; all "
+        f"{len(rows)} rows are in [{page.stem}]({page})."
     )
-    table = md.table(("row", "test accuracy %", "parameters", "MACs", "n"), lines)
-    return f"## A first result\n\n{textwrap.fill(intro, 120)}\n\n{table}\n{findings(rows, controls_only=True)}\n\n"
+    table = md.table(("method", "test accuracy %", "MACs", "parameters"), lines)
+    best, plain, feature = (
+        readme_difference(*pair)
+        for pair in ((rows["camkd"], first), (first, rows["kd_mean_macs"]), (first, rows["kd_mean_feature_macs"]))
+    )
+    said = (
+        f"**CA-MKD is {best[0]} EKD at {100 * rows['camkd']['macs'] / first['macs']:.0f} % of its cost: {best[1]} "
+        f"points.** At equal cost EKD is {plain[0]} plain distillation ({plain[1]}) and {feature[0]} plain "
+        f"distillation that imitates the same features ({feature[1]}). Brackets are 95 % intervals of differences "
+        "paired by seed."
+    )
+    return f"{textwrap.fill(intro, 120)}\n\n{table}\n{textwrap.fill(said, 120)}\n\n"
+
+
+def readme_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
+    """Which side of another row a row is on (`level with` where the interval holds 0), and by how many points."""
+    found = minus(ours["by_seed"], theirs["by_seed"])
+    words = {"above": "above", "below": "below", "unclear": "level with", NOT_ENOUGH: "not compared with"}
+    return words[side(found)], interval_text(found)
 
 
 def draw(block: Block, path: Path) -> None:
@@ -187,19 +200,21 @@ def write_readme(readme: Path, section: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="--output of ekd-compare")
-    parser.add_argument("page", type=Path, help="the page; its data go beside it as .json")
+    parser.add_argument("folder", type=Path, nargs="?", help="--output of ekd-compare; without it the page stays")
+    parser.add_argument("page", type=Path, help="the page; its records go beside it as .json")
     parser.add_argument("--figure", type=Path, help="an .svg of the differences to ce and to EKD")
     parser.add_argument("--readme", type=Path, help="its section between the marks is made anew")
     args = parser.parse_args()
-    data, fraction, runs = read_study_runs(parser, args.folder)
-    block = study_block(data, fraction, runs)
-    args.page.write_text(page(block, kept_notes(args.page)))
-    if args.figure:
-        draw(block, args.figure)
+    beside = args.page.with_suffix(".json")
+    if args.folder:
+        data, fraction, runs = read_study_runs(parser, args.folder)
+        block = study_block(data, fraction, runs)
+        args.page.write_text(page(block, kept_notes(args.page)))
+        beside.write_text(json.dumps(kept(block, runs), indent=1) + "\n")
+        if args.figure:
+            draw(block, args.figure)
     if args.readme:
-        write_readme(args.readme, readme_section(block, args.page))
-    args.page.with_suffix(".json").write_text(json.dumps(kept(block, runs), indent=1) + "\n")
+        write_readme(args.readme, readme_section(json.loads(beside.read_text()), args.page))
 
 
 def kept(block: Block, runs: Runs) -> list[dict[str, Any]]:
