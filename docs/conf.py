@@ -44,12 +44,15 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 add_module_names = False
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|pytorch_lightning|numpy|collections|pathlib|omegaconf)\..*"),  # no inventories: builds offline
     (r"py:.*", r"(Tensor|Path|Callback|.*\[.*)"),
+    (r"py:.*", r"(.*\.)?(NotAResultError|TeacherSource|TrainLoader|EvalLoader|StepValues|Mix|Mixing|Assignment)"),
+    (r"py:.*", r"(.*\.)?(BuilderT|TermClass|AugmentationClass)"),  # type variables
 ]
 
 # -- HTML ---------------------------------------------------------------------------------------------------
@@ -99,9 +102,12 @@ def link_sources(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((\.\./[^)#\s]*)\)", linked, source[0])
 
 
-def keep_sentences(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keeps Napoleon from reading the words before a colon in an attribute's docstring as its type."""
-    if what == "attribute" and lines:
+def as_plain_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keeps |x| from being a substitution, and words before a colon in an attribute's docstring from being a type."""
+    for number, line in enumerate(lines):
+        outside = re.split(r"(`[^`]*`)", line)  # code spans at odd places
+        lines[number] = "".join(part if i % 2 else part.replace("|", r"\|") for i, part in enumerate(outside))
+    if what in {"attribute", "property", "data"} and lines:
         lines[0] = f": {lines[0]}"
 
 
@@ -115,4 +121,4 @@ def setup(app: Sphinx) -> None:
     """Connects the pages that are made."""
     app.connect("builder-inited", make_pages)
     app.connect("source-read", link_sources)
-    app.connect("autodoc-process-docstring", keep_sentences, priority=1)  # before Napoleon
+    app.connect("autodoc-process-docstring", as_plain_text, priority=1)  # before Napoleon

@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: who imports whom, and every snippet that shows how to add a part."""
+"""docs/architecture.md and docs/extending.md are true: who imports whom, and every snippet that adds a part."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ekd_lightning.settings import Settings
 from ekd_lightning.training.pool import gather_teachers
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+ARCHITECTURE, PAGE = (ROOT / "docs" / name for name in ("architecture.md", "extending.md"))
 SOURCE = ROOT / "src" / "ekd_lightning"
 
 # -- the rooms ----------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ CHANGES = (
 
 
 def test_a_usual_change_opens_at_most_three_files_that_exist():
-    table = PAGE.read_text().split("\n## To change this, open these files\n")[1]
+    table = ARCHITECTURE.read_text().split("\n## Which files to open for a change\n")[1]
     rows = re.findall(r"^\| (an? .+?) \| (.+) \|$", table, re.MULTILINE)
     assert tuple(what for what, _ in rows) == CHANGES
     for what, told in rows:
@@ -89,7 +89,7 @@ def imports(path: Path) -> set[str]:
 def test_every_room_has_a_place_and_a_row():
     rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     assert rooms == set(LEVEL)
-    assert [room for room in rooms if f"| `{room}/` |" not in PAGE.read_text()] == []
+    assert [room for room in rooms if f"| `{room}/` |" not in ARCHITECTURE.read_text()] == []
 
 
 @pytest.mark.parametrize("room", LEVEL)
@@ -346,6 +346,8 @@ def test_the_commands_run_from_the_users_folder(page: Snippets, tmp_path: Path):
 def test_the_record_holds_the_files_that_the_page_lists(page: Snippets, tmp_path: Path):
     few = ["data.fraction=0.1", "recipe.epochs=1", "recipe.batch_size=32", "trainer=cpu"]
     call(["ekd-train", "student=resnet8", "method=ce", *few], tmp_path / "run")
-    listed = re.findall(r"^\| `([\w./]+)` \|", PAGE.read_text().split("## The run and its record")[1], re.MULTILINE)
+    listed = re.findall(
+        r"^\| `([\w./]+)` \|", (ROOT / "docs" / "run_directory.md").read_text().split("\n## ")[0], re.MULTILINE
+    )
     assert len(listed) == 8
     assert [name for name in listed if not (tmp_path / "run" / name).exists()] == []

@@ -1,0 +1,123 @@
+"""Documented commands are accepted by the programs, links lead somewhere, and the README shows the recorded table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from ekd_lightning.config.config import register_schema, to_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+OWN_PARTS = ROOT / "docs" / "extending.md"  # its commands run in test_docs.py
+HYDRA = ("ekd-train", "ekd-teach")
+FOR_EVALUATION = ("data.root", "data.cache", "data.download", "teachers.store", "imports")
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every `ekd-...` command in a page's shell blocks, whatever starts it."""
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        text = re.sub(
+            r"\$\(which ([\w-]+)\)",
+            r"\1",
+            block.replace("\\\n", " ").replace("$method", "ekd").replace("$HOME", "/home/me"),
+        )
+        for line in re.sub(r"\$\(.*?\)", "", text).splitlines():
+            words = [] if line.startswith("#") else shlex.split(line, comments=True)
+            start = next((at for at, word in enumerate(words) if re.fullmatch("ekd-(?!lightning)[a-z]+", word)), None)
+            if start is not None and words[0] != "git":
+                yield words[start:]
+
+
+def accepted(words: list[str]) -> list[str]:
+    """Lets the program's own parser read a command, and returns the overrides in it."""
+    program = words[0].removeprefix("ekd-")
+    found: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module(f"ekd_lightning.cli.{program}")
+        patch.setattr(
+            module, "run_command", lambda parser, body, argv=None, **_: found.append(parser.parse_intermixed_args(argv))
+        )
+        module.main(words[1:])
+    lists = [value for value in vars(found[0]).values() if isinstance(value, list)]
+    return [word for value in lists for word in map(str, value) if "=" in word]
+
+
+def first_job(words: list[str]) -> list[str]:
+    """The overrides of the first job of a sweep."""
+    made = []
+    for word in words:
+        override = OverridesParser.create().parse_override(word)
+        sweeps = override.is_sweep_override()
+        made.append(f"{override.get_key_element()}={next(override.sweep_string_iterator())}" if sweeps else word)
+    return made
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != OWN_PARTS], ids=lambda page: page.stem)
+def test_documented_commands_are_accepted(page: Path):
+    register_schema()
+    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+        for words in commands(page):
+            if words[0] in HYDRA:
+                overrides = first_job([w for w in words[1:] if not w.startswith("-") and w != "job"])
+            else:
+                overrides = accepted(words)
+            if words[0] in {"ekd-evaluate", "ekd-export"}:
+                assert {word.partition("=")[0] for word in overrides} <= set(FOR_EVALUATION)
+            elif not any(word.startswith("resume=") for word in overrides):
+                to_settings(compose("teach" if words[0] == "ekd-teach" else "train", overrides=overrides))
+
+
+def test_make_has_the_documented_targets():
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z][a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"run", "test", "docs"} <= named <= targets
+
+
+def test_links_between_files_lead_somewhere():
+    for page in PAGES:
+        links = re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", page.read_text())
+        assert [link for link in links if ":" not in link and not (page.parent / link).exists()] == [], page
+
+
+def test_the_readme_shows_the_recorded_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    section = runpy.run_path(str(ROOT / "benchmarks" / "methods_page.py"))["readme_section"]
+    records = json.loads((RESULTS / "methods_cifar10_10pct.json").read_text())
+    made = section(records, Path("docs/results/methods_cifar10_10pct.md"))
+    readme = (ROOT / "README.md").read_text()
+    assert readme.split("<!-- first-result -->\n")[1].split("<!-- /first-result -->")[0] == made
+    assert len(readme.splitlines()) <= 110
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path: Path):
+    pytest.importorskip("furo")
+    from sphinx.cmd.build import build_main
+
+    arguments = [
+        "-q",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "-d",
+        str(tmp_path / "trees"),
+        str(ROOT / "docs"),
+        str(tmp_path),
+    ]
+    assert build_main(arguments) == 0
