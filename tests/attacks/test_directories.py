@@ -14,9 +14,10 @@ import pytest
 from hydra import compose, initialize_config_module
 from whole_runs import TINY, Outcome, call_teach, call_train
 
+from ekd_lightning.config.commands import typed_override
 from ekd_lightning.config.config import recorded_settings, register_schema
 from ekd_lightning.config.directory import claim_output, remove_unused
-from ekd_lightning.config.overrides import override, typed_override
+from ekd_lightning.config.overrides import override
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 

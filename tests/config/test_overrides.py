@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ekd_lightning.config.overrides import literal, override, read_path, typed, typed_override
+from ekd_lightning.config.commands import typed, typed_override
+from ekd_lightning.config.overrides import literal, override, read_path
 
 AWKWARD = st.sampled_from("'\"\\$${}[]()=,: ~é\n\t#;%@!*abc0")
 ANY = st.characters(exclude_categories=("Cs",), exclude_characters="\0")

@@ -22,12 +22,13 @@ from rich.console import Console
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
+from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.studies import launching, multirun
-from ekd_lightning.studies.launching import Progress, is_queued, readable, seconds_left, stopped
+from ekd_lightning.studies.launching import Progress, is_queued, seconds_left, stopped
 from ekd_lightning.studies.multirun import lost_job, planned_sweep
 from ekd_lightning.studies.sweep import (
     MOST_ROWS,

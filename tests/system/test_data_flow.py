@@ -15,7 +15,17 @@ from ekd_lightning.pipeline import run as pipeline_run
 
 PACKAGE = Path(ekd_lightning.__file__).parent
 ARCHITECTURE = Path(__file__).parents[2] / "docs" / "architecture.md"
-PARTS = ("data/", "networks/", "methods/", "evaluation/", "settings.py", "roles.py", "files.py", "errors.py")
+PARTS = (
+    "data/",
+    "networks/",
+    "methods/",
+    "evaluation/",
+    "settings.py",
+    "roles.py",
+    "files.py",
+    "errors.py",
+    "progress.py",
+)
 """What a setup builds from: which of these files run is up to the configuration."""
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -13,8 +12,8 @@ from ekd_lightning.training.trainer import build_trainer, check_trainer, trainer
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "max_epochs": 1}
 
 
-def build(folder, in_sweep=False, **flags):
-    return build_trainer({**CPU, **flags}, folder, [], [], in_sweep=in_sweep)
+def build(folder, **flags):
+    return build_trainer({**CPU, **flags}, folder, [], [])
 
 
 def test_every_flag_of_lightning_but_ours_may_be_set():
@@ -57,20 +56,14 @@ def test_what_lightning_refuses_is_one_line(tmp_path, flags, named):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("on_terminal", [True, False])
-@pytest.mark.parametrize("in_sweep", [True, False])
 @pytest.mark.parametrize("flag", [None, True, False])
-def test_progress_bar_on_a_terminal_outside_sweeps(tmp_path, monkeypatch, on_terminal, in_sweep, flag):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal, raising=False)
-    trainer = build(tmp_path, in_sweep, enable_progress_bar=flag)
-    expected = (on_terminal and not in_sweep) if flag is None else flag
-    assert (trainer.progress_bar_callback is not None) is expected
+def test_lightnings_progress_bar_is_there_only_where_it_is_asked_for(tmp_path, flag):
+    assert (build(tmp_path, enable_progress_bar=flag).progress_bar_callback is not None) is (flag is True)
 
 
-def test_a_progress_bar_that_was_chosen_is_shown_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+def test_a_progress_bar_that_was_chosen_is_shown(tmp_path):
     bar = pl.callbacks.RichProgressBar()
-    trainer = build_trainer({**CPU, "enable_progress_bar": None}, tmp_path, [], [bar], in_sweep=True)
+    trainer = build_trainer({**CPU, "enable_progress_bar": None}, tmp_path, [], [bar])
     assert trainer.progress_bar_callback is bar
 
 
@@ -82,7 +75,7 @@ def test_precision_that_would_cast_the_teachers_is_refused(precision):
 
 def test_flags_are_not_changed(tmp_path):
     flags = {**CPU, "precision": "auto", "enable_progress_bar": None}
-    build_trainer(flags, tmp_path, [], [], in_sweep=False)
+    build_trainer(flags, tmp_path, [], [])
     assert flags == {**CPU, "precision": "auto", "enable_progress_bar": None}
 
 

@@ -94,7 +94,7 @@ class Job:
             checkpoints = checkpoint_callbacks(folder, with_best=validates)
             callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, *checkpoints, *also]
             curves = MetricsCsv(folder / "metrics.csv")
-            trainer = build_trainer(flags, folder, [curves], callbacks, in_sweep=True)
+            trainer = build_trainer(flags, folder, [curves], callbacks)
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
         assert trainer.should_stop or trainer.current_epoch == self.settings.recipe.epochs

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
 from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
@@ -78,7 +77,6 @@ def bench(args: argparse.Namespace) -> None:
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 
-    quiet_libraries()
     names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs")
     counts = {name: getattr(args, name) for name in names}
     context = make_bench(args.overrides, epochs=args.epochs, minutes=args.minutes, **counts)

@@ -12,9 +12,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from ekd_lightning.config.commands import typed
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, typed
+from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 import hydra
 from omegaconf import DictConfig
 
-from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, print_table, run_program
@@ -54,7 +53,6 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     """
     from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
-    quiet_libraries()
     settings = to_settings(cfg)
     settings.check()
     if settings.resume is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import traceback
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,17 +17,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from ekd_lightning import progress
+from ekd_lightning.config.commands import print_next, typed, typed_resume
 from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
-from ekd_lightning.config.edge import is_interrupt, one_line, run_program
+from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, print_table, quiet_libraries, run_program
 from ekd_lightning.config.overrides import (
     check_place,
     check_typed,
     check_unchanged,
     config_flags,
     expand_resume,
+    key_of,
     named_sweep,
-    typed_resume,
 )
 from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.runs.result import Result
@@ -131,18 +135,25 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     Raises:
         UserError: For a user's mistake, before anything is written; or for a loss that is not finite.
     """
-    from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow imports; --help and --cfg need none)
-
     quiet_libraries()
     directory = output.directory
     settings, plain = to_settings(cfg), to_plain(cfg)
     if settings.resume is not None:
         check_place(settings.resume, directory)
         check_unchanged(directory, plain)
-    callbacks = build_callbacks(settings)
-    result = run(settings, directory, config=plain, sweep=sweep_name(), callbacks=callbacks, on_start=output.start)
+    sweep = sweep_name()
+    own_bar = any("Progress" in str(node.get("_target_")) for node in settings.callbacks.values() if node)
+    live = settings.trainer.get("enable_progress_bar") is None and not own_bar
+    with progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
+        with progress.phase("data"), progress.part("importing PyTorch and Lightning"):
+            from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)
+
+            callbacks = build_callbacks(settings)
+        result = run(settings, directory, config=plain, sweep=sweep, callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
-        log.info("%s", summary_line(result, directory))
+        log.info("%s", summary_line(result, directory), extra=None if sweep else OFF_SCREEN)
+        if sweep is None:
+            show_result(result, directory)
     value = result.get(settings.metric)
     return None if value is None else float(value)
 
@@ -155,6 +166,50 @@ def sweep_name() -> str | None:
     return "/".join(Path(config.sweep.dir).parts[-2:])
 
 
+def show_result(result: Result, directory: Path) -> None:
+    """Prints what a run found and cost, and what may come next."""
+    rows: list[tuple[str, float, Mapping[str, Any]]] = [
+        ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
+    ]
+    found = [value for value in result.test_branch_accuracy or [] if value is not None]
+    if len(found) > 1:
+        best = max(range(len(found)), key=found.__getitem__)
+        rows.append((f"student: its best branch ({best + 1} of {len(found)})", found[best], {}))
+    rows += [(f"teacher: {teacher['id']}", teacher["test_accuracy"], teacher) for teacher in result.teachers or []]
+    cells = (
+        (
+            name,
+            f"{100 * accuracy:.2f}",
+            f"{record['num_parameters']:,}" if record.get("num_parameters") else "",
+            f"{record['macs'] / 1e6:.1f} M" if record.get("macs") else "",
+            f"{record['train_seconds']:.0f}" if record.get("train_seconds") else "",
+        )
+        for name, accuracy, record in rows
+    )
+    heads = ("", "test accuracy %", "parameters", "MACs", "training s")
+    print_table(f"{result.method} on {result.data}", heads, cells, left=("",))
+    print(f"in {typed(directory)}")
+    run = typed(directory)
+    print_next(
+        f"ekd-report {run} -o {typed(directory / 'report')}",
+        f"ekd-evaluate {run} --parts all",
+        f"ekd-export {run}",
+        *_comparison(result),
+    )
+
+
+def _comparison(result: Result) -> list[str]:
+    """The command that compares the run's method with others as the run was set up, where a study can be set up so."""
+    words = HydraConfig.get().overrides.task
+    if config_flags(sys.argv) or any(key_of(word) == "data.per_class" for word in words):
+        return []
+    varied = ("method", "seed", "data.fraction", "resume", "overwrite")
+    methods = result.method if result.method.startswith("ekd") else f"{result.method},ekd"
+    options = ["--methods", methods, "--output", f"compare/{result.data}"]
+    options += [] if result.fraction == 1 else ["--fractions", f"{result.fraction:g}"]
+    return [f"ekd-compare {shlex.join([*options, *(word for word in words if key_of(word) not in varied)])}"]
+
+
 def summary_line(result: Result, directory: Path) -> str:
     """What a run found, in one line."""
     branches = ", ".join(f"{100 * value:.2f}" for value in result.test_branch_accuracy or [])
@@ -165,22 +220,6 @@ def summary_line(result: Result, directory: Path) -> str:
         f"  {result.num_parameters or 0:,} parameters, {(result.macs or 0) / 1e6:.1f} M MACs"
         f"  {result.train_seconds or 0:.0f} s  -> {directory}"
     )
-
-
-def quiet_libraries() -> None:
-    """Silences messages of Lightning that are untrue here or repeat for every run."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # there are none: images are in memory
-        ".*module.* in eval mode.*",  # the teachers, on purpose
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*Total length of .* across ranks is zero.*",  # a teacher has no validation images
-        ".*is smaller than the logging interval.*",  # curves are per epoch
-        ".*overridden `on_after_batch_transfer` in both.*",  # the data module's is for its own batches
-        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ekd_lightning.cli.train import quiet_libraries
-from ekd_lightning.config.edge import check_options, make_parser, run_command
+from ekd_lightning.config.edge import ConsoleLines, check_options, make_parser, run_command
 from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.roles import COUNT, COUNT_OR_NONE, POSITIVE
@@ -29,7 +28,12 @@ Overrides are those of ekd-train; what they set is not searched. See docs/tuning
 """
 
 # Lines of every single run stay out of the terminal, unless --verbose asks for them.
-_TALKS = ("ekd_lightning.studies.tuned", "ekd_lightning.studies.search", "ekd_lightning.training.pool")
+_TALKS = (
+    "ekd_lightning.studies.tuned",
+    "ekd_lightning.studies.search",
+    "ekd_lightning.training.pool",
+    "ekd_lightning.progress",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,15 +68,14 @@ def run_tune(args: argparse.Namespace) -> None:
     if args.print:
         print(*read_tuned(args.print)["overrides"], sep="\n")
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = ConsoleLines(sys.stderr)
     handler.addFilter(lambda r: args.verbose or r.levelno >= logging.WARNING or r.name in _TALKS)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if args.output is None:
         raise UserError("--output: must be given, a folder for <method>.yaml and the study")
     check_options(args, trials=COUNT, epochs=COUNT, sampler_seed=COUNT_OR_NONE, timeout=POSITIVE)
     check_typed(args.overrides)
     seeds = parse_numbers("--seeds", args.seeds)
-    quiet_libraries()
     try:
         import optuna  # noqa: F401, PLC0415
     except ModuleNotFoundError:

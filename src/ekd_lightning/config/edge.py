@@ -9,30 +9,45 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ekd_lightning.errors import UserError, unknown_name, users_line
+from ekd_lightning.progress import Lines, Reporter, Session, reported_by
 from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
 
 STARTED_IN = "EKD_STARTED_IN"
 """Environment variable: where the user called the command, whatever a record says of its working directory."""
+OFF_SCREEN = {"off_screen": True}
+"""`extra` of a log line for the file alone, as the screen says it otherwise."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
     """The command line of a program, its examples at the end of `--help`."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=program, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=package_version())
+    return parser
+
+
+def package_version() -> str:
+    """What `--version` of every command prints."""
+    return f"ekd-lightning {version('ekd-lightning')}"
 
 
 def run_command(
@@ -52,8 +67,8 @@ def run_command(
     """
     args = parser.parse_intermixed_args(argv)
     if level is not None:
-        logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    with one_line(parser.prog), _started_here():
+        logging.basicConfig(level=level, handlers=[ConsoleLines(sys.stderr)])
+    with one_line(parser.prog), _started_here(), _shown():
         complete = body(args)
     if complete is False:
         sys.exit(1)
@@ -94,8 +109,83 @@ def run_program(program: str, body: Callable[[], object]) -> None:
     Anything else is a bug of ours and keeps its traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
-    with one_line(program), _started_here():
+    if "--version" in sys.argv[1:]:  # Hydra's own would be Hydra's
+        print(package_version())
+        return
+    with one_line(program), _started_here(), _shown():
         body()
+
+
+class ConsoleLines(logging.StreamHandler[Any]):
+    """The log on the screen: what is said, without where it is said; the log file has that, too.
+
+    A job of a sweep begins its lines with its number. Of several processes of one job, only the first speaks.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a line, on global rank 0."""
+        if is_rank_zero() and not getattr(record, "off_screen", False):
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, marked if it is a warning or an error."""
+        kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        config: Any = HydraConfig.instance().cfg  # typed as a dataclass, but a DictConfig
+        in_sweep = config is not None and config.hydra.mode is RunMode.MULTIRUN
+        job = config.hydra.job.get("num") if in_sweep else None
+        return ("" if job is None else f"[{job}] ") + kind + logging.Formatter().format(record)
+
+
+class _OnScreen(Reporter):
+    """Shows progress in one live display on a terminal, in plain lines elsewhere; only on global rank 0."""
+
+    _shows = Reporter()
+
+    def start(self, session: Session) -> None:
+        terminal = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+        if not is_rank_zero():
+            self._shows = Reporter()
+        elif session.live and terminal is not None and os.environ.get("TERM") != "dumb":
+            from ekd_lightning.tracking.terminal import LiveDisplay  # noqa: PLC0415 (a pipe needs none)
+
+            self._shows = LiveDisplay(terminal)
+        else:
+            self._shows = Lines()
+        self._shows.start(session)
+
+    def stop(self) -> None:
+        self._shows.stop()
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Shows progress while the block runs, and each warning as one line without the place in the code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    quiet_libraries()
+    try:
+        with reported_by(_OnScreen()):
+            yield
+    finally:
+        warnings.formatwarning = before
+
+
+def quiet_libraries() -> None:
+    """Silences messages of libraries that are untrue here or repeat for every run."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("hydra_plugins").setLevel(logging.WARNING)  # Joblib's dump of its options
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA where none is asked for
+    for message in (
+        ".*does not have many workers.*",  # there are none: images are in memory
+        ".*module.* in eval mode.*",  # the teachers, on purpose
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Total length of .* across ranks is zero.*",  # a teacher has no validation images
+        ".*is smaller than the logging interval.*",  # curves are per epoch
+        ".*overridden `on_after_batch_transfer` in both.*",  # the data module's is for its own batches
+        ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 @contextlib.contextmanager
@@ -213,7 +303,7 @@ def print_table(
         left: Columns of texts; the others hold numbers.
         width: Characters, where standard output is no terminal.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:

@@ -22,7 +22,7 @@ from ekd_lightning.config.config import PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
-from ekd_lightning.runs.words import names_code, require_named_code
+from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.settings import Settings, keys_where, may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
@@ -105,7 +105,7 @@ def check_typed(words: Sequence[str]) -> None:
             internals.parse_override(word)
         except HydraException:
             place = os.path.expanduser(text) if key_of(word) in PLACES else text
-            wanted = _shell(override(key, place))
+            wanted = shell_word(override(key, place))
             raise UserError(f"cannot read the override {word!r}; such a text is typed {wanted}") from None
 
 
@@ -160,43 +160,11 @@ def read_path(word: str) -> str | None:
             return str(OmegaConf.create({"value": value}).value) if isinstance(value, str) else text.strip()
     except (HydraException, OmegaConfBaseException):
         pass
-    wanted = _shell(override(key, text))
+    wanted = shell_word(override(key, text))
     raise UserError(f"{key}: cannot read {text!r} as a path; Hydra wants quotes around it: {wanted}")
 
 
-def typed(path: Path | str) -> str:
-    """A path as one would type it here in a shell: relative where that is shorter, quoted where that is needed."""
-    return _shell(_near(path))
-
-
-def typed_override(key: str, path: Path | str) -> str:
-    """`key=path` as one would type it here in a shell, for Hydra's grammar."""
-    near = _near(path)
-    try:
-        plain = read_path(f"{key}={near}") == near
-    except UserError:
-        plain = False
-    return f"{key}={_shell(near if plain else override(key, near).removeprefix(f'{key}='))}"
-
-
-def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str] = ()) -> str:
-    """The command that continues a run or a sweep, as one would type it here.
-
-    Args:
-        directory: Of the run or sweep.
-        words: Overrides that it was started with: those that name code are given again, as no record may.
-        flags: `--config-dir` and the like that it was started with.
-    """
-    again = [*flags, typed_override("resume", directory), *filter(names_code, words)]
-    return " ".join(["ekd-train", *(word if word.startswith("resume=") else _shell(word) for word in again)])
-
-
-def _near(path: Path | str) -> str:
-    path, here = Path(path), Path.cwd()
-    return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)
-
-
-def _shell(text: str) -> str:
+def shell_word(text: str) -> str:
     """One word for a shell, readable where it holds single quotes."""
     plain = not set(text) & set('"$`!\n') and "\\\\" not in text and not text.endswith("\\")
     return f'"{text}"' if "'" in text and plain else shlex.quote(text)

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
 from ekd_lightning.errors import UserError, one_line, quiet
+from ekd_lightning.progress import track
 
 DECODER = 1
 """Counts changes of what `to_rgb` and `fitted` make of an image; part of every cache's key."""
@@ -93,7 +91,7 @@ def decode_all(
         load: Gives the content of a file, or a decoded image, by its position; called by several threads.
         count: N, at least 1.
         size: Height and width; None for those of the first image, which all others must then have, too.
-        title: What the progress bar says; there is one on a terminal.
+        title: What is shown meanwhile.
 
     Raises:
         UserError: If `size` is None and images differ in size.
@@ -120,9 +118,7 @@ def decode_all(
             return digest.digest(), ""
 
         try:
-            console = Console(stderr=True)
-            results = pool.map(work, range(count))
-            for digest, reason in track(results, title, count, console=console, disable=not sys.stderr.isatty()):
+            for digest, reason in track(pool.map(work, range(count)), title, "images", count):
                 if reason:
                     found.broken[len(found.digests)] = reason
                 found.digests.append(digest)

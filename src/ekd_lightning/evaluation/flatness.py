@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from ekd_lightning.progress import track
+
 Weights = Mapping[str, Tensor]
 
 
@@ -54,7 +56,7 @@ class DatasetLoss:
         """The gradient of `value`; zero where a weight has no influence."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        for batch in self._batches:
+        for batch in track(self._batches, "gradient", "batches"):
             loss = self._sum(batch, leaves) / self.num_images
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(leaves, found, strict=True):
@@ -149,7 +151,7 @@ def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]
     weights = loss.weights
     middle = loss.value(weights)
     curves = torch.empty(len(seeds), len(alphas), dtype=torch.float64)
-    for row, seed in enumerate(seeds):
+    for row, seed in enumerate(track(seeds, "loss along", "directions")):
         direction = filter_normalized_direction(weights, seed)
         for column, alpha in enumerate(alphas):
             moved = {name: weight + alpha * direction[name] for name, weight in weights.items()}

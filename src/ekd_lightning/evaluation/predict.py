@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.networks import BranchedStudent, StagedNetwork
+from ekd_lightning.progress import part
 
 
 class Predictions(NamedTuple):
@@ -82,8 +83,10 @@ def predict_student(
 
 def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
     """All images in order as float32 [B, 3, H, W] in [0, 1], channels-last, on `device`."""
-    for pixels in images.images.split(batch_size):
-        yield to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+    with part(f"{images.split} images", len(images)) as task:
+        for pixels in images.images.split(batch_size):
+            yield to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+            task.advance(len(pixels))
 
 
 @contextmanager

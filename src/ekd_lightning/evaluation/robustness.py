@@ -24,6 +24,7 @@ from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.evaluation import corruptions
 from ekd_lightning.evaluation.corruption_filters import ImageDraws, to_levels
 from ekd_lightning.evaluation.scores import score_batches
+from ekd_lightning.progress import track
 
 OFFICIAL_FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C"}
 FROST_FOLDER = "frost"
@@ -209,7 +210,7 @@ def score_corruptions(
         Corruption -> {`accuracy`, `nll`, `ece`: five numbers, from severity 1 to 5}.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    for name in sets.names:
+    for name in track(sets.names, "", "kinds"):
         found[name] = {"accuracy": [], "nll": [], "ece": []}
         for severity in SEVERITIES:
             batches = (

@@ -32,6 +32,7 @@ from ekd_lightning.networks import BranchedStudent
 from ekd_lightning.networks.frozen import FrozenStudent
 from ekd_lightning.pipeline.context import BETWEEN, EvaluationContext, Findings, merge
 from ekd_lightning.pipeline.predictions import predictions
+from ekd_lightning.progress import advance, part
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import RunWriter, cpu_name
 
@@ -195,9 +196,11 @@ def _for_inference(context: EvaluationContext) -> BranchedStudent:
 
 
 def _batches(images: ImageSet, index: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for part in index.split(batch_size):
-        place = part.to(images.images.device)
-        yield images.images[place], images.labels[place]
+    with part(f"{images.split} images", len(index)) as task:
+        for some in index.split(batch_size):
+            place = some.to(images.images.device)
+            yield images.images[place], images.labels[place]
+            task.advance(len(some))
 
 
 def _training_loss(context: EvaluationContext, most: int) -> DatasetLoss:
@@ -277,7 +280,8 @@ def _run_parts(
             continue
         start = time.perf_counter()
         try:
-            findings = PARTS[name](context)
+            with part(name):
+                findings = PARTS[name](context)
             seconds = time.perf_counter() - start
             with nullcontext() if new else directory.changing():
                 arrays = directory.arrays()
@@ -295,6 +299,7 @@ def _run_parts(
                 log.warning("evaluation: %s", errors[name], exc_info=bug)
             continue
         done.append(name)
+        advance()
     return Outcome(result, done, skipped, errors)
 
 

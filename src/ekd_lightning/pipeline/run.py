@@ -13,10 +13,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
+from ekd_lightning import progress
 from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import quiet, reason, unknown_name
 from ekd_lightning.evaluation.scores import ClassificationScores
@@ -94,7 +95,13 @@ def run(
         if on_start:
             on_start()
 
-    with threads_as_before(), DirectoryLock(directory) if record else contextlib.nullcontext():
+    bar = settings.trainer.get("enable_progress_bar")
+    alone = bar is None and not any(isinstance(callback, ProgressBar) for callback in callbacks)
+    with (
+        threads_as_before(),
+        DirectoryLock(directory) if record else contextlib.nullcontext(),
+        progress.session(*progress.RUN_PHASES, live=alone, keep=sweep is None),
+    ):
         try:
             result = _run(settings, directory, record, loggers, config, sweep, callbacks, test, start)
             if record:
@@ -128,18 +135,21 @@ def _run(
         record.refuse_complete(settings.recipe.epochs)  # another process may have ended it since the command was read
     elif record and not settings.overwrite:
         record.refuse_finished()
-    prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
-    checkpoint, step = _resume_point(settings, directory)
-    facts = describe_run(settings, prepared)
+    with progress.phase("data"):
+        prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
+        checkpoint, step = _resume_point(settings, directory)
+        facts = describe_run(settings, prepared)
+    _expect(settings, prepared)
     start()
     if record:
         record.add_provenance(threads=threads)
     loggers += make_loggers(settings.logger, directory, name=run_name(facts), sweep=sweep, config=config)
     trainer.loggers = [DummyLogger()] if settings.trainer.get("fast_dev_run") else loggers
-    if prepared.candidates:
-        prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
-    facts |= describe_teacher(settings, prepared)
-    teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
+    with progress.phase("teachers"):
+        if prepared.candidates:
+            prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
+        facts |= describe_teacher(settings, prepared)
+        teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
     if record:
         record.add_provenance(**origin(prepared, teachers))
     module = make_distiller(settings, prepared, teachers)
@@ -149,31 +159,65 @@ def _run(
         for logger in loggers:
             if isinstance(logger, MetricsCsv):
                 logger.forget_from(step)
-        trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
-        scores = final_scores(trainer, module, prepared.datamodule, test=test)
+        with progress.phase("training") as report.task:
+            trainer.fit(module, datamodule=prepared.datamodule, ckpt_path=checkpoint, weights_only=True)
+        with progress.phase("test", _passes(settings, prepared), None):
+            scores = final_scores(trainer, module, prepared.datamodule, test=test)
         facts["partial"] |= not test
         result = Result.of({**facts, **scores, **cost(report, trainer, module)})
         finished = True
     finally:
         end_processes(trainer, wait=finished)
     if test and record:
-        device = trainer.strategy.root_device
-        scored = [] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
-        result = result.having(teachers=scored)
-        if prepared.chain and teachers:
-            chain = describe_chain(settings, prepared.dataset, teachers.identities[0], device)
-            result = result.having(**chain)
-        metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256}
-        metadata["run"] = record.identity or ""
-        save_student(record.student, prepared.student, metadata)
-        result = result.having(student_sha256=state_sha256(prepared.student))
-        if not result.partial:
-            student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
-            gather = None if teachers is None else lambda: teachers
-            context = EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
-            result = evaluate_new_run(context, record)
+        result = _examine(settings, prepared, result, record, teachers, trainer.strategy.root_device)
         log_evaluation(loggers, result, record.arrays, prepared.dataset)
     return result
+
+
+def _examine(
+    settings: Settings,
+    prepared: Prepared,
+    result: Result,
+    record: RunWriter,
+    teachers: TeacherEnsemble | None,
+    device: torch.device,
+) -> Result:
+    """Tests the teachers, saves the student and evaluates it; the result with what was found."""
+    with progress.phase("test", _passes(settings, prepared), None):
+        result = result.having(
+            teachers=[] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
+        )
+        if prepared.chain and teachers:
+            result = result.having(**describe_chain(settings, prepared.dataset, teachers.identities[0], device))
+    metadata = {"data": prepared.dataset.name, "subset_sha256": prepared.subset.sha256, "run": record.identity or ""}
+    save_student(record.student, prepared.student, metadata)
+    result = result.having(student_sha256=state_sha256(prepared.student))
+    if result.partial:
+        return result
+    student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
+    gather = None if teachers is None else lambda: teachers
+    context = EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
+    with progress.phase("evaluation", len(settings.evaluation.parts), None):
+        return evaluate_new_run(context, record)
+
+
+def _passes(settings: Settings, prepared: Prepared) -> int:
+    """How often a network is asked about the whole test set: weights of the student, and the teachers."""
+    averaged = settings.recipe.ema > 0
+    return 1 + (prepared.datamodule.num_val_images > 0) + averaged + len(prepared.teachers)
+
+
+def _expect(settings: Settings, prepared: Prepared) -> None:
+    """Says how much work the phases are, in images that pass through a network; a training step takes about three."""
+    data, tested = prepared.datamodule, len(prepared.dataset.test)
+    corrupted = 75 * min(2000, tested) if "corruptions" in settings.evaluation.parts else 0
+    trained = data.num_train_images if "generalisation" in settings.evaluation.parts else 0
+    asked = tested + data.num_val_images if settings.evaluation.parts else 0
+    progress.expect(
+        training=settings.recipe.epochs * (3 * data.num_train_images + data.num_val_images),
+        test=_passes(settings, prepared) * tested,
+        evaluation=asked + trained + corrupted,
+    )
 
 
 def check_run(
@@ -193,7 +237,7 @@ def check_run(
         log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
     flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
     with quiet("pytorch_lightning.utilities.rank_zero"):  # what Lightning refuses is refused before images are read
-        build_trainer(flags, directory, [], [], in_sweep=sweep is not None)
+        build_trainer(flags, directory, [], [])
     prepared = prepare(settings, accelerator, TeacherCurves(settings.logger, directory, sweep))
     _check_monitors(settings, prepared)
     report = EpochReport(settings.recipe.batch_size)
@@ -201,7 +245,7 @@ def check_run(
     if settings.trainer.get("enable_checkpointing") is not False and not settings.trainer.get("fast_dev_run"):
         with_best = prepared.datamodule.num_val_images > 0
         own += checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=with_best)
-    trainer = build_trainer(flags, directory, [], [*own, *callbacks], in_sweep=sweep is not None)
+    trainer = build_trainer(flags, directory, [], [*own, *callbacks])
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
     return prepared, trainer, report, threads
 

@@ -29,6 +29,7 @@ from ekd_lightning.pipeline.prepare import (
     validation_images,
     with_teachers,
 )
+from ekd_lightning.progress import advance, part, phase, track
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
@@ -58,22 +59,26 @@ def obtain_teachers(
     """
     check_settings(settings)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
-    to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)
-    if to_fill and not to_fill.source.tables:
-        raise UserError(f"teachers.fill={settings.teachers.fill}: this configuration keeps no teacher tables")
-    dataset, subset, views = prepare_data(settings)
+    with phase("data"):
+        to_fill = None if settings.teachers.fill == "none" else prepare(settings, accelerator)
+        if to_fill and not to_fill.source.tables:
+            raise UserError(f"teachers.fill={settings.teachers.fill}: this configuration keeps no teacher tables")
+        dataset, subset, views = prepare_data(settings)
     curves = TeacherCurves(settings.logger, directory)
     data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
     plans = plan_teachers(settings.teachers, data, accelerator)
     if on_start:
         on_start()
-    teachers = gather_teachers(plans)
+    with phase("teachers"):
+        teachers = gather_teachers(plans)
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = score_teachers(settings, dataset, teachers, device)
+    with phase("test", len(plans), None):
+        rows = score_teachers(settings, dataset, teachers, device)
     record: dict[str, Any] = {"data": dataset.name, "teachers": rows}
     if to_fill is not None:
-        found, computed = fill_tables(settings, to_fill, device)
+        with phase("table"):
+            found, computed = fill_tables(settings, to_fill, device)
         record["table"] = {"rows_found": found, "rows_computed": computed}
     if is_rank_zero():
         write_json(directory / "teachers.json", record)
@@ -123,7 +128,9 @@ def score_teachers(
     rows = []
     for network, identity in zip(teachers.members, teachers.identities, strict=True):
         answers = answers_sha256(identity.sha256, identity.network)
-        scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
+        with part(identity.id):
+            scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
+        advance()
         rows.append(
             {
                 "id": identity.id,
@@ -194,12 +201,10 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
     parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
     source.plan(sum(len(index) for index, _ in parts))
     gather = partial(prepared.datamodule.training_images, device=device)
-    for number, (index, view) in enumerate(parts, start=1):
+    for index, view in track(parts, "", "epochs" if settings.teachers.fill == "run" else "views"):
         source.prepare_epoch(index, view, gather, {prepared.source.stages: len(index)})
         if not source.keeping:
             raise UserError(f"teachers.store={settings.teachers.store}: teacher tables cannot be written there")
-        if number % max(1, len(parts) // 10) == 0:
-            log.info("teacher tables: %d of %d parts filled", number, len(parts))
     return source.hits, source.misses
 
 

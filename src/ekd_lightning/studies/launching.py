@@ -27,6 +27,7 @@ from ekd_lightning.config.config import build_callbacks
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override
 from ekd_lightning.errors import quiet
+from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
@@ -208,14 +209,6 @@ def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int
     mean = statistics.fmean(durations)
     to_do = waiting * mean + sum(max(mean - age, 0.0) for age in ages)
     return to_do / max(workers, 1)
-
-
-def readable(seconds: float) -> str:
-    """A duration in words: `40 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class Progress:

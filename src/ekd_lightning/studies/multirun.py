@@ -14,9 +14,10 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ekd_lightning.config import internals
+from ekd_lightning.config.commands import typed
 from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.directory import claim_output
-from ekd_lightning.config.edge import ending_callback
+from ekd_lightning.config.edge import ConsoleLines, ending_callback
 from ekd_lightning.config.overrides import (
     SWEEP_FILE,
     anchored,
@@ -25,7 +26,6 @@ from ekd_lightning.config.overrides import (
     is_under,
     key_of,
     split_config_dir,
-    typed,
 )
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.collection import RunEntry
@@ -224,7 +224,7 @@ def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
         running = sum(state.run.state is RunState.RUNNING for state in states)
         left = [state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING]
         jobs = [_job(*state, extra) for state in left]
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        logging.basicConfig(level=logging.INFO, handlers=[ConsoleLines(sys.stdout)])
         done, again = len(states) - len(jobs) - running, sum(job.resumed for job in jobs)
         print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
         print(f"{running} run elsewhere; " if running else "", end="")

@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ekd_lightning.config.commands import typed, typed_resume
 from ekd_lightning.config.edge import print_wide
-from ekd_lightning.config.overrides import SWEEP_FILE, key_of, typed, typed_resume
+from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError, read_json, write_json
 from ekd_lightning.reporting.estimates import Estimate, estimate, percent

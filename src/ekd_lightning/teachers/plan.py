@@ -100,8 +100,8 @@ def plan_source(
         warnings.warn(f"{error} ({_ADVICE}); this run's teachers run live", stacklevel=3)
         return live
     images = len(subset.train_index)
-    size = f"{images * views.num_views:,} rows ({images:,} images, {views.num_views} views)"
-    _say(f"teacher tables: {len(teachers)} of {size}, at most {needed / 1e6:,.0f} MB in {folder}")
+    size = f"{images * views.num_views:,} of each teacher ({images:,} images × {views.num_views} views)"
+    _say(f"teacher outputs: at most {size}, kept in {folder} ({needed / 1e6:,.0f} MB when full)")
     tabled = partial(
         TabledTeachers,
         folder=folder,

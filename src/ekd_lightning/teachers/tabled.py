@@ -23,6 +23,7 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput
 from ekd_lightning.networks.weights import answers_sha256
+from ekd_lightning.progress import readable, track
 from ekd_lightning.teachers.rows import DeviceRows, StoredRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import ImagesOf, LiveTeachers, StageCounts, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 _BLOCK_CHUNKS, _BLOCK_BYTES = 32, 1 << 28  # rows are computed and handed to the disk in blocks no larger
 _LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
 _WORTH_A_LINE = 2.0  # seconds
-_PROGRESS_EVERY = 20.0  # seconds
 
 
 Expected = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
@@ -169,7 +169,10 @@ class TabledTeachers(TeacherSource):
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
-            log.info("teachers computed %d rows in %.0f s", self.misses - before, seconds)
+            asked_for, computed = len(self._shapes) * sum(asked.values()), self.misses - before
+            known = 100 * (1 - computed / max(asked_for, 1))
+            text = "teacher outputs: %.1f %% of %s known, %s computed in %s"
+            log.info(text, known, f"{asked_for:,}", f"{computed:,}", readable(seconds))
 
     def prefetch_epoch(self, index: Tensor, view: Tensor, asked: StageCounts) -> None:
         """Reads the rows of the next epoch that are not held yet, in a thread of its own; see `TeacherSource`.
@@ -216,7 +219,7 @@ class TabledTeachers(TeacherSource):
             n, V, budget = len(self._images), self._num_views, memory_for_rows(self._device)
             one = n * row_bytes(shapes)
             if one * V > budget:
-                text = "teachers: their rows take %.1f GB, more than the device's memory may hold: read by epoch"
+                text = "teacher outputs: all would take %.1f GB of the device's memory, so they are read epoch by epoch"
                 log.info(text, one * V / 1e9)
             self._rooms[stages] = None
             if not stages or one <= budget:
@@ -247,14 +250,13 @@ class TabledTeachers(TeacherSource):
         """Takes the rows that the rooms do not hold yet from disk, or computes them."""
         if not rooms:
             return
-        said = time.perf_counter()
         self.flush()
         unknown = self._unknown(rooms, index, view)
         self.hits += len(self._shapes) * (len(index) - len(unknown))
         stages = self._stages if len(rooms) > 1 else ()
         chunk, shapes = self._live.frozen().chunk, self._held_shapes((*self._answers, *stages))
         size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // row_bytes(shapes)))
-        for start in range(0, len(unknown), size):
+        for start in track(range(0, len(unknown), size), "teacher outputs", "blocks"):
             rows = unknown[start : start + size]
 
             def images(chosen: Rows, rows: Rows = rows) -> Tensor:
@@ -266,10 +268,6 @@ class TabledTeachers(TeacherSource):
             self.misses += int((~found).sum())
             for room in rooms:
                 room.put(index[rows], view[rows], values)
-            if time.perf_counter() - said > _PROGRESS_EVERY:
-                said = time.perf_counter()
-                ready = len(index) - len(unknown) + start + len(rows)
-                log.info("teachers: %d of %d images of the epoch are ready", ready, len(index))
 
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `outputs` only looks rows up on the device, or passes images through live teachers."""

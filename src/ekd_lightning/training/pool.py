@@ -30,6 +30,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks.library import PUBLISHED, LibraryWeights, from_hub, load_library_network, usual
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
+from ekd_lightning.progress import track
 from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
@@ -66,7 +67,7 @@ def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
     """Loads or trains the planned teachers and freezes them."""
     # Training comes last: a damaged file must not show only after hours.
     order = sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
-    obtained = {m: plans[m].obtain() for m in order}
+    obtained = {m: plans[m].obtain() for m in track(order, "", "teachers")}
     members, identities = [], []
     for m, plan in enumerate(plans):
         network, detail = obtained[m]

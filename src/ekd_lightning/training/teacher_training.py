@@ -20,6 +20,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.methods import DEFAULT_TEMPERATURE, Method, TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.progress import part
 from ekd_lightning.runs.directory import LAST
 from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.teachers.hardware import device_type_of, resolve_precision, teacher_dtype
@@ -266,7 +267,8 @@ def _train(
     with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
         torch.manual_seed(seed)
         module = Distiller(student, method, replace(recipe, ema=0.0), **options)
-        report = EpochReport(recipe.batch_size)
+        name = f"{student.spec.name}-s{seed}"
+        report = EpochReport(recipe.batch_size, name)
         trainer = pl.Trainer(
             devices=1,
             max_epochs=recipe.epochs,
@@ -278,7 +280,8 @@ def _train(
             num_sanity_val_steps=0,
             **flags,
         )
-        trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
+        with part(name) as report.task:
+            trainer.fit(module, datamodule=images, ckpt_path=_last_checkpoint(scratch), weights_only=True)
         network = build_network(student.spec)
         _parts(network).load_state_dict(_parts(student).state_dict())
         network.head.load_state_dict(student.branches[0].head.state_dict())  # type: ignore[union-attr]

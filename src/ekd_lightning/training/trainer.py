@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import logging
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -24,6 +23,7 @@ from torch import Tensor
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.progress import UNSEEN, Task, advance, part
 from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.teachers.hardware import resolve_precision
@@ -86,17 +86,16 @@ def check_trainer(flags: dict[str, Any]) -> None:
 
 
 def build_trainer(
-    flags: dict[str, Any], directory: Path, loggers: list[Logger], callbacks: list[Callback], *, in_sweep: bool
+    flags: dict[str, Any], directory: Path, loggers: list[Logger], callbacks: list[Callback]
 ) -> pl.Trainer:
     """Builds the Trainer.
 
     Args:
-        flags: Checked `trainer.*` flags; `precision: auto` is resolved here, and a progress bar that is left
-            open (null) is shown on a terminal unless the run is part of a sweep.
+        flags: Checked `trainer.*` flags; `precision: auto` is resolved here. A progress bar that is left open (null)
+            is one that a callback brings: a run has a display of its own.
         directory: The run's directory.
         loggers: Loggers.
         callbacks: Callbacks.
-        in_sweep: Whether the run is a job of a multirun.
 
     Raises:
         UserError: If Lightning refuses a flag's value.
@@ -104,8 +103,7 @@ def build_trainer(
     chosen = {name: value for name, value in flags.items() if name != "threads"}
     chosen["precision"] = resolve_precision(flags.get("precision"), str(flags.get("accelerator", "auto")))
     if chosen.get("enable_progress_bar") is None:
-        own = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        chosen["enable_progress_bar"] = own or (sys.stderr.isatty() and not in_sweep)
+        chosen["enable_progress_bar"] = any(isinstance(callback, ProgressBar) for callback in callbacks)
     chosen["plugins"] = _plugins(chosen.get("plugins"), directory)
     try:
         return pl.Trainer(**chosen, default_root_dir=directory, logger=loggers, callbacks=callbacks)
@@ -140,12 +138,21 @@ class EpochSeed(Callback):
 
 
 class EpochReport(Callback):
-    """Measures the time spent in training epochs and says one line per epoch in the log.
+    """Measures the time spent in training epochs, says one line per epoch in the log, and how far the training is.
 
     The time is part of the checkpoint, so that a resumed run reports the sum.
+
+    Args:
+        images_per_step: B.
+        name: What stands before its lines.
+
+    Attributes:
+        task: What is shown of the training meanwhile.
     """
 
-    def __init__(self, images_per_step: int) -> None:
+    def __init__(self, images_per_step: int, name: str = "") -> None:
+        self.task = Task("training")
+        self._name = name
         self._images_per_step = images_per_step
         self._epoch_images = 0
         self.train_seconds = 0.0
@@ -162,8 +169,16 @@ class EpochReport(Callback):
         self.train_seconds = state_dict["train_seconds"]
         self.images_seen = state_dict["images_seen"]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets the display look up the batches that are done, so that no step has to tell."""
+        batches = trainer.num_training_batches * (trainer.max_epochs or 0)
+        self.task.total = batches if 0 < batches < float("inf") else None
+        self.task.unit = None
+        self.task.count = lambda: trainer.fit_loop.total_batch_idx + 1
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
+        self.task.note = "  ".join([self._epoch(trainer), *self.task.note.split("  ")[1:]])
         self._epoch_seconds = 0.0
         self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
         self._since = time.perf_counter()
@@ -183,19 +198,24 @@ class EpochReport(Callback):
         self.images_seen += self._epoch_images
         means = pl_module.epoch_means() if isinstance(pl_module, TrainingModule) else {}
         if trainer.is_global_zero and not trainer.sanity_checking:
-            log.info(self._line(trainer, means))
+            self.task.note = self._line(trainer, means)
+            log.info("%s", f"{self._name}: {self.task.note}" if self._name else self.task.note, extra=UNSEEN)
 
     def _stop(self, module: pl.LightningModule) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         self._epoch_seconds += time.perf_counter() - self._since
 
+    @staticmethod
+    def _epoch(trainer: pl.Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+
     def _line(self, trainer: pl.Trainer, means: Mapping[str, Tensor]) -> str:
-        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        parts = [self._epoch(trainer)]
         parts += [f"{name} {float(means[name]):.4f}" for name in ("loss", "accuracy") if name in means]
         if BEST_METRIC in trainer.callback_metrics:
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
-        parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):.0f} images/s")
+        parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):,.0f} images/s")
         return "  ".join(parts)
 
 
@@ -232,7 +252,11 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
 def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section: str = "test") -> dict[str, float]:
     """Test scores as `test/<score>`, logged under `section`."""
     module.test_section = section
-    found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]
+    with part({"test": "last weights", "test_best": "best weights", "test_ema": "averaged weights"}[section]) as task:
+        images, batch = len(data.dataset.test), data.eval_batch_size * trainer.world_size
+        task.total, task.count = images, lambda: min(images, batch * trainer.test_loop.batch_progress.current.completed)
+        found = trainer.test(module, datamodule=data, verbose=False, weights_only=True)[0]
+    advance()
     return {name.replace(f"{section}/", "test/", 1): value for name, value in found.items()}
 
 

@@ -1,0 +1,66 @@
+"""Commands as one would type them here in a shell: to continue what was stopped, and to go on from what is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from ekd_lightning.config.edge import STARTED_IN
+from ekd_lightning.config.overrides import override, read_path, shell_word
+from ekd_lightning.errors import UserError
+from ekd_lightning.runs.words import names_code
+
+
+def typed(path: Path | str) -> str:
+    """A path as one would type it here in a shell: relative where that is shorter, quoted where that is needed."""
+    return shell_word(_near(path))
+
+
+def typed_override(key: str, path: Path | str) -> str:
+    """`key=path` as one would type it here in a shell, for Hydra's grammar."""
+    near = _near(path)
+    try:
+        plain = read_path(f"{key}={near}") == near
+    except UserError:
+        plain = False
+    return f"{key}={shell_word(near if plain else override(key, near).removeprefix(f'{key}='))}"
+
+
+def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str] = ()) -> str:
+    """The command that continues a run or a sweep, as one would type it here.
+
+    Args:
+        directory: Of the run or sweep.
+        words: Overrides that it was started with: those that name code are given again, as no record may.
+        flags: `--config-dir` and the like that it was started with.
+    """
+    again = [*flags, typed_override("resume", directory), *filter(names_code, words)]
+    return " ".join(
+        [called("ekd-train"), *(word if word.startswith("resume=") else shell_word(word) for word in again)]
+    )
+
+
+def called(program: str) -> str:
+    """A command of this package as it is called here: by its name where the shell finds it, else with its folder."""
+    here = Path(sys.argv[0])
+    own = Path(os.environ.get(STARTED_IN) or Path.cwd(), here.with_name(program))
+    found = shutil.which(program)
+    if not here.name.startswith("ekd-") or not own.is_file() or (found and os.path.samefile(found, own)):
+        return program
+    return shell_word(str(here.with_name(program)))
+
+
+def print_next(*commands: str) -> None:
+    """Prints commands that may come next, ready to be pasted; each begins with a program of this package."""
+    print("\nnext:")
+    for command in commands:
+        program, _, words = command.partition(" ")
+        print(f"  {called(program)} {words}")
+
+
+def _near(path: Path | str) -> str:
+    path, here = Path(path), Path(os.environ.get(STARTED_IN) or Path.cwd())
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)

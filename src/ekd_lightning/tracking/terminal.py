@@ -1,0 +1,180 @@
+"""Terminal: one live display of all phases of a command, above which everything else that is said stays whole."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ekd_lightning.progress import Reporter, Session, Task, readable
+
+_BAR, _PER_SECOND = 24, 5
+_TOTAL, _GAP, _TIME = "total", 2, 10
+_LEAST_WIDTH = 60  # columns below which bars are left out
+
+
+class LiveDisplay(Reporter):
+    """One row per phase with its bar, and the time that is left in total; redrawn in place, on a terminal.
+
+    While it is shown, what is printed, logged or warned of appears above it, each line whole.
+
+    Args:
+        stream: The terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._stack = contextlib.ExitStack()
+
+    def start(self, session: Session) -> None:
+        """Begins to draw."""
+        console = Console(file=self._stream, highlight=False)
+        live = Live(
+            Rows(session),
+            console=console,
+            refresh_per_second=_PER_SECOND,
+            transient=not session.keep,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._stack.enter_context(live)
+        self._stack.enter_context(_redirected(Above(console, self._stream)))
+
+    def stop(self) -> None:
+        """Draws once more, and lets others write as before."""
+        self._stack.close()
+
+
+class Rows:
+    """What is drawn of a session; made anew each time.
+
+    Args:
+        session: The session.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterator[Table]:
+        wide = options.max_width >= _LEAST_WIDTH
+        names = max(map(len, [*self._session.phases, _TOTAL]))
+        widths = [names, *([_BAR] if wide else []), _TIME]
+        rest = options.max_width - sum(widths) - _GAP * len(widths) - 1
+        table = Table.grid(padding=(0, _GAP, 0, 0))
+        for width in (*widths, rest):
+            table.add_column(no_wrap=True, overflow="ellipsis", width=width)
+        for task in list(self._session.phases.values()):
+            style = "bold" if task.active else "" if task.elapsed else "dim"
+            words = task.words() if task.active else task.note
+            table.add_row(Text(task.name, style), *([_bar(task)] if wide else []), Text(_time(task)), Text(words))
+        over = not any(task.active for task in self._session.phases.values())
+        left = None if over else self._session.seconds_left
+        seconds = readable(sum(task.elapsed for task in self._session.phases.values()))
+        later = "" if left is None else f"about {readable(left)} left in all"
+        table.add_row(*(Text(text, "dim") for text in (_TOTAL, *([""] if wide else []), seconds, later)))
+        yield table
+
+
+def _bar(task: Task) -> ProgressBar:
+    share = task.share
+    if not task.active:
+        return ProgressBar(total=1, completed=1 if task.elapsed else 0, width=_BAR)
+    return ProgressBar(total=1, completed=share or 0, pulse=share is None, width=_BAR)
+
+
+def _time(task: Task) -> str:
+    return readable(task.elapsed) if task.elapsed else ""
+
+
+class Above(io.TextIOBase):
+    """A stream whose whole lines appear above a live display; of lines that redraw themselves, the last state.
+
+    Args:
+        console: The display's.
+        stream: The terminal, for questions about it.
+    """
+
+    def __init__(self, console: Console, stream: TextIO) -> None:
+        self._console, self._stream, self._rest = console, stream, ""
+        self._lock = threading.Lock()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The terminal's."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """As the terminal says."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """The terminal's."""
+        return self._stream.fileno()
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Prints the lines that are complete."""
+        with self._lock:
+            *lines, self._rest = (self._rest + text).split("\n")
+        self._print(lines)
+        return len(text)
+
+    def finish(self) -> None:
+        """Prints what has no end of line yet."""
+        rest, self._rest = self._rest, ""
+        self._print([rest] if rest.strip() else [])
+
+    def _print(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            shown = line.rstrip("\r").rpartition("\r")[2]
+            # Never wrapped: a command that is longer than the screen can be copied.
+            self._console.print(Text.from_ansi(shown), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _redirected(above: Above) -> Iterator[None]:
+    """Leads standard output, standard error and what loggers have of them through a stream, where it is a terminal."""
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr") if getattr(sys, name).isatty()}
+    terminals = (*streams.values(), sys.__stdout__, sys.__stderr__)
+    found = [handler for handler in _handlers() if handler.stream in terminals and handler.stream.isatty()]
+    before = [handler.setStream(above) for handler in found]
+    try:
+        for handler in found:
+            handler.addFilter(_is_seen)
+        for name in streams:
+            setattr(sys, name, above)
+        yield
+    finally:
+        above.finish()
+        for name, stream in streams.items():
+            setattr(sys, name, stream)
+        for handler, stream in zip(found, before, strict=True):
+            handler.setStream(stream)
+            handler.removeFilter(_is_seen)
+
+
+def _is_seen(record: logging.LogRecord) -> bool:
+    """Whether a line says something that the display does not show."""
+    return not getattr(record, "progress", False)
+
+
+def _handlers() -> Iterator[logging.StreamHandler[Any]]:
+    """All handlers of all loggers that write to a stream and not to a file."""
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                yield handler

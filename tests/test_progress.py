@@ -1,0 +1,108 @@
+"""What is shown of work that lasts: counts, shares, times left; nothing without anybody who looks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from ekd_lightning import progress
+from ekd_lightning.progress import Session, Task, part, phase, session, status_line, track
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes by `clock.pass_(seconds)` alone."""
+
+    class Clock:
+        now = 100.0
+
+        def pass_(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize(("done", "inner", "share"), [(0, 0, 0), (1, 0, 1 / 4), (1, 5, 3 / 8), (4, 0, 1), (5, 9, 1)])
+def test_a_part_counts_within_what_it_is_a_part_of(done, inner, share):
+    whole, one = Task("whole", 4), Task("one", 10)
+    whole.advance(done)
+    one.advance(inner)
+    whole.part = one
+    assert whole.share == share
+
+
+def test_without_a_total_the_share_is_that_of_the_part_or_unknown():
+    whole = Task("whole")
+    assert whole.share is None
+    whole.part = Task("one", 2)
+    whole.part.advance()
+    assert whole.share == 0.5
+
+
+def test_parts_are_found_where_they_are_at_work_and_gone_afterwards():
+    with session("test") as shown, phase("test", 2, None) as whole:
+        for image in track(range(4), "test images"):
+            assert whole.words() == f"test images {image} of 4"
+            with part("inner"):
+                assert whole.words() == f"test images {image} of 4  inner"
+        assert (whole.part, whole.words()) == (None, "")
+        progress.advance(note="91 %")
+        assert (whole.share, whole.words()) == (0.5, "91 %")
+    assert list(shown.phases) == ["test"]
+
+
+def test_nothing_is_kept_where_nobody_looks():
+    with phase("test") as one, part("images") as two:
+        assert list(track("abc", "letters")) == ["a", "b", "c"]
+        progress.advance()
+        progress.expect(test=1)
+    assert (one.elapsed, two.elapsed, one.part) == (0, 0, None)
+
+
+def test_a_phase_adds_up_over_its_blocks_and_an_inner_session_is_the_outer_one(clock):
+    with session("data", "test") as outer:
+        with phase("data"):
+            clock.pass_(2)
+        with session("data", "test", "evaluation") as inner, phase("data"):
+            clock.pass_(3)
+            assert outer.phases["data"].elapsed == 5
+        assert inner is outer
+    assert list(outer.phases) == ["data", "test", "evaluation"]
+
+
+def test_time_left_in_all_follows_the_pace_of_the_work_that_is_done(clock):
+    shown = Session(["training", "test", "evaluation"], live=True, keep=True)
+    shown.expect({"training": 300, "test": 60, "evaluation": 40})
+    assert shown.seconds_left is None
+    training = shown.phases["training"]
+    training.total = 30
+    with training.running():
+        clock.pass_(15)
+        training.advance(15)
+        assert shown.seconds_left == pytest.approx(15 / 150 * 250)
+        assert training.seconds_left == pytest.approx(15)
+    assert shown.seconds_left == pytest.approx(15 / 300 * 100)  # it has ended, so it is done
+
+
+def test_a_line_says_phase_part_and_time(clock):
+    shown = Session(["test"], live=True, keep=True)
+    with shown.phases["test"].running() as task:
+        task.part = Task("best weights", 500)
+        clock.pass_(6)
+        assert status_line(task, shown) == "test: best weights 0 of 500 (6 s so far)"
+        task.part.advance(100)
+        assert status_line(task, shown) == "test: best weights 100 of 500 (about 24 s left)"
+
+
+def test_lines_come_where_nothing_else_is_said_for_a_while(caplog, monkeypatch):
+    for name in ("_FIRST_SECONDS", "_QUIET_SECONDS", "_LOOK_SECONDS"):
+        monkeypatch.setattr(progress, name, 0.001)
+    heard = progress.threading.Event()
+    monkeypatch.setattr(progress.log, "info", lambda *words: (progress.log.log(logging.INFO, *words), heard.set()))
+    with caplog.at_level(logging.INFO), progress.reported_by(progress.Lines()), session("export"), phase("export", 3):
+        assert heard.wait(60)
+    assert caplog.messages[0].startswith("export: 0 of 3 (")
+    assert not any(isinstance(handler, progress._Heard) for handler in logging.getLogger().handlers)
