@@ -7,7 +7,7 @@ it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import UnionType
@@ -163,6 +163,38 @@ def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
         allowed.check(key, value)
     elif value not in allowed:
         raise unknown_name(key, value, allowed)
+
+
+# -- effect ---------------------------------------------------------------------------------------------
+
+BESIDE = "beside"
+"""What a field's metadata hold where it counts only beside some values of another setting."""
+Condition = tuple[str, str, Callable[[Any], object]]
+"""Dotted key of a setting, that of another one, and for which values of that the first counts."""
+
+
+def beside(key: str, counts: Callable[[Any], object] = bool) -> dict[str, Any]:
+    """Metadata of a setting that counts only beside some values of another one.
+
+    Args:
+        key: The other one: its name in the same group, or with dots its whole key.
+        counts: For which of its values; by default for any but null, false and what is empty.
+    """
+    return {BESIDE: (key, counts)}
+
+
+def conditions(settings: type[Any], prefix: str = "") -> Iterator[Condition]:
+    """All settings that count only beside some values of others."""
+    hints = get_type_hints(settings)
+    for one in fields(settings):
+        key = f"{prefix}{one.name}"
+        parts = {key: one.metadata} | {f"{key}.{name}": part for name, part in one.metadata.get(KEYS, {}).items()}
+        for name, metadata in parts.items():
+            if BESIDE in metadata:
+                other, counts = metadata[BESIDE]
+                yield name, other if "." in other else f"{name.rpartition('.')[0]}.{other}", counts
+        if is_dataclass(hints[one.name]):
+            yield from conditions(hints[one.name], f"{key}.")
 
 
 def is_of(value: object, hint: Any) -> bool:

@@ -7,9 +7,8 @@ this module checks what can be checked without importing anything heavy.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import reduce
 from typing import Any, Optional, get_type_hints
 
 from ekd_lightning.errors import UserError, unknown_name
@@ -34,7 +33,9 @@ from ekd_lightning.roles import (
     Purpose,
     Range,
     Role,
+    beside,
     check_values,
+    conditions,
     is_of,
     name_of_type,
     one_of,
@@ -79,8 +80,21 @@ _TRAINER = {
     **dict.fromkeys(("min_epochs", "min_steps", "reload_dataloaders_every_n_epochs"), COMPUTED | COUNT_OR_NONE),
     **dict.fromkeys(("accumulate_grad_batches", "check_val_every_n_epoch"), COMPUTED | COUNT),
     **dict.fromkeys(("gradient_clip_val", "overfit_batches"), COMPUTED | NOT_NEGATIVE),
-    "gradient_clip_algorithm": COMPUTED | one_of("norm", "value"),
+    "gradient_clip_algorithm": COMPUTED | one_of("norm", "value") | beside("gradient_clip_val"),
 }
+
+# What some settings count only beside.
+_OWN = beside("source")
+_CROPS = beside("augmentation", lambda names: "crop_flip" in names)
+_DRAWN = beside("augmentation", lambda names: names not in ("none", "crop_flip", ["none"], ["crop_flip"]))
+_SGD = beside("optimizer", lambda name: name.lower() == "sgd")
+_STEPS = beside("schedule", lambda name: name == "step")
+_TRAINED = beside(
+    "pool", lambda pool: any(isinstance(one, dict) and (one.get("train") or one.get("finetune")) for one in pool)
+)
+_TABLED = beside("table", lambda use: use != "off")
+_BRANCHED = beside("branches", lambda count: count > 1)
+_LOGGED = beside("enabled")
 
 
 @dataclass
@@ -98,7 +112,7 @@ class DataSettings:
     """Folder of decoded images, which runs share."""
     image_size: Any = field(default=None, metadata=PROTOCOL)
     """Pixels of the squares that images of your own become, or [height, width]; null: they have one size already."""
-    test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)})
+    test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)} | _OWN)
     """Share of every class that is set aside for testing, by `subset_seed`, where there are no images for that."""
     skip_broken: bool = field(default=False, metadata=PROTOCOL)
     """Whether to go on without images that cannot be read."""
@@ -117,13 +131,13 @@ class DataSettings:
     name of its class (GaussianBlur), or a list of them, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
     """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
-    padding: Optional[int] = field(default=4, metadata=PROTOCOL | {ALLOWED: Range(0, 1024)})
+    padding: Optional[int] = field(default=4, metadata=PROTOCOL | {ALLOWED: Range(0, 1024)} | _CROPS)
     """Of crop_flip: pixels added on every side; null: an eighth of the images' shorter side."""
-    flip: bool = field(default=True, metadata=PROTOCOL)
+    flip: bool = field(default=True, metadata=PROTOCOL | _CROPS)
     """Of crop_flip: whether images are mirrored, too."""
     pool_size: int = field(default=64, metadata=PROTOCOL | COUNT)
     """Draws per image for any augmentation but plain none and crop_flip, whose views are finite by themselves."""
-    pool_seed: int = field(default=0, metadata=PROTOCOL | SEED)
+    pool_seed: int = field(default=0, metadata=PROTOCOL | SEED | _DRAWN)
     """Seed of these draws; apart from `seed`, so that all runs of a study share the teachers' tables."""
     eval_batch_size: int = field(default=500, metadata=ROUNDING | COUNT)
 
@@ -140,15 +154,15 @@ class RecipeSettings:
     optimizer_options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
     """Further arguments of that class: `recipe.optimizer=adamw recipe.optimizer_options={betas: [0.9, 0.95]}`."""
     lr: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
-    momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
+    momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)} | _SGD)
     """Of sgd alone, as is `nesterov`."""
-    nesterov: bool = field(default=True, metadata=COMPUTED)
+    nesterov: bool = field(default=True, metadata=COMPUTED | _SGD)
     weight_decay: float = field(default=5e-4, metadata=COMPUTED | NOT_NEGATIVE)
     schedule: str = field(default="cosine", metadata=COMPUTED | one_of("cosine", "step", "constant"))
     """cosine (to zero), step (times `gamma` at each milestone) or constant."""
-    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata=COMPUTED)
+    milestones: list[float] = field(default_factory=lambda: [0.5, 0.75], metadata=COMPUTED | _STEPS)
     """Points of the step schedule as shares of the training, in (0, 1)."""
-    gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
+    gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE | _STEPS)
     warmup_epochs: float = field(default=0.0, metadata=COMPUTED | NOT_NEGATIVE)
     ema: float = field(default=0.0, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
     """Decay of a moving average of the student's weights, taken after every step; 0 for none. Its test scores are the
@@ -262,23 +276,23 @@ class TeacherSettings:
 
     pool: list[Any] = field(default_factory=list, metadata=COMPUTED)
     """Entries as mappings (see `TeacherEntry`) or as plain zoo ids."""
-    count: Optional[int] = field(default=None, metadata=COMPUTED | COUNT_OR_NONE)
+    count: Optional[int] = field(default=None, metadata=COMPUTED | COUNT_OR_NONE | beside("method.name"))
     """The first `count` members of the pool teach; null means all of them."""
     weights_dir: str = field(default="weights", metadata=LOCATION)
     """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
     download: bool = field(default=True, metadata=LOCATION)
-    train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all"))
+    train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all") | _TRAINED)
     """What teachers trained on demand may see: the same `subset` as the student, or `all` but those of `val/`."""
-    recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED | _TRAINED)
     store: str = field(default="store", metadata=LOCATION)
     """Folder shared by all runs: trained teachers, what they say of test images, and teacher tables."""
     table: str = field(default="auto", metadata=ROUNDING | one_of("auto", "require", "off"))
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
-    table_stages: bool = field(default=False, metadata=ROUNDING)
+    table_stages: bool = field(default=False, metadata=ROUNDING | _TABLED)
     """Whether stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for the
     last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
     Otherwise such methods ask their teachers live."""
-    table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE)
+    table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE | _TABLED)
     """Most disk that the tables of one run may need."""
     fill: str = field(default="none", metadata=FREE | one_of("none", "run", "all"))
     """What `ekd-teach` computes ahead: none, run (the rows that a run with these settings reads) or all views."""
@@ -302,6 +316,7 @@ class TeacherSettings:
         for position in range(pool):
             self.entry(position)
         self.recipe.check("teachers.recipe")
+        _require(not self.recipe.ema, "teachers.recipe.ema", self.recipe.ema, "only the student's weights are averaged")
 
     def entry(self, position: int) -> TeacherEntry:
         """Returns pool member `position` (0-based) as a typed entry.
@@ -344,7 +359,7 @@ class StudentSettings:
     network: str = field(default="resnet8", metadata=COMPUTED)
     options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
     branches: int = field(default=3, metadata=COMPUTED | {ALLOWED: Range(1, 1000)})
-    split_after: str = field(default="stage1", metadata=COMPUTED)
+    split_after: str = field(default="stage1", metadata=COMPUTED | _BRANCHED)
     """Last stage that the branches share, or `none` for separate networks."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
     normalization: Optional[str] = field(default=None, metadata=COMPUTED)
@@ -383,7 +398,7 @@ class MethodSettings:
     assistants: Optional[list[Any]] = field(default=None, metadata=COMPUTED)
     """Networks between teachers and student, from large to small: names, or mappings with network, options and
     seed. Each is taught by the one before it, the student by the last alone; empty or null: no chain."""
-    chain: ChainSettings = field(default_factory=ChainSettings, metadata=COMPUTED)
+    chain: ChainSettings = field(default_factory=ChainSettings, metadata=COMPUTED | beside("assistants"))
     terms: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
 
 
@@ -392,16 +407,16 @@ class WandbSettings:
     """Weights & Biases; what is null is what its environment variables say."""
 
     enabled: bool = False
-    mode: Optional[str] = field(default=None, metadata=one_of("online", "offline", "disabled", "shared"))
+    mode: Optional[str] = field(default=None, metadata=one_of("online", "offline", "disabled", "shared") | _LOGGED)
     """Null: WANDB_MODE, else online."""
-    project: Optional[str] = None
+    project: Optional[str] = field(default=None, metadata=_LOGGED)
     """Null: WANDB_PROJECT, else `ekd-lightning`."""
-    entity: Optional[str] = None
-    group: Optional[str] = None
+    entity: Optional[str] = field(default=None, metadata=_LOGGED)
+    group: Optional[str] = field(default=None, metadata=_LOGGED)
     """Null: WANDB_RUN_GROUP, else the sweep's name."""
-    tags: list[str] = field(default_factory=list)
-    notes: Optional[str] = None
-    log_model: bool = False
+    tags: list[str] = field(default_factory=list, metadata=_LOGGED)
+    notes: Optional[str] = field(default=None, metadata=_LOGGED)
+    log_model: bool = field(default=False, metadata=_LOGGED)
 
 
 @dataclass
@@ -510,6 +525,7 @@ class Settings:
 
 
 _PURPOSES = dict(purposes(Settings))
+_CONDITIONS = tuple(conditions(Settings))
 
 
 def purpose_of(key: str) -> Purpose:
@@ -520,6 +536,35 @@ def purpose_of(key: str) -> Purpose:
             return COMPUTED[PURPOSE]
         known = known.rpartition(".")[0]
     return _PURPOSES[known]
+
+
+def without_effect(settings: Settings, given: Collection[str], facts: Mapping[str, object]) -> dict[str, str]:
+    """What to say of given settings that count only beside values of others that these do not have.
+
+    Args:
+        settings: All of a run.
+        given: Dotted keys; those that have their defaults are passed by.
+        facts: What decides of some others instead of their values, by key.
+
+    Returns:
+        A line for each, by its key.
+    """
+    found = {}
+    for key, other, counts in _CONDITIONS:
+        words = [word for word in given if f"{word}.".startswith(f"{key}.")]
+        changed = words and _value(settings, key) != _value(Settings(), key)
+        if changed and not counts(facts.get(other, _value(settings, other))):
+            for word in words:
+                value, beside_value = (f"{_value(settings, name)!s:.60}" for name in (word, other))
+                found[word] = f"{word}={value} has no effect with {other}={beside_value}"
+    return found
+
+
+def _value(settings: object, key: str) -> Any:
+    """A setting by its dotted key; None where a mapping lacks it."""
+    for name in key.split("."):
+        settings = settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
+    return settings
 
 
 def keys_where(holds: Callable[[str], bool]) -> tuple[str, ...]:
@@ -534,7 +579,7 @@ def is_location(key: str) -> bool:
 
 def is_path(key: str) -> bool:
     """Whether a setting is the path of a place, rather than whether something may be fetched."""
-    return is_location(key) and isinstance(reduce(getattr, key.split("."), Settings()), str)
+    return is_location(key) and isinstance(_value(Settings(), key), str)
 
 
 def is_free(key: str, *, exact: bool = True) -> bool:

@@ -24,7 +24,7 @@ SETTINGS = {"ekd-train": TINY, "ekd-teach": TINY, "ekd-compare": TINY_STUDY, "ek
 EXPENSIVE = (
     "ekd_lightning.runs.writer.RunWriter.start",  # all checks of a run have passed
     "ekd_lightning.config.directory.JobOutput.start",
-    "ekd_lightning.data.catalog.obtain",
+    "ekd_lightning.data.download._fetch",
     "ekd_lightning.teachers.store.TeacherStore.get_or_train",
     "ekd_lightning.studies.comparison.write_study",
     "ekd_lightning.studies.search.Search",
@@ -93,7 +93,7 @@ def run_row(row: Row, places: dict[str, str], folder: Path) -> tuple[Outcome, li
     words = [*SETTINGS.get(row.command, ()), *shlex.split(typed)]
     if row.command in ("ekd-train", "ekd-teach"):
         words = [f"teachers.store={folder / 'store'}", f"hydra.run.dir={folder / 'run'}", *words]
-        words.sort(key=lambda word: not word.startswith("-"))  # argparse takes no words on both sides of a flag
+        words.sort(key=lambda word: not re.match("-m$|--config", word))  # argparse: no words on both sides of a flag
     main = importlib.import_module(f"ekd_lightning.cli.{row.command.removeprefix('ekd-')}").main
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -90,6 +90,8 @@ def run_compare(args: argparse.Namespace) -> bool:
     again = " ".join([again, *map(shlex.quote, filter(names_code, common))])
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"), DirectoryLock(folder):
+        if hydra_words:
+            _compose(hydra_words, [])  # a launcher that is not there is refused before anything is planned
         old = read_study(folder)  # again: another process may have added to it
         composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
         with working_in(old.working_directory if old else ""):

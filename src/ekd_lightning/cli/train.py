@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning import progress
 from ekd_lightning.config.commands import print_next, typed, typed_resume
-from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings
+from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings, warn_without_effect
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, print_table, quiet_libraries, run_program
 from ekd_lightning.config.overrides import (
@@ -149,6 +149,8 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
             from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)
 
             callbacks = build_callbacks(settings)
+            if sweep is None:  # what a sweep sets may count in other jobs of it
+                warn_without_effect([key_of(word) for word in HydraConfig.get().overrides.task], [settings])
         result = run(settings, directory, config=plain, sweep=sweep, callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
         log.info("%s", summary_line(result, directory), extra=None if sweep else OFF_SCREEN)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -25,7 +26,7 @@ from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import Settings, is_path, keys_where
+from ekd_lightning.settings import Settings, is_path, keys_where, without_effect
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -82,6 +83,28 @@ def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
             raise unknown_name("key", f"{prefix}{name}", (f"{prefix}{other}" for other in known))
         if is_dataclass(value):
             _refuse_unknown_keys(value, f"{prefix}{name}.")
+
+
+def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
+    """Warns of settings that a user gave and that have no effect in any of the jobs.
+
+    Args:
+        keys: Dotted keys of what was given for all of them.
+        jobs: The settings of each; no more are asked for than it takes.
+    """
+    lines: dict[str, str] | None = None
+    for settings in jobs:
+        facts = {}
+        if "teachers.count" in keys:  # counts where teachers do
+            from ekd_lightning.methods import needs_teachers  # noqa: PLC0415 (slow; --help needs none)
+
+            facts["method.name"] = needs_teachers(settings.method.terms)
+        found = without_effect(settings, keys, facts)
+        lines = found if lines is None else {key: line for key, line in lines.items() if key in found}
+        if not lines:
+            return
+    for line in (lines or {}).values():
+        warnings.warn(line, stacklevel=2)
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks.library import fixed_size
 from ekd_lightning.networks.registry import is_of_library
 from ekd_lightning.networks.staged import sides
-from ekd_lightning.settings import ChainSettings, DataSettings, Settings
+from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.chain import Chain, plan_chain
@@ -93,8 +93,6 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     chain = None
     if settings.method.assistants:
         chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
-    elif settings.method.chain != ChainSettings():
-        warnings.warn("method.chain has no effect without method.assistants", stacklevel=2)
     # Of several candidates the widest is checked last: its tables are the largest.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
     choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]

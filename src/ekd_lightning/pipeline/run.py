@@ -19,7 +19,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning import progress
 from ekd_lightning.data.loader import check_batch_size
-from ekd_lightning.errors import quiet, reason, unknown_name
+from ekd_lightning.errors import UserError, quiet, reason, unknown_name
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
 from ekd_lightning.pipeline.context import EvaluationContext
@@ -247,6 +247,7 @@ def check_run(
         own += checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=with_best)
     trainer = build_trainer(flags, directory, [], [*own, *callbacks])
     check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    _check_limits(trainer, prepared)
     return prepared, trainer, report, threads
 
 
@@ -261,6 +262,24 @@ def _check_monitors(settings: Settings, prepared: Prepared) -> None:
     for name, node in settings.callbacks.items():
         if node and "monitor" in node and node["monitor"] not in (None, *curves):
             raise unknown_name(f"callbacks.{name}.monitor", node["monitor"], curves)
+
+
+def _check_limits(trainer: pl.Trainer, prepared: Prepared) -> None:
+    """Refuses limits that leave no batch of an epoch, which Lightning would find once teachers are trained."""
+    data, test = prepared.datamodule, len(prepared.dataset.test)
+    batches = {
+        "train": data.num_train_images // data.batch_size,
+        "val": -(-data.num_val_images // data.eval_batch_size),
+        "test": -(-test // data.eval_batch_size),
+    }
+    for part, count in batches.items():
+        limit = getattr(trainer, f"limit_{part}_batches")
+        left = int(count * limit) if isinstance(limit, float) else min(count, limit)
+        if count and not left:
+            raise UserError(f"trainer.limit_{part}_batches={limit}: leaves none of the {count} batches")
+        interval = trainer.val_check_interval
+        if part == "train" and trainer.check_val_every_n_epoch and isinstance(interval, int) and interval > left:
+            raise UserError(f"trainer.val_check_interval={interval}: an epoch has {left} batches")
 
 
 def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:

@@ -13,7 +13,14 @@ from typing import Any
 from hydra.types import TaskFunction
 
 from ekd_lightning import markdown as md
-from ekd_lightning.config.config import changed_keys, import_user_modules, read_config, to_plain, to_settings
+from ekd_lightning.config.config import (
+    changed_keys,
+    import_user_modules,
+    read_config,
+    to_plain,
+    to_settings,
+    warn_without_effect,
+)
 from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
@@ -166,7 +173,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     """
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     left: list[RunEntry] = []
-    checked: set[tuple[str, float]] = set()
+    checked: dict[tuple[str, float], Settings] = {}
     free = [word for word in study.common if is_free(key_of(word)) or names_code(word)]
     for row, fraction, seed in study.every:
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
@@ -187,10 +194,11 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
             continue
         resumed = checkpoint and found.on_disk.file(OVERRIDES) is not None
         if (row.name, fraction) not in checked:
-            _check_row(row, to_settings(cfg))
-            checked.add((row.name, fraction))
+            checked[row.name, fraction] = to_settings(cfg)
+            _check_row(row, checked[row.name, fraction])
         job = Job(directory, tuple(_resumed_words(directory, free) if resumed else words), resumed)
         ordered.append(((fraction, seed, -len(cfg.method.terms)), job))
+    warn_without_effect([key_of(word) for word in study.common], checked.values())
     # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
     # others then read.
     return [job for _, job in sorted(ordered, key=lambda pair: pair[0])], left

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.commands import typed
-from ekd_lightning.config.config import import_user_modules, to_settings
+from ekd_lightning.config.config import import_user_modules, to_settings, warn_without_effect
 from ekd_lightning.config.directory import claim_output
 from ekd_lightning.config.edge import ConsoleLines, ending_callback
 from ekd_lightning.config.overrides import (
@@ -33,7 +33,7 @@ from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
 from ekd_lightning.runs.words import check_words, names_code, require_named_code
 from ekd_lightning.runs.writer import now
-from ekd_lightning.settings import keys_where, may_change_between_parts
+from ekd_lightning.settings import Settings, keys_where, may_change_between_parts
 from ekd_lightning.studies.launching import (
     check_job,
     is_queued,
@@ -101,13 +101,12 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
     check = check_settings if is_queued(config) else check_job
     found = set()
     for job in jobs:
-        chosen = internals.job_config(config, job.overrides).copy()
-        with open_dict(chosen):
-            chosen.pop("hydra")
         try:
-            settings = to_settings(chosen)
+            settings = _settings(config, job)
             import_user_modules(settings.imports)
             check(settings)
+            shared = [word for word in job.overrides if all(word in other.overrides for other in jobs)]
+            warn_without_effect([key_of(word) for word in shared], (_settings(config, other) for other in jobs))
             return
         except UserError as error:
             found.add(str(error))
@@ -115,6 +114,14 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
             return
     if found:
         raise UserError(found.pop())
+
+
+def _settings(config: DictConfig, job: Job) -> Settings:
+    """Those of a job of a multirun."""
+    chosen = internals.job_config(config, job.overrides).copy()
+    with open_dict(chosen):
+        chosen.pop("hydra")
+    return to_settings(chosen)
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:

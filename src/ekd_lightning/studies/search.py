@@ -19,7 +19,14 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from pytorch_lightning.callbacks import Callback
 
-from ekd_lightning.config.config import build_callbacks, compose_settings, register_schema, to_plain, to_settings
+from ekd_lightning.config.config import (
+    build_callbacks,
+    compose_settings,
+    register_schema,
+    to_plain,
+    to_settings,
+    warn_without_effect,
+)
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
@@ -80,6 +87,7 @@ def tune(
     given = None if space_file is None else read_space(space_file)
     check_directory(output)
     prepared = _prepare(settings)
+    warn_without_effect([key_of(word) for word in base], [settings])
     space = _search_space(given, base, settings, prepared)
     facts: dict[str, Any] = {
         "method": settings.method.name,

@@ -250,9 +250,9 @@ def plan_rows(
     Raises:
         UserError: For an unknown method or network, or none.
     """
-    asked = list(dict.fromkeys(word.strip() for word in methods.split(",") if word.strip()))
-    if not asked:
-        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+    asked = [word.strip() for word in methods.split(",") if word.strip()]
+    if not asked or len(set(asked)) < len(asked):
+        raise UserError(f"--methods {methods}: give different rows, e.g. ce,kd_mean,ekd")
     extra = [name for name in CONTROLS if controls and name not in asked]
     if extra:
         log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
