@@ -82,7 +82,7 @@ def all_findings(rows: dict[str, Row]) -> list[str]:
         lines.append(
             f"Against {what}, by the 95 % interval of the paired difference (not corrected for the number of rows): "
             f"above it {named(sides.get('above', []))}; below it {named(sides.get('below', []))}; no significant "
-            f"difference {named(sides.get('unclear', []))}; not enough runs {named(sides.get('not enough runs', []))}."
+            f"difference {named(sides.get('unclear', []))}; too few runs {named(sides.get('too few runs', []))}."
         )
     return lines
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ekd_lightning.reporting import tables
-from ekd_lightning.reporting.estimates import NOT_ENOUGH, Difference, corrected, minus
+from ekd_lightning.reporting.estimates import TOO_FEW, Difference, corrected, minus
 from ekd_lightning.reporting.tables import Row
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.studies.comparison import Runs, read_runs
@@ -63,7 +63,7 @@ def table(rows: Sequence[Row]) -> str:
 def side(found: Difference | None) -> str:
     """above, below or unclear: whether the 95 % interval leaves 0 out."""
     if found is None or found.half is None:
-        return NOT_ENOUGH
+        return TOO_FEW
     if abs(found.mean) <= found.half:
         return "unclear"
     return "above" if found.mean > 0 else "below"

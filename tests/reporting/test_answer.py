@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from made_runs import TEACHERS, collection, entry, result, study
 from scipy import stats
 
-from ekd_lightning.reporting.answer import answer, answers, comparison, judge, lead, spoken_of
+from ekd_lightning.reporting.answer import answer, answers, comparison, judge, lead, representative
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.estimates import SIGNIFICANCE, holm, listed, p_text, paired, plural
 from ekd_lightning.reporting.groups import group
@@ -51,7 +51,7 @@ SENTENCES = [  # seeds of the other's runs are 0, 1, ...
     ),
     (
         "plain", "ce", (0.62,), "not_enough",
-        "Not enough runs to compare EKD with the plain student (ce): n = 1 pair of runs, which differ by +10.00 points "
+        "Too few runs to compare EKD with the plain student (ce): n = 1 pair of runs, which differ by +10.00 points "
         "(72.00 against 62.00 %).",
     ),
     (
@@ -59,9 +59,10 @@ SENTENCES = [  # seeds of the other's runs are 0, 1, ...
         "EKD and the plain student (ce) differ by +1.00 points in each of n = 3 pairs of runs (73.67 against 72.67 %); "
         "without any spread the difference cannot be tested.",
     ),
-    (  # means are those of the common seeds
-        "plain", "ce", (0.60, 0.62), "ahead",
-        "EKD beats the plain student (ce) by 11.50 points: 72.50 against 61.00 % (",
+    (  # means are those of the common seeds; two pairs have no interval
+        "plain", "ce", (0.60, 0.62), "not_enough",
+        "Too few runs to compare EKD with the plain student (ce): n = 2 pairs of runs, which differ by +11.50 points "
+        "(72.50 against 61.00 %).",
     ),
 ]  # fmt: skip
 
@@ -98,15 +99,16 @@ def test_no_seed_in_common():
     found = told(entry(result("ekd", 0), "a"), entry(result("ce", 1), "b"))
     assert (of(found, "plain").verdict, of(found, "plain").difference) == ("not_enough", None)
     assert of(found, "plain").sentence == (
-        "Not enough runs to compare EKD with the plain student (ce): they have no seed in common."
+        "Too few runs to compare EKD with the plain student (ce): they have no seed in common."
     )
 
 
-REACHES = "EKD reaches {} % test accuracy (mean of n = {}); "
+REACHES = "EKD reaches {} % test accuracy ({}) at 27.2 M MACs; "
+HELPS = "is done to say whether it helps."
 HEADLINES = [
     ({"ce": (0.6, 0.7)}, "no run of EKD is done, so nothing can be said of it."),
-    ({"ekd": EKD}, REACHES.format(73.67, "3 runs") + "no run of another method is done to say whether it helps."),
-    ({"ekd": (0.7,), "ce": (0.6,)}, REACHES.format("70.00", "1 run") + "not enough runs to say whether it helps."),
+    ({"ekd": EKD}, REACHES.format(73.67, "mean of 3 runs") + f"no run of another method {HELPS}"),
+    ({"ekd": (0.7,), "ce": (0.6,)}, REACHES.format("70.00", "one run") + "too few runs to say whether it helps."),
 ]
 
 
@@ -115,6 +117,21 @@ def test_headlines_without_a_comparison(runs, said):
     found = told(*study(runs))
     assert found.headline == f"cifar10, 10 % of the training images (5,000): {said}"
     assert (found.subject is None) == (found.findings == () and "ekd" not in runs)
+
+
+def test_methods_of_higher_cost_are_named_where_nothing_is_compared():
+    branched = [entry(result("kd_mean", s, 0.7 + s / 50, K=5), f"k{s}") for s in range(2)]
+    found = told(*study({"ekd": EKD}), *branched)
+    assert found.findings == ()
+    assert found.headline.endswith(
+        "; none of the other methods (kd_mean, 71.00 %) is of comparable cost, so whether it helps is open."
+    )
+
+
+def test_two_runs_have_no_interval_and_no_verdict():
+    found = of(told(*study({"ekd": (0.6, 0.7), "ce": (0.1, 0.2)})), "plain")
+    assert (found.verdict, found.difference.half, found.difference.p) == ("not_enough", None, None)
+    assert (found.difference.mean, found.difference.std) == (pytest.approx(0.5), pytest.approx(0.0))
 
 
 def test_every_control_is_named_by_its_role():
@@ -137,10 +154,11 @@ def test_every_control_is_named_by_its_role():
         ("best", "kd_mean, resnet14", "behind"),
     ]
     assert found.headline == (
-        "cifar10, 10 % of the training images (5,000): EKD reaches 74.00 % test accuracy (mean of n = 5 runs). It "
-        "beats the plain student, the plain student taught by the mean of the teachers and the branched student "
-        "without teachers; it loses to the plain student of equal cost and the best other method; it cannot be told "
-        "apart from the branched student whose branches all imitate the mean teacher."
+        "cifar10, 10 % of the training images (5,000): EKD reaches 74.00 % test accuracy (mean of 5 runs) at 27.2 M "
+        "MACs. It beats the plain student (ce, 60.80 %), the plain student taught by the mean of the teachers "
+        "(kd_mean, 71.80 %) and the branched student without teachers (branched_ce, 61.60 %); it loses to the "
+        "plain student of equal cost and the best other method (kd_mean, resnet14, 77.20 %); it cannot be "
+        "told apart from the branched student whose branches all imitate the mean teacher (ekd_mean, 74.00 %)."
     )
     controls = {**accuracies, "big": big}
     names = ("ce", "kd_mean", "big", "branched_ce", "ekd_mean")
@@ -150,8 +168,9 @@ def test_every_control_is_named_by_its_role():
     others = ("ce", "kd_mean", "big", "branched_ce")  # ekd_mean is a control of EKD, no other method
     among = [stats.ttest_rel(accuracies["ekd"], controls[name]).pvalue for name in others]
     assert found.findings[5].difference.p_holm == pytest.approx(holm(among)[2])
-    assert found.findings[5].sentence.startswith(
-        "EKD loses to kd_mean, resnet14 (the best of 4 others at no more cost) by 3.20 points: 74.00 against 77.20 %"
+    assert found.findings[5].sentence == (
+        "kd_mean, resnet14 is also the best of 4 other settings at no more cost "
+        f"({p_text(holm(among)[2])} corrected for 4 comparisons)."
     )
 
 
@@ -194,14 +213,14 @@ def grid(accuracy):
     ]
 
 
-def test_of_several_settings_the_one_that_is_best_on_validation_is_spoken_of():
+def test_of_several_settings_the_one_that_is_best_on_validation_is_representative():
     found = told(*grid(lambda K, M, s: 0.9 - K / 100 - M / 50 + s / 500))
     assert found.subject.label == "ekd, K=3, M=2"
     assert found.headline.startswith(
         "cifar10, 10 % of the training images (5,000): EKD (ekd, K=3, M=2) reaches 83.20 %"
     )
     assert (
-        "Of 4 settings of EKD with this student and several branches, ekd, K=3, M=2 is spoken of: it has the highest "
+        "Of 4 settings of EKD with this student and several branches, ekd, K=3, M=2 represents it: it has the highest "
         "validation accuracy. "
         "The test set had no part in the choice."
     ) in found.remarks
@@ -213,13 +232,13 @@ def test_with_one_branch_it_is_plain_distillation_and_speaks_only_where_there_is
     assert told(*runs[:2]).subject.num_branches == 1
 
 
-def test_a_single_run_is_not_spoken_of_where_others_have_more():
+def test_a_single_run_is_not_representative_where_others_have_more():
     lucky = entry(result("ekd", 0, 0.99, K=2), "lucky")
     assert told(lucky, *study({"ekd": EKD})).subject.label == "ekd, K=3"
     controls = [*study({"ce": (0.6, 0.61, 0.6)}), entry(result("ce", 0, 0.9, temperature=1.0), "once")]
     assert of(told(*study({"ekd": EKD}), *controls), "plain").other.label == "ce, T=4"
     (block,) = blocks(group(collection(lucky)))
-    assert spoken_of(block).label == "ekd"
+    assert representative(block).label == "ekd"
 
 
 def test_accuracy_over_branches_and_teachers():
@@ -257,20 +276,18 @@ def test_a_number_of_teachers_that_several_settings_have_says_nothing():
 def test_another_with_a_single_run_is_not_passed_over_in_silence():
     found = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.95, K=1), "lucky"))
     best = of(found, "best")
-    assert best.sentence.startswith("EKD beats kd_mean (the only other with enough runs at no more cost) by ")
-    assert found.headline.endswith(
-        " dkd (95.00 %) has a higher test accuracy than the best other method that was compared, but not enough runs."
-    )
+    assert best.sentence == "kd_mean is also the only other setting with enough runs at no more cost."
+    assert found.headline.endswith(" dkd (95.00 %) has a higher test accuracy, but too few runs.")
     below = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.3, K=1), "poor"))
     assert "dkd" not in below.headline
 
 
 def test_how_ekd_was_chosen_is_told_as_it_was():
     lucky = entry(result("ekd", 0, 0.99, K=2), "lucky")
-    (chosen,) = [remark for remark in told(*study({"ekd": EKD}), lucky).remarks if "is spoken of" in remark]
-    assert "it has the highest validation accuracy of those with several runs." in chosen
+    (chosen,) = [remark for remark in told(*study({"ekd": EKD}), lucky).remarks if "represents it" in remark]
+    assert "it has the highest validation accuracy of those with 3 runs or more." in chosen
     silent = [*study({"ekd": EKD}, val_accuracy=None), *study({"ekd": EKD}, val_accuracy=None, K=2)]
-    (chosen,) = [remark for remark in told(*silent).remarks if "is spoken of" in remark]
+    (chosen,) = [remark for remark in told(*silent).remarks if "represents it" in remark]
     assert "validation accuracies are not recorded" in chosen
     assert "highest" not in chosen
 
@@ -339,13 +356,14 @@ def test_over_several_blocks_the_lead_counts():
     runs = [*study(), *study(fraction=0.05), *study({"ekd": (0.6,)}, data="digits")]
     found = answers(blocks(group(collection(*runs))))
     assert lead(found) == (
-        "Over 3 settings of data and protocol, EKD beats the plain student in 2 of 2; the plain student taught by the "
-        "mean of the teachers in 2 of 2; the branched student without teachers in 2 of 2; the branched student whose "
-        "branches all imitate the mean teacher in 0 of 2 (cannot be told apart in 2); the best other method in 2 of 2."
+        "EKD in 3 settings of data and protocol: against the plain student, better in 2 of 2; against the plain "
+        "student taught by the mean of the teachers, better in 2 of 2; against the branched student without teachers, "
+        "better in 2 of 2; against the branched student whose branches all imitate the mean teacher, no difference in "
+        "2 of 2; against the best other method, better in 2 of 2."
     )
     assert lead(found[:1]) == found[0].headline
     nothing = answers(blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits")))))
-    assert lead(nothing) == "2 settings of data and protocol, in none of which EKD can be compared."
+    assert lead(nothing) == "EKD can be compared in none of 2 settings of data and protocol."
 
 
 def test_blocks_without_a_finished_run_have_no_answer():
@@ -370,7 +388,7 @@ def test_a_verdict_needs_a_significant_difference(values):
         "ahead": "EKD beats x",
         "behind": "EKD loses to x",
         "undecided": "No difference between EKD and x",
-        "not_enough": ("Not enough runs to compare EKD with x", "EKD and x differ"),
+        "not_enough": ("Too few runs to compare EKD with x", "EKD and x differ"),
     }
     assert sentence.startswith(starts[verdict])
     assert f"n = {len(values)}" in sentence

@@ -18,7 +18,7 @@ from scipy import stats
 from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.reporting import details
 from ekd_lightning.reporting.blocks import blocks
-from ekd_lightning.reporting.estimates import Estimate, estimate, holm, paired, percent
+from ekd_lightning.reporting.estimates import SHARE, Estimate, estimate, holm, paired, percent
 from ekd_lightning.reporting.groups import group
 from ekd_lightning.runs.collection import collect
 
@@ -30,12 +30,21 @@ def test_an_estimate_is_the_t_interval(values):
     found = estimate(values)
     assert found.n == len(values)
     assert found.mean == pytest.approx(np.mean(values), abs=1e-9)
-    if len(values) < 2:
+    if len(values) < 3:
         assert found.half is None
         assert found.low == found.high == found.mean
     elif np.ptp(values) > 1e-6:
         low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
         assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6, abs=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=8), st.lists(st.floats(0, 1), min_size=3, max_size=8))
+def test_intervals_of_shares_and_of_their_differences_stay_in_range(ours, theirs):
+    found = estimate(ours, SHARE)
+    assert 0 <= found.low <= found.mean + 1e-12
+    assert found.mean - 1e-12 <= found.high <= 1
+    difference = paired([a - b for a, b in zip(ours, theirs, strict=False)])
+    assert -1 <= difference.low <= difference.high <= 1
 
 
 def test_what_is_not_finite_does_not_count():
@@ -89,9 +98,10 @@ def test_the_paired_test_is_that_of_the_formula(values):
     assert found.p == pytest.approx(p, abs=1e-9)
 
 
-def test_one_pair_is_not_enough_and_no_spread_has_no_p():
+def test_fewer_than_three_pairs_are_too_few_and_no_spread_has_no_p():
+    assert (paired([0.1, 0.3]).half, paired([0.1, 0.3]).p) == (None, None)
     assert (paired([0.1]).half, paired([0.1]).p) == (None, None)
-    assert paired([0.0, 0.0]).p == 1.0
+    assert paired([0.0, 0.0, 0.0]).p == 1.0
     assert paired([0.1, 0.1, 0.1]).p is None
 
 

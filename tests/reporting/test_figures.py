@@ -87,7 +87,7 @@ def test_single_runs_have_no_bars(tmp_path):
         (drawn,) = figures.by_cost(report, fs.Looks([]))
         bars = [one for axes in drawn.figure.axes for one in axes.containers if one.has_yerr]
     assert not bars
-    assert "Not enough runs" in drawn.caption
+    assert "Too few runs" in drawn.caption
 
 
 def with_half(mean: float, half: float) -> Estimate:

@@ -117,6 +117,42 @@ def test_labels_tell_what_varies_within_the_method_and_no_more():
     ]
 
 
+MORE = {f"recipe__{name}": 1.5 for name in ("momentum", "gamma", "warmup")}
+
+
+def test_names_of_many_settings_are_short_unique_and_told_in_full_once():
+    ours = {"weight_ce_ensemble": 0.5, "weight_kd_branch": 0.5, "weight_maps1": 50.0}
+    plain = {"weight_ce_ensemble": 0.1, "weight_kd_branch": 0.9}
+    runs = [
+        entry(result(K=3, student="resnet14", **ours), "a", **MORE),
+        entry(result(K=3, **ours), "b", **MORE),
+        entry(result(K=3, split_after="stem", **plain), "c"),
+        entry(result("kd_mean"), "d"),
+    ]
+    groups = group(collection(*runs))
+    assert [one.label for one in groups] == ["ekd", "ekd, resnet14", "ekd, split=stem, …", "kd_mean"]
+    full = [one.setting for one in groups]
+    assert full[2] == "resnet8, split=stem, ce_ensemble=0.1, kd_branch=0.9"
+    assert full[1].startswith("resnet14, split=stage1, ce_ensemble=0.5, kd_branch=0.5, maps1=50, ")
+    assert full[1].endswith("momentum=1.5, gamma=1.5, warmup=1.5")
+    assert full[3] == ""
+
+
+def test_ablations_name_what_each_changes():
+    weights = ("ce_ensemble", "ce_branch", "kd_ensemble", "kd_branch")
+    runs = [
+        entry(result(**{f"weight_{one}": float(one != off) for one in weights}), str(off)) for off in (*weights, None)
+    ]
+    assert labels(*runs) == ["ekd", *sorted(f"ekd, {off}=0" for off in weights)]
+
+
+def test_a_tie_between_students_names_both():
+    assert labels(*(entry(result(student=name), name) for name in ("resnet8", "resnet14"))) == [
+        "ekd, resnet14",
+        "ekd, resnet8",
+    ]
+
+
 def test_the_usual_student_goes_without_saying():
     runs = [*study(), entry(result("kd_mean", student="resnet14"), "m")]
     assert labels(*runs) == ["branched_ce", "ce", "ekd", "ekd_mean", "kd_mean", "kd_mean, resnet14"]

@@ -170,7 +170,7 @@ def test_text_can_be_read_in_both_themes(theme):
 
 def test_verdicts_are_those_of_the_answer(text, rich_report):
     table = re.search(r'<table id="verdicts">.*?</table>', text, re.DOTALL).group(0)
-    marks = {"ahead": "▲ ahead", "behind": "▼ behind", "undecided": "≈ undecided", "not_enough": "not enough runs"}
+    marks = {"ahead": "▲ ahead", "behind": "▼ behind", "undecided": "≈ undecided", "not_enough": "too few runs"}
     for verdict, mark in marks.items():
         findings = [f for told in rich_report.answers for f in told.findings if f.verdict == verdict]
         assert table.count(mark) == len(findings)

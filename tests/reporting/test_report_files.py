@@ -40,12 +40,12 @@ def test_the_table_holds_the_statistics_of_scipy():
     assert cells[4] == f"{100 * ekd.mean():.2f} ± {100 * ekd.std(ddof=1):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
     assert cells[5] == f"+12.67 [{100 * between.low:+.2f}, {100 * between.high:+.2f}], n 3, p {p:.3f}"
     assert cells[6] == ""  # EKD minus itself
-    assert cells[7:] == ["0.263", "0.050", "+2.00", "–", "223,854", "27.2 M", "101", ""]
+    assert cells[7:] == ["0.263", "0.050", "+2.00", "223,854", "27.2 M", "101", ""]
 
 
 def test_a_single_run_has_no_interval_and_says_so():
     page = markdown(report(*study({"ce": (0.6,), "ekd": (0.7,)})))
-    assert "| 70.00 (not enough runs) | +10.00 (not enough runs) |" in line(page, "ekd")
+    assert "| 70.00 (too few runs) | +10.00 (too few runs) |" in line(page, "ekd")
     assert "±" not in line(page, "ekd")
 
 
@@ -183,7 +183,7 @@ def test_how_much_seeds_disagree_is_told_where_runs_kept_their_predictions(tmp_p
     assert rows["ekd"]["seed_variance"] == pytest.approx(probs.astype(float).var(0, ddof=1).sum(-1).mean())
     assert "seed_disagreement" not in rows["ce"]
     np.savez(tmp_path / "ekd0" / "arrays.npz", ensemble_probs=probs[0], labels=1 - labels)  # of other images
-    assert "–" in line(markdown(make_report(collect([tmp_path]))), "ekd").split("|")[-6]
+    assert "seeds disagree" not in markdown(make_report(collect([tmp_path]))).split("## How to read")[0]
 
 
 def test_on_what_the_runs_were_made_is_told(tmp_path):

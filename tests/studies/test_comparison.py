@@ -161,7 +161,7 @@ def test_all_forms_of_the_table_say_the_same():
 
 def test_one_seed_says_not_enough_runs():
     text = page(study({row: values[:1] for row, values in ACCURACIES.items()}))
-    assert text.count("not enough runs") == 3 + 4  # accuracies, and differences
+    assert text.count("too few runs") == 3 + 4  # accuracies, and differences
 
 
 @pytest.mark.parametrize(

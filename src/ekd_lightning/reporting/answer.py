@@ -1,8 +1,8 @@
-"""Answer in words: does EKD help, by how much, at what cost. Every number in it is computed from the runs.
+"""Answer in words: whether EKD helps, by how much, and at what cost. Every number is computed from the runs.
 
-EKD is compared, by seed, with those that a claim about it has to stand up to. A verdict needs a p value below
-0.05 after Holm's correction: over the named controls of the block for these, over all other methods for the best of
-them, which is picked by its result.
+EKD is compared, by seed, with the controls that a claim about it has to stand up to. A verdict needs a p value below
+0.05 after Holm's correction: over the controls of the block, and for the best other method, which is picked by its
+result, over all methods that it was picked from.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import (
+    ENOUGH,
     SIGNIFICANCE,
+    TOO_FEW,
     Difference,
     corrected,
     interval_words,
@@ -37,14 +39,14 @@ ROLES = {
     "mean_teacher": "the branched student whose branches all imitate the mean teacher",
     "best": "the best other method",
 }
-"""What the others are, in the order in which they are spoken of."""
+"""What EKD is compared with, in the order of the report."""
 VERDICTS = {
-    "ahead": ("beats", ""),
-    "behind": ("loses to", "loses in"),
-    "undecided": ("cannot be told apart from", "cannot be told apart in"),
-    "not_enough": ("", "not enough runs in"),
+    "ahead": ("beats", "better in"),
+    "behind": ("loses to", "worse in"),
+    "undecided": ("cannot be told apart from", "no difference in"),
+    "not_enough": ("", "too few runs in"),
 }
-"""What a comparison can come to, and how it is said of one other and of several blocks."""
+"""What a comparison can come to, and how it is said of one other setting and of several blocks."""
 SAME_COST = 0.05
 """MACs within this share are equal cost."""
 _ACCURACY = "test_accuracy"
@@ -72,11 +74,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a block says of EKD.
+    """What the runs of a block say of EKD.
 
     Attributes:
         block: The block.
-        subject: The group of EKD that is spoken of; None if the block has none that is done.
+        subject: The group that stands for EKD; None if none is done.
         headline: One or two sentences to lead with.
         findings: The comparisons, each a sentence.
         remarks: Further sentences: settings of EKD, costs, heterogeneity, missing controls, too few runs.
@@ -88,6 +90,11 @@ class Answer:
     findings: tuple[Finding, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def sentences(self) -> list[str]:
+        """The comparisons in words; of one setting in several roles there is one sentence."""
+        return list(dict.fromkeys(finding.sentence for finding in self.findings))
+
 
 def answers(blocks: Sequence[Block]) -> list[Answer]:
     """The answer of each block in which a run is done."""
@@ -96,67 +103,83 @@ def answers(blocks: Sequence[Block]) -> list[Answer]:
 
 def answer(block: Block) -> Answer:
     """The answer of a block."""
-    subject = spoken_of(block)
+    subject = representative(block)
     if subject is None or subject.accuracy is None:
         return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so nothing can be said of it.")
     controls = _controls(block, subject)
     found = _differences(subject, controls.values())
-    findings = [
-        _finding(role, other, subject, found, f"{ROLES[role]} ({other.label})") for role, other in controls.items()
-    ]
-    best, above = _against_best(block, subject)
+    findings = [_finding(role, other, subject, found, _called(other, controls)) for role, other in controls.items()]
+    best, above = _against_best(block, subject, findings)
     findings += [best] if best else []
     name = SUBJECT if subject.label == "ekd" else f"{SUBJECT} ({subject.label})"
+    runs = "one run" if subject.n == 1 else f"mean of {plural(subject.n, 'run')}"
+    cost = subject.mean("macs")
     start = (
-        f"{block.title}: {name} reaches {share(subject.accuracy.mean)} % test accuracy "
-        f"(mean of n = {plural(subject.n, 'run')})"
+        f"{block.title}: {name} reaches {share(subject.accuracy.mean)} % test accuracy ({runs})"
+        f"{f' at {cost / 1e6:.1f} M MACs' if cost else ''}"
     )
-    said = remarks(block, subject, controls, [finding.difference for finding in findings])
-    return Answer(block, subject, f"{start}{_verdicts(findings, above)}", tuple(findings), tuple(said))
+    end = _verdicts(findings, above) if findings else f"; {_nothing_to_compare(block)}"
+    notes = remarks(block, subject, controls, [finding.difference for finding in findings])
+    return Answer(block, subject, f"{start}{end}", tuple(findings), tuple(notes))
+
+
+def _called(other: Group, controls: Mapping[str, Group]) -> str:
+    """A control by all the roles that it has, and its label."""
+    return f"{listed([ROLES[role] for role, one in controls.items() if one is other])} ({other.label})"
+
+
+def _nothing_to_compare(block: Block) -> str:
+    """Why EKD is compared with nothing: there is no other method, or none that costs no more."""
+    others = [one for one in block.done if not one.method.startswith("ekd")]
+    if not others:
+        return "no run of another method is done to say whether it helps."
+    names = listed([f"{one.label}, {share(one.mean(_ACCURACY) or 0.0)} %" for one in others[:3]])
+    more = " and others" if len(others) > 3 else ""
+    return f"none of the other methods ({names}{more}) is of comparable cost, so whether it helps is open."
 
 
 def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
     """The end of a headline: what the comparisons came to."""
-    roles = {verdict: [ROLES[f.role] for f in findings if f.verdict == verdict] for verdict in VERDICTS}
-    missing = roles.pop("not_enough")
-    told = [f"{VERDICTS[verdict][0]} {listed(names)}" for verdict, names in roles.items() if names]
-    if not told:
-        return f"; {'not enough runs' if missing else 'no run of another method is done'} to say whether it helps."
-    text = f". It {'; it '.join(told)}."
+    named: dict[str, list[str]] = {}
+    for verdict in VERDICTS:
+        alike = [finding for finding in findings if finding.verdict == verdict]
+        for other in dict.fromkeys(finding.other.label for finding in alike):
+            own = [finding for finding in alike if finding.other.label == other]
+            accuracy = share(own[0].other.mean(_ACCURACY) or 0.0)
+            named.setdefault(verdict, []).append(f"{listed([ROLES[f.role] for f in own])} ({other}, {accuracy} %)")
+    missing = named.pop("not_enough", [])
+    if not named:
+        return f"; {TOO_FEW} to say whether it helps."
+    text = f". It {'; it '.join(f'{VERDICTS[verdict][0]} {listed(names)}' for verdict, names in named.items())}."
     if missing:
-        text += f" Not enough runs to compare it with {listed(missing)}."
+        text += f" Too few runs to compare it with {listed(missing)}."
     if above:
         names = listed([f"{one.label} ({share(one.mean(_ACCURACY) or 0.0)} %)" for one in above])
-        has = "has" if len(above) == 1 else "have"
-        text += f" {names} {has} a higher test accuracy than the best other method that was compared, but "
-        text += "not enough runs."
+        text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {TOO_FEW}."
     return text
 
 
 def lead(found: Sequence[Answer]) -> str:
-    """What all blocks together say; the headline if there is one block."""
+    """The answer of all blocks together; the headline if there is one block."""
     if len(found) == 1:
         return found[0].headline
     counts = Counter((finding.role, finding.verdict) for one in found for finding in one.findings)
-    told = []
+    parts = []
     for role, name in ROLES.items():
-        total = sum(counts[role, verdict] for verdict in VERDICTS)
-        rest = ", ".join(
-            f"{words} {counts[role, verdict]}" for verdict, (_, words) in VERDICTS.items() if counts[role, verdict]
-            and words
-        )  # fmt: skip
-        if total:
-            told.append(f"{name} in {counts[role, 'ahead']} of {total}" + (f" ({rest})" if rest else ""))
+        numbers = {verdict: counts[role, verdict] for verdict in VERDICTS}
+        shown = [f"{words} {numbers[verdict]}" for verdict, (_, words) in VERDICTS.items() if numbers[verdict]]
+        if shown:
+            parts.append(f"against {name}, {', '.join(shown)} of {sum(numbers.values())}")
     where = f"{plural(len(found), 'setting')} of data and protocol"
-    if not told:
-        return f"{where}, in none of which {SUBJECT} can be compared."
-    return f"Over {where}, {SUBJECT} beats {'; '.join(told)}."
+    if not parts:
+        return f"{SUBJECT} can be compared in none of {where}."
+    return f"{SUBJECT} in {where}: {'; '.join(parts)}."
 
 
-def spoken_of(block: Block) -> Group | None:
-    """The group of EKD that is compared: of the student that most of them have, the strongest.
+def representative(block: Block) -> Group | None:
+    """The group that stands for EKD: of the student that most of its groups have, the strongest.
 
-    With one branch EKD is plain distillation, so that speaks for it only where there is nothing else.
+    With one branch EKD is plain distillation, so that stands for it only where there is nothing else.
     """
     own = branched([group for group in block.done if group.method == "ekd"])
     if not own:
@@ -169,14 +192,15 @@ def spoken_of(block: Block) -> Group | None:
 def strongest(groups: Sequence[Group]) -> Group | None:
     """The group with the highest validation accuracy; the test set has no part in it. None without groups.
 
-    Groups with a single run are left aside where others have more.
+    Groups with too few runs are left aside where others have more.
     """
-    several = [group for group in groups if group.n > 1]
-    return max(several or groups, key=lambda group: group.mean("val_accuracy") or -1.0, default=None)
+    least = min(ENOUGH, max((group.n for group in groups), default=0))
+    several = [group for group in groups if group.n >= least]
+    return max(several, key=lambda group: group.mean("val_accuracy") or -1.0, default=None)
 
 
 def _controls(block: Block, subject: Group) -> dict[str, Group]:
-    """What EKD has to stand up to, by role: of each method the strongest group with EKD's student."""
+    """The controls by role: of each method the strongest group with EKD's student."""
     plain, own = (1, None), _shape(subject)
     features = subject.only("weight_feature_branch")
     found = {
@@ -216,24 +240,34 @@ def _equal_cost(block: Block, subject: Group) -> Group | None:
     return strongest([one for one in plain if cost and abs((one.mean("macs") or 0.0) / cost - 1) <= SAME_COST])
 
 
-def _against_best(block: Block, subject: Group) -> tuple[Finding | None, list[Group]]:
+def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> tuple[Finding | None, list[Group]]:
     """Against the highest test accuracy of the others; its p value is corrected for having been picked.
 
+    Args:
+        block: The block.
+        subject: The group that stands for EKD.
+        findings: The comparisons with the controls, of which the best may be one.
+
     Returns:
-        The comparison, and the others that have not enough runs to be compared, but a higher test accuracy.
+        The comparison, and the others that have too few runs to be compared, but a higher test accuracy.
     """
     most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
     others = [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
     if not others:
         return None, []
     found = _differences(subject, others)
-    tested = [one for one in others if one.label in found and found[one.label].std is not None]
+    tested = [one for one in others if one.label in found and found[one.label].half is not None]
     picked = tested or others
     best = max(picked, key=lambda group: group.mean(_ACCURACY) or 0.0)
     above = [g for g in others if g not in picked and (g.mean(_ACCURACY) or 0.0) > (best.mean(_ACCURACY) or 0.0)]
-    among = f"the best of {len(picked)} others" if len(picked) > 1 else "the only other"
+    among = f"the best of {len(picked)} other settings" if len(picked) > 1 else "the only other setting"
     enough = " with enough runs" if len(picked) < len(others) else ""
-    return _finding("best", best, subject, found, f"{best.label} ({among}{enough} at no more cost)"), above
+    finding = _finding("best", best, subject, found, f"{best.label} ({among}{enough} at no more cost)")
+    if any((one.other, one.verdict) == (best, finding.verdict) for one in findings):  # no need to say it twice
+        p = finding.difference.tested if finding.difference and len(tested) > 1 else None
+        over = "" if p is None else f" ({p_text(p)} corrected for {len(tested)} comparisons)"
+        finding = replace(finding, sentence=f"{best.label} is also {among}{enough} at no more cost{over}.")
+    return finding, above
 
 
 def _differences(subject: Group, others: Iterable[Group]) -> dict[str, Difference]:
@@ -248,7 +282,7 @@ def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Differ
     Args:
         role: What the other is.
         other: Its group.
-        subject: That of EKD.
+        subject: The group that stands for EKD.
         found: All differences that were corrected together, by label.
         called: What the other is called.
     """
@@ -257,12 +291,12 @@ def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Differ
     means = [statistics.fmean(values[seed] for seed in common) for values in (ours, theirs)] if common else []
     difference = found.get(other.label)
     verdict = judge(difference)
-    compared = sum(one.std is not None for one in found.values())
+    compared = sum(one.half is not None for one in found.values())
     return Finding(role, other, difference, verdict, comparison(verdict, called, difference, means, compared))
 
 
 def judge(difference: Difference | None) -> str:
-    """What a difference, EKD minus another, says: one of `VERDICTS`."""
+    """The verdict of a difference, EKD minus another: one of `VERDICTS`."""
     if difference is None or difference.tested is None:  # too few, or without any spread
         return "not_enough"
     if difference.tested >= SIGNIFICANCE:
@@ -283,11 +317,11 @@ def comparison(
         compared: For how many comparisons p is corrected.
     """
     if difference is None:
-        return f"Not enough runs to compare {SUBJECT} with {other}: they have no seed in common."
+        return f"Too few runs to compare {SUBJECT} with {other}: they have no seed in common."
     both, by = " against ".join(map(share, accuracies)) + " %", points(difference.mean)
     pairs = f"n = {plural(difference.n, 'pair')} of runs"
     if difference.half is None:
-        return f"Not enough runs to compare {SUBJECT} with {other}: {pairs}, which differ by {by} points ({both})."
+        return f"Too few runs to compare {SUBJECT} with {other}: {pairs}, which differ by {by} points ({both})."
     if difference.tested is None:
         return (
             f"{SUBJECT} and {other} differ by {by} points in each of {pairs} ({both}); without any spread the "

@@ -19,7 +19,7 @@ import numpy as np
 
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.files import DamagedFileError
-from ekd_lightning.reporting.estimates import Estimate, estimate
+from ekd_lightning.reporting.estimates import NO_LIMITS, SHARE, Estimate, estimate
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import ARRAYS
@@ -79,7 +79,7 @@ def _points(group: Group, key: str) -> list[Point]:
                 found[tuple(row["branches"]) if "branches" in row else float(row["threshold"])].append(row)
     points = []
     for name, rows in found.items():
-        if accuracy := estimate(row["accuracy"] for row in rows):
+        if accuracy := estimate((row["accuracy"] for row in rows), SHARE):
             used = len(name) if isinstance(name, tuple) else fmean(row["mean_branches"] for row in rows)
             macs = fmean(row["macs"] for row in rows)
             points.append(Point(name, accuracy, macs, rows[0].get("num_parameters"), float(used)))
@@ -134,7 +134,8 @@ def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[
     for name in names:
         lines = [one[name] for one in read if name in one]
         epochs = thin(sorted({epoch for line in lines for epoch in line}))
-        points = [(epoch, estimate(line[epoch] for line in lines if epoch in line)) for epoch in epochs]
+        limits = SHARE if name.endswith("accuracy") else NO_LIMITS
+        points = [(epoch, estimate((line[epoch] for line in lines if epoch in line), limits)) for epoch in epochs]
         if points:
             found[name] = [(epoch, one) for epoch, one in points if one is not None]
     return found
@@ -225,7 +226,7 @@ def reliability(arrays: Sequence[dict[str, Array]], suffix: str = "") -> list[Bi
     bins = []
     for b in range(count.shape[1]):
         full = count[:, b] > 0
-        if level := estimate(accuracy[full, b]):
+        if level := estimate(accuracy[full, b], SHARE):
             pooled = float(np.average(confidence[full, b], weights=count[full, b]))
             bins.append(Bin(pooled, level, float(count[:, b].sum() / count.sum())))
     return bins

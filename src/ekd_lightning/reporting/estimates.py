@@ -11,11 +11,16 @@ from typing import TypeVar
 
 SIGNIFICANCE = 0.05
 """Corrected p values below this tell a difference; intervals cover the rest, 95 %."""
-NOT_ENOUGH = "not enough runs"
+ENOUGH = 3
+"""Runs, or pairs of runs, from which on there are intervals and tests."""
+TOO_FEW = "too few runs"
 NONE = "–"
 """Stands in a table for what is not known."""
 _EQUAL = 1e-6
 """Accuracies are recorded in float32; what is closer than this is the same number of images."""
+NO_LIMITS = (-math.inf, math.inf)
+SHARE = (0.0, 1.0)
+"""Limits of a figure: of any number, and of accuracies and other shares."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -27,26 +32,30 @@ class Estimate:
         mean: Arithmetic mean.
         std: Sample standard deviation (n - 1); None for a single run.
         n: Number of runs.
+        limits: Values that it can have: no interval goes beyond them.
     """
 
     mean: float
     std: float | None
     n: int
+    limits: tuple[float, float] = NO_LIMITS
 
     @property
     def half(self) -> float | None:
-        """Half the width of Student's 95 % interval, in the unit of the mean; None for a single run."""
-        return None if self.std is None else _quantile(self.n - 1) * self.std / math.sqrt(self.n)
+        """Half the width of Student's 95 % interval, in the unit of the mean; None below `ENOUGH` runs."""
+        if self.std is None or self.n < ENOUGH:
+            return None
+        return _quantile(self.n - 1) * self.std / math.sqrt(self.n)
 
     @property
     def low(self) -> float:
         """Lower end of the interval; the mean itself without one."""
-        return self.mean - (self.half or 0.0)
+        return max(self.limits[0], self.mean - (self.half or 0.0))
 
     @property
     def high(self) -> float:
         """Upper end of the interval; the mean itself without one."""
-        return self.mean + (self.half or 0.0)
+        return min(self.limits[1], self.mean + (self.half or 0.0))
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Difference(Estimate):
     """One minus another, paired by seed: differences of accuracies in [0, 1].
 
     Attributes:
-        p: Two-sided p value of the paired t-test; None with fewer than two pairs, or where all differences are
+        p: Two-sided p value of the paired t-test; None below `ENOUGH` pairs, or where all differences are
             the same number other than 0, which has no spread to compare it with.
         p_holm: The same, corrected for the number of comparisons.
     """
@@ -76,13 +85,13 @@ def _quantile(freedom: int) -> float:
     return float(stats.t.ppf(1 - SIGNIFICANCE / 2, freedom))
 
 
-def estimate(values: Iterable[float]) -> Estimate | None:
+def estimate(values: Iterable[float], limits: tuple[float, float] = NO_LIMITS) -> Estimate | None:
     """Mean, spread and number of finite values, one per run; None without any."""
     numbers = [float(value) for value in values if math.isfinite(value)]
     if not numbers:
         return None
     spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return Estimate(statistics.fmean(numbers), spread, len(numbers))
+    return Estimate(statistics.fmean(numbers), spread, len(numbers), limits)
 
 
 def paired(differences: Sequence[float]) -> Difference:
@@ -94,8 +103,8 @@ def paired(differences: Sequence[float]) -> Difference:
     found = estimate(differences)
     if found is None:
         raise ValueError("no differences")
-    difference = Difference(found.mean, found.std, found.n)
-    if found.std is None:
+    difference = Difference(found.mean, found.std, found.n, (-1.0, 1.0))
+    if found.half is None:
         return difference
     if max(differences) - min(differences) < _EQUAL:  # no spread: the statistic is 0 / 0 or infinite
         return replace(difference, p=1.0 if abs(found.mean) < _EQUAL else None)
@@ -113,7 +122,7 @@ def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference 
 def corrected(found: Mapping[Name, Difference | None]) -> dict[Name, Difference]:
     """The differences that there are, with p values corrected for their number by Holm's method."""
     # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
-    tested = {name: one.p or 0.0 for name, one in found.items() if one is not None and one.std is not None}
+    tested = {name: one.p or 0.0 for name, one in found.items() if one is not None and one.half is not None}
     p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
         name: replace(one, p_holm=None if one.p is None else p_holm[name])
@@ -170,11 +179,11 @@ def percent(value: Estimate | None) -> str:
 
 
 def accuracy_text(value: Estimate | None) -> str:
-    """The same with its interval, e.g. `71.55 ± 0.29 [70.83, 72.27]`; a single run has none, and says so."""
+    """The same with its interval, e.g. `71.55 ± 0.29 [70.83, 72.27]`; where there is none, it says so."""
     if value is None:
         return NONE
     return f"{percent(value)} " + (
-        f"({NOT_ENOUGH})" if value.std is None else f"[{share(value.low)}, {share(value.high)}]"
+        f"({TOO_FEW})" if value.half is None else f"[{share(value.low)}, {share(value.high)}]"
     )
 
 
@@ -184,23 +193,23 @@ def p_text(value: float) -> str:
 
 
 def interval_text(value: Difference | None) -> str:
-    """In points with the interval, e.g. `+5.43 [+4.10, +6.76]`; with fewer than two pairs it says so."""
+    """In points with the interval, e.g. `+5.43 [+4.10, +6.76]`; where there is none, it says so."""
     if value is None:
         return NONE
     interval = f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
-    return f"{100 * value.mean:+.2f} {f'({NOT_ENOUGH})' if value.std is None else interval}"
+    return f"{100 * value.mean:+.2f} {f'({TOO_FEW})' if value.half is None else interval}"
 
 
 def interval_words(value: Estimate, words: Callable[[float], str] = points) -> str:
     """The interval in a sentence, e.g. `95 % interval +4.10 to +6.76`, each end in `words`."""
     if value.half is None:
-        return f"{NOT_ENOUGH} for an interval"
+        return f"{TOO_FEW} for an interval"
     return f"95 % interval {words(value.low)} to {words(value.high)}"
 
 
 def difference_text(value: Difference | None) -> str:
     """The same with n and the corrected p, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`."""
-    if value is None or value.std is None:
+    if value is None or value.half is None:
         return interval_text(value)
     if value.tested is None:  # the same difference in every pair
         return f"{100 * value.mean:+.2f} (n {value.n}, no spread)"

@@ -47,6 +47,8 @@ _LONGEST = 100
 _MOST_LINES = 6
 """In a panel; further ones get a panel of their own."""
 ACCURACY = "test accuracy, %"
+COST_FIGURE = "accuracy_cost"
+"""Name of the figure that a report shows first."""
 INK, GREY, PALE = "#191C20", "#505862", "#B8BDC4"
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -95,14 +97,19 @@ class Drawn:
 
 
 def drawn(kind: str, key: str, figure: Figure, title: str, text: str) -> Drawn:
-    """A finished figure with its caption below it, and a name for its file, whatever a data set is called."""
+    """A finished figure with its caption below it, and a name for its file."""
     caption = f"{title}. {text}"
     wide = int(_LETTERS * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(caption, wide), fontsize=7, color=GREY, x=0.005, ha="left")
+    return Drawn(file_name(kind, key), figure, caption)
+
+
+def file_name(kind: str, key: str) -> str:
+    """Name of a figure's file, without ending, whatever a data set is called."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
     if len(name) > _LONGEST:
         name = f"{name[:_LONGEST]}-{zlib.crc32(key.encode()):08x}"
-    return Drawn(f"{kind}-{name}", figure, caption)
+    return f"{kind}-{name}"
 
 
 def accuracy(group: Group) -> Estimate:
@@ -178,7 +185,7 @@ def points(
     label: str | None = None,
     scale: float = 100.0,
 ) -> None:
-    """A line through means with a band of intervals; of short lines, points of single runs are hollow marks."""
+    """A line through means with a band of intervals; of short lines, points without one are hollow marks."""
     pairs = list(zip(xs, values, strict=True))
     many = len(pairs) > _MANY
     marks = {"markevery": len(pairs) // 5} if many else {"marker": None}
@@ -225,14 +232,15 @@ def heat_map(
     scale.outline.set_visible(False)
 
 
-def bar(value: Estimate, scale: float = 100.0) -> float | None:
-    """Half of an interval as matplotlib's error bars take it; None without one."""
-    return None if value.half is None else scale * value.half
-
-
-def bars(values: Iterable[Estimate], scale: float = 100.0) -> list[float]:
-    """The same for several values; NaN draws none."""
-    return [math.nan if value.half is None else scale * value.half for value in values]
+def bars(values: Iterable[Estimate], scale: float = 100.0) -> tuple[list[float], list[float]] | None:
+    """Intervals as matplotlib's error bars take them: below and above each mean, NaN for none; None without any."""
+    sides = [
+        (math.nan, math.nan) if v.half is None else (scale * (v.mean - v.low), scale * (v.high - v.mean))
+        for v in values
+    ]
+    if all(math.isnan(below) for below, _ in sides):
+        return None
+    return [below for below, _ in sides], [above for _, above in sides]
 
 
 def limit_accuracy(axes: Axes, values: Iterable[Estimate], axis: str = "y") -> None:
@@ -254,8 +262,8 @@ def band_text(values: Iterable[Estimate], what: str = "band") -> str:
     """What the marks of a figure mean, with n."""
     found = list(values)
     if all(value.half is None for value in found):
-        return f"Not enough runs for intervals, {counts(found)}."
-    alone = "; where one run is done there is no interval" if any(value.half is None for value in found) else ""
+        return f"Too few runs for intervals, {counts(found)}."
+    alone = "; none where there are too few runs" if any(value.half is None for value in found) else ""
     return f"Mean and 95 % {what} over seeds, {counts(found)}{alone}."
 
 

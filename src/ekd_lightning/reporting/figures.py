@@ -76,7 +76,7 @@ def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
         text = f"{fs.band_text(shown, 'interval')} Dashed: Pareto front of the means."
         if cut:
             text += f" Dotted: the first j branches alone ({', '.join(group.label for group in cut)})."
-        yield fs.drawn("accuracy_cost", block.key, figure, block.title, text)
+        yield fs.drawn(fs.COST_FIGURE, block.key, figure, block.title, text)
 
 
 def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
@@ -113,7 +113,7 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: Looks, nam
         look = looks(group.label) if known else {"color": fs.PALE, "marker": "o"}
         face = "white" if value.half is None else look["color"]
         axes.errorbar(
-            place, 100 * value.mean, yerr=fs.bar(value), **look | {"linestyle": ""},
+            place, 100 * value.mean, yerr=fs.bars([value]), **look | {"linestyle": ""},
             markerfacecolor=face, elinewidth=1, label=group.label if known else "others", zorder=3 if known else 2,
         )  # fmt: skip
     what = "multiply-accumulates of an image" if key == "macs" else "parameters"
@@ -167,7 +167,7 @@ def difference_figure(
     Returns:
         None if no difference has an interval.
     """
-    sure = {name: {k: d for k, d in one.items() if d.std is not None} for name, one in found.items()}
+    sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
     sure = {name: one for name, one in sure.items() if one}
     if not sure:
         return None
@@ -176,8 +176,8 @@ def difference_figure(
     figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
     for panel, (name, one) in zip(axes, sure.items(), strict=True):
         _difference_panel(panel, name, one, looks)
-    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.std is None})
-    few = f" Not enough runs: {', '.join(alone)}." if alone else ""
+    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
+    few = f" Too few runs: {', '.join(alone)}." if alone else ""
     numbers = [d.n for one in sure.values() for d in one.values()]
     text = f"Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
     return fs.drawn("differences", key, figure, title, text)
@@ -204,7 +204,7 @@ KINDS: dict[str, tuple[str, Draw]] = {
     "accuracy against training images": ("a setting at two fractions", by_fraction),
     "teachers × branches": ("a method with several numbers of teachers or branches", figures_detail.by_counts),
     "accuracy against cost": ("two settings in one block", by_cost),
-    "ablations and controls": ("two seeds in common with the reference", by_difference),
+    "ablations and controls": ("three seeds in common with the reference", by_difference),
     "branches": ("a student with several branches", figures_detail.branches),
     "learning curves": ("metrics.csv with two epochs", figures_detail.learning_curves),
     "calibration": ("arrays.npz, written by ekd-evaluate", figures_detail.reliability_diagrams),

@@ -9,7 +9,7 @@ from ekd_lightning.reporting import details
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting.blocks import grids
 from ekd_lightning.reporting.details import own_teachers
-from ekd_lightning.reporting.estimates import Estimate
+from ekd_lightning.reporting.estimates import TOO_FEW, Estimate
 from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, accuracy
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
@@ -56,7 +56,7 @@ def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -
         value = accuracy(group)
         row, column = teachers.index(m), branches.index(k)
         values[row, column] = 100 * value.mean
-        spread = "no interval" if value.half is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+        spread = TOO_FEW if value.half is None else f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
         texts[row][column] = f"{100 * value.mean:.2f}\n{spread}\nn = {value.n}"
     fs.heat_map(axes, values, texts, (np.nanmin(values), np.nanmax(values)), ACCURACY)
     axes.set_xticks(range(len(branches)), [str(k) for k in branches])
@@ -101,7 +101,7 @@ def _branch_row(axes: Axes, row: int, group: Group, *, named: bool) -> None:
     told: set[str] = set() if named else {label for *_, label in marks}
     for value, place, marker, size, colour, label in marks:
         axes.errorbar(
-            100 * value.mean, place, xerr=fs.bar(value), color=fs.GREY if colour == fs.PALE else colour,
+            100 * value.mean, place, xerr=fs.bars([value]), color=fs.GREY if colour == fs.PALE else colour,
             marker=marker, markersize=size, linestyle="", elinewidth=0.8,
             markerfacecolor="white" if value.half is None else colour, label=None if label in told else label,
         )  # fmt: skip

@@ -5,6 +5,7 @@ Nothing is averaged over groups. Which groups may be compared with each other, `
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.reporting import setups
-from ekd_lightning.reporting.estimates import Difference, Estimate, corrected, estimate, minus
+from ekd_lightning.reporting.estimates import NO_LIMITS, SHARE, Difference, Estimate, corrected, estimate, minus
 from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
@@ -22,6 +23,8 @@ from ekd_lightning.runs.result import is_number
 
 FEW = 5
 """Below this many runs an interval is shown with a warning."""
+_SHARES = re.compile(r"(?<!gap)(^|_)(accuracy|agreement|disagreement|ece|mce|double_fault|hit_rate)(_(?!cka|margin)|$)")
+"""Fields of results that are shares: their intervals do not go beyond 0 and 1."""
 MEASURED = {
     "figures on corrupted images": (
         ("corruption_",),
@@ -43,7 +46,8 @@ class Group:
 
     Attributes:
         label: The method, and what sets it apart from other groups of the method, e.g. `ekd`, `ekd, K=2, M=3`,
-            `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks.
+            `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks; where many settings
+            differ, it names those that tell the groups apart, and `setting` has all.
         method: Name of the method.
         protocol: Shared by all its runs; data set and fraction are in it.
         student: Name of the student's network.
@@ -52,7 +56,7 @@ class Group:
         taught_by: SHA-256 of the teachers, in their order; of all of them where a method chose one per run.
         runs: Those that count, one per seed, by seed; then failed, partial and running ones, which do not.
         duplicates: Runs that are done, but of which there is a newer one with the same seed; they do not count.
-        varied: What the label is made of, beside the method: setting -> value.
+        varied: Settings in which groups of the method differ -> value in this group.
     """
 
     label: str
@@ -75,6 +79,11 @@ class Group:
     def others(self) -> tuple[RunEntry, ...]:
         """Failed, partial and running ones."""
         return tuple(run for run in self.runs if run.state != "done")
+
+    @property
+    def setting(self) -> str:
+        """Everything in which groups of the method differ, in full, e.g. `resnet8, split=stage3, feature_branch=50`."""
+        return ", ".join(setups.words(self.varied))
 
     @property
     def n(self) -> int:
@@ -103,7 +112,7 @@ class Group:
 
     def values(self, key: str, *index: int | str) -> Estimate | None:
         """A figure over the runs that have it; None if none has."""
-        return estimate(self.by_seed(key, *index).values())
+        return estimate(self.by_seed(key, *index).values(), SHARE if _SHARES.search(key) else NO_LIMITS)
 
     def mean(self, key: str) -> float | None:
         """Mean of a figure over the runs that have it; None if none has."""
@@ -124,7 +133,7 @@ class Group:
         if "test_mean_branch_accuracy" not in found:  # not evaluated further: there are the branches alone
             rows = [run.get("test_branch_accuracy") or [] for run in self.done]
             means = [sum(row) / len(row) for row in rows if row and all(map(is_number, row))]
-            found["test_mean_branch_accuracy"] = estimate(means)
+            found["test_mean_branch_accuracy"] = estimate(means, SHARE)
         return {key: one for key, one in found.items() if one is not None}
 
     @property
@@ -215,7 +224,7 @@ def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any
     Args:
         members: At least one, in any order.
         label: What it is called.
-        varied: What the label is made of, beside the method.
+        varied: Settings in which groups of the method differ -> value in this group.
     """
     newest: dict[int, RunEntry] = {}
     duplicates: list[RunEntry] = []

@@ -65,7 +65,7 @@ _MARKS = {
     "ahead": ("up", "▲ ahead"),
     "behind": ("down", "▼ behind"),
     "undecided": ("", "≈ undecided"),
-    "not_enough": ("", "not enough runs"),
+    "not_enough": ("", "too few runs"),
 }
 
 
@@ -183,6 +183,8 @@ def _group(
         "id": f"{block.key}/{group.label}",
         "block": block.key,
         "label": group.label,
+        "setting": group.setting,
+        "unlabelled": group.only("num_unlabelled_images") or 0,
         "grid": grid_name(group),
         "data": group.protocol.data,
         "method": group.method,
@@ -197,7 +199,7 @@ def _group(
         "metrics": group.scalars(),
         "reference_of": [name for name, (label, _) in references.items() if label == group.label],
         "differences": {
-            name: {"to": label, "mean": one.mean, "half": one.half, "n": one.n, "p": one.p_holm}
+            name: {"to": label, **_figure(one), "p": one.p_holm}
             for name, (label, found) in references.items()
             if (one := found.get(group.label))
         },
@@ -208,7 +210,7 @@ def _group(
         "clean": group.values("corruption_clean_accuracy"),
         "corrupted": group.corrupted,
         "curves": {
-            name: [(epoch, one.mean, one.half, one.n) for epoch, one in points]
+            name: [{"x": epoch, "figure": one} for epoch, one in points]
             for name, points in details.curves(group).items()
         },
         "reliability": _reliability(details.read_arrays(group)),
@@ -217,10 +219,16 @@ def _group(
     }
 
 
+def _figure(value: Estimate) -> dict[str, float | None]:
+    """Mean, ends of the interval (None without one) and number of runs."""
+    low, high = (None, None) if value.half is None else (value.low, value.high)
+    return {"mean": value.mean, "low": low, "high": high, "n": value.n}
+
+
 def plain(value: Any) -> Any:
     """A value as JSON knows it: numbers with six digits, null for what is none; estimates and points as mappings."""
     if isinstance(value, Estimate):
-        value = {"mean": value.mean, "half": value.half, "n": value.n}
+        value = _figure(value)
     elif isinstance(value, Point):
         name = "branches" if isinstance(value.name, tuple) else "threshold"
         value = {name: value.name} | {key: one for key, one in vars(value).items() if key != "name"}

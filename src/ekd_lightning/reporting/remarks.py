@@ -8,6 +8,7 @@ from itertools import combinations
 
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import (
+    ENOUGH,
     SIGNIFICANCE,
     Difference,
     corrected,
@@ -47,7 +48,7 @@ def remarks(
 
     Args:
         block: The block.
-        subject: The group of EKD that is spoken of.
+        subject: The group that stands for EKD.
         controls: Those it was compared with, by role.
         differences: All differences that were told.
     """
@@ -55,7 +56,7 @@ def remarks(
     found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
     found += [_cost(subject, controls.get("plain")), _ensemble(subject), *_heterogeneity(subject, controls)]
     found += [_chance(block, subject), "" if "equal_cost" in controls else NO_EQUAL_COST]
-    pairs = [difference.n for difference in differences if difference is not None and difference.n > 1]
+    pairs = [difference.n for difference in differences if difference is not None and difference.half is not None]
     if pairs and min(pairs) < FEW:
         found.append(
             f"Some of these comparisons rest on n = {min(pairs)} (fewer than {FEW} pairs): their intervals presume "
@@ -72,12 +73,12 @@ def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
     if len(siblings) < 2:
         return ""
     several = " and several branches" if (subject.num_branches or 1) > 1 else ""
-    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} is spoken of: it "
+    start = f"Of {len(siblings)} settings of {SUBJECT} with this student{several}, {subject.label} represents it: it "
     why = "has the highest validation accuracy"
     if subject.values("val_accuracy") is None:
         why = "comes first; validation accuracies are not recorded"
-    elif subject.n > 1 and any(group.n == 1 for group in siblings):
-        why += " of those with several runs"
+    elif any(group.n < min(ENOUGH, subject.n) for group in siblings):
+        why += f" of those with {min(ENOUGH, subject.n)} runs or more"
     return f"{start}{why}. The test set had no part in the choice."
 
 
@@ -107,7 +108,7 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     parts = [f"highest is {letter} = {best}"]
     parts += [f"{listed(told[True])} can be told to be lower"] if told[True] else []
     parts += [f"{listed(told[False])} cannot be told apart from it"] if told[False] else []
-    parts += [f"not enough runs for {listed(told[None])}"] if told[None] else []
+    parts += [f"too few runs for {listed(told[None])}"] if told[None] else []
     numbers = ", ".join(f"{letter} = {count}: {share(one.mean)} % (n = {one.n})" for count, one in means.items())
     return f"Number of {words}: {numbers}; {', '.join(parts)}."
 

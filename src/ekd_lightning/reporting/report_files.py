@@ -15,6 +15,7 @@ from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import UnwritableFileError, move_folder, write_text
 from ekd_lightning.reporting import setups, tables
+from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
 from ekd_lightning.runs.collection import RunEntry
@@ -92,12 +93,12 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
 
 def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
     files = [folder / name for name in (SUMMARY, TABLES, RUNS)]
-    write_text(folder / TABLES, markdown(report))
     write_text(folder / RUNS, runs_csv(report))
     if formats:
         from ekd_lightning.reporting.figures import write_figures  # noqa: PLC0415 (needs matplotlib)
 
         files += write_figures(report, folder / FIGURES, formats)
+    write_text(folder / TABLES, markdown(report, [path.relative_to(folder).as_posix() for path in files]))
     if page:
         from ekd_lightning.reporting.page import page as page_text  # noqa: PLC0415 (needs plotly)
 
@@ -121,15 +122,28 @@ def _remove_earlier(folder: Path) -> None:
             path.unlink()
 
 
-def markdown(report: Report) -> str:
-    """The whole report as a Markdown page."""
+def markdown(report: Report, files: Sequence[str] = ()) -> str:
+    """The whole report as a Markdown page.
+
+    Args:
+        report: What it says.
+        files: Paths of the report's files, beside the page: of each block the figure of accuracy and cost is shown.
+    """
+    wanted = {block.key: file_name(COST_FIGURE, block.key) for block in report.blocks}
+    shown = {key: next((f for f in files if Path(f).stem == name), None) for key, name in wanted.items()}
     left = [
         (run.name, md.code(group.label), run.get("seed"), run.state, run.error or "")
         for run, group in sorted(report.not_counted, key=lambda pair: pair[0].name)
     ]
     values = {
         "report": report,
+        "figures": {key: md.image(path, "Test accuracy against cost") for key, path in shown.items() if path},
         "tables": {key: md.Markdown(tables.markdown(rows)) for key, rows in report.rows.items()},
+        "full_names": {
+            key: [md.Markdown(f"{md.code(label)}: {md.prose(setting)}") for label, setting in found.items()]
+            for key, rows in report.rows.items()
+            if (found := tables.full_names(rows))
+        },
         "legend": md.Markdown(tables.REPORT_LEGEND),
         "not_counted": md.table(("run", "setting", "seed", "state", "error"), left) if left else "",
     }

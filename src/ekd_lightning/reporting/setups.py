@@ -34,6 +34,10 @@ _TOLD = re.compile(
     r"|trainer\.(precision|devices|num_nodes|max_epochs))(\.|$)"
 )
 """Settings that results tell, under other names; of everything else the configuration alone tells."""
+_MOST_NAMED = 3
+"""Settings beyond which a label leaves out those that tell no groups apart."""
+_ALWAYS = ("student", "K", "M")
+"""Settings that are named even where they have the usual value of a method."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
 _GROUP = re.compile(r"^(method\.terms\.|student\.options\.|recipe\.|method\.|trainer\.)")
@@ -96,7 +100,7 @@ def whole_key(run: RunEntry) -> str:
     return _text({key: value for key, value in _settings(run).items() if key != "seed"})
 
 
-def _text(content: Mapping[str, Any]) -> str:
+def _text(content: Any) -> str:
     return json.dumps(content, sort_keys=True, default=str)
 
 
@@ -105,13 +109,14 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
 
     A setting is part of the label if it differs between groups of the method that can be compared; then it is in
     all labels of that method and data set, so that a label means the same everywhere. The student network that
-    most groups of a data set have goes without saying.
+    more groups of a data set have than any other goes without saying. Where more than `_MOST_NAMED` settings differ,
+    a label names those only that differ from the usual value of the method and are needed to tell its groups apart.
 
     Args:
-        groups: Runs of each, the first of which speaks for all.
+        groups: Runs of each, the first of which stands for all.
 
     Returns:
-        For each the label and the settings in it.
+        For each the label, and all settings that differ within its method.
     """
     firsts = [next((run for run in group if run.result is not None), group[0]) for group in groups]
     setups = [describe(run) for run in firsts]
@@ -125,15 +130,17 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
         classes[trainings[position].protocol.data, str(run.get("method") or "unknown")].append(position)
     made: list[tuple[str, dict[str, Any]]] = [("", {})] * len(groups)
     for (data, method), members in classes.items():
-        near = [
-            [members[p] for p in place.members]
-            for place in comparison_groups([trainings[position] for position in members])
-        ]
-        told = _told(setups, near)
+        alike = comparison_groups([trainings[position] for position in members])
+        near = [[members[p] for p in place.members] for place in alike]
+        own = [setups[position] for position in members]
+        varying = _varying(setups, near)
+        common, named = {"student": usual[data]}, varying
+        if len(varying) > _MOST_NAMED:
+            common |= {name: _usual([setup.get(name) for setup in own]) for name in varying if name not in _ALWAYS}
+            named = _needed(varying, own)
         for position in members:
-            varied = {name: setups[position].get(name) for name in told}
-            shown = [_word(name, value) for name, value in varied.items() if (name, value) != ("student", usual[data])]
-            made[position] = (", ".join([method, *filter(None, shown)]), varied)
+            varied = {name: setups[position].get(name) for name in varying}
+            made[position] = (", ".join([method, *_label_words(varied, common, named)]), varied)
     for place in comparison_groups(trainings):  # unique in each place, where nothing recorded tells two groups apart
         seen: Counter[str] = Counter()
         for position in place.members:
@@ -145,26 +152,58 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
 
 
 def _usual_students(runs: Sequence[RunEntry]) -> dict[str, Any]:
-    """The most frequent network of each data set; of equally frequent ones the first by name."""
+    """The most frequent network of each data set; None where two are equally frequent."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
         counts[Protocol.of(run).data][str(run.get("student"))] += 1
-    return {data: min(count, key=lambda name: (-count[name], name)) for data, count in counts.items()}
+    usual = {}
+    for data, count in counts.items():
+        (first, most), *rest = count.most_common(2)
+        usual[data] = None if rest and rest[0][1] == most else first
+    return usual
 
 
-def _told(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]]) -> list[str]:
+def _label_words(varied: Mapping[str, Any], common: Mapping[str, Any], named: Sequence[str]) -> list[str]:
+    """Those of a group's settings that its label names: not those with the common value; `…` stands for the rest."""
+    special = {name: value for name, value in varied.items() if name not in common or value != common[name]}
+    said = {k: "none" if v is None and k in common else v for k, v in special.items() if k in named}
+    return [*words(said), *(["…"] if len(words(special)) > len(words(said)) else [])]
+
+
+def _usual(values: Sequence[Any]) -> Any:
+    """The most frequent value; of equally frequent ones the first by its text."""
+    counts = Counter(map(_text, values))
+    most = min(counts, key=lambda text: (-counts[text], text))
+    return next(value for value in values if _text(value) == most)
+
+
+def _needed(names: Sequence[str], setups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names without the last ones that tell no further setups apart."""
+
+    def told_apart(some: Sequence[str]) -> int:
+        return len({_text([setup.get(name) for name in some]) for setup in setups})
+
+    kept = list(names)
+    for name in reversed(names):
+        rest = [other for other in kept if other != name]
+        if told_apart(rest) == told_apart(names):
+            kept = rest
+    return kept
+
+
+def _varying(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]]) -> list[str]:
     """Names of the settings that differ among neighbours, and of as many derived ones as it takes to tell them."""
     names = dict.fromkeys(name for place in near for position in place for name in setups[position])
-    told = [name for name in names if name not in _DERIVED and any(_varies(name, setups, p) for p in near)]
+    found = [name for name in names if name not in _DERIVED and any(_varies(name, setups, p) for p in near)]
     for name in _DERIVED:
         unclear = [
             place
             for place in near
-            if len({_text({one: setups[position].get(one) for one in told}) for position in place}) < len(place)
+            if len({_text({one: setups[position].get(one) for one in found}) for position in place}) < len(place)
         ]
         if any(_varies(name, setups, place) for place in unclear):
-            told.append(name)
-    return told
+            found.append(name)
+    return found
 
 
 def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
@@ -176,8 +215,12 @@ def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]
     return any(value != values[0] for value in values)
 
 
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as labels write them, without those that a run does not have."""
+    return [text for name, value in settings.items() if (text := _word(name, value))]
+
+
 def _word(name: str, value: Any) -> str:
-    """How a setting is written in a label; empty for what a run does not have."""
     if value is None or value == []:
         return ""
     if name == "student":

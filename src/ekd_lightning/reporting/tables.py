@@ -33,6 +33,7 @@ REPORT_LEGEND = f"""\
 images on which two runs of the row predict different classes, mean over pairs.
 """
 MEANS = (
+    "test_accuracy_ema",
     "test_nll",
     "test_ece",
     "test_brier",
@@ -119,7 +120,9 @@ _COLUMNS: dict[str, Callable[[Row], object]] = {
     "M": lambda row: row.group.num_teachers,
     "teacher": lambda row: _taught(row.group),
     "n": lambda row: row.group.n,
+    "unlabelled": lambda row: row.group.only("num_unlabelled_images") or None,
     "test accuracy % [95 % interval]": lambda row: accuracy_text(row.group.accuracy),
+    "EMA %": _mean("test_accuracy_ema", ".2f", 100),
     "differences": lambda row: "",  # one column for each reference
     "NLL": _mean("test_nll", ".3f"),
     "ECE": _mean("test_ece", ".3f"),
@@ -135,6 +138,8 @@ _COLUMNS: dict[str, Callable[[Row], object]] = {
 REPORT = tuple(name for name in _COLUMNS if name not in ("teacher", "adapters", "steps"))
 STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "seeds disagree %"))
 """Columns of a report, and of a study, where what everything cost matters more."""
+_OPTIONAL = ("unlabelled", "EMA %", "gain", "seeds disagree %")
+"""Columns that a table has where one of its rows has a value."""
 
 
 def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str], list[list[str]]]:
@@ -144,6 +149,8 @@ def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str
         found: From `rows`, at least one.
         names: Columns.
     """
+    empty = [name for name in _OPTIONAL if all(_COLUMNS[name](row) in (None, NONE) for row in found)]
+    names = [name for name in names if name not in empty]
     minus = [f"− {reference} [95 % interval]" for reference in found[0].differences]
     heads = ["setting", *(head for name in names for head in (minus if name == "differences" else [name]))]
     lines = []
@@ -167,6 +174,12 @@ def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapp
     if settings is not None:
         heads, lines = [*heads, "settings"], [[*line, settings.get(line[0]) or "defaults"] for line in lines]
     return md.table(heads, [[md.code(label), *cells] for label, *cells in lines])
+
+
+def full_names(found: Sequence[Row]) -> dict[str, str]:
+    """Labels that leave settings out -> all settings in which groups of the method differ."""
+    groups = [row.group for row in found]
+    return {one.label: one.setting for one in groups if one.label != ", ".join(filter(None, [one.method, one.setting]))}
 
 
 def terminal_table(title: str, found: Sequence[Row]) -> Table:
@@ -195,7 +208,7 @@ def record(row: Row) -> dict[str, Any]:
         "seeds": [int(run.get("seed")) for run in group.done],
         "test_accuracy": found.mean if found else None,
         "test_accuracy_std": found.std if found else None,
-        "test_accuracy_interval": [found.low, found.high] if found and found.std is not None else None,
+        "test_accuracy_interval": [found.low, found.high] if found and found.half is not None else None,
         "differences": {label: difference_record(one) for label, one in row.differences.items() if one is not None},
     }
     for key in MEANS:

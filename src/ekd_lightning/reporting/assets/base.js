@@ -40,8 +40,7 @@ const FORMATS = {
 };
 const format = (value, kind) => (known(value) ? FORMATS[kind](value) : DASH);
 /** The ends of an interval around a mean. */
-const ends = ({ mean: middle, half }, kind) =>
-  `[${format(middle - half, kind)}, ${format(middle + half, kind)}]`;
+const ends = (figure, kind) => `[${format(figure.low, kind)}, ${format(figure.high, kind)}]`;
 const pValue = (p) => (!known(p) ? "" : p < 0.001 ? "p < 0.001" : `p = ${p.toFixed(3)}`);
 const plural = (count, word) => `${count.toLocaleString("en-US")} ${word}${count === 1 ? "" : "s"}`;
 const share = (fraction, images) =>

@@ -12,12 +12,12 @@ const fade = (colour, alpha) =>
   `rgba(${[1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)).join(",")},${alpha})`;
 const dark = () => document.documentElement.dataset.theme === "dark";
 const touch = () => matchMedia("(pointer: coarse)").matches;
-const low = (figure) => figure.mean - (figure.half || 0);
-const high = (figure) => figure.mean + (figure.half || 0);
+const low = (figure) => figure.low ?? figure.mean;
+const high = (figure) => figure.high ?? figure.mean;
 const interval = (figure, kind = "percent") =>
-  known(figure.half)
+  known(figure.low)
     ? `${ends(figure, kind)} (95 %, n = ${figure.n})`
-    : `n = ${figure.n}: not enough runs for an interval`;
+    : `n = ${figure.n}: too few runs for an interval`;
 const runsBehind = (numbers) => {
   const [from, to] = [Math.min(...numbers), Math.max(...numbers)];
   return from === to ? `n = ${from}` : `n = ${from} to ${to}`;
@@ -98,9 +98,9 @@ const SHADES = [
 ];
 const ON_SHADES = "#191c20";
 
-/** A line through points with a band; points: {x, figure}. Intervals of single runs do not exist, and are not drawn. */
+/** A line through points with a band; points: {x, figure}. There is a band where there are enough runs for intervals. */
 function bandTraces(name, points, look, kind = "percent", hover = (point) => String(point.x)) {
-  const banded = points.filter((point) => known(point.figure.half));
+  const banded = points.filter((point) => known(point.figure.low));
   const legend = inert(name);
   const scale = kind === "percent" ? 100 : 1;
   const traces = [];
@@ -143,7 +143,6 @@ function legendLines(traces, width) {
   const names = traces
     .filter((trace) => trace.name && trace.showlegend !== false)
     .map((trace) => trace.name.length);
-  if (names.length < 2) return 0;
   const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
   return Math.ceil(names.length / beside);
 }
@@ -151,11 +150,13 @@ function legendLines(traces, width) {
 /** Error bars, but none where there is no interval. */
 const bars = (figures, colour, scale = 100) => ({
   type: "data",
-  array: figures.map((f) => (known(f.half) ? scale * f.half : null)),
+  symmetric: false,
+  array: figures.map((f) => (known(f.high) ? scale * (f.high - f.mean) : null)),
+  arrayminus: figures.map((f) => (known(f.low) ? scale * (f.mean - f.low) : null)),
   color: colour,
   thickness: 1.5,
   width: 4,
-  visible: figures.some((f) => known(f.half)),
+  visible: figures.some((f) => known(f.low)),
 });
 
 class ChartFrame {

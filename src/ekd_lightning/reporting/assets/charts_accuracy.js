@@ -11,7 +11,7 @@ const cut = (all, what) =>
 const valueRow = (name, figure) => [
   name,
   (100 * figure.mean).toFixed(2),
-  known(figure.half) ? ends(figure, "percent") : "not enough runs",
+  known(figure.low) ? ends(figure, "percent") : "too few runs",
   String(figure.n),
 ];
 
@@ -73,7 +73,7 @@ function byCounts({ block }) {
   const cells = teachers.flatMap((m) => branches.map((k) => ({ m, k, group: at(m, k) })));
   const text = ({ group }) =>
     group
-      ? `<b>${(100 * accuracy(group).mean).toFixed(2)}</b><br>${known(accuracy(group).half) ? ends(accuracy(group), "percent") : "no interval"}<br>n = ${accuracy(group).n}`
+      ? `<b>${(100 * accuracy(group).mean).toFixed(2)}</b><br>${known(accuracy(group).low) ? ends(accuracy(group), "percent") : "too few runs"}<br>n = ${accuracy(group).n}`
       : "";
   return {
     traces: [
@@ -111,10 +111,10 @@ function differences({ block, look, reference }) {
   const have = block.filter((group) => group.differences[reference]);
   if (!have.length) return { missing: `differences (no setting shares a seed with ${to})` };
   const sure = have
-    .filter((group) => known(group.differences[reference].half))
+    .filter((group) => known(group.differences[reference].low))
     .sort((a, b) => a.differences[reference].mean - b.differences[reference].mean);
   const unsure = have.length - sure.length;
-  if (!sure.length) return { missing: `differences to ${to} (not enough runs: an interval needs two pairs)` };
+  if (!sure.length) return { missing: `differences to ${to} (too few runs: an interval needs three pairs)` };
   const names = sure.map((group) => inert(group.label));
   const values = sure.map((group) => group.differences[reference]);
   return {
@@ -125,13 +125,7 @@ function differences({ block, look, reference }) {
         y: names,
         x: values.map((d) => 100 * d.mean),
         marker: { color: sure.map((g) => fade(look(g).colour, 0.75)) },
-        error_x: {
-          type: "data",
-          array: values.map((d) => 100 * d.half),
-          color: style("--ink"),
-          thickness: 1.5,
-          width: 4,
-        },
+        error_x: bars(values, style("--ink")),
         text: values.map((d) => `${format(d.mean, "points")} ${interval(d, "points")}<br>${pValue(d.p)}`),
         textposition: "none",
         hovertemplate: "%{y}<br>%{text}<extra></extra>",
@@ -153,7 +147,7 @@ function differences({ block, look, reference }) {
     caption:
       `Mean difference paired by seed with its 95 % interval, ${runsBehind(values.map((d) => d.n))}.` +
       (unsure
-        ? ` Not enough runs for an interval: ${have
+        ? ` Too few runs for an interval: ${have
             .filter((g) => !sure.includes(g))
             .map((g) => g.label)
             .join(", ")}.`

@@ -57,7 +57,7 @@ function reliability({ row }) {
     layout: layout(axis("confidence", { range: [0, 1.02] }), axis("accuracy", { range: [0, 1.02] })),
     caption:
       `${row.label}: 15 bins of confidence, n = ${n}` +
-      `${n < 2 ? ": not enough runs for intervals" : ", 95 % intervals over seeds"}. Larger marks hold more images.`,
+      `${n < 3 ? ": too few runs for intervals" : ", 95 % intervals over seeds"}. Larger marks hold more images.`,
     table: {
       head: ["Bin", "Confidence", "Accuracy", "Share of images"],
       rows: both.flatMap(([name, bins]) => bins.map(line(name))),

@@ -79,8 +79,7 @@ function learning({ block, look, curve }) {
   if (!all.length) return { missing: "learning curves (no metrics.csv with two epochs)" };
   const have = all.slice(0, MOST_LINES);
   const kind = key.endsWith("accuracy") ? "percent" : "plain";
-  const points = (group) =>
-    group.curves[key].map(([x, mean_, half, n]) => ({ x, figure: { mean: mean_, half, n } }));
+  const points = (group) => group.curves[key];
   const last = have.map((group) => points(group).at(-1).figure);
   return {
     traces: have.flatMap((group) =>
@@ -101,7 +100,7 @@ function learning({ block, look, curve }) {
       rows: have.map((g, at) => [
         g.label,
         format(last[at].mean, kind),
-        known(last[at].half) ? ends(last[at], kind) : "not enough runs",
+        known(last[at].low) ? ends(last[at], kind) : "too few runs",
         String(last[at].n),
       ]),
     },

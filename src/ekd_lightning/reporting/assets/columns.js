@@ -5,6 +5,7 @@ const THEMES = {
   overview: [
     "Overview",
     [
+      ["test_accuracy_ema", "EMA %", "test accuracy of the averaged weights", "percent"],
       ["test_nll", "NLL", "negative log-likelihood on the test images, in nats", "plain"],
       ["test_ece", "ECE", "expected calibration error, 15 bins", "plain"],
       ["macs", "MACs", "multiply-accumulates of one image", "millions"],

@@ -1,10 +1,10 @@
 // The table of results: one row per setting.
 
-/** Mean with its interval; a field is {mean, half, n}. */
+/** Mean with its interval; a field is {mean, low, high, n}. */
 function figureCell(figure, kind) {
   if (!figure) return DASH;
   const top = format(figure.mean, kind);
-  if (!known(figure.half) || ["count", "millions", "bytes"].includes(kind)) return top;
+  if (!known(figure.low) || ["count", "millions", "bytes"].includes(kind)) return top;
   return [top, h("span", { class: "soft" }, ` ${ends(figure, kind)}`)];
 }
 
@@ -12,9 +12,9 @@ function differenceCell(difference) {
   if (difference === "self") return h("span", { class: "soft" }, "reference");
   if (!difference) return DASH;
   const value = format(difference.mean, "points");
-  if (!known(difference.half)) return [value, h("span", { class: "sub" }, "not enough runs")];
+  if (!known(difference.low)) return [value, h("span", { class: "sub" }, "too few runs")];
   if (!known(difference.p)) return [value, h("span", { class: "sub" }, `the same in ${difference.n} pairs`)];
-  const [low, high] = [difference.mean - difference.half, difference.mean + difference.half];
+  const { low, high } = difference;
   const sure = known(difference.p) && difference.p < 0.05; // corrected; an interval alone takes no account of the others
   const side = !sure ? "" : low > 0 ? "up" : high < 0 ? "down" : "";
   const arrow = { up: "▲ ", down: "▼ ", "": "" }[side];
@@ -33,15 +33,15 @@ function track(figure, low, high) {
     { class: "track", viewBox: "0 0 144 20", "aria-hidden": "true" },
     svg("line", { class: "axis", x1: 0, x2: 144, y1: 10, y2: 10 }),
   );
-  if (known(figure.half)) {
+  if (known(figure.low)) {
     const [from, to] = [
-      Math.max(0, at(figure.mean - figure.half)),
-      Math.min(144, at(figure.mean + figure.half)),
+      Math.max(0, at(figure.low)),
+      Math.min(144, at(figure.high)),
     ];
     picture.append(svg("line", { x1: from, x2: to, y1: 10, y2: 10 }));
   }
   picture.append(
-    svg("circle", { class: known(figure.half) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }),
+    svg("circle", { class: known(figure.low) ? "" : "alone", cx: at(figure.mean), cy: 10, r: 4 }),
   );
   return picture;
 }
@@ -121,8 +121,8 @@ class Rows {
     } of groups) {
       if (!one) continue;
       const range = (this.ranges[block] ||= [1, 0]);
-      range[0] = Math.max(0, Math.min(range[0], one.mean - (one.half || 0)));
-      range[1] = Math.min(1, Math.max(range[1], one.mean + (one.half || 0)));
+      range[0] = Math.max(0, Math.min(range[0], low(one)));
+      range[1] = Math.min(1, Math.max(range[1], high(one)));
     }
     this.table.update(groups, this.columns());
   }
