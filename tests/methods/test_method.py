@@ -88,7 +88,7 @@ def test_the_whole_loss_against_loops_in_numpy(problem, step):
         combine=p["combine"],
         weights=p["weights"],
     )
-    assert set(loss.terms) == set(expected)
+    assert list(loss.terms) == list(expected)
     for name, value in expected.items():
         # 1e-6: the assignment matrix is float32
         assert loss.terms[name].item() == pytest.approx(value, rel=1e-6, abs=1e-6), name
@@ -99,18 +99,6 @@ def build(terms=None, K=2, M=3, temperature=4.0, assignment="mean", **changes):
     context = sizes(K, M, **changes)
     terms = EKD if terms is None else terms
     return build_method("ekd", terms, context, temperature=temperature, assignment=assignment)
-
-
-def test_total_has_gradients_and_terms_have_none():
-    method, student, teachers = build(), make_student(), make_teachers()
-    loss = method(student, teachers, make_batch())
-    loss.total.backward()
-    assert student.branch_logits.grad is not None
-    assert student.pooled.grad is not None
-    assert teachers.logits.grad is None
-    assert not any(v.requires_grad for v in loss.terms.values())
-    assert list(loss.terms) == list(EKD)
-    assert all(p.grad is not None for p in method.parameters())
 
 
 def test_gradients_of_the_whole_loss_in_double_precision():

@@ -213,11 +213,6 @@ def test_weights_that_are_not_allowed(weight):
         build_term("ce_ensemble", weight, term_context())
 
 
-def test_terms_that_need_teachers_refuse_none():
-    with pytest.raises(UserError, match="'kd_ensemble' needs teachers"):
-        build_term("kd_ensemble", 1.0, term_context(M=0))
-
-
 def test_registering_a_name_twice_is_loud_but_redefining_a_class_is_not():
     def define():
         @register_term("test_only_once")
