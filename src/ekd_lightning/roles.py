@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -197,7 +197,7 @@ def conditions(settings: type[Any], prefix: str = "") -> Iterator[Condition]:
             yield from conditions(hints[one.name], f"{key}.")
 
 
-def is_of(value: object, hint: Any) -> bool:
+def is_of(value: Any, hint: Any) -> bool:
     """Whether a plain value, as YAML gives it, is of an annotated type.
 
     A whole number will do for a float; true and false are no numbers.
@@ -207,11 +207,14 @@ def is_of(value: object, hint: Any) -> bool:
         return any(is_of(value, one) for one in inner)
     if kind is Literal:
         return any(value == one and type(value) is type(one) for one in inner)
-    if kind in (list, dict) and isinstance(value, (list, dict)):
+    if kind in (list, dict):
         values = value.values() if isinstance(value, dict) else value
-        return isinstance(value, kind) and all(is_of(one, inner[-1]) for one in values)
+        fits = isinstance(value, (list, tuple) if kind is list else dict)
+        return fits and all(is_of(one, inner[-1]) for one in values)
+    if is_typeddict(hint):
+        return isinstance(value, Mapping) and all(is_of(value.get(k), one) for k, one in get_type_hints(hint).items())
     if hint in (int, float):
-        return type(value) is int or (hint is float and type(value) is float)
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     known = kind or hint
     return hint is Any or not isinstance(known, type) or isinstance(value, known)
 

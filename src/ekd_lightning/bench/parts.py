@@ -21,6 +21,7 @@ from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.settings import Settings
+from ekd_lightning.teachers.hardware import usable_cores
 from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
 
@@ -73,7 +74,7 @@ def worker_counts(device: torch.device) -> tuple[int, ...]:
     """Numbers of loader workers worth trying: on a GPU up to one for each core."""
     if device.type == "cpu":
         return (0, 1, 2)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return (0, *(2**power for power in range(cores.bit_length()) if 2**power < cores), cores)
 
 

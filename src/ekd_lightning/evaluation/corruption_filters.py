@@ -15,7 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from ekd_lightning.data.order import hash_uniform_u64, splitmix64
+from ekd_lightning.data.order import Draws, hash_uniform_u64, splitmix64
 
 STREAM_CORRUPTION = 10
 """A number of its own among the streams of `data.order`."""
@@ -23,7 +23,7 @@ STREAM_CORRUPTION = 10
 _TRUNCATION = 1e-4
 
 
-class ImageDraws:
+class ImageDraws(Draws):
     """Random numbers for N images, each a pure function of (seed, name, severity, image index, call).
 
     Args:
@@ -39,14 +39,9 @@ class ImageDraws:
         self._base = splitmix64(index ^ key)
         self._calls = 0
 
-    def uniform(self, *shape: int) -> Tensor:
+    def uniform(self, *shape: int) -> Tensor:  # type: ignore[override]  # a shape in place of a range
         """Draws float32 [N, *shape], uniform in [0, 1), in steps of 2^-24."""
-        image = splitmix64(self._base ^ self._calls)
-        self._calls += 1
-        place = torch.arange(math.prod(shape), device=image.device)
-        bits = splitmix64(image[:, None] ^ place)
-        # The upper 24 bits; the shift of an int64 copies its sign, hence the mask.
-        return (((bits >> 40) & 0xFFFFFF).float() * 2.0**-24).view(-1, *shape)
+        return super().uniform(count=math.prod(shape)).T.reshape(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Draws float32 [N, *shape] from the standard normal distribution (Box and Muller 1958)."""

@@ -18,8 +18,9 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
-from ekd_lightning.networks.registry import is_number, register_network, require
+from ekd_lightning.networks.registry import register_network, require
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, he_initialised
+from ekd_lightning.roles import is_of
 
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 RESNET_WIDTHS = (16, 16, 32, 64)
@@ -83,7 +84,7 @@ def _resnet(spec: NetworkSpec, depth: int, widths: tuple[int, ...], shortcut: st
 
 def _scaled_resnet(depth: int, spec: NetworkSpec, *, shortcut: str = "B", width: float = 1) -> StagedNetwork:
     # All four widths are multiplied, the stem's too, so stage1 keeps its plain shortcuts.
-    possible = is_number(width) and 0 < width <= 64 and all(round(base * width) >= 1 for base in RESNET_WIDTHS)
+    possible = is_of(width, float) and 0 < width <= 64 and all(round(base * width) >= 1 for base in RESNET_WIDTHS)
     require(possible, spec, "width", "a number in [1/16, 64] that multiplies the channels 16-32-64")
     return _resnet(spec, depth, tuple(round(base * width) for base in RESNET_WIDTHS), shortcut)
 
@@ -125,7 +126,7 @@ class WideBlock(nn.Module):
 
 
 def _wide_resnet(depth: int, factor: int, spec: NetworkSpec, *, dropout: float = 0.0) -> StagedNetwork:
-    require(is_number(dropout) and 0 <= dropout < 1, spec, "dropout", "a number in [0, 1)")
+    require(is_of(dropout, float) and 0 <= dropout < 1, spec, "dropout", "a number in [0, 1)")
     channels = 16
     stages: dict[str, nn.Module] = {"stem": _named(conv=convolution(3, channels))}
     for number, base in ((1, 16), (2, 32), (3, 64)):

@@ -111,11 +111,6 @@ def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> Non
         raise UserError(f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})")
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a number; True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 BASE_CHANNELS = 16
 """Widths are searched in steps of 1/16: one channel of the stem of a CIFAR ResNet, so no channel is rounded."""
 CLOSE = 0.02

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from types import UnionType
-from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, get_type_hints
+
+from ekd_lightning.roles import is_of
 
 _LATE = {"late": True}
 """Metadata of optional fields, which a record omits while they are None."""
@@ -150,18 +151,18 @@ class Result(Mapping[str, Any]):
         """
         hints = _hints()
         for name in ("method", "data", "seed", "fraction"):
-            if not _fits(record.get(name), hints[name]):
+            if not is_of(record.get(name), hints[name]):
                 raise NotAResultError(f"no {name!r}")
         tested = record.get("test_accuracy")
         checked = ("fraction",) if tested is None and record.get("partial") else ("fraction", "test_accuracy")
         for name in checked:
             value: Any = record.get(name)
-            if not (_fits(value, float) and 0 <= value <= 1):
+            if not (is_of(value, float) and 0 <= value <= 1):
                 raise NotAResultError(f"{name!r} is {value!r}, not in [0, 1]")
         known: dict[str, Any] = {}
         more: dict[str, Any] = {}
         for name, value in record.items():
-            if value is not None and not _fits(value, _ROWS.get(name, hints.get(name, Any))):
+            if value is not None and not is_of(value, _ROWS.get(name, hints.get(name, Any))):
                 raise NotAResultError(f"{name!r} is {value!r:.60}")
             if name not in hints:
                 more[name] = value
@@ -196,22 +197,6 @@ def _hints() -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(Result).items() if name != "more"}
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a type; whole numbers are numbers, truth values are not."""
-    if hint is Any:
-        return True
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, one) for one in get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
-    if get_origin(hint) is list:
-        return isinstance(value, (list, tuple)) and all(_fits(one, get_args(hint)[0]) for one in value)
-    if is_typeddict(hint):
-        parts = get_type_hints(hint)
-        return isinstance(value, Mapping) and all(_fits(value.get(name), parts[name]) for name in parts)
-    return isinstance(value, get_origin(hint) or hint)
-
-
 def is_number(value: Any) -> bool:
     """Whether a field holds a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_of(value, float) and math.isfinite(value)
