@@ -38,7 +38,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 default_role = "code"  # docstrings use single backticks, as Markdown does
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"
+autodoc_inherit_docstrings = False
 autoclass_content = "both"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
@@ -47,6 +47,7 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|pytorch_lightning|numpy|collections|pathlib|omegaconf)\..*"),  # no inventories: builds offline
@@ -86,7 +87,8 @@ def make_pages(app: Sphinx) -> None:
     GENERATED.mkdir()
     (GENERATED / "commands.md").write_text("\n".join(command_reference()))
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        shutil.copy(notebook, GENERATED)
+        text = notebook.read_text().replace("(../docs/", "(../")
+        (GENERATED / notebook.name).write_text(text)
 
 
 def link_sources(app: Sphinx, name: str, source: list[str]) -> None:

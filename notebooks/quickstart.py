@@ -1,12 +1,12 @@
 # %% [markdown]
-# # Quickstart: distil three teachers into one branched student, and look at what the branches learned
+# # Quickstart: what the branches learn
 #
-# Everything here runs on a processor in a minute or two, on the handwritten digits that scikit-learn bundles.
-# Three small networks are trained as teachers, on a part of the digits only. A student with a shared trunk
-# and three branches then learns from the labels and from the frozen teachers: branch *k* imitates teacher *k*.
-# As a control, the same student is trained with every branch imitating the *mean* of the teachers.
+# This notebook trains three small teachers on a part of scikit-learn's handwritten digits, distils them into one
+# student with a shared trunk and three branches, and compares the branches. Branch *k* imitates teacher *k*. In the
+# control, every branch of the same student imitates the *mean* of the teachers. Everything runs on a CPU in a minute
+# or two.
 #
-# One run, one seed, 360 test images: enough to see how things work, not enough to rank methods.
+# One seed and 360 test images show how the parts work. They are too few to rank methods.
 
 # %%
 import csv
@@ -46,8 +46,8 @@ OUT = Path("quickstart")
 # %% [markdown]
 # ## Settings
 #
-# `Settings` is the typed form of what `ekd-train` reads from the command line. The method and the data set are
-# taken from the files that the package ships; the rest is chosen to be small.
+# `Settings` is the typed form of the command line of `ekd-train`. Method and data set come from the configuration
+# files of the package; everything else is chosen to be small.
 
 
 # %%
@@ -92,9 +92,8 @@ for name in ASSIGNMENTS:
 # %% [markdown]
 # ## The images and their views
 #
-# `prepare` builds everything that is cheap and checks everything that can be checked: data, subset, views,
-# student, method. Augmentation is a finite family of numbered views of an image, which is why the teachers'
-# answers can be remembered: `(image, view)` names an input completely.
+# `prepare` builds and checks data, subset, views, student and method. Augmentation is a finite family of numbered
+# views of each image. `(image, view)` therefore identifies an input, and teacher outputs for it can be stored.
 
 # %%
 prepared = prepare(settings["one_to_one"], "cpu")
@@ -124,7 +123,7 @@ print(
 # %% [markdown]
 # ## The teachers
 #
-# Trained on demand, on the student's own subset, and kept in a store: a second call loads them.
+# The teachers are trained on demand on the student's subset and kept in a store; a second call loads them.
 
 # %%
 teachers = gather_teachers(prepared.teachers)
@@ -136,13 +135,14 @@ differ = (teacher_logits.argmax(-1) != teacher_logits.argmax(-1)[0]).any(0)
 
 for name, hits in zip(teacher_names, teacher_hits, strict=True):
     print(f"{name:12s} test accuracy {100 * hits.float().mean():.1f} %")
-print(f"They do not all agree on {int(differ.sum())} of {len(labels)} test images.")
+print(f"The teachers disagree on {int(differ.sum())} of {len(labels)} test images.")
 
 # %% [markdown]
-# ## Distillation, twice
+# ## Distillation
 #
-# `run` trains the student, tests it once at the end, and leaves its record in a folder: `metrics.csv`,
-# `result.json`, `provenance.json`, checkpoints and `student.safetensors`.
+# `run` trains the student, tests it once at the end, and writes its record into a folder: `metrics.csv`,
+# `result.json`, `provenance.json`, checkpoints and `student.safetensors`. The first run fills the table of teacher
+# outputs; the second one reads it.
 
 # %%
 results = {name: run(settings[name], OUT / name, config=asdict(settings[name])) for name in ASSIGNMENTS}
@@ -150,13 +150,13 @@ for name, result in results.items():
     branches = ", ".join(f"{100 * value:.1f}" for value in result["test_branch_accuracy"])
     print(
         f"{LABELS[name]}: test accuracy {100 * result['test_accuracy']:.1f} % (branches {branches}); "
-        f"{100 * result['teacher_table_hit_rate']:.0f} % of the teachers' answers were known already"
+        f"{100 * result['teacher_table_hit_rate']:.0f} % of the teacher outputs came from the table"
     )
 
 # %% [markdown]
-# ## What the loss is made of
+# ## Terms of the loss
 #
-# Every term of the method has its own curve, before its weight. The dashed line is the control.
+# Each curve is one term of the method before its weight. The dashed line is the control.
 
 
 # %%
@@ -192,8 +192,7 @@ print(f"Terms that did not: {'; '.join(risen) or 'none'}.")
 # %% [markdown]
 # ## Accuracy of branches, ensemble and teachers
 #
-# The bars span one standard error of a share over the test images. It says how far chance in the choice of
-# test images reaches, and nothing about other seeds.
+# The bars are one standard error over the test images. They do not include the variation between seeds.
 
 # %%
 outputs = {}
@@ -244,7 +243,7 @@ compare("EKD against the control, ensembles", *(hits[f"{LABELS[name]}: ensemble"
 # %% [markdown]
 # ## Do the branches differ from each other?
 #
-# Share of test images on which two branches choose different classes.
+# Share of test images on which two branches predict different classes.
 
 # %%
 pairs = list(combinations(range(3), 2))
@@ -278,13 +277,12 @@ for name in ASSIGNMENTS:
     )
 
 # %% [markdown]
-# ## Whom does each branch follow?
+# ## Which teacher does each branch follow?
 #
-# Two measures for every branch and teacher. *Agreement*: the share of test images on which both choose the same
+# Two measures for every branch and teacher. *Agreement*: the share of test images on which both predict the same
 # class. *Distance*: T² KL(teacher ‖ branch) at the method's temperature, which is what `kd_branch` minimises; it
-# uses all of the teacher's answer, not only its first choice. The control shows how near a branch comes to a
-# teacher without having been assigned to it. A frame marks each branch's nearest teacher, the first
-# one among equals.
+# compares all probabilities, not only the predicted class. The control shows how close a branch comes to a teacher
+# without being assigned to it. A frame marks the nearest teacher of each branch, the first one among equals.
 
 # %%
 T = settings["one_to_one"].method.temperature
@@ -348,9 +346,9 @@ print(
 )
 
 # %% [markdown]
-# ## Where to go from here
+# ## Next steps
 #
-# - `ekd-train method=ekd,ekd_mean,ekd_permuted seed=0,1,2 -m` repeats this with controls and seeds; one seed says
-#   little.
-# - `ekd-train experiment=cifar10_limited` does the same on CIFAR-10 with pretrained teachers.
-# - `docs/architecture.md` shows how to add a network, a term, a method, a teacher or a data set.
+# - `ekd-compare --methods ekd,ekd_mean,ekd_permuted --seeds 0,1,2 --output compare/digits` repeats this with controls
+#   and seeds.
+# - `ekd-train experiment=cifar10_limited` does it on CIFAR-10 with pretrained teachers.
+# - `docs/extending.md` shows how to add a network, a term, a method, a teacher or a data set.
