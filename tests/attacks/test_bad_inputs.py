@@ -67,14 +67,6 @@ def raising(what: str) -> Any:
     return stop
 
 
-@pytest.fixture(scope="module")
-def finished(train, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    outcome = train(directory, "method=ce")
-    assert outcome.code == 0, outcome.err
-    return directory
-
-
 @pytest.fixture
 def places(finished, tmp_path) -> dict[str, str]:
     (tmp_path / "file").write_text("x")

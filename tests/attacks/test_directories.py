@@ -40,14 +40,6 @@ def assert_one_line(outcome: Outcome, *named: str) -> None:
     assert [part for part in named if part not in line] == [], line
 
 
-@pytest.fixture(scope="module")
-def finished(train, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    outcome = train(directory, *FEW)
-    assert outcome.code == 0, outcome.err
-    return directory
-
-
 # -- two at once ----------------------------------------------------------------------------------------
 
 

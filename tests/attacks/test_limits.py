@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,18 +21,6 @@ from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.directory import RunDirectory
 
 FEW = ("method=branched_ce", "student.branches=2")
-
-
-@pytest.fixture(scope="module")
-def finished(train, tmp_path_factory) -> Path:
-    outcome = train(tmp_path_factory.mktemp("finished") / "run", *FEW)
-    assert outcome.code == 0, outcome.err
-    return outcome.directory
-
-
-@pytest.fixture
-def run(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def tree(directory: Path) -> dict[str, bytes]:
