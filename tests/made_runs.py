@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ ACCURACIES = {
 }
 
 
-def write_study(folder: Path, accuracies: dict[str, tuple[float, ...]] = ACCURACIES, **more: Any) -> Path:
+def write_study(folder: Path, accuracies: Mapping[str, tuple[float, ...]] = ACCURACIES, **more: Any) -> Path:
     """One run per method and seed, in `<method>-s<seed>`."""
     for method, values in accuracies.items():
         for seed, accuracy in enumerate(values):
@@ -161,7 +162,7 @@ def collection(*runs: RunEntry) -> Collection:
     return Collection(Path("/nowhere"), tuple(runs))
 
 
-def study(accuracies: dict[str, tuple[float, ...]] = ACCURACIES, **more: Any) -> list[RunEntry]:
+def study(accuracies: Mapping[str, tuple[float, ...]] = ACCURACIES, **more: Any) -> list[RunEntry]:
     """One run per method and seed, in memory."""
     return [
         entry(result(method, seed, value, **more), f"{method}-{more}-s{seed}")

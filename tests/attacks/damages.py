@@ -119,7 +119,7 @@ def _link(target: str) -> Callable[[Path, Path], None]:
     return lambda path, other: path.symlink_to(target)
 
 
-LINKS: dict[str, Callable[[Path, Path], None]] = {
+LINKS: dict[str, Callable[[Path, Path], object]] = {
     "zero": _link("/dev/zero"),
     "null device": _link("/dev/null"),
     "dangling": _link("/nowhere/at/all"),
@@ -129,7 +129,7 @@ LINKS: dict[str, Callable[[Path, Path], None]] = {
     "pipe": lambda path, other: os.mkfifo(path),
     "gone": lambda path, other: None,
     "of another": lambda path, other: path.symlink_to(other),
-    "copy of another": lambda path, other: shutil.copy(other, path) and None,
+    "copy of another": lambda path, other: shutil.copy(other, path),
 }
 """Name -> what takes the place of the removed file; the second path is the same file of something else."""
 DAMAGES = (*CHANGES, *LINKS)

@@ -41,7 +41,7 @@ def _count_rows(counter: _Counter) -> None:
         counter.act()
         return pwrite(file, content, offset)
 
-    os.pwrite = counted  # type: ignore[assignment]
+    os.pwrite = counted
 
 
 def acts_of(program: str, *words: object, folder: Path, at: int | None = None) -> int:

@@ -192,7 +192,7 @@ def test_damaged_outputs_of_a_teacher_are_made_again(
     path.write_bytes(damage(whole))
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("ekd_lightning").addHandler(handler)
     try:
         assert store.test_scores(network, "a", test, 120, device) == scores

@@ -7,7 +7,9 @@ import shlex
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ def finished(train, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(run, tmp_path, monkeypatch) -> Path:
+def run(run, tmp_path, monkeypatch) -> Iterator[Path]:
     """A copy of it beside a module that leaves a mark when it runs; the mark must not be there at the end."""
     (tmp_path / "evil.py").write_text(EVIL)
     monkeypatch.chdir(tmp_path)
@@ -121,7 +123,7 @@ def test_modules_of_a_record_are_imported_when_the_user_says_so(run, tmp_path, c
         (tmp_path / "ran").unlink()
 
 
-SWEEP = {
+SWEEP: dict[str, dict[str, Any]] = {
     "job": {"jobs": [{"directory": "0", "overrides": ["hydra.callbacks.x={_target_: evil.Cb}"]}]},
     "common": {"common": ["--config-dir=."]},
     "imports": {"common": ["imports=[evil]"]},
@@ -136,7 +138,7 @@ SWEEP = {
 
 @pytest.mark.parametrize("what", SWEEP)
 def test_a_resumed_sweep_runs_no_code_of_its_plan(run, what):
-    plan = {"started": "", "working_directory": "", "config_name": "train", "config_dir": None}
+    plan: dict[str, Any] = {"started": "", "working_directory": "", "config_name": "train", "config_dir": None}
     plan |= {"hydra": [], "common": [], "jobs": [{"directory": "0", "overrides": ["seed=1"]}], **SWEEP[what]}
     folder = run.parent / "sweep"
     write_json(folder / "sweep.json", plan)

@@ -6,8 +6,8 @@ import copy
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
-import ekd_lightning.conf
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -15,6 +15,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+import ekd_lightning.conf
 from ekd_lightning.config.config import build_callback, register_schema, to_plain, to_settings, write_config
 from ekd_lightning.data.views import make_views
 from ekd_lightning.errors import UserError
@@ -115,7 +116,8 @@ def test_the_main_files_compose(name):
 def test_launchers_compose_with_their_plugins(launcher, plugin):
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
     cfg = composed(f"hydra/launcher={launcher}", "trainer.devices=2", hydra=True)
-    node = OmegaConf.to_container(cfg, resolve=False)["hydra"]["launcher"]
+    node: Any = OmegaConf.to_container(cfg, resolve=False)
+    node = node["hydra"]["launcher"]
     assert "Launcher" in node["_target_"]
     if launcher == "processes":
         assert cfg.hydra.launcher.gpus_per_node == 2

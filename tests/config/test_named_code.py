@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
@@ -56,9 +57,9 @@ def test_classes_of_lightning_and_of_the_user_are_built(own):
     assert (stopping.monitor, stopping.patience) == ("val/accuracy", 3)
     assert type(build_callback({"_target_": "pytorch_lightning.callbacks.timer.Timer"}, "callbacks.x")) is Timer
     import_user_modules([own])
-    built = build_callback({"_target_": f"{own}.Own", "number": 3}, "callbacks.x", [own])
-    assert isinstance(built, Callback)
+    built: Any = build_callback({"_target_": f"{own}.Own", "number": 3}, "callbacks.x", [own])
     assert built.number == 3
+    assert isinstance(built, Callback)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_nothing_is_erased_when_no_rectangle_fits():
     assert torch.equal(made, images)
 
 
-def crops_drawn(scale, ratio):
+def crops_drawn(scale: tuple[float, float], ratio: tuple[float, float]):
     """Top, left, height and width of each image, by torchvision's rule from the same numbers."""
     source = draws()
     area = source.uniform(*scale, count=10).numpy() * H * W
@@ -299,7 +299,7 @@ def test_a_name_is_given_once(name):
     with pytest.raises(ValueError, match=f"augmentation '{name}' is registered twice"):
 
         @register_augmentation(name)
-        class Another:
+        class Another:  # type: ignore[type-var]
             pass
 
 

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,8 @@ def test_images_are_mapped_and_decoded_once(digits_as_files, monkeypatch):
 @pytest.mark.parametrize("change", ["touched", "added", "size", "name"])
 def test_whatever_changes_the_images_decodes_them_anew(tmp_path, monkeypatch, change):
     root = make(tmp_path / "own", {"a": 5, "b": 5})
-    before, options = opened(root).train.sha256, {}
+    before = opened(root).train.sha256
+    options: Any = {}
     if change == "touched":
         save(root / "a" / "00.png", 99)
         os.utime(root / "a" / "00.png", ns=(1, 1))

@@ -62,7 +62,7 @@ def test_order_is_a_permutation_whatever_the_input_order():
 
 
 @pytest.mark.parametrize("other", [(0, 1), (1, 0)])
-def test_order_and_views_change_with_seed_and_epoch(other):
+def test_order_and_views_change_with_seed_and_epoch(other: tuple[int, int]):
     index = torch.arange(1000)
     assert not torch.equal(epoch_order(0, 0, index), epoch_order(*other, index))
     assert (epoch_views(0, 0, index, 162) == epoch_views(*other, index, 162)).float().mean() < 0.05

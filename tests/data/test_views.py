@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.data.order import Draws
-from ekd_lightning.data.views import CropFlip, Identity, Pool, make_views
+from ekd_lightning.data.views import CropFlip, Identity, Pool, ViewFamily, make_views
 from ekd_lightning.errors import UserError
 
 
@@ -62,7 +63,7 @@ def test_identity_view_leaves_images_alone(family):
 
 
 def test_keys_tell_families_apart():
-    families = [CropFlip(), CropFlip(3), CropFlip(4, flip=False), Identity()]
+    families: list[ViewFamily] = [CropFlip(), CropFlip(3), CropFlip(4, flip=False), Identity()]
     assert len({family.key for family in families}) == len(families)
     # Tables and teachers on users' disks have these keys.
     assert [family.key for family in families] == [
@@ -163,14 +164,15 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_torchvision_are_pure_and_draw_as_torchvision_does(name):
     """A view is what the transform makes of its image after the generator was seeded by the image's draw."""
-    family = make_views(["crop_flip", name], 2, options={name: TRANSFORMS[name]}, pool_size=V, pool_seed=4)
+    family: Any = make_views(["crop_flip", name], 2, options={name: TRANSFORMS[name]}, pool_size=V, pool_seed=4)
     index, view = torch.arange(60), torch.arange(60) % V
     state = torch.get_rng_state()
     whole = family(IMAGES, view, index)
     assert torch.equal(torch.get_rng_state(), state)
     some = torch.tensor([41, 3, 3])
     assert torch.equal(family(IMAGES[some], view[some], index[some]), whole[some])
-    before = make_views(["crop_flip", "crop_flip"], 2, pool_size=V, pool_seed=4).augmentations[0]
+    crops: Any = make_views(["crop_flip", "crop_flip"], 2, pool_size=V, pool_seed=4)
+    before = crops.augmentations[0]
     cropped = before(IMAGES, Draws(4, 0, view, index))
     transform = getattr(v2, name)(**TRANSFORMS[name])
     for row, seed in enumerate(Draws(4, 1, view, index).integers(2**31 - 1).tolist()):
@@ -202,7 +204,7 @@ def test_transforms_that_make_no_views_are_refused():
 
 def test_keys_tell_all_that_determines_the_views():
     cut = {"cutout": {"size": 8}}
-    families = [
+    families: list[ViewFamily] = [
         Identity(),
         CropFlip(),
         make_views("cutout"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def maps(*shape: int, seed: int = 0) -> torch.Tensor:
 @settings(max_examples=30, deadline=None)
 def test_borders_are_those_of_numpy(size, border):
     reach = 20
-    mode = {"nearest": "edge", "reflect": "symmetric", "mirror": "reflect"}[border]
+    mode: Any = {"nearest": "edge", "reflect": "symmetric", "mirror": "reflect"}[border]
     expected = np.pad(np.arange(size), reach, mode=mode)
     found = filters.inside(torch.arange(-reach, size + reach), size, border)
     assert found.tolist() == expected.tolist()
@@ -52,7 +53,7 @@ def test_correlation_is_that_of_scipy(border):
 def test_reading_beyond_the_border_goes_on_in_the_mirror(border):
     images = maps(1, 1, 6, 6)
     pad = 4
-    mode = {"reflect": "symmetric", "mirror": "reflect"}[border]
+    mode: Any = {"reflect": "symmetric", "mirror": "reflect"}[border]
     larger = torch.from_numpy(np.pad(images[0, 0].numpy(), pad, mode=mode))[None, None]
     place = maps(1, 7, 7, seed=3) * 10 - 3
     found = filters.bilinear(images, place, place.mT, border)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import ekd_lightning.conf
 import torch
 import yaml
 
+import ekd_lightning.conf
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.methods import StepContext, TermContext, build_assignment
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput

@@ -29,9 +29,8 @@ def crd(K=1, M=1, seed=0, dtype=torch.float64, **options):
     return build_term("crd", 1.0, context, **options).to(dtype)
 
 
-def batch_of(*places):
-    places = torch.tensor(places)
-    return make_batch(B=len(places))._replace(index=INDEX[places], labels=LABELS[places])
+def batch_of(*places: int):
+    return make_batch(B=len(places))._replace(index=INDEX[list(places)], labels=LABELS[list(places)])
 
 
 def step(term, places=(0, 4, 7), number=0, seed=0, K=1, M=1, dtype=torch.float64):
@@ -254,7 +253,7 @@ def _process(rank, folder):
             step_context(
                 student._replace(pooled=student.pooled[:, own]),
                 teachers._replace(pooled=(teachers.pooled[0][own],)),
-                batch_of(*(0, 4, 7, 2)[own]),
+                batch_of(*[0, 4, 7, 2][own]),
                 step=number,
             )
         )

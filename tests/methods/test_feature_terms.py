@@ -167,7 +167,7 @@ def test_flow_losses_of_branches_and_teachers_are_averaged():
 
 
 def test_the_published_form_has_two_stages():
-    jump = [[0, 1], [0.1111, 1], [0.1111, 0]]
+    jump: list[list[float]] = [[0, 1], [0.1111, 1], [0.1111, 0]]
     terms = {
         "fsp": {"weight": 1.0, "stages": FLOW, "schedule": {"linear": jump}},
         "ce_ensemble": {"weight": 1.0, "schedule": {"linear": [[s, 1 - f] for s, f in jump]}},

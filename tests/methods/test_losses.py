@@ -4,6 +4,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_the_page_of_methods_lists_every_loss_and_its_snippet_runs():
     assert set(losses.__all__) <= named
     assert {name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")} <= named
     (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    space: dict[str, object] = {}
+    space: dict[str, Any] = {}
     exec(snippet, space)
     student, teachers, labels = (space[name] for name in ("student", "teachers", "labels"))
     loss = 0.1 * torch.nn.functional.cross_entropy(student, labels)

@@ -70,7 +70,9 @@ def test_the_whole_loss_against_loops_in_numpy(problem, step):
             assignment=p["assignment"],
         )
     loss = method(
-        StudentOutput(*(torch.from_numpy(a) for a in (ensemble, branches, student_pooled)), ({},) * K),
+        StudentOutput(
+            torch.from_numpy(ensemble), torch.from_numpy(branches), torch.from_numpy(student_pooled), ({},) * K
+        ),
         TeacherOutput(torch.from_numpy(teachers), tuple(torch.from_numpy(teacher_pooled)), ({},) * M),
         batch,
         step=step,

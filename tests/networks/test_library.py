@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -391,7 +392,7 @@ class Moody(Residual):
 
 @pytest.fixture
 def users(monkeypatch):
-    module = types.ModuleType("users_networks")
+    module: Any = types.ModuleType("users_networks")
     module.residual, module.moody, module.table = Residual, Moody, lambda: {}
     for made in (Residual, Moody, module.table):
         monkeypatch.setattr(made, "__module__", "users_networks")
@@ -428,7 +429,7 @@ def test_a_users_function_is_run_for_real_alone(users, tmp_path, monkeypatch):
         return module
 
     monkeypatch.setattr(make, "__module__", "users_networks", raising=False)
-    sys.modules["users_networks"].make = make
+    monkeypatch.setattr("users_networks.make", make, raising=False)
     module = Residual().eval()
     safetensors.torch.save_file(module.state_dict(), tmp_path / "w.safetensors")
     network = load_library_network(NetworkSpec("module:users_networks.make", 10, UNIT), tmp_path / "w.safetensors")

@@ -119,7 +119,7 @@ def test_normalizations() -> None:
         normalization("cifar")
     for bad in [(0.1, 0.1, 0.0), (0.1, 0.1), (0.1, 0.1, float("nan")), ("a", 1, 1)]:
         with pytest.raises(UserError, match="normalization"):
-            Normalization((0.0, 0.0, 0.0), bad)  # type: ignore[arg-type]
+            Normalization((0.0, 0.0, 0.0), bad)
 
 
 FAMILIES = ["resnet8", "wrn_16_1", "densenetbc_40_12", "vgg8", "mobilenetv2"]

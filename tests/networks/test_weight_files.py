@@ -125,7 +125,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_metadata_must_be_strings_and_not_ours(tmp_path: Path) -> None:
     for bad in ({"ekd_spec": "x"}, {"a": 1}):
         with pytest.raises(ValueError, match="metadata"):
-            save_network(tmp_path / "n", _network(), bad)  # type: ignore[arg-type]
+            save_network(tmp_path / "n", _network(), bad)
 
 
 def test_state_hash_is_of_content_only() -> None:

@@ -153,8 +153,8 @@ def test_corruptions_that_are_regenerated(context, dataset):
         for severity in range(5):
             images = corrupt(dataset.test.images, name, severity + 1, seed=2)[index]
             accuracy[row, severity], nll[row, severity] = scores(context, images, labels)
-    for name, row in zip(main, accuracy, strict=True):
-        assert found["corruption_accuracy"][name] == pytest.approx(row.tolist())
+    for name, found_row in zip(main, accuracy, strict=True):
+        assert found["corruption_accuracy"][name] == pytest.approx(found_row.tolist())
     assert 0.3 < accuracy.mean() < found["corruption_clean_accuracy"]
     assert found["corruption_accuracy_by_severity"] == pytest.approx(accuracy.mean(0).tolist())
     assert found["corruption_nll_by_severity"] == pytest.approx(nll.mean(0).tolist(), rel=1e-4)

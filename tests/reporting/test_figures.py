@@ -85,7 +85,7 @@ def test_single_runs_have_no_bars(tmp_path):
     with fs.style():
         assert not list(figures.by_difference(report, fs.Looks([])))
         (drawn,) = figures.by_cost(report, fs.Looks([]))
-        bars = [one for axes in drawn.figure.axes for one in axes.containers if one.has_yerr]
+        bars = [one for axes in drawn.figure.axes for one in axes.containers if getattr(one, "has_yerr", False)]
     assert not bars
     assert "Too few runs" in drawn.caption
 
@@ -151,7 +151,7 @@ def test_text_on_heat_maps_can_be_read():
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
-BLINDNESS = {
+BLINDNESS: dict[str, list[list[float]]] = {
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],

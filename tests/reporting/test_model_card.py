@@ -37,7 +37,7 @@ def export(**student: Any) -> dict[str, Any]:
 
 def test_the_header_is_what_the_hub_reads():
     card = model_card(export(), {}, license_id="apache-2.0")
-    facts = ModelCard(card).data  # as the hub reads it
+    facts: Any = ModelCard(card).data  # as the hub reads it
     assert (facts.license, facts.datasets, facts.library_name) == ("apache-2.0", ["uoft-cs/cifar100"], "ekd-lightning")
     assert facts.pipeline_tag == "image-classification"
     assert facts.model_name == model_name(export()) == "ekd-cifar100-resnet20x2"

@@ -23,8 +23,8 @@ ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking",
 DESK = {"width": 1280, "height": 900}
 PAGE = 50
 PHONE = {"width": 390, "height": 844}
-CHARTS = ("fraction", "counts", "cost", "differences", "branches", "learning", "corruptions", "reliability")
-CHARTS += ("similarity",)
+CHARTS = ["fraction", "counts", "cost", "differences", "branches", "learning", "corruptions", "reliability"]
+CHARTS += ["similarity"]
 
 
 @pytest.fixture(scope="module")

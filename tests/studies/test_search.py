@@ -327,7 +327,7 @@ def test_a_budget_is_kept_where_another_machine_is_faster(tmp_path, monkeypatch)
 def test_a_trial_of_a_machine_that_died_is_taken_out_of_the_count(tmp_path, monkeypatch):
     url = f"sqlite:///{tmp_path}/trials.db"
     opened(tmp_path / "a" / "ekd", storage=url).claim(1)  # and is never heard of again
-    study = opened(tmp_path / "a" / "ekd", storage=url)
+    study: Any = opened(tmp_path / "a" / "ekd", storage=url)
     monkeypatch.setattr(study._study._storage._backend, "grace_period", -1)  # whatever was not heard of just now
     assert study.claim(1) is not None
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]

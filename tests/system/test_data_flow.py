@@ -53,16 +53,16 @@ class Watcher(Callback):
     """Ends the trace of the setup at the first step, and traces the second step of the second epoch."""
 
     def __init__(self, trace: Trace) -> None:
-        self.trace, self.setup, self.step = trace, set(), set()
+        self.trace, self.set_up, self.warm = trace, set[str](), set[str]()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         place = (trainer.current_epoch, batch_idx)
         if place == (0, 0):
-            self.setup = self.trace.stop()
+            self.set_up = self.trace.stop()
         elif place == (1, 1):
             self.trace.start()
         elif place == (1, 2):
-            self.step = self.trace.stop()
+            self.warm = self.trace.stop()
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,11 @@ def listed(heading: str) -> list[str]:
 
 
 def test_a_warm_step_runs_in_the_files_that_the_page_lists(watched):
-    assert watched.step == set(listed("Files of a warm step"))
-    assert len(watched.step) <= 14
+    assert watched.warm == set(listed("Files of a warm step"))
+    assert len(watched.warm) <= 14
 
 
 def test_a_setup_runs_in_the_files_that_the_page_lists(watched):
-    orchestrating = {file for file in watched.setup if not file.startswith(PARTS)}
+    orchestrating = {file for file in watched.set_up if not file.startswith(PARTS)}
     assert orchestrating == set(listed("Files of a setup"))
     assert len(orchestrating) <= 24

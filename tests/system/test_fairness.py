@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import ekd_lightning.conf
 import pytest
 import torch
 
+import ekd_lightning.conf
 from ekd_lightning.data import TrainLoader
 from ekd_lightning.networks import state_sha256
 from ekd_lightning.pipeline.prepare import prepare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import wandb
 import yaml
@@ -68,7 +70,7 @@ def test_an_empty_log_writes_nothing(tmp_path):
 
 
 def test_metrics_csv_is_always_there(tmp_path):
-    made = make_loggers(LoggerSettings(), tmp_path, name="n", sweep=None, config={})
+    made: Any = make_loggers(LoggerSettings(), tmp_path, name="n", sweep=None, config={})
     assert [type(logger).__name__ for logger in made] == ["MetricsCsv"]
     assert made[0].path == tmp_path / "metrics.csv"
 
@@ -164,7 +166,7 @@ def test_the_environment_says_what_the_configuration_does_not(tmp_path, monkeypa
         monkeypatch.setenv(f"WANDB_{name}", value)
     wandb.teardown()  # a process reads them once
     settings = LoggerSettings(wandb=WandbSettings(enabled=True, mode="offline", **own))
-    loggers = make_loggers(settings, tmp_path, name="n", sweep="day/time", config={})
+    loggers: Any = make_loggers(settings, tmp_path, name="n", sweep="day/time", config={})
     assert loggers[1].experiment.project == expected[0]
     finish_loggers(loggers, result={})
     (folder,) = offline_runs(tmp_path)

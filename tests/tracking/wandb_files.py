@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import struct
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,7 +23,7 @@ def offline_runs(directory: Path) -> list[Path]:
 def records(folder: Path) -> dict[str, list]:
     """Everything an offline run would send, by kind; the file is a LevelDB log after a header of 7 bytes."""
     import wandb
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2 as messages
 
     wandb.teardown()  # `wandb.finish` returns before the service has written the end of the file
     (file,) = folder.glob("*.wandb")
@@ -36,7 +37,7 @@ def records(folder: Path) -> dict[str, list]:
         parts += data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record.FromString(parts)
+            record = messages.Record.FromString(parts)  # type: ignore[attr-defined]
             name, parts = record.WhichOneof("record_type"), b""
             found.setdefault(name, []).append(getattr(record, name))
     return found
@@ -70,6 +71,6 @@ def summary_of(folder: Path) -> dict[str, object]:
     return unpacked(*(item.update for item in records(folder).get("summary", [])))
 
 
-def history_of(folder: Path) -> list[dict[str, object]]:
+def history_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's history."""
     return [unpacked(row.item) for row in records(folder).get("history", [])]

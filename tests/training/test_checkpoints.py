@@ -150,7 +150,7 @@ def fit(directory: Path, epochs: int) -> None:
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        callbacks=checkpoint_callbacks(directory, with_best=True),  # type: ignore[arg-type]
+        callbacks=checkpoint_callbacks(directory, with_best=True),
         plugins=[CheckpointWriter()],
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -173,9 +173,10 @@ def test_whether_compiling_pays_is_judged_at_the_size_of_the_images():
     method = build_method("plain", {"ce_ensemble": {"weight": 1.0}}, TermContext(10, num_branches=1, num_teachers=0))
     module = Distiller(student, method, RecipeSettings(epochs=1))
     # On a processor it is asked with half precision alone.
-    module._trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         precision="bf16-mixed", num_training_batches=1, accumulate_grad_batches=1, current_epoch=0, global_step=0
     )
+    module._trainer = trainer
     index = torch.arange(2)
     batch = Batch(torch.rand(2, 3, 224, 224), index, index, index, index >= 0)
     loss, _, logits = module.losses(batch)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -243,7 +244,7 @@ class LooksAtGradients(Callback):
 )
 def test_what_cannot_be_recorded_is_said_and_trains_step_by_step(tiny_settings, tmp_path, caplog, flags, words, reason):
     looks, seen = LooksAtGradients(), []
-    watching = {
+    watching: dict[str, list[Any]] = {
         "class": [looks],
         "instance": [LambdaCallback(on_after_backward=lambda trainer, module: seen.append(trainer.global_step))],
     }
