@@ -10,7 +10,7 @@ TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 -
 # Rows of `make results`; ekd-compare adds the controls and the plain students of equal cost.
 METHODS := ekd $(filter-out ekd,$(basename $(notdir $(wildcard conf/method/*.yaml)))) ce@resnet20
 
-.PHONY: help run run-cifar10 data test test-all attacks lint format type check notebooks docs docs-links results bench wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all attacks lint format type check coverage notebooks docs docs-links results bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ type: $(READY) ## mypy
 check: $(READY) ## all pre-commit hooks on all files
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
+coverage: $(READY) ## tests with coverage, below whose floor they fail; lines in htmlcov/
+	$(TESTS) --cov --cov-report=term --cov-report=html
+
 notebooks: $(READY) ## make the notebooks from their scripts
 	$(BIN)/python notebooks/tools/generate.py
 
@@ -79,10 +82,11 @@ wandb-sync: $(READY) ## upload W&B runs that were made offline, below RUNS="outp
 	else find "$$@" -type d -name 'offline-run-*' -exec $(BIN)/wandb sync {} +; fi
 
 clean: ## remove what was built, but no data, store or results
-	rm -rf build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 
 # The stamp depends on pyproject.toml: changed dependencies are installed, unchanged ones cost nothing.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo 'installing the project and its tools into $(VENV): a few minutes, the first time'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -87,7 +87,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_room_has_a_place_and_a_row():
-    rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    rooms = {path.parent.name for path in SOURCE.glob("*/__init__.py") if not path.parent.is_symlink()}
     assert rooms == set(LEVEL)
     assert [room for room in rooms if f"| `{room}/` |" not in ARCHITECTURE.read_text()] == []
 
