@@ -1,4 +1,4 @@
-"""Augmentations by name, for pools of draws; `cutout`, `random_erasing` and `resized_crop`."""
+"""Augmentations by name, for pools of random views; `cutout`, `random_erasing` and `resized_crop`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS_KEY = "data.augmentation_options"
 
 
 class Augmentation(Protocol):
-    """Changes every image of a batch by numbers of its own; built with keyword-only options.
+    """An augmentation changes every image of a batch by random numbers of its own; options are keyword-only.
 
     One that reads values back from the device has an attribute `captures = False`: training steps with it cannot be
     recorded as CUDA graphs.
@@ -68,7 +68,7 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
 
 
 def augmentation_names() -> tuple[str, ...]:
-    """The registered names, sorted; `none` and `crop_flip` are not among them."""
+    """Returns the registered names, sorted; `none` and `crop_flip` are not among them."""
     return tuple(sorted(_REGISTRY))
 
 
@@ -160,13 +160,13 @@ def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | 
 
 
 ATTEMPTS = 10
-"""How often a rectangle is drawn until it is small enough, as in torchvision."""
+"""How often a rectangle is drawn until it fits, as in torchvision."""
 
 
 def _draw_box(
     draws: Draws, H: int, W: int, scale: tuple[float, float], log_ratio: tuple[float, float], most_H: int, most_W: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Height and width of a rectangle in each image, int64 [B], and whether one was small enough, bool [B].
+    """Draws a rectangle for each image: height and width, int64 [B], and whether it fits, bool [B].
 
     The share of the area is uniform in `scale`, the logarithm of height / width in `log_ratio`.
     """
@@ -268,7 +268,7 @@ class ResizedCrop:
 
 
 def _stretched(images: Tensor, first: Tensor, length: Tensor, dim: int) -> Tensor:
-    """Enlarges `length` [B] pixels from `first` [B] on to the whole of one dimension, by linear interpolation."""
+    """Stretches `length` [B] pixels from `first` [B] on to the whole of a dimension, by linear interpolation."""
     size = images.shape[dim]
     shape = [len(images), 1, 1, 1]
     shape[dim] = size

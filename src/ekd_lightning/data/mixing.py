@@ -22,7 +22,7 @@ _USES = 4  # numbers that one batch needs
 
 
 class Mix(NamedTuple):
-    """What a batch of B images is mixed with.
+    """The partners of a batch of B images, and how it is mixed with them.
 
     Attributes:
         index: int64 [B], positions of the partners in the whole training set.
@@ -41,7 +41,7 @@ class Mix(NamedTuple):
 
 
 class Mixing:
-    """Draws how the batches of an epoch are mixed.
+    """Mixup and CutMix of an epoch's batches, drawn from (seed, epoch).
 
     mixup (Zhang et al. 2017, arXiv 1710.09412): x̃ = λ x + (1-λ) x', λ ~ Beta(α, α) once per batch. CutMix (Yun
     et al. 2019, arXiv 1905.04899): a rectangle of the partner with sides of sqrt(1-λ) of the image's, its centre
@@ -66,7 +66,7 @@ class Mixing:
         return bool(self.mixup or self.cutmix)
 
     def partners(self, seed: int, epoch: int, num_batches: int, batch_size: int) -> Tensor:
-        """int64 [num_batches, batch_size]: for each row of a global batch its partner's row, a permutation."""
+        """Returns each row's partner in its global batch, a permutation: int64 [num_batches, batch_size]."""
         rows = np.arange(num_batches * batch_size)
         bits = hash_uniform_u64(STREAM_PARTNER, seed, epoch, rows).reshape(num_batches, batch_size)
         return torch.from_numpy(bits.argsort(axis=1, kind="stable"))
@@ -74,7 +74,7 @@ class Mixing:
     def shares(
         self, seed: int, epoch: int, num_batches: int, height: int, width: int
     ) -> list[tuple[float, Box | None]]:
-        """Share λ and rectangle (see `Mix`) of each batch of an epoch, for images of height × width pixels."""
+        """Returns λ and rectangle (see `Mix`) of each batch of an epoch, for images of height × width pixels."""
         bits = hash_uniform_u64(STREAM_MIX, seed, epoch, np.arange(num_batches * _USES))
         unit = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
         return [self._share(row, height, width) for row in unit.reshape(num_batches, _USES)]
@@ -94,14 +94,14 @@ class Mixing:
 
 
 def _edges(unit: float, side: float, size: int) -> tuple[int, int]:
-    """First and last (exclusive) pixel along one axis, around a centre drawn from all pixels."""
+    """Returns the first and last (exclusive) pixel along an axis, around a random centre."""
     length, centre = int(size * side), int(size * unit)
     first = centre - length // 2
     return max(first, 0), min(first + length, size)
 
 
 def mix_labels(labels: Tensor, partner_labels: Tensor, num_classes: int, share: float) -> Tensor:
-    """λ y + (1-λ) y' of one-hot labels.
+    """Returns λ y + (1-λ) y' of one-hot labels.
 
     Args:
         labels: int64 [B].

@@ -27,7 +27,7 @@ STREAM_PARTNER = 8  # 7 is taken by training.trainer
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """One output of splitmix64 (Steele, Lea, Flood 2014) from each state, on the tensor's device; a bijection.
+    """Returns one output of splitmix64 (Steele, Lea, Flood 2014) per state, on the tensor's device; a bijection.
 
     Args:
         x: int64, any shape; the 64 bits are taken as unsigned, since torch computes little in uint64.
@@ -42,7 +42,7 @@ def splitmix64(x: Tensor) -> Tensor:
 
 
 def _signed(bits: int) -> int:
-    """The low 64 bits as torch holds them."""
+    """Returns the low 64 bits as a signed integer."""
     bits &= (1 << 64) - 1
     return bits - (1 << 64) if bits >> 63 else bits
 
@@ -52,7 +52,7 @@ def _shift_right(x: Tensor, places: int) -> Tensor:
 
 
 class Draws:
-    """Uniform numbers for B views, each a pure function of (seed, place, call, view, index).
+    """Random numbers for B views, each a pure function of (seed, place, call, view, index).
 
     With K = `hash_uniform_u64(STREAM_POOL, seed, place, 0)` and sm = splitmix64, call c draws from the bits
     sm(sm(sm(K ^ view) ^ index) ^ c); with a `count`, row j from sm(those ^ j). Nothing else has an influence:
@@ -88,7 +88,7 @@ class Draws:
 
 
 def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) -> UInt64Array:
-    """Uniform 64-bit numbers, one for each index.
+    """Hashes each index to a uniform 64-bit number.
 
     Args:
         stream: Small integer that separates purposes.
@@ -107,7 +107,7 @@ def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) ->
 
 
 def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """The order in which an epoch sees the images.
+    """Returns the order in which an epoch visits the images.
 
     Args:
         seed: The run's seed.
@@ -124,7 +124,7 @@ def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:
 
 
 def epoch_views(seed: int, epoch: int, index: Tensor, num_views: int) -> Tensor:
-    """The view in which an epoch sees each image.
+    """Returns the view of each image in an epoch.
 
     Args:
         seed: The run's seed.

@@ -1,4 +1,4 @@
-"""Which training images a run may see: stratified, seeded, nested."""
+"""Subsets of the training images: stratified, seeded, nested."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def choose_subset(
 
 
 def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) -> dict[int, int]:
-    """How many images to take of each class that occurs."""
+    """Returns the number of images to take of each class that occurs."""
     counts = {label: count for label, count in enumerate(torch.bincount(labels).tolist()) if count}
     if fraction is not None and per_class is not None:
         raise UserError(f"data.fraction={fraction} and data.per_class={per_class} exclude each other: set one to null")

@@ -1,4 +1,4 @@
-"""Transforms of torchvision as augmentations: any of `torchvision.transforms.v2`, by the name of its class.
+"""Transforms of `torchvision.transforms.v2` as augmentations, by the name of their class.
 
 A transform draws from PyTorch's generator. Here that is seeded for every image by its own draw, so that a view stays a
 pure function of the image, its index and the view's number, and teachers' answers can be remembered as usual.

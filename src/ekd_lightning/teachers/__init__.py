@@ -1,1 +1,1 @@
-"""Teachers: what each says of a view of an image."""
+"""Teachers: frozen copies, tables of their outputs, the store, and the source of outputs for training."""

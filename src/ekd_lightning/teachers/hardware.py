@@ -1,4 +1,4 @@
-"""Hardware's abilities: what `precision: auto` means here, a compiler that may be missing, free threads, memory.
+"""Hardware: native precisions, a compiler that may be missing, free threads, memory.
 
 Two runs that each take all cores stall each other; memory that a step frees is kept for the next one.
 """
@@ -24,7 +24,7 @@ from ekd_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 _THREADS = "OMP_NUM_THREADS"
-_LOOKS, _BETWEEN = 5, 0.01  # snapshots of what else runs, and seconds between them
+_SAMPLES, _BETWEEN = 5, 0.01  # snapshots of what else runs, and seconds between them
 
 
 # Numbers of glibc's malloc.h; its manual: mallopt(3).
@@ -68,13 +68,13 @@ def resolve_precision(precision: str | int | None, accelerator: str = "auto") ->
 
 
 def device_type_of(accelerator: str) -> str:
-    """The device type behind Lightning's `accelerator` flag on this machine, as far as we know it."""
+    """Returns the device type of Lightning's `accelerator` flag on this machine, as far as it is known."""
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     return "cuda" if on_gpu else "cpu" if accelerator in ("auto", "cpu") else accelerator
 
 
 def teacher_dtype(precision: str, device_type: str) -> torch.dtype:
-    """What frozen teachers compute in: `teachers.precision` is auto, float32 or bfloat16."""
+    """Returns the dtype of frozen teachers for `teachers.precision`: auto, float32 or bfloat16."""
     if precision == "auto":
         return torch.bfloat16 if native_bfloat16(device_type) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
@@ -114,7 +114,7 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on: its affinity, cut by the quota of its control group."""
+    """Counts the cores that this process may use: its affinity, limited by its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -124,21 +124,21 @@ def usable_cores() -> int:
 
 
 def busy_threads() -> int:
-    """Threads of others that are running now: the median of a few looks; 0 where the system does not tell."""
-    looks = []
-    for look in range(_LOOKS):
-        if look:
+    """Threads of others that are running now: the median of a few samples; 0 where the system does not tell."""
+    samples = []
+    for sample in range(_SAMPLES):
+        if sample:
             time.sleep(_BETWEEN)
         try:
             running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
         except (OSError, IndexError):
             return 0
-        looks.append(max(0, int(running) - 1))  # this one runs, too
-    return sorted(looks)[_LOOKS // 2]
+        samples.append(max(0, int(running) - 1))  # this one runs, too
+    return sorted(samples)[_SAMPLES // 2]
 
 
 def set_threads(asked: int | None, recorded: int | None, *, device_type: str, num_devices: int) -> int:
-    """Chooses the threads that torch computes with in this process, sets them, and says so in a line.
+    """Chooses and sets the number of torch's threads in this process, and logs it.
 
     Args:
         asked: `trainer.threads`; None to choose.
@@ -168,7 +168,7 @@ def set_threads(asked: int | None, recorded: int | None, *, device_type: str, nu
 
 @contextlib.contextmanager
 def threads_as_before() -> Iterator[None]:
-    """Jobs of a sweep share a process: what one says to its own processes about threads is not for the next."""
+    """Restores the environment's thread setting: jobs of a sweep share a process."""
     before = os.environ.get(_THREADS)
     try:
         yield

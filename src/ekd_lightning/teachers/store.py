@@ -1,4 +1,4 @@
-"""Store of trained teachers for all runs: a folder whose names are hashes of all that determines the content."""
+"""Store of trained teachers, shared by all runs: a folder addressed by hashes of what determines them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COST = "cost.json"
 
 
 class TeacherStore:
-    """A content-addressed folder of trained teachers, and of what teachers say of test sets.
+    """A content-addressed folder of trained teachers and of their outputs for test sets.
 
     An entry appears by one rename, after it is complete; a killed training leaves only a folder from which the next
     one goes on. Concurrent runs wait for each other on a lock per entry, so each teacher is trained once.
@@ -58,15 +58,15 @@ class TeacherStore:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def path(self, key: Mapping[str, Any]) -> Path:
-        """Weights file that belongs to `key`, whether it exists or not."""
+        """Path of the weights of `key`, whether they exist or not."""
         return self.weights(self.digest(key))
 
     def weights(self, digest: str) -> Path:
-        """Weights file of an entry by the digest of its key, whether it exists or not."""
+        """Path of the weights of an entry, by the digest of its key, whether they exist or not."""
         return self.root / "teachers" / digest / _WEIGHTS
 
     def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
-        """What the training of `key` said of its cost; empty where it said nothing."""
+        """Returns the recorded cost of the training of `key`; empty where there is none."""
         return _kept(self.path(key).with_name(COST), read_json, "its training's cost is not told") or {}
 
     def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:
@@ -113,7 +113,7 @@ class TeacherStore:
     def test_scores(
         self, network: StagedNetwork, sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
-        """Scores of what `test_outputs` returns."""
+        """Returns the scores of `test_outputs`."""
         return score_logits(
             self.test_outputs(lambda: network, sha256, images, batch_size, device).logits, images.labels
         )
@@ -121,7 +121,7 @@ class TeacherStore:
     def test_outputs(
         self, network: Callable[[], StagedNetwork], sha256: str, images: ImageSet, batch_size: int, device: torch.device
     ) -> Predictions:
-        """What a teacher says of a test set, asked once per (teacher, test set) and kept where the disk takes it.
+        """Returns a teacher's outputs for a test set, computed once per (teacher, test set) and stored if possible.
 
         Args:
             network: Gives the teacher; not called where its outputs are kept already.
@@ -179,7 +179,7 @@ class TeacherStore:
 
 
 def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) -> _T | None:
-    """What a file holds that can be made again; None without it, and for a damaged one, with `instead` as a warning."""
+    """Reads a file that can be made again; None without it, and for a damaged one, with a warning `instead`."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -191,7 +191,7 @@ def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) ->
 
 
 def _read_outputs(path: Path, count: int) -> Predictions:
-    """What `test_outputs` wrote.
+    """Reads what `test_outputs` wrote.
 
     Raises:
         DamagedFileError: If it is damaged, of other images or of another teacher.

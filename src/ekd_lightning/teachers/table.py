@@ -41,7 +41,7 @@ LOGITS, POOLED = "logits", "pooled"
 
 @dataclass(frozen=True)
 class TableKey:
-    """All that determines the content of a table; its hash is the file's name.
+    """Key of a table: everything that determines its content; its hash is the file's name.
 
     Attributes:
         teacher_sha256: Hash of the teacher's architecture and weights.
@@ -68,12 +68,12 @@ class TableKey:
 
     @property
     def content(self) -> str:
-        """The names of the columns: "logits", "logits+pooled", or a stage."""
+        """Names of the columns: "logits", "logits+pooled", or a stage."""
         return "+".join(name for name, _ in self.columns)
 
     @property
     def description(self) -> dict[str, object]:
-        """What the sidecar must say about the table."""
+        """The table's description in its sidecar."""
         facts = asdict(self)
         widths = dict(facts.pop("columns"))
         if LOGITS in widths:
@@ -89,7 +89,7 @@ class TableKey:
 
     @property
     def salt(self) -> int:
-        """What the check values of its rows are mixed with, so that rows of another table are not taken for its own."""
+        """Number that is mixed into the check values of rows, so that rows of another table are refused."""
         return int(self.name[:8], 16)
 
     @property
@@ -99,13 +99,13 @@ class TableKey:
 
 
 def row_dtype(columns: Columns) -> np.dtype:
-    """Layout of one row on disk: each column in float16, then a uint32 check value."""
+    """Returns the layout of a row on disk: each column in float16, then a uint32 check value."""
     return np.dtype([*((name, "<f2", (width,)) for name, width in columns), ("check", "<u4")])
 
 
 @cache
 def _crc_parts(length: int) -> NDArray[np.uint32]:
-    """What each value of each byte adds to the CRC32 of a payload, [length, 256].
+    """Returns what each value of each byte adds to the CRC32 of a payload, [length, 256].
 
     CRC32 is affine: the exclusive or of these, and of the CRC32 of zeros, is that of the payload.
     """
@@ -120,7 +120,7 @@ def _crc_parts(length: int) -> NDArray[np.uint32]:
 
 
 def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """CRC32 of every row [B, length]; short rows many at once, which takes a tenth of the time."""
+    """Computes the CRC32 of every row [B, length]; short rows in bulk, which is ten times as fast."""
     count, length = rows.shape
     if length > _SHORT:
         return np.fromiter((zlib.crc32(row) for row in rows), dtype=np.uint32, count=count)
@@ -134,7 +134,7 @@ def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
 
 
 def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray[np.uint32]:
-    """CRC32 of every payload [B, bytes], mixed with its row number and the salt; never 0, which marks a hole."""
+    """Computes check values: the CRC32 of every payload [B, bytes], mixed with row number and salt; never 0."""
     wide = rows.astype(np.uint64)
     # An odd factor permutes 32-bit numbers: any two rows below 2^32 differ in what is mixed in.
     mixed = ((wide ^ (wide >> np.uint64(32))) * np.uint64(0x9E3779B1)).astype(np.uint32)
@@ -144,7 +144,7 @@ def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray
 
 
 class TeacherTable:
-    """The rows of one teacher for one image set and view family; opened, or created when missing.
+    """Rows of a teacher for an image set and view family; opened, or created when missing.
 
     Attributes:
         key: What the table holds.
@@ -188,7 +188,7 @@ class TeacherTable:
         self._map = np.frombuffer(self._mapped, dtype=np.uint8).reshape(key.num_rows, self._row_bytes)
 
     def _defect(self) -> str | None:
-        """Why the files cannot be used: "" when there are none, None when they can."""
+        """Returns why the files cannot be used: "" when there are none, None when they can."""
         if not self.path.exists():
             return ""
         found = self.path.stat().st_size
@@ -221,7 +221,7 @@ class TeacherTable:
         return index * np.int64(self.key.num_views) + view
 
     def read(self, index: Rows, view: Rows) -> tuple[dict[str, Halves], NDArray[np.bool_]]:
-        """Looks rows up.
+        """Reads rows.
 
         A row that is there but fails its check counts as absent; the first such row is reported by a warning.
 

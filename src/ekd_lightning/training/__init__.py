@@ -1,1 +1,1 @@
-"""The run: LightningModules, teachers and their store, callbacks, loggers and the record."""
+"""Training: the LightningModule, its steps and trainer, and teachers trained on demand."""

@@ -42,13 +42,13 @@ from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
 
 DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
-"""What a link's terms weigh where the method has no kd_ensemble whose weights it could take."""
+"""Weights of a link's terms where the method has no kd_ensemble to take them from."""
 _ENTRY = ("network", "options", "seed")
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """One network of the chain, checked and not trained yet."""
+    """An assistant of the chain, checked and not yet trained."""
 
     id: str
     spec: NetworkSpec
@@ -58,18 +58,18 @@ class Assistant:
 
 @dataclass(frozen=True)
 class Chain:
-    """The teachers at its head, the assistants from large to small, and how these are trained."""
+    """A chain: the teachers at its head, the assistants from large to small, and their training."""
 
     origins: tuple[PlannedTeacher, ...]
     assistants: tuple[Assistant, ...]
     lesson: Lesson
 
     def taught_by(self, origins: list[PlannedTeacher]) -> Chain:
-        """The same chain with other teachers at its head."""
+        """Returns the chain with other teachers at its head."""
         return replace(self, origins=tuple(origins))
 
     def last(self) -> PlannedTeacher:
-        """The student's teacher: obtaining it trains all links that the store lacks."""
+        """Returns the student's teacher; obtaining it trains all links that the store lacks."""
         last = self.assistants[-1]
         return PlannedTeacher(last.id, last.spec, "assistant", partial(_obtain, self))
 
@@ -84,7 +84,7 @@ def plan_chain(
     accelerator: str,
     curves: TeacherCurves | None = None,
 ) -> Chain:
-    """Reads `method.assistants`, of which there are some, and checks all that can be checked before training.
+    """Parses `method.assistants`, and checks everything that can be checked before training.
 
     Args:
         settings: The run's.
@@ -127,7 +127,7 @@ def plan_chain(
 
 
 def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:
-    """The two terms of every link: the method's own ce_ensemble and kd_ensemble, as far as it has them.
+    """Returns the two terms of every link: the method's own ce_ensemble and kd_ensemble where it has them.
 
     They keep their options (label smoothing, how teachers are combined). A method that has no kd_ensemble, or gives
     it no weight, has no (1 - λ) and λ to offer: then the weights are 0.1 and 0.9. `method.chain` overrides both.
@@ -150,7 +150,7 @@ def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _term(terms: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Options and weight of the first term of a type; empty if there is none."""
+    """Returns options and weight of the first term of a type; empty if there is none."""
     found = (term for name, term in terms.items() if (term.get("type") or name) == kind)
     return {name: value for name, value in next(found, {}).items() if name != "type"}
 
@@ -208,7 +208,7 @@ def _nobody() -> tuple[StagedNetwork, dict[str, Any]]:
 
 
 def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
-    """The last assistant; the links come from the store, or are trained one after the other."""
+    """Returns the last assistant; links come from the store, or are trained in turn."""
     teachers = gather_teachers(list(chain.origins))
     links = []
     for assistant in chain.assistants:
@@ -223,7 +223,7 @@ def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
 def _obtain_link(
     lesson: Lesson, assistant: Assistant, teachers: TeacherEnsemble
 ) -> tuple[StagedNetwork, dict[str, Any]]:
-    """One assistant, and what the record says of it."""
+    """Returns an assistant and its record."""
     store = TeacherStore(Path(lesson.settings.teachers.store))
     hashes = [identity.sha256 for identity in teachers.identities]
     key = lesson.key(assistant.spec, assistant.seed, hashes)

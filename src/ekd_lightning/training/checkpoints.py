@@ -1,4 +1,4 @@
-"""Checkpoints of a training: when they are written, how they get to disk, and how they are read back."""
+"""Checkpoints of a training: when they are saved, how they are written and read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SEAL_COMMENT = f"{SEAL}:{UNSEALED}".encode()
 
 
 class CheckpointWriter(CheckpointIO):
-    """Writes checkpoints behind the training; each is the old file or the new one, whatever stops the process.
+    """Writes checkpoints in the background; each file is the old or the new one, whatever stops the process.
 
     A call copies the state to host memory and returns. One thread seals and writes it, in the order of the calls.
     A call for a file waits until the file's last one is written; `teardown`, which the Trainer calls whenever a
@@ -54,7 +54,7 @@ class CheckpointWriter(CheckpointIO):
         self._seen: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Takes a copy of the state and starts to write it.
+        """Copies the state and starts to write it.
 
         Args:
             checkpoint: The state: containers, tensors, numbers and strings.
@@ -98,7 +98,7 @@ class CheckpointWriter(CheckpointIO):
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes what `torch.load` reads, with a checksum of the whole file in its zip comment.
+    """Writes a file for `torch.load` with a checksum of the whole file in its zip comment.
 
     Raises:
         UserError: If the disk refuses, naming the file, which is then as it was.
@@ -131,7 +131,7 @@ def read_checkpoint(path: Path, owner: str | None = None) -> dict[str, Any]:
 
 
 def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:
-    """`best.ckpt` by validation accuracy (if there is a validation split) and `last.ckpt`, every epoch.
+    """Returns callbacks for `best.ckpt` by validation accuracy (with a validation split) and `last.ckpt`.
 
     The order matters: `last` is written after `best`, so it holds the up-to-date best-so-far.
     """
@@ -157,7 +157,7 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
         """Nothing: a validation may come inside an epoch."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Holds every process until the one that writes has written: any of them may read a checkpoint next."""
+        """Makes every process wait for the writing one: any of them may read a checkpoint next."""
         trainer.strategy.barrier("checkpoints")
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
@@ -165,7 +165,7 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
 
 
 def _on_host(value: Any) -> Any:
-    """A copy of a state in host memory that later steps do not change; containers keep their type."""
+    """Copies a state to host memory, so that later steps do not change it; containers keep their type."""
     if isinstance(value, Tensor):
         found = value.detach()
         return found.clone() if found.device.type == "cpu" else found.cpu()

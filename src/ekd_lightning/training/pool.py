@@ -1,4 +1,4 @@
-"""Pool of teachers as it is configured: planned first (cheap, every check), then loaded or trained."""
+"""Pool of teachers of the configuration: planned and checked first, then loaded or trained."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _plan_stored(
     beginning: Mapping[str, Any],
     train: Callable[..., StagedNetwork],
 ) -> PlannedTeacher:
-    """A teacher that is trained when the store lacks it; `beginning` is the part of its key that says from what."""
+    """Plans a teacher that is trained unless the store has it; `beginning` is its key's part about its start."""
     check_optimizer(settings.recipe, "teachers.recipe")  # now, not after other teachers were trained
     everything = "all" if data.dataset.val_index is None else "all but those for validation"
     key = {
@@ -183,7 +183,7 @@ def _plan_stored(
 def _plan_library(
     settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
-    """A network of another library: as its weights are, or trained further on the data."""
+    """Plans a network of another library: with its weights, or fine-tuned on the data."""
     if entry.hub:
         found = from_hub(entry.hub)
     else:

@@ -1,4 +1,4 @@
-"""Steps of a training: the learning rate as a function of the step, and the values that each step leaves.
+"""Steps of a training: optimiser, learning rate, weight average, and the log of each step's values.
 
 The rate warms up linearly and then follows a cosine, falls in steps, or stays.
 """
@@ -61,7 +61,7 @@ def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], f
 
 
 def optimizer_class(name: str, key: str) -> type[Optimizer]:
-    """Finds a class of torch.optim by its name; nothing that is defined elsewhere can be named.
+    """Finds a class of torch.optim by its name; classes defined elsewhere cannot be named.
 
     Args:
         name: In upper or lower case.
@@ -88,7 +88,7 @@ def optimizer_class(name: str, key: str) -> type[Optimizer]:
 
 
 def check_optimizer(recipe: RecipeSettings, key: str) -> None:
-    """Refuses an optimiser that `make_optimizer` would refuse for a convolution; `key` is where the recipe stands.
+    """Checks the recipe's optimiser by building it for a convolution; `key` is where the recipe stands.
 
     Raises:
         UserError: As `make_optimizer`.
@@ -104,7 +104,7 @@ def make_optimizer(
     fused: bool = False,
     key: str = "recipe",
 ) -> tuple[Optimizer, LambdaLR]:
-    """The optimiser that the recipe names, with its schedule (to be stepped once per optimiser step).
+    """Builds the recipe's optimiser with its schedule (to be stepped once per optimiser step).
 
     Args:
         parameters: What is trained.
@@ -157,7 +157,7 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Takes a step's weights into the average.
+        """Updates the average with a step's weights.
 
         Args:
             network: The one that is averaged.
@@ -198,7 +198,7 @@ class StepLog:
         self._table = table
 
     def advance(self, step: int) -> None:
-        """Says that a recorded step (0-based) has been launched."""
+        """Notes that a recorded step (0-based) has been launched."""
         self._steps = step + 1
 
     def _values(self) -> Tensor | None:
@@ -213,7 +213,7 @@ class StepLog:
         return {} if values is None else dict(zip(self.names, values.mean(dim=0).unbind(), strict=True))
 
     def first_non_finite(self) -> tuple[int, str, float] | None:
-        """Looks for the first value that is not finite.
+        """Finds the first value that is not finite.
 
         The first name is that of the total: it is to blame only if everything else in its step is finite.
 

@@ -34,12 +34,12 @@ from ekd_lightning.training.trainer import EpochReport, EpochSeed
 log = logging.getLogger(__name__)
 
 LABELS_ALONE = {"ce": {"type": "ce_ensemble", "weight": 1.0}}
-"""The method of a teacher that is trained on demand."""
+"""The method of teachers trained on demand."""
 
 
 @dataclass(frozen=True)
 class TeacherData:
-    """What a teacher trained on demand may see, who may see its curves, and how its steps are run."""
+    """Data, loggers and step options of teachers trained on demand."""
 
     dataset: Dataset
     subset: Subset
@@ -50,7 +50,7 @@ class TeacherData:
     """As in `Settings`."""
 
     def index(self) -> Tensor:
-        """Training images of the teacher, int64: those of the student, or all, without those for validation only."""
+        """Returns the teacher's training images, int64: the student's, or all but those for validation only."""
         if self.train_on == "subset":
             return self.subset.train_index
         chosen = torch.ones(len(self.dataset.train), dtype=torch.bool)
@@ -117,14 +117,14 @@ class KeepFixed(pl.Callback):
 
 
 def _fresh(spec: NetworkSpec, seed: int) -> BranchedStudent:
-    """A plain network in the form in which it is trained; the student's randomness does not depend on it."""
+    """Builds a plain network as a student of one branch; the global generator is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BranchedStudent(spec, branches=1, split_after="none")
 
 
 def parts_sha256(network: StagedNetwork) -> str:
-    """Hash of a network without its head."""
+    """Hashes a network without its head."""
     digest = hashlib.sha256()
     for name, tensor in _parts(network).state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -132,7 +132,7 @@ def parts_sha256(network: StagedNetwork) -> str:
 
 
 def _parts(network: BranchedStudent | StagedNetwork) -> nn.ModuleList:
-    """All of a plain network but its head: stages and neck."""
+    """Returns a plain network's stages and neck, everything but its head."""
     owner = network.branches[0] if isinstance(network, BranchedStudent) else network
     return nn.ModuleList([owner.stages, owner.neck])  # type: ignore[list-item]
 
@@ -143,7 +143,7 @@ _FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorit
 
 @dataclass(frozen=True)
 class Lesson:
-    """What all links of a chain have in common."""
+    """Settings that all links of a chain share."""
 
     settings: Settings
     """The run's, with the recipe of the assistants in place of the student's."""
@@ -164,14 +164,14 @@ class Lesson:
         return str(resolve_precision(self.settings.trainer.get("precision"), self.accelerator) or "32-true")
 
     def flags(self) -> dict[str, Any]:
-        """The trainer's flags that count, defaults left out."""
+        """Returns the trainer's flags that change what is learned, defaults left out."""
         given = {name: self.settings.trainer.get(name) for name in _FLAGS}
         if given["accumulate_grad_batches"] == 1:
             del given["accumulate_grad_batches"]
         return {name: value for name, value in given.items() if value is not None}
 
     def key(self, spec: NetworkSpec, seed: int, teachers: Sequence[str]) -> dict[str, Any]:
-        """All that determines an assistant, for the store; `teachers` are their SHA-256."""
+        """Returns an assistant's key in the store; `teachers` are their SHA-256."""
         return {
             "kind": "assistant",
             "network": spec.to_dict(),
@@ -242,7 +242,7 @@ def train_assistant(
 
 
 def _images(dataset: Dataset, index: Tensor, views: ViewFamily, recipe: RecipeSettings, seed: int) -> ImageDataModule:
-    """Training images alone: nothing is chosen by validation, so none are held out for it."""
+    """Builds a data module without validation images: nothing is selected by validation."""
     share = len(index) / len(dataset.train)
     subset = Subset(index, index[:0], sha256="", fraction=share, per_class=None, seed=seed)
     mixing = Mixing(recipe.mixup, recipe.cutmix)
@@ -260,7 +260,7 @@ def _train(
     flags: Mapping[str, Any],
     callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[StagedNetwork, dict[str, Any]]:
-    """Trains one network on one device, going on from the last whole epoch of an earlier try; also what it cost.
+    """Trains a network on one device, resuming an earlier try; also returns its cost.
 
     `options` are the Distiller's, `flags` the Trainer's.
     """
@@ -289,7 +289,7 @@ def _train(
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:
-    """Where an earlier try stopped; None if it left nothing that can be read."""
+    """Returns the checkpoint of an earlier try; None if there is none that can be read."""
     path = scratch / LAST
     if not path.is_file():
         return None

@@ -46,7 +46,7 @@ _OUR_VALUES = {"precision": ("auto",)}
 
 
 def trainer_flags() -> dict[str, Any]:
-    """Names and defaults of all flags that `trainer.*` may set."""
+    """Returns names and defaults of all flags that `trainer.*` may set."""
     parameters = inspect.signature(pl.Trainer).parameters
     lightning = {name: parameter.default for name, parameter in parameters.items() if name not in _OURS}
     return lightning | {"threads": None}  # see `threads.set_threads`
@@ -121,7 +121,7 @@ def _plugins(chosen: Any, directory: Path) -> list[Any]:
 
 
 class EpochSeed(Callback):
-    """Makes the global generators a function of (seed, epoch, rank).
+    """Seeds the global generators in every epoch from (seed, epoch, rank).
 
     Checkpoints hold no generator state; with this, a resumed epoch draws what the uninterrupted one drew
     (dropout and the like; order and views do not depend on generators at all).
@@ -250,7 +250,7 @@ def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, 
 
 
 def _test(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, section: str = "test") -> dict[str, float]:
-    """Test scores as `test/<score>`, logged under `section`."""
+    """Returns test scores as `test/<score>`, logged under `section`."""
     module.test_section = section
     with part({"test": "last weights", "test_best": "best weights", "test_ema": "averaged weights"}[section]) as task:
         images, batch = len(data.dataset.test), data.eval_batch_size * trainer.world_size
@@ -280,7 +280,7 @@ def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> d
 
 
 def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:
-    """What the training took, as this process saw it."""
+    """Returns the cost of the training in this process."""
     seconds = report.train_seconds
     source = module.teacher_source
     return {
