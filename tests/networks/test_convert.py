@@ -86,9 +86,9 @@ def _file(tmp_path: Path, **changes: Tensor | None) -> Path:
         (_spec("resnet14"), "chenyaofo_resnet", r"'resnet14'.*missing: stages\.stage1\.1\.conv1\.weight.* more"),
         (_spec("resnet8", 100), "chenyaofo_resnet", r"with 100 classes.*it has 10 classes.*fc\.weight \[10, 64\]"),
         (_spec("resnet8", width=2), "chenyaofo_resnet", r"width.*conv1\.weight \[16, 3, 3, 3\] instead of \[32"),
-        (_spec("resnet8", shortcut="A"), "chenyaofo_resnet", r"no place for: layer2\.0\.downsample"),
-        (_spec("resnet8"), "akamaster_resnet", r"no place for: .*downsample"),
-        (_spec("wrn_16_1"), "densenet_bc", r"'wrn_16_1'.*no place for"),
+        (_spec("resnet8", shortcut="A"), "chenyaofo_resnet", r"names without a counterpart: layer2\.0\.downsample"),
+        (_spec("resnet8"), "akamaster_resnet", r"names without a counterpart: .*downsample"),
+        (_spec("wrn_16_1"), "densenet_bc", r"'wrn_16_1'.*names without a counterpart"),
         (_spec("resnet8"), "chenyaofo", "unknown key map.*did you mean 'chenyaofo_resnet'"),
     ],
 )
@@ -101,14 +101,14 @@ def test_misfits_are_refused_in_one_line(tmp_path: Path, spec: NetworkSpec, key_
 
 def test_single_odd_keys_are_refused(tmp_path: Path) -> None:
     spec = _spec("resnet8")
-    with pytest.raises(UserError, match=r"no place for: extra\.weight"):
+    with pytest.raises(UserError, match=r"names without a counterpart: extra\.weight"):
         load_foreign(_file(tmp_path, **{"extra.weight": torch.zeros(1)}), spec, "chenyaofo_resnet")
     with pytest.raises(UserError, match=r"missing: head\.bias"):
         load_foreign(_file(tmp_path, **{"fc.bias": None}), spec, "chenyaofo_resnet")
     both = {"layer2.0.shortcut.0.weight": torch.zeros(32, 16, 1, 1)}
     foreign = {**_foreign(build_network(spec), TO_AKAMASTER), **both}
     torch.save({**foreign, "layer2.0.downsample.0.weight": torch.zeros(1)}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"no place for: layer2\.0\.downsample"):
+    with pytest.raises(UserError, match=r"names without a counterpart: layer2\.0\.downsample"):
         load_foreign(tmp_path / "c.pth", spec, "akamaster_resnet")
 
 
@@ -120,5 +120,5 @@ def test_two_names_for_one_place_are_refused(monkeypatch: pytest.MonkeyPatch, tm
     ignored = {"extra.weight": torch.zeros(1)}
     load_foreign(_file(tmp_path, **ignored), _spec("resnet8"), "test")
     path = _file(tmp_path, **{"classifier.bias": torch.zeros(10)})
-    with pytest.raises(UserError, match=r"two names for one place: classifier\.bias"):
+    with pytest.raises(UserError, match=r"two names for one tensor: classifier\.bias"):
         load_foreign(path, _spec("resnet8"), "test")

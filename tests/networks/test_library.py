@@ -289,7 +289,7 @@ def test_classes_are_those_of_the_data(tmp_path):
         ([0, 1, 5], "must be 3 positions in 0 .. 4"),
         (["cat", "dog"], "names 2 classes, its weights tell 5"),
         (["a", "b", "c", "d", "e"], "none of its classes"),
-        (None, "tells 5 classes, the data has 3.*classes=.*finetune=head"),
+        (None, "predicts 5 classes, the data has 3.*classes=.*finetune=head"),
     ):
         with pytest.raises(UserError, match=said):
             load(wrong)

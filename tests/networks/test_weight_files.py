@@ -77,7 +77,7 @@ def test_kinds_are_not_confused(tmp_path: Path) -> None:
         load_network(tmp_path / "s")
     with pytest.raises(UserError, match="holds a network, not a student"):
         load_student(tmp_path / "n")
-    with pytest.raises(UserError, match="nothing of ours"):
+    with pytest.raises(UserError, match="holds something else"):
         load_network(tmp_path / "x")
 
 

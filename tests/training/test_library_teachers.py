@@ -137,7 +137,7 @@ def test_an_impossible_entry_is_refused_before_anything_is_loaded(plan, entry, s
 def test_weights_of_other_classes_say_what_can_be_done(plan, tmp_path):
     path = tmp_path / "seven.safetensors"
     safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), path)
-    with pytest.raises(UserError, match=r"tells 7 classes, the data has 10.*classes=.*finetune=head"):
+    with pytest.raises(UserError, match=r"predicts 7 classes, the data has 10.*classes=.*finetune=head"):
         gather_teachers(plan(weights=str(path)))
     (network,) = gather_teachers(plan(weights=str(path), finetune="head")).members
     assert network.head.out_features == 10

@@ -50,7 +50,7 @@ class Transform:
         try:
             self._transform = getattr(v2, name)(**options)
         except Exception as error:  # each class checks in its own way
-            raise UserError(f"{OPTIONS_KEY}.{name}: torchvision's {name} says: {one_line(error)}") from None
+            raise UserError(f"{OPTIONS_KEY}.{name}: torchvision refuses it ({one_line(error)})") from None
         # What a transform makes of a seed may change with torchvision's version.
         self.key = (
             f"{name}{json.dumps(dict(options), sort_keys=True, default=str)}-torchvision{torchvision.__version__}"

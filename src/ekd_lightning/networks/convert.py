@@ -116,8 +116,8 @@ def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNet
                 shapes.append(f"{key} {list(value.shape)} instead of {list(ours[name].shape)}")
             converted[name] = value
     problems = {
-        "names that it has no place for": unmapped,
-        "two names for one place": doubled,
+        "names without a counterpart": unmapped,
+        "two names for one tensor": doubled,
         "missing": [name for name in ours if name not in converted and not _matches(name, rules.absent)],
         "other shapes": shapes,
     }

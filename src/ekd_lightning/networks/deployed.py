@@ -222,7 +222,7 @@ def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | N
     """Parses what `pack_metadata` made, and verifies the checksum of the content; a .pt2 has its own."""
     found = strings.get(KIND)
     if found != DEPLOYED:
-        what = f"a {found}" if found else "nothing of ours"
+        what = f"a {found}" if found else "something else"
         hint = " (ekd-export makes one from a finished run)" if found == "student" else ""
         raise UserError(f"{path}: holds {what}, not a {DEPLOYED}{hint}")
     metadata: dict[str, Any] = {}

@@ -211,8 +211,8 @@ def load_library_network(
             head = select_classes(head, _positions(spec, classes, class_names, head.out_features))
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
         raise UserError(
-            f"teacher {spec.name!r} tells {head.out_features} classes, the data has {spec.num_classes}: say which are "
-            f"which by classes=[..], or train a new head by finetune=head"
+            f"teacher {spec.name!r} predicts {head.out_features} classes, the data has {spec.num_classes}: map them "
+            "with classes=[..], or train a new head with finetune=head"
         )
     network = StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size)
     return network.eval()

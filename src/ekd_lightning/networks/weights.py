@@ -224,7 +224,7 @@ def _read_spec(path: Path, kind: str) -> dict[str, Any]:
     metadata = read_metadata(path)
     found = metadata.get(_KIND)
     if found != kind:
-        what = f"a {found}" if found else "nothing of ours"
+        what = f"a {found}" if found else "something else"
         raise UserError(f"{path}: holds {what}, not a {kind} saved by ekd-lightning")
     try:
         return dict(json.loads(metadata[_SPEC]))

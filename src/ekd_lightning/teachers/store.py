@@ -67,7 +67,7 @@ class TeacherStore:
 
     def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the recorded cost of the training of `key`; empty where there is none."""
-        return _kept(self.path(key).with_name(COST), read_json, "its training's cost is not told") or {}
+        return _kept(self.path(key).with_name(COST), read_json, "the cost of its training is unknown") or {}
 
     def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:
         """Loads the teacher of `key`, training it first when the store lacks it.
@@ -139,14 +139,14 @@ class TeacherStore:
         found = _kept(path, read)  # without a lock: a store may be shared read-only
         if found is not None:
             return found
-        with self._lock_or_none(path, "asking this teacher about the test set"):
-            found = _kept(path, read, "its teacher is asked again")
+        with self._lock_or_none(path, "computing this teacher's outputs for the test set"):
+            found = _kept(path, read, "its outputs are computed again")
             if found is None:
                 found = predict(network().to(device), images, batch_size=batch_size, device=device)
                 try:
                     write_sealed_tensors(path, found._asdict(), {_OF: path.stem})
                 except UnwritableFileError as error:
-                    log.warning("%s: what this teacher says of the test set is not kept", error)
+                    log.warning("%s: this teacher's outputs for the test set are not stored", error)
         return found
 
     def _lock_or_none(self, path: Path, doing: str) -> contextlib.AbstractContextManager[object]:
@@ -175,7 +175,7 @@ class TeacherStore:
             log.info("removing an unfinished training of a teacher: %s", part.name)
             shutil.rmtree(part, ignore_errors=True)
         if final.is_dir() and not (final / _WEIGHTS).is_file():
-            shutil.rmtree(final)  # somebody took the weights away
+            shutil.rmtree(final)  # its weights were removed
 
 
 def _kept(path: Path, read: Callable[[Path], _T], instead: str | None = None) -> _T | None:
@@ -200,7 +200,7 @@ def _read_outputs(path: Path, count: int) -> Predictions:
     if read_metadata(path).get(_OF, path.stem) != path.stem:
         raise DamagedFileError(f"{path}: replaced, it belongs to another teacher or other images")
     if tensors.keys() != set(Predictions._fields) or not all(_are_outputs(part, count) for part in tensors.values()):
-        raise DamagedFileError(f"{path}: damaged, does not hold what a teacher says of {count} images")
+        raise DamagedFileError(f"{path}: damaged, does not hold a teacher's outputs for {count} images")
     return Predictions(**tensors)
 
 
