@@ -1,4 +1,4 @@
-"""The page of a small search for a setting in which EKD wins at equal MACs: docs/results/equal_macs_*.{md,json}.
+"""The page of a small search for a setting in which EKD is better at equal MACs: docs/results/equal_macs_*.{md,json}.
 
     ekd-train experiment=cifar10_limited data.val_fraction=0.5 hydra.run.dir=search/<name> ...    the trials
     ekd-compare --methods ekd,kd_mean@resnet14,... --tuned ... --no-controls --output compare/5pct ...
@@ -52,14 +52,14 @@ def weights(result: Mapping[str, Any]) -> str:
 def trials(folder: Path, usual: set[str]) -> list[dict[str, Any]]:
     """What each trial was, and its accuracy on validation images; of an earlier page's .json, its later ones.
 
-    Teachers are told where they are not the usual ones.
+    Teachers are named if they are not the usual ones.
     """
     if folder.suffix == ".json":
         return list(json.loads(folder.read_text())["later_trials"])
     found = []
     for run in collect([folder]).runs:
         result, words = run.result or {}, RunDirectory(run.directory).overrides()
-        # The weights are said whole: a default of then need not be the default of now.
+        # All weights are listed, because defaults change.
         own = [
             word.split("feature_branch.")[-1]
             for word in words
@@ -192,8 +192,8 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
         return (
             f"**Search** by `ekd-tune`: seed {seeds}, {protocol['epochs']} epochs, {images}; the same number of trials "
             f"for every method, the first of which is the default. The standard error of one accuracy is about "
-            f"{error:.1f} points, so settings that lie closer are not told apart, and the best of several looks better "
-            "than it is.",
+            f"{error:.1f} points, so closer settings cannot be distinguished, and the best of several looks better than "
+            "it is.",
             *said,
         )
     counts = Counter(f"{t['method']} ({t['student']})" for t in found)
@@ -203,7 +203,7 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
     return (
         f"**Search**: seed {first['seed']}, {first['train']:,} training and {first['val']:,} validation "
         f"images; trials: {counted}. The standard error of one accuracy is about {error:.1f} points, so "
-        "settings that lie closer are not told apart, and the best of several looks better than it is.",
+        "closer settings cannot be distinguished, and the best of several looks better than it is.",
         *said,
     )
 
@@ -215,8 +215,8 @@ def page(block: Block, facts: tuple[str, ...], tables: str, notes: str) -> str:
 
 Made by `benchmarks/equal_macs_page.py`. The question: with little data, is there a setting in which EKD beats plain
 distillation into a student of the same MACs? Each row has the best of the settings that were tried for its method and
-network, chosen on validation images, and the choice is confirmed on the test set over seeds. Rows called `*_macs` are
-of the plain ResNet whose MACs are closest to EKD's, and take the settings of their method's other row.
+network, chosen on validation images, and the choice is confirmed on the test set over seeds. Rows named `*_macs` use
+the plain ResNet with the MACs closest to EKD's, and the settings of the other row of their method.
 
 {bullets(facts)}
 

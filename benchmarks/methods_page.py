@@ -23,7 +23,7 @@ from page_parts import NOTES, bullets, difference, kept_notes, named, read_study
 from ekd_lightning import markdown as md
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
-from ekd_lightning.reporting.estimates import NOT_ENOUGH, interval_text, minus
+from ekd_lightning.reporting.estimates import TOO_FEW, interval_text, minus
 from ekd_lightning.reporting.tables import Row
 from ekd_lightning.studies.comparison import Runs, records, study_block, study_rows
 
@@ -45,7 +45,7 @@ FAMILIES = {
 }
 VERDICTS = {"above": "; EKD is better", "below": "; EKD is worse", "unclear": "; no significant difference"}
 DEFAULTS = (
-    "the defaults of `conf/method/`, published ones where there are any. EKD has none; its feature weight was chosen "
+    "the defaults of `conf/method/`, which are published where possible. EKD's feature weight was chosen "
     "on validation images ([search](equal_macs_cifar10_5pct.md)), the hint weight of two-stage FitNets by its loss on "
     "training images. Nothing else was tuned"
 )
@@ -99,12 +99,12 @@ def page(block: Block, notes: str) -> str:
     )
     return f"""# All methods on {100 * block.fraction:g} % of {block.data}
 
-Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. Nothing here is a number of the EKD paper or
-of any other, and none can be compared with one.
+Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. No number here comes from the EKD paper or
+any other, or can be compared with one.
 
 {setup(block.data, list(rows.values()), DEFAULTS)}
 
-## What comes out
+## Comparisons
 
 {findings(rows)}
 
@@ -116,7 +116,7 @@ of any other, and none can be compared with one.
 
 Accuracy in percent with the weights after the last epoch, mean ± sample standard deviation over n seeds. Differences in
 points, paired by seed, with the 95 % t interval; p of the paired t-test after Holm's correction over all rows. With
-three seeds the corrected test finds large differences only. K branches, M teachers.
+three seeds the corrected test detects only large differences. K branches, M teachers.
 
 {tables}
 """
@@ -173,7 +173,7 @@ def readme_section(records: Sequence[Mapping[str, Any]], page: Path) -> str:
 def readme_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
     """Which side of another row a row is on (`level with` where the interval holds 0), and by how many points."""
     found = minus(ours["by_seed"], theirs["by_seed"])
-    words = {"above": "above", "below": "below", "unclear": "level with", NOT_ENOUGH: "not compared with"}
+    words = {"above": "above", "below": "below", "unclear": "level with", TOO_FEW: "not compared with"}
     return words[side(found)], interval_text(found)
 
 

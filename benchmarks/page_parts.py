@@ -1,4 +1,4 @@
-"""What the pages of `ekd-compare`'s studies have in common: their runs, set-up, rows, differences, and notes."""
+"""Shared parts of the pages of `ekd-compare`'s studies: runs, set-up, rows, differences, and notes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def made_on(rows: Sequence[Row]) -> str:
     if not others:
         return first
     rest = "; ".join(f"{place} for {', '.join(runs[place])}" for place in others)
-    return f"{first}; {rest}, so differences between these rows and others are also ones of machines"
+    return f"{first}; {rest}, so these rows differ from the others in the machine, too"
 
 
 def setup(data: str, rows: Sequence[Row], weights: str) -> str:
@@ -107,11 +107,11 @@ def setup(data: str, rows: Sequence[Row], weights: str) -> str:
         f"**Data**: {data}, {first['num_train_images']:,} training and {first['num_val_images']:,} validation "
         f"images (subset `{first['subset_sha256'][:12]}`, the same for all runs); each run reads the test set once, "
         "at its end.",
-        f"**Teachers**: {teachers}. They were trained by others on all training images, so also on those that the "
-        "students must not see, and are right on nearly all validation images.",
+        f"**Teachers**: {teachers}. These published networks have seen all training images, including those that the "
+        "students do not see, and classify nearly all validation images correctly.",
         f"**Steps**: {first['epochs']} epochs of batch {first['batch_size']}, {first['steps']:,} steps for every run, "
-        f"{first['precision']}. Short, because it ran on a processor: all students would gain from more, and the "
-        "order of the methods may change with them.",
+        f"{first['precision']}. A short schedule for a CPU: every student would gain from more steps, and the "
+        "order of the methods may change.",
         f"**Weights** of the losses: {weights}.",
         f"**Seeds**: {', '.join(map(str, seeds))}; at one seed all rows see the same images in the same order.",
         f"**Hardware**: {made_on(rows)}; runs of {'/'.join(map(str, threads))} thread(s); {', '.join(versions)}.",
