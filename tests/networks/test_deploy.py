@@ -197,7 +197,14 @@ def test_what_a_model_accepts(folder):
     assert model.class_names == tuple(NAMES)
     assert "2 branches, 6 classes" in repr(model)
     with pytest.raises(TypeError, match="divide by 255"):
-        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.int64))
+    for strange in (images(4) * 255, (images(4) - 0.5) / 0.2, images(4) * float("nan")):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            model.classify(strange)
+    pixels = (images(4) * 255).round().to(torch.uint8)
+    assert_same(model(pixels), model(pixels / 255))
+    assert model.classify(images(4) + 0.1)
+    assert len(model(images(0))) == 0
     for shape in ((3, 16, 16), (1, 1, 16, 16), (1, 3, 32, 32)):
         with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]"):
             model(torch.zeros(shape))

@@ -37,7 +37,7 @@ def assert_same(found, expected, rtol=1e-4):
         assert (one - other).abs().max() <= rtol * scale, ((one - other).abs().max(), scale)
 
 
-@pytest.mark.parametrize("name", [n for n in network_names() if n.startswith(SMALL)])
+@pytest.mark.parametrize("name", [*(n for n in network_names() if n.startswith(SMALL)), "wrn_16_1"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_folding_changes_nothing_but_rounding(name, channels_last):
     network = lived(name)

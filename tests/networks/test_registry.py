@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from ekd_lightning.errors import UserError
@@ -84,6 +86,9 @@ def test_spec_keeps_a_copy_of_the_options() -> None:
         ("resnet8", {"width": True}, "width=True"),
         ("resnet8", {"width": float("nan")}, "width=nan"),
         ("resnet8", {"width": 0.01}, "width=0.01"),
+        ("wrn_17_2", {}, "has 6n . 4 layers, e.g. 16 or 22"),
+        ("wrn_4_2", {}, "e.g. 10 or 16"),
+        ("wrn_16_0", {}, "wrn_<6n.4>_<k>"),
         ("wrn_16_1", {"dropout": 1.0}, "dropout=1.0"),
         ("wrn_16_1", {"dropout": -0.1}, "dropout=-0.1"),
         ("vgg8", {"dropout": 0.1}, "'dropout'.*allowed: none"),
@@ -140,6 +145,7 @@ def _count(name: str, num_classes: int, **options: Any) -> int:
     [
         ("resnet8x4", 100, 1_233_540),
         ("resnet32x4", 100, 7_433_860),
+        ("wrn_16_1", 10, 175_066),
         ("wrn_16_2", 100, 703_284),
         ("wrn_40_2", 100, 2_255_156),
         ("wrn_28_10", 100, 36_536_884),
@@ -155,6 +161,17 @@ def _count(name: str, num_classes: int, **options: Any) -> int:
 )
 def test_published_parameter_counts(name: str, num_classes: int, parameters: int) -> None:
     assert _count(name, num_classes) == parameters
+
+
+@given(n=st.integers(1, 8), k=st.integers(1, 12))
+def test_wide_resnets_of_every_depth_and_width(n: int, k: int) -> None:
+    count, before = 3 * 16 * 9 + 2 * 64 * k + 64 * k * 10 + 10, 16  # stem, last norm, head
+    for width in (16 * k, 32 * k, 64 * k):
+        for _ in range(n):
+            count += 2 * before + 9 * before * width + 2 * width + 9 * width * width
+            count += before * width if before != width else 0  # the shortcut
+            before = width
+    assert _count(f"wrn_{6 * n + 4}_{k}", 10) == count
 
 
 @pytest.mark.parametrize("depth", [8, 20, 110])
@@ -214,7 +231,7 @@ def test_option_a_shortcut_against_numpy() -> None:
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", [*network_names(), "wrn_16_1", "wrn_28_4"])
 def test_stages_are_named_in_order_and_probing_touches_nothing(name: str) -> None:
     with torch.device("meta"):
         network = _build(name)
@@ -328,7 +345,8 @@ def branched(branches=3, split_after="stage1", name="resnet8", **options):
 def test_the_family_of_a_cifar_resnet_is_its_depths_without_the_wide_forms():
     assert family("resnet20") == tuple(f"resnet{depth}" for depth in RESNET_DEPTHS)
     assert family("vgg8") == ("vgg8", "vgg11", "vgg13", "vgg16", "vgg19")
-    assert family("wrn_16_1") == ("wrn_16_1", "wrn_16_2", "wrn_16_4")
+    assert family("wrn_16_2") == tuple(f"wrn_16_{factor}" for factor in range(1, 11))
+    assert family("wrn_22_12")[-1] == "wrn_22_12"
     assert family("mobilenetv2") == ("mobilenetv2",)
 
 

@@ -8,6 +8,7 @@ three dense blocks of bottleneck layers.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from functools import partial
 
@@ -18,15 +19,14 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
-from ekd_lightning.networks.registry import register_network, require
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks.registry import Builder, register_family, register_network, require
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, he_initialised
 from ekd_lightning.roles import is_of
 
 RESNET_DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 RESNET_WIDTHS = (16, 16, 32, 64)
 """Channels of stem, stage1, stage2, stage3."""
-WIDE_FORMS = ((16, 1), (16, 2), (16, 4), (40, 1), (40, 2), (28, 4), (28, 10))
-"""Registered (depth, widening factor) pairs."""
 DENSE_FORMS = ((40, 12), (100, 12), (100, 24), (190, 40))
 """Registered (depth, growth rate) pairs."""
 
@@ -140,8 +140,16 @@ def _wide_resnet(depth: int, factor: int, spec: NetworkSpec, *, dropout: float =
     return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
-for _depth, _factor in WIDE_FORMS:
-    register_network(f"wrn_{_depth}_{_factor}")(partial(_wide_resnet, _depth, _factor))
+@register_family("wrn_<6n+4>_<k>")
+def _any_wide_resnet(name: str) -> Builder | None:
+    form = re.fullmatch(r"wrn_([1-9]\d{0,2})_([1-9]\d{0,2})", name)
+    if form is None:
+        return None
+    depth, factor = int(form[1]), int(form[2])
+    if depth < 10 or depth % 6 != 4:
+        below = max(10, depth - (depth - 4) % 6)
+        raise UserError(f"unknown network {name!r}: a wide ResNet has 6n + 4 layers, e.g. {below} or {below + 6}")
+    return partial(_wide_resnet, depth, factor)
 
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)

@@ -30,6 +30,8 @@ from ekd_lightning.networks.deploy import DEPLOYED, KIND, METADATA_FILE, SUFFIXE
 from ekd_lightning.networks.staged import ImageSize, sides
 
 REQUIRED = ("spec", "class_names", "image_size")
+BEYOND = 0.2
+"""How far images may lie outside [0, 1]: resizing overshoots a little."""
 
 
 class DeployedModel:
@@ -74,20 +76,25 @@ class DeployedModel:
         """Classifies a batch of any size.
 
         Args:
-            images: float [B, 3, H, W] in [0, 1], RGB, not normalised.
+            images: [B, 3, H, W], RGB, not normalised: float in [0, 1], or uint8 in 0 .. 255.
 
         Returns:
             Logits, float32 [B, C], on the model's device.
 
         Raises:
-            TypeError: If the images are integers.
-            ValueError: If they have another shape.
+            TypeError: If the images are integers of another kind.
+            ValueError: If they have another shape, or lie more than `BEYOND` outside [0, 1].
         """
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
         if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
+            raise TypeError(f"images must be floating point in [0, 1] or uint8, got {images.dtype}; divide by 255")
         height, width = sides(self.image_size)
         if images.ndim != 4 or images.shape[1:] != (3, height, width):
             raise ValueError(f"images must be [B, 3, {height}, {width}], got {list(images.shape)}")
+        low, high = (float(end) for end in images.aminmax()) if len(images) else (0.0, 1.0)
+        if not (low >= -BEYOND and high <= 1 + BEYOND):  # NaN is neither
+            raise ValueError(f"images must lie in [0, 1], these in [{low:g}, {high:g}]; networks normalise them")
         return self._run(images.float())
 
     def probabilities(self, images: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 Builder = Callable[..., StagedNetwork]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
+FamilyT = TypeVar("FamilyT", bound=Callable[[str], Builder | None])
 LibraryT = TypeVar("LibraryT", bound=Callable[[NetworkSpec], StagedNetwork])
 
 _BUILDERS: Registry[Builder] = Registry("network")
+_FAMILIES: Registry[Callable[[str], Builder | None]] = Registry("family of networks")
 _LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 
 
@@ -38,6 +40,15 @@ def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
         ValueError: when another builder has the name; both are named.
     """
     return _BUILDERS.register(name)
+
+
+def register_family(form: str) -> Callable[[FamilyT], FamilyT]:
+    """Registers `fn(name) -> builder`, for networks whose names hold numbers; None for a name of another form.
+
+    Args:
+        form: How messages write such names, e.g. `wrn_<6n+4>_<k>`.
+    """
+    return _FAMILIES.register(form)
 
 
 def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
@@ -67,8 +78,28 @@ def library_version(name: str) -> str:
 
 
 def network_names() -> tuple[str, ...]:
-    """Returns all registered names, sorted."""
+    """Returns all names that are registered one by one, sorted."""
     return tuple(sorted(_BUILDERS))
+
+
+def require_network(name: str) -> None:
+    """Refuses a name that no network has; one of a library is looked up when it is built.
+
+    Args:
+        name: A network's.
+
+    Raises:
+        UserError: With the nearest match.
+    """
+    if not is_of_library(name):
+        _builder(name)
+
+
+def _builder(name: str) -> Builder:
+    found = _BUILDERS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
+    if found is None:
+        raise unknown_name("network", name, [*_BUILDERS, *_FAMILIES, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
+    return found
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:
@@ -85,9 +116,7 @@ def build_network(spec: NetworkSpec) -> StagedNetwork:
     """
     if is_of_library(spec.name):
         return _LIBRARIES[spec.name.partition(":")[0]](spec)
-    if spec.name not in _BUILDERS:
-        raise unknown_name("network", spec.name, [*_BUILDERS, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
-    builder = _BUILDERS[spec.name]
+    builder = _builder(spec.name)
     allowed = list(inspect.signature(builder).parameters)[1:]
     for option in spec.options:
         if option not in allowed:
@@ -147,21 +176,22 @@ class Match:
 
 
 def family(name: str) -> tuple[str, ...]:
-    """Returns the registered networks that differ from `name` in the number at its end, e.g. depth, in order.
+    """Returns the networks that differ from `name` in the number at its end, e.g. depth, in order.
 
-    `resnet8` has resnet8, resnet14, ..., resnet110; a network without such a number is alone.
+    `resnet8` has resnet8, resnet14, ..., resnet110, `wrn_16_2` the factors 1 to 10; a network without such a number is
+    alone.
 
     Raises:
         UserError: For an unknown name.
     """
     if is_of_library(name):
         return (name,)
-    if name not in network_names():
-        raise unknown_name("network", name, network_names())
+    require_network(name)
     own = re.fullmatch(r"(.*?)(\d+)", name)
     if own is None:
         return (name,)
-    found = [(re.fullmatch(re.escape(own[1]) + r"(\d+)", other), other) for other in network_names()]
+    known = network_names() if name in _BUILDERS else {name, *(f"{own[1]}{number}" for number in range(1, 11))}
+    found = [(re.fullmatch(re.escape(own[1]) + r"(\d+)", other), other) for other in known]
     return tuple(other for number, other in sorted((int(m[1]), other) for m, other in found if m))
 
 
@@ -206,7 +236,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
 
 def _candidates(name: str, own: float, target: int, measured: Callable[[str, float | None], Match]) -> Iterator[Match]:
     """Yields the candidates of one depth: unscaled and, where possible, the two widths around the target."""
-    if is_of_library(name) or "width" not in inspect.signature(_BUILDERS[name]).parameters:
+    if is_of_library(name) or "width" not in inspect.signature(_builder(name)).parameters:
         yield measured(name, None)
         return
     middle = measured(name, own)

@@ -12,7 +12,7 @@ import torch
 
 from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, make_views, open_dataset
 from ekd_lightning.data.datamodule import ImageDataModule
-from ekd_lightning.errors import UserError, quiet, unknown_name
+from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
 from ekd_lightning.networks import (
@@ -20,12 +20,11 @@ from ekd_lightning.networks import (
     NetworkSpec,
     TeacherEnsemble,
     build_network,
-    network_names,
     normalization,
     zoo_entry,
 )
 from ekd_lightning.networks.library import fixed_size
-from ekd_lightning.networks.registry import is_of_library
+from ekd_lightning.networks.registry import is_of_library, require_network
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
@@ -118,8 +117,10 @@ def check_settings(settings: Settings) -> None:
         entries = [settings.teachers.entry(m) for m in range(len(settings.teachers.pool))]
     trained = {f"teachers.pool[{m}].train": entry.train for m, entry in enumerate(entries) if entry.train}
     for key, name in {"student.network": settings.student.network, **trained}.items():
-        if name not in network_names() and not is_of_library(name):
-            raise UserError(f"{key}: {unknown_name('network', name, network_names())}")
+        try:
+            require_network(name)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
     for entry in entries:
         if entry.zoo:
             zoo_entry(entry.zoo)

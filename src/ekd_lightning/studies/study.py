@@ -283,14 +283,14 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
     Raises:
         UserError: For an unknown method or network, with the nearest match.
     """
-    from ekd_lightning.networks.registry import is_of_library, network_names  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.networks.registry import require_network  # noqa: PLC0415 (slow; --help needs none)
 
     method, at, network = name.partition("@")
     methods = internals.options_of("method")
     if method not in methods:
         raise unknown_name("method", method, methods)
-    if at and network not in network_names() and not is_of_library(network):
-        raise unknown_name("network", network, network_names())
+    if at:
+        require_network(network)
     set_by = internals.keys_set_by(f"method/{method}", "student")
     own = tuple(key for key in _BRANCHING if key in set_by)
     if compose(overrides=[f"method={method}"]).student.branches == 1:
