@@ -342,6 +342,33 @@ def test_terms_of_plain_logits_refuse_a_teacher_that_does_not_know_a_class(tmp_p
     methods_for(teachers[:1], terms)[1]()
 
 
+CE = {"ce_ensemble": {"weight": 1}}
+
+
+@pytest.mark.parametrize(
+    ("terms", "assignment", "named"),
+    [
+        ({"feature_branch": {"weight": 1}, "attention": {"weight": 1, "stages": ["stage2"]}}, None, None),
+        ({"vid": {"weight": 1, "stages": ["stage2"]}, "similarity": {"weight": 1}}, "mean", None),
+        ({"kd_branch": {"weight": 1}, "feature_branch": {"weight": 1}}, [[1, 0], [1, 0]], None),
+        ({"kd_branch": {"weight": 0}, "feature_branch": {"weight": 1}}, None, None),
+        ({"kd_ensemble": {"weight": 1}, "kd_branch": {"weight": 1}}, None, "kd_ensemble, method.terms.kd_branch,"),
+        ({"kd_branch": {"weight": 1, "loss": "mse_logits"}}, "random", "kd_branch,"),
+        ({"feature_camkd": {"weight": 1}}, None, "feature_camkd,"),
+        ({"boundary": {"weight": 1}}, None, "boundary,"),
+    ],
+)
+def test_a_teacher_of_no_class_teaches_features_alone(tmp_path, terms, assignment, named):
+    teachers = [knowing(tmp_path, [2, 1, 0, 0]), knowing(tmp_path, [-1] * 4)]
+    for distill in methods_for(teachers, CE | terms, assignment):
+        if named is None:
+            distill()
+            continue
+        said = rf"the teacher 't1' tells none of the data's 4 classes, .* leave out method.terms.{named}"
+        with pytest.raises(UserError, match=said):
+            distill()
+
+
 @pytest.mark.parametrize(
     ("classes", "terms", "assignment", "lost"),
     [

@@ -11,7 +11,9 @@ import torch
 
 from ekd_lightning.data import choose_subset, load_dataset, make_views
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import normalization
+from ekd_lightning.networks import NetworkSpec, build_network, normalization, save_network
+from ekd_lightning.networks.cutting import NEVER
+from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
 from ekd_lightning.training.pool import gather_teachers, plan_teachers
 from ekd_lightning.training.teacher_training import TeacherData
@@ -134,10 +136,58 @@ def test_an_impossible_entry_is_refused_before_anything_is_loaded(plan, entry, s
         plan(**entry)
 
 
+def test_a_teacher_of_other_classes_teaches_its_features(plan, weights, tmp_path, data):
+    torch.manual_seed(1)
+    module = timm.create_model(NAME, num_classes=7).eval()
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "seven.safetensors")
+    own = build_network(NetworkSpec("resnet8", 100, normalization("centered"))).eval()
+    save_network(tmp_path / "own.safetensors", own)
+    (library,) = plan(weights=str(tmp_path / "seven.safetensors"), image_size=64)
+    file = plan_teachers(TeacherSettings(pool=[{"file": str(tmp_path / "own.safetensors")}]), data, "cpu")[0]
+    assert library.unknown == file.unknown == frozenset(range(10))
+    teachers = gather_teachers([library, file])
+    teachers.verify()
+    images = torch.rand(2, 3, 64, 64)
+    found = teachers(images)
+    assert torch.equal(found.logits, torch.full((2, 2, 10), NEVER))
+    assert torch.equal(found.pooled[1], own.outputs(images).pooled)
+    expected = module.forward_head(module.forward_features(teachers.members[0].normalize(images)), pre_logits=True)
+    torch.testing.assert_close(found.pooled[0], expected)
+
+
 def test_weights_of_other_classes_say_what_can_be_done(plan, tmp_path):
     path = tmp_path / "seven.safetensors"
     safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), path)
-    with pytest.raises(UserError, match=r"predicts 7 classes, the data has 10.*classes=.*finetune=head"):
-        gather_teachers(plan(weights=str(path)))
+    (planned,) = plan(weights=str(path))
+    assert planned.unknown == frozenset(range(10))
+    assert plan(weights=str(path), classes=[6, -1, 0, 1, 2, 3, 4, -1, 0, 0])[0].unknown == {1, 7}
+    with pytest.raises(UserError, match=r"must be 10 positions in 0 .. 6"):
+        plan(weights=str(path), classes=[7] * 10)
     (network,) = gather_teachers(plan(weights=str(path), finetune="head")).members
     assert network.head.out_features == 10
+
+
+def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settings, weights, train, tmp_path):
+    path, _ = weights
+    seven = tmp_path / "seven.safetensors"
+    safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), seven)
+    knows_nine = f"teachers.pool=[{{timm: {NAME}, weights: {path}, classes: [0, 1, 2, 3, 4, 5, 6, 7, 8, -1]}}]"
+    knows_none = f"teachers.pool=[{{timm: {NAME}, weights: {seven}, image_size: 32}}]"
+    features = [f"method.terms.{name}.weight=0" for name in ("kd_ensemble", "kd_branch")]
+    mse = "method.terms.kd_ensemble.loss=mse_logits"
+    for pool, said, words in (
+        (knows_nine, "kd_ensemble compares .* does not know 1 of them", [mse]),
+        (knows_none, "leave out method.terms.kd_ensemble, method.terms.kd_branch,", []),
+        (knows_nine, "kd_ensemble compares .* does not know 1 of them", ["method.assistants=[resnet8]", mse]),
+        (knows_none.replace("]", ", {train: resnet8}]"), "-seven. tells no class", ["method.teacher=best", *features]),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare(tiny_settings(pool, "data.val_fraction=0.2", *words), "cpu")
+    outcome = train(tmp_path / "run", knows_none, *features, "evaluation.parts=[predictions]")
+    assert outcome.code == 0, outcome.err
+    assert f"teachers timm:{NAME}-seven)" in outcome.out
+    result = outcome.json("result.json")
+    assert (result["teachers"][0]["test_accuracy"], result["teachers"][0]["test_nll"]) == (None, None)
+    assert result["evaluation_error"] is None
+    assert result["test_branch_teacher_agreement"] is None
+    assert len(result["test_branch_teacher_cka"]) == result["num_branches"]

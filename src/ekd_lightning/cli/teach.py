@@ -67,7 +67,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
             row["id"],
             row["source"],
             f"{row['num_parameters']:,}",
-            f"{100 * row['test_accuracy']:.2f}",
+            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f}",
             row["sha256"][:12],
         )
         for row in rows

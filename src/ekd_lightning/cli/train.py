@@ -215,7 +215,8 @@ def _comparison(result: Result) -> list[str]:
 def summary_line(result: Result, directory: Path) -> str:
     """What a run found, in one line."""
     branches = ", ".join(f"{100 * value:.2f}" for value in result.test_branch_accuracy or [])
-    teachers = ", ".join(f"{t['id']} {100 * t['test_accuracy']:.2f}" for t in result.teachers or [])
+    scored = [(one["id"], one["test_accuracy"]) for one in result.teachers or []]
+    teachers = ", ".join(name if share is None else f"{name} {100 * share:.2f}" for name, share in scored)
     return (
         f"{result.method}: test accuracy {100 * result.test_accuracy:.2f} %"
         f" (branches {branches}; {f'teachers {teachers}' if teachers else 'no teachers'})"

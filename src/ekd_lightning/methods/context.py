@@ -151,11 +151,13 @@ class TermContext:
             student: The branched student.
             teachers: M networks, whose weights do not matter but for the classes that they do not know.
             image_size: Height and width of the images in pixels, for the shapes of the stages.
-            **others: The other attributes: names, seed, training images.
+            **others: The other attributes: names, seed, training images; classes that teachers do not know, where the
+                networks do not have their weights yet.
 
         Returns:
             The context for `build_method`.
         """
+        others.setdefault("unknown_classes", tuple(unknown_classes(teacher.head) for teacher in teachers))
         return cls(
             num_classes=student.num_classes,
             num_branches=student.num_branches,
@@ -164,7 +166,6 @@ class TermContext:
             teacher_features=tuple(teacher.num_features for teacher in teachers),
             student_stage_shapes=student.stage_shapes(image_size),
             teacher_stage_shapes=tuple(teacher.stage_shapes(image_size) for teacher in teachers),
-            unknown_classes=tuple(unknown_classes(teacher.head) for teacher in teachers),
             **others,
         )
 

@@ -87,28 +87,40 @@ class Method(nn.Module):
         # Most weights never change; a step does not ask their terms.
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
-    def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str]) -> None:
+    def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str], num_classes: int) -> None:
         """Checks that the terms accept teachers that do not know all classes.
 
-        Warns, once, where a mean of logits gives a class that some teachers know and others do not the probability 0.
+        One that knows none of them teaches features. Warns, once, where a mean of logits gives a class that some
+        teachers know and others do not the probability 0.
 
         Args:
             unknown: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`.
             names: How messages call the teachers.
+            num_classes: C.
 
         Raises:
-            UserError: If a term compares the logits themselves, see `Term.accepts_masked`.
+            UserError: If a term compares the logits themselves, see `Term.accepts_masked`, or reads those of a teacher
+                that knows no class.
         """
         if not any(unknown) or tuple(unknown) == self._checked_classes:
             return
         self._checked_classes = tuple(unknown)
+        for classes, (m, name) in zip(unknown, enumerate(names), strict=True):
+            reading = {key: term for key, term in self.named_terms() if self._reads_logits(term, m)}
+            masked = [key for key, term in reading.items() if not term.accepts_masked]
+            if reading and len(classes) == num_classes:
+                keys = ", ".join(f"method.terms.{key}" for key in reading)
+                raise UserError(
+                    f"the teacher {name} tells none of the data's {num_classes} classes, so it can teach features "
+                    f"alone: leave out {keys}, say which of its classes are the data's by classes=[..], or train a new "
+                    f"head by finetune=head"
+                )
+            if masked and classes:
+                raise UserError(
+                    f"method.terms.{masked[0]} compares the logits of all classes, and the teacher {name} does not "
+                    f"know {len(classes)} of them (classes: -1); leave it out, or use a loss of probabilities (kl)"
+                )
         for key, term in self.named_terms():
-            for classes, name in zip(unknown, names, strict=True):
-                if term.needs_teachers and not term.accepts_masked and classes:
-                    raise UserError(
-                        f"method.terms.{key} compares the logits of all classes, and the teacher {name} does not know "
-                        f"{len(classes)} of them (classes: -1); leave it out, or use a loss of probabilities (kl)"
-                    )
             lost = self._ruled_out(term, unknown) if term.averages_logits else set()
             if lost:
                 warnings.warn(
@@ -117,8 +129,12 @@ class Method(nn.Module):
                     stacklevel=2,
                 )
 
+    def _reads_logits(self, term: Term, m: int) -> bool:
+        reached = self.assignment.pairs() if term.uses_assignment and self.assignment else None
+        return term.needs_teachers and term.reads_logits and (reached is None or m in {m for _, m in reached})
+
     def _ruled_out(self, term: Term, unknown: Sequence[frozenset[int]]) -> set[int]:
-        """Returns the classes that some, but not all, teachers in one of a term's averages do not know."""
+        """Classes that some, but not all, of the teachers that a term takes the mean of do not know."""
         rows = [[1.0] * len(unknown)]
         if term.uses_assignment:
             assert self.assignment is not None
@@ -283,7 +299,7 @@ def build_method(
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
     method = Method(name, {key: _build(key, entry, context) for key, entry in entries.items()}, built)
-    method.check_classes(context.unknown_classes, [context.teacher_label(m) for m in range(M)])
+    method.check_classes(context.unknown_classes, [context.teacher_label(m) for m in range(M)], context.num_classes)
     for setting, value in (("temperature", temperature), ("assignment", assignment)):
         if value is not None and not any(getattr(term, f"uses_{setting}") for _, term in method.named_terms()):
             warnings.warn(f"method.{setting}={value} has no effect: no term of {name!r} uses it", stacklevel=2)

@@ -131,6 +131,8 @@ class FeatureTerm(PairTerm):
         UserError: For a stage that a network lacks.
     """
 
+    reads_logits = False
+
     def __init__(self, weight: float, context: TermContext, places: Sequence[str], **options: Any) -> None:
         super().__init__(weight, context, **options)
         self.sites = [FeatureSite(name, context, self.pairs) for name in places]

@@ -37,6 +37,7 @@ class Term(nn.Module):
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
+        reads_logits: Whether it reads its teachers' logits, or asks their classifiers; counts where it needs teachers.
         accepts_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf), or knows not all.
         averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
             uses the assignment, else of all.
@@ -52,6 +53,7 @@ class Term(nn.Module):
     uses_assignment: bool = False
     uses_temperature: bool = False
     captures: bool = True
+    reads_logits: bool = True
     accepts_masked: bool = True
     averages_logits: bool = False
     least_branches: int = 1

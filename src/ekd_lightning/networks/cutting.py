@@ -18,6 +18,8 @@ from ekd_lightning.errors import UserError, unknown_name
 
 NEVER = -1e4
 """Logit of a class that a network does not know: probability 0, and sums of logits never become NaN."""
+ABSENT = -1
+"""Stands, among positions of classes, for one that a network does not know."""
 _PROBE = 224
 """Image size in pixels at which stages are told apart, unless the network has a fixed input size."""
 _SMALLER = 1.5
@@ -278,10 +280,10 @@ def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
 
     Args:
         head: A linear classifier [D -> C].
-        classes: Positions in 0 .. C-1 of the classes wanted; -1 for a class that is never told, whose logit is
+        classes: Positions in 0 .. C-1 of the classes wanted; `ABSENT` for a class that is never told, whose logit is
             `NEVER`.
     """
-    index = torch.tensor(classes)
+    index = torch.tensor(classes, device=head.weight.device)
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias
     chosen = nn.Linear(head.in_features, len(classes))
     with torch.no_grad():

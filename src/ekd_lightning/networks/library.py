@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
-from ekd_lightning.networks.cutting import cut, select_classes
+from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
 from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import register_library
 from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normalization, StagedNetwork
@@ -33,8 +33,6 @@ _ANY_SIZE = (("dynamic_img_size", True), ("strict_img_size", False))
 _FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"}
 _FILES |= {"weights_backbone", "progress"}
 """Options by which a library would read files: options come from records, and those name no files."""
-_ABSENT = -1
-"""Stands for a class of the data that a teacher does not know."""
 _allowed: set[str] = set()
 """Modules of the user's own; see `allow_module`."""
 
@@ -47,11 +45,13 @@ class Usual:
         normalization: Statistics.
         image_size: Side in pixels.
         fixed: Whether no other size will do.
+        num_classes: How many classes the published weights tell.
     """
 
     normalization: Normalization
     image_size: int
     fixed: bool = False
+    num_classes: int = 1000
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def usual(name: str) -> Usual | None:
         _require_known(name, own, timm.list_models())
         config = timm.models.get_pretrained_cfg(own) or timm.models.PretrainedCfg()
         _, size, _ = config.input_size
-        return Usual(Normalization(tuple(config.mean), tuple(config.std)), size, bool(config.fixed_input_size))
+        statistics = Normalization(tuple(config.mean), tuple(config.std))
+        return Usual(statistics, size, bool(config.fixed_input_size), config.num_classes)
     if library == "torchvision":
         return _usual_of_torchvision(name, own)
     return None
@@ -208,7 +209,7 @@ def load_library_network(
             head = nn.Linear(head.in_features, spec.num_classes, head.bias is not None)
         else:
             assert classes is not None
-            head = select_classes(head, _positions(spec, classes, class_names, head.out_features))
+            head = select_classes(head, positions(spec, classes, class_names, head.out_features))
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:
         raise UserError(
             f"teacher {spec.name!r} predicts {head.out_features} classes, the data has {spec.num_classes}: map them "
@@ -227,7 +228,7 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
         return make_module(spec.name, spec.num_classes, options, pretrained=True)
     state = read_foreign_checkpoint(weights, state_key)
     # A function of the user's is not told how many classes there are, so it is not run to find out.
-    told = spec.num_classes if spec.name.startswith("module:") else _told_classes(spec, options, state)
+    told = spec.num_classes if spec.name.startswith("module:") else _told_by(spec, state)
     module = make_module(spec.name, told, options)
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
@@ -241,25 +242,46 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
     return module
 
 
-def _told_classes(spec: NetworkSpec, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> int:
-    """Returns the number of classes of weights: the length of the last layer's weight."""
-    with torch.device("meta"):
-        module = make_module(spec.name, spec.num_classes, options)
-    last = [name for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)][-1:]
-    found = state.get(f"{last[0]}.weight") if last else None
-    return spec.num_classes if found is None else found.shape[0]
+def told_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
+    """How many classes trained weights tell, before the network has them; see `load_library_network`."""
+    if weights is None and (published := usual(spec.name)):
+        return published.num_classes
+    return _told_by(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
 
 
-def _positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], told: int) -> list[int]:
+def _told_by(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
+    """The length of the last layer's weight, by the library's name of it; of the module's own where there is none."""
+    own = spec.name.startswith("module:")  # a function of the user's may read its weights itself
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if own else "meta"):
+        module = make_module(spec.name, spec.num_classes, _own_options(spec))
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    if not layers:
+        return spec.num_classes
+    last = [*layers][-1]
+    return state.get(f"{last}.weight", layers[last].weight).shape[0]
+
+
+def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], told: int) -> list[int]:
+    """Where each class of the data is among those that weights tell; `ABSENT` where it is not.
+
+    Args:
+        spec: With the classes of the data.
+        classes: As the user wrote them: positions, or the names of all classes of the weights, in their order.
+        class_names: Names of the data's classes.
+        told: How many classes the weights tell.
+
+    Raises:
+        UserError: For another number of them, a position that is not there, or names none of which is the data's.
+    """
     if all(isinstance(one, str) for one in classes):
         if len(classes) != told:
             raise UserError(f"teacher {spec.name!r}: classes names {len(classes)} classes, its weights tell {told}")
         known = [str(one).casefold() for one in classes]
-        found = [known.index(name.casefold()) if name.casefold() in known else _ABSENT for name in class_names]
-        if max(found, default=_ABSENT) == _ABSENT:
+        found = [known.index(name.casefold()) if name.casefold() in known else ABSENT for name in class_names]
+        if max(found, default=ABSENT) == ABSENT:
             raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({few(class_names)})")
         return found
-    possible = range(_ABSENT, told)
+    possible = range(ABSENT, told)
     if len(classes) != spec.num_classes or any(one not in possible for one in classes):
         raise UserError(
             f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in 0 .. {told - 1} "
@@ -307,7 +329,8 @@ def _usual_of_torchvision(name: str, own: str) -> Usual:
     size = int(preset.crop_size[0])
     # Attention with learned positions knows one size; torchvision says so by nothing but its families' names.
     fixed = own.startswith(("vit_", "maxvit"))
-    return Usual(Normalization(tuple(preset.mean), tuple(preset.std)), max(size, *smallest), fixed)
+    statistics = Normalization(tuple(preset.mean), tuple(preset.std))
+    return Usual(statistics, max(size, *smallest), fixed, len(published.meta["categories"]))
 
 
 def _require_known(name: str, own: str, names: Sequence[str]) -> None:

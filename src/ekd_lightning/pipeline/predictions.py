@@ -29,6 +29,7 @@ from ekd_lightning.evaluation.scores import class_accuracy
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
 from ekd_lightning.networks import StagedNetwork
+from ekd_lightning.networks.cutting import NEVER
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.pipeline.context import EvaluationContext, Findings
 from ekd_lightning.pipeline.prepare import validation_images
@@ -140,9 +141,11 @@ def _imitation(
     names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
     if not teachers:
         return dict.fromkeys(names)
+    cka = cka_matrix(list(said.pooled), [one.pooled for one in teachers])
+    if any((one.logits <= NEVER / 2).all() for one in teachers):  # one that teaches features alone says no class
+        return {**dict.fromkeys(names), "test_branch_teacher_cka": cka.tolist()}
     logits = torch.stack([one.logits for one in teachers])  # [M, N, C]
     together = logits.mean(0)
-    cka = cka_matrix(list(said.pooled), [one.pooled for one in teachers])
     agreement = agreement_matrix(said.branch_logits.argmax(-1), logits.argmax(-1))
     fields: dict[str, Any] = {
         "test_branch_teacher_cka": cka.tolist(),

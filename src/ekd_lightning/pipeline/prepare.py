@@ -152,6 +152,9 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
         return ()
     if not len(subset.val_index):
         raise UserError("method.teacher=best needs validation images: set data.val_fraction, or choose first")
+    for plan in plans:
+        if len(plan.unknown) == plan.spec.num_classes:
+            raise UserError(f"method.teacher=best compares accuracies, and {plan.id!r} tells no class: choose first")
     return tuple(plans)
 
 
@@ -232,6 +235,7 @@ def _build_method(
             image_size=dataset.image_size,
             student_name=settings.student.network,
             teacher_names=tuple(plan.id for plan in plans),
+            unknown_classes=tuple(plan.unknown for plan in plans),
             seed=settings.seed,
             train_index=subset.train_index,
             train_labels=dataset.train.labels[subset.train_index],

@@ -20,6 +20,7 @@ from ekd_lightning.evaluation.predict import predict
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.files import write_json
 from ekd_lightning.networks import TeacherEnsemble, TeacherIdentity, load_network
+from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.pipeline.prepare import (
     Prepared,
@@ -123,13 +124,18 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
 def score_teachers(
     settings: Settings, dataset: Dataset, teachers: TeacherEnsemble, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each teacher's id, hash, origin, network, training images, and test scores (accuracy in [0, 1], NLL in nats)."""
+    """Each teacher's id, hash, origin, network, training images, and test scores (accuracy in [0, 1], NLL in nats).
+
+    One that tells none of the data's classes has no scores.
+    """
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
     for network, identity in zip(teachers.members, teachers.identities, strict=True):
         answers = answers_sha256(identity.sha256, identity.network)
-        with part(identity.id):
-            scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
+        scores: dict[str, Any] = {}
+        if len(unknown_classes(network.head)) < teachers.num_classes:
+            with part(identity.id):
+                scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
         advance()
         rows.append(
             {
@@ -139,8 +145,8 @@ def score_teachers(
                 "network": identity.network,
                 "trained_on": identity.detail.get("trained_on", identity.source),
                 "num_parameters": count_parameters(network),
-                "test_accuracy": scores["accuracy"],
-                "test_nll": scores["nll"],
+                "test_accuracy": scores.get("accuracy"),
+                "test_nll": scores.get("nll"),
             }
         )
     return rows

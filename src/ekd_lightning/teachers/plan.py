@@ -34,12 +34,21 @@ _BLOCK = 4096  # bytes of a file system's block, as usual
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher whose settings were checked and whose weights were not touched yet."""
+    """A teacher whose settings were checked and whose weights were not loaded yet.
+
+    Attributes:
+        id: Its name in records.
+        spec: Its network, for the data's classes.
+        source: Where it comes from, see `TeacherIdentity`.
+        obtain: Loads or trains it; also what else is known of it.
+        unknown: The classes of the data that it does not know; all of them where it teaches features alone.
+    """
 
     id: str
     spec: NetworkSpec
     source: str
     obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
+    unknown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,10 @@ def plan_chain(
     )
     origins = teachers[:1] if method.teacher == "best" else teachers
     asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]
-    source = plan_source(lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0))
+    known = {"unknown_classes": [one.unknown for one in origins], "teacher_names": [one.id for one in origins]}
+    source = plan_source(
+        lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0, **known)
+    )
     return Chain(tuple(teachers), assistants, replace(lesson, source=source))
 
 

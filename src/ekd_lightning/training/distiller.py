@@ -119,7 +119,8 @@ class Distiller(TrainingModule):
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
         if method.needs_teachers and teachers is not None:  # a method may be built before their weights are there
             unknown = [unknown_classes(member.head) for member in teachers.members]
-            method.check_classes(unknown, [repr(identity.id) for identity in teachers.identities])
+            names = [repr(identity.id) for identity in teachers.identities]
+            method.check_classes(unknown, names, student.num_classes)
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.teachers = teachers

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import file_sha256
 from ekd_lightning.methods.options import choice
@@ -27,7 +29,16 @@ from ekd_lightning.networks import (
     state_sha256,
     zoo_entry,
 )
-from ekd_lightning.networks.library import PUBLISHED, LibraryWeights, from_hub, load_library_network, usual
+from ekd_lightning.networks.cutting import ABSENT, select_classes
+from ekd_lightning.networks.library import (
+    PUBLISHED,
+    LibraryWeights,
+    from_hub,
+    load_library_network,
+    positions,
+    told_classes,
+    usual,
+)
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.progress import track
@@ -45,22 +56,33 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
         One plan per teacher; none has been loaded or trained.
 
     Raises:
-        UserError: For an empty pool, unknown names, or a teacher of another data set or class count.
+        UserError: For an empty pool, unknown names, or a teacher of another data set.
     """
     count = len(settings.pool) if settings.count is None else settings.count
     if count == 0:
         raise UserError("teachers.pool=[]: the method needs at least one teacher")
     plans = [_plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)]
-    for plan in plans:
-        if plan.spec.num_classes != data.dataset.num_classes:
-            raise UserError(
-                f"teacher {plan.id!r} has {plan.spec.num_classes} classes, "
-                f"data set {data.dataset.name!r} has {data.dataset.num_classes}"
-            )
+    plans = [_of_classes(plan, data.dataset.num_classes) for plan in plans]
     twice = {plan.id for plan in plans if sum(other.id == plan.id for other in plans) > 1}
     if twice:
         warnings.warn(f"teachers {sorted(twice)} are in the pool more than once", stacklevel=2)
     return plans
+
+
+def _of_classes(plan: PlannedTeacher, count: int) -> PlannedTeacher:
+    """The plan itself, or where its teacher tells another number of classes that of a teacher of features alone."""
+    if plan.spec.num_classes == count:
+        return plan
+
+    def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
+        network, detail = plan.obtain()
+        assert isinstance(network.head, nn.Linear)
+        network.head = select_classes(network.head, [ABSENT] * count)
+        network.spec = replace(network.spec, num_classes=count)
+        return network.eval(), detail
+
+    spec = replace(plan.spec, num_classes=count)
+    return replace(plan, spec=spec, obtain=obtain, unknown=frozenset(range(count)))
 
 
 def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
@@ -216,10 +238,18 @@ def _plan_library(
         start = {"start": beginning, "finetune": entry.finetune}
         train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
         return _plan_stored(settings, entry, spec, data, accelerator, start, train)
-    names = tuple(data.dataset.class_names)
+    told = told_classes(spec, found.path, entry.state_key)
+    classes = entry.classes
+    if classes is None and told != spec.num_classes:
+        if not linear:
+            raise UserError(f"{key}: {spec.name!r} tells {told} classes, the data has {spec.num_classes}")
+        classes = [ABSENT] * spec.num_classes  # it teaches features, and terms on logits refuse it
+    if classes is not None:
+        classes = positions(spec, classes, data.dataset.class_names, told)
     return PlannedTeacher(
         spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
         spec,
         entry.source,
-        lambda: (load(classes=entry.classes, class_names=names), {"trained_on": "published", **detail}),
+        lambda: (load(classes=classes), {"trained_on": "published", **detail}),
+        frozenset(c for c, place in enumerate(classes or ()) if place == ABSENT),
     )

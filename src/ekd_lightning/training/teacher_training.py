@@ -192,13 +192,13 @@ class Lesson:
         }
 
 
-def link_method(lesson: Lesson, num_teachers: int, *, seed: int) -> Method:
-    """(1 - λ) CE + λ T² KL for a plain network.
+def link_method(lesson: Lesson, num_teachers: int, *, seed: int, **known: Any) -> Method:
+    """(1 - λ) CE + λ T² KL for a plain network; `known` are further attributes of the terms' context.
 
     Raises:
-        UserError: For an impossible option of a term.
+        UserError: For an impossible option of a term, or a teacher whose logits it cannot have.
     """
-    context = TermContext(lesson.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed)
+    context = TermContext(lesson.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed, **known)
     return build_method("assistant", lesson.terms, context, temperature=lesson.temperature)
 
 
