@@ -170,7 +170,7 @@ def sweep_name() -> str | None:
 
 def show_result(result: Result, directory: Path) -> None:
     """Prints what a run found and cost, and what may come next."""
-    rows: list[tuple[str, float, Mapping[str, Any]]] = [
+    rows: list[tuple[str, float | None, Mapping[str, Any]]] = [
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
     ]
     found = [value for value in result.test_branch_accuracy or [] if value is not None]
@@ -181,7 +181,7 @@ def show_result(result: Result, directory: Path) -> None:
     cells = (
         (
             name,
-            f"{100 * accuracy:.2f}",
+            "" if accuracy is None else f"{100 * accuracy:.2f}",
             f"{record['num_parameters']:,}" if record.get("num_parameters") else "",
             f"{record['macs'] / 1e6:.1f} M" if record.get("macs") else "",
             f"{record['train_seconds']:.0f}" if record.get("train_seconds") else "",
