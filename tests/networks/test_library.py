@@ -364,7 +364,7 @@ def test_a_teacher_of_no_class_teaches_features_alone(tmp_path, terms, assignmen
         if named is None:
             distill()
             continue
-        said = rf"the teacher 't1' tells none of the data's 4 classes, .* leave out method.terms.{named}"
+        said = rf"the teacher 't1' predicts none of the data's 4 classes, .* leave out method.terms.{named}"
         with pytest.raises(UserError, match=said):
             distill()
 

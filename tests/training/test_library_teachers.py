@@ -179,7 +179,11 @@ def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settin
         (knows_nine, "kd_ensemble compares .* does not know 1 of them", [mse]),
         (knows_none, "leave out method.terms.kd_ensemble, method.terms.kd_branch,", []),
         (knows_nine, "kd_ensemble compares .* does not know 1 of them", ["method.assistants=[resnet8]", mse]),
-        (knows_none.replace("]", ", {train: resnet8}]"), "-seven. tells no class", ["method.teacher=best", *features]),
+        (
+            knows_none.replace("]", ", {train: resnet8}]"),
+            "-seven. predicts no class",
+            ["method.teacher=best", *features],
+        ),
     ):
         with pytest.raises(UserError, match=said):
             prepare(tiny_settings(pool, "data.val_fraction=0.2", *words), "cpu")

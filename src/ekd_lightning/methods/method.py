@@ -111,7 +111,7 @@ class Method(nn.Module):
             if reading and len(classes) == num_classes:
                 keys = ", ".join(f"method.terms.{key}" for key in reading)
                 raise UserError(
-                    f"the teacher {name} tells none of the data's {num_classes} classes, so it can teach features "
+                    f"the teacher {name} predicts none of the data's {num_classes} classes, so it can teach features "
                     f"alone: leave out {keys}, say which of its classes are the data's by classes=[..], or train a new "
                     f"head by finetune=head"
                 )

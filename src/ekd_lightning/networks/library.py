@@ -45,7 +45,7 @@ class Usual:
         normalization: Statistics.
         image_size: Side in pixels.
         fixed: Whether no other size will do.
-        num_classes: How many classes the published weights tell.
+        num_classes: How many classes the published weights predict.
     """
 
     normalization: Normalization
@@ -243,7 +243,7 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
 
 
 def told_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
-    """How many classes trained weights tell, before the network has them; see `load_library_network`."""
+    """How many classes trained weights predict, before the network has them; see `load_library_network`."""
     if weights is None and (published := usual(spec.name)):
         return published.num_classes
     return _told_by(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
@@ -262,13 +262,13 @@ def _told_by(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
 
 
 def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], told: int) -> list[int]:
-    """Where each class of the data is among those that weights tell; `ABSENT` where it is not.
+    """Where each class of the data is among those that weights predict; `ABSENT` where it is not.
 
     Args:
         spec: With the classes of the data.
         classes: As the user wrote them: positions, or the names of all classes of the weights, in their order.
         class_names: Names of the data's classes.
-        told: How many classes the weights tell.
+        told: How many classes the weights predict.
 
     Raises:
         UserError: For another number of them, a position that is not there, or names none of which is the data's.

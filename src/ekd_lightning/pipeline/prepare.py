@@ -154,7 +154,7 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
         raise UserError("method.teacher=best needs validation images: set data.val_fraction, or choose first")
     for plan in plans:
         if len(plan.unknown) == plan.spec.num_classes:
-            raise UserError(f"method.teacher=best compares accuracies, and {plan.id!r} tells no class: choose first")
+            raise UserError(f"method.teacher=best compares accuracies, and {plan.id!r} predicts no class: choose first")
     return tuple(plans)
 
 

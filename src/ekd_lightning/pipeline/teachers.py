@@ -126,7 +126,7 @@ def score_teachers(
 ) -> list[dict[str, Any]]:
     """Each teacher's id, hash, origin, network, training images, and test scores (accuracy in [0, 1], NLL in nats).
 
-    One that tells none of the data's classes has no scores.
+    One that predicts none of the data's classes has no scores.
     """
     store = TeacherStore(Path(settings.teachers.store))
     rows = []

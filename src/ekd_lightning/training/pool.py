@@ -242,7 +242,7 @@ def _plan_library(
     classes = entry.classes
     if classes is None and told != spec.num_classes:
         if not linear:
-            raise UserError(f"{key}: {spec.name!r} tells {told} classes, the data has {spec.num_classes}")
+            raise UserError(f"{key}: {spec.name!r} predicts {told} classes, the data has {spec.num_classes}")
         classes = [ABSENT] * spec.num_classes  # it teaches features, and terms on logits refuse it
     if classes is not None:
         classes = positions(spec, classes, data.dataset.class_names, told)
