@@ -192,8 +192,8 @@ def search_facts(found: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> t
         return (
             f"**Search** by `ekd-tune`: seed {seeds}, {protocol['epochs']} epochs, {images}; the same number of trials "
             f"for every method, the first of which is the default. The standard error of one accuracy is about "
-            f"{error:.1f} points, so closer settings cannot be distinguished, and the best of several looks better than "
-            "it is.",
+            f"{error:.1f} points, so closer settings cannot be distinguished, and the best of several looks better "
+            "than it is.",
             *said,
         )
     counts = Counter(f"{t['method']} ({t['student']})" for t in found)
