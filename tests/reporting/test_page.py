@@ -11,11 +11,12 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_runs import result, write_run
+from made_runs import collection, result, study, write_run
 from rich_runs import EVIL
 from test_figures import contrast
 
 from ekd_lightning.reporting import page
+from ekd_lightning.reporting.estimates import points
 from ekd_lightning.reporting.page import plain, short_paths
 from ekd_lightning.reporting.report import make_report
 from ekd_lightning.runs.collection import collect
@@ -176,3 +177,20 @@ def test_verdicts_are_those_of_the_answer(text, rich_report):
         assert table.count(mark) == len(findings)
     shown = {f.other.label for told in rich_report.answers for f in told.findings}
     assert set(re.findall(r'class="sub">(.*?), n = \d', table)) == shown
+
+
+def test_the_first_table_agrees_with_the_answer_and_the_table_of_results():
+    report = make_report(collection(*study(), *study({"fitnet": (0.5, 0.53, 0.51), "kd": (0.7, 0.71, 0.75)}, K=1)))
+    (answer,) = report.answers
+    rows = {row["group"].label: row for row in page.overview(report, answer)}
+    assert list(rows) == sorted(rows, key=lambda label: -rows[label]["group"].mean("test_accuracy"))
+    assert rows["ekd"]["verdict"] == rows["ekd"]["difference"] == ""
+    for finding in answer.findings:
+        row = rows[finding.other.label]
+        assert (row["verdict"], row["difference"]) == (finding.verdict, points(finding.difference.mean))
+        assert page.ROLES[finding.role] in row["words"]
+    others = rows.keys() - {"ekd"} - {finding.other.label for finding in answer.findings}
+    assert others == {"fitnet"}
+    theirs = next(row for row in report.rows[answer.block.key] if row.group.label == "fitnet").differences["ekd"]
+    assert rows["fitnet"]["difference"] == points(-theirs.mean)
+    assert rows["fitnet"]["between"] == f"[{points(-theirs.high)}, {points(-theirs.low)}]"

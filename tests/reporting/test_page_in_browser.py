@@ -265,12 +265,37 @@ def test_a_phone_scrolls_one_way_only(show):
     assert max(widths) <= PHONE["width"]
 
 
+def test_tables_show_that_they_scroll_and_cards_of_a_row_are_equally_tall(show):
+    page = show(viewport=PHONE)
+    frame = page.locator("#row-table .scroll")
+    frame.scroll_into_view_if_needed()
+    page.wait_for_selector("#row-table .scroll.more")
+    assert page.locator("#row-table .hint").is_visible()
+    frame.evaluate("(one) => { one.scrollLeft = one.scrollWidth; }")
+    page.wait_for_selector("#row-table .scroll:not(.more)")
+    page.set_viewport_size(DESK)
+    boxes = [figure.bounding_box() for figure in page.locator("#chart-grid figure:not([hidden])").all()]
+    heights = {
+        top: {round(box["height"], 1) for box in boxes if box["y"] == top} for top in {box["y"] for box in boxes}
+    }
+    assert all(len(same) == 1 for same in heights.values())
+    assert len(boxes) > len(heights)  # some stand beside each other
+
+
+def test_captions_claim_no_interval_where_there_is_none(show, tmp_path):
+    for name in ("ekd", "ce"):
+        write_run(tmp_path / "runs" / name, result(name, 0, 0.7))
+    (tmp_path / "index.html").write_text(page_of.page(make_report(collect([tmp_path / "runs"]))), encoding="utf-8")
+    page = show(path=tmp_path / "index.html")
+    assert page.inner_text("#caption-cost").startswith("Too few runs for intervals: means, n = 1.")
+
+
 def test_paper_is_white_and_holds_everything(show, tmp_path):
     page = show(color_scheme="dark")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
     assert page.locator(".plot .main-svg:first-child").count() == len(CHARTS)
-    assert page.locator("#answer details:not([open])").count() == 0
+    assert page.locator("#answer details:not([open]):not(figure *)").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.pdf(path=tmp_path / "page.pdf")

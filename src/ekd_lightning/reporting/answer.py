@@ -40,6 +40,16 @@ ROLES = {
     "best": "the best other method",
 }
 """What EKD is compared with, in the order of the report."""
+METHODS = {
+    "ekd": "a branched student with a teacher for each branch",
+    "ekd_mean": "a branched student whose branches all imitate the mean teacher",
+    "ekd_permuted": "EKD with its teachers shifted by one branch",
+    "ce": "a plain student without teachers",
+    "branched_ce": "a branched student without teachers",
+    "kd_mean": "a plain student taught by the mean of the teachers",
+    "kd_mean_feature": "a plain student that imitates the teachers' mean and their features",
+}
+"""What the usual methods are, for readers who do not know their names."""
 VERDICTS = {
     "ahead": ("beats", "better in"),
     "behind": ("loses to", "worse in"),

@@ -178,13 +178,16 @@ def percent(value: Estimate | None) -> str:
     return share(value.mean) + ("" if value.std is None else f" ± {share(value.std)}")
 
 
-def accuracy_text(value: Estimate | None) -> str:
-    """The same with its interval, e.g. `71.55 ± 0.29 [70.83, 72.27]`; where there is none, it says so."""
+def interval(value: Estimate | None, words: Callable[[float], str]) -> str:
+    """The ends of an interval, e.g. `[70.83, 72.27]`; `(too few runs)` without one, nothing without a value."""
     if value is None:
-        return NONE
-    return f"{percent(value)} " + (
-        f"({TOO_FEW})" if value.half is None else f"[{share(value.low)}, {share(value.high)}]"
-    )
+        return ""
+    return f"({TOO_FEW})" if value.half is None else f"[{words(value.low)}, {words(value.high)}]"
+
+
+def accuracy_text(value: Estimate | None) -> str:
+    """Mean, spread and interval in percent, e.g. `71.55 ± 0.29 [70.83, 72.27]`."""
+    return NONE if value is None else f"{percent(value)} {interval(value, share)}"
 
 
 def p_text(value: float) -> str:
@@ -193,11 +196,13 @@ def p_text(value: float) -> str:
 
 
 def interval_text(value: Difference | None) -> str:
-    """In points with the interval, e.g. `+5.43 [+4.10, +6.76]`; where there is none, it says so."""
-    if value is None:
-        return NONE
-    interval = f"[{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
-    return f"{100 * value.mean:+.2f} {f'({TOO_FEW})' if value.half is None else interval}"
+    """Points with the interval, e.g. `+5.43 [+4.10, +6.76]`."""
+    return NONE if value is None else f"{_ascii(value.mean)} {interval(value, _ascii)}"
+
+
+def _ascii(value: float) -> str:
+    """Points with a hyphen for the minus, as Markdown and CSV have it."""
+    return f"{100 * value:+.2f}"
 
 
 def interval_words(value: Estimate, words: Callable[[float], str] = points) -> str:

@@ -10,18 +10,19 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ekd_lightning.reporting import details
-from ekd_lightning.reporting.answer import ROLES
+from ekd_lightning.reporting import details, tables
+from ekd_lightning.reporting.answer import METHODS, ROLES, Answer, judge
 from ekd_lightning.reporting.blocks import Block, families, grid_name
 from ekd_lightning.reporting.details import Bin, Point, early_exits, own_teachers, subsets
-from ekd_lightning.reporting.estimates import Difference, Estimate, plural, points
+from ekd_lightning.reporting.estimates import Difference, Estimate, interval, listed, plural, points, share
 from ekd_lightning.reporting.figure_style import DARK, LIGHT
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
@@ -61,6 +62,9 @@ _OF_A_RUN = {
 }
 """What is shown of a run, and the field of its result."""
 _MOST_COLUMNS = 8
+_MOST_OVERVIEW = 10
+_COSTS = ("MACs", "parameters", "train s", "n")
+"""Columns of the first table beside accuracies."""
 _MARKS = {
     "ahead": ("up", "▲ ahead"),
     "behind": ("down", "▼ behind"),
@@ -82,6 +86,7 @@ def page(report: Report) -> str:
         "report": report,
         "answers": report.answers,
         "compared": compared,
+        "overview": overview(report, report.answers[0]) if len(report.answers) == 1 else [],
         "roles": {role: name for role, name in ROLES.items() if role in shown},
         "marks": _MARKS,
         "states": ", ".join(f"{count:,} {state}" for state, count in states.items() if count),
@@ -97,6 +102,50 @@ def page(report: Report) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     functions = {"plural": plural, "points": points, "short_paths": short_paths}
     return environment.from_string(_asset("page.html"), functions).render(values)
+
+
+def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
+    """Rows of the first table: EKD, the settings that it is compared with, and the most accurate others; by accuracy.
+
+    Differences and verdicts are those of the answer's comparisons; of a setting that has none, those of the table of
+    results, whose p values are corrected over all rows.
+    """
+    subject = answer.subject
+    if subject is None:
+        return []
+    compared = {finding.other.label: finding for finding in reversed(answer.findings)}
+    roles = {label: [f.role for f in answer.findings if f.other.label == label] for label in compared}
+    ordered = sorted(
+        (row for row in report.rows[answer.block.key] if row.group.n),
+        key=lambda row: -(row.group.mean("test_accuracy") or 0.0),
+    )
+    kept = sorted(ordered, key=lambda row: row.group is not subject and row.group.label not in compared)
+    shown = []
+    for row in (row for row in ordered if row in kept[:_MOST_OVERVIEW]):
+        label = row.group.label
+        finding, difference = compared.get(label), row.differences.get(subject.label)
+        if finding:
+            difference = finding.difference
+        elif difference:  # of the setting minus EKD
+            difference = replace(difference, mean=-difference.mean)
+        shown.append(
+            {
+                "group": row.group,
+                "subject": row.group is subject,
+                "words": listed([ROLES[role] for role in roles.get(label, ())]) or METHODS.get(row.group.method, ""),
+                "accuracy": share(row.group.mean("test_accuracy") or 0.0),
+                "interval": _ends(row.group.accuracy, share),
+                "difference": points(difference.mean) if difference else "",
+                "between": _ends(difference, points),
+                "verdict": "" if row.group is subject else judge(difference),
+                "numbers": tables.cells(row, _COSTS),
+            }
+        )
+    return shown
+
+
+def _ends(value: Estimate | None, words: Callable[[float], str]) -> str:
+    return interval(value, words) if value and value.half is not None else ""
 
 
 def _asset(name: str) -> str:

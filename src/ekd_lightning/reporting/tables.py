@@ -142,6 +142,11 @@ _OPTIONAL = ("unlabelled", "EMA %", "gain", "seeds disagree %")
 """Columns that a table has where one of its rows has a value."""
 
 
+def cells(row: Row, names: Sequence[str]) -> list[str]:
+    """Some columns of a row."""
+    return [NONE if cell is None else str(cell) for cell in (_COLUMNS[name](row) for name in names)]
+
+
 def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str], list[list[str]]]:
     """Heads of a block's table, the first of which is `setting`, and the cells of its rows.
 
@@ -149,7 +154,7 @@ def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str
         found: From `rows`, at least one.
         names: Columns.
     """
-    empty = [name for name in _OPTIONAL if all(_COLUMNS[name](row) in (None, NONE) for row in found)]
+    empty = [name for name in _OPTIONAL if all(cells(row, [name]) == [NONE] for row in found)]
     names = [name for name in names if name not in empty]
     minus = [f"− {reference} [95 % interval]" for reference in found[0].differences]
     heads = ["setting", *(head for name in names for head in (minus if name == "differences" else [name]))]
@@ -157,8 +162,8 @@ def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str
     for row in found:
         label = row.group.label
         differences = ["" if name == label else difference_text(one) for name, one in row.differences.items()]
-        cells = [differences if name == "differences" else [_COLUMNS[name](row)] for name in names]
-        lines.append([label, *(NONE if cell is None else str(cell) for part in cells for cell in part)])
+        parts = [differences if name == "differences" else cells(row, [name]) for name in names]
+        lines.append([label, *(cell for part in parts for cell in part)])
     return heads, lines
 
 

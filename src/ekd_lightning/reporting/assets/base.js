@@ -60,4 +60,18 @@ async function unpack(text) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
+/** Shows that what lies in a frame goes on to the right, as long as it does. */
+function markScroll(frame) {
+  const mark = () => {
+    const more = frame.scrollWidth - frame.clientWidth - frame.scrollLeft > 4;
+    frame.classList.toggle("more", more);
+    if (more && !frame.nextElementSibling?.classList.contains("hint"))
+      frame.after(h("p", { class: "hint" }, "The table goes on to the right: scroll sideways."));
+    if (frame.scrollWidth - frame.clientWidth <= 4 && frame.nextElementSibling?.classList.contains("hint"))
+      frame.nextElementSibling.remove();
+  };
+  frame.addEventListener("scroll", mark, { passive: true });
+  new ResizeObserver(mark).observe(frame);
+}
+
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -18,6 +18,9 @@ const interval = (figure, kind = "percent") =>
   known(figure.low)
     ? `${ends(figure, kind)} (95 %, n = ${figure.n})`
     : `n = ${figure.n}: too few runs for an interval`;
+/** What the marks of a chart are; without intervals where there are too few runs. */
+const meansOf = (figures, marks = "interval") =>
+  figures.some((figure) => known(figure.low)) ? `Mean with 95 % ${marks} over seeds` : "Too few runs for intervals: means";
 const runsBehind = (numbers) => {
   const [from, to] = [Math.min(...numbers), Math.max(...numbers)];
   return from === to ? `n = ${from}` : `n = ${from} to ${to}`;
@@ -61,7 +64,7 @@ function layout(x, y, more = {}) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 56, r: 14, t: 12, b: 46 },
+    margin: { l: 56, r: 14, t: 34, b: 46 }, // the tools lie above what is drawn
     height: 340,
     font: { family: style("--sans"), size: 12, color: style("--ink") },
     hovermode: "closest",
@@ -89,6 +92,10 @@ function accuracyAxis(figures, title = "test accuracy, %") {
   const room = 0.04 * (to - from) + 0.1;
   return axis(title, { range: [Math.max(-0.5, from - room), Math.min(100.5, to + room)] });
 }
+
+/** A column of metrics.csv in words. */
+const curveName = (key) =>
+  key.replace(/^val\//, "validation ").replace(/^train\//, "training ").replace("nll", "NLL");
 
 /** Light enough for dark text on every step, on light and dark ground. */
 const SHADES = [
@@ -143,6 +150,7 @@ function legendLines(traces, width) {
   const names = traces
     .filter((trace) => trace.name && trace.showlegend !== false)
     .map((trace) => trace.name.length);
+  if (!names.length) return 0;
   const beside = Math.max(1, Math.floor(width / (60 + 6.5 * Math.max(...names))));
   return Math.ceil(names.length / beside);
 }
@@ -217,8 +225,9 @@ class ChartFrame {
     };
     const size = printing ? { width: PAPER, autosize: false } : { autosize: true };
     const { layout: form, traces } = this.built;
+    const showlegend = this.lines() > 0;
     const margin = { ...form.margin, b: form.margin.b + LINE * this.lines() };
-    window.Plotly.react(this.plot, traces, { ...form, ...size, margin, height: this.height() }, options);
+    window.Plotly.react(this.plot, traces, { ...form, ...size, showlegend, margin, height: this.height() }, options);
     this.plot.firstElementChild?.setAttribute("aria-hidden", "true"); // its values are in the table below it
   }
 

@@ -48,7 +48,7 @@ function byFraction({ groups, look }) {
       }),
       accuracyAxis(kept.flatMap(([, own]) => own.map(accuracy))),
     ),
-    caption: `Mean and 95 % band over seeds, ${nOf(kept.flatMap(([, own]) => own))}.${cut(drawn, "methods")}`,
+    caption: `${meansOf(kept.flatMap(([, own]) => own.map(accuracy)), "band")}, ${nOf(kept.flatMap(([, own]) => own))}.${cut(drawn, "methods")}`,
     table: {
       head: ["Method, images", "Accuracy %", "95 % interval", "n"],
       rows: kept.flatMap(([name, own]) =>
@@ -96,7 +96,7 @@ function byCounts({ block }) {
       },
     ],
     layout: layout(axis("branches K", { type: "category" }), axis("teachers M", { type: "category" }), {
-      margin: { l: 50, r: 10, t: 12, b: 46 },
+      margin: { l: 50, r: 10, t: 34, b: 46 },
     }),
     caption: `${best[0].grid}: mean, 95 % interval, n. Empty: no run is done.`,
     table: {
@@ -132,7 +132,7 @@ function differences({ block, look, reference }) {
       },
     ],
     layout: layout(
-      axis(`points of accuracy above ${inert(to)}`, {
+      axis(`points above ${inert(to)}`, {
         zeroline: true,
         zerolinecolor: style("--edge"),
         zerolinewidth: 1.5,
@@ -141,7 +141,7 @@ function differences({ block, look, reference }) {
       {
         height: Math.max(220, 90 + 26 * sure.length),
         showlegend: false,
-        margin: { l: 110, r: 14, t: 12, b: 46 },
+        margin: { l: 110, r: 14, t: 34, b: 46 },
       },
     ),
     caption:

@@ -131,7 +131,7 @@ function similarity({ row }) {
     layout: layout(
       axis(panels[0].name, CATEGORIES),
       axis("branch", { ...CATEGORIES, autorange: "reversed" }),
-      { ...beside, shapes, margin: { l: 46, r: 10, t: 12, b: 46 } },
+      { ...beside, shapes, margin: { l: 46, r: 10, t: 34, b: 46 } },
     ),
     caption:
       `${row.label}: linear CKA of pooled features on the test images, mean over seeds, n = ${row.cka.n}.` +

@@ -119,13 +119,13 @@ function byCost({ block, look, row, cost }) {
   const exits = field === "macs" ? (row?.branches > 1 && row.exits) || [] : [];
   if (prefixes.length > 1) traces.push(prefixTrace(row, prefixes, look(row).colour));
   if (exits.length > 1) traces.push(exitTrace(row, exits, look(row).colour));
-  const head = field === "macs" ? "multiply-accumulates of an image, millions" : "parameters, millions";
+  const head = field === "macs" ? "MACs of an image, millions" : "parameters, millions";
   const figures = [...have.map(accuracy), ...prefixes.map((p) => p.figure)];
   return {
     traces,
     layout: layout(axis(head), accuracyAxis(figures), { height: 400 }),
     caption:
-      `Mean with 95 % interval, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. ` +
+      `${meansOf(have.map(accuracy))}, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. ` +
       "Settings of the same cost stand beside each other." +
       (points.length > 2 * MOST_LINES ? " Those without a name in the legend tell it on hovering." : "") +
       (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),

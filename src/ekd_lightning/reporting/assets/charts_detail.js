@@ -61,10 +61,10 @@ function branches({ block, look }) {
         ticktext: have.map((group) => inert(group.label)),
         range: [0.6 - have.length, 0.6],
       }),
-      { height: Math.max(280, 140 + 34 * have.length), margin: { l: 110, r: 14, t: 12, b: 46 } },
+      { height: Math.max(280, 140 + 34 * have.length), margin: { l: 110, r: 14, t: 34, b: 46 } },
     ),
     caption:
-      `Mean with 95 % interval over seeds, ${nOf(have)}.` +
+      `${meansOf(have.map(accuracy))}, ${nOf(have)}.` +
       (all.length > have.length ? ` The first ${have.length} of ${all.length} settings.` : ""),
     table: {
       head: ["Setting, part", "Accuracy %", "95 % interval", "n"],
@@ -90,11 +90,11 @@ function learning({ block, look, curve }) {
       kind === "percent"
         ? accuracyAxis(
             have.flatMap((g) => points(g).map((p) => p.figure)),
-            `${key.replace("/", " ")}, %`,
+            `${curveName(key)}, %`,
           )
-        : axis(key.replace("/", " ")),
+        : axis(curveName(key)),
     ),
-    caption: `Mean and 95 % band over seeds, ${runsBehind(last.map((f) => f.n))}.${cut(all, "settings")}`,
+    caption: `${meansOf(last, "band")}, ${runsBehind(last.map((f) => f.n))}.${cut(all, "settings")}`,
     table: {
       head: ["Setting, last epoch", key, "95 % interval", "n"],
       rows: have.map((g, at) => [
@@ -128,7 +128,7 @@ function corruptions({ block, look }) {
       axis("severity (0: clean)", { dtick: 1 }),
       accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure))),
     ),
-    caption: `Mean over corruptions, mean and 95 % band over seeds, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} asked about other images.` : ""}${cut(all, "settings")}`,
+    caption: `Mean over corruptions. ${meansOf(have.map((g) => g.severity[0]), "band")}, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} asked about other images.` : ""}${cut(all, "settings")}`,
     table: {
       head: ["Setting, severity", "Accuracy %", "95 % interval", "n"],
       rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))),

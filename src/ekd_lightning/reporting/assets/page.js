@@ -16,7 +16,10 @@ const look = (group) =>
     : looks.at(group.label);
 const runs = new Runs(payload, byId("details").textContent);
 const rows = new Rows(payload, (run) => runs.open(run));
-const frames = CHARTS.map((chart) => new ChartFrame(chart, byId("chart-grid")));
+const frames = CHARTS.map(
+  (chart) => new ChartFrame(chart, byId(chart.id === "cost" ? "answer-chart" : "chart-grid")),
+);
+for (const frame of document.querySelectorAll("#answer .scroll")) markScroll(frame);
 
 /** What the charts show beside the filters. */
 const chosen = { block: null, row: null, cost: "macs", curve: "val/accuracy" };
@@ -71,7 +74,7 @@ function charts() {
     select(
       "Curve",
       "curve",
-      curves.map((name) => [name, name.replace("/", " ")]),
+      curves.map((name) => [name, curveName(name)]),
     ),
   );
   if (focus?.startsWith("choose-")) byId(focus)?.focus();
@@ -88,7 +91,7 @@ function charts() {
   byId("chart-away").textContent = away.length ? `Not drawn: ${away.join("; ")}.` : "";
 }
 
-/** What the answer speaks of and references first, then the more accurate ones: charts that hold few show these. */
+/** What the answer is about and references first, then the more accurate ones: charts that hold few show these. */
 function byInterest(groups) {
   const rank = (group) => (group.subject ? 0 : group.reference_of.includes(rows.reference) ? 1 : 2);
   return [...groups].sort(
@@ -143,7 +146,7 @@ addEventListener("beforeprint", () => {
   before = document.documentElement.dataset.theme;
   printing = true;
   for (const frame of frames) frame.visible = true;
-  for (const part of document.querySelectorAll("#answer details")) part.open = true;
+  for (const part of document.querySelectorAll("#answer details:not(figure *)")) part.open = true;
   setTheme("light", false);
 });
 addEventListener("afterprint", () => {
@@ -173,7 +176,7 @@ addEventListener("DOMContentLoaded", async () => {
   } catch (error) {
     byId("chart-away").textContent =
       `Charts are not drawn: ${error.message}. The same charts lie beside this page as SVG and PNG.`;
-    byId("chart-grid").hidden = true;
+    byId("chart-grid").hidden = byId("answer-chart").hidden = true;
   }
   for (const { box } of frames) seen.observe(box);
   document.documentElement.dataset.ready = "yes";

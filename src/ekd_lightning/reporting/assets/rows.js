@@ -156,12 +156,13 @@ class Rows {
       ),
       text("branches", "K", "branches"),
       text("teachers", "M", "teachers"),
+      text("unlabelled", "Unlabelled", "images without labels in training"),
     ].filter(varies);
     const fields = THEMES[this.theme][1].filter(([key]) =>
       this.payload.groups.some((row) => row.metrics[key]),
     );
     return [
-      { key: "label", label: "Method", value: (row) => row.label, cell: (row) => row.label },
+      { key: "label", label: "Setting", value: (row) => row.label, cell: (row) => h("span", { title: row.setting || null }, row.label) },
       {
         key: "accuracy",
         label: "Accuracy %",
@@ -226,9 +227,11 @@ class Rows {
 
   seeds(row) {
     const runs = row.runs.map((id) => this.runs.get(id)).filter(Boolean);
+    const full = row.setting ? h("span", { class: "soft" }, `${row.setting}.`) : "";
     return h(
       "div",
       { class: "bar" },
+      full,
       runs.map((run) =>
         h(
           "span",

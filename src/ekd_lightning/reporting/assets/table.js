@@ -80,6 +80,7 @@ class SortedTable {
       table,
     );
     this.place.replaceChildren(frame, this.pager(rows.length, pages));
+    markScroll(frame);
   }
 
   head() {
