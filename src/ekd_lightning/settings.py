@@ -126,6 +126,13 @@ class DataSettings:
     """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
     val_fraction: float = field(default=0.1, metadata=PROTOCOL | {ALLOWED: Range(0, 1, below=True)})
     """Share of the subset held out for validation, in [0, 1)."""
+    unlabelled: Optional[str] = field(default=None, metadata=PROTOCOL)
+    """Images to train on without labels: a folder of any shape, `rest` for the training images that the subset leaves
+    out, `split` for the data set's own (STL10 of torchvision); null: none."""
+    unlabelled_share: Optional[float] = field(default=None, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)})
+    """Their share of each batch of `recipe.batch_size` images, in (0, 1); null: a half."""
+    epoch: str = field(default="labelled", metadata=PROTOCOL | one_of("labelled", "unlabelled"))
+    """Whether an epoch is one pass over the labelled images, or over the unlabelled ones."""
     augmentation: Any = field(default="crop_flip", metadata=PROTOCOL)
     """none, crop_flip, resized_crop, cutout, random_erasing, color, randaugment, a transform of torchvision by the
     name of its class (GaussianBlur), or a list of them, applied in order."""
@@ -508,9 +515,18 @@ class Settings:
         check_values(self)
         check_name("method.name", self.method.name)
         self.recipe.check("recipe")
+        self._check_unlabelled()
         self._check_length()
         self.teachers.check()
         self.evaluation.check()
+
+    def _check_unlabelled(self) -> None:
+        data, useless = self.data, "has no effect without data.unlabelled"
+        if data.unlabelled is None:
+            _require(data.unlabelled_share is None, "data.unlabelled_share", data.unlabelled_share, useless)
+            _require(data.epoch == "labelled", "data.epoch", data.epoch, useless)
+        elif mixed := self.recipe.mixed("recipe"):
+            _require(False, "data.unlabelled", data.unlabelled, f"images without labels cannot be mixed ({mixed})")
 
     def _check_length(self) -> None:
         epochs, most = self.recipe.epochs, self.trainer.get("max_epochs")

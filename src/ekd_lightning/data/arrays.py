@@ -16,12 +16,17 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from ekd_lightning.data.folder import file_stamp, walk
-from ekd_lightning.data.listing import SPLITS, Listing, Row
+from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without_labels
 from ekd_lightning.errors import UserError, one_line, unknown_name
 
 _NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
 """How files call the images and the labels of a split."""
-_SPLIT_NAMES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
+_SPLIT_NAMES = {
+    "train": ("train", "trainval", "train-standard"),
+    "val": ("val", "valid"),
+    "test": ("test",),
+    UNLABELLED: ("unlabeled",),
+}
 """How data sets call the splits, most likely first."""
 _LABELS = ("targets", "labels", "_labels", "y")
 _CLASSES = ("classes", "categories")
@@ -90,6 +95,23 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
     labelled = {split: (_PILImages(part), _labels(part, name)) for split, part in found.items()}
     stamp = {split: _stamp(part, root) for split, part in found.items()}
     return _listing(labelled, names, f"{name} of torchvision in {root}", stamp)
+
+
+def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
+    """Lists the images that a data set of torchvision gives without labels, as STL10 does.
+
+    Raises:
+        UserError: If it has none, or is not there and cannot be fetched.
+    """
+    from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
+
+    kind = getattr(datasets, name, None)
+    part = kind and _torchvision_split(kind, name, root, UNLABELLED, download)
+    if part is None:
+        raise UserError(f"data.unlabelled=split: {name} has no split without labels, as STL10 has; name a folder")
+    images, stamp = _PILImages(part), _stamp(part, root)
+    rows = [Row(f"image {i}", 0, i, stamp) for i in range(len(part))]
+    return without_labels(rows, images.__getitem__, f"{name} of torchvision in {root}, without labels")
 
 
 def _stamp(part: Any, root: Path) -> str:
@@ -177,7 +199,7 @@ def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: b
             raise UserError(f"data.name={name}: torchvision needs its `split`, which cannot be chosen here")
     fetch = {"download": download} if "download" in parameters else {}
     if "train" in parameters:
-        choices: list[dict[str, Any]] = [{"train": split == "train"}] if split != "val" else []
+        choices: list[dict[str, Any]] = [{"train": split == "train"}] if split in ("train", "test") else []
     elif "split" in parameters:
         choices = [{"split": value} for value in _SPLIT_NAMES[split]]
     else:

@@ -118,7 +118,7 @@ def open_dataset(data: DataSettings) -> Dataset:
         UserError: Unknown names, missing or damaged data, a setting that does not fit.
     """
     if data.source is None:
-        own = {"image_size": data.image_size is not None, "skip_broken": data.skip_broken}
+        own = {"image_size": data.image_size is not None, "skip_broken": data.skip_broken and data.unlabelled is None}
         for name in (name for name, given in own.items() if given):
             warnings.warn(f"data.{name}={getattr(data, name)} has no effect without data.source", stacklevel=2)
         return load_dataset(data.name, data.root, data.download)

@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, check_batch_size, gather_batch
+from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
+from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, gather_batch, rows_of_batch
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
-from ekd_lightning.data.views import ViewFamily
+from ekd_lightning.data.views import OwnPlaces, ViewFamily
 
 HELD_SHARE = 0.5
 """The most of a device's free memory that images may take; others are sent there batch by batch."""
@@ -38,6 +38,7 @@ class ImageDataModule(pl.LightningDataModule):
         eval_batch_size: The most images per process in an evaluation batch.
         seed: Seed of order, views and mixing.
         mixing: Mixup or CutMix of training batches; None for neither.
+        unlabelled: Images that are trained on without labels; None for none.
 
     Raises:
         UserError: The batch size does not fit the subset; later, when training starts, the processes.
@@ -53,17 +54,29 @@ class ImageDataModule(pl.LightningDataModule):
         eval_batch_size: int = 500,
         seed: int = 0,
         mixing: Mixing | None = None,
+        unlabelled: Unlabelled | None = None,
     ) -> None:
         super().__init__()
-        check_batch_size(batch_size, len(subset.train_index))  # now, not after the teachers were trained
-        self.dataset, self.subset, self.views = dataset, subset, views
-        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
+        self.dataset, self.subset, self.unlabelled = dataset, subset, unlabelled
+        self.batch_size = batch_size
+        self.check_processes(1)  # now, not after the teachers were trained
+        joins = unlabelled is not None and unlabelled.own is not None
+        self.views = OwnPlaces(views, len(dataset.train)) if joins else views
+        self.eval_batch_size, self.seed = eval_batch_size, seed
         self.mixing = mixing
-        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
+        self._on_device: dict[tuple[str, torch.device], Tensor | JoinedImages] = {}
+
+    def check_processes(self, world_size: int) -> None:
+        """Checks that batches fit the images and the processes.
+
+        Raises:
+            UserError: They do not.
+        """
+        rows_of_batch(self.batch_size, self.num_train_images, self.unlabelled, world_size)
 
     @property
     def num_train_images(self) -> int:
-        """Images trained on, validation not included."""
+        """Images trained on with their labels, validation not included."""
         return len(self.subset.train_index)
 
     @property
@@ -83,6 +96,7 @@ class ImageDataModule(pl.LightningDataModule):
             world_size=world_size,
             rank=rank,
             mixing=self.mixing,
+            unlabelled=self.unlabelled,
         )
         # Lightning's overfit_batches means the same batches again and again; it cannot see into this loader.
         loader.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
@@ -115,40 +129,47 @@ class ImageDataModule(pl.LightningDataModule):
 
     def gather_training(self, rows: IndexBatch, device: torch.device) -> Batch:
         """The training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
-        return gather_batch(self._images(self.dataset.train, device), rows, self.views, device)
+        return gather_batch(self._images("train", device), rows, self.views, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Gathers the images of an IndexBatch on its device; leaves anything else alone."""
         if not isinstance(batch, IndexBatch) or self._leaves_rows():
             return batch
-        trainer = self.trainer
-        image_set = self.dataset.test if trainer is not None and trainer.testing else self.dataset.train
-        views, device = self.views if trainer is None or trainer.training else None, batch.index.device
-        return gather_batch(self._images(image_set, device), batch, views, device)
+        trainer, device = self.trainer, batch.index.device
+        if trainer is None or trainer.training:
+            return self.gather_training(batch, device)
+        return gather_batch(self._images("test" if trainer.testing else "train", device), batch, None, device)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
         """Views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
 
         Args:
-            index: int64 [B], positions in the whole training set.
+            index: int64 [B], positions in the whole training set, or behind it.
             view: int64 [B], their views.
             device: Where they are made.
         """
         everything = torch.ones_like(index, dtype=torch.bool)
-        rows = IndexBatch(self.dataset.train.labels[index], index, view, everything)
+        rows = IndexBatch(torch.full_like(index, -1), index, view, everything)
         return self.gather_training(rows, device).images
 
-    def _images(self, image_set: ImageSet, device: torch.device) -> Tensor:
-        """uint8 [N, 3, H, W], moved to the device once; where they do not fit there, as they are."""
-        key = image_set.split, device
+    def _images(self, split: str, device: torch.device) -> Tensor | JoinedImages:
+        """uint8 [N, 3, H, W], moved to the device once; where they do not fit there, as they are.
+
+        Unlabelled images of their own lie behind those of the training set.
+        """
+        key = split, device
         if key not in self._on_device:
-            held = image_set.images.nbytes <= HELD_SHARE * free_bytes(device)
-            self._on_device[key] = image_set.images.to(device) if held else image_set.images
+            images: Tensor | JoinedImages = getattr(self.dataset, split).images
+            own = None if self.unlabelled is None else self.unlabelled.own
+            if split == "train" and own is not None:
+                images = JoinedImages(self.dataset.train.images, own.images)
+            held = images.nbytes <= HELD_SHARE * free_bytes(device)
+            self._on_device[key] = images.to(device) if held else images
         return self._on_device[key]
 
     def why_not_recorded(self, device: torch.device) -> str | None:
         """What in the images needs the host in a training step; None if they are on the device."""
-        held = self._images(self.dataset.train, device).device.type == device.type
+        held = self._images("train", device).device.type == device.type
         return None if held else "the images do not fit into the device's memory"
 
     def _eval_loader(self, image_set: ImageSet, index: Tensor) -> EvalLoader:

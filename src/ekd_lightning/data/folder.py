@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ekd_lightning.data.listing import SPLITS, Listing, Row
+from ekd_lightning.data.listing import SPLITS, Listing, Row, without_labels
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_bytes
 
@@ -31,8 +31,8 @@ def list_folder(root: Path) -> Listing:
     classes = tuple(folder.name for folder in _folders(splits["train"]))
     if not classes:
         raise UserError(f"data.root={root}: holds no subfolders; images lie in one subfolder a class")
-    rows = {split: _rows(root, folder, classes) for split, folder in splits.items()}
-    return Listing(rows, classes, lambda path: read_bytes(Path(path)), str(root))
+    rows = {split: _rows(root, folder, _labels(folder, classes)) for split, folder in splits.items()}
+    return Listing(rows, classes, _content, str(root))
 
 
 def file_stamp(path: str) -> tuple[int, int]:
@@ -72,13 +72,34 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield parent, sorted(name for name in names if not name.startswith("."))
 
 
-def _rows(root: Path, split: Path, classes: tuple[str, ...]) -> list[Row]:
-    """The images of a split."""
-    found, others = [], []
-    for folder in _folders(split):
+def list_images(root: Path) -> Listing:
+    """Lists the images of a folder without labels, wherever they lie below it, in the order of their paths.
+
+    Raises:
+        UserError: If the folder is not there, or holds no images.
+    """
+    if not root.is_dir():
+        raise UserError(f"data.unlabelled={root}: no such folder (rest takes the images that the subset leaves out)")
+    return without_labels(_rows(root, root, {root: 0}), _content, str(root))
+
+
+def _content(path: str) -> bytes:
+    return read_bytes(Path(path))
+
+
+def _labels(split: Path, classes: tuple[str, ...]) -> dict[Path, int]:
+    """The folders of a split with the numbers of their classes."""
+    folders = list(_folders(split))
+    for folder in folders:
         if folder.name not in classes:
             raise UserError(f"{folder}: no such class among the training images ({', '.join(classes[:5])}, ...)")
-        label = classes.index(folder.name)
+    return {folder: classes.index(folder.name) for folder in folders}
+
+
+def _rows(root: Path, split: Path, labels: dict[Path, int]) -> list[Row]:
+    """The images of a split, from its folders."""
+    found, others = [], []
+    for folder, label in labels.items():
         for parent, names in sorted(walk(folder)):
             for name in names:
                 path = os.path.join(parent, name)  # of a million, Path would take half a minute

@@ -58,6 +58,61 @@ class ImageSet:
 
 
 @dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """Images that are trained on without labels.
+
+    Attributes:
+        index: int64 [U], ascending. Positions in the training set; those of images of their own follow behind it.
+        source: Where they come from, for people to read.
+        sha256: Hex SHA-256 of the positions, or of the images of their own.
+        share: Their share of a batch, in (0, 1).
+        leads: Whether an epoch is one pass over them, not over the labelled images.
+        own: The images of their own, whose labels mean nothing; None where they are images of the training set.
+    """
+
+    index: Tensor
+    source: str
+    sha256: str
+    share: float = 0.5
+    leads: bool = False
+    own: ImageSet | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+class JoinedImages:
+    """Images of two sets under one index, those of the second behind those of the first; may be mapped from files.
+
+    Args:
+        first: uint8 [N, 3, H, W].
+        second: uint8 [U, 3, H, W].
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self._parts = first, second
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all images."""
+        return sum(part.nbytes for part in self._parts)
+
+    def to(self, device: torch.device) -> Tensor | JoinedImages:
+        """All images side by side on an accelerator; on a processor they stay where they are."""
+        return self if device.type == "cpu" else torch.cat([part.to(device) for part in self._parts])
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        first, second = self._parts
+        behind = index >= len(first)
+        chosen = torch.empty((len(index), *first.shape[1:]), dtype=torch.uint8)
+        chosen[~behind] = first[index[~behind]]
+        chosen[behind] = second[index[behind] - len(first)]
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split with the same classes and image size.
 

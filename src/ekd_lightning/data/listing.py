@@ -25,6 +25,7 @@ from ekd_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
+UNLABELLED = "unlabelled"
 
 
 class Row(NamedTuple):
@@ -135,6 +136,31 @@ def read_listing(
         UserError: For a single class, a class without images, images that cannot be read or differ in size.
     """
     _check_classes(listing, name, [row.label for row in listing.splits["train"]])
+    dataset, train_labels = _decoded(listing, name, image_size, cache, skip_broken)
+    _check_classes(listing, name, train_labels)
+    if not len(dataset.test):
+        raise UserError(f"data set {name!r} ({listing.source}): none of its images for testing can be read")
+    return dataset
+
+
+def without_labels(rows: Sequence[Row], load: Callable[[Any], bytes | Image.Image], source: str) -> Listing:
+    """A listing of images of which nothing is known; the labels of its rows are 0."""
+    return Listing({"train": rows}, (UNLABELLED,), load, source)
+
+
+def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache: Path, skip_broken: bool) -> ImageSet:
+    """Decodes images without labels, see `read_listing`; their labels are 0 and mean nothing.
+
+    Raises:
+        UserError: For images that cannot be read.
+    """
+    return _decoded(listing, UNLABELLED, image_size, cache, skip_broken)[0].train
+
+
+def _decoded(
+    listing: Listing, name: str, image_size: tuple[int, int] | None, cache: Path, skip_broken: bool
+) -> tuple[Dataset, list[int]]:
+    """The images of a listing, and the labels of those for training, without those for validation only."""
     rows = [(split, row) for split in SPLITS for row in listing.splits.get(split, ())]
     images = [(split, row.name, row.label, row.stamp) for split, row in rows]
     options = {"size": image_size, "skip_broken": skip_broken}
@@ -149,12 +175,9 @@ def read_listing(
         return _facts(listing, rows, found, target, name)
 
     pixels, facts = cached_images(cache, key, build)
-    _check_classes(listing, name, facts["labels"][: facts["counts"]["train"]])
-    if not facts["counts"]["test"]:
-        raise UserError(f"data set {name!r} ({listing.source}): none of its images for testing can be read")
     for remark in facts["remarks"]:
-        warnings.warn(remark, stacklevel=2)
-    return _dataset(listing, name, pixels, facts)
+        warnings.warn(remark, stacklevel=3)
+    return _dataset(listing, name, pixels, facts), facts["labels"][: facts["counts"]["train"]]
 
 
 def _check_classes(listing: Listing, name: str, train_labels: Sequence[int]) -> None:

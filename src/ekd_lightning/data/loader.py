@@ -13,12 +13,14 @@ loaders are plain iterables, which Lightning neither wraps nor re-creates; they 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ekd_lightning.data.images import ImageSet
+from ekd_lightning.data.images import ImageSet, JoinedImages, Unlabelled
 from ekd_lightning.data.mixing import Mix, Mixing, mix_images, mix_labels
 from ekd_lightning.data.order import epoch_order, epoch_views
 from ekd_lightning.data.views import ViewFamily, to_unit
@@ -38,6 +40,7 @@ class Batch(NamedTuple):
             devices. They must not be counted. Always True in training.
         soft_labels: float32 [B, C], rows summing to 1, where every image was mixed with another one (mixup, CutMix);
             labels, index and view are then those of the first of the two. None where nothing was mixed.
+        num_labelled: The first so many rows have labels; those of the others are -1. None where all have.
     """
 
     images: Tensor
@@ -46,6 +49,17 @@ class Batch(NamedTuple):
     view: Tensor
     valid: Tensor
     soft_labels: Tensor | None = None
+    num_labelled: int | None = None
+
+    @property
+    def labelled(self) -> Batch:
+        """The rows that have labels."""
+        if self.num_labelled is None:
+            return self
+        rows = slice(self.num_labelled)
+        soft_labels = None if self.soft_labels is None else self.soft_labels[rows]
+        known = {name: getattr(self, name)[rows] for name in self._fields[:5]}
+        return self._replace(**known, soft_labels=soft_labels, num_labelled=None)
 
     @property
     def targets(self) -> Tensor:
@@ -66,6 +80,7 @@ class IndexBatch(NamedTuple):
     view: Tensor
     valid: Tensor
     mix: Mix | None = None
+    num_labelled: int | None = None
 
 
 def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> None:
@@ -93,10 +108,48 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> N
         )
 
 
+def rows_of_batch(
+    batch_size: int, num_labelled: int, unlabelled: Unlabelled | None = None, world_size: int = 1
+) -> list[int]:
+    """Divides a global batch into rows with labels and, if there are such images, without.
+
+    Args:
+        batch_size: Images in a global batch.
+        num_labelled: Training images with labels.
+        unlabelled: Those without; their rows are `share` of the batch, rounded half up.
+        world_size: Number of processes.
+
+    Returns:
+        Labelled rows, and the unlabelled ones if there are any.
+
+    Raises:
+        UserError: A batch fits neither the images nor the processes, or lacks rows of a kind.
+    """
+    if unlabelled is None:
+        check_batch_size(batch_size, num_labelled, world_size)
+        return [batch_size]
+    share = unlabelled.share
+    withheld = int(batch_size * Fraction(str(float(share))) + Fraction(1, 2))
+    parts = {"labelled": (batch_size - withheld, num_labelled), "unlabelled": (withheld, len(unlabelled))}
+    for kind, (rows, images) in parts.items():
+        has = f"recipe.batch_size={batch_size} with data.unlabelled_share={share} has {rows} {kind} images"
+        if not rows:
+            raise UserError(f"{has}: choose another share")
+        if rows > images:
+            raise UserError(f"{has}, and there are {images}: lower the batch size, or choose another share")
+        if rows % world_size:
+            raise UserError(f"{has}, which {world_size} processes cannot share evenly: choose another share")
+    return [batch_size - withheld, withheld]
+
+
 class TrainLoader:
     """Training batches: the epoch's order cut into global batches; each process takes every n-th row.
 
     The last, incomplete batch is dropped; which images it would hold changes every epoch.
+
+    With unlabelled images a batch is labelled rows, then unlabelled ones. An epoch is one pass over the images of one
+    kind; those of the other kind are passed through at their own pace: a pass lasts as many whole epochs as it has
+    images for, and where an epoch needs more images than there are, it holds several passes.
 
     Args:
         image_set: The whole training set.
@@ -107,6 +160,7 @@ class TrainLoader:
         world_size: Number of processes.
         rank: This process, 0 .. world_size-1.
         mixing: Mixup, CutMix or both; None for neither.
+        unlabelled: Images without labels; None for none.
 
     Raises:
         UserError: The batch size fits neither the images nor the processes.
@@ -123,8 +177,14 @@ class TrainLoader:
         world_size: int = 1,
         rank: int = 0,
         mixing: Mixing | None = None,
+        unlabelled: Unlabelled | None = None,
     ) -> None:
-        check_batch_size(batch_size, len(index), world_size)
+        rows = rows_of_batch(batch_size, len(index), unlabelled, world_size)
+        kinds = [index] if unlabelled is None else [index, unlabelled.index]
+        self._parts = list(zip(kinds, rows, strict=True))
+        self.num_labelled = None if unlabelled is None else rows[0] // world_size
+        leads = unlabelled is not None and unlabelled.leads
+        self._num_batches = len(kinds[leads]) // rows[leads]
         self.index, self.seed, self.number, self.frozen = index, seed, 0, False
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self._labels, self._num_views = image_set.labels, views.num_views
@@ -132,7 +192,7 @@ class TrainLoader:
         self._mixing = mixing or None  # one that mixes nothing is none
 
     def __len__(self) -> int:
-        return len(self.index) // self.batch_size
+        return self._num_batches
 
     @property
     def sampler(self) -> TrainLoader:
@@ -152,22 +212,49 @@ class TrainLoader:
             ahead: Epochs after the one that was set last.
 
         Returns:
-            labels, index and view, each int64 [batches, images in a batch].
+            labels (-1 where they are withheld), index and view, each int64 [batches, images in a batch].
         """
         places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
         index, view = self._shown(places[:num_batches], ahead)
-        return self._labels[index], index, view
+        known = slice(self.num_labelled)
+        labels = torch.full_like(index, -1)
+        labels[:, known] = self._labels[index[:, known]]
+        return labels, index, view
+
+    def distinct_rows(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor]:
+        """Index and view, each int64 [N], of all that `epoch` shows; what it shows several times comes once."""
+        _, index, view = (values.flatten() for values in self.epoch(num_batches, ahead))
+        distinct = torch.unique(index * self._num_views + view)
+        if len(distinct) == len(index):
+            return index, view
+        return distinct // self._num_views, distinct % self._num_views
 
     def _shown(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Index and view of this process's share of global batches, given as places in the epoch's order."""
         number = self.number if self.frozen else self.number + ahead
-        index = epoch_order(self.seed, number, self.index)[places[:, self.rank :: self.world_size]].contiguous()
-        return index, epoch_views(self.seed, number, index.flatten(), self._num_views).view_as(index)
+        streams = [self._stream(images, rows, number) for images, rows in self._parts]
+        mine = places[:, self.rank :: self.world_size]
+        index, view = (torch.cat(kinds, dim=1).flatten()[mine] for kinds in zip(*streams, strict=True))
+        return index, view
+
+    def _stream(self, images: Tensor, rows: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Index and view of the images of one kind in all batches of an epoch, int64 [batches, rows]."""
+        needed = len(self) * rows
+        passes = -(-needed // len(images))
+        epochs_a_pass = len(images) // needed  # 0 where an epoch needs several passes
+        first, part = divmod(epoch, epochs_a_pass) if epochs_a_pass else (epoch * passes, 0)
+        shown = []
+        for number in range(first, first + passes):
+            index = epoch_order(self.seed, number, images)[part * needed : (part + 1) * needed]
+            shown.append((index, epoch_views(self.seed, number, index, self._num_views)))
+        index, view = (torch.cat(values)[:needed].view(-1, rows) for values in zip(*shown, strict=True))
+        return index, view
 
     def __iter__(self) -> Iterator[IndexBatch]:
         labels, index, view = self.epoch()
-        rows = labels, index, view, torch.ones_like(index, dtype=torch.bool)
-        yield from map(IndexBatch, *rows) if self._mixing is None else map(IndexBatch, *rows, self._mixes(labels))
+        mixes = repeat(None) if self._mixing is None else self._mixes(labels)
+        for own, rows, views, mix in zip(labels, index, view, mixes, strict=False):
+            yield IndexBatch(own, rows, views, torch.ones_like(rows, dtype=torch.bool), mix, self.num_labelled)
 
     def _mixes(self, labels: Tensor) -> Iterator[Mix]:
         """What each batch of this process is mixed with; partners come from its whole global batch."""
@@ -231,7 +318,7 @@ class EvalLoader:
 
 
 def gather_batch(
-    images: Tensor, rows: IndexBatch, views: ViewFamily | None = None, device: torch.device | None = None
+    images: Tensor | JoinedImages, rows: IndexBatch, views: ViewFamily | None = None, device: torch.device | None = None
 ) -> Batch:
     """Turns indices into images, on a device.
 
@@ -258,7 +345,7 @@ def gather_batch(
     if mix is not None:
         own, partners = chosen.chunk(2)
         chosen, soft_labels = mix_images(own, partners, mix.share, mix.box), mix.soft_labels
-    return Batch(chosen, rows.labels, rows.index, rows.view, rows.valid, soft_labels)
+    return Batch(chosen, rows.labels, rows.index, rows.view, rows.valid, soft_labels, rows.num_labelled)
 
 
 def _on_device(rows: IndexBatch, device: torch.device) -> IndexBatch:
@@ -267,4 +354,4 @@ def _on_device(rows: IndexBatch, device: torch.device) -> IndexBatch:
     if mix is not None:
         moved = {name: getattr(mix, name).to(device, non_blocking=True) for name in ("index", "view")}
         mix = mix._replace(soft_labels=mix.soft_labels.to(device, non_blocking=True), **moved)
-    return IndexBatch(labels, index, view, valid, mix)
+    return rows._replace(labels=labels, index=index, view=view, valid=valid, mix=mix)

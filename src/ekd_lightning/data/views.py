@@ -160,6 +160,31 @@ class Pool:
         return images
 
 
+class OwnPlaces:
+    """A family for images of two sets under one index: each is seen as at its place in its own set.
+
+    So its views, and what teachers say of them, do not depend on the other set.
+
+    Args:
+        family: The family.
+        first: Images in the first set; the second one's follow behind.
+    """
+
+    def __init__(self, family: ViewFamily, first: int) -> None:
+        self._family, self._first = family, first
+        self.num_views, self.key = family.num_views, family.key
+        self.captures = getattr(family, "captures", True)
+
+    @property
+    def identity_view(self) -> int | None:
+        """That of the family."""
+        return self._family.identity_view
+
+    def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
+        """Makes one view of each image; see `ViewFamily`."""
+        return self._family(images, view, torch.where(index < self._first, index, index - self._first))
+
+
 class _DrawnView:
     """Any view of a finite family, as one augmentation of a pool."""
 

@@ -17,7 +17,14 @@ from ekd_lightning.methods.assignment import (
     make_assignment,
 )
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, StepContext, TermContext
-from ekd_lightning.methods.method import Method, MethodLoss, build_method, needs_teachers, uses_assignment
+from ekd_lightning.methods.method import (
+    Method,
+    MethodLoss,
+    build_method,
+    needs_teachers,
+    terms_with_labels,
+    uses_assignment,
+)
 from ekd_lightning.methods.pair_terms import PairTerm
 from ekd_lightning.methods.terms import SoftTerm, Term, build_term, register_term, term_names
 
@@ -41,5 +48,6 @@ __all__ = [
     "needs_teachers",
     "register_term",
     "term_names",
+    "terms_with_labels",
     "uses_assignment",
 ]

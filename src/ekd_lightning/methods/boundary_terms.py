@@ -112,8 +112,8 @@ class BoundaryDistillation(SoftTerm):
 
     Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
     student (its coupled output) and the teacher are asked live. Where the weight's schedule has come to 0 nothing is
-    computed. With several teachers each is attacked, and the mean is taken. Of a mixed image the class with the larger
-    share counts as the label.
+    computed. With several teachers each is attacked, and the mean is taken. Only labelled images count; of a
+    mixed image the class with the larger share is the label.
 
     The student is asked in its present mode: its batch norms take their statistics from the attacked images, and
     remember them, as in the authors' code.

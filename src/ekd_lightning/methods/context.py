@@ -6,7 +6,7 @@ Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K bra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +77,14 @@ class StepContext:
     step_t: Tensor | None = None
 
     @property
+    def labelled(self) -> StepContext:
+        """The same step with the labelled rows of the batch alone."""
+        rows = self.batch.num_labelled
+        if rows is None:
+            return self
+        return replace(self, batch=self.batch.labelled, **_first_rows(self.student, self.teachers, rows))
+
+    @property
     def teacher_logits(self) -> Tensor:
         """The teachers' logits [M, B, C], for terms with `needs_teachers`."""
         assert self.teachers is not None
@@ -93,6 +101,21 @@ class StepContext:
         if self.step_t is not None:
             return self.step_t
         return torch.full((), self.step, dtype=torch.int64, device=self.batch.index.device)
+
+
+def _first_rows(student: StudentOutput, teachers: TeacherOutput | None, rows: int) -> dict[str, Any]:
+    """What both sides say of the first images of a batch."""
+
+    def maps(stages: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], ...]:
+        return tuple({name: values[:rows] for name, values in own.items()} for own in stages)
+
+    ours = StudentOutput(
+        student.logits[:rows], student.branch_logits[:, :rows], student.pooled[:, :rows], maps(student.stages)
+    )
+    if teachers is None:
+        return {"student": ours}
+    pooled = tuple(values[:rows] for values in teachers.pooled)
+    return {"student": ours, "teachers": TeacherOutput(teachers.logits[:, :rows], pooled, maps(teachers.stages))}
 
 
 @dataclass(frozen=True)

@@ -239,8 +239,8 @@ class ContrastiveRepresentation(FeatureTerm):
     Both networks' pooled features are mapped to unit vectors by trained linear maps. An anchor's positive is the
     other network's bank entry of the same image, its negatives are entries of images of other classes, drawn with
     replacement (the published sampler does so when there are fewer such images than negatives). After the scores
-    are computed the batch's entries move towards its new embeddings. All of this, and z, is state: it travels with
-    the device and the checkpoint, and is the same in all processes.
+    are computed the batch's entries move towards its new embeddings. Only labelled images count.
+    All of this, and z, is state: it travels with the device and the checkpoint, and is the same in all processes.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -258,6 +258,7 @@ class ContrastiveRepresentation(FeatureTerm):
     """
 
     knows_images = True
+    needs_labels = True
 
     def __init__(
         self,

@@ -36,6 +36,8 @@ class _CrossEntropy(Term):
 class CrossEntropyEnsemble(_CrossEntropy):
     """CE(z̄, y): cross-entropy of the student's coupled prediction; y are the soft labels of mixed images.
 
+    Only labelled images count.
+
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes.
@@ -51,6 +53,8 @@ class CrossEntropyEnsemble(_CrossEntropy):
 class CrossEntropyBranch(BranchTerm, _CrossEntropy):
     """mean_k CE(z_k, y): cross-entropy of every branch on its own; y are the soft labels of mixed images.
 
+    Only labelled images count.
+
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes.
@@ -64,9 +68,30 @@ class CrossEntropyBranch(BranchTerm, _CrossEntropy):
         return self.factor * value
 
 
+@register_term("pseudo_labels")
+class PseudoLabels(Term):
+    """CE(z̄, argmax_c t̄_c): cross-entropy with the class that the mean of the teachers' logits finds most likely.
+
+    Every image counts, with a label or without, and no label is looked at.
+
+    Args:
+        weight: Factor in the total, >= 0.
+        context: The networks' sizes.
+    """
+
+    needs_labels = False
+    needs_teachers = True
+    averages_logits = True
+
+    def forward(self, context: StepContext) -> Tensor:
+        """Returns the mean over the batch, in nats."""
+        return losses.cross_entropy(context.student.logits, context.teacher_logits.float().mean(0).argmax(-1), 0.0)
+
+
 class _Distillation(SoftTerm):
     """Base of both distillation terms: options, and the loss against a combination of teachers."""
 
+    needs_labels = False
     needs_teachers = True
 
     def __init__(
@@ -147,8 +172,8 @@ class DistillationBranch(BranchTerm, _Distillation):
 class DecoupledDistillation(SoftTerm, BranchTerm):
     """mean_k T² (α TCKD + β NCKD): Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022; see `losses.decoupled`.
 
-    Several teachers of a branch are combined by the mean of their logits. Of a mixed image the class with the larger
-    share counts as the target.
+    Several teachers of a branch are combined by the mean of their logits. Only labelled images count; of a mixed image
+    the class with the larger share counts as the target.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -187,6 +212,7 @@ class StandardizedDistillation(SoftTerm, BranchTerm):
         reduction: `mean` or `sum` over the K branches.
     """
 
+    needs_labels = False
     needs_teachers = True
     uses_assignment = True
     averages_logits = True

@@ -192,7 +192,8 @@ class Method(nn.Module):
     ) -> MethodLoss:
         """Computes the loss of one step.
 
-        All rows of the batch count: `batch.valid` is always True in training.
+        All rows of the batch count: `batch.valid` is always True in training. Where some have no label, terms with
+        `needs_labels` see the others alone.
 
         `weights`, `assignment_KM` and `step_t` give as tensors on the device what else follows from `step` and
         `progress`, so that the forward pass can be recorded as a CUDA graph and replayed in later steps: for the same
@@ -225,7 +226,8 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
         matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
-        values = {key: term(context) for key, term in counting.items()}
+        labelled = context.labelled
+        values = {key: term(labelled if term.needs_labels else context) for key, term in counting.items()}
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
         if len(self._constant) < len(self.terms):
@@ -340,6 +342,13 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
         UserError: As `build_method`, for unknown terms, options and weights.
     """
     return any(entry.cls.needs_teachers for entry in _entries(terms).values())
+
+
+def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], bool]:
+    """The terms that count labelled images alone, and whether there are no others; raises as `needs_teachers`."""
+    entries = _entries(terms)
+    found = [key for key, entry in entries.items() if entry.cls.needs_labels]
+    return found, len(found) == len(entries)
 
 
 def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:

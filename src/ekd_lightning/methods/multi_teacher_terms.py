@@ -33,6 +33,7 @@ SCALES = ("normalized", "published_code")
 class _WeightedDistillation(SoftTerm):
     """Base: 1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the weights w of a subclass."""
 
+    needs_labels = False
     needs_teachers = True
 
     def teacher_weights(self, context: StepContext) -> Tensor:
@@ -81,7 +82,8 @@ class ConfidenceDistillation(_WeightedDistillation):
     """1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with w_mb = (1 - softmax_m(CE_mb)) / (M - 1).
 
     The logit term of CA-MKD (Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007). CE_mb is teacher m's
-    cross-entropy with the label (the soft label of a mixed image) at T = 1. With one teacher w = 1.
+    cross-entropy with the label (the soft label of a mixed image) at T = 1. With one teacher w = 1. Only labelled
+    images count.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -90,6 +92,8 @@ class ConfidenceDistillation(_WeightedDistillation):
         scale: `normalized`, the paper's, where the weights of an image sum to 1; or `published_code`, divided
             by M once more as in the authors' repository.
     """
+
+    needs_labels = True
 
     def __init__(self, weight: float, context: TermContext, *, scale: str = "normalized", **options: Any) -> None:
         super().__init__(weight, context, **options)
@@ -153,7 +157,8 @@ class ConfidenceFeatures(Term):
     student can already use its features. r_km is a 1×1 convolution, batch norm and ReLU, as published, one for
     every branch and teacher: each branch of a branched student is judged and taught on its own, and the mean over
     branches keeps the scale of a plain student. MSE is the mean over an image's elements. Maps of unequal size
-    are averaged to the smaller one (the authors' code enlarges a smaller student map instead).
+    are averaged to the smaller one (the authors' code enlarges a smaller student map instead). Only labelled images
+    count.
 
     Args:
         weight: Factor in the total, >= 0.

@@ -32,6 +32,7 @@ class Mutual(SoftTerm, BranchTerm):
         reduction: `mean` or `sum` over the K branches; `sum` gives each network its own loss unscaled.
     """
 
+    needs_labels = False
     least_branches = 2
 
     def forward(self, context: StepContext) -> Tensor:
@@ -54,6 +55,7 @@ class SelfDistillation(SoftTerm, BranchTerm):
         reduction: `mean` or `sum` over the K branches.
     """
 
+    needs_labels = False
     least_branches = 2
 
     def forward(self, context: StepContext) -> Tensor:
@@ -85,6 +87,7 @@ class PeerAttention(SoftTerm, BranchTerm):
         detach_targets: False lets gradients flow into the targets, as in the authors' code.
     """
 
+    needs_labels = False
     least_branches = LEADER_AND_PEERS
 
     def __init__(
@@ -146,6 +149,7 @@ class Leader(SoftTerm):
         detach_targets: False lets gradients flow into the peers, as in the authors' code.
     """
 
+    needs_labels = False
     least_branches = LEADER_AND_PEERS
 
     def __init__(self, weight: float, context: TermContext, *, detach_targets: bool = True, **options: Any) -> None:

@@ -35,6 +35,7 @@ class PairTerm(BranchTerm):
         reduction: `mean` or `sum` over the K branches.
     """
 
+    needs_labels = False
     needs_teachers = True
     uses_assignment = True
 

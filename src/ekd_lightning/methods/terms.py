@@ -28,6 +28,8 @@ class Term(nn.Module):
         weight: Factor of this term in the total, >= 0.
         schedule: Factor of the weight as a function of the training's progress; from the term's `schedule` in the
             configuration.
+        needs_labels: Whether it reads `context.batch`'s labels: of a batch with unlabelled images it is then handed the
+            labelled rows alone. False where it takes all rows, whose labels it must not look at.
         needs_teachers: Whether `context.teachers` must be there.
         needs_pooled: Whether it reads the teachers' pooled features.
         needs_networks: Whether `context.networks` must be there.
@@ -47,6 +49,7 @@ class Term(nn.Module):
         student_stages: Names of the student's stage outputs that this term reads.
     """
 
+    needs_labels: bool = True
     needs_teachers: bool = False
     needs_pooled: bool = False
     needs_networks: bool = False

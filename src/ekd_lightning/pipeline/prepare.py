@@ -10,11 +10,22 @@ from typing import Any
 
 import torch
 
-from ekd_lightning.data import Dataset, ImageSet, Mixing, Subset, ViewFamily, choose_subset, make_views, open_dataset
+from ekd_lightning.data import (
+    Dataset,
+    ImageSet,
+    Mixing,
+    Subset,
+    ViewFamily,
+    choose_subset,
+    make_views,
+    open_dataset,
+    open_unlabelled,
+)
 from ekd_lightning.data.datamodule import ImageDataModule
+from ekd_lightning.data.loader import rows_of_batch
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
-from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, uses_assignment
+from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, terms_with_labels, uses_assignment
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
@@ -26,6 +37,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks.library import fixed_size
 from ekd_lightning.networks.registry import is_of_library, require_network
 from ekd_lightning.networks.staged import sides
+from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
 from ekd_lightning.tracking.loggers import TeacherCurves
@@ -76,6 +88,7 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     needs = needs_teachers(settings.method.terms)
     data = settings.data
     dataset, subset, views = prepare_data(settings)
+    unlabelled = open_unlabelled(data, dataset, subset)
     datamodule = ImageDataModule(
         dataset,
         subset,
@@ -84,6 +97,7 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
         eval_batch_size=data.eval_batch_size,
         seed=settings.seed,
         mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
+        unlabelled=unlabelled,
     )
     student = build_student(settings, dataset)
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
@@ -97,7 +111,9 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
     for taught_by in choices:
         method = _build_method(settings, dataset, subset, student, taught_by)
-    source = plan_source(settings, dataset, subset, views, taught_by, method) if needs else SourcePlan()
+    if unlabelled is not None:
+        _say_what_counts(settings, datamodule)
+    source = plan_source(settings, dataset, subset, views, taught_by, method, unlabelled) if needs else SourcePlan()
     return Prepared(dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain)
 
 
@@ -110,6 +126,11 @@ def check_settings(settings: Settings) -> None:
     settings.check()
     check_trainer(settings.trainer)
     check_optimizer(settings.recipe, "recipe")
+    if settings.data.unlabelled is not None and terms_with_labels(settings.method.terms)[1]:
+        raise UserError(
+            f"data.unlabelled={settings.data.unlabelled}: all terms of {settings.method.name!r} need labels, "
+            "so images without are of no use to it"
+        )
     entries = []
     if needs_teachers(settings.method.terms):
         if settings.teachers.count == 0:
@@ -126,6 +147,22 @@ def check_settings(settings: Settings) -> None:
             zoo_entry(entry.zoo)
     with quiet():  # what has no effect is told when they are made in earnest
         _make_views(settings.data, settings.data.padding or 0)
+
+
+def _say_what_counts(settings: Settings, data: ImageDataModule) -> None:
+    """Says what the unlabelled images are, and which terms pass them by."""
+    if data.unlabelled is None or not is_rank_zero():
+        return
+    labelled, withheld = rows_of_batch(data.batch_size, data.num_train_images, data.unlabelled)
+    log.info(
+        "%d images without labels (%s): %d of a batch's %d images; %s count the other %d alone",
+        len(data.unlabelled),
+        data.unlabelled.source,
+        withheld,
+        data.batch_size,
+        ", ".join(terms_with_labels(settings.method.terms)[0]) or "no terms",
+        labelled,
+    )
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
@@ -246,7 +283,7 @@ def _build_method(
 
 def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
     """What was run: everything that is known before training."""
-    student = prepared.student
+    student, unlabelled = prepared.student, prepared.datamodule.unlabelled
     return {
         "method": settings.method.name,
         "data": prepared.dataset.name,
@@ -261,6 +298,9 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "fraction": prepared.subset.fraction,
         "num_train_images": len(prepared.subset.train_index),
         "num_val_images": len(prepared.subset.val_index),
+        "num_unlabelled_images": 0 if unlabelled is None else len(unlabelled),
+        "unlabelled_sha256": unlabelled and unlabelled.sha256,
+        "unlabelled_share": unlabelled and unlabelled.share,
         "subset_sha256": prepared.subset.sha256,
         "subset_seed": settings.data.subset_seed,
         "seed": settings.seed,
@@ -294,6 +334,8 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
     """Hashes of data and teachers, for the provenance."""
     identities = [] if teachers is None else teachers.identities
+    unlabelled = prepared.datamodule.unlabelled
+    without = unlabelled and {"source": unlabelled.source, "images": len(unlabelled), "sha256": unlabelled.sha256}
     return {
         "data": {
             "name": prepared.dataset.name,
@@ -303,6 +345,7 @@ def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, An
             "class_names": list(prepared.dataset.class_names),
             "image_size": prepared.dataset.image_size,
             "subset_sha256": prepared.subset.sha256,
+            "unlabelled": without,
         },
         "teachers": [
             {"id": t.id, "sha256": t.sha256, "source": t.source, "network": t.network, **t.detail} for t in identities

@@ -18,7 +18,6 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from ekd_lightning import progress
-from ekd_lightning.data.loader import check_batch_size
 from ekd_lightning.errors import UserError, quiet, reason, unknown_name
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
@@ -246,7 +245,7 @@ def check_run(
         with_best = prepared.datamodule.num_val_images > 0
         own += checkpoint_callbacks(directory.absolute() / CHECKPOINTS, with_best=with_best)
     trainer = build_trainer(flags, directory, [], [*own, *callbacks])
-    check_batch_size(settings.recipe.batch_size, prepared.datamodule.num_train_images, trainer.world_size)
+    prepared.datamodule.check_processes(trainer.world_size)
     _check_limits(trainer, prepared)
     return prepared, trainer, report, threads
 

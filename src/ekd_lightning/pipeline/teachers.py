@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data import Dataset
-from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_parameters
 from ekd_lightning.evaluation.predict import predict
@@ -216,16 +215,17 @@ def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) ->
 
 def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
     """Index and view of every epoch of the run."""
-    recipe, subset = settings.recipe, prepared.subset
-    loader = TrainLoader(prepared.dataset.train, subset.train_index, prepared.views, recipe.batch_size, settings.seed)
-    for epoch in range(recipe.epochs):
+    loader = prepared.datamodule.train_dataloader()
+    for epoch in range(settings.recipe.epochs):
         loader.set_epoch(epoch)
-        _, index, view = (values.flatten() for values in loader.epoch())
-        yield index, view
+        yield loader.distinct_rows()
 
 
 def _views(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images of the subset, in one view after another."""
+    """All images that are trained on, in one view after another."""
+    unlabelled = prepared.datamodule.unlabelled
     index = prepared.subset.train_index
+    if unlabelled is not None:
+        index = torch.cat((index, unlabelled.index))
     for view in range(prepared.views.num_views):
         yield index, torch.full_like(index, view)

@@ -29,6 +29,9 @@ class Protocol:
     subset_seed: int | None = None
     num_train_images: int | None = None
     num_val_images: int | None = None
+    num_unlabelled_images: int | None = None
+    unlabelled_sha256: str | None = None
+    unlabelled_share: float | None = None
     views: str | None = None
     mixup: float | None = None
     cutmix: float | None = None
@@ -43,6 +46,8 @@ class Protocol:
     def of(cls, run: Recorded) -> Protocol:
         """Reads the protocol of a run or a result; of a run without one, from its configuration."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
+        if values["num_train_images"] is not None:  # before there were images without labels
+            values["num_unlabelled_images"] = values["num_unlabelled_images"] or 0
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)
 
@@ -54,7 +59,8 @@ class Protocol:
     @property
     def family(self) -> tuple[Any, ...]:
         """The protocol without what follows from the fraction: points of one curve over fractions share it."""
-        follows = ("fraction", "subset_sha256", "num_train_images", "num_val_images", "steps")
+        follows = {"fraction", "subset_sha256", "num_train_images", "num_val_images", "steps"}
+        follows |= {"num_unlabelled_images", "unlabelled_sha256"}  # their share tells runs with and without apart
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
 
     def differences(self, other: Protocol) -> list[str]:

@@ -66,7 +66,10 @@ class Result(Mapping[str, Any]):
 
     Attributes:
         fraction: Share of the training images, in (0, 1], as it was asked for.
-        subset_sha256: Hash of the images that the run saw.
+        num_unlabelled_images: Images that were trained on without labels, beside the `num_train_images` with labels.
+        unlabelled_sha256: Hash of those images.
+        unlabelled_share: Their share of each batch, in (0, 1).
+        subset_sha256: Hash of the labelled images that the run saw.
         student_sha256: `state_sha256` of student.safetensors.
         views: The augmentation, see `Views.key`.
         macs: Multiply-accumulates of one image through the student.
@@ -102,6 +105,9 @@ class Result(Mapping[str, Any]):
     assignment: Any = None
     num_train_images: int | None = None
     num_val_images: int | None = None
+    num_unlabelled_images: int = 0
+    unlabelled_sha256: str | None = None
+    unlabelled_share: float | None = None
     subset_sha256: str | None = None
     subset_seed: int | None = None
     epochs: int | None = None

@@ -15,7 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ekd_lightning.data import Dataset, Subset, ViewFamily
+import torch
+
+from ekd_lightning.data import Dataset, Subset, Unlabelled, ViewFamily
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.methods import Method
@@ -73,6 +75,7 @@ def plan_source(
     views: ViewFamily,
     teachers: Sequence[PlannedTeacher],
     method: Method,
+    unlabelled: Unlabelled | None = None,
 ) -> SourcePlan:
     """Decides whether teacher outputs are remembered; says why not, or how large the tables may become.
 
@@ -83,6 +86,7 @@ def plan_source(
         views: The training's view family.
         teachers: The teachers, or others with tables at least as large.
         method: What is needed of them; the plan holds for every method that needs the same outputs.
+        unlabelled: Images that are trained on without labels.
 
     Raises:
         UserError: If tables are required and cannot be had.
@@ -99,25 +103,30 @@ def plan_source(
     # Without tables of their own, a method that needs stages for a while asks the teachers live in that time.
     stages = method.teacher_stages if chosen.table_stages else ()
     folder = table_folder(settings)
-    needed = _needed_bytes(settings, dataset, subset, views, teachers, method.needs_pooled, stages)
+    sets = [(dataset.train.sha256, len(dataset.train))]
+    images = subset.train_index
+    if unlabelled is not None:
+        images = torch.cat((images, unlabelled.index)).sort().values
+        sets += [(unlabelled.own.sha256, len(unlabelled))] if unlabelled.own else []
+    needed = _needed_bytes(settings, dataset, len(images), sets, views, teachers, method.needs_pooled, stages)
     try:
-        present = present_bytes(folder, dataset.train.sha256, views.key, len(teachers), stages)
+        present = sum(present_bytes(folder, sha256, views.key, len(teachers), stages) for sha256, _ in sets)
         check_disk(folder, needed, chosen.table_budget_gb * 1e9, present)
     except UserError as error:
         if chosen.table == "require":
             raise UserError(f"teachers.table=require: {error} ({_ADVICE})") from None
         warnings.warn(f"{error} ({_ADVICE}); this run's teachers run live", stacklevel=3)
         return live
-    images = len(subset.train_index)
-    size = f"{images * views.num_views:,} of each teacher ({images:,} images × {views.num_views} views)"
+    size = f"{len(images) * views.num_views:,} of each teacher ({len(images):,} images × {views.num_views} views)"
     _say(f"teacher outputs: at most {size}, kept in {folder} ({needed / 1e6:,.0f} MB when full)")
     tabled = partial(
         TabledTeachers,
         folder=folder,
         image_set_sha256=dataset.train.sha256,
         num_images=len(dataset.train),
+        more_images=sets[1:],
         views=views,
-        images=subset.train_index,
+        images=images,
         include_pooled=method.needs_pooled,
         keep_stages=stages,
         image_size=dataset.image_size,
@@ -151,14 +160,15 @@ def _say(line: str) -> None:
 def _needed_bytes(
     settings: Settings,
     dataset: Dataset,
-    subset: Subset,
+    images: int,
+    sets: Sequence[tuple[str, int]],
     views: ViewFamily,
     teachers: Sequence[PlannedTeacher],
     pooled: bool,
     stages: Stages,
 ) -> int:
     """Upper bound of the disk space of the run's tables."""
-    images, needed = len(subset.train_index), 0
+    needed, in_sets = 0, sum(size for _, size in sets)
     # Rows as large as a stage's are blocks of the disk by themselves, so a run needs only those that it asks for.
     asked = min(views.num_views, settings.recipe.epochs)
     for teacher in teachers:
@@ -166,7 +176,7 @@ def _needed_bytes(
         columns: Columns = ((LOGITS, dataset.num_classes),)
         if pooled:
             columns += ((POOLED, network.num_features),)
-        needed += table_bytes(images, views.num_views, columns, set_size=len(dataset.train))
+        needed += table_bytes(images, views.num_views, columns, set_size=in_sets)
         shapes = network.stage_shapes(dataset.image_size)
         needed += sum(table_bytes(images, asked, ((stage, prod(shapes[stage])),)) for stage in stages)
     return needed

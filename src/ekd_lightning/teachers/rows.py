@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from math import isfinite, prod
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.staged import NetworkOutput
+from ekd_lightning.teachers.joined_tables import JoinedTables
 from ekd_lightning.teachers.source import LiveTeachers, Stages
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey, TeacherTable
 
@@ -49,6 +51,7 @@ class StoredRows:
         live: The teachers themselves.
         names: Theirs, for messages.
         device: Where they are.
+        more_images: Hashes and sizes of further image sets, whose images follow behind those of the keys.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class StoredRows:
         live: LiveTeachers,
         names: Sequence[str],
         device: torch.device,
+        more_images: Sequence[tuple[str, int]] = (),
     ) -> None:
+        self._more_images = more_images
         self._folder, self._keys, self._live, self._names, self._device = folder, keys, live, names, device
         self._writable, self._warned = True, False
         self._clipped: set[str] = set()
@@ -66,9 +71,11 @@ class StoredRows:
         self._written: deque[Future[None]] = deque()
         self._tables = [[self._opened(key) for key in own] for own in keys]
 
-    def _opened(self, key: TableKey) -> TeacherTable | None:
+    def _opened(self, key: TableKey) -> TeacherTable | JoinedTables | None:
+        more = [replace(key, image_set_sha256=sha256, num_images=size) for sha256, size in self._more_images]
         try:
-            return TeacherTable(self._folder, key)
+            tables = [TeacherTable(self._folder, one) for one in (key, *more)]
+            return JoinedTables(tables) if more else tables[0]
         except OSError as error:
             self._warn(error)
             return None

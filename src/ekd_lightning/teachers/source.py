@@ -58,7 +58,7 @@ class TeacherSource:
         """Hears what the next epoch's batches hold, so that the answers can be ready.
 
         Args:
-            index: int64 [N], the images of this process in the epoch, each once.
+            index: int64 [N], the images of this process in the epoch, each view of one once.
             view: int64 [N], their views.
             images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
             asked: The stages that will be asked for, with how many of the N images; () stands for logits and

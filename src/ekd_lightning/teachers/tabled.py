@@ -61,6 +61,7 @@ class TabledTeachers(TeacherSource):
         image_set_sha256: str,
         num_images: int,
         views: ViewFamily,
+        more_images: Sequence[tuple[str, int]] = (),
         images: Tensor | None = None,
         include_pooled: bool = False,
         keep_stages: Sequence[str] = (),
@@ -78,6 +79,7 @@ class TabledTeachers(TeacherSource):
             image_set_sha256: Hash of the whole image set.
             num_images: Images in the whole set; `batch.index` lies in 0..num_images-1.
             views: The view family that `batch.view` refers to.
+            more_images: Hashes and sizes of further image sets, whose images are numbered from `num_images` on.
             images: int64 [n], the images that epochs are made of; None for the whole set.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
@@ -87,12 +89,12 @@ class TabledTeachers(TeacherSource):
         """
         self._live = LiveTeachers(ensemble, how)
         self._device = ensemble.device
-        self._num_images, self._num_views = num_images, views.num_views
-        self._images = np.arange(num_images) if images is None else images.numpy()
+        self._num_images, self._num_views = num_images + sum(size for _, size in more_images), views.num_views
+        self._images = np.arange(self._num_images) if images is None else images.numpy()
         self._answers = (LOGITS, POOLED) if include_pooled else (LOGITS,)
         self._stages = tuple(keep_stages)
         self._planned_rows = 0
-        self._prepared = False
+        self._prepared, self._repeats = False, False
         self._rooms: dict[Stages, DeviceRows | None] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-rows")
         self._expected: Expected | None = None
@@ -117,7 +119,7 @@ class TabledTeachers(TeacherSource):
             first = wide if include_pooled or (Path(folder) / f"{wide.name}.rows").is_file() else narrow
             keys.append([first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)])
         names = [identity.id for identity in ensemble.identities]
-        self._known = StoredRows(Path(folder), keys, self._live, names, self._device)
+        self._known = StoredRows(Path(folder), keys, self._live, names, self._device, more_images)
 
     @property
     def keeping(self) -> bool:
@@ -151,7 +153,7 @@ class TabledTeachers(TeacherSource):
         these rows may be asked for. Nothing is looked up where all that is asked for comes from live teachers.
 
         Args:
-            index: int64 [N], the images of this process in the epoch, each once.
+            index: int64 [N], the images of this process in the epoch, each view of one once.
             view: int64 [N], their views.
             images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
             asked: The stages that will be asked for, with how many of the images.
@@ -161,6 +163,8 @@ class TabledTeachers(TeacherSource):
             UserError: A teacher's output is not finite.
         """
         start = time.perf_counter()
+        if not self._prepared:  # what holds one view of each image is of no use then
+            self._repeats = len(np.unique(index.numpy())) < len(index)
         self._prepared = True
         self.misses += len(self._shapes) * sum(asked[stages] for stages in asked if not self._keeps(stages))
         before = self.misses
@@ -224,7 +228,7 @@ class TabledTeachers(TeacherSource):
             self._rooms[stages] = None
             if not stages or one <= budget:
                 room = DeviceRows(shapes, self._images, self._num_images, V, self._device)
-                self._rooms[stages] = room
+                self._rooms[stages] = None if self._repeats and not room.whole else room
                 if room.whole and not stages:
                     self._load(room)
         return self._rooms[stages]

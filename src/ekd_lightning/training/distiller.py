@@ -218,15 +218,15 @@ class Distiller(TrainingModule):
         source = self.teacher_source
         if source is None:
             return
-        batches = self._batches_to_come()
-        _, index, view = (values.flatten() for values in loader.epoch(batches))
-        source.plan(len(index) * self.recipe.epochs)
+        batches, size = self._batches_to_come(), loader.batch_size // loader.world_size
+        rows = loader.distinct_rows(batches)
+        source.plan(batches * size * self.recipe.epochs)
         images_of = partial(data.training_images, device=self.device)
-        source.prepare_epoch(index, view, images_of, self._asked(range(batches), len(index) // batches))
+        source.prepare_epoch(*rows, images_of, self._asked(range(batches), size))
         if self.current_epoch + 1 < self.recipe.epochs:
             batches = int(self.trainer.num_training_batches)
-            _, index, view = (values.flatten() for values in loader.epoch(batches, ahead=1))
-            source.prefetch_epoch(index, view, self._asked(range(batches, 2 * batches), len(index) // batches))
+            asked = self._asked(range(batches, 2 * batches), size)
+            source.prefetch_epoch(*loader.distinct_rows(batches, ahead=1), asked)
 
     def _asked(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
         """The stages that teachers are asked for in batches counted from now, with how many images."""

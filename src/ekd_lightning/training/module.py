@@ -188,7 +188,8 @@ class TrainingModule(pl.LightningModule):
         """The total of a step, and what is logged of it: total, terms, accuracy."""
         total, terms, logits = self.losses(self._in_format(batch), values)
         with torch.no_grad():
-            accuracy = (logits.argmax(dim=-1) == batch.labels).float().mean()
+            known = batch.labelled.labels
+            accuracy = (logits[: len(known)].argmax(dim=-1) == known).float().mean()
         return total, [total, *(terms[name] for name in self._log_names[1:-1]), accuracy]
 
     def training_step(self, batch: Batch | IndexBatch, batch_idx: int) -> Tensor:
@@ -280,7 +281,8 @@ class TrainingModule(pl.LightningModule):
         table = torch.tensor([[weights.get(name, 0.0) for name in self.method.terms] for weights in now])
         drawn = [self.method.assignment_at(self.global_step + step) for step in range(steps)]
         matrices = [matrix for matrix in drawn if matrix is not None]
-        rows = EpochRows(labels, index, view, table, torch.stack(matrices) if matrices else None)
+        assignment = torch.stack(matrices) if matrices else None
+        rows = EpochRows(labels, index, view, table, assignment, loader.num_labelled)
         recorded.start_epoch(rows, len(self._log_names))
         self._step_log.watch(recorded.log_table)
 

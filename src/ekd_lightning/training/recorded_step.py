@@ -60,6 +60,7 @@ class EpochRows:
         view: int64 [N, B].
         weights: float32 [N, terms], in the order of the names that the step was built with.
         assignment: float32 [N, K, M]; None where no term uses it.
+        num_labelled: As in `Batch`.
     """
 
     labels: Tensor
@@ -67,10 +68,11 @@ class EpochRows:
     view: Tensor
     weights: Tensor
     assignment: Tensor | None = None
+    num_labelled: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The tensors that are there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 class RecordedStep:
@@ -136,7 +138,8 @@ class RecordedStep:
         if {name: values.shape for name, values in given.items()} != {n: values.shape for n, values in held.items()}:
             self._graphs.clear()  # their buffers go
             self._seen.clear()
-            self._rows = EpochRows(**{name: values.to(self.device) for name, values in given.items()})
+            moved = {name: values.to(self.device) for name, values in given.items()}
+            self._rows = EpochRows(**{**vars(rows), **moved})
             self.log_table = torch.zeros(len(rows.index), log_columns, device=self.device)
             return
         for name, values in given.items():
@@ -211,7 +214,8 @@ class RecordedStep:
         assert self._rows is not None  # an epoch was started
         now = {name: values.index_select(0, self._position)[0] for name, values in self._rows.tensors().items()}
         index = now["index"]
-        rows = IndexBatch(now["labels"], index, now["view"], torch.ones_like(index, dtype=torch.bool))
+        valid = torch.ones_like(index, dtype=torch.bool)
+        rows = IndexBatch(now["labels"], index, now["view"], valid, num_labelled=self._rows.num_labelled)
         weights = dict(zip(self._names, now["weights"].unbind(), strict=True))
         return rows, StepValues(self._step_number, weights, now.get("assignment"))
 
