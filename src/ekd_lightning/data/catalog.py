@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Hashable
 from fractions import Fraction
@@ -12,18 +13,19 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ekd_lightning.data.arrays import list_npz, list_torchvision
+from ekd_lightning.data.arrays import list_npz, list_torchvision, list_unlabelled
 from ekd_lightning.data.cifar import CIFAR_NAMES, cifar_spec, find_cifar, read_cifar
 from ekd_lightning.data.download import obtain
-from ekd_lightning.data.folder import list_folder
-from ekd_lightning.data.images import Dataset, ImageSet
-from ekd_lightning.data.listing import Listing, check_image_size, read_listing, with_test_images
+from ekd_lightning.data.folder import list_folder, list_images
+from ekd_lightning.data.images import Dataset, ImageSet, Unlabelled
+from ekd_lightning.data.listing import Listing, check_image_size, read_listing, read_without_labels, with_test_images
 from ekd_lightning.data.order import STREAM_SPLIT, hash_uniform_u64
-from ekd_lightning.data.subset import take_evenly
-from ekd_lightning.errors import Registry
+from ekd_lightning.data.subset import Subset, left_out, take_evenly
+from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.settings import DataSettings
 
 NUM_TEST = 360
+UNLABELLED_SHARE = 0.5
 
 
 def read_digits() -> Dataset:
@@ -130,6 +132,38 @@ def open_dataset(data: DataSettings) -> Dataset:
     if key not in _LOADED:
         _LOADED[key] = read_listing(listing, data.name, image_size=size, cache=cache, skip_broken=data.skip_broken)
     return _LOADED[key]
+
+
+def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unlabelled | None:
+    """The images without labels that settings ask for; None for none.
+
+    Args:
+        data: The settings.
+        dataset: The data set; images of other sources are brought to its size.
+        subset: What is trained on with labels, and validated on.
+
+    Raises:
+        UserError: If there are none, or they cannot be read.
+    """
+    if data.unlabelled is None:
+        return None
+    share = UNLABELLED_SHARE if data.unlabelled_share is None else data.unlabelled_share
+    leads = data.epoch == "unlabelled"
+    if data.unlabelled == "rest":
+        index = left_out(len(dataset.train), dataset.val_index, subset)
+        digest = hashlib.sha256(f"rest {len(index)}|".encode() + index.numpy().astype("<i8").tobytes())
+        return Unlabelled(index, f"the rest of {dataset.name}", digest.hexdigest(), share, leads)
+    if data.unlabelled == "split":
+        if data.source != "torchvision":
+            raise UserError("data.unlabelled=split: for data=torchvision data.name=STL10; name a folder, or rest")
+        listing = list_unlabelled(data.name, Path(data.root).expanduser().resolve(), data.download)
+    else:
+        listing = list_images(Path(data.unlabelled).expanduser().resolve())
+    height, width = dataset.train.images.shape[2:]
+    cache = Path(data.cache).expanduser().resolve()
+    own = read_without_labels(listing, image_size=(height, width), cache=cache, skip_broken=data.skip_broken)
+    index = torch.arange(len(dataset.train), len(dataset.train) + len(own))
+    return Unlabelled(index, listing.source, own.sha256, share, leads, own)
 
 
 def source_names() -> tuple[str, ...]:

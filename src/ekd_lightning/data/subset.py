@@ -113,6 +113,24 @@ def choose_subset(
     )
 
 
+def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tensor:
+    """Positions of the training images that are in no part of a subset, nor there for validation; int64, ascending.
+
+    Raises:
+        UserError: If there are none.
+    """
+    chosen = torch.zeros(num_images, dtype=torch.bool)
+    for index in (subset.train_index, subset.val_index, val_index):
+        if index is not None:
+            chosen[index] = True
+    if chosen.all():
+        raise UserError(
+            "data.unlabelled=rest: the subset leaves no training image out; lower data.fraction or data.per_class, "
+            "or name a folder (of STL10: data.unlabelled=split)"
+        )
+    return (~chosen).nonzero()[:, 0]
+
+
 def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) -> dict[int, int]:
     """Returns the number of images to take of each class that occurs."""
     counts = {label: count for label, count in enumerate(torch.bincount(labels).tolist()) if count}
