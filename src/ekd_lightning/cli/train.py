@@ -142,7 +142,8 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
         check_place(settings.resume, directory)
         check_unchanged(directory, plain)
     sweep = sweep_name()
-    own_bar = any("Progress" in str(node.get("_target_")) for node in settings.callbacks.values() if node)
+    named = [str(node.get("_target_")) for node in settings.callbacks.values() if isinstance(node, dict)]
+    own_bar = any("Progress" in name for name in named)
     live = settings.trainer.get("enable_progress_bar") is None and not own_bar
     with progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
         with progress.phase("data"), progress.part("importing PyTorch and Lightning"):
