@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-import ekd_lightning.conf
 import pytest
 import torch
 import yaml
 from torch.nn import functional
 
+import ekd_lightning.conf
 from ekd_lightning.methods import TermContext, build_method, needs_teachers, term_names, terms_with_labels
 from ekd_lightning.methods.terms import term_class
 from ekd_lightning.networks import (
@@ -71,7 +71,7 @@ def loss_and_gradients(name, labels):
     ensemble = None
     if teachers:
         ensemble = TeacherEnsemble(teachers, [TeacherIdentity(str(m), str(m), "file", "resnet8") for m in range(2)])
-        said = LiveTeachers(ensemble, TeacherFormat(compile="never")).ask(batch, method.teacher_stages)
+        said = LiveTeachers(ensemble, TeacherFormat(compile="never")).outputs(batch, method.teacher_stages)
     student = network.train().outputs(batch.images, method.student_stages)
     live = _LiveNetworks(network, ensemble)
     total, terms = method(student, said, batch, networks=live)
