@@ -25,7 +25,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks import normalization as statistics_of
 from ekd_lightning.networks.staged import TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
-from ekd_lightning.training.distiller import _LiveNetworks
+from ekd_lightning.training.distiller import NetworkAccess
 
 from .helpers import make_batch, term_context
 
@@ -39,7 +39,7 @@ def make_live(**options):
         [with_lived_norms(build_network(SPEC)) for _ in range(2)],
         [TeacherIdentity(f"t{m}", "0" * 64, "file", "x") for m in range(2)],
     )
-    return _LiveNetworks(BranchedStudent(SPEC, branches=1, split_after="none"), teachers, **options)
+    return NetworkAccess(BranchedStudent(SPEC, branches=1, split_after="none"), teachers, **options)
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def test_a_single_image_to_attack_is_survived_where_maps_are_one_by_one():
     torch.manual_seed(0)
     student = BranchedStudent(SPEC, branches=1, split_after="none")
     teachers = TeacherEnsemble([build_network(SPEC)], [TeacherIdentity("t", "0" * 64, "file", "x")])
-    live = _LiveNetworks(student, teachers)
+    live = NetworkAccess(student, teachers)
     x = torch.rand(B, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     outputs = live.student_outputs(x)
     assert outputs.stages[0]["stage3"].shape[-2:] == (1, 1)

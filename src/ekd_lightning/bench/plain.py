@@ -23,8 +23,8 @@ from ekd_lightning.bench.ours import Job
 from ekd_lightning.bench.timing import seconds_of
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.networks import BranchedStudent, TeacherEnsemble
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput
+from ekd_lightning.training.distiller import NetworkAccess
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
@@ -61,23 +61,11 @@ def plain_loader(
     )
 
 
-class _PlainNetworks:
-    """The networks as they are, for terms that need them (`methods.context.LiveNetworks`)."""
-
-    def __init__(self, student: BranchedStudent, teachers: TeacherEnsemble) -> None:
-        self._student, self._members = student, list(teachers.members)
-
-    def student_outputs(self, images: Tensor) -> StudentOutput:
-        return self._student.outputs(images)
+class _PlainNetworks(NetworkAccess):
+    """Access to the networks, the teachers as they are."""
 
     def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
         return self._members[m].outputs(images)
-
-    def classify(self, m: int, features: Tensor) -> Tensor:
-        return self._members[m].classify(features)
-
-    def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
-        return self._members[m].normalize.mean, self._members[m].normalize.std
 
 
 class PlainLoop:

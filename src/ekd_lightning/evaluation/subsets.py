@@ -6,7 +6,6 @@ Shape letters: N images, C classes, K branches. Everything is computed in float6
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch.nn import functional
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks import BranchedStudent, cut_branches
 from ekd_lightning.networks.staged import ImageSize
+from ekd_lightning.networks.student import couple
 
 MOST_BRANCHES = 6
 """Up to this many branches, all subsets are scored (63 for 6); beyond, single branches and prefixes."""
@@ -89,18 +89,14 @@ def couple_branches(
     Returns:
         float64 [N, C]: logits, or log-probabilities for `mean_probs`.
     """
-    chosen = list(branches)
-    logits = branch_logits[chosen].double()
-    if ensemble == "mean_probs":
-        return logits.log_softmax(-1).logsumexp(0) - math.log(len(chosen))
-    if ensemble == "mean_logits":
-        return logits.mean(0)
-    if gate_weights is None:
-        raise ValueError(f"ensemble={ensemble!r} needs the gate's weights")
-    weights = gate_weights[:, chosen].double()
-    total = weights.sum(1, keepdim=True)
-    weights = torch.where(total > 0, weights / total, 1 / len(chosen))
-    return (weights.T[..., None] * logits).sum(0)
+    chosen, weights = list(branches), None
+    if ensemble == "gate":
+        if gate_weights is None:
+            raise ValueError(f"ensemble={ensemble!r} needs the gate's weights")
+        weights = gate_weights[:, chosen].double()
+        total = weights.sum(1, keepdim=True)
+        weights = torch.where(total > 0, weights / total, 1 / len(chosen))
+    return couple(branch_logits[chosen].double(), ensemble, weights)
 
 
 def branch_subsets(num_branches: int) -> list[list[int]]:

@@ -157,7 +157,7 @@ class FrozenStudent(_Frozen):
         maps = self.trunk(self._normalized(images))
         branches = zip(self.branches, self.necks, self.heads, strict=True)
         logits = torch.stack([head(_pooled(neck, branch(maps))) for branch, neck, head in branches])
-        return couple(logits, maps.float(), self.ensemble, self.gate)
+        return couple(logits, self.ensemble, None if self.gate is None else self.gate(maps.float()))
 
 
 def _pooled(neck: nn.Module, maps: Tensor) -> Tensor:

@@ -91,23 +91,21 @@ class Gate(nn.Module):
                 value.data, value.grad = value[list(kept)], None
 
 
-def couple(branch_logits: Tensor, trunk_maps: Tensor, ensemble: str, gate: Gate | None) -> Tensor:
+def couple(branch_logits: Tensor, ensemble: str, weights: Tensor | None = None) -> Tensor:
     """Couples the branches' logits into one prediction.
 
     Args:
         branch_logits: [K, B, C].
-        trunk_maps: The trunk's output [B, channels, height, width]; only a gate reads it.
         ensemble: `mean_logits`, `mean_probs` or `gate`.
-        gate: The gate; None for the other two.
+        weights: The gate's weights [B, K]; None for the other two.
 
     Returns:
         [B, C], at least in float32: logits, or log-probabilities for `mean_probs`.
     """
     logits = _wide(branch_logits)
-    if gate is not None:
+    if weights is not None:
         # Not einsum: autocast would compute it in half precision.
-        weights = gate(trunk_maps).to(logits.dtype)
-        return (weights.T.unsqueeze(-1) * logits).sum(dim=0)
+        return (weights.to(logits.dtype).T.unsqueeze(-1) * logits).sum(dim=0)
     if ensemble == "mean_probs":
         # log(1/K Σ p_k) without ever leaving the log domain.
         return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
@@ -203,7 +201,7 @@ class BranchedStudent(nn.Module):
         wanted = self.stage_names if stages is None else stages
         everything = [{**shared, **own} for _, _, own in results]
         kept = tuple({name: outputs[name] for name in wanted} for outputs in everything)
-        logits = couple(branch_logits, maps, self.ensemble, self.gate)
+        logits = couple(branch_logits, self.ensemble, None if self.gate is None else self.gate(maps))
         return StudentOutput(logits, branch_logits, pooled, kept)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:

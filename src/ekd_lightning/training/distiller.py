@@ -37,10 +37,10 @@ COMPILE_STUDENT_MACS = {"cpu": 1e13, "cuda": 5e14}
 recorded as a graph, it took 8 to 30 s and saved a sixth to a quarter."""
 
 
-class _LiveNetworks:
-    """The student, and the teachers in float32, for terms that ask about images of their own.
+class NetworkAccess:
+    """Access to the student and to float32 teachers, for terms that need outputs for images of their own.
 
-    Teachers are copied, and folded, when they are first asked.
+    Teachers are copied and folded on first use.
     """
 
     def __init__(
@@ -57,9 +57,11 @@ class _LiveNetworks:
         self._frozen: dict[tuple[int, torch.device], FrozenNetwork] = {}
 
     def student_outputs(self, images: Tensor) -> StudentOutput:
+        """See `LiveNetworks`."""
         return self._student.outputs(images)
 
     def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
+        """See `LiveNetworks`."""
         key, member = (m, images.device), self._members[m]
         if key not in self._frozen:
             self._frozen[key] = FrozenNetwork(
@@ -70,9 +72,11 @@ class _LiveNetworks:
             return frozen.named(frozen(images))
 
     def classify(self, m: int, features: Tensor) -> Tensor:
+        """See `LiveNetworks`."""
         return self._members[m].classify(features)
 
     def teacher_statistics(self, m: int) -> tuple[Tensor, Tensor]:
+        """See `LiveNetworks`."""
         return self._members[m].normalize.mean, self._members[m].normalize.std
 
 
@@ -124,7 +128,7 @@ class Distiller(TrainingModule):
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.teachers = teachers
-        self._live_networks = _LiveNetworks(self.student, teachers, fold=fold_teachers, channels_last=channels_last)
+        self._live_networks = NetworkAccess(self.student, teachers, fold=fold_teachers, channels_last=channels_last)
         self._make_source = make_source
         self.teacher_source: TeacherSource | None = None
         self._spare_broadcasts()
