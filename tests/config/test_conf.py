@@ -223,6 +223,14 @@ def test_a_chosen_pool_or_recipe_is_kept_beside_the_data():
     assert (cfg.hydra.runtime.choices.teachers, cfg.hydra.runtime.choices.recipe) == ("trained", "step")
 
 
+@pytest.mark.parametrize("data", ["cifar10", "folder", "digits"])
+def test_all_teachers_of_a_pool_teach_however_many_there_are(data):
+    for pool in ("[{timm: resnet18}]", "[{train: resnet8, seed: 0}, {train: resnet8, seed: 1}]"):
+        settings = to_settings(composed(f"data={data}", f"teachers.pool={pool}"))
+        settings.teachers.check()
+        assert settings.teachers.count is None
+
+
 @pytest.mark.parametrize("name", ["sweep_counts", "sweep_fraction"])
 def test_stored_sweeps_are_sweeps_of_known_keys(name):
     cfg = composed(f"experiment={name}", hydra=True)
