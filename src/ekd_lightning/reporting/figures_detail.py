@@ -9,7 +9,7 @@ from ekd_lightning.reporting import details
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting.blocks import grids
 from ekd_lightning.reporting.details import own_teachers
-from ekd_lightning.reporting.estimates import TOO_FEW, Estimate
+from ekd_lightning.reporting.estimates import ENOUGH, TOO_FEW, Estimate
 from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, accuracy
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
@@ -144,9 +144,9 @@ def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             _reliability_panel(panel, group, arrays[group.label])
         fs.key(figure, axes)
         numbers = [len(arrays[group.label]) for group in shown]
+        bars = "; bars: 95 % intervals over seeds" if max(numbers) >= ENOUGH else ""
         text = (
-            f"15 bins of confidence, {fs.counts(numbers)}; bars: 95 % intervals over seeds. "
-            f"Larger marks hold more images.{_rest(groups, shown)}"
+            f"15 bins of confidence, {fs.counts(numbers)}{bars}. Larger marks hold more images.{_rest(groups, shown)}"
         )
         yield fs.drawn("reliability", block.key, figure, block.title, text)
 
