@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ekd_lightning.config.config import register_schema, to_settings
+from ekd_lightning.methods.terms import term_class, term_names
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -86,6 +87,13 @@ def test_make_has_the_documented_targets():
         name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z][a-z-]+)", page.read_text(), re.MULTILINE)
     }
     assert {"run", "test", "docs"} <= named <= targets
+
+
+def test_the_page_of_terms_describes_every_term():
+    page = (ROOT / "docs" / "terms.md").read_text()
+    described = dict(re.findall(r"^### (\w+)\n.*?autoclass:: (\S+)", page, re.DOTALL | re.MULTILINE))
+    own = {name: term_class(name) for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")}
+    assert described == {name: f"{term.__module__}.{term.__name__}" for name, term in own.items()}
 
 
 def test_links_between_files_lead_somewhere():

@@ -1,4 +1,4 @@
-"""Python's entrance: a whole run in one call, and the pieces for a Trainer or a loop of your own."""
+"""Python interface: a whole run in one call, and the parts for a Trainer or a loop of your own."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        result: What result.json holds.
-        directory: Where the record lies; `ekd-evaluate`, `ekd-report` and `ekd-export` take it.
+        result: The content of result.json.
+        directory: The run's directory, for `ekd-evaluate`, `ekd-report` and `ekd-export`.
     """
 
     result: Result
@@ -74,28 +74,28 @@ def distill(
     directory: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Trains one student, as `ekd-train` does, with its defaults and its checks; None leaves a setting as it is.
+    """Trains one student as `ekd-train` does, with the same defaults and checks; None keeps the default of a setting.
 
     Args:
-        data: A configured data set (`cifar10`, `cifar100`, `digits`, ...), or a folder of images with one subfolder a
+        data: A configured data set (`cifar10`, `cifar100`, `digits`, ...), or a folder of images with one subfolder per
             class.
         teachers: Members of the pool: names of the zoo, or mappings as in `teachers.pool`, e.g. `{"timm": "resnet18",
             "weights": "mine.safetensors"}`.
         student: Name of the student's network.
-        branches: K.
+        branches: The number of branches, K.
         split_after: The last stage that the branches share, or `none`.
         method: Name of a method.
-        epochs: Of the student's training.
-        seed: Of the run.
-        overrides: Further words as on the command line, e.g. `["data.fraction=0.1", "trainer.devices=2"]`.
-        directory: Where the record goes; without one, `outputs/<data>/<method>/<time>`.
-        callbacks: Further Lightning callbacks.
+        epochs: Epochs of the student's training.
+        seed: The run's seed.
+        overrides: Further settings as on the command line, e.g. `["data.fraction=0.1", "trainer.devices=2"]`.
+        directory: The run's directory; by default `outputs/<data>/<method>/<time>`.
+        callbacks: Additional Lightning callbacks.
 
     Returns:
-        The run: result, student, directory.
+        The finished run, with its result, student and directory.
 
     Raises:
-        UserError: For an impossible setting, before anything is written; or for a loss that is not finite.
+        UserError: For an invalid setting, before anything is written; or for a loss that is not finite.
     """
     given = {
         "student.network": student,
@@ -136,14 +136,14 @@ def method(
     image_size: int = 32,
     overrides: Sequence[str] = (),
 ) -> Method:
-    """Builds a configured method for networks, to be used in a loop of your own or in a `Distiller`.
+    """Builds a configured method for a student and its teachers, for a `Distiller` or a loop of your own.
 
     Args:
-        name: E.g. `ekd`.
-        student: The student that will be taught.
-        teachers: M teachers; None for methods without.
+        name: The method, e.g. `ekd`.
+        student: The student to train.
+        teachers: The M teachers; None for methods without.
         image_size: Side of the images in pixels.
-        overrides: Words as on the command line, e.g. `["method.terms.feature_branch.weight=0"]`.
+        overrides: Settings as on the command line, e.g. `["method.terms.feature_branch.weight=0"]`.
 
     Raises:
         UserError: For an unknown name, or a method that does not fit the networks.

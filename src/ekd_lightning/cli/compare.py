@@ -31,7 +31,7 @@ examples:
   ekd-compare --output compare/c10 --report-only     the table alone
   ... hydra/launcher=parallel hydra.launcher.n_jobs=2      two runs at a time, one thread each
 
-Overrides are those of ekd-train; they hold for all rows. docs/comparing.md tells more.
+Overrides are those of ekd-train and apply to all rows. See docs/comparing.md.
 """
 _ONLY_WITH_RUNS = (
     *("methods", "fractions", "seeds", "match", "no_controls", "tuned"),

@@ -19,7 +19,7 @@ examples:
   ekd-dashboard --entity me --report                           a report with the same panels, as a draft
   ekd-dashboard --entity me --dry-run                          what would be saved; needs no network
 
-Runs get there by logger=wandb, those made offline by `make wandb-sync`. docs/dashboards.md tells more.
+Runs are uploaded with logger=wandb, offline runs by `make wandb-sync`. See docs/dashboards.md.
 """
 
 

@@ -35,7 +35,7 @@ examples:
 RUN is the directory of a finished run. In Python, without Lightning or Hydra:
   model = ekd_lightning.load("RUN/export/student.safetensors"); logits = model(images)
 
-Every file is read back and asked about all test images before it gets its name. docs/export.md tells more.
+Every file is read back and compared with the student on all test images. See docs/export.md.
 """
 
 

@@ -26,7 +26,7 @@ examples:
   ekd-report compare/c10 -o report --no-page --no-figures   the tables alone: needs neither matplotlib nor plotly
 
 It writes index.html, figures/, tables.md, runs.csv (one row per run) and summary.json. Runs are found at any depth
-below the given folders. docs/reporting.md tells how they are grouped and compared.
+below the given folders. docs/reporting.md says how they are grouped and compared.
 """
 
 

@@ -1,4 +1,4 @@
-"""Launching of a list of jobs, one after another, side by side or on a cluster, and what is told of them meanwhile."""
+"""Launches a list of jobs, in turn, in parallel or on a cluster, and reports their progress."""
 
 from __future__ import annotations
 
