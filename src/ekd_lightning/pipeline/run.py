@@ -265,13 +265,8 @@ def _check_monitors(settings: Settings, prepared: Prepared) -> None:
 
 def _check_limits(trainer: pl.Trainer, prepared: Prepared) -> None:
     """Refuses limits that leave no batch of an epoch, which Lightning would find once teachers are trained."""
-    data, test = prepared.datamodule, len(prepared.dataset.test)
-    batches = {
-        "train": data.num_train_images // data.batch_size,
-        "val": -(-data.num_val_images // data.eval_batch_size),
-        "test": -(-test // data.eval_batch_size),
-    }
-    for part, count in batches.items():
+    for part in ("train", "val", "test"):
+        count = len(getattr(prepared.datamodule, f"{part}_dataloader")())
         limit = getattr(trainer, f"limit_{part}_batches")
         left = int(count * limit) if isinstance(limit, float) else min(count, limit)
         if count and not left:
