@@ -144,7 +144,7 @@ def users_files_first(words: Sequence[str]) -> Iterator[None]:
 
 def _users_folders(words: Sequence[str]) -> Iterator[str]:
     """What `--config-dir` and `hydra.searchpath` name; what Hydra cannot read it will refuse itself."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         key, _, value = word.partition("=")
         if key in ("--config-dir", "-cd") and (folder := value or following):
             yield folder
