@@ -369,6 +369,9 @@ class StudentSettings:
     split_after: str = field(default="stage1", metadata=COMPUTED | _BRANCHED)
     """Last stage that the branches share, or `none` for separate networks."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
+    reuse_classifier: bool = field(default=False, metadata=COMPUTED)
+    """Whether every branch ends with a projector into its teacher's features and the teacher's own classifier, held
+    fixed, instead of a head of its own (SimKD)."""
     normalization: Optional[str] = field(default=None, metadata=COMPUTED)
     """Named normalisation; null takes the data set's own."""
     compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))

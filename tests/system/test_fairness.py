@@ -26,7 +26,7 @@ def prepared(tiny_settings):
 
     def get(method, seed=0):
         if (method, seed) not in made:
-            fits = ("method.teacher=first",) if method == "fsp" else ()  # the other has more channels
+            fits = ("method.teacher=first",) if method in ("fsp", "simkd") else ()  # the other has more channels
             settings = tiny_settings(f"method={method}", f"seed={seed}", *fits)
             made[method, seed] = settings, prepare(settings, "cpu")
         return made[method, seed]

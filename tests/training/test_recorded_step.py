@@ -29,7 +29,7 @@ NOT_RECORDED = {"bss"}
 """Methods with a term that waits for the host in every step."""
 
 
-OWN_WORDS = {"fsp": ("teachers.count=1",)}  # of one width with the student
+OWN_WORDS = dict.fromkeys(("fsp", "simkd"), ("teachers.count=1",))  # the two teachers differ in width
 
 
 class Watch(Callback):

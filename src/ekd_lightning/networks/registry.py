@@ -17,6 +17,7 @@ from torch import nn
 
 from ekd_lightning.errors import Registry, UserError, unknown_name
 from ekd_lightning.files import file_sha256
+from ekd_lightning.networks.projection import project
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 Builder = Callable[..., StagedNetwork]
@@ -114,6 +115,11 @@ def build_network(spec: NetworkSpec) -> StagedNetwork:
     Raises:
         UserError: on an unknown name, an unknown option, or a value that the network cannot have.
     """
+    network = _build(spec)
+    return network if spec.projection is None else project(network, spec.projection)
+
+
+def _build(spec: NetworkSpec) -> StagedNetwork:
     if is_of_library(spec.name):
         return _LIBRARIES[spec.name.partition(":")[0]](spec)
     builder = _builder(spec.name)

@@ -76,6 +76,9 @@ def normalization(name: str) -> Normalization:
     return NORMALIZATIONS[name]
 
 
+_OPTIONAL = ("image_size", "projection")  # of a network's spec
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """All that determines a network's structure (not its weights).
@@ -87,9 +90,12 @@ class NetworkSpec:
         options: keyword arguments of the registered builder, JSON-able.
         image_size: side in pixels to which the network brings images before anything else; None takes them as they
             are.
+        projection: width of the teacher's features that a projector after the last stage maps to, for a teacher's
+            classifier in place of the network's own, see `projection.project`; None for the network as it is.
 
     Raises:
-        UserError: when the class count or the image size is not a whole number above 0 or an option is not JSON-able.
+        UserError: when the class count, the image size or the projection is not a whole number above 0 or an option is
+            not JSON-able.
     """
 
     name: str
@@ -97,11 +103,13 @@ class NetworkSpec:
     normalization: Normalization
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     image_size: int | None = None
+    projection: int | None = None
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise UserError(f"network {self.name!r}: image_size={size!r} must be at least 1, or null")
+        for key in _OPTIONAL:
+            size = getattr(self, key)
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise UserError(f"network {self.name!r}: {key}={size!r} must be at least 1, or null")
         if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be at least 1")
         try:
@@ -112,11 +120,9 @@ class NetworkSpec:
         object.__setattr__(self, "options", options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON-able values; an image size of None is left out."""
-        values = json.loads(json.dumps(asdict(self)))
-        if self.image_size is None:
-            del values["image_size"]
-        return values
+        """Returns the spec as plain JSON-able values; an image size or a projection of None is left out."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in values.items() if key not in _OPTIONAL or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:

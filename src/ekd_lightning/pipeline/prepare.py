@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from ekd_lightning.networks import (
     zoo_entry,
 )
 from ekd_lightning.networks.library import fixed_size
+from ekd_lightning.networks.projection import classifier_width
 from ekd_lightning.networks.registry import is_of_library, require_network
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.runs.writer import is_rank_zero
@@ -99,9 +100,9 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
         mixing=Mixing(settings.recipe.mixup, settings.recipe.cutmix),
         unlabelled=unlabelled,
     )
-    student = build_student(settings, dataset)
     teacher_data = TeacherData(dataset, subset, views, settings.teachers.train_on, curves, settings.capture)
     plans = plan_teachers(settings.teachers, teacher_data, accelerator) if needs else []
+    student = build_student(settings, dataset, plans[:1] if settings.method.teacher == "first" else plans)
     candidates = _candidates(settings, plans, subset)
     chain = None
     if settings.method.assistants:
@@ -242,14 +243,28 @@ def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
     return replace(train, split="validation", images=train.images[index], labels=train.labels[index])
 
 
-def build_student(settings: Settings, dataset: Dataset) -> BranchedStudent:
-    """The student with initial weights that depend on the seed alone; one of a fixed size brings images to that."""
+def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[PlannedTeacher] = ()) -> BranchedStudent:
+    """The student with initial weights that depend on the seed alone; one of a fixed size brings images to that.
+
+    Args:
+        settings: The run's.
+        dataset: The images, for classes, normalisation and size.
+        teachers: Those whose classifiers may be reused; read only where the student is to reuse one.
+    """
     student = settings.student
     statistics = normalization(student.normalization or dataset.normalization)
     spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
     size = fixed_size(spec) if is_of_library(spec.name) else None
     if size is not None and (size, size) != sides(dataset.image_size):
         spec = replace(spec, image_size=size)
+    if student.reuse_classifier:
+        if not teachers or settings.method.assistants:
+            what = "by assistants" if teachers else "without teachers"
+            raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} teaches {what}")
+        with quiet():
+            networks = [build_network(plan.spec) for plan in teachers]
+        width = classifier_width(networks, [plan.id for plan in teachers], dataset.num_classes)
+        spec = replace(spec, projection=width)
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
         warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)

@@ -19,10 +19,12 @@ from ekd_lightning.data.loader import Batch, IndexBatch, TrainLoader
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.evaluation.efficiency import count_macs
 from ekd_lightning.methods import Method, Term
+from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.methods.method import rebuild_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble
 from ekd_lightning.networks.cutting import unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork
+from ekd_lightning.networks.projection import reuse_classifiers
 from ekd_lightning.networks.staged import ImageSize, NetworkOutput, StudentOutput
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.hardware import compiled_or_not
@@ -125,6 +127,13 @@ class Distiller(TrainingModule):
             unknown = [unknown_classes(member.head) for member in teachers.members]
             names = [repr(identity.id) for identity in teachers.identities]
             method.check_classes(unknown, names, student.num_classes)
+        if student.spec.projection is not None and teachers is not None:
+            sizes = (student.num_branches, len(teachers.members))
+            reuse_classifiers(
+                student,
+                teachers.members,
+                method.assignment.mean_KM if method.assignment else make_assignment("one_to_one", *sizes),
+            )
         self._compile_student = compile_student
         self._student_outputs: Callable[[Tensor], StudentOutput] | None = None
         self.teachers = teachers

@@ -1,0 +1,131 @@
+"""Projection of a student into a teacher's feature space, to reuse the teacher's classifier: SimKD, CVPR 2022.
+
+Shape letters: B batch, C classes, D features, K branches, M teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ekd_lightning.errors import UserError
+from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised, pool
+
+if TYPE_CHECKING:
+    from ekd_lightning.networks.student import BranchedStudent
+
+STAGE = "projector"
+"""Name of the stage that is added after a network's own."""
+_FACTOR = 2  # by which the bottleneck is narrower than the teacher's features
+
+
+class Projector(nn.Sequential):
+    """1×1, 3×3 and 1×1 convolutions, each with batch norm and ReLU: Chen et al., CVPR 2022, section 3.3 and their code.
+
+    Args:
+        channels: Of the student's last maps.
+        width: D of the teacher's features, at least 2; the bottleneck has half of it.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        narrow = width // _FACTOR
+        sizes = ((channels, narrow, 1), (narrow, narrow, 3), (narrow, width, 1))
+        layers: list[nn.Module] = []
+        for inputs, outputs, kernel in sizes:
+            conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+def project(network: StagedNetwork, width: int) -> StagedNetwork:
+    """Adds a projector after a network's last stage, and in place of its head one for a teacher's classifier.
+
+    Args:
+        network: Its stages are taken over, weights included.
+        width: D of the teacher's features.
+
+    Returns:
+        The network with the further stage `projector`, global pooling, and a linear classifier [D -> C] that is held
+        fixed; `reuse_classifiers` gives it a teacher's weights.
+
+    Raises:
+        UserError: If the network has no stage with maps, or the width is too small.
+    """
+    if width < _FACTOR:
+        raise UserError(f"network {network.spec.name!r}: projection={width} must be at least {_FACTOR}")
+    shapes = network.stage_shapes(network.fixed_size or 32)
+    if not shapes:
+        raise UserError(f"network {network.spec.name!r} has no stages, so it has no maps to project")
+    channels = next(reversed(shapes.values()))[0]
+    own = StagedNetwork(network.spec, {STAGE: Projector(channels, width)}, width)
+    stages = {**network.stages, STAGE: he_initialised(own).stages[STAGE]}
+    projected = StagedNetwork(network.spec, stages, width, head=own.head, fixed_size=network.fixed_size)
+    projected.head.requires_grad_(False)
+    return projected
+
+
+def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], num_classes: int) -> int:
+    """Checks that the classifiers of teachers can be reused by one student.
+
+    Args:
+        teachers: M networks, at least one; their weights do not matter.
+        names: Theirs, for messages.
+        num_classes: C of the data.
+
+    Returns:
+        D, the width of their features.
+
+    Raises:
+        UserError: For widths that differ, or a teacher whose logits are no linear function of its mean last maps.
+    """
+    widths = {}
+    for name, teacher in zip(names, teachers, strict=True):
+        _check_classifier(teacher.eval(), name, num_classes)
+        widths[name] = teacher.num_features
+    if len(set(widths.values())) > 1:
+        raise UserError(
+            "student.reuse_classifier=true: all teachers need features of one width; they have "
+            + ", ".join(f"{width} ({name})" for name, width in widths.items())
+        )
+    return next(iter(widths.values()))
+
+
+def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> None:
+    head = teacher.head
+    fits = isinstance(head, nn.Linear) and head.out_features == num_classes and bool(teacher.stages)
+    if fits and not isinstance(teacher.neck, GlobalPool):
+        shape = next(reversed(teacher.stage_shapes(teacher.fixed_size or 32).values()))
+        maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            said = teacher.neck(maps)
+        fits = said.shape == maps.shape[:2] and torch.allclose(said, pool(maps), atol=1e-5)
+    if not fits:
+        raise UserError(
+            f"student.reuse_classifier=true: teacher {name!r} has no linear classifier of {num_classes} classes on "
+            "the mean of its last maps"
+        )
+
+
+def reuse_classifiers(student: BranchedStudent, teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
+    """Gives every branch of a projected student the classifier of its own teacher.
+
+    Args:
+        student: Built from a spec with a projection.
+        teachers: M networks whose features have that width.
+        assignment_KM: [K, M] with one 1 in each row.
+
+    Raises:
+        UserError: If a branch has several teachers.
+    """
+    for branch, row in zip(student.branches, assignment_KM.tolist(), strict=True):
+        if max(row) < 1:
+            raise UserError(
+                "student.reuse_classifier=true: every branch needs one teacher (method.assignment=one_to_one, or "
+                "method.teacher=best)"
+            )
+        head = branch.get_submodule("head")
+        head.load_state_dict(teachers[row.index(max(row))].head.state_dict())
+        head.requires_grad_(False)
