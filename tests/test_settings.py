@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import pytest
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.roles import Role, purposes
+from ekd_lightning.roles import Role, conditions, purposes
 from ekd_lightning.settings import (
     DataSettings,
     RecipeSettings,
@@ -19,7 +20,33 @@ from ekd_lightning.settings import (
     keys_where,
     may_change_between_parts,
     purpose_of,
+    without_effect,
 )
+
+
+@pytest.mark.parametrize(("key", "other"), [(key, other) for key, other, _ in conditions(Settings)])
+def test_what_counts_only_beside_something_else_is_said_where_it_does_not(key, other):
+    """Every condition is about settings that there are; those at their defaults are passed by."""
+    for name in (key, other):
+        *groups, last = name.split(".")
+        group = reduce(getattr, groups, Settings())
+        assert group == {} or hasattr(group, last)
+    assert without_effect(Settings(), [key], {other: None}) == {}
+
+
+def test_settings_without_effect_are_named_with_what_they_lie_beside():
+    recipe = RecipeSettings(gamma=0.5, momentum=0.8, optimizer="adamw")
+    settings = Settings(recipe=recipe, teachers=TeacherSettings(count=2), trainer={"gradient_clip_algorithm": "norm"})
+    given = ["recipe.gamma", "recipe.momentum", "recipe.lr", "teachers.count", "trainer.gradient_clip_algorithm"]
+    assert list(without_effect(settings, given, {"method.name": False}).values()) == [
+        "teachers.count=2 has no effect with method.name=ekd",
+        "recipe.momentum=0.8 has no effect with recipe.optimizer=adamw",
+        "recipe.gamma=0.5 has no effect with recipe.schedule=cosine",
+        "trainer.gradient_clip_algorithm=norm has no effect with trainer.gradient_clip_val=None",
+    ]
+    assert without_effect(settings, ["teachers.count", "recipe"], {}) == {}
+    settings.recipe.schedule = "step"
+    assert without_effect(settings, ["recipe.gamma"], {}) == {}
 
 
 def test_the_defaults_are_possible():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 
 from ekd_lightning.config.config import read_config, recorded_settings
 from ekd_lightning.config.internals import parse_override
-from ekd_lightning.config.overrides import expand_resume, key_of, override
+from ekd_lightning.config.overrides import check_typed, expand_resume, key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, read_yaml, write_json, write_yaml
 from ekd_lightning.pipeline.export import read_export
@@ -101,6 +102,20 @@ def test_an_override_of_any_value_is_read_as_that_value(key, value):
     found = OmegaConf.create({"x": parsed.value()}).x
     assert key_of(word) == key.lstrip("+") == parsed.key_or_group
     assert repr(found) == repr(value)
+
+
+@many
+@given(TEXT)
+@example("my data (1)")
+@example("/home/józef/d")
+@example("a\\'${b}")
+def test_what_a_text_without_quotes_is_told_to_be_typed_as_is_read_as_that_text(text):
+    try:
+        check_typed([f"method.name={text}"])
+    except UserError as error:
+        (word,) = shlex.split(str(error).rpartition("; such a text is typed ")[2])
+        assert OmegaConf.create({"x": parse_override(word).value()}).x == text
+        assert check_typed([word]) is None
 
 
 # -- anything else is refused by name ---------------------------------------------------------------------------------

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
 import pytest
 from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 
+from ekd_lightning.config import config
 from ekd_lightning.config.config import build_callback, import_user_modules
+from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError
+from ekd_lightning.methods import terms
+from ekd_lightning.networks import NetworkSpec, build_network, normalization, registry
+from ekd_lightning.runs.writer import provenance
 
 OWN = """
 from fractions import Fraction
@@ -139,3 +145,80 @@ def test_a_users_module_is_imported_from_the_working_directory(own):
     assert sys.modules[own].ran == []
     with pytest.raises(UserError, match="no_such_module_here"):
         import_user_modules(["no_such_module_here"])
+
+
+PLUGIN = """
+from torch import nn
+
+from ekd_lightning.methods import Term, register_term
+from ekd_lightning.networks import StagedNetwork, register_network
+
+
+@register_network("tiny_of_a_plugin")
+def tiny(spec):
+    return StagedNetwork(spec, {"stem": nn.Conv2d(3, 4, 1)}, 4)
+
+
+@register_term("nothing_of_a_plugin")
+class Nothing(Term):
+    pass
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes a package with a plugin, as pip leaves it in a folder that Python searches."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(config, "loaded_plugins", {})
+    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
+    monkeypatch.setattr(terms, "_REGISTRY", copy.copy(terms._REGISTRY))
+    config.load_plugins.cache_clear()
+
+    def make(folder, name, source=PLUGIN):
+        info = folder / f"{name}-1.5.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+        (info / "entry_points.txt").write_text(f"[ekd_lightning.plugins]\nmine = {name}_parts\n")
+        (folder / f"{name}_parts.py").write_text(source)
+        sys.path.insert(0, str(folder))
+        return f"{name}_parts"
+
+    yield make
+    for name in [name for name in sys.modules if name.endswith("_of_a_test_parts")]:
+        sys.modules.pop(name)
+    config.load_plugins.cache_clear()
+
+
+def test_an_installed_package_adds_parts_and_is_on_record(package, tmp_path):
+    module = package(tmp_path / "site", "good_of_a_test")
+    import_user_modules([])
+    spec = NetworkSpec("tiny_of_a_plugin", 3, normalization("unit"))
+    assert build_network(spec).num_features == 4
+    assert "nothing_of_a_plugin" in terms.term_names()
+    assert config.loaded_plugins == {module: "good_of_a_test 1.5"}
+    with pytest.raises(UserError, match="is not imported"):
+        build_network(NetworkSpec(f"module:{module}.tiny", 3, normalization("unit")))
+
+
+def test_the_provenance_names_plugins(monkeypatch):
+    monkeypatch.setitem(config.loaded_plugins, "their_parts", "theirs 2.0")
+    assert provenance()["plugins"] == {"their_parts": "theirs 2.0"}
+
+
+@pytest.mark.parametrize("place", ["working directory", "start"])
+def test_a_package_in_a_folder_in_which_one_works_is_not_installed(package, tmp_path, monkeypatch, place):
+    module = package(tmp_path / "given", "given_of_a_test", "raise SystemExit('executed')")
+    if place == "start":
+        monkeypatch.setenv(STARTED_IN, str(tmp_path / "given"))
+    else:
+        monkeypatch.chdir(tmp_path / "given")
+        sys.path.insert(0, "")
+    import_user_modules([])
+    assert module not in sys.modules
+    assert config.loaded_plugins == {}
+
+
+def test_a_plugin_that_cannot_be_imported_is_named(package, tmp_path):
+    package(tmp_path / "site", "broken_of_a_test", "import no_such_module_here")
+    with pytest.raises(UserError, match="plugin 'mine' of the package broken_of_a_test cannot be imported"):
+        import_user_modules([])

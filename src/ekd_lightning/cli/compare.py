@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config.commands import typed
 from ekd_lightning.config.config import register_schema
-from ekd_lightning.config.edge import make_parser, run_command
+from ekd_lightning.config.edge import make_parser, run_command, users_files_first
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
@@ -89,7 +89,11 @@ def run_compare(args: argparse.Namespace) -> bool:
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
     again = " ".join([again, *map(shlex.quote, filter(names_code, common))])
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
-    with initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"), DirectoryLock(folder):
+    with (
+        users_files_first(hydra_words),
+        initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
+        DirectoryLock(folder),
+    ):
         if hydra_words:
             _compose(hydra_words, [])  # a launcher that is not there is refused before anything is planned
         old = read_study(folder)  # again: another process may have added to it

@@ -29,7 +29,7 @@ def initialized(config_dir: str | None) -> Iterator[None]:
     """
     path = create_config_search_path("pkg://ekd_lightning.conf")
     if config_dir is not None:
-        path.append("command-line", config_dir if "://" in config_dir else f"file://{config_dir}")
+        path.prepend("command-line", config_dir if "://" in config_dir else f"file://{config_dir}", "main")
     Hydra.create_main_hydra2(task_name="train", config_search_path=path)
     try:
         yield

@@ -156,10 +156,15 @@ def provenance() -> dict[str, Any]:
         "working_directory": os.getcwd(),  # where relative places of the configuration begin
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in _PACKAGES},
+        "plugins": dict(loaded_plugins),
         "platform": platform.platform(),
         "hardware": _hardware(),
         "started": now(),
     }
+
+
+loaded_plugins: dict[str, str] = {}
+"""Modules of installed packages that were imported as plugins, each with the package's name and version."""
 
 
 def is_rank_zero() -> bool:

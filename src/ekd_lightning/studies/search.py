@@ -27,6 +27,7 @@ from ekd_lightning.config.config import (
     to_settings,
     warn_without_effect,
 )
+from ekd_lightning.config.edge import users_files_first
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
@@ -81,7 +82,7 @@ def tune(
     """
     base = [*overrides, *([] if epochs is None else [f"recipe.epochs={epochs}"])]
     register_schema()
-    with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
+    with users_files_first(base), initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         cfg = compose("train", overrides=base)
     settings, plain = to_settings(cfg), to_plain(cfg)
     given = None if space_file is None else read_space(space_file)
