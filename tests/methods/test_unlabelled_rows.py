@@ -20,7 +20,7 @@ from ekd_lightning.networks import (
     normalization,
 )
 from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
-from ekd_lightning.training.distiller import _LiveNetworks
+from ekd_lightning.training.distiller import NetworkAccess
 
 from .helpers import make_batch, make_student, make_teachers, sizes
 
@@ -73,7 +73,7 @@ def loss_and_gradients(name, labels):
         ensemble = TeacherEnsemble(teachers, [TeacherIdentity(str(m), str(m), "file", "resnet8") for m in range(2)])
         said = LiveTeachers(ensemble, TeacherFormat(compile="never")).outputs(batch, method.teacher_stages)
     student = network.train().outputs(batch.images, method.student_stages)
-    live = _LiveNetworks(network, ensemble)
+    live = NetworkAccess(network, ensemble)
     total, terms = method(student, said, batch, networks=live)
     parameters = [p for p in (*network.parameters(), *method.parameters()) if p.requires_grad]
     return total, terms, torch.autograd.grad(total, parameters, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Images in memory, subsets, views, batches; the LightningDataModule is in `data.datamodule`."""
+"""Data: images in memory, subsets, views and batches; the LightningDataModule is in `data.datamodule`."""
 
 from ekd_lightning.data.augmentations import Augmentation, augmentation_names, register_augmentation
 from ekd_lightning.data.catalog import dataset_names, load_dataset, open_dataset, open_unlabelled, register_dataset

@@ -20,18 +20,18 @@ from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without
 from ekd_lightning.errors import UserError, one_line, unknown_name
 
 _NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
-"""How files call the images and the labels of a split."""
+"""Names of a split's images and labels in files."""
 _SPLIT_NAMES = {
     "train": ("train", "trainval", "train-standard"),
     "val": ("val", "valid"),
     "test": ("test",),
     UNLABELLED: ("unlabeled",),
 }
-"""How data sets call the splits, most likely first."""
+"""Names of splits in data sets, most likely first."""
 _LABELS = ("targets", "labels", "_labels", "y")
 _CLASSES = ("classes", "categories")
 _DAMAGED = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError)
-"""What numpy raises where a file is none of its own."""
+"""Errors of NumPy for files that are not its own."""
 
 
 def list_npz(path: Path) -> Listing:
@@ -98,7 +98,7 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
 
 
 def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
-    """Lists the images that a data set of torchvision gives without labels, as STL10 does.
+    """Lists the unlabelled images of a data set of torchvision, such as STL10's.
 
     Raises:
         UserError: If it has none, or is not there and cannot be fetched.
@@ -115,7 +115,7 @@ def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
 
 
 def _stamp(part: Any, root: Path) -> str:
-    """What changes with a part's images: a hash of them, or of the sizes and times of the files below the root."""
+    """Returns a stamp of a part's images: a hash of them, or of the sizes and times of their files."""
     pixels = getattr(part, "data", None)
     if hasattr(pixels, "dtype") and hasattr(pixels, "shape"):
         array = np.ascontiguousarray(pixels)
@@ -139,7 +139,7 @@ class _PILImages:
 
 
 def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamp: Any = None) -> Listing:
-    """The listing of images and labels by split; classes without names are numbered."""
+    """Builds the listing of images and labels by split; classes without names are numbered."""
     stamps = stamp if isinstance(stamp, dict) else dict.fromkeys(parts, stamp)
     rows = {
         split: [Row(f"image {i} of {split}", int(label), (split, i), stamps[split]) for i, label in enumerate(labels)]
@@ -176,7 +176,7 @@ def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.
 
 
 def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The names in an .npz file; none where it gives none."""
+    """Reads the class names of an .npz file; empty where it has none."""
     if "class_names" not in arrays:
         return ()
     given = arrays["class_names"]
@@ -190,7 +190,7 @@ def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], pat
 
 
 def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:
-    """One split of a data set; None where it has none of that name."""
+    """Opens a split of a data set; None where there is none of that name."""
     own = inspect.signature(kind).parameters
     parameters = dict(own)
     if "kwargs" in own:  # handed on to the parent, as QMNIST does

@@ -56,7 +56,7 @@ def read_digits() -> Dataset:
 
 
 def _test_rows(labels: np.ndarray) -> torch.Tensor:
-    """Marks every fifth or so of the N images, sorted by class and then by hash; bool [N]."""
+    """Marks about a fifth of the N images, sorted by class and then by hash; bool [N]."""
     by_class = np.lexsort((hash_uniform_u64(STREAM_SPLIT, 0, 0, np.arange(len(labels))), labels))
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[by_class] = take_evenly(len(labels), Fraction(NUM_TEST, len(labels)))
@@ -70,7 +70,7 @@ _LOADED: dict[Hashable, Dataset] = {}
 
 
 def register_dataset(name: str) -> Callable[[Loader], Loader]:
-    """Makes a data set known by a name.
+    """Registers a data set under a name.
 
     Args:
         name: What `load_dataset` and `data.name` will call it.
@@ -86,12 +86,12 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
 
 
 def dataset_names() -> tuple[str, ...]:
-    """The registered names, sorted."""
+    """Returns the registered names, sorted."""
     return tuple(sorted(_LOADERS))
 
 
 def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset:
-    """Loads a data set, once a process: a sweep in one process does not read the files again.
+    """Loads a data set once per process: a sweep in one process does not read the files again.
 
     Args:
         name: A registered name.
@@ -111,7 +111,7 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
 
 
 def open_dataset(data: DataSettings) -> Dataset:
-    """The data set that settings ask for: a registered one, or one of the user's own.
+    """Opens the data set of the settings: a registered one, or the user's own.
 
     Returns:
         The data set; the same object for the same settings, as long as the images are the same.
@@ -135,7 +135,7 @@ def open_dataset(data: DataSettings) -> Dataset:
 
 
 def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unlabelled | None:
-    """The images without labels that settings ask for; None for none.
+    """Opens the unlabelled images of the settings; None without any.
 
     Args:
         data: The settings.
@@ -167,7 +167,7 @@ def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unl
 
 
 def source_names() -> tuple[str, ...]:
-    """Where images that are no registered data set can come from: what `data.source` may be."""
+    """Returns the values of `data.source`: where images of no registered data set come from."""
     return tuple(_SOURCES)
 
 

@@ -1,4 +1,4 @@
-"""The LightningDataModule: images stay in memory on the device where they fit, batches are gathered there."""
+"""Data module for Lightning: images in the device's memory where they fit, batches gathered there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import OwnPlaces, ViewFamily
 
 HELD_SHARE = 0.5
-"""The most of a device's free memory that images may take; others are sent there batch by batch."""
+"""The largest share of a device's free memory for images; others are sent batch by batch."""
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is free on a CUDA device; other devices share the host's, or do not tell."""
+    """Returns the free memory of a CUDA device; infinite elsewhere."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
@@ -76,16 +76,16 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def num_train_images(self) -> int:
-        """Images trained on with their labels, validation not included."""
+        """Number of labelled training images, validation not included."""
         return len(self.subset.train_index)
 
     @property
     def num_val_images(self) -> int:
-        """Images set aside for validation."""
+        """Number of validation images."""
         return len(self.subset.val_index)
 
     def train_dataloader(self) -> TrainLoader:
-        """Training batches of this process."""
+        """Returns the training batches of this process."""
         world_size, rank = self._processes()
         loader = TrainLoader(
             self.dataset.train,
@@ -103,16 +103,16 @@ class ImageDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
-        """Validation batches of this process; an empty list when nothing was set aside."""
+        """Returns the validation batches of this process; an empty list without a validation split."""
         return self._eval_loader(self.dataset.train, self.subset.val_index) if self.num_val_images else []
 
     def test_dataloader(self) -> EvalLoader:
-        """Test batches of this process."""
+        """Returns the test batches of this process."""
         return self._eval_loader(self.dataset.test, torch.arange(len(self.dataset.test)))
 
     @property
     def bytes_on_device(self) -> int:
-        """Memory that images take on accelerators."""
+        """Bytes of images on accelerators."""
         return sum(images.nbytes for images in self._on_device.values() if images.device.type != "cpu")
 
     def _leaves_rows(self) -> bool:
@@ -122,13 +122,13 @@ class ImageDataModule(pl.LightningDataModule):
         return bool(getattr(self.trainer.lightning_module, "gathers_images", False))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves a batch, unless training steps gather their images themselves."""
+        """Moves a batch to the device, unless training steps gather their images themselves."""
         if self._leaves_rows():
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def gather_training(self, rows: IndexBatch, device: torch.device) -> Batch:
-        """The training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
+        """Gathers the training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
         return gather_batch(self._images("train", device), rows, self.views, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -141,7 +141,7 @@ class ImageDataModule(pl.LightningDataModule):
         return gather_batch(self._images("test" if trainer.testing else "train", device), batch, None, device)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
-        """Views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
+        """Makes views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
 
         Args:
             index: int64 [B], positions in the whole training set, or behind it.
@@ -168,7 +168,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._on_device[key]
 
     def why_not_recorded(self, device: torch.device) -> str | None:
-        """What in the images needs the host in a training step; None if they are on the device."""
+        """Returns what in the images needs the host in a training step; None if they are on the device."""
         held = self._images("train", device).device.type == device.type
         return None if held else "the images do not fit into the device's memory"
 

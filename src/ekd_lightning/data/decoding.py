@@ -1,4 +1,4 @@
-"""Decoding of image files: any mode, orientation and size becomes RGB of one size, as a person sees it."""
+"""Decoding of image files of any mode, orientation and size to upright RGB of one size."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.progress import track
 
 DECODER = 1
-"""Counts changes of what `to_rgb` and `fitted` make of an image; part of every cache's key."""
+"""Version of `to_rgb` and `fitted`, part of every cache's key."""
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, turned upright (in place) by its EXIF orientation.
+    """Converts any PIL image to RGB, turned upright (in place) by its EXIF orientation.
 
     Transparent pixels show white behind them, 16-bit grey keeps its high byte (as PIL reads 16-bit colour), and grey
     in floating point spans 0 to 1, or to 255 where it goes beyond 1.
@@ -47,7 +47,7 @@ def _grey(levels: np.ndarray) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Shrinks or enlarges an RGB image until it just covers `size` (height, width), and cuts the centre out.
+    """Resizes an RGB image until it just covers `size` (height, width), and crops the centre.
 
     For squares this is torchvision's `Resize` (bilinear, antialiased) of the short side and `CenterCrop`.
     """
@@ -64,7 +64,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass
 class Decoded:
-    """What was found while images were decoded.
+    """Results of decoding: size, digests, and images that are broken.
 
     Attributes:
         size: Height and width of all of them.
@@ -78,7 +78,7 @@ class Decoded:
 
 
 class _OtherSizeError(Exception):
-    """An image that is not as large as the first."""
+    """An image whose size differs from the first."""
 
 
 def decode_all(

@@ -1,4 +1,4 @@
-"""Folder of images, one subfolder a class, with or without `train`, `val` and `test` above them."""
+"""Folders of images, one subfolder per class, with or without `train`, `val` and `test` above."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Size and time of a file, which tell whether it changed."""
+    """Returns size and time of a file, which change with it."""
     try:
         stat = os.stat(path)
     except OSError:  # a link into nothing; reading it will say so
@@ -73,7 +73,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def list_images(root: Path) -> Listing:
-    """Lists the images of a folder without labels, wherever they lie below it, in the order of their paths.
+    """Lists the unlabelled images of a folder, at any depth, in the order of their paths.
 
     Raises:
         UserError: If the folder is not there, or holds no images.
@@ -88,7 +88,7 @@ def _content(path: str) -> bytes:
 
 
 def _labels(split: Path, classes: tuple[str, ...]) -> dict[Path, int]:
-    """The folders of a split with the numbers of their classes."""
+    """Returns the folders of a split with their class numbers."""
     folders = list(_folders(split))
     for folder in folders:
         if folder.name not in classes:
@@ -97,7 +97,7 @@ def _labels(split: Path, classes: tuple[str, ...]) -> dict[Path, int]:
 
 
 def _rows(root: Path, split: Path, labels: dict[Path, int]) -> list[Row]:
-    """The images of a split, from its folders."""
+    """Lists the images of a split's folders."""
     found, others = [], []
     for folder, label in labels.items():
         for parent, names in sorted(walk(folder)):

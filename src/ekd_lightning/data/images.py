@@ -45,12 +45,12 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, present in this split or not."""
+        """Number of classes, present in this split or not."""
         return len(self.class_names)
 
     @cached_property
     def sha256(self) -> str:
-        """Hex SHA-256 over name, split, shape, images and labels; computed once."""
+        """SHA-256 of name, split, shape, images and labels in hexadecimal; computed once."""
         digest = hashlib.sha256(f"{self.name}|{self.split}|{tuple(self.images.shape)}|".encode())
         digest.update(self.images.cpu().contiguous().numpy().data)
         digest.update(self.labels.cpu().contiguous().numpy().astype("<i8").data)
@@ -82,7 +82,7 @@ class Unlabelled:
 
 
 class JoinedImages:
-    """Images of two sets under one index, those of the second behind those of the first; may be mapped from files.
+    """Images of two sets under one index, the second set after the first; may be memory-mapped.
 
     Args:
         first: uint8 [N, 3, H, W].
@@ -100,7 +100,7 @@ class JoinedImages:
         return sum(part.nbytes for part in self._parts)
 
     def to(self, device: torch.device) -> Tensor | JoinedImages:
-        """All images side by side on an accelerator; on a processor they stay where they are."""
+        """Returns all images on a device: concatenated on an accelerator, unchanged on a processor."""
         return self if device.type == "cpu" else torch.cat([part.to(device) for part in self._parts])
 
     def __getitem__(self, index: Tensor) -> Tensor:
@@ -144,12 +144,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return self.train.num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class."""
+        """Names of the classes."""
         return self.train.class_names
 
     @property

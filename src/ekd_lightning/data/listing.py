@@ -1,4 +1,4 @@
-"""Listing of images that are not decoded yet, and the data set that they become: decoded once, checked, cached."""
+"""Listings of images before decoding, and the data sets that they become: decoded once, checked, cached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNLABELLED = "unlabelled"
 
 
 class Row(NamedTuple):
-    """One image that is not decoded yet.
+    """An image that is not decoded yet.
 
     Attributes:
         name: What it is called in messages; of a file, its path below the root.
@@ -61,7 +61,7 @@ class Listing:
     source: str
 
     def digest(self) -> str:
-        """Hex SHA-256 of classes, names, labels and stamps: another one where an image was changed."""
+        """Returns the SHA-256 of classes, names, labels and stamps, which differs where an image changed."""
         rows = {split: [(row.name, row.label, row.stamp) for row in own] for split, own in self.splits.items()}
         return hashlib.sha256(json.dumps([self.class_names, rows]).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ def check_image_size(value: Any) -> tuple[int, int] | None:
 
 
 def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
-    """Sets images aside for testing where there are none: of every class those that come first by a hash of their name.
+    """Sets test images aside where there are none: of every class the first by a hash of their name.
 
     So most images stay where they are when others are added.
 
@@ -144,12 +144,12 @@ def read_listing(
 
 
 def without_labels(rows: Sequence[Row], load: Callable[[Any], bytes | Image.Image], source: str) -> Listing:
-    """A listing of images of which nothing is known; the labels of its rows are 0."""
+    """Builds a listing of unlabelled images; the labels of its rows are 0."""
     return Listing({"train": rows}, (UNLABELLED,), load, source)
 
 
 def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache: Path, skip_broken: bool) -> ImageSet:
-    """Decodes images without labels, see `read_listing`; their labels are 0 and mean nothing.
+    """Decodes unlabelled images, see `read_listing`; their labels are 0 and mean nothing.
 
     Raises:
         UserError: For images that cannot be read.
@@ -199,7 +199,7 @@ def _first_broken(rows: Sequence[tuple[str, Row]], found: Decoded) -> str:
 def _facts(
     listing: Listing, rows: Sequence[tuple[str, Row]], found: Decoded, target: Path, name: str
 ) -> dict[str, Any]:
-    """What is kept of the decoded images; rows of broken ones are closed up in the file."""
+    """Returns the stored facts of the decoded images; rows of broken ones are removed from the file."""
     kept = [position for position in range(len(rows)) if position not in found.broken]
     if not kept:
         raise UserError(f"data set {name!r} ({listing.source}): none of its images can be read")
@@ -222,7 +222,7 @@ def _facts(
 
 
 def _seen_twice(rows: Sequence[tuple[str, Row]], found: Decoded, kept: Sequence[int]) -> list[str]:
-    """Says which images of other splits are among those for training, if any."""
+    """Reports which images of other splits are also training images, if any."""
     first = {found.digests[i]: i for i in reversed(kept) if rows[i][0] == "train"}
     twice = [(first[found.digests[i]], i) for i in kept if rows[i][0] != "train" and found.digests[i] in first]
     if not twice:

@@ -1,4 +1,4 @@
-"""Loaders that hand out indices, batches, and the one function that turns indices into images on the device.
+"""Loaders of indices, batches, and the function that turns indices into images on the device.
 
 Global batches depend on (seed, epoch) alone; each of `world_size` processes takes its share of each. The
 loaders are plain iterables, which Lightning neither wraps nor re-creates; they work in any PyTorch loop:
@@ -63,17 +63,17 @@ class Batch(NamedTuple):
 
     @property
     def targets(self) -> Tensor:
-        """What cross-entropy compares with: the soft labels [B, C] if there are any, else the labels [B]."""
+        """The targets of cross-entropy: the soft labels [B, C] if there are any, else the labels [B]."""
         return self.labels if self.soft_labels is None else self.soft_labels
 
     @property
     def hard_labels(self) -> Tensor:
-        """int64 [B], one class for each image: of a mixed one the class with the larger share."""
+        """One class per image, int64 [B]: of a mixed image the one with the larger share."""
         return self.labels if self.soft_labels is None else self.soft_labels.argmax(-1)
 
 
 class IndexBatch(NamedTuple):
-    """A batch before its images are gathered; the fields are those of `Batch`, and what it is mixed with."""
+    """A batch before its images are gathered: the fields of `Batch`, and its mixing partners."""
 
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -111,7 +111,7 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> N
 def rows_of_batch(
     batch_size: int, num_labelled: int, unlabelled: Unlabelled | None = None, world_size: int = 1
 ) -> list[int]:
-    """Divides a global batch into rows with labels and, if there are such images, without.
+    """Splits a global batch into labelled and, if there are such images, unlabelled rows.
 
     Args:
         batch_size: Images in a global batch.
@@ -200,12 +200,12 @@ class TrainLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, 0, 1, ...; without effect while `frozen`."""
+        """Sets the epoch, 0, 1, ...; without effect while `frozen`."""
         if not self.frozen:
             self.number = epoch
 
     def epoch(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """What this process will see in the epoch that was set last, before any image is made.
+        """Returns this process's rows of the current epoch, before any image is made.
 
         Args:
             num_batches: The first so many batches; None for all.
@@ -222,7 +222,7 @@ class TrainLoader:
         return labels, index, view
 
     def distinct_rows(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Index and view, each int64 [N], of all that `epoch` shows; what it shows several times comes once."""
+        """Returns index and view, each int64 [N], of all distinct rows of `epoch`."""
         _, index, view = (values.flatten() for values in self.epoch(num_batches, ahead))
         distinct = torch.unique(index * self._num_views + view)
         if len(distinct) == len(index):
@@ -230,7 +230,7 @@ class TrainLoader:
         return distinct // self._num_views, distinct % self._num_views
 
     def _shown(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Index and view of this process's share of global batches, given as places in the epoch's order."""
+        """Returns index and view of this process's share of global batches, given as places in the order."""
         number = self.number if self.frozen else self.number + ahead
         streams = [self._stream(images, rows, number) for images, rows in self._parts]
         mine = places[:, self.rank :: self.world_size]
@@ -238,7 +238,7 @@ class TrainLoader:
         return index, view
 
     def _stream(self, images: Tensor, rows: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Index and view of the images of one kind in all batches of an epoch, int64 [batches, rows]."""
+        """Returns index and view of the images of one kind in an epoch's batches, int64 [batches, rows]."""
         needed = len(self) * rows
         passes = -(-needed // len(images))
         epochs_a_pass = len(images) // needed  # 0 where an epoch needs several passes
@@ -257,7 +257,7 @@ class TrainLoader:
             yield IndexBatch(own, rows, views, torch.ones_like(rows, dtype=torch.bool), mix, self.num_labelled)
 
     def _mixes(self, labels: Tensor) -> Iterator[Mix]:
-        """What each batch of this process is mixed with; partners come from its whole global batch."""
+        """Yields each batch's mixing; partners come from its whole global batch."""
         assert self._mixing is not None
         rows = self._mixing.partners(self.seed, self.number, len(self), self.batch_size)
         index, view = self._shown(torch.arange(len(self))[:, None] * self.batch_size + rows)
@@ -320,7 +320,7 @@ class EvalLoader:
 def gather_batch(
     images: Tensor | JoinedImages, rows: IndexBatch, views: ViewFamily | None = None, device: torch.device | None = None
 ) -> Batch:
-    """Turns indices into images, on a device.
+    """Gathers the images of indices on a device.
 
     Args:
         images: uint8 [N, 3, H, W], the whole set that `rows.index` points into; held on the device, or in memory or

@@ -20,7 +20,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """The images chosen for training and validation.
+    """The images selected for training and validation.
 
     Attributes:
         train_index: int64, sorted positions in the whole training set.
@@ -63,7 +63,7 @@ def choose_subset(
     seed: int = 0,
     val_index: Tensor | None = None,
 ) -> Subset:
-    """Chooses the images of a run.
+    """Selects the images of a run.
 
     The images of each class are ranked by a seeded hash and the first n are taken, n being `per_class` or
     `fraction` of the class rounded half up. A smaller subset with the same seed is therefore contained in a
@@ -114,7 +114,7 @@ def choose_subset(
 
 
 def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tensor:
-    """Positions of the training images that are in no part of a subset, nor there for validation; int64, ascending.
+    """Returns positions of training images outside the subset and the validation images; int64, ascending.
 
     Raises:
         UserError: If there are none.

@@ -1,4 +1,4 @@
-"""View families: a finite, numbered set of augmentations of an image, made for a whole batch at once."""
+"""View families: finite, numbered sets of augmentations of an image, made for whole batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOL_SIZE = 64
 
 
 def to_unit(levels: Tensor) -> Tensor:
-    """Grey levels as parts of 255, correctly rounded, hence the same numbers on every device.
+    """Converts grey levels to [0, 1], correctly rounded, hence the same numbers on every device.
 
     Args:
         levels: uint8, any shape.
@@ -54,7 +54,7 @@ class ViewFamily(Protocol):
 
     @property
     def identity_view(self) -> int | None:
-        """The number of the view that leaves every image as it is; None where no view is sure to.
+        """Number of the view that leaves every image unchanged; None if none surely does.
 
         Evaluation does not depend on it: there no view is made at all.
         """
@@ -75,7 +75,7 @@ class ViewFamily(Protocol):
 
 
 class Identity:
-    """The family of one view: the image itself."""
+    """The family with a single view: the image itself."""
 
     num_views = 1
     identity_view = 0
@@ -87,7 +87,7 @@ class Identity:
 
 
 class CropFlip:
-    """Zero padding, a crop of the old size anywhere in it, and a horizontal flip.
+    """Crop-and-flip views: zero padding, a crop of the old size anywhere in it, a horizontal flip.
 
     With P = 2 padding + 1 positions along each axis, view = flip P² + top P + left: the views without flip
     come first, in reading order. Padding 4 gives 81 crops and, with flips, V = 162.
@@ -123,7 +123,7 @@ class CropFlip:
 
 
 class Pool:
-    """V draws of each image from augmentations that have no finite number of views of their own.
+    """A pool of V random draws per image from augmentations without a finite number of views.
 
     View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options): the
     numbers come from `Draws`, on the images' device.
@@ -161,7 +161,7 @@ class Pool:
 
 
 class OwnPlaces:
-    """A family for images of two sets under one index: each is seen as at its place in its own set.
+    """A family for images of two sets under one index: each is viewed as in its own set.
 
     So its views, and what teachers say of them, do not depend on the other set.
 
@@ -177,7 +177,7 @@ class OwnPlaces:
 
     @property
     def identity_view(self) -> int | None:
-        """That of the family."""
+        """The identity view of the family."""
         return self._family.identity_view
 
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class OwnPlaces:
 
 
 class _DrawnView:
-    """Any view of a finite family, as one augmentation of a pool."""
+    """A random view of a finite family, as one augmentation of a pool."""
 
     def __init__(self, family: CropFlip) -> None:
         self.family = family

@@ -1,4 +1,4 @@
-"""Plans made before any teacher is loaded: which teachers there will be, and where their answers will come from.
+"""Plans of teachers and of the source of their outputs, made before any teacher is loaded.
 
 Outputs are looked up in tables where these can be had and fit the disk; else the teachers run live.
 """
@@ -55,7 +55,7 @@ class PlannedTeacher:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """Where the answers of a run's teachers will come from.
+    """Plan of the source of a run's teacher outputs.
 
     Attributes:
         tables: Whether they are remembered on disk.
@@ -77,7 +77,7 @@ def plan_source(
     method: Method,
     unlabelled: Unlabelled | None = None,
 ) -> SourcePlan:
-    """Decides whether teacher outputs are remembered; says why not, or how large the tables may become.
+    """Decides whether tables serve teacher outputs; logs why not, or how large the tables may become.
 
     Args:
         settings: The run's.
@@ -136,12 +136,12 @@ def plan_source(
 
 
 def table_folder(settings: Settings) -> Path:
-    """Where the tables of teacher outputs lie."""
+    """Returns the folder of the tables of teacher outputs."""
     return Path(settings.teachers.store) / "tables"
 
 
 def _why_live(settings: Settings, method: Method) -> str:
-    """What stands against tables, or nothing."""
+    """Returns why there can be no tables; empty where there can."""
     if settings.teachers.table == "off":
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):
@@ -167,10 +167,10 @@ def _needed_bytes(
     pooled: bool,
     stages: Stages,
 ) -> int:
-    """Upper bound of the disk space of the run's tables."""
+    """Returns an upper bound of the disk space of the run's tables."""
     needed, in_sets = 0, sum(size for _, size in sets)
     # Rows as large as a stage's are blocks of the disk by themselves, so a run needs only those that it asks for.
-    asked = min(views.num_views, settings.recipe.epochs)
+    used_views = min(views.num_views, settings.recipe.epochs)
     for teacher in teachers:
         network = build_network(teacher.spec)
         columns: Columns = ((LOGITS, dataset.num_classes),)
@@ -178,12 +178,12 @@ def _needed_bytes(
             columns += ((POOLED, network.num_features),)
         needed += table_bytes(images, views.num_views, columns, set_size=in_sets)
         shapes = network.stage_shapes(dataset.image_size)
-        needed += sum(table_bytes(images, asked, ((stage, prod(shapes[stage])),)) for stage in stages)
+        needed += sum(table_bytes(images, used_views, ((stage, prod(shapes[stage])),)) for stage in stages)
     return needed
 
 
 def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: int | None = None) -> int:
-    """Upper bound of the bytes that a teacher's table takes on a file system with blocks of 4096 bytes.
+    """Returns an upper bound of a table's bytes on a file system with blocks of 4096 bytes.
 
     Args:
         num_images: Images that the run uses.
@@ -202,7 +202,7 @@ def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: 
 def present_bytes(
     folder: Path, image_set_sha256: str, view_key: str, num_teachers: int, stages: Sequence[str] = ()
 ) -> int:
-    """What tables of these images and views take on disk already, in bytes, holes not counted.
+    """Returns the bytes that tables of these images and views take on disk, holes not counted.
 
     Which teachers a table is of is not known before these are loaded; of more tables of a kind (ordinary ones, or
     those of one of the stages) than there are teachers the smallest count, so that the disk is never thought fuller of
@@ -222,7 +222,7 @@ def present_bytes(
 
 
 def check_disk(folder: Path, needed: int, budget: float, present: int) -> None:
-    """Refuses tables that would not fit, before training begins.
+    """Checks that the tables fit, before training begins.
 
     Args:
         folder: Where the tables live; need not exist yet.

@@ -1,4 +1,4 @@
-"""Rows of teacher outputs, where they are kept: on disk, written behind the training, and in the device's memory.
+"""Rows of teacher outputs: on disk, written in the background, and in the device's memory.
 
 Shape letters: B batch, M teachers, N rows, V views.
 """
@@ -40,7 +40,7 @@ Found = tuple[dict[str, Halves], NDArray[np.bool_]]
 
 
 class StoredRows:
-    """Rows of M teachers: read from disk where they are there, else computed and handed to the disk.
+    """Rows of M teachers, read from disk or else computed and stored.
 
     Trouble with the disk costs one warning and ends nothing: a table that cannot be opened or read is given up and has
     no rows, and once the disk refuses a row none is written any more.
@@ -88,17 +88,17 @@ class StoredRows:
 
     @property
     def keeping(self) -> bool:
-        """Whether new rows are kept: no table was lost, and the disk takes what is written."""
+        """Whether new rows are stored: no table was lost, and the disk takes what is written."""
         self.flush()
         return self._writable and all(None not in own for own in self._tables)
 
     def disk_bytes(self) -> list[int]:
-        """Bytes that the tables of each teacher take on disk now."""
+        """Returns the bytes that the tables of each teacher take on disk."""
         self.flush()
         return [sum(table.disk_bytes() for table in own if table is not None) for own in self._tables]
 
     def read(self, m: int, t: int, index: Rows, view: Rows) -> Found:
-        """Rows [N] of table t of teacher m, as `TeacherTable.read`; none of them where it is lost.
+        """Reads rows [N] of table t of teacher m, as `TeacherTable.read`; none of them where the table is lost.
 
         Raises:
             IndexError: An index or a view lies outside the image set or the view family.
@@ -114,18 +114,18 @@ class StoredRows:
         return values, np.zeros(len(index), dtype=np.bool_)
 
     def read_all(self, index: Rows, view: Rows, stages: Stages) -> tuple[list[dict[str, Halves]], NDArray[np.bool_]]:
-        """Rows [N] of all teachers, with the stages or without: their columns; bool [M, tables, N], which are there."""
+        """Reads rows [N] of all teachers: their columns, and which are present, bool [M, tables, N]."""
         tables = range(1 + len(stages))
         read = [[self.read(m, t, index, view) for t in tables] for m in range(len(self._names))]
         values = [{name: column for columns, _ in own for name, column in columns.items()} for own in read]
         return values, np.stack([[present for _, present in own] for own in read])
 
     def flush(self) -> None:
-        """Waits until all is written."""
-        self._settle(0)
+        """Waits until everything is written."""
+        self._collect_writes(0)
 
-    def _settle(self, waiting: int) -> None:
-        """Hears of what was written; waits only where more writes than these wait for the disk."""
+    def _collect_writes(self, waiting: int) -> None:
+        """Collects finished writes; waits only while more writes than this are pending."""
         while len(self._written) > waiting or (self._written and self._written[0].done()):
             try:
                 self._written.popleft().result()
@@ -136,7 +136,7 @@ class StoredRows:
     def obtain(
         self, index: Rows, view: Rows, images_of: Callable[[Rows], Tensor], stages: Stages
     ) -> tuple[Values, NDArray[np.bool_]]:
-        """Rows from disk; what is missing is computed, and handed to the disk.
+        """Returns rows, computing and storing those that the disk lacks.
 
         Args:
             index: int64 [N].
@@ -153,7 +153,7 @@ class StoredRows:
         tables = range(1 + len(stages))
         read, here = self.read_all(index, view, stages)
         found = np.logical_and.reduce(here, axis=1)
-        values = [self.there(columns) for columns in read]
+        values = [self.to_device(columns) for columns in read]
         missing = np.flatnonzero(~found.all(axis=0))
         teachers = self._live.frozen(stages)
         largest = torch.zeros(len(values), device=self._device)
@@ -186,11 +186,11 @@ class StoredRows:
             if table is not None and self._writable:
                 numbers = {name: column.numpy() for name, column in host.items()}
                 self._written.append(self._writer.submit(table.write, index[rows], view[rows], numbers))
-                self._settle(_WAITING)
+                self._collect_writes(_WAITING)
         return values, found
 
     def _check_range(self, largest: list[float]) -> None:
-        """Refuses outputs that are not finite; says once, for each teacher, that larger ones than float16 are cut."""
+        """Refuses outputs that are not finite; warns once per teacher that values beyond float16 are clipped."""
         for name, most in zip(self._names, largest, strict=True):
             if not isfinite(most):
                 raise UserError(f"teacher {name} returned outputs that are not finite; check its weights")
@@ -201,15 +201,15 @@ class StoredRows:
                 )
                 warnings.warn(f"{text} (teachers.table=off leaves them as they are)", RuntimeWarning, stacklevel=4)
 
-    def there(
+    def to_device(
         self, columns: Mapping[str, NDArray[np.float16]], rows: NDArray[np.bool_] | slice = slice(None)
     ) -> dict[str, Tensor]:
-        """Numbers of some rows, moved to the device."""
+        """Moves columns of some rows to the device."""
         return {name: torch.from_numpy(values[rows]).to(self._device) for name, values in columns.items()}
 
 
 def _columns(output: NetworkOutput) -> dict[str, Tensor]:
-    """What a teacher says by the names of a table's columns, [B, width] in this order whatever the memory format."""
+    """Returns a teacher's outputs by column, [B, width] in this order whatever the memory format."""
     columns = {LOGITS: output.logits, POOLED: output.pooled, **output.stages}
     return {name: values.contiguous().flatten(1) for name, values in columns.items()}
 
@@ -219,7 +219,7 @@ def _some(column: Tensor, rows: Rows) -> Tensor:
 
 
 class DeviceRows:
-    """Rows of M teachers in the device's memory: a step finds its rows there without waiting for the host.
+    """Rows of M teachers in the device's memory, where a step finds them without waiting for the host.
 
     The memory stays where it is and is changed in place, so that a CUDA graph may read it. A batch that holds other
     rows than these gets NaN for them, so that the loss says that something is wrong rather than a student learning
@@ -230,7 +230,7 @@ class DeviceRows:
     """
 
     def __init__(self, shapes: Shapes, images: Rows, num_images: int, num_views: int, device: torch.device) -> None:
-        """Makes room for all rows of the images where the device has it, else for one row of each.
+        """Allocates space for all rows of the images where the device has it, else for one row of each.
 
         Args:
             shapes: For each teacher the columns and the shape of their values.
@@ -256,11 +256,11 @@ class DeviceRows:
 
     @property
     def nbytes(self) -> int:
-        """What they take on the device."""
+        """Bytes of the device's memory."""
         return self._values.nbytes + self._view_there.nbytes + self._start_there.nbytes
 
     def holds(self, index: Rows, view: Rows) -> NDArray[np.bool_]:
-        """Which rows [N] of an epoch are here already.
+        """Returns which rows [N] of an epoch are held.
 
         Raises:
             IndexError: An image is not among those whose rows may be held, or a view lies outside the family.
@@ -270,7 +270,7 @@ class DeviceRows:
         return self._view[self._places(index, view)] == view
 
     def put(self, index: Rows, view: Rows, values: Sequence[Mapping[str, Tensor]]) -> None:
-        """Takes rows in; where there is one place for each image, in place of its other view.
+        """Stores rows; with one place per image, a row replaces the image's other view.
 
         Args:
             index: int64 [N]; images whose rows may be held.
@@ -291,7 +291,7 @@ class DeviceRows:
         return start + view if self.whole else start
 
     def look_up(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """For each teacher its columns, float32 [B, width], by `batch.index` and `batch.view`."""
+        """Returns each teacher's columns, float32 [B, width], by `batch.index` and `batch.view`."""
         place = self._start_there[batch.index]
         if self.whole:
             place = (place + batch.view).clamp(0, self._blank)
@@ -302,12 +302,12 @@ class DeviceRows:
 
 
 def row_bytes(shapes: Shapes) -> int:
-    """Bytes that a row of all columns takes in memory, with its own place."""
+    """Returns the bytes of a row with all columns in memory, its place included."""
     return 8 + sum(2 * prod(shape) for own in shapes for shape in own.values())
 
 
 def memory_for_rows(device: torch.device) -> int:
-    """Bytes that rows of one kind may take on a device."""
+    """Returns the bytes that rows of one kind may take on a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:  # the computer's memory; how much of it is free now changes too fast to ask

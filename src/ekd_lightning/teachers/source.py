@@ -1,4 +1,4 @@
-"""Source of teacher outputs: what a step asks, and the frozen teachers themselves.
+"""Source of teacher outputs: the interface that a step uses, and the frozen teachers.
 
 Shape letters: B batch, C classes, D features, M teachers, N images of an epoch.
 """
@@ -28,7 +28,7 @@ StageCounts = Mapping[Stages, int]
 
 
 class TeacherSource:
-    """Where the teachers' outputs for a batch come from. This base prepares nothing, keeps nothing and has no answer.
+    """Source of the teachers' outputs for a batch. This base prepares nothing and stores nothing.
 
     Attributes:
         hits: Rows found in a table so far, counted per teacher and image.
@@ -42,31 +42,31 @@ class TeacherSource:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the rows asked for that were found, in [0, 1]; None where nothing was looked up yet."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else None
+        """Share of the requested rows that were found, in [0, 1]; None before the first look-up."""
+        requested = self.hits + self.misses
+        return self.hits / requested if requested else None
 
     @property
     def held_bytes(self) -> int:
-        """What answers take of the device's memory."""
+        """Bytes of the device's memory that outputs take."""
         return 0
 
     def plan(self, rows: int) -> None:
-        """Hears how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        """Announces how many images the run will probably process; see `FrozenTeachers.plan`."""
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: StageCounts) -> None:
-        """Hears what the next epoch's batches hold, so that the answers can be ready.
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
+        """Announces the rows of the next epoch, so that outputs can be prepared.
 
         Args:
             index: int64 [N], the images of this process in the epoch, each view of one once.
             view: int64 [N], their views.
             images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
-            asked: The stages that will be asked for, with how many of the N images; () stands for logits and
+            counts: The stages that will be needed, with how many of the N images; () stands for logits and
                 pooled features alone.
         """
 
-    def prefetch_epoch(self, index: Tensor, view: Tensor, asked: StageCounts) -> None:
-        """Hears what the epoch after the prepared one will hold, so that its rows can be read in the meantime.
+    def prefetch_epoch(self, index: Tensor, view: Tensor, counts: StageCounts) -> None:
+        """Announces the rows of the epoch after the prepared one, so that they can be read in advance.
 
         Arguments are those of `prepare_epoch`, which is called for that epoch all the same.
         """
@@ -87,7 +87,7 @@ class TeacherSource:
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Waits until all that was computed so far is kept."""
+        """Waits until everything computed so far is stored."""
 
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `outputs` with these stages may be recorded in a CUDA graph and replayed for other batches.
@@ -100,7 +100,7 @@ class TeacherSource:
 
 
 CHUNK = {"cpu": 128, "cuda": 1024}
-"""Images that a teacher takes at once when rows are computed ahead: enough to keep the device busy."""
+"""Images per forward pass when rows are computed in advance: enough to keep the device busy."""
 
 COMPILE_MACS = {"cpu": 5e12, "cuda": 5e14}
 """Work of one teacher in a run from which compiling pays. On two cores, compiling takes 5 to 40 s, and what it
@@ -109,7 +109,7 @@ saves of 5e12 multiply-accumulates is about as long. The number for CUDA is an e
 
 @dataclass(frozen=True)
 class TeacherFormat:
-    """How frozen teachers compute; each choice changes the cost and, within rounding, nothing else.
+    """Numeric form of frozen teachers; each choice changes the cost and, within rounding, nothing else.
 
     Attributes:
         precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
@@ -136,7 +136,7 @@ class FrozenTeachers:
         """Copies the teachers.
 
         Args:
-            ensemble: The frozen teachers, on the device where they will be asked.
+            ensemble: The frozen teachers, on the device where they will run.
             how: Their format.
             stages: Names of the stages whose outputs are wanted.
 
@@ -164,7 +164,7 @@ class FrozenTeachers:
         self._planned_rows = 0
 
     def plan(self, rows: int) -> None:
-        """Says how many images each teacher will probably be asked about in the whole run.
+        """Announces how many images each teacher will probably process in the whole run.
 
         The answer decides about compiling, so it should not depend on how far a run has come: an interrupted
         run must go on with the same rounding.
@@ -172,7 +172,7 @@ class FrozenTeachers:
         self._planned_rows = rows
 
     def outputs(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
-        """Outputs of teacher m (0-based), without gradient, whatever autocast is on.
+        """Returns the outputs of teacher m (0-based), without gradient, whatever autocast is on.
 
         Args:
             m: Which teacher.
@@ -205,19 +205,19 @@ class FrozenTeachers:
 
 
 def _filled(images: Tensor, size: int) -> Tensor:
-    """The images, with the last one repeated up to `size`: a graph is compiled for one batch size."""
+    """Pads the images to `size` with the last one: a graph is compiled for one batch size."""
     missing = size - len(images)
     return images if missing == 0 else torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
 
 
 class LiveTeachers(TeacherSource):
-    """Passes every batch through every teacher; nothing is looked up, so nothing is counted."""
+    """A source that runs every teacher on every batch; nothing is looked up, so nothing is counted."""
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
-        """Takes the teachers as they are; what they compute in is decided when they are first asked.
+        """Takes the teachers; their numeric form is chosen on first use.
 
         Args:
-            ensemble: The frozen teachers; on the batches' device when they are asked.
+            ensemble: The frozen teachers; on the batches' device when they run.
             how: Their format.
         """
         self._ensemble, self._how = ensemble, how
@@ -235,7 +235,7 @@ class LiveTeachers(TeacherSource):
         return TeacherOutput.of(results, stages)
 
     def frozen(self, stages: Stages = ()) -> FrozenTeachers:
-        """The frozen copies that return these stages, made when first asked for."""
+        """Returns the frozen copies with these stages, made on first use."""
         if stages not in self._frozen:
             self._frozen[stages] = FrozenTeachers(self._ensemble, self._how, stages)
         self._frozen[stages].plan(self._planned_rows)

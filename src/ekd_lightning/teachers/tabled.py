@@ -1,4 +1,4 @@
-"""Tabled teachers: outputs are looked up among known rows, and only missing rows are computed.
+"""Tabled teachers: outputs are looked up in tables, and only missing rows are computed.
 
 Shape letters: B batch, C classes, D features, M teachers, N rows, V views.
 """
@@ -39,11 +39,11 @@ _LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheape
 _WORTH_A_LINE = 2.0  # seconds
 
 
-Expected = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
+Prefetched = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
 
 
 class TabledTeachers(TeacherSource):
-    """Looks teacher outputs up, computes only what is missing and keeps it for every later epoch and run.
+    """A source that looks outputs up, computes missing ones, and stores them for later epochs and runs.
 
     What is returned has always been rounded to float16, freshly computed or not, so that a cold and a warm
     run see the same targets. Only for batches whose images are exactly the views that they name: nothing may
@@ -68,7 +68,7 @@ class TabledTeachers(TeacherSource):
         image_size: ImageSize = 32,
         how: TeacherFormat | None = None,
     ) -> None:
-        """Opens the tables, or creates them: for each teacher one of logits and pooled features, and one per stage.
+        """Opens or creates the tables: for each teacher one of logits and pooled features, and one per stage.
 
         A table that holds pooled features too serves runs that need the logits only, so that the methods of a
         sweep share their rows.
@@ -83,7 +83,7 @@ class TabledTeachers(TeacherSource):
             images: int64 [n], the images that epochs are made of; None for the whole set.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
-            keep_stages: Stages whose outputs are kept too; others are computed anew whenever they are asked for.
+            keep_stages: Stages whose outputs are kept too; others are computed anew whenever they are needed.
             image_size: Height and width of the images; only stages depend on it.
             how: How the teachers compute; tables of another numeric format are not used.
         """
@@ -97,7 +97,7 @@ class TabledTeachers(TeacherSource):
         self._prepared, self._repeats = False, False
         self._rooms: dict[Stages, DeviceRows | None] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-rows")
-        self._expected: Expected | None = None
+        self._prefetched: Prefetched | None = None
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
         self._shapes = [
             {LOGITS: (C,), POOLED: (D,), **{stage: shapes[stage] for stage in self._stages}}
@@ -123,7 +123,7 @@ class TabledTeachers(TeacherSource):
 
     @property
     def keeping(self) -> bool:
-        """Whether new rows are kept: no table was lost, and the disk takes what is written."""
+        """Whether new rows are stored: no table was lost, and the disk takes what is written."""
         return self._known.keeping
 
     @property
@@ -132,31 +132,31 @@ class TabledTeachers(TeacherSource):
         return sum(room.nbytes for room in self._rooms.values() if room is not None)
 
     def flush(self) -> None:
-        """Waits until all rows computed so far are on disk, or have turned out not to fit there."""
+        """Waits until all rows computed so far are on disk, or turned out not to fit there."""
         self._known.flush()
 
     def plan(self, rows: int) -> None:
-        """Says how many images the run will probably ask about; see `FrozenTeachers.plan`."""
+        """Announces how many images the run will probably process; see `FrozenTeachers.plan`."""
         self._planned_rows = rows
         self._live.plan(rows)
 
     def _keeps(self, stages: Stages) -> bool:
-        """Whether answers with the outputs of these stages come from tables; without stages they always do."""
+        """Whether outputs with these stages come from tables; without stages they always do."""
         return set(stages) <= set(self._stages)
 
     # -- an epoch ahead ---------------------------------------------------------------------------------
 
-    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, asked: StageCounts) -> None:
-        """Completes the tables for all rows of an epoch and holds these ready on the device.
+    def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
+        """Completes the tables for all rows of an epoch and loads these onto the device.
 
         Missing rows are computed in large batches, all of one size. Until the next call, only batches made of
-        these rows may be asked for. Nothing is looked up where all that is asked for comes from live teachers.
+        these rows may be needed. Nothing is looked up where all outputs come from live teachers.
 
         Args:
             index: int64 [N], the images of this process in the epoch, each view of one once.
             view: int64 [N], their views.
             images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
-            asked: The stages that will be asked for, with how many of the images.
+            counts: The stages that will be needed, with how many of the images.
 
         Raises:
             IndexError: An index or a view lies outside the run's images or the view family.
@@ -166,45 +166,45 @@ class TabledTeachers(TeacherSource):
         if not self._prepared:  # what holds one view of each image is of no use then
             self._repeats = len(np.unique(index.numpy())) < len(index)
         self._prepared = True
-        self.misses += len(self._shapes) * sum(asked[stages] for stages in asked if not self._keeps(stages))
+        self.misses += len(self._shapes) * sum(counts[stages] for stages in counts if not self._keeps(stages))
         before = self.misses
-        self._take_expected()
-        self._complete(self._rooms_for(asked, self._room), index.numpy(), view.numpy(), images_of)
+        self._collect_prefetched()
+        self._complete(self._rooms_for(counts, self._room), index.numpy(), view.numpy(), images_of)
         seconds = time.perf_counter() - start
         self.seconds += seconds
         if seconds > _WORTH_A_LINE and self.misses > before:
-            asked_for, computed = len(self._shapes) * sum(asked.values()), self.misses - before
+            asked_for, computed = len(self._shapes) * sum(counts.values()), self.misses - before
             known = 100 * (1 - computed / max(asked_for, 1))
             text = "teacher outputs: %.1f %% of %s known, %s computed in %s"
             log.info(text, known, f"{asked_for:,}", f"{computed:,}", readable(seconds))
 
-    def prefetch_epoch(self, index: Tensor, view: Tensor, asked: StageCounts) -> None:
-        """Reads the rows of the next epoch that are not held yet, in a thread of its own; see `TeacherSource`.
+    def prefetch_epoch(self, index: Tensor, view: Tensor, counts: StageCounts) -> None:
+        """Reads the missing rows of the next epoch in a thread; see `TeacherSource`.
 
         Not where they would take more of the computer's memory than rows of one kind may.
         """
-        rooms, where, which = self._rooms_for(asked, self._rooms.get), index.numpy(), view.numpy()
+        rooms, where, which = self._rooms_for(counts, self._rooms.get), index.numpy(), view.numpy()
         unknown, stages = self._unknown(rooms, where, which), self._stages if len(rooms) > 1 else ()
         size = len(unknown) * row_bytes(self._held_shapes((*self._answers, *stages)))
         if 0 < size <= memory_for_rows(torch.device("cpu")):
             rows = where[unknown], which[unknown]
-            self._expected = rooms, *rows, self._reader.submit(self._known.read_all, *rows, stages)
+            self._prefetched = rooms, *rows, self._reader.submit(self._known.read_all, *rows, stages)
 
-    def _take_expected(self) -> None:
-        """Holds the rows that were read ahead, once the epoch before needs its own no more."""
-        if self._expected is None:
+    def _collect_prefetched(self) -> None:
+        """Takes over the rows that were read in advance, once the epoch before needs its own no more."""
+        if self._prefetched is None:
             return
-        rooms, index, view, read = self._expected
-        self._expected = None
+        rooms, index, view, read = self._prefetched
+        self._prefetched = None
         values, present = read.result()
         here = np.logical_and.reduce(present, axis=(0, 1))
-        there = [self._known.there(columns, here) for columns in values]
+        there = [self._known.to_device(columns, here) for columns in values]
         for room in rooms:
             room.put(index[here], view[here], there)
 
-    def _rooms_for(self, asked: StageCounts, room: Callable[[Stages], DeviceRows | None]) -> list[DeviceRows]:
-        """Where rows that come from tables are held: those with stages, where these are asked for, then the others."""
-        kept = [stages for stages in asked if self._keeps(stages)]
+    def _rooms_for(self, counts: StageCounts, room: Callable[[Stages], DeviceRows | None]) -> list[DeviceRows]:
+        """Returns the device rows for these outputs: those with stages, if any are needed, then the others."""
+        kept = [stages for stages in counts if self._keeps(stages)]
         rooms = [room(self._stages)] if any(kept) else []
         if () in kept or any(rooms):
             rooms.append(room(()))
@@ -212,12 +212,12 @@ class TabledTeachers(TeacherSource):
 
     @staticmethod
     def _unknown(rooms: Sequence[DeviceRows], index: Rows, view: Rows) -> Rows:
-        """Positions of the rows that one of the rooms does not hold."""
+        """Returns the positions of rows that one of the rooms lacks."""
         held = [room.holds(index, view) for room in rooms]
         return np.flatnonzero(~np.logical_and.reduce(held)) if held else np.zeros(0, np.int64)
 
     def _room(self, stages: Stages) -> DeviceRows | None:
-        """Where rows with these columns are held; None for outputs of stages that are too large for that."""
+        """Returns the device rows of these columns; None for stage outputs that are too large for that."""
         if stages not in self._rooms:
             shapes = self._held_shapes(stages or self._answers)
             n, V, budget = len(self._images), self._num_views, memory_for_rows(self._device)
@@ -237,7 +237,7 @@ class TabledTeachers(TeacherSource):
         return [{name: own[name] for name in names} for own in self._shapes]
 
     def _load(self, room: DeviceRows) -> None:
-        """Reads all rows of the run's images that are on disk, where the run will need a good part of them."""
+        """Loads all stored rows of the run's images, if the run will need a good part of them."""
         images, V, teachers = self._images, self._num_views, range(len(self._shapes))
         few = self._planned_rows < _LOAD_FROM * len(images) * V
         if few or not all(self._known.disk_bytes()):
@@ -248,10 +248,10 @@ class TabledTeachers(TeacherSource):
                 index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
                 found = list(readers.map(lambda m, i=index, v=view: self._known.read(m, 0, i, v), teachers))
                 here = np.logical_and.reduce([present for _, present in found])
-                room.put(index[here], view[here], [self._known.there(values, here) for values, _ in found])
+                room.put(index[here], view[here], [self._known.to_device(values, here) for values, _ in found])
 
     def _complete(self, rooms: list[DeviceRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
-        """Takes the rows that the rooms do not hold yet from disk, or computes them."""
+        """Reads or computes the rows that the rooms lack."""
         if not rooms:
             return
         self.flush()
@@ -316,7 +316,7 @@ class TabledTeachers(TeacherSource):
         )
 
     def _read(self, batch: Batch, stages: Stages) -> Values:
-        """The columns of a batch from disk, each float16 [B, width]; what is missing is computed and kept."""
+        """Reads the columns of a batch, each float16 [B, width]; missing rows are computed and stored."""
         index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
         # An image may occur twice in a batch; computed once, both get what the table gets.
         _, first, inverse, times = np.unique(

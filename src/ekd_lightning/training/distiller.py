@@ -1,4 +1,4 @@
-"""Frozen teachers, a branched student and a method, as one LightningModule."""
+"""Distiller: a branched student, a method and frozen teachers as one LightningModule."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ class Distiller(TrainingModule):
         teachers: The frozen ensemble; None for methods without teachers, or where nothing will be trained.
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
-        channels_last: Memory format of images, student, and teachers that are asked about images of a term's own.
-        fold_teachers: Whether batch norms of teachers that are so asked are folded into the convolutions.
+        channels_last: Memory format of images, student, and teachers that process images of a term's own.
+        fold_teachers: Whether batch norms of these teachers are folded into the convolutions.
         compile_student: Whether the student's forward and backward pass in training go through torch.compile:
             "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then
             takes long; without a working compiler this warns and trains as if it were off.
@@ -164,7 +164,7 @@ class Distiller(TrainingModule):
         method: Method | None = None,
         **options: Any,
     ) -> Distiller:
-        """Rebuilds what a Trainer, or a run, saved, without running any code of the file.
+        """Rebuilds a module from a checkpoint of a Trainer or a run; no code in the file is run.
 
         Args:
             checkpoint_path: The checkpoint, e.g. `checkpoints/last.ckpt` of a run.
@@ -203,7 +203,7 @@ class Distiller(TrainingModule):
         return module.to(map_location)
 
     def _spare_broadcasts(self) -> None:
-        """Names for DDP what is equal in all processes anyway; it would broadcast such buffers in every step."""
+        """Tells DDP which buffers are equal in all processes; it would broadcast them in every step."""
         same = [name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)]
         prefixes = tuple(f"{name}." for name in same)
         named = (*self.named_parameters(), *self.named_buffers())
@@ -227,7 +227,7 @@ class Distiller(TrainingModule):
             self.teacher_source = self._make_source(self.teachers)
 
     def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
-        """Lets the source of teacher outputs prepare for the epoch, where it can."""
+        """Lets the source of teacher outputs prepare for the epoch."""
         source = self.teacher_source
         if source is None:
             return
@@ -235,29 +235,29 @@ class Distiller(TrainingModule):
         rows = loader.distinct_rows(batches)
         source.plan(batches * size * self.recipe.epochs)
         images_of = partial(data.training_images, device=self.device)
-        source.prepare_epoch(*rows, images_of, self._asked(range(batches), size))
+        source.prepare_epoch(*rows, images_of, self._stage_counts(range(batches), size))
         if self.current_epoch + 1 < self.recipe.epochs:
             batches = int(self.trainer.num_training_batches)
-            asked = self._asked(range(batches, 2 * batches), size)
-            source.prefetch_epoch(*loader.distinct_rows(batches, ahead=1), asked)
+            counts = self._stage_counts(range(batches, 2 * batches), size)
+            source.prefetch_epoch(*loader.distinct_rows(batches, ahead=1), counts)
 
-    def _asked(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
-        """The stages that teachers are asked for in batches counted from now, with how many images."""
-        asked: Counter[tuple[str, ...]] = Counter()
+    def _stage_counts(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
+        """Counts the images per set of stages that teachers must return, over batches counted from now."""
+        counts: Counter[tuple[str, ...]] = Counter()
         for batch in batches:
             needed, stages = self.method.teacher_needs(self.progress(batch))
-            asked[stages] += needed * size
-        return +asked
+            counts[stages] += needed * size
+        return +counts
 
     def bytes_on_device(self) -> dict[str, int]:
-        """The teachers' weights, and what is known of their answers."""
+        """Returns the bytes of the teachers' weights and of their stored outputs."""
         rows = self.teacher_source.held_bytes if self.teacher_source else 0
         members = self.teachers.members if self.teachers else ()
         weights = sum(p.nbytes for member in members for p in member.parameters())
         return {"teachers": weights, "their answers (teachers.table)": rows}
 
     def why_not_recorded(self) -> str | None:
-        """Terms or teachers that need the host in a step; None where there are none."""
+        """Returns which terms or teachers need the host in a step; None where none do."""
         for name, term in self.method.named_terms():
             if not term.captures:
                 return f"method.terms.{name} needs the host in every step"
@@ -270,7 +270,7 @@ class Distiller(TrainingModule):
         return None
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:
-        """Asks the teachers about the step's images once more; see the base class."""
+        """Recomputes the teachers' outputs for the step's images; see the base class."""
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         needed, stages = self.method.teacher_needs(self.progress())
         source, teachers = self.teacher_source, self.teachers
@@ -297,7 +297,7 @@ class Distiller(TrainingModule):
         return None
 
     def _batches_to_come(self) -> int:
-        """Batches of this epoch, fewer where `trainer.max_steps` ends the training before."""
+        """Returns the batches left in this epoch, fewer where `trainer.max_steps` ends the training before."""
         batches = int(self.trainer.num_training_batches)
         if self.trainer.max_steps < 0:
             return batches
@@ -305,7 +305,7 @@ class Distiller(TrainingModule):
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
     def _student_forward(self, image_size: ImageSize) -> Callable[[Tensor], StudentOutput]:
-        """The student's forward pass in training, with the stages that the method reads; compiled or not."""
+        """Returns the student's forward pass in training, with the method's stages; compiled or not."""
         # Not `self`: the compiler would guard a whole LightningModule in every step.
         student, stages = self.student, tuple(self.method.student_stages)
 
@@ -322,7 +322,7 @@ class Distiller(TrainingModule):
         return compiled_or_not(outputs) if compiled else outputs
 
     def losses(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The method's total and terms for a batch; see the base class."""
+        """Computes the method's total and terms for a batch; see the base class."""
         if self._student_outputs is None:
             self._student_outputs = self._student_forward(batch.images.shape[-2:])
         student = self._student_outputs(batch.images)
@@ -345,12 +345,12 @@ class Distiller(TrainingModule):
         return result.total, result.terms, student.logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes which teachers taught; their weights stay outside."""
+        """Records the teachers' hashes; their weights stay outside."""
         checkpoint["teachers"] = self._teacher_hashes()
         self._flush()
 
     def on_fit_end(self) -> None:
-        """Waits for what the source of teacher outputs has still to write."""
+        """Waits for pending writes of the source of teacher outputs."""
         super().on_fit_end()
         self._flush()
 
@@ -359,7 +359,7 @@ class Distiller(TrainingModule):
             self.teacher_source.flush()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with teachers other than those of the checkpoint.
+        """Refuses to continue with teachers other than those of the checkpoint.
 
         Raises:
             UserError: If hashes or order differ.

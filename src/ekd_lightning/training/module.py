@@ -1,4 +1,4 @@
-"""Half of the LightningModule: the step, eager or recorded, the optimiser, loss bookkeeping and evaluation."""
+"""Training module, the base of `Distiller`: the step, eager or recorded, optimiser, log and evaluation."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def has_fragile_convolution(module: nn.Module) -> bool:
 
 
 def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_format:
-    """The format that a network is trained in: channels-last where it is wanted and torch can do it."""
+    """Returns the memory format for training a network: channels-last if wanted and supported."""
     able = channels_last and not has_fragile_convolution(network)
     return torch.channels_last if able else torch.contiguous_format
 
 
 class TrainingModule(pl.LightningModule):
-    """The half of `Distiller` that knows no teachers: steps, eager or recorded, the log, validation and test.
+    """The part of `Distiller` without teachers: steps, eager or recorded, the log, validation and test.
 
     Every term is logged once per epoch as `train/<term>`, scores as `val/<score>` and `test/<score>`.
 
@@ -117,23 +117,23 @@ class TrainingModule(pl.LightningModule):
         raise NotImplementedError
 
     def bytes_on_device(self) -> dict[str, int]:
-        """What else of the training lies in the device's memory, by name."""
+        """Returns the bytes of other training data in the device's memory, by name."""
         raise NotImplementedError
 
     def why_not_recorded(self) -> str | None:
-        """Why the losses cannot be part of a CUDA graph; None where they can."""
+        """Returns why the losses cannot be part of a CUDA graph; None where they can."""
         raise NotImplementedError
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:
-        """Which teacher's answers make a term's loss infinite, or no number, in a step of the epoch; None for none."""
+        """Returns which teacher's outputs make a term's loss non-finite in a step of the epoch; None if none do."""
         raise NotImplementedError
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The student's parameters and those of the method's adapters: the optimiser gets them and nothing else."""
+        """Returns the parameters for the optimiser: the student's and those of the method's adapters."""
         return [*self.student.parameters(), *self.method.parameters()]
 
     def progress(self, ahead: int = 0) -> float:
-        """Share of the training in [0, 1] that is done, `ahead` batches from now."""
+        """Returns the share of the training in [0, 1] that is done, `ahead` batches from now."""
         batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
         steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
         return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
@@ -141,7 +141,7 @@ class TrainingModule(pl.LightningModule):
     # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The recipe's optimiser, with a schedule that advances every optimiser step."""
+        """Builds the recipe's optimiser, with a schedule that advances every optimiser step."""
         parameters = [parameter for parameter in self.trained_parameters() if parameter.requires_grad]
         self.trainer.fit_loop.setup_data()
         batches = float(self.trainer.num_training_batches) / self.trainer.accumulate_grad_batches
@@ -152,7 +152,7 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Forgets what an earlier fit recorded."""
+        """Drops what an earlier fit recorded."""
         self._recorded, self._averaged_steps = None, self.global_step
         self._may_record = self._capture == "always" or (self._capture == "auto" and self.device.type == "cuda")
 
@@ -162,7 +162,7 @@ class TrainingModule(pl.LightningModule):
         return self._recorded is not None
 
     def _decide_recording(self, data: ImageDataModule) -> None:
-        """Decides whether steps are recorded: on one CUDA device, while nothing stands against it.
+        """Decides whether steps are recorded: on one CUDA device, unless something prevents it.
 
         Looked at in every epoch: callbacks may begin to accumulate gradients, for example.
         """
@@ -181,11 +181,11 @@ class TrainingModule(pl.LightningModule):
             )
 
     def on_fit_end(self) -> None:
-        """Gives the graphs' memory back."""
+        """Frees the graphs' memory."""
         self._recorded = None
 
     def _loss_and_values(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The total of a step, and what is logged of it: total, terms, accuracy."""
+        """Returns the total of a step, and its logged values: total, terms, accuracy."""
         total, terms, logits = self.losses(self._in_format(batch), values)
         with torch.no_grad():
             known = batch.labelled.labels
@@ -218,7 +218,7 @@ class TrainingModule(pl.LightningModule):
         return total
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        """What took the device's memory, the largest first."""
+        """Describes what takes the device's memory, the largest first."""
         trained = sum(parameter.nbytes for parameter in self.trained_parameters())
         used = {
             "images": getattr(getattr(self.trainer, "datamodule", None), "bytes_on_device", 0),
@@ -236,32 +236,32 @@ class TrainingModule(pl.LightningModule):
         )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass, where the step did not hold it already."""
+        """Runs the backward pass, unless the step is recorded."""
         if self._recorded is None:
             super().backward(loss, *args, **kwargs)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Forgets gradients, where the step did not do so already."""
+        """Clears gradients, unless the step is recorded."""
         if self._recorded is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """The optimiser's step; a recorded step is all of it."""
+        """Runs the optimiser's step; a recorded step contains it."""
         if self._recorded is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         elif optimizer_closure is not None:
             optimizer_closure()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Averages the weights, after batches that ended with a step of the optimiser."""
+        """Averages the weights after batches that ended with an optimiser step."""
         if self.ema is not None and self.global_step != self._averaged_steps:
             self._averaged_steps = self.global_step
             self.ema.update(self.student, self.global_step)
 
     def on_train_epoch_start(self) -> None:
-        """Starts the epoch's bookkeeping."""
+        """Resets the epoch's log and prepares its steps."""
         self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         self._step_log.clear()
@@ -287,7 +287,7 @@ class TrainingModule(pl.LightningModule):
         self._step_log.watch(recorded.log_table)
 
     def epoch_means(self) -> dict[str, Tensor]:
-        """Means of loss, terms and accuracy over all processes' steps of an epoch that has ended, scalars.
+        """Returns means of loss, terms and accuracy over all processes' steps of a finished epoch, scalars.
 
         The first call of an epoch has to come from every process.
         """
@@ -316,7 +316,7 @@ class TrainingModule(pl.LightningModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Takes (images [B, 3, H, W] in [0, 1], labels [B]) of any data loader; the own data module gives more."""
+        """Accepts (images [B, 3, H, W] in [0, 1], labels [B]) of any data loader."""
         if isinstance(batch, (tuple, list)) and not isinstance(batch, Batch) and len(batch) == 2:
             images, labels = batch
             if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
@@ -326,7 +326,7 @@ class TrainingModule(pl.LightningModule):
         return batch
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logits [B, C] of a batch, or of images [B, 3, H, W] alone."""
+        """Returns the logits [B, C] of a batch, or of images [B, 3, H, W] alone."""
         return self.student(batch if isinstance(batch, Tensor) else batch[0])
 
     def _in_format(self, batch: Batch) -> Batch:
@@ -335,7 +335,7 @@ class TrainingModule(pl.LightningModule):
     # -- evaluation -------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Looks for a non-finite loss before anything is saved that a validation inside the epoch may save."""
+        """Checks for a non-finite loss before a validation inside the epoch saves anything."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._refuse_non_finite()
 

@@ -1,4 +1,4 @@
-"""The training step over static buffers: one piece from the gathering of images to the log, replayed as a CUDA graph.
+"""Recorded step: the training step over static buffers, from images to log, replayed as a CUDA graph.
 
 A step of a small student is bound by kernel launches, not by arithmetic. Recorded once, the whole step is launched at
 once. A graph repeats what it saw: whatever changes from step to step lies in buffers that it reads (rows of the epoch,
@@ -37,7 +37,7 @@ for a graph. They are real steps and count."""
 
 @dataclass(frozen=True)
 class StepValues:
-    """What changes from step to step beside the images, as tensors on the device.
+    """Values that change from step to step beside the images, as tensors on the device.
 
     Attributes:
         step: int64 scalar, optimiser steps of the whole training so far.
@@ -52,7 +52,7 @@ class StepValues:
 
 @dataclass(frozen=True)
 class EpochRows:
-    """All steps of an epoch, as data.
+    """Rows and values of all steps of an epoch.
 
     Attributes:
         labels: int64 [N, B].
@@ -71,7 +71,7 @@ class EpochRows:
     num_labelled: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """Returns the tensors that are set, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
@@ -91,7 +91,7 @@ class RecordedStep:
         loss: Callable[[Batch, StepValues], tuple[Tensor, list[Tensor]]],
         weight_names: Sequence[str],
     ) -> None:
-        """Takes the parts of a step.
+        """Assembles the parts of a step.
 
         Args:
             device: Where everything lies.
@@ -127,7 +127,7 @@ class RecordedStep:
         return len(self._graphs)
 
     def start_epoch(self, rows: EpochRows, log_columns: int) -> None:
-        """Moves an epoch's rows to the device, into the buffers that graphs read.
+        """Copies an epoch's rows to the device, into the buffers that graphs read.
 
         Args:
             rows: The epoch's steps.
@@ -172,7 +172,7 @@ class RecordedStep:
         return self._loss
 
     def _fixed(self) -> Iterator[Hashable]:
-        """What a graph takes from the optimiser as it is when it is recorded."""
+        """Yields the optimiser's settings that a graph freezes when it is recorded."""
         for group in self._optimizer.param_groups:
             yield tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
             yield tuple(parameter.requires_grad for parameter in group["params"])
@@ -210,7 +210,7 @@ class RecordedStep:
         self.log_table.index_copy_(0, self._position, log_row(logged)[None])
 
     def _now(self) -> tuple[IndexBatch, StepValues]:
-        """The rows and values of the step at `_position`."""
+        """Returns the rows and values of the step at `_position`."""
         assert self._rows is not None  # an epoch was started
         now = {name: values.index_select(0, self._position)[0] for name, values in self._rows.tensors().items()}
         index = now["index"]
@@ -221,7 +221,7 @@ class RecordedStep:
 
     @contextlib.contextmanager
     def _rates_as_data(self) -> Iterator[None]:
-        """The optimiser reads its learning rates from buffers; outside they stay numbers, for schedules and records."""
+        """Lets the optimiser read learning rates from buffers; outside they stay numbers, for schedules."""
         groups = self._optimizer.param_groups
         numbers = [group["lr"] for group in groups]
         try:
@@ -234,7 +234,7 @@ class RecordedStep:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """The stream on which steps are recorded: what they allocate and autotune before belongs to it."""
+        """Switches to the stream on which steps are recorded, which owns earlier allocations and tuning."""
         if self._side is None:
             yield
             return
@@ -246,7 +246,7 @@ class RecordedStep:
 
 
 def why_not_recorded(trainer: pl.Trainer) -> str | None:
-    """Why the training step of a run cannot be one CUDA graph; None where flags, data and callbacks allow it."""
+    """Returns why a run's training step cannot be one CUDA graph; None where it can."""
     data, optimizer = getattr(trainer, "datamodule", None), trainer.optimizers[0]
     watching = [
         type(callback).__name__
@@ -279,5 +279,5 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
 
 
 def _replaces(thing: object, hook: str, base: type) -> bool:
-    """Whether a method of a callback or module, or an attribute in its place, is not that of the base class."""
+    """Whether a callback's or module's method differs from that of the base class."""
     return getattr(getattr(thing, hook), "__func__", None) is not getattr(base, hook)

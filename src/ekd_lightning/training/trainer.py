@@ -1,4 +1,4 @@
-"""Trainer of a run, from `trainer.*` flags, the callbacks that every run has, and what is left when it is through."""
+"""Trainer of a run: built from `trainer.*` flags, with the callbacks of every run and its final scores."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _types() -> dict[str, Any]:
 
 
 def check_trainer(flags: dict[str, Any]) -> None:
-    """Refuses unknown flags, with the nearest match, values of another type, and what other groups decide.
+    """Checks flags: unknown names, values of another type, and what other groups decide.
 
     Raises:
         UserError: At the first such flag.
@@ -114,7 +114,7 @@ def build_trainer(
 
 
 def _plugins(chosen: Any, directory: Path) -> list[Any]:
-    """The user's plugins, and the one that writes checkpoints unless they brought their own."""
+    """Returns the user's plugins, and the writer of checkpoints unless they brought their own."""
     plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
     own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
     return plugins if own else [*plugins, CheckpointWriter(lambda: RunDirectory(directory).identity)]
@@ -138,7 +138,7 @@ class EpochSeed(Callback):
 
 
 class EpochReport(Callback):
-    """Measures the time spent in training epochs, says one line per epoch in the log, and how far the training is.
+    """Measures the time of training epochs and logs a line per epoch.
 
     The time is part of the checkpoint, so that a resumed run reports the sum.
 
@@ -161,16 +161,16 @@ class EpochReport(Callback):
         self._epoch_seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Time and images so far."""
+        """Returns time and images so far."""
         return {"train_seconds": self.train_seconds, "images_seen": self.images_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting from a checkpoint."""
+        """Continues counting from a checkpoint."""
         self.train_seconds = state_dict["train_seconds"]
         self.images_seen = state_dict["images_seen"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets the display look up the batches that are done, so that no step has to tell."""
+        """Lets the display look up the finished batches, so that no step has to report."""
         batches = trainer.num_training_batches * (trainer.max_epochs or 0)
         self.task.total = batches if 0 < batches < float("inf") else None
         self.task.unit = None
@@ -188,7 +188,7 @@ class EpochReport(Callback):
         self._stop(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes on after a validation."""
+        """Restarts the clock after a validation."""
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -220,7 +220,7 @@ class EpochReport(Callback):
 
 
 def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
-    """Scores on the test set, read here for the first time: of the best weights, their moving average, the last ones.
+    """Computes scores on the test set, used here first: best weights, moving average, last weights.
 
     They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`
     only the validation scores of the last epoch.
