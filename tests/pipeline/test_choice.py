@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline import teachers
-from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.pipeline.prepare import PLAIN_METHODS, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher
 from ekd_lightning.training.pool import gather_teachers
 
+CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 PLAIN = ("student.branches=1", "student.split_after=none")
 FEATURES = (*PLAIN, "+method.terms.feature_branch={weight: 1.0, feature: stage2}")
 
@@ -85,6 +89,21 @@ def test_an_unknown_choice_names_the_nearest(tiny_settings):
 def test_a_choice_without_teachers_warns(tiny_settings):
     with pytest.warns(UserWarning, match="no effect"):
         ready(tiny_settings("method=ce", "method.teacher=best"))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd_mean"])
+def test_a_plain_control_with_branches_warns(tiny_settings, method, recwarn):
+    for plain in (f"method={method}", "method=branched_ce"):
+        ready(tiny_settings(plain))
+    assert not [one for one in recwarn if "branched student" in str(one.message)]
+    with pytest.warns(UserWarning, match=f"student.branches=3 makes a branched student of {method}"):
+        ready(tiny_settings(f"method={method}", "student.branches=3"))
+
+
+def test_plain_methods_are_those_whose_files_set_one_branch():
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
+    plain = [name for name, content in files.items() if (content.get("student") or {}).get("branches") == 1]
+    assert sorted(plain) == list(PLAIN_METHODS)
 
 
 def test_every_candidate_must_fit_the_method(tiny_settings):

@@ -110,7 +110,7 @@ def test_curves_leave_empty_bins_out():
         "perfect": ([0.0, 1.0], [0.0, 1.0]),
     }
     assert made["evaluation/accuracy_against_macs"].lines == {"first branches": ([10.0, 20.0], [0.5, 0.5])}
-    assert made["corruptions/accuracy_by_severity"].lines == {"mean": ([1.0, 2.0], [0.9, 0.8])}
+    assert made["corruptions/accuracy_by_severity"].lines == {"mean over corruptions": ([1.0, 2.0], [0.9, 0.8])}
     assert made["flatness/loss_curve"].lines == {"direction 0": ([-1.0, 0.0, 1.0], [3.0, 1.0, 2.0])}
 
 

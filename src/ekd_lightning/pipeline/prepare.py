@@ -50,6 +50,13 @@ from ekd_lightning.training.trainer import check_trainer
 
 log = logging.getLogger(__name__)
 
+PLAIN_METHODS = (
+    *("aekd", "attention", "bss", "camkd", "ce", "ce_label_smoothing", "crd", "dkd", "ebkd", "fitnet"),
+    *("fitnet_two_stage", "fsp", "kd", "kd_logit_std", "kd_mean", "kd_mean_feature", "pseudo_labels", "rkd", "sp"),
+    *("takd", "vid"),
+)
+"""Methods of `conf/method` for a student with one branch."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -268,6 +275,12 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
     torch.manual_seed(settings.seed)
     if student.branches == 1 and student.split_after != "none" and student.ensemble == "gate":
         warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
+    if student.branches > 1 and settings.method.name in PLAIN_METHODS:
+        warnings.warn(
+            f"student.branches={student.branches} makes a branched student of {settings.method.name}, which is for "
+            "plain ones: it costs more and is no plain control (student.branches=1 is one)",
+            stacklevel=2,
+        )
     return BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
 
 

@@ -89,10 +89,13 @@ def panel_sections() -> dict[str, list[Any]]:
     over_runs = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
 
     def bars(title: str, metric: str, by: Any = method) -> Any:
-        return wr.BarPlot(title=title, metrics=[metric], groupby=by, orientation="h", **over_runs)
+        return wr.BarPlot(title=title, title_x=title, metrics=[metric], groupby=by, orientation="h", **over_runs)
 
     def curve(title: str, metric: str) -> Any:
-        return wr.LinePlot(title=title, x="epoch", y=[metric], groupby=method, **over_runs)
+        return lines(title, y=[metric], groupby=method, **over_runs)
+
+    def lines(title: str, **what: Any) -> Any:
+        return wr.LinePlot(title=title, x="epoch", title_x="epoch", title_y=title, **what)
 
     def scatter(title: str, key: str) -> Any:
         return wr.ScatterPlot(title=title, x=wr.Config(key), y=accuracy, log_x=True)
@@ -114,13 +117,13 @@ def panel_sections() -> dict[str, list[Any]]:
             bars("test accuracy by branches", "test/accuracy", branches),
             bars("gain of the ensemble over its mean branch", "evaluation/test_gain_over_mean_branch", branches),
             wr.ParallelCoordinatesPlot(title="what was run, and what came of it", columns=parallel),
-            wr.LinePlot(title="validation accuracy of each branch", x="epoch", metric_regex=each_branch),
+            lines("validation accuracy of each branch", metric_regex=each_branch),
         ],
         "Training": [
             curve("loss", "train/loss"),
-            wr.LinePlot(title="every term of the loss", x="epoch", metric_regex=each_term),
+            lines("every term of the loss", metric_regex=each_term),
             curve("validation NLL", "val/nll"),
-            wr.LinePlot(title="learning rate", x="epoch", y=["lr"]),
+            lines("learning rate", y=["lr"]),
         ],
         "Calibration and diversity": [
             bars("ECE as trained", "test/ece"),

@@ -110,6 +110,11 @@ def result_columns(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     return flat_columns({name: result[name] for name in FACTS if name in result}, config)
 
 
+def _title(name: str) -> str:
+    """Of a panel, from its name."""
+    return name.rpartition("/")[2].replace("_", " ")
+
+
 def _wandb_media(panels: Panels) -> dict[str, Any]:
     import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
 
@@ -123,7 +128,7 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
             xs=[x for x, _ in shown.lines.values()],
             ys=[y for _, y in shown.lines.values()],
             keys=list(shown.lines),
-            title=f"{name.rpartition('/')[2].replace('_', ' ')}: {shown.y_name}",
+            title=f"{_title(name)}: {shown.y_name}",
             xname=shown.x_name,
         )
     if panels.confusion is not None:
@@ -167,7 +172,7 @@ def _write_tensorboard(
         log.info("TensorBoard shows figures of calibration and confusion with `pip install 'ekd-lightning[report]'`")
         return
     for name, lines in panels.curves.items():
-        writer.add_figure(name, line_figure(lines), step)
+        writer.add_figure(name, line_figure(lines, _title(name)), step)
     if panels.confusion is not None:
         figure = confusion_figure(panels.confusion, panels.class_names)
         writer.add_figure("evaluation/confusion", figure, step)
@@ -200,8 +205,8 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
     return text
 
 
-def line_figure(lines: Lines) -> Any:
-    """Lines as a figure of matplotlib; a line called `perfect` is dashed."""
+def line_figure(lines: Lines, title: str) -> Any:
+    """Lines as a figure of matplotlib with a title; a line called `perfect` is dashed."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -209,9 +214,8 @@ def line_figure(lines: Lines) -> Any:
     for name, (x, y) in lines.lines.items():
         style: dict[str, Any] = {"linestyle": "--", "color": "0.5"} if name == "perfect" else {"marker": "o"}
         axes.plot(x, y, label=name, **style)
-    axes.set(xlabel=lines.x_name, ylabel=lines.y_name)
-    if len(lines.lines) > 1:
-        axes.legend()
+    axes.set(xlabel=lines.x_name, ylabel=lines.y_name, title=title)
+    axes.legend()
     return figure
 
 
@@ -224,8 +228,9 @@ def confusion_figure(confusion: NDArray[Any], class_names: tuple[str, ...]) -> A
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true")
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class", title="confusion of the ensemble output")
     if classes <= 20:
         axes.set_xticks(range(classes), class_names, rotation=90)
         axes.set_yticks(range(classes), class_names)

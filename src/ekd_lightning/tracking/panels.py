@@ -185,14 +185,16 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
     prefixes = [s for s in result.get("test_subsets") or [] if s["branches"] == list(range(len(s["branches"])))]
     if len(prefixes) > 1:
         line = ([float(s["macs"]) for s in prefixes], [float(s["accuracy"]) for s in prefixes])
-        made["evaluation/accuracy_against_macs"] = Lines("MACs", "accuracy", {"first branches": line})
+        made["evaluation/accuracy_against_macs"] = Lines("MACs of an image", "test accuracy", {"first branches": line})
     if by_severity := result.get("corruption_accuracy_by_severity"):
         line = ([float(severity) for severity in range(1, len(by_severity) + 1)], list(by_severity))
-        made["corruptions/accuracy_by_severity"] = Lines("severity", "accuracy", {"mean": line})
+        made["corruptions/accuracy_by_severity"] = Lines(
+            "severity of the corruption", "test accuracy", {"mean over corruptions": line}
+        )
     if "loss_curve_loss" in arrays:
         alpha = [float(value) for value in arrays["loss_curve_alpha"]]
         lines = {f"direction {d}": (alpha, [float(v) for v in row]) for d, row in enumerate(arrays["loss_curve_loss"])}
-        made["flatness/loss_curve"] = Lines("distance", "loss", lines)
+        made["flatness/loss_curve"] = Lines("distance along the direction", "training loss", lines)
     return made
 
 
