@@ -248,13 +248,15 @@ def called(name, *words, monkeypatch):
     runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-def test_the_example_of_a_folder_runs(here, monkeypatch, capsys):
+def test_the_examples_of_own_images_run(here, monkeypatch, capsys):
     digits = load_dataset("digits", "unused").train
+    (here / "found").mkdir()
     for label in (0, 1):
         folder = here / "birds" / ("heron", "owl")[label]
         folder.mkdir(parents=True)
-        for number, image in enumerate(digits.images[digits.labels == label][:30]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:03}.png")
+        for number, image in enumerate(digits.images[digits.labels == label][:45]):
+            path = folder if number < 30 else here / "found"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{label}{number:03}.png")
     words = (
         "trainer=cpu",
         "teachers.recipe.epochs=1",
@@ -266,6 +268,8 @@ def test_the_example_of_a_folder_runs(here, monkeypatch, capsys):
     assert "test accuracy" in capsys.readouterr().out
     (result,) = (here / "outputs" / "birds" / "ekd").glob("*/result.json")
     assert read_json(result)["data"] == "birds"
+    called("unlabelled_images", "birds", "found", *words, "recipe.epochs=1", monkeypatch=monkeypatch)
+    assert "and 30 unlabelled images, " in capsys.readouterr().out
 
 
 def test_the_example_of_timm_runs(here, monkeypatch, capsys):

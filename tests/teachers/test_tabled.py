@@ -55,6 +55,38 @@ def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
     assert torch.equal(known.logits, known.logits.half().float())
 
 
+def test_two_image_sets_have_tables_of_their_own(ensemble, tmp_path):
+    """Rows of either set are those of a table of it alone, whatever the other one is; and serve such a table."""
+    shown = make_batch([3, 30, 7, 39, 3], [0, 17, 5, 2, 1])
+    reference = tabled(ensemble, tmp_path / "one").outputs(shown)
+    sets = {"num_images": 25, "more_images": [("c" * 64, 15)]}
+    joined = tabled(ensemble, tmp_path / "two", **sets)
+    assert same(joined.outputs(shown), reference)
+    joined.prepare_epoch(shown.index, shown.view, gather, {(): 5})
+    assert same(joined.outputs(shown), reference)
+    assert joined.misses == 2 * 5
+    second = make_batch([30, 39], [17, 2])._replace(index=torch.tensor([5, 14]))
+    alone = tabled(ensemble, tmp_path / "two", image_set_sha256="c" * 64, num_images=15)
+    answers = alone.outputs(second)
+    assert (alone.hits, alone.misses) == (4, 0)
+    assert torch.equal(answers.logits, reference.logits[:, [1, 3]])
+    with pytest.raises(IndexError):
+        joined.outputs(make_batch([3], [0])._replace(index=torch.tensor([40])))
+
+
+def test_an_epoch_with_several_views_of_an_image(ensemble, tmp_path, monkeypatch):
+    """Where memory holds one view of each image, rows are read batch by batch; the answers are the same."""
+    shown = make_batch([3, 3, 7], [0, 4, 5])
+    roomy = tabled(ensemble, tmp_path)
+    roomy.prepare_epoch(shown.index, shown.view, gather, {(): 3})
+    assert roomy.captured()
+    monkeypatch.setattr("ekd_lightning.teachers.rows.memory_for_rows", lambda device: 0)
+    narrow = tabled(ensemble, tmp_path)
+    narrow.prepare_epoch(shown.index, shown.view, gather, {(): 3})
+    assert same(narrow.outputs(shown), roomy.outputs(shown))
+    assert not narrow.captured()
+
+
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[int, int]]:
     """(teacher, number of images) of every question to a teacher."""

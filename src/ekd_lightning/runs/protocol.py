@@ -46,8 +46,9 @@ class Protocol:
     def of(cls, run: Recorded) -> Protocol:
         """Reads the protocol of a run or a result; of a run without one, from its configuration."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
-        if values["num_train_images"] is not None:  # before there were images without labels
-            values["num_unlabelled_images"] = values["num_unlabelled_images"] or 0
+        if values["num_train_images"] is not None:  # a record that says nothing of unlabelled images had none
+            without = {"num_unlabelled_images": 0, "unlabelled_sha256": "none", "unlabelled_share": 0.0}
+            values |= {name: values[name] or nothing for name, nothing in without.items()}
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)
 
