@@ -22,9 +22,8 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.staged import NetworkOutput
-from ekd_lightning.teachers.joined_tables import JoinedTables
 from ekd_lightning.teachers.source import LiveTeachers, Stages
-from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey, TeacherTable
+from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, JoinedTables, Rows, TableKey, TeacherTable
 
 HELD_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 """Memory that rows of one kind may take on a device, and at most a quarter of what is free there."""
