@@ -23,7 +23,7 @@ from ekd_lightning.cli import evaluate, export
 from ekd_lightning.data import Batch, load_dataset
 from ekd_lightning.data.views import to_unit
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import read_json
+from ekd_lightning.files import read_json, write_json
 from ekd_lightning.networks import NetworkSpec, TeacherIdentity, build_network, normalization, state_sha256
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.teachers.source import LiveTeachers, TeacherFormat
@@ -282,3 +282,18 @@ def test_the_example_of_timm_runs(here, monkeypatch, capsys):
     (result,) = (here / "outputs" / "digits" / "ekd").glob("*/result.json")
     assert read_json(result)["evaluation_error"] is None
     assert len(list((here / "store" / "outputs").glob("*.safetensors"))) == 2  # each teacher is asked once
+
+
+def test_the_example_of_a_hub_runs(here, monkeypatch, capsys):
+    torch.manual_seed(0)
+    name = "mobilenetv3_small_050"
+    (here / "copy").mkdir()
+    write_json(here / "copy" / "config.json", {"architecture": name, "pretrained_cfg": {"mean": [0.5] * 3}})
+    with pytest.raises(UserError, match=r"hub repository 'copy': lacks model\.safetensors"):
+        called("hub_teacher", "copy", monkeypatch=monkeypatch)
+    safetensors.torch.save_file(timm.create_model(name).state_dict(), here / "copy" / "model.safetensors")
+    words = ("data.fraction=0.1", "teachers.recipe.epochs=1", "recipe.epochs=1", "evaluation=none")
+    called("hub_teacher", "copy", *words, monkeypatch=monkeypatch)
+    assert f"timm:{name}: " in capsys.readouterr().out
+    (provenance,) = (here / "outputs" / "digits" / "ekd").glob("*/provenance.json")
+    assert read_json(provenance)["teachers"][0]["network"] == f"timm:{name}"

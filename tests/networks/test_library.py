@@ -76,16 +76,23 @@ def twins(name, spec=None):
     return module, build_network(spec or NetworkSpec(name, 10, UNIT)).eval()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+OWN_SIZES = [pytest.param(name, None, marks=pytest.mark.slow) for name, size in FAMILIES.items() if size == 64]
+
+
+@pytest.mark.parametrize(("name", "size"), [*FAMILIES.items(), *OWN_SIZES])
 @torch.no_grad()
-def test_a_network_computes_what_its_library_computes(name):
+def test_a_network_computes_what_its_library_computes(name, size):
     module, network = twins(name)
-    images = torch.rand(2, 3, FAMILIES[name], FAMILIES[name])
+    size = size or usual(name).image_size
+    images = torch.rand(2, 3, size, size)
     outputs = network.outputs(images)
     assert torch.equal(outputs.logits, module(images))
     assert torch.equal(network(images), outputs.logits)
     assert count_parameters(network) == sum(parameter.numel() for parameter in module.parameters())
     assert outputs.pooled.shape == (2, network.num_features)
+    if name.startswith("timm"):
+        features = module.forward_head(module.forward_features(images), pre_logits=True)
+        assert torch.equal(outputs.pooled, features)
     if any(family in name for family in STAGED):
         assert network.stage_names[-3:] == ("stage2", "stage3", "stage4")
         sizes = [maps.shape[-1] for maps in outputs.stages.values()]

@@ -179,7 +179,7 @@ def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str
     start = run.provenance().get("working_directory")
     groups: list[tuple[Any, str]] = [(config.get(key.split(".")[0]), key.split(".")[1]) for key in PLACES]
     pool = teachers.get("pool") if isinstance(teachers := config.get("teachers"), dict) else None
-    groups += [(entry, key) for entry in (pool if isinstance(pool, list) else []) for key in ("file", "weights")]
+    groups += [(entry, key) for entry in (pool if isinstance(pool, list) else []) for key in ("file", "weights", "hub")]
     for group, name in groups:
         value = group.get(name) if isinstance(group, dict) else None
         if isinstance(value, str) and isinstance(start, str) and Path(start, value).exists():

@@ -73,13 +73,16 @@ def from_hub(repository: str) -> LibraryWeights:
     """Fetches a timm network from the Hugging Face hub: its description and its safetensors file, nothing else.
 
     Args:
-        repository: USER/REPO.
+        repository: USER/REPO, or the folder of a copy.
 
     Raises:
         UserError: If the package is missing, the hub or the repository cannot be reached, or the repository holds no
             timm network in safetensors form.
     """
-    config, path = fetch(repository, "config.json"), fetch(repository, "model.safetensors")
+    copy, files = Path(repository), ("config.json", "model.safetensors")
+    config, path = (copy / name if copy.is_dir() else fetch(repository, name) for name in files)
+    if missing := [file.name for file in (config, path) if not file.is_file()]:
+        raise UserError(f"hub repository {repository!r}: lacks {' and '.join(missing)}")
     try:
         described = json.loads(config.read_text(encoding="utf-8"))
     except ValueError:
