@@ -104,8 +104,8 @@ class DataSettings:
     name: str = field(default="digits", metadata=PROTOCOL)
     """Registered data set: digits (bundled), cifar10, cifar100; of images of your own, what they are called."""
     source: Optional[str] = field(default=None, metadata=PROTOCOL)
-    """Where other images come from: folder (one subfolder a class), npz (a file) or torchvision (`name` as it calls
-    the data set); null: a registered data set."""
+    """Where other images come from: folder (one subfolder a class), npz (a file), torchvision or huggingface (`name` as
+    they call the data set); null: a registered data set."""
     root: str = field(default="data", metadata=LOCATION)
     """Folder that holds (or receives) the data set's own folder, or is it."""
     cache: str = field(default="store/images", metadata=LOCATION)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from ekd_lightning.data import Dataset, catalog, open_dataset
+from ekd_lightning.data import Dataset, arrays, catalog, open_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import DataSettings
 
@@ -208,3 +212,78 @@ def test_parameters_that_are_handed_on(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"data\.name=QMNIST: torchvision cannot read it"):
         opened("torchvision", tmp_path, name="QMNIST", download=True)
     assert fetched == ["train"]
+
+
+class Split:
+    """What `datasets.load_dataset` gives of a split."""
+
+    def __init__(self, features, columns):
+        self.features, self._columns, self._fingerprint = features, columns, f"{len(columns)}"
+
+    def __getitem__(self, key):
+        return self._columns[key] if isinstance(key, str) else {name: own[key] for name, own in self._columns.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the package `datasets`, and what it was asked."""
+    module: Any = ModuleType("datasets")
+    module.__version__, module.asked = "4.8.5", []
+    module.Image = type("Image", (), {})
+    module.ClassLabel = type("ClassLabel", (), {"names": ["ant", "bee"]})
+    module.DownloadConfig = lambda local_files_only: {"local": local_files_only}
+    pixels = {split: colours(count) for split, count in {"train": 20, "validation": 4, "test": 6}.items()}
+    module.pixels = pixels
+
+    def load_dataset(name, cache_dir, download_config):
+        module.asked.append((name, cache_dir, download_config))
+        features = {"id": None, "img": module.Image(), "fine": module.ClassLabel(), "coarse": module.ClassLabel()}
+        columns = {
+            split: {
+                "id": list(range(len(own))),
+                "img": [Image.fromarray(one) for one in own],
+                "fine": [-1] * len(own) if split in module.secret else [i % 2 for i in range(len(own))],
+                "coarse": [0] * len(own),
+            }
+            for split, own in pixels.items()
+        }
+        return {split: Split(features, own) for split, own in columns.items()}
+
+    module.load_dataset, module.secret = load_dataset, ()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.setattr(arrays, "require", lambda *_: None)
+    return module
+
+
+def test_a_data_set_of_the_hub(hub, tmp_path):
+    found = opened("huggingface", tmp_path / "root", name="user/set")
+    assert hub.asked == [("user/set", str(tmp_path / "root"), {"local": True})]
+    assert found.class_names == ("ant", "bee")
+    assert torch.equal(found.test.images, torch.from_numpy(hub.pixels["test"]).permute(0, 3, 1, 2))
+    assert found.train.labels.tolist() == [i % 2 for i in range(20)] + [0, 1, 0, 1]
+    assert found.val_index.tolist() == [20, 21, 22, 23]
+    hub.secret = ("test",)
+    assert len(opened("huggingface", tmp_path / "root", name="user/set").test) == 4
+
+
+def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):
+    def refused(said, name="user/set"):
+        with pytest.raises(UserError, match=said):
+            opened("huggingface", tmp_path / "root", name=name)
+
+    refused("data.name=cifar: not USER/SET", "cifar")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user" / "set").mkdir(parents=True)
+    refused("data.name=user/set: not USER/SET .*data=folder")
+    hub.secret = ("train", "validation", "test")
+    refused(r"has no split for training \(but train, validation, test\)", "user/other")
+    hub.Image = type("Other", (), {})
+    hub.load_dataset = lambda *_, **__: {"train": Split({"x": None}, {"x": [1]})}
+    refused(r"has no column of the kind Other \(but x\)", "user/other")
+    hub.load_dataset = None
+    refused("data.name=user/other: cannot be loaded", "user/other")
+    hub.__version__ = "2.21.0"
+    refused("datasets 2.21.0 runs foreign code: pip install", "user/other")
+    monkeypatch.undo()
+    if importlib.util.find_spec("datasets") is None:
+        refused(r"datasets is not installed: pip install 'ekd-lightning\[datasets\]'", "user/other")

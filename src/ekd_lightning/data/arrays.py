@@ -1,10 +1,11 @@
-"""Arrays of images: those of an .npz file, and the labelled data sets of torchvision."""
+"""Images that others hold: arrays of an .npz file, the labelled data sets of torchvision, those of the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,17 +18,20 @@ from PIL import Image
 
 from ekd_lightning.data.folder import file_stamp, walk
 from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without_labels
-from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.errors import UserError, one_line, require, unknown_name
 
 _NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
 """Names of a split's images and labels in files."""
 _SPLIT_NAMES = {
     "train": ("train", "trainval", "train-standard"),
-    "val": ("val", "valid"),
+    "val": ("val", "valid", "validation"),
     "test": ("test",),
     UNLABELLED: ("unlabeled",),
 }
 """Names of splits in data sets, most likely first."""
+_SAFE_DATASETS = 4
+"""Since this version of the package `datasets`, no data set brings code along."""
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LABELS = ("targets", "labels", "_labels", "y")
 _CLASSES = ("classes", "categories")
 _DAMAGED = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError)
@@ -97,6 +101,57 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
     return _listing(labelled, names, f"{name} of torchvision in {root}", stamp)
 
 
+def list_huggingface(name: str, root: Path, download: bool) -> Listing:
+    """Lists the images of a data set on the Hugging Face hub, in its order; no code of its repository is run.
+
+    Its first column of images is taken, and its first column of classes. Splits without classes are passed over.
+
+    Args:
+        name: USER/SET.
+        root: The folder that holds it, or is to hold it, as the package `datasets` keeps it.
+        download: Whether it may be fetched.
+
+    Raises:
+        UserError: If the package is missing or too old, the name is none, or the data set has no images with classes,
+            is not there and cannot be fetched.
+    """
+    require("datasets", "datasets")
+    import datasets  # noqa: PLC0415  # optional
+
+    if int(datasets.__version__.partition(".")[0]) < _SAFE_DATASETS:
+        raise UserError(f"datasets {datasets.__version__} runs foreign code: pip install 'ekd-lightning[datasets]'")
+    if not _REPOSITORY.fullmatch(name) or Path(name).exists():
+        raise UserError(f"data.name={name}: not USER/SET on the Hugging Face hub (images of a folder: data=folder)")
+    try:
+        config = datasets.DownloadConfig(local_files_only=not download)
+        loaded = datasets.load_dataset(name, cache_dir=str(root), download_config=config)
+    except Exception as error:  # no network, no such data set, several configurations
+        raise UserError(f"data.name={name}: cannot be loaded ({one_line(error)})") from None
+    parts, names = {}, ()
+    for split in SPLITS:
+        part = next((loaded[key] for key in _SPLIT_NAMES[split] if key in loaded), None)
+        if part is None:
+            continue
+        images, labels = (_first_column(part, name, kind) for kind in (datasets.Image, datasets.ClassLabel))
+        classes = [int(label) for label in part[labels]]
+        if min(classes, default=-1) >= 0:  # those for testing are often kept secret
+            parts[split], names = (_Column(part, images), classes), tuple(part.features[labels].names)
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+    if "train" not in parts:
+        raise UserError(f"data.name={name}: has no split for training (but {', '.join(loaded)})")
+    stamp = {split: column.part._fingerprint for split, (column, _) in parts.items()}
+    return _listing(parts, names, f"{name} of the Hugging Face hub", stamp)
+
+
+def _first_column(part: Any, name: str, kind: type) -> str:
+    """The first column of a kind in a split of a data set of the hub."""
+    for key, feature in part.features.items():
+        if isinstance(feature, kind):
+            return str(key)
+    raise UserError(f"data.name={name}: has no column of the kind {kind.__name__} (but {', '.join(part.features)})")
+
+
 def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
     """Lists the unlabelled images of a data set of torchvision, such as STL10's.
 
@@ -126,6 +181,16 @@ def _stamp(part: Any, root: Path) -> str:
             for path in (os.path.join(parent, name) for name in names):
                 digest.update(f"{path}|{file_stamp(path)}|".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+class _Column:
+    """A column of images of a data set of the hub, by position."""
+
+    def __init__(self, part: Any, key: str) -> None:
+        self.part, self._key = part, key
+
+    def __getitem__(self, position: int) -> Any:
+        return self.part[position][self._key]
 
 
 class _PILImages:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ekd_lightning.data.arrays import list_npz, list_torchvision, list_unlabelled
+from ekd_lightning.data.arrays import list_huggingface, list_npz, list_torchvision, list_unlabelled
 from ekd_lightning.data.cifar import CIFAR_NAMES, cifar_spec, find_cifar, read_cifar
 from ekd_lightning.data.download import obtain
 from ekd_lightning.data.folder import list_folder, list_images
@@ -177,6 +177,7 @@ _SOURCES: Registry[Callable[[DataSettings, Path], Listing]] = Registry(
         "folder": lambda data, root: list_folder(root),
         "npz": lambda data, root: list_npz(root),
         "torchvision": lambda data, root: list_torchvision(data.name, root, data.download),
+        "huggingface": lambda data, root: list_huggingface(data.name, root, data.download),
     },
 )
 
