@@ -184,9 +184,9 @@ def draw(block: Block, path: Path) -> None:
         reference: {row.group.label: d for row in rows if (d := row.differences.get(reference))}
         for reference in rows[0].differences
     }
-    looks = figure_style.Looks([row.group.label for row in rows])
+    styles = figure_style.LineStyles([row.group.label for row in rows])
     with figure_style.style():
-        drawn = figures.difference_figure(found, block.key, block.title, looks)
+        drawn = figures.difference_figure(found, block.key, block.title, styles)
         if drawn:
             figure_style.save(drawn.figure, path.with_suffix(""), [path.suffix.removeprefix(".")])
 

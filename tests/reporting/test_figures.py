@@ -83,8 +83,8 @@ def test_single_runs_have_no_bars(tmp_path):
         write_run(tmp_path / name, result(name, 0, 0.7))
     report = make_report(collect([tmp_path]))
     with fs.style():
-        assert not list(figures.by_difference(report, fs.Looks([])))
-        (drawn,) = figures.by_cost(report, fs.Looks([]))
+        assert not list(figures.by_difference(report, fs.LineStyles([])))
+        (drawn,) = figures.by_cost(report, fs.LineStyles([]))
         bars = [one for axes in drawn.figure.axes for one in axes.containers if getattr(one, "has_yerr", False)]
     assert not bars
     assert "Too few runs" in drawn.caption
@@ -97,7 +97,7 @@ def with_half(mean: float, half: float) -> Estimate:
 def test_bars_are_as_long_as_the_intervals():
     with fs.style():
         _, (axes,) = fs.panels(1)
-        fs.points(axes, [1, 2], [with_half(0.5, 0.1), with_half(0.6, 0.2)], fs.Looks(["a"])("a"))
+        fs.points(axes, [1, 2], [with_half(0.5, 0.1), with_half(0.6, 0.2)], fs.LineStyles(["a"])("a"))
         (band,) = axes.collections
         ends = band.get_paths()[0].vertices
     assert ends[:, 1].min() == pytest.approx(40)
@@ -124,7 +124,7 @@ def test_names_of_files_are_short_and_tell_blocks_apart():
     for end in ("a", "b"):
         with fs.style():
             figure, _ = fs.panels(1)
-        names.append(fs.drawn("kind", f"{'long/' * 200}{end}", figure, "title", "text").name)
+        names.append(fs.captioned("kind", f"{'long/' * 200}{end}", figure, "title", "text").name)
     assert names[0] != names[1]
     assert all(re.fullmatch(r"kind-[A-Za-z0-9._-]{100,120}", name) for name in names)
 
@@ -182,7 +182,7 @@ def test_curves_of_differently_corrupted_images_are_in_figures_of_their_own(tmp_
         curves = {f"corruption_{what}_by_severity": [0.5, 0.4, 0.3, 0.2, 0.1] for what in ("accuracy", "nll", "ece")}
         write_run(tmp_path / method, result(method, corruption_source=source, corruption_images=2000, **curves))
     report = make_report(collect([tmp_path]))
-    looks = fs.Looks([group.label for group in report.groups])
+    looks = fs.LineStyles([group.label for group in report.groups])
     with fs.style():
         drawn = list(figures_detail.corruption_curves(report, looks))
     found = {

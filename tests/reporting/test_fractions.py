@@ -57,7 +57,7 @@ def test_a_rounded_share_on_record_is_recognised_everywhere(rounded):
     for rows in (shown["groups"], shown["runs"]):
         assert {(row["fraction"], row["images"]) for row in rows} == {(0.1, 144), (0.3, 433)}
     with fs.style():
-        (drawn,) = figures.by_fraction(rounded, fs.Looks([]))
+        (drawn,) = figures.by_fraction(rounded, fs.LineStyles([]))
     ticks = [label.get_text() for label in drawn.figure.axes[0].get_xticklabels()]
     assert sorted(ticks) == ["10\n(144)", "30\n(433)"]
 

@@ -60,7 +60,7 @@ def test_data_sets_and_protocols_have_tables_of_their_own_and_a_note_says_so():
         "## digits, 10 % of the training images (5,000)",
     ]
     assert found.notes == (
-        "cifar10, 10 %: runs went 2 different ways and are kept apart, never averaged or compared across: "
+        "cifar10, 10 %: the runs follow 2 protocols and are kept apart, never averaged or compared across: "
         "cifar10, 10 % of the training images (5,000), steps 140; "
         "cifar10, 10 % of the training images (5,000), steps 9",
     )

@@ -1,1 +1,1 @@
-"""Results of many runs, as tables."""
+"""Results of many runs: statistics, tables, figures, page and model card."""

@@ -114,7 +114,7 @@ def block_of_rows(data: str, fraction: float, rows: Mapping[str, Sequence[RunEnt
 
 
 def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
-    """Refuses rows whose runs went different trainings.
+    """Refuses rows whose runs differ in protocol, teachers or setting.
 
     All runs that are done must share the protocol. The pool of teachers must be the same for all that were taught by
     all of it; a method that was given one teacher must have it from this pool. Within a row, method, weights of the
@@ -151,7 +151,7 @@ def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any
 
     raise UserError(
         f"{one.name} and {other.name} differ in {key} ({brief(value)}, {brief(different)}): "
-        "runs that went different trainings are not compared in one table"
+        "one table compares only runs of one protocol"
     )
 
 

@@ -1,4 +1,4 @@
-"""Details of a group that figures and page draw: its branches, its learning curves, and its arrays, over runs.
+"""Details of a group over its runs: branches, operating points, learning curves and arrays.
 
 Curves lie in metrics.csv and arrays in arrays.npz, beside result.json. Of a damaged file nothing is drawn; `damage`
 says which ones are.

@@ -1,4 +1,4 @@
-"""Style of figures: how each looks and is written, in one colour per setting, without global state of pyplot."""
+"""Style of figures: colours, marks, axes and files, with one colour per setting and no global state of pyplot."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _RC: dict[Any, Any] = {
 
 
 @dataclass(frozen=True)
-class Drawn:
+class CaptionedFigure:
     """A figure.
 
     Attributes:
@@ -96,12 +96,12 @@ class Drawn:
     caption: str
 
 
-def drawn(kind: str, key: str, figure: Figure, title: str, text: str) -> Drawn:
+def captioned(kind: str, key: str, figure: Figure, title: str, text: str) -> CaptionedFigure:
     """A finished figure with its caption below it, and a name for its file."""
     caption = f"{title}. {text}"
     wide = int(_LETTERS * figure.get_figwidth())
     figure.supxlabel(textwrap.fill(caption, wide), fontsize=7, color=GREY, x=0.005, ha="left")
-    return Drawn(file_name(kind, key), figure, caption)
+    return CaptionedFigure(file_name(kind, key), figure, caption)
 
 
 def file_name(kind: str, key: str) -> str:
@@ -137,7 +137,7 @@ def style() -> Iterator[None]:
         yield
 
 
-class Looks:
+class LineStyles:
     """Colour, marker and dash of each label, the same in all figures of a report.
 
     Args:
@@ -291,7 +291,7 @@ def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
     files = []
     for ending in formats:
         path = stem.with_name(f"{stem.name}.{ending}")  # a fraction has a point of its own
-        told = {"Date": None, "Title": stem.name} if ending == "svg" else {"Title": stem.name}
-        figure.savefig(path, dpi=DPI, metadata=told)
+        metadata = {"Date": None, "Title": stem.name} if ending == "svg" else {"Title": stem.name}
+        figure.savefig(path, dpi=DPI, metadata=metadata)
         files.append(path)
     return files

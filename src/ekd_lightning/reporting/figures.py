@@ -13,7 +13,7 @@ from ekd_lightning.reporting import figures_detail
 from ekd_lightning.reporting.blocks import families, over_fractions
 from ekd_lightning.reporting.details import Point, pareto, prefixes
 from ekd_lightning.reporting.estimates import Difference
-from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, Looks, accuracy
+from ekd_lightning.reporting.figure_style import ACCURACY, CaptionedFigure, LineStyles, accuracy
 from ekd_lightning.reporting.groups import Group, differences
 from ekd_lightning.reporting.report import Report
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 LIST = "figures.md"
 _MOST_NAMED = 14
-"""Points of a cost figure that are told by name."""
+"""Points of a cost figure that are named."""
 _LONG_LABEL = 20
 """Letters beyond which bars of differences need the whole width."""
 
 
-def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
+def by_fraction(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy against the share of training images, one line per setting; a figure per data set and protocol."""
     for position, blocks in enumerate(families(report.blocks)):
         lines = over_fractions(blocks)
@@ -37,17 +37,17 @@ def by_fraction(report: Report, looks: Looks) -> Iterator[Drawn]:
         figure, axes = fs.panels(len(last), most=2, height=2.7)
         for panel, ends in zip(axes, last, strict=True):
             own = {group.label: lines[group.label] for group in ends}
-            _fraction_panel(panel, own, looks)
+            _fraction_panel(panel, own, styles)
         shown = [accuracy(group) for line in lines.values() for group in line]
         data = blocks[0].data
-        yield fs.drawn("accuracy_by_fraction", f"{data}-{position + 1}", figure, data, fs.band_text(shown))
+        yield fs.captioned("accuracy_by_fraction", f"{data}-{position + 1}", figure, data, fs.band_text(shown))
 
 
-def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Looks) -> None:
+def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], styles: LineStyles) -> None:
     ticks: dict[float, int | None] = {}
     for label, line in lines.items():
         shares = [100 * (group.protocol.fraction or 0) for group in line]
-        fs.points(axes, shares, [accuracy(group) for group in line], looks(label), label)
+        fs.points(axes, shares, [accuracy(group) for group in line], styles(label), label)
         ticks |= dict(zip(shares, (group.protocol.num_images for group in line), strict=True))
     axes.set_xscale("log")
     axes.set_xticks([*ticks], [f"{t:.4g}\n({n:,})" if n else f"{t:.4g}" for t, n in ticks.items()])
@@ -57,7 +57,7 @@ def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], looks: Loo
     fs.legend_above(axes)
 
 
-def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
+def by_cost(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy against multiply-accumulates and parameters, with the Pareto front; a figure per block."""
     for block in report.blocks:
         groups = [group for group in block.done if group.values("macs") and group.values("num_parameters")]
@@ -68,15 +68,15 @@ def by_cost(report: Report, looks: Looks) -> Iterator[Drawn]:
         cut = _cut(groups, report.references(block))
         shown = [accuracy(group) for group in groups]
         for panel, key in zip(axes, ("macs", "num_parameters"), strict=True):
-            _cost_panel(panel, groups, key, looks, named)
+            _cost_panel(panel, groups, key, styles, named)
             for group in cut:
-                _prefix_points(panel, prefixes(group), key, looks(group.label)["color"])
+                _prefix_points(panel, prefixes(group), key, styles(group.label)["color"])
             fs.limit_accuracy(panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))])
         fs.key(figure, axes)
         text = f"{fs.band_text(shown, 'interval')} Dashed: Pareto front of the means."
         if cut:
             text += f" Dotted: the first j branches alone ({', '.join(group.label for group in cut)})."
-        yield fs.drawn(fs.COST_FIGURE, block.key, figure, block.title, text)
+        yield fs.captioned(fs.COST_FIGURE, block.key, figure, block.title, text)
 
 
 def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
@@ -87,7 +87,7 @@ def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
 
 
 def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
-    """Labels of points that are told by name: the references, those on a front, and the most accurate ones."""
+    """Labels of points that are named: the references, those on a front, and the most accurate ones."""
     fronts = {key: _front(groups, key) for key in ("macs", "num_parameters")}
     on_front = [g for key, front in fronts.items() for g in groups if (_cost(g, key), accuracy(g).mean) in front]
     best = sorted(groups, key=lambda group: -accuracy(group).mean)
@@ -103,14 +103,14 @@ def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
     return pareto([(_cost(group, key), accuracy(group).mean) for group in groups])
 
 
-def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, looks: Looks, named: set[str]) -> None:
+def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyles, named: set[str]) -> None:
     front = _front(groups, key)
     xs, ys = zip(*front, strict=True)
     axes.step(xs, [100 * y for y in ys], where="post", color=fs.GREY, linestyle="--", linewidth=1, label="Pareto front")
     places = beside([_cost(group, key) for group in groups])
     for group, place in zip(groups, places, strict=True):
         value, known = accuracy(group), group.label in named
-        look = looks(group.label) if known else {"color": fs.PALE, "marker": "o"}
+        look = styles(group.label) if known else {"color": fs.PALE, "marker": "o"}
         face = "white" if value.half is None else look["color"]
         axes.errorbar(
             place, 100 * value.mean, yerr=fs.bars([value]), **look | {"linestyle": ""},
@@ -145,24 +145,24 @@ def _prefix_points(axes: Axes, points: Sequence[Point], key: str, colour: str) -
     )  # fmt: skip
 
 
-def by_difference(report: Report, looks: Looks) -> Iterator[Drawn]:
+def by_difference(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:
     """Bars of differences to the references of a block, with intervals; a figure per block."""
     for block in report.blocks:
         found = {name: differences(block.done, name) for name in report.references(block)}
-        if shown := difference_figure(found, block.key, block.title, looks):
+        if shown := difference_figure(found, block.key, block.title, styles):
             yield shown
 
 
 def difference_figure(
-    found: Mapping[str, Mapping[str, Difference]], key: str, title: str, looks: Looks
-) -> Drawn | None:
+    found: Mapping[str, Mapping[str, Difference]], key: str, title: str, styles: LineStyles
+) -> CaptionedFigure | None:
     """Bars of differences with intervals, a panel for each reference.
 
     Args:
         found: Reference -> label -> difference.
         key: For the name of the file.
         title: Of the caption.
-        looks: Colours by label.
+        styles: Colours by label.
 
     Returns:
         None if no difference has an interval.
@@ -175,18 +175,18 @@ def difference_figure(
     long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
     figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
     for panel, (name, one) in zip(axes, sure.items(), strict=True):
-        _difference_panel(panel, name, one, looks)
+        _difference_panel(panel, name, one, styles)
     alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
     few = f" Too few runs: {', '.join(alone)}." if alone else ""
     numbers = [d.n for one in sure.values() for d in one.values()]
     text = f"Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
-    return fs.drawn("differences", key, figure, title, text)
+    return fs.captioned("differences", key, figure, title, text)
 
 
-def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], looks: Looks) -> None:
+def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], styles: LineStyles) -> None:
     rows = sorted(found.items(), key=lambda item: item[1].mean)
     values = [difference for _, difference in rows]
-    colours = [looks(label)["color"] for label, _ in rows]
+    colours = [styles(label)["color"] for label, _ in rows]
     axes.barh(range(len(rows)), [100 * v.mean for v in values], color=colours, alpha=0.75, height=0.68)
     axes.errorbar(
         [100 * v.mean for v in values], range(len(rows)), xerr=fs.bars(values),
@@ -198,7 +198,7 @@ def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], lo
     axes.set(title=f"minus {name}", xlabel="points of accuracy")
 
 
-Draw = Callable[[Report, Looks], Iterator[Drawn]]
+Draw = Callable[[Report, LineStyles], Iterator[CaptionedFigure]]
 """Makes the figures of a report: none, one, or one for each block."""
 KINDS: dict[str, tuple[str, Draw]] = {
     "accuracy against training images": ("a setting at two fractions", by_fraction),
@@ -227,14 +227,14 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
         are left out for want of data.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    looks = Looks(report.ordered_labels)
+    styles = LineStyles(report.ordered_labels)
     files: list[Path] = []
     lines = ["# Figures", ""]
     left_out = []
     with fs.style():
         for title, (needs, draw) in KINDS.items():
             count = len(files)
-            for drawn in draw(report, looks):
+            for drawn in draw(report, styles):
                 files += fs.save(drawn.figure, folder / drawn.name, formats)
                 lines += [md.image(files[-len(formats)].name, drawn.caption), "", md.prose(drawn.caption), ""]
             if len(files) == count:

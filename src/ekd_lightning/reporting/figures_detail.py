@@ -10,7 +10,7 @@ from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting.blocks import grids
 from ekd_lightning.reporting.details import own_teachers
 from ekd_lightning.reporting.estimates import ENOUGH, TOO_FEW, Estimate
-from ekd_lightning.reporting.figure_style import ACCURACY, Drawn, accuracy
+from ekd_lightning.reporting.figure_style import ACCURACY, CaptionedFigure, accuracy
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report
 
@@ -32,7 +32,7 @@ def _rest(groups: Sequence[Group], shown: Sequence[Group]) -> str:
     return f" {left} more settings are on the page." if left else ""
 
 
-def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def by_counts(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """Heat maps of accuracy over teachers and branches, one panel per method; a figure per block."""
     for block in report.blocks:
         found = grids(block)
@@ -43,7 +43,7 @@ def by_counts(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             _grid_panel(panel, name, cells)
         numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
         text = f"Test accuracy, mean and 95 % interval over seeds, {fs.counts(numbers)}."
-        yield fs.drawn("teachers_branches", block.key, figure, block.title, text)
+        yield fs.captioned("teachers_branches", block.key, figure, block.title, text)
 
 
 def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -> None:
@@ -64,7 +64,7 @@ def _grid_panel(axes: Axes, name: str, cells: Mapping[tuple[int, int], Group]) -
     axes.set(xlabel="branches K", ylabel="teachers M", title=name)
 
 
-def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def branches(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy of every branch, of their ensemble, and of the best possible choice; a figure per block."""
     for block in report.blocks:
         groups = [group for group in block.done if len(group.per_item("test_branch_accuracy")) > 1]
@@ -81,7 +81,7 @@ def branches(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         fs.limit_accuracy(axes, drawn, "x")
         fs.key(figure, [axes])
         text = fs.band_text(drawn, "interval") + _rest(groups, shown)
-        yield fs.drawn("branches", block.key, figure, block.title, text)
+        yield fs.captioned("branches", block.key, figure, block.title, text)
 
 
 def _parts(group: Group) -> list[Estimate]:
@@ -98,17 +98,17 @@ def _branch_row(axes: Axes, row: int, group: Group, *, named: bool) -> None:
     marks.append((accuracy(group), row, "D", 5, fs.LIGHT[0], "ensemble"))
     if oracle := group.values("test_oracle_accuracy"):
         marks.append((oracle, row, "^", 4.5, fs.LIGHT[1], "any branch right"))
-    told: set[str] = set() if named else {label for *_, label in marks}
+    labelled: set[str] = set() if named else {label for *_, label in marks}
     for value, place, marker, size, colour, label in marks:
         axes.errorbar(
             100 * value.mean, place, xerr=fs.bars([value]), color=fs.GREY if colour == fs.PALE else colour,
             marker=marker, markersize=size, linestyle="", elinewidth=0.8,
-            markerfacecolor="white" if value.half is None else colour, label=None if label in told else label,
+            markerfacecolor="white" if value.half is None else colour, label=None if label in labelled else label,
         )  # fmt: skip
-        told.add(label)
+        labelled.add(label)
 
 
-def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def learning_curves(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy on the validation split by epoch; a figure per block."""
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
@@ -122,16 +122,16 @@ def learning_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         for panel, part in zip(axes, parts, strict=True):
             for group in part:
                 epochs, values = zip(*found[group.label], strict=True)
-                fs.points(panel, epochs, values, looks(group.label), group.label)
+                fs.points(panel, epochs, values, styles(group.label), group.label)
             panel.set(xlabel="epoch", ylabel="validation accuracy, %")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
             fs.legend_above(panel)
         text = fs.band_text(found[group.label][-1][1] for group in groups)
-        yield fs.drawn("learning_curves", block.key, figure, block.title, text)
+        yield fs.captioned("learning_curves", block.key, figure, block.title, text)
 
 
-def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def reliability_diagrams(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy against confidence in 15 bins, before and after temperature scaling; a figure per block."""
     for block in report.blocks:
         arrays = {group.label: details.read_arrays(group) for group in block.done}
@@ -148,12 +148,12 @@ def reliability_diagrams(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         text = (
             f"15 bins of confidence, {fs.counts(numbers)}{bars}. Larger marks hold more images.{_rest(groups, shown)}"
         )
-        yield fs.drawn("reliability", block.key, figure, block.title, text)
+        yield fs.captioned("reliability", block.key, figure, block.title, text)
 
 
 def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, details.Array]]) -> None:
     axes.plot([0, 1], [0, 1], color=fs.GREY, linestyle="--", linewidth=0.8, label="calibrated")
-    told = []
+    errors = []
     kinds = (
         ("", "as trained", fs.LIGHT[1], "o", "test_ece"),
         ("_calibrated", "temperature-scaled", fs.LIGHT[0], "s", "test_ece_calibrated"),
@@ -167,9 +167,9 @@ def _reliability_panel(axes: Axes, group: Group, arrays: Sequence[dict[str, deta
         axes.errorbar(xs, ys, yerr=bars, color=colour, linewidth=1, elinewidth=0.7, label=name)
         axes.scatter(xs, ys, s=[4 + 50 * b.share for b in bins], color=colour, marker=marker, zorder=3)
         error = group.values(key)
-        told += [f"{error.mean:.3f}"] if error else []
+        errors += [f"{error.mean:.3f}"] if error else []
     fs.title(axes, group.label)
-    axes.text(0.97, 0.04, "ECE " + " → ".join(told), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY)
+    axes.text(0.97, 0.04, "ECE " + " → ".join(errors), transform=axes.transAxes, ha="right", fontsize=7, color=fs.GREY)
     axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
 
 
@@ -181,7 +181,7 @@ _UNDER_SHIFT = (
 )
 
 
-def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def corruption_curves(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """Accuracy, NLL and ECE by severity of corruption, each a mean over corruptions.
 
     A figure per block, and one for each way in which its corrupted images were made.
@@ -191,22 +191,22 @@ def corruption_curves(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
         for group in block.done:
             if group.per_item(_SEVERITIES):
                 alike.setdefault(group.corrupted, []).append(group)
-        for number, (told, groups) in enumerate(alike.items()):
+        for number, (corruptions, groups) in enumerate(alike.items()):
             shown = _best(groups, report.references(block), 8)
             figure, axes = fs.panels(len(_UNDER_SHIFT), most=3, height=2.5)
             for panel, (field, clean, title, scale) in zip(axes, _UNDER_SHIFT, strict=True):
                 for group in shown:
                     values = [*filter(None, [group.values(clean)]), *group.per_item(field)]
                     xs = list(range(6 - len(values), 6))
-                    fs.points(panel, xs, values, looks(group.label), group.label, scale)
+                    fs.points(panel, xs, values, styles(group.label), group.label, scale)
                 panel.set(xlabel="severity (0: clean)", ylabel=title)
             fs.key(figure, axes)
             band = fs.band_text([group.per_item(_SEVERITIES)[0] for group in shown])
             key = block.key + (f"-way{number + 1}" if number else "")
-            yield fs.drawn("corruptions", key, figure, f"{block.title}, {told}", band + _rest(groups, shown))
+            yield fs.captioned("corruptions", key, figure, f"{block.title}, {corruptions}", band + _rest(groups, shown))
 
 
-def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
+def similarity(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:
     """CKA of branches with each other and with the teachers; a figure per block."""
     for block in report.blocks:
         branched = [group for group in block.done if (group.num_branches or 1) > 1]
@@ -223,7 +223,7 @@ def similarity(report: Report, looks: fs.Looks) -> Iterator[Drawn]:
             f"Linear CKA of pooled features on the test images, mean over seeds, "
             f"{fs.counts(numbers)}. Framed: the branch's own teacher.{_rest(groups, shown)}"
         )
-        yield fs.drawn("similarity", block.key, figure, block.title, text)
+        yield fs.captioned("similarity", block.key, figure, block.title, text)
 
 
 def _heterogeneous(groups: Sequence[Group]) -> list[Group]:

@@ -141,10 +141,10 @@ class Group:
         """How its corrupted images were made, in words; what is compared shares it."""
         source, images = self.only("corruption_source"), self.only("corruption_images")
         left = self.only("corruption_left_out") or []
-        told = [f"{source or 'unknown'} corruptions"]
-        told += [f"{images:,} images"] if images else []
-        told += [f"without {', '.join(left)}"] if left else []
-        return ", ".join(told)
+        parts = [f"{source or 'unknown'} corruptions"]
+        parts += [f"{images:,} images"] if images else []
+        parts += [f"without {', '.join(left)}"] if left else []
+        return ", ".join(parts)
 
     def array(self, key: str) -> np.ndarray | None:
         """Mean over runs of a field that is a list (of lists) of numbers, NaN for null.
@@ -263,7 +263,7 @@ def differences(groups: Sequence[Group], reference: str, key: str = "test_accura
         By label; groups without a common seed are left out.
 
     Raises:
-        ValueError: If the groups went different ways, or none has the label.
+        ValueError: If the groups differ in protocol, or none has the label.
     """
     done = [one for one in groups if one.n]
     if len({one.protocol for one in done}) > 1:

@@ -1,4 +1,4 @@
-"""Page of a report: one HTML file that needs nothing but itself, no network, no files beside it.
+"""Page of a report: one HTML file that needs no network and no other file.
 
 Everything that runs have recorded is in it as escaped text or JSON, never as markup.
 """
@@ -173,7 +173,7 @@ def payload(report: Report) -> dict[str, Any]:
     """What tables and charts need at once, as plain values; small enough for thousands of runs."""
     ids = _ids(report)
     family_of = {block.key: position for position, own in enumerate(families(report.blocks)) for block in own}
-    subjects = {told.block.key: told.subject.label for told in report.answers if told.subject}
+    subjects = {answer.block.key: answer.subject.label for answer in report.answers if answer.subject}
     groups, names = [], []
     for block in report.blocks:
         found = _differences(block, report.reference.get(block.key))

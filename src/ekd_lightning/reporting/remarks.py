@@ -1,4 +1,4 @@
-"""Remarks on a block: the settings of EKD, its cost, its heterogeneity, and what is missing to be sure."""
+"""Remarks on a block: settings, cost and heterogeneity of EKD, and missing controls."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def remarks(
         block: The block.
         subject: The group that stands for EKD.
         controls: Those it was compared with, by role.
-        differences: All differences that were told.
+        differences: Differences of all comparisons.
     """
     siblings = [group for group in block.done if group.method == "ekd" and group.student == subject.student]
     found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
@@ -85,7 +85,7 @@ def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
 def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     """Accuracy over K at the subject's M, or over M at its K, where nothing else varies.
 
-    Any pair may be the one that is told of, as the best is picked by its result: p is corrected for every pair.
+    The best is picked by its result, so p is corrected over every pair.
     """
     words, number, fixed, follow = _NUMBERS[letter]
     alike: dict[int, list[Group]] = defaultdict(list)
@@ -101,14 +101,14 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     best = max(means, key=lambda count: means[count].mean)
     values = {count: group.by_seed("test_accuracy") for count, group in own.items()}
     found = corrected({pair: minus(values[pair[0]], values[pair[1]]) for pair in combinations(own, 2)})
-    told: dict[bool | None, list[str]] = defaultdict(list)
+    lower: dict[bool | None, list[str]] = defaultdict(list)
     for count in means:
         if count != best:
-            told[_apart(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
+            lower[_apart(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
     parts = [f"highest is {letter} = {best}"]
-    parts += [f"{listed(told[True])} can be told to be lower"] if told[True] else []
-    parts += [f"{listed(told[False])} cannot be told apart from it"] if told[False] else []
-    parts += [f"too few runs for {listed(told[None])}"] if told[None] else []
+    parts += [f"{listed(lower[True])} can be told to be lower"] if lower[True] else []
+    parts += [f"{listed(lower[False])} cannot be told apart from it"] if lower[False] else []
+    parts += [f"too few runs for {listed(lower[None])}"] if lower[None] else []
     numbers = ", ".join(f"{letter} = {count}: {share(one.mean)} % (n = {one.n})" for count, one in means.items())
     return f"Number of {words}: {numbers}; {', '.join(parts)}."
 
@@ -125,7 +125,7 @@ def _apart(difference: Difference | None) -> bool | None:
 
 
 def _cost(subject: Group, plain: Group | None) -> str:
-    told = []
+    parts = []
     for key, form in (
         ("num_parameters", "{:,.0f} parameters{}"),
         ("macs", "{:.1f} M MACs{}"),
@@ -136,8 +136,8 @@ def _cost(subject: Group, plain: Group | None) -> str:
             return ""
         theirs = plain.mean(key) if plain is not None and plain.label != subject.label else None
         times = f" ({ours / theirs:.1f} × the plain student)" if theirs else ""
-        told.append(form.format(ours / 1e6 if key == "macs" else ours, times))
-    return f"Cost: {', '.join(told)}, which depends on what else the machine did."
+        parts.append(form.format(ours / 1e6 if key == "macs" else ours, times))
+    return f"Cost: {', '.join(parts)}, which depends on what else the machine did."
 
 
 def _ensemble(subject: Group) -> str:
@@ -154,13 +154,13 @@ def _ensemble(subject: Group) -> str:
 def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
     """How much branches differ, and the paper's explanation: is one more like its own teacher than like others?"""
     control = controls.get("mean_teacher")
-    told = []
+    parts = []
     if (subject.num_branches or 1) > 1 and (ours := subject.values("test_disagreement")):
         text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
         if control and (theirs := control.values("test_disagreement")):
             text += "; where all branches imitate the mean teacher it is "
             text += f"{share(theirs.mean)} % (n = {plural(theirs.n, 'run')})"
-        told.append(f"{text}.")
+        parts.append(f"{text}.")
     if ours := subject.values("test_own_teacher_cka_margin"):
         text = (
             "Linear CKA of a branch's features with its own teacher's minus that with the others': "
@@ -169,8 +169,8 @@ def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
         if control and (theirs := control.values("test_one_to_one_cka_margin")):
             text += "; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
             text += f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})"
-        told.append(f"{text}.")
-    return told
+        parts.append(f"{text}.")
+    return parts
 
 
 def _signed(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Report of many runs: what is known of them, in one value. What draws and lays out gets it and nothing else."""
+"""Report of many runs as one value, from which tables, figures and page are made."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Report:
     @cached_property
     def machines(self) -> tuple[str, ...]:
         """On what the runs that are done were made, each with their number; the most frequent first."""
-        told = Counter(_machine(run.provenance) for run in self.collection.runs if run.state == "done")
-        return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in told.most_common())
+        counts = Counter(_machine(run.provenance) for run in self.collection.runs if run.state == "done")
+        return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in counts.most_common())
 
     @cached_property
     def ordered_labels(self) -> list[str]:
@@ -80,14 +80,14 @@ class Report:
         return [(run, group) for group in self.groups for run in group.others]
 
     def references(self, block: Block) -> tuple[str, ...]:
-        """Labels that the tables of a block take differences to: its reference, and the EKD that is spoken of."""
-        told = self.answer(block)
-        subject = told.subject.label if told and told.subject else None
+        """Labels that the tables of a block take differences to: its reference, and the setting that represents EKD."""
+        answer = self.answer(block)
+        subject = answer.subject.label if answer and answer.subject else None
         return tuple(dict.fromkeys(filter(None, [self.reference.get(block.key), subject])))
 
     def answer(self, block: Block) -> Answer | None:
         """The answer of a block; None where no run of it is done."""
-        return next((told for told in self.answers if told.block.key == block.key), None)
+        return next((answer for answer in self.answers if answer.block.key == block.key), None)
 
 
 def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: str | None = None) -> Report:
@@ -108,10 +108,9 @@ def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: s
     if reference is not None and not chosen:
         labels = {one.label for one in groups if one.n}
         raise unknown_name("--reference", reference, labels | {one.method for one in groups if one.n})
-    told = answers(found)
     damaged = [line for run in collection.runs for line in damage(run)]
     notes = (*collection.problems, *damaged, *_notes(groups, found))
-    return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(told), notes)
+    return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(answers(found)), notes)
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:
@@ -138,23 +137,23 @@ def _reference(block: Block, asked: str | None) -> Group | None:
 
 
 def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
-    told = []
+    notes = []
     for one in groups:
         for run in one.duplicates:
             seed = int(run.get("seed"))
             newest = next(other.name for other in one.done if int(other.get("seed")) == seed)
-            told.append(f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts")
+            notes.append(f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts")
     alike: dict[tuple[str, float | None], list[Block]] = defaultdict(list)
     for block in found:
         alike[block.data, block.fraction].append(block)
     for (data, fraction), same in alike.items():
         if len(same) > 1:
             share = "" if fraction is None else f", {100 * fraction:.4g} %"
-            told.append(
-                f"{data}{share}: runs went {len(same)} different ways and are kept apart, never averaged "
+            notes.append(
+                f"{data}{share}: the runs follow {len(same)} protocols and are kept apart, never averaged "
                 f"or compared across: {'; '.join(block.title for block in same)}"
             )
-    told += [note for block in found for note in _measured(block)]
+    notes += [note for block in found for note in _measured(block)]
     partial = [run for one in groups for run in one.others if run.state == "partial"]
     broken = [run for one in groups for run in one.done if run.get("evaluation_error")]
     for runs, text in (
@@ -163,13 +162,13 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
     ):
         if runs:
             more = f" (and {len(runs) - 1} more)" if len(runs) > 1 else ""
-            told.append(f"{runs[0].name}{more}: {text.format(runs[0].get('evaluation_error'))}")
-    return told
+            notes.append(f"{runs[0].name}{more}: {text.format(runs[0].get('evaluation_error'))}")
+    return notes
 
 
 def _measured(block: Block) -> list[str]:
-    """What the runs of a block measured in different ways."""
-    told = []
+    """Notes on what the runs of a block measured in different ways."""
+    notes = []
     for what, (starts, ways) in MEASURED.items():
         runs = [
             run
@@ -180,11 +179,11 @@ def _measured(block: Block) -> list[str]:
         found = disagreements(runs, ways)
         if found:
             words = [f"{key.replace('_', ' ')} {', '.join(map(_words, found[key]))}" for key in found]
-            told.append(
+            notes.append(
                 f"{block.title}: {what} were measured in different ways ({'; '.join(words)}) and are not comparable "
                 "between settings; a setting whose runs differ in it has none"
             )
-    return told
+    return notes
 
 
 def _words(value: Any) -> str:
@@ -205,7 +204,7 @@ def summary(report: Report) -> dict[str, Any]:
                 "protocol": asdict(block.protocol),
                 "teachers": [dict(teacher) for teacher in block.teachers],
                 "reference": report.reference.get(block.key),
-                "answer": _answer(told) if (told := report.answer(block)) else None,
+                "answer": _answer(answer) if (answer := report.answer(block)) else None,
                 "rows": [record(row) for row in report.rows[block.key]],
             }
             for block in report.blocks
@@ -218,10 +217,10 @@ def summary(report: Report) -> dict[str, Any]:
     }
 
 
-def _answer(told: Answer) -> dict[str, Any]:
+def _answer(answer: Answer) -> dict[str, Any]:
     return {
-        "subject": told.subject.label if told.subject else None,
-        "headline": told.headline,
+        "subject": answer.subject.label if answer.subject else None,
+        "headline": answer.headline,
         "findings": [
             {
                 "role": finding.role,
@@ -230,7 +229,7 @@ def _answer(told: Answer) -> dict[str, Any]:
                 "difference": difference_record(finding.difference) if finding.difference else None,
                 "sentence": finding.sentence,
             }
-            for finding in told.findings
+            for finding in answer.findings
         ],
-        "remarks": list(told.remarks),
+        "remarks": list(answer.remarks),
     }

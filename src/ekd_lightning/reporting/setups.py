@@ -1,4 +1,4 @@
-"""What was set in a run, beside its seed: what makes two runs the same but for it, and what to call them.
+"""Settings of runs: which runs differ in the seed alone, and the names of what they share.
 
 Settings that say where things lie or how a run is carried out, but not what it computes, are no part of it.
 """

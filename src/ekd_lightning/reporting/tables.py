@@ -1,4 +1,4 @@
-"""Tables of a block: its groups as rows of texts and as records; for a page, a terminal, CSV and JSON."""
+"""Tables of a block: its groups as rows of text and as records, for Markdown, terminal, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value fo
 
 def problems(group: Group) -> str:
     """What became of the runs that are not done, in words; empty if all are."""
-    told = []
+    parts = []
     for state in dict.fromkeys(run.state for run in group.others):
         those = [run for run in group.others if run.state == state]
         error = next((f": {run.error}" for run in those if run.error), "")
-        told.append(f"{STATE_NAMES[state]} {len(those)} of {len(group.runs)}{error}")
-    return "; ".join(told)
+        parts.append(f"{STATE_NAMES[state]} {len(those)} of {len(group.runs)}{error}")
+    return "; ".join(parts)
 
 
 def _mean(key: str, form: str, scale: float = 1, unit: str = "") -> Callable[[Row], str]:

@@ -1,4 +1,4 @@
-"""Views of a W&B project: its saved workspace and its report, as objects of W&B's own package; nothing here is sent."""
+"""Workspace and report of a W&B project, as objects of W&B's own package; nothing is sent from here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of rows over seeds: which runs of a study are done, launched, resumed or refused, and the table of all."""
+"""Comparison of a study's rows: which runs to launch, resume or refuse, and the table of all."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ask(
     controls: bool = True,
     tuned: Path | None = None,
 ) -> Study:
-    """The study that is asked for, together with what the folder holds already.
+    """Builds the study from the command and what the folder already holds.
 
     Args:
         old: What the folder holds; None if it is new.
@@ -112,7 +112,7 @@ def run(
     command: str,
     retry_failed: bool = False,
 ) -> None:
-    """Runs what of a study is missing.
+    """Runs the missing runs of a study.
 
     Args:
         study: What is asked for.
@@ -205,7 +205,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
 
 
 def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
-    """Refuses a run that is there with another configuration, by the keys that differ."""
+    """Refuses an existing run whose configuration differs, naming the keys."""
     changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
     if changed:
         raise UserError(
@@ -215,7 +215,7 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
 
 
 def _check_row(row: RowPlan, settings: Settings) -> None:
-    """Makes all checks that a run makes before it trains, so that no other row trains before one is refused."""
+    """Checks a row as its run would be, so that no other row trains before one is refused."""
     try:
         check_job(settings)
     except UserError as error:
@@ -223,14 +223,14 @@ def _check_row(row: RowPlan, settings: Settings) -> None:
 
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
-    """The overrides that a run was started with, but for places and the like, which may have changed since."""
+    """The overrides that a run was started with, except locations and the like, which may have changed since."""
     given, recorded = {key_of(word) for word in free}, RunDirectory(directory).overrides()
     require_named_code(recorded, free, directory)
     return [*(word for word in recorded if key_of(word) not in given), *free]
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:
-    """The jobs as commands for a shell, for launchers that Hydra does not know."""
+    """The jobs as shell commands, for schedulers without a Hydra launcher."""
     lines = []
     for job in jobs:
         free = [word for word in job.overrides if is_free(key_of(word)) or names_code(word)]
@@ -247,7 +247,7 @@ def report(study: Study, folder: Path) -> bool:
         Whether all runs are done.
 
     Raises:
-        UserError: If runs went different ways.
+        UserError: If runs cannot be compared.
     """
     found = read_runs(study, folder)
     settings = {row.name: row.settings for row in study.rows}
@@ -276,7 +276,7 @@ def study_block(data: str, fraction: float, runs: Runs) -> Block:
     """The rows of a study at one fraction, as a block of a report.
 
     Raises:
-        UserError: If runs went different ways.
+        UserError: If runs cannot be compared.
     """
     return block_of_rows(data, fraction, {row: list(own.values()) for row, own in runs.items()})
 

@@ -54,7 +54,7 @@ _COUNTED = {
 
 
 def check_job(settings: Settings) -> Prepared:
-    """Makes all checks that a run makes before it trains, and says nothing: what is to be said, the run says.
+    """Checks a job as its run would be, silently: the run itself logs its warnings.
 
     Raises:
         UserError: What the run would be refused for.
@@ -103,7 +103,7 @@ def launch(
 
 @contextlib.contextmanager
 def working_in(directory: str) -> Iterator[None]:
-    """Works where a sweep or study was first started, as its relative places begin there.
+    """Changes to the directory where a sweep or study was started, to which its relative paths refer.
 
     Args:
         directory: The recorded working directory; one that is empty or gone changes nothing.
@@ -133,12 +133,12 @@ def _placed(job: Job, folder: Path) -> list[str]:
 
 
 def is_queued(config: DictConfig) -> bool:
-    """Whether jobs are handed to a cluster, where they go on whatever happens to this process."""
+    """Whether jobs are submitted to a cluster, where they outlive this process."""
     return str(config.hydra.launcher._target_).endswith("SlurmLauncher")
 
 
 def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
-    """Says in a line how an interrupted sweep stands.
+    """Logs the state of an interrupted sweep in one line.
 
     Args:
         sweep: The sweep.
@@ -179,7 +179,7 @@ def wait_for_local_queue(folder: Path) -> None:
 
 
 def _local_queue(folder: Path) -> list[int]:
-    """Processes that look after a job for submitit, our children; it names its folders by them."""
+    """Child processes that run a job for submitit, which names its folders after them."""
     found = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
     return [pid for pid in found if _is_our_child(pid)]
 
@@ -193,7 +193,7 @@ def _is_our_child(pid: int) -> bool:
 
 
 def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int, workers: int) -> float | None:
-    """Time until the last job ends, if those to come take as long as the mean of those that ended.
+    """Estimates the time until the last job ends from the mean duration of those that ended.
 
     Args:
         durations: Seconds that ended jobs took.
@@ -212,7 +212,7 @@ def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int
 
 
 class Progress:
-    """Looks at the files of a sweep's jobs and tells of each that ended since the last look.
+    """Watches the files of a sweep's jobs and reports each that ended.
 
     Works whatever process runs the jobs, on this machine or another, as all they share is the folder.
 
@@ -231,7 +231,7 @@ class Progress:
         self._ended = {number: state for number, state in enumerate(standings(sweep)) if state.run.is_over}
 
     def look(self) -> None:
-        """Looks once, and says a line for every job that ended since."""
+        """Reports every job that ended since the last call."""
         with self._lock:
             jobs = enumerate(self._sweep.jobs)
             states = [self._ended.get(number) or look(job, self._since) for number, job in jobs]
@@ -261,12 +261,12 @@ class Progress:
         left = [state for number, state in enumerate(states) if number not in self._ended]
         running = [state.run.since for state in left if state.run.state is RunState.RUNNING]
         ages = [(here - since).total_seconds() for since in running if since]
-        told = {
+        counts = {
             "failed": sum(state.run.state is RunState.FAILED for state in self._ended.values()),
             "running": len(running),
             "waiting": sum(state.run.state is RunState.PLANNED for state in left),
         }
-        parts = [f"{count} {name}" for name, count in told.items() if count]
+        parts = [f"{count} {name}" for name, count in counts.items() if count]
         seconds = seconds_left(self._durations, ages, len(left) - len(ages), self._workers) if left else None
         parts += [f"about {readable(seconds)} left"] if seconds is not None else []
         return ", ".join(parts) or "nothing left"
@@ -290,10 +290,10 @@ _watches: list[Progress] = []
 
 @contextlib.contextmanager
 def watched(sweep: Sweep) -> Iterator[None]:
-    """Tells of the jobs of a sweep while the block runs, and once more at its end.
+    """Reports the progress of a sweep's jobs while the block runs, and once more at its end.
 
     Args:
-        sweep: Jobs of it that are done by now are not told of.
+        sweep: Its jobs that are done by now are not reported.
     """
     progress, stop = Progress(sweep, _say, since=now()), threading.Event()
 
@@ -314,6 +314,6 @@ def watched(sweep: Sweep) -> Iterator[None]:
 
 
 def look_now() -> None:
-    """Looks at once, for when a job ended in this very process."""
+    """Checks at once, for when a job ended in this process."""
     for progress in _watches:
         progress.look()

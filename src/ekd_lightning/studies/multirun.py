@@ -1,4 +1,4 @@
-"""Multirun from start to end: it is planned on disk, followed, summed up, and continued by `resume=<its folder>`."""
+"""Multirun from plan to summary, and its continuation by `resume=<its folder>`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Hydra tells callbacks of the end only if no job failed."""
 
 
 class SweepSummary(Callback):
-    """Writes down what a multirun is going to do, and follows it; `tell_sweep` ends it."""
+    """Records the plan of a multirun and follows its jobs; `tell_sweep` ends it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plans the jobs, before the first one starts."""
@@ -81,12 +81,12 @@ class SweepSummary(Callback):
             stack.enter_context(watched(sweep))
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Tells of it at once where the job ran in the sweep's own process."""
+        """Reports the job at once if it ran in the sweep's own process."""
         look_now()
 
 
 def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
-    """Refuses a sweep all of whose jobs would be refused for the same reason; checks one job where the first fits.
+    """Refuses a sweep if all of its jobs would be refused for the same reason.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
@@ -117,7 +117,7 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
 
 
 def _settings(config: DictConfig, job: Job) -> Settings:
-    """Those of a job of a multirun."""
+    """Overrides of a job of a multirun."""
     chosen = internals.job_config(config, job.overrides).copy()
     with open_dict(chosen):
         chosen.pop("hydra")
@@ -125,7 +125,7 @@ def _settings(config: DictConfig, job: Job) -> Settings:
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
-    """The sweep that Hydra's own sweeper is going to start, with all that is needed to start jobs of it again.
+    """Builds the sweep that Hydra's sweeper is about to start, with all that is needed to continue it.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
@@ -170,7 +170,7 @@ def forget_sweep() -> None:
 
 
 def interrupted_sweep() -> str | None:
-    """Ends what an interrupted sweep has left running, and says how it stands.
+    """Ends the jobs that an interrupted sweep left running, and logs its state.
 
     Returns:
         One line; None if no sweep ran in this process.
@@ -185,7 +185,7 @@ def interrupted_sweep() -> str | None:
 
 
 def lost_job(error: BaseException) -> str | None:
-    """What a launcher says of a job whose process was killed, in one line; None if that is not what happened.
+    """The launcher's error for a job whose process was killed, in one line; None for other errors.
 
     Jobs of submitit's local executor that are still at work are waited for: they lack nothing.
     """
@@ -198,7 +198,7 @@ def lost_job(error: BaseException) -> str | None:
 
 
 def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
-    """Runs what is left of a sweep, and prints its summary.
+    """Runs the remaining jobs of a sweep, and prints its summary.
 
     Done runs are skipped, and so are those at which another process is at work; started ones go on from their last
     checkpoint (or start again without one), the others are started. Failed runs are tried again.
@@ -268,7 +268,7 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
 
 
 def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
-    """What to launch: the run goes on only if it is this job's, and not one that an earlier sweep left there."""
+    """The job to launch; it resumes the run in its directory only if that is its own, not an earlier sweep's."""
     directory = RunDirectory(job.directory)
     recorded = [] if run.state is RunState.PLANNED else directory.overrides()
     same = bool(recorded) and _computing(recorded) == _computing(job.overrides)

@@ -149,7 +149,7 @@ def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
 
 
 def _prepare(settings: Settings) -> Prepared:
-    """Makes all checks that a run makes before it trains, and those of a study."""
+    """Checks a trial as its run would be, and the study."""
     if settings.resume is not None:
         raise UserError(f"resume={settings.resume}: has no meaning here; the same --output goes on")
     devices = settings.trainer.get("devices", 1)
@@ -184,7 +184,7 @@ def is_ignored(key: str) -> bool:
 
 
 def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    """What a result says of how it was found."""
+    """Record of how a result was found."""
     shared = asdict(Protocol.of(describe_run(settings, prepared)))
     return {
         **{name: value for name, value in shared.items() if value is not None},
@@ -257,7 +257,7 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
 
 
 class ReportAccuracy(Callback):
-    """Tells the validation accuracy of every epoch but the last, whose trial is over anyway."""
+    """Reports the validation accuracy of every epoch but the last, which ends the trial."""
 
     def __init__(self, report: Report, first_step: int = 0) -> None:
         self._report, self._first_step = report, first_step

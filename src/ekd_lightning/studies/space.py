@@ -1,4 +1,4 @@
-"""What a study searches: ranges and choices by configuration key, given by the user or derived from a method."""
+"""Search space: ranges and choices by configuration key, given by the user or derived from a method."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def describe_space(space: SearchSpace) -> dict[str, Any]:
 
 
 def tidied(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Values with four significant digits: what is trained with is what the record says."""
+    """Values rounded to four significant digits, so that training and record agree."""
     return {
         key: min(max(float(f"{found[key]:.4g}"), values.low), values.high)
         if isinstance(values, FloatDistribution)
@@ -150,7 +150,7 @@ def tidied(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, Scalar]:
-    """What a resolved configuration says about the searched keys.
+    """Values of the searched keys in a resolved configuration.
 
     Args:
         space: What is searched.

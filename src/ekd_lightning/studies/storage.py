@@ -39,7 +39,7 @@ def open_study(
     warmup_steps: int | None,
     url: str | None,
 ) -> optuna.Study:
-    """Opens the study of a folder, or the one in a database that is called by the folder's last two names.
+    """Opens the study of a folder, or the one in a database named after the folder's last two parts.
 
     Args:
         folder: The search's own.
@@ -75,7 +75,7 @@ def open_study(
 
 
 def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
-    """Leaves the description of a new search; refuses one that differs from what is there."""
+    """Writes the description of a new search; refuses one that differs from an existing one."""
     path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
     if path is None:
         if (folder / JOURNAL).exists():
@@ -98,7 +98,7 @@ def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any], ign
 
 
 class _Journal(JournalFileBackend):
-    """The trials, a line for each event; what a kill or a full disk left of a line is dropped before the next one.
+    """Journal of the trials, one line per event; a line cut off by a kill or a full disk is dropped.
 
     As long as nothing follows it, readers pass over it.
     """

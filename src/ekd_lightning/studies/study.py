@@ -1,4 +1,4 @@
-"""Study of rows × fractions × seeds, as `ekd-compare` is asked for it, written down in study.json."""
+"""Study of rows × fractions × seeds, as `ekd-compare` writes it to study.json."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RowPlan:
 
     @property
     def settings(self) -> str:
-        """What the row changes of its method's defaults, as overrides; empty for nothing."""
+        """Overrides that change the method's defaults; empty without any."""
         return " ".join(self.overrides[1:])
 
 
@@ -174,7 +174,7 @@ def read_study(folder: Path) -> Study | None:
 
 
 def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
-    """A row as a study writes it: its name is part of a path, and it sets its method and student alone."""
+    """Reads a row from study.json; its name is part of a path, and it sets its method and student only."""
     words = tuple(check_words(row["overrides"], path))
     if not re.fullmatch(r"\w[\w.+@-]*", name) or not words or not words[0].startswith("method="):
         raise UserError(f"{path}: damaged (a row {name!r})")
@@ -192,7 +192,7 @@ def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any,
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
-    """The common overrides of a study that is called again: its own, where only places and the like are given."""
+    """The common overrides of a study that is continued: its own, if only locations and the like are given."""
     if not all(is_free(key_of(word)) or names_code(word) for word in words):
         return words
     given = {key_of(word) for word in words}
@@ -222,7 +222,7 @@ def union(old: Study, new: Study) -> Study:
         if before.overrides != row.overrides:
             raise UserError(
                 f"row {row.name}: the study has it with {' '.join(before.overrides)}, "
-                f"now it is {' '.join(row.overrides)}; another --output, please"
+                f"now it is {' '.join(row.overrides)}; use another --output"
             )
     return Study(
         tuple(rows.values()),

@@ -1,4 +1,4 @@
-"""Sweep on disk: its jobs, written down in sweep.json before the first one starts, how each stands, and the summary."""
+"""Sweep on disk: its jobs in sweep.json, their states, and the summary."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is made of.
+    """Jobs of a sweep, and how to launch them again.
 
     Attributes:
         folder: Folder of the sweep.
@@ -86,7 +86,7 @@ class Sweep:
 
 
 class Standing(NamedTuple):
-    """How a job stands: the job, and its run on disk."""
+    """A job and its run on disk."""
 
     job: Job
     run: RunEntry
@@ -133,7 +133,7 @@ def read_sweep(folder: Path) -> Sweep | None:
 
 
 def found_sweep(folder: Path) -> Sweep:
-    """The planned sweep of a folder, or what can be seen of a sweep that nobody planned (another sweeper's)."""
+    """The planned sweep of a folder, or for another sweeper's what can be read from its runs."""
     planned = read_sweep(folder)
     if planned is not None:
         return planned
@@ -150,7 +150,7 @@ def sweep_of(directory: Path) -> str | None:
 
 
 def look(job: Job, started: str = "") -> Standing:
-    """How a job stands by the files in its directory; one that has no record yet is planned.
+    """State of a job by the files in its directory; a job without a record is planned.
 
     Args:
         job: The job.
@@ -167,7 +167,7 @@ def look(job: Job, started: str = "") -> Standing:
 
 
 def standings(sweep: Sweep) -> list[Standing]:
-    """How all jobs of a sweep stand, in their order."""
+    """States of all jobs of a sweep, in their order."""
     return [look(job, sweep.started) for job in sweep.jobs]
 
 
@@ -189,7 +189,7 @@ def _table(job: Job) -> dict[str, str]:
 
 
 def show_summary(sweep: Sweep) -> None:
-    """Prints what the runs of a sweep found, which failed and why, and where everything is.
+    """Prints the results of a sweep, its failures with their errors, and the paths of its files.
 
     Nothing, if it was refused before its first job.
     """

@@ -1,4 +1,4 @@
-"""Trials of one configuration on disk, shared by all processes that work on them, and what they find.
+"""Trials of one configuration on disk, shared by all processes of a search, and their results.
 
 Trial number n of the budget is a pure function of the sampler's seed, n and the trials before it, so a study that
 was stopped and resumed tries what the uninterrupted one would have tried.
@@ -87,7 +87,7 @@ class Search:
         self._alive.acquire()
 
     def close(self) -> None:
-        """Says that no trial of this process is running."""
+        """Marks that no trial of this process is running."""
         self._alive.release()
 
     @property
@@ -147,11 +147,11 @@ class Search:
         self._study.tell(trial, value, state=state)
 
     def trial_folder(self, number: int) -> Path:
-        """Where a trial works; nothing of it is kept."""
+        """Temporary directory of a trial."""
         return self.folder / "trials" / str(number)
 
     def _bury_dead(self) -> None:
-        """Takes running trials of processes that were killed out of the count."""
+        """Marks running trials of killed processes as failed, so that they do not count."""
         if self._in_database:
             optuna.storages.fail_stale_trials(self._study)
             return
@@ -178,7 +178,7 @@ def _sampler(seed: int, position: int) -> TPESampler:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a study has found so far; accuracies are on the validation split, of the last epoch, in [0, 1].
+    """Results of a study so far; accuracies are on the validation split after the last epoch, in [0, 1].
 
     Attributes:
         overrides: Of the best trial; empty if that is the configuration as it was given. Of equals the earliest.
@@ -200,7 +200,7 @@ class Outcome:
 
 
 def outcome(study: Search) -> Outcome | None:
-    """Sums a study up; None as long as no trial is complete."""
+    """Summary of a study; None until a trial is complete."""
     ended = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     ranked = ranking(study)
     if not ranked:
@@ -239,7 +239,7 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
 
 
 def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
-    """Prints the best trials, and what their difference means.
+    """Prints the best trials, and whether they differ significantly.
 
     Raises:
         UserError: If no trial is complete.

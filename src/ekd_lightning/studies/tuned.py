@@ -42,13 +42,13 @@ def read_tuned(path: Path) -> dict[str, Any]:
 
 
 def _is_shared(key: str) -> bool:
-    """Whether all rows of a study must have the same value of a setting; their own are weights, rates and the like."""
+    """Whether all rows of a study must share a setting; weights, rates and the like are their own."""
     own = key.startswith(("method.", "recipe.")) and key != "method.name"
     return not own or purpose_of(key).role is not Role.COMPUTED
 
 
 def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
-    """Results in one folder are meant to be compared."""
+    """Warns if results in one folder cannot be compared, as they had other budgets."""
     for path in sorted(output.glob("*.yaml")):
         if path.stem == facts["method"]:
             continue
@@ -61,7 +61,7 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
 
 
 def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What two results of ekd-tune must share to be compared, and do not."""
+    """Names of what two results of ekd-tune must share to be compared, and do not."""
     differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
     ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
     # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
@@ -69,7 +69,7 @@ def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def standard_error(accuracy: float, images: int) -> float:
-    """Of an accuracy p in [0, 1] measured on n images: sqrt(p (1 - p) / n), the binomial's."""
+    """Binomial standard error of an accuracy p in [0, 1] on n images: sqrt(p (1 - p) / n)."""
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 

@@ -27,7 +27,7 @@ const runsBehind = (numbers) => {
 };
 
 /** Colour, marker and dash of a method, the same in all charts. */
-class Looks {
+class LineStyles {
   constructor(names, palette) {
     this.names = names;
     this.palette = palette;

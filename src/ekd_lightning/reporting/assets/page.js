@@ -6,10 +6,10 @@ for (const group of payload.groups) group.text = lower(group.label, group.method
 for (const run of payload.runs)
   run.text = lower(run.name, run.method, run.student, run.data, run.state, run.error);
 
-const looks = new Looks(payload.labels, payload.palette);
+const looks = new LineStyles(payload.labels, payload.palette);
 const look = (group) =>
   "branch" in group
-    ? new Looks(
+    ? new LineStyles(
         Array.from({ length: 64 }, (_, at) => at),
         payload.palette,
       ).at(group.branch)
