@@ -106,8 +106,8 @@ class Session:
         self._work: dict[str, float] = {}
 
     def renew(self) -> None:
-        """Begins the phases of a run anew, for the next run of several."""
-        self.phases |= {name: Task(name) for name in RUN_PHASES}
+        """Begins all phases anew that are not at work, for the next run of several."""
+        self.phases = {name: task if task.active else Task(name) for name, task in self.phases.items()}
         self._work = {}
 
     def expect(self, work: Mapping[str, float]) -> None:
@@ -149,6 +149,11 @@ def reported_by(reporter: Reporter) -> Iterator[None]:
         _reporter = before
 
 
+def is_reported() -> bool:
+    """Whether anybody shows sessions of this process."""
+    return type(_reporter) is not Reporter
+
+
 @contextlib.contextmanager
 def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Session]:
     """Phases of a command; within another session they are phases of that one.
@@ -169,6 +174,10 @@ def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Sessi
     try:
         reporter.start(_session)
         yield _session
+    except BaseException:
+        # What is refused at once leaves its message alone on the screen.
+        _session.keep &= sum(task.elapsed > 0 for task in _session.phases.values()) > 1
+        raise
     finally:
         _session = None
         reporter.stop()

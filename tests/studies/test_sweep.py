@@ -383,11 +383,13 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
     leave(sweep.folder / "2", "running")
     show_summary(found_sweep(sweep.folder))
     name, lines = sweep.folder.name, capsys.readouterr().out.splitlines()
-    assert lines[-4:] == [
+    assert lines[-6:] == [
         f"{sweep.folder}: 1 of 4 runs done, 1 failed",
         "  failed: 1  lr=1: no",
-        f"continue:  ekd-train resume={name}",
-        f"report:    ekd-report {name} -o {name}/report",
+        "",
+        "next:",
+        f"  ekd-train resume={name}",
+        f"  ekd-report {name} -o {name}/report",
     ]
     assert any(line.split() == ["0", "0", "50.00", "40.00", "12", "done"] for line in lines)
     assert any(line.split()[-2:] == ["not", "started"] for line in lines)

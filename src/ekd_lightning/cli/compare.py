@@ -12,7 +12,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from ekd_lightning.config.commands import typed
+from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command, users_files_first
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of
@@ -119,7 +119,13 @@ def run_compare(args: argparse.Namespace) -> bool:
             comparison.run(
                 study, folder, composer, hydra_words, run_listed_job, command=again, retry_failed=args.retry_failed
             )
-    return comparison.report(study, folder)
+    complete = comparison.report(study, folder)
+    more = ",".join(str(max(study.seeds) + number) for number in (1, 2))
+    print_next(
+        f"ekd-report {typed(folder)} -o {typed(folder / 'report')}",
+        f"{PROGRAM} --output {typed(folder)} --seeds {more}" if complete else again,
+    )
+    return complete
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.data.catalog import dataset_names, open_dataset, source_names
 from ekd_lightning.data.images import Dataset
+from ekd_lightning.progress import phase, session
 from ekd_lightning.settings import DataSettings
 
 EXAMPLES = """\
@@ -45,7 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=f"{os.environ.get('EKD_STORE') or 'store'}/images",
         help="the folder of decoded images, which runs share (default: %(default)s)",
     )
-    run_command(parser, lambda args: print(describe(open_dataset(_settings(args)))), argv)
+    run_command(parser, _obtain, argv)
+
+
+def _obtain(args: argparse.Namespace) -> None:
+    with session("data"), phase("data"):
+        dataset = open_dataset(_settings(args))
+    print(describe(dataset))
 
 
 def _settings(args: argparse.Namespace) -> DataSettings:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import part, phase, session
 from ekd_lightning.runs.collection import finished_runs
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
@@ -84,25 +86,31 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     runs, left_out = finished_runs(places)
     for line in left_out:
         print(line, file=sys.stderr)
-    device = choose_device(args.device)
     rows: list[tuple[str, ...]] = []
     complete = True
-    for position, directory in enumerate(runs, 1):
-        print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
-        try:
-            outcome = _evaluate(directory, parts, overrides, device, force=args.force, trust=args.trust)
-        except UserError as error:
-            if len(runs) == 1:
-                raise
-            complete = False
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-            rows.append((str(directory), "", "", "", "", "", "[red]failed"))
-            continue
-        complete = complete and not outcome.errors
-        for line in outcome.errors.values():
-            print(f"{PROGRAM}: error: {directory}: {line}", file=sys.stderr)
-        rows.append(_row(directory, outcome))
+    with session("data", "evaluation") as shown:
+        with phase("data"), part("importing PyTorch"):
+            device = choose_device(args.device)
+        for position, directory in enumerate(runs, 1):
+            print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
+            try:
+                outcome = _evaluate(directory, parts, overrides, device, force=args.force, trust=args.trust)
+            except UserError as error:
+                if len(runs) == 1:
+                    raise
+                complete = False
+                print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+                rows.append((str(directory), "", "", "", "", "", "[red]failed"))
+                continue
+            complete = complete and not outcome.errors
+            for line in outcome.errors.values():
+                print(f"{PROGRAM}: error: {directory}: {line}", file=sys.stderr)
+            rows.append(_row(directory, outcome))
+            if position < len(runs):
+                shown.renew()
     print_table("evaluated runs", _HEADS, rows, left=("run", "method", "parts"))
+    where = " ".join(map(typed, places))
+    print_next(f"ekd-report {where} -o report", *([f"ekd-export {where}"] if len(runs) == 1 else []))
     return complete
 
 
@@ -143,16 +151,19 @@ def choose_device(name: str) -> torch.device:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, *, force: bool, trust: bool
 ) -> Outcome:
-    from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
-    from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
-    from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
+    with phase("data"), part("importing PyTorch and Lightning"):
+        from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
+        from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
+        from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415
 
     run = RunWriter(directory)
     settings = recorded_settings(run, overrides, trust=trust)
     if run.finished_result().partial:
         raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
-    context = open_context(run, settings, device)
-    outcome = evaluate_finished_run(context, run, parts, force=force)
+    with phase("data"):
+        context = open_context(run, settings, device)
+    with phase("evaluation", len(parts), None):
+        outcome = evaluate_finished_run(context, run, parts, force=force)
     if outcome.done:
         log_evaluation_run(
             settings.logger,

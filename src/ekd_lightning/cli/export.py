@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import check_options, make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.progress import phase, session
 from ekd_lightning.roles import COUNT
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import check_directory
@@ -72,33 +74,39 @@ def run_export(args: argparse.Namespace) -> bool:
     Raises:
         UserError: For a user's mistake, before anything is written.
     """
-    options = _options(args)
     for word in args.overrides:
         if word.partition("=")[0] not in (*PLACES, "imports") or "=" not in word:
             raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
     folder = args.output or args.run / "export"
-    from ekd_lightning.networks import push  # noqa: PLC0415 (slow; --help and misspellings need none)
-    from ekd_lightning.pipeline import export  # noqa: PLC0415
-    from ekd_lightning.reporting import model_card  # noqa: PLC0415
+    failure, card = None, None
+    with session("data", "export"):
+        with phase("data"):
+            from ekd_lightning.networks import push  # noqa: PLC0415 (slow; --help needs none)
+            from ekd_lightning.pipeline import export  # noqa: PLC0415
+            from ekd_lightning.reporting import model_card  # noqa: PLC0415
 
-    if args.output:
-        check_directory(folder)
-    export.refuse_existing(folder, options, args.force)
-    model_card.refuse_foreign_card(folder, export.read_export(folder), force=args.force)
-    context, provenance = _open(args, options)
-    failure = None
-    with export.exporting(folder):
-        try:
-            record = export.export_student(context, provenance, folder, options, force=args.force)
-        except export.CheckFailedError as error:
-            failure, record = str(error), export.read_export(folder) or {}
-        if record.get("files"):
-            _show(record, folder)
-            print(model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force))
-    if record.get("files") and not failure:
+            options = _options(args)
+            if args.output:
+                check_directory(folder)
+            export.refuse_existing(folder, options, args.force)
+            model_card.refuse_foreign_card(folder, export.read_export(folder), force=args.force)
+            context, provenance = _open(args, options)
+        with phase("export", len(options.files), "files"), export.exporting(folder):
+            try:
+                record = export.export_student(context, provenance, folder, options, force=args.force)
+            except export.CheckFailedError as error:
+                failure, record = str(error), export.read_export(folder) or {}
+            if record.get("files"):
+                card = model_card.write_card(record, context.result, folder, license_id=args.license, force=args.force)
+    if card is not None:
+        _show(record, folder)
+        print(card)
+    if card is not None and not failure:
         _say_accuracy(record, context.result)
         if args.push:
             print(f"uploaded: {push(folder, args.push)}")
+        run = typed(args.run)
+        print_next(f"ekd-evaluate {run} --parts all", f"ekd-report {run} -o {typed(args.run / 'report')}")
     if failure:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
     return not failure

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import nullcontext
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, print_table, run_program
-from ekd_lightning.config.overrides import check_typed
+from ekd_lightning.config.overrides import check_typed, key_of
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import part, phase, session
 from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.writer import is_rank_zero
@@ -51,8 +55,6 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     Raises:
         UserError: For a user's mistake, or a directory that holds a run, before anything is written.
     """
-    from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
-
     settings = to_settings(cfg)
     settings.check()
     if settings.resume is not None:
@@ -60,7 +62,12 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     import_user_modules(settings.imports)
     if is_rank_zero() and RunDirectory(output.directory).file(STATUS) is not None:
         raise UserError(f"{output.directory}: holds a run; give another hydra.run.dir")
-    rows = obtain_teachers(settings, output.directory, on_start=output.start)
+    filled = settings.teachers.fill != "none"
+    with session("data", "teachers", "test", *(["table"] if filled else [])):
+        with phase("data"), part("importing PyTorch and Lightning"):
+            from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
+
+        rows = obtain_teachers(settings, output.directory, on_start=output.start)
     heads = ("teacher", "source", "parameters", "test accuracy %", "SHA-256")
     cells = (
         (
@@ -73,6 +80,8 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
         for row in rows
     )
     print_table(f"teachers for {settings.data.name}", heads, cells, left=("teacher", "source", "SHA-256"))
+    words = [word for word in HydraConfig.get().overrides.task if key_of(word) != "teachers.fill"]
+    print_next(f"ekd-train {shlex.join(words)}")
 
 
 if __name__ == "__main__":

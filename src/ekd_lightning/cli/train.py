@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import sys
@@ -34,6 +35,7 @@ from ekd_lightning.config.overrides import (
 from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import is_rank_zero
+from ekd_lightning.studies.launching import is_watched
 from ekd_lightning.studies.multirun import forget_sweep, interrupted_sweep, lost_job, resume_sweep, tell_sweep
 
 log = logging.getLogger(__name__)
@@ -145,7 +147,9 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     named = [str(node.get("_target_")) for node in settings.callbacks.values() if isinstance(node, dict)]
     own_bar = any("Progress" in name for name in named)
     live = settings.trainer.get("enable_progress_bar") is None and not own_bar
-    with progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
+    # A launcher's other process has nobody who shows anything yet.
+    shown = contextlib.nullcontext() if progress.is_reported() else progress.reported_by(progress.Lines())
+    with shown, progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
         with progress.phase("data"), progress.part("importing PyTorch and Lightning"):
             from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)
 
@@ -154,7 +158,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
                 warn_without_effect([key_of(word) for word in HydraConfig.get().overrides.task], [settings])
         result = run(settings, directory, config=plain, sweep=sweep, callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
-        log.info("%s", summary_line(result, directory), extra=None if sweep else OFF_SCREEN)
+        log.info("%s", summary_line(result, directory), extra=OFF_SCREEN if sweep is None or is_watched() else None)
         if sweep is None:
             show_result(result, directory)
     value = result.get(settings.metric)

@@ -54,11 +54,11 @@ def called(program: str) -> str:
 
 
 def print_next(*commands: str) -> None:
-    """Prints commands that may come next, ready to be pasted; each begins with a program of this package."""
+    """Prints commands that may come next, ready to be pasted."""
     print("\nnext:")
     for command in commands:
         program, _, words = command.partition(" ")
-        print(f"  {called(program)} {words}")
+        print(f"  {called(program) if program.startswith('ekd-') else program} {words}".rstrip())
 
 
 def _near(path: Path | str) -> str:

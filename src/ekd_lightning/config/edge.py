@@ -116,6 +116,9 @@ def run_program(program: str, body: Callable[[], object]) -> None:
     if "--version" in sys.argv[1:]:  # Hydra's own would be Hydra's
         print(package_version())
         return
+    if "install=bash" in sys.argv[1:] and sys.stdout.isatty():  # a shell that evaluates it gets nothing else
+        print(f"# to complete words of {program} in this shell (in every one: add this line to ~/.bashrc):")
+        print(f'#   eval "$({sys.argv[0]} -sc install=bash)"')
     with one_line(program), _started_here(), _shown(), users_files_first(sys.argv[1:]):
         body()
 
@@ -174,12 +177,13 @@ class ConsoleLines(logging.StreamHandler[Any]):
         return ("" if job is None else f"[{job}] ") + kind + logging.Formatter().format(record)
 
 
-class _OnScreen(Reporter):
+class OnScreen(Reporter):
     """Shows progress in one live display on a terminal, in plain lines elsewhere; only on global rank 0."""
 
     _shows = Reporter()
 
     def start(self, session: Session) -> None:
+        """Chooses how."""
         terminal = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
         if not is_rank_zero():
             self._shows = Reporter()
@@ -192,6 +196,7 @@ class _OnScreen(Reporter):
         self._shows.start(session)
 
     def stop(self) -> None:
+        """Ends it."""
         self._shows.stop()
 
 
@@ -202,7 +207,7 @@ def _shown() -> Iterator[None]:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     quiet_libraries()
     try:
-        with reported_by(_OnScreen()):
+        with reported_by(OnScreen()):
             yield
     finally:
         warnings.formatwarning = before
@@ -210,9 +215,11 @@ def _shown() -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Silences messages of libraries that are untrue here or repeat for every run."""
+    logging.getLogger("ekd_lightning.progress").setLevel(logging.INFO)  # where a command says little else, too
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("hydra_plugins").setLevel(logging.WARNING)  # Joblib's dump of its options
+    for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # which jobs there are, the sweep's own lines say
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA where none is asked for
     for message in (
         ".*does not have many workers.*",  # there are none: images are in memory

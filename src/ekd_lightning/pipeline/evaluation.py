@@ -277,6 +277,7 @@ def _run_parts(
     for name in [name for name in PARTS if name in parts]:
         if name in there and not force:
             skipped.append(name)
+            advance()
             continue
         start = time.perf_counter()
         try:

@@ -17,6 +17,7 @@ from ekd_lightning.networks import BranchedStudent, cut_branches, fold_branches,
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
 from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
+from ekd_lightning.progress import advance, part
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.writer import now
@@ -178,11 +179,13 @@ def export_student(
     for name, facts, content in _contents(context, deployed, metadata, options):
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
-            logits = predict_logits(load_deployed(temporary), test, batch_size)
+            with part(f"checking {name}:"):
+                logits = predict_logits(load_deployed(temporary), test, batch_size)
             found = compare_logits(logits, reference, test.labels, tolerance)
             _require_agreement(folder / name, found, None if facts["precision"] == "float32" else options.max_drop)
         record["files"][name] = {**facts, **_file_facts(folder / name, found)}
         write_json(folder / EXPORT, record)
+        advance()
     return record
 
 
@@ -206,7 +209,8 @@ def _contents(
     for file_format in options.formats:
         facts = {"format": file_format, "precision": "float32", "folded": options.fold_batch_norm}
         facts["outputs"] = deployed.outputs
-        content = to_bytes(deployed, {**metadata, "precision": "float32"}, file_format)
+        with part(f"writing {file_format}"):
+            content = to_bytes(deployed, {**metadata, "precision": "float32"}, file_format)
         onnx = content if file_format == "onnx" else onnx
         yield f"student{SUFFIXES[file_format]}", facts, content
     if options.int8:
@@ -216,7 +220,9 @@ def _contents(
         facts = {"format": "onnx", "precision": "int8", "folded": True, "outputs": deployed.outputs}
         facts["calibration_images"] = len(index)
         pixels = context.dataset.train.images[index].split(_CALIBRATION_BATCH)
-        yield INT8, facts, quantize_onnx(onnx, (some.float().div_(255).numpy() for some in pixels), strings)
+        with part("quantising"):
+            content = quantize_onnx(onnx, (some.float().div_(255).numpy() for some in pixels), strings)
+        yield INT8, facts, content
 
 
 def _spread(index: Tensor, count: int) -> Tensor:

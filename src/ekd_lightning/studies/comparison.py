@@ -25,6 +25,7 @@ from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
+from ekd_lightning.progress import phase, session, track
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.runs.collection import RunEntry
@@ -127,7 +128,8 @@ def run(
         UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
         KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
     """
-    jobs, left = plan(study, folder, composer, retry_failed=retry_failed)
+    with session("plan", keep=False), phase("plan"):
+        jobs, left = plan(study, folder, composer, retry_failed=retry_failed)
     write_study(study, folder)
     total = len(study.rows) * len(study.fractions) * len(study.seeds)
     resumed = sum(job.resumed for job in jobs)
@@ -175,7 +177,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     left: list[RunEntry] = []
     checked: dict[tuple[str, float], Settings] = {}
     free = [word for word in study.common if is_free(key_of(word)) or names_code(word)]
-    for row, fraction, seed in study.every:
+    for row, fraction, seed in track(list(study.every), "checking", "runs"):
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
         directory = found.directory
         cfg = compose(overrides=words)

@@ -313,6 +313,11 @@ def watched(sweep: Sweep) -> Iterator[None]:
         progress.look()
 
 
+def is_watched() -> bool:
+    """Whether the sweep that a job of this process belongs to tells of it itself."""
+    return bool(_watches)
+
+
 def look_now() -> None:
     """Checks at once, for when a job ended in this process."""
     for progress in _watches:

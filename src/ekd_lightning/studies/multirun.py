@@ -28,6 +28,7 @@ from ekd_lightning.config.overrides import (
     split_config_dir,
 )
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import part, phase, session
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import DirectoryLock, LockedError
@@ -73,7 +74,8 @@ class SweepSummary(Callback):
         _open.append((folder, stack, is_queued(config)))
         sweep = planned_sweep(config, folder)
         if sweep is not None:
-            refuse_common_mistake(config, sweep.jobs)
+            with session("plan", keep=False), phase("plan"), part("checking the first job"):
+                refuse_common_mistake(config, sweep.jobs)
             for job in sweep.jobs:
                 if "overwrite=true" not in job.overrides and not config.get("overwrite"):
                     RunDirectory(job.directory).refuse_finished()

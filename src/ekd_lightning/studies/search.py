@@ -32,6 +32,7 @@ from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
 from ekd_lightning.pipeline.run import run
+from ekd_lightning.progress import RUN_PHASES, phase, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
@@ -217,12 +218,16 @@ def run_trials(
             weights turn out.
     """
     start = time.monotonic()
-    while timeout is None or time.monotonic() - start < timeout:
-        trial = study.claim(trials)
-        if trial is None:
-            return
-        _run_trial(study, trial, evaluate)
-        after_trial()
+    with session("trials", *RUN_PHASES[:-1]) as shown, phase("trials", trials) as all_trials:
+        while timeout is None or time.monotonic() - start < timeout:
+            trial = study.claim(trials)
+            if trial is None:
+                return
+            shown.renew()
+            all_trials.note = f"trial {trial.number}"
+            _run_trial(study, trial, evaluate)
+            all_trials.advance()
+            after_trial()
     log.info("--timeout: no further trials; the same command goes on")
 
 

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ekd_lightning.config.commands import typed, typed_resume
+from ekd_lightning.config.commands import print_next, typed, typed_resume
 from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
@@ -203,10 +203,8 @@ def show_summary(sweep: Sweep) -> None:
     for state in failed:
         print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
     place = typed(sweep.folder)
-    if done < len(states):
-        print(f"continue:  {sweep.again}")
-    if done:
-        print(f"report:    ekd-report {place} -o {typed(sweep.folder / 'report')}")
+    again = [sweep.again] if done < len(states) else []
+    print_next(*again, *([f"ekd-report {place} -o {typed(sweep.folder / 'report')}"] if done else []))
 
 
 def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:

@@ -23,6 +23,7 @@ from optuna.samplers import TPESampler
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
+from ekd_lightning.config.commands import called, print_next, typed
 from ekd_lightning.config.edge import print_table
 from ekd_lightning.config.overrides import Scalar, override
 from ekd_lightning.data.order import hash_uniform_u64
@@ -268,4 +269,9 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
         f"best {100 * found.value:.2f} %, {gain}; with {images} validation images the standard error of an "
         f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
         f"  -> {output / facts['method']}.yaml"
+    )
+    place = output / f"{facts['method']}.yaml"
+    print_next(
+        f"ekd-train method={facts['method']} $({called('ekd-tune')} --print {typed(place)})",
+        f"ekd-compare --methods {facts['method']} --tuned {typed(output)} --output {typed(output / 'compare')}",
     )

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import DamagedFileError, WriterBehind, write_text
-from ekd_lightning.runs.writer import RunWriter
+from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
@@ -205,7 +205,10 @@ def _wandb(
     # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
     options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
     directory.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
+
+    logger = WandbLogger(
+        settings=wandb.Settings(silent=True),  # of information alone; warnings and errors are shown
         name=name,
         id=wandb_run_id(directory),
         resume="allow",
@@ -220,6 +223,19 @@ def _wandb(
         config=config,
         **options,
     )
+    logger._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
+    if is_rank_zero():
+        _tell_of_wandb(logger, name)
+    return logger
+
+
+def _tell_of_wandb(logger: WandbLogger, name: str) -> None:
+    """Says in a line where a run of W&B is to be seen."""
+    run = logger.experiment
+    if run.disabled:
+        return
+    offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
+    log.info("W&B: run %s, %s", name, offline if run.offline else run.url)
 
 
 def in_wandb_sweep() -> bool:

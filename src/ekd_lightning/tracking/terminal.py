@@ -35,23 +35,23 @@ class LiveDisplay(Reporter):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._stack = contextlib.ExitStack()
+        self._live: Live | None = None
+        self._session: Session | None = None
 
     def start(self, session: Session) -> None:
         """Begins to draw."""
         console = Console(file=self._stream, highlight=False)
-        live = Live(
-            Rows(session),
-            console=console,
-            refresh_per_second=_PER_SECOND,
-            transient=not session.keep,
-            redirect_stdout=False,
-            redirect_stderr=False,
+        self._session = session
+        self._live = Live(
+            Rows(session), console=console, refresh_per_second=_PER_SECOND, redirect_stdout=False, redirect_stderr=False
         )
-        self._stack.enter_context(live)
+        self._stack.enter_context(self._live)
         self._stack.enter_context(_redirected(Above(console, self._stream)))
 
     def stop(self) -> None:
-        """Draws once more, and lets others write as before."""
+        """Draws once more, or clears the rows that are not to be kept, and lets others write as before."""
+        if self._live is not None and self._session is not None:
+            self._live.transient = not self._session.keep
         self._stack.close()
 
 
