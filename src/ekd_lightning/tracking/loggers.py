@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import DamagedFileError, WriterBehind, write_text
-from ekd_lightning.runs.writer import RunWriter, is_rank_zero
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
 log = logging.getLogger(__name__)
@@ -224,18 +224,15 @@ def _wandb(
         **options,
     )
     logger._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
-    if is_rank_zero():
-        _tell_of_wandb(logger, name)
     return logger
 
 
-def _tell_of_wandb(logger: WandbLogger, name: str) -> None:
+@rank_zero_only
+def _tell_of_wandb(run: Any) -> None:
     """Says in a line where a run of W&B is to be seen."""
-    run = logger.experiment
-    if run.disabled:
-        return
-    offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
-    log.info("W&B: run %s, %s", name, offline if run.offline else run.url)
+    if not run.disabled:
+        offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
+        log.info("W&B: run %s, %s", run.name, offline if run.offline else run.url)
 
 
 def in_wandb_sweep() -> bool:
@@ -268,6 +265,7 @@ def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = Non
     for logger in loggers:
         if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
             run = logger.experiment
+            _tell_of_wandb(run)
             run.define_metric("epoch", hidden=True)
             run.define_metric("trainer/global_step", hidden=True)
             run.define_metric("*", step_metric="epoch")
