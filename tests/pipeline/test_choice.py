@@ -103,7 +103,7 @@ def test_a_plain_control_with_branches_warns(tiny_settings, method, recwarn):
 def test_plain_methods_are_those_whose_files_set_one_branch():
     files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
     plain = [name for name, content in files.items() if (content.get("student") or {}).get("branches") == 1]
-    assert sorted(plain) == list(PLAIN_METHODS)
+    assert set(plain) - {"simkd"} == set(PLAIN_METHODS)  # simkd with branches: each has its own teacher's classifier
 
 
 def test_every_candidate_must_fit_the_method(tiny_settings):
