@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ekd_lightning.config.config import register_schema, to_settings
+from ekd_lightning.data import load_dataset
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.methods.terms import term_class, term_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,3 +132,34 @@ def test_the_site_builds_without_warnings(tmp_path: Path):
         str(tmp_path),
     ]
     assert build_main(arguments) == 0
+
+
+@pytest.mark.slow
+def test_the_first_run_does_what_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    docs = ROOT / "docs"
+    short = "data.fraction=0.2 recipe.epochs=1 recipe.batch_size=32 trainer=cpu trainer.precision=32-true"
+    short += " teachers.recipe.epochs=1 teachers.recipe.batch_size=32"
+    for program, *words in commands(docs / "first_run.md"):
+        once = ["0" if word == "0,1,2" else word for word in words]
+        more = short.split() if program in {"ekd-train", "ekd-compare"} else []
+        command = [str(Path(sys.executable).with_name(program)), *more, *once]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+    assert "EKD" in (tmp_path / "report-digits" / "tables.md").read_text()
+
+    # The snippets of Python use what the commands have left.
+    (tmp_path / "exported").symlink_to(tmp_path / "student")
+    (tmp_path / "outputs" / "run").symlink_to(tmp_path / "outputs" / "digits" / "first")
+    digits = load_dataset("digits", tmp_path).test
+    for page, images in (
+        ("first_run", to_unit(digits.images)),
+        ("export", to_unit(digits.images)),
+        ("evaluation", digits),
+    ):
+        (snippet,) = re.findall(r"^```python\n(.*?)^```", (docs / f"{page}.md").read_text(), re.DOTALL | re.MULTILINE)
+        exec(compile(snippet, page, "exec"), {"images": images})
+    space: dict[str, Any] = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", (docs / "python.md").read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(snippet, "python.md", "exec"), space)
+    assert [teacher["network"] for teacher in space["module"].hparams["teachers"]] == ["resnet8", "resnet8"]
