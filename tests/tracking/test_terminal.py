@@ -1,0 +1,146 @@
+"""The live display on a terminal: its rows are redrawn in place, and whatever else is said stays whole above them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import pty
+import struct
+import sys
+import termios
+import threading
+import warnings
+
+import pytest
+
+from ekd_lightning.config import edge
+from ekd_lightning.progress import UNSEEN, phase, reported_by, session, track
+
+pyte = pytest.importorskip("pyte")
+COLUMNS, ROWS = 80, 40
+
+
+class Terminal:
+    """A pseudo-terminal whose screen is kept."""
+
+    def __init__(self) -> None:
+        self.screen = pyte.Screen(COLUMNS, ROWS)
+        self._there, here = pty.openpty()
+        fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+        self.stream = os.fdopen(here, "w", encoding="utf-8")
+        self.raw = b""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        feed = pyte.ByteStream(self.screen).feed
+        while True:
+            try:
+                content = os.read(self._there, 1 << 16)
+            except OSError:
+                return
+            self.raw += content
+            feed(content)
+
+    def lines(self) -> list[str]:
+        """What the screen shows once all was written, without empty rows."""
+        self.stream.close()
+        self._reader.join(60)
+        os.close(self._there)
+        return [line.rstrip() for line in self.screen.display if line.strip()]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    def make() -> Terminal:  # called in the test: pytest sets the streams anew once fixtures are made
+        made = Terminal()
+        monkeypatch.setattr(sys, "stdout", made.stream)
+        monkeypatch.setattr(sys, "stderr", made.stream)
+        return made
+
+    return make
+
+
+def speak(log: logging.Logger) -> None:
+    """Two phases, during which everybody talks."""
+    with phase("training", 3) as training:
+        for epoch in track(range(3), "epochs"):
+            print(f"printed {epoch}")
+            log.info("logged %d", epoch)
+            log.info("epoch %d", epoch, extra=UNSEEN)
+            training.advance()
+            sys.stderr.write("half a ")
+            sys.stderr.write(f"line {epoch}\n")
+    with phase("test"):
+        sys.stderr.write("10 %\r50 %\r100 %\n")
+        log.warning("x" * (COLUMNS + 10))
+        sys.stderr.write(warnings.formatwarning("mind\n  this", UserWarning, __file__, 1))  # as Python does
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_every_line_of_the_screen_is_a_row_or_a_whole_line(terminal, keep):
+    terminal, log = terminal(), logging.getLogger("test_terminal")
+    log.propagate = False
+    log.addHandler(edge.ConsoleLines(sys.stdout))
+    log.setLevel(logging.INFO)
+    try:
+        with edge._shown(), session("training", "test", "evaluation", keep=keep):
+            speak(log)
+        log.info("afterwards")
+    finally:
+        log.handlers.clear()
+    said = [line for n in range(3) for line in (f"printed {n}", f"logged {n}", f"half a line {n}")]
+    said += ["100 %", "warning: " + "x" * (COLUMNS - 9), "x" * 19, "warning: mind this"]
+    found = terminal.lines()
+    rows = [line.split()[0] for line in found[len(said) : -1]]
+    assert found[: len(said)] == said
+    assert rows == (["training", "test", "evaluation", "total"] if keep else [])
+    assert found[-1] == "afterwards"
+    assert (sys.stdout, sys.stderr) == (terminal.stream, terminal.stream)
+
+
+def test_what_is_refused_at_once_leaves_no_rows(terminal):
+    terminal = terminal()
+    with (
+        pytest.raises(ValueError, match="no"),
+        reported_by(edge.OnScreen()),
+        session("data", "training"),
+        phase("data"),
+    ):
+        raise ValueError("no")
+    assert terminal.lines() == []
+
+
+def test_where_there_is_no_terminal_there_are_no_escape_codes(capsys):
+    log = logging.getLogger("test_terminal")
+    handler = edge.ConsoleLines(sys.stdout)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        with edge._shown(), session("training", "test"):
+            speak(log)
+    finally:
+        log.removeHandler(handler)
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert "epoch 2" in out.splitlines()
+    assert err.splitlines()[-1] == "warning: mind this"
+
+
+COMMANDS = ("train", "teach", "data", "evaluate", "compare", "tune", "report", "export", "dashboard", "bench")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_the_packages_version(name, capsys, monkeypatch):
+    from importlib import import_module
+    from importlib.metadata import version
+
+    main = import_module(f"ekd_lightning.cli.{name}").main
+    monkeypatch.setattr(sys, "argv", [f"ekd-{name}", "--version"])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out == f"ekd-lightning {version('ekd-lightning')}\n"
