@@ -263,6 +263,14 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     assert "10 missing" in out
 
 
+def test_controls_beside_unlabelled_images_have_a_use_for_them(tmp_path, words):
+    asked = ("--methods", "ekd", "--seeds", "0", "--match", "none", "--output", tmp_path / "c", "--print-jobs")
+    code, out, err = call(*asked, "--fractions", "0.1", *words, "data.unlabelled=rest")
+    assert code == 0, err
+    assert "added as controls: pseudo_labels, kd_mean, kd_mean_feature, ekd_mean" in err
+    assert len(out.splitlines()) == 5
+
+
 def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
     """That of the study is not forced on plain students either."""
     rows = ("--methods", "ce,one,dml,okddip,hydra_heads,ekd_permuted", "--no-controls", "--seeds", "0")

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_feature", "ekd_mean")
+CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
+"""Beside unlabelled images, of which methods on labels alone make no use."""
 MATCHED = ("kd_mean", "kd_mean_feature")
 """Methods whose plain students are given the cost of the branched one."""
 MATCHES = ("macs", "parameters")
@@ -242,7 +244,7 @@ def plan_rows(
     Args:
         methods: `ce,ekd,kd_mean@resnet14`.
         matches: Of `MATCHES`, by what plain students are given the cost of the study's branched one.
-        controls: Whether `CONTROLS` are added.
+        controls: Whether `CONTROLS`, or `CONTROLS_WITHOUT_LABELS`, are added.
         common: Overrides of all rows.
         old: The study so far: students of equal cost that it has are kept.
         compose: Composes overrides, inside an initialised Hydra.
@@ -253,7 +255,9 @@ def plan_rows(
     asked = [word.strip() for word in methods.split(",") if word.strip()]
     if not asked or len(set(asked)) < len(asked):
         raise UserError(f"--methods {methods}: give different rows, e.g. ce,kd_mean,ekd")
-    extra = [name for name in CONTROLS if controls and name not in asked]
+    unlabelled = compose(overrides=common).data.unlabelled is not None
+    usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
+    extra = [name for name in usual if controls and name not in asked]
     if extra:
         log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
     rows = [make_row(name, compose, common) for name in [*asked, *extra]]
