@@ -10,7 +10,7 @@ import pytest
 import torch
 from whole_runs import TINY
 
-from ekd_lightning.bench.cost import GROUPS, by_group, step_profile
+from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, step_profile, write_folder
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
@@ -52,6 +52,16 @@ def test_agreement_by_hand():
     found = agreement(plain, fast, temperature=1.0)
     assert found["top1_agreement"] == 0.5
     assert found["max_log_prob_difference"] == pytest.approx(1.0)  # log-odds 1 against -1
+
+
+def test_a_folder_is_loaded_either_way(bench, tmp_path):
+    write_folder(replace(bench, folder_images=40), tmp_path / "images")
+    assert len(list((tmp_path / "images").glob("*/*.jpg"))) == 40
+    assert load_plain(str(tmp_path / "images"), "0") > 0
+    for _ in ("cold", "warm"):
+        assert load_cached(str(tmp_path / "images"), str(tmp_path / "cache")) > 0
+    (pixels,) = (tmp_path / "cache").glob("*.pixels")
+    assert pixels.stat().st_size == 40 * 3 * 64 * 64
 
 
 @pytest.fixture
@@ -144,12 +154,15 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
 def test_the_slower_parts(tmp_path, store):
     output = tmp_path / "bench.json"
     words = [*TINY, f"teachers.store={store}"]
-    main(["--parts", "beghf", "--rounds", "1", "--plain-steps", "2", "--output", str(output), *words])
+    options = ["--parts", "beghfl", "--rounds", "1", "--plain-steps", "2", "--folder-images", "40"]
+    main([*options, "--output", str(output), *words])
     found = json.loads(output.read_text())
     for row in found["b"]["teachers"].values():
         assert row["top1_agreement"] > 0.95
     assert set(found["e"]["batches"]) == {"1", "128"}
     assert 0.1 < found["f"]["run_gb"] < 20
+    assert set(found["l"]["rates"]) == set(found["l"]["memory_gb"]) >= {"cold cache", "warm cache", found["l"]["best"]}
+    assert found["l"]["rates"][found["l"]["best"]]["ratio"] == 1
     assert 0 < found["h"]["student_training"] < 1
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,16 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench
 from ekd_lightning.bench.timing import matmul_peak, rate_of, seconds_of, summary, take_turns
 from ekd_lightning.config.overrides import override
+from ekd_lightning.data import open_dataset
+from ekd_lightning.data.views import to_unit
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
+from ekd_lightning.settings import DataSettings
 from ekd_lightning.teachers.hardware import compiled_or_not, teacher_dtype
 
 _FORMS = ("plain", "folded", "compiled")
@@ -85,6 +95,93 @@ def memory(bench: Bench) -> dict[str, Any]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
     return {"run_gb": int(done.stdout.split()[-1]) * unit / 1e9}
+
+
+_LOADER = """
+import json, resource, sys
+from ekd_lightning.bench import cost
+seconds = getattr(cost, sys.argv[1])(*sys.argv[2:])
+own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(json.dumps([seconds, own, child]))
+"""
+_FILE_SIZE, _LOADED_SIZE, _LOADED_BATCH = (320, 256), 64, 128  # pixels, pixels, images
+
+
+def folder_loading(bench: Bench) -> dict[str, Any]:
+    """(l) A folder of JPEG files, each image once in shuffled batches: cold and warm cache, and ImageFolder in workers.
+
+    Files are enlarged to 320×256 pixels and loaded as squares of 64. Each measurement is a process of its own, in which
+    imports do not count; the memory of workers is that of the largest times their number.
+    """
+    memory_gb: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root, cache = Path(folder, "images"), Path(folder, "cache")
+        write_folder(bench, root)
+
+        def rate(name: str, *words: object, workers: int = 0) -> float:
+            command = [sys.executable, "-c", _LOADER, *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            seconds, own, child = json.loads(done.stdout.splitlines()[-1])
+            unit = 1 if sys.platform == "darwin" else 1024
+            used = (own + workers * child) * unit / 1e9
+            memory_gb[name] = max(used, memory_gb.get(name, 0.0))
+            return bench.folder_images / seconds
+
+        def cold() -> float:
+            shutil.rmtree(cache, ignore_errors=True)
+            return rate("cold cache", "load_cached", root, cache)
+
+        ways: dict[str, Callable[[], float]] = {
+            f"ImageFolder, {count} workers": partial(
+                rate, f"ImageFolder, {count} workers", "load_plain", root, count, workers=count
+            )
+            for count in bench.workers
+        }
+        own = {"cold cache": cold, "warm cache": partial(rate, "warm cache", "load_cached", root, cache)}
+        rates = take_turns({**ways, **own}, bench.rounds, warm_up=False)
+    best = max(ways, key=lambda name: statistics.median(rates[name]))
+    return {
+        "unit": "images/s",
+        "images": bench.folder_images,
+        "best": best,
+        "rates": summary(rates, best),
+        "memory_gb": memory_gb,
+    }
+
+
+def write_folder(bench: Bench, root: Path) -> None:
+    """Writes the data set's images as JPEG files, over again until there are enough, into two folders in turn."""
+    images = bench.dataset.train.images
+    for number in range(bench.folder_images):
+        file = root / f"class{number % 2}" / f"{number:06}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = images[number % len(images)].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).resize(_FILE_SIZE, Image.Resampling.BICUBIC).save(file, quality=90)
+
+
+def load_cached(root: str, cache: str) -> float:
+    """Seconds until every image of a folder has been in a batch, by this package; decoded first where need be."""
+
+    def load() -> None:
+        settings = DataSettings("bench", "folder", root, cache=cache, image_size=_LOADED_SIZE)
+        dataset = open_dataset(settings)
+        for images in (dataset.train.images, dataset.test.images):
+            for index in torch.randperm(len(images)).split(_LOADED_BATCH):
+                to_unit(images[index])
+
+    return seconds_of(load)
+
+
+def load_plain(root: str, workers: str) -> float:
+    """The same by torchvision's ImageFolder and a DataLoader with so many workers."""
+
+    def load() -> None:
+        steps = [transforms.Resize(_LOADED_SIZE), transforms.CenterCrop(_LOADED_SIZE), transforms.ToTensor()]
+        folder = ImageFolder(root, transforms.Compose(steps))
+        for _ in DataLoader(folder, _LOADED_BATCH, shuffle=True, num_workers=int(workers)):
+            pass
+
+    return seconds_of(load)
 
 
 def growth(bench: Bench) -> dict[str, Any]:

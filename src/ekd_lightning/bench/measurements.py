@@ -76,6 +76,7 @@ _PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "f": cost.memory,
     "g": cost.growth,
     "i": parts.overhead,
+    "l": cost.folder_loading,
     "p": cost.step_profile,
 }
 

@@ -40,6 +40,7 @@ class Bench:
         overrides: What the settings were composed from, as for ekd-train.
         sweep_fraction: Share of the data for the parts that train often; None for that of the settings.
         sweep_epochs: Epochs of their trainings.
+        folder_images: Images in the folder whose loading is measured.
         began: What `time.perf_counter` said when the benchmark began.
         deadline: What `time.perf_counter` says when no further reference or part may begin.
     """
@@ -54,6 +55,7 @@ class Bench:
     overrides: tuple[str, ...] = ()
     sweep_fraction: float | None = None
     sweep_epochs: int = 3
+    folder_images: int = 1000
     began: float = 0.0
     deadline: float = math.inf
 

@@ -28,6 +28,7 @@ PARTS = {
     "h": "share of the machine's matrix-product peak (runs b and c)",
     "p": "where a training step's time goes, and what its convolutions alone allow",
     "f": "memory of a run of one epoch",
+    "l": "a folder of images: cold and warm cache, and torchvision's ImageFolder",
 }
 GPU_PARTS = "acip"
 """What fits into a few minutes where most of the time goes into compiling."""
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
     parser.add_argument("--sweep-fraction", type=float, help="share of the data for parts d, g and i")
     parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i")
+    parser.add_argument("--folder-images", type=int, default=1000, help="images of the folder of part l")
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     run_command(parser, bench, argv)
 
@@ -67,8 +69,8 @@ def bench(args: argparse.Namespace) -> None:
     unknown = [letter for letter in args.parts or "" if letter not in PARTS]
     if unknown or args.parts == "":
         raise UserError(f"--parts {args.parts!r}: parts are {', '.join(PARTS)}")
-    check_options(args, rounds=COUNT, plain_steps=COUNT, epochs=COUNT, sweep_epochs=COUNT, minutes=POSITIVE)
-    check_options(args, sweep_fraction=SHARE)
+    check_options(args, rounds=COUNT, plain_steps=COUNT, epochs=COUNT, sweep_epochs=COUNT, folder_images=COUNT)
+    check_options(args, minutes=POSITIVE, sweep_fraction=SHARE)
     if args.output and args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give the name of a file")
     if args.output:
@@ -77,7 +79,7 @@ def bench(args: argparse.Namespace) -> None:
     from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 
-    names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs")
+    names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs", "folder_images")
     counts = {name: getattr(args, name) for name in names}
     context = make_bench(args.overrides, epochs=args.epochs, minutes=args.minutes, **counts)
     on_gpu = context.device.type == "cuda"
