@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from whole_runs import TINY, Outcome, call_train
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of the libraries live as long as the tests do: no collection looks at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

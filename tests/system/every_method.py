@@ -6,6 +6,7 @@ python every_method.py FOLDER STORE DEVICES METHOD...
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import sys
@@ -63,6 +64,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
+    from ekd_lightning.pipeline import run  # noqa: F401
+
+    gc.freeze()  # else each run looks through all objects of the libraries
     folder, store, devices, *methods = sys.argv[1:]
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     errors = run_all(Path(folder), Path(store), int(devices), methods, rank)
