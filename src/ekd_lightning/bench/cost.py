@@ -137,7 +137,10 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
             )
             for count in bench.workers
         }
-        own = {"cold cache": cold, "warm cache": partial(rate, "warm cache", "load_cached", root, cache)}
+        own: dict[str, Callable[[], float]] = {
+            "cold cache": cold,
+            "warm cache": partial(rate, "warm cache", "load_cached", root, cache),
+        }
         rates = take_turns({**ways, **own}, bench.rounds, warm_up=False)
     best = max(ways, key=lambda name: statistics.median(rates[name]))
     return {
