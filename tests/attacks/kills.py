@@ -11,7 +11,7 @@ from typing import Any
 from scenes import call
 
 _CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.link", "shutil.rmtree", "shutil.move")
-MOST_SECONDS = 300
+MOST_SECONDS = 900
 
 
 class _Counter:
