@@ -2,8 +2,8 @@
 
     python docs/tools/record_terminal.py docs/figures
 
-writes terminal_run.svg, terminal_end.svg, terminal_pipe.svg and, as text, terminal_end.txt and terminal_pipe.txt, from
-a real run of a few minutes on the bundled digits. Needs pyte, which the extra `dev` has.
+writes terminal_run.svg, terminal_end.svg and terminal_pipe.svg from real runs of a few minutes on the bundled digits.
+Needs pyte, which the extra `dev` has.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -25,23 +26,26 @@ from rich.console import Console
 from rich.text import Text
 
 COLUMNS, ROWS = 118, 34
-WORDS = ("data.fraction=0.3", "recipe.epochs=10", "teachers.recipe.epochs=4", "hydra.run.dir=outputs/digits")
-HALFWAY = re.compile(r"epoch 6/10")
+WORDS = ("experiment=quick", "recipe.epochs=5", "teachers.recipe.epochs=3", "hydra.run.dir=outputs/digits/first")
+HALFWAY = re.compile(r"epoch 4/5")
 
 
 def screen_text(screen: pyte.Screen) -> Text:
     """What a screen shows, with its colours, without empty rows at the end."""
     text = Text()
     for row in range(screen.lines):
-        for column in range(screen.columns):
-            cell = screen.buffer[row][column]
-            colour = (
-                f"#{cell.fg}" if re.fullmatch("[0-9a-f]{6}", cell.fg) else {"brown": "yellow"}.get(cell.fg, cell.fg)
-            )
-            text.append(cell.data, f"{'bold ' if cell.bold else ''}{colour}")
+        cells = [screen.buffer[row][column] for column in range(screen.columns)]
+        for style, same in groupby(cells, style_of):
+            text.append("".join(cell.data for cell in same), style)
         text.append("\n")
     text.rstrip()
     return text
+
+
+def style_of(cell: pyte.screens.Char) -> str:
+    """Its style in the words of rich."""
+    colour = f"#{cell.fg}" if re.fullmatch("[0-9a-f]{6}", cell.fg) else {"brown": "yellow"}.get(cell.fg, cell.fg)
+    return f"{'bold ' if cell.bold else ''}{colour}"
 
 
 def write_svg(text: Text, path: Path, title: str) -> None:
@@ -80,19 +84,16 @@ def main() -> None:
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "TERM": "xterm-256color"}
     command = ["ekd-train", *WORDS]
+    title = " ".join(command)
     with tempfile.TemporaryDirectory() as folder:
         halfway, end = on_a_terminal(command, Path(folder), environment)
+        write_svg(halfway, out / "terminal_run.svg", title)
+        write_svg(end, out / "terminal_end.svg", title)
         again = subprocess.run(
             [*command, "overwrite=true"],
             cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
         )  # fmt: skip
-    title = " ".join(command)
-    write_svg(halfway, out / "terminal_run.svg", title)
-    write_svg(end, out / "terminal_end.svg", title)
-    write_svg(Text(again.stdout), out / "terminal_pipe.svg", f"{title} | cat")
-    for name, text in {"end": end.plain, "pipe": again.stdout}.items():
-        lines = (line.rstrip() for line in text.splitlines())
-        (out / f"terminal_{name}.txt").write_text("\n".join(lines) + "\n")
+        write_svg(Text(again.stdout), out / "terminal_pipe.svg", f"{title} | cat")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import ImageSize, TeacherOutput
 from ekd_lightning.networks.weights import answers_sha256
-from ekd_lightning.progress import readable, track
+from ekd_lightning.progress import UNSEEN, readable, track
 from ekd_lightning.teachers.rows import DeviceRows, StoredRows, Values, memory_for_rows, row_bytes
 from ekd_lightning.teachers.source import ImagesOf, LiveTeachers, StageCounts, Stages, TeacherFormat, TeacherSource
 from ekd_lightning.teachers.table import LOGITS, POOLED, Halves, Rows, TableKey
@@ -176,7 +176,7 @@ class TabledTeachers(TeacherSource):
             asked_for, computed = len(self._shapes) * sum(counts.values()), self.misses - before
             known = 100 * (1 - computed / max(asked_for, 1))
             text = "teacher outputs: %.1f %% of %s known, %s computed in %s"
-            log.info(text, known, f"{asked_for:,}", f"{computed:,}", readable(seconds))
+            log.info(text, known, f"{asked_for:,}", f"{computed:,}", readable(seconds), extra=UNSEEN)
 
     def prefetch_epoch(self, index: Tensor, view: Tensor, counts: StageCounts) -> None:
         """Reads the missing rows of the next epoch in a thread; see `TeacherSource`.

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from ekd_lightning.progress import Reporter, Session, Task, readable
 
-_BAR, _PER_SECOND = 24, 5
-_TOTAL, _GAP, _TIME = "total", 2, 10
+_BAR, _PER_SECOND = 20, 5
+_TOTAL, _GAP, _TIME = "total", 2, 7
 _LEAST_WIDTH = 60  # columns below which bars are left out
 
 
