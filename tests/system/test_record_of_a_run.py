@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
 from torch import no_grad
+from whole_runs import called
 
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import load_student
@@ -149,3 +152,22 @@ def test_a_result_from_a_part_of_the_test_set_says_so(train, tmp_path, limit, pa
     """One batch (1) is not all of them (1.0)."""
     outcome = train(tmp_path / "run", "method=ce", f"trainer.limit_test_batches={limit}")
     assert outcome.result["partial"] is partial
+
+
+def test_a_run_ends_with_a_table_and_commands_that_can_be_pasted(run, monkeypatch):
+    from ekd_lightning.cli import compare, evaluate, export
+
+    monkeypatch.chdir(run.directory.parent)
+    lines = run.out.splitlines()
+    table = [line.split() for line in lines if line.startswith((" student", " teacher"))]
+    teachers = [[f"{100 * one['test_accuracy']:.2f}", f"{one['num_parameters']:,}"] for one in run.result["teachers"]]
+    assert table[0][-5] == f"{100 * run.result['test_accuracy']:.2f}"
+    assert [row[-2:] for row in table if row[0] == "teacher:"] == teachers
+    commands = [shlex.split(line) for line in lines[lines.index("next:") + 1 :]]
+    assert [words[0] for words in commands] == ["ekd-report", "ekd-evaluate", "ekd-export", "ekd-compare"]
+    assert {Path(word).absolute() for words in commands[:3] for word in words[1:2]} == {run.directory}
+    assert called(export.main, *commands[2][1:])[0] == 0
+    assert (run.directory / "export" / "student.safetensors").is_file()
+    assert called(evaluate.main, *commands[1][1:3], "predictions")[0] == 0
+    code, out, err = called(compare.main, *commands[3][1:], "--print-jobs", "--no-controls")
+    assert (code, out.count("ekd-train")) == (0, 3), err
