@@ -34,7 +34,7 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.networks import library as libraries
-from ekd_lightning.networks.cutting import NEVER, cut, unknown_classes
+from ekd_lightning.networks.cutting import UNKNOWN_LOGIT, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.library import from_hub, load_library_network, usual
 from ekd_lightning.networks.staged import StagedNetwork, he_initialised
@@ -289,12 +289,12 @@ def test_classes_are_those_of_the_data(tmp_path):
     torch.testing.assert_close(by_name(images), logits[:, [4, 2, 0]])
     partial = load(["owl", "ant", "dog", "bee", "elk"])(images)
     torch.testing.assert_close(partial[:, 1:], logits[:, [2, 0]])
-    assert torch.equal(partial[:, 0], torch.full((2,), NEVER))
+    assert torch.equal(partial[:, 0], torch.full((2,), UNKNOWN_LOGIT))
     assert torch.equal(partial.softmax(1)[:, 0], torch.zeros(2))
     for wrong, said in (
         ([0, 1], "must be 3 positions in 0 .. 4"),
         ([0, 1, 5], "must be 3 positions in 0 .. 4"),
-        (["cat", "dog"], "names 2 classes, its weights tell 5"),
+        (["cat", "dog"], "names 2 classes, its weights predict 5"),
         (["a", "b", "c", "d", "e"], "none of its classes"),
         (None, "predicts 5 classes, the data has 3.*classes=.*finetune=head"),
     ):

@@ -1,4 +1,4 @@
-"""Runs are found at any depth, told apart by their state, and what is foreign or half-written is told in a line."""
+"""Runs are found at any depth and classified by state; foreign and half-written files are reported in one line."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from ekd_lightning.data import choose_subset, load_dataset, make_views
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, save_network
-from ekd_lightning.networks.cutting import NEVER
+from ekd_lightning.networks.cutting import UNKNOWN_LOGIT
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.settings import RecipeSettings, TeacherSettings
 from ekd_lightning.training.pool import gather_teachers, plan_teachers
@@ -149,7 +149,7 @@ def test_a_teacher_of_other_classes_teaches_its_features(plan, weights, tmp_path
     teachers.verify()
     images = torch.rand(2, 3, 64, 64)
     found = teachers(images)
-    assert torch.equal(found.logits, torch.full((2, 2, 10), NEVER))
+    assert torch.equal(found.logits, torch.full((2, 2, 10), UNKNOWN_LOGIT))
     assert torch.equal(found.pooled[1], own.outputs(images).pooled)
     expected = module.forward_head(module.forward_features(teachers.members[0].normalize(images)), pre_logits=True)
     torch.testing.assert_close(found.pooled[0], expected)

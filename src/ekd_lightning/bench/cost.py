@@ -63,13 +63,13 @@ def inference(bench: Bench) -> dict[str, Any]:
     over = result["student_over_ensemble_in_the_same_form"] = {}
     for batch in (1, 128):
         images = bench.dataset.test.images[:batch].float().div(255).to(bench.device)
-        ways: dict[str, Callable[[], float]] = {}
+        alternatives: dict[str, Callable[[], float]] = {}
         for name, network in plain.items():
             compiled = compiled_or_not(fast[name], options={"freezing": True})
             forms: dict[str, Callable[..., object]] = {"plain": network, "folded": fast[name], "compiled": compiled}
             for form, module in forms.items():
-                ways[f"{name}, {form}"] = rate_of(partial(module, images), batch, bench.device)
-        rates = take_turns(ways, bench.rounds)
+                alternatives[f"{name}, {form}"] = rate_of(partial(module, images), batch, bench.device)
+        rates = take_turns(alternatives, bench.rounds)
         result["batches"][str(batch)] = summary(rates, "teacher ensemble, plain")
         over[str(batch)] = {
             form: summary(rates, f"teacher ensemble, {form}")[f"student, {form}"]["ratio"] for form in _FORMS

@@ -123,7 +123,7 @@ class Clock(pl.Callback):
         self.epoch_rates: list[float] = []
         self._made = time.perf_counter()
         self._since = self._epoch = self._last_step = self._validation = self._validating = 0.0
-        self._told: dict[str, float] = {}
+        self._times: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock of the training."""
@@ -144,7 +144,7 @@ class Clock(pl.Callback):
         _synchronize(pl_module)
         self._last_step, self._validation = time.perf_counter(), 0.0
         if not self.first_step:
-            self.first_step, self._told["first_step"] = self._last_step - self._made, time.time()
+            self.first_step, self._times["first_step"] = self._last_step - self._made, time.time()
         if trainer.is_last_batch:
             images = (batch_idx + 1) * trainer.datamodule.batch_size  # type: ignore[attr-defined]
             self.epoch_rates.append(images / (self._last_step - self._epoch))
@@ -162,7 +162,7 @@ class Clock(pl.Callback):
         self.seconds = time.perf_counter() - self._since
         _synchronize(pl_module)
         if self._file:
-            self._file.write_text(json.dumps({**self._told, "last_step": time.time()}))
+            self._file.write_text(json.dumps({**self._times, "last_step": time.time()}))
 
 
 def _synchronize(module: pl.LightningModule) -> None:
@@ -239,6 +239,8 @@ class BareLoop:
     def _loss(self, batch: Batch, values: StepValues) -> tuple[Tensor, list[Tensor]]:
         batch = batch._replace(images=batch.images.contiguous(memory_format=self._format))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half, cache_enabled=False):
-            taught = self.source.outputs(batch)
-            result = self.method(self._forward(batch.images), taught, batch, weights=values.weights, step_t=values.step)
+            teachers = self.source.outputs(batch)
+            result = self.method(
+                self._forward(batch.images), teachers, batch, weights=values.weights, step_t=values.step
+            )
         return result.total, [result.total]

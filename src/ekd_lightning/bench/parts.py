@@ -41,8 +41,8 @@ class Bench:
         sweep_fraction: Share of the data for the parts that train often; None for that of the settings.
         sweep_epochs: Epochs of their trainings.
         folder_images: Images in the folder whose loading is measured.
-        began: What `time.perf_counter` said when the benchmark began.
-        deadline: What `time.perf_counter` says when no further reference or part may begin.
+        began: `time.perf_counter` at the start of the benchmark.
+        deadline: `time.perf_counter` after which no further reference or part begins.
     """
 
     settings: Settings
@@ -93,11 +93,11 @@ def loader_alone(bench: Bench) -> dict[str, Any]:
         for rows in ours:
             gather_batch(images, rows, prepared.views)
 
-    ways = {
+    alternatives = {
         "plain": lambda: best_workers(bench.dataset.train, index, batch_size, (best,), 2 * bench.plain_steps)[best],
         "views in memory": rate_of(epoch, len(ours) * batch_size, bench.device, repeats=1),
     }
-    found = take_turns(ways, bench.rounds)
+    found = take_turns(alternatives, bench.rounds)
     return {"unit": "images/s", "workers": rates, "best_workers": best, "rates": summary(found, "plain")}
 
 
@@ -121,10 +121,10 @@ def teachers_alone(bench: Bench) -> dict[str, Any]:
         start = time.perf_counter()
         ready["auto folded, compiled"].outputs(m, batch)
         compile_seconds = time.perf_counter() - start
-        ways = {
+        alternatives = {
             name: rate_of(partial(frozen.outputs, m, batch), len(batch), bench.device) for name, frozen in ready.items()
         }
-        rates = summary(take_turns(ways, bench.rounds), "float32 eager")
+        rates = summary(take_turns(alternatives, bench.rounds), "float32 eager")
         plain, fast = (
             torch.cat([ready[name].outputs(m, part).logits for part in test.split(128)])
             for name in ("float32 eager", "auto folded, compiled")
@@ -191,9 +191,9 @@ def careful_epoch(bench: Bench, job: Job, plain: PlainLoop) -> tuple[dict[str, A
             starts[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not loops:
         return {}, starts
-    ways = {name: partial(loop.images_per_second, bench.plain_steps) for name, loop in loops.items()}
-    ways["plain"] = partial(plain.images_per_second, bench.plain_steps)
-    rates = summary(take_turns(ways, bench.rounds, warm_up=False), "plain")
+    alternatives = {name: partial(loop.images_per_second, bench.plain_steps) for name, loop in loops.items()}
+    alternatives["plain"] = partial(plain.images_per_second, bench.plain_steps)
+    rates = summary(take_turns(alternatives, bench.rounds, warm_up=False), "plain")
     for loop in loops.values():
         loop.close()
     torch.compiler.reset()
@@ -205,8 +205,8 @@ def epoch(bench: Bench) -> dict[str, Any]:
     job = bench.job()
     plain, seconds, tried = fastest_plain(bench, job)
     best = plain.loader.num_workers
-    careful, told = careful_epoch(bench, job, plain)
-    starts: dict[str, float | str] = {"plain": seconds, **told}
+    careful, careful_starts = careful_epoch(bench, job, plain)
+    starts: dict[str, float | str] = {"plain": seconds, **careful_starts}
     with tempfile.TemporaryDirectory() as folder:
         warm = job.with_store(Path(folder) / "warm")
         starts["cold table"] = warm.fit().clock.first_step
@@ -227,13 +227,13 @@ def epoch(bench: Bench) -> dict[str, Any]:
             torch.compiler.reset()  # so that the next one pays for its tracing, as a run does
             return rate
 
-        ways = {
+        alternatives = {
             "plain": lambda: plain.images_per_second(bench.plain_steps),
             "warm table": warm_rate,
             "bare loop, warm table": bare,
             "cold table": cold,
         }
-        rates = take_turns(ways, bench.rounds, warm_up=False)
+        rates = take_turns(alternatives, bench.rounds, warm_up=False)
     plain.close()
     return {
         "unit": "images/s",
@@ -255,11 +255,11 @@ def overhead(bench: Bench) -> dict[str, Any]:
     job, epochs = bench.job(settings), settings.recipe.epochs
     with tempfile.TemporaryDirectory() as folder:
         warm = job.with_store(Path(folder))
-        ways = {
+        alternatives = {
             "bare loop": lambda: BareLoop(warm).images_per_second(epochs),
             "Lightning": lambda: warm.fit(whole=True, validate=False).images_per_second,
         }
-        rates = take_turns(ways, 2 * bench.rounds + 1)
+        rates = take_turns(alternatives, 2 * bench.rounds + 1)
     found = summary(rates, "bare loop")
     return {"unit": "images/s", "epochs": epochs, "rates": found, "overhead": 1 / found["Lightning"]["ratio"] - 1}
 

@@ -109,14 +109,14 @@ class PlainLoop:
         return Batch(images, labels, nothing, nothing, nothing.bool())
 
     def loss(self, batch: Batch) -> Tensor:
-        """The total of the method for a batch; teachers answer with what it reads."""
-        taught = self.teachers(batch.images, self.method.teacher_stages)
+        """The total of the method for a batch; teachers compute the stages that it reads."""
+        teachers = self.teachers(batch.images, self.method.teacher_stages)
         student = self.student.outputs(batch.images, self.method.student_stages)
-        return self._total(student, taught, batch)
+        return self._total(student, teachers, batch)
 
-    def _total(self, student: StudentOutput, taught: TeacherOutput, batch: Batch) -> Tensor:
+    def _total(self, student: StudentOutput, teachers: TeacherOutput, batch: Batch) -> Tensor:
         # The middle of the training, where terms that start late or end early count.
-        return self.method(student, taught, batch, progress=0.5, networks=self.networks).total
+        return self.method(student, teachers, batch, progress=0.5, networks=self.networks).total
 
     def step(self) -> None:
         """One training step."""
@@ -183,7 +183,7 @@ class CarefulLoop(PlainLoop):
 
         options: dict[str, Any] = {"dynamic": False, "mode": mode}
         self._student_outputs = torch.compile(student_outputs, **options)
-        self._ask = [torch.compile(partial(member_outputs, member), **options) for member in members]
+        self._members = [torch.compile(partial(member_outputs, member), **options) for member in members]
         self._stages = taught_stages
 
     def loss(self, batch: Batch) -> Tensor:
@@ -191,13 +191,13 @@ class CarefulLoop(PlainLoop):
         torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
-                found = [ask(batch.images) for ask in self._ask]
-            taught = TeacherOutput(
+                found = [outputs(batch.images) for outputs in self._members]
+            teachers = TeacherOutput(
                 torch.stack([logits.float() for logits, _, _ in found]),
                 tuple(pooled for _, pooled, _ in found),
                 tuple(dict(zip(self._stages, stages, strict=True)) for _, _, stages in found),
             )
-            return self._total(self._student_outputs(batch.images), taught, batch)
+            return self._total(self._student_outputs(batch.images), teachers, batch)
 
 
 def best_workers(

@@ -41,20 +41,22 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> f
     return max(n**3 / seconds_of(lambda: torch.mm(left, right), device) for _ in range(repeats))
 
 
-def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
+def take_turns(
+    alternatives: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Measures the rate of every alternative, round by round.
 
     Args:
-        ways: Name -> measures once and returns a rate (larger is faster).
+        alternatives: Name -> measures once and returns a rate (larger is faster).
         rounds: Measurements of each, at least 1.
         warm_up: Whether a first round is thrown away.
 
     Returns:
         Name -> the rates of the counted rounds.
     """
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, list[float]] = {name: [] for name in alternatives}
     for number in range(rounds + warm_up):
-        for name, measure in ways.items():
+        for name, measure in alternatives.items():
             rate = measure()
             if number >= warm_up:
                 rates[name].append(rate)

@@ -135,7 +135,7 @@ def _open(content: bytes | Image.Image) -> Image.Image:
 
 def _first_size(load: Callable[[int], bytes | Image.Image], count: int) -> tuple[int, int]:
     for position in range(count):
-        with contextlib.suppress(Exception):  # broken ones are told later, all together
+        with contextlib.suppress(Exception):  # broken images are reported later, all together
             width, height = ImageOps.exif_transpose(_open(load(position))).size
             return height, width
     return 1, 1

@@ -26,9 +26,9 @@ class Subset:
         train_index: int64, sorted positions in the whole training set.
         val_index: int64, sorted, disjoint from train_index; may be empty.
         sha256: Hex SHA-256 over both index lists.
-        fraction: Share of the whole training set, validation included, as it was asked for (the number of images is
+        fraction: Share of the whole training set, validation included, as requested (the number of images is
             rounded class by class); with `per_class` the share that it comes to.
-        per_class: Images per class where that was asked for, else None.
+        per_class: Images per class where requested, else None.
         seed: Seed of the choice.
     """
 

@@ -40,7 +40,7 @@ class Assignment(nn.Module):
     def __init__(self, mean_KM: Tensor) -> None:
         super().__init__()
         self.num_branches, self.num_teachers = mean_KM.shape
-        # Not persistent: it is configuration, and a checkpoint must not override what was asked for.
+        # Not persistent: it is configuration, and a checkpoint must not override it.
         self.register_buffer("mean_KM", mean_KM, persistent=False)
 
     def matrix(self, step: int) -> Tensor:

@@ -61,7 +61,7 @@ def draw_targets(teacher_logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def attack(
-    ask: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, std: Tensor, steps: int, step_size: float
+    teacher: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, std: Tensor, steps: int, step_size: float
 ) -> Tensor:
     """Moves images towards a target class until the teacher's prediction changes (Heo et al. 2019, algorithm 1).
 
@@ -73,7 +73,7 @@ def attack(
     CIFAR-10's statistics it is [-0.06, 1.0] and dims white images, under others it is far outside.
 
     Args:
-        ask: Images [n, 3, H, W] in [0, 1] -> the teacher's logits [n, C], each image's its own; n <= N falls.
+        teacher: Images [n, 3, H, W] in [0, 1] -> the teacher's logits [n, C], each image's its own; n <= N falls.
         images: [N, 3, H, W].
         target: int64 [N].
         std: Standard deviation of the teacher's normalisation, [1, 3, 1, 1].
@@ -88,7 +88,7 @@ def attack(
     for step in range(steps):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            logits = ask(x)
+            logits = teacher(x)
             if step == 0:
                 first = logits.argmax(1)
             gap = (logits.gather(1, goal[:, None]) - logits.gather(1, first[:, None]))[:, 0]
@@ -111,11 +111,11 @@ class BoundaryDistillation(SoftTerm):
     """H(p_T(t(x')), p_T(z̄(x'))) on attacked images x'; no T², as published.
 
     Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI 2019. The
-    student (its coupled output) and the teacher are asked live. Where the weight's schedule has come to 0 nothing is
-    computed. With several teachers each is attacked, and the mean is taken. Only labelled images count; of a
-    mixed image the class with the larger share is the label.
+    outputs of the student (coupled) and of the teacher for x' are computed in the step. Where the weight's schedule
+    has come to 0 nothing is computed. With several teachers each is attacked, and the mean is taken. Only labelled
+    images count; of a mixed image the class with the larger share is the label.
 
-    The student is asked in its present mode: its batch norms take their statistics from the attacked images, and
+    The student stays in its present mode: its batch norms take their statistics from the attacked images, and
     remember them, as in the authors' code.
 
     Args:

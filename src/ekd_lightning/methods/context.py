@@ -233,7 +233,7 @@ class TermContext:
         if not self.teacher_features[teacher]:
             raise UserError(
                 f"the teacher {self.teacher_label(teacher)} does not end with a linear layer, so it has no pooled "
-                f"features and no classifier to ask"
+                f"features and no classifier"
             )
         return self.teacher_features[teacher]
 

@@ -84,7 +84,7 @@ class Method(nn.Module):
         self.needs_networks = any(term.needs_networks for term in active.values())
         self.teacher_stages = _stages(active, "teacher_stages")
         self.student_stages = _stages(active, "student_stages")
-        # Most weights never change; a step does not ask their terms.
+        # Most weights never change; only those of other terms are computed in a step.
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
     def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str], num_classes: int) -> None:
@@ -380,7 +380,7 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
             raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")
         options = {str(name): value for name, value in spec.items() if name not in _OWN_KEYS}
         kind = str(spec.get("type") or key)
-        with _named(where):
+        with _errors_at(where):
             check_option_names(kind, options)
         weight = number(f"{where}.weight", spec["weight"], low=0.0)
         entries[key] = _Entry(kind, weight, read_schedule(f"{where}.schedule", spec.get("schedule")), options)
@@ -388,15 +388,15 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
 
 
 def _build(key: str, entry: _Entry, context: TermContext) -> Term:
-    with _named(f"method.terms.{key}"):
+    with _errors_at(f"method.terms.{key}"):
         term = build_term(entry.kind, entry.weight, context, **entry.options)
     term.schedule = entry.schedule
     return term
 
 
 @contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Puts a place before what a mistake there says."""
+def _errors_at(where: str) -> Iterator[None]:
+    """Prefixes messages of user errors with a place."""
     try:
         yield
     except UserError as error:

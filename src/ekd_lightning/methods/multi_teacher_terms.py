@@ -120,7 +120,7 @@ class AdaptiveDistillation(_WeightedDistillation):
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
         tolerance: Largest weight of one teacher, in [1/M, 1]; 1/M makes all weights equal. The smaller, the more
-            a disagreeing teacher is heard. Without effect with one teacher.
+            weight a disagreeing teacher keeps. Without effect with one teacher.
         gradient: `batch_mean`: g_m [C] is the mean over the images, as in the authors' code. `images`: g_m
             [B·C] keeps the images apart, the gradient of the batch's loss to all of its logits.
 
@@ -155,7 +155,7 @@ class ConfidenceFeatures(Term):
     The feature term of CA-MKD (Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007). CE_kmb is the cross-entropy
     of teacher m's own frozen classifier fed with the student's projected features, so a teacher counts where the
     student can already use its features. r_km is a 1×1 convolution, batch norm and ReLU, as published, one for
-    every branch and teacher: each branch of a branched student is judged and taught on its own, and the mean over
+    every branch and teacher: each branch of a branched student has a loss of its own, and the mean over
     branches keeps the scale of a plain student. MSE is the mean over an image's elements. Maps of unequal size
     are averaged to the smaller one (the authors' code enlarges a smaller student map instead). Only labelled images
     count.
@@ -195,7 +195,7 @@ class ConfidenceFeatures(Term):
         read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else map_adapter
         for m in range(context.num_teachers):
-            context.teacher_width(m)  # refuses a teacher without a classifier to ask
+            context.teacher_width(m)  # refuses a teacher without a classifier
         channels = self.site.student_shape[0]
         self.adapters = nn.ModuleDict(
             {pair_key(k, m): make(channels, self.site.teacher_shapes[m][0]) for k, m in pairs}

@@ -46,7 +46,7 @@ class PairTerm(BranchTerm):
         self.pairs = tuple(context.assignment.pairs())
 
     def forward(self, context: StepContext) -> Tensor:
-        """Returns the mean or sum over the branches of what `compare` says of their teachers."""
+        """Returns the mean or sum over the branches of `compare` with their teachers."""
         assert context.assignment_KM is not None
         # All pairs, even those that a random assignment gives no weight in this step: DDP wants a gradient
         # for every parameter, and choosing pairs by value would have to wait for the device.
@@ -90,7 +90,7 @@ class FeatureSite:
         self.student_stages = (self._student,)
         self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
         for m in self._teacher:
-            for stage in self.teacher_stages:  # all teachers are asked for all of them
+            for stage in self.teacher_stages:  # every teacher must have all of them
                 context.teacher_stage(m, stage)
         self.student_shape = context.student_stage_shapes[self._student]
         self.teacher_shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in self._teacher.items()}

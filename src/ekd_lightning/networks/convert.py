@@ -86,7 +86,7 @@ def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNet
 
     Args:
         path: the checkpoint.
-        spec: the network it is said to hold.
+        spec: the network that the checkpoint is expected to hold.
         key_map: a name in `KEY_MAPS`.
 
     Returns:

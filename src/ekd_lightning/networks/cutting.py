@@ -16,12 +16,12 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError, unknown_name
 
-NEVER = -1e4
+UNKNOWN_LOGIT = -1e4
 """Logit of a class that a network does not know: probability 0, and sums of logits never become NaN."""
 ABSENT = -1
-"""Stands, among positions of classes, for one that a network does not know."""
+"""Position, in a list of classes, of a class that a network does not know."""
 _PROBE = 224
-"""Image size in pixels at which stages are told apart, unless the network has a fixed input size."""
+"""Image size in pixels at which stages are detected, unless the network has a fixed input size."""
 _SMALLER = 1.5
 """A stage ends where maps become smaller by at least this factor: an unpadded convolution does not end one."""
 
@@ -271,7 +271,7 @@ def unknown_classes(head: nn.Module) -> frozenset[int]:
     """Returns the classes that a head does not know, see `select_classes`; none for heads that are not linear."""
     if not isinstance(head, nn.Linear) or head.bias is None:
         return frozenset()
-    unknown = (head.bias <= NEVER / 2) & (head.weight == 0).all(1)  # half precision rounds it
+    unknown = (head.bias <= UNKNOWN_LOGIT / 2) & (head.weight == 0).all(1)  # half precision rounds it
     return frozenset(unknown.nonzero().flatten().tolist())
 
 
@@ -280,8 +280,8 @@ def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
 
     Args:
         head: A linear classifier [D -> C].
-        classes: Positions in 0 .. C-1 of the classes wanted; `ABSENT` for a class that is never told, whose logit is
-            `NEVER`.
+        classes: Positions in 0 .. C-1 of the classes wanted; `ABSENT` for a class that the head does not know,
+            whose logit is `UNKNOWN_LOGIT`.
     """
     index = torch.tensor(classes, device=head.weight.device)
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias
@@ -290,5 +290,5 @@ def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
         chosen.weight.copy_(head.weight[index.clamp(min=0)])
         chosen.bias.copy_(bias[index.clamp(min=0)])
         chosen.weight[index < 0] = 0
-        chosen.bias[index < 0] = NEVER
+        chosen.bias[index < 0] = UNKNOWN_LOGIT
     return chosen

@@ -114,7 +114,7 @@ class DeployedModel:
 
 
 def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> DeployedModel:
-    """Reads a student that `ekd-export` wrote; the format is told by the file's name.
+    """Reads a student that `ekd-export` wrote; the file's name gives the format.
 
     Neither Lightning nor Hydra is imported. A safetensors file builds the network by its registered name; the other
     two hold their computation themselves.
@@ -174,11 +174,11 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
     check_archive(content, path)
     extra: dict[str, Any] = {METADATA_FILE: ""}
     try:
-        with quiet("torch.export", level=logging.CRITICAL):  # it tells at length what the error says anyway
+        with quiet("torch.export", level=logging.CRITICAL):  # its log repeats the error at length
             program = torch.export.load(io.BytesIO(content), extra_files=extra)
             module = program.module()
         strings = json.loads(extra[METADATA_FILE] or "{}")
-    except Exception as error:  # many kinds, as the graph is built from what stands in the file
+    except Exception as error:  # of many kinds: the graph is built from the file's contents
         raise UserError(
             f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read ({type(error).__name__})"
         ) from None

@@ -122,7 +122,7 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
 
     Args:
         name: `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
-        num_classes: C; a function of the user's is not told.
+        num_classes: C; functions of the user's do not get it.
         options: Keyword arguments of the library's builder.
         pretrained: Whether it has the weights that the library publishes, fetched if need be; then `num_classes` does
             not count.
@@ -167,7 +167,7 @@ def build_library_network(spec: NetworkSpec) -> StagedNetwork:
     size = fixed_size(spec)
     parts = cut(module, size or spec.image_size, spec.options.get(_STAGES))
     head = parts.head
-    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # a function that is not told how many
+    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # the function chose its own
         head = nn.Linear(head.in_features, spec.num_classes)
     return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size).train()
 
@@ -188,8 +188,8 @@ def load_library_network(
         weights: A safetensors file or a checkpoint with the library's own names; None takes the weights that the
             library publishes.
         classes: Which classes of the weights are those of the data: one position for each class of the data, or the
-            names of all classes of the weights, in their order; a class of the data that is not among them is never
-            told (its logit is `cutting.NEVER`). None: they are the same.
+            names of all classes of the weights, in their order; a class of the data that is not among them gets
+            `cutting.UNKNOWN_LOGIT`. None: they are the same.
         class_names: Names of the data's classes.
         state_key: Where in a checkpoint the weights are; None finds the usual places.
         fresh_head: Whether the classifier is made anew for the data's classes, to be trained.
@@ -230,9 +230,9 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
             return make_module(spec.name, spec.num_classes, options)  # the function returns it trained
         return make_module(spec.name, spec.num_classes, options, pretrained=True)
     state = read_foreign_checkpoint(weights, state_key)
-    # A function of the user's is not told how many classes there are, so it is not run to find out.
-    told = spec.num_classes if spec.name.startswith("module:") else _told_by(spec, state)
-    module = make_module(spec.name, told, options)
+    # A function of the user's does not get the number of classes, so it is not run to find it.
+    predicted = spec.num_classes if spec.name.startswith("module:") else _classes_in(spec, state)
+    module = make_module(spec.name, predicted, options)
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     strange = [name for name in state if name not in own]
@@ -245,15 +245,15 @@ def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> n
     return module
 
 
-def told_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
-    """How many classes trained weights predict, before the network has them; see `load_library_network`."""
+def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
+    """Number of classes that trained weights predict, known before they are loaded into a network."""
     if weights is None and (published := usual(spec.name)):
         return published.num_classes
-    return _told_by(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
+    return _classes_in(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
 
 
-def _told_by(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
-    """The length of the last layer's weight, by the library's name of it; of the module's own where there is none."""
+def _classes_in(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
+    """Outputs of the last layer: in the file where it has the layer, else as the library builds it."""
     own = spec.name.startswith("module:")  # a function of the user's may read its weights itself
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if own else "meta"):
         module = make_module(spec.name, spec.num_classes, _own_options(spec))
@@ -264,31 +264,34 @@ def _told_by(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
     return state.get(f"{last}.weight", layers[last].weight).shape[0]
 
 
-def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], told: int) -> list[int]:
+def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], predicted: int) -> list[int]:
     """Where each class of the data is among those that weights predict; `ABSENT` where it is not.
 
     Args:
         spec: With the classes of the data.
         classes: As the user wrote them: positions, or the names of all classes of the weights, in their order.
         class_names: Names of the data's classes.
-        told: How many classes the weights predict.
+        predicted: How many classes the weights predict.
 
     Raises:
         UserError: For another number of them, a position that is not there, or names none of which is the data's.
     """
     if all(isinstance(one, str) for one in classes):
-        if len(classes) != told:
-            raise UserError(f"teacher {spec.name!r}: classes names {len(classes)} classes, its weights tell {told}")
+        if len(classes) != predicted:
+            raise UserError(
+                f"teacher {spec.name!r}: classes names {len(classes)} classes, its weights predict {predicted}"
+            )
         known = [str(one).casefold() for one in classes]
         found = [known.index(name.casefold()) if name.casefold() in known else ABSENT for name in class_names]
         if max(found, default=ABSENT) == ABSENT:
             raise UserError(f"teacher {spec.name!r}: none of its classes is one of the data's ({few(class_names)})")
         return found
-    possible = range(ABSENT, told)
+    possible = range(ABSENT, predicted)
     if len(classes) != spec.num_classes or any(one not in possible for one in classes):
         raise UserError(
-            f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in 0 .. {told - 1} "
-            f"(-1: not known), one for each class of the data, or the names of all its {told} classes"
+            f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in "
+            f"0 .. {predicted - 1} (-1: not known), one for each class of the data, or the names of all its "
+            f"{predicted} classes"
         )
     return [int(one) for one in classes]
 
@@ -330,7 +333,7 @@ def _usual_of_torchvision(name: str, own: str) -> Usual:
     preset = published.transforms()
     smallest = published.meta.get("min_size", (1, 1))
     size = int(preset.crop_size[0])
-    # Attention with learned positions knows one size; torchvision says so by nothing but its families' names.
+    # Attention with learned positions knows one size; only the names of its families show this in torchvision.
     fixed = own.startswith(("vit_", "maxvit"))
     statistics = Normalization(tuple(preset.mean), tuple(preset.std))
     return Usual(statistics, max(size, *smallest), fixed, len(published.meta["categories"]))

@@ -100,8 +100,8 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
         shape = next(reversed(teacher.stage_shapes(teacher.fixed_size or 32).values()))
         maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            said = teacher.neck(maps)
-        fits = said.shape == maps.shape[:2] and torch.allclose(said, pool(maps), atol=1e-5)
+            pooled = teacher.neck(maps)
+        fits = pooled.shape == maps.shape[:2] and torch.allclose(pooled, pool(maps), atol=1e-5)
     if not fits:
         raise UserError(
             f"student.reuse_classifier=true: teacher {name!r} has no linear classifier of {num_classes} classes on "

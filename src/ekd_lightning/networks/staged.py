@@ -161,7 +161,7 @@ class TeacherOutput(NamedTuple):
     Attributes:
         logits: [M, B, C].
         pooled: M tensors [B, D_m].
-        stages: for each teacher the stage outputs that were asked for (empty when none were).
+        stages: for each teacher the requested stage outputs (empty without any).
     """
 
     logits: Tensor

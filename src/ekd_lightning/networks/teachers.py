@@ -123,7 +123,7 @@ class TeacherEnsemble(nn.Module):
             stages: names of stages whose outputs are wanted from every teacher.
 
         Returns:
-            Logits [M, B, C], pooled features M x [B, D_m], and the stages that were asked for.
+            Logits [M, B, C], pooled features M x [B, D_m], and the requested stages.
 
         Raises:
             UserError: when a teacher does not have one of the stages.
@@ -135,7 +135,7 @@ class TeacherEnsemble(nn.Module):
         """Checks the hash of every member.
 
         Raises:
-            RuntimeError: when a member is no longer what its identity says.
+            RuntimeError: when the hash of a member is not that of its identity.
         """
         for member, identity in zip(self.members, self.identities, strict=True):
             found = state_sha256(member)

@@ -50,7 +50,7 @@ def load_network(path: str | Path) -> StagedNetwork:
         UserError: when the file is missing, damaged, not a network of ours, or does not fit its spec.
     """
     path = Path(path)
-    tensors = _read_tensors(path)  # first: a damaged description might ask for a network of any size
+    tensors = _read_tensors(path)  # first: a damaged description might describe a network of any size
     spec = NetworkSpec.from_dict(_read_spec(path, "network"))
     with torch.random.fork_rng(devices=[]):
         network = build_network(spec)

@@ -29,7 +29,7 @@ from ekd_lightning.evaluation.scores import class_accuracy
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
 from ekd_lightning.networks import StagedNetwork
-from ekd_lightning.networks.cutting import NEVER
+from ekd_lightning.networks.cutting import UNKNOWN_LOGIT
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.pipeline.context import EvaluationContext, Findings
 from ekd_lightning.pipeline.prepare import validation_images
@@ -142,7 +142,9 @@ def _imitation(
     if not teachers:
         return dict.fromkeys(names)
     cka = cka_matrix(list(said.pooled), [one.pooled for one in teachers])
-    if any((one.logits <= NEVER / 2).all() for one in teachers):  # one that teaches features alone says no class
+    if any(
+        (one.logits <= UNKNOWN_LOGIT / 2).all() for one in teachers
+    ):  # one that teaches features alone predicts no class
         return {**dict.fromkeys(names), "test_branch_teacher_cka": cka.tolist()}
     logits = torch.stack([one.logits for one in teachers])  # [M, N, C]
     together = logits.mean(0)

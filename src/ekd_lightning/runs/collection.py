@@ -1,7 +1,7 @@
 """Collection of runs on disk: found below folders, read, and classified by state.
 
-Only the record of a run is read (status.json, result.json, config.yaml), never its logs. What is foreign or
-half-written is told in one line and left out; nothing of it counts.
+Only the record of a run is read (status.json, result.json, config.yaml), never its logs. Foreign and
+half-written files are left out, each with one warning.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class RunEntry:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, read when first asked for; empty where there is none or it is damaged."""
+        """The configuration, read on first use; empty where there is none or it is damaged."""
         return _undamaged(self.on_disk.config)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
-        """Where the run was made, read when first asked for; empty where that is unknown."""
+        """Where the run was made, read on first use; empty where that is unknown."""
         return _undamaged(self.on_disk.provenance)
 
     def setting(self, key: str) -> Any:
@@ -98,7 +98,7 @@ class RunEntry:
         return value
 
     def get(self, key: str) -> Any:
-        """A field of the result; of a run without one, what the configuration says of method, data, ...; else None."""
+        """A field of the result; without a result, the setting of method, data, ... in the configuration, or None."""
         if self.result is not None:
             return self.result.get(key)
         return self.setting(_IN_CONFIG[key]) if key in _IN_CONFIG else None

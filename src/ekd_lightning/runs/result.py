@@ -65,7 +65,7 @@ class Result(Mapping[str, Any]):
     newer version wrote are kept. None stands for what a run does not have, or an older version did not record.
 
     Attributes:
-        fraction: Share of the training images, in (0, 1], as it was asked for.
+        fraction: Share of the training images, in (0, 1], as requested.
         num_unlabelled_images: Images that were trained on without labels, beside the `num_train_images` with labels.
         unlabelled_sha256: Hash of those images.
         unlabelled_share: Their share of each batch, in (0, 1).

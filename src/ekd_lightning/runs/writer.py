@@ -194,11 +194,11 @@ def _git() -> dict[str, Any] | None:
     if not (root / ".git").exists():
         return None
 
-    def ask(*words: str) -> str:
+    def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return {"commit": ask("rev-parse", "HEAD") or None, "modified": bool(ask("status", "--porcelain", "-uno"))}
+    return {"commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "-uno"))}
 
 
 def _hardware() -> dict[str, Any]:

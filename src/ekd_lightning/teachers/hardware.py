@@ -46,7 +46,7 @@ def native_bfloat16(device_type: str) -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         able = torch.cpu.get_capabilities()
         return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    older = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # before torch told it in public
+    older = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch versions without the public query
     return any(getattr(torch.cpu, name, bool)() for name in older)
 
 
@@ -137,11 +137,11 @@ def busy_threads() -> int:
     return sorted(samples)[_SAMPLES // 2]
 
 
-def set_threads(asked: int | None, recorded: int | None, *, device_type: str, num_devices: int) -> int:
+def set_threads(requested: int | None, recorded: int | None, *, device_type: str, num_devices: int) -> int:
     """Chooses and sets the number of torch's threads in this process, and logs it.
 
     Args:
-        asked: `trainer.threads`; None to choose.
+        requested: `trainer.threads`; None to choose.
         recorded: Threads of the part of the run that is resumed: sums in another order round otherwise. None for a
             new run.
         device_type: Where training runs; on an accelerator threads hardly matter and stay as they are.
@@ -151,14 +151,14 @@ def set_threads(asked: int | None, recorded: int | None, *, device_type: str, nu
         The number of threads.
 
     Raises:
-        UserError: `asked` is not positive.
+        UserError: `requested` is not positive.
     """
-    if asked is not None and (not isinstance(asked, int) or isinstance(asked, bool) or asked < 1):
-        raise UserError(f"trainer.threads={asked}: must be a positive integer, or null to choose")
-    chosen, why = _choice(asked, recorded, device_type, num_devices)
+    if requested is not None and (not isinstance(requested, int) or isinstance(requested, bool) or requested < 1):
+        raise UserError(f"trainer.threads={requested}: must be a positive integer, or null to choose")
+    chosen, why = _choice(requested, recorded, device_type, num_devices)
     if chosen is None:
         return torch.get_num_threads()
-    if chosen != torch.get_num_threads() or asked is None:
+    if chosen != torch.get_num_threads() or requested is None:
         log.info("%d %s: %s", chosen, "thread" if chosen == 1 else "threads", why)
     torch.set_num_threads(chosen)
     if num_devices > 1:
@@ -177,9 +177,9 @@ def threads_as_before() -> Iterator[None]:
             os.environ.pop(_THREADS, None)
 
 
-def _choice(asked: int | None, recorded: int | None, device_type: str, num_devices: int) -> tuple[int | None, str]:
-    if asked is not None:
-        return asked, "trainer.threads"
+def _choice(requested: int | None, recorded: int | None, device_type: str, num_devices: int) -> tuple[int | None, str]:
+    if requested is not None:
+        return requested, "trainer.threads"
     if device_type != "cpu":
         return None, ""
     if recorded is not None:

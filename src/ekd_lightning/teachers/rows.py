@@ -169,7 +169,7 @@ class StoredRows:
                     host = {}
                     for name, _ in self._keys[m][t].columns:
                         column = _some(computed[name], new)
-                        masked = computed[name].isneginf() if name == LOGITS else None  # a class that is never told
+                        masked = computed[name].isneginf() if name == LOGITS else None  # unknown classes
                         known = computed[name] if masked is None else computed[name].masked_fill(masked, 0)
                         largest[m] = torch.maximum(largest[m], known.abs().amax())
                         half = column.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
@@ -309,6 +309,6 @@ def memory_for_rows(device: torch.device) -> int:
     """Returns the bytes that rows of one kind may take on a device."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    else:  # the computer's memory; how much of it is free now changes too fast to ask
+    else:  # the computer's memory; how much of it is free now changes too fast to be used
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return min(HELD_BYTES.get(device.type, HELD_BYTES["cpu"]), free // 4)

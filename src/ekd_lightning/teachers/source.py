@@ -129,7 +129,7 @@ class FrozenTeachers:
 
     Attributes:
         numeric_format: "float32" or "bfloat16": what the rows of a table are addressed by.
-        chunk: Images to ask about at once, where the caller can choose.
+        chunk: Preferred number of images in a batch.
     """
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None, stages: Sequence[str] = ()) -> None:

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 _FORMAT = 1  # raise it when training changes so that older teachers must not be reused
 _WEIGHTS = "teacher.safetensors"
 _KEY = "key.json"
-_OF = "store_key"  # what a file says of its own place, so that one from another place is noticed
+_OF = "store_key"  # the key recorded in a file, so that a file copied from another place is noticed
 COST = "cost.json"
 """What a training may leave in its scratch folder: numbers of its cost, kept beside the weights."""
 

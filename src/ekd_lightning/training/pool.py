@@ -36,8 +36,8 @@ from ekd_lightning.networks.library import (
     from_hub,
     load_library_network,
     positions,
-    told_classes,
     usual,
+    weight_classes,
 )
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
@@ -238,14 +238,14 @@ def _plan_library(
         start = {"start": beginning, "finetune": entry.finetune}
         train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
         return _plan_stored(settings, entry, spec, data, accelerator, start, train)
-    told = told_classes(spec, found.path, entry.state_key)
+    predicted = weight_classes(spec, found.path, entry.state_key)
     classes = entry.classes
-    if classes is None and told != spec.num_classes:
+    if classes is None and predicted != spec.num_classes:
         if not linear:
-            raise UserError(f"{key}: {spec.name!r} predicts {told} classes, the data has {spec.num_classes}")
+            raise UserError(f"{key}: {spec.name!r} predicts {predicted} classes, the data has {spec.num_classes}")
         classes = [ABSENT] * spec.num_classes  # it teaches features, and terms on logits refuse it
     if classes is not None:
-        classes = positions(spec, classes, data.dataset.class_names, told)
+        classes = positions(spec, classes, data.dataset.class_names, predicted)
     return PlannedTeacher(
         spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
         spec,
