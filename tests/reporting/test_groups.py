@@ -330,3 +330,18 @@ def test_a_note_tells_what_was_measured_in_different_ways():
     assert [note for note in told if "(corruption source regenerated, official) and are not comparable" in note]
     alike = make_report(collection(measured(0, "official", 0.3), measured(1, "official", 0.3))).notes
     assert not [note for note in alike if "different ways" in note]
+
+
+def test_titles_of_blocks_say_as_little_as_tells_them_apart():
+    longer = {"epochs": 4, "epochs_done": 4, "steps": 280}
+    other = {"subset_seed": 1, "subset_sha256": "t" * 64}
+    never = entry(result(epochs=9), "never", "failed")
+    runs = [*study(subset_seed=0), *study(subset_seed=0, **longer), *study(**longer, **other), never]
+    made = blocks(group(collection(*runs)))
+    first = "cifar10, 10 % of the training images"
+    assert sorted(block.title for block in made) == [
+        f"{first} (5,000), subset seed 0, epochs 2",
+        f"{first} (5,000), subset seed 0, epochs 4",
+        f"{first} (5,000), subset seed 1, epochs 4",
+        f"{first}, subset seed unknown, epochs 9",
+    ]

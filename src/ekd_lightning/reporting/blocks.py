@@ -9,7 +9,7 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.groups import Group, make_group
-from ekd_lightning.reporting.setups import short, taught_by
+from ekd_lightning.reporting.setups import needed, short, taught_by
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import ComparisonGroup, Protocol, Training, comparison_groups
 
@@ -163,15 +163,29 @@ def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: S
         key += f"-f{protocol.fraction:g}"
         title += f", {100 * protocol.fraction:.4g} % of the training images"
         title += "" if protocol.num_images is None else f" ({protocol.num_images:,})"
-    for part in fields(Protocol):
-        if len({getattr(other.protocol, part.name) for other in same}) > 1:
-            value = getattr(protocol, part.name)
-            words = part.name.removesuffix("_sha256").replace("_", " ")
-            title += f", {words} {'unknown' if value is None else short(value)}"
-    if len({other.pool for other in same}) > 1:
-        title += ", teachers " + (" ".join(sha[:6] for sha in sorted(place.pool)) or "none")
+    title += "".join(f", {text}" for text in _distinction(place, same))
     suffix = f"-{number + 1}" if number else ""
     return Block(f"{key}{suffix}", title, protocol, _teachers(groups), tuple(groups))
+
+
+def _distinction(place: ComparisonGroup, same: Sequence[ComparisonGroup]) -> list[str]:
+    """As few words as tell a block from others of the same data and fraction: what it has of protocol and teachers."""
+
+    def rank(name: str) -> tuple[bool, bool]:
+        known = {getattr(other.protocol, name) for other in same} - {None}
+        return len(known) < 2, name.endswith("sha256")  # hashes last: nobody can read them
+
+    names = sorted((part.name for part in fields(Protocol)), key=rank)
+    values = [{**vars(other.protocol), "teachers": sorted(other.pool)} for other in same]
+    parts = []
+    for name in needed([*names, "teachers"], values) if len(same) > 1 else []:
+        if name == "teachers":
+            text = " ".join(sha[:6] for sha in sorted(place.pool)) or "none"
+        else:
+            value = getattr(place.protocol, name)
+            text = "unknown" if value is None else short(value)
+        parts.append(f"{name.removesuffix('_sha256').replace('_', ' ')} {text}")
+    return parts
 
 
 def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:

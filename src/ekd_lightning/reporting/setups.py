@@ -137,7 +137,7 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
         common, named = {"student": usual[data]}, varying
         if len(varying) > _MOST_NAMED:
             common |= {name: _usual([setup.get(name) for setup in own]) for name in varying if name not in _ALWAYS}
-            named = _needed(varying, own)
+            named = needed(varying, own)
         for position in members:
             varied = {name: setups[position].get(name) for name in varying}
             made[position] = (", ".join([method, *_label_words(varied, common, named)]), varied)
@@ -177,7 +177,7 @@ def _usual(values: Sequence[Any]) -> Any:
     return next(value for value in values if _text(value) == most)
 
 
-def _needed(names: Sequence[str], setups: Sequence[Mapping[str, Any]]) -> list[str]:
+def needed(names: Sequence[str], setups: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names without the last ones that tell no further setups apart."""
 
     def told_apart(some: Sequence[str]) -> int:
