@@ -80,7 +80,7 @@ class StepContext:
     def labelled(self) -> StepContext:
         """The same step with the labelled rows of the batch alone."""
         rows = self.batch.num_labelled
-        if rows is None:
+        if rows is None:  # all have labels
             return self
         return replace(self, batch=self.batch.labelled, **_first_rows(self.student, self.teachers, rows))
 

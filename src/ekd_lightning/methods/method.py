@@ -226,7 +226,7 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
         matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
-        labelled = context.labelled
+        labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in counting.items()}
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in counting]
