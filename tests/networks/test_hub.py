@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import filter_repo_objects
 
 import ekd_lightning
+from ekd_lightning.data import load_dataset
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import BranchedStudent, DeployedStudent, NetworkSpec, hub, load_deployed, normalization
 from ekd_lightning.networks.deploy import to_bytes
@@ -171,3 +174,35 @@ def test_what_cannot_be_pushed_is_one_line(export, monkeypatch, spoil, said):
 def test_names_that_are_no_repository(export, name):
     with pytest.raises(UserError, match="not the name of a repository"):
         ekd_lightning.push(export, name)
+
+
+OWN = sorted(path.stem for path in hub.STUDENTS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_student_of_the_package_is_small_and_has_a_card_that_names_it(name):
+    path = hub.STUDENTS / f"{name}.safetensors"
+    assert path.stat().st_size < 400_000
+    card: Any = ModelCard.load(path.with_suffix(".md"))
+    model = ekd_lightning.load(name)
+    assert card.data.model_name == name
+    assert f'ekd_lightning.load("{name}")' in card.text
+    (accuracy,) = (one.metric_value for one in card.data.eval_results if one.metric_type == "accuracy")
+    assert accuracy == model.metadata["test_metrics"]["accuracy"]
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not os.environ.get("EKD_DATA_ROOT"), reason="EKD_DATA_ROOT names no real images")
+@pytest.mark.parametrize("name", OWN)
+def test_its_accuracy_on_the_real_test_images_is_that_of_its_card(name):
+    model = ekd_lightning.load(name)
+    test = load_dataset(model.metadata["data"]["name"], os.environ["EKD_DATA_ROOT"]).test
+    right = sum(
+        int((model(images.float() / 255).argmax(1) == labels).sum())
+        for images, labels in zip(test.images.split(500), test.labels.split(500), strict=True)
+    )
+    assert right / len(test.labels) == pytest.approx(model.metadata["test_metrics"]["accuracy"], abs=2e-4)  # near ties may fall either way
+
+
+def test_the_package_holds_the_student_of_the_first_minute():
+    assert "resnet8-ekd-cifar10" in OWN
