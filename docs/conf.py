@@ -36,6 +36,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 # -- Docstrings ---------------------------------------------------------------------------------------------
 
 default_role = "code"  # docstrings use single backticks, as Markdown does
+highlight_language = "text"  # blocks without a language are listings
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False
