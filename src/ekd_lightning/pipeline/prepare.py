@@ -270,6 +270,9 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
             raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} teaches {what}")
         with quiet():
             networks = [build_network(plan.spec) for plan in teachers]
+        for plan in teachers:
+            if len(plan.unknown) == dataset.num_classes:
+                raise UserError(f"student.reuse_classifier=true: the teacher {plan.id!r} predicts none of the classes")
         width = classifier_width(networks, [plan.id for plan in teachers], dataset.num_classes)
         spec = replace(spec, projection=width)
     torch.manual_seed(settings.seed)
