@@ -44,7 +44,7 @@ def projected(width: int, branches: int = 1, split: str = "none") -> BranchedStu
 def test_the_student_is_that_of_the_published_code():
     """The projector and the prediction of SimKD written out, with the student's weights."""
     teacher, student = network("resnet14", width=2.0), projected(128)
-    reuse_classifiers(student, [teacher], torch.ones(1, 1))
+    reuse_classifiers(student.branches, [teacher], torch.ones(1, 1))
     published = nn.Sequential(
         *(nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
         *(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()),
@@ -96,7 +96,7 @@ def test_a_branch_of_several_teachers_is_refused(assignment):
     student, teachers = projected(64, branches=2, split="stage3"), [network(), network("resnet14")]
     matrix = torch.full((2, 2), 0.5) if assignment == "random" else make_assignment("mean", 2, 2)
     with pytest.raises(UserError, match="every branch needs one teacher"):
-        reuse_classifiers(student, teachers, matrix)
+        reuse_classifiers(student.branches, teachers, matrix)
 
 
 def test_teachers_whose_classifiers_do_not_fit_are_named():

@@ -5,17 +5,13 @@ Shape letters: B batch, C classes, D features, K branches, M teachers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised, pool
-
-if TYPE_CHECKING:
-    from ekd_lightning.networks.student import BranchedStudent
 
 STAGE = "projector"
 """Name of the stage that is added after a network's own."""
@@ -109,18 +105,18 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
         )
 
 
-def reuse_classifiers(student: BranchedStudent, teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
+def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
     """Gives every branch of a projected student the classifier of its own teacher.
 
     Args:
-        student: Built from a spec with a projection.
+        branches: K, of a student that is built from a spec with a projection.
         teachers: M networks whose features have that width.
         assignment_KM: [K, M] with one 1 in each row.
 
     Raises:
         UserError: If a branch has several teachers.
     """
-    for branch, row in zip(student.branches, assignment_KM.tolist(), strict=True):
+    for branch, row in zip(branches, assignment_KM.tolist(), strict=True):
         if max(row) < 1:
             raise UserError(
                 "student.reuse_classifier=true: every branch needs one teacher (method.assignment=one_to_one, or "

@@ -130,7 +130,7 @@ class Distiller(TrainingModule):
         if student.spec.projection is not None and teachers is not None:
             sizes = (student.num_branches, len(teachers.members))
             reuse_classifiers(
-                student,
+                student.branches,
                 teachers.members,
                 method.assignment.mean_KM if method.assignment else make_assignment("one_to_one", *sizes),
             )
