@@ -162,7 +162,7 @@ def extract(folder: Path) -> Snippets:
                 stream.write(body)
         elif language == "python":
             exec(compile(body, str(PAGE), "exec"), found.names)
-        else:
+        elif language != "toml":  # of somebody else's package
             assert language == "bash", body
             found.commands += [shlex.split(line) for line in body.splitlines()]
     return found

@@ -12,14 +12,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -123,38 +119,13 @@ def run_program(program: str, body: Callable[[], object]) -> None:
         body()
 
 
-class _UsersFoldersFirst(SearchPathPlugin):
-    """Looks for configuration in folders of the user's, and then in the package."""
-
-    folders: ClassVar[list[str]] = []
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in reversed(self.folders):
-            search_path.prepend("user", folder if "://" in folder else f"file://{os.path.abspath(folder)}", "main")
-
-
-@contextlib.contextmanager
-def users_files_first(words: Sequence[str]) -> Iterator[None]:
+def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """Lets files in the folders that a command line names win over those of the package that have the same names."""
-    if _UsersFoldersFirst not in Plugins.instance().discover(SearchPathPlugin):
-        Plugins.instance().register(_UsersFoldersFirst)
-    before, _UsersFoldersFirst.folders = _UsersFoldersFirst.folders, list(_users_folders(words))
-    try:
-        yield
-    finally:
-        _UsersFoldersFirst.folders = before
+    if not any(word.startswith(("--config-dir", "-cd")) or "hydra.searchpath" in word for word in words):
+        return contextlib.nullcontext()
+    from ekd_lightning.config import internals  # noqa: PLC0415 (a plain run needs none of it)
 
-
-def _users_folders(words: Sequence[str]) -> Iterator[str]:
-    """What `--config-dir` and `hydra.searchpath` name; what Hydra cannot read it will refuse itself."""
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        key, _, value = word.partition("=")
-        if key in ("--config-dir", "-cd") and (folder := value or following):
-            yield folder
-        elif key.lstrip("+") == "hydra.searchpath":
-            with contextlib.suppress(HydraException):
-                found = OverridesParser.create().parse_override(word).value()
-                yield from (str(one) for one in (found if isinstance(found, list) else [found]) if one)
+    return internals.users_files_first(words)
 
 
 class ConsoleLines(logging.StreamHandler[Any]):

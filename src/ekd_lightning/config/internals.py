@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -35,6 +40,40 @@ def initialized(config_dir: str | None) -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().clear()
+
+
+class _UsersFoldersFirst(SearchPathPlugin):
+    """Looks for configuration in folders of the user's, and then in the package."""
+
+    folders: ClassVar[list[str]] = []
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(self.folders):
+            search_path.prepend("user", folder if "://" in folder else f"file://{os.path.abspath(folder)}", "main")
+
+
+@contextlib.contextmanager
+def users_files_first(words: Sequence[str]) -> Iterator[None]:
+    """Lets files in the folders that a command line names win over those of the package that have the same names."""
+    if _UsersFoldersFirst not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(_UsersFoldersFirst)
+    before, _UsersFoldersFirst.folders = _UsersFoldersFirst.folders, list(_users_folders(words))
+    try:
+        yield
+    finally:
+        _UsersFoldersFirst.folders = before
+
+
+def _users_folders(words: Sequence[str]) -> Iterator[str]:
+    """What `--config-dir` and `hydra.searchpath` name; what Hydra cannot read it will refuse itself."""
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        key, _, value = word.partition("=")
+        if key in ("--config-dir", "-cd") and (folder := value or following):
+            yield folder
+        elif key.lstrip("+") == "hydra.searchpath":
+            with contextlib.suppress(HydraException):
+                found = OverridesParser.create().parse_override(word).value()
+                yield from (str(one) for one in (found if isinstance(found, list) else [found]) if one)
 
 
 def options_of(group: str) -> list[str]:
