@@ -22,8 +22,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.errors import UserError, one_line, unknown_name
+from ekd_lightning.files import STARTED_IN
 from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code

@@ -24,12 +24,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from ekd_lightning.errors import UserError, unknown_name, users_line
+from ekd_lightning.files import STARTED_IN
 from ekd_lightning.progress import Lines, Reporter, Session, reported_by
 from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
 
-STARTED_IN = "EKD_STARTED_IN"
-"""Environment variable: where the user called the command, whatever a record says of its working directory."""
 OFF_SCREEN = {"off_screen": True}
 """`extra` of a log line for the file alone, as the screen says it otherwise."""
 EXIT_USER_ERROR = 2
