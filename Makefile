@@ -49,7 +49,7 @@ type: $(READY) ## mypy
 check: $(READY) ## all pre-commit hooks on all files
 	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
 
-coverage: $(READY) ## tests with coverage, below whose floor they fail; lines in htmlcov/
+coverage: $(READY) ## tests with coverage; which lines ran stands in htmlcov/
 	$(TESTS) --cov --cov-report=term --cov-report=html
 
 notebooks: $(READY) ## make the notebooks from their scripts
