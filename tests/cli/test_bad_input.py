@@ -156,7 +156,9 @@ def save_teacher(path: Path, classes: int = 10, network: str = "resnet8") -> Non
 def test_a_teacher_of_another_class_count(refuse, tmp_path):
     save_teacher(tmp_path / "hundred.safetensors", classes=100)
     outcome = refuse(f"teachers.pool=[{{file: {tmp_path / 'hundred.safetensors'}}}]")
-    assert_refused(outcome, "hundred", "100 classes", "'digits' has 10")
+    assert_refused(
+        outcome, "hundred", "none of the data's 10 classes", "features alone: leave out method.terms.kd_ensemble"
+    )
 
 
 def test_a_teacher_of_another_data_set(refuse, tmp_path):

@@ -71,12 +71,12 @@ def test_equal_students_of_all_methods_start_with_the_same_weights(prepared):
     for method in METHODS:
         settings, parts = prepared(method)
         student = settings.student
-        kind = (student.branches, student.split_after, student.ensemble == "gate")
+        kind = (student.branches, student.split_after, student.ensemble == "gate", student.reuse_classifier)
         found.setdefault(kind, {})[method] = state_sha256(parts.student)
     for kind, hashes in found.items():
         assert len(set(hashes.values())) == 1, (kind, hashes)
-    assert len(found[1, "none", False]) >= 20
-    assert found[3, "stage1", False].keys() >= set(BRANCHED)
+    assert len(found[1, "none", False, False]) >= 20
+    assert found[3, "stage1", False, False].keys() >= set(BRANCHED)
 
 
 @pytest.mark.parametrize("family", [PLAIN, BRANCHED])
