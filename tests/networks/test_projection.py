@@ -104,6 +104,10 @@ def test_teachers_whose_classifiers_do_not_fit_are_named():
         classifier_width([network(), network(width=2.0)], ["a", "b"], 10)
     with pytest.raises(UserError, match="'a' has no linear classifier of 10 classes"):
         classifier_width([network(classes=7)], ["a"], 10)
+    unbiased = network()
+    unbiased.head = nn.Linear(64, 10, bias=False)
+    with pytest.raises(UserError, match="'a' has no linear classifier of 10 classes, with a bias"):
+        classifier_width([unbiased], ["a"], 10)
     assert classifier_width([network(), network("resnet14"), network("wrn_16_1")], list("abc"), 10) == 64
 
 
@@ -113,9 +117,15 @@ def test_teachers_whose_classifiers_do_not_fit_are_named():
         (["method=ce"], "student.reuse_classifier=true: the method 'ce' teaches without teachers"),
         (["method=takd", "method.assistants=[resnet8]"], "teaches by assistants"),
         (["method=ekd_mean"], "every branch needs one teacher"),
+        (["method=simkd", "method.teacher=mean"], "every branch needs one teacher"),
+        (
+            ["method=simkd", "student.branches=2", "method.teacher=null", "method.assignment=random"],
+            "needs one teacher",
+        ),
     ],
 )
 def test_one_line_before_training(train, tmp_path, words, message):
     outcome = train(tmp_path / "run", POOL, *words, "student.reuse_classifier=true")
     assert outcome.code == 2
     assert message in outcome.err
+    assert not (tmp_path / "run" / "status.json").exists()

@@ -91,7 +91,8 @@ def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], nu
 
 def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> None:
     head = teacher.head
-    fits = isinstance(head, nn.Linear) and head.out_features == num_classes and bool(teacher.stages)
+    fits = isinstance(head, nn.Linear) and head.bias is not None and head.out_features == num_classes
+    fits = fits and bool(teacher.stages)
     if fits and not isinstance(teacher.neck, GlobalPool):
         shape = next(reversed(teacher.stage_shapes(teacher.fixed_size or 32).values()))
         maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -100,9 +101,30 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
         fits = pooled.shape == maps.shape[:2] and torch.allclose(pooled, pool(maps), atol=1e-5)
     if not fits:
         raise UserError(
-            f"student.reuse_classifier=true: teacher {name!r} has no linear classifier of {num_classes} classes on "
-            "the mean of its last maps"
+            f"student.reuse_classifier=true: teacher {name!r} has no linear classifier of {num_classes} classes, "
+            "with a bias, on the mean of its last maps"
         )
+
+
+def own_teachers(assignment_KM: Tensor) -> list[int]:
+    """Which teacher each branch has, where it has one alone.
+
+    Args:
+        assignment_KM: [K, M], rows summing to 1; of a random assignment its mean.
+
+    Returns:
+        K positions of teachers.
+
+    Raises:
+        UserError: If a branch has several teachers.
+    """
+    rows = assignment_KM.tolist()
+    if min(max(row) for row in rows) < 1:
+        raise UserError(
+            "student.reuse_classifier=true: every branch needs one teacher (method.assignment=one_to_one, or "
+            "method.teacher=best)"
+        )
+    return [row.index(max(row)) for row in rows]
 
 
 def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNetwork], assignment_KM: Tensor) -> None:
@@ -116,12 +138,7 @@ def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNe
     Raises:
         UserError: If a branch has several teachers.
     """
-    for branch, row in zip(branches, assignment_KM.tolist(), strict=True):
-        if max(row) < 1:
-            raise UserError(
-                "student.reuse_classifier=true: every branch needs one teacher (method.assignment=one_to_one, or "
-                "method.teacher=best)"
-            )
+    for branch, m in zip(branches, own_teachers(assignment_KM), strict=True):
         head = branch.get_submodule("head")
-        head.load_state_dict(teachers[row.index(max(row))].head.state_dict())
+        head.load_state_dict(teachers[m].head.state_dict())
         head.requires_grad_(False)

@@ -35,7 +35,7 @@ from ekd_lightning.networks import (
     zoo_entry,
 )
 from ekd_lightning.networks.library import fixed_size
-from ekd_lightning.networks.projection import classifier_width
+from ekd_lightning.networks.projection import classifier_width, own_teachers
 from ekd_lightning.networks.registry import is_of_library, require_network
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.runs.writer import is_rank_zero
@@ -271,8 +271,8 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
         with quiet():
             networks = [build_network(plan.spec) for plan in teachers]
         for plan in teachers:
-            if len(plan.unknown) == dataset.num_classes:
-                raise UserError(f"student.reuse_classifier=true: the teacher {plan.id!r} predicts none of the classes")
+            if plan.unknown:
+                raise UserError(f"student.reuse_classifier=true: the teacher {plan.id!r} does not know all classes")
         width = classifier_width(networks, [plan.id for plan in teachers], dataset.num_classes)
         spec = replace(spec, projection=width)
     torch.manual_seed(settings.seed)
@@ -308,8 +308,11 @@ def _build_method(
             train_index=subset.train_index,
             train_labels=dataset.train.labels[subset.train_index],
         )
-        method = settings.method
-        return build_method(method.name, terms, context, temperature=method.temperature, assignment=assignment)
+        temperature = settings.method.temperature
+        method = build_method(settings.method.name, terms, context, temperature=temperature, assignment=assignment)
+    if student.spec.projection is not None and method.assignment is not None:
+        own_teachers(method.assignment.mean_KM)  # refused now, not when the teachers are there
+    return method
 
 
 def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
