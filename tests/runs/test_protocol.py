@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-from made_runs import result
+from made_runs import result, write_run
 
+from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.result import Result
 
@@ -26,3 +27,32 @@ def test_what_differs_is_named_and_what_is_not_recorded_fits(name):
     assert not ONE.fits(other)
     assert ONE.fits(unknown)
     assert unknown.fits(other)
+
+
+def unlabelled(fraction: float, images: int, sha256: str, kind: str | None, over: str | None = "labelled") -> dict:
+    made = {"num_unlabelled_images": images, "unlabelled_sha256": sha256, "unlabelled_share": 0.5}
+    return {**result(fraction=fraction), **made, "unlabelled_from": kind, "epoch_over": over}
+
+
+def test_a_curve_over_fractions_has_the_rest_of_each_subset_or_the_same_images():
+    def family(*words):
+        return Protocol.of(unlabelled(*words)).family
+
+    assert family(0.1, 45_000, "a", "rest") == family(0.2, 40_000, "b", "rest")
+    assert family(0.1, 900, "c", "own") == family(0.2, 900, "c", "own")
+    assert family(0.1, 900, "c", "own") != family(0.2, 800, "d", "own")
+    assert family(0.1, 900, "c", "own") != family(0.2, 40_000, "b", "rest")
+    assert family(0.1, 45_000, "a", "rest") != family(0.2, 40_000, "b", "rest", "unlabelled")
+
+
+def test_a_record_from_before_takes_both_from_its_configuration(tmp_path):
+    made = unlabelled(0.1, 45_000, "a", None)
+    old = {name: value for name, value in made.items() if name not in ("unlabelled_from", "epoch_over")}
+    assert Protocol.of(old).fits(Protocol.of(unlabelled(0.1, 45_000, "a", "rest")))
+    for words, kind, over in (({}, "rest", "labelled"), ({"data__epoch": "unlabelled"}, "rest", "unlabelled")):
+        run = write_run(tmp_path / over, old, data__unlabelled="rest", **words)
+        expected = Protocol.of(unlabelled(0.1, 45_000, "a", kind, over))
+        assert Protocol.of(RunDirectory(run).read_result()) == expected
+    plain = Protocol.of(result())
+    assert (plain.unlabelled_from, plain.epoch_over) == ("none", "labelled")
+    assert Protocol.of({**result(), "epoch_over": "labelled"}) == plain

@@ -77,6 +77,11 @@ class Unlabelled:
     leads: bool = False
     own: ImageSet | None = None
 
+    @property
+    def kind(self) -> str:
+        """`rest` for images of the training set, `own` for images of their own."""
+        return "rest" if self.own is None else "own"
+
     def __len__(self) -> int:
         return len(self.index)
 

@@ -335,6 +335,8 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
         "num_unlabelled_images": 0 if unlabelled is None else len(unlabelled),
         "unlabelled_sha256": unlabelled and unlabelled.sha256,
         "unlabelled_share": unlabelled and unlabelled.share,
+        "unlabelled_from": unlabelled and unlabelled.kind,
+        "epoch_over": settings.data.epoch,
         "subset_sha256": prepared.subset.sha256,
         "subset_seed": settings.data.subset_seed,
         "seed": settings.seed,

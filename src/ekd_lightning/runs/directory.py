@@ -206,6 +206,11 @@ class RunDirectory:
             with contextlib.suppress(DamagedFileError):
                 asked = self.section("data").get("fraction")
                 content["fraction"] = content.get("fraction") if asked is None else asked
+        if content.get("num_unlabelled_images") and "unlabelled_from" not in content:  # then config.yaml alone told
+            with contextlib.suppress(DamagedFileError):
+                if data := self.section("data"):
+                    content["unlabelled_from"] = "rest" if data.get("unlabelled") == "rest" else "own"
+                    content["epoch_over"] = str(data.get("epoch", "labelled"))
         try:
             return Result.of(content)
         except NotAResultError as error:

@@ -32,6 +32,8 @@ class Protocol:
     num_unlabelled_images: int | None = None
     unlabelled_sha256: str | None = None
     unlabelled_share: float | None = None
+    unlabelled_from: str | None = None
+    epoch_over: str | None = None
     views: str | None = None
     mixup: float | None = None
     cutmix: float | None = None
@@ -47,7 +49,9 @@ class Protocol:
         """Reads the protocol of a run or a result; of a run without one, from its configuration."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
         if values["num_train_images"] is not None:  # a record that says nothing of unlabelled images had none
-            without = {"num_unlabelled_images": 0, "unlabelled_sha256": "none", "unlabelled_share": 0.0}
+            without: dict[str, Any] = {"num_unlabelled_images": 0, "unlabelled_sha256": "none", "unlabelled_share": 0.0}
+            if not values["num_unlabelled_images"]:
+                without |= {"unlabelled_from": "none", "epoch_over": "labelled"}
             values |= {name: values[name] or nothing for name, nothing in without.items()}
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)
@@ -61,7 +65,9 @@ class Protocol:
     def family(self) -> tuple[Any, ...]:
         """The protocol without what follows from the fraction: points of one curve over fractions share it."""
         follows = {"fraction", "subset_sha256", "num_train_images", "num_val_images", "steps"}
-        follows |= {"num_unlabelled_images", "unlabelled_sha256"}  # their share tells runs with and without apart
+        follows.add("num_unlabelled_images")
+        if self.unlabelled_from != "own":  # images of their own are the same at every fraction
+            follows.add("unlabelled_sha256")
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
 
     def differences(self, other: Protocol) -> list[str]:

@@ -69,6 +69,8 @@ class Result(Mapping[str, Any]):
         num_unlabelled_images: Images that were trained on without labels, beside the `num_train_images` with labels.
         unlabelled_sha256: Hash of those images.
         unlabelled_share: Their share of each batch, in (0, 1).
+        unlabelled_from: `rest` for training images that the subset leaves out, `own` for images of their own.
+        epoch_over: Whether an epoch was one pass over the `labelled` or over the `unlabelled` images.
         subset_sha256: Hash of the labelled images that the run saw.
         student_sha256: `state_sha256` of student.safetensors.
         views: The augmentation, see `Views.key`.
@@ -108,6 +110,8 @@ class Result(Mapping[str, Any]):
     num_unlabelled_images: int = 0
     unlabelled_sha256: str | None = None
     unlabelled_share: float | None = None
+    unlabelled_from: str | None = None
+    epoch_over: str | None = None
     subset_sha256: str | None = None
     subset_seed: int | None = None
     epochs: int | None = None
