@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,11 @@ def content(branches: int) -> bytes:
     return to_bytes(DeployedStudent(student), METADATA, "safetensors")
 
 
+def record(folder: Path, *files: str) -> None:
+    """Writes export.json."""
+    (folder / "export.json").write_text(json.dumps({"files": {name: {} for name in files}}), encoding="utf-8")
+
+
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     """What `ekd-export` leaves behind, and a file of somebody's beside it."""
@@ -39,7 +45,7 @@ def export(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "student.safetensors").write_bytes(content(branches=2))
     (folder / "README.md").write_text(CARD, encoding="utf-8")
-    (folder / "export.json").write_text("{}", encoding="utf-8")
+    record(folder, "student.safetensors")
     (folder / "private.txt").write_text("not to be seen", encoding="utf-8")
     return folder
 
@@ -64,17 +70,19 @@ def put(cache: Path, repository: str, commit: str, revision: str, file: Path) ->
 class Hub:
     """Stands for `huggingface_hub.HfApi`, and remembers what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *files: str) -> None:
         self.made: dict[str, bool] = {}
-        self.files: set[str] = set()
+        self.files = set(files)
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         assert exist_ok
         self.made[repo_id] = private
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> str:
-        found = filter_repo_objects((path.name for path in folder_path.iterdir()), allow_patterns=allow_patterns)
-        self.files = set(found)
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], delete_patterns: list[str]
+    ) -> str:
+        self.files -= set(filter_repo_objects(self.files, allow_patterns=delete_patterns))
+        self.files |= set(filter_repo_objects((p.name for p in folder_path.iterdir()), allow_patterns=allow_patterns))
         return f"https://hub/{repo_id}/commit/1"
 
 
@@ -114,6 +122,14 @@ def test_a_missing_package_names_the_extra(export, monkeypatch):
         ekd_lightning.push(export, "me/small")
 
 
+def test_a_folder_of_the_same_name_hides_no_repository(export, cache, monkeypatch):
+    put(cache, "me/small", "a" * 40, "main", export / "student.safetensors")
+    monkeypatch.chdir(export)
+    Path("me/small").mkdir(parents=True)
+    expected = load_deployed(export / "student.safetensors")(IMAGES)
+    assert torch.equal(ekd_lightning.load("me/small")(IMAGES), expected)
+
+
 def test_students_of_the_package_go_by_name_and_files_before_them(export, monkeypatch):
     own = export / "students"
     own.mkdir()
@@ -127,6 +143,9 @@ def test_students_of_the_package_go_by_name_and_files_before_them(export, monkey
         ekd_lightning.load("tiny", revision="v1")
     monkeypatch.chdir(export)
     Path("tiny").mkdir()
+    assert torch.equal(ekd_lightning.load("tiny")(IMAGES), expected)
+    Path("tiny").rmdir()
+    Path("tiny").write_text("a file")
     with pytest.raises(UserError, match="tiny: not an exported student"):
         ekd_lightning.load("tiny")
 
@@ -139,12 +158,14 @@ def test_paths_are_never_asked_of_the_hub(name, monkeypatch):
 
 
 def test_pushing_sends_the_export_and_nothing_beside_it(export, monkeypatch):
-    api = Hub()
+    api = Hub("student.pt2", "student.safetensors", "student-notes.md")  # of another student, pushed earlier
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     (export / "student.int8.onnx").write_bytes(b"")
+    (export / "student.onnx").write_bytes(b"left by somebody")
+    record(export, "student.safetensors", "student.int8.onnx")
     assert ekd_lightning.push(export, "me/small") == "https://hub/me/small/commit/1"
     assert api.made == {"me/small": True}
-    assert api.files == {"README.md", "export.json", "student.safetensors", "student.int8.onnx"}
+    assert api.files == {"README.md", "export.json", "student.safetensors", "student.int8.onnx", "student-notes.md"}
     ekd_lightning.push(export, "me/open", private=False)
     assert api.made["me/open"] is False
 
@@ -154,6 +175,10 @@ def test_pushing_sends_the_export_and_nothing_beside_it(export, monkeypatch):
     [
         (lambda folder: (folder / "export.json").unlink(), r"lacks export\.json \(ekd-export RUN -o"),
         (lambda folder: (folder / "student.safetensors").unlink(), r"lacks student\.safetensors"),
+        (lambda folder: record(folder, "student.safetensors", "student.onnx"), r"lacks student\.onnx"),
+        (record, r"lacks student\.safetensors"),
+        (lambda folder: record(folder, "*"), r"export\.json: damaged, or not written by ekd-export"),
+        (lambda folder: (folder / "export.json").write_text("[]"), r"export\.json: damaged"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "the hub cannot read its header"),
         (lambda folder: None, r"hub repository 'me/small': nothing was uploaded \(no token\)"),
     ],

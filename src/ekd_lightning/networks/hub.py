@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 from ekd_lightning.errors import UserError, one_line, require, unknown_name
+from ekd_lightning.files import DamagedFileError, read_json
 from ekd_lightning.networks.deploy import SUFFIXES
 
 STUDENTS = Path(__file__).parents[1] / "students"
 """Students that come with the package: NAME.safetensors, and its model card NAME.md."""
 HUB_FILE = "student.safetensors"
 """What is read of a repository of the hub; nothing else of it is fetched."""
+_FILE = re.compile(rf"student[\w.]*({'|'.join(map(re.escape, SUFFIXES.values()))})", re.ASCII)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -27,7 +29,7 @@ def find_student(name: str | Path, revision: str | None = None) -> Path:
         UserError: If it is none of them, the hub cannot be reached, or a `revision` is given for a file.
     """
     own = {path.stem: path for path in STUDENTS.glob("*.safetensors")}
-    is_file = isinstance(name, Path) or Path(name).suffix in SUFFIXES.values() or Path(name).exists()
+    is_file = isinstance(name, Path) or Path(name).suffix in SUFFIXES.values() or Path(name).is_file()
     if isinstance(name, str) and not is_file and name not in own:
         if _REPOSITORY.fullmatch(name):
             return fetch(name, HUB_FILE, revision)
@@ -72,8 +74,10 @@ def check_repository(repository: str) -> None:
 def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
     """Uploads an exported student with its model card, for `ekd_lightning.load("USER/REPO")`.
 
+    Files of an earlier student in the repository are deleted, so that it holds one student alone.
+
     Args:
-        folder: That `ekd-export` wrote; of it, `README.md`, `export.json` and the student's files are uploaded.
+        folder: That `ekd-export` wrote; of it, `README.md`, `export.json` and the files that it lists are uploaded.
         repository: USER/REPO, made if it does not exist. The token is that of `hf auth login` or `HF_TOKEN`.
         private: Whether a new repository is private.
 
@@ -81,14 +85,15 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
         The address of the commit.
 
     Raises:
-        UserError: If the package is missing, the folder holds no export, its card's header is unreadable, or the hub
-            refuses.
+        UserError: If the package is missing, the folder holds no export, its record or its card's header is
+            unreadable, or the hub refuses.
     """
     check_repository(repository)
     import huggingface_hub  # noqa: PLC0415 (optional)
 
     folder = Path(folder)
-    missing = [name for name in ("export.json", "README.md", HUB_FILE) if not (folder / name).is_file()]
+    files = ["export.json", "README.md", *_listed(folder)]
+    missing = [name for name in dict.fromkeys((*files, HUB_FILE)) if name not in files or not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: lacks {' and '.join(missing)} (ekd-export RUN -o {folder} writes them)")
     try:
@@ -98,7 +103,22 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        files = ["export.json", "README.md", *(f"student*{suffix}" for suffix in SUFFIXES.values())]
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files))
+        old = [f"student*{suffix}" for suffix in SUFFIXES.values()]  # what is uploaded anew is not deleted
+        sent = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, delete_patterns=old)
+        return str(sent)
     except Exception as error:  # the hub's and the network's kinds
         raise UserError(f"hub repository {repository!r}: nothing was uploaded ({one_line(error)})") from None
+
+
+def _listed(folder: Path) -> list[str]:
+    """The student's files, as a folder's export.json lists them."""
+    path = folder / "export.json"
+    if not path.is_file():
+        return [HUB_FILE]
+    try:
+        listed = read_json(path).get("files")
+    except DamagedFileError:
+        listed = None
+    if not isinstance(listed, dict) or not all(map(_FILE.fullmatch, listed)):
+        raise UserError(f"{path}: damaged, or not written by ekd-export")
+    return list(listed)
