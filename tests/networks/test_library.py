@@ -587,6 +587,10 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="names no timm architecture"):
         from_hub("user/repo")
+    for odd in ([1], {"input_size": 96}, {"input_size": [3, 96]}, {"input_size": [3, "96", 96]}):
+        (tmp_path / "config.json").write_text(json.dumps({**described, "pretrained_cfg": odd}))
+        with pytest.raises(UserError, match=r"'user/repo': its config\.json lacks a pretrained_cfg with an input_size"):
+            from_hub("user/repo")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(UserError, match=r"hub repository 'user/repo': config.json cannot be fetched \(no route\)"):
         from_hub("user/repo")

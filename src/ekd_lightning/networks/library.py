@@ -77,7 +77,7 @@ def from_hub(repository: str) -> LibraryWeights:
 
     Raises:
         UserError: If the package is missing, the hub or the repository cannot be reached, or the repository holds no
-            timm network in safetensors form.
+            timm network in safetensors form, or one whose description cannot be read.
     """
     copy, files = Path(repository), ("config.json", "model.safetensors")
     config, path = (copy / name if copy.is_dir() else fetch(repository, name) for name in files)
@@ -93,9 +93,12 @@ def from_hub(repository: str) -> LibraryWeights:
     found = usual(name)
     assert found is not None
     own = described.get("pretrained_cfg") or {}
+    shape = own.get("input_size") or [3, found.image_size, found.image_size] if isinstance(own, dict) else None
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
+        said = "a pretrained_cfg with an input_size of three whole numbers"
+        raise UserError(f"hub repository {repository!r}: its config.json lacks {said}")
     statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
-    size = (own.get("input_size") or [3, found.image_size, found.image_size])[1]
-    return LibraryWeights(name, Usual(statistics, size, found.fixed), path)
+    return LibraryWeights(name, Usual(statistics, shape[1], found.fixed), path)
 
 
 def usual(name: str) -> Usual | None:
