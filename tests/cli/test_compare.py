@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,8 @@ from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json, write_yaml
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.studies import comparison, launching
 from ekd_lightning.studies import study as studies
 
@@ -89,6 +92,26 @@ def test_calling_again_runs_nothing_and_the_report_alone_needs_the_folder_only(s
     (study / "comparison.json").unlink()
     assert call("--output", study, "--report-only")[0] == 0
     assert set(table(study)) == {"ce", "kd_mean", "ekd"}
+
+
+def test_more_seeds_are_asked_for_with_the_code_that_the_study_needs(study, monkeypatch):
+    monkeypatch.chdir(study.parent)
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: None)
+    found = studies.read_study(study)
+    studies.write_study(replace(found, common=(*found.common, "imports=[json]")), study)
+    for path in study.glob("runs/*/"):
+        config = {**RunDirectory(path).config(), "imports": ["json"]}
+        RunWriter(path).write_yaml("config.yaml", yaml.safe_dump(config))
+    (study / "report").mkdir()
+    (study / "report" / "summary.json").write_text("{}")
+    code, out, err = call("--output", study, "imports=[json]", f"hydra.searchpath=[{study.parent}]")
+    assert code == 0, err
+    assert out.splitlines()[-2] == "  ekd-report c -o c/report --force"
+    printed = shlex.split(out.splitlines()[-1])
+    search = f"hydra.searchpath=['file://{study.parent}']"
+    assert printed == ["ekd-compare", "--output", "c", search, "imports=[json]", "--seeds", "2,3"]
+    code, out, err = call(*printed[1:], "--print-jobs")
+    assert (code, len(out.splitlines())) == (0, 6), err
 
 
 def test_a_stopped_run_goes_on_in_place_and_a_lost_one_starts_anew(study, finished):

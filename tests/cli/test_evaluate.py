@@ -103,6 +103,22 @@ def test_a_folder_means_its_finished_runs(run):
     assert read(run)["evaluation_seconds"]["predictions"] > 0
 
 
+def test_what_may_come_next_names_the_run_that_was_found_and_where_things_are(run):
+    words = ("data.root=some where", "teachers.store=x", "imports=[json]", "--trust", "--batch-size", "50")
+    outcome = evaluate(run.parent, "--parts", "predictions", *words, directory=run.parent)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-3:] == [
+        "next:",
+        "  ekd-report runs/a -o runs/a/report",
+        "  ekd-export runs/a 'data.root=some where' 'imports=[json]' --trust",
+    ]
+    (run / "export").mkdir()
+    shutil.copytree(run, run.parent / "b")
+    (run.parent.parent / "report").mkdir()
+    outcome = evaluate(run.parent, "--parts", "predictions", directory=run.parent)
+    assert outcome.out.splitlines()[-2:] == ["next:", "  ekd-report runs -o report-2"]
+
+
 def test_a_part_that_fails_is_told_with_its_run(run, monkeypatch):
     def broken(context):
         raise UserError("no corruptions in sight")
@@ -113,6 +129,7 @@ def test_a_part_that_fails_is_told_with_its_run(run, monkeypatch):
     assert outcome.code == 1
     assert outcome.err.splitlines()[1:] == [f"ekd-evaluate: error: {run}: corruptions: no corruptions in sight"]
     assert "corruptions failed" in outcome.out
+    assert "next:" not in outcome.out
     assert (run / "result.json").read_bytes() == before
 
 

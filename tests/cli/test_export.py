@@ -324,5 +324,9 @@ def test_a_missing_package_names_the_extra(run, tmp_path, monkeypatch):
 
 def test_pushing_uploads_the_export_and_says_where(run, tmp_path, monkeypatch):
     monkeypatch.setattr("ekd_lightning.networks.push", lambda *given: f"https://hub/{given[1]}, {len(given)}")
-    code, out, _ = call(run, "-o", tmp_path / "out", "--push", "me/x")
+    monkeypatch.chdir(run.parent)
+    words = ("data.root=some where", "--trust")
+    code, out, _ = call(run, "-o", tmp_path / "out", "--push", "me/x", *words)
     assert (code, "uploaded: https://hub/me/x, 2" in out.splitlines()) == (0, True)
+    evaluate, report = (f"  ekd-evaluate {run.name} --parts all", f"  ekd-report {run.name} -o {run.name}/report")
+    assert out.splitlines()[-2:] == [f"{evaluate} 'data.root=some where' --trust", report]

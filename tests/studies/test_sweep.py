@@ -391,6 +391,10 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
         f"  ekd-train resume={name}",
         f"  ekd-report {name} -o {name}/report",
     ]
+    (sweep.folder / "report").mkdir()
+    (sweep.folder / "report" / "summary.json").write_text("{}")
+    show_summary(found_sweep(sweep.folder))
+    assert capsys.readouterr().out.splitlines()[-1] == f"  ekd-report {name} -o {name}/report --force"
     assert any(line.split() == ["0", "0", "50.00", "40.00", "12", "done"] for line in lines)
     assert any(line.split()[-2:] == ["not", "started"] for line in lines)
 

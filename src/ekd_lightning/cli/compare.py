@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from ekd_lightning.config.commands import print_next, typed
+from ekd_lightning.config.commands import print_next, report_command, typed
 from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command, users_files_first
-from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of
+from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
@@ -87,7 +86,8 @@ def run_compare(args: argparse.Namespace) -> bool:
     common, hydra_words = split_overrides(args.overrides)
     hydra_words = tuple(anchored_search(word) for word in hydra_words)
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
-    again = " ".join([again, *map(shlex.quote, filter(names_code, common))])
+    search = [word for word in hydra_words if key_of(word) == "hydra.searchpath"]
+    again = " ".join([again, *map(shell_word, (*search, *filter(names_code, common)))])
     tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
     with (
         users_files_first(hydra_words),
@@ -97,7 +97,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         if hydra_words:
             _compose(hydra_words, [])  # a launcher that is not there is refused before anything is planned
         old = read_study(folder)  # again: another process may have added to it
-        composer = partial(_compose, [word for word in hydra_words if key_of(word) == "hydra.searchpath"])
+        composer = partial(_compose, search)
         with working_in(old.working_directory if old else ""):
             study = comparison.ask(
                 old,
@@ -121,10 +121,7 @@ def run_compare(args: argparse.Namespace) -> bool:
             )
     complete = comparison.report(study, folder)
     more = ",".join(str(max(study.seeds) + number) for number in (1, 2))
-    print_next(
-        f"ekd-report {typed(folder)} -o {typed(folder / 'report')}",
-        f"{PROGRAM} --output {typed(folder)} --seeds {more}" if complete else again,
-    )
+    print_next(report_command([folder], folder / "report"), f"{again} --seeds {more}" if complete else again)
     return complete
 
 

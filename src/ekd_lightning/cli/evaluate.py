@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ekd_lightning.config.commands import print_next, typed
+from ekd_lightning.config.commands import print_next, report_command, trusting, typed, unused
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError
@@ -87,7 +87,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     for line in left_out:
         print(line, file=sys.stderr)
     rows: list[tuple[str, ...]] = []
-    complete = True
+    complete, found = True, False
     with session("data", "evaluation") as shown:
         with phase("data"), part("importing PyTorch"):
             device = choose_device(args.device)
@@ -103,15 +103,26 @@ def run_evaluate(args: argparse.Namespace) -> bool:
                 rows.append((str(directory), "", "", "", "", "", "[red]failed"))
                 continue
             complete = complete and not outcome.errors
+            found = found or bool(outcome.done or outcome.skipped)
             for line in outcome.errors.values():
                 print(f"{PROGRAM}: error: {directory}: {line}", file=sys.stderr)
             rows.append(_row(directory, outcome))
             if position < len(runs):
                 shown.renew()
     print_table("evaluated runs", _HEADS, rows, left=("run", "method", "parts"))
-    where = " ".join(map(typed, places))
-    print_next(f"ekd-report {where} -o report", *([f"ekd-export {where}"] if len(runs) == 1 else []))
+    if found:
+        print_next(*_commands(runs, places, args))
     return complete
+
+
+def _commands(runs: Sequence[Path], places: Sequence[Path], args: argparse.Namespace) -> list[str]:
+    """What may come next: a report of one run goes into its directory, and the run can be exported."""
+    if len(runs) > 1:
+        return [report_command(places, unused("report"))]
+    (run,) = runs
+    kept = [word for word in args.words if is_override(word) and word.startswith(("data.", "imports="))]
+    export = f"ekd-export {' '.join([typed(run), *trusting(kept, args.trust)])}"
+    return [report_command([run], run / "report"), *([] if (run / "export").exists() else [export])]
 
 
 def is_override(word: str) -> bool:

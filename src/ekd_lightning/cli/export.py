@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ekd_lightning.config.commands import print_next, typed
+from ekd_lightning.config.commands import print_next, report_command, trusting, typed
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import check_options, make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError, unknown_name
@@ -105,8 +105,8 @@ def run_export(args: argparse.Namespace) -> bool:
         _say_accuracy(record, context.result)
         if args.push:
             print(f"uploaded: {push(folder, args.push)}")
-        run = typed(args.run)
-        print_next(f"ekd-evaluate {run} --parts all", f"ekd-report {run} -o {typed(args.run / 'report')}")
+        words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
+        print_next(f"ekd-evaluate {' '.join(words)}", report_command([args.run], args.run / "report"))
     if failure:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
     return not failure

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning import progress
-from ekd_lightning.config.commands import print_next, typed, typed_resume
+from ekd_lightning.config.commands import compare_command, print_next, report_command, typed, typed_resume
 from ekd_lightning.config.config import build_callbacks, register_schema, to_plain, to_settings, warn_without_effect
 from ekd_lightning.config.directory import JobOutput, ddp_reruns_this_job, remove_unused
 from ekd_lightning.config.edge import OFF_SCREEN, is_interrupt, one_line, print_table, quiet_libraries, run_program
@@ -198,7 +197,7 @@ def show_result(result: Result, directory: Path) -> None:
     print(f"in {typed(directory)}")
     run = typed(directory)
     print_next(
-        f"ekd-report {run} -o {typed(directory / 'report')}",
+        report_command([directory], directory / "report"),
         f"ekd-evaluate {run} --parts all",
         f"ekd-export {run}",
         *_comparison(result),
@@ -207,14 +206,11 @@ def show_result(result: Result, directory: Path) -> None:
 
 def _comparison(result: Result) -> list[str]:
     """The command that compares the run's method with others as the run was set up, where a study can be set up so."""
-    words = HydraConfig.get().overrides.task
-    if config_flags(sys.argv) or any(key_of(word) == "data.per_class" for word in words):
+    if config_flags(sys.argv):
         return []
-    varied = ("method", "seed", "data.fraction", "resume", "overwrite")
     methods = result.method if result.method.startswith("ekd") else f"{result.method},ekd"
-    options = ["--methods", methods, "--output", f"compare/{result.data}"]
-    options += [] if result.fraction == 1 else ["--fractions", f"{result.fraction:g}"]
-    return [f"ekd-compare {shlex.join([*options, *(word for word in words if key_of(word) not in varied)])}"]
+    fractions = [] if result.fraction == 1 else ["--fractions", f"{result.fraction:g}"]
+    return compare_command(methods, f"compare/{result.data}", HydraConfig.get().overrides.task, *fractions)
 
 
 def summary_line(result: Result, directory: Path) -> str:

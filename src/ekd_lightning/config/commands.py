@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from ekd_lightning.config.overrides import override, read_path, shell_word
+from ekd_lightning.config.overrides import key_of, override, read_path, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import STARTED_IN
 from ekd_lightning.runs.words import names_code
@@ -53,6 +53,42 @@ def called(program: str) -> str:
     return shell_word(str(here.with_name(program)))
 
 
+def report_command(places: Iterable[Path], folder: Path) -> str:
+    """The command that reports on runs into a folder, over the earlier report that it may hold."""
+    force = ["--force"] if (_there(folder) / "summary.json").is_file() else []
+    return " ".join(["ekd-report", *map(typed, places), "-o", typed(folder), *force])
+
+
+def compare_command(methods: str, folder: Path | str, words: Iterable[str], *options: str) -> list[str]:
+    """The command that compares methods as a run was set up; none where a study cannot be set up so.
+
+    Args:
+        methods: For `--methods`.
+        folder: Of the study; numbered where it is there already.
+        words: Overrides of the run; those of what a study varies are left out.
+        options: Further options.
+    """
+    words = list(words)
+    if any(key_of(word) == "data.per_class" for word in words):
+        return []
+    varied = ("method", "seed", "data.fraction", "resume", "overwrite")
+    kept = [shell_word(word) for word in words if key_of(word) not in varied]
+    return [
+        " ".join(["ekd-compare", "--methods", shell_word(methods), "--output", typed(unused(folder)), *options, *kept])
+    ]
+
+
+def trusting(words: Iterable[str], trust: bool) -> list[str]:
+    """Overrides as one would type them here, and `--trust` if it was given."""
+    return [*map(shell_word, words), *(["--trust"] if trust else [])]
+
+
+def unused(folder: Path | str) -> Path:
+    """The folder; with a number where there is one of that name."""
+    names = (Path(f"{folder}{end}") for end in ("", *(f"-{number}" for number in range(2, 1000))))
+    return next((name for name in names if not _there(name).exists()), Path(folder))
+
+
 def print_next(*commands: str) -> None:
     """Prints commands that may come next, ready to be pasted."""
     print("\nnext:")
@@ -61,6 +97,11 @@ def print_next(*commands: str) -> None:
         print(f"  {called(program) if program.startswith('ekd-') else program} {words}".rstrip())
 
 
+def _there(path: Path | str) -> Path:
+    """A path as it is meant where the command was called."""
+    return Path(os.environ.get(STARTED_IN) or Path.cwd(), path)
+
+
 def _near(path: Path | str) -> str:
-    path, here = Path(path), Path(os.environ.get(STARTED_IN) or Path.cwd())
+    path, here = Path(path), _there("")
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else str(path)

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ekd_lightning.config.commands import print_next, typed, typed_resume
+from ekd_lightning.config.commands import print_next, report_command, typed_resume
 from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
@@ -202,9 +202,8 @@ def show_summary(sweep: Sweep) -> None:
     print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")
     for state in failed:
         print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
-    place = typed(sweep.folder)
     again = [sweep.again] if done < len(states) else []
-    print_next(*again, *([f"ekd-report {place} -o {typed(sweep.folder / 'report')}"] if done else []))
+    print_next(*again, *([report_command([sweep.folder], sweep.folder / "report")] if done else []))
 
 
 def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:
