@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_study_leaves_its_result_and_goes_on_where_it_stopped(tune, tmp_path, 
     assert list((folder / "kd_mean" / "trials").iterdir()) == []
 
 
-def test_the_result_is_a_command_line(tune, train, tmp_path):
+def test_the_result_is_a_command_line(tune, train, store, tmp_path):
     from ekd_lightning.cli.tune import main
 
     space = tmp_path / "space.yaml"
@@ -79,13 +80,24 @@ def test_the_result_is_a_command_line(tune, train, tmp_path):
         "recipe.lr: {choices: [1.0e-6, 0.05]}\nmethod.terms.ce_ensemble.label_smoothing: {low: 0.0, high: 0.2}\n"
     )
     base = ("method=ce", "recipe.lr=1e-6", "recipe.epochs=4", "data.fraction=0.5")
-    found = result(tune("--space", str(space), "--trials", "4", "--seeds", "3", *base), "ce")
+    outcome = tune("--space", str(space), "--trials", "4", "--seeds", "3", *base)
+    found = result(outcome, "ce")
     assert found["overrides"]  # a learning rate of 1e-6 learns nothing
     printed = _call(main, ["ekd-tune", "--print", str(tmp_path / "tuned" / "ce.yaml")], tmp_path / "x")
     assert printed.out.split() == found["overrides"]
     run = train(tmp_path / "run", VAL, *base, "seed=3", *printed.out.split())
     assert run.code == 0, run.err
     assert run.result["val_accuracy"] == pytest.approx(found["value"], abs=1e-6)
+    kept = [*TINY, VAL, f"teachers.store={store}", *base]
+    chosen = {"method", *(word.partition("=")[0] for word in found["overrides"])}
+    kept = [word for word in kept if word.partition("=")[0] not in chosen]
+    train_line, compare_line = (line.strip() for line in outcome.out.splitlines()[-2:])
+    train_line, _, best = train_line.partition(" $(")
+    assert best == "ekd-tune --print tuned/ce.yaml)"
+    assert shlex.split(train_line) == ["ekd-train", "method=ce", *kept]
+    own = ["--methods", "ce", "--output", "tuned/compare", "--tuned", "tuned", "--fractions", "0.5"]
+    rest = [word for word in kept if not word.startswith("data.fraction=")]
+    assert shlex.split(compare_line) == ["ekd-compare", *own, *rest]
 
 
 def test_what_the_command_line_sets_is_not_searched(tune):

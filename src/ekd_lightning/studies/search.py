@@ -125,7 +125,7 @@ def tune(
             after_trial=lambda: write_outcome(output, search, facts),
         )
         write_outcome(output, search, facts)
-        show_outcome(output, search, facts)
+        show_outcome(output, search, facts, overrides)
     finally:
         search.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from optuna.samplers import TPESampler
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
-from ekd_lightning.config.commands import called, print_next, typed
+from ekd_lightning.config.commands import called, compare_command, print_next, typed
 from ekd_lightning.config.edge import print_table
-from ekd_lightning.config.overrides import Scalar, override
+from ekd_lightning.config.overrides import Scalar, key_of, override, shell_word
 from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_yaml
@@ -239,8 +239,14 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
     write_yaml(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
 
 
-def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
-    """Prints the best trials, and whether they differ significantly.
+def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequence[str]) -> None:
+    """Prints the best trials, whether they differ significantly, and the commands that use the best.
+
+    Args:
+        output: Folder of the results.
+        study: The search.
+        facts: What its result records.
+        words: Overrides that the search was started with.
 
     Raises:
         UserError: If no trial is complete.
@@ -270,8 +276,16 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
         f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
         f"  -> {output / facts['method']}.yaml"
     )
-    place = output / f"{facts['method']}.yaml"
+    chosen = ("method", *map(key_of, found.overrides))
+    _print_commands(output, facts["method"], [word for word in words if key_of(word) not in chosen])
+
+
+def _print_commands(output: Path, method: str, kept: Sequence[str]) -> None:
+    """Prints how a run and a study take up the best trial, with all else as the search had it."""
+    best = f"$({called('ekd-tune')} --print {typed(output / f'{method}.yaml')})"
+    fraction = [word.partition("=")[2] for word in kept if key_of(word) == "data.fraction"]
+    options = ["--tuned", typed(output), *(["--fractions", fraction[-1]] if fraction else [])]
     print_next(
-        f"ekd-train method={facts['method']} $({called('ekd-tune')} --print {typed(place)})",
-        f"ekd-compare --methods {facts['method']} --tuned {typed(output)} --output {typed(output / 'compare')}",
+        " ".join(["ekd-train", f"method={method}", *map(shell_word, kept), best]),
+        *compare_command(method, output / "compare", kept, *options),
     )
