@@ -85,6 +85,23 @@ def test_only_the_first_process_of_a_job_takes_the_lock(tmp_path, monkeypatch, r
     assert outcome.code == (0 if rank else 2), outcome.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--config-name", "teach", "--config-dir", "my conf"], "--config-dir 'my conf' "),
+        (["-cn=teach", "-cd=my conf"], "'-cd=my conf' "),
+        ([], ""),
+    ],
+)
+def test_the_students_command_has_the_flags_of_this_one(tmp_path, monkeypatch, flags, kept):
+    monkeypatch.setattr(teachers, "obtain_teachers", lambda *_, **__: [])
+    (tmp_path / "my conf").mkdir()
+    words = ("seed=3", "teachers.fill=none", f"hydra.run.dir={tmp_path / 'run'}")
+    outcome = call_teach(*flags, *words, directory=tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-2:] == ["next:", f"  ekd-train {kept}seed=3"]
+
+
 @pytest.mark.parametrize("fill", ["run", "all"])
 def test_a_table_filled_ahead_leaves_nothing_to_compute(taught, tmp_path, fill):
     root, _, _, student = taught

@@ -14,7 +14,7 @@ from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
 from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, print_table, run_program
-from ekd_lightning.config.overrides import check_typed, key_of
+from ekd_lightning.config.overrides import check_typed, config_flags, key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import part, phase, session
 from ekd_lightning.runs.directory import STATUS, RunDirectory
@@ -81,7 +81,18 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     )
     print_table(f"teachers for {settings.data.name}", heads, cells, left=("teacher", "source", "SHA-256"))
     words = [word for word in HydraConfig.get().overrides.task if key_of(word) != "teachers.fill"]
-    print_next(f"ekd-train {shlex.join(words)}")
+    print_next(f"ekd-train {shlex.join([*_flags(), *words])}")
+
+
+def _flags() -> list[str]:
+    """`--config-dir` and the like of this command; the name of its own configuration is no run's."""
+    kept: list[str] = []
+    words = iter(config_flags(sys.argv))
+    for word in words:
+        pair = [word] if "=" in word else [word, next(words)]
+        name, _, value = "=".join(pair).partition("=")
+        kept += [] if name in ("--config-name", "-cn") and value == "teach" else pair
+    return kept
 
 
 if __name__ == "__main__":
