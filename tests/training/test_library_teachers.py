@@ -155,6 +155,14 @@ def test_a_teacher_of_other_classes_teaches_its_features(plan, weights, tmp_path
     torch.testing.assert_close(found.pooled[0], expected)
 
 
+def test_a_teacher_of_other_classes_without_a_linear_classifier_is_refused_at_once(tmp_path, data):
+    spec = NetworkSpec("torchvision:squeezenet1_1", 7, normalization("centered"))
+    save_network(tmp_path / "own.safetensors", build_network(spec))
+    said = r"teachers.pool\[0\]: 'torchvision:squeezenet1_1' predicts 7 classes, the data has 10"
+    with pytest.raises(UserError, match=said):
+        plan_teachers(TeacherSettings(pool=[{"file": str(tmp_path / "own.safetensors")}]), data, "cpu")
+
+
 def test_weights_of_other_classes_say_what_can_be_done(plan, tmp_path):
     path = tmp_path / "seven.safetensors"
     safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), path)

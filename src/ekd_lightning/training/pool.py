@@ -62,17 +62,24 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
     if count == 0:
         raise UserError("teachers.pool=[]: the method needs at least one teacher")
     plans = [_plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)]
-    plans = [_of_classes(plan, data.dataset.num_classes) for plan in plans]
+    plans = [_of_classes(plan, f"teachers.pool[{m}]", data.dataset.num_classes) for m, plan in enumerate(plans)]
     twice = {plan.id for plan in plans if sum(other.id == plan.id for other in plans) > 1}
     if twice:
         warnings.warn(f"teachers {sorted(twice)} are in the pool more than once", stacklevel=2)
     return plans
 
 
-def _of_classes(plan: PlannedTeacher, count: int) -> PlannedTeacher:
-    """The plan itself, or where its teacher tells another number of classes that of a teacher of features alone."""
-    if plan.spec.num_classes == count:
+def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
+    """The plan itself, or where its teacher tells another number of classes that of a teacher of features alone.
+
+    Raises:
+        UserError: If it tells another number, and its classifier is no linear layer, which could be exchanged.
+    """
+    spec = plan.spec
+    if spec.num_classes == count:
         return plan
+    if not build_network(spec).num_features:
+        raise UserError(f"{key}: {spec.name!r} predicts {spec.num_classes} classes, the data has {count}")
 
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
         network, detail = plan.obtain()
