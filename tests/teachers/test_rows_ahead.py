@@ -177,3 +177,16 @@ def test_a_run_that_ends_early_does_not_wait_for_what_is_read_ahead(train, tmp_p
     assert train(tmp_path / "run", *words).code != 0
     assert not may_read.is_set()
     may_read.set()
+
+
+def test_repeats_that_only_later_epochs_show(ensemble, tmp_path, monkeypatch):
+    """As with several passes in an epoch of many processes: one of them may see an image twice later on."""
+    monkeypatch.setitem(rows.HELD_BYTES, "cpu", 0)  # room for one view of each image
+    source = tabled(ensemble, tmp_path)
+    source.plan(2 * N, repeats=True)
+    first, twice, view = torch.arange(N), torch.arange(N) % 10, torch.arange(N) // 10
+    source.prepare_epoch(first, first % V, gather, {(): N})
+    source.prepare_epoch(twice, view, gather, {(): N})
+    found = source.outputs(make_batch(twice.tolist(), view.tolist()))
+    assert found.logits.isfinite().all()
+    assert same(found, tabled(ensemble, tmp_path).outputs(make_batch(twice.tolist(), view.tolist())))

@@ -142,6 +142,16 @@ def rows_of_batch(
     return [batch_size - withheld, withheld]
 
 
+def check_mixing(mixing: Mixing | None, unlabelled: Unlabelled | None) -> None:
+    """Refuses to mix images where some have no labels.
+
+    Raises:
+        UserError: If both are asked for.
+    """
+    if mixing and unlabelled is not None:
+        raise UserError("mixing with unlabelled images: images without labels cannot be mixed; leave one of them out")
+
+
 class TrainLoader:
     """Training batches: the epoch's order cut into global batches; each process takes every n-th row.
 
@@ -163,7 +173,7 @@ class TrainLoader:
         unlabelled: Images without labels; None for none.
 
     Raises:
-        UserError: The batch size fits neither the images nor the processes.
+        UserError: The batch size fits neither the images nor the processes, or images without labels are to be mixed.
     """
 
     def __init__(
@@ -179,6 +189,7 @@ class TrainLoader:
         mixing: Mixing | None = None,
         unlabelled: Unlabelled | None = None,
     ) -> None:
+        check_mixing(mixing, unlabelled)
         rows = rows_of_batch(batch_size, len(index), unlabelled, world_size)
         kinds = [index] if unlabelled is None else [index, unlabelled.index]
         self._parts = list(zip(kinds, rows, strict=True))
@@ -193,6 +204,11 @@ class TrainLoader:
 
     def __len__(self) -> int:
         return self._num_batches
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an epoch of all processes holds some image more than once."""
+        return any(len(self) * rows > len(images) for images, rows in self._parts)
 
     @property
     def sampler(self) -> TrainLoader:

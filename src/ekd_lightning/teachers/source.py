@@ -51,8 +51,13 @@ class TeacherSource:
         """Bytes of the device's memory that outputs take."""
         return 0
 
-    def plan(self, rows: int) -> None:
-        """Announces how many images the run will probably process; see `FrozenTeachers.plan`."""
+    def plan(self, rows: int, repeats: bool = False) -> None:
+        """Announces how many images the run will probably process; see `FrozenTeachers.plan`.
+
+        Args:
+            rows: So many.
+            repeats: Whether an epoch may need more than one view of an image, be it in another process.
+        """
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
         """Announces the rows of the next epoch, so that outputs can be prepared.
@@ -224,7 +229,7 @@ class LiveTeachers(TeacherSource):
         self._frozen: dict[Stages, FrozenTeachers] = {}
         self._planned_rows = 0
 
-    def plan(self, rows: int) -> None:
+    def plan(self, rows: int, repeats: bool = False) -> None:
         """See `FrozenTeachers.plan`."""
         self._planned_rows = rows
 

@@ -135,9 +135,10 @@ class TabledTeachers(TeacherSource):
         """Waits until all rows computed so far are on disk, or turned out not to fit there."""
         self._known.flush()
 
-    def plan(self, rows: int) -> None:
-        """Announces how many images the run will probably process; see `FrozenTeachers.plan`."""
+    def plan(self, rows: int, repeats: bool = False) -> None:
+        """See `TeacherSource`; what is held is chosen in the first epoch, which need not show repeats by itself."""
         self._planned_rows = rows
+        self._repeats |= repeats and self._num_views > 1
         self._live.plan(rows)
 
     def _keeps(self, stages: Stages) -> bool:
@@ -164,7 +165,7 @@ class TabledTeachers(TeacherSource):
         """
         start = time.perf_counter()
         if not self._prepared:  # what holds one view of each image is of no use then
-            self._repeats = len(np.unique(index.numpy())) < len(index)
+            self._repeats |= len(np.unique(index.numpy())) < len(index)
         self._prepared = True
         self.misses += len(self._shapes) * sum(counts[stages] for stages in counts if not self._keeps(stages))
         before = self.misses

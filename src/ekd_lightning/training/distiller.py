@@ -233,7 +233,7 @@ class Distiller(TrainingModule):
             return
         batches, size = self._batches_to_come(), loader.batch_size // loader.world_size
         rows = loader.distinct_rows(batches)
-        source.plan(batches * size * self.recipe.epochs)
+        source.plan(batches * size * self.recipe.epochs, loader.repeats)
         images_of = partial(data.training_images, device=self.device)
         source.prepare_epoch(*rows, images_of, self._stage_counts(range(batches), size))
         if self.current_epoch + 1 < self.recipe.epochs:
