@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from random_images import random_set
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekd_lightning.data import choose_subset, hash_uniform_u64, open_unlabelled
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
 from ekd_lightning.data.loader import TrainLoader, gather_batch
+from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.order import STREAM_ORDER, STREAM_VIEW
 from ekd_lightning.data.views import CropFlip, Identity, OwnPlaces, make_views, to_unit
 from ekd_lightning.errors import UserError
@@ -137,6 +139,28 @@ def test_batches_that_cannot_be_made(batch_size, share, world_size, message):
         TrainLoader(TRAIN, torch.arange(20), VIEWS, batch_size, 0, world_size=world_size, unlabelled=without)
 
 
+@pytest.mark.parametrize(("batch_size", "leads", "repeats"), [(8, False, False), (10, True, True), (8, True, False)])
+def test_a_loader_knows_whether_an_epoch_holds_an_image_twice(batch_size, leads, repeats):
+    count = 40 if repeats else 20
+    without = images_without(range(20, 20 + count), leads=leads)
+    loader = TrainLoader(TRAIN, torch.arange(20), VIEWS, batch_size, 0, unlabelled=without)
+    index = torch.cat([rows.index for rows in loader])
+    assert loader.repeats == (len(index.unique()) < len(index)) == repeats
+
+
+def test_images_without_labels_are_not_mixed():
+    without = images_without(range(30, 40))
+    data = dataset()
+    subset = choose_subset(data.train.labels, fraction=0.5, val_fraction=0)
+    for make in (
+        lambda mixing: TrainLoader(TRAIN, torch.arange(20), VIEWS, 8, 0, mixing=mixing, unlabelled=without),
+        lambda mixing: ImageDataModule(data, subset, VIEWS, batch_size=8, mixing=mixing, unlabelled=without),
+    ):
+        make(Mixing(0.0, 0.0))
+        with pytest.raises(UserError, match="images without labels cannot be mixed"):
+            make(Mixing(0.2, 0.0))
+
+
 def dataset(size=40):
     return Dataset("two", random_set("train", size), random_set("test", 8))
 
@@ -203,6 +227,21 @@ def test_joined_images_are_one_behind_the_other():
     index = torch.randperm(120, generator=torch.Generator().manual_seed(0))
     assert torch.equal(joined[index], TRAIN.images[index])
     assert joined.nbytes == TRAIN.images.nbytes
+
+
+def test_joined_images_are_held_once_on_a_device():
+    class Storages(TorchDispatchMode):
+        kept: list[torch.Tensor] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            self.kept += [one for one in (made if isinstance(made, (list, tuple)) else [made]) if one.is_meta]
+            return made
+
+    with Storages() as seen:
+        whole = JoinedImages(TRAIN.images[:50], TRAIN.images[50:]).to(torch.device("meta"))
+    assert (whole.shape, whole.dtype) == (TRAIN.images.shape, torch.uint8)
+    assert len({one.untyped_storage()._cdata for one in seen.kept}) == 1
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
-from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, gather_batch, rows_of_batch
+from ekd_lightning.data.loader import (
+    Batch,
+    EvalLoader,
+    IndexBatch,
+    TrainLoader,
+    check_mixing,
+    gather_batch,
+    rows_of_batch,
+)
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import OwnPlaces, ViewFamily
@@ -41,7 +49,7 @@ class ImageDataModule(pl.LightningDataModule):
         unlabelled: Images that are trained on without labels; None for none.
 
     Raises:
-        UserError: The batch size does not fit the subset; later, when training starts, the processes.
+        UserError: The batch size does not fit the subset, or images without labels are to be mixed; later, when training starts, the processes.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.dataset, self.subset, self.unlabelled = dataset, subset, unlabelled
         self.batch_size = batch_size
+        check_mixing(mixing, unlabelled)
         self.check_processes(1)  # now, not after the teachers were trained
         joins = unlabelled is not None and unlabelled.own is not None
         self.views = OwnPlaces(views, len(dataset.train)) if joins else views

@@ -106,7 +106,13 @@ class JoinedImages:
 
     def to(self, device: torch.device) -> Tensor | JoinedImages:
         """Returns all images on a device: concatenated on an accelerator, unchanged on a processor."""
-        return self if device.type == "cpu" else torch.cat([part.to(device) for part in self._parts])
+        if device.type == "cpu":
+            return self
+        count = sum(map(len, self._parts))
+        images = torch.empty((count, *self._parts[0].shape[1:]), dtype=torch.uint8, device=device)
+        for rows, part in zip(images.split([len(part) for part in self._parts]), self._parts, strict=True):
+            rows.copy_(part)
+        return images
 
     def __getitem__(self, index: Tensor) -> Tensor:
         first, second = self._parts
