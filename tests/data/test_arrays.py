@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -231,39 +231,50 @@ def hub(monkeypatch):
     module.__version__, module.asked = "4.8.5", []
     module.Image = type("Image", (), {})
     module.ClassLabel = type("ClassLabel", (), {"names": ["ant", "bee"]})
-    module.DownloadConfig = lambda local_files_only: {"local": local_files_only}
+    module.config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    module.DownloadConfig = lambda cache_dir, local_files_only: {"cache": cache_dir, "local": local_files_only}
     pixels = {split: colours(count) for split, count in {"train": 20, "validation": 4, "test": 6}.items()}
     module.pixels = pixels
 
     def load_dataset(name, cache_dir, download_config):
-        module.asked.append((name, cache_dir, download_config))
+        module.asked.append((name, cache_dir, download_config, module.config.HF_HUB_OFFLINE))
         features = {"id": None, "img": module.Image(), "fine": module.ClassLabel(), "coarse": module.ClassLabel()}
         columns = {
             split: {
                 "id": list(range(len(own))),
                 "img": [Image.fromarray(one) for one in own],
-                "fine": [-1] * len(own) if split in module.secret else [i % 2 for i in range(len(own))],
+                "fine": [module.unknown] * len(own) if split in module.secret else [i % 2 for i in range(len(own))],
                 "coarse": [0] * len(own),
             }
             for split, own in pixels.items()
         }
         return {split: Split(features, own) for split, own in columns.items()}
 
-    module.load_dataset, module.secret = load_dataset, ()
+    module.load_dataset, module.secret, module.unknown = load_dataset, (), -1
     monkeypatch.setitem(sys.modules, "datasets", module)
     monkeypatch.setattr(arrays, "require", lambda *_: None)
     return module
 
 
-def test_a_data_set_of_the_hub(hub, tmp_path):
+def test_a_data_set_of_the_hub(hub, tmp_path, caplog):
     found = opened("huggingface", tmp_path / "root", name="user/set")
-    assert hub.asked == [("user/set", str(tmp_path / "root"), {"local": True})]
+    kept = {"cache": str(tmp_path / "root" / "downloads"), "local": True}
+    assert hub.asked == [("user/set", str(tmp_path / "root"), kept, True)]
+    assert hub.config.HF_HUB_OFFLINE is False
     assert found.class_names == ("ant", "bee")
     assert torch.equal(found.test.images, torch.from_numpy(hub.pixels["test"]).permute(0, 3, 1, 2))
     assert found.train.labels.tolist() == [i % 2 for i in range(20)] + [0, 1, 0, 1]
     assert found.val_index.tolist() == [20, 21, 22, 23]
+    assert found.source == "user/set of the Hugging Face hub"
     hub.secret = ("test",)
-    assert len(opened("huggingface", tmp_path / "root", name="user/set").test) == 4
+    for hub.unknown in (-1, None):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            found = opened("huggingface", tmp_path / "root", name="user/set", download=True)
+        assert len(found.test) == 4
+        assert found.source == "user/set of the Hugging Face hub, its validation split for testing"
+        assert "its validation split is the test split" in caplog.text
+        assert hub.asked[-1][2:] == ({**kept, "local": False}, False)
 
 
 def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):

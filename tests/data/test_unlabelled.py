@@ -11,7 +11,7 @@ from PIL import Image
 from random_images import random_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ekd_lightning.data import choose_subset, hash_uniform_u64, open_unlabelled
+from ekd_lightning.data import choose_subset, hash_uniform_u64, open_dataset, open_unlabelled
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
 from ekd_lightning.data.loader import TrainLoader, gather_batch
@@ -183,8 +183,8 @@ def test_the_rest_is_what_neither_trains_nor_validates():
     assert (rest.share, rest.leads) == (0.2, True)
 
 
-def write_images(folder, count, side=9):
-    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def write_images(folder, count, side=9, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
         path = folder / ("deep" if i % 2 else ".") / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +212,25 @@ def test_a_folder_flat_and_nested(tmp_path):
             data.train.labels[rows.index[:2]].tolist(),
             2,
         )
+
+
+def test_images_for_testing_or_validation_are_not_trained_on_without_labels(tmp_path):
+    """Neither from the folder of the data set itself, nor from one above it."""
+    root = tmp_path / "above" / "birds"
+    for name in ("heron", "owl"):
+        write_images(root / name, 10, seed=len(name))
+    words = {"source": "folder", "name": "birds", "root": str(root), "cache": str(tmp_path / "cache")}
+    data = open_dataset(DataSettings(**words))
+    for val_fraction, count in ((0.0, 4), (0.25, 8)):
+        subset = choose_subset(data.train.labels, val_fraction=val_fraction)
+        assert len(subset.val_index) == count - len(data.test)
+        for folder in (root, root.parent):
+            with pytest.raises(UserError, match=f"{folder}: {count} of its 20 images are among those for testing"):
+                open_unlabelled(DataSettings(**words, unlabelled=str(folder)), data, subset)
+    again = Dataset("birds", data.train, data.test, val_index=torch.tensor([0, 5, 9]))
+    subset = choose_subset(data.train.labels, val_index=again.val_index)
+    with pytest.raises(UserError, match="7 of its 20 images"):
+        open_unlabelled(DataSettings(**words, unlabelled=str(root)), again, subset)
 
 
 def test_views_of_a_second_set_do_not_depend_on_the_first():
@@ -285,6 +304,13 @@ def test_the_split_of_stl10(tmp_path, monkeypatch):
     words = {"source": "torchvision", "unlabelled": "split", "root": str(tmp_path), "cache": str(tmp_path / "cache")}
     found = open_unlabelled(DataSettings(name="STL10", **words), data, choose_subset(images.labels, val_fraction=0))
     assert torch.equal(found.own.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    tested = ImageSet("stl10", "test", found.own.images[:2], torch.arange(2), ("a", "b"))
+    with pytest.warns(UserWarning, match="2 of its 5 images are among those for testing"):
+        open_unlabelled(
+            DataSettings(name="STL10", **words),
+            Dataset("STL10", images, tested),
+            choose_subset(images.labels, val_fraction=0),
+        )
     monkeypatch.setattr(datasets, "SVHN", type("SVHN", (STL10,), {"__init__": _without}))
     with pytest.raises(UserError, match="SVHN has no split without labels"):
         open_unlabelled(DataSettings(name="SVHN", **words), data, choose_subset(images.labels, val_fraction=0))

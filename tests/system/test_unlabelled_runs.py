@@ -89,7 +89,7 @@ def test_teachers_of_the_subset_see_no_other_image(whole: Outcome, train: Train,
 
 def test_images_of_a_folder_have_tables_of_their_own(train: Train, tmp_path: Path) -> None:
     digits = load_dataset("digits", "unused").test
-    for number, image in enumerate(digits.images[:40]):
+    for number, image in enumerate(255 - digits.images[:40]):
         path = tmp_path / "found" / str(number % 3) / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import re
 import zipfile
@@ -19,6 +20,8 @@ from PIL import Image
 from ekd_lightning.data.folder import file_stamp, walk
 from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without_labels
 from ekd_lightning.errors import UserError, one_line, require, unknown_name
+
+log = logging.getLogger(__name__)
 
 _NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
 """Names of a split's images and labels in files."""
@@ -122,26 +125,33 @@ def list_huggingface(name: str, root: Path, download: bool) -> Listing:
         raise UserError(f"datasets {datasets.__version__} runs foreign code: pip install 'ekd-lightning[datasets]'")
     if not _REPOSITORY.fullmatch(name) or Path(name).exists():
         raise UserError(f"data.name={name}: not USER/SET on the Hugging Face hub (images of a folder: data=folder)")
+    offline = datasets.config.HF_HUB_OFFLINE  # `local_files_only` alone is not heeded
+    datasets.config.HF_HUB_OFFLINE = offline or not download
     try:
-        config = datasets.DownloadConfig(local_files_only=not download)
+        config = datasets.DownloadConfig(cache_dir=str(root / "downloads"), local_files_only=not download)
         loaded = datasets.load_dataset(name, cache_dir=str(root), download_config=config)
     except Exception as error:  # no network, no such data set, several configurations
         raise UserError(f"data.name={name}: cannot be loaded ({one_line(error)})") from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     parts, names = {}, ()
     for split in SPLITS:
         part = next((loaded[key] for key in _SPLIT_NAMES[split] if key in loaded), None)
         if part is None:
             continue
         images, labels = (_first_column(part, name, kind) for kind in (datasets.Image, datasets.ClassLabel))
-        classes = [int(label) for label in part[labels]]
+        classes = [-1 if label is None else int(label) for label in part[labels]]
         if min(classes, default=-1) >= 0:  # those for testing are often kept secret
             parts[split], names = (_Column(part, images), classes), tuple(part.features[labels].names)
+    source = f"{name} of the Hugging Face hub"
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
+        source += ", its validation split for testing"
+        log.info("%s: no classes for testing, so its validation split is the test split", name)
     if "train" not in parts:
         raise UserError(f"data.name={name}: has no split for training (but {', '.join(loaded)})")
     stamp = {split: column.part._fingerprint for split, (column, _) in parts.items()}
-    return _listing(parts, names, f"{name} of the Hugging Face hub", stamp)
+    return _listing(parts, names, source, stamp)
 
 
 def _first_column(part: Any, name: str, kind: type) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from ekd_lightning.data.arrays import list_huggingface, list_npz, list_torchvision, list_unlabelled
@@ -143,7 +144,7 @@ def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unl
         subset: What is trained on with labels, and validated on.
 
     Raises:
-        UserError: If there are none, or they cannot be read.
+        UserError: If there are none, they cannot be read, or a folder holds images for testing or validation.
     """
     if data.unlabelled is None:
         return None
@@ -162,8 +163,24 @@ def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unl
     height, width = dataset.train.images.shape[2:]
     cache = Path(data.cache).expanduser().resolve()
     own = read_without_labels(listing, image_size=(height, width), cache=cache, skip_broken=data.skip_broken)
+    if count := _held_out(own.images, dataset, subset):
+        found = f"data.unlabelled={data.unlabelled}: {count} of its {len(own)} images are among those for testing or "
+        if data.unlabelled != "split":
+            raise UserError(f"{found}validation, which no training may see: leave them out")
+        warnings.warn(f"{found}validation, as published", stacklevel=2)
     index = torch.arange(len(dataset.train), len(dataset.train) + len(own))
     return Unlabelled(index, listing.source, own.sha256, share, leads, own)
+
+
+def _held_out(images: Tensor, dataset: Dataset, subset: Subset) -> int:
+    """Counts the images, uint8 [U, 3, H, W], whose pixels are those of an image for testing or validation."""
+    train, val = dataset.train.images, [subset.val_index, *([] if dataset.val_index is None else [dataset.val_index])]
+    held_out = [*dataset.test.images, *(train[i] for index in val for i in index.tolist())]
+    middle = images.shape[2] // 2  # a row of pixels that few share, so that most images need not be read as a whole
+    rows = {image[:, middle].numpy().tobytes() for image in held_out}
+    digests = {hashlib.sha256(image.numpy().tobytes()).digest() for image in held_out}
+    alike = (image.numpy() for image in images if image[:, middle].numpy().tobytes() in rows)
+    return sum(hashlib.sha256(image.tobytes()).digest() in digests for image in alike)
 
 
 def source_names() -> tuple[str, ...]:

@@ -49,7 +49,8 @@ class ImageDataModule(pl.LightningDataModule):
         unlabelled: Images that are trained on without labels; None for none.
 
     Raises:
-        UserError: The batch size does not fit the subset, or images without labels are to be mixed; later, when training starts, the processes.
+        UserError: The batch size does not fit the subset, or images without labels are to be mixed; later, when
+            training starts: the batch size does not fit the processes.
     """
 
     def __init__(
