@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 
+from ekd_lightning.bench.measurements import make_bench
+from ekd_lightning.cli import data
 from ekd_lightning.config import config
 from ekd_lightning.config.config import build_callback, import_user_modules
 from ekd_lightning.config.edge import STARTED_IN
+from ekd_lightning.data import catalog
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, registry
@@ -165,6 +168,13 @@ class Nothing(Term):
 """
 
 
+SCANS = """
+from ekd_lightning.data.catalog import read_digits, register_dataset
+
+register_dataset("scans_of_a_plugin")(lambda root, download: read_digits())
+"""
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """Makes a package with a plugin, as pip leaves it in a folder that Python searches."""
@@ -222,3 +232,15 @@ def test_a_plugin_that_cannot_be_imported_is_named(package, tmp_path):
     package(tmp_path / "site", "broken_of_a_test", "import no_such_module_here")
     with pytest.raises(UserError, match="plugin 'mine' of the package broken_of_a_test cannot be imported"):
         import_user_modules([])
+
+
+def test_data_and_bench_know_installed_packages(package, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))
+    module = package(tmp_path / "site", "scans_of_a_test", SCANS)
+    data.main(["scans_of_a_plugin", "--root", str(tmp_path)])
+    assert "1437 for training" in capsys.readouterr().out
+    config.load_plugins.cache_clear()
+    config.loaded_plugins.clear()
+    with pytest.raises(UserError, match="does not mix images"):  # before it prepares anything
+        make_bench(["recipe.mixup=0.2"], epochs=1, minutes=None)
+    assert config.loaded_plugins == {module: "scans_of_a_test 1.5"}

@@ -12,7 +12,7 @@ import torch
 
 from ekd_lightning.bench import cost, parts
 from ekd_lightning.bench.parts import Bench, worker_counts
-from ekd_lightning.config.config import compose_settings
+from ekd_lightning.config.config import compose_settings, import_user_modules
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers.hardware import keep_freed_memory, resolve_precision
@@ -36,6 +36,7 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
     began = time.perf_counter()
     keep_freed_memory()  # as every run does; the plain loop profits too
     settings = compose_settings(f"recipe.epochs={epochs}", "trainer.devices=1", *overrides)
+    import_user_modules(settings.imports)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     settings.trainer["precision"] = resolve_precision(settings.trainer.get("precision"), accelerator)
