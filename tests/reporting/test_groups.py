@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from made_runs import ACCURACIES, TEACHERS, collection, entry, result, study
 from scipy import stats
 
-from ekd_lightning.reporting.blocks import blocks
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.blocks import blocks, check_comparable
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.reporting.groups import differences, group
 from ekd_lightning.reporting.report import make_report
@@ -345,3 +346,10 @@ def test_titles_of_blocks_say_as_little_as_tells_them_apart():
         f"{first} (5,000), subset seed 1, epochs 4",
         f"{first}, subset seed unknown, epochs 9",
     ]
+
+
+def test_a_row_may_have_runs_from_before_a_setting_was_recorded():
+    old, new = result("ce", 0), {**result("ce", 1), "epoch_over": "labelled"}
+    check_comparable({"ce": [entry(old), entry(new)]})
+    with pytest.raises(UserError, match=r"differ in epoch_over \(labelled, unlabelled\)"):
+        check_comparable({"ce": [entry(old), entry({**new, "epoch_over": "unlabelled"})]})

@@ -125,8 +125,9 @@ def check_comparable(rows: Mapping[str, Sequence[RunEntry]]) -> None:
     """
     done = {name: [run for run in runs if run.state == "done"] for name, runs in rows.items()}
     every = [run for runs in done.values() for run in runs]
+    protocols = [Protocol.of(run) for run in every]
     for part in fields(Protocol):
-        _same(every, part.name, [run.get(part.name) for run in every])
+        _same(every, part.name, [getattr(protocol, part.name) for protocol in protocols])
     for runs in done.values():
         weights = {key for run in runs for key in run.result or {} if key.startswith("weight_")}
         for key in (*SAME_IN_A_ROW, *sorted(weights)):
