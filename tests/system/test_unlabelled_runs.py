@@ -53,7 +53,9 @@ def test_the_record_says_what_was_seen(whole: Outcome) -> None:
         "sha256": result["unlabelled_sha256"],
     }
     assert "8 of a batch's 32 images" in whole.err + whole.out
-    plain = Protocol.of({**result, "num_unlabelled_images": 0, "unlabelled_sha256": None, "unlabelled_share": None})
+    assert (result["unlabelled_from"], result["epoch_over"]) == ("rest", "labelled")
+    nothing = dict.fromkeys(("unlabelled_sha256", "unlabelled_share", "unlabelled_from"))
+    plain = Protocol.of({**result, "num_unlabelled_images": 0, **nothing})
     assert "num_unlabelled_images" in Protocol.of(result).differences(plain)
     earlier = {name: value for name, value in result.items() if "unlabelled" not in name}
     assert Protocol.of(earlier) == plain
