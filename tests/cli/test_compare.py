@@ -376,7 +376,7 @@ MISTAKES = [
     (("--methods", "ekd", "--fractions", "0.1,two"), "--fractions 0.1,two: "),
     (("--methods", "ekd", "--match", "mac"), "unknown --match 'mac'; did you mean 'macs'"),
     (("--methods", "ekd", "--tuned", "nowhere"), "--tuned nowhere: no such folder"),
-    (("--methods", ","), "--methods: which rows?"),
+    (("--methods", ","), "--methods ,: give different rows, e.g. ce,kd_mean,ekd"),
     ((), "--methods: which rows?"),
     (("--report-only",), "not a study, there is nothing to report"),
     (("--methods", "ekd", "seed=3"), "seed=3: a study varies it, give it with --seeds"),

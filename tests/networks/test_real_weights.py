@@ -38,7 +38,9 @@ def _test_set(path: Path, label_bytes: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _params() -> list[object]:
-    return [pytest.param(id, marks=[pytest.mark.slow] if "densenet" in id else []) for id in zoo_ids()]
+    """All; those that take more than seconds are slow, but for one deep network."""
+    quick = ("resnet20", "cifar10_resnet56_akamaster")
+    return [pytest.param(id, marks=[] if any(name in id for name in quick) else [pytest.mark.slow]) for id in zoo_ids()]
 
 
 @pytest.mark.parametrize("id", _params())

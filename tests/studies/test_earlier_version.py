@@ -27,7 +27,11 @@ def test_a_comparison_makes_the_table_that_it_made_then(earlier, capsys):
     now = json.loads((earlier / "compare" / "comparison.json").read_text())
     assert [row["row"] for row in now] == [row["row"] for row in then]
     for ours, theirs in zip(now, then, strict=True):
+        assert ours["n"] < 3
         for key, value in theirs.items():
+            if key.endswith(("_half_width", "_p", "_p_holm")):  # too few runs for an interval or a test
+                assert ours[key] is None, key
+                continue
             assert ours[key] == (pytest.approx(value) if isinstance(value, float) else value), key
     assert f"{sum(row['n'] for row in then)} done" in capsys.readouterr().out
 
