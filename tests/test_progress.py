@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 
@@ -60,6 +61,22 @@ def test_nothing_is_kept_where_nobody_looks():
         progress.advance()
         progress.expect(test=1)
     assert (one.elapsed, two.elapsed, one.part) == (0, 0, None)
+
+
+@pytest.mark.parametrize("block", [phase, part])
+def test_what_was_looked_up_stays_without_whom_was_asked(block):
+    class Trainer:
+        finished = 3
+
+    trainer = Trainer()
+    held = weakref.ref(trainer)
+    with session("training"), phase("training"):
+        with pytest.raises(ValueError, match="stopped"), block("training", 4) as task:
+            task.count = lambda trainer=trainer: trainer.finished
+            raise ValueError("stopped")
+        del trainer
+        assert held() is None
+        assert (task.done, task.share) == (3, 0.75)
 
 
 def test_a_phase_adds_up_over_its_blocks_and_an_inner_session_is_the_outer_one(clock):

@@ -80,6 +80,8 @@ class Task:
         finally:
             self.seconds += time.monotonic() - self._since
             self.active = False
+            # What is looked up is a trainer's, which would be kept with all that it has on the device.
+            self._done, self.count = self.done, None
 
     def words(self) -> str:
         """Where it stands, in a line: its part at work, counts and notes."""
@@ -274,6 +276,7 @@ class Lines(Reporter):
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
         logging.getLogger().removeHandler(self._heard)
 
     def _watch(self, session: Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import pty
@@ -12,6 +13,7 @@ import sys
 import termios
 import threading
 import warnings
+import weakref
 
 import pytest
 
@@ -31,7 +33,7 @@ class Terminal:
         fcntl.ioctl(here, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         self.stream = os.fdopen(here, "w", encoding="utf-8")
         self.raw = b""
-        self._reader = threading.Thread(target=self._read)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
@@ -112,6 +114,18 @@ def test_what_is_refused_at_once_leaves_no_rows(terminal):
         phase("data"),
     ):
         raise ValueError("no")
+    assert terminal.lines() == []
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_session_that_has_ended_is_not_kept(terminal, live):
+    terminal = terminal()
+    with reported_by(edge.OnScreen()):
+        with session("data", live=live, keep=False) as shown, phase("data"):
+            ended = weakref.ref(shown)
+        del shown
+        gc.collect()
+        assert ended() is None
     assert terminal.lines() == []
 
 

@@ -168,6 +168,7 @@ class OnScreen(Reporter):
     def stop(self) -> None:
         """Ends it."""
         self._shows.stop()
+        self._shows = Reporter()
 
 
 @contextlib.contextmanager

@@ -53,6 +53,7 @@ class LiveDisplay(Reporter):
         if self._live is not None and self._session is not None:
             self._live.transient = not self._session.keep
         self._stack.close()
+        self._live = self._session = None
 
 
 class Rows:
