@@ -71,9 +71,8 @@ def test_what_was_looked_up_stays_without_whom_was_asked(block):
     trainer = Trainer()
     held = weakref.ref(trainer)
     with session("training"), phase("training"):
-        with pytest.raises(ValueError, match="stopped"), block("training", 4) as task:
+        with block("training", 4) as task:
             task.count = lambda trainer=trainer: trainer.finished
-            raise ValueError("stopped")
         del trainer
         assert held() is None
         assert (task.done, task.share) == (3, 0.75)
@@ -118,8 +117,82 @@ def test_lines_come_where_nothing_else_is_said_for_a_while(caplog, monkeypatch):
     for name in ("_FIRST_SECONDS", "_QUIET_SECONDS", "_LOOK_SECONDS"):
         monkeypatch.setattr(progress, name, 0.001)
     heard = progress.threading.Event()
-    monkeypatch.setattr(progress.log, "info", lambda *words: (progress.log.log(logging.INFO, *words), heard.set()))
+    monkeypatch.setattr(progress.log, "info", lambda *words, **_: (progress.log.log(logging.INFO, *words), heard.set()))
     with caplog.at_level(logging.INFO), progress.reported_by(progress.Lines()), session("export"), phase("export", 3):
         assert heard.wait(60)
     assert caplog.messages[0].startswith("export: 0 of 3 (")
     assert not any(isinstance(handler, progress._Heard) for handler in logging.getLogger().handlers)
+
+
+def test_what_an_earlier_process_did_says_nothing_about_the_pace(clock):
+    shown = Session(["training", "test"], live=True, keep=True)
+    shown.expect({"training": 100, "test": 50})
+    with shown.phases["training"].running() as training:
+        training.total = 100
+        training.advance(80)
+        training.begun = 0.8
+        clock.pass_(10)
+        assert (training.seconds_left, shown.seconds_left) == (None, None)
+        training.advance(10)
+        assert training.seconds_left == pytest.approx(10)
+        assert shown.seconds_left == pytest.approx(60)
+
+
+def test_a_phase_that_contains_the_others_tells_the_time_left_and_none_counts_twice(clock):
+    with session("trials", "training") as shown, phase("trials", 4) as trials:
+        for trial in range(2):
+            progress.renew()
+            with phase("training", 10) as training:
+                progress.expect(training=10)
+                clock.pass_(5)
+                training.advance(5)
+                assert training.elapsed == 5
+                assert shown.seconds_left == (None if trial == 0 else pytest.approx(45))
+                clock.pass_(5)
+            trials.advance()
+        assert (shown.elapsed, shown.seconds_left) == (20, 20)
+
+
+def test_lines_come_ever_more_rarely_while_nothing_changes(clock, monkeypatch):
+    said, lines = [], progress.Lines()
+    monkeypatch.setattr(progress.log, "info", lambda *_, **__: said.append(clock.now))
+    shown = Session(["training"], live=True, keep=True)
+    lines._heard.time = clock.now
+    shown.stack.append(shown.phases["training"])
+    for second in range(1400):
+        if second == 1300:
+            shown.stack[0].note = "epoch 2"
+        clock.pass_(1)
+        lines.look(shown)
+    gaps = [int(later - earlier) for earlier, later in zip([100, *said], said, strict=False)]
+    assert gaps[:8] == [3, 15, 30, 60, 120, 240, 300, 300]
+    assert [int(time) for time in said[8:]] == [1401, 1416, 1446]
+
+
+def test_warnings_reach_pythons_last_resort_where_logging_is_left_alone(monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with progress.reported_by(progress.Lines()), session("data"):
+        logging.getLogger("test_progress").warning("mind this")
+    assert capsys.readouterr().err == "mind this\n"
+
+
+def test_a_part_may_end_while_it_is_looked_at():
+    class Ending(Task):
+        """Has lost its part once it was asked for."""
+
+        _found: Task | None = None
+
+        @property
+        def part(self):
+            found, self._found = self._found, None
+            return found
+
+        @part.setter
+        def part(self, value):
+            self._found = value
+
+    for look in (lambda task: task.share, Task.words):
+        task, inner = Ending("whole"), Task("inner", 2)
+        inner.advance()
+        task.part = inner
+        assert look(task) in (0.5, "inner 1 of 2")

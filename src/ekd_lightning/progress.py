@@ -19,7 +19,9 @@ _T = TypeVar("_T")
 RUN_PHASES = ("data", "teachers", "training", "test", "evaluation")
 UNSEEN = {"progress": True}
 """`extra` of a log line that a live display makes superfluous on the screen; files have it all the same."""
-_FIRST_SECONDS, _QUIET_SECONDS, _LOOK_SECONDS = 3.0, 15.0, 0.5
+HEARTBEAT = {"heartbeat": True}
+"""`extra` of a log line that says only how it stands; log files go without."""
+_FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _LOOK_SECONDS = 3.0, 15.0, 300.0, 0.5
 
 
 class Task:
@@ -35,13 +37,14 @@ class Task:
         count: Looks up how much is done, where nobody calls `advance`.
         part: The part that is at work now.
         active: Whether it is at work itself.
+        begun: Share that was done before, by an earlier process; it says nothing about the pace.
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str | None = "") -> None:
         self.name, self.total, self.unit, self.note = name, total, unit, ""
         self.count: Callable[[], float] | None = None
         self.part: Task | None = None
-        self.active, self.seconds = False, 0.0
+        self.active, self.seconds, self.begun = False, 0.0, 0.0
         self._done, self._since = 0.0, 0.0
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
@@ -52,13 +55,15 @@ class Task:
     @property
     def done(self) -> float:
         """How much is done, of `total`."""
-        return self._done if self.count is None else self.count()
+        count = self.count
+        return self._done if count is None else count()
 
     @property
     def share(self) -> float | None:
         """Share in [0, 1] that is done, its part's included; None where that is not known."""
-        inner = self.part.share if self.part else None
-        return min(1.0, (self.done + (inner or 0.0)) / self.total) if self.total else inner
+        part, total = self.part, self.total  # another thread may end the part meanwhile
+        inner = part.share if part else None
+        return min(1.0, (self.done + (inner or 0.0)) / total) if total else inner
 
     @property
     def elapsed(self) -> float:
@@ -68,8 +73,12 @@ class Task:
     @property
     def seconds_left(self) -> float | None:
         """Seconds until it is done at the pace so far; None where that is not known."""
-        share = self.share
-        return self.elapsed * (1 - share) / share if share and self.elapsed > 1 else None
+        part, share = self.part, self.share
+        if part is not None and part.active and not self.total:
+            return part.seconds_left
+        if share is None or share <= self.begun or self.elapsed <= 1:
+            return None
+        return self.elapsed * (1 - share) / (share - self.begun)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Task]:
@@ -85,11 +94,11 @@ class Task:
 
     def words(self) -> str:
         """Where it stands, in a line: its part at work, counts and notes."""
-        counted = ""
+        counted, part = "", self.part
         if self.total and self.unit is not None:
             counted = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
-        part = "" if self.part is None else f"{self.part.name} {self.part.words()}".strip()
-        return "  ".join(word for word in (counted, self.note, part) if word)
+        inner = "" if part is None else f"{part.name} {part.words()}".strip()
+        return "  ".join(word for word in (counted, self.note, inner) if word)
 
 
 class Session:
@@ -99,13 +108,16 @@ class Session:
         phases: By name.
         live: Whether a display that redraws itself may show it.
         keep: Whether such a display stays on the screen at the end.
+        whole: The counted phase that contains the others, if there is one.
     """
 
     def __init__(self, names: Sequence[str], *, live: bool, keep: bool) -> None:
         self.phases = {name: Task(name) for name in names}
         self.live, self.keep = live, keep
         self.stack: list[Task] = []
+        self.whole: Task | None = None
         self._work: dict[str, float] = {}
+        self._since = time.monotonic()
 
     def renew(self) -> None:
         """Begins all phases anew that are not at work, for the next run of several."""
@@ -114,16 +126,31 @@ class Session:
 
     def expect(self, work: Mapping[str, float]) -> None:
         """Says how much work phases are, in any one unit, so that the time of those to come can be told."""
-        self._work |= work
+        self._work = {**self._work, **work}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._since
+
+    @property
+    def at_work(self) -> Task | None:
+        """The innermost phase that is at work."""
+        stack = list(self.stack)
+        return stack[-1] if stack else None
 
     @property
     def seconds_left(self) -> float | None:
         """Seconds until all expected phases are done, at the pace so far; None before that can be told."""
-        known = {name: self.phases[name] for name in self._work if name in self.phases}
+        if self.whole is not None:
+            return self.whole.seconds_left
+        work, phases = self._work, dict(self.phases)
+        known = {name: phases[name] for name in work if name in phases}
         done = {name: (task.share or 0.0) if task.active else float(task.elapsed > 0) for name, task in known.items()}
-        worked = sum(self._work[name] * share for name, share in done.items())
+        left = sum(work.values()) - sum(work[name] * share for name, share in done.items())
+        worked = sum(work[name] * max(0.0, share - known[name].begun) for name, share in done.items())
         seconds = sum(task.elapsed for task in known.values())
-        return seconds * (sum(self._work.values()) - worked) / worked if worked and seconds > 1 else None
+        return seconds * left / worked if worked and seconds > 1 else None
 
 
 class Reporter:
@@ -194,6 +221,8 @@ def phase(name: str, total: float | None = None, unit: str | None = "") -> Itera
         return
     task = current.phases.setdefault(name, Task(name))
     task.total, task.unit = total, unit
+    if current.stack and current.stack[0].total:
+        current.whole = current.stack[0]
     current.stack.append(task)
     try:
         with task.running():
@@ -224,6 +253,12 @@ def expect(**work: float) -> None:
     """Says how much work phases of the session are, see `Session.expect`."""
     if _session is not None:
         _session.expect(work)
+
+
+def renew() -> None:
+    """Begins phases of the session anew, see `Session.renew`."""
+    if _session is not None:
+        _session.renew()
 
 
 def advance(note: str | None = None) -> None:
@@ -260,6 +295,8 @@ class Lines(Reporter):
 
     def __init__(self) -> None:
         self._stop = threading.Event()
+        self._told: tuple[str, str | None] | None = None
+        self._words, self._pause = "", _QUIET_SECONDS
         self._thread: threading.Thread | None = None
         self._heard = _Heard()
 
@@ -267,7 +304,8 @@ class Lines(Reporter):
         """Begins to look."""
         self._stop.clear()
         self._heard.time = time.monotonic()
-        logging.getLogger().addHandler(self._heard)
+        if logging.getLogger().handlers:  # being the only one, it would silence Python's last resort for warnings
+            logging.getLogger().addHandler(self._heard)
         self._thread = threading.Thread(target=self._watch, args=(session,), name="progress", daemon=True)
         self._thread.start()
 
@@ -280,15 +318,25 @@ class Lines(Reporter):
         logging.getLogger().removeHandler(self._heard)
 
     def _watch(self, session: Session) -> None:
-        told = None
         while not self._stop.wait(_LOOK_SECONDS):
-            task = session.stack[-1] if session.stack else None
-            if task is None:
-                continue
-            key = (task.name, task.part.name if task.part else None)
-            if time.monotonic() - self._heard.time >= (_QUIET_SECONDS if key == told else _FIRST_SECONDS):
-                told = key
-                log.info("%s", status_line(task, session))
+            with contextlib.suppress(Exception):  # the work goes on meanwhile: the next look may succeed
+                self.look(session)
+
+    def look(self, session: Session) -> None:
+        """Says how it stands, if it is time to; ever more rarely while nothing changes."""
+        task = session.at_work
+        if task is None:
+            return
+        part, words = task.part, task.words()
+        told = (task.name, part.name if part else None)
+        if changed := told != self._told or words != self._words:
+            self._pause = _QUIET_SECONDS
+        pause = self._pause if told == self._told else _FIRST_SECONDS
+        if time.monotonic() - self._heard.time < pause:
+            return
+        self._pause = _QUIET_SECONDS if changed else min(2 * self._pause, _MOST_SECONDS)
+        self._told, self._words, self._heard.time = told, words, time.monotonic()
+        log.info("%s", status_line(task, session), extra=HEARTBEAT)
 
 
 class _Heard(logging.Handler):
@@ -303,6 +351,8 @@ class _Heard(logging.Handler):
 def status_line(task: Task, session: Session) -> str:
     """How a phase stands, in a line."""
     said = " ".join(f"{task.name}: {task.words()}".split("\n")).rstrip(": ")
-    left = session.seconds_left or task.seconds_left
+    left = session.seconds_left
+    if left is None and session.whole is None:
+        left = task.seconds_left
     more = f"about {readable(left)} left" if left is not None else f"{readable(task.elapsed)} so far"
     return f"{said} ({more})"

@@ -262,6 +262,7 @@ class HeldLog(logging.handlers.MemoryHandler):
     def __init__(self, filename: str) -> None:
         super().__init__(capacity=1)  # each line is passed on at once, where there is a file
         self._filename = Path(filename).name
+        self.addFilter(lambda record: not getattr(record, "heartbeat", False))
 
     def open_in(self, directory: Path, prefix: str = "") -> None:
         """Writes all lines into a directory, those to come at once; `prefix` stands before the file's name."""

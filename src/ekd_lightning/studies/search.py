@@ -32,7 +32,7 @@ from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
 from ekd_lightning.pipeline.run import run
-from ekd_lightning.progress import RUN_PHASES, phase, session
+from ekd_lightning.progress import RUN_PHASES, phase, renew, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
@@ -218,12 +218,11 @@ def run_trials(
             weights turn out.
     """
     start = time.monotonic()
-    with session("trials", *RUN_PHASES[:-1]) as shown, phase("trials", trials) as all_trials:
+    with session("trials", *RUN_PHASES[:-1]), phase("trials", trials) as all_trials:
         while timeout is None or time.monotonic() - start < timeout:
             trial = study.claim(trials)
             if trial is None:
                 return
-            shown.renew()
             all_trials.note = f"trial {trial.number}"
             _run_trial(study, trial, evaluate)
             all_trials.advance()
@@ -292,6 +291,7 @@ class ValidationObjective:
         """Validation accuracy of the last epoch, in [0, 1], for every seed."""
         values = []
         for position, seed in enumerate(self.seeds):
+            renew()
             settings = self.make_settings(overrides)
             trainer = {**settings.trainer, "enable_checkpointing": False}
             settings = replace(settings, seed=seed, trainer=trainer)

@@ -175,6 +175,7 @@ class EpochReport(Callback):
         self.task.total = batches if 0 < batches < float("inf") else None
         self.task.unit = None
         self.task.count = lambda: trainer.fit_loop.total_batch_idx + 1
+        self.task.begun = self.task.share or 0.0  # of a resumed training
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
