@@ -124,9 +124,32 @@ def test_a_session_that_has_ended_is_not_kept(terminal, live):
         with session("data", live=live, keep=False) as shown, phase("data"):
             ended = weakref.ref(shown)
         del shown
+        for thread in threading.enumerate():
+            if type(thread).__name__ == "_RefreshThread":  # rich's, which ends by itself
+                thread.join(60)
         gc.collect()
         assert ended() is None
     assert terminal.lines() == []
+
+
+def test_what_patches_the_streams_once_hears_each_line_once_in_every_session(terminal, monkeypatch):
+    """As wandb does at its import."""
+    terminal, heard = terminal(), {"stdout": [], "stderr": []}
+    with reported_by(edge.OnScreen()):
+        for job in range(2):
+            with session("training", keep=False), phase("training"):
+                for name, lines in heard.items() if job == 0 else ():
+                    stream = getattr(sys, name)
+
+                    def write(text, write=stream.write, lines=lines):
+                        lines.append(text)
+                        return write(text)
+
+                    monkeypatch.setattr(stream, "write", write)
+                sys.stdout.write(f"out {job}\n")
+                sys.stderr.write(f"err {job}\n")
+    assert heard == {"stdout": ["out 0\n", "out 1\n"], "stderr": ["err 0\n", "err 1\n"]}
+    assert terminal.lines() == ["out 0", "err 0", "out 1", "err 1"]
 
 
 def test_where_there_is_no_terminal_there_are_no_escape_codes(capsys):

@@ -46,7 +46,7 @@ class LiveDisplay(Reporter):
             Rows(session), console=console, refresh_per_second=_PER_SECOND, redirect_stdout=False, redirect_stderr=False
         )
         self._stack.enter_context(self._live)
-        self._stack.enter_context(_redirected(Above(console, self._stream)))
+        self._stack.enter_context(_redirected(console))
 
     def stop(self) -> None:
         """Draws once more, or clears the rows that are not to be kept, and lets others write as before."""
@@ -65,25 +65,32 @@ class Rows:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._table = Table.grid()
 
     def __rich_console__(self, console: Console, options: Any) -> Iterator[Table]:
-        wide = options.max_width >= _LEAST_WIDTH
-        names = max(map(len, [*self._session.phases, _TOTAL]))
+        with contextlib.suppress(Exception):  # the work goes on meanwhile: the rows of before will do
+            self._table = self._drawn(options.max_width)
+        yield self._table
+
+    def _drawn(self, columns: int) -> Table:
+        phases = dict(self._session.phases)
+        wide = columns >= _LEAST_WIDTH
+        names = max(map(len, [*phases, _TOTAL]))
         widths = [names, *([_BAR] if wide else []), _TIME]
-        rest = options.max_width - sum(widths) - _GAP * len(widths) - 1
+        rest = columns - sum(widths) - _GAP * len(widths) - 1
         table = Table.grid(padding=(0, _GAP, 0, 0))
         for width in (*widths, rest):
             table.add_column(no_wrap=True, overflow="ellipsis", width=width)
-        for task in list(self._session.phases.values()):
+        for task in phases.values():
             style = "bold" if task.active else "" if task.elapsed else "dim"
             words = task.words() if task.active else task.note
             table.add_row(Text(task.name, style), *([_bar(task)] if wide else []), Text(_time(task)), Text(words))
-        over = not any(task.active for task in self._session.phases.values())
+        over = not any(task.active for task in phases.values())
         left = None if over else self._session.seconds_left
-        seconds = readable(sum(task.elapsed for task in self._session.phases.values()))
+        seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
         table.add_row(*(Text(text, "dim") for text in (_TOTAL, *([""] if wide else []), seconds, later)))
-        yield table
+        return table
 
 
 def _bar(task: Task) -> ProgressBar:
@@ -100,14 +107,18 @@ def _time(task: Task) -> str:
 class Above(io.TextIOBase):
     """A stream whose whole lines appear above a live display; of lines that redraw themselves, the last state.
 
-    Args:
-        console: The display's.
-        stream: The terminal, for questions about it.
+    One for each stream of the process, whatever display it has: libraries patch what they find at their import.
     """
 
-    def __init__(self, console: Console, stream: TextIO) -> None:
-        self._console, self._stream, self._rest = console, stream, ""
+    def __init__(self) -> None:
+        self._console: Console | None = None
+        self._stream: TextIO = sys.stdout
+        self._rest = ""
         self._lock = threading.Lock()
+
+    def begin(self, console: Console, stream: TextIO) -> None:
+        """Prints from now on above a display, in place of a stream."""
+        self._console, self._stream = console, stream
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -127,39 +138,56 @@ class Above(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Prints the lines that are complete."""
+        """Prints the lines that are complete; without a display, all at once."""
+        if self._console is None:
+            return self._stream.write(text)
         with self._lock:
             *lines, self._rest = (self._rest + text).split("\n")
         self._print(lines)
         return len(text)
 
     def finish(self) -> None:
-        """Prints what has no end of line yet."""
+        """Prints what has no end of line yet, and leaves the display."""
         rest, self._rest = self._rest, ""
         self._print([rest] if rest.strip() else [])
+        self._console = None
 
     def _print(self, lines: Iterable[str]) -> None:
+        console = self._console
+        if console is None:
+            return
         for line in lines:
             shown = line.rstrip("\r").rpartition("\r")[2]
             # Never wrapped: a command that is longer than the screen can be copied.
-            self._console.print(Text.from_ansi(shown), soft_wrap=True)
+            console.print(Text.from_ansi(shown), soft_wrap=True)
+
+
+_ABOVE = {"stdout": Above(), "stderr": Above()}
 
 
 @contextlib.contextmanager
-def _redirected(above: Above) -> Iterator[None]:
-    """Leads standard output, standard error and what loggers have of them through a stream, where it is a terminal."""
-    streams = {name: getattr(sys, name) for name in ("stdout", "stderr") if getattr(sys, name).isatty()}
-    terminals = (*streams.values(), sys.__stdout__, sys.__stderr__)
-    found = [handler for handler in _handlers() if handler.stream in terminals and handler.stream.isatty()]
-    before = [handler.setStream(above) for handler in found]
+def _redirected(console: Console) -> Iterator[None]:
+    """Leads standard output, standard error and what loggers have of them above a display, where they are terminals."""
+    streams = {name: getattr(sys, name) for name in _ABOVE if getattr(sys, name).isatty()}
+    terminals = {
+        stream: _ABOVE[name]
+        for name in _ABOVE
+        for stream in (getattr(sys, f"__{name}__"), getattr(sys, name))
+        if stream is not None and stream.isatty()
+    }
+    for name, above in _ABOVE.items():
+        above.begin(console, getattr(sys, name))
+    found = [handler for handler in _handlers() if handler.stream in terminals]
+    before = [handler.setStream(terminals[handler.stream]) for handler in found]
     try:
         for handler in found:
             handler.addFilter(_is_seen)
         for name in streams:
-            setattr(sys, name, above)
+            setattr(sys, name, _ABOVE[name])
         yield
     finally:
-        above.finish()
+        for above in _ABOVE.values():
+            above.finish()
         for name, stream in streams.items():
             setattr(sys, name, stream)
         for handler, stream in zip(found, before, strict=True):
