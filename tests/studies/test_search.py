@@ -26,13 +26,7 @@ from optuna.distributions import IntDistribution as Int  # noqa: E402
 
 from ekd_lightning.studies import storage  # noqa: E402
 from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
-from ekd_lightning.studies.space import (  # noqa: E402
-    default_values,
-    derive_space,
-    describe_space,
-    read_space,
-    tidied,
-)
+from ekd_lightning.studies.space import default_values, derive_space, describe_space, read_space, tidied  # noqa: E402
 from ekd_lightning.studies.trials import Search, outcome, ranking  # noqa: E402
 from ekd_lightning.studies.tuned import standard_error  # noqa: E402
 

@@ -43,11 +43,7 @@ def run_dashboard(args: argparse.Namespace) -> None:
     Raises:
         UserError: Without the package, without a login, or if W&B refuses.
     """
-    from ekd_lightning.reporting.wandb_views import (  # noqa: PLC0415 (slow; --help needs none)
-        build_report,
-        build_workspace,
-        panel_sections,
-    )
+    from ekd_lightning.reporting.wandb_views import build_report, build_workspace, panel_sections  # noqa: PLC0415 (slow; --help needs none)
 
     for option in ("entity", "project", "name", "group"):
         if (value := getattr(args, option)) is not None and not value.strip():
