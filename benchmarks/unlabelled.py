@@ -22,6 +22,7 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.markdown import Markdown, code, table
+from ekd_lightning.reporting.report import machine
 from ekd_lightning.runs.directory import RunDirectory
 
 LABELS = {0.01: (490, 210), 0.05: (78, 38), 0.1: (38, 19)}
@@ -80,8 +81,9 @@ class Job:
 
     def result(self, out: Path) -> Mapping[str, Any] | None:
         """Its record; None where it is missing."""
+        run = RunDirectory(self.folder(out))
         try:
-            return RunDirectory(self.folder(out)).finished_result()
+            return {**run.finished_result(), "machine": machine(run.provenance())}
         except UserError:
             return None
 
@@ -125,7 +127,9 @@ def page(found: Records) -> str:
         ]
     missing = [job for job in jobs() if job not in found]
     total = len(list(jobs()))
-    parts.append(f"{total - len(missing)} of {total} runs are done; rows say of how many seeds they are.\n")
+    done = f"{total - len(missing)} of {total} runs are done; rows say of how many seeds they are."
+    machines = "; ".join(sorted({str(result["machine"]) for result in found.values()}))
+    parts.append(f"{done}{f' Made on: {machines}.' if machines else ''}\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -214,10 +218,14 @@ def gains(found: Records, teachers: str) -> str:
 def kept(found: Records) -> list[dict[str, Any]]:
     """The records as they are kept beside the page."""
     names = ("test_accuracy", "test_nll", "num_train_images", "num_unlabelled_images", "steps", "subset_sha256")
+    names += ("unlabelled_sha256", "precision", "machine", "train_seconds")
     return [
         {
             **vars(job),
-            **{name: result.get(name) for name in (*names, "unlabelled_sha256", "precision", "train_seconds")},
+            **{
+                name: result.get(name)
+                for name in (*names, "unlabelled_sha256", "precision", "machine", "train_seconds")
+            },
         }
         for job, result in found.items()
     ]

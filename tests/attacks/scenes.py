@@ -268,7 +268,8 @@ COMMANDS: dict[str, Command] = {
         "ekd-compare",
         lambda w: (
             *("--output", w / "out", "--methods", "kd_mean", "--no-controls", "--match", "none", "--seeds", 0),
-            *("--tuned", w / "tuned", "--print-jobs", *few(w)),
+            *("--tuned", w / "tuned", "--print-jobs", "--fractions", 0.1),
+            *(word for word in few(w) if not str(word).startswith("data.fraction=")),
         ),
         lambda w, called: called.out,
     ),

@@ -52,7 +52,7 @@ class Report:
     @cached_property
     def machines(self) -> tuple[str, ...]:
         """On what the runs that are done were made, each with their number; the most frequent first."""
-        counts = Counter(_machine(run.provenance) for run in self.collection.runs if run.state == "done")
+        counts = Counter(machine(run.provenance) for run in self.collection.runs if run.state == "done")
         return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in counts.most_common())
 
     @cached_property
@@ -113,7 +113,7 @@ def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: s
     return Report(title, collection, tuple(groups), tuple(found), chosen, tuple(answers(found)), notes)
 
 
-def _machine(provenance: Mapping[str, Any]) -> str:
+def machine(provenance: Mapping[str, Any]) -> str:
     """E.g. `AMD EPYC (AVX512), 1 thread, torch 2.14.1`."""
     hardware, packages = provenance.get("hardware") or {}, provenance.get("packages") or {}
     if not hardware:
