@@ -3,7 +3,8 @@
     python benchmarks/unlabelled.py run OUT                          what is missing, one run after the other
     python benchmarks/unlabelled.py page OUT docs/results/unlabelled_cifar10.md
 
-Both may be repeated at any time: finished runs are kept, and what the page lacks it calls missing. All runs of a share
+Both may be repeated at any time, and several may run side by side: finished runs are kept, a run that another process
+is making is left to it, and what the page lacks it calls missing. All runs of a share
 of the labels take the same number of steps with batches of the same size. Teachers are three published networks, which
 have seen the labels of all images, or three that are trained on the subset alone.
 """
@@ -42,6 +43,7 @@ WORDS = (
     "recipe.batch_size=128",
     "trainer=cpu",
     "trainer.threads=1",
+    "trainer.precision=bf16-mixed",
     "trainer.enable_checkpointing=false",
     "teachers.compile=never",
     "student.compile=never",
@@ -128,7 +130,7 @@ def page(found: Records) -> str:
     missing = [job for job in jobs() if job not in found]
     total = len(list(jobs()))
     done = f"{total - len(missing)} of {total} runs are done; rows say of how many seeds they are."
-    machines = "; ".join(sorted({str(result["machine"]) for result in found.values()}))
+    machines = "; ".join(sorted({f"{result['machine']}, {result['precision']}" for result in found.values()}))
     parts.append(f"{done}{f' Made on: {machines}.' if machines else ''}\n")
     return "\n".join(part for part in parts if part)
 
@@ -219,16 +221,7 @@ def kept(found: Records) -> list[dict[str, Any]]:
     """The records as they are kept beside the page."""
     names = ("test_accuracy", "test_nll", "num_train_images", "num_unlabelled_images", "steps", "subset_sha256")
     names += ("unlabelled_sha256", "precision", "machine", "train_seconds")
-    return [
-        {
-            **vars(job),
-            **{
-                name: result.get(name)
-                for name in (*names, "unlabelled_sha256", "precision", "machine", "train_seconds")
-            },
-        }
-        for job, result in found.items()
-    ]
+    return [{**vars(job), **{name: result.get(name) for name in names}} for job, result in found.items()]
 
 
 def main() -> None:
