@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from whole_runs import TINY, Outcome, call_train
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # a slow one is no failure
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:

@@ -1,4 +1,7 @@
-"""Errors of users: one line that says what is wrong and what is allowed; registries and checks that raise them."""
+"""Errors of users: one line that says what is wrong and what is allowed; registries and checks that raise them.
+
+Registries know what plugins add, too: those are imported when a name is asked for that the package has not.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,21 @@ import difflib
 import errno
 import importlib.util
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from typing import TypeVar
 
+STARTED_IN = "EKD_STARTED_IN"
+"""Environment variable: where the user called the command, whatever a record says of its working directory."""
+PLUGINS = "ekd_lightning.plugins"
+"""Group of the entry points by which installed packages add networks, data sets, terms and augmentations."""
+loaded_plugins: dict[str, str] = {}
+"""Modules that were imported as plugins, each with its package's name and version."""
 _MOST_SHOWN = 12  # beyond that the nearest match says more than the list
 
 
@@ -55,7 +67,15 @@ class Registry(dict[str, _T]):
         self.kind = kind
 
     def __missing__(self, name: str) -> _T:
-        raise unknown_name(self.kind, name, self)
+        names = self.names()
+        if name not in self:
+            raise unknown_name(self.kind, name, names)
+        return self[name]
+
+    def names(self) -> list[str]:
+        """Returns all names, those of plugins among them, sorted."""
+        load_plugins()
+        return sorted(self)
 
     def register(self, name: str) -> Callable[[_NamedT], _NamedT]:
         """Returns a decorator that registers a class or function under a name.
@@ -78,6 +98,36 @@ class Registry(dict[str, _T]):
 
 def _origin(thing: object) -> str:
     return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
+
+
+_searched: list[bool] = []
+
+
+def load_plugins() -> None:
+    """Imports, once, the modules that installed packages offer as entry points of the group `ekd_lightning.plugins`.
+
+    Packages in the working directory, and in that in which the command was called, are not installed: such folders may
+    come from anybody.
+
+    Raises:
+        UserError: For a module that cannot be imported.
+    """
+    if _searched:
+        return
+    _searched.append(True)  # before: plugins look names up while they are imported
+    here = {os.path.realpath(place) for place in (os.getcwd(), os.environ.get(STARTED_IN) or ".")}
+    installed = distributions(path=[place for place in sys.path if place and os.path.realpath(place) not in here])
+    for package in installed:
+        for entry in package.entry_points.select(group=PLUGINS):
+            try:
+                importlib.import_module(entry.module)
+            except Exception as error:
+                _searched.clear()
+                raise UserError(
+                    f"plugin {entry.name!r} of the package {package.name} cannot be imported "
+                    f"({type(error).__name__}: {one_line(error)}); without that package everything else works"
+                ) from error
+            loaded_plugins[entry.module] = f"{package.name} {package.version}"
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -19,8 +19,6 @@ import yaml
 
 from ekd_lightning.errors import UserError
 
-STARTED_IN = "EKD_STARTED_IN"
-"""Environment variable: where the user called the command, whatever a record says of its working directory."""
 SEAL = "ekd_sha256"
 """The name under which a sealed file holds its checksum."""
 _OPEN, _MARK = "0" * 64, "=sealed"

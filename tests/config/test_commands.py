@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ekd_lightning.config.commands import compare_command, report_command
-from ekd_lightning.files import STARTED_IN
+from ekd_lightning.errors import STARTED_IN
 from ekd_lightning.reporting.report_files import SUMMARY, check_output
 
 

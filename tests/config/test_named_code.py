@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from pytorch_lightning.callbacks import Callback, EarlyStopping, Timer
 
+from ekd_lightning import errors
 from ekd_lightning.bench.measurements import make_bench
 from ekd_lightning.cli import data
-from ekd_lightning.config import config
 from ekd_lightning.config.config import build_callback, import_user_modules
-from ekd_lightning.config.edge import STARTED_IN
 from ekd_lightning.data import catalog
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import STARTED_IN, UserError
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import NetworkSpec, build_network, normalization, registry
 from ekd_lightning.runs.writer import provenance
@@ -153,7 +152,7 @@ def test_a_users_module_is_imported_from_the_working_directory(own):
 PLUGIN = """
 from torch import nn
 
-from ekd_lightning.methods import Term, register_term
+from ekd_lightning.methods import Term, register_term, term_names
 from ekd_lightning.networks import StagedNetwork, register_network
 
 
@@ -165,6 +164,9 @@ def tiny(spec):
 @register_term("nothing_of_a_plugin")
 class Nothing(Term):
     pass
+
+
+term_names()  # asks for plugins while they are imported
 """
 
 
@@ -179,10 +181,10 @@ register_dataset("scans_of_a_plugin")(lambda root, download: read_digits())
 def package(tmp_path, monkeypatch):
     """Makes a package with a plugin, as pip leaves it in a folder that Python searches."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(config, "loaded_plugins", {})
+    monkeypatch.setattr(errors, "loaded_plugins", {})
     monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
     monkeypatch.setattr(terms, "_REGISTRY", copy.copy(terms._REGISTRY))
-    config.load_plugins.cache_clear()
+    errors._searched.clear()
 
     def make(folder, name, source=PLUGIN):
         info = folder / f"{name}-1.5.dist-info"
@@ -196,22 +198,33 @@ def package(tmp_path, monkeypatch):
     yield make
     for name in [name for name in sys.modules if name.endswith("_of_a_test_parts")]:
         sys.modules.pop(name)
-    config.load_plugins.cache_clear()
+    errors._searched.clear()
 
 
-def test_an_installed_package_adds_parts_and_is_on_record(package, tmp_path):
+def tiny():
+    return build_network(NetworkSpec("tiny_of_a_plugin", 3, normalization("unit")))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [lambda: import_user_modules([]), tiny, terms.term_names, lambda: terms.term_class("nothing_of_a_plugin")],
+    ids=["commands", "network", "names", "term"],
+)
+def test_an_installed_package_adds_parts_and_is_on_record(package, tmp_path, first):
+    """Commands import it at once, Python when a name is asked for that the package has not."""
     module = package(tmp_path / "site", "good_of_a_test")
-    import_user_modules([])
-    spec = NetworkSpec("tiny_of_a_plugin", 3, normalization("unit"))
-    assert build_network(spec).num_features == 4
+    terms.term_class("ce_ensemble")
+    assert module not in sys.modules
+    first()
+    assert tiny().num_features == 4
     assert "nothing_of_a_plugin" in terms.term_names()
-    assert config.loaded_plugins == {module: "good_of_a_test 1.5"}
+    assert errors.loaded_plugins == {module: "good_of_a_test 1.5"}
     with pytest.raises(UserError, match="is not imported"):
         build_network(NetworkSpec(f"module:{module}.tiny", 3, normalization("unit")))
 
 
 def test_the_provenance_names_plugins(monkeypatch):
-    monkeypatch.setitem(config.loaded_plugins, "their_parts", "theirs 2.0")
+    monkeypatch.setitem(errors.loaded_plugins, "their_parts", "theirs 2.0")
     assert provenance()["plugins"] == {"their_parts": "theirs 2.0"}
 
 
@@ -225,7 +238,7 @@ def test_a_package_in_a_folder_in_which_one_works_is_not_installed(package, tmp_
         sys.path.insert(0, "")
     import_user_modules([])
     assert module not in sys.modules
-    assert config.loaded_plugins == {}
+    assert errors.loaded_plugins == {}
 
 
 def test_a_plugin_that_cannot_be_imported_is_named(package, tmp_path):
@@ -239,8 +252,8 @@ def test_data_and_bench_know_installed_packages(package, tmp_path, monkeypatch, 
     module = package(tmp_path / "site", "scans_of_a_test", SCANS)
     data.main(["scans_of_a_plugin", "--root", str(tmp_path)])
     assert "1437 for training" in capsys.readouterr().out
-    config.load_plugins.cache_clear()
-    config.loaded_plugins.clear()
+    errors._searched.clear()
+    errors.loaded_plugins.clear()
     with pytest.raises(UserError, match="does not mix images"):  # before it prepares anything
         make_bench(["recipe.mixup=0.2"], epochs=1, minutes=None)
-    assert config.loaded_plugins == {module: "scans_of_a_test 1.5"}
+    assert errors.loaded_plugins == {module: "scans_of_a_test 1.5"}

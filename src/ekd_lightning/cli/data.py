@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from ekd_lightning.config.config import load_plugins
 from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.data.catalog import dataset_names, open_dataset, source_names
 from ekd_lightning.data.images import Dataset
@@ -51,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _obtain(args: argparse.Namespace) -> None:
-    load_plugins()  # which may have data sets
     with session("data"), phase("data"):
         dataset = open_dataset(_settings(args))
     print(describe(dataset))

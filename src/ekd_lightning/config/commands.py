@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ekd_lightning.config.overrides import key_of, override, read_path, shell_word
-from ekd_lightning.errors import UserError
-from ekd_lightning.files import STARTED_IN
+from ekd_lightning.errors import STARTED_IN, UserError
 from ekd_lightning.runs.words import names_code
 
 

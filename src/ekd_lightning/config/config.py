@@ -11,8 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from functools import cache
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -22,12 +20,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ekd_lightning.errors import UserError, one_line, unknown_name
-from ekd_lightning.files import STARTED_IN
+from ekd_lightning.errors import STARTED_IN, UserError, load_plugins, unknown_name
 from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
-from ekd_lightning.runs.writer import RunWriter, loaded_plugins
+from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import Settings, is_path, keys_where, without_effect
 
 if TYPE_CHECKING:
@@ -35,7 +32,6 @@ if TYPE_CHECKING:
 
 ALLOWED = ("ekd_lightning", "pytorch_lightning.callbacks")
 """Where callbacks may be defined, beside modules of the user's own."""
-PLUGINS = "ekd_lightning.plugins"
 PLACES = keys_where(is_path)
 """Settings that are paths of folders."""
 
@@ -203,30 +199,6 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
             yield from _changed(before, new.get(name), usual, f"{prefix}.{name}".lstrip("."))
     elif old != new:
         yield prefix
-
-
-@cache
-def load_plugins() -> None:
-    """Imports, once, the modules that installed packages offer as entry points of the group `ekd_lightning.plugins`.
-
-    Packages in the working directory, and in that in which the command was called, are not installed: such folders may
-    come from anybody.
-
-    Raises:
-        UserError: For a module that cannot be imported.
-    """
-    here = {os.path.realpath(place) for place in (os.getcwd(), os.environ.get(STARTED_IN) or ".")}
-    installed = distributions(path=[place for place in sys.path if place and os.path.realpath(place) not in here])
-    for package in installed:
-        for entry in package.entry_points.select(group=PLUGINS):
-            try:
-                importlib.import_module(entry.module)
-            except Exception as error:
-                raise UserError(
-                    f"plugin {entry.name!r} of the package {package.name} cannot be imported "
-                    f"({type(error).__name__}: {one_line(error)}); without that package everything else works"
-                ) from error
-            loaded_plugins[entry.module] = f"{package.name} {package.version}"
 
 
 def import_user_modules(names: Sequence[str]) -> None:

@@ -23,8 +23,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from ekd_lightning.errors import UserError, unknown_name, users_line
-from ekd_lightning.files import STARTED_IN
+from ekd_lightning.errors import STARTED_IN, UserError, unknown_name, users_line
 from ekd_lightning.progress import Lines, Reporter, Session, reported_by
 from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero

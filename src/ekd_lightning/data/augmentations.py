@@ -69,7 +69,7 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
 
 def augmentation_names() -> tuple[str, ...]:
     """Returns the registered names, sorted; `none` and `crop_flip` are not among them."""
-    return tuple(sorted(_REGISTRY))
+    return tuple(_REGISTRY.names())
 
 
 def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentation, str]:

@@ -88,7 +88,7 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
 
 def dataset_names() -> tuple[str, ...]:
     """Returns the registered names, sorted."""
-    return tuple(sorted(_LOADERS))
+    return tuple(_LOADERS.names())
 
 
 def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset:

@@ -155,7 +155,7 @@ def register_term(name: str) -> Callable[[TermClass], TermClass]:
 
 def term_names() -> tuple[str, ...]:
     """Returns the names of all registered terms, sorted."""
-    return tuple(sorted(_REGISTRY))
+    return tuple(_REGISTRY.names())
 
 
 def term_class(name: str) -> type[Term]:

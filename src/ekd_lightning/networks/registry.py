@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ekd_lightning.errors import Registry, UserError, unknown_name
+from ekd_lightning.errors import Registry, UserError, load_plugins, unknown_name
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.projection import project
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
@@ -80,7 +80,7 @@ def library_version(name: str) -> str:
 
 def network_names() -> tuple[str, ...]:
     """Returns all names that are registered one by one, sorted."""
-    return tuple(sorted(_BUILDERS))
+    return tuple(_BUILDERS.names())
 
 
 def require_network(name: str) -> None:
@@ -97,10 +97,17 @@ def require_network(name: str) -> None:
 
 
 def _builder(name: str) -> Builder:
-    found = _BUILDERS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
+    found = _known(name)
+    if found is None:
+        load_plugins()
+        found = _known(name)
     if found is None:
         raise unknown_name("network", name, [*_BUILDERS, *_FAMILIES, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
     return found
+
+
+def _known(name: str) -> Builder | None:
+    return _BUILDERS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:

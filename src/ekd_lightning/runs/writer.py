@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 
 from ekd_lightning import __version__
+from ekd_lightning.errors import loaded_plugins
 from ekd_lightning.files import UnwritableFileError, remove_parts, write_bytes, write_json, write_yaml
 from ekd_lightning.runs.directory import (
     ARRAYS,
@@ -161,10 +162,6 @@ def provenance() -> dict[str, Any]:
         "hardware": _hardware(),
         "started": now(),
     }
-
-
-loaded_plugins: dict[str, str] = {}
-"""Modules of installed packages that were imported as plugins, each with the package's name and version."""
 
 
 def is_rank_zero() -> bool:
