@@ -296,9 +296,9 @@ class TeacherSettings:
     table: str = field(default="auto", metadata=ROUNDING | one_of("auto", "require", "off"))
     """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
     table_stages: bool = field(default=False, metadata=ROUNDING | _TABLED)
-    """Whether stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for the
-    last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
-    Otherwise such methods ask their teachers live."""
+    """Whether whole stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for
+    the last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
+    Otherwise such methods ask their teachers live. Averages over a small grid (a term's `grid`) are always kept."""
     table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE | _TABLED)
     """Most disk that the tables of one run may need."""
     fill: str = field(default="none", metadata=FREE | one_of("none", "run", "all"))

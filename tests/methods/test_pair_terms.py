@@ -12,7 +12,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import build_method, build_term
 from ekd_lightning.methods.pair_terms import ConvRegressor
 
-from .helpers import make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
+from .helpers import Heads, make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
 
 BOUNDARY = 0.1111
 
@@ -153,3 +153,50 @@ def test_every_parameter_has_a_gradient_in_both_stages(progress):
     maps = student.stages[0]["stage2"].grad
     moved = [maps is not None and bool(maps.any()), bool(student.branch_logits.grad.any())]
     assert moved == [progress < BOUNDARY, progress >= BOUNDARY]
+
+
+@pytest.mark.parametrize("name", ["feature_branch", "similarity", "feature_camkd"])
+def test_a_grid_is_the_loss_of_averaged_maps(name):
+    """As if student and teachers had maps of that size themselves."""
+    place = {"feature": "last"} if name == "feature_camkd" else {"feature": "stage2", "reduction": "sum"}
+    batch, student, teachers = make_batch(), make_student(), make_teachers()
+    torch.manual_seed(0)
+    term = build_term(name, 1.0, term_context(), grid=2, **place)
+    torch.manual_seed(0)
+    whole = build_term(name, 1.0, term_context(), **place)
+    assert (term.teacher_stages, whole.teacher_stages) == (("stage2.2x2",), ("stage2",))
+    assert term.student_stages == whole.student_stages == ("stage2",)
+
+    def cells(maps, size):
+        B, C, H, W = maps.shape
+        return maps.reshape(B, C, size, H // size, size, W // size).mean((3, 5))
+
+    ours = student._replace(stages=tuple({"stage2": cells(own["stage2"], 2)} for own in student.stages))
+    theirs = teachers._replace(stages=tuple({"stage2": cells(own["stage2"], 2)} for own in teachers.stages))
+    named = teachers._replace(stages=tuple({"stage2.2x2": own["stage2"]} for own in theirs.stages))
+    networks = Heads([6] * 3, dtype=torch.float32)
+    found = term(step_context(student, named, batch, networks=networks))
+    expected = whole(step_context(ours, theirs, batch, networks=networks))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": 2}, "grid=2 is for maps, not for feature=pooled"),
+        ({"grid": 4, "feature": "stage2"}, "grid=4 is finer than the maps of the teacher 'big0', 2×2 .*'stage2'"),
+        ({"grid": 5, "feature": "stage2"}, "grid=5 is finer than the maps of the student 'small', 4×4"),
+        ({"grid": 0, "feature": "stage2"}, "grid=0 is not allowed; give an integer >= 1"),
+        ({"grid": "2", "feature": "stage2"}, "grid='2' is not allowed; give an integer >= 1"),
+    ],
+)
+def test_grids_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_term("feature_branch", 1.0, term_context(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grid_of_a_network_without_maps_is_refused_by_name():
+    blind = term_context(teacher_stage_shapes=({},) * 3)
+    with pytest.raises(UserError, match="the teacher 'big0' has no stage 'last'"):
+        build_term("feature_branch", 1.0, blind, feature="last", grid=2)

@@ -6,15 +6,17 @@ import json
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tutors import PLAIN, VIEWS, N, gather, make_batch, same, tutors
 from tutors import tabled as plain_tabled
 
 from ekd_lightning.networks import TeacherEnsemble
+from ekd_lightning.networks.staged import on_grid, stage_and_grid
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers import rows
-from ekd_lightning.teachers.plan import present_bytes
+from ekd_lightning.teachers.plan import present_bytes, table_bytes
 from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.teachers.tabled import TabledTeachers
 
@@ -176,3 +178,72 @@ def test_rows_that_are_known_stay_as_they_are_when_stages_are_added(ensemble, tm
     source.flush()
     assert {path: path.read_bytes() for path in before} == before
     assert torch.equal(source.outputs(batch, STAGES).logits, first.logits)
+
+
+def cell_means(maps, grid):
+    """Adaptive average pooling as it is defined: cell i holds rows floor(i·H / grid) up to ceil((i + 1)·H / grid)."""
+    H, W = maps.shape[2:]
+    cells = np.empty((*maps.shape[:2], grid, grid))
+    for i in range(grid):
+        for j in range(grid):
+            rows, columns = (slice(n * side // grid, -(-(n + 1) * side // grid)) for n, side in ((i, H), (j, W)))
+            cells[:, :, i, j] = maps[:, :, rows, columns].mean((2, 3))
+    return cells
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3])
+def test_grid_columns_are_the_means_of_the_maps_cells(ensemble, tmp_path, grid):
+    batch = make_batch([3, 0, 3, 29], [1, 7, 1, 17])
+    names = tuple(on_grid(stage, grid) for stage in ("stage1", "stage2"))  # maps of 8 × 8 and 4 × 4
+    assert [stage_and_grid(name) for name in names] == [("stage1", grid), ("stage2", grid)]
+    live = LiveTeachers(ensemble, PLAIN).outputs(batch, names)
+    source = plain_tabled(ensemble, tmp_path, keep_stages=names)
+    kept, plain = source.outputs(batch, names), ensemble(batch.images, names)
+    for m, member in enumerate(ensemble.members):
+        maps = member.outputs(batch.images).stages
+        for name in names:
+            expected = cell_means(maps[stage_and_grid(name)[0]].double().numpy(), grid)
+            for found, rounding in ((live, 1e-5), (plain, 1e-6), (kept, 2**-11)):
+                np.testing.assert_allclose(found.stages[m][name].numpy(), expected, rtol=rounding, atol=1e-5)
+    source.flush()
+    written = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    widths = {one["content"]: one["width"] for one in written if "width" in one}
+    assert widths == {names[0]: 16 * grid**2, names[1]: 32 * grid**2}
+
+
+def test_a_stage_and_its_grids_can_be_asked_for_in_any_order(ensemble):
+    batch, names = make_batch([1, 2], [0, 1]), ("stage3", "stage2.2x2", "stage1.4x4", "stage2")
+    found = LiveTeachers(ensemble, PLAIN).outputs(batch, names)
+    for m, member in enumerate(ensemble.members):
+        maps = member.outputs(batch.images).stages
+        assert [tuple(found.stages[m][name].shape[1:]) for name in names] == [
+            (64, 2, 2), (32, 2, 2), (16, 4, 4), (32, 4, 4)
+        ]  # fmt: skip
+        torch.testing.assert_close(found.stages[m]["stage2"], maps["stage2"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "used", "blocks"), [(16, 3, 3), (256, 3, 6), (16, 500, 3), (4096, 3, 9), (4094, 3, 6)]
+)
+def test_bound_of_rows_asked_for_one_by_one(width, used, blocks):
+    """Rows of 36, 516, 8196 and 8192 bytes: in how many blocks one may lie, and all of an image's together."""
+    assert table_bytes(10, 162, (("stage2.2x2", width),), used_views=used) == 10 * blocks * 4096
+
+
+GRID = "+method.terms.feature_branch={weight: 1.0, feature: stage2, grid: 2}"
+
+
+def test_a_run_reads_grids_from_tables_and_trains_as_from_live_teachers(train, tiny_settings, tmp_path):
+    kept = prepare(tiny_settings(GRID), "cpu")
+    assert (kept.source.tables, kept.source.stages) == (True, ("stage2.2x2",))
+    store = f"teachers.store={tmp_path / 's'}"
+    first, second = (train(tmp_path / f"run{i}", GRID, store) for i in range(2))
+    live = train(tmp_path / "live", GRID, store, "teachers.table=off")
+    assert [run.code for run in (first, second, live)] == [0, 0, 0], first.err
+    assert [run.result["teacher_table_hit_rate"] for run in (first, second)] == [0.0, 1.0]
+    assert first.result["test_nll"] == second.result["test_nll"] == pytest.approx(live.result["test_nll"], rel=1e-2)
+
+
+def test_whole_maps_beside_a_grid_leave_the_teachers_live(tiny_settings):
+    both = prepare(tiny_settings(GRID, "+method.terms.maps={type: feature_branch, weight: 1.0, feature: last}"), "cpu")
+    assert not both.source.tables

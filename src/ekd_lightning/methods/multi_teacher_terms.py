@@ -165,12 +165,14 @@ class ConfidenceFeatures(Term):
         context: The networks' sizes.
         feature: `last`, the map of the last stage, as published; or `pooled`, its average over space, which
             teacher tables hold anyway.
+        grid: Side of a small grid that the maps are averaged to first, as in `pair_terms.FeatureTerm`; None for whole
+            maps.
         scale: `normalized`, the paper's; or `published_code`, divided by M once more.
         detach_weights: Whether v is a constant. The paper does not say; the authors' code lets a gradient through
             v, which rewards the student for making a teacher's classifier fail on features that fit badly.
 
     Raises:
-        UserError: For an unknown feature or scale.
+        UserError: For an unknown feature or scale, or a grid that does not fit.
     """
 
     needs_teachers = True
@@ -182,6 +184,7 @@ class ConfidenceFeatures(Term):
         context: TermContext,
         *,
         feature: str = "last",
+        grid: int | None = None,
         scale: str = "normalized",
         detach_weights: bool = True,
     ) -> None:
@@ -191,7 +194,7 @@ class ConfidenceFeatures(Term):
         self.factor = _confidence_factor(scale, M)
         self.detach_weights = bool(detach_weights)
         pairs = [(k, m) for k in range(K) for m in range(M)]
-        self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs)
+        self.site = FeatureSite(choice("feature", feature, ("last", POOLED)), context, pairs, grid)
         read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else map_adapter
         for m in range(context.num_teachers):

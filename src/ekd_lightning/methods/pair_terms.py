@@ -15,8 +15,9 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
-from ekd_lightning.methods.options import choice
+from ekd_lightning.methods.options import choice, count
 from ekd_lightning.methods.terms import BranchTerm, Term, register_term
+from ekd_lightning.networks.staged import averaged, on_grid
 
 POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
@@ -68,32 +69,56 @@ class FeatureSite:
         student_shape: Shape of a branch's features, (D,) or (channels, height, width).
         teacher_shapes: Teacher m of some pair -> the shape of its features.
         student_stages: The stages that the term must list as its own `student_stages`.
-        teacher_stages: Likewise.
+        teacher_stages: Likewise, on the grid.
     """
 
-    def __init__(self, name: str, context: TermContext, pairs: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, name: str, context: TermContext, pairs: Sequence[tuple[int, int]], grid: int | None = None
+    ) -> None:
         """Resolves the feature in the student and in the teachers of all pairs.
 
+        Args:
+            name: As the user wrote it.
+            context: The networks' sizes.
+            pairs: Branches and teachers that are compared.
+            grid: Side of the grid that maps are averaged to; None takes them as they are.
+
         Raises:
-            UserError: A network has no such stage, or `last` has different names in different teachers.
+            UserError: A network has no such stage, or maps coarser than the grid, or `last` has different names in
+                different teachers.
         """
         self.name, self.is_pooled, self._context = name, name == POOLED, context
+        self._grid = None if grid is None else count("grid", grid)
         self.student_shape: tuple[int, ...] = (context.student_features,)
         self.teacher_shapes: dict[int, tuple[int, ...]] = dict.fromkeys(sorted({m for _, m in pairs}), ())
         self.student_stages: tuple[str, ...] = ()
         self.teacher_stages: tuple[str, ...] = ()
         if self.is_pooled:
+            if self._grid is not None:
+                raise UserError(f"grid={grid} is for maps, not for feature=pooled: choose a stage or `last`")
             self.teacher_shapes = {m: (context.teacher_width(m),) for m in self.teacher_shapes}
             return
         self._student = context.student_stage(name)
-        self._teacher = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}
+        stages = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}
+        for m in stages:
+            for stage in stages.values():  # every teacher must have all of them
+                context.teacher_stage(m, stage)
+        self._teacher = {m: on_grid(stage, self._grid) for m, stage in stages.items()}
         self.student_stages = (self._student,)
         self.teacher_stages = tuple(dict.fromkeys(self._teacher.values()))
-        for m in self._teacher:
-            for stage in self.teacher_stages:  # every teacher must have all of them
-                context.teacher_stage(m, stage)
-        self.student_shape = context.student_stage_shapes[self._student]
-        self.teacher_shapes = {m: context.teacher_stage_shapes[m][stage] for m, stage in self._teacher.items()}
+        own = context.student_stage_shapes[self._student]
+        self.student_shape = self._shape(own, f"the student {context.student_name!r}")
+        for m, stage in stages.items():
+            shape = context.teacher_stage_shapes[m][stage]
+            self.teacher_shapes[m] = self._shape(shape, f"the teacher {context.teacher_label(m)}")
+
+    def _shape(self, shape: tuple[int, int, int], network: str) -> tuple[int, ...]:
+        if self._grid is None:
+            return shape
+        if self._grid > min(shape[1:]):
+            size = f"{shape[1]}×{shape[2]}"
+            raise UserError(f"grid={self._grid} is finer than the maps of {network}, {size} (feature {self.name!r})")
+        return (shape[0], self._grid, self._grid)
 
     def require_equal_channels(self, reason: str) -> None:
         """Checks that student and teachers have equal channel counts, for losses that cannot adapt them.
@@ -116,7 +141,8 @@ class FeatureSite:
         assert context.teachers is not None
         if self.is_pooled:
             return context.student.pooled[k], context.teachers.pooled[m].detach()
-        return context.student.stages[k][self._student], context.teachers.stages[m][self._teacher[m]].detach()
+        maps = averaged(context.student.stages[k][self._student], self._grid)
+        return maps, context.teachers.stages[m][self._teacher[m]].detach()
 
 
 class FeatureTerm(PairTerm):
@@ -126,17 +152,22 @@ class FeatureTerm(PairTerm):
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the assignment.
         places: `pooled`, `last` or a stage's name, each.
+        grid: Side of a small grid, 1 or more, that the maps of student and teachers are averaged to
+            (adaptive_avg_pool2d) before they are compared; None compares whole maps. Teacher tables always keep such
+            averages: channels × grid² × 2 bytes and a check value of 4 for each stage, teacher, image and view.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For a stage that a network lacks.
+        UserError: For a stage that a network lacks, or a grid finer than maps or for pooled features.
     """
 
     reads_logits = False
 
-    def __init__(self, weight: float, context: TermContext, places: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, weight: float, context: TermContext, places: Sequence[str], *, grid: int | None = None, **options: Any
+    ) -> None:
         super().__init__(weight, context, **options)
-        self.sites = [FeatureSite(name, context, self.pairs) for name in places]
+        self.sites = [FeatureSite(name, context, self.pairs, grid) for name in places]
         read_sites(self, *self.sites)
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:

@@ -15,7 +15,16 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
-from ekd_lightning.networks.staged import GlobalPool, NetworkOutput, Normalize, StagedNetwork, in_memory_format, resized
+from ekd_lightning.networks.staged import (
+    GlobalPool,
+    NetworkOutput,
+    Normalize,
+    StagedNetwork,
+    averaged,
+    in_memory_format,
+    resized,
+    stage_and_grid,
+)
 from ekd_lightning.networks.student import Branch, BranchedStudent, Gate, couple
 
 log = logging.getLogger(__name__)
@@ -63,7 +72,7 @@ class FrozenNetwork(_Frozen):
 
     Attributes:
         dtype: What the stages compute in.
-        stage_names: Stages whose outputs are returned.
+        stage_names: Stages whose outputs are returned, on a grid where their names have one; in order of execution.
     """
 
     def __init__(
@@ -82,11 +91,12 @@ class FrozenNetwork(_Frozen):
             dtype: What the stages compute in: torch.float32 or torch.bfloat16.
             fold: Whether batch norms are folded into the convolutions before them.
             channels_last: Memory format of the stages.
-            stage_names: Stages whose outputs are wanted. A batch norm at a stage's end is folded too, so
-                outputs equal those of the network within rounding.
+            stage_names: Stages whose outputs are wanted, see `staged.on_grid`. A batch norm at a stage's end is folded
+                too, so outputs equal those of the network within rounding.
         """
         super().__init__()
-        self.stage_names = tuple(stage_names)
+        order = network.stage_names
+        self.stage_names = tuple(sorted(stage_names, key=lambda name: order.index(stage_and_grid(name)[0])))
         network = copy.deepcopy(network).eval()
         self._take(network.normalize, dtype, fold, channels_last)
         self.stages = nn.ModuleDict(self._frozen(network.stages))
@@ -104,16 +114,15 @@ class FrozenNetwork(_Frozen):
         wanted = []
         for name, stage in self.stages.items():
             maps = stage(maps)
-            if name in self.stage_names:
-                wanted.append(maps.float())
+            grids = [grid for own, grid in map(stage_and_grid, self.stage_names) if own == name]
+            wanted += [averaged(maps.float(), grid) for grid in grids]
         pooled = _pooled(self.neck, maps)
         return self.head(pooled), pooled, *wanted
 
     def named(self, results: tuple[Tensor, ...]) -> NetworkOutput:
         """Names the results of `forward`."""
         logits, pooled, *stages = results
-        order = [name for name in self.stages if name in self.stage_names]
-        return NetworkOutput(logits, pooled, dict(zip(order, stages, strict=True)))
+        return NetworkOutput(logits, pooled, dict(zip(self.stage_names, stages, strict=True)))
 
     def traced(self) -> nn.Module:
         """Returns the computation as one graph, or this module where it cannot be traced.

@@ -170,11 +170,16 @@ class TeacherOutput(NamedTuple):
 
     @classmethod
     def of(cls, outputs: Sequence[NetworkOutput], stages: Sequence[str]) -> TeacherOutput:
-        """Joins the outputs of M networks, with the named stages."""
+        """Joins the outputs of M networks, with the named stages, averaged here if their names have a grid."""
+
+        def named(found: Mapping[str, Tensor], name: str) -> Tensor:
+            stage, grid = stage_and_grid(name)
+            return found[name] if name in found else averaged(found[stage], grid)
+
         return cls(
             torch.stack([output.logits for output in outputs]),
             tuple(output.pooled for output in outputs),
-            tuple({name: output.stages[name] for name in stages} for output in outputs),
+            tuple({name: named(output.stages, name) for name in stages} for output in outputs),
         )
 
 
@@ -235,6 +240,31 @@ def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tens
     for name, stage in stages.items():
         maps = outputs[name] = stage(maps)
     return maps, outputs
+
+
+_GRID = "."  # in no stage's own name: modules cannot have it there
+
+
+def on_grid(stage: str, grid: int | None) -> str:
+    """Name of a stage's output averaged to grid × grid, such as `stage2.4x4`; without a grid the stage's own."""
+    return stage if grid is None else f"{stage}{_GRID}{grid}x{grid}"
+
+
+def stage_and_grid(name: str) -> tuple[str, int | None]:
+    """Takes a name of `on_grid` apart."""
+    stage, _, sides_of_grid = name.partition(_GRID)
+    return stage, int(sides_of_grid.partition("x")[0]) if sides_of_grid else None
+
+
+def averaged(maps: Tensor, grid: int | None) -> Tensor:
+    """Averages maps [B, channels, height, width] over space to grid × grid (adaptive_avg_pool2d); None keeps them."""
+    return maps if grid is None else nn.functional.adaptive_avg_pool2d(maps, grid)
+
+
+def shape_at(shapes: Mapping[str, tuple[int, int, int]], name: str) -> tuple[int, int, int]:
+    """Shape (channels, height, width) of a stage's output, or of that on a grid, from the stages' own shapes."""
+    stage, grid = stage_and_grid(name)
+    return shapes[stage] if grid is None else (shapes[stage][0], grid, grid)
 
 
 def pool(maps: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.staged import ImageSize, StagedNetwork, TeacherOutput
+from ekd_lightning.networks.staged import ImageSize, StagedNetwork, TeacherOutput, stage_and_grid
 from ekd_lightning.networks.weights import state_sha256
 
 
@@ -98,13 +98,13 @@ class TeacherEnsemble(nn.Module):
         return tuple(member.stage_shapes(image_size) for member in self.members)
 
     def check_stages(self, stages: Sequence[str]) -> None:
-        """Checks that every teacher has these stages.
+        """Checks that every teacher has these stages, on a grid or not.
 
         Raises:
             UserError: Naming the first stage that a teacher lacks, and that teacher.
         """
         for member, identity in zip(self.members, self.identities, strict=True):
-            for name in stages:
+            for name, _ in map(stage_and_grid, stages):
                 if name not in member.stages:
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
 
@@ -120,7 +120,8 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
-            stages: names of stages whose outputs are wanted from every teacher.
+            stages: names of stages whose outputs are wanted from every teacher; `stage2.4x4` is that of stage2 on a
+                grid, see `staged.on_grid`.
 
         Returns:
             Logits [M, B, C], pooled features M x [B, D_m], and the requested stages.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json
 from ekd_lightning.methods import Method
 from ekd_lightning.networks import NetworkSpec, StagedNetwork, TeacherEnsemble, build_network
+from ekd_lightning.networks.staged import shape_at, stage_and_grid
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.source import LiveTeachers, Stages, TeacherFormat, TeacherSource
@@ -100,8 +101,7 @@ def plan_source(
             raise UserError(f"teachers.table=require: {problem}")
         _say(f"teachers run live: {problem}")
         return live
-    # Without tables of their own, a method that needs stages for a while asks the teachers live in that time.
-    stages = method.teacher_stages if chosen.table_stages else ()
+    stages = _kept_stages(settings, method)
     folder = table_folder(settings)
     sets = [(dataset.train.sha256, len(dataset.train))]
     images = subset.train_index
@@ -140,14 +140,23 @@ def table_folder(settings: Settings) -> Path:
     return Path(settings.teachers.store) / "tables"
 
 
+def _kept_stages(settings: Settings, method: Method) -> Stages:
+    """Stages that tables are made for; while a method needs others, it asks the teachers live."""
+    if settings.teachers.table_stages:
+        return method.teacher_stages
+    return tuple(name for name in method.teacher_stages if stage_and_grid(name)[1])
+
+
 def _why_live(settings: Settings, method: Method) -> str:
     """Returns why there can be no tables; empty where there can."""
     if settings.teachers.table == "off":
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):
         return f"with {mixed} images are not finite in number"
-    if method.teacher_stages and not settings.teachers.table_stages and () not in method.needed_stage_sets:
-        stages = ", ".join(method.teacher_stages)
+    kept = _kept_stages(settings, method)
+    left_out = [name for name in method.teacher_stages if name not in kept]
+    if left_out and not any(set(needed) <= set(kept) for needed in method.needed_stage_sets):
+        stages = ", ".join(left_out)
         return f"stage outputs ({stages}) are not kept in tables (teachers.table_stages=true keeps them)"
     return ""
 
@@ -169,7 +178,6 @@ def _needed_bytes(
 ) -> int:
     """Returns an upper bound of the disk space of the run's tables."""
     needed, in_sets = 0, sum(size for _, size in sets)
-    # Rows as large as a stage's are blocks of the disk by themselves, so a run needs only those that it asks for.
     used_views = min(views.num_views, settings.recipe.epochs)
     for teacher in teachers:
         network = build_network(teacher.spec)
@@ -178,11 +186,17 @@ def _needed_bytes(
             columns += ((POOLED, network.num_features),)
         needed += table_bytes(images, views.num_views, columns, set_size=in_sets)
         shapes = network.stage_shapes(dataset.image_size)
-        needed += sum(table_bytes(images, used_views, ((stage, prod(shapes[stage])),)) for stage in stages)
+        widths = {stage: prod(shape_at(shapes, stage)) for stage in stages}
+        needed += sum(
+            table_bytes(images, views.num_views, (column,), set_size=in_sets, used_views=used_views)
+            for column in widths.items()
+        )
     return needed
 
 
-def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: int | None = None) -> int:
+def table_bytes(
+    num_images: int, num_views: int, columns: Columns, *, set_size: int | None = None, used_views: int | None = None
+) -> int:
     """Returns an upper bound of a table's bytes on a file system with blocks of 4096 bytes.
 
     Args:
@@ -190,10 +204,15 @@ def table_bytes(num_images: int, num_views: int, columns: Columns, *, set_size: 
         num_views: V.
         columns: What a row holds.
         set_size: Images in the whole set, when known: a tighter bound for large subsets.
+        used_views: Views of an image that the run asks for at most, when known: a tighter bound for large rows.
     """
-    per_image = num_views * row_dtype(columns).itemsize
+    row = row_dtype(columns).itemsize
+    per_image = num_views * row
     # The views of an image are neighbours, but need not begin at a block's start.
     blocks = num_images * (-(-per_image // _BLOCK) + 1)
+    if used_views is not None:
+        latest = _BLOCK - gcd(row, _BLOCK)  # where in a block a row may begin
+        blocks = min(blocks, num_images * used_views * -(-(latest + row) // _BLOCK))
     if set_size is not None:
         blocks = min(blocks, -(-set_size * per_image // _BLOCK))
     return blocks * _BLOCK

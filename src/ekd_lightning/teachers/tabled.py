@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.networks.staged import ImageSize, TeacherOutput
+from ekd_lightning.networks.staged import ImageSize, TeacherOutput, shape_at
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.progress import UNSEEN, readable, track
 from ekd_lightning.teachers.rows import DeviceRows, StoredRows, Values, memory_for_rows, row_bytes
@@ -100,7 +100,7 @@ class TabledTeachers(TeacherSource):
         self._prefetched: Prefetched | None = None
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
         self._shapes = [
-            {LOGITS: (C,), POOLED: (D,), **{stage: shapes[stage] for stage in self._stages}}
+            {LOGITS: (C,), POOLED: (D,), **{stage: shape_at(shapes, stage) for stage in self._stages}}
             for D, shapes in zip(widths, maps, strict=True)
         ]
         keys = []
