@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,12 +26,16 @@ import pytest
 import yaml
 from whole_runs import TINY
 
+from ekd_lightning.errors import UserError
+
 LONGEST_SECONDS = 600
 """Of a command, where it waits for what never comes; on a busy machine a training takes minutes."""
 MEMORY = 6 << 30
 """Bytes that a command may ask for beyond what this process has: what reads /dev/zero to its end asks for more."""
 VOLATILE = ("seconds", "per_second", "latency", "throughput", "memory", "written", "hit_rate", "started", "time")
 FILES = ("train_seconds", "images_per_second")
+WHOLE = ("trainer.max_epochs=2",)
+"""What lets a run of `few` that was stopped after its first epoch go on to its end."""
 RUNS = ("study/runs/kd_mean-f0.1-s0", "study/runs/kd_mean-f0.1-s1")
 
 
@@ -64,6 +69,11 @@ class Called:
     out: str
     err: str
     error: BaseException | None = None
+
+    @property
+    def complaints(self) -> str:
+        """Standard error, and the lines of standard output by which a sweep tells of jobs that failed."""
+        return "\n".join([self.err, *(line for line in self.out.splitlines() if re.search("error: |failed: ", line))])
 
 
 class _TooLongError(BaseException):
@@ -152,6 +162,13 @@ def trained(directory: Path) -> Any:
     from ekd_lightning.networks import load_student, state_sha256
 
     return state_sha256(load_student(directory / "student.safetensors")), _result(directory)
+
+
+def _trained_or_refused(directory: Path) -> Any:
+    try:
+        return trained(directory)
+    except UserError:
+        return None
 
 
 def _reported(folder: Path) -> Any:
@@ -243,14 +260,18 @@ COMMANDS: dict[str, Command] = {
         "ekd-compare", lambda w: ("--output", w / "study"), lambda w, called: compared(w / "study"), leaves_out=True
     ),
     "resume": Command(
-        "ekd-train", lambda w: (f"resume={w}/stopped/a",), lambda w, called: trained(w / "stopped/a"), trains=True
+        "ekd-train",
+        lambda w: (f"resume={w}/stopped/a", *WHOLE),
+        lambda w, called: trained(w / "stopped/a"),
+        trains=True,
     ),
     "resume the sweep": Command(
         "ekd-train",
-        lambda w: (f"resume={w}/sweep",),
-        lambda w, called: [trained(w / "sweep" / name) for name in ("0", "1")],
+        lambda w: (f"resume={w}/sweep", *WHOLE),
+        lambda w, called: {name: _trained_or_refused(w / "sweep" / name) for name in ("0", "1", "2")},
         leaves_out=True,
         trains=True,
+        others=lambda left: left["2"],  # whose files are left as they are
     ),
     "train": Command(
         "ekd-train",
@@ -300,8 +321,13 @@ def _stopped(w: Path) -> None:
 
 
 def _stopped_sweep(w: Path) -> None:
-    words = (*few(w), "method=branched_ce", "seed=0,1", "trainer.max_epochs=1", f"hydra.sweep.dir={w}/sweep")
+    """Three jobs, of which the first was stopped after an epoch."""
+    from ekd_lightning.runs.writer import RunWriter
+
+    words = (*few(w), "method=branched_ce", "trainer.max_epochs=1,2,null", f"hydra.sweep.dir={w}/sweep")
     _did(w, "ekd-train", "-m", *words)
+    (w / "sweep/0/result.json").unlink()
+    RunWriter(w / "sweep/0").stop()
 
 
 def _search(w: Path) -> None:

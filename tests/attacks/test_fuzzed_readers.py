@@ -25,7 +25,7 @@ from ekd_lightning.data.arrays import list_npz
 from ekd_lightning.data.cache import cached_images
 from ekd_lightning.data.cifar import read_cifar
 from ekd_lightning.data.listing import read_listing
-from ekd_lightning.errors import users_line
+from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.networks import (
     BranchedStudent,
     DeployedStudent,
@@ -41,6 +41,9 @@ from ekd_lightning.networks.deploy import pack_metadata, quantize_onnx, to_bytes
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import LOCK_FILE, DirectoryLock
+from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.writer import RunWriter
+from ekd_lightning.studies.sweep import Job, look
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from cifar_files import make_tiny
@@ -124,6 +127,20 @@ def _locked(path: Path) -> Any:
         return before, run.is_held()
 
 
+def _finished_job(folder: Path) -> None:
+    run = RunWriter(folder)
+    run.start(resumed=False)
+    run.finish(Result.of({"method": "ekd", "data": "digits", "seed": 0, "fraction": 0.5, "test_accuracy": 0.25}))
+
+
+def _counted(path: Path) -> Any:
+    """What a sweep counts a job as; one that it counts as failed, it names with the error."""
+    run = look(Job(path.parent, ())).run
+    if run.error:
+        raise UserError(run.error)
+    return run.state, dict(run.result)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A file that is spoilt.
@@ -166,6 +183,8 @@ KINDS = {
     "cached pixels": Kind(lambda folder: _cached(folder / "x"), "*.pixels", _cached),
     "facts of cached pixels": Kind(lambda folder: _cached(folder / "x"), "*.json", _cached),
     "lock of cached pixels": Kind(_only_lock, ".*.lock", _cached),
+    "state of a sweep's job": Kind(_finished_job, "status.json", _counted),
+    "result of a sweep's job": Kind(_finished_job, "result.json", _counted),
     "lock of a run": Kind(lambda folder: (folder / LOCK_FILE).write_text("{}"), LOCK_FILE, _locked),
 }
 

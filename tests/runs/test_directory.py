@@ -202,6 +202,17 @@ def test_a_bad_record_is_named(tmp_path, name, content, kind):
         own.finished_result()
 
 
+def test_a_damaged_state_says_how_to_go_on(tmp_path):
+    own = RunWriter(tmp_path)
+    own.start(resumed=False)
+    own.finish(Result.of(result()))
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(DamagedFileError, match=r"status\.json: .*; remove it to go by the run's other files"):
+        own.record()
+    (tmp_path / "status.json").unlink()
+    assert own.finished_result()["method"] == result()["method"]
+
+
 def test_a_record_of_another_version_says_which(tmp_path):
     path = write_run(tmp_path / "run", result(format=7))
     with pytest.raises(ForeignRecordError, match=r"result\.json: written by a newer version \(format 7; 1 to 2"):

@@ -155,7 +155,10 @@ class RunDirectory:
 
     def recorded(self) -> Record:
         """Returns the state according to the files, for the holder of the lock; raises like `record`."""
-        status = self._read(STATUS)
+        try:
+            status = self._read(STATUS)
+        except DamagedFileError as damage:
+            raise DamagedFileError(f"{damage}; remove it to go by the run's other files") from None
         if status is None and self.file(RESULT) is None:
             if (self.path / HYDRA).is_dir() or self.file(CONFIG):
                 return Record(RunState.FAILED, error="ended before it had a record")
