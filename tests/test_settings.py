@@ -17,6 +17,7 @@ from ekd_lightning.settings import (
     is_free,
     is_location,
     is_path,
+    is_place,
     keys_where,
     may_change_between_parts,
     purpose_of,
@@ -122,7 +123,12 @@ LOCATIONS = {"data.root", "data.download", "teachers.weights_dir", "teachers.dow
 def test_every_setting_says_what_it_is_for():
     """`purposes` refuses a field that does not; what is listed here is what commands promise."""
     assert set(keys_where(is_location)) == LOCATIONS
-    assert set(keys_where(is_path)) == {"data.root", "data.cache", "teachers.weights_dir", "teachers.store"}
+    places = {"data.root", "data.cache", "teachers.weights_dir", "teachers.store"}
+    assert set(keys_where(is_path)) == places | {"data.unlabelled"}  # or a word
+    assert all(is_place(key, "rest") for key in places)
+    assert is_place("data.unlabelled", "birds")
+    assert not any(is_place("data.unlabelled", value) for value in ("rest", "split", None))
+    assert not is_place("data.download", True)
     assert set(keys_where(is_free)) - LOCATIONS == {
         "teachers.fill",
         "trainer.enable_progress_bar",

@@ -46,6 +46,8 @@ class Purpose:
 
 PURPOSE = "purpose"
 """What a field's metadata hold."""
+WORDS = "words"
+"""What a field's metadata hold where a value is one of these words, or else the path of a place."""
 KEYS = "keys"
 """Of a mapping: the metadata of keys that differ from it."""
 LOCATION = {PURPOSE: Purpose(Role.LOCATION)}
@@ -73,6 +75,17 @@ def purposes(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, Purpo
             yield from purposes(hints[one.name], f"{key}.")
         else:
             raise TypeError(f"{settings.__name__}.{one.name} does not say what it is for")
+
+
+def paths(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Dotted key of each setting that can be the path of a place, and its values that are words instead."""
+    hints = get_type_hints(settings)
+    for one in fields(settings):
+        key, purpose = f"{prefix}{one.name}", one.metadata.get(PURPOSE)
+        if WORDS in one.metadata or (hints[one.name] is str and purpose and purpose.role is Role.LOCATION):
+            yield key, one.metadata.get(WORDS, ())
+        elif is_dataclass(hints[one.name]):
+            yield from paths(hints[one.name], f"{key}.")
 
 
 # -- values ---------------------------------------------------------------------------------------------

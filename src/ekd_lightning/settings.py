@@ -30,6 +30,7 @@ from ekd_lightning.roles import (
     SEED,
     SHARE,
     TEMPERATURE,
+    WORDS,
     Purpose,
     Range,
     Role,
@@ -39,6 +40,7 @@ from ekd_lightning.roles import (
     is_of,
     name_of_type,
     one_of,
+    paths,
     purposes,
 )
 
@@ -126,7 +128,7 @@ class DataSettings:
     """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
     val_fraction: float = field(default=0.1, metadata=PROTOCOL | {ALLOWED: Range(0, 1, below=True)})
     """Share of the subset held out for validation, in [0, 1)."""
-    unlabelled: Optional[str] = field(default=None, metadata=PROTOCOL)
+    unlabelled: Optional[str] = field(default=None, metadata=PROTOCOL | {WORDS: ("rest", "split")})
     """Images to train on without labels: a folder of any shape, `rest` for the training images that the subset leaves
     out, `split` for the data set's own (STL10 of torchvision); null: none."""
     unlabelled_share: Optional[float] = field(default=None, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)})
@@ -545,6 +547,7 @@ class Settings:
 
 _PURPOSES = dict(purposes(Settings))
 _CONDITIONS = tuple(conditions(Settings))
+_PATHS: dict[str, tuple[str, ...]] = dict(paths(Settings))
 
 
 def purpose_of(key: str) -> Purpose:
@@ -597,8 +600,13 @@ def is_location(key: str) -> bool:
 
 
 def is_path(key: str) -> bool:
-    """Whether a setting is the path of a place, rather than whether something may be fetched."""
-    return is_location(key) and isinstance(_value(Settings(), key), str)
+    """Whether a setting can be the path of a place, rather than whether something may be fetched."""
+    return key in _PATHS
+
+
+def is_place(key: str, value: object) -> bool:
+    """Whether a value of a setting is the path of a place, whose content a run knows by its hash."""
+    return isinstance(value, str) and key in _PATHS and value not in _PATHS[key]
 
 
 def is_free(key: str, *, exact: bool = True) -> bool:

@@ -432,6 +432,22 @@ def test_rows_of_a_study_keep_their_way():
     assert (added.fractions, added.seeds) == ((0.1, 0.2), (0, 1))
 
 
+@pytest.mark.parametrize("word", ["data.unlabelled=there", "data.unlabelled=rest"])
+def test_unlabelled_images_of_a_study_may_move_but_not_come_or_become_others(word):
+    def study(*common):
+        return studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), common, "digits")
+
+    alone, beside = study("recipe.epochs=3"), study("recipe.epochs=3", "data.unlabelled=here")
+    with pytest.raises(UserError, match=r"data\.unlabelled.*: the study has common overrides"):
+        studies.union(alone, study(*studies.continued(alone, (word,))))
+    goes_on = study(*studies.continued(beside, (word,)))
+    if word == "data.unlabelled=rest":
+        with pytest.raises(UserError, match=r"the study has common overrides"):
+            studies.union(beside, goes_on)
+    else:
+        assert studies.union(beside, goes_on).common == ("recipe.epochs=3", word)
+
+
 def test_runs_can_go_side_by_side(words, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     folder = tmp_path / "c"

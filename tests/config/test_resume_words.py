@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,11 @@ from omegaconf import OmegaConf
 from ekd_lightning.config import directory as module
 from ekd_lightning.config.config import changed_keys, recorded_settings, write_config
 from ekd_lightning.config.directory import DIRECTORY, JobOutput
-from ekd_lightning.config.overrides import check_place, check_unchanged, expand_resume
+from ekd_lightning.config.overrides import anchored, check_place, check_unchanged, computing, expand_resume
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory, RunState
+from ekd_lightning.studies.launching import Job
+from ekd_lightning.studies.multirun import Sweep, split_words
 
 PLAIN = {"recipe": {"epochs": 4, "lr": 0.1}, "trainer": {"max_epochs": 4}, "tags": []}
 
@@ -147,6 +150,30 @@ def test_only_what_does_not_change_the_result_may_change(run):
     ):
         with pytest.raises(UserError, match=key):
             check_unchanged(directory, changed)
+
+
+def test_a_place_may_be_another_where_there_was_one(run):
+    """What lies there is compared by its hash once it is read; a word is no place."""
+    directory = run()
+    write_config({**PLAIN, "data": {"unlabelled": "here"}}, directory)
+    check_unchanged(directory, {**PLAIN, "data": {"unlabelled": "there"}})
+    for value in ("rest", None):
+        with pytest.raises(UserError, match=r"data\.unlabelled"):
+            check_unchanged(directory, {**PLAIN, "data": {"unlabelled": value}})
+    words = ["seed=1", "++data.unlabelled=here", "data.root=x", "tags=[a]"]
+    assert computing(words) == computing(["data.unlabelled=there", "seed=1"]) == ["data.unlabelled=", "seed=1"]
+    assert computing(["data.unlabelled=rest", "seed=1"]) == ["data.unlabelled=rest", "seed=1"]
+    assert anchored("data.unlabelled=rest") == "data.unlabelled=rest"
+    assert anchored("data.unlabelled=more") == f"data.unlabelled={Path.cwd() / 'more'}"
+
+
+def test_unlabelled_images_of_a_sweep_may_lie_elsewhere_but_not_be_added(tmp_path):
+    jobs = (Job(tmp_path / "0", ("seed=0",)),)
+    beside, alone = (Sweep(tmp_path, jobs, (), common=words) for words in (("data.unlabelled=here",), ()))
+    assert split_words(beside, ["data.unlabelled=/there"]) == ([], ["data.unlabelled=/there"])
+    for sweep, word in ((alone, "data.unlabelled=/there"), (beside, "data.unlabelled=rest")):
+        with pytest.raises(UserError, match=f"{word}: a resumed sweep computes what it was started with"):
+            split_words(sweep, [word])
 
 
 def test_flags_come_before_all_overrides(run):

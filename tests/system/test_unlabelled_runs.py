@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,12 +90,48 @@ def test_teachers_of_the_subset_see_no_other_image(whole: Outcome, train: Train,
     assert taught == untold
 
 
-def test_images_of_a_folder_have_tables_of_their_own(train: Train, tmp_path: Path) -> None:
-    digits = load_dataset("digits", "unused").test
-    for number, image in enumerate(255 - digits.images[:40]):
-        path = tmp_path / "found" / str(number % 3) / f"{number:03}.png"
+def write_images(folder: Path, names: Sequence[str], invert: int = 255) -> None:
+    """Writes digits, or at 255 their negatives, as files of these names."""
+    images = load_dataset("digits", "unused").test.images
+    for name, image in zip(names, images, strict=False):
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        Image.fromarray((image ^ invert).permute(1, 2, 0).numpy()).save(path)
+
+
+def test_a_run_goes_on_with_its_images_wherever_they_lie(train: Train, resume: Train, tmp_path: Path) -> None:
+    """Other ones at the named places are refused, by the place."""
+    write_images(tmp_path / "mine", [f"{label}/{number}.png" for number in range(30) for label in "ab"], invert=0)
+    write_images(tmp_path / "found", [f"{number:02}.png" for number in range(24)])
+    places = (f"data.root={tmp_path}/mine", f"data.unlabelled={tmp_path}/found", f"data.cache={tmp_path}/cache")
+    words = ("data=folder", "data.image_size=32", "data.fraction=1", "recipe.epochs=2", "recipe.batch_size=16", *places)
+    first = train(tmp_path / "run", *words, "recipe=digits", "trainer.max_epochs=1")
+    assert first.code == 0, first.err
+    for name in ("mine", "found"):
+        (tmp_path / name).rename(tmp_path / f"moved_{name}")
+        shutil.copytree(tmp_path / f"moved_{name}", tmp_path / f"other_{name}")
+        (file, *_) = sorted((tmp_path / f"other_{name}").rglob("*.png"))
+        Image.open(file).rotate(90).save(file)
+    moved = [f"data.root={tmp_path}/moved_mine", f"data.unlabelled={tmp_path}/moved_found", "trainer.max_epochs=2"]
+    record = (first.directory / "provenance.json").read_bytes()
+    for word, said in (
+        (f"data.unlabelled={tmp_path}/nowhere", "no such folder"),
+        (f"data.unlabelled={tmp_path}/other_found", "its unlabelled images are not those of the run"),
+        (f"data.root={tmp_path}/other_mine", "images are not those of the run"),
+        ("data.unlabelled=rest", "data.unlabelled differ from the recorded run"),
+    ):
+        refused = resume(first.directory, *moved, word)
+        assert refused.code == 2
+        assert said in refused.err, refused.err
+        assert word.partition("=")[0] in refused.err
+    assert (first.directory / "provenance.json").read_bytes() == record
+    again = resume(first.directory, *moved)
+    assert (again.code, again.result["epochs_done"]) == (0, 2), again.err
+    assert again.json("provenance.json")["data"]["unlabelled"]["source"] == f"{tmp_path}/moved_found"
+
+
+def test_images_of_a_folder_have_tables_of_their_own(train: Train, tmp_path: Path) -> None:
+    write_images(tmp_path / "found", [f"{number % 3}/{number:03}.png" for number in range(40)])
     words = (f"data.unlabelled={tmp_path}/found", f"data.cache={tmp_path}/cache", "recipe.epochs=2")
     first = train(tmp_path / "first", *words, "data.epoch=unlabelled", "recipe.batch_size=16")
     assert first.code == 0, first.err

@@ -25,7 +25,7 @@ from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.directory import CONFIG, RunDirectory
 from ekd_lightning.runs.words import code_of, names_code
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.settings import Settings, is_path, keys_where, without_effect
+from ekd_lightning.settings import Settings, is_path, is_place, keys_where, without_effect
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ALLOWED = ("ekd_lightning", "pytorch_lightning.callbacks")
 """Where callbacks may be defined, beside modules of the user's own."""
 PLACES = keys_where(is_path)
-"""Settings that are paths of folders."""
+"""Settings that can be paths of folders."""
 
 
 def register_schema() -> None:
@@ -173,20 +173,30 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
 def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """A run's configuration, with relative places that are still there as they were meant where it was started."""
     start = run.provenance().get("working_directory")
-    groups: list[tuple[Any, str]] = [(config.get(key.split(".")[0]), key.split(".")[1]) for key in PLACES]
-    pool = teachers.get("pool") if isinstance(teachers := config.get("teachers"), dict) else None
-    groups += [(entry, key) for entry in (pool if isinstance(pool, list) else []) for key in ("file", "weights", "hub")]
-    for group, name in groups:
-        value = group.get(name) if isinstance(group, dict) else None
-        if isinstance(value, str) and isinstance(start, str) and Path(start, value).exists():
-            group[name] = str(Path(start, value))
+    for group, name in list(_places(config)):
+        if isinstance(start, str) and Path(start, group[name]).exists():
+            group[name] = str(Path(start, group[name]))
     return config
+
+
+def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The mappings of a configuration that hold paths, each with the key."""
+    for key in PLACES:
+        group, _, name = key.partition(".")
+        if isinstance(config.get(group), dict) and is_place(key, config[group].get(name)):
+            yield config[group], name
+    pool = teachers.get("pool") if isinstance(teachers := config.get("teachers"), dict) else None
+    for entry in pool if isinstance(pool, list) else []:
+        for name in ("file", "weights", "hub"):
+            if isinstance(entry, dict) and isinstance(entry.get(name), str):
+                yield entry, name
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two plain configurations.
 
-    A setting that the version of the old one did not know had what is its default now.
+    A setting that the version of the old one did not know had what is its default now; of two places the content is
+    compared by its hash, when it is read.
     """
     return list(_changed(old, new, asdict(Settings()), ""))
 
@@ -197,7 +207,7 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
             usual = default.get(name) if isinstance(default, dict) else None
             before = old.get(name, usual if name in new else None)
             yield from _changed(before, new.get(name), usual, f"{prefix}.{name}".lstrip("."))
-    elif old != new:
+    elif old != new and not (is_place(prefix, old) and is_place(prefix, new)):
         yield prefix
 
 

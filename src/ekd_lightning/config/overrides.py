@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,8 +22,8 @@ from ekd_lightning.config.config import PLACES, changed_keys, read_config
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory
-from ekd_lightning.runs.words import require_named_code
-from ekd_lightning.settings import Settings, keys_where, may_change_between_parts
+from ekd_lightning.runs.words import names_code, require_named_code
+from ekd_lightning.settings import Settings, is_free, is_place, keys_where, may_change_between_parts
 
 SWEEP_FILE = "sweep.json"
 """The plan of a sweep, in its folder."""
@@ -242,8 +242,31 @@ _OF_THIS_RUN = ("resume=", "hydra.run.dir=", "hydra.output_subdir=", "hydra.mode
 
 def anchored(word: str) -> str:
     """An override of a place as it is meant where it is typed; all others begin where the run was first started."""
-    path = read_path(word) if key_of(word) in PLACES and not word.startswith("~") else None
-    return word if path is None else override(word.partition("=")[0], Path(path).absolute())
+    if not names_place(word):
+        return word
+    return override(word.partition("=")[0], Path(read_path(word) or ".").absolute())
+
+
+def names_place(word: str) -> bool:
+    """Whether an override says where things lie; what they are is compared by its hash."""
+    key = key_of(word)
+    return key in PLACES and "=" in word and is_place(key, read_path(word))
+
+
+def computing(words: Iterable[str], is_free: Callable[[str], bool] = is_free) -> list[str]:
+    """The overrides on which it depends what is found, sorted; of one that names a place the key, without the path.
+
+    Args:
+        words: Overrides.
+        is_free: Whether a setting, by its key, may change and the same be found.
+    """
+    kept = [word for word in words if not is_free(key_of(word))]
+    return sorted(f"{key_of(word)}=" if names_place(word) else word for word in kept)
+
+
+def may_be_given(word: str) -> bool:
+    """Whether an override may be another when a study goes on: it is free, or names code or a place."""
+    return is_free(key_of(word)) or names_code(word) or names_place(word)
 
 
 def check_place(resume: str, directory: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ekd_lightning.data import Dataset, Subset
+from ekd_lightning.data import Dataset, Subset, Unlabelled
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.predict import StudentPredictions, predict_student
 from ekd_lightning.networks import (
@@ -160,10 +160,7 @@ def open_context(
     result, record = run.finished_result(), run.provenance()
     student = load_own_student(run) if other is None else other
     dataset, subset, views = prepare_data(settings)
-    recorded = record.get("data") or {}
-    for name, found in (("train", dataset.train.sha256), ("test", dataset.test.sha256)):
-        if recorded.get(f"{name}_sha256", found) != found:
-            raise UserError(f"data.root={settings.data.root}: its {name} images are not those of the run {run.path}")
+    refuse_other_images(run, settings, dataset)
     if result.subset_sha256 not in (None, subset.sha256):
         raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
@@ -180,6 +177,32 @@ def open_context(
     elif result.student_sha256 != state_sha256(student):
         raise UserError(f"{run.student}: not the student of this run, its weights are not those on record (SHA-256)")
     return context
+
+
+def refuse_other_images(
+    run: RunDirectory, settings: Settings, dataset: Dataset, unlabelled: Unlabelled | None = None
+) -> None:
+    """Compares images with those that a run has on record, wherever they lie by now.
+
+    Args:
+        run: The run; what it has not recorded yet is not compared.
+        settings: They say where the images lie.
+        dataset: The labelled images.
+        unlabelled: Those without labels; None where they are not read.
+
+    Raises:
+        UserError: Naming the place whose images are others.
+    """
+    recorded = run.provenance().get("data") or {}
+    without = recorded.get("unlabelled") or {}
+    for kind, key, found, known in (
+        ("train", "root", dataset.train.sha256, recorded.get("train_sha256")),
+        ("test", "root", dataset.test.sha256, recorded.get("test_sha256")),
+        ("unlabelled", "unlabelled", unlabelled and unlabelled.sha256, without.get("sha256")),
+    ):
+        if None not in (found, known) and found != known:
+            place = getattr(settings.data, key)
+            raise UserError(f"data.{key}={place}: its {kind} images are not those of the run {run.path}")
 
 
 def _require_recorded(context: EvaluationContext, path: Path, recorded: float | None) -> None:

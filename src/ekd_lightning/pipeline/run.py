@@ -21,7 +21,7 @@ from ekd_lightning import progress
 from ekd_lightning.errors import UserError, quiet, reason, unknown_name
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
-from ekd_lightning.pipeline.context import EvaluationContext
+from ekd_lightning.pipeline.context import EvaluationContext, refuse_other_images
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
@@ -137,6 +137,8 @@ def _run(
     with progress.phase("data"):
         prepared, trainer, report, threads = check_run(settings, directory, sweep, callbacks)
         checkpoint, step = _resume_point(settings, directory)
+        if settings.resume is not None:
+            refuse_other_images(RunDirectory(directory), settings, prepared.dataset, prepared.datamodule.unlabelled)
         facts = describe_run(settings, prepared)
     _expect(settings, prepared)
     start()

@@ -22,7 +22,7 @@ from ekd_lightning.config.config import (
     warn_without_effect,
 )
 from ekd_lightning.config.edge import parse_names, print_wide
-from ekd_lightning.config.overrides import key_of, override
+from ekd_lightning.config.overrides import key_of, may_be_given, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.progress import phase, session, track
@@ -31,7 +31,7 @@ from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunState
 from ekd_lightning.runs.lock import holder
-from ekd_lightning.runs.words import names_code, require_named_code
+from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import check_job, launch
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, union, write_study
@@ -176,7 +176,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     left: list[RunEntry] = []
     checked: dict[tuple[str, float], Settings] = {}
-    free = [word for word in study.common if is_free(key_of(word)) or names_code(word)]
+    free = [word for word in study.common if may_be_given(word)]
     for row, fraction, seed in track(list(study.every), "checking", "runs"):
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
         directory = found.directory
@@ -235,7 +235,7 @@ def commands(jobs: Sequence[Job]) -> list[str]:
     """The jobs as shell commands, for schedulers without a Hydra launcher."""
     lines = []
     for job in jobs:
-        free = [word for word in job.overrides if is_free(key_of(word)) or names_code(word)]
+        free = [word for word in job.overrides if may_be_given(word)]
         again = [override("resume", str(job.directory)), *free]
         anew = [*job.overrides, override("hydra.run.dir", str(job.directory))]
         lines.append(shlex.join(["ekd-train", *(again if job.resumed else anew)]))

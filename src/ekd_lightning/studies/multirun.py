@@ -22,9 +22,11 @@ from ekd_lightning.config.overrides import (
     SWEEP_FILE,
     anchored,
     anchored_search,
+    computing,
     is_hydras,
     is_under,
     key_of,
+    names_place,
     split_config_dir,
 )
 from ekd_lightning.errors import UserError
@@ -254,8 +256,10 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
     given = [word for word in words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
     hydra = [anchored_search(word) for word in given if is_hydras(word)]
     extra = [anchored(word) for word in given if not is_hydras(word)]
+    moved = {key_of(word) for word in sweep.common if names_place(word)}
     for word in extra:
-        if "=" not in word or not (may_change_between_parts(key_of(word)) or names_code(word)):
+        fits = may_change_between_parts(key_of(word)) or names_code(word)
+        if "=" not in word or not (fits or (key_of(word) in moved and names_place(word))):
             raise UserError(
                 f"{word}: a resumed sweep computes what it was started with; beside resume= it takes a launcher "
                 f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
@@ -282,4 +286,4 @@ def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
 
 def _computing(words: Sequence[str]) -> list[str]:
     """The overrides that may not change while a run is stopped."""
-    return [word for word in words if not is_hydras(word) and not may_change_between_parts(key_of(word))]
+    return computing([word for word in words if not is_hydras(word)], may_change_between_parts)

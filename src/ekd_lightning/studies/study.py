@@ -14,13 +14,12 @@ from omegaconf import DictConfig
 
 from ekd_lightning.config import internals
 from ekd_lightning.config.config import to_settings
-from ekd_lightning.config.overrides import is_hydras, is_under, key_of, override
+from ekd_lightning.config.overrides import computing, is_hydras, is_under, key_of, may_be_given, override
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.runs.directory import FORMAT, require_format
 from ekd_lightning.runs.lock import LOCK_FILE
-from ekd_lightning.runs.words import check_words, names_code
-from ekd_lightning.settings import is_free
+from ekd_lightning.runs.words import check_words
 
 if TYPE_CHECKING:
     from ekd_lightning.networks.registry import Match
@@ -195,7 +194,7 @@ def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any,
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
     """The common overrides of a study that is continued: its own, if only locations and the like are given."""
-    if not all(is_free(key_of(word)) or names_code(word) for word in words):
+    if not all(may_be_given(word) for word in words):
         return words
     given = {key_of(word) for word in words}
     return (*(word for word in old.common if key_of(word) not in given), *words)
@@ -211,8 +210,8 @@ def union(old: Study, new: Study) -> Study:
     Raises:
         UserError: If the common overrides differ, or a row is asked for in another way than before.
     """
-    ours, theirs = ([word for word in study.common if not is_free(key_of(word))] for study in (new, old))
-    if sorted(ours) != sorted(theirs):
+    ours, theirs = computing(new.common), computing(old.common)
+    if ours != theirs:
         different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
         raise UserError(
             f"{', '.join(different)}: the study has common overrides {' '.join(theirs) or '(none)'}; "
