@@ -46,8 +46,8 @@ SENTENCES = [  # seeds of the other's runs are 0, 1, ...
     ),
     (
         "plain", "ce", (0.75, 0.71, 0.74), "undecided",
-        "No difference between EKD and the plain student (ce) can be told from n = 3: +0.33 points, 73.67 against "
-        "73.33 % (95 % interval ",
+        "EKD does not differ significantly from the plain student (ce): +0.33 points, 73.67 against 73.33 % (95 % "
+        "interval ",
     ),
     (
         "plain", "ce", (0.62,), "not_enough",
@@ -57,7 +57,7 @@ SENTENCES = [  # seeds of the other's runs are 0, 1, ...
     (
         "plain", "ce", (0.71, 0.72, 0.75), "not_enough",
         "EKD and the plain student (ce) differ by +1.00 points in each of n = 3 pairs of runs (73.67 against 72.67 %); "
-        "without any spread the difference cannot be tested.",
+        "a difference without spread cannot be tested.",
     ),
     (  # means are those of the common seeds; two pairs have no interval
         "plain", "ce", (0.60, 0.62), "not_enough",
@@ -84,13 +84,13 @@ def test_ahead_with_the_numbers_of_scipy():
     )
 
 
-def test_undecided_tells_that_the_interval_alone_would_have_told_a_difference():
+def test_undecided_mentions_an_uncorrected_interval_that_excludes_0():
     controls = {"ce": (0.70, 0.70, 0.72), "kd_mean": (0.70, 0.72, 0.75), "ekd_mean": (0.70, 0.71, 0.75)}
     found = of(told(*study({"ekd": EKD, **controls})), "plain")
     raw = stats.ttest_rel(EKD, controls["ce"]).pvalue
     assert raw < SIGNIFICANCE < found.difference.p_holm
     assert found.sentence.endswith(
-        f"p {found.difference.p_holm:.3f} corrected for 3 comparisons; the interval alone leaves 0 out, which one in "
+        f"p {found.difference.p_holm:.3f} corrected for 3 comparisons; the uncorrected interval excludes 0, as one in "
         "20 does by chance)."
     )
 
@@ -104,9 +104,9 @@ def test_no_seed_in_common():
 
 
 REACHES = "EKD reaches {} % test accuracy ({}) at 27.2 M MACs; "
-HELPS = "is done to say whether it helps."
+HELPS = "is done, so whether it helps is open."
 HEADLINES = [
-    ({"ce": (0.6, 0.7)}, "no run of EKD is done, so nothing can be said of it."),
+    ({"ce": (0.6, 0.7)}, "no run of EKD is done, so there is nothing to compare."),
     ({"ekd": EKD}, REACHES.format(73.67, "mean of 3 runs") + f"no run of another method {HELPS}"),
     ({"ekd": (0.7,), "ce": (0.6,)}, REACHES.format("70.00", "one run") + "too few runs to say whether it helps."),
 ]
@@ -155,10 +155,11 @@ def test_every_control_is_named_by_its_role():
     ]
     assert found.headline == (
         "cifar10, 10 % of the training images (5,000): EKD reaches 74.00 % test accuracy (mean of 5 runs) at 27.2 M "
-        "MACs. It beats the plain student (ce, 60.80 %), the plain student taught by the mean of the teachers "
-        "(kd_mean, 71.80 %) and the branched student without teachers (branched_ce, 61.60 %); it loses to the "
-        "plain student of equal cost and the best other method (kd_mean, resnet14, 77.20 %); it cannot be "
-        "told apart from the branched student whose branches all imitate the mean teacher (ekd_mean, 74.00 %)."
+        "MACs. It beats the plain student (ce, 60.80 %: +13.20 points), the plain student taught by the mean of the "
+        "teachers (kd_mean, 71.80 %: +2.20 points) and the branched student without teachers (branched_ce, 61.60 %: "
+        "+12.40 points); it loses to the plain student of equal cost and best other method (kd_mean, resnet14, "
+        "77.20 %: −3.20 points); it does not differ significantly from the branched student whose branches all "
+        "imitate the mean teacher (ekd_mean, 74.00 %: +0.00 points)."
     )
     controls = {**accuracies, "big": big}
     names = ("ce", "kd_mean", "big", "branched_ce", "ekd_mean")
@@ -222,7 +223,7 @@ def test_of_several_settings_the_one_that_is_best_on_validation_is_representativ
     assert (
         "Of 4 settings of EKD with this student and several branches, ekd, K=3, M=2 represents it: it has the highest "
         "validation accuracy. "
-        "The test set had no part in the choice."
+        "Test accuracies played no part in the choice."
     ) in found.remarks
 
 
@@ -248,7 +249,7 @@ def test_accuracy_over_branches_and_teachers():
     assert over_k.startswith(
         "Number of branches: K = 1: 71.23 % (n = 3), K = 2: 76.27 % (n = 3), K = 3: 76.23 % (n = 3);"
     )
-    assert over_k.endswith("; highest is K = 2, K = 1 can be told to be lower, K = 3 cannot be told apart from it.")
+    assert over_k.endswith("; K = 2 is highest; significantly lower: K = 1; not significantly lower: K = 3.")
     assert any(remark.startswith("Number of teachers: M = 1: 76.13 % (n = 3), M = 2: ") for remark in found.remarks)
 
 
@@ -262,7 +263,7 @@ def test_the_best_number_is_picked_by_its_result_so_p_is_corrected_for_every_pai
     p = [stats.ttest_rel(values[a], values[b]).pvalue for a, b in ((1, 3), (2, 3), (1, 2))]
     assert max(holm(p[:2])) < SIGNIFICANCE < min(holm(p)[:2])
     (over_k,) = [remark for remark in told(*runs).remarks if remark.startswith("Number of branches")]
-    assert over_k.endswith("highest is K = 3, K = 1 and K = 2 cannot be told apart from it.")
+    assert over_k.endswith("K = 3 is highest; not significantly lower: K = 1 and K = 2.")
 
 
 def test_a_number_of_teachers_that_several_settings_have_says_nothing():
@@ -277,7 +278,7 @@ def test_another_with_a_single_run_is_not_passed_over_in_silence():
     found = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.95, K=1), "lucky"))
     best = of(found, "best")
     assert best.sentence == "kd_mean is also the only other setting with enough runs at no more cost."
-    assert found.headline.endswith(" dkd (95.00 %) has a higher test accuracy, but too few runs.")
+    assert found.headline.endswith(" dkd (95.00 %) has a higher test accuracy, but too few runs to compare.")
     below = told(*study({"ekd": EKD, "kd_mean": (0.6, 0.62, 0.62)}), entry(result("dkd", 0, 0.3, K=1), "poor"))
     assert "dkd" not in below.headline
 
@@ -296,20 +297,20 @@ def test_chance_is_measured_with_the_same_settings():
     runs = [entry(result("ekd", s, v), f"e{s}") for s, v in enumerate(EKD)]
     for lr, drop in ((0.01, 0.4), (0.1, 0.0)):
         runs += [entry(result("ekd_permuted", s, v - drop), f"{lr}-{s}", recipe__lr=lr) for s, v in enumerate(EKD)]
-    (chance,) = [remark for remark in told(*runs).remarks if "size of chance" in remark]
+    (chance,) = [remark for remark in told(*runs).remarks if "Size of chance" in remark]
     assert "(ekd_permuted, lr=0.1)" in chance
     assert (
-        "For the size of chance: with its teachers shifted by one branch (ekd_permuted), which should change nothing, "
-        "EKD differs by +0.00 ± 1.00 points (n = 3 pairs of runs)."
+        "Size of chance: EKD minus EKD with its teachers shifted by one branch (ekd_permuted), which should change "
+        "nothing, is +0.00 ± 1.00 points (n = 3 pairs of runs)."
     ) in told(*study({"ekd": EKD, "ekd_permuted": (0.73, 0.72, 0.76)})).remarks
-    assert not [remark for remark in told(*runs[:6]).remarks if "size of chance" in remark and "lr=0.01" in remark]
+    assert not [remark for remark in told(*runs[:6]).remarks if "Size of chance" in remark and "lr=0.01" in remark]
 
 
 def test_costs_are_told_against_the_plain_student():
     (cost,) = [remark for remark in told(*study()).remarks if remark.startswith("Cost")]
     assert cost == (
         "Cost: 223,854 parameters (2.9 × the plain student), 27.2 M MACs (2.2 × the plain student), 101 s of training "
-        "(1.0 × the plain student), which depends on what else the machine did."
+        "(1.0 × the plain student); seconds depend on the machine's load."
     )
     (alone,) = [remark for remark in told(*study({"ekd": EKD})).remarks if remark.startswith("Cost")]
     assert "×" not in alone
@@ -328,26 +329,26 @@ def test_heterogeneity():
     remarks = told(*runs, *control).remarks
     half = 100 * stats.t.ppf(0.975, 2) * 0.001 / np.sqrt(3)
     assert (
-        f"Accuracy of the ensemble of branches minus their mean +1.10 points (95 % interval +{1.1 - half:.2f} to "
+        f"Ensemble accuracy minus the mean of the branches: +1.10 points (95 % interval +{1.1 - half:.2f} to "
         f"+{1.1 + half:.2f}, n = 3)."
     ) in remarks
     assert (
-        "Two branches of EKD disagree on 21.00 % of the test images (n = 3 runs); where all branches imitate the mean "
-        "teacher it is 15.00 % (n = 3 runs)."
+        "Two branches of EKD disagree on 21.00 % of the test images (n = 3 runs); if all branches imitate the mean "
+        "teacher, on 15.00 % (n = 3 runs)."
     ) in remarks
     half = stats.t.ppf(0.975, 2) * 0.01 / np.sqrt(3)
     assert (
-        "Linear CKA of a branch's features with its own teacher's minus that with the others': +0.040 (95 % interval "
-        f"{0.04 - half:+.3f} to {0.04 + half:+.3f}, n = 3 runs); with the same teachers assigned on paper only, where "
-        "all branches imitate the mean teacher, −0.002 (n = 3 runs)."
+        "Linear CKA between a branch's features and its own teacher's, minus that with the other teachers': +0.040 "
+        f"(95 % interval {0.04 - half:+.3f} to {0.04 + half:+.3f}, n = 3 runs); for the same pairs, if all branches "
+        "imitate the mean teacher, −0.002 (n = 3 runs)."
     ) in remarks
 
 
 def test_few_runs_and_runs_that_do_not_count_are_told():
     failed = [entry(result("ekd", 9), "f", "failed"), entry(result("ce", 9), "g", "stopped")]
     remarks = told(*study(), *failed).remarks
-    assert any(one.startswith("Some of these comparisons rest on n = 3 (fewer than 5 pairs)") for one in remarks)
-    assert "Not counted here: of the runs of this block 1 failed and 1 were interrupted or killed." in remarks
+    assert any(one.startswith("Some of these comparisons have only n = 3 pairs (fewer than 5)") for one in remarks)
+    assert "Runs of this block that do not count: 1 failed and 1 interrupted or killed." in remarks
     many = {"ekd": np.linspace(0.7, 0.75, 5).tolist(), "ce": [0.6, 0.62, 0.6, 0.61, 0.63]}
     assert not [remark for remark in told(*study(many)).remarks if "Some of these" in remark]
 
@@ -358,12 +359,12 @@ def test_over_several_blocks_the_lead_counts():
     assert lead(found) == (
         "EKD in 3 settings of data and protocol: against the plain student, better in 2 of 2; against the plain "
         "student taught by the mean of the teachers, better in 2 of 2; against the branched student without teachers, "
-        "better in 2 of 2; against the branched student whose branches all imitate the mean teacher, no difference in "
+        "better in 2 of 2; against the branched student whose branches all imitate the mean teacher, undecided in "
         "2 of 2; against the best other method, better in 2 of 2."
     )
     assert lead(found[:1]) == found[0].headline
     nothing = answers(blocks(group(collection(*study({"ce": (0.5,)}), *study({"ce": (0.5,)}, data="digits")))))
-    assert lead(nothing) == "EKD can be compared in none of 2 settings of data and protocol."
+    assert lead(nothing) == "EKD cannot be compared in any of 2 settings of data and protocol."
 
 
 def test_blocks_without_a_finished_run_have_no_answer():
@@ -387,7 +388,7 @@ def test_a_verdict_needs_a_significant_difference(values):
     starts = {
         "ahead": "EKD beats x",
         "behind": "EKD loses to x",
-        "undecided": "No difference between EKD and x",
+        "undecided": "EKD does not differ significantly from x",
         "not_enough": ("Too few runs to compare EKD with x", "EKD and x differ"),
     }
     assert sentence.startswith(starts[verdict])

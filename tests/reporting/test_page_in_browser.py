@@ -96,7 +96,7 @@ def test_it_leads_with_the_answer_and_draws_every_chart(show, rich_report):
     assert page.inner_text("#chart-away") == ""
 
 
-def test_only_settings_asked_about_the_same_images_share_a_chart(show, tmp_path):
+def test_only_settings_evaluated_on_the_same_images_share_a_chart(show, tmp_path):
     for method, source in (("ekd", "official"), ("ce", "official"), ("kd_mean", "regenerated")):
         more = {"corruption_source": source, "corruption_clean_accuracy": 0.65}
         more["corruption_accuracy_by_severity"] = [0.6, 0.5, 0.4, 0.3, 0.2]
@@ -107,7 +107,7 @@ def test_only_settings_asked_about_the_same_images_share_a_chart(show, tmp_path)
     page.wait_for_selector("#plot-corruptions .main-svg")
     caption = page.inner_text("#caption-corruptions")
     assert "official corruptions" in caption
-    assert "Not drawn: 1 asked about other images." in caption
+    assert "Not drawn: 1 evaluated on other images." in caption
 
 
 def test_what_is_evil_is_text(show):

@@ -60,7 +60,7 @@ def test_data_sets_and_protocols_have_tables_of_their_own_and_a_note_says_so():
         "## digits, 10 % of the training images (5,000)",
     ]
     assert found.notes == (
-        "cifar10, 10 %: the runs follow 2 protocols and are kept apart, never averaged or compared across: "
+        "cifar10, 10 %: the runs follow 2 protocols, which are neither averaged nor compared with each other: "
         "cifar10, 10 % of the training images (5,000), steps 140; "
         "cifar10, 10 % of the training images (5,000), steps 9",
     )
@@ -74,8 +74,8 @@ def test_duplicates_partial_and_failed_runs_are_told():
     broken = entry(result("ekd", 7), "broken", "failed")
     found = report(*study(), old, half, broken)
     # Without a time a run is older than any that has one.
-    assert found.notes[0] == "ekd-{}-s0 and old: ekd, seed 0, twice; the newer, old, counts"
-    assert found.notes[1] == "half: saw a part of the data only, left out of all means"
+    assert found.notes[0] == "ekd-{}-s0 and old: ekd, seed 0, twice; the newer one, old, counts"
+    assert found.notes[1] == "half: used part of the data only, left out of all means"
     page = markdown(found)
     assert "| broken | `ekd` | 7 | failed | broke |" in page
     assert "| half | `ekd` | 5 | partial |  |" in page
@@ -87,7 +87,7 @@ def test_a_failed_part_of_an_evaluation_is_told():
     runs = study({"ekd": (0.7, 0.8)}, evaluation_error="flatness: no memory")
     (note,) = report(*runs).notes
     assert note.endswith(
-        " (and 1 more): a part of the evaluation failed (flatness: no memory); its figures are missing"
+        " (and 1 more): part of the evaluation failed (flatness: no memory); its figures are missing"
     )
 
 
@@ -99,7 +99,7 @@ def test_errors_do_not_break_the_table():
 
 def test_only_failed_runs_make_a_report_all_the_same():
     found = report(entry(result("ekd"), "f", "failed"))
-    assert found.lead == "No run is done: there is nothing to say yet."
+    assert found.lead == "No run is done yet."
     assert "No run is done here." in markdown(found)
     assert summary(found)["runs"] == {"done": 0, "failed": 1, "partial": 0, "stopped": 0, "running": 0}
     assert len(list(csv.DictReader(io.StringIO(runs_csv(found))))) == 1
@@ -198,4 +198,4 @@ def test_on_what_the_runs_were_made_is_told(tmp_path):
     one, other = "2 × G, A <b> CPU (AVX2), 1 thread, torch 2.14.1 (2 runs)", "unknown hardware (1 run)"
     assert found.machines == (one, other)
     assert summary(found)["machines"] == [one, other]
-    assert "Made on: 2 × G, A \\<b> CPU (AVX2)" in markdown(found)
+    assert "Runs made on: 2 × G, A \\<b> CPU (AVX2)" in markdown(found)

@@ -1,8 +1,8 @@
-"""Answer in words: whether EKD helps, by how much, and at what cost. Every number is computed from the runs.
+"""The answer in words: whether EKD helps, by how much, and at what cost. Every number is computed from the runs.
 
-EKD is compared, by seed, with the controls that a claim about it has to stand up to. A verdict needs a p value below
-0.05 after Holm's correction: over the controls of the block, and for the best other method, which is picked by its
-result, over all methods that it was picked from.
+EKD is compared, seed by seed, with the controls that a claim about it must survive. A verdict needs a p value below
+0.05 after Holm's correction over the controls of the block. The best other method is selected by its result, so its p
+value is corrected over all candidates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROLES = {
     "mean_teacher": "the branched student whose branches all imitate the mean teacher",
     "best": "the best other method",
 }
-"""What EKD is compared with, in the order of the report."""
+"""The controls, in the order of the report."""
 METHODS = {
     "ekd": "a branched student with a teacher for each branch",
     "ekd_mean": "a branched student whose branches all imitate the mean teacher",
@@ -49,30 +49,30 @@ METHODS = {
     "kd_mean": "a plain student taught by the mean of the teachers",
     "kd_mean_feature": "a plain student that imitates the teachers' mean and their features",
 }
-"""What the usual methods are, for readers who do not know their names."""
+"""The usual methods, for readers who do not know their names."""
 VERDICTS = {
     "ahead": ("beats", "better in"),
     "behind": ("loses to", "worse in"),
-    "undecided": ("cannot be told apart from", "no difference in"),
+    "undecided": ("does not differ significantly from", "undecided in"),
     "not_enough": ("", "too few runs in"),
 }
-"""What a comparison can come to, and how it is said of one other setting and of several blocks."""
+"""Outcomes of a comparison, in words: against one setting, and counted over several blocks."""
 SAME_COST = 0.05
-"""MACs within this share are equal cost."""
+"""Costs are equal if the MACs differ by at most this share."""
 _ACCURACY = "test_accuracy"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """EKD against one other.
+    """A comparison of EKD with another group.
 
     Attributes:
-        role: What the other is: one of `ROLES`.
-        other: Its group.
+        role: Role of the other group: one of `ROLES`.
+        other: The other group.
         difference: EKD minus the other; None without a common seed. `p_holm` is corrected over the named controls,
             that of `best` over all other methods.
         verdict: One of `VERDICTS`.
-        sentence: The same in words.
+        sentence: The comparison in words.
     """
 
     role: str
@@ -84,14 +84,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the runs of a block say of EKD.
+    """What the runs of a block say about EKD.
 
     Attributes:
         block: The block.
-        subject: The group that stands for EKD; None if none is done.
+        subject: The group that represents EKD; None if none is done.
         headline: One or two sentences to lead with.
-        findings: The comparisons, each a sentence.
-        remarks: Further sentences: settings of EKD, costs, heterogeneity, missing controls, too few runs.
+        findings: The comparisons.
+        remarks: Further sentences on settings of EKD, costs, heterogeneity, missing controls, too few runs.
     """
 
     block: Block
@@ -102,7 +102,7 @@ class Answer:
 
     @property
     def sentences(self) -> list[str]:
-        """The comparisons in words; of one setting in several roles there is one sentence."""
+        """The comparisons in words, each once."""
         return list(dict.fromkeys(finding.sentence for finding in self.findings))
 
 
@@ -115,7 +115,7 @@ def answer(block: Block) -> Answer:
     """The answer of a block."""
     subject = representative(block)
     if subject is None or subject.accuracy is None:
-        return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so nothing can be said of it.")
+        return Answer(block, None, f"{block.title}: no run of {SUBJECT} is done, so there is nothing to compare.")
     controls = _controls(block, subject)
     found = _differences(subject, controls.values())
     findings = [_finding(role, other, subject, found, _called(other, controls)) for role, other in controls.items()]
@@ -134,29 +134,31 @@ def answer(block: Block) -> Answer:
 
 
 def _called(other: Group, controls: Mapping[str, Group]) -> str:
-    """A control by all the roles that it has, and its label."""
+    """All roles of a control, and its label."""
     return f"{listed([ROLES[role] for role, one in controls.items() if one is other])} ({other.label})"
 
 
 def _nothing_to_compare(block: Block) -> str:
-    """Why EKD is compared with nothing: there is no other method, or none that costs no more."""
+    """Why EKD is compared with nothing: there is no other method, or none of comparable cost."""
     others = [one for one in block.done if not one.method.startswith("ekd")]
     if not others:
-        return "no run of another method is done to say whether it helps."
+        return "no run of another method is done, so whether it helps is open."
     names = listed([f"{one.label}, {share(one.mean(_ACCURACY) or 0.0)} %" for one in others[:3]])
     more = " and others" if len(others) > 3 else ""
     return f"none of the other methods ({names}{more}) is of comparable cost, so whether it helps is open."
 
 
 def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
-    """The end of a headline: what the comparisons came to."""
+    """The end of a headline: the outcome of each comparison, with the size of the difference."""
     named: dict[str, list[str]] = {}
     for verdict in VERDICTS:
         alike = [finding for finding in findings if finding.verdict == verdict]
         for other in dict.fromkeys(finding.other.label for finding in alike):
             own = [finding for finding in alike if finding.other.label == other]
             accuracy = share(own[0].other.mean(_ACCURACY) or 0.0)
-            named.setdefault(verdict, []).append(f"{listed([ROLES[f.role] for f in own])} ({other}, {accuracy} %)")
+            lead = f": {points(own[0].difference.mean)} points" if own[0].difference else ""
+            roles = " and ".join([ROLES[own[0].role], *(ROLES[f.role].removeprefix("the ") for f in own[1:])])
+            named.setdefault(verdict, []).append(f"{roles} ({other}, {accuracy} %{lead})")
     missing = named.pop("not_enough", [])
     if not named:
         return f"; {TOO_FEW} to say whether it helps."
@@ -165,7 +167,7 @@ def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
         text += f" Too few runs to compare it with {listed(missing)}."
     if above:
         names = listed([f"{one.label} ({share(one.mean(_ACCURACY) or 0.0)} %)" for one in above])
-        text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {TOO_FEW}."
+        text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {TOO_FEW} to compare."
     return text
 
 
@@ -182,14 +184,14 @@ def lead(found: Sequence[Answer]) -> str:
             parts.append(f"against {name}, {', '.join(shown)} of {sum(numbers.values())}")
     where = f"{plural(len(found), 'setting')} of data and protocol"
     if not parts:
-        return f"{SUBJECT} can be compared in none of {where}."
+        return f"{SUBJECT} cannot be compared in any of {where}."
     return f"{SUBJECT} in {where}: {'; '.join(parts)}."
 
 
 def representative(block: Block) -> Group | None:
-    """The group that stands for EKD: of the student that most of its groups have, the strongest.
+    """The group that represents EKD: the strongest of those with its most common student.
 
-    With one branch EKD is plain distillation, so that stands for it only where there is nothing else.
+    With one branch EKD is plain distillation, so such a group represents it only where there is no other.
     """
     own = branched([group for group in block.done if group.method == "ekd"])
     if not own:
@@ -200,9 +202,9 @@ def representative(block: Block) -> Group | None:
 
 
 def strongest(groups: Sequence[Group]) -> Group | None:
-    """The group with the highest validation accuracy; the test set has no part in it. None without groups.
+    """The group with the highest validation accuracy, whatever its test accuracy; None without groups.
 
-    Groups with too few runs are left aside where others have more.
+    Groups with too few runs are ignored if others have more.
     """
     least = min(ENOUGH, max((group.n for group in groups), default=0))
     several = [group for group in groups if group.n >= least]
@@ -210,7 +212,7 @@ def strongest(groups: Sequence[Group]) -> Group | None:
 
 
 def _controls(block: Block, subject: Group) -> dict[str, Group]:
-    """The controls by role: of each method the strongest group with EKD's student."""
+    """The controls by role: the strongest group of each method with EKD's student."""
     plain, own = (1, None), _shape(subject)
     features = subject.only("weight_feature_branch")
     found = {
@@ -251,15 +253,15 @@ def _equal_cost(block: Block, subject: Group) -> Group | None:
 
 
 def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> tuple[Finding | None, list[Group]]:
-    """Against the highest test accuracy of the others; its p value is corrected for having been picked.
+    """Compares EKD with the best other method; its p value is corrected for the selection.
 
     Args:
         block: The block.
-        subject: The group that stands for EKD.
-        findings: The comparisons with the controls, of which the best may be one.
+        subject: The group that represents EKD.
+        findings: The comparisons with the controls; the best other method may be one of them.
 
     Returns:
-        The comparison, and the others that have too few runs to be compared, but a higher test accuracy.
+        The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
     most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
     others = [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
@@ -290,11 +292,11 @@ def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Differ
     """One comparison.
 
     Args:
-        role: What the other is.
-        other: Its group.
-        subject: The group that stands for EKD.
+        role: Role of the other group.
+        other: The other group.
+        subject: The group that represents EKD.
         found: All differences that were corrected together, by label.
-        called: What the other is called.
+        called: Name of the other group in the sentence.
     """
     ours, theirs = subject.by_seed(_ACCURACY), other.by_seed(_ACCURACY)
     common = [seed for seed in ours if seed in theirs]
@@ -321,10 +323,10 @@ def comparison(
 
     Args:
         verdict: One of `VERDICTS`.
-        other: What the other is called.
+        other: Name of the other.
         difference: EKD minus the other, with the corrected p value; None without a common seed.
-        accuracies: Mean test accuracies of EKD and the other over the seeds that both have.
-        compared: For how many comparisons p is corrected.
+        accuracies: Mean test accuracies of EKD and the other over their common seeds.
+        compared: Number of comparisons over which p is corrected.
     """
     if difference is None:
         return f"Too few runs to compare {SUBJECT} with {other}: they have no seed in common."
@@ -334,8 +336,8 @@ def comparison(
         return f"Too few runs to compare {SUBJECT} with {other}: {pairs}, which differ by {by} points ({both})."
     if difference.tested is None:
         return (
-            f"{SUBJECT} and {other} differ by {by} points in each of {pairs} ({both}); without any spread the "
-            "difference cannot be tested."
+            f"{SUBJECT} and {other} differ by {by} points in each of {pairs} ({both}); a difference without spread "
+            "cannot be tested."
         )
     over = f" corrected for {compared} comparisons" if compared > 1 else ""
     numbers = f"{interval_words(difference)}, {pairs}, {p_text(difference.tested)}{over}"
@@ -343,8 +345,5 @@ def comparison(
         size = share(abs(difference.mean))
         return f"{SUBJECT} {VERDICTS[verdict][0]} {other} by {size} points: {both} ({numbers})."
     outside = abs(difference.mean) > difference.half
-    though = "; the interval alone leaves 0 out, which one in 20 does by chance" if outside else ""
-    return (
-        f"No difference between {SUBJECT} and {other} can be told from n = {difference.n}: {by} points, {both} "
-        f"({numbers}{though})."
-    )
+    though = "; the uncorrected interval excludes 0, as one in 20 does by chance" if outside else ""
+    return f"{SUBJECT} {VERDICTS[verdict][0]} {other}: {by} points, {both} ({numbers}{though})."

@@ -1,6 +1,6 @@
-"""Runs that differ in their seed alone, as groups: one row of a table, one point of a curve.
+"""Groups: runs that differ in their seed alone. A group is one row of a table and one point of a curve.
 
-Nothing is averaged over groups. Which groups may be compared with each other, `blocks` says.
+Nothing is averaged over groups; `blocks` says which of them may be compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.result import is_number
 
 FEW = 5
-"""Below this many runs an interval is shown with a warning."""
+"""An interval over fewer runs comes with a warning."""
 _SHARES = re.compile(r"(?<!gap)(^|_)(accuracy|agreement|disagreement|ece|mce|double_fault|hit_rate)(_(?!cka|margin)|$)")
-"""Fields of results that are shares: their intervals do not go beyond 0 and 1."""
+"""Fields that are shares: their intervals stay within [0, 1]."""
 MEASURED = {
     "figures on corrupted images": (
         ("corruption_",),
@@ -36,8 +36,8 @@ MEASURED = {
         ("efficiency_device", "efficiency_threads"),
     ),
 }
-"""What later evaluations measure -> how its fields begin, and the fields that tell how it was measured. Runs that
-disagree in one of these have no common mean."""
+"""Measurement of the evaluation -> prefixes of its fields, and the fields that record the conditions. Runs under
+different conditions have no common mean."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Group:
     """Runs that differ in their seed alone.
 
     Attributes:
-        label: The method, and what sets it apart from other groups of the method, e.g. `ekd`, `ekd, K=2, M=3`,
-            `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks; where many settings
-            differ, it names those that tell the groups apart, and `setting` has all.
+        label: The method, and what distinguishes the group within it, e.g. `ekd`, `ekd, K=2, M=3`,
+            `kd_mean, resnet14`, `ekd, feature_branch=0`. Unique in a block, the same in all blocks. If many settings
+            differ, the label names only those that distinguish the group; `setting` names all.
         method: Name of the method.
-        protocol: Shared by all its runs; data set and fraction are in it.
+        protocol: Shared by all its runs; includes data set and fraction.
         student: Name of the student's network.
         num_teachers: M; None if no run is done.
         num_branches: K.
-        taught_by: SHA-256 of the teachers, in their order; of all of them where a method chose one per run.
+        taught_by: SHA-256 of the teachers, in order; of all of them if the method chose one per run.
         runs: Those that count, one per seed, by seed; then failed, partial and running ones, which do not.
-        duplicates: Runs that are done, but of which there is a newer one with the same seed; they do not count.
+        duplicates: Finished runs with a newer run of the same seed; they do not count.
         varied: Settings in which groups of the method differ -> value in this group.
     """
 
@@ -82,7 +82,7 @@ class Group:
 
     @property
     def setting(self) -> str:
-        """Everything in which groups of the method differ, in full, e.g. `resnet8, split=stage3, feature_branch=50`."""
+        """All settings in which groups of the method differ, e.g. `resnet8, split=stage3, feature_branch=50`."""
         return ", ".join(setups.words(self.varied))
 
     @property
@@ -96,17 +96,17 @@ class Group:
         return self.values("test_accuracy")
 
     def by_seed(self, key: str, *index: int | str) -> dict[int, float]:
-        """A figure of each run that has it, by seed; empty where the runs measured it in different ways.
+        """A figure of each run that has it, by seed; empty if the runs measured it under different conditions.
 
         Args:
             key: Field of the results.
-            index: Where in it, if it is a list or a mapping: `by_seed("test_branch_cka", 0, 1)`,
+            index: Position within a list or mapping: `by_seed("test_branch_cka", 0, 1)`,
                 `by_seed("corruption_accuracy", "fog", 4)`.
         """
         values = [(run, _at(run.result or {}, (key, *index))) for run in self.done]
         found = [(run, value) for run, value in values if value is not None]
-        for starts, ways in MEASURED.values():
-            if key.startswith(starts) and disagreements([run for run, _ in found], ways):
+        for starts, conditions in MEASURED.values():
+            if key.startswith(starts) and disagreements([run for run, _ in found], conditions):
                 return {}
         return {int(run.get("seed")): value for run, value in found}
 
@@ -130,7 +130,7 @@ class Group:
         """Every field of the results that is a number, by its name."""
         keys = dict.fromkeys(key for run in self.done for key, value in (run.result or {}).items() if is_number(value))
         found = {key: self.values(key) for key in keys}
-        if "test_mean_branch_accuracy" not in found:  # not evaluated further: there are the branches alone
+        if "test_mean_branch_accuracy" not in found:  # without an evaluation only the branches are on record
             rows = [run.get("test_branch_accuracy") or [] for run in self.done]
             means = [sum(row) / len(row) for row in rows if row and all(map(is_number, row))]
             found["test_mean_branch_accuracy"] = estimate(means, SHARE)
@@ -138,7 +138,7 @@ class Group:
 
     @property
     def corrupted(self) -> str:
-        """How its corrupted images were made, in words; what is compared shares it."""
+        """Origin of its corrupted images, in words; only groups with the same origin are compared."""
         source, images = self.only("corruption_source"), self.only("corruption_images")
         left = self.only("corruption_left_out") or []
         parts = [f"{source or 'unknown'} corruptions"]
@@ -161,7 +161,7 @@ class Group:
         return np.mean(found, axis=0)
 
     def only(self, key: str) -> Any:
-        """The value of a field if all runs that have it agree in it; else None."""
+        """The value of a field if all runs that have it agree; else None."""
         values = self.distinct(key)
         return values[0] if len(values) == 1 else None
 
@@ -180,22 +180,22 @@ def _distinct(runs: Sequence[RunEntry], key: str) -> list[Any]:
 
 
 def disagreements(runs: Sequence[RunEntry], keys: Sequence[str]) -> dict[str, list[Any]]:
-    """Those of some fields in which runs differ, with their values; a run that has not recorded one says nothing."""
+    """The fields among `keys` in which runs differ, with their values; runs without a field are ignored."""
     return {key: values for key in keys if len(values := _distinct(runs, key)) > 1}
 
 
 def branched(groups: Sequence[Group]) -> list[Group]:
-    """Those with several branches; all where none has: with one branch EKD is plain distillation."""
+    """Groups with several branches (with one, EKD is plain distillation); all groups if none has several."""
     return [one for one in groups if (one.num_branches or 1) > 1] or list(groups)
 
 
 def group(collection: Collection) -> list[Group]:
-    """Puts together the runs that differ in their seed alone.
+    """Groups runs that differ in their seed alone.
 
     Two runs belong together if protocol, method, student, teachers, every weight and every setting of recipe and
-    method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name), the
-    others are kept as duplicates. A run without a result goes to the group whose configuration it has, if there
-    is one, and makes a group of its own otherwise.
+    method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name); the
+    others become duplicates. A run without a result joins the group with its configuration, or else forms a group of
+    its own.
 
     Returns:
         The groups by data set, fraction and label; independent of the order of the runs.
@@ -223,7 +223,7 @@ def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any
 
     Args:
         members: At least one, in any order.
-        label: What it is called.
+        label: Name of the group.
         varied: Settings in which groups of the method differ -> value in this group.
     """
     newest: dict[int, RunEntry] = {}

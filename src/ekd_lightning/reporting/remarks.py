@@ -1,4 +1,4 @@
-"""Remarks on a block: settings, cost and heterogeneity of EKD, and missing controls."""
+"""Remarks on a block: EKD's settings, cost and heterogeneity, and missing controls."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from ekd_lightning.runs.directory import RunState
 
 SUBJECT = "EKD"
 NO_EQUAL_COST = (
-    "No plain student of equal cost (MACs within 5 %) that was taught by teachers is done here: whether a gain "
-    "comes from the method or from the larger network is open."
+    "No plain student with teachers and equal cost (MACs within 5 %) is done here, so whether a gain comes from the "
+    "method or from the larger network is open."
 )
 _NUMBERS = {
     "K": ("branches", "num_branches", "num_teachers", ("K", "split", "MACs", "parameters")),
     "M": ("teachers", "num_teachers", "num_branches", ("M", "teachers")),
 }
-"""Of branches and teachers: their name, their field, the field of the other, and settings that follow from them."""
+"""For branches and teachers: name, field, field of the other, and the settings that follow from their number."""
 _STATES = {
     RunState.FAILED: "failed",
-    RunState.STOPPED: "were interrupted or killed",
-    RunState.RUNNING: "are still running",
-    RunState.PARTIAL: "saw a part of the data only",
+    RunState.STOPPED: "interrupted or killed",
+    RunState.RUNNING: "still running",
+    RunState.PARTIAL: "on part of the data",
 }
 
 
 def remarks(
     block: Block, subject: Group, controls: Mapping[str, Group], differences: Sequence[Difference | None]
 ) -> list[str]:
-    """All remarks that the runs give reason to.
+    """All remarks that apply to a block.
 
     Args:
         block: The block.
-        subject: The group that stands for EKD.
-        controls: Those it was compared with, by role.
-        differences: Differences of all comparisons.
+        subject: The group that represents EKD.
+        controls: The controls it was compared with, by role.
+        differences: The differences of all comparisons.
     """
     siblings = [group for group in block.done if group.method == "ekd" and group.student == subject.student]
     found = [_chosen(subject, branched(siblings)), _trend("K", subject, siblings), _trend("M", subject, siblings)]
@@ -59,17 +59,17 @@ def remarks(
     pairs = [difference.n for difference in differences if difference is not None and difference.half is not None]
     if pairs and min(pairs) < FEW:
         found.append(
-            f"Some of these comparisons rest on n = {min(pairs)} (fewer than {FEW} pairs): their intervals presume "
-            "that differences are normal, and cannot check it."
+            f"Some of these comparisons have only n = {min(pairs)} pairs (fewer than {FEW}): their intervals assume "
+            "normal differences and cannot check the assumption."
         )
     states = [run.state for group in block.groups for run in group.others]
     left = [f"{states.count(state)} {text}" for state, text in _STATES.items() if state in states]
-    found += [f"Not counted here: of the runs of this block {listed(left)}."] if left else []
+    found += [f"Runs of this block that do not count: {listed(left)}."] if left else []
     return [sentence for sentence in found if sentence]
 
 
 def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
-    """How the group of EKD was chosen from several, itself among them."""
+    """How the group that represents EKD was chosen from several."""
     if len(siblings) < 2:
         return ""
     several = " and several branches" if (subject.num_branches or 1) > 1 else ""
@@ -79,13 +79,13 @@ def _chosen(subject: Group, siblings: Sequence[Group]) -> str:
         why = "comes first; validation accuracies are not recorded"
     elif any(group.n < min(ENOUGH, subject.n) for group in siblings):
         why += f" of those with {min(ENOUGH, subject.n)} runs or more"
-    return f"{start}{why}. The test set had no part in the choice."
+    return f"{start}{why}. Test accuracies played no part in the choice."
 
 
 def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     """Accuracy over K at the subject's M, or over M at its K, where nothing else varies.
 
-    The best is picked by its result, so p is corrected over every pair.
+    The best number is selected by its result, so p is corrected over every pair.
     """
     words, number, fixed, follow = _NUMBERS[letter]
     alike: dict[int, list[Group]] = defaultdict(list)
@@ -104,21 +104,21 @@ def _trend(letter: str, subject: Group, siblings: Sequence[Group]) -> str:
     lower: dict[bool | None, list[str]] = defaultdict(list)
     for count in means:
         if count != best:
-            lower[_apart(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
-    parts = [f"highest is {letter} = {best}"]
-    parts += [f"{listed(lower[True])} can be told to be lower"] if lower[True] else []
-    parts += [f"{listed(lower[False])} cannot be told apart from it"] if lower[False] else []
-    parts += [f"too few runs for {listed(lower[None])}"] if lower[None] else []
+            lower[_significant(found.get((min(count, best), max(count, best))))].append(f"{letter} = {count}")
+    parts = [f"{letter} = {best} is highest"]
+    parts += [f"significantly lower: {listed(lower[True])}"] if lower[True] else []
+    parts += [f"not significantly lower: {listed(lower[False])}"] if lower[False] else []
+    parts += [f"too few runs: {listed(lower[None])}"] if lower[None] else []
     numbers = ", ".join(f"{letter} = {count}: {share(one.mean)} % (n = {one.n})" for count, one in means.items())
-    return f"Number of {words}: {numbers}; {', '.join(parts)}."
+    return f"Number of {words}: {numbers}; {'; '.join(parts)}."
 
 
 def _rest(group: Group, follow: Sequence[str]) -> dict[str, object]:
     return {name: value for name, value in group.varied.items() if name not in follow}
 
 
-def _apart(difference: Difference | None) -> bool | None:
-    """Whether two can be told apart; None without enough runs."""
+def _significant(difference: Difference | None) -> bool | None:
+    """Whether a difference is significant; None without enough runs."""
     if difference is None or difference.half is None:
         return None
     return difference.p_holm is not None and difference.p_holm < SIGNIFICANCE
@@ -137,37 +137,37 @@ def _cost(subject: Group, plain: Group | None) -> str:
         theirs = plain.mean(key) if plain is not None and plain.label != subject.label else None
         times = f" ({ours / theirs:.1f} × the plain student)" if theirs else ""
         parts.append(form.format(ours / 1e6 if key == "macs" else ours, times))
-    return f"Cost: {', '.join(parts)}, which depends on what else the machine did."
+    return f"Cost: {', '.join(parts)}; seconds depend on the machine's load."
 
 
 def _ensemble(subject: Group) -> str:
     parts = []
     for key, what in (
-        ("test_gain_over_mean_branch", "their mean"),
-        ("test_gain_over_best_branch", "the best of them on the test set"),
+        ("test_gain_over_mean_branch", "the mean of the branches"),
+        ("test_gain_over_best_branch", "the branch that is best on the test set"),
     ):
         if gain := subject.values(key):
-            parts.append(f"minus {what} {points(gain.mean)} points ({interval_words(gain)}, n = {gain.n})")
-    return f"Accuracy of the ensemble of branches {', '.join(parts)}." if parts else ""
+            parts.append(f"minus {what}: {points(gain.mean)} points ({interval_words(gain)}, n = {gain.n})")
+    return f"Ensemble accuracy {'; '.join(parts)}." if parts else ""
 
 
 def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
-    """How much branches differ, and the paper's explanation: is one more like its own teacher than like others?"""
+    """How much branches differ, and whether each resembles its own teacher most, as the paper explains the gain."""
     control = controls.get("mean_teacher")
     parts = []
     if (subject.num_branches or 1) > 1 and (ours := subject.values("test_disagreement")):
         text = f"Two branches of EKD disagree on {share(ours.mean)} % of the test images (n = {plural(ours.n, 'run')})"
         if control and (theirs := control.values("test_disagreement")):
-            text += "; where all branches imitate the mean teacher it is "
+            text += "; if all branches imitate the mean teacher, on "
             text += f"{share(theirs.mean)} % (n = {plural(theirs.n, 'run')})"
         parts.append(f"{text}.")
     if ours := subject.values("test_own_teacher_cka_margin"):
         text = (
-            "Linear CKA of a branch's features with its own teacher's minus that with the others': "
+            "Linear CKA between a branch's features and its own teacher's, minus that with the other teachers': "
             f"{_signed(ours.mean)} ({interval_words(ours, _signed)}, n = {plural(ours.n, 'run')})"
         )
         if control and (theirs := control.values("test_one_to_one_cka_margin")):
-            text += "; with the same teachers assigned on paper only, where all branches imitate the mean teacher, "
+            text += "; for the same pairs, if all branches imitate the mean teacher, "
             text += f"{_signed(theirs.mean)} (n = {plural(theirs.n, 'run')})"
         parts.append(f"{text}.")
     return parts
@@ -178,7 +178,7 @@ def _signed(value: float) -> str:
 
 
 def _chance(block: Block, subject: Group) -> str:
-    """EKD with its teachers shifted differs from EKD by chance alone: its distance shows how large chance is."""
+    """The size of chance: EKD with its teachers shifted should differ from EKD by chance alone."""
     for group in block.done:
         if group.method == "ekd_permuted" and _same_settings(group, subject):
             found = minus(subject.by_seed("test_accuracy"), group.by_seed("test_accuracy"))
@@ -186,15 +186,15 @@ def _chance(block: Block, subject: Group) -> str:
                 return ""
             spread = f" ± {share(found.std)}" if found.std is not None else ""
             return (
-                f"For the size of chance: with its teachers shifted by one branch ({group.label}), which should "
-                f"change nothing, EKD differs by {points(found.mean)}{spread} points "
+                f"Size of chance: EKD minus EKD with its teachers shifted by one branch ({group.label}), which "
+                f"should change nothing, is {points(found.mean)}{spread} points "
                 f"(n = {plural(found.n, 'pair')} of runs)."
             )
     return ""
 
 
 def _same_settings(group: Group, subject: Group) -> bool:
-    """Whether students and teachers are the same, and what sets either apart from others of its method."""
+    """Whether two groups agree in student, teachers, and all settings that vary within their methods."""
     ours, theirs = (describe(one.done[0]) for one in (subject, group))
     names = {"student", "K", "teachers", *group.varied, *subject.varied} - {"assignment"}
     return all(ours.get(name) == theirs.get(name) for name in names)

@@ -1,4 +1,4 @@
-"""Report of many runs as one value, from which tables, figures and page are made."""
+"""The report on many runs as one value, from which tables, figures and page are made."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from ekd_lightning.reporting.tables import Row, difference_record, record, rows
 from ekd_lightning.runs.collection import STATES, Collection, RunEntry
 
 _FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
-"""Methods that have the clearest colours, as they are what others are held against."""
+"""Methods with the clearest colours, because others are compared with them."""
 DEFAULT_TITLE = "Ensemble knowledge distillation: results"
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says.
+    """Everything a report says.
 
     Attributes:
         title: Of the page.
-        collection: The runs, and what was wrong with their files.
+        collection: The runs, and problems with their files.
         groups: Runs that differ in their seed alone, by data set, fraction and label.
         blocks: Groups that may be compared.
-        reference: Label that differences are taken to in the block of each key; blocks without one are absent.
-        answers: The answer in words, one for each block with a run that is done.
-        notes: One line each on what a reader has to know: files left out, duplicates, blocks kept apart.
+        reference: By block key, the label of the group that others are compared with; blocks without one are absent.
+        answers: The answer in words for each block with a finished run.
+        notes: One line each on files left out, duplicates, separate blocks.
     """
 
     title: str
@@ -46,18 +46,18 @@ class Report:
 
     @property
     def lead(self) -> str:
-        """The answer of all blocks together, in a sentence or two."""
-        return lead(self.answers) if self.answers else "No run is done: there is nothing to say yet."
+        """The answer over all blocks, in a sentence or two."""
+        return lead(self.answers) if self.answers else "No run is done yet."
 
     @cached_property
     def machines(self) -> tuple[str, ...]:
-        """On what the runs that are done were made, each with their number; the most frequent first."""
+        """The machines of the finished runs, each with its number of runs; the most frequent first."""
         counts = Counter(machine(run.provenance) for run in self.collection.runs if run.state == "done")
         return tuple(f"{machine} ({plural(count, 'run')})" for machine, count in counts.most_common())
 
     @cached_property
     def ordered_labels(self) -> list[str]:
-        """All labels in the order in which colours are given out: references and what matters first."""
+        """All labels in the order in which they get colours: references and usual controls first."""
         labels = {group.label: group.method for block in self.blocks for group in block.groups}
         named = [label for block in self.blocks for label in self.references(block)]
         rank = {method: position for position, method in enumerate(_FIRST)}
@@ -76,11 +76,11 @@ class Report:
 
     @property
     def not_counted(self) -> list[tuple[RunEntry, Group]]:
-        """Runs that failed, are not done or saw a part of the data only, with their groups."""
+        """Runs that failed, are not done or used part of the data only, with their groups."""
         return [(run, group) for group in self.groups for run in group.others]
 
     def references(self, block: Block) -> tuple[str, ...]:
-        """Labels that the tables of a block take differences to: its reference, and the setting that represents EKD."""
+        """Labels of the groups that a block's table compares with: its reference, and the group that represents EKD."""
         answer = self.answer(block)
         subject = answer.subject.label if answer and answer.subject else None
         return tuple(dict.fromkeys(filter(None, [self.reference.get(block.key), subject])))
@@ -91,13 +91,13 @@ class Report:
 
 
 def make_report(collection: Collection, title: str = DEFAULT_TITLE, reference: str | None = None) -> Report:
-    """Groups the runs, compares them, and puts the answer in words.
+    """Groups the runs, compares them, and puts the answer into words.
 
     Args:
         collection: The runs.
         title: Of the page.
-        reference: Label of the groups, or name of the method, that differences are taken to. By default the plain
-            student (`ce`), else EKD, else the first group that is done.
+        reference: Label of a group, or name of a method, that the others are compared with. By default the plain
+            student (`ce`), else EKD, else the first group with a finished run.
 
     Raises:
         UserError: If no block has the reference.
@@ -142,7 +142,7 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
         for run in one.duplicates:
             seed = int(run.get("seed"))
             newest = next(other.name for other in one.done if int(other.get("seed")) == seed)
-            notes.append(f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer, {newest}, counts")
+            notes.append(f"{run.name} and {newest}: {one.label}, seed {seed}, twice; the newer one, {newest}, counts")
     alike: dict[tuple[str, float | None], list[Block]] = defaultdict(list)
     for block in found:
         alike[block.data, block.fraction].append(block)
@@ -150,15 +150,15 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
         if len(same) > 1:
             share = "" if fraction is None else f", {100 * fraction:.4g} %"
             notes.append(
-                f"{data}{share}: the runs follow {len(same)} protocols and are kept apart, never averaged "
-                f"or compared across: {'; '.join(block.title for block in same)}"
+                f"{data}{share}: the runs follow {len(same)} protocols, which are neither averaged nor compared with "
+                f"each other: {'; '.join(block.title for block in same)}"
             )
     notes += [note for block in found for note in _measured(block)]
     partial = [run for one in groups for run in one.others if run.state == "partial"]
     broken = [run for one in groups for run in one.done if run.get("evaluation_error")]
     for runs, text in (
-        (partial, "saw a part of the data only, left out of all means"),
-        (broken, "a part of the evaluation failed ({}); its figures are missing"),
+        (partial, "used part of the data only, left out of all means"),
+        (broken, "part of the evaluation failed ({}); its figures are missing"),
     ):
         if runs:
             more = f" (and {len(runs) - 1} more)" if len(runs) > 1 else ""
@@ -167,21 +167,21 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
 
 
 def _measured(block: Block) -> list[str]:
-    """Notes on what the runs of a block measured in different ways."""
+    """Notes on figures that the runs of a block measured differently."""
     notes = []
-    for what, (starts, ways) in MEASURED.items():
+    for what, (starts, conditions) in MEASURED.items():
         runs = [
             run
             for one in block.groups
             for run in one.done
             if any(key.startswith(starts) and value is not None for key, value in (run.result or {}).items())
         ]
-        found = disagreements(runs, ways)
+        found = disagreements(runs, conditions)
         if found:
             words = [f"{key.replace('_', ' ')} {', '.join(map(_words, found[key]))}" for key in found]
             notes.append(
-                f"{block.title}: {what} were measured in different ways ({'; '.join(words)}) and are not comparable "
-                "between settings; a setting whose runs differ in it has none"
+                f"{block.title}: {what} were measured differently ({'; '.join(words)}) and are not comparable "
+                "between settings; a setting whose runs differ has none"
             )
     return notes
 
@@ -191,7 +191,7 @@ def _words(value: Any) -> str:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What the page shows, as JSON: answers, rows and differences of every block, runs that do not count."""
+    """The content of the page as JSON: answers, rows and differences of every block, runs that do not count."""
     return {
         "title": report.title,
         "lead": report.lead,

@@ -1,4 +1,4 @@
-// What everything else uses: elements made without parsing markup, numbers as text, packed content.
+// Shared helpers: elements made without parsing markup, numbers as text, packed content.
 
 const byId = (id) => document.getElementById(id);
 
@@ -60,13 +60,13 @@ async function unpack(text) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
-/** Shows that what lies in a frame goes on to the right, as long as it does. */
+/** Marks a frame as long as it can be scrolled to the right. */
 function markScroll(frame) {
   const mark = () => {
     const more = frame.scrollWidth - frame.clientWidth - frame.scrollLeft > 4;
     frame.classList.toggle("more", more);
     if (more && !frame.nextElementSibling?.classList.contains("hint"))
-      frame.after(h("p", { class: "hint" }, "The table goes on to the right: scroll sideways."));
+      frame.after(h("p", { class: "hint" }, "Scroll sideways for more columns."));
     if (frame.scrollWidth - frame.clientWidth <= 4 && frame.nextElementSibling?.classList.contains("hint"))
       frame.nextElementSibling.remove();
   };

@@ -3,7 +3,7 @@
 const LINE = 19; // height of a line of a legend
 const PAPER = 640; // width of a chart on A4, in CSS pixels
 let printing = false;
-const MOST_LINES = 8; // more cannot be told apart
+const MOST_LINES = 8; // more are indistinguishable
 
 /** Text for Plotly, which reads tags and templates in it. */
 const inert = (text) =>
@@ -106,7 +106,7 @@ const SHADES = [
 const ON_SHADES = "#191c20";
 
 /** A line through points with a band; points: {x, figure}. There is a band where there are enough runs for intervals. */
-function bandTraces(name, points, look, kind = "percent", hover = (point) => String(point.x)) {
+function bandTraces(name, points, lineStyle, kind = "percent", hover = (point) => String(point.x)) {
   const banded = points.filter((point) => known(point.figure.low));
   const legend = inert(name);
   const scale = kind === "percent" ? 100 : 1;
@@ -117,7 +117,7 @@ function bandTraces(name, points, look, kind = "percent", hover = (point) => Str
       mode: "lines",
       line: { width: 0 },
       fill: "toself",
-      fillcolor: fade(look.colour, dark() ? 0.22 : 0.15),
+      fillcolor: fade(lineStyle.colour, dark() ? 0.22 : 0.15),
       x: [...banded.map((p) => p.x), ...banded.map((p) => p.x).reverse()],
       hoverinfo: "skip",
       showlegend: false,
@@ -135,8 +135,8 @@ function bandTraces(name, points, look, kind = "percent", hover = (point) => Str
     legendgroup: legend,
     x: points.map((p) => p.x),
     y: points.map((p) => scale * p.figure.mean),
-    line: { color: look.colour, dash: look.dash, width: 2 },
-    marker: { color: look.colour, symbol: look.symbol, size: points.length > 15 ? 4 : 8 },
+    line: { color: lineStyle.colour, dash: lineStyle.dash, width: 2 },
+    marker: { color: lineStyle.colour, symbol: lineStyle.symbol, size: points.length > 15 ? 4 : 8 },
     text: points.map(
       (p) => `${legend}<br>${inert(hover(p))}: ${format(p.figure.mean, kind)} ${interval(p.figure, kind)}`,
     ),

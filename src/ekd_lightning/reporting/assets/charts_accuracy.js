@@ -1,5 +1,5 @@
 // Charts of accuracy: against images, counts and cost, and what each part of the method adds.
-// Each takes {groups, block, row, look, reference}: all groups of the data set, those at the chosen fraction, the chosen one.
+// Each takes {groups, block, row, lineStyle, reference}: all groups of the data set, those at the chosen fraction, the chosen one.
 
 const accuracy = (group) => group.metrics.test_accuracy;
 const measured = (groups) => groups.filter((group) => accuracy(group));
@@ -15,7 +15,7 @@ const valueRow = (name, figure) => [
   String(figure.n),
 ];
 
-function byFraction({ groups, look }) {
+function byFraction({ groups, lineStyle }) {
   const lines = new Map();
   for (const group of measured(groups)) {
     if (!lines.has(group.label)) lines.set(group.label, []);
@@ -33,7 +33,7 @@ function byFraction({ groups, look }) {
       own
         .sort((a, b) => a.fraction - b.fraction)
         .map((one) => ({ x: 100 * one.fraction, figure: accuracy(one) })),
-      look(own[0]),
+      lineStyle(own[0]),
       "percent",
       (point) => `${Number(point.x.toPrecision(4))} % of the images`,
     ),
@@ -106,7 +106,7 @@ function byCounts({ block }) {
   };
 }
 
-function differences({ block, look, reference }) {
+function differences({ block, lineStyle, reference }) {
   const to = block.find((group) => group.differences[reference])?.differences[reference].to || "a reference";
   const have = block.filter((group) => group.differences[reference]);
   if (!have.length) return { missing: `differences (no setting shares a seed with ${to})` };
@@ -124,7 +124,7 @@ function differences({ block, look, reference }) {
         orientation: "h",
         y: names,
         x: values.map((d) => 100 * d.mean),
-        marker: { color: sure.map((g) => fade(look(g).colour, 0.75)) },
+        marker: { color: sure.map((g) => fade(lineStyle(g).colour, 0.75)) },
         error_x: bars(values, style("--ink")),
         text: values.map((d) => `${format(d.mean, "points")} ${interval(d, "points")}<br>${pValue(d.p)}`),
         textposition: "none",

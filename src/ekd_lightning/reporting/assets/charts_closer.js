@@ -1,7 +1,7 @@
-// A closer look at one setting: calibration, and similarity of features.
+// Details of one setting: calibration and similarity of features.
 
 function binsTrace(name, bins, colour, symbol) {
-  const told = (b) =>
+  const hoverText = (b) =>
     [
       name,
       `confidence ${b.confidence.toFixed(3)}`,
@@ -21,7 +21,7 @@ function binsTrace(name, bins, colour, symbol) {
     ),
     line: { color: colour, width: 1.5 },
     marker: { symbol, size: bins.map((b) => 5 + 11 * Math.sqrt(b.share)), color: colour },
-    text: bins.map(told),
+    text: bins.map(hoverText),
     hovertemplate: "%{text}<extra></extra>",
   };
 }
@@ -32,7 +32,7 @@ function reliability({ row }) {
     ["after temperature scaling", row?.reliability?.after],
   ].filter(([, bins]) => bins);
   if (!both.length) return { missing: "reliability (the chosen setting has no predictions on record)" };
-  const looks = [
+  const styles = [
     [style("--bad"), "circle"],
     [style("--accent"), "square"],
   ];
@@ -53,7 +53,7 @@ function reliability({ row }) {
     `${(100 * b.share).toFixed(1)} %`,
   ];
   return {
-    traces: [ideal, ...both.map(([name, bins], at) => binsTrace(name, bins, ...looks[at]))],
+    traces: [ideal, ...both.map(([name, bins], at) => binsTrace(name, bins, ...styles[at]))],
     layout: layout(axis("confidence", { range: [0, 1.02] }), axis("accuracy", { range: [0, 1.02] })),
     caption:
       `${row.label}: 15 bins of confidence, n = ${n}` +
@@ -122,7 +122,7 @@ function similarity({ row }) {
         yaxis2: axis("", { ...CATEGORIES, autorange: "reversed", showticklabels: false }),
       }
     : {};
-  const told = ({ values, name }) =>
+  const tableRows = ({ values, name }) =>
     values.flatMap((line, k) =>
       line.map((value, at) => [`branch ${k + 1}, ${name} ${at + 1}`, value.toFixed(4)]),
     );
@@ -136,7 +136,7 @@ function similarity({ row }) {
     caption:
       `${row.label}: linear CKA of pooled features on the test images, mean over seeds, n = ${row.cka.n}.` +
       (shapes.length ? " Framed: the branch’s own teacher." : ""),
-    table: { head: ["Pair", "CKA"], rows: panels.flatMap(told) },
+    table: { head: ["Pair", "CKA"], rows: panels.flatMap(tableRows) },
   };
 }
 

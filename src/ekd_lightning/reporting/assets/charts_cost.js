@@ -1,8 +1,8 @@
-// Accuracy against cost: settings, their Pareto front, and what a student offers with some of its branches.
+// Accuracy against cost: settings, their Pareto front, and the operating points of one student.
 
 const MILLION = 1e-6;
 
-/** Points that no cheaper or equally cheap one surpasses. */
+/** Points that no cheaper or equally cheap point surpasses. */
 function pareto(points) {
   const front = [];
   for (const point of [...points].sort((a, b) => a.x - b.x || b.y - a.y)) {
@@ -11,7 +11,7 @@ function pareto(points) {
   return front;
 }
 
-/** Where points are drawn that cost the same: a little beside each other. */
+/** Draws points of equal cost slightly beside each other. */
 function besideEachOther(points) {
   const width = Math.max(...points.map((p) => p.x)) - Math.min(...points.map((p) => p.x)) || 1;
   for (const x of new Set(points.map((p) => p.x))) {
@@ -50,7 +50,7 @@ function settingTrace({ group, x, y, at }, marks, named) {
 }
 
 function prefixTrace(row, points, colour) {
-  const told = (p) =>
+  const hoverText = (p) =>
     `${p.branches} of ${points.length} branches<br>${format(p.figure.mean, "percent")} % ${interval(p.figure)}`;
   return {
     type: "scatter",
@@ -58,7 +58,7 @@ function prefixTrace(row, points, colour) {
     name: inert(`first j branches of ${row.label}`),
     x: points.map((p) => p.x),
     y: points.map((p) => 100 * p.figure.mean),
-    text: points.map(told),
+    text: points.map(hoverText),
     error_y: bars(
       points.map((p) => p.figure),
       colour,
@@ -70,7 +70,7 @@ function prefixTrace(row, points, colour) {
 }
 
 function exitTrace(row, exits, colour) {
-  const told = (e) =>
+  const hoverText = (e) =>
     [
       `confidence ≥ ${e.threshold}`,
       `${e.mean_branches.toFixed(2)} branches on average`,
@@ -80,7 +80,7 @@ function exitTrace(row, exits, colour) {
     type: "scatter",
     mode: "lines",
     name: inert(`early exit, ${row.label}`),
-    text: exits.map(told),
+    text: exits.map(hoverText),
     x: exits.map((e) => MILLION * e.macs),
     y: exits.map((e) => 100 * e.accuracy.mean),
     line: { color: colour, width: 1.5 },
@@ -88,8 +88,7 @@ function exitTrace(row, exits, colour) {
   };
 }
 
-function frontTrace(points) {
-  const front = pareto(points);
+function frontTrace(front) {
   return {
     type: "scatter",
     mode: "lines",
@@ -101,7 +100,7 @@ function frontTrace(points) {
   };
 }
 
-function byCost({ block, look, row, cost }) {
+function byCost({ block, lineStyle, row, cost }) {
   const field = cost === "parameters" ? "num_parameters" : "macs";
   const have = measured(block).filter((group) => group.metrics[field]);
   if (have.length < 2) return { missing: "accuracy against cost (needs two settings)" };
@@ -111,23 +110,25 @@ function byCost({ block, look, row, cost }) {
     y: 100 * accuracy(group).mean,
   }));
   besideEachOther(points);
+  const front = pareto(points);
   const traces = [
-    frontTrace(points),
-    ...points.map((p, at) => settingTrace(p, look(p.group), at < 2 * MOST_LINES)),
+    ...(front.length > 1 ? [frontTrace(front)] : []),
+    ...points.map((p, at) => settingTrace(p, lineStyle(p.group), at < 2 * MOST_LINES)),
   ];
   const prefixes = prefixPoints(row, field);
   const exits = field === "macs" ? (row?.branches > 1 && row.exits) || [] : [];
-  if (prefixes.length > 1) traces.push(prefixTrace(row, prefixes, look(row).colour));
-  if (exits.length > 1) traces.push(exitTrace(row, exits, look(row).colour));
+  if (prefixes.length > 1) traces.push(prefixTrace(row, prefixes, lineStyle(row).colour));
+  if (exits.length > 1) traces.push(exitTrace(row, exits, lineStyle(row).colour));
   const head = field === "macs" ? "MACs of an image, millions" : "parameters, millions";
   const figures = [...have.map(accuracy), ...prefixes.map((p) => p.figure)];
   return {
     traces,
     layout: layout(axis(head), accuracyAxis(figures), { height: 400 }),
     caption:
-      `${meansOf(have.map(accuracy))}, ${nOf(have)}. Dashed: no setting is both cheaper and better in the mean. ` +
-      "Settings of the same cost stand beside each other." +
-      (points.length > 2 * MOST_LINES ? " Those without a name in the legend tell it on hovering." : "") +
+      `${meansOf(have.map(accuracy))}, ${nOf(have)}.` +
+      (front.length > 1 ? " Dashed: no setting is both cheaper and better in the mean." : "") +
+      " Settings of equal cost are drawn beside each other." +
+      (points.length > 2 * MOST_LINES ? " Hover over a mark for its name if the legend has none." : "") +
       (prefixes.length > 1 ? " Open circles: the same student with its first branches only." : ""),
     table: {
       head: [`Setting (${field === "macs" ? "M MACs" : "M parameters"})`, "Accuracy %", "95 % interval", "n"],

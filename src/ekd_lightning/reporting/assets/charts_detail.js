@@ -1,10 +1,10 @@
-// Charts of what happens inside: branches, training, calibration, corruptions, similarity of features.
+// Charts of branches, training and corrupted images.
 
-/** One part of every student that has it: a branch, the ensemble, the best choice. */
+/** One part of every student: a branch, the ensemble, any branch that is right. */
 function partTrace(have, place, { name, symbol, size, colour, pick, part = null }) {
   const some = have.filter((group) => pick(group));
   const figures = some.map(pick);
-  const told = (f, at) =>
+  const hoverText = (f, at) =>
     `${inert(some[at].label)}<br>${name}: ${format(f.mean, "percent")} % ${interval(f)}`;
   return {
     type: "scatter",
@@ -14,18 +14,18 @@ function partTrace(have, place, { name, symbol, size, colour, pick, part = null 
     x: figures.map((f) => 100 * f.mean),
     error_x: bars(figures, colour),
     marker: { symbol, size, color: colour, line: { width: 1, color: colour } },
-    text: figures.map(told),
+    text: figures.map(hoverText),
     hovertemplate: "%{text}<extra></extra>",
   };
 }
 
-function partsOf(have, look) {
+function partsOf(have, lineStyle) {
   const most = Math.max(...have.map((group) => group.branch_accuracy.length));
   const single = Array.from({ length: most }, (_, k) => ({
     name: `branch ${k + 1}`,
     symbol: ["circle", "square", "triangle-up", "cross"][k % 4],
     size: 6,
-    colour: look({ branch: k }).colour,
+    colour: lineStyle({ branch: k }).colour,
     pick: (group) => group.branch_accuracy[k],
     part: k,
   }));
@@ -42,20 +42,20 @@ function partsOf(have, look) {
   ];
 }
 
-function branches({ block, look }) {
+function branches({ block, lineStyle }) {
   const all = block.filter((group) => group.branch_accuracy.length > 1);
   if (!all.length) return { missing: "accuracy of branches (no student has several)" };
   const have = all.slice(0, 2 * MOST_LINES);
-  const parts = partsOf(have, look);
+  const parts = partsOf(have, lineStyle);
   const aside = (group, part) => (0.5 * (part - (group.branch_accuracy.length - 1) / 2)) / (parts.length - 2);
   const place = (group, part = null) => -have.indexOf(group) - (part === null ? 0 : aside(group, part));
-  const told = have.flatMap((group) =>
+  const shown = have.flatMap((group) =>
     parts.filter(({ pick }) => pick(group)).map(({ name, pick }) => [`${group.label}, ${name}`, pick(group)]),
   );
   return {
     traces: parts.map((part) => partTrace(have, place, part)).filter((trace) => trace.x.length),
     layout: layout(
-      accuracyAxis(told.map(([, figure]) => figure)),
+      accuracyAxis(shown.map(([, figure]) => figure)),
       axis("", {
         tickvals: have.map((group) => place(group)),
         ticktext: have.map((group) => inert(group.label)),
@@ -68,12 +68,12 @@ function branches({ block, look }) {
       (all.length > have.length ? ` The first ${have.length} of ${all.length} settings.` : ""),
     table: {
       head: ["Setting, part", "Accuracy %", "95 % interval", "n"],
-      rows: told.map(([name, figure]) => valueRow(name, figure)),
+      rows: shown.map(([name, figure]) => valueRow(name, figure)),
     },
   };
 }
 
-function learning({ block, look, curve }) {
+function learning({ block, lineStyle, curve }) {
   const key = curve || "val/accuracy";
   const all = block.filter((group) => group.curves[key]?.length > 1);
   if (!all.length) return { missing: "learning curves (no metrics.csv with two epochs)" };
@@ -83,7 +83,7 @@ function learning({ block, look, curve }) {
   const last = have.map((group) => points(group).at(-1).figure);
   return {
     traces: have.flatMap((group) =>
-      bandTraces(group.label, points(group), look(group), kind, (point) => `epoch ${point.x}`),
+      bandTraces(group.label, points(group), lineStyle(group), kind, (point) => `epoch ${point.x}`),
     ),
     layout: layout(
       axis("epoch"),
@@ -107,20 +107,20 @@ function learning({ block, look, curve }) {
   };
 }
 
-function corruptions({ block, look }) {
+function corruptions({ block, lineStyle }) {
   const measured = block.filter((group) => group.severity.length);
   if (!measured.length) return { missing: "corruptions (no run was evaluated on corrupted images)" };
-  // Only settings that were asked about the same images share the axes: those of the way that most have.
-  const ways = distinct(measured.map((group) => group.corrupted));
-  const asked = (way) => measured.filter((group) => group.corrupted === way);
-  const all = ways.map(asked).reduce((most, some) => (some.length > most.length ? some : most));
+  // Only settings evaluated on the same images share the axes: the kind of images that most settings have.
+  const kinds = distinct(measured.map((group) => group.corrupted));
+  const ofKind = (kind) => measured.filter((group) => group.corrupted === kind);
+  const all = kinds.map(ofKind).reduce((most, some) => (some.length > most.length ? some : most));
   const others = measured.length - all.length;
   const have = all.slice(0, MOST_LINES);
   const clean = (group) => (group.clean ? [{ x: 0, figure: group.clean }] : []);
   const points = (group) => [...clean(group), ...group.severity.map((figure, at) => ({ x: at + 1, figure }))];
   return {
     traces: have.flatMap((group) =>
-      bandTraces(group.label, points(group), look(group), "percent", (point) =>
+      bandTraces(group.label, points(group), lineStyle(group), "percent", (point) =>
         point.x ? `severity ${point.x}` : "clean images",
       ),
     ),
@@ -128,7 +128,7 @@ function corruptions({ block, look }) {
       axis("severity (0: clean)", { dtick: 1 }),
       accuracyAxis(have.flatMap((g) => points(g).map((p) => p.figure))),
     ),
-    caption: `Mean over corruptions. ${meansOf(have.map((g) => g.severity[0]), "band")}, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} asked about other images.` : ""}${cut(all, "settings")}`,
+    caption: `Mean over corruptions. ${meansOf(have.map((g) => g.severity[0]), "band")}, ${runsBehind(have.map((g) => g.severity[0].n))}; ${have[0].corrupted}.${others ? ` Not drawn: ${others} evaluated on other images.` : ""}${cut(all, "settings")}`,
     table: {
       head: ["Setting, severity", "Accuracy %", "95 % interval", "n"],
       rows: have.flatMap((g) => points(g).map((p) => valueRow(`${g.label}, ${p.x}`, p.figure))),

@@ -1,4 +1,4 @@
-// What the table of results can show of a setting.
+// Columns of the table of results.
 
 /** Fields by theme; [field, head, what it is, kind of number]. */
 const THEMES = {

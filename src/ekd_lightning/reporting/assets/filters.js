@@ -1,4 +1,4 @@
-// Which settings and runs are looked at. Kept in the address, so that a view can be sent to somebody.
+// Filters over settings and runs. The address keeps them, so that a view can be shared.
 
 const FILTERS = [
   { key: "data", label: "Data set", text: String },
@@ -98,8 +98,8 @@ class Filters {
     }
   }
 
-  /** What is chosen, in words, for paper. */
-  told() {
+  /** The filters in words, for the printed page. */
+  summary() {
     const chosen = FILTERS.filter(({ key }) => this.chosen[key].size).map(
       ({ key, label, text }) =>
         `${label.toLowerCase()} ${[...this.chosen[key]].map((value) => text(key === "fraction" ? Number(value) : value)).join(", ")}`,
@@ -107,7 +107,7 @@ class Filters {
     return [...chosen, ...(this.words ? [`text “${this.words}”`] : [])].join("; ");
   }
 
-  /** Whether a setting, or a run with the fields of one, is looked at. */
+  /** Whether a setting or a run passes the filters. */
   passes(one) {
     for (const { key } of FILTERS) {
       const values = this.chosen[key];

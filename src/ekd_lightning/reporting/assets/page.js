@@ -1,4 +1,4 @@
-// Puts the page together: filters over tables and charts.
+// Connects the filters with tables and charts.
 
 const payload = JSON.parse(byId("payload").textContent);
 const lower = (...words) => words.filter(known).join(" ").toLowerCase();
@@ -6,14 +6,14 @@ for (const group of payload.groups) group.text = lower(group.label, group.method
 for (const run of payload.runs)
   run.text = lower(run.name, run.method, run.student, run.data, run.state, run.error);
 
-const looks = new LineStyles(payload.labels, payload.palette);
-const look = (group) =>
+const lineStyles = new LineStyles(payload.labels, payload.palette);
+const lineStyle = (group) =>
   "branch" in group
     ? new LineStyles(
         Array.from({ length: 64 }, (_, at) => at),
         payload.palette,
       ).at(group.branch)
-    : looks.at(group.label);
+    : lineStyles.at(group.label);
 const runs = new Runs(payload, byId("details").textContent);
 const rows = new Rows(payload, (run) => runs.open(run));
 const frames = CHARTS.map(
@@ -21,7 +21,7 @@ const frames = CHARTS.map(
 );
 for (const frame of document.querySelectorAll("#answer .scroll")) markScroll(frame);
 
-/** What the charts show beside the filters. */
+/** Choices of the charts beyond the filters. */
 const chosen = { block: null, row: null, cost: "macs", curve: "val/accuracy" };
 let shown = [];
 
@@ -53,7 +53,7 @@ function charts() {
     chosen.block = [...blocks].sort((a, b) => size(b.key) - size(a.key))[0]?.key ?? null;
   const block = byInterest(shown.filter((group) => group.block === chosen.block && group.n));
   const family = block[0]?.family;
-  if (!block.some((group) => group.id === chosen.row)) chosen.row = closer(block)?.id ?? null;
+  if (!block.some((group) => group.id === chosen.row)) chosen.row = mostDetailed(block)?.id ?? null;
   const curves = distinct(block.flatMap((group) => Object.keys(group.curves)));
   const focus = document.activeElement?.id;
   byId("chart-tools").replaceChildren(
@@ -63,7 +63,7 @@ function charts() {
       blocks.map(({ key, title }) => [key, title]),
     ),
     select(
-      "Closer look at",
+      "Details of",
       "row",
       block.map((group) => [group.id, group.label]),
     ),
@@ -82,7 +82,7 @@ function charts() {
     groups: shown.filter((group) => group.family === family && group.n),
     block,
     row: block.find((group) => group.id === chosen.row),
-    look,
+    lineStyle,
     reference: rows.reference,
     cost: chosen.cost,
     curve: chosen.curve,
@@ -91,7 +91,7 @@ function charts() {
   byId("chart-away").textContent = away.length ? `Not drawn: ${away.join("; ")}.` : "";
 }
 
-/** What the answer is about and references first, then the more accurate ones: charts that hold few show these. */
+/** The settings of the answer and the references first, then by accuracy: charts with little room show these. */
 function byInterest(groups) {
   const rank = (group) => (group.subject ? 0 : group.reference_of.includes(rows.reference) ? 1 : 2);
   return [...groups].sort(
@@ -99,8 +99,8 @@ function byInterest(groups) {
   );
 }
 
-/** The setting of EKD itself if there is one, else the one with most to look at. */
-function closer(block) {
+/** The setting that represents EKD if there is one, else the one with most details on record. */
+function mostDetailed(block) {
   const richness = (group) =>
     (group.cka ? 2 : 0) +
     (group.reliability ? 1 : 0) +
@@ -116,8 +116,8 @@ function update() {
   runs.show(seen);
   byId("shown").textContent =
     `${shown.length.toLocaleString("en-US")} of ${plural(payload.groups.length, "setting")}, ${seen.length.toLocaleString("en-US")} of ${plural(payload.runs.length, "run")}`;
-  const told = filters.told();
-  byId("view").textContent = (told ? `Only ${told}: ` : "") + byId("shown").textContent;
+  const filtered = filters.summary();
+  byId("view").textContent = (filtered ? `Only ${filtered}: ` : "") + byId("shown").textContent;
   charts();
 }
 
@@ -140,7 +140,7 @@ byId("to-failed")?.addEventListener("click", () => {
   runs.table.draw();
 });
 
-// Paper is white and holds everything: all charts are drawn before, and the reader's theme comes back after.
+// The printed page is light and complete: all charts are drawn before printing, and the theme is restored after.
 let before = null;
 addEventListener("beforeprint", () => {
   before = document.documentElement.dataset.theme;
@@ -169,13 +169,13 @@ const seen = new IntersectionObserver(
 update();
 byId("theme").setAttribute("aria-pressed", String(dark()));
 
-/** The plotting library is unpacked after tables are there to be read. */
+/** Unpacks the plotting library once the tables are readable. */
 addEventListener("DOMContentLoaded", async () => {
   try {
     document.head.append(h("script", {}, await unpack(byId("plotly").textContent)));
   } catch (error) {
     byId("chart-away").textContent =
-      `Charts are not drawn: ${error.message}. The same charts lie beside this page as SVG and PNG.`;
+      `Charts are not drawn: ${error.message}. The files beside this page hold the same charts as SVG and PNG.`;
     byId("chart-grid").hidden = byId("answer-chart").hidden = true;
   }
   for (const { box } of frames) seen.observe(box);

@@ -1,6 +1,6 @@
 // The table of runs, and the record of one run.
 
-const STATES = ["failed", "partial", "stopped", "running", "done"]; // what needs a look comes first
+const STATES = ["failed", "partial", "stopped", "running", "done"]; // what needs attention comes first
 
 class Runs {
   constructor(payload, packed) {

@@ -5,7 +5,7 @@ const PAGE = 50;
 class SortedTable {
   /**
    * @param place where it goes
-   * @param label what it shows, for those who hear it
+   * @param label its content, for screen readers
    * @param options.rowKey row => id of a row
    * @param options.section row => head above the rows that follow each other with the same one, while not sorted
    * @param options.detail row => an element shown below the row when it is unfolded, or null
