@@ -114,14 +114,14 @@ def test_a_line_says_phase_part_and_time(clock):
 
 
 def test_lines_come_where_nothing_else_is_said_for_a_while(caplog, monkeypatch):
-    for name in ("_FIRST_SECONDS", "_QUIET_SECONDS", "_LOOK_SECONDS"):
+    for name in ("_FIRST_SECONDS", "_QUIET_SECONDS", "_POLL_SECONDS"):
         monkeypatch.setattr(progress, name, 0.001)
     heard = progress.threading.Event()
     monkeypatch.setattr(progress.log, "info", lambda *words, **_: (progress.log.log(logging.INFO, *words), heard.set()))
     with caplog.at_level(logging.INFO), progress.reported_by(progress.Lines()), session("export"), phase("export", 3):
         assert heard.wait(60)
     assert caplog.messages[0].startswith("export: 0 of 3 (")
-    assert not any(isinstance(handler, progress._Heard) for handler in logging.getLogger().handlers)
+    assert not any(isinstance(handler, progress._LastLine) for handler in logging.getLogger().handlers)
 
 
 def test_what_an_earlier_process_did_says_nothing_about_the_pace(clock):
@@ -157,13 +157,13 @@ def test_lines_come_ever_more_rarely_while_nothing_changes(clock, monkeypatch):
     said, lines = [], progress.Lines()
     monkeypatch.setattr(progress.log, "info", lambda *_, **__: said.append(clock.now))
     shown = Session(["training"], live=True, keep=True)
-    lines._heard.time = clock.now
+    lines._last_line.time = clock.now
     shown.stack.append(shown.phases["training"])
     for second in range(1400):
         if second == 1300:
             shown.stack[0].note = "epoch 2"
         clock.pass_(1)
-        lines.look(shown)
+        lines.report(shown)
     gaps = [int(later - earlier) for earlier, later in zip([100, *said], said, strict=False)]
     assert gaps[:8] == [3, 15, 30, 60, 120, 240, 300, 300]
     assert [int(time) for time in said[8:]] == [1401, 1416, 1446]

@@ -1,6 +1,6 @@
-"""Progress: what long work says of itself while it lasts. Who shows it, and how, is decided where a command starts.
+"""Progress of long work, as a tree of tasks. Each command chooses the reporter that shows it.
 
-Work is counted on the host and looked at from a thread, so that no step of a training waits for its display.
+Work is counted on the host and read by a thread, so that no training step waits for its display.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ _T = TypeVar("_T")
 
 RUN_PHASES = ("data", "teachers", "training", "test", "evaluation")
 UNSEEN = {"progress": True}
-"""`extra` of a log line that a live display makes superfluous on the screen; files have it all the same."""
+"""`extra` of a log line that is redundant on a screen with a live display; log files keep it."""
 HEARTBEAT = {"heartbeat": True}
-"""`extra` of a log line that says only how it stands; log files go without."""
-_FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _LOOK_SECONDS = 3.0, 15.0, 300.0, 0.5
+"""`extra` of a log line that only states the progress; log files leave it out."""
+_FIRST_SECONDS, _QUIET_SECONDS, _MOST_SECONDS, _POLL_SECONDS = 3.0, 15.0, 300.0, 0.5
 
 
 class Task:
     """A phase of a command, or a part of one.
 
     Args:
-        name: What is done.
-        total: How much there is to do; None where that is not known.
-        unit: Of what, in the plural; None where counts are not to be told.
+        name: Of the work.
+        total: Amount of work; None if unknown.
+        unit: Of the amount, in the plural; None hides the counts.
 
     Attributes:
-        note: What else there is to say, e.g. the loss.
-        count: Looks up how much is done, where nobody calls `advance`.
-        part: The part that is at work now.
-        active: Whether it is at work itself.
-        begun: Share that was done before, by an earlier process; it says nothing about the pace.
+        note: Further information, e.g. the loss.
+        count: Reads the amount that is done, if nobody calls `advance`.
+        part: The part that is running.
+        active: Whether the task is running.
+        begun: Share done earlier by another process, which does not count for the pace.
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str | None = "") -> None:
@@ -48,31 +48,31 @@ class Task:
         self._done, self._since = 0.0, 0.0
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
-        """Says that more is done, and what is worth a note."""
+        """Adds to the amount that is done, and may replace the note."""
         self._done += amount
         self.note = self.note if note is None else note
 
     @property
     def done(self) -> float:
-        """How much is done, of `total`."""
+        """Amount that is done, of `total`."""
         count = self.count
         return self._done if count is None else count()
 
     @property
     def share(self) -> float | None:
-        """Share in [0, 1] that is done, its part's included; None where that is not known."""
+        """Share in [0, 1] that is done, including the part's; None if unknown."""
         part, total = self.part, self.total  # another thread may end the part meanwhile
         inner = part.share if part else None
         return min(1.0, (self.done + (inner or 0.0)) / total) if total else inner
 
     @property
     def elapsed(self) -> float:
-        """Seconds that it has been at work."""
+        """Seconds it has been running."""
         return self.seconds + (time.monotonic() - self._since if self.active else 0.0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until it is done at the pace so far; None where that is not known."""
+        """Seconds until it is done at the pace so far; None if unknown."""
         part, share = self.part, self.share
         if part is not None and part.active and not self.total:
             return part.seconds_left
@@ -82,18 +82,18 @@ class Task:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Task]:
-        """At work while the block runs; several blocks add up."""
+        """Runs while the block runs; the times of several blocks add up."""
         self.active, self._since = True, time.monotonic()
         try:
             yield self
         finally:
             self.seconds += time.monotonic() - self._since
             self.active = False
-            # What is looked up is a trainer's, which would be kept with all that it has on the device.
+            # `count` refers to a trainer, which it would keep alive with everything on the device.
             self._done, self.count = self.done, None
 
     def words(self) -> str:
-        """Where it stands, in a line: its part at work, counts and notes."""
+        """Its state in a line: counts, note, and the running part."""
         counted, part = "", self.part
         if self.total and self.unit is not None:
             counted = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
@@ -102,7 +102,7 @@ class Task:
 
 
 class Session:
-    """The phases of one command, in order; those to come are known by name.
+    """The phases of one command, in order; names of later phases are known from the start.
 
     Attributes:
         phases: By name.
@@ -120,12 +120,12 @@ class Session:
         self._since = time.monotonic()
 
     def renew(self) -> None:
-        """Begins all phases anew that are not at work, for the next run of several."""
+        """Resets all phases that are not running, for the next of several runs."""
         self.phases = {name: task if task.active else Task(name) for name, task in self.phases.items()}
         self._work = {}
 
     def expect(self, work: Mapping[str, float]) -> None:
-        """Says how much work phases are, in any one unit, so that the time of those to come can be told."""
+        """Sets the amounts of work of phases, in one common unit, from which the time left is estimated."""
         self._work = {**self._work, **work}
 
     @property
@@ -135,13 +135,13 @@ class Session:
 
     @property
     def at_work(self) -> Task | None:
-        """The innermost phase that is at work."""
+        """The innermost running phase."""
         stack = list(self.stack)
         return stack[-1] if stack else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until all expected phases are done, at the pace so far; None before that can be told."""
+        """Seconds until all expected phases are done, at the pace so far; None until there is an estimate."""
         if self.whole is not None:
             return self.whole.seconds_left
         work, phases = self._work, dict(self.phases)
@@ -160,7 +160,7 @@ class Reporter:
         """Called before the first phase."""
 
     def stop(self) -> None:
-        """Called when all is done, or something went wrong."""
+        """Called when all is done or an error ends it."""
 
 
 _reporter = Reporter()
@@ -169,7 +169,7 @@ _session: Session | None = None
 
 @contextlib.contextmanager
 def reported_by(reporter: Reporter) -> Iterator[None]:
-    """Lets a reporter show what sessions of the block say."""
+    """Lets a reporter show the sessions of the block."""
     global _reporter  # noqa: PLW0603 (one terminal, one reporter)
     before, _reporter = _reporter, reporter
     try:
@@ -179,16 +179,16 @@ def reported_by(reporter: Reporter) -> Iterator[None]:
 
 
 def is_reported() -> bool:
-    """Whether anybody shows sessions of this process."""
+    """Whether a reporter shows sessions of this process."""
     return type(_reporter) is not Reporter
 
 
 @contextlib.contextmanager
 def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Session]:
-    """Phases of a command; within another session they are phases of that one.
+    """Phases of a command; within another session they become phases of that one.
 
     Args:
-        *names: Of the phases that there will be.
+        *names: Of the expected phases.
         live: Whether a display that redraws itself may show it.
         keep: Whether such a display stays on the screen at the end.
     """
@@ -204,7 +204,7 @@ def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Sessi
         reporter.start(_session)
         yield _session
     except BaseException:
-        # What is refused at once leaves its message alone on the screen.
+        # After an early refusal only its message stays on the screen.
         _session.keep &= sum(task.elapsed > 0 for task in _session.phases.values()) > 1
         raise
     finally:
@@ -214,7 +214,7 @@ def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Sessi
 
 @contextlib.contextmanager
 def phase(name: str, total: float | None = None, unit: str | None = "") -> Iterator[Task]:
-    """A phase of the session, see `Task`; one that was there goes on. Without a session nobody hears of it."""
+    """A phase of the session, see `Task`; continues one of the same name. Without a session it is not shown."""
     current = _session
     if current is None:
         yield Task(name, total, unit)
@@ -233,7 +233,7 @@ def phase(name: str, total: float | None = None, unit: str | None = "") -> Itera
 
 @contextlib.contextmanager
 def part(name: str, total: float | None = None, unit: str | None = "") -> Iterator[Task]:
-    """A part of what is at work now, see `Task`."""
+    """A part of the running task, see `Task`."""
     task = Task(name, total, unit)
     if _session is None or not _session.stack:
         yield task
@@ -250,31 +250,31 @@ def part(name: str, total: float | None = None, unit: str | None = "") -> Iterat
 
 
 def expect(**work: float) -> None:
-    """Says how much work phases of the session are, see `Session.expect`."""
+    """Sets the amounts of work of the session's phases, see `Session.expect`."""
     if _session is not None:
         _session.expect(work)
 
 
 def renew() -> None:
-    """Begins phases of the session anew, see `Session.renew`."""
+    """Resets the session's phases, see `Session.renew`."""
     if _session is not None:
         _session.renew()
 
 
 def advance(note: str | None = None) -> None:
-    """Says that one more of what the phase at work counts is done."""
+    """Adds one to the count of the running phase."""
     if _session is not None and _session.stack:
         _session.stack[-1].advance(note=note)
 
 
 def track(items: Iterable[_T], name: str, unit: str = "", total: float | None = None) -> Iterator[_T]:
-    """Gives all items, and counts them as a part of what is at work now.
+    """Yields all items and counts them as a part of the running task.
 
     Args:
         items: Any.
-        name: What is done with them.
-        unit: What they are, in the plural.
-        total: Their number, where it cannot be asked for.
+        name: Of the work.
+        unit: Name of the items, in the plural.
+        total: Their number, if they have no length.
     """
     with part(name, len(items) if isinstance(items, Sized) else total, unit) as task:
         for item in items:
@@ -291,56 +291,56 @@ def readable(seconds: float) -> str:
 
 
 class Lines(Reporter):
-    """Says in plain log lines how it stands, where nothing else was said for a while: for pipes and CI."""
+    """Logs the progress in plain lines whenever nothing else has been logged for a while: for pipes and CI."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._told: tuple[str, str | None] | None = None
+        self._reported: tuple[str, str | None] | None = None
         self._words, self._pause = "", _QUIET_SECONDS
         self._thread: threading.Thread | None = None
-        self._heard = _Heard()
+        self._last_line = _LastLine()
 
     def start(self, session: Session) -> None:
-        """Begins to look."""
+        """Starts the thread."""
         self._stop.clear()
-        self._heard.time = time.monotonic()
+        self._last_line.time = time.monotonic()
         if logging.getLogger().handlers:  # being the only one, it would silence Python's last resort for warnings
-            logging.getLogger().addHandler(self._heard)
+            logging.getLogger().addHandler(self._last_line)
         self._thread = threading.Thread(target=self._watch, args=(session,), name="progress", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Says nothing more."""
+        """Stops the thread."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        logging.getLogger().removeHandler(self._heard)
+        logging.getLogger().removeHandler(self._last_line)
 
     def _watch(self, session: Session) -> None:
-        while not self._stop.wait(_LOOK_SECONDS):
-            with contextlib.suppress(Exception):  # the work goes on meanwhile: the next look may succeed
-                self.look(session)
+        while not self._stop.wait(_POLL_SECONDS):
+            with contextlib.suppress(Exception):  # the session changes meanwhile: the next attempt may succeed
+                self.report(session)
 
-    def look(self, session: Session) -> None:
-        """Says how it stands, if it is time to; ever more rarely while nothing changes."""
+    def report(self, session: Session) -> None:
+        """Logs the progress if a line is due; ever more rarely while nothing changes."""
         task = session.at_work
         if task is None:
             return
         part, words = task.part, task.words()
-        told = (task.name, part.name if part else None)
-        if changed := told != self._told or words != self._words:
+        names = (task.name, part.name if part else None)
+        if changed := names != self._reported or words != self._words:
             self._pause = _QUIET_SECONDS
-        pause = self._pause if told == self._told else _FIRST_SECONDS
-        if time.monotonic() - self._heard.time < pause:
+        pause = self._pause if names == self._reported else _FIRST_SECONDS
+        if time.monotonic() - self._last_line.time < pause:
             return
         self._pause = _QUIET_SECONDS if changed else min(2 * self._pause, _MOST_SECONDS)
-        self._told, self._words, self._heard.time = told, words, time.monotonic()
+        self._reported, self._words, self._last_line.time = names, words, time.monotonic()
         log.info("%s", status_line(task, session), extra=HEARTBEAT)
 
 
-class _Heard(logging.Handler):
-    """Remembers when the last line was said."""
+class _LastLine(logging.Handler):
+    """Remembers the time of the last log line."""
 
     time = 0.0
 
@@ -349,10 +349,10 @@ class _Heard(logging.Handler):
 
 
 def status_line(task: Task, session: Session) -> str:
-    """How a phase stands, in a line."""
-    said = " ".join(f"{task.name}: {task.words()}".split("\n")).rstrip(": ")
+    """The state of a phase in a line, with its time."""
+    state = " ".join(f"{task.name}: {task.words()}".split("\n")).rstrip(": ")
     left = session.seconds_left
     if left is None and session.whole is None:
         left = task.seconds_left
     more = f"about {readable(left)} left" if left is not None else f"{readable(task.elapsed)} so far"
-    return f"{said} ({more})"
+    return f"{state} ({more})"

@@ -86,9 +86,7 @@ def test_duplicates_partial_and_failed_runs_are_told():
 def test_a_failed_part_of_an_evaluation_is_told():
     runs = study({"ekd": (0.7, 0.8)}, evaluation_error="flatness: no memory")
     (note,) = report(*runs).notes
-    assert note.endswith(
-        " (and 1 more): part of the evaluation failed (flatness: no memory); its figures are missing"
-    )
+    assert note.endswith(" (and 1 more): part of the evaluation failed (flatness: no memory); its figures are missing")
 
 
 def test_errors_do_not_break_the_table():

@@ -1,8 +1,8 @@
-"""Directory of a job: claimed before Hydra writes there, one for all its ranks; and what the job's own Hydra writes.
+"""Output directory of a job: one for all its ranks, claimed before Hydra writes there.
 
-Hydra would open a job's log and write `.hydra/` before our function runs. Here both are held back until the checks of
-the run have passed (`JobOutput.start`): what is refused leaves no trace. Ranks are the processes of one distributed
-job: those of Lightning's launcher, of torchrun and of SLURM.
+Hydra would open a job's log and write `.hydra/` before our function runs. Both are held back until the checks of the
+run have passed (`JobOutput.start`), so a refused job leaves no trace. Ranks are the processes of one distributed job,
+started by Lightning's launcher, torchrun or SLURM.
 """
 
 from __future__ import annotations
@@ -46,32 +46,32 @@ from ekd_lightning.settings import check_name
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
 DIRECTORY = "EKD_RUN_DIRECTORY"
-"""Environment variable in which a process hands the run's directory to the ranks that it starts."""
+"""Environment variable that passes the run's directory to the ranks that a process starts."""
 
 _LAUNCH_ENV = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", DIRECTORY)
 _made: list[Path] = []
-"""Directories that this process made for output, outermost first."""
+"""Output directories that this process made, outermost first."""
 
 
 class ClaimDirectory(Callback):
     """Checks and claims the directory of a single run before Hydra writes there."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends the program where the directory cannot be claimed."""
+        """Ends the program if the directory cannot be claimed."""
         with ending_callback(str(config.hydra.help.app_name)):
             claim_output(config, "run")
 
 
-def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] = lock_ahead) -> Path:
-    """Decides the directory of a run or a sweep, the same for all processes of the job, and makes it.
+def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] = lock_ahead) -> Path:
+    """Chooses the directory of a run or a sweep, the same for all processes of the job, and makes it.
 
-    One that is named by the time gets a number behind its name if it is taken. Any other one is what the user asked
-    for: it must be free, and hold no finished run that nobody said may be overwritten.
+    A directory named after the time gets a number if it is taken. A directory that the user named must be free and
+    must not hold a finished run, unless that may be overwritten.
 
     Args:
-        config: Composed configuration with the node `hydra`, which is told.
-        kind: "run" or "sweep": `hydra.run.dir` or `hydra.sweep.dir` is meant.
-        take: Called with it on global rank 0 alone, before the others hear of it; what it refuses, all refuse.
+        config: Composed configuration; its node `hydra` receives the directory.
+        kind: "run" or "sweep", for `hydra.run.dir` or `hydra.sweep.dir`.
+        claim: Called with the directory on global rank 0, before the others learn of it; an error ends all ranks.
 
     Returns:
         The directory, absolute.
@@ -82,7 +82,7 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
     """
     key = f"hydra.{kind}.dir"
     if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        directory = Path(os.environ[DIRECTORY])  # another process started this one, as a rank of its job
+        directory = Path(os.environ[DIRECTORY])  # another rank of the job started this process
     else:
         for name in ("method.name", "data.name"):
             check_name(name, OmegaConf.select(config, name, default="none"))
@@ -93,7 +93,7 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
             if kind == "run" and not by_time:
                 refuse_taken(wanted, config)
             directory = new_directory(wanted, numbered=by_time)
-            take(directory)
+            claim(directory)
             return directory
 
         nodes = config.get("trainer", {}).get("num_nodes") or 1
@@ -105,7 +105,7 @@ def claim_output(config: DictConfig, kind: str, take: Callable[[Path], object] =
 
 
 def refuse_taken(directory: Path, config: DictConfig) -> None:
-    """Refuses a directory that is in use or holds a finished run; what is refused here is refused before all else.
+    """Refuses a directory that is in use or holds a finished run, before any other check.
 
     Raises:
         UserError: Naming the other process, or the setting that would replace the finished run.
@@ -117,7 +117,7 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
 
 
 def new_directory(wanted: Path, *, numbered: bool) -> Path:
-    """Makes a directory; `numbered` one that nobody else has made, with a number behind its name if need be."""
+    """Makes a directory; if `numbered`, a new one, with a number appended to a name that exists."""
     _made.extend(make_directory(wanted.parent if numbered else wanted))
     if not numbered:
         return wanted
@@ -135,7 +135,7 @@ def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
     with read_write(config.hydra), open_dict(config.hydra):
         if kind == "run":
             config.hydra.job.env_set[DIRECTORY] = literal(str(directory))
-            # Hydra would read `${` in a name as an interpolation; it makes what it is told, which is then no loss.
+            # Hydra would read `${` in a name as an interpolation; it makes a parent instead, which already exists.
             config.hydra.run.dir = re.sub(r"(?s)/[^/]*\$\{.*", "/", str(directory))
         else:
             config.hydra.sweep.dir = literal(str(directory))
@@ -143,23 +143,23 @@ def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
 
 
 def remove_unused() -> None:
-    """Frees what this process claimed for output, and removes the directories it made that hold nothing."""
+    """Releases the directories that this process claimed, and removes those it made that are empty."""
     release_ahead()
     remove_empty(_made)
     _made.clear()
 
 
 def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path | None = None) -> Path:
-    """One directory for all processes of a job: global rank 0 decides, the others are told.
+    """One directory for all processes of a job: global rank 0 decides and sends it to the others.
 
     Args:
-        key: What the directory is to Hydra, e.g. "hydra.run.dir".
+        key: Hydra's key of the directory, e.g. "hydra.run.dir".
         decide: Called on global rank 0 alone.
         nodes: Number of machines.
-        known: What the others take if they cannot be told; None if they cannot know.
+        known: The directory of processes that cannot communicate; None if it depends on the time.
 
     Raises:
-        UserError: If the processes have no way to tell each other, or global rank 0 was refused.
+        UserError: If the processes cannot communicate and `known` is None, or global rank 0 was refused.
     """
     store, world, rank = _meeting_place()
     if store is None and known is not None:
@@ -167,7 +167,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
     if store is None:
         if nodes > 1 or not is_rank_zero():
             raise UserError(
-                f"{key}: the usual directory holds the time of day, which each process reads for itself; "
+                f"{key}: the default directory contains the time, which differs between processes; "
                 f"give {key}=..., the same for all of them"
             )
         return decide()
@@ -176,7 +176,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
         decided = ""
         try:
             decided = str(decide())
-        finally:  # what it is refused, all are; it waits until they have heard
+        finally:  # a refusal ends all processes; rank 0 waits until they have received it
             store.set(word, os.fsencode(decided))
             store.wait([f"{word}/{other}" for other in range(1, world)], _PATIENCE)
     else:
@@ -188,10 +188,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
 
 
 def _meeting_place() -> tuple[Any, int, int]:
-    """Where the processes of torchrun or SLURM meet before they train, their number, and which of them this is.
-
-    The first is None if there is no such place.
-    """
+    """Store for the processes of torchrun or SLURM before they train (None if there is none), their number, own rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -215,15 +212,14 @@ def _meeting_place() -> tuple[Any, int, int]:
 
 @contextlib.contextmanager
 def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator[None]:
-    """Makes Lightning start the other ranks with *this job* and its directory, rather than with the whole sweep.
+    """Makes Lightning start the other ranks with *this job* and its directory, not with the whole sweep.
 
-    Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values, names the
-    directory in quotes that a quote in it would end, and leaves LOCAL_RANK behind, which the next job of the sweep
-    would take for its own.
+    Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
+    the directory without escaping quotes in it, and leaves LOCAL_RANK set for the next job of the sweep.
 
     Args:
         directory: The job's.
-        program: The file that runs one job, where this command does something else; None if this command does.
+        program: The file that runs one job; None if that is this command.
     """
     if any(name in os.environ for name in _OUTSIDE_LAUNCHERS):
         yield
@@ -231,13 +227,13 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     argv = sys.argv
     hydra: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
     # A sweep may be stored in an experiment (hydra.mode), and a search path may hold the user's own files.
-    kept = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    paths = [word for word in hydra.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
     words = cast("list[str]", OmegaConf.to_container(hydra.overrides.task, resolve=False))  # as they were typed
-    sys.argv = [program or argv[0], *config_flags(argv), *words, *kept, "hydra.mode=RUN"]
+    sys.argv = [program or argv[0], *config_flags(argv), *words, *paths, "hydra.mode=RUN"]
     environment = {key: os.environ.get(key) for key in _LAUNCH_ENV}
     os.environ[DIRECTORY] = str(directory)
     with read_write(hydra), open_dict(hydra):
-        run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks are handed the directory
+        run_dir, hydra.run.dir = hydra.run.dir, "."  # not used: the ranks get the directory from the environment
     try:
         yield
     finally:
@@ -253,19 +249,19 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
 
 
 class HeldLog(logging.handlers.MemoryHandler):
-    """Log file of a job: its lines are kept until `open_in` says where they belong.
+    """Log file of a job, which keeps its lines until `open_in` names the directory.
 
     Args:
-        filename: Its name; folders before it do not count.
+        filename: Name of the file; parent folders are ignored.
     """
 
     def __init__(self, filename: str) -> None:
-        super().__init__(capacity=1)  # each line is passed on at once, where there is a file
+        super().__init__(capacity=1)  # once there is a file, each line is written at once
         self._filename = Path(filename).name
         self.addFilter(lambda record: not getattr(record, "heartbeat", False))
 
     def open_in(self, directory: Path, prefix: str = "") -> None:
-        """Writes all lines into a directory, those to come at once; `prefix` stands before the file's name."""
+        """Writes all lines, and from now on each new one, into a file of a directory; `prefix` precedes its name."""
         file = logging.FileHandler(directory / f"{prefix}{self._filename}", delay=True)
         file.setFormatter(self.formatter)
         self.setTarget(file)
@@ -273,7 +269,7 @@ class HeldLog(logging.handlers.MemoryHandler):
 
 
 class JobOutput:
-    """Where the job that runs here writes.
+    """Output of the current job.
 
     Args:
         cfg: The job's configuration.
@@ -293,9 +289,9 @@ class JobOutput:
         self.original = Path(raw["cwd"])
 
     def start(self) -> None:
-        """Writes what was held back: `.hydra/` and config.yaml, and opens the log; called when all checks have passed.
+        """Writes `.hydra/` and config.yaml and opens the log; called when all checks have passed.
 
-        `.hydra/` of a resumed run stays: it says what the run was first started with.
+        `.hydra/` of a resumed run stays: it records how the run was first started.
         """
         self.started = True
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -313,9 +309,9 @@ class JobOutput:
         write_config(to_plain(self.cfg), self.directory)
 
     def record_refusal(self, error: Exception) -> None:
-        """Leaves the record of a job of a sweep that was refused before it started, so that the sweep knows of it.
+        """Records that a job of a sweep was refused before it started, so that the sweep knows.
 
-        Nothing is written where another process is at work, or where a run lies: its record says what it goes on with.
+        Nothing is written into a directory that is in use or holds a run, whose own record counts.
         """
         if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
             return
@@ -328,7 +324,7 @@ class JobOutput:
 
     @contextlib.contextmanager
     def anchored(self) -> Iterator[None]:
-        """Lets relative places mean what they meant where the run was first started, whatever hydra.job.chdir says."""
+        """Resolves relative paths from where the run was first started, whatever hydra.job.chdir says."""
         before = Path.cwd()
         os.chdir(self._anchor())
         try:
