@@ -7,10 +7,7 @@ READY  := $(VENV)/.ready
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-# Rows of `make results`; ekd-compare adds the controls and the plain students of equal cost.
-METHODS := ekd $(filter-out ekd,$(basename $(notdir $(wildcard conf/method/*.yaml)))) ce@resnet20
-
-.PHONY: help run run-cifar10 data test test-all attacks lint format type check coverage notebooks docs docs-links results bench wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all attacks lint format type check coverage notebooks docs docs-links study bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,12 +58,9 @@ docs: $(READY) ## build the documentation site into docs/_build/html; warnings a
 docs-links: $(READY) ## ask every address in the documentation whether it is there (needs internet)
 	$(BIN)/sphinx-build --quiet -b linkcheck docs docs/_build/linkcheck
 
-results: $(READY) ## the comparison of all methods in docs/results (hours on a processor; stopped and started at will)
-	$(BIN)/ekd-compare --methods "$$(echo $(METHODS) | tr ' ' ,)" --fractions 0.1 --seeds 0,1,2 --output runs/methods \
-		experiment=cifar10_limited recipe.epochs=20 recipe.batch_size=64 recipe.lr=0.05 \
-		hydra/launcher=parallel hydra.launcher.n_jobs=2
-	$(BIN)/python benchmarks/methods_page.py runs/methods docs/results/methods_cifar10_10pct.md --readme README.md \
-		--figure docs/results/figures/methods_cifar10_10pct.svg
+STUDY ?= full
+study: $(READY) ## the study that conf/study/$(STUDY).yaml declares, stopped and continued at will: ONLY=cifar10-10,ekd OVERRIDES="trainer=gpu"
+	$(BIN)/ekd-compare --study $(STUDY) --output runs/study/$(STUDY) $(if $(ONLY),--only $(ONLY)) $(OVERRIDES)
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ekd_lightning.bench.timing import seconds_of, summary, take_turns
+from ekd_lightning.bench import seconds_of, summary, take_turns
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.teachers.hardware import native_bfloat16

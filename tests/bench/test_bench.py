@@ -14,7 +14,7 @@ from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, 
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
-from ekd_lightning.bench.timing import summary, take_turns
+from ekd_lightning.bench import summary, take_turns
 from ekd_lightning.cli.bench import main
 from ekd_lightning.data import load_dataset
 from ekd_lightning.pipeline.prepare import prepare

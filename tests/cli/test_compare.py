@@ -96,7 +96,7 @@ def test_calling_again_runs_nothing_and_the_report_alone_needs_the_folder_only(s
 
 def test_more_seeds_are_asked_for_with_the_code_that_the_study_needs(study, monkeypatch):
     monkeypatch.chdir(study.parent)
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: None)
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
     found = studies.read_study(study)
     studies.write_study(replace(found, common=(*found.common, "imports=[json]")), study)
     for path in study.glob("runs/*/"):
@@ -478,7 +478,7 @@ def test_a_study_is_continued_where_it_was_first_started(study, tmp_path, monkey
     (home := tmp_path / "home").mkdir()
     studies.write_study(replace(studies.read_study(study), working_directory=str(home)), study)
     seen = []
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: None)
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
     monkeypatch.setattr(launching.internals, "launch", lambda *_: seen.append(Path.cwd()))
     monkeypatch.chdir(elsewhere)
     call("--output", study, "--seeds", "9", "++data.root=new")

@@ -123,7 +123,9 @@ def test_a_session_that_has_ended_is_not_kept(terminal, live):
     with reported_by(edge.OnScreen()):
         with session("data", live=live, keep=False) as shown, phase("data"):
             ended = weakref.ref(shown)
-            drawing = [thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"]  # rich's
+            drawing = [
+                thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"
+            ]  # rich's
         del shown
         while drawing:  # a thread that has left the list of threads may still hold what it ran
             drawing.pop().join(60)

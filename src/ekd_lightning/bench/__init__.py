@@ -1,1 +1,76 @@
-"""Benchmark of speed and cost, side by side with a plain PyTorch loop on the same machine and work."""
+"""Timing of alternatives in turns, so that a drifting machine speed affects all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
+
+
+def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds that the work takes, with what it left running on the device."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rate_of(
+    work: Callable[[], object], count: int, device: torch.device | None = None, repeats: int = 5
+) -> Callable[[], float]:
+    """Returns a function that measures a rate: `count` over the median seconds of several repeats."""
+    return lambda: count / statistics.median(seconds_of(work, device) for _ in range(repeats))
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    """Best multiply-accumulates a second of a square matrix product in this format, of several tries."""
+    n = _PEAK_SIZES.get(device.type, 2048)
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    torch.mm(left, right)
+    return max(n**3 / seconds_of(lambda: torch.mm(left, right), device) for _ in range(repeats))
+
+
+def take_turns(
+    alternatives: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Measures the rate of every alternative, round by round.
+
+    Args:
+        alternatives: Name -> measures once and returns a rate (larger is faster).
+        rounds: Measurements of each, at least 1.
+        warm_up: Whether a first round is thrown away.
+
+    Returns:
+        Name -> the rates of the counted rounds.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(rounds + warm_up):
+        for name, measure in alternatives.items():
+            rate = measure()
+            if number >= warm_up:
+                rates[name].append(rate)
+    return rates
+
+
+def summary(rates: Mapping[str, list[float]], against: str) -> dict[str, Any]:
+    """Summarises each alternative: median, minimum, maximum, and median ratio to `against`, round by round."""
+    return {
+        name: {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "ratio": statistics.median(value / other for value, other in zip(values, rates[against], strict=True)),
+        }
+        for name, values in rates.items()
+    }

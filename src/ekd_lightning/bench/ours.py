@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ekd_lightning.bench.timing import seconds_of
+from ekd_lightning.bench import seconds_of
 from ekd_lightning.data.loader import Batch, TrainLoader, gather_batch
 from ekd_lightning.errors import quiet
 from ekd_lightning.networks import TeacherEnsemble

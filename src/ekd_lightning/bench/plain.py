@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ekd_lightning.bench.ours import Job
-from ekd_lightning.bench.timing import seconds_of
+from ekd_lightning.bench import seconds_of
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
@@ -16,9 +18,25 @@ from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command, users_files_first
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, shell_word
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import phase, session
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
-from ekd_lightning.studies.study import parse_numbers, read_study, split_overrides, write_study
+from ekd_lightning.runs.writer import now
+from ekd_lightning.studies.study import (
+    STUDY_FILE,
+    Composer,
+    Study,
+    parse_numbers,
+    read_study,
+    split_overrides,
+    write_study,
+)
+from ekd_lightning.studies.sweep import Job
+
+if TYPE_CHECKING:
+    from ekd_lightning.studies.declaration import Declaration, Part
+
+    Declared = tuple[Declaration, Declaration]
 
 PROGRAM = "ekd-compare"
 EXAMPLES = """\
@@ -29,6 +47,8 @@ examples:
   ekd-compare --output compare/c10 --seeds 3,4       two more seeds
   ekd-compare --output compare/c10 --report-only     the table alone
   ... hydra/launcher=parallel hydra.launcher.n_jobs=2      two runs at a time, one thread each
+  ekd-compare --study full --output runs/study       what conf/study/full.yaml declares; the same again continues it
+  ekd-compare --study full --output runs/study --only cifar10-10,ekd,camkd     one part and two rows of it
 
 Overrides are those of ekd-train and apply to all rows. See docs/comparing.md.
 """
@@ -36,6 +56,7 @@ _ONLY_WITH_RUNS = (
     *("methods", "fractions", "seeds", "match", "no_controls", "tuned"),
     *("print_jobs", "retry_failed", "overrides"),
 )
+_PATIENCE_SECONDS = 3600.0  # for another process that plans in the folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fractions", help="shares of the training images (default: that of the settings)")
     parser.add_argument("--seeds", help="default: 0,1,2")
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--study", help="a declared study: a file of conf/study, or the path of a .yaml file")
+    parser.add_argument("--only", help="parts and rows of the declared study (default: all)")
     parser.add_argument(
         "--match", help="plain students of the branched student's cost: macs,parameters (default), one of them, or none"
     )
@@ -67,20 +90,16 @@ def run_compare(args: argparse.Namespace) -> bool:
     Raises:
         UserError: For a user's mistake, before anything runs; or for runs that cannot be compared.
     """
-    from ekd_lightning.cli.train import run_listed_job  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies import comparison  # noqa: PLC0415
-    from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
     register_schema()
-    folder = args.output.absolute()
-    old = read_study(folder)
+    folder, declared = args.output.absolute(), _declared(args)
     if args.report_only:
-        if old is None:
-            raise UserError(f"--output {args.output}: not a study, there is nothing to report")
         _refuse(args, _ONLY_WITH_RUNS, "has no effect on --report-only, which shows all that is there")
-        return comparison.report(old, folder)
-    if args.methods is None and old is not None:
+        return _report(args, declared)
+    if args.methods is None and declared is None and read_study(folder) is not None:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
     check_typed(args.overrides)
     common, hydra_words = split_overrides(args.overrides)
@@ -88,41 +107,102 @@ def run_compare(args: argparse.Namespace) -> bool:
     common, again = tuple(anchored(word) for word in common), f"{PROGRAM} --output {typed(folder)}"
     search = [word for word in hydra_words if key_of(word) == "hydra.searchpath"]
     again = " ".join([again, *map(shell_word, (*search, *filter(names_code, common)))])
-    tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
+    if declared:
+        again = " ".join(map(shell_word, (PROGRAM, *sys.argv[1:])))
+    since = now()
     with (
         users_files_first(hydra_words),
         initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
-        DirectoryLock(folder),
     ):
         if hydra_words:
             _compose(hydra_words, [])  # a launcher that is not there is refused before anything is planned
-        old = read_study(folder)  # again: another process may have added to it
-        composer = partial(_compose, search)
-        with working_in(old.working_directory if old else ""):
-            study = comparison.ask(
-                old,
-                common,
-                composer,
-                methods=args.methods,
-                fractions=() if args.fractions is None else parse_numbers("--fractions", args.fractions),
-                seeds=() if args.seeds is None else parse_numbers("--seeds", args.seeds),
-                match=args.match,
-                controls=not args.no_controls,
-                tuned=tuned,
-            )
-            if args.print_jobs:
-                jobs, _ = comparison.plan(study, folder, composer, retry_failed=args.retry_failed)
-                write_study(study, folder)  # for --report-only, once the jobs have run
-                for line in comparison.commands(jobs):
-                    print(line)
-                return True
-            comparison.run(
-                study, folder, composer, hydra_words, run_listed_job, command=again, retry_failed=args.retry_failed
-            )
-    complete = comparison.report(study, folder)
-    more = ",".join(str(max(study.seeds) + number) for number in (1, 2))
-    print_next(report_command([folder], folder / "report"), f"{again} --seeds {more}" if complete else again)
+        planned = _plan(args, declared, common, partial(_compose, search))
+        if args.print_jobs:
+            for line in (line for _, jobs in planned.values() for line in comparison.commands(jobs)):
+                print(line)
+            return True
+        for place, (study, jobs) in planned.items():
+            comparison.run(study, jobs, place, hydra_words, partial(run_shared_job, since=since), command=again)
+    complete = _report(args, declared)
+    if declared is None:
+        study = read_study(folder) or study
+        again += "" if not complete else f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
+    elif complete:
+        again = ""
+    print_next(report_command([folder], folder / "report"), *filter(None, [again]))
     return complete
+
+
+def _declared(args: argparse.Namespace) -> Declared | None:
+    """The declared study that is asked for, as a whole and the part of it that is left; None for another."""
+    from ekd_lightning.studies import declaration  # noqa: PLC0415 (slow; --help needs none)
+
+    if args.study is None:
+        if args.only:
+            raise UserError("--only: names parts and rows of a --study")
+        return None
+    _refuse(args, ("methods", "fractions", "match", "no_controls"), "has no effect on --study, which declares it")
+    if (args.output / STUDY_FILE).is_file():
+        raise UserError(f"--output {args.output}: holds a study of its own, a declared one has a folder for each part")
+    whole = declaration.read_declaration(args.study)
+    seeds = () if args.seeds is None else parse_numbers("--seeds", args.seeds)
+    return whole, whole.only([name.strip() for name in (args.only or "").split(",") if name.strip()], seeds)
+
+
+def _places(args: argparse.Namespace, declared: Declared | None) -> dict[Path, Part | None]:
+    """The folders of `ekd-compare`'s studies: one, or one for each part of a declared study."""
+    folder = args.output.absolute()
+    return {folder: None} if declared is None else {folder / part.name: part for part in declared[1].parts}
+
+
+def _plan(
+    args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer
+) -> dict[Path, tuple[Study, list[Job]]]:
+    """What is left to be run, by folder; the studies are written, and of a declared one it is said what it costs."""
+    from ekd_lightning.studies import comparison  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
+
+    planned: dict[Path, tuple[Study, list[Job]]] = {}
+    tuned = args.tuned.absolute() if args.tuned and args.tuned.exists() else args.tuned
+    for place, part in _places(args, declared).items():
+        with DirectoryLock(place, patience=_PATIENCE_SECONDS), session("plan", keep=False), phase("plan"):
+            old = read_study(place)  # another process may have added to it
+            with working_in(old.working_directory if old else ""):
+                if declared and part:
+                    study = comparison.ask_part(old, common, composer, declared[1], part, tuned)
+                else:
+                    study = comparison.ask(
+                        old,
+                        common,
+                        composer,
+                        methods=args.methods,
+                        fractions=() if args.fractions is None else parse_numbers("--fractions", args.fractions),
+                        seeds=() if args.seeds is None else parse_numbers("--seeds", args.seeds),
+                        match=args.match,
+                        controls=not args.no_controls,
+                        tuned=tuned,
+                    )
+                jobs, _ = comparison.plan(study, place, composer, retry_failed=args.retry_failed)
+            write_study(study, place)
+        planned[place] = study, jobs
+    if declared:
+        comparison.say_cost(planned, composer)
+    return planned
+
+
+def _report(args: argparse.Namespace, declared: Declared | None) -> bool:
+    """Makes the tables of what is there, and says what of a declared study is not; returns whether all is done."""
+    from ekd_lightning.studies import comparison  # noqa: PLC0415 (slow; --help needs none)
+
+    studies = {place: study for place in _places(args, declared) if (study := read_study(place)) is not None}
+    if not studies:
+        raise UserError(f"--output {args.output}: not a study, there is nothing to report")
+    complete = [comparison.report(study, place) for place, study in studies.items()].count(False) == 0
+    if declared is None:
+        return complete
+    for line in comparison.not_run(declared[0], args.output):
+        print(f"not run: {line}")
+    return complete and not comparison.not_run(declared[1], args.output)
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:

@@ -32,6 +32,8 @@ from ekd_lightning.config.overrides import (
     named_sweep,
 )
 from ekd_lightning.errors import UserError, users_line
+from ekd_lightning.runs.directory import RunDirectory, RunState
+from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.studies.launching import is_watched
@@ -95,6 +97,29 @@ def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
 def run_listed_job(cfg: DictConfig) -> float | None:
     """Runs one job of a list that Hydra did not make; other ranks repeat it as `ekd-train`, whoever made the list."""
     return run_job(cfg, program=__file__)
+
+
+def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
+    """Runs one job of a study that other processes may work at: what one of them is at or has made is left alone.
+
+    Args:
+        cfg: Its configuration.
+        since: When the jobs were planned, ISO 8601: a failure that is younger is another process's.
+    """
+    directory = JobOutput(cfg).directory
+    if not is_rank_zero():
+        return run_listed_job(cfg)
+    try:
+        lock_ahead(directory)
+    except LockedError:
+        log.info("%s: another process is at it", directory.name)
+        return None
+    try:
+        found = RunDirectory(directory).recorded()
+        failed = found.state is RunState.FAILED and found.time is not None and found.time >= since
+        return None if failed or found.result is not None else run_listed_job(cfg)
+    finally:
+        release_ahead()
 
 
 def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:

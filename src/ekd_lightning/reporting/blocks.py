@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -95,19 +95,22 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
     ]
 
 
-def block_of_rows(data: str, fraction: float, rows: Mapping[str, Sequence[RunEntry]]) -> Block:
+def block_of_rows(
+    data: str, fraction: float, rows: Mapping[str, Sequence[RunEntry]], deciding: Collection[str] | None = None
+) -> Block:
     """The block of rows that were asked for by name, e.g. those of a study; each is one group of that name.
 
     Args:
         data: Name of the data set.
         fraction: Share of the training images.
         rows: The runs of each, at least one, done or not.
+        deciding: Rows that the question is about; None for all.
 
     Raises:
         UserError: If two runs differ in their protocol.
     """
     check_comparable(rows)
-    groups = tuple(make_group(runs, name) for name, runs in rows.items())
+    groups = tuple(make_group(runs, name, decides=deciding is None or name in deciding) for name, runs in rows.items())
     first = next((group for group in groups if group.n), groups[0])
     place = ComparisonGroup(replace(first.protocol, data=data, fraction=fraction), frozenset(), ())
     return _block(place, groups, 0, ())

@@ -57,6 +57,7 @@ class Group:
         runs: Those that count, one per seed, by seed; then failed, partial and running ones, which do not.
         duplicates: Finished runs with a newer run of the same seed; they do not count.
         varied: Settings in which groups of the method differ -> value in this group.
+        decides: Whether the question is about it: p values of such groups are corrected for their number alone.
     """
 
     label: str
@@ -69,6 +70,7 @@ class Group:
     runs: tuple[RunEntry, ...]
     duplicates: tuple[RunEntry, ...] = ()
     varied: Mapping[str, Any] = field(default_factory=dict)
+    decides: bool = True
 
     @cached_property
     def done(self) -> tuple[RunEntry, ...]:
@@ -218,13 +220,16 @@ def group(collection: Collection) -> list[Group]:
     return sorted(made, key=_order)
 
 
-def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any] | None = None) -> Group:
+def make_group(
+    members: Sequence[RunEntry], label: str, varied: Mapping[str, Any] | None = None, *, decides: bool = True
+) -> Group:
     """One group of runs that differ in their seed alone.
 
     Args:
         members: At least one, in any order.
         label: Name of the group.
         varied: Settings in which groups of the method differ -> value in this group.
+        decides: Whether the question is about it.
     """
     newest: dict[int, RunEntry] = {}
     duplicates: list[RunEntry] = []
@@ -248,11 +253,14 @@ def make_group(members: Sequence[RunEntry], label: str, varied: Mapping[str, Any
         runs=(*done, *others),
         duplicates=tuple(duplicates),
         varied=varied or {},
+        decides=decides,
     )
 
 
 def differences(groups: Sequence[Group], reference: str, key: str = "test_accuracy") -> dict[str, Difference]:
     """Every other group minus the reference, paired by seed, with p values corrected by Holm's method.
+
+    Those of groups that decide are corrected for their number alone, those of others for all.
 
     Args:
         groups: Those of one block.
@@ -271,7 +279,9 @@ def differences(groups: Sequence[Group], reference: str, key: str = "test_accura
     values = {one.label: one.by_seed(key) for one in groups}
     if reference not in values:
         raise ValueError(f"no group {reference!r}")
-    return corrected({label: minus(own, values[reference]) for label, own in values.items() if label != reference})
+    found = {label: minus(own, values[reference]) for label, own in values.items() if label != reference}
+    decide = {one.label for one in groups if one.decides}
+    return {**corrected(found), **corrected({label: one for label, one in found.items() if label in decide})}
 
 
 def _order(one: Group) -> tuple[Any, ...]:

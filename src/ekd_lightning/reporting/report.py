@@ -117,12 +117,23 @@ def machine(provenance: Mapping[str, Any]) -> str:
     """E.g. `AMD EPYC (AVX512), 1 thread, torch 2.14.1`."""
     hardware, packages = provenance.get("hardware") or {}, provenance.get("packages") or {}
     if not hardware:
+        return kind_of_machine(provenance)
+    threads = plural(hardware.get("threads") or 0, "thread")
+    return ", ".join((kind_of_machine(provenance), threads, f"torch {packages.get('torch')}"))
+
+
+def kind_of_machine(provenance: Mapping[str, Any]) -> str:
+    """What rounds alike: the processor and the GPUs, e.g. `1 × NVIDIA H100, AMD EPYC (AVX512)`."""
+    hardware = provenance.get("hardware") or {}
+    if not hardware:
         return "unknown hardware"
     gpus = Counter(hardware.get("gpus") or [])
-    processor = f"{hardware.get('cpu')} ({hardware.get('cpu_capability')})"
-    parts = [f"{count} × {gpu}" for gpu, count in gpus.items()]
-    parts += [processor, plural(hardware.get("threads") or 0, "thread"), f"torch {packages.get('torch')}"]
-    return ", ".join(parts)
+    return ", ".join(
+        [
+            *(f"{count} × {gpu}" for gpu, count in gpus.items()),
+            f"{hardware.get('cpu')} ({hardware.get('cpu_capability')})",
+        ]
+    )
 
 
 def _reference(block: Block, asked: str | None) -> Group | None:

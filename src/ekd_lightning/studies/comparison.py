@@ -6,11 +6,13 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.types import TaskFunction
+from omegaconf import DictConfig
 
 from ekd_lightning import markdown as md
 from ekd_lightning.config.config import (
@@ -25,16 +27,27 @@ from ekd_lightning.config.edge import parse_names, print_wide
 from ekd_lightning.config.overrides import key_of, may_be_given, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
-from ekd_lightning.progress import phase, session, track
+from ekd_lightning.progress import track
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
+from ekd_lightning.reporting.estimates import plural
+from ekd_lightning.reporting.report import kind_of_machine
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunState
-from ekd_lightning.runs.lock import holder
 from ekd_lightning.runs.words import require_named_code
+from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.declaration import (
+    Declaration,
+    Part,
+    recorded_pace,
+    seconds_of,
+    study_of,
+    training_cost,
+    training_speed,
+)
 from ekd_lightning.studies.launching import check_job, launch
-from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, union, write_study
+from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, read_study, union
 from ekd_lightning.studies.sweep import Job, Sweep
 from ekd_lightning.studies.tuned import with_tuned
 
@@ -103,39 +116,67 @@ def ask(
     return asked if old is None else union(old, asked)
 
 
-def run(
-    study: Study,
-    folder: Path,
+def ask_part(
+    old: Study | None,
+    words: tuple[str, ...],
     composer: Composer,
-    hydra_words: Sequence[str],
-    task: TaskFunction,
-    *,
-    command: str,
-    retry_failed: bool = False,
+    declared: Declaration,
+    part: Part,
+    tuned: Path | None = None,
+) -> Study:
+    """Builds the study of a part of a declared study; arguments as for `ask`.
+
+    Raises:
+        UserError: For unknown names, or what contradicts the folder's study.
+    """
+    study = study_of(declared, part, words, old, composer)
+    if tuned is not None:
+        study = replace(study, rows=tuple(with_tuned(study.rows, tuned, study.data, study.fractions)))
+    return study if old is None else union(old, study)
+
+
+def say_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Composer) -> None:
+    """Logs what the jobs of several studies cost on this machine.
+
+    By the speed of the runs that are there and were made on this kind of machine; without any, a second of a student's
+    training is measured.
+    """
+    jobs = {place.name: own for place, (_, own) in planned.items() if own}
+    if not jobs:
+        return
+    here, done = kind_of_machine(provenance()), []
+    for place, (study, _) in planned.items():
+        runs = [run for rows in read_runs(study, place).values() for own in rows.values() for run in own.values()]
+        done += [run for run in runs if run.result and kind_of_machine(run.provenance) == here]
+    pace, speed = recorded_pace(done)
+    source = f"by {plural(len(done), 'run')} that it has made"
+    if not speed:
+        source = "by a second of a student's training; filling the tables of teachers' outputs comes on top"
+        first = next(own[0] for own in jobs.values())
+        speed = training_speed(to_settings(composer(overrides=first.overrides)))
+    every = [job for own in jobs.values() for job in own]
+    for name, own in {**jobs, "in all": every}.items():
+        images, hours = sum(job.images for job in own), seconds_of(own, pace, speed) / 3600
+        log.info("%s: %s, %s training images, about %.3g h", name, plural(len(own), "run"), f"{images:,}", hours)
+    log.info("hours of one run after the other on %s, judged %s", here, source)
+
+
+def run(
+    study: Study, jobs: Sequence[Job], folder: Path, hydra_words: Sequence[str], task: TaskFunction, *, command: str
 ) -> None:
-    """Runs the missing runs of a study.
+    """Runs jobs of a study; other processes may be at work in it, see `run_shared_job` of `ekd-train`.
 
     Args:
-        study: What is asked for.
+        study: The study.
+        jobs: From `plan`.
         folder: The study's folder.
-        composer: Composes overrides, inside an initialised Hydra.
         hydra_words: Overrides of Hydra, e.g. the launcher.
         task: Runs one job.
         command: What continues the work if it is interrupted, for the user.
-        retry_failed: Whether failed runs are tried again.
 
     Raises:
-        UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
         KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
     """
-    with session("plan", keep=False), phase("plan"):
-        jobs, left = plan(study, folder, composer, retry_failed=retry_failed)
-    write_study(study, folder)
-    total = len(study.rows) * len(study.fractions) * len(study.seeds)
-    resumed = sum(job.resumed for job in jobs)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)", total, len(jobs), resumed)
-    for one in left:
-        log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
     if jobs:
         whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
         launch(jobs, whole, hydra_words, task, command)
@@ -155,17 +196,19 @@ def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
     """All runs that a study asks for, by fraction; rows in their order."""
     return {
         fraction: {
-            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds} for row in study.rows
+            row.name: {seed: read_run(folder, row.name, fraction, seed) for seed in study.seeds_of(row)}
+            for row in study.rows
         }
         for fraction in study.fractions
     }
 
 
 def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> tuple[list[Job], list[RunEntry]]:
-    """Decides what to launch.
+    """Decides what to launch, and says so.
 
-    Runs that are done are skipped. Stopped ones go on from their last checkpoint, or start again without one.
-    Failed ones are left alone unless they are to be tried again, then they are treated like stopped ones.
+    Runs that are done are skipped, and those at which another process is left to it. Stopped ones go on from their
+    last checkpoint, or start again without one. Failed ones are left alone unless they are to be tried again, then
+    they are treated like stopped ones.
 
     Returns:
         The jobs, and the failed runs that are left alone.
@@ -174,36 +217,56 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
     """
     ordered: list[tuple[tuple[float, int, int], Job]] = []
-    left: list[RunEntry] = []
-    checked: dict[tuple[str, float], Settings] = {}
+    every, left, running, done = list(study.every), [], 0, []
+    checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
+    composed: dict[tuple[str, float], DictConfig] = {}
     free = [word for word in study.common if may_be_given(word)]
-    for row, fraction, seed in track(list(study.every), "checking", "runs"):
+    for row, fraction, seed in track(every, "checking", "runs"):
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
-        directory = found.directory
-        cfg = compose(overrides=words)
-        to_settings(cfg).check()
+        directory, place = found.directory, (row.name, fraction)
+        if place not in composed:
+            composed[place] = compose(overrides=words)
+            to_settings(composed[place]).check()
         checkpoint = RunDirectory(directory).last_checkpoint.is_file()
         failed = found.state is RunState.FAILED
         keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
         if keeps and found.on_disk.file(CONFIG) is not None:
-            _check_configuration(directory, to_plain(cfg))
+            _check_configuration(directory, {**to_plain(composed[place]), "seed": seed})
         if found.is_over:
+            done.append(found)
             continue
         if found.state is RunState.RUNNING:
-            raise UserError(f"{directory}: in use by {holder(directory) or 'another process'}")
+            running += 1
+            continue
         if failed and not retry_failed:
             left.append(found)
             continue
         resumed = checkpoint and found.on_disk.file(OVERRIDES) is not None
-        if (row.name, fraction) not in checked:
-            checked[row.name, fraction] = to_settings(cfg)
-            _check_row(row, checked[row.name, fraction])
-        job = Job(directory, tuple(_resumed_words(directory, free) if resumed else words), resumed)
-        ordered.append(((fraction, seed, -len(cfg.method.terms)), job))
-    warn_without_effect([key_of(word) for word in study.common], checked.values())
+        if place not in checked:
+            settings = to_settings(composed[place])
+            checked[place] = settings, _check_row(row, settings)
+        own = tuple(_resumed_words(directory, free) if resumed else words)
+        job = Job(directory, own, resumed, row.name, **checked[place][1])
+        ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
+    warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
     # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
     # others then read.
-    return [job for _, job in sorted(ordered, key=lambda pair: pair[0])], left
+    jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
+    others = f", {running} left to other processes that are at them" if running else ""
+    again = sum(job.resumed for job in jobs)
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
+    for one in left:
+        log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
+    _say_other_machines(done)
+    return jobs, left
+
+
+def _say_other_machines(done: Sequence[RunEntry]) -> None:
+    """Warns of runs that another kind of machine has made: the table will join them with those of this one."""
+    here = kind_of_machine(provenance())
+    for kind, count in Counter(kind_of_machine(run.provenance) for run in done).items():
+        if kind != here:
+            log.warning("%s here made on another kind of machine: %s; this is %s", plural(count, "run"), kind, here)
 
 
 def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
@@ -216,10 +279,10 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
         )
 
 
-def _check_row(row: RowPlan, settings: Settings) -> None:
-    """Checks a row as its run would be, so that no other row trains before one is refused."""
+def _check_row(row: RowPlan, settings: Settings) -> dict[str, int]:
+    """Checks a row as its run would be, so that no other row trains before one is refused; returns what it costs."""
     try:
-        check_job(settings)
+        return training_cost(settings, check_job(settings))
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
 
@@ -253,7 +316,7 @@ def report(study: Study, folder: Path) -> bool:
     """
     found = read_runs(study, folder)
     settings = {row.name: row.settings for row in study.rows}
-    blocks = [study_block(study.data, fraction, found[fraction]) for fraction in study.fractions]
+    blocks = [study_block(study.data, fraction, found[fraction], study.deciding) for fraction in study.fractions]
     rows = [study_rows(block) for block in blocks]
     flat = [
         one
@@ -274,13 +337,34 @@ def report(study: Study, folder: Path) -> bool:
     return set(states) == {RunState.DONE}
 
 
-def study_block(data: str, fraction: float, runs: Runs) -> Block:
+def not_run(declared: Declaration, folder: Path) -> list[str]:
+    """What of a declared study has not been run, a line for each part."""
+    lines = []
+    for part in declared.parts:
+        study, asked = read_study(folder / part.name), sum(len(row.seeds) for row in declared.rows)
+        found = read_runs(study, folder / part.name)[part.fraction] if study else {}
+        done = {row: {seed for seed, run in own.items() if run.is_over} for row, own in found.items()}
+        missing = {row.name: len({*row.seeds} - done.get(row.name, set())) for row in declared.rows}
+        if left := sum(missing.values()):
+            rows = ", ".join(f"{row} {count}" for row, count in missing.items() if count)
+            share = f"all {asked} runs" if left == asked else f"{left} of {asked} runs ({rows})"
+            lines.append(f"{part.name}: {share}")
+    return lines
+
+
+def study_block(data: str, fraction: float, runs: Runs, deciding: Collection[str] | None = None) -> Block:
     """The rows of a study at one fraction, as a block of a report.
+
+    Args:
+        data: Name of the data set.
+        fraction: Share of the training images.
+        runs: Of each row.
+        deciding: Rows that the study's question is about; None for all.
 
     Raises:
         UserError: If runs cannot be compared.
     """
-    return block_of_rows(data, fraction, {row: list(own.values()) for row, own in runs.items()})
+    return block_of_rows(data, fraction, {row: list(own.values()) for row, own in runs.items()}, deciding)
 
 
 def study_rows(block: Block) -> list[tables.Row]:

@@ -46,11 +46,15 @@ class RowPlan:
         name: A method, `method@network`, or `kd_mean_macs` and the like.
         overrides: What the row adds to the common overrides, for ekd-train; `method=...` comes first.
         without: Keys of common overrides that do not apply to the row.
+        seeds: Its own; None for those of the study.
+        decides: Whether the study's question is about it: p values of such rows are corrected for their number alone.
     """
 
     name: str
     overrides: tuple[str, ...]
     without: tuple[str, ...] = ()
+    seeds: tuple[int, ...] | None = None
+    decides: bool = True
 
     @property
     def method(self) -> str:
@@ -89,7 +93,17 @@ class Study:
         for fraction in self.fractions:
             for seed in self.seeds:
                 for row in self.rows:
-                    yield row, fraction, seed
+                    if seed in self.seeds_of(row):
+                        yield row, fraction, seed
+
+    def seeds_of(self, row: RowPlan) -> tuple[int, ...]:
+        """The seeds of a row."""
+        return self.seeds if row.seeds is None else row.seeds
+
+    @property
+    def deciding(self) -> frozenset[str]:
+        """Names of the rows that the question is about."""
+        return frozenset(row.name for row in self.rows if row.decides)
 
     def words(self, row: RowPlan, fraction: float, seed: int) -> list[str]:
         """The overrides of one run, as for ekd-train."""
@@ -141,10 +155,17 @@ def parse_numbers(option: str, text: str) -> tuple[Any, ...]:
 
 def write_study(study: Study, folder: Path) -> None:
     """Writes study.json."""
-    rows = {row.name: {"overrides": list(row.overrides), "without": list(row.without)} for row in study.rows}
+    rows = {row.name: _row_record(row) for row in study.rows}
     content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
     content |= {"common": list(study.common), "data": study.data}
     write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory, "format": FORMAT})
+
+
+def _row_record(row: RowPlan) -> dict[str, Any]:
+    made: dict[str, Any] = {"overrides": list(row.overrides), "without": list(row.without)}
+    if row.seeds is not None:
+        made["seeds"] = list(row.seeds)
+    return made if row.decides else {**made, "decides": False}
 
 
 def read_study(folder: Path) -> Study | None:
@@ -182,7 +203,8 @@ def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
     for word in words:
         if not is_under(key_of(word), ("method", "student", "recipe")):
             raise UserError(f"{path}: {word}: the row {name} sets more than its method, student and recipe")
-    return RowPlan(name, words, tuple(row["without"]))
+    seeds = _read_numbers(path, "seeds", row["seeds"]) if "seeds" in row else None
+    return RowPlan(name, words, tuple(row["without"]), seeds, bool(row.get("decides", True)))
 
 
 def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any, ...]:
@@ -225,6 +247,8 @@ def union(old: Study, new: Study) -> Study:
                 f"row {row.name}: the study has it with {' '.join(before.overrides)}, "
                 f"now it is {' '.join(row.overrides)}; use another --output"
             )
+        if None not in (before.seeds, row.seeds):
+            rows[row.name] = replace(before, seeds=tuple(sorted({*(before.seeds or ()), *(row.seeds or ())})))
     return Study(
         tuple(rows.values()),
         tuple(sorted({*old.fractions, *new.fractions})),
@@ -267,7 +291,7 @@ def plan_rows(
         if new:  # once found, a study keeps it
             match = match_student(by, compose(overrides=common))
             log.info("%s: %s", ", ".join(new), match)
-            rows += [_matched(name, make_row(method, compose), match) for name, method in new.items()]
+            rows += [matched_row(name, make_row(method, compose), match) for name, method in new.items()]
     return rows
 
 
@@ -326,7 +350,8 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     return match_network(student.spec, cost(student), cost)
 
 
-def _matched(name: str, row: RowPlan, match: Match) -> RowPlan:
+def matched_row(name: str, row: RowPlan, match: Match) -> RowPlan:
+    """A row with the plain student of equal cost that was found."""
     options = [override(f"++student.options.{key}", value) for key, value in match.options.items()]
     without = (*row.without, "student.network", "student.options")
     return replace(

@@ -46,11 +46,17 @@ class Job:
         directory: Its run directory.
         overrides: As for ekd-train.
         resumed: Whether it goes on from its last checkpoint.
+        row: Of the study that it belongs to.
+        images: Training images, each time that one is seen.
+        macs: Multiply-accumulates of training on them.
     """
 
     directory: Path
     overrides: tuple[str, ...]
     resumed: bool = False
+    row: str = ""
+    images: int = 0
+    macs: int = 0
 
 
 @dataclass(frozen=True)

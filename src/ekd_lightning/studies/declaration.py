@@ -1,0 +1,276 @@
+"""Declared studies: parts, rows and seeds that are fixed before the first run, in conf/study; and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ekd_lightning.config.config import to_settings
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.files import read_yaml
+from ekd_lightning.roles import is_of
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, make_row, match_student, matched_row
+from ekd_lightning.studies.sweep import Job
+
+if TYPE_CHECKING:
+    from ekd_lightning.pipeline.prepare import Prepared
+    from ekd_lightning.settings import Settings
+
+_FORM: dict[str, Any] = {
+    "overrides": list[str],
+    "least": dict[str, int],
+    "parts": dict[str, dict[str, Any]],
+    "decide": dict[str, Any],
+    "others": dict[str, Any],
+}
+_PROBE_SECONDS = 1.0
+
+
+class Part(NamedTuple):
+    """A study of its own: one data set, one share of the training images, all rows."""
+
+    name: str
+    data: str
+    fraction: float
+
+
+class DeclaredRow(NamedTuple):
+    """A row: a method with its defaults, or with further overrides, or the plain student of equal cost."""
+
+    name: str
+    method: str
+    words: tuple[str, ...]
+    match: str | None
+    seeds: tuple[int, ...]
+    decides: bool
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A whole study.
+
+    Attributes:
+        overrides: Of all runs.
+        steps: Optimiser steps that every run has at least, and
+        epochs: epochs: it has as many as both need.
+        parts: In the order in which they are run.
+        rows: Those that decide first.
+    """
+
+    overrides: tuple[str, ...]
+    steps: int
+    epochs: int
+    parts: tuple[Part, ...]
+    rows: tuple[DeclaredRow, ...]
+
+    def only(self, names: Sequence[str], seeds: Sequence[int]) -> Declaration:
+        """What is left of it.
+
+        Args:
+            names: Parts and rows; all parts where none is named, all rows likewise.
+            seeds: All if empty.
+
+        Raises:
+            UserError: For a name that is neither, or where nothing is left.
+        """
+        parts, rows = {part.name: part for part in self.parts}, {row.name: row for row in self.rows}
+        for name in names:
+            if name not in parts and name not in rows:
+                raise unknown_name("part or row", name, [*parts, *rows])
+        kept = [row for row in self.rows if row.name in names] or self.rows
+        kept = [row._replace(seeds=tuple(s for s in row.seeds if not seeds or s in seeds)) for row in kept]
+        if not any(row.seeds for row in kept):
+            raise UserError(f"--seeds {','.join(map(str, seeds))}: the study has other seeds")
+        left = [part for part in self.parts if part.name in names] or self.parts
+        return replace(self, parts=tuple(left), rows=tuple(row for row in kept if row.seeds))
+
+    def epochs_of(self, images: int, batch_size: int) -> int:
+        """As many epochs as the least numbers of steps and of epochs need; a last, smaller batch is left out."""
+        return max(self.epochs, math.ceil(self.steps / (images // batch_size)))
+
+
+def read_declaration(name: str) -> Declaration:
+    """Reads a declared study.
+
+    Args:
+        name: Of a file in conf/study, or the path of a YAML file.
+
+    Raises:
+        UserError: If there is none of this name, or it is of another form.
+    """
+    folder = Path(str(resources.files("ekd_lightning.conf"))) / "study"
+    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not path.is_file():
+        if path.parent != folder:
+            raise UserError(f"--study {name}: no such file")
+        raise unknown_name("study", name, [one.stem for one in folder.glob("*.yaml")])
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold {', '.join(_FORM)}")
+    _check_keys(path, content, _FORM, required=("parts", "decide"))
+    least = {"steps": 0, "epochs": 1, **content.get("least", {})}
+    _check_keys(f"{path}: least", least, {"steps": int, "epochs": int})
+    parts = []
+    for part, own in content["parts"].items():
+        _check_keys(f"{path}: parts: {part}", own, {"data": str, "fraction": float}, required=("data", "fraction"))
+        parts.append(Part(part, own["data"], float(own["fraction"])))
+    rows = [row for kind in ("decide", "others") for row in _read_rows(f"{path}: {kind}", content.get(kind), kind)]
+    if len({row.name for row in rows}) < len(rows):
+        raise UserError(f"{path}: a row is named twice")
+    return Declaration(tuple(content.get("overrides", ())), least["steps"], least["epochs"], tuple(parts), tuple(rows))
+
+
+def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iterable[DeclaredRow]:
+    if content is None:
+        return
+    _check_keys(where, content, {"seeds": list[int], "rows": dict[str, dict[str, Any]]}, required=("seeds", "rows"))
+    for name, own in content["rows"].items():
+        _check_keys(f"{where}: {name}", own, {"method": str, "with": list[str], "match": str})
+        if own.get("match", MATCHES[0]) not in MATCHES:
+            raise UserError(f"{where}: {name}: match: {' or '.join(MATCHES)}")
+        words, seeds = tuple(own.get("with", ())), tuple(content["seeds"])
+        yield DeclaredRow(name, own.get("method", name), words, own.get("match"), seeds, kind == "decide")
+
+
+def _check_keys(
+    where: object, content: Mapping[str, Any], form: Mapping[str, Any], required: Sequence[str] = ()
+) -> None:
+    for key, value in content.items():
+        if key not in form:
+            raise UserError(f"{where}: {unknown_name('key', key, form)}")
+        if not is_of(value, form[key]):
+            raise UserError(f"{where}: {key}: cannot be {value!r:.60}")
+    if missing := [key for key in required if key not in content]:
+        raise UserError(f"{where}: needs {', '.join(missing)}")
+
+
+def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study | None, composer: Composer) -> Study:
+    """The study of one part.
+
+    Args:
+        declared: The whole.
+        part: Of it.
+        words: Further overrides of all runs, e.g. of the trainer.
+        old: What the part's folder holds: plain students of equal cost that it has are kept.
+        composer: Composes overrides, inside an initialised Hydra.
+
+    Raises:
+        UserError: For unknown names.
+    """
+    from ekd_lightning.pipeline.prepare import prepare_data  # noqa: PLC0415 (slow; --help needs none)
+
+    common = (f"data={part.data}", *declared.overrides, *words)
+    settings = to_settings(composer(overrides=[*common, f"data.fraction={part.fraction:g}"]))
+    images = len(prepare_data(settings)[1].train_index)
+    if images < settings.recipe.batch_size:
+        raise UserError(f"{part.name}: {images} training images are less than a batch")
+    common = (*common, f"recipe.epochs={declared.epochs_of(images, settings.recipe.batch_size)}")
+    known = {row.name: row for row in old.rows} if old else {}
+    matches: dict[str, Any] = {}
+    rows = []
+    for row in declared.rows:
+        if row.match and row.name in known:  # once found, a study keeps it
+            rows.append(replace(known[row.name], seeds=row.seeds))
+            continue
+        made = make_row(row.method, composer, common)
+        if row.match:
+            if row.match not in matches:
+                matches[row.match] = match_student(row.match, composer(overrides=common))
+            made = matched_row(row.name, made, matches[row.match])
+        words_of_row = (*made.overrides, *row.words)
+        rows.append(RowPlan(row.name, words_of_row, made.without, row.seeds, row.decides))
+    seeds = sorted({seed for row in rows for seed in row.seeds or ()})
+    return Study(tuple(rows), (part.fraction,), tuple(seeds), common, settings.data.name, str(Path.cwd()))
+
+
+def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
+    """What training costs.
+
+    Returns:
+        `images`, each counted as often as it is seen, and `macs`: three forward passes of the student for each of them,
+        and one of every teacher that no table answers for.
+    """
+    from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415 (slow)
+    from ekd_lightning.networks import build_network  # noqa: PLC0415
+
+    size = prepared.dataset.image_size
+    macs = 3 * count_macs(prepared.student, size)
+    if not prepared.source.tables:
+        macs += sum(count_macs(build_network(plan.spec), size) for plan in prepared.teachers)
+    images = settings.recipe.epochs * prepared.datamodule.num_train_images
+    return {"images": images, "macs": images * macs}
+
+
+def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
+    """What runs have recorded of their speed.
+
+    Returns:
+        Seconds for an image by row, and multiply-accumulates a second of all of them, three forward passes of the
+        student for each image; 0 without any.
+    """
+    rows: dict[str, list[float]] = {}
+    macs = seconds = 0.0
+    for run in done:
+        images = (run.get("num_train_images") or 0) * (run.get("epochs_done") or run.get("epochs") or 0)
+        took = run.get("train_seconds") or 0.0
+        if images and took:
+            rows.setdefault(run.directory.name.rsplit("-f", 1)[0], []).append(took / images)
+            macs, seconds = macs + 3.0 * images * (run.get("macs") or 0), seconds + took
+    return {row: statistics.median(own) for row, own in rows.items()}, macs / seconds if seconds else 0.0
+
+
+def seconds_of(jobs: Iterable[Job], pace: Mapping[str, float], speed: float) -> float:
+    """Seconds that jobs take, one after another.
+
+    Args:
+        jobs: With their cost.
+        pace: Seconds for an image by row, from `recorded_pace`.
+        speed: Multiply-accumulates a second, for other rows.
+    """
+    return sum(job.images * pace[job.row] if job.row in pace else job.macs / speed for job in jobs)
+
+
+def training_speed(settings: Settings) -> float:
+    """Multiply-accumulates a second of this machine, from about a second of a student's training steps."""
+    import torch  # noqa: PLC0415 (slow; --help needs none)
+
+    from ekd_lightning.data import open_dataset  # noqa: PLC0415
+    from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415
+    from ekd_lightning.networks.staged import sides  # noqa: PLC0415
+    from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
+    from ekd_lightning.teachers.hardware import device_type_of, resolve_precision  # noqa: PLC0415
+
+    accelerator = str(settings.trainer.get("accelerator", "auto"))
+    device = torch.device(device_type_of(accelerator))
+    half = "bf16" in str(resolve_precision(settings.trainer.get("precision"), accelerator))
+    dataset = open_dataset(settings.data)
+    student, batch = build_student(settings, dataset), settings.recipe.batch_size
+    macs = 3 * batch * count_macs(student, dataset.image_size)
+    student.to(device).train()
+    images = torch.rand(batch, 3, *sides(dataset.image_size), device=device)
+    threads = torch.get_num_threads()
+    if settings.trainer.get("threads"):
+        torch.set_num_threads(int(settings.trainer["threads"]))
+    try:
+        steps, until = -1, math.inf  # the first step warms up
+        while time.perf_counter() < until:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = student(images).float().square().mean()
+            loss.backward()
+            with contextlib.suppress(AttributeError):
+                getattr(torch, device.type).synchronize()
+            steps += 1
+            if steps == 0:
+                began = time.perf_counter()
+                until = began + _PROBE_SECONDS
+        return macs * steps / (time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,205 @@
+"""Declared studies: what conf/study says, what is left of it, how long its runs are, and what they cost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from made_runs import entry, result
+from scipy import stats
+from whole_runs import called
+
+from ekd_lightning.cli import train
+from ekd_lightning.cli.compare import main
+from ekd_lightning.errors import UserError
+from ekd_lightning.reporting.blocks import block_of_rows
+from ekd_lightning.reporting.groups import differences
+from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.studies.declaration import Declaration, read_declaration, recorded_pace, seconds_of
+from ekd_lightning.studies.study import read_study
+from ekd_lightning.studies.sweep import Job
+
+call = partial(called, main, level=logging.INFO)
+
+
+def test_the_full_study_is_what_its_question_needs() -> None:
+    full = read_declaration("full")
+    assert [(part.data, part.fraction) for part in full.parts[:5]] == [
+        ("cifar10", 0.1),
+        ("cifar100", 0.1),
+        ("cifar10", 0.05),
+        ("cifar100", 0.2),
+        ("cifar10", 1.0),
+    ]
+    deciding = {row.name for row in full.rows if row.decides}
+    assert {"ce", "kd_mean", "camkd", "fitnet", "simkd", "crd", "dkd", "ekd", "ekd_mean", "ekd_permuted"} < deciding
+    assert {row.seeds for row in full.rows if row.decides} == {(0, 1, 2, 3, 4)}
+    assert {row.seeds for row in full.rows if not row.decides} == {(0, 1, 2)}
+    assert full.epochs_of(4500, 128) * (4500 // 128) >= 4000
+    assert full.epochs_of(45_000, 128) == 60
+
+
+@given(st.integers(0, 5000), st.integers(1, 100), st.integers(1, 50_000), st.integers(1, 512))
+def test_a_run_is_as_short_as_both_rules_allow(steps: int, epochs: int, images: int, batch: int) -> None:
+    if images < batch:
+        return
+    found = Declaration((), steps, epochs, (), ()).epochs_of(images, batch)
+    assert found >= epochs
+    assert found * (images // batch) >= steps
+    assert found == epochs or (found - 1) * (images // batch) < steps
+
+
+def test_parts_and_rows_are_chosen_by_name() -> None:
+    full = read_declaration("full")
+    left = full.only(["cifar100-20", "ekd", "kd"], [0, 4])
+    assert [part.name for part in left.parts] == ["cifar100-20"]
+    assert {row.name: row.seeds for row in left.rows} == {"ekd": (0, 4), "kd": (0,)}
+    assert full.only([], []) == full
+    with pytest.raises(UserError, match="did you mean 'cifar10-10'"):
+        full.only(["cifar10-11"], [])
+    with pytest.raises(UserError, match="the study has other seeds"):
+        full.only([], [9])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"part": {}}, "unknown key 'part'; did you mean 'parts'"),
+        ({"parts": {"a": {"data": "digits"}}}, "parts: a: needs fraction"),
+        ({"decide": {"seeds": [0]}}, "decide: needs rows"),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"match": "size"}}}}, "match: macs or parameters"),
+        ({"others": {"seeds": [0], "rows": {"ce": {}}}}, "a row is named twice"),
+        ({"overrides": ["a=1", {"b": 2}]}, "overrides: cannot be"),
+    ],
+)
+def test_a_declaration_of_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    whole = {"parts": {"a": {"data": "digits", "fraction": 0.1}}, "decide": {"seeds": [0], "rows": {"ce": {}}}}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({**whole, **change}))
+    with pytest.raises(UserError, match=words):
+        read_declaration(str(path))
+
+
+def test_the_cost_is_that_of_recorded_runs_by_row_and_by_size_elsewhere() -> None:
+    seen = {"num_train_images": 100, "epochs_done": 2, "macs": 10}
+    done = [entry(result("ekd", s, train_seconds=float(t), **seen), name=f"ekd-f0.1-s{s}") for s, t in ((0, 4), (1, 6))]
+    pace, speed = recorded_pace(done)
+    assert pace == {"ekd": pytest.approx(5 / 200)}
+    assert speed == pytest.approx(3 * 10 * 400 / 10)
+    jobs = [Job(Path("a"), (), row="ekd", images=1000), Job(Path("b"), (), row="ce", images=7, macs=2400)]
+    assert seconds_of(jobs, pace, speed) == pytest.approx(1000 * 5 / 200 + 2400 / speed)
+    assert recorded_pace([]) == ({}, 0.0)
+
+
+def test_rows_that_decide_are_corrected_for_their_number_alone() -> None:
+    gains = {"a": (0.02, 0.01, 0.03, 0.02), "b": (0.01, 0.02, 0.00, 0.015), "c": (0.03, 0.05, 0.01, 0.02)}
+    base = (0.5, 0.52, 0.49, 0.51)
+    rows = {"ekd": [entry(result("ekd", s, value)) for s, value in enumerate(base)]}
+    for name, own in gains.items():
+        rows[name] = [entry(result("ekd", s, base[s] + gain, weight_x=name)) for s, gain in enumerate(own)]
+    plain = {name: stats.ttest_1samp(own, 0).pvalue for name, own in gains.items()}
+
+    def holm(names: tuple[str, ...]) -> dict[str, float]:
+        found, least = {}, 0.0
+        for rank, name in enumerate(sorted(names, key=plain.__getitem__)):
+            least = max(least, min(1.0, (len(names) - rank) * plain[name]))
+            found[name] = least
+        return found
+
+    found = differences(block_of_rows("cifar10", 0.1, rows, {"ekd", "a", "b"}).groups, "ekd")
+    expected = {**holm(("a", "b", "c")), **holm(("a", "b"))}
+    assert {name: one.p_holm for name, one in found.items()} == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def words(store: Path) -> tuple[str, ...]:
+    return (f"teachers.store={store}",)
+
+
+@pytest.fixture(scope="module")
+def finished(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """One part of the quick study, two of its rows."""
+    folder = tmp_path_factory.mktemp("declared") / "quick"
+    code, out, err = call("--study", "quick", "--only", "digits-10,ce,kd_mean_macs", "--output", folder, *words)
+    assert code == 0, err
+    return folder, out, err
+
+
+def test_a_declared_study_says_its_cost_and_what_is_not_run(finished: tuple[Path, str, str]) -> None:
+    folder, out, err = finished
+    assert "in all: 4 runs, 1,072 training images, about" in err
+    assert "judged by a second of a student's training" in err
+    assert "not run: digits-10: 3 of 7 runs (ekd 2, kd_mean_stage3 1)" in out
+    assert "not run: digits-20: all 7 runs" in out
+    study = read_study(folder / "digits-10")
+    assert study is not None
+    assert [(row.name, row.seeds, row.decides) for row in study.rows] == [
+        ("ce", (0, 1), True),
+        ("kd_mean_macs", (0, 1), True),
+    ]
+    assert "recipe.epochs=2" in study.common
+    steps = RunDirectory(folder / "digits-10/runs/ce-f0.1-s0").read_result().get("steps")
+    assert steps == 2 * math.floor(134 / 32) == 8
+
+
+def test_the_same_command_goes_on_and_judges_by_what_is_there(
+    finished: tuple[Path, str, str], words: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "quick")
+    lost = folder / "digits-10/runs/ce-f0.1-s1"
+    kept = RunDirectory(lost).read_result()["student_sha256"]
+    shutil.rmtree(lost)
+    asked = ("--study", "quick", "--only", "digits-10,ce", "--output", folder)
+    with DirectoryLock(lost):  # another process is at it
+        code, out, err = call(*asked, *words)
+    assert (code, "1 left to other processes" in err) == (1, True)
+    assert "not run: digits-10: 4 of 7 runs (ekd 2, ce 1, kd_mean_stage3 1)" in out
+    code, _, err = call(*asked, *words)
+    assert code == 0
+    assert "judged by 3 runs" in err
+    assert RunDirectory(lost).read_result()["student_sha256"] == kept
+
+
+def test_a_job_that_another_process_took_or_made_is_left_to_it(
+    finished: tuple[Path, str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done, fresh = finished[0] / "digits-10/runs/ce-f0.1-s0", tmp_path / "fresh"
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    (failed / "status.json").write_text('{"state": "failed", "error": "x", "time": "2026-01-02"}')
+    ran: list[Path] = []
+    for place in (done, fresh, failed):
+        monkeypatch.setattr(train, "JobOutput", lambda _, place=place: type("Output", (), {"directory": place}))
+        monkeypatch.setattr(train, "run_listed_job", lambda _, place=place: ran.append(place))
+        train.run_shared_job(None, since="2026-01-01")
+    assert ran == [fresh]
+    train.run_shared_job(None, since="2026-01-03")
+    assert ran == [fresh, failed]
+    monkeypatch.setattr(train, "JobOutput", lambda _: type("Output", (), {"directory": fresh}))
+    with DirectoryLock(fresh):
+        train.run_shared_job(None)
+    assert ran == [fresh, failed]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--study", "fulll"), "unknown study 'fulll'; did you mean 'full'"),
+        (("--study", "quick", "--methods", "ce"), "--methods: has no effect on --study, which declares it"),
+        (("--only", "ce"), "--only: names parts and rows of a --study"),
+        (("--study", "quick", "--only", "x"), "unknown part or row 'x'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
+    code, _, err = call(*options, "--output", tmp_path / "o")
+    assert (code, err.count("\n")) == (2, 1)
+    assert words in err
