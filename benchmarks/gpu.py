@@ -30,11 +30,11 @@ import gpu_page
 import gpu_shared
 import torch
 
+from ekd_lightning.bench import rate_of, seconds_of
 from ekd_lightning.bench.cost import time_shares
 from ekd_lightning.bench.ours import BareLoop, Clock
 from ekd_lightning.bench.parts import Bench, fastest_plain, worker_counts
 from ekd_lightning.bench.plain import CarefulLoop, PlainLoop
-from ekd_lightning.bench import rate_of, seconds_of
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.files import write_json

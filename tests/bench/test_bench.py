@@ -10,11 +10,11 @@ import pytest
 import torch
 from whole_runs import TINY
 
+from ekd_lightning.bench import summary, take_turns
 from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, step_profile, write_folder
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
-from ekd_lightning.bench import summary, take_turns
 from ekd_lightning.cli.bench import main
 from ekd_lightning.data import load_dataset
 from ekd_lightning.pipeline.prepare import prepare

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from ekd_lightning.bench import matmul_peak, rate_of, seconds_of, summary, take_turns
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench
-from ekd_lightning.bench import matmul_peak, rate_of, seconds_of, summary, take_turns
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data import open_dataset
 from ekd_lightning.data.views import to_unit

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekd_lightning.bench import rate_of, summary, take_turns
 from ekd_lightning.bench.ours import BareLoop, Job
 from ekd_lightning.bench.plain import CarefulLoop, PlainLoop, best_workers
-from ekd_lightning.bench import rate_of, summary, take_turns
 from ekd_lightning.data import Dataset
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.networks import TeacherEnsemble

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ekd_lightning.bench.ours import Job
 from ekd_lightning.bench import seconds_of
+from ekd_lightning.bench.ours import Job
 from ekd_lightning.data import ImageSet
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.networks.staged import NetworkOutput, StagedNetwork, StudentOutput, TeacherOutput

@@ -231,7 +231,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         failed = found.state is RunState.FAILED
         keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
         if keeps and found.on_disk.file(CONFIG) is not None:
-            _check_configuration(directory, {**to_plain(composed[place]), "seed": seed})
+            _check_configuration(directory, to_plain(compose(overrides=words)))
         if found.is_over:
             done.append(found)
             continue
