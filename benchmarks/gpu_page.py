@@ -1,4 +1,4 @@
-"""Table and page of what benchmarks/gpu.py measured; what was not measured is called so."""
+"""Table and page of the measurements of benchmarks/gpu.py; missing ones are marked as unmeasured."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ STEPS = {
     "bare graph loop, without Lightning": ("graph", "captured", "images_per_second"),
     "bare graph loop, compiled": ("graph", "captured and compiled", "images_per_second"),
 }
-"""Row -> where its images per second stand."""
+"""Row -> path of its images per second."""
 STARTS = {
-    "plain loop": ("plain", "seconds_to_first_step"),
-    "careful plain loop": ("careful", "seconds_to_first_step"),
-    "careful plain loop, `reduce-overhead`": ("careful, reduce-overhead", "seconds_to_first_step"),
-    "ours, captured": ("ours, captured", "warm", "seconds_to_first_step"),
-    "ours, captured and compiled": ("ours, captured and compiled", "warm", "seconds_to_first_step"),
-    "`ekd-train`, from the command, caches cold": ("command", "cold", "seconds_to_first_step"),
-    "`ekd-train`, from the command, caches warm": ("command", "warm", "seconds_to_first_step"),
-    "`ekd-train`, after the last step, first run of a store": ("command", "cold", "seconds_after_last_step"),
-    "`ekd-train`, after the last step, later runs": ("command", "warm", "seconds_after_last_step"),
+    "plain loop, until the first step": ("plain", "seconds_to_first_step"),
+    "careful plain loop, until the first step": ("careful", "seconds_to_first_step"),
+    "careful plain loop, `reduce-overhead`, until the first step": (
+        "careful, reduce-overhead",
+        "seconds_to_first_step",
+    ),
+    "ours, captured, until the first step": ("ours, captured", "warm", "seconds_to_first_step"),
+    "ours, captured and compiled, until the first step": (
+        "ours, captured and compiled",
+        "warm",
+        "seconds_to_first_step",
+    ),
+    "`ekd-train` with cold caches, until the first step": ("command", "cold", "seconds_to_first_step"),
+    "`ekd-train` with warm caches, until the first step": ("command", "warm", "seconds_to_first_step"),
+    "`ekd-train`, first run of a store, after the last step": ("command", "cold", "seconds_after_last_step"),
+    "`ekd-train`, later runs, after the last step": ("command", "warm", "seconds_after_last_step"),
 }
-"""Row -> where its seconds stand."""
+"""Row -> path of its seconds."""
 
 
 def value(found: dict[str, Any], *path: str) -> Any:
-    """What a part found, or None."""
+    """The result of a part; None if it has none."""
     node: Any = found["parts"].get(path[0], {}).get("result", {})
     for key in path[1:]:
         node = node.get(key) if isinstance(node, dict) else None
@@ -44,12 +51,12 @@ def value(found: dict[str, Any], *path: str) -> Any:
 
 
 def number(given: float | None, form: str = ",.0f", unit: str = "") -> str:
-    """A number with its unit, or that there is none."""
+    """A number with its unit; `UNMEASURED` for None."""
     return UNMEASURED if given is None else format(given, form) + unit
 
 
 def ratio(one: float | None, other: float | None) -> str:
-    """How many times one is the other."""
+    """One number divided by another."""
     return UNMEASURED if one is None or not other else f"{one / other:.2f}"
 
 
@@ -65,7 +72,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def steps(found: dict[str, Any]) -> str:
-    """Images per second of every way to train, against both plain loops."""
+    """Images per second of each variant, compared with both plain loops."""
     plain, careful = (value(found, part, "images_per_second") for part in ("plain", "careful"))
     rows = []
     for name, path in STEPS.items():
@@ -75,17 +82,17 @@ def steps(found: dict[str, Any]) -> str:
 
 
 def around(found: dict[str, Any]) -> str:
-    """What lies around the step: seconds to start and to end, between epochs, and Lightning's share."""
+    """Time outside the step: start, end, between epochs, and Lightning's share."""
     rows = [[name, number(value(found, *path), ".1f", " s")] for name, path in STARTS.items()]
     between = value(found, "ours, captured", "warm", "seconds_between_epochs")
     middle = 1000 * statistics.median(between) if between else None
-    rows.append(["between two epochs, beside the validation", number(middle, ",.0f", " ms")])
+    rows.append(["between two epochs, without the validation", number(middle, ",.0f", " ms")])
     bare, whole = (
         value(found, *STEPS[f]) for f in ("bare graph loop, without Lightning", "ours, captured step, warm table")
     )
     over = 100 * (bare / whole - 1) if bare and whole else None
-    rows.append(["Lightning over the bare graph loop, captured step", number(over, ".1f", " %")])
-    return markdown(["", ""], rows)
+    rows.append(["extra time of Lightning over the bare graph loop, captured step", number(over, ".1f", " %")])
+    return markdown(["", "time"], rows)
 
 
 def maps(found: dict[str, Any]) -> str:
@@ -110,7 +117,7 @@ def many(found: dict[str, Any]) -> str:
 
 
 def profile(found: dict[str, Any]) -> str:
-    """Where a captured step's time goes on the GPU."""
+    """Shares of the GPU's time in a captured step."""
     forms = ("captured", "captured and compiled")
     shares = {form: value(found, "graph", form, "profile", "shares") or {} for form in forms}
     names = list(dict.fromkeys(name for form in forms for name in shares[form])) or ["all kernels"]
@@ -122,7 +129,7 @@ def profile(found: dict[str, Any]) -> str:
 
 
 def teachers(found: dict[str, Any]) -> str:
-    """What the teachers alone allow."""
+    """Rates of the teachers alone."""
     rates = value(found, "teachers", "images_per_second") or {}
     rows = [[f"`{name}`", number(rate)] for name, rate in rates.items()] or [["all teachers", UNMEASURED]]
     if rates:
@@ -131,7 +138,7 @@ def teachers(found: dict[str, Any]) -> str:
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """Parts that did not end well, and why."""
+    """Failed parts with their errors."""
     return [f"{name}: {part['error']}" for name, part in found["parts"].items() if "error" in part]
 
 
@@ -147,7 +154,7 @@ def page(found: dict[str, Any]) -> str:
     """The page for the docs."""
     origin = found["origin"]
     hardware, packages = origin["hardware"], origin["packages"]
-    gpus = ", ".join(hardware["gpus"]) or "no GPU: a trial on a processor, whose figures mean nothing"
+    gpus = ", ".join(hardware["gpus"]) or "no GPU: a trial on a processor, whose numbers mean nothing"
     commit = ((origin.get("git") or {}).get("commit") or "unknown")[:10]
     workers = value(found, "plain", "workers")
     failed = failures(found)
@@ -156,7 +163,7 @@ def page(found: dict[str, Any]) -> str:
 
 Made by `benchmarks/gpu.py`; all numbers are in [speed_gpu.json](speed_gpu.json). {gpus}, {hardware["cpu_count"]}
 cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packages["pytorch-lightning"]}, commit
-{commit}. What says "{UNMEASURED}" has not been measured; nothing here is estimated.
+{commit}. Rows without a measurement say "{UNMEASURED}"; nothing is estimated.
 
 CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
 `{" ".join(found["settings"])}`.
@@ -166,25 +173,24 @@ Rates are medians over the epochs after the first, which warms up, compiles and 
 
 {steps(found)}
 
-The plain loop is what is written without this package: PIL transforms in loader workers ({number(workers)} were fastest
-of those tried, up to one for each core), float32, every teacher in every step. The careful one adds channels-last,
-autocast to bfloat16, `torch.compile` and pinned batches, with a worker for each core. Ours goes through Lightning as
-`ekd-train` does. A cold table asks the teachers for every row; a warm one holds all rows. A captured step is one CUDA
-graph.
+The plain loop is the usual code without this package: PIL transforms in loader workers ({number(workers)} was the
+fastest number tried, up to one per core), float32, every teacher in every step. The careful one adds channels-last,
+autocast to bfloat16, `torch.compile` and pinned batches, with one worker per core. Ours trains through Lightning as
+`ekd-train` does. With a cold table the teachers compute every row; a warm table holds all rows. A captured step is one
+CUDA graph.
 
-## Around the step
+## Outside the step
 
 {around(found)}
 
-Loops start from loaded images. What compiles does so at the same time as the others, so these seconds are upper
-bounds.
+Loops start from loaded images. The variants compile at the same time, so these seconds are upper bounds.
 
 ## Teachers
 
 {teachers(found)}
 
-Each as it is asked ahead of an epoch, {number(value(found, "teachers", "chunk"))} images at once, in
-{value(found, "teachers", "format") or UNMEASURED}, not compiled: a cold table can be no faster than all of them.
+Each teacher computes rows ahead of an epoch, {number(value(found, "teachers", "chunk"))} images at once, in
+{value(found, "teachers", "format") or UNMEASURED}, not compiled. A cold table is at most as fast as all of them in turn.
 
 ## Maps of three teachers in every step
 
@@ -192,7 +198,7 @@ Each as it is asked ahead of an epoch, {number(value(found, "teachers", "chunk")
 
 ## Several runs at once
 
-Images per second of all runs together, validation and checkpoints included; teachers' answers are in the table.
+Images per second of all runs together, including validation and checkpoints, with a warm table.
 
 {many(found)}
 

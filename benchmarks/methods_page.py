@@ -99,8 +99,8 @@ def page(block: Block, notes: str) -> str:
     )
     return f"""# All methods on {100 * block.fraction:g} % of {block.data}
 
-Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. No number here comes from the EKD paper or
-any other, or can be compared with one.
+Made by `benchmarks/methods_page.py` from the runs of `ekd-compare`. No number here comes from a paper or can be
+compared with one.
 
 {setup(block.data, list(rows.values()), DEFAULTS)}
 

@@ -76,7 +76,7 @@ def named(rows: Sequence[str]) -> str:
 
 def bullets(lines: Iterable[str]) -> str:
     """A list, wrapped."""
-    return "\n".join(textwrap.fill(f"- {line}", 115, subsequent_indent="  ") for line in lines)
+    return "\n".join(textwrap.fill(f"- {line}", 115, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
 def made_on(rows: Sequence[Row]) -> str:

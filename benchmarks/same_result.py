@@ -1,9 +1,9 @@
-"""Does being fast change the result? Final accuracies over seeds with every switch turned alone.
+"""Do the optimisations change the result? Final accuracies over seeds, with one optimisation at a time.
 
     python benchmarks/same_result.py --runs runs/same_result --output docs/results
 
-A part of the bundled digits, three small teachers, five seeds. Each row turns one switch of the plain form: live
-float32 teachers, nothing folded or compiled, NCHW, float32 student. Prints whatever comes out.
+Part of the bundled digits, three small teachers, five seeds. Each row adds one optimisation to the plain form: live
+float32 teachers, nothing folded or compiled, NCHW, float32 student.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def table(found: dict[str, list[float]]) -> str:
 def page(found: dict[str, list[float]], origin: dict[str, Any], seeds: list[int]) -> str:
     """The page for docs/results."""
     hardware = origin["hardware"]
-    return f"""# Does being fast change the result?
+    return f"""# Do the optimisations change the result?
 
 Made by `benchmarks/same_result.py`: `experiment=quick` on 30 % of the bundled digits, seeds
 {", ".join(map(str, seeds))}, {hardware["cpu"]} ({hardware["cpu_capability"]}), torch {origin["packages"]["torch"]}.
-Every row turns one switch of the plain form (live float32 teachers, nothing folded or compiled, NCHW, float32
-student). Mean ± sample standard deviation over n seeds; the spread of the plain form is the noise of a seed.
+Every row adds one optimisation to the plain form (live float32 teachers, nothing folded or compiled, NCHW, float32
+student). Mean ± sample standard deviation over n seeds; the spread of the plain form shows the noise of the seed.
 The losses of the first steps are compared in `tests/system/test_same_result.py`.
 
 {table(found)}

@@ -45,13 +45,13 @@ def teachers_section(part: dict[str, Any]) -> str:
             f"{row['format']} against float32 on {row['images']} test images: top-1 agreement "
             f"{100 * row['top1_agreement']:.2f} %, largest difference of a log-probability "
             f"{row['max_log_prob_difference_at_T4']:.3f} at T = 4 ({row['max_log_prob_difference']:.3f} at T = 1). "
-            f"The first call, with compiling, took {row['first_call_seconds']:.1f} s.\n"
+            f"The first call, including compilation, took {row['first_call_seconds']:.1f} s.\n"
         )
     return "\n".join(parts)
 
 
 def inference_section(part: dict[str, Any]) -> str:
-    """(e): what student and teachers cost when they are used."""
+    """(e): inference of student and teachers."""
     parts = [
         "Ratios are against the plain float32 ensemble of the three teachers; folded and compiled forms compute in "
         f"{part['format']}.\n"
@@ -85,28 +85,28 @@ def epoch_section(c: dict[str, Any]) -> str:
     """(c): a training epoch."""
     return f"""CIFAR-10, {c["images"]:,} training images, {c["epochs"]} epoch(s) per measurement, three branches;
 images/s. The plain loop uses its best number of workers, {c["best_workers"]} (images/s by workers:
-{listed(c["plain_workers"])}). "Cold" begins with an empty table, "warm" reads one; both train through Lightning with
-the callbacks and loggers of `ekd-train`, and compile teachers and student as a long run does, with kernels from torch's
-cache on disk.
+{listed(c["plain_workers"])}). "Cold" begins with an empty teacher table, "warm" with a full one. Both train through
+Lightning with the callbacks and loggers of `ekd-train`, and compile teachers and student as a long run does, with
+kernels from torch's cache on disk.
 
 {rate_rows(c["rates"])}"""
 
 
 def overhead_section(i: dict[str, Any]) -> str:
-    """(i): what Lightning costs."""
-    return f"""The same kernels, tables and student, not compiled, {i["epochs"]} epochs of a part of the data in turn:
-{100 * i["overhead"]:+.1f} % of time.
+    """(i): the cost of Lightning."""
+    return f"""With the same kernels, tables and student, not compiled, over {i["epochs"]} epochs of part of the data,
+Lightning changes the time by {100 * i["overhead"]:+.1f} %.
 
 {rate_rows(i["rates"])}"""
 
 
 def sweep_section(d: dict[str, Any]) -> str:
     """(d): a sweep."""
-    return f"""{d["jobs"]} jobs, teachers 1, 2, 3 × branches 1, 2, 3, {d["epochs"]} epochs each, from an empty store,
-everything but the tests included: {d["ours"]:,.0f} s. The plain loop, computed from its measured speed in each job:
+    return f"""{d["jobs"]} jobs (teachers 1, 2, 3 × branches 1, 2, 3) of {d["epochs"]} epochs, from an empty store,
+take {d["ours"]:,.0f} s without their tests. The plain loop, computed from its measured speed in each job, takes
 {d["plain"]:,.0f} s, {d["ratio"]:.1f} times as long. Of our seconds, the students' steps took
 {d["students_seconds"]:,.0f}, teachers and tables {d["teachers_seconds"]:,.0f}, and starting, validating and ending
-the jobs {d["start_validation_and_end_seconds"]:,.0f}: had the teachers cost nothing, the ratio would be
+the jobs {d["start_validation_and_end_seconds"]:,.0f}. If the teachers cost nothing, the ratio would be
 {d["plain"] / (d["ours"] - d["teachers_seconds"]):.1f}."""
 
 
@@ -118,7 +118,7 @@ PIL by number of workers, images/s: {listed(a["workers"])}."""
 
 
 def growth_section(g: dict[str, Any]) -> str:
-    """(g): growth."""
+    """(g): scaling with teachers, branches, batch size and images."""
     heads = {"teachers": "teachers", "branches": "branches", "batch_size": "batch size", "images": "images"}
     tables = "\n\n".join(plain_rows(g[key], head) for key, head in heads.items())
     return f"Training with warm tables, images/s.\n\n{tables}"
@@ -127,8 +127,8 @@ def growth_section(g: dict[str, Any]) -> str:
 def peak_section(h: dict[str, Any]) -> str:
     """(h): share of the machine's peak."""
     shares = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in h.items() if isinstance(value, float))
-    return f"""Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. Reached in {h["format"]},
-where a training step counts three forward passes:
+    return f"""Measured peak of a square matrix product, GMAC/s: {listed(h["peak_gmacs"])}. The table gives the share
+reached in {h["format"]}, counting a training step as three forward passes:
 
 | work | share of the peak |
 |---|---|
@@ -137,18 +137,17 @@ where a training step counts three forward passes:
 
 def memory_section(f: dict[str, Any]) -> str:
     """(f): memory."""
-    return f"""Peak resident memory of `ekd-train` with these settings for one epoch, a process of its own:
-{f["run_gb"]:.2f} GB."""
+    return f"""One epoch of `ekd-train` with these settings peaks at {f["run_gb"]:.2f} GB of resident memory."""
 
 
 SECTIONS = {
     "c": ("A training epoch with three teachers", epoch_section),
-    "i": ("Lightning over the bare loop", overhead_section),
+    "i": ("Lightning compared with a bare loop", overhead_section),
     "d": ("A sweep", sweep_section),
     "a": ("The loader alone", loader_section),
     "b": ("Each teacher", teachers_section),
     "e": ("Inference", inference_section),
-    "g": ("Growth", growth_section),
+    "g": ("Scaling", growth_section),
     "p": ("Where a training step's time goes", profile_section),
     "h": ("Share of the machine's peak", peak_section),
     "f": ("Memory", memory_section),
@@ -156,31 +155,32 @@ SECTIONS = {
 
 
 def page(found: dict[str, Any], name: str, note: str = "") -> str:
-    """The page in Markdown; only numbers of the file, and only the parts that were measured."""
+    """The page in Markdown, with the parts that were measured."""
     hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
     picture = f"![rates]({name}.svg)\n\n" if has_chart(found) else ""
     extra = f"- {note}\n" if note else ""
     sections = "\n\n".join(
         f"## {title} ({key})\n\n{write(found[key]).strip()}" for key, (title, write) in SECTIONS.items() if key in found
     )
-    return f"""# Speed, against a plain PyTorch loop
+    return f"""# Speed compared with a plain PyTorch loop
 
 Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`{name}.json`]({name}.json).
 
-- **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}), GPUs:
-  {len(hardware["gpus"])}; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}; commit
+- **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}),
+  {len(hardware["gpus"]) or "no"} GPU; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}; commit
   {found["origin"]["git"]["commit"][:7]}.
 - **Settings**: `{found["settings"]}`, batch 128, ResNet-8 student.
-- **How**: the ways take turns, {found["rounds"]} counted rounds each; medians of rates, and of ratios within a round.
-- **The plain loop** is what one would write with torchvision and a DataLoader: PIL transforms in workers, float32,
-  every teacher in every step; the same loss and the same student.
+- **How**: all variants take turns, {found["rounds"]} counted rounds each. Rates are medians over rounds; ratios are
+  medians of the ratios within a round.
+- **The plain loop** is the usual code with torchvision and a DataLoader: PIL transforms in workers, float32, every
+  teacher in every step, with the same loss and the same student.
 {extra}
 {picture}{sections}
 """
 
 
 def has_chart(found: dict[str, Any]) -> bool:
-    """Whether all that the chart shows was measured."""
+    """Whether all parts of the chart were measured."""
     return all(key in found for key in "bce")
 
 
@@ -225,9 +225,9 @@ def bars(axes: Any, names: list[str], values: list[float], ratios: list[float]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="of one machine and one commit; parts are put together")
+    parser.add_argument("files", type=Path, nargs="+", help="of one machine and one commit; their parts are merged")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--name", default="speed", help="what the files are called")
+    parser.add_argument("--name", default="speed", help="name of the files")
     parser.add_argument("--note", default="", help="one more line about the measurement")
     args = parser.parse_args()
     found: dict[str, Any] = {}

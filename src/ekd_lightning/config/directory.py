@@ -188,7 +188,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
 
 
 def _meeting_place() -> tuple[Any, int, int]:
-    """Store for the processes of torchrun or SLURM before they train (None if there is none), their number, own rank."""
+    """Store for the processes of torchrun or SLURM before they train (or None), their number, and the own rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
