@@ -112,8 +112,9 @@ def page(found: dict[int, Any], origin: dict[str, Any], rounds: int) -> str:
 
 Made by `benchmarks/branch_execution.py`: training steps of a ResNet-8 split after stage 1, batch {BATCH}, medians of
 {rounds} rounds in turn. {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}),
-{len(hardware["gpus"]) or "no"} GPU, torch {origin["packages"]["torch"]}. The grouped form is written for this one network.
-Stacking by `torch.func` does not work under autocast on a processor and is not measured.
+{len(hardware["gpus"]) or "no"} GPU, torch {origin["packages"]["torch"]}.
+The grouped form is written for this one network. Stacking by `torch.func`
+does not work under autocast on a processor and is not measured.
 
 {chr(10).join(lines)}
 

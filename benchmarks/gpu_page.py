@@ -190,7 +190,8 @@ Loops start from loaded images. The variants compile at the same time, so these 
 {teachers(found)}
 
 Each teacher computes rows ahead of an epoch, {number(value(found, "teachers", "chunk"))} images at once, in
-{value(found, "teachers", "format") or UNMEASURED}, not compiled. A cold table is at most as fast as all of them in turn.
+{value(found, "teachers", "format") or UNMEASURED}, not compiled. A cold table is at most
+as fast as all of them in turn.
 
 ## Maps of three teachers in every step
 
