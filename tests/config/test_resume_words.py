@@ -16,8 +16,8 @@ from ekd_lightning.config.directory import DIRECTORY, JobOutput
 from ekd_lightning.config.overrides import anchored, check_place, check_unchanged, computing, expand_resume
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.directory import RunDirectory, RunState
-from ekd_lightning.studies.launching import Job
-from ekd_lightning.studies.multirun import Sweep, split_words
+from ekd_lightning.studies.multirun import split_words
+from ekd_lightning.studies.sweep import Job, Sweep
 
 PLAIN = {"recipe": {"epochs": 4, "lr": 0.1}, "trainer": {"max_epochs": 4}, "tags": []}
 
