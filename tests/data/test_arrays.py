@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,51 @@ def test_a_data_set_of_the_hub(hub, tmp_path, caplog):
         assert hub.asked[-1][2:] == ({**kept, "local": False}, False)
 
 
+@pytest.fixture
+def bees(tmp_path):
+    """Images of two classes by the package itself: as the hub's cache keeps them, and as it saves them."""
+    package = pytest.importorskip("datasets")
+    pixels = {split: colours(count) for split, count in {"train": 20, "validation": 4, "test": 6}.items()}
+    for split, images in pixels.items():
+        for number, image in enumerate(images):
+            path = tmp_path / "files" / split / ("ant", "bee")[number % 2] / f"{number // 2:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    built = package.load_dataset("imagefolder", data_dir=str(tmp_path / "files"), cache_dir=str(tmp_path / "built"))
+    built.save_to_disk(tmp_path / "saved")
+    built["train"].save_to_disk(tmp_path / "single")
+    (info,) = (tmp_path / "built").rglob("dataset_info.json")
+    kept = shutil.copytree(info.parent, tmp_path / "root" / "user___set" / "default" / "0.0.0" / "1")
+    for file in kept.glob("imagefolder-*"):
+        file.rename(kept / file.name.replace("imagefolder", "set"))
+    order = {split: [*range(0, len(images), 2), *range(1, len(images), 2)] for split, images in pixels.items()}
+    return {split: torch.from_numpy(images[order[split]]).permute(0, 3, 1, 2) for split, images in pixels.items()}
+
+
+@pytest.mark.parametrize(("root", "name"), [("root", "user/set"), ("saved", "bees")])
+def test_the_package_itself_gives_the_images_that_it_was_given(bees, tmp_path, root, name):
+    found = opened("huggingface", tmp_path / root, name=name)
+    assert found.class_names == ("ant", "bee")
+    assert torch.equal(found.test.images, bees["test"])
+    assert torch.equal(found.train.images, torch.cat([bees["train"], bees["validation"]]))
+    assert found.train.labels.tolist() == [0] * 10 + [1] * 10 + [0, 0, 1, 1]
+    assert found.val_index.tolist() == [20, 21, 22, 23]
+    hashes = found.train.sha256, found.test.sha256
+    again = opened("huggingface", tmp_path / root, name=name)
+    assert (again.train.sha256, again.test.sha256) == hashes
+
+
+def test_what_the_package_itself_cannot_read_is_one_line(bees, tmp_path):
+    single = opened("huggingface", tmp_path / "single", name="bees")
+    assert (len(single.train), len(single.test)) == (16, 4)  # a fifth of each class is set aside
+    with pytest.raises(UserError, match=r"data\.name=user/other: cannot be loaded \(Couldn't reach"):
+        opened("huggingface", tmp_path / "root", name="user/other")
+    (file,) = (tmp_path / "single").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"data\.root=.*single: cannot be loaded"):
+        opened("huggingface", tmp_path / "single", name="bees")
+
+
 def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):
     def refused(said, name="user/set"):
         with pytest.raises(UserError, match=said):
@@ -287,7 +333,7 @@ def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):
     (tmp_path / "user" / "set").mkdir(parents=True)
     refused("data.name=user/set: not USER/SET .*data=folder")
     hub.secret = ("train", "validation", "test")
-    refused(r"has no split for training \(but train, validation, test\)", "user/other")
+    refused(r"no split for training with known classes \(but train, validation, test\)", "user/other")
     hub.Image = type("Other", (), {})
     hub.load_dataset = lambda *_, **__: {"train": Split({"x": None}, {"x": [1]})}
     refused(r"has no column of the kind Other \(but x\)", "user/other")

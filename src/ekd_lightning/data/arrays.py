@@ -105,13 +105,14 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
 
 
 def list_huggingface(name: str, root: Path, download: bool) -> Listing:
-    """Lists the images of a data set on the Hugging Face hub, in its order; no code of its repository is run.
+    """Lists the images of a data set of Hugging Face, in its order; no code of its repository is run.
 
     Its first column of images is taken, and its first column of classes. Splits without classes are passed over.
 
     Args:
-        name: USER/SET.
-        root: The folder that holds it, or is to hold it, as the package `datasets` keeps it.
+        name: USER/SET on the hub; of a data set of one's own, what it is called.
+        root: The folder that `save_to_disk` wrote; or that which holds a data set of the hub, or is to hold it, as the
+            package `datasets` keeps it.
         download: Whether it may be fetched.
 
     Raises:
@@ -123,17 +124,24 @@ def list_huggingface(name: str, root: Path, download: bool) -> Listing:
 
     if int(datasets.__version__.partition(".")[0]) < _SAFE_DATASETS:
         raise UserError(f"datasets {datasets.__version__} runs foreign code: pip install 'ekd-lightning[datasets]'")
-    if not _REPOSITORY.fullmatch(name) or Path(name).exists():
+    saved = any((root / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if not saved and (not _REPOSITORY.fullmatch(name) or Path(name).exists()):
         raise UserError(f"data.name={name}: not USER/SET on the Hugging Face hub (images of a folder: data=folder)")
     offline = datasets.config.HF_HUB_OFFLINE  # `local_files_only` alone is not heeded
     datasets.config.HF_HUB_OFFLINE = offline or not download
     try:
-        config = datasets.DownloadConfig(cache_dir=str(root / "downloads"), local_files_only=not download)
-        loaded = datasets.load_dataset(name, cache_dir=str(root), download_config=config)
+        if saved:
+            loaded = datasets.load_from_disk(str(root))
+        else:
+            config = datasets.DownloadConfig(cache_dir=str(root / "downloads"), local_files_only=not download)
+            loaded = datasets.load_dataset(name, cache_dir=str(root), download_config=config)
     except Exception as error:  # no network, no such data set, several configurations
-        raise UserError(f"data.name={name}: cannot be loaded ({one_line(error)})") from None
+        where = f"data.root={root}" if saved else f"data.name={name}"
+        raise UserError(f"{where}: cannot be loaded ({one_line(error)})") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+    if hasattr(loaded, "features"):  # a single split
+        loaded = {"train": loaded}
     parts, names = {}, ()
     for split in SPLITS:
         part = next((loaded[key] for key in _SPLIT_NAMES[split] if key in loaded), None)
@@ -143,13 +151,13 @@ def list_huggingface(name: str, root: Path, download: bool) -> Listing:
         classes = [-1 if label is None else int(label) for label in part[labels]]
         if min(classes, default=-1) >= 0:  # those for testing are often kept secret
             parts[split], names = (_Column(part, images), classes), tuple(part.features[labels].names)
-    source = f"{name} of the Hugging Face hub"
+    source = f"{root}, as `datasets` saved it" if saved else f"{name} of the Hugging Face hub"
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
         source += ", its validation split for testing"
         log.info("%s: no classes for testing, so its validation split is the test split", name)
     if "train" not in parts:
-        raise UserError(f"data.name={name}: has no split for training (but {', '.join(loaded)})")
+        raise UserError(f"data.name={name}: has no split for training with known classes (but {', '.join(loaded)})")
     stamp = {split: column.part._fingerprint for split, (column, _) in parts.items()}
     return _listing(parts, names, source, stamp)
 
