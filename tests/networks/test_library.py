@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import types
@@ -584,12 +585,21 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
     network = load_library_network(NetworkSpec(SMALL, 10, UNIT), found.path)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(network(images), module(images))
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="names no timm architecture"):
-        from_hub("user/repo")
+    for text, named in {
+        "[]": "damaged, holds no mapping",
+        "[" * 100_000: "damaged, not JSON",
+        "{}": "names no",
+    }.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=rf"config\.json.*{named}"):
+            from_hub("user/repo")
+    for mean in ([10**400] * 3, [math.inf] * 3, "x", [0.5]):
+        (tmp_path / "config.json").write_text(json.dumps({**described, "pretrained_cfg": {"mean": mean}}))
+        with pytest.raises(UserError, match=r"'user/repo': its config\.json: normalization: mean"):
+            from_hub("user/repo")
     for odd in ([1], {"input_size": 96}, {"input_size": [3, 96]}, {"input_size": [3, "96", 96]}):
         (tmp_path / "config.json").write_text(json.dumps({**described, "pretrained_cfg": odd}))
-        with pytest.raises(UserError, match=r"'user/repo': its config\.json lacks a pretrained_cfg with an input_size"):
+        with pytest.raises(UserError, match=r"'user/repo': its config\.json: lacks a pretrained_cfg with an input"):
             from_hub("user/repo")
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(UserError, match=r"hub repository 'user/repo': config.json cannot be fetched \(no route\)"):

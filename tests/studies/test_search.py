@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +342,16 @@ def test_a_database_that_cannot_be_opened_is_one_line_without_its_password(tmp_p
         opened(tmp_path / "ekd", storage=url)
     assert str(caught.value).startswith(named)
     assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_fails_later_is_one_line_too(tmp_path):
+    url = f"sqlite:///{tmp_path}/trials.db"
+    study = opened(tmp_path / "ekd", storage=url)
+    with contextlib.closing(sqlite3.connect(tmp_path / "trials.db")) as database:
+        database.execute("DROP TABLE trial_params")
+    named = r"^--storage sqlite:.*trials\.db: cannot be used \(.*no such table"
+    with pytest.raises(UserError, match=named), storage.named_database(url):
+        run_trials(study, evaluate, trials=1)
 
 
 # -- the search space ---------------------------------------------------------------------------------------

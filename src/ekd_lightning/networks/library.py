@@ -5,7 +5,6 @@ A network of a library is called `timm:NAME`, `torchvision:NAME` or `module:PACK
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
+from ekd_lightning.files import read_json
 from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
 from ekd_lightning.networks.hub import fetch
 from ekd_lightning.networks.registry import register_library
@@ -83,21 +83,21 @@ def from_hub(repository: str) -> LibraryWeights:
     config, path = (copy / name if copy.is_dir() else fetch(repository, name) for name in files)
     if missing := [file.name for file in (config, path) if not file.is_file()]:
         raise UserError(f"hub repository {repository!r}: lacks {' and '.join(missing)}")
-    try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        described = None
-    if not isinstance(described, dict) or not isinstance(described.get("architecture"), str):
+    described = read_json(config)
+    if not isinstance(described.get("architecture"), str):
         raise UserError(f"hub repository {repository!r}: its config.json names no timm architecture")
     name = f"timm:{described['architecture']}"
-    found = usual(name)
-    assert found is not None
     own = described.get("pretrained_cfg") or {}
-    shape = own.get("input_size") or [3, found.image_size, found.image_size] if isinstance(own, dict) else None
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
-        said = "a pretrained_cfg with an input_size of three whole numbers"
-        raise UserError(f"hub repository {repository!r}: its config.json lacks {said}")
-    statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
+    _timm()
+    try:
+        found = usual(name)
+        assert found is not None
+        shape = own.get("input_size") or [3, found.image_size, found.image_size] if isinstance(own, dict) else None
+        if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
+            raise UserError("lacks a pretrained_cfg with an input_size of three whole numbers")
+        statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
+    except UserError as error:
+        raise UserError(f"hub repository {repository!r}: its config.json: {error}") from None
     return LibraryWeights(name, Usual(statistics, shape[1], found.fixed), path)
 
 

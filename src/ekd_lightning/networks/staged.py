@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ class Normalization:
         std: what the difference is divided by; every entry above 0.
 
     Raises:
-        UserError: when there are not three numbers each, or a std is not above 0.
+        UserError: when there are not three finite numbers each, or a std is not above 0.
     """
 
     mean: Triple
@@ -46,11 +47,10 @@ class Normalization:
     def __post_init__(self) -> None:
         try:
             mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
-        except (TypeError, ValueError):
-            raise UserError(f"normalization: mean {self.mean!r}, std {self.std!r} are not numbers") from None
-        # A single comparison would let NaN through, hence the negation.
-        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-            raise UserError(f"normalization: mean {mean}, std {std} must be three numbers each, std above 0")
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"normalization: mean {self.mean!r:.60}, std {self.std!r:.60} are not numbers") from None
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"normalization: mean {mean}, std {std} must be three finite numbers each, std above 0")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shutil
@@ -38,6 +39,7 @@ from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.launching import check_job
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
+from ekd_lightning.studies.storage import named_database
 from ekd_lightning.studies.trials import Search, show_outcome, write_outcome
 from ekd_lightning.studies.tuned import warn_of_other_budgets
 from ekd_lightning.training.checkpoints import BEST_METRIC
@@ -102,32 +104,30 @@ def tune(
     }
     warn_of_other_budgets(output, facts)
     identity = {"config": plain, "space": facts["space"], "seeds": list(seeds), "sampler_seed": sampler_seed}
-    search = Search(
-        output / settings.method.name,
-        identity,
-        space,
-        default_values(space, plain),
-        seed=sampler_seed,
-        warmup_steps=settings.recipe.epochs // 3 if prune else None,
-        ignored=is_ignored,
-        storage=storage,
-    )
-
     objective = ValidationObjective(
         lambda words: compose_settings(*_with(base, words)), seeds, lambda: build_callbacks(settings)
     )
-    try:
-        run_trials(
-            search,
-            objective,
-            trials=trials if space else 1,
-            timeout=timeout,
-            after_trial=lambda: write_outcome(output, search, facts),
+    with named_database(storage):
+        search = Search(
+            output / settings.method.name,
+            identity,
+            space,
+            default_values(space, plain),
+            seed=sampler_seed,
+            warmup_steps=settings.recipe.epochs // 3 if prune else None,
+            ignored=is_ignored,
+            storage=storage,
         )
-        write_outcome(output, search, facts)
-        show_outcome(output, search, facts, overrides)
-    finally:
-        search.close()
+        with contextlib.closing(search):
+            run_trials(
+                search,
+                objective,
+                trials=trials if space else 1,
+                timeout=timeout,
+                after_trial=lambda: write_outcome(output, search, facts),
+            )
+            write_outcome(output, search, facts)
+            show_outcome(output, search, facts, overrides)
 
 
 def _search_space(given: SearchSpace | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:

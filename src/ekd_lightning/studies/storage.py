@@ -5,10 +5,11 @@ Both hold what the search is a search of, and refuse another one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,22 @@ def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a journal of trials, or damaged ({type(error).__name__})") from None
+
+
+@contextlib.contextmanager
+def named_database(url: str | None) -> Iterator[None]:
+    """Names the database where it fails in the block: it is damaged, or its server cannot be reached any more.
+
+    Raises:
+        UserError: With its URL.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        if url is None:
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+        raise UserError(f"--storage {shown(url)}: cannot be used ({one_line(cause)})") from error
 
 
 def shown(url: str) -> str:
