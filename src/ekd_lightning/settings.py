@@ -370,6 +370,9 @@ class StudentSettings:
     branches: int = field(default=3, metadata=COMPUTED | {ALLOWED: Range(1, 1000)})
     split_after: str = field(default="stage1", metadata=COMPUTED | _BRANCHED)
     """Last stage that the branches share, or `none` for separate networks."""
+    branch_width: Optional[float] = field(default=None, metadata=COMPUTED | POSITIVE | _BRANCHED)
+    """Factor of the channels of the branches' own stages: 0.5 makes thin branches on a trunk of the usual width; null
+    for branches as wide as the network. Of CIFAR ResNets."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
     reuse_classifier: bool = field(default=False, metadata=COMPUTED)
     """Whether every branch ends with a projector into its teacher's features and the teacher's own classifier, held
@@ -402,7 +405,8 @@ class MethodSettings:
     temperature: Optional[float] = field(default=None, metadata=COMPUTED | TEMPERATURE)
     """T of all terms without their own; null means 4."""
     assignment: Any = field(default=None, metadata=COMPUTED)
-    """one_to_one (null means this), mean, permuted, random, or explicit rows [K, M]."""
+    """one_to_one (null means this), mean, permuted, random, the teacher of each branch ([2, 0, 1] or "2,0,1", from 0),
+    explicit rows [K, M], or {schedule: [[0, one_to_one], [0.8, permuted]]} of these by shares of the training."""
     teacher: Optional[str] = field(default=None, metadata=COMPUTED | one_of("best", "first", "mean"))
     """For methods that know one teacher: best (of the pool on the validation split), first, or mean (logits are
     averaged; losses of features, relations and the boundary are taken against each teacher, and averaged); null: all

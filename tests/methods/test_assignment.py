@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Assignment, RandomAssignment, build_assignment, make_assignment
+from ekd_lightning.methods.assignment import last_kind
 
 COUNTS = st.integers(1, 7)
 
@@ -91,7 +92,11 @@ def test_explicit_rows():
     [
         ([[1, 0]], r"2 rows \(branches\) of 2 numbers"),
         ([[1, 0], [1]], r"2 rows \(branches\) of 2 numbers"),
-        ([1, 0], r"2 rows \(branches\) of 2 numbers"),
+        ([2, 0], r"2 teachers \(0 to 1\), or 2 rows \(branches\) of 2 numbers"),
+        ([1, -1], r"2 teachers \(0 to 1\)"),
+        ([True, 0], r"2 teachers \(0 to 1\)"),
+        ([1, 0, 1], r"2 teachers \(0 to 1\)"),
+        ("1,0,1", r"2 teachers \(0 to 1\)"),
         ([[1, 0], "ab"], r"2 rows \(branches\) of 2 numbers"),
         ([[1, 0], [1.5, -0.5]], r"row 1, teacher 1=-0.5 .* >= 0"),
         ([[1, 0], [0.5, 0.4]], r"row 1=\[0.5, 0.4\] sums to 0.9"),
@@ -103,6 +108,43 @@ def test_explicit_rows():
 def test_explicit_rows_that_do_not_fit(rows, message):
     with pytest.raises(UserError, match=message):
         make_assignment(rows, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [[2, 0, 2], "2,0,2", ([0, 0, 1], [1, 0, 0], [0, 0, 1])])
+def test_teachers_of_the_branches_can_be_listed(kind):
+    assert make_assignment(kind, 3, 3).tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+
+
+def test_a_schedule_changes_the_teachers_at_its_shares():
+    scheduled = build_assignment({"schedule": [[0, "one_to_one"], [0.25, "mean"], [0.8, "1,0"]]}, 2, 2)
+    one, mean, swapped = (make_assignment(kind, 2, 2) for kind in ("one_to_one", "mean", [1, 0]))
+    for progress, expected in [(0, one), (0.2499, one), (0.25, mean), (0.7999, mean), (0.8, swapped), (1, swapped)]:
+        assert torch.equal(scheduled.matrix(7, progress), expected)
+    torch.testing.assert_close(scheduled.mean_KM, 0.25 * one + 0.55 * mean + 0.2 * swapped)
+    assert scheduled.pairs() == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert last_kind({"schedule": [[0, "mean"], [0.5, [1, 0]]]}) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "give {schedule:"),
+        ({"schedule": []}, "give {schedule:"),
+        ({"schedule": [[0, "mean"]], "more": 1}, "give {schedule:"),
+        ({"schedule": ["mean"]}, "give {schedule:"),
+        ({"schedule": [[0.1, "mean"]]}, "rising ones from 0 to below 1"),
+        ({"schedule": [[0, "mean"], [0, "permuted"]]}, "rising ones from 0 to below 1"),
+        ({"schedule": [[0, "mean"], [1, "permuted"]]}, "rising ones from 0 to below 1"),
+        ({"schedule": [[0, "mean"], ["0.5", "permuted"]]}, "share='0.5' is not allowed"),
+        ({"schedule": [[0, "mean"], [0.5, "permutd"]]}, "did you mean 'permuted'"),
+        ({"schedule": [[0, "mean"], [0.5, "random"]]}, "unknown assignment 'random'"),
+        ({"schedule": [[0, "mean"], [0.5, [0, 3]]]}, r"2 teachers \(0 to 1\)"),
+    ],
+)
+def test_schedules_that_do_not_fit(spec, message):
+    with pytest.raises(UserError, match=message) as error:
+        build_assignment(spec, 2, 2)
+    assert "\n" not in str(error.value)
 
 
 def test_unknown_kind_and_impossible_counts():

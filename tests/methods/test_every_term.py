@@ -129,7 +129,7 @@ def test_a_recorded_step_follows_the_tensors_it_is_given(name):
         torch.manual_seed(step)
         said = outputs()
         progress = 0.1 + step / 4
-        matrix = recorded.assignment_at(step)
+        matrix = recorded.assignment_at(step, progress)
         tensors = {
             "weights": {key: torch.tensor(w) for key, w in recorded.weights_at(progress).items()},
             "assignment_KM": matrix,

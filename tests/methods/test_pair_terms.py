@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import build_method, build_term
+from ekd_lightning.methods import build_assignment, build_method, build_term, terms_with_labels
 from ekd_lightning.methods.pair_terms import ConvRegressor
 
 from .helpers import Heads, make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
@@ -200,3 +201,114 @@ def test_a_grid_of_a_network_without_maps_is_refused_by_name():
     blind = term_context(teacher_stage_shapes=({},) * 3)
     with pytest.raises(UserError, match="the teacher 'big0' has no stage 'last'"):
         build_term("feature_branch", 1.0, blind, feature="last", grid=2)
+
+
+def maps_term(K=2, M=3, assignment="one_to_one", shared=(), **options):
+    """At stage2, where student and teachers have as many channels; the teachers' maps are smaller."""
+    context = term_context(K, M, assignment, shared_stages=shared)
+    usual = {"feature": "stage2", "adapter": "identity"}
+    return build_term("feature_branch", 1.0, context, **{**usual, **options})
+
+
+def errors(student, teachers):
+    """Mean squared errors [K][M][B] at stage2, by loops over images."""
+    ours = [own["stage2"].detach().numpy().reshape(-1, 6, 2, 2, 2, 2).mean((3, 5)) for own in student.stages]
+    theirs = [own["stage2"].detach().numpy() for own in teachers.stages]
+    return [[[((a - b) ** 2).mean() for a, b in zip(f, t, strict=True)] for t in theirs] for f in ours]
+
+
+def value(term, student, teachers, assignment="one_to_one"):
+    return float(term(step_context(student, teachers, make_batch(), assignment)))
+
+
+def test_all_teachers_teach_a_stage_of_the_trunk_and_its_own_teacher_that_of_a_branch():
+    student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
+    student = student._replace(stages=(student.stages[0],) * 2)  # one trunk
+    found = np.array(errors(student, teachers)).mean(2)
+    trunk, own = maps_term(shared=("stem", "stage2"), teachers="auto"), maps_term(shared=("stem",), teachers="auto")
+    assert trunk.pairs == ((0, 0), (0, 1), (0, 2))
+    assert own.pairs == ((0, 0), (1, 1))
+    assert (trunk.uses_assignment, own.uses_assignment) == (False, True)
+    assert value(trunk, student, teachers) == pytest.approx(found[0].mean())
+    assert value(own, student, teachers) == pytest.approx((found[0, 0] + found[1, 1]) / 2)
+    added = maps_term(shared=("stage2",), teachers="all", reduction="sum")
+    assert value(added, student, teachers) == pytest.approx(found[0].sum())
+    every = maps_term(teachers="all")  # of each branch, where nothing is shared
+    assert len(every.pairs) == 6
+    assert value(every, student, teachers) == pytest.approx(found.mean())
+
+
+@pytest.mark.parametrize("kind", ["label", "entropy"])
+@pytest.mark.parametrize("assignment", ["one_to_one", "mean", "permuted"])
+def test_confidence_weights_each_image_over_all_teachers(kind, assignment):
+    """v from the definitions of CA-MKD and EBKD, image by image."""
+    student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
+    K, M, B, labels = 2, 3, 5, make_batch().labels.tolist()
+    p = teachers.logits.detach().softmax(-1).numpy()
+    expected, found = 0.0, errors(student, teachers)
+    A = build_assignment(assignment, K, M).matrix(0).tolist()
+    for b in range(B):
+        if kind == "label":
+            ce = [np.exp(-np.log(p[m, b, labels[b]])) for m in range(M)]
+        else:
+            ce = [-(p[m, b] * np.log(p[m, b])).sum() for m in range(M)]
+        v = [(1 - ce[m] / sum(ce)) / (M - 1) for m in range(M)]
+        assert sum(v) == pytest.approx(1)
+        expected += sum(A[k][m] * M * v[m] * found[k][m][b] for k in range(K) for m in range(M)) / (K * B)
+    term = maps_term(assignment=assignment, confidence=kind)
+    assert term.needs_labels == (kind == "label")
+    assert term.reads_logits
+    assert value(term, student, teachers, assignment) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["label", "entropy"])
+def test_teachers_of_one_opinion_count_alike(kind):
+    student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
+    alike = teachers._replace(logits=teachers.logits[:1].expand(3, -1, -1))
+    assert value(maps_term(confidence=kind), student, alike) == pytest.approx(value(maps_term(), student, alike))
+
+
+def test_a_late_split_with_a_teacher_for_each_branch_needs_no_switch():
+    """The heads' teachers are all teachers, so the line of overrides and the method's file train alike."""
+    spec = preset("ekd_maps")["method"]
+    maps = {"maps2": {**spec["terms"]["maps2"], "weight": 1.0}}
+    context = sizes(3, 3, shared_stages=("stem", "stage1", "stage2"))
+    student, teachers = make_student(3), make_teachers(3)
+    student = student._replace(stages=(student.stages[0],) * 3)
+    torch.manual_seed(0)
+    file = build_method("file", maps, context)
+    maps["maps2"].pop("teachers")
+    torch.manual_seed(0)
+    line = build_method("line", maps, context)
+    assert sum(p.numel() for p in file.parameters()) == sum(p.numel() for p in line.parameters())
+    totals = [method(student, teachers, make_batch()).total for method in (file, line)]
+    torch.testing.assert_close(*totals)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teachers": "everyone"}, "teachers 'everyone' .allowed: all, assigned, auto"),
+        ({"confidence": "sure"}, "confidence 'sure' .allowed: entropy, label"),
+        ({"confidence": True}, "confidence"),
+    ],
+)
+def test_unknown_switches_are_refused(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        maps_term(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_are_needed_where_confidence_asks_for_them():
+    terms = {"maps": {"type": "feature_branch", "weight": 1.0, "confidence": "label"}}
+    assert terms_with_labels(terms) == (["maps"], True)
+    terms["maps"]["confidence"] = "entropy"
+    assert terms_with_labels(terms) == ([], False)
+
+
+def test_a_teacher_of_features_alone_has_no_confidence():
+    blind = sizes(2, 2, unknown_classes=(frozenset(range(4)), frozenset()))
+    maps = {"type": "feature_branch", "weight": 1.0, "feature": "stage2"}
+    build_method("x", {"maps": maps}, blind)
+    with pytest.raises(UserError, match=r"'big0' predicts none.*leave out method\.terms\.maps"):
+        build_method("x", {"maps": {**maps, "confidence": "entropy"}}, blind)

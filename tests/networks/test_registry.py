@@ -31,7 +31,7 @@ from ekd_lightning.networks import (
 )
 from ekd_lightning.networks import registry as registry_module
 from ekd_lightning.networks.convnets import RESNET_DEPTHS, ZeroPadShortcut
-from ekd_lightning.networks.registry import CLOSE, family, match_network
+from ekd_lightning.networks.registry import CLOSE, family, match_network, thinned
 
 
 def _spec(name: str = "resnet8", num_classes: int = 10, **options: Any) -> NetworkSpec:
@@ -413,3 +413,58 @@ def test_other_options_of_the_student_are_kept():
 def test_a_target_must_be_positive():
     with pytest.raises(ValueError, match="above 0"):
         match_network(NetworkSpec("resnet8", 10, UNIT), 0, count_macs)
+
+
+def block_weights(place, inputs, outputs):
+    """Convolutions of a residual block with option B: two of 3 × 3, and 1 × 1 where channels or resolution change."""
+    changes = inputs != outputs or place > 0
+    return 9 * inputs * outputs + 9 * outputs * outputs + changes * inputs * outputs
+
+
+@pytest.mark.parametrize("branches", [2, 5])
+@pytest.mark.parametrize(("split_after", "after"), [("stage2", 1), ("stage1", 2), ("none", 4)])
+def test_thin_branches_cost_what_their_channels_cost(branches, split_after, after):
+    spec = thinned(NetworkSpec("resnet8", 10, UNIT), split_after, 0.5)
+    widths = [base // 2 if place >= 4 - after else base for place, base in enumerate((16, 16, 32, 64))]
+    assert spec.options["stage_widths"] == [width / base for width, base in zip(widths, (16, 16, 32, 64), strict=True)]
+    with torch.device("meta"):
+        student = BranchedStudent(spec, branches=branches, split_after=split_after)
+    assert [shape[0] for shape in student.stage_shapes().values()] == widths
+    macs = [32 * 32 * 27 * widths[0]]
+    macs += [(32 >> place) ** 2 * block_weights(place, widths[place], widths[place + 1]) for place in range(3)]
+    shared, own = sum(macs[: 4 - after]), sum(macs[4 - after :])
+    assert count_macs(student) == shared + branches * (own + 10 * widths[-1])
+
+
+def test_the_plain_network_of_equal_cost_has_one_width():
+    spec = thinned(NetworkSpec("resnet8", 10, UNIT, {"width": 2}), "stage1", 0.25)
+    with torch.device("meta"):
+        target = count_macs(BranchedStudent(spec, branches=4, split_after="stage1"))
+    match = match_network(spec, target, count_macs)
+    assert set(match.options) <= {"width"}
+    assert (match.cost, abs(match.off) < 0.05) == (count_macs(plain(match.network, **match.options)), True)
+
+
+def test_widths_of_stages_multiply():
+    spec = NetworkSpec("resnet8", 10, UNIT, {"width": 0.5, "stage_widths": [1, 1, 1, 2]})
+    again = thinned(spec, "stage2", 0.25)
+    assert again.options == {"width": 0.5, "stage_widths": [1, 1, 1, 0.5]}
+    assert [shape[0] for shape in build_network(again).stage_shapes().values()] == [8, 8, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "split_after", "factor", "message"),
+    [
+        ("vgg8", "stage2", 0.5, "student.branch_width=0.5: network 'vgg8' has no option stage_widths"),
+        ("resnet8", "stage3", 0.5, "split_after=stage3 leaves the branches no stage"),
+    ],
+)
+def test_branches_that_cannot_be_thin(name, split_after, factor, message):
+    with pytest.raises(UserError, match=message):
+        thinned(NetworkSpec(name, 10, UNIT), split_after, factor)
+
+
+@pytest.mark.parametrize("widths", [0.5, [1, 1, 1], [1, 1, 1, "2"], [1, 1, 1, 0.001], [1, 1, 1, -1], [1, 1, 1, 1e9]])
+def test_widths_that_a_resnet_cannot_have(widths):
+    with pytest.raises(UserError, match=r"option stage_widths=.*four numbers"):
+        build_network(NetworkSpec("resnet8", 10, UNIT, {"stage_widths": widths}))

@@ -60,6 +60,23 @@ def test_a_run_with_mixup_lets_its_teachers_run_live(train, tmp_path):
     assert float(rows[0]["train/ce_ensemble"]) > 0
 
 
+def test_thin_branches_match_their_teachers_on_mixed_crops_without_labels(train, tmp_path):
+    """Function matching, of maps too; four branches of two teachers, some of which change."""
+    words = ("method=ekd_maps", "student.split_after=stage2", "student.branches=4", "student.branch_width=0.5")
+    words += tuple(f"method.terms.ce_{part}.weight=0" for part in ("ensemble", "branch"))
+    words += ("data.augmentation=[resized_crop,crop_flip]", "recipe.mixup=1", "method.terms.maps1.confidence=entropy")
+    change = "method.assignment={schedule: [[0, one_to_one], [0.5, [1, 1, 0, 0]]]}"
+    outcome = train(tmp_path / "run", *words, change)
+    assert (outcome.code, outcome.status["state"]) == (0, "done"), outcome.err
+    assert outcome.result["teacher_table_hit_rate"] is None
+    assert (outcome.result["num_branches"], outcome.result["num_teachers"]) == (4, 2)
+    assert outcome.result["assignment"] == {"schedule": [[0, "one_to_one"], [0.5, [1, 1, 0, 0]]]}
+    with (outcome.directory / "metrics.csv").open(newline="") as stream:
+        names = set(next(csv.reader(stream)))
+    assert {"train/kd_branch", "train/maps1", "train/maps3"} <= names
+    assert "train/ce_branch" not in names
+
+
 def test_batches_of_a_mixed_run(tiny_settings, tmp_path):
     spy = Batches()
     words = ("recipe.mixup=0.4", "recipe.cutmix=1.0", "method=branched_ce", "recipe.epochs=2")

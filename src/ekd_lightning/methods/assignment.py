@@ -7,8 +7,12 @@ its controls.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.methods.options import number
 
-AssignmentSpec = str | Sequence[Sequence[float]]
+AssignmentSpec = str | Sequence[int] | Sequence[Sequence[float]] | Mapping[str, Any]
 
 FIXED_KINDS = ("one_to_one", "mean", "permuted")
 KINDS = (*FIXED_KINDS, "random")
@@ -33,8 +37,10 @@ class Assignment(nn.Module):
     Attributes:
         num_branches: K.
         num_teachers: M.
+        changes: Whether `matrix` depends on its arguments.
     """
 
+    changes = False
     mean_KM: Tensor  # noqa: N815  # shape letters
 
     def __init__(self, mean_KM: Tensor) -> None:
@@ -43,16 +49,21 @@ class Assignment(nn.Module):
         # Not persistent: it is configuration, and a checkpoint must not override it.
         self.register_buffer("mean_KM", mean_KM, persistent=False)
 
-    def matrix(self, step: int) -> Tensor:
+    def matrix(self, step: int, progress: float = 0.0) -> Tensor:
         """Returns the assignment of one optimiser step.
 
         Args:
             step: Global step, counted from 0.
+            progress: Share of the training that is done, in [0, 1].
 
         Returns:
             float32 [K, M]; rows sum to 1.
         """
         return self.mean_KM
+
+    def matrices(self) -> list[Tensor]:
+        """Returns the matrices [K, M] that it has in turn; of a random one a draw."""
+        return [self.matrix(0)]
 
     def pairs(self) -> list[tuple[int, int]]:
         """Returns all pairs (branch, teacher) that have a non-zero weight at some step."""
@@ -72,13 +83,15 @@ class RandomAssignment(Assignment):
         seed: Non-negative.
     """
 
+    changes = True
+
     def __init__(self, num_branches: int, num_teachers: int, seed: int = 0) -> None:
         super().__init__(torch.full((num_branches, num_teachers), 1.0 / num_teachers))
         if seed < 0:
             raise UserError(f"seed={seed} is not allowed for the random assignment; give an integer >= 0")
         self.seed = seed
 
-    def matrix(self, step: int) -> Tensor:
+    def matrix(self, step: int, progress: float = 0.0) -> Tensor:
         """Returns the assignment of one step, float32 [K, M], one 1 in each row (on the CPU)."""
         generator = np.random.default_rng((self.seed, step))
         teacher_of_place = generator.permutation(self.num_teachers)
@@ -87,11 +100,37 @@ class RandomAssignment(Assignment):
         return torch.eye(self.num_teachers)[torch.from_numpy(teachers_K)]
 
 
+class ScheduledAssignment(Assignment):
+    """An assignment that gives way to others at some shares of the training.
+
+    Args:
+        starts: Shares from which the matrices hold, ascending from 0.
+        matrices: As many, float32 [K, M].
+    """
+
+    changes = True
+
+    def __init__(self, starts: Sequence[float], matrices: Sequence[Tensor]) -> None:
+        lengths = [end - start for start, end in zip(starts, (*starts[1:], 1.0), strict=True)]
+        parts = [length * part for length, part in zip(lengths, matrices, strict=True)]
+        super().__init__(torch.stack(parts).sum(0))
+        self._starts, self._matrices = tuple(starts), tuple(matrices)
+
+    def matrix(self, step: int, progress: float = 0.0) -> Tensor:
+        """Returns the assignment at a share of the training, float32 [K, M] (on the CPU)."""
+        return self._matrices[bisect_right(self._starts, progress) - 1]
+
+    def matrices(self) -> list[Tensor]:
+        """Returns the matrices that it has in turn."""
+        return list(self._matrices)
+
+
 def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int, seed: int = 0) -> Assignment:
     """Builds an assignment of any kind.
 
     Args:
-        kind: `one_to_one`, `mean`, `permuted`, `random`, or explicit rows; see `make_assignment`.
+        kind: `random`; {schedule: [[0, kind], [share, kind], ...]} of kinds that hold from these shares of the training
+            on; or what `make_assignment` takes.
         num_branches: K >= 1.
         num_teachers: M >= 1.
         seed: For `random` only.
@@ -102,12 +141,32 @@ def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int,
     Raises:
         UserError: For an unknown kind, impossible counts or rows that do not fit.
     """
-    if isinstance(kind, str) and kind not in KINDS:
+    if isinstance(kind, str) and kind not in KINDS and _listed(kind) is None:
         raise unknown_name("assignment", kind, KINDS)
     if kind == "random":
         _check_counts(num_branches, num_teachers)
         return RandomAssignment(num_branches, num_teachers, seed)
+    if isinstance(kind, Mapping):
+        starts, kinds = zip(*_schedule(kind), strict=True)
+        return ScheduledAssignment(starts, [make_assignment(one, num_branches, num_teachers) for one in kinds])
     return Assignment(make_assignment(kind, num_branches, num_teachers))
+
+
+def last_kind(kind: AssignmentSpec) -> AssignmentSpec:
+    """The kind that holds at the end of the training: the last of a schedule, else the kind itself."""
+    return _schedule(kind)[-1][1] if isinstance(kind, Mapping) else kind
+
+
+def _schedule(spec: Mapping[str, Any]) -> list[tuple[float, Any]]:
+    """Checks a schedule of assignments; returns shares and kinds."""
+    parts = spec.get("schedule")
+    parts = parts if set(spec) == {"schedule"} and isinstance(parts, (list, tuple)) else []
+    if not parts or any(not isinstance(part, (list, tuple)) or len(part) != 2 for part in parts):
+        raise UserError(f"assignment={spec!r} is not allowed; give {{schedule: [[0, one_to_one], [0.8, permuted]]}}")
+    starts = [number("assignment.schedule, share", start, low=0.0, high=1.0) for start, _ in parts]
+    if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise((*starts, 1.0))):
+        raise UserError(f"assignment.schedule: shares {starts} are not allowed; give rising ones from 0 to below 1")
+    return [(start, kind) for start, (_, kind) in zip(starts, parts, strict=True)]
 
 
 def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) -> Tensor:
@@ -119,7 +178,8 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     instead of failing, so that a sweep over M runs through.
 
     Args:
-        kind: One of the kinds above, or K explicit rows of M non-negative weights, each summing to 1.
+        kind: One of the kinds above; the number of each branch's teacher, from 0, as a list ([2, 0, 1]) or a text
+            ("2,0,1"); or K explicit rows of M non-negative weights, each summing to 1.
         num_branches: K >= 1.
         num_teachers: M >= 1.
 
@@ -131,6 +191,9 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     """
     K, M = num_branches, num_teachers
     _check_counts(K, M)
+    teachers = _listed(kind)
+    if teachers is not None:
+        return _explicit(torch.eye(M)[teachers].tolist() if len(teachers) == K and max(teachers) < M else kind, K, M)
     if not isinstance(kind, str):
         return _explicit(kind, K, M)
     if kind == "mean":
@@ -151,6 +214,15 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     return torch.eye(M)[teachers_K]
 
 
+def _listed(kind: AssignmentSpec) -> list[int] | None:
+    """Numbers of the branches' teachers, of a kind that lists them; None for any other."""
+    if isinstance(kind, str) and re.fullmatch(r"\d+(,\d+)+", kind):
+        return [int(m) for m in kind.split(",")]
+    listed = isinstance(kind, Sequence) and not isinstance(kind, str) and len(kind) > 0
+    fits = listed and all(isinstance(m, int) and not isinstance(m, bool) and m >= 0 for m in kind)
+    return [int(m) for m in kind] if fits else None  # type: ignore[arg-type]
+
+
 def _check_counts(num_branches: int, num_teachers: int) -> None:
     if num_branches < 1:
         raise UserError(f"number of branches={num_branches} is not allowed; give an integer >= 1")
@@ -158,13 +230,14 @@ def _check_counts(num_branches: int, num_teachers: int) -> None:
         raise UserError(f"number of teachers={num_teachers}: an assignment needs at least 1 teacher")
 
 
-def _explicit(rows: Sequence[Sequence[float]], K: int, M: int) -> Tensor:
+def _explicit(rows: Any, K: int, M: int) -> Tensor:
     is_table = isinstance(rows, Sequence) and all(
         isinstance(row, Sequence) and not isinstance(row, str) for row in rows
     )
     if not is_table or len(rows) != K or any(len(row) != M for row in rows):
         raise UserError(
-            f"assignment={rows!r} must be one of {', '.join(KINDS)} or {K} rows (branches) of {M} numbers (teachers)"
+            f"assignment={rows!r} must be one of {', '.join(KINDS)}, {K} teachers (0 to {M - 1}), or "
+            f"{K} rows (branches) of {M} numbers (teachers)"
         )
     for k, row in enumerate(rows):
         values = [number(f"assignment, row {k}, teacher {m}", value, low=0.0) for m, value in enumerate(row)]

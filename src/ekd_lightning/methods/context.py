@@ -132,7 +132,8 @@ class TermContext:
         teacher_features: D_m of every teacher's pooled features, M numbers.
         student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
             output.
-        teacher_stage_shapes: The same for each of the M teachers.
+        shared_stages: Stages of the student's trunk, whose output all branches share.
+        teacher_stage_shapes: The same as `student_stage_shapes` for each of the M teachers.
         unknown_classes: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`;
             empty where nobody knows yet.
         student_name: For error messages.
@@ -151,6 +152,7 @@ class TermContext:
     student_features: int = 0
     teacher_features: tuple[int, ...] = ()
     student_stage_shapes: Mapping[str, StageShape] = field(default_factory=dict)
+    shared_stages: tuple[str, ...] = ()
     teacher_stage_shapes: tuple[Mapping[str, StageShape], ...] = ()
     unknown_classes: tuple[frozenset[int], ...] = ()
     student_name: str = "student"
@@ -188,6 +190,7 @@ class TermContext:
             student_features=student.num_features,
             teacher_features=tuple(teacher.num_features for teacher in teachers),
             student_stage_shapes=student.stage_shapes(image_size),
+            shared_stages=tuple(student.trunk.stages),
             teacher_stage_shapes=tuple(teacher.stage_shapes(image_size) for teacher in teachers),
             **others,
         )
@@ -217,6 +220,7 @@ class TermContext:
             "unknown_classes": tuple(frozenset(classes) for classes in values["unknown_classes"]),
             "teacher_features": tuple(values["teacher_features"]),
             "teacher_names": tuple(values["teacher_names"]),
+            "shared_stages": tuple(values.get("shared_stages", ())),  # not written before version 0.2
         }
         return cls(**{**values, **changed, **images})
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ekd_lightning.data.loader import Batch
 from ekd_lightning.errors import UserError, quiet, unknown_name
-from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, RandomAssignment, build_assignment
+from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
 from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
 from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class, term_names
@@ -138,7 +138,7 @@ class Method(nn.Module):
         rows = [[1.0] * len(unknown)]
         if term.uses_assignment:
             assert self.assignment is not None
-            rows = self.assignment.matrix(0).tolist()  # a random one has single teachers in every step
+            rows = torch.cat(self.assignment.matrices()).tolist()  # a random one has single teachers in every step
         groups = [[one for one, share in zip(unknown, row, strict=True) if share] for row in rows]
         return {c for group in groups for c in frozenset().union(*group).difference(frozenset.intersection(*group))}
 
@@ -172,9 +172,10 @@ class Method(nn.Module):
         asked = (self.teacher_needs(part / _PARTS) for part in range(_PARTS))
         return {stages for needed, stages in asked if needed}
 
-    def assignment_at(self, step: int) -> Tensor | None:
-        """Returns the random assignment [K, M] of a step, on the CPU; None for fixed assignments."""
-        return self.assignment.matrix(step) if isinstance(self.assignment, RandomAssignment) else None
+    def assignment_at(self, step: int, progress: float) -> Tensor | None:
+        """Returns the assignment [K, M] of a step, on the CPU, where it changes; None for fixed assignments."""
+        changes = self.assignment is not None and self.assignment.changes
+        return self.assignment.matrix(step, progress) if changes and self.assignment else None
 
     def forward(  # plain loops may pass the time by position
         self,
@@ -224,7 +225,7 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} needs the teachers' outputs")
         if networks is None and any(term.needs_networks for term in counting.values()):
             raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
-        matrix_KM = self._assignment_for(student, teachers, step, assignment_KM)
+        matrix_KM = self._assignment_for(student, teachers, step, progress, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
         labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in counting.items()}
@@ -247,7 +248,12 @@ class Method(nn.Module):
         return torch.stack([(values.float() * 0.0).sum() for values in reached]).sum()
 
     def _assignment_for(
-        self, student: StudentOutput, teachers: TeacherOutput | None, step: int, assignment_KM: Tensor | None
+        self,
+        student: StudentOutput,
+        teachers: TeacherOutput | None,
+        step: int,
+        progress: float,
+        assignment_KM: Tensor | None,
     ) -> Tensor | None:
         if self.assignment is None or teachers is None:
             return None
@@ -257,7 +263,7 @@ class Method(nn.Module):
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
         if assignment_KM is not None:
             return assignment_KM
-        drawn = self.assignment_at(step)
+        drawn = self.assignment_at(step, progress)
         return (self.assignment.mean_KM if drawn is None else drawn).to(student.logits.device)
 
 
@@ -282,7 +288,8 @@ def build_method(
             checked for typing errors but not built.
         context: The networks and the images; see `TermContext.of`. Its temperature and assignment are filled in here.
         temperature: T > 0 for all terms that do not set their own; None for 4.
-        assignment: A kind or explicit rows (see `make_assignment`); None for one_to_one.
+        assignment: A kind, the branches' teachers, explicit rows or a schedule of these (see `build_assignment`); None
+            for one_to_one.
 
     Returns:
         The method.
@@ -347,7 +354,7 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
 def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], bool]:
     """The terms that count labelled images alone, and whether there are no others; raises as `needs_teachers`."""
     entries = _entries(terms)
-    found = [key for key, entry in entries.items() if entry.cls.needs_labels]
+    found = [key for key, entry in entries.items() if entry.cls.needs_labels_with(entry.options)]
     return found, len(found) == len(entries)
 
 

@@ -21,6 +21,7 @@ from ekd_lightning.methods.pair_terms import (
     FeatureSite,
     PooledAdapter,
     adapted,
+    errors_of_images,
     map_adapter,
     pair_key,
     read_sites,
@@ -214,8 +215,7 @@ class ConfidenceFeatures(Term):
             student, teacher = losses.to_common_size(*self.site.features(context, k, m))
             # Last-stage features of all our networks come out of a ReLU, so the projection's do too.
             projected = functional.relu(adapted(self.adapters[pair_key(k, m)], student))
-            difference = losses.at_least_float32(projected) - losses.at_least_float32(teacher)
-            distances.append(difference.square().flatten(1).mean(1))
+            distances.append(errors_of_images(projected, teacher))
             errors.append(self._error(context, m, projected))
         weights_MB = self.factor * losses.confidence_weights(torch.stack(errors))
         return (weights_MB * torch.stack(distances)).sum(0).mean()

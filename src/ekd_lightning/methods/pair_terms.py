@@ -5,7 +5,8 @@ Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
+from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.methods.context import StepContext, TermContext
 from ekd_lightning.methods.options import choice, count
 from ekd_lightning.methods.terms import BranchTerm, Term, register_term
@@ -22,6 +24,8 @@ from ekd_lightning.networks.staged import averaged, on_grid
 POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
 REGRESSORS = ("conv_reg", "regressor")
+TEACHERS = ("assigned", "all", "auto")
+CONFIDENCES = ("label", "entropy")
 
 
 class PairTerm(BranchTerm):
@@ -48,12 +52,15 @@ class PairTerm(BranchTerm):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean or sum over the branches of `compare` with their teachers."""
-        assert context.assignment_KM is not None
         # All pairs, even those that a random assignment gives no weight in this step: DDP wants a gradient
         # for every parameter, and choosing pairs by value would have to wait for the device.
         values = torch.stack([self.compare(context, k, m) for k, m in self.pairs])
-        weights = torch.stack([context.assignment_KM[k, m] for k, m in self.pairs]).to(values)
-        return self.factor * (weights * values).sum() / self.num_branches
+        return self.factor * (self.pair_weights(context).to(values) * values).sum() / self.num_branches
+
+    def pair_weights(self, context: StepContext) -> Tensor:
+        """Returns A[k, m] of each pair."""
+        assert context.assignment_KM is not None
+        return torch.stack([context.assignment_KM[k, m] for k, m in self.pairs])
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the loss of branch k against teacher m, a scalar; nothing flows into the teacher's side."""
@@ -173,7 +180,7 @@ class FeatureTerm(PairTerm):
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the sum over the features."""
         found = [self.compare_at(i, k, m, *site.features(context, k, m)) for i, site in enumerate(self.sites)]
-        return torch.stack(found).sum()
+        return torch.stack(found).sum(0)
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss at one of the features, a scalar.
@@ -226,6 +233,12 @@ def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
     if weight is not None and not torch.is_autocast_enabled(features.device.type):
         features = features.to(weight.dtype)
     return cast(Tensor, adapter(features))
+
+
+def errors_of_images(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared errors [B], over all elements of each image's features; nothing flows into the teacher's."""
+    difference = losses.at_least_float32(student) - losses.at_least_float32(teacher).detach()
+    return difference.square().flatten(1).mean(1)
 
 
 class PooledAdapter(nn.Sequential):
@@ -291,7 +304,7 @@ class ConvRegressor(nn.Sequential):
 
 @register_term("feature_branch")
 class FeatureBranch(FeatureTerm):
-    """mean_k Σ_m A[k, m] · MSE(r_km(h_k), h_m): features of every branch approach those of its teachers.
+    """mean_k Σ_m A[k, m] · 1/B Σ_b w_mb MSE(r_km(h_kb), h_mb): features of a branch approach those of its teachers.
 
     r_km is the identity or a trained projection that is not part of the student and is dropped after
     training. MSE is the mean over all elements, so its size hardly depends on the resolution; features
@@ -300,6 +313,9 @@ class FeatureBranch(FeatureTerm):
 
     Maps of unequal height or width are first averaged (adaptive_avg_pool2d) to the smaller of the two, so
     shapes "agree" when the channel counts do. The regressors of FitNets map sizes by themselves instead.
+
+    A method may have the term once for each stage, with a weight and a schedule for each. At a stage of the trunk,
+    which all branches share, `teachers=all` is mean_m MSE(r_m(h), h_m), with one adapter for each teacher.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -310,7 +326,13 @@ class FeatureBranch(FeatureTerm):
             (identity where the channel counts agree, else project); or, for maps, what FitNets are trained
             with: `conv_reg` (RepDistiller's: convolution, batch norm, ReLU) or `regressor` (Romero et al.:
             convolution, ReLU); see `ConvRegressor`.
-        reduction: `mean` or `sum` over the K branches.
+        teachers: `assigned` (those of the assignment), `all` (the mean of all, whatever the assignment), or `auto`: all
+            at a stage of the trunk, the assigned ones at a branch's own stages and for pooled features.
+        confidence: How much teacher m counts for image b; None takes w = 1. Else w = M v with v_mb that sum to 1 over
+            all M teachers: `label` (CA-MKD), where v is the larger the better the teacher predicts the label, so that
+            only labelled images count; or `entropy` (EBKD), the larger the surer it is. See
+            `losses.confidence_weights` and `losses.entropy_weights`.
+        reduction: `mean` or `sum` over the K branches; at a stage of the trunk that all teachers teach, over these.
 
     Raises:
         UserError: For a stage that a network lacks, `identity` between unequal channel counts, or a regressor
@@ -318,9 +340,28 @@ class FeatureBranch(FeatureTerm):
     """
 
     def __init__(
-        self, weight: float, context: TermContext, *, feature: str = "pooled", adapter: str = "auto", **options: Any
+        self,
+        weight: float,
+        context: TermContext,
+        *,
+        feature: str = "pooled",
+        adapter: str = "auto",
+        teachers: str = "assigned",
+        confidence: str | None = None,
+        **options: Any,
     ) -> None:
+        shared = feature != POOLED and context.student_stage(feature) in context.shared_stages
+        by_all = {"assigned": False, "all": True, "auto": shared}[choice("teachers", teachers, TEACHERS)]
+        K, M = 1 if shared else context.num_branches, context.num_teachers
+        if by_all:
+            context = replace(context, num_branches=K, assignment=build_assignment("mean", K, M))
         super().__init__(weight, context, [feature], **options)
+        self.uses_assignment = not by_all
+        if by_all and shared and options.get("reduction") == "sum":
+            self.factor = float(M)
+        self.confidence = None if confidence is None else choice("confidence", confidence, CONFIDENCES)
+        self.num_teachers = M
+        self.needs_labels, self.reads_logits = self.confidence == "label", self.confidence is not None
         (site,) = self.sites
         self.sizes_by_adapter = choice("adapter", adapter, ADAPTERS) in REGRESSORS
         if self.sizes_by_adapter and site.is_pooled:
@@ -331,11 +372,32 @@ class FeatureBranch(FeatureTerm):
             {pair_key(k, m): _adapter(adapter, site.student_shape, site.teacher_shapes[m]) for k, m in self.pairs}
         )
 
+    @classmethod
+    def needs_labels_with(cls, options: Mapping[str, Any]) -> bool:
+        """See `Term`."""
+        return options.get("confidence") == "label"
+
+    def pair_weights(self, context: StepContext) -> Tensor:
+        """Returns A[k, m] of each pair [P], or with `confidence` A[k, m] w_mb / B [P, B]."""
+        logits_MBC, P = context.teacher_logits.detach(), len(self.pairs)
+        shares_P = (
+            super().pair_weights(context) if self.uses_assignment else logits_MBC.new_full((P,), 1 / self.num_teachers)
+        )
+        if self.confidence is None:
+            return shares_P
+        if self.confidence == "label":
+            weights_MB = losses.confidence_weights(losses.cross_entropies(logits_MBC, context.batch.targets))
+        else:
+            weights_MB = losses.entropy_weights(logits_MBC)
+        weights_PB = torch.stack([weights_MB[m] for _, m in self.pairs])
+        return shares_P[:, None] * self.num_teachers * weights_PB / weights_PB.shape[1]
+
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the mean squared error over all elements, adapted and at the smaller of the two sizes."""
+        """Returns the mean squared error, adapted and at the smaller of the two sizes; with `confidence` per image."""
         if student.ndim == 4 and not self.sizes_by_adapter:
             student, teacher = losses.to_common_size(student, teacher)
-        return losses.mse(adapted(self.adapters[pair_key(k, m)], student), teacher)
+        loss = losses.mse if self.confidence is None else errors_of_images
+        return loss(adapted(self.adapters[pair_key(k, m)], student), teacher)
 
 
 def _adapter(kind: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:

@@ -69,6 +69,11 @@ class Term(nn.Module):
         self.weight = number("weight", weight, low=0.0)
         self.schedule = CONSTANT
 
+    @classmethod
+    def needs_labels_with(cls, options: Mapping[str, Any]) -> bool:
+        """Whether it will have `needs_labels` with these options; asked before it is built."""
+        return cls.needs_labels
+
     @property
     def has_constant_weight(self) -> bool:
         """Whether the weight is the same during the whole training."""

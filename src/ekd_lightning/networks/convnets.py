@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -82,11 +83,24 @@ def _resnet(spec: NetworkSpec, depth: int, widths: tuple[int, ...], shortcut: st
     return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
-def _scaled_resnet(depth: int, spec: NetworkSpec, *, shortcut: str = "B", width: float = 1) -> StagedNetwork:
+def _scaled_resnet(
+    depth: int,
+    spec: NetworkSpec,
+    *,
+    shortcut: str = "B",
+    width: float = 1,
+    stage_widths: Sequence[float] = (1, 1, 1, 1),
+) -> StagedNetwork:
     # All four widths are multiplied, the stem's too, so stage1 keeps its plain shortcuts.
     possible = is_of(width, float) and 0 < width <= 64 and all(round(base * width) >= 1 for base in RESNET_WIDTHS)
     require(possible, spec, "width", "a number in [1/16, 64] that multiplies the channels 16-32-64")
-    return _resnet(spec, depth, tuple(round(base * width) for base in RESNET_WIDTHS), shortcut)
+    possible = is_of(stage_widths, list[float]) and len(stage_widths) == len(RESNET_WIDTHS)
+    widths = [base * width * own for base, own in zip(RESNET_WIDTHS, stage_widths, strict=True)] if possible else [0.0]
+    possible = all(1 <= round(channels) <= 64 * RESNET_WIDTHS[-1] for channels in widths)
+    require(
+        possible, spec, "stage_widths", "four numbers that multiply the channels of stem, stage1, stage2 and stage3"
+    )
+    return _resnet(spec, depth, tuple(map(round, widths)), shortcut)
 
 
 def _resnet_x4(depth: int, spec: NetworkSpec, *, shortcut: str = "B") -> StagedNetwork:

@@ -137,6 +137,36 @@ def _build(spec: NetworkSpec) -> StagedNetwork:
     return builder(spec, **spec.options)
 
 
+STAGE_WIDTHS = "stage_widths"
+"""The option of networks that scale the channels of each stage by a number of its own."""
+
+
+def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
+    """Returns the spec of a network whose stages behind one are narrower, or wider; for the branches of a student.
+
+    Args:
+        spec: Of the network as it is.
+        split_after: The last stage that keeps its width; another name than a stage's keeps none.
+        factor: What multiplies the channels of the others, above 0.
+
+    Raises:
+        UserError: For a network without the option `stage_widths`, or without a stage behind that one.
+    """
+    where = f"student.branch_width={factor:g}"
+    if is_of_library(spec.name) or STAGE_WIDTHS not in inspect.signature(_builder(spec.name)).parameters:
+        raise UserError(f"{where}: network {spec.name!r} has no option {STAGE_WIDTHS} (CIFAR ResNets have it)")
+    with torch.device("meta"):
+        names = build_network(spec).stage_names
+    kept = names.index(split_after) + 1 if split_after in names else 0
+    if kept == len(names):
+        raise UserError(
+            f"{where}: split_after={split_after} leaves the branches no stage that could have another width"
+        )
+    own = list(spec.options.get(STAGE_WIDTHS, [1.0] * len(names)))
+    widths = [*own[:kept], *(width * factor for width in own[kept:])]
+    return replace(spec, options={**spec.options, STAGE_WIDTHS: widths})
+
+
 def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> None:
     """Refuses an option's value that a network cannot have.
 
@@ -231,7 +261,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
     own = float(spec.options.get("width", 1))
 
     def measured(name: str, width: float | None) -> Match:
-        options = {key: value for key, value in spec.options.items() if key != "width"}
+        options = {key: value for key, value in spec.options.items() if key not in ("width", STAGE_WIDTHS)}
         if width is not None and width != 1:
             options["width"] = width
         with torch.device("meta"):

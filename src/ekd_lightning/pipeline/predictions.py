@@ -28,6 +28,7 @@ from ekd_lightning.evaluation.predict import Predictions, StudentPredictions, pr
 from ekd_lightning.evaluation.scores import class_accuracy
 from ekd_lightning.evaluation.subsets import costs_by_size, early_exit, score_subsets
 from ekd_lightning.methods import make_assignment, uses_assignment
+from ekd_lightning.methods.assignment import last_kind
 from ekd_lightning.networks import StagedNetwork
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT
 from ekd_lightning.networks.weights import answers_sha256
@@ -165,13 +166,13 @@ def _imitation(
 
 
 def trained_with(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
-    """Each branch's own teacher in a run; None where it had none (mean, random, or a method without branch terms)."""
+    """Each branch's own teacher at the end of a run; None where it had none (mean, random, no branch terms)."""
     kind = settings.method.assignment
     if not uses_assignment(settings.method.terms) or kind == "random":
         return [None] * num_branches
     if kind is None:
         kind = "mean" if settings.method.teacher == "mean" else "one_to_one"
-    return nominal(kind, num_branches, num_teachers)
+    return nominal(last_kind(kind), num_branches, num_teachers)
 
 
 def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]:

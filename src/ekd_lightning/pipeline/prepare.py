@@ -36,7 +36,7 @@ from ekd_lightning.networks import (
 )
 from ekd_lightning.networks.library import fixed_size
 from ekd_lightning.networks.projection import classifier_width, own_teachers
-from ekd_lightning.networks.registry import is_of_library, require_network
+from ekd_lightning.networks.registry import is_of_library, require_network, thinned
 from ekd_lightning.networks.staged import sides
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import DataSettings, Settings
@@ -51,9 +51,9 @@ from ekd_lightning.training.trainer import check_trainer
 log = logging.getLogger(__name__)
 
 PLAIN_METHODS = (
-    *("aekd", "attention", "bss", "camkd", "ce", "ce_label_smoothing", "crd", "dkd", "ebkd", "fitnet"),
-    *("fitnet_two_stage", "fsp", "kd", "kd_logit_std", "kd_mean", "kd_mean_feature", "pseudo_labels", "rkd", "sp"),
-    *("takd", "vid"),
+    *("aekd", "attention", "bss", "camkd", "camkd_maps", "ce", "ce_label_smoothing", "crd", "dkd", "ebkd", "fitnet"),
+    *("fitnet_two_stage", "fsp", "kd", "kd_logit_std", "kd_mean", "kd_mean_feature", "kd_mean_maps", "pseudo_labels"),
+    *("rkd", "sp", "takd", "vid"),
 )
 """Methods of `conf/method` for a student with one branch."""
 
@@ -261,6 +261,8 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
     student = settings.student
     statistics = normalization(student.normalization or dataset.normalization)
     spec = NetworkSpec(student.network, dataset.num_classes, statistics, student.options)
+    if student.branch_width is not None and student.branches > 1:
+        spec = thinned(spec, student.split_after, student.branch_width)
     size = fixed_size(spec) if is_of_library(spec.name) else None
     if size is not None and (size, size) != sides(dataset.image_size):
         spec = replace(spec, image_size=size)

@@ -33,7 +33,7 @@ CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
 MATCHED = ("kd_mean", "kd_mean_feature")
 """Methods whose plain students are given the cost of the branched one."""
 MATCHES = ("macs", "parameters")
-_BRANCHING = ("student.branches", "student.split_after", "student.ensemble")
+_BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
 Composer = Callable[..., DictConfig]
 """Composes `overrides` into a configuration, as Hydra's `compose` does."""
 

@@ -279,7 +279,7 @@ class TrainingModule(pl.LightningModule):
         now = [self.method.weights_at(self.progress(step)) for step in range(steps)]
         self._kinds = [tuple(weights) for weights in now]
         table = torch.tensor([[weights.get(name, 0.0) for name in self.method.terms] for weights in now])
-        drawn = [self.method.assignment_at(self.global_step + step) for step in range(steps)]
+        drawn = [self.method.assignment_at(self.global_step + step, self.progress(step)) for step in range(steps)]
         matrices = [matrix for matrix in drawn if matrix is not None]
         assignment = torch.stack(matrices) if matrices else None
         rows = EpochRows(labels, index, view, table, assignment, loader.num_labelled)
