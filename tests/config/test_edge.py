@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from ekd_lightning.config import directory
 from ekd_lightning.config.config import compose_settings, register_schema
@@ -106,6 +107,7 @@ def told_before() -> None:
         (fail(KeyboardInterrupt()), "ekd-x: interrupted"),
         (fail(KeyboardInterrupt("2 of 3 done")), "ekd-x: interrupted: 2 of 3 done"),
         (interrupted_by_lightning, "ekd-x: interrupted"),
+        (fail(SIGTERMException()), "ekd-x: interrupted"),
         (told_before, "inner: interrupted"),
     ],
 )

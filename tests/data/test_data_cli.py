@@ -20,6 +20,7 @@ def test_digits(capsys, tmp_path):
     out = capsys.readouterr().out
     for part in ("bundled with scikit-learn", "1437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
         assert part in out
+    assert out.endswith(f"\nnext:\n  ekd-train data=digits data.root={tmp_path}\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -27,7 +28,9 @@ def test_own_images(capsys, tmp_path):
     path, cache = tmp_path / "own.npz", tmp_path / "cache"
     np.savez(path, images=np.arange(20 * 48, dtype=np.uint8).reshape(20, 4, 4, 3), labels=np.arange(20) % 2)
     main(["npz", "--root", str(path), "--image-size", "8", "--cache", str(cache)])
-    assert "16 for training, 4 for testing, 3×8×8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "16 for training, 4 for testing, 3×8×8" in out
+    assert out.endswith(f"  ekd-train data=npz data.root={path} data.image_size=8\n")
     assert len(list(cache.glob("*.pixels"))) == 1
     with pytest.raises(SystemExit):
         main(["torchvision:STL11", "--root", str(tmp_path), "--cache", str(cache)])
@@ -52,7 +55,7 @@ def test_as_a_module(tmp_path):
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("ekd-data: error: unknown data set 'nope'")
+    assert result.stderr.splitlines()[-1].startswith("ekd-data: error: unknown data set 'nope'")
 
 
 @pytest.mark.assets

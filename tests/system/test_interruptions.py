@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file
 
 from ekd_lightning.runs.directory import RunDirectory
@@ -46,6 +47,21 @@ def test_a_run_killed_after_its_last_epoch_still_has_validation_scores(train, re
     assert ended.code == 0, ended.err
     for name in ("val_accuracy", "val_nll", "val_accuracy_best", "test_accuracy", "test_accuracy_best"):
         assert ended.result[name] == whole.result[name]
+
+
+def test_a_terminated_run_ends_as_an_interrupted_one(train, resume, tmp_path, monkeypatch):
+    class Terminated(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                raise SIGTERMException  # as Lightning's own loops do once the signal has come
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ekd_lightning.cli.train.build_callbacks", lambda *_: [Terminated()])
+        stopped = train(tmp_path / "run", "recipe.epochs=2")
+    assert stopped.code == 130
+    assert "ekd-train: interrupted: to continue: ekd-train resume=run\n" in stopped.err
+    assert stopped.status["state"] == "stopped"
+    assert resume(tmp_path / "run").code == 0
 
 
 def test_a_damaged_checkpoint_is_one_line(train, resume, tmp_path):

@@ -9,6 +9,7 @@ import logging
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 import threading
@@ -16,6 +17,7 @@ import warnings
 import weakref
 
 import pytest
+from lightning_fabric.utilities.warnings import _custom_format_warning
 
 from ekd_lightning.config import edge
 from ekd_lightning.progress import UNSEEN, phase, reported_by, session, track
@@ -54,6 +56,12 @@ class Terminal:
         return [line.rstrip() for line in self.screen.display if line.strip()]
 
 
+@pytest.fixture(autouse=True)
+def unrecorded(monkeypatch):
+    """Shows warnings as Python does where pytest records none."""
+    monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
+
+
 @pytest.fixture
 def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -80,7 +88,8 @@ def speak(log: logging.Logger) -> None:
     with phase("test"):
         sys.stderr.write("10 %\r50 %\r100 %\n")
         log.warning("x" * (COLUMNS + 10))
-        sys.stderr.write(warnings.formatwarning("mind\n  this", UserWarning, __file__, 1))  # as Python does
+        warnings.formatwarning = _custom_format_warning  # as at Lightning's import, meanwhile
+        warnings.showwarning("mind\n  this", UserWarning, "/ekd_lightning/file.py", 130)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -123,9 +132,7 @@ def test_a_session_that_has_ended_is_not_kept(terminal, live):
     with reported_by(edge.OnScreen()):
         with session("data", live=live, keep=False) as shown, phase("data"):
             ended = weakref.ref(shown)
-            drawing = [
-                thread for thread in threading.enumerate() if type(thread).__name__ == "_RefreshThread"
-            ]  # rich's
+            drawing = [one for one in threading.enumerate() if type(one).__name__ == "_RefreshThread"]  # rich's
         del shown
         while drawing:  # a thread that has left the list of threads may still hold what it ran
             drawing.pop().join(60)
@@ -168,6 +175,16 @@ def test_where_there_is_no_terminal_there_are_no_escape_codes(capsys):
     assert "\x1b" not in out + err
     assert "epoch 2" in out.splitlines()
     assert err.splitlines()[-1] == "warning: mind this"
+
+
+def test_no_command_imports_what_takes_seconds_before_it_can_say_so():
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'ekd_lightning.cli.{name}')\n"
+        "print({'torch', 'pytorch_lightning', 'wandb', 'optuna', 'matplotlib', 'plotly'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *COMMANDS], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 COMMANDS = ("train", "teach", "data", "evaluate", "compare", "tune", "report", "export", "dashboard", "bench")

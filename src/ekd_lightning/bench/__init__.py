@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ekd_lightning.progress import part
+
 _PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
@@ -55,11 +57,14 @@ def take_turns(
         Name -> the rates of the counted rounds.
     """
     rates: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(rounds + warm_up):
-        for name, measure in alternatives.items():
-            rate = measure()
-            if number >= warm_up:
-                rates[name].append(rate)
+    with part("", (rounds + warm_up) * len(alternatives), "measurements") as task:
+        for number in range(rounds + warm_up):
+            for name, measure in alternatives.items():
+                task.note = name
+                rate = measure()
+                if number >= warm_up:
+                    rates[name].append(rate)
+                task.advance()
     return rates
 
 

@@ -13,7 +13,7 @@ import torch
 from ekd_lightning.bench import cost, parts
 from ekd_lightning.bench.parts import Bench, worker_counts
 from ekd_lightning.config.config import compose_settings, import_user_modules
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.teachers.hardware import keep_freed_memory, resolve_precision
 from ekd_lightning.training.pool import gather_teachers
@@ -93,12 +93,13 @@ def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The part's numbers, for a table and JSON.
     """
-    if key != "h":
-        return _PARTS[key](_smaller(bench, key) if key in "dgi" else bench)
-    for needed in "bc":
-        if needed not in found:
-            found[needed] = _PARTS[needed](bench)
-    return cost.peak_share(bench, found["b"], found["c"])
+    with quiet():  # what is to be warned of was said when the bench was made
+        if key != "h":
+            return _PARTS[key](_smaller(bench, key) if key in "dgi" else bench)
+        for needed in "bc":
+            if needed not in found:
+                found[needed] = _PARTS[needed](bench)
+        return cost.peak_share(bench, found["b"], found["c"])
 
 
 def _smaller(bench: Bench, key: str) -> Bench:

@@ -21,6 +21,7 @@ from ekd_lightning.errors import quiet
 from ekd_lightning.networks import TeacherEnsemble
 from ekd_lightning.pipeline.prepare import Prepared, prepare
 from ekd_lightning.pipeline.run import make_distiller
+from ekd_lightning.progress import part
 from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.hardware import compiled_or_not
 from ekd_lightning.tracking.loggers import MetricsCsv
@@ -89,7 +90,7 @@ class Job:
         validates = validate and prepared.datamodule.num_val_images > 0
         flags = self.settings.trainer if validate else {**self.settings.trainer, "limit_val_batches": 0}
         loud = ("pytorch_lightning", "lightning_fabric", "ekd_lightning")
-        with tempfile.TemporaryDirectory() as name, quiet(*loud):
+        with tempfile.TemporaryDirectory() as name, quiet(*loud), part("training") as report.task:
             folder = Path(name)
             checkpoints = checkpoint_callbacks(folder, with_best=validates)
             callbacks: list[pl.Callback] = [clock, EpochSeed(self.settings.seed), report, *checkpoints, *also]

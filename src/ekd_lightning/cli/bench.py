@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from ekd_lightning.config.edge import check_options, make_parser, print_table, r
 from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
+from ekd_lightning.progress import part, phase, session
 from ekd_lightning.roles import COUNT, POSITIVE, SHARE
 from ekd_lightning.runs.lock import check_directory
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i")
     parser.add_argument("--folder-images", type=int, default=1000, help="images of the folder of part l")
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
-    run_command(parser, bench, argv)
+    run_command(parser, bench, argv, level=logging.WARNING)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -76,12 +78,19 @@ def bench(args: argparse.Namespace) -> None:
     if args.output:
         check_directory(args.output.parent)
     check_typed(args.overrides)
-    from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
-    from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
+    with session("data", keep=False):
+        _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    with phase("data"), part("importing PyTorch and Lightning"):
+        from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
+        from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 
     names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs", "folder_images")
     counts = {name: getattr(args, name) for name in names}
-    context = make_bench(args.overrides, epochs=args.epochs, minutes=args.minutes, **counts)
+    with phase("data"), part("data and teachers"):
+        context = make_bench(args.overrides, epochs=args.epochs, minutes=args.minutes, **counts)
     on_gpu = context.device.type == "cuda"
     found: dict[str, Any] = {
         "origin": provenance(),
@@ -96,7 +105,8 @@ def bench(args: argparse.Namespace) -> None:
             continue
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        found[key] = measure(key, context, found)
+        with phase(f"({key})"):
+            found[key] = measure(key, context, found)
         found["seconds"][key] = time.perf_counter() - start
         heads = ("what", "median", "min", "max", "ratio")
         print_table(f"({key}) {PARTS[key]}", heads, _rows("", found[key]), left=("what",), width=_WIDTH)

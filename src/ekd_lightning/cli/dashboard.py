@@ -10,6 +10,7 @@ from typing import Any
 
 from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import part, phase, session
 
 PROGRAM = "ekd-dashboard"
 EXAMPLES = """\
@@ -43,21 +44,27 @@ def run_dashboard(args: argparse.Namespace) -> None:
     Raises:
         UserError: Without the package, without a login, or if W&B refuses.
     """
-    from ekd_lightning.reporting.wandb_views import build_report, build_workspace, panel_sections  # noqa: PLC0415 (slow; --help needs none)
-
     for option in ("entity", "project", "name", "group"):
         if (value := getattr(args, option)) is not None and not value.strip():
             raise UserError(f"--{option}: must not be empty" + " (nor is WANDB_ENTITY set)" * (option == "entity"))
         if option in ("entity", "project") and "/" in value:
             raise UserError(f"--{option} {value}: must not hold a slash")
-    view = (build_report if args.report else build_workspace)(args.entity, args.project, args.name, args.group)
+    kind = "report" if args.report else "workspace"
+    with session(kind, keep=False), phase(kind):
+        with part("importing wandb"):
+            from ekd_lightning.reporting import wandb_views  # noqa: PLC0415 (slow; --help needs none)
+
+            build = wandb_views.build_report if args.report else wandb_views.build_workspace
+            view = build(args.entity, args.project, args.name, args.group)
+        if not args.dry_run:
+            with part("saving it on the server"):
+                address = save(view, f"{args.entity}/{args.project}")
     if args.dry_run:
-        kind = "report" if args.report else "workspace"
         print(f"{kind} {args.name!r} for {args.entity}/{args.project}, not sent:")
-        for title, panels in panel_sections().items():
+        for title, panels in wandb_views.panel_sections().items():
             print(f"  {title}: {len(panels)} panels")
         return
-    print(save(view, f"{args.entity}/{args.project}"))
+    print(address)
 
 
 def save(view: Any, place: str) -> str:

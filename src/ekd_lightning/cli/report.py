@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import part, phase, session
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")
     parser.add_argument("--no-figures", action="store_true", help="no figures as files")
     parser.add_argument("--no-page", action="store_true", help="no HTML page")
-    run_command(parser, run_report, argv, level=None)
+    run_command(parser, run_report, argv, level=logging.WARNING)
 
 
 def run_report(args: argparse.Namespace) -> None:
@@ -53,14 +55,18 @@ def run_report(args: argparse.Namespace) -> None:
     if args.no_figures and args.formats != ",".join(FORMATS):
         raise UserError("--formats: has no effect with --no-figures")
     formats = [] if args.no_figures else parse_names("--formats", args.formats, FORMATS)
-    from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
-    from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
-    from ekd_lightning.runs.collection import collect  # noqa: PLC0415
+    with session("runs", "report", keep=False):
+        with phase("runs"):
+            with part("importing what compares them"):
+                from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
+                from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
+                from ekd_lightning.runs.collection import collect  # noqa: PLC0415
 
-    report_files.check_packages(figures=bool(formats), page=not args.no_page)
-    report_files.check_output(args.output, force=args.force)
-    report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
-    files = report_files.write_report(report, args.output, formats, page=not args.no_page)
+            report_files.check_packages(figures=bool(formats), page=not args.no_page)
+            report_files.check_output(args.output, force=args.force)
+            report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
+        with phase("report"):
+            files = report_files.write_report(report, args.output, formats, page=not args.no_page)
     _print(report, args.output, files)
 
 

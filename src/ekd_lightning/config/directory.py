@@ -17,9 +17,8 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -42,6 +41,9 @@ from ekd_lightning.runs.lock import (
 )
 from ekd_lightning.runs.writer import RunWriter, is_rank_zero
 from ekd_lightning.settings import check_name
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
 _PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
@@ -187,6 +189,12 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
     return Path(decided)
 
 
+def _store() -> type[TCPStore]:
+    from torch.distributed import TCPStore  # noqa: PLC0415 (slow)
+
+    return TCPStore
+
+
 def _meeting_place() -> tuple[Any, int, int]:
     """Store for the processes of torchrun or SLURM before they train (or None), their number, and the own rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -194,7 +202,7 @@ def _meeting_place() -> tuple[Any, int, int]:
         if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None, world, rank
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(*place, is_master=False, timeout=_PATIENCE), world, rank
+        return _store()(*place, is_master=False, timeout=_PATIENCE), world, rank
     if "SLURM_PROCID" not in os.environ:
         return None, 1, 0
     from pytorch_lightning.plugins.environments import SLURMEnvironment  # noqa: PLC0415 (slow)
@@ -207,7 +215,7 @@ def _meeting_place() -> tuple[Any, int, int]:
         return None, 1, 0
     # Not Lightning's own port: it is opened again right after this.
     place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
-    return dist.TCPStore(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
+    return _store()(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
 
 
 @contextlib.contextmanager
@@ -237,7 +245,8 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     try:
         yield
     finally:
-        if dist.is_available() and dist.is_initialized():
+        dist = sys.modules.get("torch.distributed")  # what was refused at once has not imported it
+        if dist is not None and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         for key, value in environment.items():
             os.environ.pop(key, None)

@@ -173,14 +173,20 @@ class OnScreen(Reporter):
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
     """Shows progress while the block runs, and each warning as one line without the place in the code."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    show, form = warnings.showwarning, warnings.formatwarning
+
+    def show_in_one_line(*warning: Any) -> None:
+        # Each time anew: Lightning, once it is imported, has a form of its own.
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+        show(*warning)
+
+    warnings.showwarning = show_in_one_line
     quiet_libraries()
     try:
         with reported_by(OnScreen()):
             yield
     finally:
-        warnings.formatwarning = before
+        warnings.showwarning, warnings.formatwarning = show, form
 
 
 def quiet_libraries() -> None:
@@ -219,7 +225,7 @@ def _started_here() -> Iterator[None]:
 def one_line(program: str) -> Iterator[None]:
     """Turns what a user causes inside the `with` block into one line on stderr.
 
-    A mistake ends with exit code 2, Ctrl-C with exit code 130.
+    A mistake ends with exit code 2, Ctrl-C or SIGTERM with exit code 130.
     """
     try:
         yield
@@ -265,9 +271,10 @@ def ending_callback(program: str) -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an exception means Ctrl-C that nobody told of yet; Lightning turns it into a SystemExit."""
+    """Whether an exception means Ctrl-C or SIGTERM that nobody told of yet; Lightning makes a SystemExit of either."""
     if isinstance(error, SystemExit):
-        return isinstance(error.__context__, KeyboardInterrupt) and error.code != EXIT_INTERRUPTED
+        terminated = type(error).__name__ == "SIGTERMException"  # which else would end with exit code 0
+        return (terminated or isinstance(error.__context__, KeyboardInterrupt)) and error.code != EXIT_INTERRUPTED
     return isinstance(error, KeyboardInterrupt)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
+from ekd_lightning.progress import track
 from ekd_lightning.reporting import figure_style as fs
 from ekd_lightning.reporting import figures_detail
 from ekd_lightning.reporting.blocks import families, over_fractions
@@ -232,7 +233,7 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
     lines = ["# Figures", ""]
     left_out = []
     with fs.style():
-        for title, (needs, draw) in KINDS.items():
+        for title, (needs, draw) in track(KINDS.items(), "drawing", "kinds of figures"):
             count = len(files)
             for drawn in draw(report, styles):
                 files += fs.save(drawn.figure, folder / drawn.name, formats)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
+from ekd_lightning.progress import track
 from ekd_lightning.runs.directory import CONFIG, HYDRA, RESULT, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.result import Result
 
@@ -162,7 +163,10 @@ def collect(paths: Sequence[Path]) -> Collection:
     parents = {top.parent if top in found else top for top in tops}
     root = Path(os.path.commonpath(parents))
     problems: list[str] = []
-    entries = [_read(directory, directory.relative_to(root).as_posix(), problems) for directory in found]
+    entries = [
+        _read(directory, directory.relative_to(root).as_posix(), problems)
+        for directory in track(found, "reading", "runs")
+    ]
     runs = tuple(entry for entry in entries if entry is not None)
     if not runs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

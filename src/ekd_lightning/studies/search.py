@@ -33,7 +33,7 @@ from ekd_lightning.config.overrides import key_of, override
 from ekd_lightning.errors import UserError
 from ekd_lightning.pipeline.prepare import Prepared, describe_run
 from ekd_lightning.pipeline.run import run
-from ekd_lightning.progress import RUN_PHASES, phase, renew, session
+from ekd_lightning.progress import RUN_PHASES, part, phase, renew, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
@@ -90,9 +90,10 @@ def tune(
     settings, plain = to_settings(cfg), to_plain(cfg)
     given = None if space_file is None else read_space(space_file)
     check_directory(output)
-    prepared = _prepare(settings)
+    with session("plan", keep=False), phase("plan"), part("data, teachers and space"):
+        prepared = _prepare(settings)
+        space = _search_space(given, base, settings, prepared)
     warn_without_effect([key_of(word) for word in base], [settings])
-    space = _search_space(given, base, settings, prepared)
     facts: dict[str, Any] = {
         "method": settings.method.name,
         "budget": trials,

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from ekd_lightning.progress import Reporter, Session, Task, readable
 
-_BAR, _PER_SECOND = 20, 5
+_BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds from a training that Python bounds
 _TOTAL, _GAP, _TIME = "total", 2, 7
 _LEAST_WIDTH = 60  # columns below which bars are left out
 
@@ -74,6 +74,8 @@ class Rows:
 
     def _drawn(self, columns: int) -> Table:
         phases = dict(self._session.phases)
+        over = not any(task.active for task in phases.values())
+        left = None if over else self._session.seconds_left
         wide = columns >= _LEAST_WIDTH
         names = max(map(len, [*phases, _TOTAL]))
         widths = [names, *([_BAR] if wide else []), _TIME]
@@ -84,9 +86,9 @@ class Rows:
         for task in phases.values():
             style = "bold" if task.active else "" if task.elapsed else "dim"
             words = task.words() if task.active else task.note
+            if task.active and left is None and (own := task.seconds_left) is not None:
+                words += f"  about {readable(own)} left"
             table.add_row(Text(task.name, style), *([_bar(task)] if wide else []), Text(_time(task)), Text(words))
-        over = not any(task.active for task in phases.values())
-        left = None if over else self._session.seconds_left
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
         table.add_row(*(Text(text, "dim") for text in (_TOTAL, *([""] if wide else []), seconds, later)))
