@@ -180,7 +180,7 @@ def _shown() -> Iterator[None]:
         warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         show(*warning)
 
-    warnings.showwarning = show_in_one_line
+    warnings.showwarning = show_in_one_line  # type: ignore[assignment] # Python calls it with six, in order
     quiet_libraries()
     try:
         with reported_by(OnScreen()):
