@@ -1,7 +1,9 @@
-"""The page and the chart of a run of `ekd-bench`: docs/results/speed.{md,json,svg}.
+"""The page and the chart of a run of `ekd-bench`: docs/results/speed.{md,json,svg}, or loading.{md,json} of part l.
 
 ekd-bench --output bench.json experiment=cifar10_limited data.fraction=1.0 --sweep-fraction 0.1
 python benchmarks/speed_page.py bench.json --output docs/results
+ekd-bench --parts l --folder-images 50000 --output loading.json experiment=cifar10_limited data.fraction=1.0
+python benchmarks/speed_page.py loading.json --name loading --output docs/results
 """
 
 from __future__ import annotations
@@ -140,7 +142,27 @@ def memory_section(f: dict[str, Any]) -> str:
     return f"""One epoch of `ekd-train` with these settings peaks at {f["run_gb"]:.2f} GB of resident memory."""
 
 
+def folder_section(part: dict[str, Any]) -> str:
+    """(l): a folder of images."""
+    memory = part["memory_gb"]
+    rows = [
+        (name, f"{row['median']:,.0f}", f"{row['min']:,.0f} – {row['max']:,.0f}", f"{row['ratio']:.2f}", *peak)
+        for name, row in part["rates"].items()
+        for peak in [(f"{memory[name]:.2f}", f"{part['images'] / row['median']:,.0f}")]
+    ]
+    heads = ("", "images/s", "min – max", "ratio", "memory, GB", "seconds for all")
+    return f"""{part["images"]:,} JPEG files of 320×256 pixels (enlarged CIFAR images), each once, in shuffled batches
+of 128 squares of 64 pixels. Every measurement is a process of its own; imports do not count. "Cold cache" decodes all
+files into the cache of decoded images first, as the first run with a folder does; "warm cache" reads from it, as every
+later run does. The ratio is to torchvision's `ImageFolder` with its best number of workers ({part["best"]}). Memory is
+the resident peak, pages of the mapped cache included; that of workers is the largest one's, times their number. The
+files themselves lie in the operating system's cache throughout.
+
+{md.table(heads, rows).strip()}"""
+
+
 SECTIONS = {
+    "l": ("Images per second, and memory", folder_section),
     "c": ("A training epoch with three teachers", epoch_section),
     "i": ("Lightning compared with a bare loop", overhead_section),
     "d": ("A sweep", sweep_section),
@@ -154,26 +176,32 @@ SECTIONS = {
 }
 
 
+PLAIN_LOOP = """- **The plain loop** is the usual code with torchvision and a DataLoader: PIL transforms in workers,
+  float32, every teacher in every step, with the same loss and the same student.
+"""
+
+
 def page(found: dict[str, Any], name: str, note: str = "") -> str:
     """The page in Markdown, with the parts that were measured."""
     hardware, packages = found["origin"]["hardware"], found["origin"]["packages"]
     picture = f"![rates]({name}.svg)\n\n" if has_chart(found) else ""
     extra = f"- {note}\n" if note else ""
+    alone = found.keys() & SECTIONS == {"l"}
+    title = "Loading a folder of images" if alone else "Speed compared with a plain PyTorch loop"
+    settings = "" if alone else f"- **Settings**: `{found['settings']}`, batch 128, ResNet-8 student.\n"
+    extra = ("" if alone else PLAIN_LOOP) + extra
     sections = "\n\n".join(
         f"## {title} ({key})\n\n{write(found[key]).strip()}" for key, (title, write) in SECTIONS.items() if key in found
     )
-    return f"""# Speed compared with a plain PyTorch loop
+    return f"""# {title}
 
 Made by `ekd-bench` and `benchmarks/speed_page.py`; all numbers are in [`{name}.json`]({name}.json).
 
 - **Hardware**: {hardware["cpu"]}, {hardware["cpu_count"]} cores ({hardware["cpu_capability"]}),
   {len(hardware["gpus"]) or "no"} GPU; torch {packages["torch"]}, Lightning {packages["pytorch-lightning"]}; commit
   {found["origin"]["git"]["commit"][:7]}.
-- **Settings**: `{found["settings"]}`, batch 128, ResNet-8 student.
-- **How**: all variants take turns, {found["rounds"]} counted rounds each. Rates are medians over rounds; ratios are
-  medians of the ratios within a round.
-- **The plain loop** is the usual code with torchvision and a DataLoader: PIL transforms in workers, float32, every
-  teacher in every step, with the same loss and the same student.
+{settings}- **How**: all variants take turns, {found["rounds"]} counted rounds each. Rates are medians over rounds;
+  ratios are medians of the ratios within a round.
 {extra}
 {picture}{sections}
 """
