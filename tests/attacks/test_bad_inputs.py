@@ -26,7 +26,7 @@ EXPENSIVE = (
     "ekd_lightning.config.directory.JobOutput.start",
     "ekd_lightning.data.download._fetch",
     "ekd_lightning.teachers.store.TeacherStore.get_or_train",
-    "ekd_lightning.studies.comparison.write_study",
+    "ekd_lightning.cli.compare.write_study",
     "ekd_lightning.studies.search.Search",
     "ekd_lightning.pipeline.context.open_context",
     "ekd_lightning.reporting.report_files.write_report",

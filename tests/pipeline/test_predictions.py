@@ -176,6 +176,7 @@ def test_student_and_teachers_stay_as_they_were(make, teachers):
         ({"assignment": "random"}, [None] * 3),
         ({"teacher": "mean"}, [None] * 3),
         ({"assignment": [[0, 0, 1], [1, 0, 0], [0.5, 0.5, 0]]}, [2, 0, None]),
+        ({"assignment": {"schedule": [[0, "mean"], [0.5, "2,0,1"]]}}, [2, 0, 1]),
         ({"terms": {"kd_ensemble": {"weight": 1.0}}}, [None] * 3),
         ({"terms": {**TERMS, "kd_branch": {"weight": 0.0}}}, [None] * 3),
     ],

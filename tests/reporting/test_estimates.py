@@ -140,9 +140,19 @@ def test_own_teachers_are_those_of_the_assignment(tmp_path, kind, K, M):
     assert details.own_teachers(only_group(tmp_path)) == expected
 
 
-def test_explicit_rows_have_an_own_teacher_where_they_name_one(tmp_path):
-    write_run(tmp_path / "run", result(K=2, M=2, assignment=[[0.5, 0.5], [0.0, 1.0]]))
-    assert details.own_teachers(only_group(tmp_path)) == [None, 1]
+@pytest.mark.parametrize(
+    ("spec", "own"),
+    [
+        ([[0.5, 0.5], [0.0, 1.0]], [None, 1]),
+        ([1, 0], [1, 0]),
+        ("1,0", [1, 0]),
+        ({"schedule": [[0, "mean"], [0.5, [1, 1]]]}, [1, 1]),
+        ({"schedule": [[0, "one_to_one"], [0.5, "mean"]]}, [None, None]),
+    ],
+)
+def test_rows_lists_and_the_end_of_a_schedule_have_own_teachers_where_they_name_one(tmp_path, spec, own):
+    write_run(tmp_path / "run", result(K=2, M=2, assignment=spec))
+    assert details.own_teachers(only_group(tmp_path)) == own
 
 
 def test_curves_are_means_over_the_runs_that_reached_an_epoch(tmp_path):
