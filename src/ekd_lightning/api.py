@@ -109,7 +109,7 @@ def distill(
     words += [override(key, value) for key, value in given.items() if value is not None]
     settings = _compose(*_data_words(data), *words, *overrides)
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: a stopped run goes on by the command ekd-train resume=DIR")
+        raise UserError(f"resume={settings.resume}: the command ekd-train resume=DIR continues a stopped run")
     if teachers is not None:
         pool = [one if isinstance(one, str) else dict(one) for one in teachers]
         settings = replace(settings, teachers=replace(settings.teachers, pool=pool, count=None))

@@ -22,11 +22,11 @@ class Role(Enum):
     LOCATION = "location"
     """Where things are, or whether they may be fetched; what lies there is known by its hash."""
     FREE = "free"
-    """How a run is carried out and what is told of it, not what it finds."""
+    """How a run is carried out and reported, without effect on its results."""
     PROTOCOL = "protocol"
     """What runs must share to be compared."""
     COMPUTED = "computed"
-    """Everything else that changes what is found."""
+    """Everything else that affects the results."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Purpose:
     Attributes:
         role: Its role.
         exact: Of a free one: whether the numbers stay the same to the last bit (others change them by rounding).
-        between_parts: Whether it may change when a stopped run goes on, whatever its role.
+        between_parts: Whether it may change when a stopped run continues, whatever its role.
     """
 
     role: Role
@@ -181,7 +181,7 @@ def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
 # -- effect ---------------------------------------------------------------------------------------------
 
 BESIDE = "beside"
-"""What a field's metadata hold where it counts only beside some values of another setting."""
+"""Metadata of a field that counts only with some values of another setting."""
 Condition = tuple[str, str, Callable[[Any], object]]
 """Dotted key of a setting, that of another one, and for which values of that the first counts."""
 

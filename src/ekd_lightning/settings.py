@@ -216,7 +216,7 @@ class RecipeSettings:
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def mixed(self, prefix: str) -> str:
-        """The keys by which images are mixed, with their values; empty where they are not."""
+        """The keys by which images are mixed, with their values; empty if they are not."""
         values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
         return " and ".join(f"{prefix}.{name}={alpha}" for name, alpha in values.items() if alpha)
 
@@ -625,5 +625,5 @@ def is_free(key: str, *, exact: bool = True) -> bool:
 
 
 def may_change_between_parts(key: str) -> bool:
-    """Whether a setting may change when a stopped run goes on."""
+    """Whether a setting may change when a stopped run continues."""
     return is_free(key) or purpose_of(key).between_parts

@@ -28,7 +28,7 @@ PARTS = {
     "e": "inference of the student and of the teachers",
     "g": "growth with teachers, branches, batch size and images",
     "h": "share of the machine's matrix-product peak (runs b and c)",
-    "p": "where a training step's time goes, and what its convolutions alone allow",
+    "p": "where a training step's time goes, and the rate of its convolutions alone",
     "f": "memory of a run of one epoch",
     "l": "a folder of images: cold and warm cache, and torchvision's ImageFolder",
 }
@@ -47,11 +47,11 @@ Overrides are those of ekd-train. Nothing else should run on the machine meanwhi
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-bench`."""
-    what = "Measure the plain way and this package's in turn, on the same work.\n\nparts:\n"
+    what = "Measure a plain loop and this package in turn, on the same work.\n\nparts:\n"
     parser = make_parser(PROGRAM, what + "\n".join(f"  {key}  {text}" for key, text in PARTS.items()), EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--parts", help=f"letters of the parts (default: all; on a GPU {GPU_PARTS})")
-    parser.add_argument("--minutes", type=float, help="begin nothing after so long (default: no limit; on a GPU 3)")
+    parser.add_argument("--minutes", type=float, help="start no part after this time (default: no limit; on a GPU 3)")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
     parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")

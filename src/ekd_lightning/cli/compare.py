@@ -73,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--match", help="plain students of the branched student's cost: macs,parameters (default), one of them, or none"
     )
-    parser.add_argument("--no-controls", action="store_true", help="only the rows that were asked for")
-    parser.add_argument("--tuned", type=Path, help="folder of <row>.yaml files with overrides, from ekd-tune")
+    parser.add_argument("--no-controls", action="store_true", help="only the requested rows")
+    parser.add_argument("--tuned", type=Path, help="folder of <row>.yaml files from ekd-tune")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--print-jobs", action="store_true", help="print the commands of what would be run")
+    parser.add_argument("--print-jobs", action="store_true", help="print the commands of all runs, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     run_command(parser, run_compare, argv)
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--group", help="only runs of this sweep, as W&B shows its group")
     parser.add_argument("--name", default="Ensemble distillation", help="title of the view")
     parser.add_argument("--report", action="store_true", help="a report instead of a workspace")
-    parser.add_argument("--dry-run", action="store_true", help="send nothing, say what would be saved")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing, print what would be saved")
     run_command(parser, run_dashboard, argv, level=logging.WARNING)
 
 

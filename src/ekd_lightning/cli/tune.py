@@ -24,7 +24,7 @@ examples:
   ekd-tune --trials 20 --output tuned/lr --space space.yaml --epochs 15 --seeds 0,1 method=ce
   ekd-train method=ekd experiment=cifar10_limited $(ekd-tune --print tuned/c10/ekd.yaml)
 
-The same command again goes on with a stopped study; several at once share it. The test set is not read.
+The same command continues a stopped study; several at once share it. The test set is not read.
 Overrides are those of ekd-train; what they set is not searched. See docs/tuning.md.
 """
 
@@ -47,16 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--output", type=Path, help="folder for <method>.yaml and the study")
-    parser.add_argument("--trials", type=int, default=20, help="trials in all, earlier ones too (default: 20)")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials, earlier ones included (default: 20)")
     parser.add_argument("--epochs", type=int, help="epochs of a trial (default: recipe.epochs)")
     parser.add_argument("--seeds", default="0", help="a trial's value is the mean over these (default: 0)")
     parser.add_argument("--timeout", type=float, metavar="S", help="start no trial after S seconds")
     parser.add_argument("--space", type=Path, metavar="FILE", help="YAML: key -> {low, high, log} or {choices}")
-    parser.add_argument("--sampler-seed", type=int, default=0, help="of what is tried (default: 0)")
-    parser.add_argument("--no-prune", action="store_true", help="never stop a hopeless trial early")
+    parser.add_argument("--sampler-seed", type=int, default=0, help="seed of the sampler (default: 0)")
+    parser.add_argument("--no-prune", action="store_true", help="train every trial to its end")
     parser.add_argument("--storage", metavar="URL", help="database of the trials, e.g. sqlite:///tuned.db")
     parser.add_argument("--verbose", action="store_true", help="show the lines of every run")
-    parser.add_argument("--print", type=Path, metavar="FILE", help="print the overrides of a result, and end")
+    parser.add_argument("--print", type=Path, metavar="FILE", help="print the overrides of a result, and stop")
     return parser
 
 

@@ -52,7 +52,7 @@ def compose_settings(*overrides: str) -> Settings:
         overrides: As on the command line, e.g. "method=kd_mean", "data.fraction=0.1".
 
     Returns:
-        Typed settings, to be changed or handed to `ekd_lightning.pipeline.run.run`.
+        Typed settings, to be changed or passed to `ekd_lightning.pipeline.run.run`.
     """
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
@@ -89,7 +89,7 @@ def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
 
     Args:
         keys: Dotted keys of what was given for all of them.
-        jobs: The settings of each; no more are asked for than it takes.
+        jobs: The settings of each; read only as far as needed.
     """
     lines: dict[str, str] | None = None
     for settings in jobs:
@@ -141,7 +141,7 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
 
     Args:
         run: The run.
-        overrides: `key=value` for places that are elsewhere by now, e.g. `data.root=/data`, and for `imports`.
+        overrides: `key=value` for new places, e.g. `data.root=/data`, and for `imports`.
         trust: Whether modules are imported that the record alone names.
 
     Raises:
@@ -171,7 +171,7 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
 
 
 def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
-    """A run's configuration, with relative places that are still there as they were meant where it was started."""
+    """A run's configuration, with existing relative paths resolved from where it was started."""
     start = run.provenance().get("working_directory")
     for group, name in list(_places(config)):
         if isinstance(start, str) and Path(start, group[name]).exists():

@@ -127,7 +127,7 @@ def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager
 
 
 class ConsoleLines(logging.StreamHandler[Any]):
-    """The log on the screen: what is said, without where it is said; the log file has that, too.
+    """Log lines on the screen, without their source; the log file has it.
 
     A job of a sweep begins its lines with its number. Of several processes of one job, only the first speaks.
     """
@@ -196,7 +196,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # which jobs there are, the sweep's own lines say
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA where none is asked for
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA may be missing
     for message in (
         ".*does not have many workers.*",  # there are none: images are in memory
         ".*module.* in eval mode.*",  # the teachers, on purpose
@@ -271,7 +271,7 @@ def ending_callback(program: str) -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an exception means Ctrl-C or SIGTERM that nobody told of yet; Lightning makes a SystemExit of either."""
+    """Whether an exception means Ctrl-C or SIGTERM that has not been reported; Lightning turns either into a SystemExit."""
     if isinstance(error, SystemExit):
         terminated = type(error).__name__ == "SIGTERMException"  # which else would end with exit code 0
         return (terminated or isinstance(error.__context__, KeyboardInterrupt)) and error.code != EXIT_INTERRUPTED

@@ -1,6 +1,6 @@
 """Overrides as Hydra reads them on a command line: their keys, values written so that they are read back, and paths.
 
-`resume=<run directory>` stands for the overrides that the run was started with, in its own directory.
+`resume=<run directory>` expands to the overrides of that run, in its own directory.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def is_hydras(word: str) -> bool:
 
 
 def anchored_search(word: str) -> str:
-    """`hydra.searchpath=[...]` with its folders as they are meant where it is typed; any other word as it is."""
+    """`hydra.searchpath=[...]` with absolute folders; any other word unchanged."""
     if key_of(word) != "hydra.searchpath" or "=" not in word:
         return word
     value = internals.parse_override(word).value()
     places = value if isinstance(value, list) else [value]
     folders = [str(place).removeprefix("file://") for place in places]
-    told = [folder if "://" in folder else f"file://{Path(folder).absolute()}" for folder in folders]
-    return f"{word.partition('=')[0]}=[{','.join(_quoted(place) for place in told)}]"
+    absolute = [folder if "://" in folder else f"file://{Path(folder).absolute()}" for folder in folders]
+    return f"{word.partition('=')[0]}=[{','.join(_quoted(place) for place in absolute)}]"
 
 
 def override(key: str, value: Scalar | Path) -> str:
@@ -165,7 +165,7 @@ def read_path(word: str) -> str | None:
 
 
 def shell_word(text: str) -> str:
-    """One word for a shell, readable where it holds single quotes."""
+    """One word for a shell, readable even with single quotes."""
     plain = not set(text) & set('"$`!\n') and "\\\\" not in text and not text.endswith("\\")
     return f'"{text}"' if "'" in text and plain else shlex.quote(text)
 
@@ -241,7 +241,7 @@ _OF_THIS_RUN = ("resume=", "hydra.run.dir=", "hydra.output_subdir=", "hydra.mode
 
 
 def anchored(word: str) -> str:
-    """An override of a place as it is meant where it is typed; all others begin where the run was first started."""
+    """An override with an absolute path if it names a place; any other override unchanged."""
     if not names_place(word):
         return word
     return override(word.partition("=")[0], Path(read_path(word) or ".").absolute())
@@ -254,7 +254,7 @@ def names_place(word: str) -> bool:
 
 
 def computing(words: Iterable[str], is_free: Callable[[str], bool] = is_free) -> list[str]:
-    """The overrides on which it depends what is found, sorted; of one that names a place the key, without the path.
+    """The overrides that affect the results, sorted; of one that names a place only the key.
 
     Args:
         words: Overrides.
@@ -265,7 +265,7 @@ def computing(words: Iterable[str], is_free: Callable[[str], bool] = is_free) ->
 
 
 def may_be_given(word: str) -> bool:
-    """Whether an override may be another when a study goes on: it is free, or names code or a place."""
+    """Whether an override may change when a study continues: it is free, or names code or a place."""
     return is_free(key_of(word)) or names_code(word) or names_place(word)
 
 

@@ -259,7 +259,7 @@ def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.
 
 
 def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Reads the class names of an .npz file; empty where it has none."""
+    """Reads the class names of an .npz file; empty if it has none."""
     if "class_names" not in arrays:
         return ()
     given = arrays["class_names"]
@@ -273,7 +273,7 @@ def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], pat
 
 
 def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:
-    """Opens a split of a data set; None where there is none of that name."""
+    """Opens a split of a data set; None if there is none of that name."""
     own = inspect.signature(kind).parameters
     parameters = dict(own)
     if "kwargs" in own:  # handed on to the parent, as QMNIST does

@@ -67,7 +67,7 @@ class Unlabelled:
         sha256: Hex SHA-256 of the positions, or of the images of their own.
         share: Their share of a batch, in (0, 1).
         leads: Whether an epoch is one pass over them, not over the labelled images.
-        own: The images of their own, whose labels mean nothing; None where they are images of the training set.
+        own: The images of their own, whose labels mean nothing; None if they are images of the training set.
     """
 
     index: Tensor

@@ -171,7 +171,7 @@ def _decoded(
         title = f"{name}: decoding images"
         found = decode_all(target, lambda i: listing.load(rows[i][1].item), len(rows), image_size, title)
         if found.broken and not skip_broken:
-            raise UserError(f"{_first_broken(rows, found)}; data.skip_broken=true goes on without such")
+            raise UserError(f"{_first_broken(rows, found)}; data.skip_broken=true skips such images")
         return _facts(listing, rows, found, target, name)
 
     pixels, facts = cached_images(cache, key, build)

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
         valid: bool [B]; False marks the padding rows that keep evaluation batches equally long on all
             devices. They must not be counted. Always True in training.
         soft_labels: float32 [B, C], rows summing to 1, where every image was mixed with another one (mixup, CutMix);
-            labels, index and view are then those of the first of the two. None where nothing was mixed.
+            labels, index and view are then those of the first of the two. None if nothing was mixed.
         num_labelled: The first so many rows have labels; those of the others are -1. None where all have.
     """
 

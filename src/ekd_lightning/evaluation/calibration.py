@@ -137,7 +137,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
         labels: int64 [N].
 
     Returns:
-        T > 0; 1.0 where T makes no difference. None where no T is best: without images, and where the likelihood
+        T > 0; 1.0 where T makes no difference. None if no T is best: without images, and where the likelihood
         still falls at an edge of `TEMPERATURES` (every image right: T → 0; worse than guessing: T → ∞).
     """
     if len(labels) == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Diversity(NamedTuple):
-    """Means over all pairs of members, unless said otherwise; None where it is not defined.
+    """Means over all pairs of members, unless said otherwise; None if it is not defined.
 
     Attributes:
         pairwise_kl: (KL(p_i ‖ p_j) + KL(p_j ‖ p_i)) / 2, mean over images, nats.
@@ -224,7 +224,7 @@ def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> fl
         teachers: t(k); None for branches that have none.
 
     Returns:
-        The margin, in the unit of `similarity`. None where no branch has a teacher, with fewer than two teachers, or
+        The margin, in the unit of `similarity`. None if no branch has a teacher, with fewer than two teachers, or
         where a similarity that is needed is not finite.
     """
     margins = [

@@ -56,7 +56,7 @@ class Method(nn.Module):
         teacher_stages: Names of the stage outputs that the teachers must return.
         student_stages: Names of the student's stage outputs that some term reads.
         origin: What `build_method` made it of, for `rebuild_method`: plain values, and the training images' positions
-            and labels where a term reads them. Empty where it was put together by hand, or has options that are not
+            and labels where a term reads them. Empty if it was put together by hand, or has options that are not
             plain.
 
     Raises:

@@ -29,7 +29,7 @@ class Term(nn.Module):
         schedule: Factor of the weight as a function of the training's progress; from the term's `schedule` in the
             configuration.
         needs_labels: Whether it reads `context.batch`'s labels: of a batch with unlabelled images it is then handed the
-            labelled rows alone. False where it takes all rows, whose labels it must not look at.
+            labelled rows alone. False if it takes all rows, whose labels it must not look at.
         needs_teachers: Whether `context.teachers` must be there.
         needs_pooled: Whether it reads the teachers' pooled features.
         needs_networks: Whether `context.networks` must be there.

@@ -175,7 +175,7 @@ def _pooled(neck: nn.Module, maps: Tensor) -> Tensor:
 
 
 def _folded(stage: nn.Module, name: str) -> nn.Module:
-    """Folds batch norms into convolutions; returns the stage unchanged where it cannot be traced."""
+    """Folds batch norms into convolutions; returns the stage unchanged if it cannot be traced."""
     try:
         return fuse(stage)
     except Exception as error:

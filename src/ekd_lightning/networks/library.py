@@ -60,7 +60,7 @@ class LibraryWeights:
 
     Attributes:
         name: Of the network, with its library's prefix.
-        usual: What the library says of its images; None where it says nothing.
+        usual: What the library says of its images; None if it says nothing.
         path: The file; None for the published weights.
     """
 

@@ -101,7 +101,7 @@ class EvaluationContext:
         subset: Which training images the run saw (`train_index`) and validated on (`val_index`).
         device: Where to compute.
         gather: Loads the run's teachers; None if it had none.
-        started: When the run, or its last part, was started, as it was opened; None where that is unknown.
+        started: When the run, or its last part, was started, as it was opened; None if that is unknown.
     """
 
     settings: Settings
@@ -147,7 +147,7 @@ def open_context(
 
     Args:
         run: The run.
-        settings: Those it ran with, but for where things are by now.
+        settings: Those it ran with, with new places.
         device: Where to compute.
         other: Its student with other weights, moved to `device`; None for those after the last epoch.
         weights: Which weights these are, `best` or `ema`.
@@ -182,13 +182,13 @@ def open_context(
 def refuse_other_images(
     run: RunDirectory, settings: Settings, dataset: Dataset, unlabelled: Unlabelled | None = None
 ) -> None:
-    """Compares images with those that a run has on record, wherever they lie by now.
+    """Compares images, wherever they are, with those on a run's record.
 
     Args:
         run: The run; what it has not recorded yet is not compared.
         settings: They say where the images lie.
         dataset: The labelled images.
-        unlabelled: Those without labels; None where they are not read.
+        unlabelled: Those without labels; None if they are not read.
 
     Raises:
         UserError: Naming the place whose images are others.

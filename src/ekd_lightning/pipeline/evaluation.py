@@ -305,7 +305,7 @@ def _run_parts(
 
 
 def _recorded(context: EvaluationContext, directory: RunWriter) -> Result:
-    """What is recorded of a finished run by now.
+    """The current record of a finished run.
 
     Raises:
         UserError: If another run has taken its place.

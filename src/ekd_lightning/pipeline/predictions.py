@@ -166,7 +166,7 @@ def _imitation(
 
 
 def trained_with(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
-    """Each branch's own teacher at the end of a run; None where it had none (mean, random, no branch terms)."""
+    """Each branch's own teacher at the end of a run; None if it had none (mean, random, no branch terms)."""
     kind = settings.method.assignment
     if not uses_assignment(settings.method.terms) or kind == "random":
         return [None] * num_branches
@@ -178,7 +178,7 @@ def trained_with(settings: Settings, num_branches: int, num_teachers: int) -> li
 def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]:
     """Each branch's own teacher under an assignment."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run has told of idle teachers
+        warnings.simplefilter("ignore")  # the run has reported idle teachers
         return own_teachers(make_assignment(kind, num_branches, num_teachers))
 
 

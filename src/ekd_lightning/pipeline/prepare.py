@@ -153,7 +153,7 @@ def check_settings(settings: Settings) -> None:
     for entry in entries:
         if entry.zoo:
             zoo_entry(entry.zoo)
-    with quiet():  # what has no effect is told when they are made in earnest
+    with quiet():  # settings without effect are reported when the parts are made for the run
         _make_views(settings.data, settings.data.padding or 0)
 
 
@@ -392,7 +392,7 @@ def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, An
 
 
 def _is_partial(flags: Mapping[str, Any]) -> bool:
-    """Whether Lightning was told to look at a part of the data only; such results are no results."""
+    """Whether Lightning uses only part of the data, so that the results do not count."""
     limits = [flags.get(f"limit_{part}_batches") for part in ("train", "val", "test")]
     # To Lightning 1.0 is all of the data, and 1 is one batch.
     limited = any(limit is not None and (limit != 1.0 or isinstance(limit, int)) for limit in limits)

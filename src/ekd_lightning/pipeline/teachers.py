@@ -101,7 +101,7 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
         device: Where to compute.
 
     Returns:
-        `prepared` with one teacher and the method for it; unchanged where nothing is left to choose.
+        `prepared` with one teacher and the method for it; unchanged if nothing is left to choose.
     """
     if not prepared.candidates:
         return prepared

@@ -221,7 +221,7 @@ def reliability(arrays: Sequence[dict[str, Array]], suffix: str = "") -> list[Bi
         suffix: One of `SUFFIXES`.
 
     Returns:
-        By confidence; empty where no run has the arrays, or they differ in the number of bins.
+        By confidence; empty if no run has the arrays, or they differ in the number of bins.
     """
     names = [f"reliability_{what}{suffix}" for what in _RELIABILITY]
     have = [[one[name] for name in names] for one in arrays if all(name in one for name in names)]

@@ -290,7 +290,7 @@ def _order(one: Group) -> tuple[Any, ...]:
 
 
 def _at(value: Any, path: Sequence[int | str]) -> float | None:
-    """A number inside nested lists and mappings; None where there is none."""
+    """A number inside nested lists and mappings; None if there is none."""
     for step in path:
         if isinstance(step, str):
             value = value.get(step) if isinstance(value, Mapping) else None

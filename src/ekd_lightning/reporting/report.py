@@ -86,7 +86,7 @@ class Report:
         return tuple(dict.fromkeys(filter(None, [self.reference.get(block.key), subject])))
 
     def answer(self, block: Block) -> Answer | None:
-        """The answer of a block; None where no run of it is done."""
+        """The answer of a block; None if no run of it is done."""
         return next((answer for answer in self.answers if answer.block.key == block.key), None)
 
 

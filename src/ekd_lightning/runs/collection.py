@@ -66,7 +66,7 @@ class RunEntry:
 
     @property
     def since(self) -> datetime | None:
-        """Start of the run, or of its last part; None where that is unknown."""
+        """Start of the run, or of its last part; None if that is unknown."""
         try:
             return self.on_disk.started()
         except DamagedFileError:
@@ -74,7 +74,7 @@ class RunEntry:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from its (last) start to when its state was written; None where one is unknown."""
+        """Seconds from its (last) start to when its state was written; None if one is unknown."""
         try:
             end, since = datetime.fromisoformat(self.time or ""), self.since
             return None if since is None else (end - since).total_seconds()
@@ -83,16 +83,16 @@ class RunEntry:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, read on first use; empty where there is none or it is damaged."""
+        """The configuration, read on first use; empty if there is none or it is damaged."""
         return _undamaged(self.on_disk.config)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
-        """Where the run was made, read on first use; empty where that is unknown."""
+        """Where the run was made, read on first use; empty if that is unknown."""
         return _undamaged(self.on_disk.provenance)
 
     def setting(self, key: str) -> Any:
-        """Returns a value of the configuration by its dotted key; None where it is absent."""
+        """Returns a value of the configuration by its dotted key; None if it is absent."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

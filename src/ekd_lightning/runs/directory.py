@@ -104,7 +104,7 @@ class RunDirectory:
 
     @property
     def last_checkpoint(self) -> Path:
-        """Where a stopped run goes on."""
+        """Checkpoint from which a stopped run continues."""
         return self.path / CHECKPOINTS / LAST
 
     @property
@@ -113,7 +113,7 @@ class RunDirectory:
         return self.path / CHECKPOINTS / BEST
 
     def file(self, name: str) -> Path | None:
-        """One of its files; None where it is absent."""
+        """One of its files; None if it is absent."""
         path = self.path / name
         return path if path.is_file() else None
 
@@ -187,7 +187,7 @@ class RunDirectory:
             return None
 
     def started(self) -> datetime | None:
-        """Returns when the run, or its last part, was started; None where that is unknown."""
+        """Returns when the run, or its last part, was started; None if that is unknown."""
         first = self.provenance()
         try:
             return datetime.fromisoformat([first, *(first.get("resumed") or [])][-1]["started"])
@@ -296,7 +296,7 @@ class RunDirectory:
         return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
-        """Returns the run's provenance; empty where it is unknown.
+        """Returns the run's provenance; empty if it is unknown.
 
         Raises:
             DamagedFileError: If the file is damaged.

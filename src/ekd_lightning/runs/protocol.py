@@ -13,7 +13,7 @@ class Recorded(typing.Protocol):
     """Anything with fields of a result by name: a run, a result, or a record."""
 
     def get(self, key: str, /) -> Any:
-        """The value of a field; None where it is not known."""
+        """The value of a field; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Protocol:
 
     @property
     def num_images(self) -> int | None:
-        """Images of the subset, those of the validation split among them; None where that was not recorded."""
+        """Images of the subset, those of the validation split among them; None if that was not recorded."""
         return None if self.num_train_images is None else self.num_train_images + (self.num_val_images or 0)
 
     @property

@@ -382,7 +382,7 @@ def records(
         block: From `study_block`.
         rows: From `study_rows`.
         runs: Its runs.
-        settings: By row, what it changes of its method's defaults; None if that is not known.
+        settings: By row, what it changes of its method's defaults; None if unknown.
     """
     made = []
     for row in rows:

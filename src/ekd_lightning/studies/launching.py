@@ -114,7 +114,7 @@ def working_in(directory: str) -> Iterator[None]:
     if sys.version_info >= (3, 11) and os.path.isdir(directory):
         os.chdir(directory)
     elif os.path.isdir(directory) and not os.path.samefile(directory, before):
-        log.warning("Python 3.10 cannot keep modules in %s from being imported: this goes on here", directory)
+        log.warning("Python 3.10 cannot keep modules in %s from being imported; they may be imported", directory)
     try:
         yield
     finally:
@@ -293,7 +293,7 @@ def watched(sweep: Sweep) -> Iterator[None]:
     """Reports the progress of a sweep's jobs while the block runs, and once more at its end.
 
     Args:
-        sweep: Its jobs that are done by now are not reported.
+        sweep: Its finished jobs are not reported.
     """
     progress, stop = Progress(sweep, _say, since=now()), threading.Event()
 

@@ -153,7 +153,7 @@ def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
 def _prepare(settings: Settings) -> Prepared:
     """Checks a trial as its run would be, and the study."""
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: has no meaning here; the same --output goes on")
+        raise UserError(f"resume={settings.resume}: has no meaning here; the same --output continues a search")
     devices = settings.trainer.get("devices", 1)
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise UserError(f"trainer.devices={devices}: a trial has one device; start several processes with one --output")
@@ -228,7 +228,7 @@ def run_trials(
             _run_trial(study, trial, evaluate)
             all_trials.advance()
             after_trial()
-    log.info("--timeout: no further trials; the same command goes on")
+    log.info("--timeout: no further trials; the same command continues")
 
 
 def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:

@@ -77,7 +77,7 @@ class Study:
         seeds: Not negative.
         common: Overrides of all rows.
         data: Name of the data set.
-        working_directory: Where relative places of its runs begin; empty where it is not known.
+        working_directory: Where relative places of its runs begin; empty if unknown.
     """
 
     rows: tuple[RowPlan, ...]

@@ -45,7 +45,7 @@ class Job:
     Attributes:
         directory: Its run directory.
         overrides: As for ekd-train.
-        resumed: Whether it goes on from its last checkpoint.
+        resumed: Whether it continues from its last checkpoint.
         row: Of the study that it belongs to.
         images: Training images, each time that one is seen.
         macs: Multiply-accumulates of training on them.
@@ -70,7 +70,7 @@ class Sweep:
         common: Overrides of the runs that do not vary.
         config_name: The configuration that is composed.
         config_dir: Folder of the user's own configuration files; None without one.
-        working_directory: Where relative places of jobs that have not started begin; empty where it is not known.
+        working_directory: Where relative places of jobs that have not started begin; empty if unknown.
         started: Time of the first start, ISO 8601 in UTC; a status that is older belongs to an earlier sweep.
     """
 

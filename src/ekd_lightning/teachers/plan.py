@@ -148,7 +148,7 @@ def _kept_stages(settings: Settings, method: Method) -> Stages:
 
 
 def _why_live(settings: Settings, method: Method) -> str:
-    """Returns why there can be no tables; empty where there can."""
+    """Returns why there can be no tables; empty if there can."""
     if settings.teachers.table == "off":
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):

@@ -66,7 +66,7 @@ class TeacherStore:
         return self.root / "teachers" / digest / _WEIGHTS
 
     def cost(self, key: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the recorded cost of the training of `key`; empty where there is none."""
+        """Returns the recorded cost of the training of `key`; empty if there is none."""
         return _kept(self.path(key).with_name(COST), read_json, "the cost of its training is unknown") or {}
 
     def get_or_train(self, key: Mapping[str, Any], train: Callable[[Path], StagedNetwork]) -> StagedNetwork:

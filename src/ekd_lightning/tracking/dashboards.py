@@ -157,10 +157,10 @@ def _write_tensorboard(
     writer: Any = logger.experiment
     step = int(result["steps"])
     logger.log_metrics(dict(numbers), step)
-    told = {name: panels.scalars[name] for name in _HEADLINE if name in panels.scalars}
+    scores = {name: panels.scalars[name] for name in _HEADLINE if name in panels.scalars}
     # Lightning's log_hyperparams would write these numbers a second time.
     columns = {n: "none" if v is None else v for n, v in result_columns(result, {}).items()}
-    for summary in hparams(columns, told):
+    for summary in hparams(columns, scores):
         writer._get_file_writer().add_summary(summary, step)
     for name, table in panels.tables.items():
         writer.add_text(name, markdown(table), step)

@@ -149,7 +149,7 @@ def make_loggers(
 
 @dataclass(frozen=True)
 class TeacherCurves:
-    """Where curves of the teachers and assistants go that a run trains on its way: to runs of their own.
+    """Loggers of the teachers and assistants that a run trains, each a run of its own.
 
     Attributes:
         settings: What is selected.

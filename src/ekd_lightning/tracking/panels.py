@@ -82,7 +82,7 @@ class Panels:
         scalars: Numbers by `<section>/<field>`.
         tables: Tables by `<section>/<name>`.
         curves: Lines by `<section>/<name>`.
-        confusion: int [C, C], rows are true classes; None if it is not known.
+        confusion: int [C, C], rows are true classes; None if unknown.
         examples: Images that the student gets wrong.
         class_names: C names.
     """

@@ -68,7 +68,7 @@ class Rows:
         self._table = Table.grid()
 
     def __rich_console__(self, console: Console, options: Any) -> Iterator[Table]:
-        with contextlib.suppress(Exception):  # the work goes on meanwhile: the rows of before will do
+        with contextlib.suppress(Exception):  # the session changes meanwhile: the previous rows will do
             self._table = self._drawn(options.max_width)
         yield self._table
 

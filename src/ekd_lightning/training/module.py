@@ -121,7 +121,7 @@ class TrainingModule(pl.LightningModule):
         raise NotImplementedError
 
     def why_not_recorded(self) -> str | None:
-        """Returns why the losses cannot be part of a CUDA graph; None where they can."""
+        """Returns why the losses cannot be part of a CUDA graph; None if they can."""
         raise NotImplementedError
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:

@@ -41,8 +41,8 @@ class StepValues:
 
     Attributes:
         step: int64 scalar, optimiser steps of the whole training so far.
-        weights: Term name -> float32 scalar, its weight times its schedule's factor; empty where nothing is weighted.
-        assignment_KM: float32 [K, M], the assignment of the step; None where no term uses it.
+        weights: Term name -> float32 scalar, its weight times its schedule's factor; empty if nothing is weighted.
+        assignment_KM: float32 [K, M], the assignment of the step; None if no term uses it.
     """
 
     step: Tensor
@@ -59,7 +59,7 @@ class EpochRows:
         index: int64 [N, B], positions in the whole training set.
         view: int64 [N, B].
         weights: float32 [N, terms], in the order of the names that the step was built with.
-        assignment: float32 [N, K, M]; None where no term uses it.
+        assignment: float32 [N, K, M]; None if no term uses it.
         num_labelled: As in `Batch`.
     """
 
@@ -246,7 +246,7 @@ class RecordedStep:
 
 
 def why_not_recorded(trainer: pl.Trainer) -> str | None:
-    """Returns why a run's training step cannot be one CUDA graph; None where it can."""
+    """Returns why a run's training step cannot be one CUDA graph; None if it can."""
     data, optimizer = getattr(trainer, "datamodule", None), trainer.optimizers[0]
     watching = [
         type(callback).__name__
