@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import build_assignment, build_method, build_term, terms_with_labels
-from ekd_lightning.methods.pair_terms import ConvRegressor
+from ekd_lightning.methods import TermContext, build_assignment, build_method, build_term, terms_with_labels
+from ekd_lightning.methods.pair_terms import ConvRegressor, FeatureBranch
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
 
 from .helpers import Heads, make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
 
@@ -266,6 +269,27 @@ def test_teachers_of_one_opinion_count_alike(kind):
     student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
     alike = teachers._replace(logits=teachers.logits[:1].expand(3, -1, -1))
     assert value(maps_term(confidence=kind), student, alike) == pytest.approx(value(maps_term(), student, alike))
+
+
+TEACHERS = {"wide": ("wrn_16_2", 128), "dense": ("densenetbc_40_12", 132), "narrow": ("resnet8", 64)}
+
+
+def test_teachers_that_differ_teach_maps_of_every_stage():
+    """Of other families and channels; one whose last stage has another name is refused by name."""
+    spec = NetworkSpec("resnet8", 10, normalization("unit"))
+    student = BranchedStudent(spec, branches=4, split_after="stage2")
+    teachers = [build_network(replace(spec, name=name)) for name, _ in TEACHERS.values()]
+    vgg = build_network(replace(spec, name="vgg8"))
+    terms = {key: term for key, term in preset("ekd_maps")["method"]["terms"].items() if key.startswith("maps")}
+    context = TermContext.of(student, [*teachers, vgg], teacher_names=(*TEACHERS, "vgg"))
+    with pytest.raises(UserError, match=r"method\.terms\.maps3: the teacher 'wide' has no stage 'stage4'"):
+        build_method("x", terms, context)
+    method = build_method("x", terms, TermContext.of(student, teachers, teacher_names=tuple(TEACHERS)))
+    built = {key: cast(FeatureBranch, term) for key, term in method.named_terms()}
+    assert built["maps1"].pairs == built["maps2"].pairs == ((0, 0), (0, 1), (0, 2))
+    assert built["maps3"].pairs == ((0, 0), (1, 1), (2, 2), (3, 0))
+    widths = [cast(nn.Sequential, adapter)[0].weight.shape[:2] for adapter in built["maps3"].adapters.values()]
+    assert widths == [(channels, 64) for channels in (128, 132, 64, 128)]
 
 
 def test_a_late_split_with_a_teacher_for_each_branch_needs_no_switch():
