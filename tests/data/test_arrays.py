@@ -77,6 +77,7 @@ def test_images_and_labels_alone_are_split_and_named(tmp_path, names):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({f"a{i}": np.zeros(1) for i in range(9)}, r"\(but a0, a1, a2 and 6 more\)"),
         ({"images": np.zeros((4, 5, 5, 3))}, r"holds neither x_train and y_train nor images and labels \(but images\)"),
         ({"images": np.zeros((4, 5, 5, 3)), "labels": np.arange(4)}, r"images is float64 \[4, 5, 5, 3\], not uint8"),
         ({"images": np.zeros((4, 5), np.uint8), "labels": np.arange(4)}, r"images is uint8 \[4, 5\], not"),

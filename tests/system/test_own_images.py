@@ -88,6 +88,18 @@ def test_files_train_the_student_that_the_same_images_in_memory_train(train, tmp
     assert runs[0].json("result.json")["test_nll"] == runs[1].json("result.json")["test_nll"]
 
 
+def test_a_data_set_of_the_hub_is_named_with_its_user(train, tmp_path):
+    """Without the package the extra is named, with it that the hub cannot be asked."""
+    words = ("data=huggingface", "data.image_size=32", "data.download=false", *DIGITS)
+    asked = train(tmp_path / "run", *words, "data.name=user/set")
+    assert asked.code == 2
+    assert any(said in asked.err for said in ("ekd-lightning[datasets]", "data.name=user/set: cannot be loaded"))
+    for name in ("user/../set", "/set", "user/set/more"):
+        refused = train(tmp_path / "run", *words, f"data.name={name}")
+        assert refused.code == 2
+        assert "names folders: no separators" in refused.err
+
+
 def test_what_needs_squares_is_refused_before_training(photographs, train, tmp_path):
     size = "data.image_size=[16,24]"
     teachers = "teachers.count=1"

@@ -113,6 +113,7 @@ def test_an_automatic_table_and_mixed_images_are_reported_once(tiny_settings, ca
     ("words", "message"),
     [
         (["data.augmentation=cutuot"], r"data\.augmentation 'cutuot'; did you mean 'cutout'"),
+        (["data.augmentation=GausianBlur"], r"data\.augmentation 'GausianBlur'; did you mean 'GaussianBlur'"),
         (["data.augmentation=cutout", "data.pool_size=0"], r"data\.pool_size=0"),
         (["data.augmentation=cutout", "+data.augmentation_options={cutout: {sise: 3}}"], "did you mean 'size'"),
         (["recipe.mixup=-1"], r"recipe\.mixup=-1\.0: must be at least 0"),

@@ -175,7 +175,7 @@ def test_weights_of_other_classes_say_what_can_be_done(plan, tmp_path):
     assert network.head.out_features == 10
 
 
-def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settings, weights, train, tmp_path):
+def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settings, weights, train, tmp_path, caplog):
     path, _ = weights
     seven = tmp_path / "seven.safetensors"
     safetensors.torch.save_file(timm.create_model(NAME, num_classes=7).state_dict(), seven)
@@ -194,8 +194,10 @@ def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settin
             ["method.teacher=best", *features],
         ),
     ):
-        with pytest.raises(UserError, match=said):
+        caplog.clear()
+        with pytest.raises(UserError, match=said), caplog.at_level("INFO"):
             prepare(tiny_settings(pool, "data.val_fraction=0.2", *words), "cpu")
+        assert ("does not know 1 of the data's classes: 9" in caplog.text) == (pool is knows_nine)
     outcome = train(tmp_path / "run", knows_none, *features, "evaluation.parts=[predictions]")
     assert outcome.code == 0, outcome.err
     result = outcome.json("result.json")

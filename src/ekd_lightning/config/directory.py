@@ -86,8 +86,11 @@ def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] 
     if DIRECTORY in os.environ and int(os.environ.get("LOCAL_RANK", "0")) > 0:
         directory = Path(os.environ[DIRECTORY])  # another rank of the job started this process
     else:
-        for name in ("method.name", "data.name"):
-            check_name(name, OmegaConf.select(config, name, default="none"))
+        check_name("method.name", OmegaConf.select(config, "method.name", default="none"))
+        data = OmegaConf.select(config, "data.name", default="none")
+        of_hub = isinstance(data, str) and OmegaConf.select(config, "data.source", default=None) == "huggingface"
+        for part in data.split("/", 1) if of_hub else [data]:  # USER/SET names two folders
+            check_name("data.name", part)
         wanted = Path(resolved(config, key)).absolute()
         by_time = "${now:" in str(OmegaConf.to_container(config.hydra[kind], resolve=False))
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ekd_lightning.data.folder import file_stamp, walk
 from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without_labels
-from ekd_lightning.errors import UserError, one_line, require, unknown_name
+from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def list_npz(path: Path) -> Listing:
         raise UserError(f"data.root={path}: not an .npz file of plain arrays, or damaged ({one_line(error)})") from None
     found = {split: pair for split in SPLITS if (pair := _pair(arrays, split, path))}
     if "train" not in found:
-        known = ", ".join(sorted(arrays)) or "none"
+        known = few(sorted(arrays)) or "none"
         raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (but {known})")
     return _listing(found, _class_names(arrays, found, path), str(path), stamp)
 

@@ -21,12 +21,15 @@ from ekd_lightning.errors import UserError, one_line, quiet
 
 def is_transform(name: object) -> bool:
     """Whether torchvision has a transform of this name, e.g. `GaussianBlur`."""
-    if not isinstance(name, str) or not name[:1].isupper():
-        return False  # without importing torchvision, which takes a second
+    # Asked first, as the import of torchvision takes a second.
+    return isinstance(name, str) and name[:1].isupper() and name in transform_names()
+
+
+def transform_names() -> list[str]:
+    """Returns the names of all transforms of torchvision."""
     from torchvision.transforms import v2  # noqa: PLC0415
 
-    found = getattr(v2, name, None)
-    return inspect.isclass(found) and issubclass(found, v2.Transform)
+    return [name for name, found in vars(v2).items() if inspect.isclass(found) and issubclass(found, v2.Transform)]
 
 
 class Transform:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from ekd_lightning.data import color  # noqa: F401  # it registers its augmentations
 from ekd_lightning.data.augmentations import OPTIONS_KEY, Augmentation, augmentation_names, build_augmentation
 from ekd_lightning.data.order import Draws
-from ekd_lightning.data.transforms import Transform, is_transform
+from ekd_lightning.data.transforms import Transform, is_transform, transform_names
 from ekd_lightning.errors import UserError, unknown_name
 
 POOL_SIZE = 64
@@ -250,7 +250,7 @@ def _checked_names(augmentation: object) -> list[str]:
     allowed = ("none", "crop_flip", *augmentation_names())
     for name in names:
         if name not in allowed and not is_transform(name):
-            raise unknown_name("data.augmentation", name, allowed)
+            raise unknown_name("data.augmentation", name, [*allowed, *transform_names()])
     if "none" in names and len(names) > 1:
         raise UserError(f"data.augmentation={augmentation}: none stands alone")
     return list(names)

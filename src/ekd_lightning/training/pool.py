@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, few
 from ekd_lightning.files import file_sha256
 from ekd_lightning.methods.options import choice
 from ekd_lightning.networks import (
@@ -47,6 +48,8 @@ from ekd_lightning.teachers.plan import PlannedTeacher
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.steps import check_optimizer
 from ekd_lightning.training.teacher_training import TeacherData, parts_sha256, train_teacher
+
+log = logging.getLogger(__name__)
 
 
 def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str) -> list[PlannedTeacher]:
@@ -253,6 +256,8 @@ def _plan_library(
         classes = [ABSENT] * spec.num_classes  # it teaches features, and terms on logits refuse it
     if classes is not None:
         classes = positions(spec, classes, data.dataset.class_names, predicted)
+        if unknown := [name for name, place in zip(data.dataset.class_names, classes, strict=True) if place == ABSENT]:
+            log.info("%s: does not know %d of the data's classes: %s", spec.name, len(unknown), few(unknown))
     return PlannedTeacher(
         spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
         spec,
