@@ -126,6 +126,22 @@ def test_what_is_refused_at_once_leaves_no_rows(terminal):
     assert terminal.lines() == []
 
 
+def test_what_the_terminal_adds_to_the_last_row_leaves_nothing_behind(terminal):
+    terminal = terminal()
+    with reported_by(edge.OnScreen()), session("data", "training", keep=False), phase("data"):
+        os.write(terminal.stream.fileno(), b"^C^C")  # as it shows Ctrl-C
+    assert terminal.lines() == []
+
+
+def test_numbers_of_a_narrow_table_stay_whole(terminal):
+    terminal = terminal()
+    rows = [("a name of more than forty letters, say so", "10.28", "1,223,854", "27.2 M", "18", "123")]
+    edge.print_table("runs", ("", "test accuracy %", "parameters", "MACs", "training s", "images/s"), rows, left=("",))
+    said = "\n".join(terminal.lines())
+    for whole in (*rows[0][1:], "accuracy", "parameters", "training", "images/s"):
+        assert whole in said
+
+
 @pytest.mark.parametrize("live", [True, False])
 def test_a_session_that_has_ended_is_not_kept(terminal, live):
     terminal = terminal()

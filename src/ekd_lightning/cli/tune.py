@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ekd_lightning.config.edge import ConsoleLines, check_options, make_parser, run_command
+from ekd_lightning.config.edge import ConsoleLines, check_options, is_interrupt, make_parser, run_command
 from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import part, phase, session
@@ -84,18 +84,23 @@ def run_tune(args: argparse.Namespace) -> None:
             raise UserError("ekd-tune needs Optuna: pip install 'ekd-lightning[tune]'") from None
         from ekd_lightning.studies.search import tune  # noqa: PLC0415 (slow; --help needs none)
 
-    tune(
-        args.overrides,
-        args.output,
-        trials=args.trials,
-        seeds=seeds,
-        epochs=args.epochs,
-        space_file=args.space,
-        timeout=args.timeout,
-        sampler_seed=args.sampler_seed,
-        prune=not args.no_prune,
-        storage=args.storage,
-    )
+    try:
+        tune(
+            args.overrides,
+            args.output,
+            trials=args.trials,
+            seeds=seeds,
+            epochs=args.epochs,
+            space_file=args.space,
+            timeout=args.timeout,
+            sampler_seed=args.sampler_seed,
+            prune=not args.no_prune,
+            storage=args.storage,
+        )
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not is_interrupt(stop):
+            raise
+        raise KeyboardInterrupt("the same command goes on with the trials") from None
 
 
 if __name__ == "__main__":

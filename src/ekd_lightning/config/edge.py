@@ -196,6 +196,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # which jobs there are, the sweep's own lines say
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What PyTorch says at its end, where Ctrl-C came before it had set its own levels.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA may be missing
     for message in (
         ".*does not have many workers.*",  # there are none: images are in memory
@@ -330,13 +332,20 @@ def print_table(
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    print_wide(table, width=width)
+    console = _console(width)
+    if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
+        for column in table.columns:  # numbers stay whole and their heads break between words
+            if column.justify == "right":
+                column.max_width = max(map(len, [*str(column.header).split(), *map(str, column.cells)]))
+    console.print(table)
 
 
 def print_wide(*parts: RenderableType, width: int = 160) -> None:
     """Prints tables and texts on standard output, so wide where that is no terminal."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=width, highlight=False)
     for part in parts:
-        console.print(part)
+        _console(width).print(part)
+
+
+def _console(width: int) -> Console:
+    console = Console(file=sys.stdout, highlight=False)
+    return console if console.is_terminal else Console(file=sys.stdout, width=width, highlight=False)

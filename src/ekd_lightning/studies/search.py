@@ -219,7 +219,7 @@ def run_trials(
             weights turn out.
     """
     start = time.monotonic()
-    with session("trials", *RUN_PHASES[:-1]), phase("trials", trials) as all_trials:
+    with session("trials", *RUN_PHASES[:-1], keep=False), phase("trials", trials) as all_trials:
         while timeout is None or time.monotonic() - start < timeout:
             trial = study.claim(trials)
             if trial is None:

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ekd_lightning.config.commands import print_next, report_command, typed_resume
+from ekd_lightning.config.commands import print_next, report_command, typed, typed_resume
 from ekd_lightning.config.edge import print_wide
 from ekd_lightning.config.overrides import SWEEP_FILE, key_of
 from ekd_lightning.errors import UserError
@@ -205,7 +205,7 @@ def show_summary(sweep: Sweep) -> None:
     print_wide(*sweep_tables(states, sweep.folder))
     done = sum(state.run.is_over for state in states)
     failed = [state for state in states if state.run.state is RunState.FAILED]
-    print(f"{sweep.folder}: {done} of {len(states)} runs done, {len(failed)} failed")
+    print(f"{typed(sweep.folder)}: {done} of {len(states)} runs done, {len(failed)} failed")
     for state in failed:
         print(f"  failed: {state.job.directory.relative_to(sweep.folder)}  {state.run.error}")
     again = [sweep.again] if done < len(states) else []

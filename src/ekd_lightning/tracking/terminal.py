@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -65,14 +65,14 @@ class Rows:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._table = Table.grid()
+        self._rows = Group()
 
-    def __rich_console__(self, console: Console, options: Any) -> Iterator[Table]:
+    def __rich_console__(self, console: Console, options: Any) -> Iterator[Group]:
         with contextlib.suppress(Exception):  # the session changes meanwhile: the previous rows will do
-            self._table = self._drawn(options.max_width)
-        yield self._table
+            self._rows = self._drawn(options.max_width)
+        yield self._rows
 
-    def _drawn(self, columns: int) -> Table:
+    def _drawn(self, columns: int) -> Group:
         phases = dict(self._session.phases)
         over = not any(task.active for task in phases.values())
         left = None if over else self._session.seconds_left
@@ -91,8 +91,10 @@ class Rows:
             table.add_row(Text(task.name, style), *([_bar(task)] if wide else []), Text(_time(task)), Text(words))
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
-        table.add_row(*(Text(text, "dim") for text in (_TOTAL, *([""] if wide else []), seconds, later)))
-        return table
+        cells = zip((_TOTAL, *([""] if wide else []), seconds), widths, strict=True)
+        total = "".join(f"{text:{width + _GAP}}" for text, width in cells) + later
+        # Not filled up to the edge: the ^C that a terminal adds to it would begin a line of its own.
+        return Group(table, Text(total.rstrip(), "dim", no_wrap=True, overflow="ellipsis"))
 
 
 def _bar(task: Task) -> ProgressBar:
