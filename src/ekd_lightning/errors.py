@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,7 +153,7 @@ def require(extra: str, *packages: str) -> None:
 
 def one_line(error: Exception, most: int = 160) -> str:
     """What an error says, in one line of at most `most` characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    return textwrap.shorten(str(error), most, placeholder=" …") or type(error).__name__
 
 
 # A place that cannot be written is the user's to change; other OSErrors may be bugs.

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from ekd_lightning import errors
 from ekd_lightning.config import directory
 from ekd_lightning.config.config import compose_settings, register_schema
 from ekd_lightning.config.edge import one_line, run_program
@@ -116,6 +117,11 @@ def test_an_interruption_is_one_line(capsys, body, line):
         run_program("ekd-x", body)
     assert stop.value.code == 130
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_what_libraries_say_at_length_is_cut_between_words():
+    assert errors.one_line(ValueError("so  much\n" * 40), 20) == "so much so much so …"
+    assert errors.one_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours"), SystemExit(3)])

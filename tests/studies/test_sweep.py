@@ -384,7 +384,7 @@ def test_the_summary_names_failures_and_what_to_do_next(sweep, capsys, monkeypat
     show_summary(found_sweep(sweep.folder))
     name, lines = sweep.folder.name, capsys.readouterr().out.splitlines()
     assert lines[-6:] == [
-        f"{sweep.folder}: 1 of 4 runs done, 1 failed",
+        f"{name}: 1 of 4 runs done, 1 failed",
         "  failed: 1  lr=1: no",
         "",
         "next:",

@@ -109,7 +109,8 @@ class DeployedModel:
 
     def __repr__(self) -> str:
         spec = self.metadata["spec"]
-        what = f"{spec['network']['name']}, {spec['branches']} branches, {len(self.class_names)} classes"
+        branches = f"{spec['branches']} {'branch' if spec['branches'] == 1 else 'branches'}"
+        what = f"{spec['network']['name']}, {branches}, {len(self.class_names)} classes"
         return f"DeployedModel({what}, {self.format})"
 
 
