@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-cifar10 data test test-all attacks lint format type check coverage notebooks docs docs-links study bench wheel wandb-sync clean
+.PHONY: help run run-cifar10 data test test-all attacks lint format type check coverage notebooks docs docs-links study study-pages bench wheel wandb-sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ docs-links: $(READY) ## ask every address in the documentation whether it is the
 STUDY ?= full
 study: $(READY) ## the study that conf/study/$(STUDY).yaml declares, stopped and continued at will: ONLY=cifar10-10,ekd OVERRIDES="trainer=gpu"
 	$(BIN)/ekd-compare --study $(STUDY) --output runs/study/$(STUDY) $(if $(ONLY),--only $(ONLY)) $(OVERRIDES)
+
+study-pages: $(READY) ## docs/results/study from its records, and what runs/study holds besides; the README's table, too
+	$(BIN)/ekd-report docs/results/study/*.jsonl $(wildcard runs/study/full) -o docs/results/study --study-pages --study full \
+		--readme README.md
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench

@@ -3,25 +3,27 @@
 #
 # Which method is best at which cost? This notebook reads the records of a study of `ekd-compare`: 38 methods on 10 %
 # of CIFAR-10's labels, three seeds each, with the default weights of every method. It trains nothing. For a study of
-# your own, read `comparison.json` in its folder instead; `ekd-report` makes a page of the same numbers.
+# your own, use `collect([folder])` in place of the records; `ekd-report` makes a page of the same numbers.
 
 # %%
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 import ekd_lightning
+from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.estimates import interval_text, minus
+from ekd_lightning.reporting.groups import group
+from ekd_lightning.runs.collection import Collection, read_records
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
 REPOSITORY = Path(ekd_lightning.__file__).resolve().parents[2]
-records = json.loads((REPOSITORY / "docs/results/methods_cifar10_10pct.json").read_text())
-rows = {record["row"]: record for record in records}
-first = records[0]
-print(f"{len(rows)} rows, {100 * first['fraction']:g} % of {first['data']}, {first['steps']:,} steps")
-print("A row has:", ", ".join(sorted(first)))
+runs = [run for run in read_records(REPOSITORY / "docs/results/study/cifar10.jsonl") if run.study == "methods"]
+(block,) = blocks(group(Collection(REPOSITORY, tuple(runs))))
+rows = {row.label: row for row in block.groups}
+print(f"{block.title}: {len(rows)} rows, {block.protocol.steps:,} steps")
+print("A run has:", ", ".join(sorted(runs[0].result)))
 
 # %% [markdown]
 # ## The ten most accurate rows
@@ -30,11 +32,11 @@ print("A row has:", ", ".join(sorted(first)))
 # `_parameters` are plain students that cost as much as the branched student of EKD.
 
 # %%
-ranked = sorted(records, key=lambda record: -record["test_accuracy"])
+ranked = sorted(rows.values(), key=lambda row: -row.accuracy.mean)
 print(f"{'row':30s}{'accuracy %':>16s}{'MACs':>10s}{'branches':>10s}")
-for record in ranked[:10]:
-    accuracy = f"{100 * record['test_accuracy']:.2f} ± {100 * record['test_accuracy_std']:.2f}"
-    print(f"{record['row']:30s}{accuracy:>16s}{record['macs'] / 1e6:>8.1f} M{record['num_branches']:>10d}")
+for row in ranked[:10]:
+    accuracy = f"{100 * row.accuracy.mean:.2f} ± {100 * row.accuracy.std:.2f}"
+    print(f"{row.label:30s}{accuracy:>16s}{row.mean('macs') / 1e6:>8.1f} M{row.num_branches:>10d}")
 
 # %% [markdown]
 # ## Accuracy against cost
@@ -44,20 +46,14 @@ for record in ranked[:10]:
 # %%
 NAMED = ("ce", "kd_mean", "camkd", "fitnet", "ekd", "kd_mean_macs", "kd_mean_feature_macs", "ce@resnet20", "dml")
 figure, axis = plt.subplots(figsize=(8, 4.6))
-for record in records:
-    branched = record["num_branches"] > 1
-    axis.scatter(
-        record["macs"] / 1e6,
-        100 * record["test_accuracy"],
-        marker="D" if branched else "o",
-        color="tab:blue" if record["row"].startswith("ekd") else "tab:green" if branched else "tab:gray",
-        alpha=0.8,
-    )
-    if record["row"] in NAMED:
-        place = (record["macs"] / 1e6, 100 * record["test_accuracy"])
-        left = record["row"] == "kd_mean_macs"  # its neighbour EKD is on the right
+for row in rows.values():
+    branched, place = row.num_branches > 1, (row.mean("macs") / 1e6, 100 * row.accuracy.mean)
+    colour = "tab:blue" if row.label.startswith("ekd") else "tab:green" if branched else "tab:gray"
+    axis.scatter(*place, marker="D" if branched else "o", color=colour, alpha=0.8)
+    if row.label in NAMED:
+        left = row.label == "kd_mean_macs"  # its neighbour EKD is on the right
         shift = {"xytext": (-6, -4), "ha": "right"} if left else {"xytext": (6, 3)}
-        axis.annotate(record["row"], place, textcoords="offset points", size=9, **shift)
+        axis.annotate(row.label, place, textcoords="offset points", size=9, **shift)
 axis.set_xlabel("million multiply-accumulates per image")
 axis.set_ylabel("test accuracy, %")
 axis.set_title("Blue: EKD and its variants. Green: other branched students. Gray: plain students.", size=10)
@@ -66,9 +62,9 @@ figure.tight_layout()
 plt.show()
 
 front, best = [], 0.0
-for record in sorted(records, key=lambda record: (record["macs"], -record["test_accuracy"])):
-    if record["test_accuracy"] > best:
-        front, best = [*front, record["row"]], record["test_accuracy"]
+for row in sorted(rows.values(), key=lambda row: (row.mean("macs"), -row.accuracy.mean)):
+    if row.accuracy.mean > best:
+        front, best = [*front, row.label], row.accuracy.mean
 print("Rows that are more accurate than every cheaper one:", ", ".join(front))
 
 # %% [markdown]
@@ -88,7 +84,8 @@ CONTROLS = {
     "kd_mean_feature_macs": "the same with the teachers' features",
     "camkd": "CA-MKD, at less than half the MACs",
 }
-differences = {name: minus(rows["ekd"]["by_seed"], rows[name]["by_seed"]) for name in CONTROLS}
+ours = rows["ekd"].by_seed("test_accuracy")
+differences = {name: minus(ours, rows[name].by_seed("test_accuracy")) for name in CONTROLS}
 
 figure, axis = plt.subplots(figsize=(8, 4))
 for place, found in enumerate(differences.values()):
@@ -115,4 +112,4 @@ for name, found in differences.items():
 # - CA-MKD, which compares feature maps, is better at less than half the cost.
 #
 # All of it holds for one data set, one family of networks, 20 epochs and default weights. The
-# [page of the study](../docs/results/methods_cifar10_10pct.md) has the other rows and what was checked.
+# [page of the study](../docs/results/study/cifar10.md) has the other rows and what was checked.

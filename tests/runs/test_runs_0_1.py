@@ -24,9 +24,9 @@ from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import plan, read_runs, report
+from ekd_lightning.studies.declaration import read_tuned, with_tuned
 from ekd_lightning.studies.study import RowPlan, read_study
 from ekd_lightning.studies.sweep import look, read_sweep
-from ekd_lightning.studies.tuned import read_tuned, with_tuned
 from ekd_lightning.training.checkpoints import read_checkpoint
 
 SEARCHED = (

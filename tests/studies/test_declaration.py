@@ -24,7 +24,7 @@ from ekd_lightning.reporting.blocks import block_of_rows
 from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
-from ekd_lightning.studies.declaration import Declaration, read_declaration, recorded_pace, seconds_of
+from ekd_lightning.studies.declaration import Declaration, read_declaration, read_tuned, recorded_pace, seconds_of
 from ekd_lightning.studies.study import read_study
 from ekd_lightning.studies.sweep import Job
 
@@ -98,6 +98,16 @@ def test_the_cost_is_that_of_recorded_runs_by_row_and_by_size_elsewhere() -> Non
     jobs = [Job(Path("a"), (), row="ekd", images=1000), Job(Path("b"), (), row="ce", images=7, macs=2400)]
     assert seconds_of(jobs, pace, speed) == pytest.approx(1000 * 5 / 200 + 2400 / speed)
     assert recorded_pace([]) == ({}, 0.0)
+
+
+def test_what_the_test_set_chose_it_cannot_confirm(tmp_path: Path) -> None:
+    path = tmp_path / "ekd.yaml"
+    found = {"overrides": ["method.temperature=8"], "scored_on": "validation images"}
+    path.write_text(yaml.safe_dump(found))
+    assert read_tuned(path) == found
+    path.write_text(yaml.safe_dump({**found, "scored_on": "test images"}))
+    with pytest.raises(UserError, match=r"ekd\.yaml: was scored on test images: the test set can confirm no setting"):
+        read_tuned(path)
 
 
 def test_rows_that_decide_are_corrected_for_their_number_alone() -> None:

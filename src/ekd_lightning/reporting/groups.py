@@ -197,12 +197,12 @@ def group(collection: Collection) -> list[Group]:
     Two runs belong together if protocol, method, student, teachers, every weight and every setting of recipe and
     method agree. Of runs with the same seed the newest counts (by the time in status.json, then by name); the
     others become duplicates. A run without a result joins the group with its configuration, or else forms a group of
-    its own.
+    its own. Runs from files of records are grouped by the row that their study names.
 
     Returns:
         The groups by data set, fraction and label; independent of the order of the runs.
     """
-    runs = sorted(collection.runs, key=lambda run: run.name)
+    runs = sorted((run for run in collection.runs if run.row is None), key=lambda run: run.name)
     members: dict[Any, list[RunEntry]] = defaultdict(list)
     whole: dict[Any, Any] = {}
     for run in runs:
@@ -217,7 +217,20 @@ def group(collection: Collection) -> list[Group]:
             members[whole.get(words, ("without a result", words))].append(run)
     labels = setups.labels(list(members.values()))
     made = [make_group(own, *labels[position]) for position, own in enumerate(members.values())]
-    return sorted(made, key=_order)
+    return sorted([*made, *_rows(collection)], key=_order)
+
+
+def _rows(collection: Collection) -> list[Group]:
+    """The rows of studies; of two rows with one name and protocol, the study is named, too."""
+    rows: dict[tuple[Protocol, str], dict[str | None, list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
+    for run in collection.runs:
+        if run.row is not None:
+            rows[Protocol.of(run), run.row][run.study].append(run)
+    return [
+        make_group(runs, row if len(own) == 1 else f"{row} ({study})", decides=runs[0].decides)
+        for (_, row), own in rows.items()
+        for study, runs in own.items()
+    ]
 
 
 def make_group(

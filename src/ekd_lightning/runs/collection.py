@@ -6,6 +6,7 @@ half-written files are left out, each with one warning.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ekd_lightning.progress import track
 from ekd_lightning.runs.directory import CONFIG, HYDRA, RESULT, STATUS, ForeignRecordError, RunDirectory, RunState
 from ekd_lightning.runs.result import Result
 
+RECORDS = ".jsonl"
+"""Ending of files of records."""
 STATES = (RunState.DONE, RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING)
 """States of existing runs."""
 
@@ -35,6 +38,9 @@ class RunEntry:
         result: What it found; None unless done or partial.
         error: First line of what went wrong; None unless failed.
         time: When the state was written, ISO 8601; None where unknown.
+        row: Its row in a study, and
+        study: the study, where it comes from a file of records.
+        decides: Whether the study's question is about the row.
     """
 
     directory: Path
@@ -43,6 +49,9 @@ class RunEntry:
     result: Result | None = field(default=None, repr=False)
     error: str | None = None
     time: str | None = None
+    row: str | None = None
+    study: str | None = None
+    decides: bool = True
 
     @classmethod
     def read(cls, directory: Path, name: str) -> RunEntry:
@@ -147,8 +156,8 @@ def collect(paths: Sequence[Path]) -> Collection:
     """Finds all runs at or below the given places; one that is reached twice counts once.
 
     Args:
-        paths: Run directories, folders of runs at any depth (a sweep, a study, several of them), or result.json
-            files.
+        paths: Run directories, folders of runs at any depth (a sweep, a study, several of them), result.json files, or
+            .jsonl files of records.
 
     Returns:
         The runs, whatever became of them.
@@ -156,8 +165,12 @@ def collect(paths: Sequence[Path]) -> Collection:
     Raises:
         UserError: If a place does not exist or is something else, or no run is found.
     """
-    tops = list(dict.fromkeys(_folder(path) for path in paths))
+    records = [path for path in paths if path.suffix == RECORDS]
+    recorded = tuple(run for path in records for run in read_records(path))
+    tops = list(dict.fromkeys(_folder(path) for path in paths if path.suffix != RECORDS))
     found = sorted({directory for top in tops for directory in _walk(top)})
+    if recorded and not found:
+        return Collection(Path.cwd(), recorded)
     if not found:
         raise UserError(f"{' '.join(map(str, paths)) or 'no folder'}: no runs (no status.json or result.json)")
     parents = {top.parent if top in found else top for top in tops}
@@ -167,11 +180,63 @@ def collect(paths: Sequence[Path]) -> Collection:
         _read(directory, directory.relative_to(root).as_posix(), problems)
         for directory in track(found, "reading", "runs")
     ]
-    runs = tuple(entry for entry in entries if entry is not None)
+    runs = (*(entry for entry in entries if entry is not None), *recorded)
     if not runs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"no runs: {problems[0]}{more}")
     return Collection(root, runs, tuple(problems))
+
+
+def read_records(path: Path) -> list[RunEntry]:
+    """Reads the runs of a file of records.
+
+    Each line is a mapping in JSON. One with `study` says what the runs of the following lines share: parts of their
+    `result`, `config` (by dotted keys) and `provenance`, and which rows decide. The other lines are runs: `row`,
+    `time`, and their own parts.
+
+    Raises:
+        DamagedFileError: Naming the line that is none of these.
+        UserError: If the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    shared: dict[str, Any] = {}
+    runs: list[RunEntry] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            own = json.loads(line)
+            if "study" in own:
+                shared = own
+                continue
+            result, config, provenance = (
+                {**shared.get(part, {}), **own.get(part, {})} for part in ("result", "config", "provenance")
+            )
+            row, study, decide = str(own["row"]), str(shared["study"]), shared.get("decide")
+            name = f"{study}/{row}-f{result['fraction']:g}-s{result['seed']}"
+            name += f"-{sum(run.name.startswith(name) for run in runs)}" if any(r.name == name for r in runs) else ""
+            decides = decide is None or row in decide
+            run = RunEntry(
+                path.parent / name, name, RunState.DONE, Result.of(result), None, own.get("time"), row, study, decides
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedFileError(f"{path}: damaged (line {number}: {error})") from None
+        vars(run).update(config=_nested(config), provenance=provenance)  # in place of what files would hold
+        runs.append(run)
+    return runs
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted keys as nested mappings."""
+    made: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = made
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return made
 
 
 def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:

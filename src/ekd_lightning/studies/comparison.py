@@ -45,11 +45,11 @@ from ekd_lightning.studies.declaration import (
     study_of,
     training_cost,
     training_speed,
+    with_tuned,
 )
 from ekd_lightning.studies.launching import check_job, launch
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, read_study, union
 from ekd_lightning.studies.sweep import Job, Sweep
-from ekd_lightning.studies.tuned import with_tuned
 
 log = logging.getLogger(__name__)
 

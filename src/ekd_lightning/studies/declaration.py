@@ -1,8 +1,9 @@
-"""Declared studies: parts, rows and seeds that are fixed before the first run, in conf/study; and what they cost."""
+"""What files say of a study: conf/study declares it, `ekd-tune` tuned its settings; and what its runs cost."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 import time
@@ -13,16 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ekd_lightning.config.config import to_settings
+from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
-from ekd_lightning.roles import is_of
+from ekd_lightning.roles import Role, is_of
 from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.runs.words import check_words
+from ekd_lightning.settings import purpose_of
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, make_row, match_student, matched_row
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.prepare import Prepared
     from ekd_lightning.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _FORM: dict[str, Any] = {
     "overrides": list[str],
@@ -32,6 +39,8 @@ _FORM: dict[str, Any] = {
     "others": dict[str, Any],
 }
 _PROBE_SECONDS = 1.0
+SCORED_ON = "validation images"
+"""What a search may choose by: what the record of another one says is refused."""
 
 
 class Part(NamedTuple):
@@ -274,3 +283,109 @@ def training_speed(settings: Settings) -> float:
         return macs * steps / (time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
+
+
+def read_tuned(path: Path) -> dict[str, Any]:
+    """Content of `<method>.yaml`, its `overrides` checked.
+
+    Raises:
+        UserError: If the file is missing or of another form.
+    """
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not a result of ekd-tune ({error.strerror})") from None
+    words = content.get("overrides") if isinstance(content, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
+        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
+    for word in check_words(words, path):
+        purpose = purpose_of(key_of(word))
+        if purpose.role in (Role.LOCATION, Role.FREE) or purpose.between_parts:
+            raise UserError(f"{path}: {word}: is nothing that a search tries")
+    if content.get("scored_on", SCORED_ON) != SCORED_ON:
+        raise UserError(
+            f"{path}: was scored on {content['scored_on']}: the test set can confirm no setting that it chose"
+        )
+    return dict(content)
+
+
+def _is_shared(key: str) -> bool:
+    """Whether all rows of a study must share a setting; weights, rates and the like are their own."""
+    own = key.startswith(("method.", "recipe.")) and key != "method.name"
+    return not own or purpose_of(key).role is not Role.COMPUTED
+
+
+def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
+    """Warns if results in one folder cannot be compared, as they had other budgets."""
+    for path in sorted(output.glob("*.yaml")):
+        if path.stem == facts["method"]:
+            continue
+        try:
+            differ = other_budget(read_yaml(path), facts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if differ:
+            log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
+
+
+def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what two results of ekd-tune must share to be compared, and do not."""
+    differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
+    ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
+    # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
+    return differ + [name for name in ours.differences(theirs) if name != "fraction"]
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error of an accuracy p in [0, 1] on n images: sqrt(p (1 - p) / n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()) -> list[RowPlan]:
+    """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
+
+    A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
+    method; a row without any file keeps its defaults. Both are said.
+
+    Args:
+        rows: The rows.
+        folder: Where the files are.
+        data: Data set of the study, and
+        fractions: its fractions: if a file says that it was tuned on others, a warning tells.
+
+    Raises:
+        UserError: For a missing folder, a file of another form or method, or an override of what all rows must share.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--tuned {folder}: no such folder")
+    return [_with_file(row, folder, data, fractions) for row in rows]
+
+
+def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
+    names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        log.warning("%s: no %s in %s, the method's defaults are used", row.name, " or ".join(names), folder)
+        return row
+    content = read_tuned(path)
+    for word in content["overrides"]:
+        if _is_shared(key_of(word)):
+            raise UserError(f"{path}: {word}: all rows of a study must share it")
+    if content.get("method", row.method) not in (row.method, row.name):
+        raise UserError(f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}")
+    if path.stem != row.name:
+        log.info("%s: as tuned for another network, %s", row.name, path.name)
+    _warn_of_other_data(path, content.get("protocol"), data, fractions)
+    return replace(row, overrides=(*row.overrides, *content["overrides"]))
+
+
+def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
+    known = protocol if isinstance(protocol, dict) else {}
+    if data and known.get("data", data) != data:
+        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
+    tuned_at = known.get("fraction")
+    # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
+    tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
+    others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
+    if others:
+        log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))

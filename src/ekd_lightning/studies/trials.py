@@ -30,9 +30,9 @@ from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.lock import DirectoryLock, is_held, make_directory
+from ekd_lightning.studies.declaration import standard_error
 from ekd_lightning.studies.space import SearchSpace, tidied
 from ekd_lightning.studies.storage import open_study
-from ekd_lightning.studies.tuned import standard_error
 
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
 _SHOWN_TRIALS = 10
