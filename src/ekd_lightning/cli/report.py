@@ -140,12 +140,11 @@ def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
     declared = read_declaration(name)
     done = {(run.study, run.get("data"), run.get("fraction"), run.row, run.get("seed")) for run in runs}
     lines = []
-    for part in declared.parts:
-        asked = [(name, part.data, part.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
-        if left := len([one for one in asked if one not in done]):
-            lines.append(
-                f"{part.data}, {100 * part.fraction:g} % of the labels: {left} of {len(asked)} runs of `{name}`"
-            )
+    for one in declared.parts:
+        asked = [(name, one.data, one.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
+        if left := len(set(asked) - done):
+            share = f"{100 * one.fraction:g} % of the labels"
+            lines.append(f"{one.data}, {share}: {left} of {len(asked)} runs of `{name}`")
     return lines
 
 
