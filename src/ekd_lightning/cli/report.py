@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(PROGRAM, "Report on any number of runs: does EKD help, how much, at what cost?", EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, sweeps, studies")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument(
-        "--reference", metavar="LABEL", help="setting that others are compared with (default: ce, else ekd)"
-    )
+    parser.add_argument("--reference", metavar="LABEL", help="setting to compare with (default: ce, else ekd)")
     parser.add_argument("--title", help="title of the page")
     parser.add_argument("--force", action="store_true", help="write over an earlier report")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")

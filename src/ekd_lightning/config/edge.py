@@ -273,7 +273,7 @@ def ending_callback(program: str) -> Iterator[None]:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an exception means Ctrl-C or SIGTERM that has not been reported; Lightning makes it a SystemExit."""
+    """Whether an exception is an unreported Ctrl-C or SIGTERM, which Lightning turns into SystemExit."""
     if isinstance(error, SystemExit):
         terminated = type(error).__name__ == "SIGTERMException"  # which else would end with exit code 0
         return (terminated or isinstance(error.__context__, KeyboardInterrupt)) and error.code != EXIT_INTERRUPTED

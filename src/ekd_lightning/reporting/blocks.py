@@ -1,4 +1,4 @@
-"""Blocks of groups that may be compared, and the lines and grids that figures draw of them."""
+"""Blocks of groups that may be compared, and the lines and grids of figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import ComparisonGroup, Protocol, Training, comparison_groups
 
 _COUNTS = ("K", "M", "teachers", "MACs", "parameters")
-"""Settings that vary in a grid of teachers and branches, and what follows from them."""
+"""Settings that vary in a grid of teachers and branches, and those that follow from them."""
 SAME_IN_A_ROW = (
     "method",
     "student",
@@ -38,8 +38,8 @@ class Block:
 
     Attributes:
         key: Short name for files and anchors, unique, e.g. `cifar10-f0.1`, `cifar10-f0.1-2`.
-        title: E.g. `cifar10, 10 % of the training images`, and what sets it apart from others of the same.
-        protocol: Of its groups. Groups without results, which hardly know theirs, are where it fits.
+        title: E.g. `cifar10, 10 % of the training images`, with more words if several blocks share these.
+        protocol: Of its groups; groups without results are in every block they may belong to.
         teachers: Records of the pool's teachers (`id`, `sha256`, `test_accuracy`, ...), in the order of the largest
             group. Every group was taught by some of them, or none.
         groups: In the order of `group`: method, K, M, label.
@@ -98,7 +98,7 @@ def blocks(groups: Sequence[Group]) -> list[Block]:
 def block_of_rows(
     data: str, fraction: float, rows: Mapping[str, Sequence[RunEntry]], deciding: Collection[str] | None = None
 ) -> Block:
-    """The block of rows that were asked for by name, e.g. those of a study; each is one group of that name.
+    """The block of named rows, e.g. those of a study; each is one group.
 
     Args:
         data: Name of the data set.
@@ -160,7 +160,7 @@ def _refuse(key: str, one: RunEntry, other: RunEntry, value: Any, different: Any
 
 
 def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: Sequence[ComparisonGroup]) -> Block:
-    """A block, called by what sets it apart from others of the same data and fraction."""
+    """A block, named by what distinguishes it from others of the same data and fraction."""
     protocol = place.protocol
     key, title = protocol.data, protocol.data
     if protocol.fraction is not None:
@@ -173,7 +173,7 @@ def _block(place: ComparisonGroup, groups: Sequence[Group], number: int, same: S
 
 
 def _distinction(place: ComparisonGroup, same: Sequence[ComparisonGroup]) -> list[str]:
-    """As few words as tell a block from others of the same data and fraction: what it has of protocol and teachers."""
+    """The fewest parts of protocol and teachers that distinguish a block from others of the same data and fraction."""
 
     def rank(name: str) -> tuple[bool, bool]:
         known = {getattr(other.protocol, name) for other in same} - {None}
@@ -193,7 +193,7 @@ def _distinction(place: ComparisonGroup, same: Sequence[ComparisonGroup]) -> lis
 
 
 def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:
-    """Records of all teachers of the groups, each once; those of the group with most of them come first."""
+    """Records of all teachers of the groups, each once, beginning with the largest pool."""
     found: dict[str, Mapping[str, Any]] = {}
     for one in sorted(groups, key=lambda one: -len(one.taught_by)):
         for run in one.done:
@@ -206,7 +206,7 @@ def _teachers(groups: Sequence[Group]) -> tuple[Mapping[str, Any], ...]:
 def families(blocks: Sequence[Block]) -> list[list[Block]]:
     """Blocks that differ in the fraction alone, by fraction; their teachers have the same names.
 
-    Not the same hashes, as teachers that were trained on the subset are others at every fraction.
+    Their hashes may differ, because teachers trained on the subset differ at every fraction.
     """
     found: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
@@ -217,9 +217,9 @@ def families(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def over_fractions(blocks: Sequence[Block]) -> dict[str, list[Group]]:
-    """The groups of a family that make a line over fractions, by label: done at two fractions or more.
+    """The lines of a family over fractions, by label: groups that are done at two fractions or more.
 
-    Two blocks of a family may have the same fraction (other subsets); the one with more groups counts.
+    If two blocks have the same fraction (other subsets), the one with more groups counts.
     """
     lines: dict[str, dict[float, Group]] = defaultdict(dict)
     for block in sorted(blocks, key=lambda block: -len(block.groups)):
@@ -234,13 +234,13 @@ def over_fractions(blocks: Sequence[Block]) -> dict[str, list[Group]]:
 
 
 def grid_name(group: Group) -> str:
-    """The label of a group without its numbers of teachers and branches: what all cells of a grid share."""
+    """The label of a group without its numbers of teachers and branches: the name of its grid."""
     rest = {name: value for name, value in group.varied.items() if name not in (*_COUNTS, "student")}
     return ", ".join([group.method, *(f"{name}={value}" for name, value in rest.items() if value is not None)])
 
 
 def grids(block: Block) -> dict[str, dict[tuple[int, int], Group]]:
-    """Groups by (teachers M, branches K), by what else sets them apart; only where M or K varies.
+    """Groups by (teachers M, branches K), by the name of their grid; only grids with several cells.
 
     Of several groups in one cell the one with more runs counts.
     """

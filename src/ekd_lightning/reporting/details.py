@@ -1,7 +1,6 @@
 """Details of a group over its runs: branches, operating points, learning curves and arrays.
 
-Curves lie in metrics.csv and arrays in arrays.npz, beside result.json. Of a damaged file nothing is drawn; `damage`
-says which ones are.
+Curves come from metrics.csv and arrays from arrays.npz. Nothing is drawn of a damaged file; `damage` lists them.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ Array = np.ndarray
 
 CURVES = ("val/accuracy", "val/nll", "train/loss")
 MOST_EPOCHS = 60
-"""Longer curves are thinned to about as many points, the last one kept."""
+"""Longer curves are thinned to about as many points, including the last one."""
 SUFFIXES = ("", "_calibrated")
-"""Of reliability as trained and after temperature scaling."""
+"""Suffixes of reliability as trained and after temperature scaling."""
 _RELIABILITY = ("confidence", "accuracy", "count")
 
 
@@ -44,8 +43,8 @@ class Point:
         name: Branches, e.g. `(0, 1)`, or the threshold of confidence.
         accuracy: In [0, 1].
         macs: Multiply-accumulates of an image, the mean over images with early exit.
-        num_parameters: Of what is run; None with early exit, which keeps all.
-        mean_branches: Branches that an image passes, in [1, K].
+        num_parameters: Of the branches that are kept; None with early exit, which keeps all.
+        mean_branches: Branches per image, in [1, K].
     """
 
     name: tuple[int, ...] | float
@@ -56,7 +55,7 @@ class Point:
 
 
 def subsets(group: Group) -> list[Point]:
-    """Operating points by the branches that are kept, those with fewer branches first."""
+    """Operating points that keep some of the branches, those with fewer branches first."""
     return sorted(_points(group, "test_subsets"), key=lambda point: (point.mean_branches, point.name))
 
 
@@ -66,7 +65,7 @@ def prefixes(group: Group) -> list[Point]:
 
 
 def early_exits(group: Group) -> list[Point]:
-    """Operating points by the confidence at which no further branch is asked, the cheapest first."""
+    """Operating points that stop at a confidence, the cheapest first."""
     return sorted(_points(group, "test_early_exit"), key=lambda point: point.macs)
 
 
@@ -147,7 +146,7 @@ def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[
 
 
 def thin(epochs: list[int]) -> list[int]:
-    """At most about `MOST_EPOCHS` of them, evenly spread, with the last."""
+    """At most about `MOST_EPOCHS` epochs, evenly spread, with the last one."""
     step = -(-len(epochs) // MOST_EPOCHS) or 1
     return epochs[::-1][::step][::-1]
 
@@ -181,7 +180,7 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
 
 
 def damage(run: RunEntry) -> list[str]:
-    """One line for each of a run's files that is damaged, beside status.json and result.json."""
+    """One line for each damaged file of a run, apart from status.json and result.json."""
     found = []
     for read in (
         *(() if run.config else (run.on_disk.config,)),
@@ -194,7 +193,7 @@ def damage(run: RunEntry) -> list[str]:
         except DamagedFileError as error:
             found.append(f"{run.name}/{str(error).removeprefix(f'{run.directory}/')}")
     if "predictions" in (run.get("evaluated") or ()) and not (run.directory / ARRAYS).exists():
-        found.append(f"{run.name}/{ARRAYS}: is gone, what it held is left out")
+        found.append(f"{run.name}/{ARRAYS}: is missing; its content is left out")
     return found
 
 
@@ -238,7 +237,7 @@ def reliability(arrays: Sequence[dict[str, Array]], suffix: str = "") -> list[Bi
 
 
 def seed_spread(group: Group) -> Spread | None:
-    """How much the runs of a group differ on the same test images; None unless two of them have their predictions."""
+    """How much the runs of a group differ on the same test images; None unless two have predictions."""
     names = ("ensemble_probs", "labels")
     have = [one for one in read_arrays(group, names) if len(one) == len(names)]
     if len(have) < 2 or any(not np.array_equal(one["labels"], have[0]["labels"]) for one in have):

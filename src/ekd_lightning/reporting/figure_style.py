@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 LIGHT = ("#0864BC", "#BA5309", "#00805C", "#C3598F", "#C28200", "#3F97CC", "#6D4400", "#52444E")
 DARK = ("#63B8F2", "#E6903F", "#32BB97", "#E28CCB", "#E8B23A", "#A5D8F5", "#B48466", "#B6E6CE")
 """Colours of methods on white, and on the page's dark ground: the hues of Okabe and Ito (2008), moved until any two
-differ by 0.06 in OKLab as seen with all cones, without red ones and without green ones (Machado et al. 2009), with a
-contrast of at least 3 to 1 with their ground (WCAG 2.2, 1.4.11). Marks and dashes differ, too, so that no figure hangs
-on colour alone."""
+differ by 0.06 in OKLab for normal, protanopic and deuteranopic vision (Machado et al. 2009), with a contrast of at
+least 3 to 1 with their ground (WCAG 2.2, 1.4.11). Marks and dashes differ, too: no figure depends on colour alone."""
 SHADES = ("#f4f1de", "#a9d5c3", "#4ea5c4")
-"""Of heat maps, from low to high: dark text can be read on each of them."""
+"""Of heat maps, from low to high; dark text is readable on each of them."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 DPI = 300
@@ -37,13 +36,13 @@ WIDTH = 6.9
 PANEL = 2.4
 """Inches: height of a panel."""
 _MANY = 12
-"""Points of a line beyond which only some are marked."""
+"""On lines with more points only some are marked."""
 _SHORT = 20
-"""Letters of a name that leaves room for another beside it."""
+"""Letters of a name beside which another fits."""
 _LETTERS = 17
-"""Of a note, to an inch."""
+"""Letters of a note per inch."""
 _LONGEST = 100
-"""Letters of a block's key in the name of a file; of longer ones a checksum tells them apart."""
+"""Letters of a block's key in a file's name; longer keys are cut and get a checksum."""
 _MOST_LINES = 6
 """In a panel; further ones get a panel of their own."""
 ACCURACY = "test accuracy, %"
@@ -129,10 +128,10 @@ def chunks(groups: Iterable[Group]) -> list[list[Group]]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The style, for the time in which figures are made and written."""
+    """Applies the style while figures are made and written."""
     import matplotlib  # noqa: PLC0415
 
-    # That one of several fonts is missing is no news.
+    # Some of the alternative fonts are always missing.
     with quiet("matplotlib.font_manager"), matplotlib.rc_context(_RC):
         yield
 
@@ -141,7 +140,7 @@ class LineStyles:
     """Colour, marker and dash of each label, the same in all figures of a report.
 
     Args:
-        labels: In the order in which colours are given out; past the eighth they come again with another dash.
+        labels: In the order in which they get colours, which repeat with other dashes after the eighth.
     """
 
     def __init__(self, labels: Iterable[str]) -> None:
@@ -181,24 +180,24 @@ def points(
     axes: Axes,
     xs: Sequence[float],
     values: Sequence[Estimate],
-    look: dict[str, Any],
+    style: dict[str, Any],
     label: str | None = None,
     scale: float = 100.0,
 ) -> None:
-    """A line through means with a band of intervals; of short lines, points without one are hollow marks."""
+    """A line through means with a band of intervals; on short lines, points without an interval are hollow."""
     pairs = list(zip(xs, values, strict=True))
     many = len(pairs) > _MANY
     marks = {"markevery": len(pairs) // 5} if many else {"marker": None}
-    axes.plot(xs, [scale * v.mean for v in values], label=label, **look | marks)
+    axes.plot(xs, [scale * v.mean for v in values], label=label, **style | marks)
     for hollow in (False, True):
         some = [(x, scale * v.mean) for x, v in pairs if (v.half is None) == hollow]
         if some and not many:
             face = {"markerfacecolor": "white"} if hollow else {}
-            axes.plot(*zip(*some, strict=True), **look | {"linestyle": ""} | face)
+            axes.plot(*zip(*some, strict=True), **style | {"linestyle": ""} | face)
     banded = [(x, v) for x, v in pairs if v.half is not None]
     if banded:
         lows, highs = ([scale * getattr(v, end) for _, v in banded] for end in ("low", "high"))
-        axes.fill_between([x for x, _ in banded], lows, highs, color=look["color"], alpha=0.15, linewidth=0)
+        axes.fill_between([x for x, _ in banded], lows, highs, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def heat_map(
@@ -244,7 +243,7 @@ def bars(values: Iterable[Estimate], scale: float = 100.0) -> tuple[list[float],
 
 
 def limit_accuracy(axes: Axes, values: Iterable[Estimate], axis: str = "y") -> None:
-    """Shows all intervals, but nothing beyond 0 and 100 percent."""
+    """Limits an axis to all intervals, within 0 and 100 percent."""
     ends = [100 * end for value in values for end in (value.low, value.high)]
     room = 0.04 * (max(ends) - min(ends)) + 0.1
     limits = max(-0.5, min(ends) - room), min(100.5, max(ends) + room)
@@ -252,14 +251,14 @@ def limit_accuracy(axes: Axes, values: Iterable[Estimate], axis: str = "y") -> N
 
 
 def counts(values: Iterable[Estimate | int]) -> str:
-    """How many runs stand behind a figure, e.g. `n = 3` or `n = 1 to 3`."""
+    """The number of runs of a figure, e.g. `n = 3` or `n = 1 to 3`."""
     numbers = [value if isinstance(value, int) else value.n for value in values]
     low, high = min(numbers), max(numbers)
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def band_text(values: Iterable[Estimate], what: str = "band") -> str:
-    """What the marks of a figure mean, with n."""
+    """The meaning of a figure's marks, with n."""
     found = list(values)
     if all(value.half is None for value in found):
         return f"Too few runs for intervals, {counts(found)}."
@@ -274,13 +273,13 @@ def key(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """The legend of one panel, where it hides nothing."""
+    """The legend of one panel, above it."""
     longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2 if longest <= _SHORT else 1)
 
 
 def title(axes: Axes, text: str) -> None:
-    """A title of one panel, in as many lines as it takes."""
+    """A title of one panel, wrapped."""
     axes.set_title(textwrap.fill(text, _SHORT + 6))
 
 

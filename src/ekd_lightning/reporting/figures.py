@@ -74,21 +74,23 @@ def by_cost(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:
                 _prefix_points(panel, prefixes(group), key, styles(group.label)["color"])
             fs.limit_accuracy(panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))])
         fs.key(figure, axes)
-        text = f"{fs.band_text(shown, 'interval')} Dashed: Pareto front of the means."
+        text = fs.band_text(shown, "interval")
+        if any(len(_front(groups, key)) > 1 for key in ("macs", "num_parameters")):
+            text += " Dashed: Pareto front of the means."
         if cut:
             text += f" Dotted: the first j branches alone ({', '.join(group.label for group in cut)})."
         yield fs.captioned(fs.COST_FIGURE, block.key, figure, block.title, text)
 
 
 def _cut(groups: Sequence[Group], references: Sequence[str]) -> list[Group]:
-    """The branched references, or else the most accurate branched group: those whose prefixes are drawn."""
+    """The groups whose prefixes are drawn: the branched references, or else the most accurate branched group."""
     branched = [group for group in groups if len(prefixes(group)) > 1]
     best = sorted(branched, key=lambda group: -accuracy(group).mean)
     return [group for group in branched if group.label in references] or best[:1]
 
 
 def _named(groups: Sequence[Group], references: Sequence[str]) -> set[str]:
-    """Labels of points that are named: the references, those on a front, and the most accurate ones."""
+    """Labels of the named points: the references, points of a front, and the most accurate ones."""
     fronts = {key: _front(groups, key) for key in ("macs", "num_parameters")}
     on_front = [g for key, front in fronts.items() for g in groups if (_cost(g, key), accuracy(g).mean) in front]
     best = sorted(groups, key=lambda group: -accuracy(group).mean)
@@ -106,15 +108,17 @@ def _front(groups: Sequence[Group], key: str) -> list[tuple[float, float]]:
 
 def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyles, named: set[str]) -> None:
     front = _front(groups, key)
-    xs, ys = zip(*front, strict=True)
-    axes.step(xs, [100 * y for y in ys], where="post", color=fs.GREY, linestyle="--", linewidth=1, label="Pareto front")
+    if len(front) > 1:
+        xs, ys = zip(*front, strict=True)
+        line = {"color": fs.GREY, "linestyle": "--", "linewidth": 1, "label": "Pareto front"}
+        axes.step(xs, [100 * y for y in ys], where="post", **line)
     places = beside([_cost(group, key) for group in groups])
     for group, place in zip(groups, places, strict=True):
         value, known = accuracy(group), group.label in named
-        look = styles(group.label) if known else {"color": fs.PALE, "marker": "o"}
-        face = "white" if value.half is None else look["color"]
+        style = styles(group.label) if known else {"color": fs.PALE, "marker": "o"}
+        face = "white" if value.half is None else style["color"]
         axes.errorbar(
-            place, 100 * value.mean, yerr=fs.bars([value]), **look | {"linestyle": ""},
+            place, 100 * value.mean, yerr=fs.bars([value]), **style | {"linestyle": ""},
             markerfacecolor=face, elinewidth=1, label=group.label if known else "others", zorder=3 if known else 2,
         )  # fmt: skip
     what = "multiply-accumulates of an image" if key == "macs" else "parameters"
@@ -122,7 +126,7 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
 
 
 def beside(costs: Sequence[float]) -> list[float]:
-    """Where points are drawn that cost the same: a little beside each other."""
+    """Places of points, with points of equal cost slightly beside each other."""
     width = max(costs) - min(costs) or 1.0
     places = []
     for position, cost in enumerate(costs):
@@ -212,20 +216,19 @@ KINDS: dict[str, tuple[str, Draw]] = {
     "corrupted images": ("an evaluation on corrupted images, by ekd-evaluate", figures_detail.corruption_curves),
     "similarity of features": ("CKA matrices, written by ekd-evaluate", figures_detail.similarity),
 }
-"""What figures show -> what runs must have for them, and what draws them."""
+"""Content of figures -> data that they need, and the function that draws them."""
 
 
 def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[Path]:
-    """Draws and writes all figures that the runs have data for.
+    """Draws and writes all figures for which the runs have data.
 
     Args:
         report: The runs.
-        folder: Made if need be.
+        folder: Created if necessary.
         formats: Of `svg` and `png`.
 
     Returns:
-        What was written: `<name>.<format>`, and `figures.md`, which says what each figure shows, and which ones
-        are left out for want of data.
+        The files: `<name>.<format>`, and `figures.md` with captions and a list of the figures without data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     styles = LineStyles(report.ordered_labels)
@@ -241,6 +244,6 @@ def write_figures(report: Report, folder: Path, formats: Sequence[str]) -> list[
             if len(files) == count:
                 left_out.append(f"- {title}: needs {needs}")
     if left_out:
-        lines += ["Left out for want of data:", "", *left_out, ""]
+        lines += ["Left out for lack of data:", "", *left_out, ""]
     write_text(folder / LIST, "\n".join(lines))
     return [*files, folder / LIST]

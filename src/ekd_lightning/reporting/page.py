@@ -1,6 +1,6 @@
-"""Page of a report: one HTML file that needs no network and no other file.
+"""Page of a report: one HTML file that needs neither a network nor other files.
 
-Everything that runs have recorded is in it as escaped text or JSON, never as markup.
+Everything from records is escaped text or JSON, never markup.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _SCRIPTS = (
     "page.js",
 )
 MAIN = "main"
-"""Name of the reference that the report takes for a block; further ones go by their label."""
+"""Name of the report's reference for a block; other references are named by their labels."""
 CONTROLS = ("ekd", "ce", "kd_mean", "kd_mean_feature", "branched_ce", "ekd_mean")
-"""Methods that a reader may want differences to, too."""
+"""Methods that a reader may choose as references."""
 _MOST_REFERENCES = 8
 _DIGITS = 6
 _LONG = 400
-"""Characters of a list or mapping that are still shown in a run's record."""
+"""Characters up to which a run's record shows a list or mapping."""
 _FOLDERS = re.compile(r"(?<![\w.…/<])/(?:[\w.+@~=-]+/)+")
 _OF_A_RUN = {
     **{name: name for name in ("data", "method", "fraction", "student", "seed")},
@@ -60,7 +60,7 @@ _OF_A_RUN = {
     "accuracy": "test_accuracy",
     "seconds": "train_seconds",
 }
-"""What is shown of a run, and the field of its result."""
+"""Columns of the table of runs, and their fields of a result."""
 _MOST_COLUMNS = 8
 _MOST_OVERVIEW = 10
 _COSTS = ("MACs", "parameters", "train s", "n")
@@ -105,10 +105,10 @@ def page(report: Report) -> str:
 
 
 def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
-    """Rows of the first table: EKD, the settings that it is compared with, and the most accurate others; by accuracy.
+    """Rows of the first table, by accuracy: EKD, the settings it is compared with, and the most accurate others.
 
-    Differences and verdicts are those of the answer's comparisons; of a setting that has none, those of the table of
-    results, whose p values are corrected over all rows.
+    Differences and verdicts come from the answer's comparisons, or else from the table of results, whose p values are
+    corrected over all rows.
     """
     subject = answer.subject
     if subject is None:
@@ -119,9 +119,9 @@ def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
         (row for row in report.rows[answer.block.key] if row.group.n),
         key=lambda row: -(row.group.mean("test_accuracy") or 0.0),
     )
-    kept = sorted(ordered, key=lambda row: row.group is not subject and row.group.label not in compared)
+    first = sorted(ordered, key=lambda row: row.group is not subject and row.group.label not in compared)
     shown = []
-    for row in (row for row in ordered if row in kept[:_MOST_OVERVIEW]):
+    for row in (row for row in ordered if row in first[:_MOST_OVERVIEW]):
         label = row.group.label
         finding, difference = compared.get(label), row.differences.get(subject.label)
         if finding:
@@ -153,7 +153,7 @@ def _asset(name: str) -> str:
 
 
 def script_json(content: Any) -> str:
-    """JSON that may stand inside a script element: no `<`, so neither an end of it nor a comment, whatever the text.
+    """JSON that is safe inside a script element: without `<`, so text cannot end the element or begin a comment.
 
     Raises:
         ValueError: If a number is not finite.
@@ -165,12 +165,12 @@ def script_json(content: Any) -> str:
 
 
 def pack(text: str) -> str:
-    """Base64 of gzip; the page unpacks it. A third of the size, and nothing in it can be taken for markup."""
+    """Base64 of gzip, which the page unpacks: a third of the size, and never markup."""
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
 
 
 def payload(report: Report) -> dict[str, Any]:
-    """What tables and charts need at once, as plain values; small enough for thousands of runs."""
+    """The data of tables and charts as plain values, small enough for thousands of runs."""
     ids = _ids(report)
     family_of = {block.key: position for position, own in enumerate(families(report.blocks)) for block in own}
     subjects = {answer.block.key: answer.subject.label for answer in report.answers if answer.subject}
@@ -193,7 +193,7 @@ def payload(report: Report) -> dict[str, Any]:
 
 
 def records(report: Report) -> dict[str, Any]:
-    """The record of each run, by its id, unpacked when a reader asks for one."""
+    """The record of each run, by its id; unpacked when a reader opens one."""
     ids = _ids(report)
     return {
         ids[run.name]: {
@@ -217,7 +217,7 @@ def _differences(block: Block, main: str | None) -> dict[str, tuple[str, dict[st
 
 
 def _references(names: Sequence[str], main: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The references that a reader may choose: that of the report, then the others, those of more blocks first."""
+    """The references that a reader may choose: the report's, then the others, the most frequent first."""
     labels = set(main.values())
     many = len(labels) > 1
     text = "the reference of each block" if many else next(iter(labels), "")
@@ -275,7 +275,7 @@ def _figure(value: Estimate) -> dict[str, float | None]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON knows it: numbers with six digits, null for what is none; estimates and points as mappings."""
+    """A value for JSON: numbers with six digits, null for NaN and infinity, estimates and points as mappings."""
     if isinstance(value, Estimate):
         value = _figure(value)
     elif isinstance(value, Point):
@@ -329,12 +329,12 @@ def _text(path: Path | None) -> str | None:
 
 
 def short_paths(text: str) -> str:
-    """Takes the folders from absolute paths: a page is made to be shown, a machine's folders are not."""
+    """Removes the folders of absolute paths, which are private to a machine."""
     return _FOLDERS.sub("…/", text)
 
 
 def _short(value: Any) -> Any:
-    """A value of a record; of long lists and mappings only how long they are."""
+    """A value of a record; only the length of long lists and mappings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, (list, dict)) and len(str(value)) > _LONG:

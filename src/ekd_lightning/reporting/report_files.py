@@ -26,7 +26,7 @@ _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
 
 
 def check_packages(*, figures: bool, page: bool) -> None:
-    """Refuses what cannot be drawn for want of a package.
+    """Refuses figures or a page without their package.
 
     Raises:
         UserError: Naming the extra to install, and the option that does without.
@@ -39,10 +39,10 @@ def check_packages(*, figures: bool, page: bool) -> None:
 
 
 def check_output(folder: Path, *, force: bool) -> None:
-    """Refuses a folder with something in it.
+    """Refuses a folder that is not empty.
 
     Raises:
-        UserError: If it is a file, or not empty and `force` is not given, or holds something else than a report.
+        UserError: If it is a file, or not empty without `force`, or not empty and no report.
     """
     if not folder.exists():
         return check_directory(folder)
@@ -60,8 +60,8 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
     """Writes all files of a report in place of those of an earlier one, or none of them.
 
     Args:
-        report: What is to be said.
-        folder: Made if need be.
+        report: The report.
+        folder: Created if necessary.
         formats: Of the figures; none if empty.
         page: Whether to write the HTML page.
 
@@ -69,7 +69,7 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
         The files, in the order of writing.
 
     Raises:
-        UnwritableFileError: If the disk refuses, naming the folder, which is then as it was.
+        UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
     """
     there = folder.is_dir()
     beside = (folder if there else folder.parent) / f".part-{uuid.uuid4().hex[:8]}.report"
@@ -78,7 +78,7 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
         names = [path.relative_to(beside) for path in _write_files(report, beside, formats, page=page)]
         if there:
             _remove_earlier(folder)
-            for name in names:  # the summary first, so that what a kill cuts short is known as a report
+            for name in names:  # the summary first: it marks the folder as a report even if a kill interrupts this
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(beside / name, folder / name)
         else:
@@ -126,8 +126,8 @@ def markdown(report: Report, files: Sequence[str] = ()) -> str:
     """The whole report as a Markdown page.
 
     Args:
-        report: What it says.
-        files: Paths of the report's files, beside the page: of each block the figure of accuracy and cost is shown.
+        report: The report.
+        files: Paths of the report's files, relative to the page, which shows each block's figure of accuracy and cost.
     """
     wanted = {block.key: file_name(COST_FIGURE, block.key) for block in report.blocks}
     shown = {key: next((f for f in files if Path(f).stem == name), None) for key, name in wanted.items()}
@@ -153,9 +153,9 @@ def markdown(report: Report, files: Sequence[str] = ()) -> str:
 def runs_csv(report: Report) -> str:
     """One row per run, every field of the results a column.
 
-    Lists become one column per element (`test_branch_accuracy_0`), those of operating points are named after what
-    they are (`test_subsets_0+2_accuracy`, `test_early_exit_0.9_accuracy`). Settings that are in no result, e.g.
-    `recipe.lr`, have their dotted name. Runs that are not done have empty fields.
+    Lists become one column per element (`test_branch_accuracy_0`); operating points are named after their branches or
+    threshold (`test_subsets_0+2_accuracy`, `test_early_exit_0.9_accuracy`). Settings that are in no result keep their
+    dotted names, e.g. `recipe.lr`. Runs that are not done have empty fields.
     """
     counted = {run.name: group for group in report.groups for run in (*group.runs, *group.duplicates)}
     records = [_run(run, counted[run.name]) for run in report.collection.runs]
@@ -178,7 +178,7 @@ def _run(run: RunEntry, group: Group) -> dict[str, Any]:
 
 
 def flatten(value: Any, name: str, into: dict[str, Any]) -> None:
-    """Puts a field of a result into a flat record, nested lists and mappings as several columns."""
+    """Adds a field of a result to a flat record, with several columns for nested lists and mappings."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             flatten(item, f"{name}_{key}", into)

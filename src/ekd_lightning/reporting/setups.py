@@ -1,6 +1,6 @@
-"""Settings of runs: which runs differ in the seed alone, and the names of what they share.
+"""Settings of runs: which runs differ in the seed alone, and the labels of their groups.
 
-Settings that say where things lie or how a run is carried out, but not what it computes, are no part of it.
+Settings of places and of how a run is carried out are ignored.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _RESULT = {
     "teacher": "teacher_choice",
 }
 _DERIVED = ("teachers", "MACs", "parameters")
-"""They follow from the rest, unless something is set that no file tells."""
-_TOLD = re.compile(
+"""They follow from the other settings, unless one of those is not on record."""
+_IN_RESULT = re.compile(
     r"(data|teachers|seed|student\.(network|branches|split_after|ensemble)"
     r"|method\.(name|temperature|assignment|teacher|assistants|terms\.[^.]+\.weight)"
     r"|trainer\.(precision|devices|num_nodes|max_epochs))(\.|$)"
 )
-"""Settings that results tell, under other names; of everything else the configuration alone tells."""
+"""Settings that results hold under other names; all others are only in the configuration."""
 _MOST_NAMED = 3
-"""Settings beyond which a label leaves out those that tell no groups apart."""
+"""If more settings differ, a label names only those that distinguish groups."""
 _ALWAYS = ("student", "K", "M")
-"""Settings that are named even where they have the usual value of a method."""
+"""Settings that are named even with the usual value of a method."""
 _PLAIN = ("split", "ensemble")  # mean nothing for one branch
 _UNKNOWN = "unknown settings"
 _GROUP = re.compile(r"^(method\.terms\.|student\.options\.|recipe\.|method\.|trainer\.)")
-"""What goes without saying in a label."""
+"""Prefixes that labels leave out."""
 
 
 def taught_by(result: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of the pool's members that taught; with assistants in between, of those that taught the first."""
+    """SHA-256 of the teachers from the pool; with assistants in between, of those that taught the first one."""
     chain = result.get("chain")
     if chain:
         return list(chain[0]["teachers_sha256"])
@@ -53,7 +53,7 @@ def taught_by(result: Mapping[str, Any]) -> list[str]:
 
 
 def describe(run: RunEntry) -> dict[str, Any]:
-    """What was set, flat: short names of what results hold, dotted keys of what the configuration alone holds."""
+    """Settings, flat: short names for those in results, dotted keys for those only in the configuration."""
     found = {name: run.get(field) for name, field in _RESULT.items()}
     if found["K"] == 1:
         found |= dict.fromkeys(_PLAIN)
@@ -67,12 +67,12 @@ def describe(run: RunEntry) -> dict[str, Any]:
 
 
 def settings(run: RunEntry) -> dict[str, Any]:
-    """Settings that the configuration alone tells, by dotted keys; those that are null are left out."""
-    return {key: value for key, value in _settings(run).items() if not _TOLD.match(key)}
+    """Settings that are only in the configuration, by dotted keys, without nulls."""
+    return {key: value for key, value in _settings(run).items() if not _IN_RESULT.match(key)}
 
 
 def _settings(run: RunEntry) -> dict[str, Any]:
-    """All settings on which it depends what a run finds, by dotted keys."""
+    """All settings that affect the results, by dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in run.config.items():
         _flatten(value, name, flat)
@@ -107,13 +107,13 @@ def _text(content: Any) -> str:
 def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, Any]]]:
     """Names groups by their method and what varies within it.
 
-    A setting is part of the label if it differs between groups of the method that can be compared; then it is in
-    all labels of that method and data set, so that a label means the same everywhere. The student network that
-    more groups of a data set have than any other goes without saying. Where more than `_MOST_NAMED` settings differ,
-    a label names those only that differ from the usual value of the method and are needed to tell its groups apart.
+    A setting is part of the label if it differs between comparable groups of the method; then it is in all labels of
+    that method and data set, so that a label means the same everywhere. The most common student of a data set is not
+    named. If more than `_MOST_NAMED` settings differ, a label names only those that differ from the usual value of the
+    method and are needed to distinguish its groups.
 
     Args:
-        groups: Runs of each, the first of which stands for all.
+        groups: Runs of each; the first one represents the group.
 
     Returns:
         For each the label, and all settings that differ within its method.
@@ -141,7 +141,7 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
         for position in members:
             varied = {name: setups[position].get(name) for name in varying}
             made[position] = (", ".join([method, *_label_words(varied, common, named)]), varied)
-    for place in comparison_groups(trainings):  # unique in each place, where nothing recorded tells two groups apart
+    for place in comparison_groups(trainings):  # number groups that differ in nothing on record
         seen: Counter[str] = Counter()
         for position in place.members:
             label, varied = made[position]
@@ -152,7 +152,7 @@ def labels(groups: Sequence[Sequence[RunEntry]]) -> list[tuple[str, dict[str, An
 
 
 def _usual_students(runs: Sequence[RunEntry]) -> dict[str, Any]:
-    """The most frequent network of each data set; None where two are equally frequent."""
+    """The most frequent network of each data set; None if two are equally frequent."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
         counts[Protocol.of(run).data][str(run.get("student"))] += 1
@@ -164,10 +164,10 @@ def _usual_students(runs: Sequence[RunEntry]) -> dict[str, Any]:
 
 
 def _label_words(varied: Mapping[str, Any], common: Mapping[str, Any], named: Sequence[str]) -> list[str]:
-    """Those of a group's settings that its label names: not those with the common value; `…` stands for the rest."""
+    """The settings of a group that its label names, without those with the common value; `…` stands for the rest."""
     special = {name: value for name, value in varied.items() if name not in common or value != common[name]}
-    said = {k: "none" if v is None and k in common else v for k, v in special.items() if k in named}
-    return [*words(said), *(["…"] if len(words(special)) > len(words(said)) else [])]
+    shown = {k: "none" if v is None and k in common else v for k, v in special.items() if k in named}
+    return [*words(shown), *(["…"] if len(words(special)) > len(words(shown)) else [])]
 
 
 def _usual(values: Sequence[Any]) -> Any:
@@ -178,21 +178,21 @@ def _usual(values: Sequence[Any]) -> Any:
 
 
 def needed(names: Sequence[str], setups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names without the last ones that tell no further setups apart."""
+    """The first names that distinguish as many setups as all of them."""
 
-    def told_apart(some: Sequence[str]) -> int:
+    def distinguished(some: Sequence[str]) -> int:
         return len({_text([setup.get(name) for name in some]) for setup in setups})
 
-    kept = list(names)
+    remaining = list(names)
     for name in reversed(names):
-        rest = [other for other in kept if other != name]
-        if told_apart(rest) == told_apart(names):
-            kept = rest
-    return kept
+        rest = [other for other in remaining if other != name]
+        if distinguished(rest) == distinguished(names):
+            remaining = rest
+    return remaining
 
 
 def _varying(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]]) -> list[str]:
-    """Names of the settings that differ among neighbours, and of as many derived ones as it takes to tell them."""
+    """Names of the settings that differ among neighbours, and of as many derived ones as distinguish them."""
     names = dict.fromkeys(name for place in near for position in place for name in setups[position])
     found = [name for name in names if name not in _DERIVED and any(_varies(name, setups, p) for p in near)]
     for name in _DERIVED:
@@ -207,7 +207,7 @@ def _varying(setups: Sequence[Mapping[str, Any]], near: Sequence[Sequence[int]])
 
 
 def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]) -> bool:
-    """Whether a setting differs in a place; a run without a configuration knows nothing of what it alone tells."""
+    """Whether a setting differs in a place, among the runs that have it on record."""
     able = [setups[position] for position in place if "." not in name or _UNKNOWN not in setups[position]]
     values = [setup.get(name) for setup in able]
     if name in _RESULT or name in _DERIVED:
@@ -216,7 +216,7 @@ def _varies(name: str, setups: Sequence[Mapping[str, Any]], place: Sequence[int]
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as labels write them, without those that a run does not have."""
+    """Settings as in labels, without those that a run does not have."""
     return [text for name, value in settings.items() if (text := _word(name, value))]
 
 

@@ -1,4 +1,4 @@
-"""Tables of a block: its groups as rows of text and as records, for Markdown, terminal, CSV and JSON."""
+"""Tables of a block: its groups as rows of text and as records, for Markdown, the terminal, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from ekd_lightning.runs.collection import STATES
 from ekd_lightning.runs.directory import RunState
 
 LEGEND = f"""\
-One row is one setting: runs that differ in their seed alone. Test accuracy is that of the weights after the last
-epoch, in percent: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences
-are in points, paired by seed, with their 95 % interval; p is that of a paired t-test, corrected by Holm's method
-over the rows of the block. K branches, M teachers. Seconds of training depend on what else the machine did, and
-include filling the table of teacher outputs for the run that came first. With fewer than {FEW} runs an interval
-rests on the assumption that runs are normal, and is wide.
+Each row is one setting: runs that differ in their seed alone. Test accuracy, in percent, is measured after the last
+epoch: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences are in points,
+paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method over the rows of the
+block. K branches, M teachers. Seconds of training depend on the machine's load, and include filling the table of
+teacher outputs in the run that came first. With fewer than {FEW} runs an interval assumes normal results, and is wide.
 """
 REPORT_LEGEND = f"""\
-{LEGEND}Gain is that of the ensemble over the mean of its branches, in points. Seeds disagree: the share of test
-images on which two runs of the row predict different classes, mean over pairs.
+{LEGEND}Gain: ensemble minus the mean of its branches, in points. Seeds disagree: share of test images on which two runs
+of the row predict different classes, mean over pairs.
 """
 MEANS = (
     "test_accuracy_ema",
@@ -49,18 +48,18 @@ MEANS = (
     "train_seconds",
     "latency_ms_batch1",
 )
-"""Fields of which a record gives the mean over runs, where they have them."""
+"""Fields of which a record gives the mean over runs."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group and how it compares.
+    """One group and its comparisons.
 
     Attributes:
         group: The group.
         differences: Its test accuracy minus that of each reference; None for the reference itself, and without a
             common seed.
-        spread: How much its runs differ from seed to seed; None unless two of them have their predictions.
+        spread: How much its runs differ between seeds; None unless two have predictions.
     """
 
     group: Group
@@ -73,7 +72,7 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
 
     Args:
         block: The block.
-        references: Labels of groups of it.
+        references: Labels of some of its groups.
     """
     found = {reference: differences(block.groups, reference) for reference in references}
     return [
@@ -83,11 +82,11 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
 
 
 STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value for state in RunState}
-"""What tables call them."""
+"""Names of states in tables."""
 
 
 def problems(group: Group) -> str:
-    """What became of the runs that are not done, in words; empty if all are."""
+    """States and errors of the runs that are not done, in words; empty if all are done."""
     parts = []
     for state in dict.fromkeys(run.state for run in group.others):
         those = [run for run in group.others if run.state == state]
@@ -111,7 +110,7 @@ def _seconds(row: Row) -> str:
 
 
 def _taught(group: Group) -> str | None:
-    """Who taught: the chosen one, or `all`; None for nobody."""
+    """The chosen teacher, or `all`; None without teachers."""
     return " / ".join(map(str, group.distinct("teacher"))) or ("all" if group.num_teachers else None)
 
 
@@ -137,9 +136,9 @@ _COLUMNS: dict[str, Callable[[Row], object]] = {
 }
 REPORT = tuple(name for name in _COLUMNS if name not in ("teacher", "adapters", "steps"))
 STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "seeds disagree %"))
-"""Columns of a report, and of a study, where what everything cost matters more."""
+"""Columns of a report, and of a study, which has more on cost."""
 _OPTIONAL = ("unlabelled", "EMA %", "gain", "seeds disagree %")
-"""Columns that a table has where one of its rows has a value."""
+"""Columns that are left out if no row has a value."""
 
 
 def cells(row: Row, names: Sequence[str]) -> list[str]:
@@ -173,7 +172,7 @@ def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapp
     Args:
         found: The rows.
         names: Columns.
-        settings: One column more, by label: what the row changes of its method's defaults.
+        settings: An additional column, by label: the row's changes to its method's defaults.
     """
     heads, lines = texts(found, names)
     if settings is not None:
@@ -182,13 +181,13 @@ def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapp
 
 
 def full_names(found: Sequence[Row]) -> dict[str, str]:
-    """Labels that leave settings out -> all settings in which groups of the method differ."""
+    """Abbreviated labels -> all settings in which groups of the method differ."""
     groups = [row.group for row in found]
     return {one.label: one.setting for one in groups if one.label != ", ".join(filter(None, [one.method, one.setting]))}
 
 
 def terminal_table(title: str, found: Sequence[Row]) -> Table:
-    """Rows of a study's block for the terminal; what went wrong, in the last column, is red."""
+    """Rows of a study's block for the terminal, with problems in red in the last column."""
     heads, lines = texts(found, STUDY)
     table = Table(title=Text(title), title_justify="left", show_lines=True)
     for head in heads:

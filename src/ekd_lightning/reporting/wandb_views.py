@@ -1,4 +1,4 @@
-"""Workspace and report of a W&B project, as objects of W&B's own package; nothing is sent from here."""
+"""Workspace and report of a W&B project, as objects of W&B's package; this module sends nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ runs of a group, seeds among them.
 
 
 def build_workspace(entity: str, project: str, name: str, group: str | None = None) -> workspaces.Workspace:
-    """The workspace: what to look at first, then teachers and branches, curves, calibration, errors, cost.
+    """The workspace: the main results, then teachers and branches, curves, calibration, errors, cost.
 
     Args:
         entity: User or team.
@@ -52,7 +52,7 @@ def build_workspace(entity: str, project: str, name: str, group: str | None = No
 
 
 def build_report(entity: str, project: str, name: str, group: str | None = None) -> reports.Report:
-    """The same panels as a report with a few words, for people who were not there.
+    """The same panels as a report with a short introduction.
 
     Args and raises as for `build_workspace`.
     """
@@ -78,7 +78,7 @@ def build_report(entity: str, project: str, name: str, group: str | None = None)
 
 
 def panel_sections() -> dict[str, list[Any]]:
-    """Panels by section; what they show are names that runs log.
+    """Panels by section, of metrics that runs log.
 
     Raises:
         UserError: If the package is not installed.
@@ -116,7 +116,7 @@ def panel_sections() -> dict[str, list[Any]]:
             bars("test accuracy by teachers", "test/accuracy", teachers),
             bars("test accuracy by branches", "test/accuracy", branches),
             bars("gain of the ensemble over its mean branch", "evaluation/test_gain_over_mean_branch", branches),
-            wr.ParallelCoordinatesPlot(title="what was run, and what came of it", columns=parallel),
+            wr.ParallelCoordinatesPlot(title="settings and test accuracy", columns=parallel),
             lines("validation accuracy of each branch", metric_regex=each_branch),
         ],
         "Training": [
@@ -133,7 +133,7 @@ def panel_sections() -> dict[str, list[Any]]:
             bars("agreement with the teachers", "fidelity/test_teacher_agreement"),
         ],
         "Errors": [
-            wr.MediaBrowser(title="taken for another class with confidence", media_keys=["evaluation/misclassified"]),
+            wr.MediaBrowser(title="most confident mistakes", media_keys=["evaluation/misclassified"]),
             wr.WeavePanelSummaryTable(table_name="evaluation/branches"),
         ],
         "Robustness and cost": [

@@ -114,7 +114,7 @@ def working_in(directory: str) -> Iterator[None]:
     if sys.version_info >= (3, 11) and os.path.isdir(directory):
         os.chdir(directory)
     elif os.path.isdir(directory) and not os.path.samefile(directory, before):
-        log.warning("Python 3.10 cannot keep modules in %s from being imported; they may be imported", directory)
+        log.warning("Python 3.10 cannot keep modules in %s from being imported; staying in the current one", directory)
     try:
         yield
     finally:
