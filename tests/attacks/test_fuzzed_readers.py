@@ -7,6 +7,7 @@ and arrays of others, may be read as what it says now, but never runs, hangs or 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from damages import DAMAGES, EXECUTED, damage
 from scenes import limited
@@ -26,6 +28,7 @@ from ekd_lightning.data.cache import cached_images
 from ekd_lightning.data.cifar import read_cifar
 from ekd_lightning.data.listing import read_listing
 from ekd_lightning.errors import UserError, users_line
+from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks import (
     BranchedStudent,
     DeployedStudent,
@@ -33,17 +36,22 @@ from ekd_lightning.networks import (
     build_network,
     load_deployed,
     load_network,
+    load_student,
     normalization,
+    read_metadata,
     save_network,
+    save_student,
     zoo,
 )
 from ekd_lightning.networks.deploy import pack_metadata, quantize_onnx, to_bytes
 from ekd_lightning.networks.weights import read_foreign_checkpoint
+from ekd_lightning.reporting.report_files import _remove_earlier
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import LOCK_FILE, DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.studies.sweep import Job, look
+from ekd_lightning.tracking.loggers import wandb_run_id
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from cifar_files import make_tiny
@@ -158,8 +166,8 @@ class Kind:
     believed: bool = False
 
 
-def _written(name: str, content: Callable[[], bytes], read: Callable[[Path], Any]) -> Kind:
-    return Kind(lambda folder: (folder / name).write_bytes(content()), name, read)
+def _written(name: str, content: Callable[[], bytes], read: Callable[[Path], Any], believed: bool = False) -> Kind:
+    return Kind(lambda folder: (folder / name).write_bytes(content()), name, read, believed)
 
 
 KINDS = {
@@ -185,6 +193,10 @@ KINDS = {
     "lock of cached pixels": Kind(_only_lock, ".*.lock", _cached),
     "state of a sweep's job": Kind(_finished_job, "status.json", _counted),
     "result of a sweep's job": Kind(_finished_job, "result.json", _counted),
+    "id of a W&B run": _written("wandb_run_id.txt", lambda: b"a1b2c3\n", lambda path: wandb_run_id(path.parent), True),
+    "files of an earlier report": _written(
+        "summary.json", lambda: b'{"files": ["a.svg", "\\u0000"]}', lambda path: _remove_earlier(path.parent), True
+    ),
     "lock of a run": Kind(lambda folder: (folder / LOCK_FILE).write_text("{}"), LOCK_FILE, _locked),
 }
 
@@ -197,6 +209,49 @@ def _arrays(path: Path) -> None:
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (8, 4, 4, 3), np.uint8)
     np.savez(path, x_train=images, y_train=np.arange(8) % 2, x_test=images[::-1], y_test=np.arange(8)[::-1] % 2)
+
+
+def _student(path: Path) -> None:
+    torch.manual_seed(0)
+    save_student(path, BranchedStudent(SPEC, branches=2, split_after="stage1"))
+
+
+DESCRIBED = {
+    "network": ("ekd_spec", lambda path: save_network(path, _network()), load_network),
+    "student": ("ekd_spec", _student, load_student),
+    "exported student": ("spec", lambda path: path.write_bytes(_exported("safetensors")), load_deployed),
+}
+
+
+def _places(document: Any) -> list[tuple[Any, Any]]:
+    """All values of a JSON document, as the mapping or list that each is in, and its key there."""
+    pairs = [*(document.items() if isinstance(document, dict) else enumerate(document))]
+    below = [value for _, value in pairs if isinstance(value, (dict, list))]
+    return [*((document, key) for key, _ in pairs), *(place for value in below for place in _places(value))]
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
+def test_a_false_description_of_weights_is_refused_with_the_name_of_its_file(tmp_path, outcomes, kind):
+    """Its checksum is right: it is not damaged, but made so."""
+    key, write, read = DESCRIBED[kind]
+    write(path := tmp_path / "made.safetensors")
+    tensors, metadata = safetensors.torch.load_file(path), read_metadata(path)
+    texts = ["[" * 50_000, "x", "{}", "null", '"x"', "[]"]
+    for position in range(len(_places(json.loads(metadata[key])))):
+        for value in (-1, 10**400, "x", {"a": 1}, None):
+            document = json.loads(metadata[key])
+            parent, name = _places(document)[position]
+            parent[name] = value
+            texts.append(json.dumps(document))
+    for text in Random(kind).sample(texts[6:], 30) + texts[:6]:
+        path.write_bytes(seal(safetensors.torch.save(tensors, {**metadata, key: text, SEAL: UNSEALED})))
+        outcomes["false description of weights"] += 1
+        refusal = str(path)
+        try:
+            read(path)
+        except UserError as error:
+            refusal = str(error)
+        assert str(path) in refusal
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,9 @@ class DeployedStudent(nn.Module):
             probabilities = values.pop("probabilities")
             with torch.random.fork_rng(devices=[]):
                 student = BranchedStudent(network, **values)
-        except (TypeError, KeyError, AttributeError) as error:
+        except UserError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"not the description of a deployed student ({error})") from None
         return cls(student, fold=fold, probabilities=probabilities)
 

@@ -238,7 +238,7 @@ def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | N
         if key not in (KIND, SEAL):
             try:
                 metadata[key] = json.loads(value)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue  # another tool's
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:

@@ -138,7 +138,7 @@ class NetworkSpec:
             rest = {key: value for key, value in values.items() if key != "normalization"}
             return cls(normalization=statistics, **rest)
         except (TypeError, KeyError) as error:
-            raise UserError(f"not a network spec: {dict(values)!r} ({error})") from None
+            raise UserError(f"not a network spec: {values!r:.300} ({error})") from None
 
 
 class NetworkOutput(NamedTuple):

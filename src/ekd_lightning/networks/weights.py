@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,8 @@ def load_network(path: str | Path) -> StagedNetwork:
     """
     path = Path(path)
     tensors = _read_tensors(path)  # first: a damaged description might describe a network of any size
-    spec = NetworkSpec.from_dict(_read_spec(path, "network"))
-    with torch.random.fork_rng(devices=[]):
-        network = build_network(spec)
+    with _described(path, "network") as values, torch.random.fork_rng(devices=[]):
+        network = build_network(NetworkSpec.from_dict(values))
     _fill(path, network, tensors)
     return network.eval()
 
@@ -74,13 +74,8 @@ def load_student(path: str | Path) -> BranchedStudent:
     """
     path = Path(path)
     tensors = _read_tensors(path)
-    arguments = _read_spec(path, "student")
-    try:
-        spec = NetworkSpec.from_dict(arguments.pop("spec"))
-        with torch.random.fork_rng(devices=[]):
-            student = BranchedStudent(spec, **arguments)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its description of the student is damaged ({error})") from None
+    with _described(path, "student") as values, torch.random.fork_rng(devices=[]):
+        student = BranchedStudent(NetworkSpec.from_dict(values.pop("spec")), **values)
     _fill(path, student, tensors)
     return student.eval()
 
@@ -106,8 +101,8 @@ def read_spec(path: str | Path) -> NetworkSpec:
     Raises:
         UserError: when the file is missing, damaged, or holds something else.
     """
-    path = Path(path)
-    return NetworkSpec.from_dict(_read_spec(path, "network"))
+    with _described(Path(path), "network") as values:
+        return NetworkSpec.from_dict(values)
 
 
 def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
@@ -220,15 +215,19 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedFileError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from None
 
 
-def _read_spec(path: Path, kind: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _described(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """Yields a file's description of what it holds; what is wrong with that, in the block, too, names the file."""
     metadata = read_metadata(path)
     found = metadata.get(_KIND)
     if found != kind:
         what = f"a {found}" if found else "something else"
         raise UserError(f"{path}: holds {what}, not a {kind} saved by ekd-lightning")
     try:
-        return dict(json.loads(metadata[_SPEC]))
-    except (KeyError, ValueError, TypeError) as error:
+        yield dict(json.loads(metadata[_SPEC]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its description of the {kind} is damaged ({one_line(error)})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import UnwritableFileError, move_folder, write_text
+from ekd_lightning.files import DamagedFileError, UnwritableFileError, move_folder, read_json, write_text
 from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
 from ekd_lightning.reporting.groups import Group
@@ -112,14 +113,15 @@ def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: 
 def _remove_earlier(folder: Path) -> None:
     """Removes what an earlier report wrote, as its summary lists it: no figure of it is left to pass for a new one."""
     try:
-        listed: Any = json.loads((folder / SUMMARY).read_bytes()).get("files", [])
-    except (OSError, ValueError, AttributeError):
+        listed: Any = read_json(folder / SUMMARY).get("files", [])
+    except (OSError, DamagedFileError):
         return
     root = folder.resolve()
     for name in listed if isinstance(listed, list) else []:
-        path = (folder / str(name)).resolve()
-        if path.is_file() and root in path.parents and path.suffix in _SUFFIXES:
-            path.unlink()
+        with contextlib.suppress(OSError, ValueError):  # no name of a file
+            path = (folder / str(name)).resolve()
+            if path.is_file() and root in path.parents and path.suffix in _SUFFIXES:
+                path.unlink()
 
 
 def markdown(report: Report, files: Sequence[str] = ()) -> str:

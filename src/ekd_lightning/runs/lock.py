@@ -58,7 +58,7 @@ class Holder(NamedTuple):
         try:
             content: Any = json.loads(os.pread(file, 4096, 0))
             return cls(int(content["pid"]), str(content["host"]), str(content["command"]))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return cls()
 
     def is_alive(self) -> bool:

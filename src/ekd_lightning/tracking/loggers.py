@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, one_line
-from ekd_lightning.files import DamagedFileError, WriterBehind, write_text
+from ekd_lightning.files import DamagedFileError, WriterBehind, read_bytes, write_text
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
@@ -245,6 +246,9 @@ def wandb_run_id(directory: Path) -> str:
     """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it.
 
     An agent of a W&B sweep decides it for the runs that it starts.
+
+    Raises:
+        DamagedFileError: If what is kept can be no id.
     """
     from wandb.sdk.lib.runid import generate_id  # noqa: PLC0415 (slow to import, and only where it is selected)
 
@@ -252,7 +256,10 @@ def wandb_run_id(directory: Path) -> str:
     if not path.is_file():
         given = os.environ.get("WANDB_RUN_ID") if in_wandb_sweep() else None
         write_text(path, (given or generate_id()) + "\n")
-    return path.read_text().strip()
+    kept = read_bytes(path).decode(errors="replace").strip()
+    if not re.fullmatch(r"[^\s/\\#?%:\ufffd\0]{1,128}", kept):
+        raise DamagedFileError(f"{path}: damaged, holds no id of a W&B run; remove it to begin a new one")
+    return kept
 
 
 def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
