@@ -1,4 +1,4 @@
-"""Images of your own, one subfolder a class, and one call: teachers are trained on demand, the student by EKD."""
+"""Images of your own, one subfolder per class: one call trains the teachers and distils the student."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Few labels, many images without: the teachers' answers about these train the student, too."""
+"""Few labels and many unlabelled images: teacher outputs on both train the student."""
 
 import sys
 
@@ -13,6 +13,6 @@ run = ekd.distill(
     epochs=60,
     overrides=["data.image_size=32", f"data.unlabelled={unlabelled}", "data.unlabelled_share=0.75", *words],
 )
-found = run.result
-print(f"{found.num_train_images} labelled and {found.num_unlabelled_images} unlabelled images, {found.steps} steps")
-print(f"test accuracy {100 * found.test_accuracy:.1f} %  {run.directory}")
+result = run.result
+print(f"{result.num_train_images} labelled and {result.num_unlabelled_images} unlabelled images, {result.steps} steps")
+print(f"test accuracy {100 * result.test_accuracy:.1f} %  {run.directory}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
@@ -110,7 +110,7 @@ def _cost_panel(axes: Axes, groups: Sequence[Group], key: str, styles: LineStyle
     front = _front(groups, key)
     if len(front) > 1:
         xs, ys = zip(*front, strict=True)
-        line = {"color": fs.GREY, "linestyle": "--", "linewidth": 1, "label": "Pareto front"}
+        line: dict[str, Any] = {"color": fs.GREY, "linestyle": "--", "linewidth": 1, "label": "Pareto front"}
         axes.step(xs, [100 * y for y in ys], where="post", **line)
     places = beside([_cost(group, key) for group in groups])
     for group, place in zip(groups, places, strict=True):
