@@ -67,6 +67,7 @@ html_show_sourcelink = False
 
 linkcheck_timeout = 20
 linkcheck_anchors = False
+linkcheck_ignore = [r"https://github\.com/ekd-lightning/.*"]  # our own, which need not be public
 
 # -- Pages made at build time -------------------------------------------------------------------------------
 
