@@ -84,6 +84,7 @@ def test_images_and_labels_alone_are_split_and_named(tmp_path, names):
         ({"images": colours(0), "labels": np.arange(0)}, r"images is uint8 \[0, 6, 6, 3\], not"),
         ({"images": colours(4), "labels": np.arange(3)}, r"labels must be 4 classes, .*int64 \[3\]"),
         ({"images": colours(4), "labels": np.arange(4) - 1}, r"labels must be 4 classes"),
+        ({"images": colours(4), "labels": np.array([0, 1, 0, 1 << 40])}, r"class 1099511627776, but 4 images"),
         ({"images": colours(4), "labels": np.zeros(4)}, r"labels must be 4 classes.*float64"),
         ({"images": colours(4), "labels": np.array([{}] * 4)}, r"not an \.npz file of plain arrays"),
         (two_classes("cat"), r"class_names is <U3 \[\], not \[2\] names"),

@@ -229,6 +229,8 @@ def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], sourc
         for split, (_, labels) in parts.items()
     }
     count = max(row.label for own in rows.values() for row in own) + 1
+    if count > (most := len(rows.get("train", ()))):  # not that many names are made
+        raise UserError(f"{source}: holds class {count - 1}, but {most} images for training; classes are 0, 1, ...")
 
     def load(item: tuple[str, int]) -> Image.Image:
         image = parts[item[0]][0][item[1]]
