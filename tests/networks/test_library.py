@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from ekd_lightning.networks import (
     load_student,
     normalization,
     register_network,
+    registry,
     save_student,
     state_sha256,
 )
@@ -38,7 +40,7 @@ from ekd_lightning.networks import library as libraries
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
 from ekd_lightning.networks.library import from_hub, load_library_network, usual
-from ekd_lightning.networks.staged import StagedNetwork, he_initialised
+from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.distiller import Distiller
@@ -637,6 +639,34 @@ def test_a_registered_network_keeps_the_weights_it_is_given():
     network = build_network(NetworkSpec("kept_as_given", 10, UNIT))
     assert torch.equal(network.stages["stem"].weight, given)
     assert not torch.equal(he_initialised(network).stages["stem"].weight, given)
+
+
+def test_a_registered_builder_may_return_any_module(monkeypatch):
+    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
+    made = []
+
+    @register_network("plain_module")
+    def build(spec, *, width=8):
+        convolutions = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 16, 3, 2, 1))
+        made.append(nn.Sequential(convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, spec.num_classes)))
+        return made[-1]
+
+    spec = NetworkSpec("plain_module", 10, UNIT, {"width": 4})
+    network, images = build_network(spec), torch.rand(2, 3, 32, 32)
+    assert torch.equal(network(images), made[-1](images))
+    assert (len(network.stage_names), network.num_features, network.training) == (2, 16, True)
+    student = BranchedStudent(spec, branches=2, split_after=network.stage_names[0])
+    assert student.outputs(images).branch_logits.shape == (2, 2, 10)
+
+
+def test_what_a_registered_builder_may_not_return_is_told(monkeypatch):
+    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
+    register_network("no_module")(lambda spec: [nn.Linear(3, 10)])
+    with pytest.raises(UserError, match="network 'no_module' is made a list, not a torch"):
+        build_network(NetworkSpec("no_module", 10, UNIT))
+    register_network("seven_classes")(lambda spec: nn.Sequential(nn.Conv2d(3, 4, 3), GlobalPool(), nn.Linear(4, 7)))
+    with pytest.raises(UserError, match=r"'seven_classes' predicts 7 classes, not 10: .* spec\.num_classes"):
+        build_network(NetworkSpec("seven_classes", 10, UNIT))
 
 
 def test_cutting_shares_the_module_s_parts():

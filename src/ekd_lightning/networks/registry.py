@@ -17,10 +17,11 @@ from torch import nn
 
 from ekd_lightning.errors import Registry, UserError, load_plugins, unknown_name
 from ekd_lightning.files import file_sha256
+from ekd_lightning.networks.cutting import cut
 from ekd_lightning.networks.projection import project
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
-Builder = Callable[..., StagedNetwork]
+Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)
 
 FamilyT = TypeVar("FamilyT", bound=Callable[[str], Builder | None])
@@ -32,10 +33,11 @@ _LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 
 
 def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
-    """Registers a builder `fn(spec, **options) -> StagedNetwork` under a name.
+    """Registers a builder `fn(spec, **options)` under a name.
 
-    The builder's keyword arguments after `spec` are the network's options. It checks their values
-    with `require`.
+    It returns a `StagedNetwork`, or any module from normalised images [B, 3, H, W] to logits [B, C], which is cut into
+    stages as networks of libraries are. The builder's keyword arguments after `spec` are the network's options. It
+    checks their values with `require`.
 
     Raises:
         ValueError: when another builder has the name; both are named.
@@ -134,7 +136,21 @@ def _build(spec: NetworkSpec) -> StagedNetwork:
     for option in spec.options:
         if option not in allowed:
             raise unknown_name(f"option of network {spec.name!r}:", option, allowed)
-    return builder(spec, **spec.options)
+    made: Any = builder(spec, **spec.options)
+    return made if isinstance(made, StagedNetwork) else _cut(made, spec)
+
+
+def _cut(made: object, spec: NetworkSpec) -> StagedNetwork:
+    """A plain module of a builder, cut into stages where it can be; it keeps its weights."""
+    if not isinstance(made, nn.Module):
+        raise UserError(f"network {spec.name!r} is made a {type(made).__name__}, not a torch.nn.Module")
+    parts = cut(made, spec.image_size)
+    if isinstance(parts.head, nn.Linear) and parts.head.out_features != spec.num_classes:
+        raise UserError(
+            f"network {spec.name!r} predicts {parts.head.out_features} classes, not {spec.num_classes}: its builder "
+            "finds the number as spec.num_classes"
+        )
+    return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=parts.head)
 
 
 STAGE_WIDTHS = "stage_widths"
