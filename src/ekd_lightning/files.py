@@ -239,7 +239,7 @@ def require_intact(path: Path, content: bytes) -> None:
         DamagedFileError: Naming the file.
     """
     if is_intact(content) is False:
-        raise DamagedFileError(f"{path}: damaged or changed, its content is not that which was written (SHA-256)")
+        raise DamagedFileError(f"{path}: damaged or changed, its SHA-256 is not the recorded one")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -234,7 +234,7 @@ def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
     code, _, err = call("--output", study)
     assert code == 2
     assert (
-        "ce-f0.1-s0: is there with another configuration (teachers.recipe.schedule, recipe.schedule differ)"
+        "ce-f0.1-s0: exists with another configuration (teachers.recipe.schedule, recipe.schedule differ)"
         in err.splitlines()[-1]
     )
 
@@ -310,7 +310,7 @@ def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
         "hydra_heads": [branching[0]],  # as many heads as there are teachers
         "ekd_permuted": list(branching),
     }
-    assert f"one has its own branching: {' '.join(branching)} does not reach it" in err
+    assert f"one has its own branching: {' '.join(branching)} does not apply to it" in err
 
 
 def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):

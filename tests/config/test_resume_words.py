@@ -172,7 +172,7 @@ def test_unlabelled_images_of_a_sweep_may_lie_elsewhere_but_not_be_added(tmp_pat
     beside, alone = (Sweep(tmp_path, jobs, (), common=words) for words in (("data.unlabelled=here",), ()))
     assert split_words(beside, ["data.unlabelled=/there"]) == ([], ["data.unlabelled=/there"])
     for sweep, word in ((alone, "data.unlabelled=/there"), (beside, "data.unlabelled=rest")):
-        with pytest.raises(UserError, match=f"{word}: a resumed sweep computes what it was started with"):
+        with pytest.raises(UserError, match=f"{word}: a resumed sweep keeps its settings"):
             split_words(sweep, [word])
 
 

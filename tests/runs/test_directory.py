@@ -207,7 +207,7 @@ def test_a_damaged_state_says_how_to_go_on(tmp_path):
     own.start(resumed=False)
     own.finish(Result.of(result()))
     (tmp_path / "status.json").write_text("{")
-    with pytest.raises(DamagedFileError, match=r"status\.json: .*; remove it to go by the run's other files"):
+    with pytest.raises(DamagedFileError, match=r"status\.json: .*; remove it to use the run's other files"):
         own.record()
     (tmp_path / "status.json").unlink()
     assert own.finished_result()["method"] == result()["method"]

@@ -169,7 +169,7 @@ def test_the_same_command_goes_on_and_judges_by_what_is_there(
     kept = RunDirectory(lost).read_result()["student_sha256"]
     shutil.rmtree(lost)
     asked = ("--study", "quick", "--only", "digits-10,ce", "--output", folder)
-    with DirectoryLock(lost):  # another process is at it
+    with DirectoryLock(lost):  # another process is working on it
         code, out, err = call(*asked, *words)
     assert (code, "1 left to other processes" in err) == (1, True)
     assert "not run: digits-10: 4 of 7 runs (ekd 2, ce 1, kd_mean_stage3 1)" in out

@@ -143,7 +143,7 @@ def test_a_failed_job_is_tried_again_and_a_done_one_is_not(stopped):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["seed=7"], ["seed=7", "computes what it was started with"]),
+        (["seed=7"], ["seed=7", "keeps its settings"]),
         (["--cfg", "job"], ["--cfg"]),
         (["hydra/launcher=procesess"], ["hydra/launcher", "procesess", "did you mean 'processes'"]),
     ],

@@ -138,9 +138,7 @@ def is_override(word: str) -> bool:
     if key == "evaluation.parts":
         raise UserError(f"{word}: name the parts with --parts")
     if not is_location(key) and key != "imports":
-        raise UserError(
-            f"{word}: a finished run keeps its settings; what can be set is {', '.join(keys_where(is_location))}"
-        )
+        raise UserError(f"{word}: a finished run keeps its settings; you may set {', '.join(keys_where(is_location))}")
     return True
 
 

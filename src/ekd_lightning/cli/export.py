@@ -76,7 +76,7 @@ def run_export(args: argparse.Namespace) -> bool:
     """
     for word in args.overrides:
         if word.partition("=")[0] not in (*PLACES, "imports") or "=" not in word:
-            raise UserError(f"{word}: a finished run keeps its settings; what can be set is {', '.join(PLACES)}")
+            raise UserError(f"{word}: a finished run keeps its settings; you may set {', '.join(PLACES)}")
     folder = args.output or args.run / "export"
     failure, card = None, None
     with session("data", "export"):
@@ -140,7 +140,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise UserError(f"--{next(iter(of_int8)).replace('_', '-')}: has no effect without --int8")
     if args.push:
         if "safetensors" not in formats:
-            raise UserError("--push: of a repository, ekd_lightning.load reads safetensors; add it to --format")
+            raise UserError("--push: ekd_lightning.load reads only safetensors from a repository; add it to --format")
         from ekd_lightning.networks.hub import check_repository  # noqa: PLC0415
 
         check_repository(args.push)

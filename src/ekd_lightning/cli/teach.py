@@ -58,7 +58,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     settings = to_settings(cfg)
     settings.check()
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: has no meaning here; teachers that are there are kept")
+        raise UserError(f"resume={settings.resume}: has no meaning here; existing teachers are kept")
     import_user_modules(settings.imports)
     if is_rank_zero() and RunDirectory(output.directory).file(STATUS) is not None:
         raise UserError(f"{output.directory}: holds a run; give another hydra.run.dir")

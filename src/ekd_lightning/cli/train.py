@@ -112,7 +112,7 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
     try:
         lock_ahead(directory)
     except LockedError:
-        log.info("%s: another process is at it", directory.name)
+        log.info("%s: another process is working on it", directory.name)
         return None
     try:
         found = RunDirectory(directory).recorded()

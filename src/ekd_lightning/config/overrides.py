@@ -106,7 +106,7 @@ def check_typed(words: Sequence[str]) -> None:
         except HydraException:
             place = os.path.expanduser(text) if key_of(word) in PLACES else text
             wanted = shell_word(override(key, place))
-            raise UserError(f"cannot read the override {word!r}; such a text is typed {wanted}") from None
+            raise UserError(f"cannot read the override {word!r}; such text must be typed as {wanted}") from None
 
 
 def _no_option(word: str, following: str) -> str:
@@ -196,8 +196,8 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
         return folder
     if (folder / "multirun.yaml").is_file():
         raise UserError(
-            f"resume={folder}: a sweep without a plan ({SWEEP_FILE}), as other sweepers than Hydra's own leave it; "
-            "its runs can be continued one by one"
+            f"resume={folder}: a sweep of another sweeper than Hydra's own, without a plan ({SWEEP_FILE}); continue its "
+            "runs one by one"
         )
     return None
 
@@ -228,7 +228,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
     if run.file(OVERRIDES) is None:
-        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is not known")
+        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is unknown")
     first, flags = run.overrides(), config_flags(argv)
     require_named_code(first, argv[1:], f"resume={directory}")
     given = [word for word in argv[1:] if word not in (*first, *flags) and not word.startswith(_OF_THIS_RUN)]
@@ -297,5 +297,5 @@ def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
-            "a resumed run must compute what it was started with"
+            "a resumed run must keep its settings"
         )

@@ -30,7 +30,7 @@ def list_folder(root: Path) -> Listing:
         splits = {"train": root}
     classes = tuple(folder.name for folder in _folders(splits["train"]))
     if not classes:
-        raise UserError(f"data.root={root}: holds no subfolders; images lie in one subfolder a class")
+        raise UserError(f"data.root={root}: holds no subfolders; images must lie in one subfolder per class")
     rows = {split: _rows(root, folder, _labels(folder, classes)) for split, folder in splits.items()}
     return Listing(rows, classes, _content, str(root))
 
@@ -110,7 +110,7 @@ def _rows(root: Path, split: Path, labels: dict[Path, int]) -> list[Row]:
                     others.append(path)
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(f"left out, by their names no images: {others[0]}{more}", stacklevel=3)
+        warnings.warn(f"left out, not images by their names: {others[0]}{more}", stacklevel=3)
     if not found:
         raise UserError(f"{split}: holds no images ({', '.join(EXTENSIONS)})")
     return found

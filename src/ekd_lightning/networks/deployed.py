@@ -244,7 +244,7 @@ def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | N
     if missing:
         raise UserError(f"{path}: its description of the student lacks {', '.join(missing)}")
     if content is not None and not is_intact(content):
-        raise UserError(f"{path}: damaged or changed, its content is not that which was exported (SHA-256)")
+        raise UserError(f"{path}: damaged or changed, its SHA-256 is not the recorded one")
     return metadata
 
 

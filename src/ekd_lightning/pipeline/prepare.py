@@ -282,8 +282,8 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
         warnings.warn("student.ensemble=gate has no effect with student.branches=1", stacklevel=2)
     if student.branches > 1 and settings.method.name in PLAIN_METHODS:
         warnings.warn(
-            f"student.branches={student.branches} makes a branched student of {settings.method.name}, which is for "
-            "plain ones: it costs more and is no plain control (student.branches=1 is one)",
+            f"student.branches={student.branches} gives branches to the student of {settings.method.name}, a method "
+            "for plain students: it costs more and is no plain control (student.branches=1 is one)",
             stacklevel=2,
         )
     return BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)

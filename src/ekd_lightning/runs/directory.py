@@ -158,7 +158,7 @@ class RunDirectory:
         try:
             status = self._read(STATUS)
         except DamagedFileError as damage:
-            raise DamagedFileError(f"{damage}; remove it to go by the run's other files") from None
+            raise DamagedFileError(f"{damage}; remove it to use the run's other files") from None
         if status is None and self.file(RESULT) is None:
             if (self.path / HYDRA).is_dir() or self.file(CONFIG):
                 return Record(RunState.FAILED, error="ended before it had a record")
@@ -345,8 +345,8 @@ class RunDirectory:
             content = None
         if isinstance(known, list) and sha256_of(content) not in known:
             raise DamagedFileError(
-                f"{path}: damaged or changed, its content is not that which was written (SHA-256); "
-                f"remove it and {CURVES_SUM} to go on without its curves"
+                f"{path}: damaged or changed, its SHA-256 is not the recorded one; "
+                f"remove it and {CURVES_SUM} to continue without its curves"
             )
         return content
 

@@ -44,8 +44,7 @@ def check_words(words: Iterable[object], source: object, *, launching: bool = Fa
         if found is None or not (_launches(found) if launching else _sets(found)):
             what = "how jobs are launched" if launching else "settings of a run"
             raise UserError(
-                f"{source}: holds {word!r:.100}, but a record may set {what} alone; whatever else is wanted belongs on "
-                "your own command line"
+                f"{source}: holds {word!r:.100}, but a record may set only {what}; put anything else on your command line"
             )
     return checked
 

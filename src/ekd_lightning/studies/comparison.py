@@ -94,7 +94,7 @@ def ask(
         UserError: For unknown names, or what contradicts the folder's study.
     """
     if methods is None and old is None:
-        raise UserError("--methods: which rows? e.g. --methods ce,kd_mean,ekd")
+        raise UserError("--methods: must be given, e.g. --methods ce,kd_mean,ekd")
     if old is not None:
         recorded = [*old.common, *(word for row in old.rows for word in row.overrides)]
         require_named_code(recorded, common, "the study")
@@ -274,7 +274,7 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
     changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
     if changed:
         raise UserError(
-            f"{directory}: is there with another configuration ({', '.join(changed[:5])} differ); "
+            f"{directory}: exists with another configuration ({', '.join(changed[:5])} differ); "
             "remove it, or use another --output"
         )
 

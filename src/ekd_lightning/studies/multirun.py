@@ -261,7 +261,7 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
         fits = may_change_between_parts(key_of(word)) or names_code(word)
         if "=" not in word or not (fits or (key_of(word) in moved and names_place(word))):
             raise UserError(
-                f"{word}: a resumed sweep computes what it was started with; beside resume= it takes a launcher "
+                f"{word}: a resumed sweep keeps its settings; resume= may be combined with a launcher "
                 f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
             )
     dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN

@@ -139,7 +139,7 @@ class _Journal(JournalFileBackend):
         for log in super().read_logs(log_number_from):
             check = log.pop(_CHECK, None) if isinstance(log, dict) else None
             if check not in (None, _checksum(log)):
-                raise DamagedFileError(f"{self._path}: damaged, one of its events is not what was written")
+                raise DamagedFileError(f"{self._path}: damaged, one of its events was changed")
             yield log
 
 

@@ -323,7 +323,7 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
     if compose(overrides=[f"method={method}"]).student.branches == 1:
         own = _BRANCHING
     elif kept := [word for word in common if is_under(key_of(word), own)]:
-        log.info("%s has its own branching: %s does not reach it", name, " ".join(kept))
+        log.info("%s has its own branching: %s does not apply to it", name, " ".join(kept))
     if not at:
         return RowPlan(name, (f"method={method}",), own)
     return RowPlan(

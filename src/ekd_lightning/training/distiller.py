@@ -184,7 +184,7 @@ class Distiller(TrainingModule):
         checkpoint = read_checkpoint(path)
         known = checkpoint.get("hyper_parameters") or {}
         if method is None and known.get("method") == {}:
-            raise UserError(f"{path}: its method was not made of plain settings: hand it in, method=...")
+            raise UserError(f"{path}: its method was not made of plain settings: pass method=...")
         try:
             arguments = {**known["student"], "spec": NetworkSpec.from_dict(known["student"]["spec"])}
             student = BranchedStudent(**arguments)
@@ -217,9 +217,7 @@ class Distiller(TrainingModule):
             UserError: If they are not there.
         """
         if stage == "fit" and self.method.needs_teachers and self.teachers is None:
-            raise UserError(
-                f"method {self.method.name!r} needs teachers, and there are none: hand them in, teachers=..."
-            )
+            raise UserError(f"method {self.method.name!r} needs teachers, and there are none: pass teachers=...")
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""

@@ -301,5 +301,5 @@ def _last_checkpoint(scratch: Path) -> Path | None:
         warnings.warn(f"{error}; its training starts again", stacklevel=2)
         path.unlink()
         return None
-    log.info("going on from %s at step %d", path, int(found["global_step"]))
+    log.info("continuing from %s at step %d", path, int(found["global_step"]))
     return path
