@@ -95,8 +95,8 @@ def test_a_choice_without_teachers_warns(tiny_settings):
 def test_a_plain_control_with_branches_warns(tiny_settings, method, recwarn):
     for plain in (f"method={method}", "method=branched_ce"):
         ready(tiny_settings(plain))
-    assert not [one for one in recwarn if "branched student" in str(one.message)]
-    with pytest.warns(UserWarning, match=f"student.branches=3 makes a branched student of {method}"):
+    assert not [one for one in recwarn if "gives branches" in str(one.message)]
+    with pytest.warns(UserWarning, match=f"student.branches=3 gives branches to the student of {method}"):
         ready(tiny_settings(f"method={method}", "student.branches=3"))
 
 

@@ -96,7 +96,7 @@ def test_settings_pass():
 
 @pytest.mark.parametrize("word", HOSTILE, ids=str)
 def test_all_else_is_refused_by_name(word):
-    with pytest.raises(UserError, match=rf"^x: holds {re.escape(repr(str(word)))}, but a record may set settings"):
+    with pytest.raises(UserError, match=rf"^x: holds {re.escape(repr(str(word)))}, but a record may set only settings"):
         check_words(["seed=1", word], "x")
 
 

@@ -177,9 +177,9 @@ def test_one_seed_says_not_enough_runs():
         ("logger.wandb.enabled=true", "is nothing that a search tries"),
         ("callbacks.x._target_=y", "is nothing that a search tries"),
         ("imports=[x]", "is nothing that a search tries"),
-        ("hydra.run.dir=/x", "a record may set settings of a run alone"),
-        ("hydra.callbacks.x._target_=y", "a record may set settings of a run alone"),
-        ("+x@hydra.callbacks=y", "a record may set settings of a run alone"),
+        ("hydra.run.dir=/x", "a record may set only settings of a run"),
+        ("hydra.callbacks.x._target_=y", "a record may set only settings of a run"),
+        ("+x@hydra.callbacks=y", "a record may set only settings of a run"),
     ],
 )
 def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named):
@@ -198,7 +198,7 @@ def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named)
         ({"rows": {"../x": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row '../x'\)"),
         ({"rows": {"a\nb": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row 'a"),
         ({"rows": {"ce": {"overrides": ["method=ce", "data.root=/x"], "without": []}}}, "sets more than its method"),
-        ({"common": ["hydra.run.dir=/x"]}, "a record may set settings of a run alone"),
+        ({"common": ["hydra.run.dir=/x"]}, "a record may set only settings of a run"),
         ({"seeds": [0, "../1"]}, r"study\.json: damaged \(--seeds"),
         ({"fractions": [2]}, r"study\.json: damaged \(--fractions"),
     ],

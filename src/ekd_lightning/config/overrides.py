@@ -196,8 +196,8 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
         return folder
     if (folder / "multirun.yaml").is_file():
         raise UserError(
-            f"resume={folder}: a sweep of another sweeper than Hydra's own, without a plan ({SWEEP_FILE}); continue its "
-            "runs one by one"
+            f"resume={folder}: a sweep of another sweeper than Hydra's own, without a plan ({SWEEP_FILE}); "
+            "continue its runs one by one"
         )
     return None
 
