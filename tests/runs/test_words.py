@@ -102,7 +102,7 @@ def test_all_else_is_refused_by_name(word):
 
 @pytest.mark.parametrize("word", SCRIPTS, ids=repr)
 def test_a_launcher_gets_no_scripts(word):
-    with pytest.raises(UserError, match="but a record may set how jobs are launched alone"):
+    with pytest.raises(UserError, match="but a record may set only how jobs are launched"):
         check_words([word], "x", launching=True)
 
 

@@ -44,7 +44,7 @@ def check_words(words: Iterable[object], source: object, *, launching: bool = Fa
         if found is None or not (_launches(found) if launching else _sets(found)):
             what = "how jobs are launched" if launching else "settings of a run"
             raise UserError(
-                f"{source}: holds {word!r:.100}, but a record may set only {what}; anything else belongs on your command"
+                f"{source}: holds {word!r:.100}, but a record may set only {what}; pass all else in your command"
             )
     return checked
 
