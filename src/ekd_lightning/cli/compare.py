@@ -99,7 +99,8 @@ def run_compare(args: argparse.Namespace) -> bool:
     register_schema()
     folder, declared = args.output.absolute(), _declared(args)
     if args.report_only:
-        _refuse(args, _ONLY_WITH_RUNS, "has no effect on --report-only, which shows all that is there")
+        if any(map(read_study, _places(args, declared))):
+            _refuse(args, _ONLY_WITH_RUNS, "has no effect on --report-only, which shows all that is there")
         return _report(args, declared)
     if args.methods is None and declared is None and read_study(folder) is not None:
         _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
