@@ -88,7 +88,7 @@ def option_names(group: str) -> list[str]:
 
 def test_every_file_is_in_a_known_place():
     elsewhere = [path.as_posix() for path in FILES if path.parent.as_posix() not in GROUPS]
-    assert {name.split("/")[0] for name in elsewhere} <= {"train", "teach", "hydra", "local"}
+    assert {name.split("/")[0] for name in elsewhere} <= {"train", "teach", "hydra", "local", "study"}
     assert {group for group, _ in OPTIONS} == set(GROUPS)
 
 
