@@ -179,6 +179,8 @@ def test_student_and_teachers_stay_as_they_were(make, teachers):
         ({"assignment": {"schedule": [[0, "mean"], [0.5, "2,0,1"]]}}, [2, 0, 1]),
         ({"terms": {"kd_ensemble": {"weight": 1.0}}}, [None] * 3),
         ({"terms": {**TERMS, "kd_branch": {"weight": 0.0}}}, [None] * 3),
+        ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "all"}}}, [None] * 3),
+        ({"terms": {"feature_branch": {"weight": 1.0, "teachers": "auto"}}}, [0, 1, 2]),
     ],
 )
 def test_own_teachers_are_those_of_the_training(method, own):

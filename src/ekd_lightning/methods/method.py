@@ -303,7 +303,7 @@ def build_method(
     entries = _entries(terms)
     T = DEFAULT_TEMPERATURE if temperature is None else temperature_of("method.temperature", temperature)
     built = None
-    if M > 0 and any(entry.cls.uses_assignment for entry in entries.values()):
+    if M > 0 and any(entry.uses_assignment for entry in entries.values()):
         kind = DEFAULT_ASSIGNMENT if assignment is None else assignment
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
@@ -360,7 +360,7 @@ def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str]
 
 def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
     """Returns whether a method with these settings uses the assignment; raises as `needs_teachers`."""
-    return any(entry.cls.uses_assignment for entry in _entries(terms).values())
+    return any(entry.uses_assignment for entry in _entries(terms).values())
 
 
 class _Entry(NamedTuple):
@@ -374,6 +374,10 @@ class _Entry(NamedTuple):
     @property
     def cls(self) -> type[Term]:
         return term_class(self.kind)
+
+    @property
+    def uses_assignment(self) -> bool:
+        return self.cls.uses_assignment_with(self.options)
 
 
 def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:

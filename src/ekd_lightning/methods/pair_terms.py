@@ -377,6 +377,11 @@ class FeatureBranch(FeatureTerm):
         """See `Term`."""
         return options.get("confidence") == "label"
 
+    @classmethod
+    def uses_assignment_with(cls, options: Mapping[str, Any]) -> bool:
+        """See `Term`."""
+        return options.get("teachers") != "all"
+
     def pair_weights(self, context: StepContext) -> Tensor:
         """Returns A[k, m] of each pair [P], or with `confidence` A[k, m] w_mb / B [P, B]."""
         logits_MBC, P = context.teacher_logits.detach(), len(self.pairs)

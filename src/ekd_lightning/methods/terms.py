@@ -74,6 +74,11 @@ class Term(nn.Module):
         """Whether it will have `needs_labels` with these options; asked before it is built."""
         return cls.needs_labels
 
+    @classmethod
+    def uses_assignment_with(cls, options: Mapping[str, Any]) -> bool:
+        """Whether it may have `uses_assignment` with these options; asked before it is built."""
+        return cls.uses_assignment
+
     @property
     def has_constant_weight(self) -> bool:
         """Whether the weight is the same during the whole training."""
