@@ -15,6 +15,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from ekd_lightning import markdown as md
+from ekd_lightning.config.commands import typed
 from ekd_lightning.config.config import (
     changed_keys,
     import_user_modules,
@@ -333,7 +334,8 @@ def report(study: Study, folder: Path) -> bool:
     shown = [tables.terminal_table(block.title, own) for block, own in zip(blocks, rows, strict=True)]
     print_wide(*shown, tables.LEGEND, width=_WIDTH)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
-    print(f"{folder}: " + ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common()))
+    counts = ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
+    print(f"{typed(folder)}: {counts}")
     return set(states) == {RunState.DONE}
 
 
