@@ -661,7 +661,8 @@ def test_a_registered_builder_may_return_any_module(monkeypatch):
 
 def test_what_a_registered_builder_may_not_return_is_told(monkeypatch):
     monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
-    register_network("no_module")(lambda spec: [nn.Linear(3, 10)])
+    made: Any = lambda spec: [nn.Linear(3, 10)]  # noqa: E731
+    register_network("no_module")(made)
     with pytest.raises(UserError, match="network 'no_module' is made a list, not a torch"):
         build_network(NetworkSpec("no_module", 10, UNIT))
     register_network("seven_classes")(lambda spec: nn.Sequential(nn.Conv2d(3, 4, 3), GlobalPool(), nn.Linear(4, 7)))
