@@ -56,18 +56,28 @@ def in_memory(split: ImageSet, order: list[int]) -> ImageSet:
     return replace(split, name="own", images=split.images[order].clone(), labels=split.labels[order].clone())
 
 
-@pytest.fixture(scope="module")
-def digits_as_files(tmp_path_factory) -> tuple[Path, dict[str, ImageSet]]:
-    """A part of the digits as PNG files, and in memory, brought into the folder's order."""
-    root, memory = tmp_path_factory.mktemp("digits"), {}
-    for name, split in (("train", read_digits().train), ("test", read_digits().test)):
-        chosen = range(0, len(split), 4)
+def as_files(dataset: Dataset, root: Path, every: int) -> tuple[Path, dict[str, ImageSet]]:
+    """Every n-th image of a data set as a PNG file, and in memory, brought into the folder's order."""
+    memory = {}
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        chosen = range(0, len(split), every)
         for i in chosen:
             path = root / name / split.class_names[int(split.labels[i])] / f"{i:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(split.images[i].permute(1, 2, 0).numpy()).save(path)
-        memory[name] = in_memory(split, sorted(chosen, key=lambda i: (int(split.labels[i]), f"{i:05}.png")))
+        order = sorted(chosen, key=lambda i: (split.class_names[int(split.labels[i])], i))
+        memory[name] = in_memory(split, order)
     return root, memory
+
+
+@pytest.fixture(scope="module")
+def digits_as_files(tmp_path_factory) -> tuple[Path, dict[str, ImageSet]]:
+    return as_files(read_digits(), tmp_path_factory.mktemp("digits") / "own", 4)
+
+
+@pytest.fixture
+def cifar10_as_files(tmp_path, real_root) -> tuple[Path, dict[str, ImageSet]]:
+    return as_files(catalog.load_dataset("cifar10", real_root), tmp_path / "own", 40)
 
 
 def batches(image_set: ImageSet):
@@ -77,9 +87,10 @@ def batches(image_set: ImageSet):
         yield gather_batch(image_set.images, rows, CropFlip(2))
 
 
-def test_a_folder_is_the_same_data_set_as_memory(digits_as_files):
+@pytest.mark.parametrize("files", ["digits_as_files", "cifar10_as_files"])
+def test_a_folder_is_the_same_data_set_as_memory(request, files):
     """Images, batches and losses, bit for bit."""
-    root, memory = digits_as_files
+    root, memory = request.getfixturevalue(files)
     folder = opened(root)
     for split in ("train", "test"):
         ours, expected = getattr(folder, split), memory[split]
@@ -289,7 +300,7 @@ def test_other_files_are_left_out_and_told(tmp_path):
     root = make(tmp_path / "own", {"a": 5, "b": 5, ".hidden": 1, "a/.ipynb_checkpoints": 1})
     (root / "a" / "notes.txt").write_text("x")
     (root / "a" / ".DS_Store").write_text("x")
-    with pytest.warns(UserWarning, match=r"by their names no images: .*notes\.txt$"):
+    with pytest.warns(UserWarning, match=r"not images by their names: .*notes\.txt$"):
         found = opened(root)
     assert (found.num_classes, len(found.train) + len(found.test)) == (2, 10)
 
