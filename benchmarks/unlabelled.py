@@ -159,7 +159,9 @@ def setup(found: Records) -> str:
         seen = {(r["num_train_images"], r["num_unlabelled_images"], r["steps"], r["batch_size"]) for r in own}
         for labelled, unlabelled, steps, size in sorted(seen):
             lines.append((f"{100 * fraction:g} %", f"{labelled:,}", f"{unlabelled:,}", f"{steps:,}", size))
-    return table(("labels", "labelled images", "unlabelled images", "steps", "batch"), lines)
+    cost = {job.method: f"{code(job.method)} {result['macs'] / 1e6:.1f} M" for job, result in found.items()}
+    heads = ("labels", "labelled images", "unlabelled images", "steps", "batch")
+    return Markdown(f"{table(heads, lines)}\nMACs of the students per image: {', '.join(cost.values())}.\n")
 
 
 def taught(found: Records, teachers: str) -> str:
@@ -220,7 +222,7 @@ def gains(found: Records, teachers: str) -> str:
 def kept(found: Records) -> list[dict[str, Any]]:
     """The records as they are kept beside the page."""
     names = ("test_accuracy", "test_nll", "num_train_images", "num_unlabelled_images", "steps", "subset_sha256")
-    names += ("unlabelled_sha256", "precision", "machine", "train_seconds")
+    names += ("unlabelled_sha256", "macs", "precision", "machine", "train_seconds")
     return [{**vars(job), **{name: result.get(name) for name in names}} for job, result in found.items()]
 
 
