@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,20 @@ from ekd_lightning.reporting.blocks import block_of_rows
 from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.studies import comparison
 from ekd_lightning.studies.declaration import Declaration, read_declaration, read_tuned, recorded_pace, seconds_of
-from ekd_lightning.studies.study import read_study
+from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
 from ekd_lightning.studies.sweep import Job
 
 call = partial(called, main, level=logging.INFO)
+CODE = """
+from ekd_lightning.data import register_dataset
+from ekd_lightning.data.catalog import load_dataset
+
+@register_dataset("own_digits")
+def own_digits(root, download=False):
+    return load_dataset("digits", root, download)
+"""
 
 
 def test_the_full_study_is_what_its_question_needs() -> None:
@@ -79,6 +90,28 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
         ({"decide": {"seeds": [0], "rows": {"ce": {"match": "size"}}}}, "match: macs or parameters"),
         ({"others": {"seeds": [0], "rows": {"ce": {}}}}, "a row is named twice"),
         ({"overrides": ["a=1", {"b": 2}]}, "overrides: cannot be"),
+        ({"overrides": ["recipe.epochs=7"]}, "overrides: recipe.epochs=7: the study sets it"),
+        ({"overrides": ["data.fraction=0.5"]}, "overrides: data.fraction=0.5: the study sets it"),
+        ({"overrides": ["hydra.run.dir=x"]}, "holds 'hydra.run.dir=x'"),
+        ({"parts": {}}, "parts: names none"),
+        ({"parts": {"../out": {"data": "digits", "fraction": 0.1}}}, r"parts: \.\./out=\.\./out: names folders"),
+        (
+            {"parts": {"a": {"data": "digits", "fraction": 2.0}}},
+            r"parts: a: fraction: give different shares in \(0, 1\]",
+        ),
+        ({"decide": {"seeds": [], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
+        ({"decide": {"seeds": [0, 0], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
+        ({"decide": {"seeds": [0], "rows": {"a/b": {"method": "ce"}}}}, "a row 'a/b': names part of a folder"),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["seed=5"]}}}}, "seed=5: the row ce sets more than"),
+        (
+            {"decide": {"seeds": [0], "rows": {"ce": {"with": ["recipe.epochs=1"]}}}},
+            "recipe.epochs=1: the study sets it",
+        ),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["data.augmentation=none"]}}}}, "the row ce sets more than"),
+        (
+            {"decide": {"seeds": [0], "rows": {"ce": {"match": "macs", "with": ["student.network=vgg8"]}}}},
+            "student.network=vgg8: match chooses the student",
+        ),
     ],
 )
 def test_a_declaration_of_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -128,6 +161,107 @@ def test_rows_that_decide_are_corrected_for_their_number_alone() -> None:
     found = differences(block_of_rows("cifar10", 0.1, rows, {"ekd", "a", "b"}).groups, "ekd")
     expected = {**holm(("a", "b", "c")), **holm(("a", "b"))}
     assert {name: one.p_holm for name, one in found.items()} == pytest.approx(expected)
+
+
+def declared(path: Path, **change: Any) -> Path:
+    """A declaration of one part and two rows, of one seed, for planning alone."""
+    quick = yaml.safe_load((Path(str(resources.files("ekd_lightning.conf"))) / "study/quick.yaml").read_text())
+    rows = {"ce": {}, "kd_mean_macs": {"method": "kd_mean", "match": "macs"}}
+    whole = {
+        **{key: quick[key] for key in ("overrides", "least")},
+        "parts": {"a": {"data": "digits", "fraction": 0.1}},
+        "decide": {"seeds": [0], "rows": rows},
+    }
+    path.write_text(yaml.safe_dump({**whole, **change}))
+    return path
+
+
+def planned(tmp_path: Path, *options: object, **change: Any) -> tuple[int, str, str]:
+    path = declared(tmp_path / "own.yaml", **change)
+    return call("--study", path, "--output", tmp_path / "o", "--print-jobs", *options)
+
+
+@pytest.fixture
+def planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what planning a run costs."""
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
+    monkeypatch.setattr(comparison, "say_cost", lambda *_: None)
+
+
+@pytest.mark.usefixtures("planning")
+def test_a_study_with_tuned_settings_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/kd_mean.yaml").write_text("overrides: [method.temperature=8]\n")
+    code, first, err = planned(tmp_path, "--tuned", tmp_path / "tuned")
+    assert code == 0, err
+    assert first.count("method.temperature=8") == 1
+    code, again, err = planned(tmp_path, "--tuned", tmp_path / "tuned")
+    assert (code, again) == (0, first), err
+    study = read_study(tmp_path / "o/a")
+    assert study is not None
+    assert (study.declaration, [row.match for row in study.rows]) == ("own", [None, "macs"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parts": {"a": {"data": "digits", "fraction": 0.2}}}, "part a: .* the fraction 0.1, now it is 0.2"),
+        ({"decide": {"seeds": [0], "rows": {"kd_mean_macs": {"method": "camkd", "match": "macs"}}}}, "method kd_mean"),
+        (
+            {"decide": {"seeds": [0], "rows": {"kd_mean_macs": {"method": "kd_mean", "match": "parameters"}}}},
+            "macs, now",
+        ),
+        ({"others": {"seeds": [0], "rows": {"ce": {}}}, "decide": {"seeds": [0], "rows": {"kd": {}}}}, "decides True"),
+    ],
+)
+def test_a_changed_declaration_needs_a_folder_of_its_own(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    rows = (
+        RowPlan("ce", ("method=ce",), (), (0,)),
+        RowPlan("kd_mean_macs", ("method=kd_mean", "student.network=resnet14"), (), (0,), match="macs"),
+    )
+    write_study(Study(rows, (0.1,), (0,), (), "digits"), tmp_path / "o/a")
+    for options in (("--print-jobs",), ("--report-only",)):
+        study = declared(tmp_path / "own.yaml", **change)
+        code, out, err = call("--study", study, "--output", tmp_path / "o", *options)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert re.search(words, err)
+        assert "use another --output" in err
+
+
+@pytest.mark.usefixtures("planning")
+def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path) -> None:
+    assert planned(tmp_path, decide={"seeds": [0], "rows": {"ce": {}, "kd_mean": {}}})[0] == 0
+    part = ("--output", tmp_path / "o/a", "--print-jobs")
+    code, out, err = call(*part, "--seeds", "2")
+    assert (code, len(out.splitlines())) == (0, 4), err
+    code, out, err = call(*part, "--seeds", "3", "--methods", "ce", "--no-controls")
+    assert (code, len(out.splitlines())) == (0, 5), err
+    study = read_study(tmp_path / "o/a")
+    assert study is not None
+    assert [row.seeds for row in study.rows] == [(0, 2, 3), (0, 2)]
+    assert study.declaration == "own"
+
+
+@pytest.mark.usefixtures("planning")
+def test_settings_are_checked_before_they_are_used_and_code_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"decide": {"seeds": [0], "rows": {"ce": {}}}}
+    usual = yaml.safe_load(declared(tmp_path / "own.yaml").read_text())["overrides"]
+    code, _, err = planned(tmp_path, **rows, overrides=[*usual, "recipe.batch_size=0"])
+    assert code == 2
+    assert "recipe.batch_size=0" in err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "code_of_a_study.py").write_text(CODE)
+    own = [*usual, "imports=[code_of_a_study]", "data.name=own_digits"]
+    code, first, err = planned(tmp_path, **rows, overrides=own)
+    assert code == 0, err
+    assert planned(tmp_path, **rows, overrides=own)[:2] == (0, first)
+    code, _, err = planned(tmp_path, "recipe.epochs=7", **rows)
+    assert (code, "the command: recipe.epochs=7: the study sets it" in err) == (2, True)
+    code, _, err = planned(tmp_path, **rows)
+    assert (code, "which imports code, and a record never does" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from ekd_lightning.studies.declaration import (
     Declaration,
     Part,
     recorded_pace,
+    require_declared,
     seconds_of,
     study_of,
     training_cost,
@@ -104,14 +105,17 @@ def ask(
     to_settings(cfg).check()
     import_user_modules(list(cfg.imports))
     usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
+    own = {row.name for row in old.rows if row.seeds is not None} if old and seeds else set()
+    more = tuple(seeds)
     fractions = tuple(fractions) or (old.fractions if old else (usual,))
     seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
-    rows: list[RowPlan] = []
+    rows = [row for row in old.rows if row.name in own] if old else []
     if methods is not None:
         matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
         rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
     if tuned is not None:
         rows = with_tuned(rows, tuned, cfg.data.name, fractions)
+    rows = [replace(row, seeds=more) if row.name in own else row for row in rows]
     data = old.data if old else cfg.data.name
     asked = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
     return asked if old is None else union(old, asked)
@@ -340,12 +344,18 @@ def report(study: Study, folder: Path) -> bool:
 
 
 def not_run(declared: Declaration, folder: Path) -> list[str]:
-    """What of a declared study has not been run, a line for each part."""
+    """What of a declared study has no result that counts, a line for each part.
+
+    Raises:
+        UserError: If a part's study was begun with other words of the declaration.
+    """
     lines = []
     for part in declared.parts:
         study, asked = read_study(folder / part.name), sum(len(row.seeds) for row in declared.rows)
+        if study:
+            require_declared(study, declared, part)
         found = read_runs(study, folder / part.name)[part.fraction] if study else {}
-        done = {row: {seed for seed, run in own.items() if run.is_over} for row, own in found.items()}
+        done = {row: {s for s, run in own.items() if run.state is RunState.DONE} for row, own in found.items()}
         missing = {row.name: len({*row.seeds} - done.get(row.name, set())) for row in declared.rows}
         if left := sum(missing.values()):
             rows = ", ".join(f"{row} {count}" for row, count in missing.items() if count)

@@ -13,16 +13,27 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ekd_lightning.config.config import to_settings
-from ekd_lightning.config.overrides import key_of
+from ekd_lightning.config.config import import_user_modules, to_settings
+from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
 from ekd_lightning.roles import Role, is_of
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Protocol
-from ekd_lightning.runs.words import check_words
-from ekd_lightning.settings import purpose_of
-from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, make_row, match_student, matched_row
+from ekd_lightning.runs.words import check_words, require_named_code
+from ekd_lightning.settings import check_name, purpose_of
+from ekd_lightning.studies.study import (
+    MATCHES,
+    Composer,
+    RowPlan,
+    Study,
+    check_row_words,
+    make_row,
+    match_student,
+    matched_row,
+    parse_numbers,
+    words_of,
+)
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
@@ -38,6 +49,8 @@ _FORM: dict[str, Any] = {
     "decide": dict[str, Any],
     "others": dict[str, Any],
 }
+_OF_THE_STUDY = ("method", "data", "data.fraction", "data.per_class", "recipe.epochs", "seed", "resume")
+"""Keys that parts, rows, seeds and `least` set."""
 _PROBE_SECONDS = 1.0
 SCORED_ON = "validation images"
 """What a search may choose by: what the record of another one says is refused."""
@@ -72,6 +85,7 @@ class Declaration:
         epochs: epochs: it has as many as both need.
         parts: In the order in which they are run.
         rows: Those that decide first.
+        name: Of the file, without its ending.
     """
 
     overrides: tuple[str, ...]
@@ -79,6 +93,7 @@ class Declaration:
     epochs: int
     parts: tuple[Part, ...]
     rows: tuple[DeclaredRow, ...]
+    name: str = ""
 
     def only(self, names: Sequence[str], seeds: Sequence[int]) -> Declaration:
         """What is left of it.
@@ -113,7 +128,7 @@ def read_declaration(name: str) -> Declaration:
         name: Of a file in conf/study, or the path of a YAML file.
 
     Raises:
-        UserError: If there is none of this name, or it is of another form.
+        UserError: If there is none of this name, or it is of another form, or sets what no study can.
     """
     folder = Path(str(resources.files("ekd_lightning.conf"))) / "study"
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
@@ -127,25 +142,58 @@ def read_declaration(name: str) -> Declaration:
     _check_keys(path, content, _FORM, required=("parts", "decide"))
     least = {"steps": 0, "epochs": 1, **content.get("least", {})}
     _check_keys(f"{path}: least", least, {"steps": int, "epochs": int})
-    parts = []
-    for part, own in content["parts"].items():
-        _check_keys(f"{path}: parts: {part}", own, {"data": str, "fraction": float}, required=("data", "fraction"))
-        parts.append(Part(part, own["data"], float(own["fraction"])))
+    parts = [_read_part(f"{path}: parts: {part}", part, own) for part, own in content["parts"].items()]
+    if not parts:
+        raise UserError(f"{path}: parts: names none")
+    common = check_common(content.get("overrides", ()), f"{path}: overrides")
     rows = [row for kind in ("decide", "others") for row in _read_rows(f"{path}: {kind}", content.get(kind), kind)]
     if len({row.name for row in rows}) < len(rows):
         raise UserError(f"{path}: a row is named twice")
-    return Declaration(tuple(content.get("overrides", ())), least["steps"], least["epochs"], tuple(parts), tuple(rows))
+    return Declaration(common, least["steps"], least["epochs"], tuple(parts), tuple(rows), path.stem)
+
+
+def check_common(words: Sequence[str], where: object) -> tuple[str, ...]:
+    """The overrides of all runs of a declared study.
+
+    Args:
+        words: The overrides.
+        where: Where they stand, for error messages.
+
+    Raises:
+        UserError: At the first that is none, or sets what the study itself does.
+    """
+    for word in (checked := tuple(check_words(words, where))):
+        if key_of(word) in _OF_THE_STUDY:
+            raise UserError(f"{where}: {word}: the study sets it, by its parts, rows, seeds and least length")
+    return checked
+
+
+def _read_part(where: str, name: str, own: Mapping[str, Any]) -> Part:
+    check_name(where, name)
+    _check_keys(where, own, {"data": str, "fraction": float}, required=("data", "fraction"))
+    (fraction,) = _numbers(where, "fraction", [own["fraction"]])
+    return Part(name, own["data"], fraction)
+
+
+def _numbers(where: str, key: str, values: Sequence[object]) -> tuple[Any, ...]:
+    try:
+        return parse_numbers("--fractions" if key == "fraction" else "--seeds", ",".join(map(str, values)))
+    except UserError as error:
+        raise UserError(f"{where}: {key}: {str(error).partition(': ')[2]}") from None
 
 
 def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iterable[DeclaredRow]:
     if content is None:
         return
     _check_keys(where, content, {"seeds": list[int], "rows": dict[str, dict[str, Any]]}, required=("seeds", "rows"))
+    seeds = _numbers(where, "seeds", content["seeds"])
     for name, own in content["rows"].items():
         _check_keys(f"{where}: {name}", own, {"method": str, "with": list[str], "match": str})
         if own.get("match", MATCHES[0]) not in MATCHES:
             raise UserError(f"{where}: {name}: match: {' or '.join(MATCHES)}")
-        words, seeds = tuple(own.get("with", ())), tuple(content["seeds"])
+        words = check_common(check_row_words(where, name, own.get("with", ())), f"{where}: {name}")
+        if chosen := [word for word in words if own.get("match") and is_under(key_of(word), ("student",))]:
+            raise UserError(f"{where}: {name}: {chosen[0]}: match chooses the student")
         yield DeclaredRow(name, own.get("method", name), words, own.get("match"), seeds, kind == "decide")
 
 
@@ -172,32 +220,69 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
         composer: Composes overrides, inside an initialised Hydra.
 
     Raises:
-        UserError: For unknown names.
+        UserError: For unknown names, settings that do not fit, or what contradicts the folder's study.
     """
     from ekd_lightning.pipeline.prepare import prepare_data  # noqa: PLC0415 (slow; --help needs none)
 
-    common = (f"data={part.data}", *declared.overrides, *words)
+    given = (*declared.overrides, *check_common(words, "the command"))
+    if old is not None:
+        require_declared(old, declared, part)
+        require_named_code([*old.common, *(word for row in old.rows for word in row.overrides)], given, "the study")
+    common = (f"data={part.data}", *given)
     settings = to_settings(composer(overrides=[*common, f"data.fraction={part.fraction:g}"]))
+    settings.check()
+    import_user_modules(settings.imports)
     images = len(prepare_data(settings)[1].train_index)
     if images < settings.recipe.batch_size:
         raise UserError(f"{part.name}: {images} training images are less than a batch")
     common = (*common, f"recipe.epochs={declared.epochs_of(images, settings.recipe.batch_size)}")
     known = {row.name: row for row in old.rows} if old else {}
-    matches: dict[str, Any] = {}
+    matches: dict[str, tuple[str, ...]] = {}
     rows = []
     for row in declared.rows:
-        if row.match and row.name in known:  # once found, a study keeps it
-            rows.append(replace(known[row.name], seeds=row.seeds))
-            continue
         made = make_row(row.method, composer, common)
         if row.match:
-            if row.match not in matches:
-                matches[row.match] = match_student(row.match, composer(overrides=common))
-            made = matched_row(row.name, made, matches[row.match])
-        words_of_row = (*made.overrides, *row.words)
-        rows.append(RowPlan(row.name, words_of_row, made.without, row.seeds, row.decides))
+            before = known[row.name].overrides if row.name in known else ()
+            network = tuple(word for word in before if is_under(key_of(word), ("student",)))
+            if not network and row.match not in matches:  # once found, a study keeps it
+                matches[row.match] = words_of(match_student(row.match, composer(overrides=common)))
+            network = network or matches[row.match]
+            made = matched_row(row.name, made, row.match, network)
+        overrides = (*made.overrides, *row.words)
+        rows.append(replace(made, name=row.name, overrides=overrides, seeds=row.seeds, decides=row.decides))
     seeds = sorted({seed for row in rows for seed in row.seeds or ()})
-    return Study(tuple(rows), (part.fraction,), tuple(seeds), common, settings.data.name, str(Path.cwd()))
+    name = settings.data.name
+    return Study(tuple(rows), (part.fraction,), tuple(seeds), common, name, str(Path.cwd()), declared.name)
+
+
+def require_declared(old: Study, declared: Declaration, part: Part) -> None:
+    """Refuses a part's study that was begun with other words of the declaration.
+
+    Args:
+        old: What the part's folder holds.
+        declared: The whole.
+        part: Of it.
+
+    Raises:
+        UserError: Naming the part or row, and what it was.
+    """
+    if part.fraction not in old.fractions:
+        shares = ", ".join(f"{fraction:g}" for fraction in old.fractions)
+        raise UserError(
+            f"part {part.name}: the study has it with the fraction {shares}, now it is {part.fraction:g}; "
+            "use another --output"
+        )
+    known = {row.name: row for row in old.rows}
+    for row in declared.rows:
+        if (before := known.get(row.name)) is None:
+            continue
+        was = {"method": before.method, "match": before.match or row.match, "decides": before.decides}
+        now = {"method": row.method.partition("@")[0], "match": row.match, "decides": row.decides}
+        if key := next((key for key in was if was[key] != now[key]), None):
+            raise UserError(
+                f"part {part.name}: the study has the row {row.name} with {key} {was[key]}, now it is {now[key]}; "
+                "use another --output"
+            )
 
 
 def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:

@@ -47,6 +47,7 @@ class RowPlan:
         overrides: What the row adds to the common overrides, for ekd-train; `method=...` comes first.
         without: Keys of common overrides that do not apply to the row.
         seeds: Its own; None for those of the study.
+        match: Of `MATCHES`, by what its plain student was found; None for another, and in older records.
         decides: Whether the study's question is about it: p values of such rows are corrected for their number alone.
     """
 
@@ -55,6 +56,7 @@ class RowPlan:
     without: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
     decides: bool = True
+    match: str | None = None
 
     @property
     def method(self) -> str:
@@ -78,6 +80,7 @@ class Study:
         common: Overrides of all rows.
         data: Name of the data set.
         working_directory: Where relative places of its runs begin; empty if unknown.
+        declaration: Name of the declared study of which it is a part; empty for another.
     """
 
     rows: tuple[RowPlan, ...]
@@ -86,6 +89,7 @@ class Study:
     common: tuple[str, ...] = ()
     data: str = ""
     working_directory: str = ""
+    declaration: str = ""
 
     @property
     def every(self) -> Iterator[tuple[RowPlan, float, int]]:
@@ -158,6 +162,7 @@ def write_study(study: Study, folder: Path) -> None:
     rows = {row.name: _row_record(row) for row in study.rows}
     content = {"rows": rows, "fractions": list(study.fractions), "seeds": list(study.seeds)}
     content |= {"common": list(study.common), "data": study.data}
+    content |= {"declaration": study.declaration} if study.declaration else {}
     write_json(folder / STUDY_FILE, {**content, "working_directory": study.working_directory, "format": FORMAT})
 
 
@@ -165,6 +170,8 @@ def _row_record(row: RowPlan) -> dict[str, Any]:
     made: dict[str, Any] = {"overrides": list(row.overrides), "without": list(row.without)}
     if row.seeds is not None:
         made["seeds"] = list(row.seeds)
+    if row.match is not None:
+        made["match"] = row.match
     return made if row.decides else {**made, "decides": False}
 
 
@@ -186,7 +193,8 @@ def read_study(folder: Path) -> Study | None:
         rows = tuple(_read_row(path, name, row) for name, row in content["rows"].items())
         fractions, seeds = (_read_numbers(path, name, content[name]) for name in ("fractions", "seeds"))
         common, where = tuple(content["common"]), str(content.get("working_directory", ""))
-        study = Study(rows, fractions, seeds, common, str(content["data"]), where)
+        declaration = str(content.get("declaration", ""))
+        study = Study(rows, fractions, seeds, common, str(content["data"]), where, declaration)
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -196,15 +204,34 @@ def read_study(folder: Path) -> Study | None:
 
 
 def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
-    """Reads a row from study.json; its name is part of a path, and it sets its method and student only."""
-    words = tuple(check_words(row["overrides"], path))
-    if not re.fullmatch(r"\w[\w.+@-]*", name) or not words or not words[0].startswith("method="):
+    """Reads a row from study.json."""
+    words = check_row_words(path, name, row["overrides"])
+    if not words or not words[0].startswith("method="):
         raise UserError(f"{path}: damaged (a row {name!r})")
-    for word in words:
-        if not is_under(key_of(word), ("method", "student", "recipe")):
-            raise UserError(f"{path}: {word}: the row {name} sets more than its method, student and recipe")
+    match = row.get("match")
+    if match not in (None, *MATCHES):
+        raise UserError(f"{path}: damaged (match {match!r})")
     seeds = _read_numbers(path, "seeds", row["seeds"]) if "seeds" in row else None
-    return RowPlan(name, words, tuple(row["without"]), seeds, bool(row.get("decides", True)))
+    return RowPlan(name, words, tuple(row["without"]), seeds, bool(row.get("decides", True)), match)
+
+
+def check_row_words(where: object, name: str, words: Sequence[str]) -> tuple[str, ...]:
+    """The overrides of a row, which set its method, student and recipe only; its name is part of a path.
+
+    Args:
+        where: The file that holds the row, for error messages.
+        name: Its name.
+        words: Its overrides.
+
+    Raises:
+        UserError: For another name, or at the first override that sets anything else.
+    """
+    if not re.fullmatch(r"\w[\w.+@-]*", name):
+        raise UserError(f"{where}: a row {name!r}: names part of a folder: letters, digits and . + @ _ -")
+    for word in (checked := tuple(check_words(words, where))):
+        if not is_under(key_of(word), ("method", "student", "recipe")):
+            raise UserError(f"{where}: {word}: the row {name} sets more than its method, student and recipe")
+    return checked
 
 
 def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any, ...]:
@@ -256,6 +283,7 @@ def union(old: Study, new: Study) -> Study:
         new.common,
         new.data,
         old.working_directory or new.working_directory,
+        new.declaration or old.declaration,
     )
 
 
@@ -291,7 +319,7 @@ def plan_rows(
         if new:  # once found, a study keeps it
             match = match_student(by, compose(overrides=common))
             log.info("%s: %s", ", ".join(new), match)
-            rows += [matched_row(name, make_row(method, compose), match) for name, method in new.items()]
+            rows += [matched_row(name, make_row(method, compose), by, words_of(match)) for name, method in new.items()]
     return rows
 
 
@@ -350,10 +378,20 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     return match_network(student.spec, cost(student), cost)
 
 
-def matched_row(name: str, row: RowPlan, match: Match) -> RowPlan:
-    """A row with the plain student of equal cost that was found."""
-    options = [override(f"++student.options.{key}", value) for key, value in match.options.items()]
+def words_of(match: Match) -> tuple[str, ...]:
+    """The overrides that choose the network that was found."""
+    options = (override(f"++student.options.{key}", value) for key, value in match.options.items())
+    return f"student.network={match.network}", *options
+
+
+def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> RowPlan:
+    """A row with the plain student of equal cost.
+
+    Args:
+        name: Of the row.
+        row: That of its method alone.
+        by: Of `MATCHES`.
+        network: Overrides that choose the student.
+    """
     without = (*row.without, "student.network", "student.options")
-    return replace(
-        row, name=name, overrides=(*row.overrides, f"student.network={match.network}", *options), without=without
-    )
+    return replace(row, name=name, overrides=(*row.overrides, *network), without=without, match=by)
