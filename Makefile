@@ -64,7 +64,7 @@ study: $(READY) ## the study that conf/study/$(STUDY).yaml declares, stopped and
 
 study-pages: $(READY) ## docs/results/study from its records, and what runs/study holds besides; the README's table, too
 	$(BIN)/ekd-report docs/results/study/*.jsonl $(wildcard runs/study/full) -o docs/results/study --study-pages --study full \
-		--readme README.md
+		--readme README.md --force
 
 bench: $(READY) ## this machine's speed against a plain PyTorch loop, on the bundled digits
 	$(BIN)/ekd-bench

@@ -110,7 +110,7 @@ def test_links_between_files_lead_somewhere():
         assert [link for link in links if ":" not in link and not (page.parent / link).exists()] == [], page
 
 
-STUDY_PAGES = ("--study-pages", "--study", "full", "--readme", "README.md")
+STUDY_PAGES = ("--study-pages", "--study", "full", "--readme", "README.md", "--force")
 
 
 def undrawn(block: Block) -> CaptionedFigure:
@@ -124,9 +124,14 @@ def test_the_pages_of_studies_are_made_of_their_records(monkeypatch: pytest.Monk
     readme.write_text(text)
     study = Path("docs/results/study")
     shutil.copytree(ROOT / study, tmp_path / study, ignore=shutil.ignore_patterns("README.md", "cifar*.md"))
+    drawn = ROOT / study / "figures"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "by_cost", lambda report, _: map(undrawn, report.blocks))
-    monkeypatch.setattr(figure_style, "save", lambda _, stem, formats: [stem.with_name(f"{stem.name}.{formats[0]}")])
+    monkeypatch.setattr(
+        figure_style,
+        "save",
+        lambda _, stem, formats: [Path(shutil.copy(drawn / f"{stem.name}.{formats[0]}", stem.parent))],
+    )
     records = [path.relative_to(tmp_path) for path in (tmp_path / study).glob("*.jsonl")]
     code, _, err = called(report.main, *records, "-o", study, *STUDY_PAGES)
     assert code == 0, err

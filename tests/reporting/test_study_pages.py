@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from made_runs import collection, entry, result
+from made_runs import collection, entry, result, write_run
 from scipy import stats
+from whole_runs import called
 
+from ekd_lightning.cli.report import main
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
+from ekd_lightning.reporting import figures
 from ekd_lightning.reporting.blocks import blocks
 from ekd_lightning.reporting.groups import group
-from ekd_lightning.reporting.study_pages import lead, standings, write_records
+from ekd_lightning.reporting.report import make_report
+from ekd_lightning.reporting.report_files import write_records
+from ekd_lightning.reporting.study_pages import lead, standings, summary_page
 from ekd_lightning.runs.collection import RunEntry, collect, read_records
+from ekd_lightning.runs.directory import FORMAT
 
 EKD = (0.70, 0.72, 0.71, 0.705)
 OTHERS = {
@@ -38,6 +44,12 @@ def row(name: str, values: tuple[float, ...], decides: bool = True, **more: Any)
     return made
 
 
+def replace_kept(run: RunEntry, **changes: Any) -> RunEntry:
+    made = replace(run, **changes)
+    vars(made).update(config=run.config, provenance=run.provenance)
+    return made
+
+
 @pytest.fixture
 def runs() -> list[RunEntry]:
     plain = [run for name, own in OTHERS.items() for run in row(name, own, name != "fitnet", K=1)]
@@ -46,7 +58,7 @@ def runs() -> list[RunEntry]:
 
 
 def test_records_keep_what_runs_found_and_nothing_of_where_they_lay(runs: list[RunEntry], tmp_path: Path) -> None:
-    (path,) = write_records(runs, tmp_path, {"s": "A study."})
+    (path,) = write_records([replace_kept(run, about="A study.") for run in runs], tmp_path)
     assert path.name == "cifar10.jsonl"
     assert "secret" not in path.read_text()
     kept = {run.name.split("/")[1].replace("-f0.1", ""): run for run in read_records(path)}
@@ -57,7 +69,8 @@ def test_records_keep_what_runs_found_and_nothing_of_where_they_lay(runs: list[R
         assert (lost, back.row, back.decides, back.setting("recipe.lr")) == (set(), run.row, run.decides, 0.05)
         assert back.provenance["hardware"]["cpu"] == "AMD EPYC"
         assert [t["sha256"] for t in back.get("teachers")] == [t["sha256"] for t in run.get("teachers")]
-    again = write_records(read_records(path), tmp_path / "again", {"s": "A study."})
+    assert {run.about for run in kept.values()} == {"A study."}
+    again = write_records(read_records(path), tmp_path / "again")
     assert again[0].read_bytes() == path.read_bytes()
     assert [run.row for run in collect([path]).runs] == [run.row for run in read_records(path)]
 
@@ -88,6 +101,24 @@ def test_where_ekd_stands_is_what_scipy_says(runs: list[RunEntry]) -> None:
     assert lead([]).startswith("Whether EKD is ahead at equal cost with limited data is open")
 
 
+def test_a_method_with_too_few_runs_hides_no_other(runs: list[RunEntry]) -> None:
+    """Its only run is the most accurate: the best of the others is compared, and it is named by itself."""
+    (block,) = blocks(group(collection(*runs, *row("crd", (0.8,), K=1))))
+    (found,) = standings(block)
+    assert found.best is not None
+    assert (found.best.label, [one.label for one in found.better]) == ("camkd", ["crd"])
+    assert "below in 1, level in 0, above in 0 of 1 comparison " in lead([found])
+    assert lead([found]).endswith(" In 1 of them a more accurate method has too few runs to tell.")
+    page = summary_page(make_report(collection(*runs, *row("crd", (0.8,), K=1))))
+    said = "|\n\n- cifar10, 10 %, 140 steps, `ekd`: more accurate than the best other method, with too few runs: `crd` "
+    assert page.count(said) == 1
+    only = [*row("ekd", EKD), *row("crd", (0.8,), K=1)]
+    (found,) = standings(blocks(group(collection(*only)))[0])
+    assert found.best is not None
+    assert (found.best.label, found.better) == ("crd", ())
+    assert lead([found]).startswith("Whether EKD is ahead at equal cost with limited data is open")
+
+
 def test_of_equal_rows_of_two_studies_each_is_named(runs: list[RunEntry]) -> None:
     other = [replace(run, study="t") for run in row("camkd", OTHERS["camkd"], K=1, weight_x=2.0)]
     (block,) = blocks(group(collection(*runs, *other)))
@@ -102,3 +133,125 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         read_records(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_records(tmp_path / "missing.jsonl")
+
+
+def write(
+    folder: Path, rows: dict[str, tuple[float, ...]], others: tuple[str, ...] = (), declaration: str = "", **more: Any
+) -> Path:
+    """A study on disk, each row a method."""
+    seeds, data = more.pop("seeds", range(10)), more.pop("data", "cifar10")
+    planned: dict[str, dict[str, Any]] = {name: {"overrides": [f"method={name}"], "without": []} for name in rows}
+    for name in others:
+        planned[name]["decides"] = False
+    content = {"rows": planned, "fractions": [0.1], "seeds": list(seeds), "common": [], "data": data, "format": FORMAT}
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text(json.dumps(content | ({"declaration": declaration} if declaration else {})))
+    for name, values in rows.items():
+        for seed, value in zip(seeds, values, strict=False):
+            write_run(folder / "runs" / f"{name}-f0.1-s{seed}", result(name, seed, value, data=data), **more)
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "by_cost", lambda report, _: [])
+
+
+def pages(*words: object) -> tuple[int, str]:
+    """Exit code, and the line that says what was wrong."""
+    code, _, err = called(main, *words, "--study-pages")
+    assert len(err.splitlines()) == (code != 0)
+    return code, err
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("name", ["README.md", "cifar10.md", "cifar10.jsonl"])
+def test_pages_replace_only_pages(tmp_path: Path, name: str) -> None:
+    study, out = write(tmp_path / "a", {"ekd": EKD}), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine\n")
+    for words, said in (((), "is not empty; --force"), (("--force",), name)):
+        code, err = pages(study, "-o", out, *words)
+        assert (code, said in err) == (2, True), err
+        assert content_of(out) == {name: b"mine\n"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_records_that_are_not_given_are_not_lost(tmp_path: Path) -> None:
+    first, second, out = write(tmp_path / "a", {"ekd": EKD}), write(tmp_path / "b", {"camkd": EKD}), tmp_path / "out"
+    assert pages(first, "-o", out) == (0, "")
+    before = content_of(out)
+    code, err = pages(second, "-o", out, "--force")
+    assert (code, "cifar10.jsonl: has runs that are not among those given, a/ekd-f0.1-s0 and 3 more" in err) == (
+        2,
+        True,
+    )
+    assert content_of(out) == before
+    for _ in range(2):  # nothing is doubled
+        assert pages(out / "cifar10.jsonl", first, second, "-o", out, "--force") == (0, "")
+        names = [run.name for run in read_records(out / "cifar10.jsonl")]
+        assert names == [f"{study}-f0.1-s{seed}" for study in ("a/ekd", "b/camkd") for seed in range(4)]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_studies_side_by_side_are_not_averaged(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a", {"ekd": EKD[:2]}, recipe__lr=0.1)
+    write(tmp_path / "in" / "b", {"ekd": EKD[2:]}, seeds=(2, 3), recipe__lr=0.0001)
+    assert pages(tmp_path / "in", "-o", tmp_path / "out") == (0, "")
+    labels = {one.label: one.n for one in group(collect([tmp_path / "out" / "cifar10.jsonl"]))}
+    assert labels == {"ekd (a)": 2, "ekd (b)": 2}
+    write(tmp_path / "more" / "a", {"ekd": EKD[2:]}, seeds=(2, 3), recipe__lr=0.0001)
+    code, err = pages(tmp_path / "in", tmp_path / "more", "-o", tmp_path / "other")
+    assert (code, "are of the row ekd of the study a, and differ in recipe.lr (0.1, 0.0001)" in err) == (2, True)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_not_done_is_known_by_the_declaration(tmp_path: Path) -> None:
+    part = write(tmp_path / "anywhere" / "one", {"ekd": (0.9, 0.8), "ce": (0.7,)}, declaration="quick", data="digits")
+    failed = result("ce", 1, 0.7, data="digits")
+    write_run(part / "runs" / "ce-f0.1-s1", failed, "failed", error="broke")
+    for study in ("quick", Path(__file__).parents[2] / "conf" / "study" / "quick.yaml"):
+        out = tmp_path / str(len(str(study)))
+        assert pages(tmp_path / "anywhere", "-o", out, "--study", study) == (0, "")
+        assert {run.study for run in read_records(out / "digits.jsonl")} == {"quick"}
+        said = (out / "README.md").read_text().partition("## Not done\n\n")[2].splitlines()
+        assert said[0] == "- digits, 10 % of the labels: 3 not run, 1 failed of 7 runs of `quick`"
+        assert said[1] == "- digits, 20 % of the labels: 7 not run of 7 runs of `quick`"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b'{"study": "x", ', b"\xff\xfe{}", b'{"study": "s"}\n{"row": "ce", "result": {"seed": 0, "fraction": 1'],
+)
+def test_damaged_records_and_a_missing_readme_are_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path, out = tmp_path / "some.jsonl", tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content)
+    code, err = pages(path, "-o", out)
+    assert (code, str(path) in err, out.exists()) == (2, True, False)
+    study = write(tmp_path / "a", {"ekd": EKD})
+    code, err = pages(study, "-o", out, "--readme", tmp_path / "none.md")
+    assert (code, "none.md: cannot be read" in err, out.exists()) == (2, True, False)
+
+
+def test_a_report_on_a_study_corrects_as_its_own_table_does(tmp_path: Path) -> None:
+    """Rows that decide over these alone; the others, which are marked, over all."""
+    rows = {"ekd": EKD, "kd_mean": OTHERS["kd_mean"], "camkd": OTHERS["camkd"], "fitnet": OTHERS["fitnet"]}
+    study = write(tmp_path / "a", rows, others=("fitnet",))
+    code, _, err = called(main, study, "-o", tmp_path / "out", "--no-page", "--no-figures", "--reference", "ekd")
+    assert (code, len(err.splitlines())) == (0, 1)
+    assert "the study's question is not about fitnet: " in err
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert [line for line in table.splitlines() if line.startswith("| `fitnet` † |")]
+    assert table.count("†") == 2  # the row and the line below its table
+    (block,) = json.loads((tmp_path / "out" / "summary.json").read_text())["blocks"]
+    found = {one["label"]: one["differences"].get("ekd") for one in block["rows"]}
+    p = {name: stats.ttest_rel(values, EKD).pvalue for name, values in rows.items() if name != "ekd"}
+    low, high = sorted(("kd_mean", "camkd"), key=p.__getitem__)
+    expected = {low: 2 * p[low], high: max(2 * p[low], p[high]), "fitnet": max(p["fitnet"], 3 * p[low], 2 * p[high])}
+    assert {name: cast(dict[str, float], found[name])["p_holm"] for name in expected} == pytest.approx(expected)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.errors import UserError
@@ -17,7 +18,7 @@ from ekd_lightning.progress import part, phase, session
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
-    from ekd_lightning.runs.collection import RunEntry
+    from ekd_lightning.runs.collection import Collection, RunEntry
 
 PROGRAM = "ekd-report"
 FORMATS = ("svg", "png")
@@ -30,7 +31,7 @@ examples:
   ekd-report compare/c10 -o report --force                  replaces an earlier report
   ekd-report compare/c10 -o report --no-page --no-figures   only the tables, without matplotlib and plotly
   ekd-report runs/study/full -o pages --study-pages         a page for each data set, and small records of all runs
-  ekd-report pages/*.jsonl -o pages --study-pages           the same pages from the records alone
+  ekd-report pages/*.jsonl -o pages --study-pages --force   the same pages from the records alone
 
 It writes index.html, figures/, tables.md, runs.csv (one row per run) and summary.json. Runs are found at any depth
 below the given folders. docs/reporting.md says how they are grouped and compared.
@@ -83,7 +84,7 @@ def run_report(args: argparse.Namespace) -> None:
 
             report_files.check_packages(figures=bool(formats), page=not args.no_page)
             report_files.check_output(args.output, force=args.force)
-            report = make_report(collect(args.runs), args.title or DEFAULT_TITLE, args.reference)
+            report = make_report(_deciding(collect(args.runs)), args.title or DEFAULT_TITLE, args.reference)
         with phase("report"):
             files = report_files.write_report(report, args.output, formats, page=not args.no_page)
     _print(report, args.output, files)
@@ -97,61 +98,97 @@ def write_study_pages(args: argparse.Namespace) -> None:
     """
     from ekd_lightning.reporting import report_files, study_pages  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import make_report  # noqa: PLC0415
-    from ekd_lightning.runs.collection import RECORDS, Collection, collect, read_records  # noqa: PLC0415
+    from ekd_lightning.runs.collection import Collection, collect, read_records  # noqa: PLC0415
 
     report_files.check_packages(figures=True, page=False)
-    about = study_pages.read_about([path for path in args.runs if path.suffix == RECORDS])
-    runs = [
-        named for run in collect(args.runs).runs if run.result is not None and (named := _of_study(run)) is not None
-    ]
+    report_files.check_output(args.output, force=args.force, marked=False)
+    around = None if args.readme is None else _around_section(args.readme)
+    every = list(_of_studies(collect(args.runs).runs))
+    runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
         raise UserError(f"{' '.join(map(str, args.runs))}: no run of a study is done")
-    missing = [] if args.study is None else _missing(args.study, runs)
-    args.output.mkdir(parents=True, exist_ok=True)
-    records = study_pages.write_records(runs, args.output, about)
-    report = make_report(Collection(args.output, tuple(run for path in records for run in read_records(path))))
-    files = [*records, *study_pages.write_pages(report, args.output, about, missing)]
-    if args.readme is not None:
-        _write_section(args.readme, study_pages.readme_section(report, args.output.as_posix()))
+    missing = [] if args.study is None else _missing(args.study, every)
+    report_files.check_kept(args.output, {report_files.page_name(str(run.get("data"))) for run in runs}, runs)
+    made: list[Report] = []
+
+    def write(folder: Path) -> list[Path]:
+        records = report_files.write_records(runs, folder)
+        made.append(make_report(Collection(folder, tuple(run for path in records for run in read_records(path)))))
+        return [*records, *study_pages.write_pages(made[0], folder, missing)]
+
+    files = report_files.replace_files(args.output, write)
+    (report,) = made
+    if around is not None:
+        before, after = around
+        write_text(args.readme, f"{before}{study_pages.readme_section(report, args.output.as_posix())}{after}")
     print(study_pages.lead([one for block in report.blocks for one in study_pages.standings(block)]))
     print(f"{len(runs)} runs; {len(files)} files in {args.output}")
 
 
-def _of_study(run: RunEntry) -> RunEntry | None:
-    """A run with the row and the study that it belongs to; None for one of no study."""
-    from ekd_lightning.studies.study import STUDY_FILE, read_study  # noqa: PLC0415
+def _of_studies(runs: Iterable[RunEntry]) -> Iterator[RunEntry]:
+    """The runs of studies with their study and row: the name of what declares the study, or else of its folder."""
+    from ekd_lightning.files import read_json  # noqa: PLC0415
+    from ekd_lightning.studies.study import STUDY_FILE, Study, read_study  # noqa: PLC0415
 
-    if run.row is not None:
-        return run
-    folder = run.directory.parent.parent
-    study = read_study(folder) if (folder / STUDY_FILE).is_file() else None
-    row = run.directory.name.rsplit("-f", 1)[0]
-    if study is None or run.state != "done" or row not in {one.name for one in study.rows}:
-        return None
-    return replace(run, row=row, study=folder.parent.name, decides=row in study.deciding)
+    known: dict[Path, tuple[str, Study] | None] = {}
+    for run in runs:
+        if run.row is not None:
+            yield run
+            continue
+        folder = run.directory.parent.parent
+        if folder not in known:
+            study = read_study(folder) if (folder / STUDY_FILE).is_file() else None
+            declared = read_json(folder / STUDY_FILE).get("declaration") if study else None
+            known[folder] = (Path(str(declared)).stem if declared else folder.name, study) if study else None
+        row = run.directory.name.rsplit("-f", 1)[0]
+        if (found := known[folder]) is not None and row in {one.name for one in found[1].rows}:
+            yield replace(run, row=row, study=found[0], decides=row in found[1].deciding)
+
+
+def _deciding(collection: Collection) -> Collection:
+    """The runs, with whether the question of the study that they are of is about them."""
+    others = {run.directory for run in _of_studies(collection.runs) if not run.decides}
+    if not others:
+        return collection
+    return replace(
+        collection,
+        runs=tuple(replace(run, decides=False) if run.directory in others else run for run in collection.runs),
+    )
 
 
 def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
-    """What of a declared study no run has, a line for each part."""
+    """What of a declared study is not done, a line for each part."""
+    from ekd_lightning.reporting.tables import STATE_NAMES  # noqa: PLC0415
+    from ekd_lightning.runs.directory import RunState  # noqa: PLC0415
     from ekd_lightning.studies.declaration import read_declaration  # noqa: PLC0415
 
-    declared = read_declaration(name)
-    done = {(run.study, run.get("data"), run.get("fraction"), run.row, run.get("seed")) for run in runs}
+    declared, study = read_declaration(name), Path(name).stem
+    found: dict[tuple[Any, ...], RunState] = {}
+    for run in sorted(runs, key=lambda run: run.state == RunState.DONE):
+        found[run.study, run.get("data"), run.get("fraction"), run.row, run.get("seed")] = run.state
     lines = []
     for one in declared.parts:
-        asked = [(name, one.data, one.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
-        if left := len(set(asked) - done):
+        asked = [(study, one.data, one.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
+        states = Counter(found.get(key, RunState.PLANNED) for key in asked)
+        names = {**STATE_NAMES, RunState.PLANNED: "not run"}
+        if left := [
+            f"{states[state]} {names[state]}" for state in RunState if states[state] and state != RunState.DONE
+        ]:
             share = f"{100 * one.fraction:g} % of the labels"
-            lines.append(f"{one.data}, {share}: {left} of {len(asked)} runs of `{name}`")
+            lines.append(f"{one.data}, {share}: {', '.join(left)} of {len(asked)} runs of `{study}`")
     return lines
 
 
-def _write_section(readme: Path, section: str) -> None:
+def _around_section(readme: Path) -> tuple[str, str]:
+    """What stands before and after the README's section, each with its mark."""
     start, end = "<!-- first-result -->\n", "<!-- /first-result -->"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(start)
+    try:
+        before, _, rest = readme.read_text(encoding="utf-8").partition(start)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--readme {readme}: cannot be read ({error})") from None
     if end not in rest:
-        raise UserError(f"{readme}: has no {start.strip()} with {end} after it")
-    write_text(readme, f"{before}{start}{section}{end}{rest.split(end, 1)[1]}")
+        raise UserError(f"--readme {readme}: has no {start.strip()} with {end} after it")
+    return f"{before}{start}", f"{end}{rest.split(end, 1)[1]}"
 
 
 def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:

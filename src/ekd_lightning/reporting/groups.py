@@ -216,7 +216,10 @@ def group(collection: Collection) -> list[Group]:
             words = setups.whole_key(run)
             members[whole.get(words, ("without a result", words))].append(run)
     labels = setups.labels(list(members.values()))
-    made = [make_group(own, *labels[position]) for position, own in enumerate(members.values())]
+    made = [
+        make_group(own, *labels[position], decides=any(run.decides for run in own))
+        for position, own in enumerate(members.values())
+    ]
     return sorted([*made, *_rows(collection)], key=_order)
 
 

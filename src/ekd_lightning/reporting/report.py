@@ -12,9 +12,9 @@ from ekd_lightning.errors import unknown_name
 from ekd_lightning.reporting.answer import Answer, answers, lead, strongest
 from ekd_lightning.reporting.blocks import Block, blocks
 from ekd_lightning.reporting.details import damage
-from ekd_lightning.reporting.estimates import plural
+from ekd_lightning.reporting.estimates import listed, plural
 from ekd_lightning.reporting.groups import MEASURED, Group, disagreements, group
-from ekd_lightning.reporting.tables import Row, difference_record, record, rows
+from ekd_lightning.reporting.tables import Row, correction, difference_record, record, rows
 from ekd_lightning.runs.collection import STATES, Collection, RunEntry
 
 _FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
@@ -163,6 +163,13 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
             notes.append(
                 f"{data}{share}: the runs follow {len(same)} protocols, which are neither averaged nor compared with "
                 f"each other: {'; '.join(block.title for block in same)}"
+            )
+    for block in found:
+        if correction(block.groups):
+            others = listed([one.label for one in block.groups if not one.decides])
+            notes.append(
+                f"{block.title}: the study's question is not about {others}: their p values are corrected over all "
+                "rows, those of the other rows over these alone"
             )
     notes += [note for block in found for note in _measured(block)]
     partial = [run for one in groups for run in one.others if run.state == "partial"]

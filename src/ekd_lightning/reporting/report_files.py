@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,17 @@ from ekd_lightning.reporting import setups, tables
 from ekd_lightning.reporting.figure_style import COST_FIGURE, file_name
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, summary
-from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.collection import RECORDS, RunEntry, read_records, record_name
 from ekd_lightning.runs.lock import check_directory
+from ekd_lightning.runs.protocol import Protocol
 
 PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tables.md", "summary.json"
+SUMMARY_PAGE = "README.md"
+MADE_BY = "Made by `ekd-report` from the records beside this page:"
+PAGE_BEGINS = "Accuracies in percent with the weights after the last epoch"
+"""Of pages of studies: the first one, what it says, and what each of the others says."""
+_KEPT_LISTS = ("teachers", "chain", "test_branch_accuracy", "pool_teachers", "assistants", "tags", "assignment")
+_TEACHER = ("id", "sha256", "test_accuracy", "teachers_sha256")
 _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
 
 
@@ -39,8 +49,13 @@ def check_packages(*, figures: bool, page: bool) -> None:
             )
 
 
-def check_output(folder: Path, *, force: bool) -> None:
+def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
     """Refuses a folder that is not empty.
+
+    Args:
+        folder: Of the report.
+        force: Whether an earlier report may be replaced.
+        marked: Whether a report has a summary, by which it is known.
 
     Raises:
         UserError: If it is a file, or not empty without `force`, or not empty and no report.
@@ -53,7 +68,7 @@ def check_output(folder: Path, *, force: bool) -> None:
         return
     if not force:
         raise UserError(f"--output {folder}: is not empty; --force writes over an earlier report")
-    if not (folder / SUMMARY).is_file():
+    if marked and not (folder / SUMMARY).is_file():
         raise UserError(f"--output {folder}: is not empty and no report (it has no {SUMMARY})")
 
 
@@ -72,13 +87,33 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
     Raises:
         UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
     """
+    return replace_files(folder, lambda beside: _write_files(report, beside, formats, page=page), _remove_earlier)
+
+
+def replace_files(
+    folder: Path, write: Callable[[Path], Sequence[Path]], before: Callable[[Path], object] | None = None
+) -> list[Path]:
+    """Lets files be written beside those that they replace, and puts them in their place, or none of them.
+
+    Args:
+        folder: Created if necessary.
+        write: Writes the files into the folder that it is given, and returns them.
+        before: Called with the folder before files in it are replaced.
+
+    Returns:
+        The files, in the order of writing.
+
+    Raises:
+        UnwritableFileError: If the disk refuses, naming the folder, which is then unchanged.
+    """
     there = folder.is_dir()
     beside = (folder if there else folder.parent) / f".part-{uuid.uuid4().hex[:8]}.report"
     try:
         beside.mkdir(parents=True)
-        names = [path.relative_to(beside) for path in _write_files(report, beside, formats, page=page)]
+        names = [path.relative_to(beside) for path in write(beside)]
         if there:
-            _remove_earlier(folder)
+            if before is not None:
+                before(folder)
             for name in names:  # the summary first: it marks the folder as a report even if a kill interrupts this
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(beside / name, folder / name)
@@ -90,6 +125,121 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return [folder / name for name in names]
+
+
+def page_name(data: str) -> str:
+    """The file of the page of a data set, whose name may be a path or hold anything else."""
+    return re.sub(r"[^\w.+@-]+", "-", data).lstrip(".") + ".md"
+
+
+def check_kept(folder: Path, names: Iterable[str], runs: Sequence[RunEntry]) -> None:
+    """Refuses to replace what is no page of a study, and records of runs that would be lost.
+
+    Args:
+        folder: Where pages may be.
+        names: Of the pages that are to be written.
+        runs: That the new records have.
+
+    Raises:
+        UserError: Naming the file, before anything is written.
+    """
+    for name in [*names, SUMMARY_PAGE]:
+        path, said = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
+        if path.exists() and said not in path.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{path}: is no page that ekd-report made; use another --output")
+    given = {_identity(run) for run in runs}
+    for path in sorted(folder.glob(f"*{RECORDS}")):
+        lost = [run for run in read_records(path) if _identity(run) not in given]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise UserError(f"{path}: has runs that are not among those given, {lost[0].name}{more}: give it, too")
+
+
+def _row(run: RunEntry) -> tuple[Any, ...]:
+    return (run.study, run.row, Protocol.of(run))
+
+
+def _identity(run: RunEntry) -> tuple[Any, ...]:
+    """Equal for two records of one run of a study, be it read from its directory or from a file of records."""
+    return (*_row(run), int(run.get("seed")), run.time, run.get("test_accuracy"))
+
+
+def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
+    """Runs of studies, without those that are given twice.
+
+    Raises:
+        UserError: For two runs of one row that differ in more than their seed.
+    """
+    found: dict[tuple[Any, ...], RunEntry] = {}
+    rows: dict[tuple[Any, ...], RunEntry] = {}
+    for run in runs:
+        first = rows.setdefault(_row(run), run)
+        if differ := setups.differences(first, run):
+            name, values = next(iter(differ.items()))
+            raise UserError(
+                f"{first.name} and {run.name}: are of the row {run.row} of the study {run.study}, and differ in "
+                f"{name} ({', '.join(map(setups.short, values))}); give their studies folders of different names"
+            )
+        found[_identity(run)] = run
+    return list(found.values())
+
+
+def record_lines(study: str, runs: Sequence[RunEntry]) -> list[str]:
+    """Lines of a file of records, see `read_records`: what all runs share once, and a line for each run.
+
+    Args:
+        study: Its name.
+        runs: That are done, with their rows.
+    """
+    every = [_record(run) for run in runs]
+    about = next((run.about for run in runs if run.about), "")
+    shared: dict[str, Any] = {"study": study, **({"about": about} if about else {})}
+    if not all(run.decides for run in runs):
+        shared["decide"] = sorted({str(run.row) for run in runs if run.decides})
+    for part in ("result", "config", "provenance"):
+        first = every[0][part]
+        shared[part] = {k: v for k, v in first.items() if all(k in one[part] and one[part][k] == v for one in every)}
+        for one in every:
+            one[part] = {k: v for k, v in one[part].items() if k not in shared[part]}
+    return [json.dumps(one, allow_nan=False) for one in (shared, *every)]
+
+
+def _record(run: RunEntry) -> dict[str, Any]:
+    """A run as its record keeps it: numbers and words, no curves, predictions or matrices; no place or host."""
+    result = {}
+    for key, value in (run.result or {}).items():
+        if key in ("teachers", "chain"):
+            result[key] = [{k: one[k] for k in _TEACHER if k in one} for one in value or []]
+        elif value is not None and (key in _KEPT_LISTS or not isinstance(value, list | dict)):
+            result[key] = value
+    hardware, packages = run.provenance.get("hardware") or {}, run.provenance.get("packages") or {}
+    kept = {key: hardware.get(key) for key in ("cpu", "cpu_capability", "gpus", "threads")} if hardware else {}
+    provenance = {"hardware": kept, "packages": {"torch": packages.get("torch")}} if hardware else {}
+    config = setups.settings(run)
+    if options := run.setting("student.options"):
+        config |= {f"student.options.{key}": value for key, value in options.items()}
+    return {"row": run.row, "time": run.time, "result": result, "config": config, "provenance": provenance}
+
+
+def write_records(runs: Iterable[RunEntry], folder: Path) -> list[Path]:
+    """Writes a file of records for each data set, all its studies in it.
+
+    Args:
+        runs: That are done, with their studies and rows, each once.
+        folder: Where they are written, `<data>.jsonl`.
+    """
+    found: dict[str, dict[tuple[str, str], list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(
+        runs, key=lambda run: (str(run.study), record_name(str(run.study), str(run.row), run.result or {}), run.name)
+    ):
+        protocol = json.dumps(asdict(Protocol.of(run)), sort_keys=True)
+        found[Path(page_name(str(run.get("data")))).stem][str(run.study), protocol].append(run)
+    paths = []
+    for data, studies in found.items():
+        lines = [line for (study, _), own in studies.items() for line in record_lines(study, own)]
+        paths.append(folder / f"{data}{RECORDS}")
+        write_text(paths[-1], "\n".join(lines) + "\n")
+    return paths
 
 
 def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:

@@ -66,6 +66,18 @@ def describe(run: RunEntry) -> dict[str, Any]:
     return {**found, **(settings(run) if run.config else {_UNKNOWN: True})}
 
 
+def differences(one: RunEntry, other: RunEntry) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two runs differ, with both values; what only one has on record is left out."""
+    ours, theirs = ({"method": run.get("method"), **describe(run)} for run in (one, other))
+    pairs = {name: (ours.get(name), theirs.get(name)) for name in dict.fromkeys([*ours, *theirs])}
+    if _UNKNOWN in pairs:
+        pairs = {name: pair for name, pair in pairs.items() if name != _UNKNOWN and "." not in name}
+    recorded = (*_RESULT, *_DERIVED)
+    return {
+        name: pair for name, pair in pairs.items() if pair[0] != pair[1] and not (name in recorded and None in pair)
+    }
+
+
 def settings(run: RunEntry) -> dict[str, Any]:
     """Settings that are only in the configuration, by dotted keys, without nulls."""
     return {key: value for key, value in _settings(run).items() if not _IN_RESULT.match(key)}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
-from ekd_lightning.reporting import setups, tables
+from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.answer import SAME_COST
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import (
+    ENOUGH,
     SIGNIFICANCE,
     Difference,
     corrected,
@@ -29,8 +28,7 @@ from ekd_lightning.reporting.estimates import (
 )
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.reporting.report import Report, kind_of_machine
-from ekd_lightning.runs.collection import RECORDS, RunEntry
-from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
 LIMITED = 0.2
 """Shares of the training images up to this are limited data."""
@@ -38,9 +36,6 @@ SUBJECTS = ("ekd", "ekd_maps")
 """Methods that stand for EKD; its other variants are ablations."""
 SIDES = ("below", "level", "above", "too few runs")
 _COLUMNS = (*("K", "M", "n", "test accuracy % [95 % interval]", "differences", "NLL", "parameters", "MACs"), "not done")
-_PROTOCOL = ("epochs", "steps", "batch_size", "precision", "num_train_images", "num_val_images", "subset_sha256")
-_KEPT_LISTS = ("teachers", "chain", "test_branch_accuracy", "pool_teachers", "assistants", "tags", "assignment")
-_TEACHER = ("id", "sha256", "test_accuracy", "teachers_sha256")
 
 
 class Standing(NamedTuple):
@@ -51,13 +46,15 @@ class Standing(NamedTuple):
         ekd: The row.
         against: EKD minus each other method that costs no more, by label; p values are corrected for their number, or
             where rows decide, for the number of those.
-        best: The most accurate of these, None without any.
+        best: The most accurate of these with enough common seeds, or else of all; None without any.
+        better: Those more accurate than it, with too few common seeds, the most accurate first.
     """
 
     block: Block
     ekd: Group
     against: dict[str, Difference]
     best: Group | None
+    better: tuple[Group, ...] = ()
 
     def side(self, label: str) -> str:
         """One of `SIDES`: on which side of 0 the 95 % interval of the paired difference lies."""
@@ -76,9 +73,21 @@ def standings(block: Block) -> list[Standing]:
         ours = ekd.by_seed("test_accuracy")
         plain = {one.label: minus(ours, one.by_seed("test_accuracy")) for one in others}
         decide = {one.label: plain[one.label] for one in others if one.decides}
-        best = max(others, key=lambda one: one.mean("test_accuracy") or 0.0, default=None)
-        found.append(Standing(block, ekd, {**corrected(plain), **corrected(decide)}, best))
+        against = {**corrected(plain), **corrected(decide)}
+        found.append(Standing(block, ekd, against, *_best(others, against)))
     return found
+
+
+def _best(others: Sequence[Group], against: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:
+    """The most accurate group with enough common seeds, or else of all; and those above it, which have too few."""
+    ranked = sorted(others, key=_accuracy, reverse=True)
+    enough = [one for one in ranked if one.label in against and against[one.label].half is not None]
+    best = next(iter(enough or ranked), None)
+    return best, tuple(one for one in ranked if best is not None and _accuracy(one) > _accuracy(best))
+
+
+def _accuracy(one: Group) -> float:
+    return one.mean("test_accuracy") or 0.0
 
 
 def lead(found: Sequence[Standing]) -> str:
@@ -90,9 +99,12 @@ def lead(found: Sequence[Standing]) -> str:
         return "Whether EKD is ahead at equal cost with limited data is open: no comparison has enough runs."
     start = "is" if counts["above"] == tested else "is not" if not counts["above"] else "is sometimes"
     parts = ", ".join(f"{side} in {counts[side]}" for side in ("below", "level", "above"))
+    few = sum(bool(one.better) for one in limited)
+    more = f" In {few} of them a more accurate method has too few runs to tell." if few else ""
     return (
         f"With at most {100 * LIMITED:g} % of the labels EKD {start} ahead at equal cost: against the best other "
         f"method that costs no more it is {parts} of {plural(tested, 'comparison')} (95 % intervals, paired by seed)."
+        f"{more}"
     )
 
 
@@ -105,12 +117,12 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
 
     Args:
         report: All records.
-        missing: Lines on what was not run.
+        missing: Lines on what is not done.
     """
     found = sorted((one for block in report.blocks for one in standings(block)), key=_worth)
     rows = [
         (
-            md.Markdown(f"[{one.block.data}, {100 * (one.block.fraction or 1):g} %]({one.block.data}.md)"),
+            _link(one.block.data, f", {100 * (one.block.fraction or 1):g} %"),
             one.block.protocol.steps,
             md.code(one.ekd.label),
             percent(one.ekd.accuracy) if one.ekd.accuracy else "",
@@ -134,43 +146,52 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
         "",
     )
     pages = sorted({block.data for block in report.blocks})
-    not_run = f"## Not run\n\n{_bullets(missing)}" if missing else ""
+    lines = [_better_words(one) for one in found if one.better]
+    better = f"\n{_bullets(lines)}\n" if lines else ""
+    not_done = f"## Not done\n\n{_bullets(missing)}" if missing else ""
     return (
         f"""# Is EKD ahead at equal cost?
 
 {_filled(lead(found))}
 
-{md.table(heads, rows)}
+{md.table(heads, rows)}{better}
 Every row of EKD is compared with every other method that costs at most {100 * SAME_COST:g} % more multiply-accumulates.
 Differences are in points, paired by seed, with their 95 % interval. The best other method is picked by its test
-accuracy, which flatters it; the pages correct p values for all comparisons. The runs of one line share data, images,
-views, number of steps and precision; other lines differ in them, and say nothing of each other.
+accuracy, which flatters it, from those with at least {ENOUGH} common seeds, if there are any; the pages correct p
+values for all comparisons. The runs of one line share data, images, views, number of steps and precision; other lines
+differ in them, and say nothing of each other.
 
-Pages: {", ".join(f"[{data}]({data}.md)" for data in pages)}. Made by `ekd-report` from the records beside this page:
+Pages: {", ".join(map(_link, pages))}. {MADE_BY}
 
 ```bash
 make study-pages
 ```
-{not_run.strip()}
+{not_done}
 """.rstrip()
         + "\n"
     )
 
 
-def data_page(report: Report, data: str, figures: Mapping[str, str], about: Mapping[str, str]) -> str:
+def _better_words(one: Standing) -> str:
+    """Which methods are more accurate than the best one with enough runs, and have too few."""
+    names = ", ".join(f"{md.code(g.label)} ({share(_accuracy(g))} %, n {g.n})" for g in one.better)
+    where = f"{md.prose(one.block.data)}, {100 * (one.block.fraction or 1):g} %, {one.block.protocol.steps} steps"
+    return f"{where}, {md.code(one.ekd.label)}: more accurate than the best other method, with too few runs: {names}."
+
+
+def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
     """The page of a data set.
 
     Args:
         report: All records.
         data: Name of the data set.
         figures: Path of the figure of accuracy and cost, by the key of the block.
-        about: What studies say of themselves, by their name.
     """
     blocks = [block for block in report.blocks if block.data == data]
     found = [one for block in blocks for one in standings(block)]
-    parts = [f"# {data}\n", _filled(lead(found)) + "\n", _LEGEND]
+    parts = [f"# {md.prose(data)}\n", _filled(lead(found)) + "\n", _LEGEND]
     for block in blocks:
-        parts += [f"## {md.prose(block.title)}\n", _protocol(block, about)]
+        parts += [f"## {md.prose(block.title)}\n", _protocol(block)]
         parts += [_standing_words(one) for one in standings(block)]
         if block.key in figures:
             parts.append(md.image(figures[block.key], "Test accuracy against cost, with 95 % intervals") + "\n")
@@ -179,12 +200,16 @@ def data_page(report: Report, data: str, figures: Mapping[str, str], about: Mapp
     return "\n".join(parts)
 
 
-_LEGEND = """\
-Accuracies in percent with the weights after the last epoch: mean ± sample standard deviation over n seeds. Differences
-in points, paired by seed, with the 95 % t interval; p of the paired t-test, after Holm's correction. K branches, M
-teachers. *Below*, *level* and *above* say where the interval of a difference lies; with few seeds a corrected p value
-shows large differences only.
+_LEGEND = f"""\
+{PAGE_BEGINS}: mean ± sample standard deviation over n seeds. Differences
+in points, paired by seed, with the 95 % t interval; p of the paired t-test, after Holm's correction over the rows of a
+block, or as a line below its table says. K branches, M teachers. *Below*, *level* and *above* say where the interval of
+a difference lies; with few seeds a corrected p value shows large differences only.
 """
+
+
+def _link(data: str, more: str = "") -> md.Markdown:
+    return md.Markdown(f"[{md.prose(data)}{more}]({page_name(data)})")
 
 
 def _filled(text: str) -> str:
@@ -195,7 +220,7 @@ def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
 
 
-def _protocol(block: Block, about: Mapping[str, str]) -> str:
+def _protocol(block: Block) -> str:
     """What the runs of a block share, and where they were made."""
     one = block.protocol
     runs = [run for group in block.groups for run in group.done]
@@ -207,7 +232,8 @@ def _protocol(block: Block, about: Mapping[str, str]) -> str:
     if block.teachers:
         known = [f"{md.code(t['id'])} ({share(t['test_accuracy'])} %)" for t in block.teachers if "id" in t]
         lines.append(f"Teachers: {', '.join(known)}.")
-    lines += [f"{md.code(name)}: {about[name]}" for name in sorted({run.study or "" for run in runs}) if name in about]
+    about = {str(run.study): run.about for run in runs if run.about}
+    lines += [f"{md.code(name)}: {about[name]}" for name in sorted(about)]
     lines.append(_made_on(block.done))
     return _bullets(lines) + "\n"
 
@@ -265,9 +291,13 @@ def readme_section(report: Report, folder: str) -> str:
         folder: That of the pages, from the README.
     """
     found = [one for block in report.blocks for one in standings(block)]
-    whole = [one for one in found if (one.block.fraction or 1.0) <= LIMITED and one.best]
+    whole = [
+        one
+        for one in found
+        if (one.block.fraction or 1.0) <= LIMITED and one.best and one.side(one.best.label) != "too few runs"
+    ]
     if not whole:
-        return "No study with limited data is done.\n"
+        return "No study with limited data has enough runs.\n"
     one = max(whole, key=lambda s: (len(s.block.done), s.ekd.label == "ekd", s.ekd.label))
     block, best = one.block, one.best
     assert best is not None
@@ -299,73 +329,7 @@ def readme_section(report: Report, folder: str) -> str:
     return f"{_filled(intro)}\n\n{table}\n{_filled(said)}\n\n"
 
 
-def record_lines(study: str, runs: Sequence[RunEntry], about: str = "") -> list[str]:
-    """Lines of a file of records, see `read_records`: what all runs share once, and a line for each run.
-
-    Args:
-        study: Its name.
-        runs: That are done, with their rows.
-        about: What the study is, for the page.
-    """
-    every = [_record(run) for run in runs]
-    shared: dict[str, Any] = {"study": study, **({"about": about} if about else {})}
-    if not all(run.decides for run in runs):
-        shared["decide"] = sorted({str(run.row) for run in runs if run.decides})
-    for part in ("result", "config", "provenance"):
-        first = every[0][part]
-        shared[part] = {k: v for k, v in first.items() if all(k in one[part] and one[part][k] == v for one in every)}
-        for one in every:
-            one[part] = {k: v for k, v in one[part].items() if k not in shared[part]}
-    return [json.dumps(one, allow_nan=False) for one in (shared, *every)]
-
-
-def _record(run: RunEntry) -> dict[str, Any]:
-    """A run as its record keeps it: numbers and words, no curves, predictions or matrices; no place or host."""
-    result = {}
-    for key, value in (run.result or {}).items():
-        if key in ("teachers", "chain"):
-            result[key] = [{k: one[k] for k in _TEACHER if k in one} for one in value or []]
-        elif value is not None and (key in _KEPT_LISTS or not isinstance(value, list | dict)):
-            result[key] = value
-    hardware, packages = run.provenance.get("hardware") or {}, run.provenance.get("packages") or {}
-    kept = {key: hardware.get(key) for key in ("cpu", "cpu_capability", "gpus", "threads")} if hardware else {}
-    provenance = {"hardware": kept, "packages": {"torch": packages.get("torch")}} if hardware else {}
-    config = setups.settings(run)
-    if options := run.setting("student.options"):
-        config |= {f"student.options.{key}": value for key, value in options.items()}
-    return {"row": run.row, "time": run.time, "result": result, "config": config, "provenance": provenance}
-
-
-def write_records(runs: Sequence[RunEntry], folder: Path, about: Mapping[str, str]) -> list[Path]:
-    """Writes a file of records for each data set, all its studies in it.
-
-    Args:
-        runs: That are done; those without a row are left out.
-        folder: Where they are written, `<data>.jsonl`.
-        about: What studies are, by their name.
-    """
-    found: dict[str, dict[tuple[str, str], list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.study or "", run.name)):
-        if run.row is not None and run.result is not None:
-            protocol = json.dumps(asdict(Protocol.of(run)), sort_keys=True)
-            found[str(run.get("data"))][str(run.study), protocol].append(run)
-    paths = []
-    for data, studies in found.items():
-        lines = [line for (study, _), own in studies.items() for line in record_lines(study, own, about.get(study, ""))]
-        paths.append(folder / f"{data}{RECORDS}")
-        write_text(paths[-1], "\n".join(lines) + "\n")
-    return paths
-
-
-def read_about(paths: Iterable[Path]) -> dict[str, str]:
-    """What studies say of themselves in files of records, by their name."""
-    heads = [
-        json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith('{"study"')
-    ]
-    return {head["study"]: head["about"] for head in heads if "about" in head}
-
-
-def write_pages(report: Report, folder: Path, about: Mapping[str, str], missing: Sequence[str] = ()) -> list[Path]:
+def write_pages(report: Report, folder: Path, missing: Sequence[str] = ()) -> list[Path]:
     """Writes README.md, a page for each data set, and the figures of accuracy and cost."""
     from ekd_lightning.reporting import figure_style as fs  # noqa: PLC0415 (needs matplotlib)
     from ekd_lightning.reporting.figures import by_cost  # noqa: PLC0415
@@ -378,8 +342,8 @@ def write_pages(report: Report, folder: Path, about: Mapping[str, str], missing:
             (path,) = fs.save(drawn.figure, folder / "figures" / drawn.name, ["svg"])
             files.append(path)
             shown[keys[drawn.name]] = f"figures/{path.name}"
-    pages = {data: data_page(report, data, shown, about) for data in sorted({b.data for b in report.blocks})}
-    for name, text in {**pages, "README": summary_page(report, missing)}.items():
-        files.append(folder / f"{name}.md")
+    pages = {page_name(data): data_page(report, data, shown) for data in sorted({b.data for b in report.blocks})}
+    for name, text in {**pages, SUMMARY_PAGE: summary_page(report, missing)}.items():
+        files.append(folder / name)
         write_text(files[-1], text)
     return files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,16 @@ LEGEND = f"""\
 Each row is one setting: runs that differ in their seed alone. Test accuracy, in percent, is measured after the last
 epoch: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences are in points,
 paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method over the rows of the
-block. K branches, M teachers. Seconds of training depend on the machine's load, and include filling the table of
-teacher outputs in the run that came first. With fewer than {FEW} runs an interval assumes normal results, and is wide.
+block, or as a line below its table says. K branches, M teachers. Seconds of training depend on the machine's load, and
+include filling the table of teacher outputs in the run that came first. With fewer than {FEW} runs an interval assumes
+normal results, and is wide.
 """
 REPORT_LEGEND = f"""\
 {LEGEND}Gain: ensemble minus the mean of its branches, in points. Seeds disagree: share of test images on which two runs
 of the row predict different classes, mean over pairs.
 """
+OTHER = "†"
+"""Marks rows that do not decide."""
 MEANS = (
     "test_accuracy_ema",
     "test_nll",
@@ -79,6 +82,16 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
         Row(group, {reference: found[reference].get(group.label) for reference in references}, seed_spread(group))
         for group in block.groups
     ]
+
+
+def correction(groups: Iterable[Group]) -> str:
+    """Over which rows p values are corrected, where some do not decide; else empty."""
+    decide = {one.decides for one in groups}
+    if decide != {True, False}:
+        return ""
+    return (
+        f"{OTHER}: does not decide; its p is corrected over all rows of the block, that of the others over these alone."
+    )
 
 
 STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value for state in RunState}
@@ -177,7 +190,14 @@ def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapp
     heads, lines = texts(found, names)
     if settings is not None:
         heads, lines = [*heads, "settings"], [[*line, settings.get(line[0]) or "defaults"] for line in lines]
-    return md.table(heads, [[md.code(label), *cells] for label, *cells in lines])
+    note = correction(row.group for row in found)
+    names = [md.Markdown(md.code(row.group.label) + _mark(row, note)) for row in found]
+    table = md.table(heads, [[name, *cells] for name, (_, *cells) in zip(names, lines, strict=True)])
+    return md.Markdown(f"{table}\n{note}\n") if note else table
+
+
+def _mark(row: Row, note: str) -> str:
+    return f" {OTHER}" if note and not row.group.decides else ""
 
 
 def full_names(found: Sequence[Row]) -> dict[str, str]:
@@ -189,12 +209,14 @@ def full_names(found: Sequence[Row]) -> dict[str, str]:
 def terminal_table(title: str, found: Sequence[Row]) -> Table:
     """Rows of a study's block for the terminal, with problems in red in the last column."""
     heads, lines = texts(found, STUDY)
-    table = Table(title=Text(title), title_justify="left", show_lines=True)
+    note = correction(row.group for row in found)
+    caption = Text(note) if note else None
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left", show_lines=True)
     for head in heads:
         left, first = head in ("setting", "teacher", "not done"), head == "setting"
         table.add_column(Text(head), justify="left" if left else "right", overflow="fold", no_wrap=first)
-    for *cells, wrong in lines:
-        table.add_row(*map(Text, cells), Text(wrong, style="red"))
+    for row, (label, *cells, wrong) in zip(found, lines, strict=True):
+        table.add_row(*map(Text, (f"{label}{_mark(row, note)}", *cells)), Text(wrong, style="red"))
     return table
 
 

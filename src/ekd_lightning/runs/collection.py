@@ -41,6 +41,7 @@ class RunEntry:
         row: Its row in a study, and
         study: the study, where it comes from a file of records.
         decides: Whether the study's question is about the row.
+        about: What the study is, where a file of records says it.
     """
 
     directory: Path
@@ -52,6 +53,7 @@ class RunEntry:
     row: str | None = None
     study: str | None = None
     decides: bool = True
+    about: str = ""
 
     @classmethod
     def read(cls, directory: Path, name: str) -> RunEntry:
@@ -191,8 +193,8 @@ def read_records(path: Path) -> list[RunEntry]:
     """Reads the runs of a file of records.
 
     Each line is a mapping in JSON. One with `study` says what the runs of the following lines share: parts of their
-    `result`, `config` (by dotted keys) and `provenance`, and which rows decide. The other lines are runs: `row`,
-    `time`, and their own parts.
+    `result`, `config` (by dotted keys) and `provenance`, which rows decide, and what the study is (`about`). The other
+    lines are runs: `row`, `time`, and their own parts.
 
     Raises:
         DamagedFileError: Naming the line that is none of these.
@@ -214,17 +216,29 @@ def read_records(path: Path) -> list[RunEntry]:
                 {**shared.get(part, {}), **own.get(part, {})} for part in ("result", "config", "provenance")
             )
             row, study, decide = str(own["row"]), str(shared["study"]), shared.get("decide")
-            name = f"{study}/{row}-f{result['fraction']:g}-s{result['seed']}"
+            name = record_name(study, row, result)
             name += f"-{sum(run.name.startswith(name) for run in runs)}" if any(r.name == name for r in runs) else ""
-            decides = decide is None or row in decide
             run = RunEntry(
-                path.parent / name, name, RunState.DONE, Result.of(result), None, own.get("time"), row, study, decides
+                path.parent / name,
+                name,
+                RunState.DONE,
+                Result.of(result),
+                time=own.get("time"),
+                row=row,
+                study=study,
+                decides=decide is None or row in decide,
+                about=str(shared.get("about", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(f"{path}: damaged (line {number}: {error})") from None
         vars(run).update(config=_nested(config), provenance=provenance)  # in place of what files would hold
         runs.append(run)
     return runs
+
+
+def record_name(study: str, row: str, result: Mapping[str, Any]) -> str:
+    """Name of a run in a file of records, e.g. `full/ekd-f0.1-s0`; others may share it."""
+    return f"{study}/{row}-f{result['fraction']:g}-s{result['seed']}"
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
