@@ -6,9 +6,11 @@ import json
 import logging
 import shlex
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,8 +21,10 @@ from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json, write_yaml
-from ekd_lightning.runs.directory import RunDirectory
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.writer import RunWriter
+from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.studies import comparison, launching
 from ekd_lightning.studies import study as studies
 
@@ -128,6 +132,34 @@ def test_a_stopped_run_goes_on_in_place_and_a_lost_one_starts_anew(study, finish
     assert table(study)["ce"]["by_seed"] == was["ce"]["by_seed"]
     assert table(study)["ekd"]["by_seed"] == was["ekd"]["by_seed"]
     assert call("--output", study)[0] == 0  # `resume` in its configuration is no difference
+
+
+def test_more_seeds_train_on_the_images_that_the_study_has_on_record(study, tmp_path):
+    record = study / "runs" / "ekd-f0.1-s1" / "provenance.json"
+    content = read_json(record)
+    content["data"]["train_sha256"] = "0" * 64
+    record.write_text(json.dumps(content))
+    code, out, err = call("--output", study, "--seeds", "2", "--print-jobs", f"data.root={tmp_path}")
+    assert (code, out) == (2, "")
+    assert f"data.root={tmp_path}: its train images are not those of the run {record.parent}" in err
+    assert studies.read_study(study).seeds == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fraction", "refused"), [("own", 0.5, True), ("rest", 0.5, False), ("rest", 0.1, True)]
+)
+def test_unlabelled_images_are_those_on_record_where_they_must_be(tmp_path, kind, fraction, refused):
+    write_json(tmp_path / "provenance.json", {"data": {"train_sha256": "a", "unlabelled": {"sha256": "u"}}})
+    write_yaml(tmp_path / "config.yaml", {"data": {"fraction": 0.1}})
+    images, one = comparison.Images(), SimpleNamespace(sha256="a")
+    settings = Settings(data=DataSettings(fraction=fraction, unlabelled="there"))
+    unlabelled = SimpleNamespace(sha256="v", kind=kind)
+    dataset, data = SimpleNamespace(train=one, test=one), SimpleNamespace(unlabelled=unlabelled)
+    images.add(settings, SimpleNamespace(dataset=dataset, datamodule=data))
+    runs = [RunEntry(tmp_path, "ekd-f0.1-s0", RunState.DONE)]
+    message = r"data\.unlabelled=there: its unlabelled images are not those of the run"
+    with pytest.raises(UserError, match=message) if refused else nullcontext():
+        images.refuse_others(runs)
 
 
 def test_places_that_changed_reach_a_run_that_goes_on(study, tmp_path):
@@ -377,7 +409,7 @@ MISTAKES = [
     (("--methods", "ekd", "--match", "mac"), "unknown --match 'mac'; did you mean 'macs'"),
     (("--methods", "ekd", "--tuned", "nowhere"), "--tuned nowhere: no such folder"),
     (("--methods", ","), "--methods ,: give different rows, e.g. ce,kd_mean,ekd"),
-    ((), "--methods: which rows?"),
+    ((), "--methods: must be given"),
     (("--report-only",), "not a study, there is nothing to report"),
     (("--methods", "ekd", "seed=3"), "seed=3: a study varies it, give it with --seeds"),
     (("--methods", "ekd", "method=ce"), "method=ce: a study varies it, give it with --methods"),

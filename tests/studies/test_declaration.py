@@ -334,6 +334,30 @@ def test_a_job_that_another_process_took_or_made_is_left_to_it(
     assert ran == [fresh, failed]
 
 
+def test_a_run_that_another_process_began_and_left_goes_on(
+    finished: tuple[Path, str, str], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "quick")
+    left = folder / "digits-10/runs/ce-f0.1-s1"
+    known = RunDirectory(left).read_result()["student_sha256"]
+    shutil.move(left, tmp_path / "left")
+    for name in ("result.json", "student.safetensors"):
+        (tmp_path / "left" / name).unlink()
+    (tmp_path / "left/status.json").write_text('{"state": "running"}')
+    run = comparison.run
+
+    def later(*args: Any, **options: Any) -> None:
+        """Between the plan and the run another process makes two epochs, and is killed."""
+        shutil.move(tmp_path / "left", left)
+        run(*args, **options)
+
+    monkeypatch.setattr(comparison, "run", later)
+    code, _, err = call("--study", "quick", "--only", "digits-10,ce", "--output", folder, *words)
+    assert code == 0, err
+    assert len(RunDirectory(left).provenance()["resumed"]) == 1
+    assert RunDirectory(left).read_result()["student_sha256"] == known
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ekd_lightning import progress
@@ -29,7 +29,9 @@ from ekd_lightning.config.overrides import (
     config_flags,
     expand_resume,
     key_of,
+    literal,
     named_sweep,
+    override,
 )
 from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.runs.directory import RunDirectory, RunState
@@ -102,6 +104,8 @@ def run_listed_job(cfg: DictConfig) -> float | None:
 def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
     """Runs one job of a study that other processes may work at: what one of them is at or has made is left alone.
 
+    A run that one of them began and left goes on from its last checkpoint.
+
     Args:
         cfg: Its configuration.
         since: When the jobs were planned, ISO 8601: a failure that is younger is another process's.
@@ -117,9 +121,22 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
     try:
         found = RunDirectory(directory).recorded()
         failed = found.state is RunState.FAILED and found.time is not None and found.time >= since
-        return None if failed or found.result is not None else run_listed_job(cfg)
+        if failed or found.result is not None:
+            return None
+        if found.state is RunState.STOPPED and cfg.resume is None and RunDirectory(directory).can_resume():
+            log.info("%s: another process began it, it goes on from its last checkpoint", directory.name)
+            _resume(cfg, directory)
+        return run_listed_job(cfg)
     finally:
         release_ahead()
+
+
+def _resume(cfg: DictConfig, directory: Path) -> None:
+    """Makes a job continue the run in its directory, for all ranks."""
+    hydra_config: Any = HydraConfig.get()  # typed as a dataclass, but a DictConfig
+    with read_write(cfg), read_write(hydra_config), open_dict(hydra_config):
+        cfg.resume = literal(str(directory))
+        hydra_config.overrides.task.append(override("resume", directory))
 
 
 def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:

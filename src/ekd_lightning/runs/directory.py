@@ -112,6 +112,10 @@ class RunDirectory:
         """The best epoch by validation accuracy."""
         return self.path / CHECKPOINTS / BEST
 
+    def can_resume(self) -> bool:
+        """Whether there is a checkpoint, and a record of how the run was started."""
+        return self.last_checkpoint.is_file() and self.file(OVERRIDES) is not None
+
     def file(self, name: str) -> Path | None:
         """One of its files; None if it is absent."""
         path = self.path / name

@@ -6,10 +6,10 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.types import TaskFunction
 from omegaconf import DictConfig
@@ -34,7 +34,7 @@ from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.report import kind_of_machine
 from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.directory import CONFIG, OVERRIDES, RunDirectory, RunState
+from ekd_lightning.runs.directory import CONFIG, RunDirectory, RunState
 from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
@@ -52,6 +52,10 @@ from ekd_lightning.studies.declaration import (
 from ekd_lightning.studies.launching import check_job, launch
 from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, plan_rows, read_study, union
 from ekd_lightning.studies.sweep import Job, Sweep
+
+if TYPE_CHECKING:
+    from ekd_lightning.data import Dataset, Unlabelled
+    from ekd_lightning.pipeline.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +228,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     every, left, running, done = list(study.every), [], 0, []
     checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
+    images, recorded = Images(), list[RunEntry]()
     composed: dict[tuple[str, float], DictConfig] = {}
     free = [word for word in study.common if may_be_given(word)]
     for row, fraction, seed in track(every, "checking", "runs"):
@@ -237,6 +242,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
         if keeps and found.on_disk.file(CONFIG) is not None:
             _check_configuration(directory, to_plain(compose(overrides=words)))
+            recorded.append(found)
         if found.is_over:
             done.append(found)
             continue
@@ -246,13 +252,14 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         if failed and not retry_failed:
             left.append(found)
             continue
-        resumed = checkpoint and found.on_disk.file(OVERRIDES) is not None
+        resumed = found.on_disk.can_resume()
         if place not in checked:
             settings = to_settings(composed[place])
-            checked[place] = settings, _check_row(row, settings)
+            checked[place] = settings, _check_row(row, settings, images)
         own = tuple(_resumed_words(directory, free) if resumed else words)
         job = Job(directory, own, resumed, row.name, **checked[place][1])
         ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
+    images.refuse_others(recorded)
     warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
     # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
     # others then read.
@@ -284,10 +291,40 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
         )
 
 
-def _check_row(row: RowPlan, settings: Settings) -> dict[str, int]:
+class Images:
+    """The images on which the runs of a study are going to train, once for each share."""
+
+    def __init__(self) -> None:
+        self._found: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
+
+    def add(self, settings: Settings, prepared: Prepared) -> None:
+        """Takes those of a job; those of other rows are the same."""
+        self._found.setdefault(settings.data.fraction, (settings, prepared.dataset, prepared.datamodule.unlabelled))
+
+    def refuse_others(self, runs: Iterable[RunEntry]) -> None:
+        """Refuses images that are not those on record; the rest of a data set is compared at one share alone.
+
+        Args:
+            runs: Of the study, finished or stopped; of those with one record the first is looked at.
+
+        Raises:
+            UserError: Naming the place whose images are others, and a run.
+        """
+        from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
+
+        records = {json.dumps(data, sort_keys=True): run for run in runs if (data := run.provenance.get("data"))}
+        for fraction, (settings, dataset, unlabelled) in self._found.items():
+            for run in records.values():
+                same = run.setting("data.fraction") == fraction or (unlabelled and unlabelled.kind == "own")
+                refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
+
+
+def _check_row(row: RowPlan, settings: Settings, images: Images) -> dict[str, int]:
     """Checks a row as its run would be, so that no other row trains before one is refused; returns what it costs."""
     try:
-        return training_cost(settings, check_job(settings))
+        prepared = check_job(settings)
+        images.add(settings, prepared)
+        return training_cost(settings, prepared)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None
 
