@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -243,15 +244,30 @@ def test_a_report_on_a_study_corrects_as_its_own_table_does(tmp_path: Path) -> N
     """Rows that decide over these alone; the others, which are marked, over all."""
     rows = {"ekd": EKD, "kd_mean": OTHERS["kd_mean"], "camkd": OTHERS["camkd"], "fitnet": OTHERS["fitnet"]}
     study = write(tmp_path / "a", rows, others=("fitnet",))
-    code, _, err = called(main, study, "-o", tmp_path / "out", "--no-page", "--no-figures", "--reference", "ekd")
+    damaged = write(tmp_path / "b", {}) / "study.json"
+    write_run(damaged.parent / "runs" / "ekd-f0.1-s0", result(fraction=0.2))
+    damaged.write_text("{")
+    places = (study, damaged.parent)
+    code, _, err = called(main, *places, "-o", tmp_path / "out", "--no-page", "--no-figures", "--reference", "ekd")
     assert (code, len(err.splitlines())) == (0, 1)
     assert "the study's question is not about fitnet: " in err
     table = (tmp_path / "out" / "tables.md").read_text()
     assert [line for line in table.splitlines() if line.startswith("| `fitnet` † |")]
     assert table.count("†") == 2  # the row and the line below its table
-    (block,) = json.loads((tmp_path / "out" / "summary.json").read_text())["blocks"]
+    (block, _) = json.loads((tmp_path / "out" / "summary.json").read_text())["blocks"]
     found = {one["label"]: one["differences"].get("ekd") for one in block["rows"]}
     p = {name: stats.ttest_rel(values, EKD).pvalue for name, values in rows.items() if name != "ekd"}
     low, high = sorted(("kd_mean", "camkd"), key=p.__getitem__)
     expected = {low: 2 * p[low], high: max(2 * p[low], p[high]), "fitnet": max(p["fitnet"], 3 * p[low], 2 * p[high])}
     assert {name: cast(dict[str, float], found[name])["p_holm"] for name in expected} == pytest.approx(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "by_cost", lambda report, _: [])
+        assert pages(study, "-o", tmp_path / "pages") == (0, "")
+    words = ("-o", tmp_path / "again", "--no-page", "--no-figures", "--reference", "ekd")
+    assert (
+        called(main, tmp_path / "pages" / "cifar10.jsonl", *words)[0] == 0
+    )  # from records: the same, and all settings
+    (again,) = json.loads((tmp_path / "again" / "summary.json").read_text())["blocks"]
+    assert {one["label"]: one["differences"].get("ekd") for one in again["rows"]} == found
+    lines = list(csv.DictReader((tmp_path / "again" / "runs.csv").open()))
+    assert {line["recipe.lr"] for line in lines if line["method"] == "fitnet"} == {"0.1"}

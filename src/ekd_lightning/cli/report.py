@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ekd_lightning.progress import part, phase, session
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
     from ekd_lightning.runs.collection import Collection, RunEntry
+    from ekd_lightning.studies.study import Study
 
 PROGRAM = "ekd-report"
 FORMATS = ("svg", "png")
@@ -103,7 +105,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     report_files.check_packages(figures=True, page=False)
     report_files.check_output(args.output, force=args.force, marked=False)
     around = None if args.readme is None else _around_section(args.readme)
-    every = list(_of_studies(collect(args.runs).runs))
+    every = list(_of_studies(collect(args.runs).runs, _study))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
         raise UserError(f"{' '.join(map(str, args.runs))}: no run of a study is done")
@@ -125,35 +127,38 @@ def write_study_pages(args: argparse.Namespace) -> None:
     print(f"{len(runs)} runs; {len(files)} files in {args.output}")
 
 
-def _of_studies(runs: Iterable[RunEntry]) -> Iterator[RunEntry]:
+def _of_studies(runs: Iterable[RunEntry], read: Callable[[Path], Study | None]) -> Iterator[RunEntry]:
     """The runs of studies with their study and row: the name of what declares the study, or else of its folder."""
-    from ekd_lightning.files import read_json  # noqa: PLC0415
-    from ekd_lightning.studies.study import STUDY_FILE, Study, read_study  # noqa: PLC0415
-
-    known: dict[Path, tuple[str, Study] | None] = {}
+    known: dict[Path, Study | None] = {}
     for run in runs:
         if run.row is not None:
             yield run
             continue
-        folder = run.directory.parent.parent
+        folder, row = run.directory.parent.parent, run.directory.name.rsplit("-f", 1)[0]
         if folder not in known:
-            study = read_study(folder) if (folder / STUDY_FILE).is_file() else None
-            declared = read_json(folder / STUDY_FILE).get("declaration") if study else None
-            known[folder] = (Path(str(declared)).stem if declared else folder.name, study) if study else None
-        row = run.directory.name.rsplit("-f", 1)[0]
-        if (found := known[folder]) is not None and row in {one.name for one in found[1].rows}:
-            yield replace(run, row=row, study=found[0], decides=row in found[1].deciding)
+            known[folder] = read(folder)
+        if (study := known[folder]) is not None and row in {one.name for one in study.rows}:
+            yield replace(run, row=row, study=study.declaration or folder.name, decides=row in study.deciding)
+
+
+def _study(folder: Path) -> Study | None:
+    from ekd_lightning.studies.study import STUDY_FILE, read_study  # noqa: PLC0415
+
+    return read_study(folder) if (folder / STUDY_FILE).is_file() else None
 
 
 def _deciding(collection: Collection) -> Collection:
-    """The runs, with whether the question of the study that they are of is about them."""
-    others = {run.directory for run in _of_studies(collection.runs) if not run.decides}
-    if not others:
-        return collection
-    return replace(
-        collection,
-        runs=tuple(replace(run, decides=False) if run.directory in others else run for run in collection.runs),
-    )
+    """The runs, with whether the question of the study that they are of is about them; a damaged study says nothing."""
+
+    def undamaged(folder: Path) -> Study | None:
+        with suppress(UserError):
+            return _study(folder)
+        return None
+
+    found = _of_studies((run for run in collection.runs if run.row is None), undamaged)
+    others = {run.directory for run in found if not run.decides}
+    runs = (replace(run, decides=False) if run.directory in others else run for run in collection.runs)
+    return replace(collection, runs=tuple(runs))
 
 
 def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
