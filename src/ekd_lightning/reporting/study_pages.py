@@ -203,9 +203,9 @@ def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
 _LEGEND = f"""\
 {PAGE_BEGINS}: mean ± sample standard deviation over n seeds. Differences
 in points, paired by seed, with the 95 % t interval; p of the paired t-test, after Holm's correction: in a list over the
-methods that it compares, or those of them that decide; in a table over its rows, or as a line below it says. K branches,
-M teachers. *Below*, *level* and *above* say where the interval of a difference lies; with few seeds a corrected p value
-shows large differences only.
+methods that it compares, or those of them that decide; in a table over its rows, or as a line below it says. K
+branches, M teachers. *Below*, *level* and *above* say where the interval of a difference lies; with few seeds a
+corrected p value shows large differences only.
 """
 
 
