@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import shutil
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from made_runs import entry, result
+from omegaconf import DictConfig, OmegaConf
 from scipy import stats
 from whole_runs import called
 
@@ -26,6 +28,7 @@ from ekd_lightning.reporting.blocks import block_of_rows
 from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
+from ekd_lightning.settings import RecipeSettings, Settings
 from ekd_lightning.studies import comparison
 from ekd_lightning.studies.declaration import Declaration, read_declaration, read_tuned, recorded_pace, seconds_of
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
@@ -131,6 +134,41 @@ def test_the_cost_is_that_of_recorded_runs_by_row_and_by_size_elsewhere() -> Non
     jobs = [Job(Path("a"), (), row="ekd", images=1000), Job(Path("b"), (), row="ce", images=7, macs=2400)]
     assert seconds_of(jobs, pace, speed) == pytest.approx(1000 * 5 / 200 + 2400 / speed)
     assert recorded_pace([]) == ({}, 0.0)
+
+
+def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a row's pace counts on its own data set alone: images of another may be of another size."""
+    monkeypatch.setattr(comparison, "_check_row", lambda *_: {"images": 400, "macs": 4000})
+    study = Study((RowPlan("ce", ("method=ce",)),), (0.1,), (0, 1), (), "digits")
+    stopped = tmp_path / "a/runs/ce-f0.1-s0"
+    (stopped / ".hydra").mkdir(parents=True)
+    (stopped / "checkpoints").mkdir()
+    (stopped / "checkpoints/last.ckpt").touch()
+    (stopped / "status.json").write_text('{"state": "stopped"}')
+    (stopped / ".hydra/overrides.yaml").write_text("[method=ce]\n")
+    (stopped / "metrics.csv").write_text("step,epoch\n3,0.0\n7,1.0\n11,2.0\n")
+
+    def composed(overrides: list[str]) -> DictConfig:
+        return OmegaConf.create({**asdict(Settings(recipe=RecipeSettings(epochs=4))), "method": {"terms": {}}})
+
+    monkeypatch.setattr(comparison, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
+    jobs, _ = comparison.plan(study, tmp_path / "a", composed, retry_failed=False)
+    assert [(job.resumed, job.images, job.macs) for job in jobs] == [(True, 100, 1000), (False, 400, 4000)]
+
+    seen = {"num_train_images": 100, "epochs_done": 1, "macs": 10, "train_seconds": 3600.0}
+    made = {"digits": entry(result("ce", 0, **seen), name="ce-f0.1-s0"), "cifar10": None}
+    here = comparison.kind_of_machine({})
+    monkeypatch.setattr(comparison, "kind_of_machine", lambda _: here)
+    monkeypatch.setattr(
+        comparison, "read_runs", lambda study, _: {0.1: {"ce": {0: made[study.data]} if made[study.data] else {}}}
+    )
+    job = Job(Path("x"), (), row="ce", images=100, macs=30_000)
+    planned = {tmp_path / data: (replace(study, data=data), [job]) for data in ("digits", "cifar10")}
+    with caplog.at_level(logging.INFO):
+        comparison.say_cost(planned, composed)
+    assert [line.rpartition(", ")[2] for line in caplog.messages[-4:-1]] == ["about 1 h", "about 10 h", "about 11 h"]
 
 
 def test_what_the_test_set_chose_it_cannot_confirm(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -31,6 +32,7 @@ from ekd_lightning.files import write_text
 from ekd_lightning.progress import track
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
+from ekd_lightning.reporting.details import read_curves
 from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.report import kind_of_machine
 from ekd_lightning.runs.collection import RunEntry
@@ -153,20 +155,25 @@ def say_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
     jobs = {place.name: own for place, (_, own) in planned.items() if own}
     if not jobs:
         return
-    here, done = kind_of_machine(provenance()), []
+    here, done = kind_of_machine(provenance()), {study.data: list[RunEntry]() for study, _ in planned.values()}
     for place, (study, _) in planned.items():
         runs = [run for rows in read_runs(study, place).values() for own in rows.values() for run in own.values()]
-        done += [run for run in runs if run.result and kind_of_machine(run.provenance) == here]
-    pace, speed = recorded_pace(done)
-    source = f"by {plural(len(done), 'run')} that it has made"
+        done[study.data] += [run for run in runs if run.result and kind_of_machine(run.provenance) == here]
+    every = [run for own in done.values() for run in own]
+    _, speed = recorded_pace(every)
+    source = f"by {plural(len(every), 'run')} that it has made"
     if not speed:
         source = "by a second of a student's training; filling the tables of teachers' outputs comes on top"
         first = next(own[0] for own in jobs.values())
         speed = training_speed(to_settings(composer(overrides=first.overrides)))
-    every = [job for own in jobs.values() for job in own]
-    for name, own in {**jobs, "in all": every}.items():
-        images, hours = sum(job.images for job in own), seconds_of(own, pace, speed) / 3600
-        log.info("%s: %s, %s training images, about %.3g h", name, plural(len(own), "run"), f"{images:,}", hours)
+    costs = []
+    for place, (study, own) in planned.items():
+        if own:  # images of another data set may be of another size: there a row's pace says nothing
+            pace, _ = recorded_pace(done[study.data])
+            costs.append((place.name, len(own), sum(job.images for job in own), seconds_of(own, pace, speed)))
+    whole = (sum(one[1] for one in costs), sum(one[2] for one in costs), sum(one[3] for one in costs))
+    for name, count, images, seconds in (*costs, ("in all", *whole)):
+        log.info("%s: %s, %s training images, about %.3g h", name, plural(count, "run"), f"{images:,}", seconds / 3600)
     log.info("hours of one run after the other on %s, judged %s", here, source)
 
 
@@ -257,7 +264,8 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
             settings = to_settings(composed[place])
             checked[place] = settings, _check_row(row, settings, images)
         own = tuple(_resumed_words(directory, free) if resumed else words)
-        job = Job(directory, own, resumed, row.name, **checked[place][1])
+        cost = _left(found, *checked[place]) if resumed else checked[place][1]
+        job = Job(directory, own, resumed, row.name, **cost)
         ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
     images.refuse_others(recorded)
     warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
@@ -289,6 +297,15 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
             f"{directory}: exists with another configuration ({', '.join(changed[:5])} differ); "
             "remove it, or use another --output"
         )
+
+
+def _left(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -> dict[str, int]:
+    """What is left of a stopped run's cost, by the epochs that its curves tell of; all of it where they are damaged."""
+    done = 0
+    with contextlib.suppress(UserError):
+        done = max(read_curves(run).get("epoch", {0: 0.0}))
+    epochs = settings.recipe.epochs
+    return {name: value * max(epochs - done, 0) // epochs for name, value in cost.items()}
 
 
 class Images:
