@@ -126,7 +126,21 @@ def test_of_equal_rows_of_two_studies_each_is_named(runs: list[RunEntry]) -> Non
     assert {"camkd (s)", "camkd (t)", "ekd"} <= {one.label for one in block.groups}
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"row": "ce"}', '{"row": "ce", "result": {"seed": 0, "fraction": 2}}'])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", '{"row": "ce"}', '{"row": "ce", "result": {"seed": 0, "fraction": 2}}']
+    + [
+        json.dumps({"row": "ce", "result": result("ce") | change} | more)
+        for change, more in (
+            ({"steps": [1]}, {}),
+            ({"views": ["flip"]}, {}),
+            ({"test_nll": float("inf")}, {}),
+            ({}, {"time": 3}),
+            ({}, {"provenance": {"hardware": ["cpu"]}}),
+            ({}, {"provenance": {"packages": ["torch"]}}),
+        )
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"study": "s"}) + "\n" + line + "\n")

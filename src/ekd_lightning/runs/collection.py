@@ -18,7 +18,9 @@ from typing import Any
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import DamagedFileError
 from ekd_lightning.progress import track
+from ekd_lightning.roles import is_of
 from ekd_lightning.runs.directory import CONFIG, HYDRA, RESULT, STATUS, ForeignRecordError, RunDirectory, RunState
+from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.result import Result
 
 RECORDS = ".jsonl"
@@ -208,7 +210,7 @@ def read_records(path: Path) -> list[RunEntry]:
     runs: list[RunEntry] = []
     for number, line in enumerate(lines, 1):
         try:
-            own = json.loads(line)
+            own = json.loads(line, parse_constant=_no_number)
             if "study" in own:
                 shared = own
                 continue
@@ -216,6 +218,10 @@ def read_records(path: Path) -> list[RunEntry]:
                 {**shared.get(part, {}), **own.get(part, {})} for part in ("result", "config", "provenance")
             )
             row, study, decide = str(own["row"]), str(shared["study"]), shared.get("decide")
+            hash(Protocol.of(result))
+            for key, value in {"time": own.get("time"), **provenance}.items():
+                if not is_of(value, str | None if key == "time" else dict[str, Any]):
+                    raise ValueError(f"{key} is {value!r:.60}")
             name = record_name(study, row, result)
             name += f"-{sum(run.name.startswith(name) for run in runs)}" if any(r.name == name for r in runs) else ""
             run = RunEntry(
@@ -234,6 +240,10 @@ def read_records(path: Path) -> list[RunEntry]:
         vars(run).update(config=_nested(config), provenance=provenance)  # in place of what files would hold
         runs.append(run)
     return runs
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def record_name(study: str, row: str, result: Mapping[str, Any]) -> str:
