@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from pathlib import Path
@@ -171,3 +172,19 @@ def test_a_run_ends_with_a_table_and_commands_that_can_be_pasted(run, monkeypatc
     assert called(evaluate.main, *commands[1][1:3], "predictions")[0] == 0
     code, out, err = called(compare.main, *commands[3][1:], "--print-jobs", "--no-controls")
     assert (code, out.count("ekd-train")) == (0, 3), err
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(train, tmp_path):
+    """Accuracy on the validation images is that of the weights that are tested, as without an interval."""
+    words = ("method=ce", "recipe.epochs=3", "data.val_fraction=0.25")
+    often, seldom = (
+        train(tmp_path / "often", *words),
+        train(tmp_path / "seldom", *words, "trainer.check_val_every_n_epoch=2"),
+    )
+    assert seldom.code == 0, seldom.err
+    assert seldom.result["student_sha256"] == often.result["student_sha256"]
+    for name in ("val_accuracy", "val_nll", "val_brier"):
+        assert seldom.result[name] == often.result[name]
+    with (tmp_path / "seldom/metrics.csv").open() as file:
+        validated = [row["epoch"] for row in csv.DictReader(file) if row["val/nll"]]
+    assert validated == ["1.0", "2.0"]

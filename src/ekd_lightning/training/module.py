@@ -261,7 +261,9 @@ class TrainingModule(pl.LightningModule):
             self.ema.update(self.student, self.global_step)
 
     def on_train_epoch_start(self) -> None:
-        """Resets the epoch's log and prepares its steps."""
+        """Resets the epoch's log and prepares its steps; the last epoch always ends with a validation."""
+        if self.trainer.check_val_every_n_epoch and self.current_epoch + 1 == self.trainer.max_epochs:
+            self.trainer.check_val_every_n_epoch = 1  # else the scores on record would be an earlier epoch's
         self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         self._step_log.clear()
