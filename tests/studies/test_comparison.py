@@ -195,8 +195,8 @@ def test_a_tuned_file_sets_its_methods_own_settings_alone(tmp_path, word, named)
     ("change", "named"),
     [
         ({"format": 9}, r"study\.json: written by a newer version \(format 9; 1 to 2 are read\)"),
-        ({"rows": {"../x": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row '../x'\)"),
-        ({"rows": {"a\nb": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: damaged \(a row 'a"),
+        ({"rows": {"../x": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: a row '../x': names part"),
+        ({"rows": {"a\nb": {"overrides": ["method=ce"], "without": []}}}, r"study\.json: a row 'a\\nb': names part"),
         ({"rows": {"ce": {"overrides": ["method=ce", "data.root=/x"], "without": []}}}, "sets more than its method"),
         ({"common": ["hydra.run.dir=/x"]}, "a record may set only settings of a run"),
         ({"seeds": [0, "../1"]}, r"study\.json: damaged \(--seeds"),
