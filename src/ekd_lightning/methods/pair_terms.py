@@ -384,7 +384,8 @@ class FeatureBranch(FeatureTerm):
 
     def pair_weights(self, context: StepContext) -> Tensor:
         """Returns A[k, m] of each pair [P], or with `confidence` A[k, m] w_mb / B [P, B]."""
-        logits_MBC, P = context.teacher_logits.detach(), len(self.pairs)
+        assert context.teachers is not None
+        logits_MBC, P = context.teachers.logits.detach(), len(self.pairs)
         shares_P = (
             super().pair_weights(context) if self.uses_assignment else logits_MBC.new_full((P,), 1 / self.num_teachers)
         )
