@@ -318,6 +318,17 @@ def test_controls_and_students_of_equal_cost_are_added_and_said(tmp_path, words)
     assert "10 missing" in out
 
 
+def test_a_plain_student_that_would_be_its_own_control_is_left_out(tmp_path, words):
+    """Networks of libraries have no relatives of other depth or width."""
+    own = ("student.network=torchvision:mobilenet_v3_small", "student.split_after=stage2")
+    asked = ("--methods", "ekd", "--seeds", "0", "--no-controls", "--match", "macs", "--output", tmp_path / "c")
+    code, out, err = call(*asked, "--print-jobs", *(word for word in words if "student" not in word), *own)
+    assert code == 0, err
+    assert "no plain torchvision:mobilenet_v3_small has the macs of the study's student; the nearest: " in err
+    assert "kd_mean_macs, kd_mean_feature_macs: left out, because that is the student's own network unchanged" in err
+    assert len(out.splitlines()) == 1
+
+
 def test_controls_beside_unlabelled_images_have_a_use_for_them(tmp_path, words):
     asked = ("--methods", "ekd", "--seeds", "0", "--match", "none", "--output", tmp_path / "c", "--print-jobs")
     code, out, err = call(*asked, "--fractions", "0.1", *words, "data.unlabelled=rest")

@@ -317,8 +317,12 @@ def plan_rows(
         names = {f"{method}_{by}": method for method in MATCHED}
         new = {name: method for name, method in names.items() if name not in recorded}
         if new:  # once found, a study keeps it
-            match = match_student(by, compose(overrides=common))
+            cfg = compose(overrides=common)
+            match = match_student(by, cfg)
             log.info("%s: %s", ", ".join(new), match)
+            if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
+                log.warning("%s: left out, because that is the student's own network unchanged", ", ".join(new))
+                continue
             rows += [matched_row(name, make_row(method, compose), by, words_of(match)) for name, method in new.items()]
     return rows
 
@@ -368,14 +372,17 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     """
     from ekd_lightning.data import open_dataset  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
-    from ekd_lightning.networks.registry import match_network  # noqa: PLC0415
+    from ekd_lightning.networks.registry import CLOSE, match_network  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
 
     settings = to_settings(cfg)
     dataset = open_dataset(settings.data)
     student = build_student(settings, dataset)
     cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
-    return match_network(student.spec, cost(student), cost)
+    match = match_network(student.spec, cost(student), cost)
+    if abs(match.off) > CLOSE:
+        log.warning("no plain %s has the %s of the study's student; the nearest: %s", student.spec.name, by, match)
+    return match
 
 
 def words_of(match: Match) -> tuple[str, ...]:
