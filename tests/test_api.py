@@ -178,7 +178,7 @@ def test_a_module_comes_back_for_prediction_without_teachers(here):
     assert torch.equal(loaded.predict_step(images, 0), module.student(images))
     trainer = trainer_of(2)
     assert trainer.validate(loaded, loader, verbose=False) == trainer.validate(module, loader, verbose=False)
-    with pytest.raises(UserError, match=r"method 'ekd' needs teachers, and there are none: hand them in, teachers="):
+    with pytest.raises(UserError, match=r"method 'ekd' needs teachers, and there are none: pass teachers="):
         trainer.fit(loaded, loader, ckpt_path=path)
     known = torch.load(path, weights_only=True)["hyper_parameters"]
     assert known["teachers"] == [
@@ -220,7 +220,7 @@ def test_what_is_no_such_checkpoint_is_refused(here):
     assert "not a checkpoint of a Distiller" in refusal(hyper_parameters={})
     assert "not a checkpoint of a Distiller" in refusal(hyper_parameters={**known, "student": 3})
     assert "recipe.epochs" in refusal(hyper_parameters={**known, "recipe": {"epochs": 0}})
-    assert "hand it in, method=" in refusal(hyper_parameters={**known, "method": {}})
+    assert "pass method=" in refusal(hyper_parameters={**known, "method": {}})
     spec = {**known["student"]["spec"], "name": "module:os.system"}
     assert "is not imported" in refusal(hyper_parameters={**known, "student": {**known["student"], "spec": spec}})
     state = {name: value for name, value in good["state_dict"].items() if "head" not in name}

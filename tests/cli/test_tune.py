@@ -192,8 +192,9 @@ def test_the_page_is_true(tmp_path):
     text = PAGE.read_text()
     spaces = re.findall(r"```yaml\n(# space.*?)```", text, re.DOTALL)
     assert spaces
+    three = "teachers.pool=[{train: resnet8, seed: 0}, {train: resnet8, seed: 1}, {train: resnet8, seed: 2}]"
     for space in spaces:
         (tmp_path / "space.yaml").write_text(space)
-        try_ends(list(TINY), read_space(tmp_path / "space.yaml"))
+        try_ends([*TINY, three], read_space(tmp_path / "space.yaml"))
     flags = {action.option_strings[-1] for action in command._parser()._actions if action.option_strings}
     assert {flag for flag in flags - {"--help", "--version"} if f"`{flag}" not in text} == set()

@@ -79,7 +79,7 @@ def test_spec_keeps_a_copy_of_the_options() -> None:
     ("name", "options", "message"),
     [
         ("resnet21", {}, "did you mean 'resnet"),
-        ("resnet8", {"shortcutt": "A"}, "'shortcutt'; did you mean 'shortcut'.*allowed: shortcut, width"),
+        ("resnet8", {"shortcutt": "A"}, "'shortcutt'; did you mean 'shortcut'.*allowed: shortcut, stage_widths, width"),
         ("resnet8", {"shortcut": "C"}, "shortcut='C'.*'A', 'B'"),
         ("resnet8", {"width": 0}, "width=0"),
         ("resnet8", {"width": "2"}, "width='2'"),
