@@ -318,7 +318,8 @@ def readme_section(report: Report, folder: str) -> str:
     intro = (
         f"{100 * (block.fraction or 1):g} % of {block.data}'s labels, {len(block.teachers)} pretrained teachers, "
         f"{block.protocol.steps or 0:,} steps, mean ± standard deviation over {one.ekd.n} seeds; all {len(groups)} "
-        f"rows, and the other studies, are in [{folder}]({folder}/README.md)."
+        f"rows, and the other studies, are in [{folder}]({folder}/README.md). "
+        f"{_made_on([groups[label] for label in named if label in groups])}"
     )
     cost = (best.mean("macs") or 0) / (one.ekd.mean("macs") or 1)
     said = (
