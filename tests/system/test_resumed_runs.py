@@ -168,7 +168,7 @@ def test_a_changed_recipe_is_refused_and_the_record_stays(train, resume, tmp_pat
     assert changed == []
 
 
-def test_other_teachers_than_before_are_refused(train, resume, tmp_path):
+def test_teachers_may_move_but_not_become_others(train, resume, tmp_path):
     from ekd_lightning.networks import NetworkSpec, build_network, normalization, save_network
 
     file, directory = tmp_path / "tutor.safetensors", tmp_path / "run"
@@ -185,6 +185,15 @@ def test_other_teachers_than_before_are_refused(train, resume, tmp_path):
     assert "taught by" in outcome.err
     assert outcome.status["state"] == "failed"
     assert not (directory / "result.json").exists()
+    torch.manual_seed(1)
+    save_network(tmp_path / "moved.safetensors", build_network(spec))
+    file.unlink()
+    moved = f"teachers.pool=[{{file: {tmp_path / 'moved.safetensors'}}}]"
+    outcome = resume(directory, "trainer.max_epochs=2", moved.replace("{file", "{normalization: cifar, file"))
+    assert (outcome.code, "teachers.pool" in outcome.err) == (2, True), outcome.err
+    outcome = resume(directory, "trainer.max_epochs=2", moved)
+    assert (outcome.code, outcome.result["epochs_done"]) == (0, 2), outcome.err
+    assert outcome.result["teachers"][0]["id"] == "moved"
 
 
 def test_a_new_run_in_an_old_directory_leaves_nothing_of_the_old_one(train, resume, tmp_path, whole):

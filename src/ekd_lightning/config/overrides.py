@@ -288,14 +288,33 @@ def check_place(resume: str, directory: Path) -> None:
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
     """Refuses a resume under a configuration that would compute something else.
 
+    Weights of teachers may have moved: the checkpoint knows them by their hash.
+
     Raises:
         UserError: Naming the keys that differ from the recorded configuration.
     """
-    changed = [
-        key for key in changed_keys(read_config(directory, "resume="), plain) if not may_change_between_parts(key)
-    ]
+    recorded, here = (_without_weight_files(config) for config in (read_config(directory, "resume="), plain))
+    changed = [key for key in changed_keys(recorded, here) if not may_change_between_parts(key)]
     if changed:
         raise UserError(
             f"resume={directory}: {', '.join(changed[:5])} differ from the recorded run; "
             "a resumed run must keep its settings"
         )
+
+
+def _without_weight_files(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a plain configuration whose pool of teachers does not say where files of weights are."""
+    teachers = config.get("teachers")
+    if not isinstance(teachers, dict) or not isinstance(teachers.get("pool"), list):
+        return config
+    pool = [
+        {key: "" if key in _WEIGHT_FILES and value not in (None, "DEFAULT") else value for key, value in entry.items()}
+        if isinstance(entry, dict)
+        else entry
+        for entry in teachers["pool"]
+    ]
+    return {**config, "teachers": {**teachers, "pool": pool}}
+
+
+_WEIGHT_FILES = ("file", "weights")
+"""Keys of a pool entry that name a file."""
