@@ -358,7 +358,7 @@ def test_a_loss_that_is_not_finite_inside_a_graph_ends_the_epoch(tiny_settings, 
 
 
 NOT_DETERMINISTIC = {"fsp"}
-"""Methods with a term whose backward pass has no deterministic form on CUDA: pooling to unequal sizes (fsp)."""
+"""Methods with a term whose backward pass has no deterministic form on CUDA: adaptive_max_pool2d (fsp)."""
 
 
 @pytest.mark.gpu

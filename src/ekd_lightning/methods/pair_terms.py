@@ -160,7 +160,7 @@ class FeatureTerm(PairTerm):
         context: The networks' sizes and the assignment.
         places: `pooled`, `last` or a stage's name, each.
         grid: Side of a small grid, 1 or more, that the maps of student and teachers are averaged to
-            (adaptive_avg_pool2d) before they are compared; None compares whole maps. Teacher tables always keep such
+            (`average_pool`) before they are compared; None compares whole maps. Teacher tables always keep such
             averages: channels × grid² × 2 bytes and a check value of 4 for each stage, teacher, image and view.
         reduction: `mean` or `sum` over the K branches.
 
@@ -311,7 +311,7 @@ class FeatureBranch(FeatureTerm):
     pooled over space vary less than maps and need a larger weight. The last term of the project's
     reconstruction of EKD (see `losses`); which features the paper compares could not be verified.
 
-    Maps of unequal height or width are first averaged (adaptive_avg_pool2d) to the smaller of the two, so
+    Maps of unequal height or width are first averaged (`average_pool`) to the smaller of the two, so
     shapes "agree" when the channel counts do. The regressors of FitNets map sizes by themselves instead.
 
     A method may have the term once for each stage, with a weight and a schedule for each. At a stage of the trunk,

@@ -257,8 +257,19 @@ def stage_and_grid(name: str) -> tuple[str, int | None]:
 
 
 def averaged(maps: Tensor, grid: int | None) -> Tensor:
-    """Averages maps [B, channels, height, width] over space to grid × grid (adaptive_avg_pool2d); None keeps them."""
-    return maps if grid is None else nn.functional.adaptive_avg_pool2d(maps, grid)
+    """Averages maps [B, channels, height, width] over space to grid × grid; None keeps them."""
+    return maps if grid is None else average_pool(maps, (grid, grid))
+
+
+def average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Averages maps [B, channels, height, width] to a height and width, as adaptive_avg_pool2d does.
+
+    Equal windows go through avg_pool2d, which is equal within rounding and has a deterministic backward pass on CUDA.
+    """
+    height, width = maps.shape[2:]
+    if height % size[0] == 0 and width % size[1] == 0:
+        return nn.functional.avg_pool2d(maps, (height // size[0], width // size[1]))
+    return nn.functional.adaptive_avg_pool2d(maps, size)
 
 
 def shape_at(shapes: Mapping[str, tuple[int, int, int]], name: str) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ekd_lightning.methods.losses.logits import at_least_float32, mse
+from ekd_lightning.networks.staged import average_pool
 
 SHORTEST = 1e-4
 """Vectors shorter than this share of the root mean square length count as having no direction."""
@@ -22,11 +23,11 @@ NCE_EPS = 1e-7
 
 
 def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages maps (adaptive_avg_pool2d) to the smaller height and width of the two; vectors pass unchanged."""
+    """Averages maps to the smaller height and width of the two (`average_pool`); vectors pass unchanged."""
     if first.shape[2:] == second.shape[2:]:
         return first, second
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    return functional.adaptive_avg_pool2d(first, size), functional.adaptive_avg_pool2d(second, size)
+    return average_pool(first, size), average_pool(second, size)
 
 
 def attention_map(features: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
     """
     first, second = at_least_float32(first), at_least_float32(second)
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    pool = functional.adaptive_max_pool2d if pooling == "max" else functional.adaptive_avg_pool2d
+    pool = functional.adaptive_max_pool2d if pooling == "max" else average_pool
     first, second = (f if f.shape[2:] == size else pool(f, size) for f in (first, second))
     with torch.autocast(first.device.type, enabled=False):  # it would multiply in bfloat16
         return first.flatten(2) @ second.flatten(2).mT / (size[0] * size[1])
