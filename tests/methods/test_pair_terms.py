@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import cast
 
@@ -17,6 +18,7 @@ from ekd_lightning.methods.pair_terms import ConvRegressor, FeatureBranch
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
 
 from .helpers import Heads, make_batch, make_student, make_teachers, preset, sizes, step_context, term_context
+from .reference import kl, softmax
 
 BOUNDARY = 0.1111
 
@@ -248,8 +250,16 @@ def test_confidence_weights_each_image_over_all_teachers(kind, assignment):
     student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
     K, M, B, labels = 2, 3, 5, make_batch().labels.tolist()
     p = teachers.logits.detach().softmax(-1).numpy()
-    expected, found = 0.0, errors(student, teachers)
-    A = build_assignment(assignment, K, M).matrix(0).tolist()
+    squares, T = errors(student, teachers), 4.0
+    z = student.branch_logits.detach().numpy()
+    kls = [
+        [
+            [T**2 * kl(softmax(t, T), softmax(s, T)) for s, t in zip(own, his, strict=True)]
+            for his in teachers.logits.tolist()
+        ]
+        for own in z.tolist()
+    ]
+    A, expected = build_assignment(assignment, K, M).matrix(0).tolist(), np.zeros(2)
     for b in range(B):
         if kind == "label":
             ce = [np.exp(-np.log(p[m, b, labels[b]])) for m in range(M)]
@@ -257,11 +267,16 @@ def test_confidence_weights_each_image_over_all_teachers(kind, assignment):
             ce = [-(p[m, b] * np.log(p[m, b])).sum() for m in range(M)]
         v = [(1 - ce[m] / sum(ce)) / (M - 1) for m in range(M)]
         assert sum(v) == pytest.approx(1)
-        expected += sum(A[k][m] * M * v[m] * found[k][m][b] for k in range(K) for m in range(M)) / (K * B)
-    term = maps_term(assignment=assignment, confidence=kind)
-    assert term.needs_labels == (kind == "label")
-    assert term.reads_logits
-    assert value(term, student, teachers, assignment) == pytest.approx(expected)
+        for k, m in itertools.product(range(K), range(M)):
+            expected += A[k][m] * M * v[m] * np.array([squares[k][m][b], kls[k][m][b]]) / (K * B)
+    maps = maps_term(assignment=assignment, confidence=kind)
+    logits = build_term("kd_branch", 1.0, term_context(K, M, assignment), confidence=kind)
+    for term, one in zip((maps, logits), expected, strict=True):
+        assert term.needs_labels == (kind == "label")
+        assert term.reads_logits
+        assert value(term, student, teachers, assignment) == pytest.approx(one)
+    plain = build_term("kd_branch", 1.0, term_context(K, M, assignment), confidence=kind, loss="kl_plain")
+    assert value(plain, student, teachers, assignment) == pytest.approx(expected[1] / T**2)
 
 
 @pytest.mark.parametrize("kind", ["label", "entropy"])
@@ -269,6 +284,14 @@ def test_teachers_of_one_opinion_count_alike(kind):
     student, teachers = (make(dtype=torch.float64) for make in (make_student, make_teachers))
     alike = teachers._replace(logits=teachers.logits[:1].expand(3, -1, -1))
     assert value(maps_term(confidence=kind), student, alike) == pytest.approx(value(maps_term(), student, alike))
+    trusting, plain = (build_term("kd_branch", 1.0, term_context(), confidence=c) for c in (kind, None))
+    assert value(trusting, student, alike, "mean") == pytest.approx(value(plain, student, alike, "mean"))
+
+
+@pytest.mark.parametrize("options", [{"combine": "probabilities"}, {"loss": "mse_logits"}])
+def test_confidence_in_logits_compares_with_one_teacher_after_the_other(options):
+    with pytest.raises(UserError, match="confidence=label needs combine=logits and loss=kl or kl_plain"):
+        build_term("kd_branch", 1.0, term_context(), confidence="label", **options)
 
 
 TEACHERS = {"wide": ("wrn_16_2", 128), "dense": ("densenetbc_40_12", 132), "narrow": ("resnet8", 64)}
@@ -328,6 +351,8 @@ def test_labels_are_needed_where_confidence_asks_for_them():
     assert terms_with_labels(terms) == (["maps"], True)
     terms["maps"]["confidence"] = "entropy"
     assert terms_with_labels(terms) == ([], False)
+    terms["kd_branch"] = {"weight": 1.0, "confidence": "label"}
+    assert terms_with_labels(terms) == (["kd_branch"], False)
 
 
 def test_a_teacher_of_features_alone_has_no_confidence():

@@ -12,6 +12,7 @@ Shape letters: B batch, C classes, M teachers, K branches, T temperature.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -150,6 +151,9 @@ class DistillationEnsemble(_Distillation):
 class DistillationBranch(BranchTerm, _Distillation):
     """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates the teachers that are assigned to it.
 
+    With `confidence` it is mean_k Σ_m A[k, m] 1/B Σ_b M v_mb T² KL(p_T(t_mb) ‖ p_T(z_kb)): each teacher is compared on
+    its own, and counts for an image as much as it is trusted there.
+
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the method's temperature.
@@ -157,15 +161,43 @@ class DistillationBranch(BranchTerm, _Distillation):
         combine: How several teachers of one branch are combined, `logits` or `probabilities`; see
             `kd_ensemble`.
         loss: `kl`, `kl_plain` or `mse_logits`; see `kd_ensemble`.
+        confidence: Weights v_mb of teachers and images that sum to 1 over all M teachers: `label` (CA-MKD; only
+            labelled images count) or `entropy` (EBKD); None counts all images alike. See `losses.image_weights`.
         reduction: `mean` or `sum` over the K branches.
+
+    Raises:
+        UserError: For `confidence` with combine=probabilities or loss=mse_logits.
     """
 
     uses_assignment = True
 
+    def __init__(self, weight: float, context: TermContext, *, confidence: str | None = None, **options: Any) -> None:
+        super().__init__(weight, context, **options)
+        self.confidence = None if confidence is None else choice("confidence", confidence, losses.CONFIDENCES)
+        if self.confidence is not None:
+            if self.combine != "logits" or self.loss == "mse_logits":
+                raise UserError(
+                    f"confidence={confidence} needs combine=logits and loss=kl or kl_plain: it compares a branch with "
+                    "each of its teachers"
+                )
+            self.needs_labels, self.averages_logits = self.confidence == "label", False
+
+    @classmethod
+    def needs_labels_with(cls, options: Mapping[str, Any]) -> bool:
+        """See `Term`."""
+        return options.get("confidence") == "label"
+
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over branches, in nats (or squared logits)."""
         assert context.assignment_KM is not None
-        return self.factor * self._value(context.student.branch_logits, context, context.assignment_KM)
+        branches_KBC, A_KM = context.student.branch_logits, context.assignment_KM
+        if self.confidence is None:
+            return self.factor * self._value(branches_KBC, context, A_KM)
+        teachers_MBC = context.teacher_logits
+        weights_MB = len(teachers_MBC) * losses.image_weights(self.confidence, teachers_MBC, context.batch.targets)
+        found_KMB = torch.stack([losses.divergences(z_BC, teachers_MBC, self.temperature) for z_BC in branches_KBC])
+        value = (A_KM.to(found_KMB) * (weights_MB * found_KMB).mean(-1)).sum() / len(branches_KBC)
+        return self.factor * (value / self.temperature**2 if self.loss == "kl_plain" else value)
 
 
 @register_term("dkd")

@@ -25,7 +25,6 @@ POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
 REGRESSORS = ("conv_reg", "regressor")
 TEACHERS = ("assigned", "all", "auto")
-CONFIDENCES = ("label", "entropy")
 
 
 class PairTerm(BranchTerm):
@@ -359,7 +358,7 @@ class FeatureBranch(FeatureTerm):
         self.uses_assignment = not by_all
         if by_all and shared and options.get("reduction") == "sum":
             self.factor = float(M)
-        self.confidence = None if confidence is None else choice("confidence", confidence, CONFIDENCES)
+        self.confidence = None if confidence is None else choice("confidence", confidence, losses.CONFIDENCES)
         self.num_teachers = M
         self.needs_labels, self.reads_logits = self.confidence == "label", self.confidence is not None
         (site,) = self.sites
@@ -391,10 +390,7 @@ class FeatureBranch(FeatureTerm):
         )
         if self.confidence is None:
             return shares_P
-        if self.confidence == "label":
-            weights_MB = losses.confidence_weights(losses.cross_entropies(logits_MBC, context.batch.targets))
-        else:
-            weights_MB = losses.entropy_weights(logits_MBC)
+        weights_MB = losses.image_weights(self.confidence, logits_MBC, context.batch.targets)
         weights_PB = torch.stack([weights_MB[m] for _, m in self.pairs])
         return shares_P[:, None] * self.num_teachers * weights_PB / weights_PB.shape[1]
 

@@ -42,15 +42,18 @@ from ekd_lightning.methods.losses.logits import (
     standardized,
 )
 from ekd_lightning.methods.losses.weights import (
+    CONFIDENCES,
     MinNormWeights,
     confidence_weights,
     cross_entropies,
     divergences,
     entropy_weights,
+    image_weights,
     logit_gradients,
 )
 
 __all__ = [
+    "CONFIDENCES",
     "MinNormWeights",
     "ambiguity",
     "angle_loss",
@@ -70,6 +73,7 @@ __all__ = [
     "flow_loss",
     "flow_matrix",
     "gaussian_loss",
+    "image_weights",
     "kd_divergence",
     "logit_gradients",
     "mix_peers",

@@ -89,6 +89,25 @@ def confidence_weights(errors: Tensor) -> Tensor:
     return _one_minus(finite.softmax(0), len(errors))
 
 
+CONFIDENCES = ("label", "entropy")
+
+
+def image_weights(kind: str, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    """Weights of all teachers for each image, by one of `CONFIDENCES`.
+
+    Args:
+        kind: `label` (`confidence_weights`, of CA-MKD) or `entropy` (`entropy_weights`, of EBKD).
+        teacher_logits: [M, B, C], detached here.
+        targets: int64 [B], or probabilities [B, C]; read for `label` alone.
+
+    Returns:
+        [M, B], float32 or wider; every column sums to 1.
+    """
+    if kind == "label":
+        return confidence_weights(cross_entropies(teacher_logits.detach(), targets))
+    return entropy_weights(teacher_logits)
+
+
 def _one_minus(shares: Tensor, num_teachers: int) -> Tensor:
     return torch.ones_like(shares) if num_teachers == 1 else (1.0 - shares) / (num_teachers - 1)
 
