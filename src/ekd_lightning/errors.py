@@ -1,6 +1,6 @@
-"""Errors of users: one line that says what is wrong and what is allowed; registries and checks that raise them.
+"""User errors, each one line with what is wrong and what is accepted, and registries and checks that raise them.
 
-Registries know what plugins add, too: those are imported when a name is asked for that the package has not.
+A registry imports the installed plugins when it is asked for a name that the package does not have.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from importlib.metadata import distributions
 from typing import TypeVar
 
 STARTED_IN = "EKD_STARTED_IN"
-"""Environment variable: where the user called the command, whatever a record says of its working directory."""
+"""Environment variable: the directory in which the user called the command, even if a run works in another one."""
 PLUGINS = "ekd_lightning.plugins"
-"""Group of the entry points by which installed packages add networks, data sets, terms and augmentations."""
+"""Entry point group by which installed packages add networks, data sets, terms and augmentations."""
 loaded_plugins: dict[str, str] = {}
-"""Modules that were imported as plugins, each with its package's name and version."""
-_MOST_SHOWN = 12  # beyond that the nearest match says more than the list
+"""Imported plugin modules, each with the name and version of its package."""
+_MOST_SHOWN = 12  # names in a message; of more the nearest match is enough
 
 
 _T = TypeVar("_T")
@@ -56,11 +56,11 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> UserError:
 
 
 class Registry(dict[str, _T]):
-    """Things by name; looking up an unknown name raises a `UserError` that offers the nearest one.
+    """Mapping of names to objects; an unknown name raises a `UserError` that offers the nearest one.
 
     Args:
         kind: What the names stand for, e.g. "network".
-        things: Those that are there from the start.
+        things: Initial entries.
     """
 
     def __init__(self, kind: str, things: Mapping[str, _T] | None = None) -> None:
@@ -74,7 +74,7 @@ class Registry(dict[str, _T]):
         return self[name]
 
     def names(self) -> list[str]:
-        """Returns all names, those of plugins among them, sorted."""
+        """Returns all names, including those of plugins, sorted."""
         load_plugins()
         return sorted(self)
 
@@ -82,8 +82,8 @@ class Registry(dict[str, _T]):
         """Returns a decorator that registers a class or function under a name.
 
         Raises:
-            ValueError: If another one has the name already (when the decorator is applied). The same one defined anew,
-                as in a notebook cell that is run twice, replaces the old one.
+            ValueError: If another object has the name, when the decorator is applied. A second definition of the same
+                object, as in a notebook cell that is run twice, replaces the first.
         """
 
         def decorate(thing: _NamedT) -> _NamedT:
@@ -105,13 +105,13 @@ _searched: list[bool] = []
 
 
 def load_plugins() -> None:
-    """Imports, once, the modules that installed packages offer as entry points of the group `ekd_lightning.plugins`.
+    """Imports the plugins of installed packages: the modules of the entry point group `ekd_lightning.plugins`.
 
-    Packages in the working directory, and in that in which the command was called, are not installed: such folders may
-    come from anybody.
+    Only the first call does. Packages in the working directory, or in the directory in which the command was called,
+    are ignored: such folders may come from anybody.
 
     Raises:
-        UserError: For a module that cannot be imported.
+        UserError: If a plugin cannot be imported.
     """
     if _searched:
         return
@@ -126,25 +126,25 @@ def load_plugins() -> None:
                 _searched.clear()
                 raise UserError(
                     f"plugin {entry.name!r} of the package {package.name} cannot be imported "
-                    f"({type(error).__name__}: {one_line(error)}); without that package everything else works"
+                    f"({type(error).__name__}: {one_line(error)}); update or uninstall that package"
                 ) from error
             loaded_plugins[entry.module] = f"{package.name} {package.version}"
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """Joins the first `most` names, and counts the others."""
+    """Joins the first `most` names and counts the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def require(extra: str, *packages: str) -> None:
-    """Refuses what needs a package that is not installed.
+    """Checks that optional packages are installed.
 
     Args:
-        extra: The extra of this project that holds them.
-        packages: As they are imported.
+        extra: The extra of this project that installs them.
+        packages: Their import names.
 
     Raises:
-        UserError: Naming the first that is missing, and how to install it.
+        UserError: Naming the first missing package and how to install it.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
@@ -152,12 +152,12 @@ def require(extra: str, *packages: str) -> None:
 
 
 def one_line(error: Exception, most: int = 160) -> str:
-    """What an error says, in one line of at most `most` characters; its type where it says nothing."""
+    """Returns an error's message in one line of at most `most` characters; its type's name if it has no message."""
     return textwrap.shorten(str(error), most, placeholder=" …") or type(error).__name__
 
 
-# A place that cannot be written is the user's to change; other OSErrors may be bugs.
-_PLACE_ERRORS = (
+# The user can choose another path or make space; other OSErrors may be bugs.
+_PATH_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.EROFS),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP),
 )
@@ -165,27 +165,27 @@ _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory|
 
 
 def users_line(error: BaseException) -> str | None:
-    """One line on what the user can change: a mistake, a place, too little memory; None for a bug of ours."""
+    """Returns one line on an error that the user can mend (a mistake, a path, too little memory); else None."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS:
         return f"{error.filename or 'output'}: {error.strerror}"
     no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)  # PyTorch's, of the host and of CUDA
     if no_memory or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        said = text[:160] or type(error).__name__
-        return f"out of memory ({said}); smaller batches, or fewer jobs at a time, need less"
+        detail = text[:160] or type(error).__name__
+        return f"out of memory ({detail}); use smaller batches, or run fewer jobs at a time"
     return None
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line; with the error's type where it is a bug of ours."""
+    """Returns what went wrong in one line; with the error's type if the user cannot mend it."""
     return users_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager
 def quiet(*names: str | None, level: int = logging.ERROR) -> Iterator[None]:
-    """Keeps warnings, and what these loggers (None: the root) say below `level`, to itself for a while."""
+    """Suppresses warnings, and messages below `level` of the named loggers (None: the root), within the block."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Files that are replaced whole and can tell when their content changed: a kill or a full disk leaves the old one."""
+"""Files that are replaced atomically and hold a checksum: a kill or a full disk leaves the old file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEAL = "ekd_sha256"
 """The name under which a sealed file holds its checksum."""
 _OPEN, _MARK = "0" * 64, "=sealed"
 UNSEALED = _OPEN + _MARK
-"""What stands for the checksum until `seal` fills it in; the mark tells a file whose checksum lost its name."""
+"""Placeholder of the checksum until `seal` fills it in. Its mark stays, and betrays a file whose `SEAL` was damaged."""
 
 _SEALED = re.compile(SEAL.encode() + rb"[^0-9a-f]{1,5}([0-9a-f]{64})")
 _PART = ".part-"
@@ -31,24 +31,24 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster
 
 
 class DamagedFileError(UserError):
-    """A file whose content is not what was written; it may be possible to make it again."""
+    """A file whose content is not what was written; some callers can make it again."""
 
 
 class UnwritableFileError(UserError, OSError):
-    """A file that the disk does not take: it is full, read-only, or broken. What stood there is as it was."""
+    """A file that cannot be written because the disk is full, read-only or broken; the old file is unchanged."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Lets a block write a file beside `path`, which takes its place once the block is done and the disk has it.
+    """Yields a temporary file that takes the place of `path` when the block has written it and the disk holds it.
 
-    At every instant `path` is the old file or the new one, after a power cut, too. The folder is made if missing.
+    At every instant `path` is the old file or the new one, even after a power cut. The folder is made if missing.
 
     Yields:
-        The file to write: empty, in the same folder, with the same suffix.
+        Path of the temporary file: empty, in the same folder, with the same suffix.
 
     Raises:
-        UnwritableFileError: If the disk refuses (full, read-only, ...), naming `path`, which is then as it was.
+        UnwritableFileError: If the disk refuses (full, read-only, ...), naming `path`, which is then unchanged.
     """
     temporary = path.with_name(f"{_PART}{uuid.uuid4().hex[:8]}.{path.name}")
     try:
@@ -66,7 +66,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path, name: str = "") -> None:
-    """Removes what killed writers left in a folder, of one file or of all; for files that have one writer at a time."""
+    """Removes temporary files of killed writers from a folder, those of one file or all.
+
+    Only for files with one writer at a time, as the files of a live writer would go, too.
+    """
     if folder.is_dir():
         for part in folder.iterdir():
             if part.name.startswith(_PART) and part.name.endswith(f".{name}" if name else ""):
@@ -88,15 +91,15 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Reads a file whole. A device or a pipe in its place, which has no end or never begins, is not read.
+    """Reads a whole file. A device or a pipe in its place is refused: reading it might never end.
 
     Raises:
         FileNotFoundError: If nothing is there.
-        DamagedFileError: If something else is in its place, or it cannot be read.
+        DamagedFileError: If it is not a regular file, or cannot be read.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DamagedFileError(f"{path}: damaged, not a file")
+            raise DamagedFileError(f"{path}: damaged, not a regular file")
         return path.read_bytes()
     except FileNotFoundError:
         raise
@@ -117,8 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a mapping that `write_json` wrote, and checks its checksum if it has one.
 
     Raises:
-        DamagedFileError: If it is no JSON, no mapping, not what was written, or cannot be read.
-        FileNotFoundError: If there is none.
+        DamagedFileError: If it is not JSON, not a mapping, not what was written, or cannot be read.
+        FileNotFoundError: If there is no such file.
     """
     text = read_bytes(path)
     require_intact(path, text)
@@ -127,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: damaged, not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise DamagedFileError(f"{path}: damaged, holds no mapping (a {type(content).__name__})")
+        raise DamagedFileError(f"{path}: damaged, not a mapping but a {type(content).__name__}")
     content.pop(SEAL, None)
     return content
 
@@ -139,11 +142,11 @@ def write_yaml(path: Path, text: str) -> None:
 
 
 def read_yaml(path: Path) -> Any:
-    """Reads plain values from YAML, and checks its checksum if it has one; no tag is ever obeyed.
+    """Reads plain values from YAML, and checks its checksum if it has one; YAML tags never make objects.
 
     Raises:
-        DamagedFileError: If it is no YAML, not what was written, or cannot be read.
-        FileNotFoundError: If there is none.
+        DamagedFileError: If it is not YAML, not what was written, or cannot be read.
+        FileNotFoundError: If there is no such file.
     """
     text = read_bytes(path)
     require_intact(path, text)
@@ -164,10 +167,10 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
-class WriterBehind:
-    """Writes files in a thread of its own, in the order in which it is asked to; the caller does not wait for the disk.
+class BackgroundWriter:
+    """Writes files in a background thread, in the order of the calls; the caller does not wait for the disk.
 
-    What went wrong is raised by the next call. The thread ends with `close`, and starts again when it is needed.
+    The next call raises the error of an earlier write. The thread ends with `close`, and starts again when needed.
     """
 
     def __init__(self) -> None:
@@ -175,7 +178,7 @@ class WriterBehind:
         self._pending: list[tuple[Path, Future[None]]] = []
 
     def submit(self, path: Path, write: Callable[[], None]) -> None:
-        """Lets `write` write `path` soon.
+        """Queues `write`, which writes `path`.
 
         Raises:
             UnwritableFileError: If an earlier file could not be written.
@@ -186,10 +189,10 @@ class WriterBehind:
         self._pending.append((path, self._thread.submit(write)))
 
     def wait(self, *paths: Path) -> None:
-        """Waits until `paths` are written as asked so far.
+        """Waits for all queued writes of `paths`.
 
         Raises:
-            UnwritableFileError: If these or any other that has ended could not be written.
+            UnwritableFileError: If one of these writes, or of the others that have ended, failed.
         """
         ended = [write for path, write in self._pending if path in paths or write.done()]
         self._pending = [(path, write) for path, write in self._pending if write not in ended]
@@ -212,15 +215,15 @@ class WriterBehind:
 
 
 def seal(content: bytes) -> bytes:
-    """Writes the SHA-256 of a file's content into it, where `UNSEALED` stands after `SEAL`.
+    """Returns a file's content with its SHA-256 in place of the `UNSEALED` after `SEAL`.
 
-    Neither safetensors, ONNX, JSON nor a checkpoint would notice a number that changed on disk.
+    Neither safetensors, ONNX, JSON nor checkpoints detect a number that changed on disk.
     """
     return _SEALED.sub(lambda found: found[0][:-64] + _digest(content).encode(), content, count=1)
 
 
 def is_intact(content: bytes) -> bool | None:
-    """Whether the content is what `seal` saw; None if it holds no checksum."""
+    """Whether the content is unchanged since `seal`; None if it holds no checksum."""
     place = content.find(SEAL.encode())
     if place < 0:
         return None if content.find(_MARK.encode()) < 0 else False
@@ -233,7 +236,7 @@ def is_intact(content: bytes) -> bool | None:
 
 
 def require_intact(path: Path, content: bytes) -> None:
-    """Refuses content that changed since it was sealed; what was never sealed is accepted.
+    """Refuses content that changed since `seal`; content without a checksum is accepted.
 
     Raises:
         DamagedFileError: Naming the file.
@@ -246,7 +249,7 @@ def file_sha256(path: str | Path) -> str:
     """Hashes a file's bytes: 64 hexadecimal digits.
 
     Raises:
-        UserError: When there is no such file.
+        UserError: If there is no such file.
     """
     path = Path(path)
     if not path.is_file():
@@ -274,7 +277,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    # What was renamed is in place already; some file systems cannot sync a folder.
+    # The rename has happened already; some file systems cannot sync a folder.
     with contextlib.suppress(OSError):
         _sync(path)
 

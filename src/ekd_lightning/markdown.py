@@ -1,4 +1,4 @@
-"""Markdown around what was recorded: text that stays text, code spans, tables, and templates filled with these."""
+"""Markdown of recorded values: escaped text, code spans, images, tables, and templates filled with them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 _MARKUP = re.compile(r"[\\`*]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|~(?=~)|\](?=[(\[:])")
-"""What CommonMark and GitHub's dialect read as more than a letter; an underscore inside a word is one.
-Brackets make a link with what follows them."""
+"""Characters that are markup in CommonMark or GitHub's dialect. An underscore inside a word is plain text, and so is a
+closing bracket unless the next character makes a link of it."""
 _START = re.compile(r"^(?:(\d{1,9})(?=[.)](?:\s|$))|(?=[#>]|([-+=])(?:\2|\s|$)))")
-"""How a line begins that would be a heading, a quotation, an item of a list or a rule."""
+"""Beginnings that make a line a heading, a quotation, an item of a list or a rule."""
 
 
 class Markdown(str):
@@ -21,14 +21,14 @@ class Markdown(str):
 
 
 def prose(text: object) -> Markdown:
-    """Text in one line that reads as it is: no markup, HTML, heading or link is made of it."""
+    """Escapes a text, joined to one line, so that none of it becomes markup, HTML, a heading or a link."""
     if isinstance(text, Markdown):
         return text
     return Markdown(_START.sub(r"\1\\", _MARKUP.sub(r"\\\g<0>", " ".join(str(text).split()))))
 
 
 def code(text: object) -> Markdown:
-    """Text in one line as a code span, whatever backticks it has."""
+    """Returns a text, joined to one line, as a code span; it may contain backticks."""
     line = " ".join(str(text).split())
     longest = max(map(len, re.findall("`+", line)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
@@ -36,13 +36,13 @@ def code(text: object) -> Markdown:
 
 
 def image(path: str, text: object) -> Markdown:
-    """An image with an alternative text."""
+    """Returns an image with an alternative text."""
     alternative = prose(str(text).translate({ord("["): "(", ord("]"): ")"}))
     return Markdown(f"![{alternative}]({path})")
 
 
 def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> Markdown:
-    """A table; its cells are `prose`, unless they are Markdown already."""
+    """Returns a table; cells are escaped by `prose` unless they are `Markdown` already."""
     names = list(heads)
     lines: list[Iterable[object]] = [names, [Markdown("---")] * len(names), *rows]
     texts = [[" ".join(prose(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
@@ -50,22 +50,22 @@ def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> Markdown
 
 
 def known(value: float | None, form: str) -> str:
-    """A number in a format, a share as `51.20 %`; or that it is not known."""
+    """Formats a number, a percentage as `51.20 %`; None becomes `not known`."""
     return "not known" if value is None else format(value, form).replace("%", " %")
 
 
 def fill(package: str, template: str, values: Mapping[str, Any]) -> str:
-    """Fills a Jinja template; what it prints is `prose`, unless it is Markdown already.
+    """Fills a Jinja template; its values are escaped by `prose` unless they are `Markdown` already.
 
     Filters: `code`, `known`, and `fmt`, which formats a number, e.g. `{{ steps | fmt(",") }}`; a function: `table`.
 
     Args:
-        package: Which holds the template as `assets/<template>`.
-        template: Its name.
-        values: What it prints.
+        package: Package with the template as `assets/<template>`.
+        template: File name of the template.
+        values: Values by their names in the template.
 
     Raises:
-        jinja2.UndefinedError: For a name that has no value.
+        jinja2.UndefinedError: If the template uses a name without a value.
     """
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=prose)
     environment.filters |= {"code": code, "fmt": format, "known": known}

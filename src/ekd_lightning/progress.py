@@ -28,16 +28,16 @@ class Task:
     """A phase of a command, or a part of one.
 
     Args:
-        name: Of the work.
+        name: Name of the work.
         total: Amount of work; None if unknown.
-        unit: Of the amount, in the plural; None hides the counts.
+        unit: Unit of the amount, in the plural; None hides the counts.
 
     Attributes:
         note: Further information, e.g. the loss.
-        count: Reads the amount that is done, if nobody calls `advance`.
+        count: Returns the finished amount, for work that does not call `advance`.
         part: The part that is running.
         active: Whether the task is running.
-        begun: Share done earlier by another process, which does not count for the pace.
+        begun: Share in [0, 1] finished by an earlier process, which does not count for the pace.
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str | None = "") -> None:
@@ -48,31 +48,31 @@ class Task:
         self._done, self._since = 0.0, 0.0
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
-        """Adds to the amount that is done, and may replace the note."""
+        """Adds to the finished amount, and replaces the note if one is given."""
         self._done += amount
         self.note = self.note if note is None else note
 
     @property
     def done(self) -> float:
-        """Amount that is done, of `total`."""
+        """Finished amount, of `total`."""
         count = self.count
         return self._done if count is None else count()
 
     @property
     def share(self) -> float | None:
-        """Share in [0, 1] that is done, including the part's; None if unknown."""
+        """Finished share in [0, 1], including that of the running part; None if unknown."""
         part, total = self.part, self.total  # another thread may end the part meanwhile
         inner = part.share if part else None
         return min(1.0, (self.done + (inner or 0.0)) / total) if total else inner
 
     @property
     def elapsed(self) -> float:
-        """Seconds it has been running."""
+        """Seconds for which the task has been running."""
         return self.seconds + (time.monotonic() - self._since if self.active else 0.0)
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until it is done at the pace so far; None if unknown."""
+        """Estimated seconds until the task ends, at the pace so far; None if unknown."""
         part, share = self.part, self.share
         if part is not None and part.active and not self.total:
             return part.seconds_left
@@ -82,7 +82,7 @@ class Task:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Task]:
-        """Runs while the block runs; the times of several blocks add up."""
+        """Marks the task as running within the block; the times of several blocks add up."""
         self.active, self._since = True, time.monotonic()
         try:
             yield self
@@ -93,7 +93,7 @@ class Task:
             self._done, self.count = self.done, None
 
     def words(self) -> str:
-        """Its state in a line: counts, note, and the running part."""
+        """Returns the state in one line: counts, note, and the running part."""
         counted, part = "", self.part
         if self.total and self.unit is not None:
             counted = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
@@ -105,7 +105,7 @@ class Session:
     """The phases of one command, in order; names of later phases are known from the start.
 
     Attributes:
-        phases: By name.
+        phases: Phases by name.
         live: Whether a display that redraws itself may show it.
         keep: Whether such a display stays on the screen at the end.
         whole: The counted phase that contains the others, if there is one.
@@ -130,7 +130,7 @@ class Session:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the session began."""
         return time.monotonic() - self._since
 
     @property
@@ -141,7 +141,7 @@ class Session:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until all expected phases are done, at the pace so far; None until there is an estimate."""
+        """Estimated seconds until all expected phases end, at the pace so far; None without an estimate."""
         if self.whole is not None:
             return self.whole.seconds_left
         work, phases = self._work, dict(self.phases)
@@ -160,7 +160,7 @@ class Reporter:
         """Called before the first phase."""
 
     def stop(self) -> None:
-        """Called when all is done or an error ends it."""
+        """Called at the end of the session, also after an error."""
 
 
 _reporter = Reporter()
@@ -169,7 +169,7 @@ _session: Session | None = None
 
 @contextlib.contextmanager
 def reported_by(reporter: Reporter) -> Iterator[None]:
-    """Lets a reporter show the sessions of the block."""
+    """Shows the sessions of the block by a reporter."""
     global _reporter  # noqa: PLW0603 (one terminal, one reporter)
     before, _reporter = _reporter, reporter
     try:
@@ -185,10 +185,10 @@ def is_reported() -> bool:
 
 @contextlib.contextmanager
 def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Session]:
-    """Phases of a command; within another session they become phases of that one.
+    """Opens a session with the phases of a command; within another session they become phases of that one.
 
     Args:
-        *names: Of the expected phases.
+        *names: Names of the expected phases.
         live: Whether a display that redraws itself may show it.
         keep: Whether such a display stays on the screen at the end.
     """
@@ -204,7 +204,7 @@ def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Sessi
         reporter.start(_session)
         yield _session
     except BaseException:
-        # After an early refusal only its message stays on the screen.
+        # After an error in the first phase, only its message stays on the screen.
         _session.keep &= sum(task.elapsed > 0 for task in _session.phases.values()) > 1
         raise
     finally:
@@ -214,7 +214,7 @@ def session(*names: str, live: bool = True, keep: bool = True) -> Iterator[Sessi
 
 @contextlib.contextmanager
 def phase(name: str, total: float | None = None, unit: str | None = "") -> Iterator[Task]:
-    """A phase of the session, see `Task`; continues one of the same name. Without a session it is not shown."""
+    """Runs a phase of the session, or continues it; see `Task`. Without a session nothing is shown."""
     current = _session
     if current is None:
         yield Task(name, total, unit)
@@ -233,7 +233,7 @@ def phase(name: str, total: float | None = None, unit: str | None = "") -> Itera
 
 @contextlib.contextmanager
 def part(name: str, total: float | None = None, unit: str | None = "") -> Iterator[Task]:
-    """A part of the running task, see `Task`."""
+    """Runs a part of the running task; see `Task`."""
     task = Task(name, total, unit)
     if _session is None or not _session.stack:
         yield task
@@ -271,10 +271,10 @@ def track(items: Iterable[_T], name: str, unit: str = "", total: float | None = 
     """Yields all items and counts them as a part of the running task.
 
     Args:
-        items: Any.
-        name: Of the work.
+        items: The items.
+        name: Name of the work.
         unit: Name of the items, in the plural.
-        total: Their number, if they have no length.
+        total: Number of the items, if they have no length.
     """
     with part(name, len(items) if isinstance(items, Sized) else total, unit) as task:
         for item in items:
@@ -283,7 +283,7 @@ def track(items: Iterable[_T], name: str, unit: str = "", total: float | None = 
 
 
 def readable(seconds: float) -> str:
-    """A duration in words: `40 s`, `12 min`, `3 h 20 min`."""
+    """Returns a duration in words: `40 s`, `12 min`, `3 h 20 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -291,7 +291,7 @@ def readable(seconds: float) -> str:
 
 
 class Lines(Reporter):
-    """Logs the progress in plain lines whenever nothing else has been logged for a while: for pipes and CI."""
+    """Logs the progress in plain lines whenever nothing else has been logged for a while; for pipes and CI."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
@@ -323,7 +323,7 @@ class Lines(Reporter):
                 self.report(session)
 
     def report(self, session: Session) -> None:
-        """Logs the progress if a line is due; ever more rarely while nothing changes."""
+        """Logs the progress if a line is due; less and less often while nothing changes."""
         task = session.at_work
         if task is None:
             return
@@ -349,7 +349,7 @@ class _LastLine(logging.Handler):
 
 
 def status_line(task: Task, session: Session) -> str:
-    """The state of a phase in a line, with its time."""
+    """Returns the state and time of a phase in one line."""
     state = " ".join(f"{task.name}: {task.words()}".split("\n")).rstrip(": ")
     left = session.seconds_left
     if left is None and session.whole is None:

@@ -1,7 +1,7 @@
-"""Role of a setting: where things lie, how a run is carried out, what makes runs comparable; and the values it takes.
+"""Roles of settings (location, free, protocol, computed), and the values that settings accept.
 
-Each field of the settings says both in its metadata; whoever asks whether a setting may change, or have a value, reads
-it there.
+The metadata of each settings field hold both; every check of whether a setting may change, or may have a value, reads
+them there.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from ekd_lightning.errors import UserError, unknown_name
 
 
 class Role(Enum):
-    """What a setting is."""
+    """Role of a setting."""
 
     LOCATION = "location"
-    """Where things are, or whether they may be fetched; what lies there is known by its hash."""
+    """A path, or whether files may be downloaded; the files themselves are identified by hashes."""
     FREE = "free"
     """How a run is carried out and reported, without effect on its results."""
     PROTOCOL = "protocol"
-    """What runs must share to be compared."""
+    """Runs must share it to be compared."""
     COMPUTED = "computed"
     """Everything else that affects the results."""
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a setting is for.
+    """Role of a setting, and how freely it may change.
 
     Attributes:
         role: Its role.
-        exact: Of a free one: whether the numbers stay the same to the last bit (others change them by rounding).
+        exact: For a free setting, whether all numbers stay the same to the last bit; False if it changes rounding.
         between_parts: Whether it may change when a stopped run continues, whatever its role.
     """
 
@@ -45,11 +45,11 @@ class Purpose:
 
 
 PURPOSE = "purpose"
-"""What a field's metadata hold."""
+"""Metadata key of a field: its `Purpose`."""
 WORDS = "words"
-"""What a field's metadata hold where a value is one of these words, or else the path of a place."""
+"""Metadata key of a field that holds a path: the words that it accepts in place of one."""
 KEYS = "keys"
-"""Of a mapping: the metadata of keys that differ from it."""
+"""Metadata key of a mapping: the metadata of those of its keys that differ from the whole."""
 LOCATION = {PURPOSE: Purpose(Role.LOCATION)}
 FREE = {PURPOSE: Purpose(Role.FREE)}
 ROUNDING = {PURPOSE: Purpose(Role.FREE, exact=False)}
@@ -59,10 +59,10 @@ PART = {PURPOSE: Purpose(Role.COMPUTED, between_parts=True)}
 
 
 def purposes(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, Purpose]]:
-    """Dotted key and purpose of each setting; a group whose field has a purpose counts as one.
+    """Yields dotted key and purpose of each setting; a group whose field has a purpose counts as one setting.
 
     Raises:
-        TypeError: For a field without a purpose that is no group.
+        TypeError: If a field has no purpose and is no group.
     """
     hints = get_type_hints(settings)
     for one in fields(settings):
@@ -74,11 +74,11 @@ def purposes(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, Purpo
         elif is_dataclass(hints[one.name]):
             yield from purposes(hints[one.name], f"{key}.")
         else:
-            raise TypeError(f"{settings.__name__}.{one.name} does not say what it is for")
+            raise TypeError(f"{settings.__name__}.{one.name} has no {PURPOSE!r} in its metadata")
 
 
 def paths(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Dotted key of each setting that can be the path of a place, and its values that are words instead."""
+    """Yields the dotted key of each setting that can hold a path, with the words that it accepts in place of one."""
     hints = get_type_hints(settings)
     for one in fields(settings):
         key, purpose = f"{prefix}{one.name}", one.metadata.get(PURPOSE)
@@ -91,7 +91,7 @@ def paths(settings: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[st
 # -- values ---------------------------------------------------------------------------------------------
 
 ALLOWED = "allowed"
-"""What a field's metadata hold where not every value of its type will do: a `Range`, or a tuple of names."""
+"""Metadata key of a field that does not accept every value of its type: a `Range`, or a tuple of names."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ class Range:
     """Finite numbers between two bounds.
 
     Attributes:
-        low: The smallest, or with `above` what all are larger than.
-        high: The largest, or with `below` what all are smaller than.
+        low: Lower bound.
+        high: Upper bound.
+        above: Whether the lower bound is excluded.
+        below: Whether the upper bound is excluded.
     """
 
     low: float
@@ -109,10 +111,10 @@ class Range:
     below: bool = False
 
     def check(self, key: str, value: object) -> None:
-        """Refuses what lies outside.
+        """Refuses a value outside the range.
 
         Raises:
-            UserError: Naming the key, the value and what is allowed.
+            UserError: Naming the key, the value and the accepted range.
         """
         if not is_of(value, float) or not math.isfinite(value):  # type: ignore[arg-type]
             raise UserError(f"{key}={value}: must be a finite number")
@@ -136,23 +138,23 @@ POSITIVE = {ALLOWED: Range(0, above=True)}
 SHARE = {ALLOWED: Range(0, 1, above=True)}
 SEED = {ALLOWED: Range(0, 2**64 - 1)}
 TEMPERATURE = {ALLOWED: Range(0.01, 1e4)}
-"""T² and logits / T stay far from the ends of float32."""
+"""Keeps T² and logits / T far from the limits of float32."""
 
 
 def one_of(*names: str) -> dict[str, Any]:
-    """Metadata of a setting that takes one of a few names."""
+    """Returns metadata of a setting that accepts a few names."""
     return {ALLOWED: names}
 
 
 def check_values(settings: Any, prefix: str = "") -> None:
-    """Refuses values that the metadata of a group of settings, or of one below it, do not allow; None always is.
+    """Refuses values that the metadata of settings, nested groups included, do not accept; None is always accepted.
 
     Args:
         settings: A dataclass.
         prefix: Its dotted key and a dot, for messages.
 
     Raises:
-        UserError: At the first such value, naming its key and what is allowed.
+        UserError: At the first such value, naming its key and what is accepted.
     """
     for one in fields(settings):
         key, value = f"{prefix}{one.name}", getattr(settings, one.name)
@@ -164,10 +166,10 @@ def check_values(settings: Any, prefix: str = "") -> None:
 
 
 def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
-    """Refuses a value that metadata do not allow; None always is.
+    """Refuses a value that metadata do not accept; None is always accepted.
 
     Raises:
-        UserError: Naming the key, the value and what is allowed.
+        UserError: Naming the key, the value and what is accepted.
     """
     allowed = metadata.get(ALLOWED)
     if value is None or allowed is None:
@@ -181,23 +183,24 @@ def check_value(key: str, value: object, metadata: Mapping[str, Any]) -> None:
 # -- effect ---------------------------------------------------------------------------------------------
 
 BESIDE = "beside"
-"""Metadata of a field that counts only with some values of another setting."""
+"""Metadata key of a field that has an effect only for some values of another setting: that key, and a test of it."""
 Condition = tuple[str, str, Callable[[Any], object]]
-"""Dotted key of a setting, that of another one, and for which values of that the first counts."""
+"""Dotted key of a setting, dotted key of the one it depends on, and a test of the latter's value that says whether the
+former has an effect."""
 
 
 def beside(key: str, counts: Callable[[Any], object] = bool) -> dict[str, Any]:
-    """Metadata of a setting that counts only beside some values of another one.
+    """Returns metadata of a setting that has an effect only for some values of another one.
 
     Args:
-        key: The other one: its name in the same group, or with dots its whole key.
-        counts: For which of its values; by default for any but null, false and what is empty.
+        key: The other setting: its name within the same group, or its dotted key.
+        counts: Whether one of its values gives the setting an effect; by default all do but null, false and empty ones.
     """
     return {BESIDE: (key, counts)}
 
 
 def conditions(settings: type[Any], prefix: str = "") -> Iterator[Condition]:
-    """All settings that count only beside some values of others."""
+    """Yields the conditions of all settings that have an effect only for some values of another one."""
     hints = get_type_hints(settings)
     for one in fields(settings):
         key = f"{prefix}{one.name}"
@@ -211,9 +214,9 @@ def conditions(settings: type[Any], prefix: str = "") -> Iterator[Condition]:
 
 
 def is_of(value: Any, hint: Any) -> bool:
-    """Whether a plain value, as YAML gives it, is of an annotated type.
+    """Whether a plain value, as read from YAML, fits an annotated type.
 
-    A whole number will do for a float; true and false are no numbers.
+    An int fits float; a bool fits neither int nor float.
     """
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
@@ -233,7 +236,7 @@ def is_of(value: Any, hint: Any) -> bool:
 
 
 def name_of_type(hint: Any) -> str:
-    """An annotated type in words, e.g. `int, float or null`."""
+    """Returns an annotated type in words, e.g. `int, float or null`."""
     inner = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         *names, last = dict.fromkeys(name_of_type(one) for one in inner)

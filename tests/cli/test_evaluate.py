@@ -95,7 +95,7 @@ def test_a_folder_means_its_finished_runs(run):
     outcome = evaluate(folder, "--force", "--parts", "predictions", directory=folder)
     assert outcome.code == 1
     lines = outcome.err.splitlines()
-    assert any("left out 3 of 5 runs, not done or partial" in line for line in lines)
+    assert any("left out 3 of 5 runs, which are unfinished or partial" in line for line in lines)
     (said,) = [line for line in lines if line.startswith("ekd-evaluate: error: ")]
     assert "student.safetensors: damaged or changed" in said
     assert "Traceback" not in outcome.err
@@ -168,7 +168,7 @@ def test_other_images_than_the_runs_are_refused(run):
     ("words", "named"),
     [
         (["nowhere"], ["nowhere: no such directory"]),
-        (["."], ["no run is there"]),
+        (["."], ["no run found there"]),
         (["runs/a", "--parts", "flatnes"], ["--parts 'flatnes'", "did you mean 'flatness'"]),
         (["runs/a", "--parts", ","], ["--parts", "at least one"]),
         (["runs/a", "--batch-size", "0"], ["--batch-size 0"]),
@@ -195,7 +195,7 @@ def test_a_mistake_is_one_line(run, tmp_path, words, named):
         ("status.json", '{"state": "running", "error": null}', "not done, its status is 'stopped'"),
         ("status.json", '{"state": "failed", "error": "loss is nan"}', "(loss is nan)"),
         ("result.json", '{"method": "ek', "result.json: damaged, not JSON"),
-        ("result.json", "[1]", "result.json: damaged, holds no mapping"),
+        ("result.json", "[1]", "result.json: damaged, not a mapping"),
         ("result.json", None, "without a result.json"),
         ("config.yaml", "seed: [1", "config.yaml: damaged, not YAML"),
         ("config.yaml", "imports: 3", "config.yaml: not a configuration of this version"),

@@ -94,9 +94,9 @@ BAD = [
     (["{runs}", "--formats", "pgn"], "unknown --formats 'pgn'; did you mean 'png'? (allowed: png, svg)"),
     (["{runs}", "--formats", ","], "--formats ',': name at least one of svg, png"),
     (["{runs}", "--reference", "kd_men", *TABLES], "unknown --reference 'kd_men'; did you mean 'kd_mean'?"),
-    (["{empty}", *TABLES], "no runs (no status.json or result.json)"),
+    (["{empty}", *TABLES], "no runs found (no status.json or result.json)"),
     (["{empty}/nowhere", *TABLES], "nowhere: no such folder"),
-    ([__file__, *TABLES], "test_report.py: neither a folder of runs nor a result.json"),
+    ([__file__, *TABLES], "test_report.py: neither a folder of runs nor a result.json nor a .jsonl file of records"),
 ]
 
 

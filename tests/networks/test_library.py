@@ -587,11 +587,7 @@ def test_hub_repositories_are_read_as_safetensors(monkeypatch, tmp_path):
     network = load_library_network(NetworkSpec(SMALL, 10, UNIT), found.path)
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(network(images), module(images))
-    for text, named in {
-        "[]": "damaged, holds no mapping",
-        "[" * 100_000: "damaged, not JSON",
-        "{}": "names no",
-    }.items():
+    for text, named in {"[]": "damaged, not a mapping", "[" * 100_000: "damaged, not JSON", "{}": "names no"}.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=rf"config\.json.*{named}"):
             from_hub("user/repo")

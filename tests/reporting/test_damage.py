@@ -131,8 +131,8 @@ def refused(capsys, *words):
 
 
 PLACES = {
-    "/proc/x": "/proc/x: no directory can be made here",
-    "/proc/x/y": "/proc/x: no directory can be made here",
+    "/proc/x": "/proc/x: cannot make a directory here",
+    "/proc/x/y": "/proc/x: cannot make a directory here",
     "/dev/null/x": "/dev/null/x: Not a directory",
     "file/x": "file/x: Not a directory",
 }

@@ -146,6 +146,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(json.dumps({"study": "s"}) + "\n" + line + "\n")
     with pytest.raises(DamagedFileError, match=r"x\.jsonl: damaged \(line 2: "):
         read_records(path)
+    path.write_text(json.dumps({"study": "s"}) + "\n{}\n")
+    with pytest.raises(DamagedFileError, match=r"damaged \(line 2: no 'row'\)$"):
+        read_records(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_records(tmp_path / "missing.jsonl")
 

@@ -62,7 +62,7 @@ def test_states(tmp_path):
     assert errors == {
         "failed": "no such stage",
         "lost": "done, but without a result.json",
-        "early": "ended before it had a record",
+        "early": "ended before it wrote a record",
     }
     assert found.count("failed") == 3
     early = found.runs[1]
@@ -95,7 +95,7 @@ FOREIGN = [
     ("result.json", '{"method": "ekd", "da', "foreign/result.json: damaged, not JSON; counted as failed"),
     ("result.json", "", "foreign/result.json: damaged, not JSON; counted as failed"),
     ("result.json", "\xff", "foreign/result.json: damaged, not JSON; counted as failed"),
-    ("result.json", "[1, 2]", "foreign/result.json: damaged, holds no mapping (a list); counted as failed"),
+    ("result.json", "[1, 2]", "foreign/result.json: damaged, not a mapping but a list; counted as failed"),
     ("result.json", '{"acc": 1}', "foreign/result.json: not a result of this package (no 'method'); left out"),
     (
         "result.json",
@@ -110,9 +110,13 @@ FOREIGN = [
     (
         "result.json",
         json.dumps(result() | {"seed": "0"}),
-        "foreign/result.json: not a result of this package (no 'seed')",
+        "foreign/result.json: not a result of this package ('seed' is '0')",
     ),
-    ("status.json", '{"progress": 3}', "foreign/status.json: not the status of a run of this package; left out"),
+    (
+        "status.json",
+        '{"progress": 3}',
+        "foreign/status.json: not the status of a run of this package (state=None); left out",
+    ),
     ("status.json", "{", "foreign/status.json: damaged, not JSON; left out"),
 ]
 
@@ -141,7 +145,7 @@ def test_a_damaged_configuration_costs_the_settings_only(tmp_path):
 def test_nothing_to_report_on_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder"):
         collect([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match=r"no runs \(no status.json or result.json\)"):
+    with pytest.raises(UserError, match=r"no runs found \(no status.json or result.json\)"):
         collect([tmp_path])
     (tmp_path / "x.csv").write_text("")
     with pytest.raises(UserError, match="neither a folder of runs nor a result"):
@@ -149,7 +153,7 @@ def test_nothing_to_report_on_is_refused_by_name(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text("{}")
-    with pytest.raises(UserError, match=r"^no runs: a/result.json: not a result of this package .* \(and 1 more\)$"):
+    with pytest.raises(UserError, match=r"^no run can be read: a/result.json: not a result .* \(and 1 more\)$"):
         collect([tmp_path])
 
 

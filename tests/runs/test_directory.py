@@ -173,7 +173,15 @@ def test_a_result_of_validation_alone_has_no_test_accuracy(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("epochs", "two"), ("epochs", 2.5), ("epochs", True), ("teachers", {}), ("student", 3), ("partial", 1)],
+    [
+        ("epochs", "two"),
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("teachers", {}),
+        ("student", 3),
+        ("partial", 1),
+        ("seed", "x"),
+    ],
 )
 def test_a_field_of_another_type_is_named(field, value):
     with pytest.raises(NotAResultError, match=f"'{field}' is "):

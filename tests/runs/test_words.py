@@ -133,6 +133,6 @@ def test_modules_are_imported_only_where_the_command_names_them(word, code):
     if not code:
         require_named_code([word], [], "x")
         return
-    with pytest.raises(UserError, match=r"^x: was started with .*, which imports code.* add '?imports"):
+    with pytest.raises(UserError, match=r"^x: was started with .*, but modules are never imported.* add '?imports"):
         require_named_code(["seed=1", word], ["seed=2", "imports=[]"], "x")
     require_named_code([word], ["imports=[mine]"], "x")

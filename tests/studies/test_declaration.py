@@ -299,7 +299,7 @@ def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     code, _, err = planned(tmp_path, "recipe.epochs=7", **rows)
     assert (code, "the command: recipe.epochs=7: the study sets it" in err) == (2, True)
     code, _, err = planned(tmp_path, **rows)
-    assert (code, "which imports code, and a record never does" in err) == (2, True)
+    assert (code, "modules are never imported because a record names them" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")

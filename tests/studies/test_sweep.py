@@ -408,7 +408,7 @@ def test_a_sweep_that_was_refused_at_once_says_nothing_and_jobs_without_a_record
     show_summary(found_sweep(sweep.folder))
     told = capsys.readouterr().out
     assert "0 of 1 runs done, 1 failed" in told
-    assert "ended before it had a record" in told
+    assert "ended before it wrote a record" in told
 
 
 def test_a_killed_worker_is_one_line_and_our_own_mistakes_are_not():

@@ -1,4 +1,4 @@
-"""Collection of runs on disk: found below folders, read, and classified by state.
+"""Collection of runs on disk: finds them below folders, reads their records, and tells their states.
 
 Only the record of a run is read (status.json, result.json, config.yaml), never its logs. Foreign and
 half-written files are left out, each with one warning.
@@ -24,7 +24,7 @@ from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.result import Result
 
 RECORDS = ".jsonl"
-"""Ending of files of records."""
+"""Suffix of files of records."""
 STATES = (RunState.DONE, RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING)
 """States of existing runs."""
 
@@ -36,14 +36,14 @@ class RunEntry:
     Attributes:
         directory: Absolute.
         name: Its path below the common root of all runs, POSIX, e.g. `runs/ekd-f0.1-s0`; unique.
-        state: What became of it.
-        result: What it found; None unless done or partial.
-        error: First line of what went wrong; None unless failed.
-        time: When the state was written, ISO 8601; None where unknown.
-        row: Its row in a study, and
-        study: the study, where it comes from a file of records.
-        decides: Whether the study's question is about the row.
-        about: What the study is, where a file of records says it.
+        state: Its state.
+        result: Its result; None unless done or partial.
+        error: First line of its error; None unless failed.
+        time: When the state was written, ISO 8601; None if unknown.
+        row: Name of its row in a study; None unless it was read from a file of records.
+        study: Name of that study, likewise.
+        decides: Whether the row is among those that answer the study's question.
+        about: Description of the study; empty unless a file of records has one.
     """
 
     directory: Path
@@ -69,7 +69,7 @@ class RunEntry:
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has a result, be it of a part of the data."""
+        """Whether the run has a result, of all or of part of the data."""
         return self.state in (RunState.DONE, RunState.PARTIAL)
 
     @property
@@ -79,7 +79,7 @@ class RunEntry:
 
     @property
     def since(self) -> datetime | None:
-        """Start of the run, or of its last part; None if that is unknown."""
+        """When the run, or its last part, was started; None if unknown."""
         try:
             return self.on_disk.started()
         except DamagedFileError:
@@ -87,7 +87,7 @@ class RunEntry:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from its (last) start to when its state was written; None if one is unknown."""
+        """Seconds from `since` to `time`; None if one of them is unknown."""
         try:
             end, since = datetime.fromisoformat(self.time or ""), self.since
             return None if since is None else (end - since).total_seconds()
@@ -96,12 +96,12 @@ class RunEntry:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, read on first use; empty if there is none or it is damaged."""
+        """The configuration, read on first use; empty if missing or damaged."""
         return _undamaged(self.on_disk.config)
 
     @cached_property
     def provenance(self) -> Mapping[str, Any]:
-        """Where the run was made, read on first use; empty if that is unknown."""
+        """The provenance, read on first use; empty if missing or damaged."""
         return _undamaged(self.on_disk.provenance)
 
     def setting(self, key: str) -> Any:
@@ -112,7 +112,7 @@ class RunEntry:
         return value
 
     def get(self, key: str) -> Any:
-        """A field of the result; without a result, the setting of method, data, ... in the configuration, or None."""
+        """A field of the result; without one, the setting of method, data, ... in the configuration. Else None."""
         if self.result is not None:
             return self.result.get(key)
         return self.setting(_IN_CONFIG[key]) if key in _IN_CONFIG else None
@@ -142,9 +142,9 @@ class Collection:
     """All runs that were found.
 
     Attributes:
-        root: The folder that names of runs are relative to.
-        runs: In the order of their names.
-        problems: One line for each foreign, half-written or unreadable file.
+        root: The folder to which the names of the runs are relative.
+        runs: The runs on disk in the order of their names, then those of files of records.
+        problems: One line per foreign, half-written or unreadable file.
     """
 
     root: Path
@@ -157,17 +157,17 @@ class Collection:
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Finds all runs at or below the given places; one that is reached twice counts once.
+    """Finds all runs at or below the given paths; a run that is reached twice counts once.
 
     Args:
         paths: Run directories, folders of runs at any depth (a sweep, a study, several of them), result.json files, or
             .jsonl files of records.
 
     Returns:
-        The runs, whatever became of them.
+        The runs, in any state.
 
     Raises:
-        UserError: If a place does not exist or is something else, or no run is found.
+        UserError: If a path does not exist or is none of these, or no run is found.
     """
     records = [path for path in paths if path.suffix == RECORDS]
     recorded = tuple(run for path in records for run in read_records(path))
@@ -176,7 +176,7 @@ def collect(paths: Sequence[Path]) -> Collection:
     if recorded and not found:
         return Collection(Path.cwd(), recorded)
     if not found:
-        raise UserError(f"{' '.join(map(str, paths)) or 'no folder'}: no runs (no status.json or result.json)")
+        raise UserError(f"{' '.join(map(str, paths)) or 'no folder'}: no runs found (no status.json or result.json)")
     parents = {top.parent if top in found else top for top in tops}
     root = Path(os.path.commonpath(parents))
     problems: list[str] = []
@@ -187,7 +187,7 @@ def collect(paths: Sequence[Path]) -> Collection:
     runs = (*(entry for entry in entries if entry is not None), *recorded)
     if not runs:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"no runs: {problems[0]}{more}")
+        raise UserError(f"no run can be read: {problems[0]}{more}")
     return Collection(root, runs, tuple(problems))
 
 
@@ -199,7 +199,7 @@ def read_records(path: Path) -> list[RunEntry]:
     lines are runs: `row`, `time`, and their own parts.
 
     Raises:
-        DamagedFileError: Naming the line that is none of these.
+        DamagedFileError: Naming the first line that is neither.
         UserError: If the file cannot be read.
     """
     try:
@@ -236,7 +236,8 @@ def read_records(path: Path) -> list[RunEntry]:
                 about=str(shared.get("about", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedFileError(f"{path}: damaged (line {number}: {error})") from None
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise DamagedFileError(f"{path}: damaged (line {number}: {what})") from None
         vars(run).update(config=_nested(config), provenance=provenance)  # in place of what files would hold
         runs.append(run)
     return runs
@@ -252,7 +253,7 @@ def record_name(study: str, row: str, result: Mapping[str, Any]) -> str:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted keys as nested mappings."""
+    """Turns a mapping by dotted keys into nested mappings."""
     made: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = key.split(".")
@@ -264,16 +265,16 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Returns directories of finished runs: those named, and all below named folders.
+    """Finds finished runs: the given run directories, and all runs below the given folders that are done.
 
     Returns:
-        The directories, and a line for each folder of which some were left out.
+        Their directories, and a line for each folder with runs that were left out.
 
     Raises:
-        UserError: For a place that is not there, or in which no run is done.
+        UserError: If a path does not exist, or has no run that is done.
     """
     if not places:
-        raise UserError("RUN: name the directory of a run, or a folder with runs")
+        raise UserError("no RUN given: name the directory of a run, or a folder of runs")
     found: dict[Path, None] = {}
     left_out = []
     for place in places:
@@ -287,10 +288,10 @@ def finished_runs(places: Sequence[Path]) -> tuple[list[Path], list[str]]:
         below = sorted(path.parent for path in place.rglob(STATUS))
         done = [directory for directory in below if _is_done(directory)]
         if not done:
-            what = f"none of its {len(below)} runs is done" if below else "no run is there"
+            what = f"none of its {len(below)} runs is done" if below else "no run found there"
             raise UserError(f"{place}: {what}")
         if left := len(below) - len(done):
-            left_out.append(f"{place}: left out {left} of {len(below)} runs, not done or partial")
+            left_out.append(f"{place}: left out {left} of {len(below)} runs, which are unfinished or partial")
         found.update(dict.fromkeys(done))
     return list(found), left_out
 
@@ -309,12 +310,12 @@ def _folder(path: Path) -> Path:
     if not absolute.exists():
         raise UserError(f"{path}: no such folder")
     if absolute.name != RESULT:
-        raise UserError(f"{path}: neither a folder of runs nor a {RESULT}")
+        raise UserError(f"{path}: neither a folder of runs nor a {RESULT} nor a {RECORDS} file of records")
     return absolute.parent.resolve()
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """Yields directories that look like runs; what lies below a run (checkpoints, W&B files) is skipped."""
+    """Yields directories that look like runs; folders below a run (checkpoints, W&B files) are skipped."""
     for folder, below, files in os.walk(top):
         if STATUS in files or RESULT in files or (HYDRA in below and _was_composed(Path(folder))):
             yield Path(folder)
@@ -324,7 +325,7 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _was_composed(folder: Path) -> bool:
-    """Whether Hydra composed a run of this package here that ended before it had a record."""
+    """Whether Hydra composed a run of this package here that ended before it wrote a record."""
     try:
         text = (folder / HYDRA / CONFIG).read_text()
     except (OSError, UnicodeDecodeError):
@@ -333,7 +334,7 @@ def _was_composed(folder: Path) -> bool:
 
 
 def _read(directory: Path, name: str, problems: list[str]) -> RunEntry | None:
-    """One run; None, and a line more in `problems`, if its record is damaged, or none that is read here."""
+    """Reads one run; returns None, and adds a line to `problems`, if its record is damaged or foreign."""
     try:
         entry = RunEntry.read(directory, name)
     except (DamagedFileError, ForeignRecordError) as error:

@@ -1,4 +1,4 @@
-"""Directory of a run: its state, its files, and the only code that reads its record."""
+"""Directory of a run: its state and files. All reading of a run's record is in this file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ekd_lightning.runs.result import NotAResultError, Result
 from ekd_lightning.runs.words import check_words
 
 FORMAT = 2
-"""Of status.json, result.json, sweep.json and study.json; records of version 0.1 say none, which is 1."""
+"""Format of status.json, result.json, sweep.json and study.json; records of version 0.1 hold no number, which is 1."""
 STATUS, RESULT, CONFIG, PROVENANCE = "status.json", "result.json", "config.yaml", "provenance.json"
 CURVES, ARRAYS, STUDENT = "metrics.csv", "arrays.npz", "student.safetensors"
 CURVES_SUM = ".metrics.json"
@@ -50,33 +50,30 @@ class RunState(str, Enum):
 
 
 class ForeignRecordError(UserError):
-    """A file that is no record of this package, or one of a version that is not read here."""
+    """A file that is no record of this package, or a record of a version that this one does not read."""
 
 
 def require_format(path: Path, content: Mapping[str, Any]) -> None:
-    """Checks a record's format number; one without a number is of version 0.1.
+    """Checks a record's format number; a record without one is of version 0.1.
 
     Raises:
-        ForeignRecordError: If it is no record of this package, or one of a version that is not read here.
+        ForeignRecordError: If it is no record of this package, or a record of a newer version.
     """
     version = content.get("format", 1)
-    if isinstance(version, bool) or not isinstance(version, int):
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ForeignRecordError(f"{path}: not a record of this package (format {version!r})")
-    if not 1 <= version <= FORMAT:
-        age = "newer" if version > FORMAT else "older"
-        raise ForeignRecordError(
-            f"{path}: written by a{'n' * (age == 'older')} {age} version (format {version}; 1 to {FORMAT} are read)"
-        )
+    if version > FORMAT:
+        raise ForeignRecordError(f"{path}: written by a newer version (format {version}; 1 to {FORMAT} are read)")
 
 
 class Record(NamedTuple):
     """A run's state, result, error and time according to its files.
 
     Attributes:
-        state: What became of it.
-        result: What it found; None unless done or partial.
-        error: First line of what went wrong; None unless failed.
-        time: When the state was written, ISO 8601; None where unknown.
+        state: Its state.
+        result: Its result; None unless done or partial.
+        error: First line of its error; None unless failed.
+        time: When the state was written, ISO 8601; None if unknown.
     """
 
     state: RunState
@@ -86,9 +83,7 @@ class Record(NamedTuple):
 
 
 class RunDirectory:
-    """One run on disk.
-
-    It only reads, which is free to all; `RunWriter` writes.
+    """One run on disk, to read; `RunWriter` writes.
 
     Args:
         path: The directory; it need not exist.
@@ -109,7 +104,7 @@ class RunDirectory:
 
     @property
     def best_checkpoint(self) -> Path:
-        """The best epoch by validation accuracy."""
+        """Checkpoint of the epoch with the best validation accuracy."""
         return self.path / CHECKPOINTS / BEST
 
     def can_resume(self) -> bool:
@@ -117,39 +112,39 @@ class RunDirectory:
         return self.last_checkpoint.is_file() and self.file(OVERRIDES) is not None
 
     def file(self, name: str) -> Path | None:
-        """One of its files; None if it is absent."""
+        """Returns the path of one of its files; None if it is absent."""
         path = self.path / name
         return path if path.is_file() else None
 
     @property
     def identity(self) -> str | None:
-        """The run's id, which all its files name; None for version 0.1 or a damaged provenance.json."""
+        """The run's id, which all its files hold; None for version 0.1 or a damaged provenance.json."""
         with contextlib.suppress(DamagedFileError):
             return self.provenance().get("run")
         return None
 
     def require_own(self, path: Path, run: str | None) -> None:
-        """Checks that a file names this run as its own, or no run.
+        """Checks that the id in one of its files, if there is one, is that of this run.
 
         Raises:
             DamagedFileError: Naming the file.
         """
         try:
             record = self.provenance()
-        except DamagedFileError:  # who needs it tells
+        except DamagedFileError:  # reported where it is needed
             return
         if run and run not in (record.get("run"), record.get("replaced")):
-            raise DamagedFileError(f"{path}: damaged, not of the run that {PROVENANCE} tells of")
+            raise DamagedFileError(f"{path}: damaged, belongs to another run than {PROVENANCE}")
 
     def is_held(self) -> bool:
-        """Whether a process is at work in the directory, by its lock."""
+        """Whether a process holds the lock of the directory."""
         return is_held(self.path)
 
     def record(self) -> Record:
         """Returns the state of the run.
 
-        It runs while its lock is held, whatever its files say. One that says so without a lock was killed, which is
-        the same as interrupted: it is stopped.
+        It is running while its lock is held, whatever its files say. A run whose files say running, without the lock,
+        was killed; it counts as stopped, like an interrupted one.
 
         Raises:
             DamagedFileError: If status.json is damaged or half-written.
@@ -158,16 +153,16 @@ class RunDirectory:
         return Record(RunState.RUNNING, time=self._time()) if self.is_held() else self.recorded()
 
     def recorded(self) -> Record:
-        """Returns the state according to the files, for the holder of the lock; raises like `record`."""
+        """Returns the state according to the files alone, for the holder of the lock; raises like `record`."""
         try:
             status = self._read(STATUS)
         except DamagedFileError as damage:
             raise DamagedFileError(f"{damage}; remove it to use the run's other files") from None
         if status is None and self.file(RESULT) is None:
             if (self.path / HYDRA).is_dir() or self.file(CONFIG):
-                return Record(RunState.FAILED, error="ended before it had a record")
+                return Record(RunState.FAILED, error="ended before it wrote a record")
             return Record(RunState.PLANNED)
-        status = {"state": "done"} if status is None else status  # a result that was put apart
+        status = {"state": "done"} if status is None else status  # a result.json on its own
         state, time = status.get("state"), str(status["time"]) if status.get("time") else None
         error = (str(status.get("error") or "unknown error").splitlines() or [""])[0]
         if state in ("running", "stopped") or (state == "failed" and error == INTERRUPTED):
@@ -175,7 +170,7 @@ class RunDirectory:
         if state == "failed":
             return Record(RunState.FAILED, error=error, time=time)
         if state != "done":
-            raise ForeignRecordError(f"{self.path / STATUS}: not the status of a run of this package")
+            raise ForeignRecordError(f"{self.path / STATUS}: not the status of a run of this package ({state=})")
         try:
             result = self.read_result()
         except (FileNotFoundError, DamagedFileError) as problem:
@@ -191,7 +186,7 @@ class RunDirectory:
             return None
 
     def started(self) -> datetime | None:
-        """Returns when the run, or its last part, was started; None if that is unknown."""
+        """Returns when the run, or its last part, was started; None if unknown."""
         first = self.provenance()
         try:
             return datetime.fromisoformat([first, *(first.get("resumed") or [])][-1]["started"])
@@ -209,11 +204,11 @@ class RunDirectory:
         content = self._read(RESULT)
         if content is None:
             raise FileNotFoundError(self.path / RESULT)
-        if content.pop("format", 1) == 1:  # it recorded the share that the rounded number of images came to
+        if content.pop("format", 1) == 1:  # it recorded the fraction after rounding to whole images
             with contextlib.suppress(DamagedFileError):
-                asked = self.section("data").get("fraction")
-                content["fraction"] = content.get("fraction") if asked is None else asked
-        if content.get("num_unlabelled_images") and "unlabelled_from" not in content:  # then config.yaml alone told
+                requested = self.section("data").get("fraction")
+                content["fraction"] = content.get("fraction") if requested is None else requested
+        if content.get("num_unlabelled_images") and "unlabelled_from" not in content:  # only config.yaml has it
             with contextlib.suppress(DamagedFileError):
                 if data := self.section("data"):
                     content["unlabelled_from"] = "rest" if data.get("unlabelled") == "rest" else "own"
@@ -227,7 +222,7 @@ class RunDirectory:
         """Returns the result of a run that is done or partial.
 
         Raises:
-            UserError: If the run is not done, or a file is missing, half-written or something else.
+            UserError: If the run is not done, or a file of its record is missing, damaged or foreign.
         """
         found = self.record()
         if found.result is None and (found.error or "").startswith(f"{RESULT}: "):
@@ -250,7 +245,7 @@ class RunDirectory:
 
     @property
     def config_path(self) -> Path | None:
-        """The resolved configuration, or what Hydra composed where the run ended before that; None without."""
+        """Path of the resolved configuration, else of Hydra's own (of a run that ended early); None without both."""
         return self.file(CONFIG) or self.file(f"{HYDRA}/{CONFIG}")
 
     def config(self) -> dict[str, Any]:
@@ -268,17 +263,17 @@ class RunDirectory:
         return {str(key): value for key, value in content.items()}
 
     def _require_named(self, path: Path) -> None:
-        """Checks that `write_yaml` wrote a YAML file for this run."""
+        """Checks that a YAML file names this run, as `RunWriter.write_yaml` makes it."""
         if named := re.search(rb"^# run (\w+)$", path.read_bytes(), re.MULTILINE):
             self.require_own(path, named[1].decode())
         elif self.identity and "replaced" not in self.provenance():
-            raise DamagedFileError(f"{path}: damaged, names no run")
+            raise DamagedFileError(f"{path}: damaged, does not name its run")
 
     def section(self, name: str) -> dict[str, Any]:
-        """A group of the configuration; empty without.
+        """A group of the configuration; empty if missing.
 
         Raises:
-            DamagedFileError: If the configuration is damaged, or this is no group.
+            DamagedFileError: If the configuration is damaged, or the group is not a mapping.
         """
         content = self.config().get(name) or {}
         if not isinstance(content, dict):
@@ -286,11 +281,11 @@ class RunDirectory:
         return content
 
     def overrides(self) -> list[str]:
-        """The overrides that the run was started with; empty where Hydra wrote none down.
+        """The overrides that the run was started with; empty if Hydra recorded none.
 
         Raises:
             DamagedFileError: If the file is damaged.
-            UserError: If it holds what a record may not set, see `check_words`.
+            UserError: If it holds an override that a record may not hold, see `check_words`.
         """
         path = self.file(OVERRIDES)
         if path is None:
@@ -300,7 +295,7 @@ class RunDirectory:
         return [word for word in words if not word.startswith("resume=")]
 
     def provenance(self) -> dict[str, Any]:
-        """Returns the run's provenance; empty if it is unknown.
+        """Returns the run's provenance; empty if there is no file.
 
         Raises:
             DamagedFileError: If the file is damaged.
@@ -315,7 +310,7 @@ class RunDirectory:
         return content
 
     def arrays(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Returns arrays that figures need, all or some by name; empty without the file.
+        """Returns the arrays of arrays.npz, all or those named; empty without the file.
 
         Raises:
             DamagedFileError: If it is damaged.
@@ -329,16 +324,16 @@ class RunDirectory:
             return {}
         except DamagedFileError:
             raise
-        except Exception as error:  # of a damaged file NumPy, zipfile and zlib each have several kinds
+        except Exception as error:  # NumPy, zipfile and zlib raise many kinds for a damaged file
             raise DamagedFileError(
-                f"{path}: damaged ({error}); remove it and evaluate the run again, by force"
+                f"{path}: damaged ({error}); remove it and evaluate the run again (ekd-evaluate --force)"
             ) from None
 
     def curves(self) -> bytes | None:
         """Content of metrics.csv; None without the file.
 
         Raises:
-            DamagedFileError: If it cannot be read, or is not what was written.
+            DamagedFileError: If it cannot be read, or differs from its checksum.
         """
         path, known = self.path / CURVES, None
         with contextlib.suppress(FileNotFoundError):
@@ -358,7 +353,7 @@ class RunDirectory:
         """Refuses to start a run in the directory of a finished one, which only the user may replace.
 
         Raises:
-            UserError: If there is a result, of another version as well; a damaged one is none.
+            UserError: If there is a result, also one of another version; a damaged one does not count.
         """
         try:
             self.read_result()
@@ -373,17 +368,17 @@ class RunDirectory:
     def refuse_complete(self, epochs: int) -> None:
         """Refuses to continue a run that completed all epochs of its recipe.
 
-        One that trainer.max_epochs, max_time or a callback ended earlier has a result, and can go on.
+        A run that trainer.max_epochs, max_time or a callback ended earlier has a result, too, and can go on.
 
         Args:
-            epochs: How many these are.
+            epochs: Epochs of the recipe.
 
         Raises:
-            UserError: If it did.
+            UserError: If the run completed them.
         """
         result = self.recorded().result
         if result is not None and (result.epochs_done or 0) >= epochs:
-            raise UserError(f"resume={self.path}: this run is done, there is nothing to continue")
+            raise UserError(f"resume={self.path}: the run is done, there is nothing to continue")
 
     def holds_run(self) -> bool:
         """Whether a run has left its configuration, its state or a checkpoint here."""
@@ -391,7 +386,7 @@ class RunDirectory:
 
 
 def sha256_of(content: bytes | None) -> str | None:
-    """The hash of a content; None without one."""
+    """Returns the SHA-256 of bytes, in hex; None for None."""
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 

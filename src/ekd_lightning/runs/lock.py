@@ -1,4 +1,4 @@
-"""Lock of a directory: held by one process while it works there, freed by the system when that process ends."""
+"""Lock of a directory: one process holds it while it works there; the system frees it when that process ends."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ except ImportError:  # not a POSIX system: as on a file system without locks
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"
-_PATIENCE_SECONDS = 0.5  # `is_held` takes a free lock for an instant; nobody is refused because of that
+_PATIENCE_SECONDS = 0.5  # `is_held` takes a free lock for an instant, which must refuse nobody
 _LONGEST_COMMAND = 200
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-_HOW = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-"""How lock files are opened: neither a link nor a pipe in place of one leads elsewhere, or lets wait."""
+_OPEN_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Flags that open a lock file; a link in its place is not followed, and a pipe does not block."""
 _open: set[int] = set()
-"""File descriptors of all locks of this process. A forked child closes its copies, as they would keep a lock alive."""
+"""File descriptors of all locks of this process. A forked child closes its copies, which would keep the locks held."""
 _warned: set[int] = set()
-"""Devices without locks that the user was warned of."""
+"""Numbers of the devices without locks that a warning has named."""
 
 
 class LockedError(UserError):
@@ -40,7 +40,7 @@ class LockedError(UserError):
 
 
 class Holder(NamedTuple):
-    """Process that holds a lock, according to the lock file; `pid` is 0 where it is unknown."""
+    """Process that holds a lock, according to the lock file; `pid` is 0 if unknown."""
 
     pid: int = 0
     host: str = ""
@@ -48,7 +48,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def this(cls) -> Holder:
-        """This process."""
+        """Describes this process."""
         words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         return cls(os.getpid(), socket.gethostname(), words[:_LONGEST_COMMAND])
 
@@ -78,18 +78,18 @@ class Holder(NamedTuple):
 class DirectoryLock:
     """The lock of a directory, as a context manager.
 
-    It excludes other processes and other runs of this process alike. The directory is made if it is missing, and
-    removed again at the end if nothing came to lie in it. Of a distributed job only global rank 0 takes the lock.
+    It excludes other processes as well as other runs of this process. A missing directory is made, and removed again
+    at the end if it is still empty. In a distributed job, only global rank 0 takes the lock.
 
-    On a file system without locks it warns once, and only sees processes of the same machine.
+    On a file system without locks it warns once, and detects only processes of the same machine.
 
     Args:
         directory: The directory.
-        patience: Seconds for which somebody else's lock is waited for.
+        patience: Seconds to wait for a lock that somebody else holds; None for half a second.
     """
 
     def __init__(self, directory: Path, *, patience: float | None = None) -> None:
-        self.directory = directory.absolute()  # whatever becomes of the working directory
+        self.directory = directory.absolute()  # the working directory may change
         self._patience = patience
         self._file: int | None = None
         self._owner = 0
@@ -106,7 +106,7 @@ class DirectoryLock:
         """Takes the lock.
 
         Raises:
-            LockedError: If somebody else holds it, naming who; nothing has been written then.
+            LockedError: If somebody else holds it, naming the process; nothing has been written then.
             OSError: If the directory cannot be written.
         """
         ahead = _ahead.pop(os.path.realpath(self.directory), None)
@@ -117,8 +117,8 @@ class DirectoryLock:
         while self._file is None:
             self._made += make_directory(self.directory)
             try:
-                file = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | _HOW, 0o644)
-            except FileNotFoundError:  # its last holder removed the directory again
+                file = os.open(self.directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o644)
+            except FileNotFoundError:  # its last holder has removed the directory
                 continue
             try:
                 if self._try(file):
@@ -133,7 +133,7 @@ class DirectoryLock:
         _open.add(self._file)
         self._owner = os.getpid()
         content = json.dumps(Holder.this()._asdict()).encode()
-        with contextlib.suppress(OSError):  # on a full disk it locks without a name
+        with contextlib.suppress(OSError):  # a full disk holds the lock, but not the name of its holder
             os.truncate(self._file, 0)
             os.pwrite(self._file, content, 0)
 
@@ -149,11 +149,11 @@ class DirectoryLock:
             if Holder.read(file).is_alive():
                 return False
             if (device := os.fstat(file).st_dev) not in _warned:
-                log.warning("%s: this file system has no locks, so take care that no other run uses it", self.directory)
+                log.warning("%s: its file system has no locks; make sure that no other run uses it", self.directory)
             _warned.add(device)
         try:
             return os.path.samestat(os.fstat(file), os.stat(self.directory / LOCK_FILE))
-        except FileNotFoundError:  # its last holder removed it in between
+        except FileNotFoundError:  # its last holder has removed it meanwhile
             return False
 
     def release(self) -> None:
@@ -161,7 +161,7 @@ class DirectoryLock:
         if self._file is None or self._owner != os.getpid():
             return
         with contextlib.suppress(OSError):
-            os.unlink(self.directory / LOCK_FILE)  # before it is free, so never that of the next holder
+            os.unlink(self.directory / LOCK_FILE)  # while it is held, so it is never the next holder's
         _open.discard(self._file)
         os.close(self._file)
         self._file = None
@@ -169,11 +169,11 @@ class DirectoryLock:
 
 
 _ahead: dict[str, DirectoryLock] = {}
-"""Locks that this process took ahead, by the real path of the directory."""
+"""Locks that `lock_ahead` took, by the real path of the directory."""
 
 
 def lock_ahead(directory: Path) -> None:
-    """Takes the lock of a directory for the next `DirectoryLock` of it in this process.
+    """Takes the lock of a directory in advance, for the next `DirectoryLock` of it in this process.
 
     Raises:
         LockedError: If somebody else holds it.
@@ -185,7 +185,7 @@ def lock_ahead(directory: Path) -> None:
 
 
 def release_ahead() -> None:
-    """Frees the locks taken ahead that were not used."""
+    """Frees the locks of `lock_ahead` that no `DirectoryLock` has used."""
     while _ahead:
         _ahead.popitem()[1].release()
 
@@ -198,17 +198,17 @@ def is_held(directory: Path) -> bool:
 def holder(directory: Path) -> Holder | None:
     """Returns the process that holds the lock of a directory, this one included; None if none does."""
     try:
-        file = os.open(directory / LOCK_FILE, os.O_RDONLY | _HOW)
-    except PermissionError:  # it is there, and not ours
+        file = os.open(directory / LOCK_FILE, os.O_RDONLY | _OPEN_FLAGS)
+    except PermissionError:  # another user's lock file
         return Holder()
-    except OSError:  # not there, or something that nobody locks
+    except OSError:  # no file, or no lock file
         return None
     try:
         _flock(file, exclusive=False)
         return None
     except BlockingIOError:
         return Holder.read(file)
-    except OSError:  # no locks here
+    except OSError:  # a file system without locks
         found = Holder.read(file)
         return found if found.is_alive() or found.pid == os.getpid() else None
     finally:
@@ -232,14 +232,14 @@ def make_directory(directory: Path) -> list[Path]:
             made.append(path)
         except FileExistsError:  # another process was faster
             continue
-        except FileNotFoundError:  # as /proc says of what it does not take
-            raise PermissionError(errno.EPERM, "no directory can be made here", str(path)) from None
-    directory.mkdir(exist_ok=True)  # tells of a file in its place
+        except FileNotFoundError:  # the error of /proc
+            raise PermissionError(errno.EPERM, "cannot make a directory here", str(path)) from None
+    directory.mkdir(exist_ok=True)  # raises if a file is in its place
     return made
 
 
 def check_directory(directory: Path) -> None:
-    """Checks that a directory can be made; none that was absent is left behind.
+    """Checks that a directory can be made, and removes it again if it was absent.
 
     Raises:
         OSError: As `make_directory`.
@@ -248,7 +248,7 @@ def check_directory(directory: Path) -> None:
 
 
 def remove_empty(directories: list[Path]) -> None:
-    """Removes nested directories, outermost first, that hold nothing but each other."""
+    """Removes nested directories, given outermost first, as long as they are empty."""
     with contextlib.suppress(OSError):
         for path in reversed(directories):
             path.rmdir()

@@ -20,7 +20,7 @@ class Recorded(typing.Protocol):
 class Protocol:
     """The settings that comparable runs share; None where a run has not recorded one.
 
-    Teachers are no part of it, since a sweep varies their number: see `places`.
+    Teachers are not among them, since a sweep may vary their number; see `comparison_groups`.
     """
 
     data: str
@@ -48,22 +48,22 @@ class Protocol:
     def of(cls, run: Recorded) -> Protocol:
         """Reads the protocol of a run or a result; of a run without one, from its configuration."""
         values = {field.name: run.get(field.name) for field in fields(cls)}
-        if values["num_train_images"] is not None:  # a record that says nothing of unlabelled images had none
-            without: dict[str, Any] = {"num_unlabelled_images": 0, "unlabelled_sha256": "none", "unlabelled_share": 0.0}
+        if values["num_train_images"] is not None:  # what was not recorded was not used
+            none: dict[str, Any] = {"num_unlabelled_images": 0, "unlabelled_sha256": "none", "unlabelled_share": 0.0}
             if not values["num_unlabelled_images"]:
-                without |= {"unlabelled_from": "none", "epoch_over": "labelled"}
-            values |= {name: values[name] or nothing for name, nothing in without.items()}
+                none |= {"unlabelled_from": "none", "epoch_over": "labelled"}
+            values |= {name: values[name] or value for name, value in none.items()}
         values["data"] = str(values["data"]) if values["data"] is not None else "unknown data"
         return cls(**values)
 
     @property
     def num_images(self) -> int | None:
-        """Images of the subset, those of the validation split among them; None if that was not recorded."""
+        """Images of the subset, including its validation split; None if not recorded."""
         return None if self.num_train_images is None else self.num_train_images + (self.num_val_images or 0)
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """The protocol without what follows from the fraction: points of one curve over fractions share it."""
+        """The fields that do not depend on the fraction; all points of a curve over fractions share them."""
         follows = {"fraction", "subset_sha256", "num_train_images", "num_val_images", "steps"}
         follows.add("num_unlabelled_images")
         if self.unlabelled_from != "own":  # images of their own are the same at every fraction
@@ -71,12 +71,12 @@ class Protocol:
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in follows)
 
     def differences(self, other: Protocol) -> list[str]:
-        """Names of the fields that both have recorded and differ in."""
+        """Returns the names of the fields that both have recorded, with different values."""
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
         return [name for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]]
 
     def fits(self, other: Protocol) -> bool:
-        """Whether the two agree in all that both have recorded."""
+        """Whether the two agree in all fields that both have recorded."""
         return not self.differences(other)
 
 
@@ -85,8 +85,8 @@ class ComparisonGroup:
     """Trainings that may be compared with each other.
 
     Attributes:
-        protocol: The protocol that they share.
-        pool: SHA-256 of teachers; each member was taught by some of them, or by none.
+        protocol: Their common protocol.
+        pool: SHA-256 of teachers; each member was taught by some of these, or by none.
         members: Positions of the members, ascending.
     """
 
@@ -97,12 +97,12 @@ class ComparisonGroup:
 
 @dataclass(frozen=True)
 class Training:
-    """A training as far as comparisons look at it.
+    """Facts of a training that decide with which others it may be compared.
 
     Attributes:
         protocol: Its protocol.
         taught_by: SHA-256 of its teachers.
-        complete: Whether it has a result; without one, protocol and teachers may be known in part only.
+        complete: Whether it has a result; without one, protocol and teachers may be incomplete.
     """
 
     protocol: Protocol
@@ -141,6 +141,6 @@ def comparison_groups(trainings: Sequence[Training]) -> list[ComparisonGroup]:
 
 
 def maximal(sets: Iterable[frozenset[str]]) -> list[frozenset[str]]:
-    """Returns the sets that no other one contains, sorted."""
+    """Returns the sets that are no proper subset of another one, sorted."""
     distinct = set(sets)
     return sorted((one for one in distinct if not any(one < other for other in distinct)), key=sorted)

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, get_type_hints
 from ekd_lightning.roles import is_of
 
 _LATE = {"late": True}
-"""Metadata of optional fields, which a record omits while they are None."""
+"""Metadata of optional fields, which a record leaves out while they are None."""
 
 
 class TeacherRecord(TypedDict):
@@ -61,35 +61,35 @@ class NotAResultError(ValueError):
 class Result(Mapping[str, Any]):
     """Settings and final numbers of a run.
 
-    Also a mapping of everything that is recorded: parts of the evaluation add fields of their own, and those that a
-    newer version wrote are kept. None stands for what a run does not have, or an older version did not record.
+    It is also a mapping of all recorded fields: parts of the evaluation add their own, and unknown fields of a newer
+    version are kept. None stands for a field that does not apply, or that an older version did not record.
 
     Attributes:
         fraction: Share of the training images, in (0, 1], as requested.
-        num_unlabelled_images: Images that were trained on without labels, beside the `num_train_images` with labels.
-        unlabelled_sha256: Hash of those images.
-        unlabelled_share: Their share of each batch, in (0, 1).
+        num_unlabelled_images: Training images without labels, beside the `num_train_images` with labels.
+        unlabelled_sha256: Hash of the unlabelled images.
+        unlabelled_share: Share of unlabelled images in each batch, in (0, 1).
         unlabelled_from: `rest` for training images that the subset leaves out, `own` for images of their own.
         epoch_over: Whether an epoch was one pass over the `labelled` or over the `unlabelled` images.
         subset_sha256: Hash of the labelled images that the run saw.
         student_sha256: `state_sha256` of student.safetensors.
         views: The augmentation, see `Views.key`.
         macs: Multiply-accumulates of one image through the student.
-        partial: Whether the run saw a part of the data only, so that its numbers are no results.
-        teacher_choice: `best`, `first` or `mean` for methods that know one teacher.
-        pool_teachers: Ids of the teachers that there were to choose from.
-        teacher_candidates: What `best` chose by: `id`, `val_accuracy`, `val_nll` of each.
-        teachers: Of each that taught: `id`, `sha256`, `source`, `test_accuracy` in [0, 1], `test_nll` in nats, ...
-        chain: The same of each assistant, from the first to the one that taught the student.
-        test_accuracy: Of the ensemble after the last epoch, in [0, 1]; NaN if the test set was not read.
-        test_branch_accuracy: Of each branch [K].
-        best_epoch: Counted from 1, the one with the best validation accuracy; `..._best` are with its weights.
+        partial: Whether the run saw only part of the data, so that its numbers do not count as results.
+        teacher_choice: `best`, `first` or `mean` for methods with one teacher.
+        pool_teachers: Ids of the teachers to choose from.
+        teacher_candidates: Scores by which `best` chose: `id`, `val_accuracy`, `val_nll` of each candidate.
+        teachers: A record per teacher: `id`, `sha256`, `source`, `test_accuracy` in [0, 1], `test_nll` in nats, ...
+        chain: Such a record per assistant, from the first to the one that taught the student.
+        test_accuracy: Accuracy of the ensemble after the last epoch, in [0, 1]; NaN if the test set was not read.
+        test_branch_accuracy: Accuracy of each branch [K].
+        best_epoch: Epoch with the best validation accuracy, counted from 1; fields `..._best` are of its weights.
         steps: Optimiser steps.
-        teacher_table_hit_rate: Share of teacher rows that were found and not computed.
-        evaluated: Parts of the evaluation that are in the record.
-        evaluation_error: Why others are not, one line for each.
-        evaluation_seconds: What each part took.
-        more: Everything else by its name: findings, `weight_<term>`, fields of newer versions.
+        teacher_table_hit_rate: Share of teacher rows that were found rather than computed.
+        evaluated: Parts of the evaluation whose findings are in the record.
+        evaluation_error: Why other parts failed, joined by `; `.
+        evaluation_seconds: Seconds that each part took.
+        more: All other fields: findings of the evaluation, `weight_<term>`, fields of newer versions.
     """
 
     method: str
@@ -157,12 +157,13 @@ class Result(Mapping[str, Any]):
         """Builds a result from a flat record.
 
         Raises:
-            NotAResultError: If it lacks what every result has, or a field is of another type.
+            NotAResultError: If a required field is missing, or a field has a value of another type.
         """
         hints = _hints()
         for name in ("method", "data", "seed", "fraction"):
             if not is_of(record.get(name), hints[name]):
-                raise NotAResultError(f"no {name!r}")
+                value = record.get(name)
+                raise NotAResultError(f"no {name!r}" if value is None else f"{name!r} is {value!r:.60}")
         tested = record.get("test_accuracy")
         checked = ("fraction",) if tested is None and record.get("partial") else ("fraction", "test_accuracy")
         for name in checked:

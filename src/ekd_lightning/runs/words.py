@@ -1,8 +1,8 @@
-"""Overrides in records, and which of them may be used again.
+"""Overrides in records, and checks of which of them may be reused.
 
-A record never names code. Its words set settings of a run and, of a sweep, how many jobs run where. All that could
-make something else run (flags, Hydra's search path, callbacks and logging, scripts of a launcher, files elsewhere,
-modules to import) is taken from the user's own command alone.
+Overrides of a record may change the settings of a run and, for a sweep, how its jobs are launched. Everything that
+could make other code run (flags, Hydra's search path, callbacks and logging, scripts of a launcher, files elsewhere,
+modules to import) must come from the user's own command.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _LAUNCHING = re.compile(
 
 
 def check_words(words: Iterable[object], source: object, *, launching: bool = False) -> list[str]:
-    """Checks that a record's overrides are ones that a record may hold.
+    """Checks that a record holds only overrides that may be reused.
 
     Args:
-        words: Overrides as they are recorded.
-        source: Where they stand, for error messages.
-        launching: Whether they say how jobs are launched; else they are settings of a run.
+        words: The recorded overrides.
+        source: The record, for error messages.
+        launching: Whether the overrides set how jobs are launched; else they change settings of a run.
 
     Returns:
-        The words.
+        The overrides.
 
     Raises:
-        UserError: At the first word that is none, or sets something else.
+        UserError: At the first word that is no override, or sets anything else.
     """
     checked = [str(word) for word in words]
     for word in checked:
@@ -44,7 +44,7 @@ def check_words(words: Iterable[object], source: object, *, launching: bool = Fa
         if found is None or not (_launches(found) if launching else _sets(found)):
             what = "how jobs are launched" if launching else "settings of a run"
             raise UserError(
-                f"{source}: holds {word!r:.100}, but a record may set only {what}; pass all else in your command"
+                f"{source}: holds {word!r:.100}, but a record may set only {what}; pass this word in your own command"
             )
     return checked
 
@@ -55,7 +55,7 @@ def _launches(word: re.Match[str]) -> bool:
 
 
 def _sets(word: re.Match[str]) -> bool:
-    """Whether an override sets a setting, or selects a configuration file that the user's command reads."""
+    """Whether an override changes a setting, or selects a file of a configuration group by a plain name."""
     key, value = word["key"], word["value"]
     first = re.split(r"[./]", key)[0]
     if first == "hydra" or (value is None and word["sign"] != "~"):
@@ -68,30 +68,30 @@ def _sets(word: re.Match[str]) -> bool:
 
 
 def require_named_code(recorded: Iterable[str], given: Sequence[str], source: object) -> None:
-    """Refuses to import modules of a record unless the user's own command names them, too.
+    """Refuses a record that imports modules unless the user's own command sets `imports`, too.
 
     Args:
         recorded: Overrides of the record.
-        given: Those of the command.
-        source: What holds the record, for error messages.
+        given: Overrides of the command.
+        source: The record, for error messages.
 
     Raises:
-        UserError: Naming the word that the command lacks.
+        UserError: Naming the override that the command lacks.
     """
     needed = [word for word in recorded if names_code(word)]
     if needed and not any(map(names_code, given)):
         raise UserError(
-            f"{source}: was started with {needed[-1]}, which imports code, and a record never does: if you trust these "
-            f"modules, add {shlex.quote(needed[-1].lstrip('+'))} to your command"
+            f"{source}: was started with {needed[-1]}, but modules are never imported because a record names them; if "
+            f"you trust them, add {shlex.quote(needed[-1].lstrip('+'))} to your command"
         )
 
 
 def names_code(word: str) -> bool:
-    """Whether an override names code to import; a new setting that does must be added here and in `code_of`."""
+    """Whether an override names code to import; a new setting that names code belongs here and in `code_of`."""
     found = _WORD.fullmatch(word)
     return found is not None and re.split(r"[./]", found["key"])[0] == "imports" and found["value"] not in (None, "[]")
 
 
 def code_of(settings: Settings) -> list[str]:
-    """Returns the code that settings name, as overrides; callbacks are classes of that code or of this package."""
+    """Returns the overrides by which settings import code; callbacks are classes of that code or of this package."""
     return [f"imports=[{','.join(settings.imports)}]"] if settings.imports else []

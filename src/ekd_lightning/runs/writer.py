@@ -1,4 +1,4 @@
-"""Writer of a run's record, and its provenance: code, versions, hardware, command."""
+"""Writer of a run's record, and provenance: code, versions, hardware, command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "hydra-core", "omegaconf", "wandb", "numpy")
-_OF_ONE_RUN = (
+_REPLACED = (
     STUDENT,
     CURVES,
     CURVES_SUM,
@@ -53,16 +53,17 @@ _OF_ONE_RUN = (
     "evaluation/tensorboard",
     "teachers/*/tensorboard",
 )
+"""Files and folders of an earlier run that a new run in its directory removes."""
 
 
 class RunWriter(RunDirectory):
-    """A run's directory for the process that writes it; in a distributed job global rank 0 alone."""
+    """A run's directory for the process that writes it; in a distributed job, only global rank 0."""
 
     def start(self, *, resumed: bool) -> None:
-        """Marks the run as running; an earlier result is withdrawn, and a new run removes an old run's files.
+        """Marks the run as running and removes an earlier result; a new run also removes the files of an old one.
 
-        A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the record
-        could be written: a full disk costs no result.
+        A resumed run keeps its first provenance and appends this start to it. Nothing is removed before the provenance
+        is written: a full disk costs no result.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_parts(self.path)
@@ -70,33 +71,33 @@ class RunWriter(RunDirectory):
         first = self.provenance() if resumed else {}
         if first:
             here = {**first, "resumed": [*(first.get("resumed") or []), here]}
-        # Until the status is written, too, the files here are those of the run that is replaced.
+        # Until the status is written, the files here still belong to the run that is replaced.
         replaced = {"replaced": self.identity} if "run" not in here and self.holds_run() else {}
         write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, **replaced, **here})
         if not resumed:
             for checkpoint in (self.last_checkpoint, self.best_checkpoint):
                 checkpoint.unlink(missing_ok=True)
-        self._say("running")
+        self._write_status("running")
         for name in (RESULT, ARRAYS):
             (self.path / name).unlink(missing_ok=True)
         if resumed:
             return
-        for path in [path for pattern in _OF_ONE_RUN for path in self.path.glob(pattern)]:
+        for path in [path for pattern in _REPLACED for path in self.path.glob(pattern)]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def add_provenance(self, **facts: Any) -> None:
-        """Adds facts known only after the start, e.g. hashes of data and teachers."""
+        """Adds facts that are known only after the start, e.g. hashes of data and teachers."""
         write_json(self.path / PROVENANCE, {**self.provenance(), **facts})
 
     def write_yaml(self, name: str, text: str) -> None:
-        """Writes one of the run's files, which names the run."""
+        """Writes a YAML file that names the run."""
         write_yaml(self.path / name, f"# run {self.identity}\n{text}" if self.identity else text)
 
     def write_curves(self, content: bytes, before: bytes | None) -> None:
-        """Writes metrics.csv; first its checksum beside that of the content before, as a kill may leave either."""
+        """Writes metrics.csv, and before it the checksums of new and old content, as a kill may leave either."""
         write_json(self.path / CURVES_SUM, {"sha256": list({sha256_of(content), sha256_of(before)})})
         if content != before:
             write_bytes(self.path / CURVES, content)
@@ -106,7 +107,7 @@ class RunWriter(RunDirectory):
         write_json(self.path / RESULT, {"format": FORMAT, "run": self.identity, **result})
 
     def write_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes arrays.npz, if there is something to write."""
+        """Writes arrays.npz, if there are arrays."""
         if arrays:
             stream = io.BytesIO()
             np.savez_compressed(stream, run=self.identity or "", **arrays)  # type: ignore[arg-type] # no options
@@ -114,10 +115,10 @@ class RunWriter(RunDirectory):
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Lets a block change the record of a finished run, while other processes wait.
+        """Lets the block change the record of a finished run, while other processes wait.
 
         Raises:
-            LockedError: If a run is at work here, which is not waited for: it does not leave what was there.
+            LockedError: If a run is at work here; its end is not waited for, as it replaces the record.
             UnwritableFileError: If the directory cannot be written.
         """
         with contextlib.ExitStack() as stack:
@@ -131,29 +132,29 @@ class RunWriter(RunDirectory):
     def finish(self, result: Result) -> None:
         """Writes the result, then the state done; in this order, so that done implies a result."""
         self.write_result(result)
-        self._say("done")
+        self._write_status("done")
 
     def fail(self, error: str) -> None:
         """Records that the run failed, and why."""
-        self._say("failed", error)
+        self._write_status("failed", error)
 
     def stop(self) -> None:
         """Records that the run was interrupted."""
-        self._say("stopped", INTERRUPTED)
+        self._write_status("stopped", INTERRUPTED)
 
-    def _say(self, state: str, error: str | None = None) -> None:
+    def _write_status(self, state: str, error: str | None = None) -> None:
         write_json(
             self.path / STATUS, {"format": FORMAT, "run": self.identity, "state": state, "error": error, "time": now()}
         )
 
 
 def provenance() -> dict[str, Any]:
-    """Returns where a result comes from: code, versions, hardware, command."""
+    """Returns the provenance of a result: code, versions, hardware, command."""
     return {
         "version": __version__,
         "git": _git(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "working_directory": os.getcwd(),  # where relative places of the configuration begin
+        "working_directory": os.getcwd(),  # base of relative paths in the configuration
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in _PACKAGES},
         "plugins": dict(loaded_plugins),
@@ -164,7 +165,7 @@ def provenance() -> dict[str, Any]:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes the run's files; known before any process group exists."""
+    """Whether this process is global rank 0, by its environment alone; works before a process group exists."""
     for name in ("RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name]) == 0
@@ -177,7 +178,7 @@ def now() -> str:
 
 
 def version_of(name: str) -> str | None:
-    """Returns the version of an installed package; None without it."""
+    """Returns the version of a package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -198,7 +199,7 @@ def _git() -> dict[str, Any] | None:
 
 
 def _hardware() -> dict[str, Any]:
-    import torch  # noqa: PLC0415 (slow; every command imports this file before it can say a word)
+    import torch  # noqa: PLC0415 (slow; every command imports this file first)
 
     return {
         "cpu": cpu_name(),

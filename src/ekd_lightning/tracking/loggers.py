@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ekd_lightning.errors import UserError, one_line
-from ekd_lightning.files import DamagedFileError, WriterBehind, read_bytes, write_text
+from ekd_lightning.files import BackgroundWriter, DamagedFileError, read_bytes, write_text
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import LoggerSettings, WandbSettings
 
@@ -54,7 +54,7 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._writer = WriterBehind()
+        self._writer = BackgroundWriter()
         self._rows: dict[int, dict[str, str]] = {}
         self._run = RunWriter(path.parent)
         self._written = self._run.curves()

@@ -19,7 +19,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import (
     SEAL,
     UNSEALED,
-    WriterBehind,
+    BackgroundWriter,
     read_bytes,
     remove_parts,
     require_intact,
@@ -50,7 +50,7 @@ class CheckpointWriter(CheckpointIO):
 
     def __init__(self, owner: Callable[[], str | None] = lambda: None) -> None:
         self._owner = owner
-        self._writer = WriterBehind()
+        self._writer = BackgroundWriter()
         self._seen: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
