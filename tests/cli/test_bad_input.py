@@ -157,7 +157,7 @@ def test_a_teacher_of_another_class_count(refuse, tmp_path):
     save_teacher(tmp_path / "hundred.safetensors", classes=100)
     outcome = refuse(f"teachers.pool=[{{file: {tmp_path / 'hundred.safetensors'}}}]")
     assert_refused(
-        outcome, "hundred", "none of the data's 10 classes", "features alone: leave out method.terms.kd_ensemble"
+        outcome, "hundred", "none of the data's 10 classes", "only teach features: remove method.terms.kd_ensemble"
     )
 
 

@@ -236,7 +236,7 @@ def test_one_branch_and_one_teacher_make_all_assignments_equal():
         ({"temperature": 0}, r"method.temperature=0 .* \[0.001, 1000\]"),
         ({"temperature": float("nan")}, r"method.temperature=nan"),
         ({"assignment": "mean_"}, "unknown assignment 'mean_'; did you mean 'mean'"),
-        ({"assignment": [[1, 0, 0]]}, r"2 rows \(branches\) of 3 numbers"),
+        ({"assignment": [[1, 0, 0]]}, r"2 rows \(branches\) of 3 weights"),
         ({"M": 0}, "method.terms.kd_ensemble: .*needs teachers"),
         ({"K": 0}, "branches=0"),
     ],
@@ -267,7 +267,7 @@ def test_outputs_that_do_not_fit_the_method():
     method = build()
     with pytest.raises(ValueError, match="needs the teachers' outputs"):
         method(make_student(), None, make_batch())
-    with pytest.raises(ValueError, match=r"built for \(K, M\) = \(2, 3\) but was given \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"built for \(K, M\) = \(2, 3\), the outputs have \(K, M\) = \(4, 3\)"):
         method(make_student(4), make_teachers(), make_batch())
 
 

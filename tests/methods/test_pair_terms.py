@@ -359,5 +359,5 @@ def test_a_teacher_of_features_alone_has_no_confidence():
     blind = sizes(2, 2, unknown_classes=(frozenset(range(4)), frozenset()))
     maps = {"type": "feature_branch", "weight": 1.0, "feature": "stage2"}
     build_method("x", {"maps": maps}, blind)
-    with pytest.raises(UserError, match=r"'big0' predicts none.*leave out method\.terms\.maps"):
+    with pytest.raises(UserError, match=r"'big0' predicts none.*remove method\.terms\.maps"):
         build_method("x", {"maps": {**maps, "confidence": "entropy"}}, blind)

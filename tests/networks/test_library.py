@@ -374,7 +374,7 @@ def test_a_teacher_of_no_class_teaches_features_alone(tmp_path, terms, assignmen
         if named is None:
             distill()
             continue
-        said = rf"the teacher 't1' predicts none of the data's 4 classes, .* leave out method.terms.{named}"
+        said = rf"the teacher 't1' predicts none of the data's 4 classes, .* remove method.terms.{named}"
         with pytest.raises(UserError, match=said):
             distill()
 
@@ -398,7 +398,7 @@ def test_a_mean_of_logits_that_rules_a_class_out_is_told_once(tmp_path, classes,
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             distill()
-        found = [str(one.message) for one in told if "rules them out" in str(one.message)]
+        found = [str(one.message) for one in told if "gives them probability 0" in str(one.message)]
         assert len(found) == (lost is not None)
         assert all(f"classes {lost} are known to some teachers only" in line for line in found)
 

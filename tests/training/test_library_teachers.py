@@ -185,7 +185,7 @@ def test_what_a_teacher_does_not_know_is_refused_before_it_is_loaded(tiny_settin
     mse = "method.terms.kd_ensemble.loss=mse_logits"
     for pool, said, words in (
         (knows_nine, "kd_ensemble compares .* does not know 1 of them", [mse]),
-        (knows_none, "leave out method.terms.kd_ensemble, method.terms.kd_branch,", []),
+        (knows_none, "remove method.terms.kd_ensemble, method.terms.kd_branch,", []),
         (knows_none, "reuse_classifier=true: the teacher .*-seven. does not know all classes", ["method=simkd"]),
         (knows_nine, "kd_ensemble compares .* does not know 1 of them", ["method.assistants=[resnet8]", mse]),
         (

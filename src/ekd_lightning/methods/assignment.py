@@ -32,7 +32,7 @@ class Assignment(nn.Module):
     """An assignment that is the same in every step; a module, so that it moves to the method's device.
 
     Args:
-        mean_KM: float32 [K, M], rows summing to 1: the matrix, in the mean over the steps.
+        mean_KM: float32 [K, M], rows summing to 1: the matrix, or its mean over the steps in a subclass that changes.
 
     Attributes:
         num_branches: K.
@@ -46,7 +46,7 @@ class Assignment(nn.Module):
     def __init__(self, mean_KM: Tensor) -> None:
         super().__init__()
         self.num_branches, self.num_teachers = mean_KM.shape
-        # Not persistent: it is configuration, and a checkpoint must not override it.
+        # Not persistent: a checkpoint must not override the configuration.
         self.register_buffer("mean_KM", mean_KM, persistent=False)
 
     def matrix(self, step: int, progress: float = 0.0) -> Tensor:
@@ -54,7 +54,7 @@ class Assignment(nn.Module):
 
         Args:
             step: Global step, counted from 0.
-            progress: Share of the training that is done, in [0, 1].
+            progress: Completed share of the training, in [0, 1].
 
         Returns:
             float32 [K, M]; rows sum to 1.
@@ -62,7 +62,7 @@ class Assignment(nn.Module):
         return self.mean_KM
 
     def matrices(self) -> list[Tensor]:
-        """Returns the matrices [K, M] that it has in turn; of a random one a draw."""
+        """Returns the matrices [K, M] in order of use; one draw for a random assignment."""
         return [self.matrix(0)]
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -71,16 +71,19 @@ class Assignment(nn.Module):
 
 
 class RandomAssignment(Assignment):
-    """A random assignment: every step draws anew, uniformly, which teacher each branch imitates.
+    """A random assignment: every step draws, uniformly, one teacher for each branch.
 
-    Each branch gets exactly one teacher, and teachers are shared as evenly as K and M allow: with K <= M no
-    two branches have the same one, with K > M every teacher has floor(K/M) or ceil(K/M) branches. The draw
-    is a pure function of (seed, step), hence the same on all devices and after a resume.
+    Teachers are shared as evenly as K and M allow: with K <= M all branches have different teachers, with K > M every
+    teacher has floor(K/M) or ceil(K/M) branches. The draw is a pure function of (seed, step), hence the same on all
+    devices and after a resume.
 
     Args:
         num_branches: K >= 1.
         num_teachers: M >= 1.
         seed: Non-negative.
+
+    Raises:
+        UserError: For a negative seed.
     """
 
     changes = True
@@ -101,11 +104,11 @@ class RandomAssignment(Assignment):
 
 
 class ScheduledAssignment(Assignment):
-    """An assignment that gives way to others at some shares of the training.
+    """A sequence of fixed assignments, each of which holds from a given share of the training.
 
     Args:
-        starts: Shares from which the matrices hold, ascending from 0.
-        matrices: As many, float32 [K, M].
+        starts: Shares of the training at which the matrices begin to hold, increasing from 0, below 1.
+        matrices: One float32 [K, M] for each of the `starts`.
     """
 
     changes = True
@@ -121,7 +124,7 @@ class ScheduledAssignment(Assignment):
         return self._matrices[bisect_right(self._starts, progress) - 1]
 
     def matrices(self) -> list[Tensor]:
-        """Returns the matrices that it has in turn."""
+        """Returns the matrices [K, M] in order of use."""
         return list(self._matrices)
 
 
@@ -129,8 +132,8 @@ def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int,
     """Builds an assignment of any kind.
 
     Args:
-        kind: `random`; {schedule: [[0, kind], [share, kind], ...]} of kinds that hold from these shares of the training
-            on; or what `make_assignment` takes.
+        kind: `random`; {schedule: [[0, kind], [share, kind], ...]}, where each kind holds from its share of the
+            training on; or any `kind` of `make_assignment`.
         num_branches: K >= 1.
         num_teachers: M >= 1.
         seed: For `random` only.
@@ -141,19 +144,19 @@ def build_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int,
     Raises:
         UserError: For an unknown kind, impossible counts or rows that do not fit.
     """
-    if isinstance(kind, str) and kind not in KINDS and _listed(kind) is None:
+    if isinstance(kind, str) and kind not in KINDS and _teacher_numbers(kind) is None:
         raise unknown_name("assignment", kind, KINDS)
     if kind == "random":
         _check_counts(num_branches, num_teachers)
         return RandomAssignment(num_branches, num_teachers, seed)
     if isinstance(kind, Mapping):
         starts, kinds = zip(*_schedule(kind), strict=True)
-        return ScheduledAssignment(starts, [make_assignment(one, num_branches, num_teachers) for one in kinds])
+        return ScheduledAssignment(starts, [make_assignment(part, num_branches, num_teachers) for part in kinds])
     return Assignment(make_assignment(kind, num_branches, num_teachers))
 
 
 def last_kind(kind: AssignmentSpec) -> AssignmentSpec:
-    """The kind that holds at the end of the training: the last of a schedule, else the kind itself."""
+    """Returns the kind that holds at the end of the training: the last kind of a schedule, else `kind` itself."""
     return _schedule(kind)[-1][1] if isinstance(kind, Mapping) else kind
 
 
@@ -165,21 +168,23 @@ def _schedule(spec: Mapping[str, Any]) -> list[tuple[float, Any]]:
         raise UserError(f"assignment={spec!r} is not allowed; give {{schedule: [[0, one_to_one], [0.8, permuted]]}}")
     starts = [number("assignment.schedule, share", start, low=0.0, high=1.0) for start, _ in parts]
     if starts[0] != 0 or any(later <= earlier for earlier, later in pairwise((*starts, 1.0))):
-        raise UserError(f"assignment.schedule: shares {starts} are not allowed; give rising ones from 0 to below 1")
+        raise UserError(
+            f"assignment.schedule: shares {starts} are not allowed; they must increase from 0 and stay below 1"
+        )
     return [(start, kind) for start, (_, kind) in zip(starts, parts, strict=True)]
 
 
 def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) -> Tensor:
     """Returns the matrix of a fixed assignment.
 
-    Kinds: `one_to_one` sends branch k to teacher k mod M; `mean` gives every branch the mean of all teachers;
-    `permuted` is one_to_one shifted by one teacher, branch k to (k + 1) mod M: the null control, since with
-    interchangeable branches only the names change. With one teacher `permuted` equals `one_to_one` and warns
-    instead of failing, so that a sweep over M runs through.
+    Kinds: `one_to_one` gives branch k the teacher k mod M; `mean` gives every branch the mean of all teachers;
+    `permuted` is one_to_one shifted by one, branch k has the teacher (k + 1) mod M. It is a null control: if branches
+    are interchangeable, only their names change. With one teacher `permuted` equals `one_to_one`, which is a warning
+    and not an error, so that sweeps over M run through.
 
     Args:
-        kind: One of the kinds above; the number of each branch's teacher, from 0, as a list ([2, 0, 1]) or a text
-            ("2,0,1"); or K explicit rows of M non-negative weights, each summing to 1.
+        kind: One of the kinds above; the teacher of each branch, counted from 0, as a list ([2, 0, 1]) or a string
+            ("2,0,1"); or K rows of M non-negative weights, each summing to 1.
         num_branches: K >= 1.
         num_teachers: M >= 1.
 
@@ -191,7 +196,7 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     """
     K, M = num_branches, num_teachers
     _check_counts(K, M)
-    teachers = _listed(kind)
+    teachers = _teacher_numbers(kind)
     if teachers is not None:
         return _explicit(torch.eye(M)[teachers].tolist() if len(teachers) == K and max(teachers) < M else kind, K, M)
     if not isinstance(kind, str):
@@ -214,8 +219,8 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     return torch.eye(M)[teachers_K]
 
 
-def _listed(kind: AssignmentSpec) -> list[int] | None:
-    """Numbers of the branches' teachers, of a kind that lists them; None for any other."""
+def _teacher_numbers(kind: AssignmentSpec) -> list[int] | None:
+    """Returns the teacher of each branch, if `kind` lists them; None for any other kind."""
     if isinstance(kind, str) and re.fullmatch(r"\d+(,\d+)+", kind):
         return [int(m) for m in kind.split(",")]
     listed = isinstance(kind, Sequence) and not isinstance(kind, str) and len(kind) > 0
@@ -236,8 +241,8 @@ def _explicit(rows: Any, K: int, M: int) -> Tensor:
     )
     if not is_table or len(rows) != K or any(len(row) != M for row in rows):
         raise UserError(
-            f"assignment={rows!r} must be one of {', '.join(KINDS)}, {K} teachers (0 to {M - 1}), or "
-            f"{K} rows (branches) of {M} numbers (teachers)"
+            f"assignment={rows!r} is not allowed; give one of {', '.join(KINDS)}, a list of {K} teachers (one per "
+            f"branch, 0 to {M - 1}), or {K} rows (branches) of {M} weights (teachers)"
         )
     for k, row in enumerate(rows):
         values = [number(f"assignment, row {k}, teacher {m}", value, low=0.0) for m, value in enumerate(row)]

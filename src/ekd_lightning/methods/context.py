@@ -1,4 +1,4 @@
-"""Contexts of a term: what it is built from, and what it reads in each step.
+"""Contexts of a term: `TermContext`, its input when it is built, and `StepContext`, its input in each step.
 
 Shape letters: B batch, C classes (in stage shapes: channels), M teachers, K branches, D features.
 """
@@ -25,9 +25,9 @@ DEFAULT_TEMPERATURE = 4.0
 
 
 class LiveNetworks(Protocol):
-    """Access to the networks themselves, for terms that need outputs for other images than the batch's.
+    """Access to the networks, for terms that need outputs for images outside the batch.
 
-    Teachers answer in float32, whatever the format of the tables.
+    Teacher outputs are float32, whatever the format of the tables.
     """
 
     def student_outputs(self, images: Tensor) -> StudentOutput:
@@ -35,7 +35,7 @@ class LiveNetworks(Protocol):
         ...
 
     def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
-        """Outputs of teacher m (0-based), with gradients to the images but never to its weights."""
+        """Outputs of teacher m (0-based), with gradients to the images but not to its weights."""
         ...
 
     def classify(self, m: int, features: Tensor) -> Tensor:
@@ -53,16 +53,16 @@ class StepContext:
 
     Attributes:
         student: The student's outputs, with gradients.
-        teachers: The teachers' outputs, without; None when no term of the method needs them.
+        teachers: The teachers' outputs, without gradients; None if no term of the method needs them.
         batch: The batch.
-        assignment_KM: float32 [K, M], the assignment of this step; None when no term uses it.
+        assignment_KM: float32 [K, M], the assignment of this step; None if no term uses it.
         epoch: Counted from 0.
         step: Optimiser steps so far, counted from 0.
-        progress: Share of the whole training that is done, in [0, 1].
-        networks: The networks, for terms with `needs_networks`; else possibly None.
+        progress: Completed share of the whole training, in [0, 1].
+        networks: The networks, for terms with `needs_networks`; may be None for others.
         weights: Term name -> float32 scalar on the device, weight times schedule, in place of `Term.weight_at`; None
-            where numbers of the host will do.
-        step_t: `step` as an int64 scalar on the device; None as for `weights`.
+            in steps that are not recorded.
+        step_t: `step` as an int64 scalar on the device; None in steps that are not recorded.
     """
 
     student: StudentOutput
@@ -78,7 +78,7 @@ class StepContext:
 
     @property
     def labelled(self) -> StepContext:
-        """The same step with the labelled rows of the batch alone."""
+        """The same step, restricted to the labelled rows of the batch."""
         rows = self.batch.num_labelled
         if rows is None:  # all have labels
             return self
@@ -92,30 +92,30 @@ class StepContext:
 
     @property
     def assigned_logits(self) -> Tensor:
-        """The logits [K, B, C] that the assignment gives the branches, for terms with `uses_assignment`."""
+        """The targets of the branches, [K, B, C]: for each, the mean logits of its teachers, weighted as assigned."""
         assert self.assignment_KM is not None
         return combine_teachers(self.teacher_logits, self.assignment_KM)
 
     def step_tensor(self) -> Tensor:
-        """Returns the step as an int64 scalar on the device of the batch, `step_t` where it was given."""
+        """Returns the step as an int64 scalar on the device of the batch: `step_t` if set."""
         if self.step_t is not None:
             return self.step_t
         return torch.full((), self.step, dtype=torch.int64, device=self.batch.index.device)
 
 
 def _first_rows(student: StudentOutput, teachers: TeacherOutput | None, rows: int) -> dict[str, Any]:
-    """What both sides say of the first images of a batch."""
+    """Returns the outputs of student and teachers for the first `rows` images, by field of `StepContext`."""
 
     def maps(stages: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], ...]:
         return tuple({name: values[:rows] for name, values in own.items()} for own in stages)
 
-    ours = StudentOutput(
+    student = StudentOutput(
         student.logits[:rows], student.branch_logits[:, :rows], student.pooled[:, :rows], maps(student.stages)
     )
     if teachers is None:
-        return {"student": ours}
+        return {"student": student}
     pooled = tuple(values[:rows] for values in teachers.pooled)
-    return {"student": ours, "teachers": TeacherOutput(teachers.logits[:, :rows], pooled, maps(teachers.stages))}
+    return {"student": student, "teachers": TeacherOutput(teachers.logits[:, :rows], pooled, maps(teachers.stages))}
 
 
 @dataclass(frozen=True)
@@ -125,23 +125,22 @@ class TermContext:
     Attributes:
         num_classes: C.
         num_branches: K.
-        num_teachers: M, 0 when there are none.
-        temperature: The method's T > 0, which `build_method` fills in; terms may override it by an option.
-        assignment: Whose output each branch imitates, filled in likewise; None when no term uses it.
+        num_teachers: M, 0 without teachers.
+        temperature: The method's T > 0, filled in by `build_method`; terms may override it by an option.
+        assignment: Which teachers each branch imitates, filled in by `build_method`; None if no term uses it.
         student_features: D of a branch's pooled features.
-        teacher_features: D_m of every teacher's pooled features, M numbers.
+        teacher_features: D_m of every teacher's pooled features, M numbers; 0 for a teacher without a linear head.
         student_stage_shapes: Stage name -> (channels, height, width) of a branch, in order from input to
             output.
         shared_stages: Stages of the student's trunk, whose output all branches share.
         teacher_stage_shapes: The same as `student_stage_shapes` for each of the M teachers.
-        unknown_classes: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`;
-            empty where nobody knows yet.
+        unknown_classes: The classes that each of the M teachers does not know, see `cutting.unknown_classes`; empty if
+            not determined yet.
         student_name: For error messages.
         teacher_names: For error messages, M names or none.
-        seed: Of the run, for terms that draw something.
-        train_index: int64 [n], positions in the whole image set of the images trained on, ascending; None where
-            nobody knows.
-        train_labels: int64 [n], their labels.
+        seed: The run's seed, for terms that draw random numbers.
+        train_index: int64 [n], positions of the training images in the whole image set, ascending; None if not given.
+        train_labels: int64 [n], labels of the training images; None if not given.
     """
 
     num_classes: int
@@ -170,17 +169,14 @@ class TermContext:
         image_size: ImageSize = 32,
         **others: Any,
     ) -> TermContext:
-        """Builds the context that describes a student and its teachers.
+        """Builds the context of a student and its teachers, for `build_method`.
 
         Args:
             student: The branched student.
-            teachers: M networks, whose weights do not matter but for the classes that they do not know.
+            teachers: M networks. Their weights matter only for the classes that they do not know.
             image_size: Height and width of the images in pixels, for the shapes of the stages.
-            **others: The other attributes: names, seed, training images; classes that teachers do not know, where the
-                networks do not have their weights yet.
-
-        Returns:
-            The context for `build_method`.
+            **others: Further attributes: names, seed, training images; `unknown_classes` if the networks do not have
+                their weights yet.
         """
         others.setdefault("unknown_classes", tuple(unknown_classes(teacher.head) for teacher in teachers))
         return cls(
@@ -196,7 +192,7 @@ class TermContext:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All but temperature, assignment and training images, as plain JSON-able values."""
+        """Returns all attributes except temperature, assignment and training images, as JSON-able values."""
         left_out = ("temperature", "assignment", "train_index", "train_labels")
         plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in left_out}
         plain["unknown_classes"] = [sorted(classes) for classes in self.unknown_classes]
@@ -211,8 +207,8 @@ class TermContext:
             images: `train_index` and `train_labels`, or nothing.
         """
 
-        def shapes(of_stages: Mapping[str, Sequence[int]]) -> dict[str, StageShape]:
-            return {name: (shape[0], shape[1], shape[2]) for name, shape in of_stages.items()}
+        def shapes(stages: Mapping[str, Sequence[int]]) -> dict[str, StageShape]:
+            return {name: (shape[0], shape[1], shape[2]) for name, shape in stages.items()}
 
         changed: dict[str, Any] = {
             "student_stage_shapes": shapes(values["student_stage_shapes"]),
@@ -232,12 +228,12 @@ class TermContext:
         """Returns D_m, the size of teacher m's pooled features.
 
         Raises:
-            UserError: If the network has none, as it does not end with a linear layer.
+            UserError: If the network does not end with a linear layer, and so has no pooled features.
         """
         if not self.teacher_features[teacher]:
             raise UserError(
                 f"the teacher {self.teacher_label(teacher)} does not end with a linear layer, so it has no pooled "
-                f"features and no classifier"
+                f"features and no classifier; remove the term or replace the teacher"
             )
         return self.teacher_features[teacher]
 
@@ -256,7 +252,7 @@ class TermContext:
             The stage's own name.
 
         Raises:
-            UserError: If the network has no such stage; names stage, network and what there is.
+            UserError: If the network has no such stage; the message lists its stages.
         """
         return _resolve_stage(name, self.teacher_stage_shapes[teacher], f"the teacher {self.teacher_label(teacher)}")
 

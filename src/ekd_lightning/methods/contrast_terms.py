@@ -1,4 +1,4 @@
-"""Contrastive representation distillation (CRD): each image's two embeddings attract, other classes' repel.
+"""Contrastive representation distillation (CRD): embeddings of one image attract, those of other classes repel.
 
 Shape letters: B batch, N scores of one anchor, C classes, D features, M teachers, K branches; n is the number of
 training images.
@@ -23,20 +23,20 @@ from ekd_lightning.methods.terms import register_term
 
 SCORES = ("auto", "whole", "gathered")
 WHOLE_BANK_UP_TO = 32
-"""Multiplying with a whole bank is cheaper up to so many times the number of negatives (measured on a processor)."""
-STREAM_NEGATIVES = 9  # a number of its own among the streams of data.order
+"""`scores=auto` multiplies with the whole bank if it has at most this many times the negatives (measured on a CPU)."""
+STREAM_NEGATIVES = 9  # differs from the streams of data.order
 _LOW_32 = (1 << 32) - 1
 
 
 class TrainingImages(nn.Module):
-    """The training images: their rows in the memory banks, and draws of negatives from other classes.
+    """Rows of the training images in the memory banks, and random negatives of other classes.
 
-    Rows of the banks are sorted by class, so that all images of other classes are two slices.
+    The rows of a bank are sorted by class, so that the images of all other classes are two slices.
 
     Args:
         index: int64 [n], positions in the whole image set, ascending.
         labels: int64 [n].
-        seed: Of the draws.
+        seed: Seed of the random negatives.
 
     Raises:
         UserError: If all images are of one class, so that there are no negatives.
@@ -54,7 +54,10 @@ class TrainingImages(nn.Module):
         super().__init__()
         counts_C = torch.bincount(labels)
         if int(counts_C.max()) == len(labels):
-            raise UserError("contrast needs training images of at least two classes, and there is one")
+            raise UserError(
+                f"crd draws negatives from other classes, but all {len(labels)} training images are of one class; "
+                "train on two classes or more"
+            )
         self._key = int(splitmix64(splitmix64(torch.tensor(STREAM_NEGATIVES)) ^ seed))
         by_class = torch.argsort(labels, stable=True)
         rows = {"row_of": torch.argsort(by_class), "image_of": index[by_class], "label_of": labels[by_class]}
@@ -75,44 +78,44 @@ class TrainingImages(nn.Module):
             int64 [B], 0 .. n-1.
 
         Raises:
-            ValueError: On a processor, if an image is not among the training images. On an accelerator, where
-                looking would wait for the device, such an image gets the row n, at which the device stops.
+            ValueError: On a CPU, if an image is not among the training images. On an accelerator this check would
+                synchronise; there the row of such an image is n, out of range, and the next indexing fails.
         """
         place = torch.searchsorted(self.index, index).clamp(max=len(self) - 1)
         found = self.index[place] == index
         if index.device.type == "cpu" and not bool(found.all()):
-            stranger = int(index[~found][0])
-            raise ValueError(f"image {stranger} is not among the {len(self)} training images of the banks")
+            unknown = int(index[~found][0])
+            raise ValueError(f"image {unknown} is not among the {len(self)} training images of the memory banks")
         return torch.where(found, self.row_of[place], len(self))
 
     def negatives(self, row: Tensor, number: int, step: Tensor) -> Tensor:
         """Draws images of other classes, uniformly and with replacement.
 
-        The draw of an image is a pure function of (seed, step, image): the same whatever else is in the batch, on
-        whatever device and in whichever process, and after a resume.
+        The draw is a pure function of (seed, step, image): it depends neither on the rest of the batch nor on device,
+        process or resumes.
 
         Args:
             row: int64 [B], rows in the banks.
-            number: How many for each.
+            number: Negatives of each image.
             step: Optimiser steps so far, an int64 scalar.
 
         Returns:
             int64 [B, number], rows in the banks.
         """
         key = splitmix64(splitmix64(step ^ self._key))
-        # On a processor a few images at a time, which then stay in its cache: three times as fast.
-        at_once = 8 if row.device.type == "cpu" else max(1, len(row))
-        return torch.cat([self._negatives(part, number, key) for part in row.split(at_once)])
+        # On a CPU a few images at a time stay in its cache: three times as fast.
+        chunk = 8 if row.device.type == "cpu" else max(1, len(row))
+        return torch.cat([self._negatives(part, number, key) for part in row.split(chunk)])
 
     def _negatives(self, row: Tensor, number: int, key: Tensor) -> Tensor:
         half = torch.arange((number + 1) // 2, device=row.device)
         bits = splitmix64(splitmix64(self.image_of[row] ^ key)[:, None] ^ half)
         # Two draws from the two halves of each 64 bits, scaled to the number of other images.
-        both = torch.cat([bits & _LOW_32, (bits >> 32) & _LOW_32], dim=1)[:, :number]
+        bits = torch.cat([bits & _LOW_32, (bits >> 32) & _LOW_32], dim=1)[:, :number]
         label = self.label_of[row]
         start, count = self.start_C[label][:, None], self.count_C[label][:, None]
-        place = (both * (len(self) - count)) >> 32
-        return place + count * (place >= start)
+        place = (bits * (len(self) - count)) >> 32
+        return place + count * (place >= start)  # skips the image's own class
 
 
 class MemoryBank(nn.Module):
@@ -122,11 +125,12 @@ class MemoryBank(nn.Module):
         num_images: n.
         features: D.
         momentum: Share of the old embedding in the new one, in [0, 1].
-        generator: Draws the start, uniform with the variance of a random unit vector's elements, as published.
+        generator: Draws the initial values, uniform with the variance of a random unit vector's elements, as published.
     """
 
     bank: Tensor
-    same_in_all_processes = True  # drawn alike, and `update` gathers; tells the trainer not to broadcast it
+    # Equal initial values, and updates from the rows of all processes; tells the trainer not to broadcast the bank.
+    same_in_all_processes = True
 
     def __init__(self, num_images: int, features: int, momentum: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -136,18 +140,26 @@ class MemoryBank(nn.Module):
         self.register_buffer("bank", start)
 
     def scores(self, anchors: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Inner products of anchors [B, D] with rows of the bank, int64 [B, N], or with all: [B, N] or [B, n]."""
+        """Inner products of anchors with entries of the bank.
+
+        Args:
+            anchors: [B, D].
+            rows: int64 [B, N], the entries of each anchor; None for the whole bank.
+
+        Returns:
+            [B, N], or [B, n] for the whole bank.
+        """
         if rows is not None:
             return torch.bmm(self.bank[rows], anchors[:, :, None])[:, :, 0]
-        # A copy, since the gradient needs the bank of this step and `update` comes before it.
+        # A copy: `update` changes the bank before the backward pass reads it.
         return anchors @ self.bank.clone().T
 
     @torch.no_grad()
     def update(self, rows: Tensor, embeddings: Tensor) -> None:
-        """Moves the embeddings of some images and brings them back to length 1.
+        """Moves entries of the bank towards new embeddings and normalises them to length 1.
 
         Args:
-            rows: int64 [B], each once.
+            rows: int64 [B], all different.
             embeddings: [B, D], of length 1.
         """
         moved = self.momentum * self.bank[rows] + (1 - self.momentum) * embeddings.to(self.bank)
@@ -155,7 +167,7 @@ class MemoryBank(nn.Module):
 
 
 def of_all_processes(values: Tensor) -> Tensor:
-    """Returns the rows of all processes, [world size · B, ...], without gradient; B is the same in each."""
+    """Gathers rows [B, ...] of all processes: [world size · B, ...], without gradient; B must be equal in all."""
     values = values.detach().contiguous()
     if not (distributed.is_available() and distributed.is_initialized()):
         return values
@@ -188,8 +200,8 @@ class ContrastiveSide(nn.Module):
         inputs: Size of the network's pooled features.
         features: D.
         images: n.
-        momentum: Of the bank.
-        generator: Draws the bank's start.
+        momentum: The bank's momentum.
+        generator: Draws the bank's initial values.
     """
 
     z: Tensor
@@ -198,7 +210,7 @@ class ContrastiveSide(nn.Module):
         super().__init__()
         self.embed = Embedding(inputs, features)
         self.memory = MemoryBank(images, features, momentum, generator)
-        # In the checkpoint, as it is estimated once, in the first step; 0 until then.
+        # Saved in checkpoints, since it is estimated only in the first step; 0 until then.
         self.register_buffer("z", torch.zeros(()))
         self._may_lack_z = True
 
@@ -210,7 +222,7 @@ class ContrastiveSide(nn.Module):
         p = scores.exp()
         total = (times * p).sum(1) + p.gather(1, positive[:, None])[:, 0]
         estimate = len(self.memory.bank) * of_all_processes(total / (times.sum(1) + 1)).mean()
-        # After a resume z is known; whether it is would have to be read from the device, so it is not asked.
+        # After a resume z may be known already; `where` decides without synchronising with the device.
         z = torch.where(self.z > 0, self.z, estimate)
         if self.training:
             self.z.copy_(z)
@@ -222,39 +234,47 @@ class ContrastiveSide(nn.Module):
         self._may_lack_z = True
 
 
-class Draw(NamedTuple):
-    """Positives and negatives of a step: rows [B] of the batch in the banks; columns and counts of the scores."""
+class Samples(NamedTuple):
+    """Positives and negatives of one step.
+
+    Attributes:
+        rows: int64 [B], rows of the batch's images in the banks.
+        positive: int64 [B], column of each positive in the scores.
+        times: float32 [B, n] or [1, 1 + m], how often each column of the scores is a negative.
+        scored: int64 [B, 1 + m], rows of the scored entries; None for the whole bank.
+    """
 
     rows: Tensor
     positive: Tensor
     times: Tensor
-    gathered: Tensor | None  # int64 [B, 1 + m], rows of the scored images; None for the whole bank
+    scored: Tensor | None
 
 
 @register_term("crd")
 class ContrastiveRepresentation(FeatureTerm):
-    """NCE of student anchors against the teacher's bank plus NCE of teacher anchors against the student's.
+    """NCE loss of student anchors against the teacher's bank plus that of teacher anchors against the student's bank.
 
     Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020 (section 3.2; equations 18, 19).
     Both networks' pooled features are mapped to unit vectors by trained linear maps. An anchor's positive is the
     other network's bank entry of the same image, its negatives are entries of images of other classes, drawn with
     replacement (the published sampler does so when there are fewer such images than negatives). After the scores
-    are computed the batch's entries move towards its new embeddings. Only labelled images count.
-    All of this, and z, is state: it travels with the device and the checkpoint, and is the same in all processes.
+    are computed, the batch's entries move towards the new embeddings. Only labelled images count.
+    The banks and z are buffers: they are saved in checkpoints and equal in all processes.
 
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the assignment, the training images and their labels, the seed of the draws.
         features: D, size of the embeddings.
-        negatives: m >= 1, for each image and step; the same ones for both sums and all pairs.
+        negatives: m >= 1, for each image and step; shared by both losses and all pairs.
         tau: Temperature of the scores, > 0.
         momentum: Share of the old entry when a bank is updated, in [0, 1).
-        scores: How the same numbers are computed: `whole`, one product with the whole bank, or `gathered`, with
-            the drawn entries only; `auto` takes the cheaper one.
+        scores: How the scores are computed, with equal results: `whole` multiplies with the whole bank, `gathered`
+            with the drawn entries only, `auto` takes the cheaper way.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For values outside these ranges, or when nobody says which images are trained on.
+        UserError: For values outside these ranges, training images of a single class, or a context without
+            `train_index` and `train_labels`.
     """
 
     knows_images = True
@@ -274,7 +294,9 @@ class ContrastiveRepresentation(FeatureTerm):
     ) -> None:
         super().__init__(weight, context, (POOLED,), **options)
         if context.train_index is None or context.train_labels is None:
-            raise UserError("crd keeps a bank of the training images: give train_index and train_labels")
+            raise UserError(
+                "crd keeps a memory bank of the training images; give train_index and train_labels to TermContext"
+            )
         features, self.negatives = count("features", features), count("negatives", negatives)
         self.tau = number("tau", tau, above=0.0)
         momentum = number("momentum", momentum, low=0.0, below=1.0)
@@ -282,7 +304,7 @@ class ContrastiveRepresentation(FeatureTerm):
         n = len(self.images)
         auto = "whole" if n <= WHOLE_BANK_UP_TO * self.negatives else "gathered"
         self.scores = auto if choice("scores", scores, SCORES) == "auto" else scores
-        # The same start in every process, whatever else has drawn before.
+        # Equal initial values in every process, whatever else has drawn random numbers before.
         generator = torch.Generator().manual_seed(context.seed)
 
         def side(inputs: int) -> ContrastiveSide:
@@ -292,48 +314,49 @@ class ContrastiveRepresentation(FeatureTerm):
         widths = {pair_key(k, m): site.teacher_shapes[m][0] for k, m in self.pairs}
         self.student_sides = nn.ModuleDict({key: side(site.student_shape[0]) for key in widths})
         self.teacher_sides = nn.ModuleDict({key: side(inputs) for key, inputs in widths.items()})
-        self._draw: Draw | None = None
+        self._samples: Samples | None = None
 
     def forward(self, context: StepContext) -> Tensor:
-        """Returns the mean over the batch, and updates the banks when training."""
-        self._draw = self._draw_samples(context)
+        """Returns the mean over the batch, and the mean or sum over the branches, in nats; trains the banks, too."""
+        self._samples = self._draw_samples(context)
         with torch.autocast(context.batch.index.device.type, enabled=False):  # scores / τ need float32
             value = super().forward(context)
-        self._draw = None
+        self._samples = None
         return value
 
-    def _draw_samples(self, context: StepContext) -> Draw:
+    def _draw_samples(self, context: StepContext) -> Samples:
         rows = self.images.rows(context.batch.index)
         drawn = self.images.negatives(rows, self.negatives, context.step_tensor())
         if self.scores == "gathered":
             times = torch.ones(1, 1 + self.negatives, device=rows.device)
             times[:, 0] = 0
-            return Draw(rows, torch.zeros_like(rows), times, torch.cat([rows[:, None], drawn], dim=1))
+            return Samples(rows, torch.zeros_like(rows), times, torch.cat([rows[:, None], drawn], dim=1))
         B, n = len(rows), len(self.images)
-        # Counting is cheaper than gathering scores and scattering their gradients. Flat, so that it is
+        # Counting is cheaper than gathering scores and scattering their gradients. Flat, because that is
         # deterministic on accelerators too.
         flat = (drawn + n * torch.arange(B, device=rows.device)[:, None]).flatten()
         times = torch.zeros(B * n, device=rows.device).scatter_add_(
             0, flat, torch.ones((), device=rows.device).expand(len(flat))
         )
-        return Draw(rows, rows, times.view(B, n), None)
+        return Samples(rows, rows, times.view(B, n), None)
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the sum of both directions for branch k and teacher m."""
-        assert self._draw is not None
+        """Returns the sum of both losses of branch k and teacher m; in training, updates their banks."""
+        samples = self._samples
+        assert samples is not None
         key = pair_key(k, m)
         ours, theirs = cast(ContrastiveSide, self.student_sides[key]), cast(ContrastiveSide, self.teacher_sides[key])
         v_s, v_t = ours.embed(student), theirs.embed(teacher)
-        value = self._direction(v_s, theirs, self._draw) + self._direction(v_t, ours, self._draw)
+        value = self._contrast(v_s, theirs, samples) + self._contrast(v_t, ours, samples)
         if self.training:
-            rows = of_all_processes(self._draw.rows)
+            rows = of_all_processes(samples.rows)
             ours.memory.update(rows, of_all_processes(v_s))
             theirs.memory.update(rows, of_all_processes(v_t))
         return value
 
-    def _direction(self, anchors: Tensor, other: ContrastiveSide, draw: Draw) -> Tensor:
-        """Returns the loss of anchors [B, D] against the other network's memory bank."""
-        scores = other.memory.scores(anchors.to(other.memory.bank), draw.gathered) / self.tau
-        times = draw.times.to(scores)
-        z = other.normalisation(scores, draw.positive, times)
-        return noise_contrastive(scores, draw.positive, times, z, self.negatives, len(self.images))
+    def _contrast(self, anchors: Tensor, other: ContrastiveSide, samples: Samples) -> Tensor:
+        """Returns the NCE loss of anchors [B, D] against the other network's memory bank."""
+        scores = other.memory.scores(anchors.to(other.memory.bank), samples.scored) / self.tau
+        times = samples.times.to(scores)
+        z = other.normalisation(scores, samples.positive, times)
+        return noise_contrastive(scores, samples.positive, times, z, self.negatives, len(self.images))

@@ -1,6 +1,6 @@
 """Feature terms: attention transfer, flow matrices (FSP), Gaussian models (VID), relations between images (RKD, SP).
 
-Relations are those of the images of a process's own part of the batch.
+Under DDP, relations are taken within each process's part of the batch.
 Shape letters: B batch, D features, M teachers, K branches; in maps [B, C, H, W] the C is channels.
 """
 
@@ -31,7 +31,7 @@ ELEMENTS = ("mean", "sum")
 class Attention(FeatureTerm):
     """Σ_stages mean((Q_s - Q_m)²) with attention maps of length 1: Zagoruyko and Komodakis, ICLR 2017.
 
-    See `losses.attention_loss`. Summed over stages, averaged over branches and teachers as in every `PairTerm`.
+    See `losses.attention_loss`. The sum over the stages is averaged over branches and teachers, as in every `PairTerm`.
 
     Args:
         weight: Factor in the total, >= 0; the paper's β.
@@ -94,7 +94,7 @@ class FlowOfSolution(FeatureTerm):
         self.pooling = choice("pooling", pooling, POOLINGS)
         self.elements = choice("elements", elements, ELEMENTS)
         for site in self.sites:
-            site.require_equal_channels("fsp compares only networks of equal width")
+            site.require_equal_channels("fsp needs a student and teachers of equal width at every stage")
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the sum over the pairs of stages."""
@@ -103,13 +103,13 @@ class FlowOfSolution(FeatureTerm):
 
 
 class GaussianModel(nn.Module):
-    """q(f_m | f_s): three 1×1 convolutions with ReLU between them for μ, one free σ² for each channel.
+    """q(f_m | f_s): μ by three 1×1 convolutions with ReLU between them, and one trained σ² for each channel.
 
     Args:
         student_channels: C.
         teacher_channels: C_m, also the width between the convolutions.
-        initial_variance: σ² at the start, > eps.
-        eps: Least σ², > 0.
+        initial_variance: Initial σ², > eps.
+        eps: Lower bound of σ², > 0.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, initial_variance: float, eps: float) -> None:
@@ -132,7 +132,7 @@ class GaussianModel(nn.Module):
         return functional.softplus(losses.at_least_float32(self.raw_variance)) + self.eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of features [B, C, H, W] against [B, C_m, H, W]."""
+        """Returns the loss of features [B, C, H, W] against [B, C_m, H, W], a scalar in nats."""
         return losses.gaussian_loss(adapted(self.mean, student), self.variance(), teacher)
 
 
@@ -147,12 +147,12 @@ class VariationalInformation(FeatureTerm):
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the assignment. Every pair (branch, teacher) has its own μ and σ.
         stages: Stages to compare; channel counts may differ, sizes are averaged to the smaller one.
-        initial_variance: σ² at the start, > eps.
-        eps: Least σ², > 0; the stages' squared units.
+        initial_variance: Initial σ², > eps.
+        eps: Lower bound of σ², > 0, in squared units of the features.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For a stage that a network lacks.
+        UserError: For a stage that a network lacks, or values outside these ranges.
     """
 
     def __init__(
@@ -180,13 +180,13 @@ class VariationalInformation(FeatureTerm):
         )
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the loss of the model of one stage."""
+        """Returns the loss of one stage's model."""
         models = cast(nn.ModuleList, self.models[pair_key(k, m)])
         return models[place](*losses.to_common_size(student, teacher))
 
 
 class _Relation(FeatureTerm):
-    """Base of losses that compare relations between a batch's images at one feature, flattened."""
+    """Base of losses that compare relations between the images of a batch, from one flattened feature."""
 
     loss: Callable[[Tensor, Tensor], Tensor]
 
@@ -202,7 +202,7 @@ class _Relation(FeatureTerm):
 
 @register_term("rkd_distance")
 class RelationalDistance(_Relation):
-    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019; weight 25 there.
+    """Huber loss between the relative distances of all pairs: RKD-D of Park et al., CVPR 2019, with weight 25.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -216,7 +216,7 @@ class RelationalDistance(_Relation):
 
 @register_term("rkd_angle")
 class RelationalAngle(_Relation):
-    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019; weight 50 there.
+    """Huber loss between the angles of all triples: RKD-A of Park et al., CVPR 2019, with weight 50.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -230,7 +230,7 @@ class RelationalAngle(_Relation):
 
 @register_term("similarity")
 class SimilarityPreservation(_Relation):
-    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019; weight 3000.
+    """‖S_t - S_s‖²_F / B² with the batch's similarities S: SP of Tung and Mori, ICCV 2019, with weight 3000.
 
     Args:
         weight: Factor in the total, >= 0.

@@ -6,7 +6,7 @@ Four of them belong to the project's reconstruction of EKD,
     p_T(z_k)) ] + ...
 
 The paper's text was not available; the formula follows its abstract and secondary descriptions. Decoupled (DKD) and
-standardised logits are other forms of the last.
+standardised distillation are other forms of the last term shown.
 Shape letters: B batch, C classes, M teachers, K branches, T temperature.
 """
 
@@ -26,7 +26,7 @@ from ekd_lightning.methods.terms import BranchTerm, SoftTerm, Term, register_ter
 
 
 class _CrossEntropy(Term):
-    """Base of both cross-entropies: label smoothing."""
+    """Base of both cross-entropies, with label smoothing."""
 
     def __init__(self, weight: float, context: TermContext, *, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(weight, context, **options)
@@ -71,9 +71,9 @@ class CrossEntropyBranch(BranchTerm, _CrossEntropy):
 
 @register_term("pseudo_labels")
 class PseudoLabels(Term):
-    """CE(z̄, argmax_c t̄_c): cross-entropy with the class that the mean of the teachers' logits finds most likely.
+    """CE(z̄, argmax_c t̄_c): cross-entropy with the most likely class of the teachers' mean logits as the label.
 
-    Every image counts, with a label or without, and no label is looked at.
+    All images count, labelled or not; labels are not used.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -90,7 +90,7 @@ class PseudoLabels(Term):
 
 
 class _Distillation(SoftTerm):
-    """Base of both distillation terms: options, and the loss against a combination of teachers."""
+    """Base of both distillation terms: their options, and the loss against a combination of teachers."""
 
     needs_labels = False
     needs_teachers = True
@@ -109,7 +109,9 @@ class _Distillation(SoftTerm):
         self.combine = choice("combine", combine, ("logits", "probabilities"))
         self.loss = choice("loss", loss, ("kl", "kl_plain", "mse_logits"))
         if self.loss == "mse_logits" and (self.combine != "logits" or temperature is not None):
-            raise UserError("loss=mse_logits compares plain logits: leave out temperature and combine")
+            raise UserError(
+                "loss=mse_logits takes no temperature and no combine=probabilities; remove these options or use loss=kl"
+            )
         self.accepts_masked = self.loss != "mse_logits"
         self.averages_logits = self.combine == "logits"
         self.uses_temperature = temperature is None and self.accepts_masked
@@ -131,25 +133,28 @@ class DistillationEnsemble(_Distillation):
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the method's temperature.
         temperature: T > 0; None for the method's.
-        combine: How the teachers are averaged, `logits` or `probabilities`. For sums of
+        combine: What is averaged over the teachers, `logits` or `probabilities`. For sums of
             logits see `losses.combine_teachers`.
-        loss: `kl`; `kl_plain` without the factor T²; or `mse_logits` for the mean squared error of plain logits (no
-            T, no T²). A student whose ensemble output averages probabilities gives log-probabilities as logits: use
-            `kl` there.
+        loss: `kl`; `kl_plain`, without the factor T²; or `mse_logits`, the mean squared error of the logits (without
+            T and T²). A student whose ensemble averages probabilities returns log-probabilities as logits; use `kl`
+            for it.
+
+    Raises:
+        UserError: For an unknown value, or `mse_logits` with a temperature or combine=probabilities.
     """
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch, in nats (or squared logits)."""
         assert context.teachers is not None
         M = len(context.teachers.logits)
-        # A constant, made on the logits' device: no copy from the host in every step.
+        # Created on the device, to avoid a copy from the host in every step.
         weights_M = torch.full((M,), 1.0 / M, device=context.teachers.logits.device)
         return self._value(context.student.logits, context, weights_M)
 
 
 @register_term("kd_branch")
 class DistillationBranch(BranchTerm, _Distillation):
-    """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates the teachers that are assigned to it.
+    """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates its assigned teachers.
 
     With `confidence` it is mean_k Σ_m A[k, m] 1/B Σ_b M v_mb T² KL(p_T(t_mb) ‖ p_T(z_kb)): each teacher is compared on
     its own, and counts for an image as much as it is trusted there.
@@ -158,7 +163,7 @@ class DistillationBranch(BranchTerm, _Distillation):
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
-        combine: How several teachers of one branch are combined, `logits` or `probabilities`; see
+        combine: What is averaged over several teachers of one branch, `logits` or `probabilities`; see
             `kd_ensemble`.
         loss: `kl`, `kl_plain` or `mse_logits`; see `kd_ensemble`.
         confidence: Weights v_mb of teachers and images that sum to 1 over all M teachers: `label` (CA-MKD; only
@@ -204,8 +209,8 @@ class DistillationBranch(BranchTerm, _Distillation):
 class DecoupledDistillation(SoftTerm, BranchTerm):
     """mean_k T² (α TCKD + β NCKD): Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022; see `losses.decoupled`.
 
-    Several teachers of a branch are combined by the mean of their logits. Only labelled images count; of a mixed image
-    the class with the larger share counts as the target.
+    The logits of several teachers of one branch are averaged. Only labelled images count; the target of a mixed image
+    is the class with the larger share.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -248,7 +253,7 @@ class StandardizedDistillation(SoftTerm, BranchTerm):
     needs_teachers = True
     uses_assignment = True
     averages_logits = True
-    accepts_masked = False  # the mean over the classes is taken
+    accepts_masked = False  # it takes the mean over the classes, which -inf would make infinite
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean over the batch and the mean or sum over the branches, in nats."""

@@ -25,7 +25,7 @@ from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 DEFAULT_ASSIGNMENT = "one_to_one"
 _OWN_KEYS = ("type", "weight", "schedule")
-_PARTS = 240  # how finely schedules are looked through
+_SCHEDULE_SAMPLES = 240  # points of the training at which schedules are evaluated to find their phases
 
 
 class MethodLoss(NamedTuple):
@@ -51,13 +51,13 @@ class Method(nn.Module):
 
     Attributes:
         needs_teachers: Whether `forward` must be given teacher outputs.
-        needs_pooled: Whether the teachers' pooled features are read; otherwise nobody needs to keep them.
+        needs_pooled: Whether some term reads the teachers' pooled features; if not, they need not be kept.
         needs_networks: Whether `forward` must be given the networks themselves.
         teacher_stages: Names of the stage outputs that the teachers must return.
         student_stages: Names of the student's stage outputs that some term reads.
-        origin: What `build_method` made it of, for `rebuild_method`: plain values, and the training images' positions
-            and labels where a term reads them. Empty if it was put together by hand, or has options that are not
-            plain.
+        origin: The arguments of `build_method` as JSON-able values, and the training images' positions and labels if a
+            term reads them; input of `rebuild_method`. Empty if the method was built from terms directly, or has
+            options that are not JSON-able.
 
     Raises:
         UserError: If no term has a positive weight, or a name cannot name a module.
@@ -68,14 +68,20 @@ class Method(nn.Module):
         self.name = name
         active = {key: term for key, term in terms.items() if term.weight > 0}
         if not active:
-            raise UserError(f"method {name!r} has no term with a positive weight (terms: {', '.join(terms) or 'none'})")
+            known = ", ".join(terms) or "none"
+            raise UserError(
+                f"method {name!r} has no term with a positive weight (terms: {known}); give one a weight above 0"
+            )
         for key in active:
-            # nn.ModuleDict refuses such names too, but says neither which setting nor what is allowed.
+            # nn.ModuleDict refuses such names too, but its message names neither the setting nor the remedy.
             if not key.isidentifier() or hasattr(nn.ModuleDict, key) or key in ("loss", "accuracy"):
-                raise UserError(f"method.terms.{key}: not a usable name for a term; choose another and set its `type`")
+                raise UserError(
+                    f"method.terms.{key}: not a usable name for a term; give it another one of letters, digits and _, "
+                    f"and name the registered term in its `type`"
+                )
         self.terms = nn.ModuleDict(active)
         if assignment is None and any(term.uses_assignment for term in active.values()):
-            raise ValueError(f"method {name!r} has a term that uses the assignment, but none was given")
+            raise ValueError(f"method {name!r} has a term that uses the assignment; pass assignment=")
         self.assignment = assignment
         self._checked_classes: tuple[frozenset[int], ...] = ()
         self.origin: dict[str, Any] = {}
@@ -84,23 +90,23 @@ class Method(nn.Module):
         self.needs_networks = any(term.needs_networks for term in active.values())
         self.teacher_stages = _stages(active, "teacher_stages")
         self.student_stages = _stages(active, "student_stages")
-        # Most weights never change; only those of other terms are computed in a step.
+        # Most weights never change; a step computes only the scheduled ones.
         self._constant = {key: term.weight for key, term in active.items() if term.has_constant_weight}
 
     def check_classes(self, unknown: Sequence[frozenset[int]], names: Sequence[str], num_classes: int) -> None:
         """Checks that the terms accept teachers that do not know all classes.
 
-        One that knows none of them teaches features. Warns, once, where a mean of logits gives a class that some
-        teachers know and others do not the probability 0.
+        A teacher that knows no class can still teach features. Warns once if a term takes the mean of logits of
+        teachers that know different classes, as this mean gives probability 0 to a class that one of them lacks.
 
         Args:
-            unknown: For each of the M teachers the classes that it does not know, see `cutting.unknown_classes`.
-            names: How messages call the teachers.
+            unknown: The unknown classes of each of the M teachers, see `cutting.unknown_classes`.
+            names: The teachers' names in messages.
             num_classes: C.
 
         Raises:
-            UserError: If a term compares the logits themselves, see `Term.accepts_masked`, or reads those of a teacher
-                that knows no class.
+            UserError: If a term reads the logits of a teacher that lacks some classes and does not accept masked ones
+                (`Term.accepts_masked`), or reads the logits of a teacher that knows no class.
         """
         if not any(unknown) or tuple(unknown) == self._checked_classes:
             return
@@ -111,45 +117,47 @@ class Method(nn.Module):
             if reading and len(classes) == num_classes:
                 keys = ", ".join(f"method.terms.{key}" for key in reading)
                 raise UserError(
-                    f"the teacher {name} predicts none of the data's {num_classes} classes, so it can teach features "
-                    f"alone: leave out {keys}, say which of its classes are the data's by classes=[..], or train a new "
-                    f"head by finetune=head"
+                    f"the teacher {name} predicts none of the data's {num_classes} classes, so it can only teach "
+                    f"features: remove {keys}, map its classes to the data's with classes=[..], or train a new head "
+                    f"with finetune=head"
                 )
             if masked and classes:
                 raise UserError(
                     f"method.terms.{masked[0]} compares the logits of all classes, and the teacher {name} does not "
-                    f"know {len(classes)} of them (classes: -1); leave it out, or use a loss of probabilities (kl)"
+                    f"know {len(classes)} of them (classes: -1); remove the term, or use a loss of probabilities "
+                    f"(loss=kl)"
                 )
         for key, term in self.named_terms():
             lost = self._ruled_out(term, unknown) if term.averages_logits else set()
             if lost:
                 warnings.warn(
-                    f"method.terms.{key}: classes {sorted(lost)} are known to some teachers only, and the mean of the "
-                    f"logits rules them out; the mean of the probabilities (combine=probabilities) does not",
+                    f"method.terms.{key}: classes {sorted(lost)} are known to some teachers only, so the mean of the "
+                    f"logits gives them probability 0; combine=probabilities does not",
                     stacklevel=2,
                 )
 
     def _reads_logits(self, term: Term, m: int) -> bool:
-        reached = self.assignment.pairs() if term.uses_assignment and self.assignment else None
-        return term.needs_teachers and term.reads_logits and (reached is None or m in {m for _, m in reached})
+        """Whether a term reads the logits of teacher m."""
+        pairs = self.assignment.pairs() if term.uses_assignment and self.assignment else None
+        return term.needs_teachers and term.reads_logits and (pairs is None or m in {m for _, m in pairs})
 
     def _ruled_out(self, term: Term, unknown: Sequence[frozenset[int]]) -> set[int]:
-        """Classes that some, but not all, of the teachers that a term takes the mean of do not know."""
+        """Returns the classes that only some of the teachers know whose logits a term averages."""
         rows = [[1.0] * len(unknown)]
         if term.uses_assignment:
             assert self.assignment is not None
-            rows = torch.cat(self.assignment.matrices()).tolist()  # a random one has single teachers in every step
-        groups = [[one for one, share in zip(unknown, row, strict=True) if share] for row in rows]
+            rows = torch.cat(self.assignment.matrices()).tolist()  # random: one teacher per branch in every step
+        groups = [[classes for classes, share in zip(unknown, row, strict=True) if share] for row in rows]
         return {c for group in groups for c in frozenset().union(*group).difference(frozenset.intersection(*group))}
 
     def named_terms(self) -> Iterator[tuple[str, Term]]:
-        """Yields the names and terms that are evaluated, in order."""
+        """Yields name and term of every term with a positive weight, in the method's order."""
         yield from ((key, cast(Term, term)) for key, term in self.terms.items())
 
     def weights_at(self, progress: float) -> dict[str, float]:
-        """Returns the weights of the terms that are active at a share of the training in [0, 1].
+        """Returns the weights of the active terms at a share of the training in [0, 1].
 
-        Those whose schedule gives them weight 0 are not computed; if that leaves none, all are.
+        Terms with a scheduled weight of 0 are inactive and not computed. If all weights are 0, all terms are active.
         """
         constant = self._constant
         weights = {
@@ -158,24 +166,25 @@ class Method(nn.Module):
         return {key: weight for key, weight in weights.items() if weight} or weights
 
     def active_terms(self, progress: float) -> dict[str, Term]:
-        """Returns the terms that are active at a share of the training; see `weights_at`."""
+        """Returns the active terms at a share of the training in [0, 1]; see `weights_at`."""
         return {key: cast(Term, self.terms[key]) for key in self.weights_at(progress)}
 
     def teacher_needs(self, progress: float) -> tuple[bool, tuple[str, ...]]:
-        """Returns whether teacher outputs are needed at a share of the training, and for which stages."""
+        """Returns whether the active terms at a share of the training need teacher outputs, and of which stages."""
         terms = self.active_terms(progress)
         return any(term.needs_teachers for term in terms.values()), _stages(terms, "teacher_stages")
 
     @property
     def needed_stage_sets(self) -> set[tuple[str, ...]]:
-        """Sets of stages that are needed in some part of the training; () where logits suffice."""
-        asked = (self.teacher_needs(part / _PARTS) for part in range(_PARTS))
-        return {stages for needed, stages in asked if needed}
+        """The sets of teacher stages that are needed in some phase of the training; () if logits suffice in a phase."""
+        needs = (self.teacher_needs(sample / _SCHEDULE_SAMPLES) for sample in range(_SCHEDULE_SAMPLES))
+        return {stages for needed, stages in needs if needed}
 
     def assignment_at(self, step: int, progress: float) -> Tensor | None:
-        """Returns the assignment [K, M] of a step, on the CPU, where it changes; None for fixed assignments."""
-        changes = self.assignment is not None and self.assignment.changes
-        return self.assignment.matrix(step, progress) if changes and self.assignment else None
+        """Returns the assignment of one step, float32 [K, M] on the CPU; None for a fixed assignment or none."""
+        if self.assignment is None or not self.assignment.changes:
+            return None
+        return self.assignment.matrix(step, progress)
 
     def forward(  # plain loops may pass the time by position
         self,
@@ -193,22 +202,22 @@ class Method(nn.Module):
     ) -> MethodLoss:
         """Computes the loss of one step.
 
-        All rows of the batch count: `batch.valid` is always True in training. Where some have no label, terms with
-        `needs_labels` see the others alone.
+        All rows of the batch count: `batch.valid` is always True in training. Terms with `needs_labels` receive only
+        the labelled rows.
 
-        `weights`, `assignment_KM` and `step_t` give as tensors on the device what else follows from `step` and
-        `progress`, so that the forward pass can be recorded as a CUDA graph and replayed in later steps: for the same
-        `active_terms`, all of which must have `captures`.
+        `weights`, `assignment_KM` and `step_t` are tensors on the device that replace the values computed from `step`
+        and `progress`. With them the forward pass can be recorded as a CUDA graph and replayed in later steps that have
+        the same `active_terms`, all of which must have `captures`.
 
         Args:
             student: Outputs for the batch, logits [B, C], branch logits [K, B, C].
-            teachers: Outputs for the same images, logits [M, B, C]; None if the method needs none then, see
+            teachers: Outputs for the same images, logits [M, B, C]; None if no active term needs them, see
                 `teacher_needs`.
             batch: The batch.
             epoch: Counted from 0.
             step: Optimiser steps so far, counted from 0.
-            progress: Share of the training that is done, in [0, 1].
-            networks: The networks themselves; needed by methods with `needs_networks`.
+            progress: Completed share of the training, in [0, 1].
+            networks: Access to the networks; required if an active term has `needs_networks`.
             weights: Term name -> float32 scalar, for each of the `active_terms`; see `weights_at`.
             assignment_KM: float32 [K, M]; see `assignment_at`.
             step_t: int64 scalar.
@@ -217,35 +226,35 @@ class Method(nn.Module):
             The total and every term's unweighted value.
 
         Raises:
-            ValueError: If the outputs do not fit the method (teachers missing, other K or M than it was
-                built for).
+            ValueError: If an active term needs teacher outputs or networks that are missing, or if K or M differ from
+                those that the method was built for.
         """
-        counting = self.active_terms(progress)
-        if teachers is None and any(term.needs_teachers for term in counting.values()):
-            raise ValueError(f"method {self.name!r} needs the teachers' outputs")
-        if networks is None and any(term.needs_networks for term in counting.values()):
-            raise ValueError(f"method {self.name!r} asks the networks themselves, and was not given them")
+        active = self.active_terms(progress)
+        if teachers is None and any(term.needs_teachers for term in active.values()):
+            raise ValueError(f"method {self.name!r} needs the teachers' outputs; pass teachers=")
+        if networks is None and any(term.needs_networks for term in active.values()):
+            raise ValueError(f"method {self.name!r} needs the networks themselves; pass networks=")
         matrix_KM = self._assignment_for(student, teachers, step, progress, assignment_KM)
         context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
         labelled = context if batch.num_labelled is None else context.labelled
-        values = {key: term(labelled if term.needs_labels else context) for key, term in counting.items()}
+        values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
-        weighted = [factors[key] * values[key] for key in counting]
+        weighted = [factors[key] * values[key] for key in active]
         if len(self._constant) < len(self.terms):
-            weighted.append(self._nothing(student, counting))
+            weighted.append(self._zero_of_inactive(student, active))
         zero = student.logits.new_zeros(())
         terms = {key: values[key].detach() if key in values else zero for key in self.terms}
         return MethodLoss(torch.stack(weighted).sum(), terms)
 
-    def _nothing(self, student: StudentOutput, counting: Mapping[str, Term]) -> Tensor:
-        """Returns 0, with a zero gradient for every parameter that only inactive terms reach.
+    def _zero_of_inactive(self, student: StudentOutput, active: Mapping[str, Term]) -> Tensor:
+        """Returns 0, with a zero gradient for every parameter that only inactive terms depend on.
 
-        Without it such parameters would have no gradient: distributed training would wait for it, and weight decay
-        would pass them by.
+        Without it these parameters would have no gradient: distributed training would wait for one, and the optimiser
+        would apply no weight decay.
         """
-        idle = [parameter for key, term in self.named_terms() if key not in counting for parameter in term.parameters()]
-        reached = [student.logits, student.branch_logits, *idle]
-        return torch.stack([(values.float() * 0.0).sum() for values in reached]).sum()
+        idle = [parameter for key, term in self.named_terms() if key not in active for parameter in term.parameters()]
+        inputs = [student.logits, student.branch_logits, *idle]
+        return torch.stack([(values.float() * 0.0).sum() for values in inputs]).sum()
 
     def _assignment_for(
         self,
@@ -260,11 +269,11 @@ class Method(nn.Module):
         built = (self.assignment.num_branches, self.assignment.num_teachers)
         given = (len(student.branch_logits), len(teachers.logits))
         if built != given:
-            raise ValueError(f"method {self.name!r} was built for (K, M) = {built} but was given {given}")
+            raise ValueError(f"method {self.name!r} was built for (K, M) = {built}, the outputs have (K, M) = {given}")
         if assignment_KM is not None:
             return assignment_KM
-        drawn = self.assignment_at(step, progress)
-        return (self.assignment.mean_KM if drawn is None else drawn).to(student.logits.device)
+        changed = self.assignment_at(step, progress)
+        return (self.assignment.mean_KM if changed is None else changed).to(student.logits.device)
 
 
 def _stages(terms: Mapping[str, Term], which: str) -> tuple[str, ...]:
@@ -286,18 +295,18 @@ def build_method(
         terms: Term name -> {weight: w >= 0, type: registered name (default: the term name), schedule: see
             `options.read_schedule` (default: constant), further options of the term}. A term of weight 0 is
             checked for typing errors but not built.
-        context: The networks and the images; see `TermContext.of`. Its temperature and assignment are filled in here.
-        temperature: T > 0 for all terms that do not set their own; None for 4.
-        assignment: A kind, the branches' teachers, explicit rows or a schedule of these (see `build_assignment`); None
-            for one_to_one.
+        context: The networks and the images; see `TermContext.of`. `build_method` fills in temperature and assignment.
+        temperature: T, in [0.001, 1000], of all terms that do not set their own; None for 4.
+        assignment: A kind, one teacher number per branch, rows of weights, or a schedule of these (see
+            `build_assignment`); None for one_to_one.
 
     Returns:
         The method.
 
     Raises:
-        UserError: For an unknown term, option or stage, a weight that is negative or not finite, a
-            temperature that is not positive, an assignment that does not fit, when no term has a positive
-            weight, or one compares classes that a teacher does not know.
+        UserError: For an unknown term, option or stage; a weight that is negative or not finite; a temperature out of
+            range; an assignment that does not fit K and M; if no term has a positive weight; or if a term compares
+            classes that a teacher does not know.
     """
     K, M = context.num_branches, context.num_teachers
     entries = _entries(terms)
@@ -315,10 +324,13 @@ def build_method(
     keys = {entry.kind: key for key, entry in entries.items()}
     if K == 1 and "ce_branch" in keys and "ce_ensemble" in keys:
         branch, ensemble = keys["ce_branch"], keys["ce_ensemble"]
-        repeats = f"{branch} repeats {ensemble}, so the cross-entropy counts twice"
-        warnings.warn(f"the student of {name!r} has one branch: {repeats}", stacklevel=2)
+        warnings.warn(
+            f"the student of {name!r} has one branch, so {branch} equals {ensemble} and the cross-entropy counts "
+            f"twice; method.terms.{branch}.weight=0 removes one",
+            stacklevel=2,
+        )
     given = {"name": name, "terms": terms, "temperature": temperature, "assignment": assignment}
-    with contextlib.suppress(TypeError):  # options of a term of the user's own need not be plain
+    with contextlib.suppress(TypeError):  # options of user-defined terms need not be JSON-able
         method.origin = json.loads(json.dumps({**given, "context": context.to_dict()}))
         if any(term.knows_images for _, term in method.named_terms()):
             method.origin["images"] = {"train_index": context.train_index, "train_labels": context.train_labels}
@@ -326,14 +338,14 @@ def build_method(
 
 
 def rebuild_method(origin: Mapping[str, Any]) -> Method:
-    """Builds a method again; its adapters have the weights with which they begin.
+    """Builds a method again from its record; the adapters are newly initialised.
 
     Args:
-        origin: The attribute of that name.
+        origin: `Method.origin`.
 
     Raises:
         UserError: As `build_method`; e.g. for a term that is not registered in this process.
-        KeyError, TypeError, ValueError: For anything but an origin.
+        KeyError, TypeError, ValueError: If `origin` is damaged or empty.
     """
     context = TermContext.from_dict(origin["context"], origin.get("images") or {})
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -343,7 +355,7 @@ def rebuild_method(origin: Mapping[str, Any]) -> Method:
 
 
 def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Returns whether a method with these settings needs teachers, before any network is built.
+    """Returns whether a method with these settings needs teachers; no network is built.
 
     Raises:
         UserError: As `build_method`, for unknown terms, options and weights.
@@ -352,7 +364,11 @@ def needs_teachers(terms: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def terms_with_labels(terms: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], bool]:
-    """The terms that count labelled images alone, and whether there are no others; raises as `needs_teachers`."""
+    """Returns the names of the terms that use only labelled images, and whether these are all terms of the method.
+
+    Raises:
+        UserError: As `needs_teachers`.
+    """
     entries = _entries(terms)
     found = [key for key, entry in entries.items() if entry.cls.needs_labels_with(entry.options)]
     return found, len(found) == len(entries)
@@ -364,7 +380,7 @@ def uses_assignment(terms: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 class _Entry(NamedTuple):
-    """A term's settings, its names and weight checked."""
+    """The settings of one term; type, weight, schedule and option names are checked."""
 
     kind: str
     weight: float
@@ -381,7 +397,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
-    """Returns the settings of all terms with a positive weight, by name; the others are checked, too."""
+    """Checks the settings of all terms; returns those with a positive weight, by name."""
     entries = {}
     for key, spec in terms.items():
         where = f"method.terms.{key}"
@@ -407,7 +423,7 @@ def _build(key: str, entry: _Entry, context: TermContext) -> Term:
 
 @contextlib.contextmanager
 def _errors_at(where: str) -> Iterator[None]:
-    """Prefixes messages of user errors with a place."""
+    """Prefixes the messages of user errors with the setting they concern."""
     try:
         yield
     except UserError as error:

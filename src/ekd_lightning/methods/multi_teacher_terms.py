@@ -1,6 +1,6 @@
-"""Multi-teacher terms, which weight teachers per image or per batch: EBKD, CA-MKD and AE-KD.
+"""Multi-teacher terms with one weight per teacher and image or batch: EBKD, CA-MKD and AE-KD.
 
-Their logit terms act on the student's ensemble output z̄ and take all teachers, whatever the assignment.
+The logit terms act on the student's ensemble output z̄ and use all teachers, whatever the assignment.
 Shape letters: B batch, C classes, M teachers, K branches, D features, T temperature.
 """
 
@@ -32,7 +32,7 @@ SCALES = ("normalized", "published_code")
 
 
 class _WeightedDistillation(SoftTerm):
-    """Base: 1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the weights w of a subclass."""
+    """Base of 1/B Σ_b Σ_m w_mb T² KL(p_T(t_mb) ‖ p_T(z̄_b)); subclasses define the weights w."""
 
     needs_labels = False
     needs_teachers = True
@@ -58,8 +58,8 @@ class EntropyDistillation(_WeightedDistillation):
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the method's temperature.
         temperature: T > 0 of the distillation (entropies are taken at T = 1); None for the method's.
-        scale: `normalized`, where the weights of an image sum to 1; or `published_code`, the CA-MKD repository's
-            (1 - H / Σ H) / M, which sum to (M - 1) / M.
+        scale: `normalized`: the weights of an image sum to 1; or `published_code`: (1 - H / Σ H) / M as in the CA-MKD
+            repository, whose sum is (M - 1) / M.
 
     Raises:
         UserError: For an unknown scale, or `published_code` with one teacher, whose weight would be 0.
@@ -70,11 +70,11 @@ class EntropyDistillation(_WeightedDistillation):
         M, self.factor = context.num_teachers, 1.0
         if choice("scale", scale, SCALES) == "published_code":
             if M == 1:
-                raise UserError("scale=published_code gives a single teacher the weight 0; use normalized")
+                raise UserError("scale=published_code gives a single teacher the weight 0; use scale=normalized")
             self.factor = (M - 1) / M
 
     def teacher_weights(self, context: StepContext) -> Tensor:
-        """Weights [M, B]; columns sum to 1, or to (M - 1) / M in the published code's scale."""
+        """Returns weights [M, B]; columns sum to 1, or to (M - 1) / M with `published_code`."""
         return self.factor * losses.entropy_weights(context.teacher_logits)
 
 
@@ -90,8 +90,11 @@ class ConfidenceDistillation(_WeightedDistillation):
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the method's temperature.
         temperature: T > 0; None for the method's.
-        scale: `normalized`, the paper's, where the weights of an image sum to 1; or `published_code`, divided
-            by M once more as in the authors' repository.
+        scale: `normalized`, as in the paper: the weights of an image sum to 1; or `published_code`, divided once more
+            by M as in the authors' repository.
+
+    Raises:
+        UserError: For an unknown scale.
     """
 
     needs_labels = True
@@ -101,20 +104,20 @@ class ConfidenceDistillation(_WeightedDistillation):
         self.factor = _confidence_factor(scale, context.num_teachers)
 
     def teacher_weights(self, context: StepContext) -> Tensor:
-        """Weights [M, B]; columns sum to 1, or to 1 / M in the published code's scale."""
+        """Returns weights [M, B]; columns sum to 1, or to 1 / M with `published_code`."""
         errors_MB = losses.cross_entropies(context.teacher_logits.detach(), context.batch.targets)
         return self.factor * losses.confidence_weights(errors_MB)
 
 
 @register_term("kd_aekd")
 class AdaptiveDistillation(_WeightedDistillation):
-    """Σ_m w_m · 1/B Σ_b T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the w whose combined gradient is smallest.
+    """Σ_m w_m · 1/B Σ_b T² KL(p_T(t_mb) ‖ p_T(z̄_b)) with the weights w that minimise the combined gradient.
 
     AE-KD (Du et al., "Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space", NeurIPS
     2020): w = argmin ½ ‖Σ_m w_m g_m‖², Σ_m w_m = 1, 0 <= w_m <= tolerance, where g_m is the gradient of teacher
-    m's loss to the student's logits. It is taken from its closed form T (p_T(z̄) - p_T(t_m)), and the programme is
-    solved exactly (the authors' code uses a one-class support vector machine on the processor). Under DDP every
-    process weighs its own part of the batch.
+    m's loss to the student's logits. It has the closed form T (p_T(z̄) - p_T(t_m)), and the quadratic programme is
+    solved exactly (the authors' code uses a one-class support vector machine on the CPU). Under DDP every process
+    computes the weights of its own part of the batch.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -143,7 +146,7 @@ class AdaptiveDistillation(_WeightedDistillation):
         self.solve = losses.MinNormWeights(context.num_teachers, number("tolerance", tolerance, above=0.0))
 
     def teacher_weights(self, context: StepContext) -> Tensor:
-        """Weights [M, 1], summing to 1."""
+        """Returns weights [M, 1], which sum to 1."""
         gradients = losses.logit_gradients(context.student.logits, context.teacher_logits, self.temperature)
         vectors = gradients.mean(1) if self.gradient == "batch_mean" else gradients.flatten(1)
         return self.solve(vectors)[:, None]
@@ -154,26 +157,25 @@ class ConfidenceFeatures(Term):
     """mean_k 1/B Σ_b Σ_m v_kmb MSE(r_km(h_kb), h_mb) with v_kmb = (1 - softmax_m(CE_kmb)) / (M - 1).
 
     The feature term of CA-MKD (Zhang, Chen and Wang, ICASSP 2022, arXiv 2201.00007). CE_kmb is the cross-entropy
-    of teacher m's own frozen classifier fed with the student's projected features, so a teacher counts where the
-    student can already use its features. r_km is a 1×1 convolution, batch norm and ReLU, as published, one for
-    every branch and teacher: each branch of a branched student has a loss of its own, and the mean over
-    branches keeps the scale of a plain student. MSE is the mean over an image's elements. Maps of unequal size
-    are averaged to the smaller one (the authors' code enlarges a smaller student map instead). Only labelled images
-    count.
+    of teacher m's frozen classifier on the student's projected features, so a teacher counts more if its classifier
+    already works on them. r_km is a 1×1 convolution, batch norm and ReLU, as published, one for every branch and
+    teacher. Each branch has a loss of its own, and their mean has the scale of a plain student's loss. MSE is the mean
+    over an image's elements. Maps of unequal size are averaged to the smaller size (the authors' code enlarges a
+    smaller student map instead). Only labelled images count.
 
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes.
-        feature: `last`, the map of the last stage, as published; or `pooled`, its average over space, which
-            teacher tables hold anyway.
+        feature: `last`, the maps of the last stage, as published; or `pooled`, their average over space, which teacher
+            tables always hold.
         grid: Side of a small grid that the maps are averaged to first, as in `pair_terms.FeatureTerm`; None for whole
             maps.
-        scale: `normalized`, the paper's; or `published_code`, divided by M once more.
-        detach_weights: Whether v is a constant. The paper does not say; the authors' code lets a gradient through
-            v, which rewards the student for making a teacher's classifier fail on features that fit badly.
+        scale: `normalized`, as in the paper; or `published_code`, divided once more by M.
+        detach_weights: Whether v is a constant. The paper does not specify it; the authors' code lets gradients flow
+            through v, which rewards the student for making a teacher's classifier fail where its features fit badly.
 
     Raises:
-        UserError: For an unknown feature or scale, or a grid that does not fit.
+        UserError: For an unknown feature or scale, a grid that does not fit, or a teacher without a linear classifier.
     """
 
     needs_teachers = True
@@ -199,7 +201,7 @@ class ConfidenceFeatures(Term):
         read_sites(self, self.site)
         make = PooledAdapter if self.site.is_pooled else map_adapter
         for m in range(context.num_teachers):
-            context.teacher_width(m)  # refuses a teacher without a classifier
+            context.teacher_width(m)  # raises for a teacher without a linear classifier
         channels = self.site.student_shape[0]
         self.adapters = nn.ModuleDict(
             {pair_key(k, m): make(channels, self.site.teacher_shapes[m][0]) for k, m in pairs}
@@ -213,7 +215,7 @@ class ConfidenceFeatures(Term):
         distances, errors = [], []
         for m in range(self.num_teachers):
             student, teacher = losses.to_common_size(*self.site.features(context, k, m))
-            # Last-stage features of all our networks come out of a ReLU, so the projection's do too.
+            # The last stage of the package's networks ends with a ReLU, and so must the projection.
             projected = functional.relu(adapted(self.adapters[pair_key(k, m)], student))
             distances.append(errors_of_images(projected, teacher))
             errors.append(self._error(context, m, projected))

@@ -23,7 +23,7 @@ class Mutual(SoftTerm, BranchTerm):
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)), targets detached: every branch imitates all others.
 
     Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
-    more networks), with T = 1 there. All networks are updated at once, the authors' code updates them in turn.
+    more networks), which has T = 1. Here all branches are updated at once; the authors' code updates them in turn.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -45,8 +45,8 @@ class SelfDistillation(SoftTerm, BranchTerm):
     """mean_k T² KL(p_T(z̄) ‖ p_T(z_k)), target detached: every branch imitates the student's ensemble output.
 
     ONE (Lan, Zhu and Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018), where z̄ is the
-    gated sum of the branches' logits (`student.ensemble=gate`). The target being detached, the gate learns from
-    the cross-entropy of z̄ alone.
+    gated sum of the branches' logits (`student.ensemble=gate`). As the target is detached, the gate learns only from
+    the cross-entropy of z̄.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -72,10 +72,10 @@ class PeerAttention(SoftTerm, BranchTerm):
     AAAI 2020): α_ab = softmax_b(Wq h_a · Wk h_b) over all peers b, a itself included, from pooled features h, with
     Wq and Wk two linear maps D -> D / 8 without bias. The last branch is the leader and takes no part.
 
-    What learns from what. The authors' code detaches nothing, so that a peer is also moved as the target of
-    others, and Wq and Wk learn from this loss through the targets alone. Here the logits and features that make
-    up a target are detached, but α is not: peers are moved as imitators only, and Wq and Wk get the very gradient
-    of the authors' code. So both have a gradient in every step, as DDP demands.
+    Gradients: the authors' code detaches nothing, so a peer also receives gradients as a target of other peers, and
+    Wq and Wk learn only through the targets. Here the logits and features in a target are detached, but α is not:
+    peers receive gradients only as imitators, and Wq and Wk the same gradient as in the authors' code. Both thus have
+    a gradient in every step, as DDP requires.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -110,7 +110,7 @@ class PeerAttention(SoftTerm, BranchTerm):
         self.key = nn.Linear(D, width, bias=False)
 
     def log_attention(self, features_PBD: Tensor) -> Tensor:
-        """Returns the logarithm of each peer's attention to each other peer.
+        """Returns the logarithm of each peer's attention to every peer, itself included.
 
         Args:
             features_PBD: Pooled features of the P peers, [P, B, D].

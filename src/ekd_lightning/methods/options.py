@@ -1,6 +1,6 @@
-"""Options of terms and methods: their checks, and weight schedules.
+"""Checks of the options of terms and methods, and weight schedules.
 
-A mistake is one line that names key, value and what is allowed.
+Errors are one line with the key, its value, and the values that are allowed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def number(
 
     Args:
         key: The option's name, for the error.
-        value: What was given; strings and booleans are refused, not converted.
+        value: The value to check; strings and booleans are refused, not converted.
         above: Exclusive lower bound, or None.
         low: Inclusive lower bound, or None.
         below: Exclusive upper bound, or None; only with a lower one.
@@ -59,10 +59,10 @@ def number(
 
 
 def temperature_of(key: str, value: object) -> float:
-    """Checks a temperature: outside [0.001, 1000] T² or logits / T come near the ends of float32.
+    """Checks a temperature; outside [0.001, 1000], T² or logits / T approach the limits of float32.
 
     Raises:
-        UserError: If it is no number in this range; `key` is the option's name.
+        UserError: If it is not a number in this range; the message begins with `key`.
     """
     return number(key, value, low=1e-3, high=1e3)
 
@@ -72,14 +72,14 @@ def choice(key: str, value: object, allowed: Iterable[str]) -> str:
 
     Args:
         key: The option's name, for the error.
-        value: What was given.
-        allowed: The names that exist.
+        value: The value to check.
+        allowed: The allowed names.
 
     Returns:
         The value.
 
     Raises:
-        UserError: If it is none of them; offers the nearest one.
+        UserError: For any other value; the message offers the nearest name.
     """
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
@@ -88,10 +88,10 @@ def choice(key: str, value: object, allowed: Iterable[str]) -> str:
 
 
 def count(key: str, value: object) -> int:
-    """Checks a whole number of at least 1; `key` is the option's name for the error.
+    """Checks an integer of at least 1; `key` is the option's name for the error.
 
     Raises:
-        UserError: If it is anything else.
+        UserError: For any other value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key}={value!r} is not allowed; give an integer >= 1")
@@ -100,13 +100,13 @@ def count(key: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """Schedule of a term's weight: a factor as a function of training progress, so that resumed runs continue it.
+    """Factor of a term's weight as a function of training progress; a function of it alone, so resumed runs continue.
 
     Attributes:
-        points: (share of the training in [0, 1], factor >= 0) in order; the factor is linear between neighbours
-            and constant outside. Two points with one share are a jump, and the later factor holds at the share.
+        points: (share of the training in [0, 1], factor >= 0), ordered by share; the factor is linear between
+            neighbours and constant outside. Two points with the same share are a jump: the later factor holds there.
         ramp_until: Share at which exp(-5 (1 - progress / ramp_until)²) reaches 1 (Laine and Aila 2017, used by
-            ONE and OKDDip); None without a ramp. It multiplies what the points say.
+            ONE and OKDDip); None without a ramp. The ramp multiplies the factor of the points.
     """
 
     points: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
@@ -127,10 +127,10 @@ CONSTANT = WeightSchedule()
 
 
 def read_schedule(key: str, spec: object) -> WeightSchedule:
-    """Parses the schedule of a method's configuration.
+    """Parses the `schedule` of a term in a method's configuration.
 
     Args:
-        key: Where it stands, for errors.
+        key: Name of the setting, for errors.
         spec: None for a constant weight; or a mapping with `linear` (a list of [share, factor]), `ramp_up` (a
             share in (0, 1]), or both.
 
@@ -138,7 +138,7 @@ def read_schedule(key: str, spec: object) -> WeightSchedule:
         The schedule.
 
     Raises:
-        UserError: For unknown keys, shares outside [0, 1] or not in order, or negative factors.
+        UserError: For unknown keys, shares outside [0, 1] or in decreasing order, or negative factors.
     """
     if spec is None:
         return CONSTANT
@@ -155,8 +155,11 @@ def read_schedule(key: str, spec: object) -> WeightSchedule:
 def _points(key: str, linear: object) -> tuple[tuple[float, float], ...]:
     pairs = list(linear) if isinstance(linear, (list, tuple)) else []
     if not pairs or any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in pairs):
-        raise UserError(f"{key}={linear!r} is not allowed; give pairs [share of the training, factor]")
+        raise UserError(
+            f"{key}={linear!r} is not allowed; give a list of pairs [share of the training, factor], "
+            "e.g. [[0, 1], [1, 0]]"
+        )
     points = tuple((number(key, share, low=0.0, high=1.0), number(key, factor, low=0.0)) for share, factor in pairs)
     if any(later < earlier for (earlier, _), (later, _) in pairwise(points)):
-        raise UserError(f"{key}={linear!r} is not allowed; the shares must be in order")
+        raise UserError(f"{key}={linear!r} is not allowed; the shares (first numbers) must not decrease")
     return points

@@ -1,4 +1,4 @@
-"""Pair terms, which compare a branch with a teacher: their bases, and FitNets-style feature losses.
+"""Pair terms, which compare a branch with a teacher: base classes, and feature losses in the style of FitNets.
 
 Shape letters: B batch, M teachers, K branches, D features; in maps [B, C, H, W] the C is channels.
 """
@@ -28,10 +28,10 @@ TEACHERS = ("assigned", "all", "auto")
 
 
 class PairTerm(BranchTerm):
-    """mean_k Σ_m A[k, m] · compare(branch k, teacher m), over the pairs that the assignment ever uses.
+    """mean_k Σ_m A[k, m] · compare(branch k, teacher m), over all pairs that the assignment uses in some step.
 
-    With one teacher and a plain student that is the plain loss of the single-teacher literature; with the
-    assignment `mean`, a plain student gets the mean of its losses against all teachers.
+    With one teacher and a plain student it is the single-teacher loss of the literature; with the assignment `mean`,
+    the loss of a plain student is the mean over all teachers.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -51,8 +51,8 @@ class PairTerm(BranchTerm):
 
     def forward(self, context: StepContext) -> Tensor:
         """Returns the mean or sum over the branches of `compare` with their teachers."""
-        # All pairs, even those that a random assignment gives no weight in this step: DDP wants a gradient
-        # for every parameter, and choosing pairs by value would have to wait for the device.
+        # All pairs, even pairs of weight 0 in this step (random assignment): DDP needs a gradient for every
+        # parameter, and selecting pairs by value would synchronise with the device.
         values = torch.stack([self.compare(context, k, m) for k, m in self.pairs])
         return self.factor * (self.pair_weights(context).to(values) * values).sum() / self.num_branches
 
@@ -62,20 +62,20 @@ class PairTerm(BranchTerm):
         return torch.stack([context.assignment_KM[k, m] for k, m in self.pairs])
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
-        """Returns the loss of branch k against teacher m, a scalar; nothing flows into the teacher's side."""
+        """Returns the loss of branch k against teacher m, a scalar without a gradient to the teacher's outputs."""
         raise NotImplementedError
 
 
 class FeatureSite:
-    """A feature that a term compares: `pooled`, `last`, or a stage's maps.
+    """A feature that a term compares: pooled features, or the maps of a stage.
 
     Attributes:
-        name: As the user wrote it.
+        name: `pooled`, `last`, or a stage's name.
         is_pooled: Whether features are vectors [B, D]; otherwise maps [B, C, H, W].
         student_shape: Shape of a branch's features, (D,) or (channels, height, width).
-        teacher_shapes: Teacher m of some pair -> the shape of its features.
-        student_stages: The stages that the term must list as its own `student_stages`.
-        teacher_stages: Likewise, on the grid.
+        teacher_shapes: Shape of the features of every teacher in `pairs`, by its number m.
+        student_stages: The term's `student_stages`.
+        teacher_stages: The term's `teacher_stages`; with a grid, the names of averaged maps.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class FeatureSite:
         """Resolves the feature in the student and in the teachers of all pairs.
 
         Args:
-            name: As the user wrote it.
+            name: `pooled`, `last`, or a stage's name.
             context: The networks' sizes.
-            pairs: Branches and teachers that are compared.
-            grid: Side of the grid that maps are averaged to; None takes them as they are.
+            pairs: The compared (branch, teacher) numbers.
+            grid: Side of the grid that maps are averaged to; None for whole maps.
 
         Raises:
-            UserError: A network has no such stage, or maps coarser than the grid, or `last` has different names in
-                different teachers.
+            UserError: If a network has no such stage, its maps are coarser than the grid, or the last stages of the
+                teachers have different names.
         """
         self.name, self.is_pooled, self._context = name, name == POOLED, context
         self._grid = None if grid is None else count("grid", grid)
@@ -107,7 +107,7 @@ class FeatureSite:
         self._student = context.student_stage(name)
         stages = {m: context.teacher_stage(m, name) for m in self.teacher_shapes}
         for m in stages:
-            for stage in stages.values():  # every teacher must have all of them
+            for stage in stages.values():  # every teacher must have the last stages of all teachers
                 context.teacher_stage(m, stage)
         self._teacher = {m: on_grid(stage, self._grid) for m, stage in stages.items()}
         self.student_stages = (self._student,)
@@ -123,17 +123,20 @@ class FeatureSite:
             return shape
         if self._grid > min(shape[1:]):
             size = f"{shape[1]}×{shape[2]}"
-            raise UserError(f"grid={self._grid} is finer than the maps of {network}, {size} (feature {self.name!r})")
+            raise UserError(
+                f"grid={self._grid} is finer than the maps of {network}, {size} (feature {self.name!r}); "
+                f"give a grid of at most {min(shape[1:])}"
+            )
         return (shape[0], self._grid, self._grid)
 
     def require_equal_channels(self, reason: str) -> None:
         """Checks that student and teachers have equal channel counts, for losses that cannot adapt them.
 
         Args:
-            reason: Why, and what to do: the end of the message.
+            reason: Beginning of the message: the requirement and the remedy.
 
         Raises:
-            UserError: With the shapes of the first pair that differs.
+            UserError: With the shapes of the first teacher that differs.
         """
         for m, shape in self.teacher_shapes.items():
             if self.student_shape[0] != shape[0]:
@@ -157,14 +160,14 @@ class FeatureTerm(PairTerm):
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes and the assignment.
-        places: `pooled`, `last` or a stage's name, each.
-        grid: Side of a small grid, 1 or more, that the maps of student and teachers are averaged to
-            (`average_pool`) before they are compared; None compares whole maps. Teacher tables always keep such
-            averages: channels × grid² × 2 bytes and a check value of 4 for each stage, teacher, image and view.
+        places: The features, each `pooled`, `last` or a stage's name.
+        grid: Side of a small grid, >= 1, that the maps of student and teachers are averaged to (`average_pool`)
+            before they are compared; None for whole maps. Teacher tables always keep such averages: for each stage,
+            teacher, image and view channels × grid² × 2 bytes and a checksum of 4 bytes.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
-        UserError: For a stage that a network lacks, or a grid finer than maps or for pooled features.
+        UserError: For a stage that a network lacks, a grid finer than the maps, or a grid with pooled features.
     """
 
     reads_logits = False
@@ -178,18 +181,18 @@ class FeatureTerm(PairTerm):
 
     def compare(self, context: StepContext, k: int, m: int) -> Tensor:
         """Returns the sum over the features."""
-        found = [self.compare_at(i, k, m, *site.features(context, k, m)) for i, site in enumerate(self.sites)]
-        return torch.stack(found).sum(0)
+        values = [self.compare_at(i, k, m, *site.features(context, k, m)) for i, site in enumerate(self.sites)]
+        return torch.stack(values).sum(0)
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the loss at one of the features, a scalar.
 
         Args:
-            place: Its position in `places`.
+            place: Position of the feature in `places`.
             k: The branch.
             m: The teacher.
             student: Features of the branch, with gradients, [B, D] or [B, C, H, W].
-            teacher: Those of the teacher, detached.
+            teacher: Features of the teacher, detached, [B, D_m] or [B, C_m, H_m, W_m].
         """
         raise NotImplementedError
 
@@ -198,24 +201,24 @@ def different_stages(stages: object, least: int = 1) -> list[str]:
     """Checks the option `stages` of a term that compares maps at several stages.
 
     Args:
-        stages: As the user gave it: a list of stage names, each once.
-        least: How many there must be.
+        stages: The option's value: a list of different stage names.
+        least: The smallest number of names.
 
     Returns:
         The names.
 
     Raises:
-        UserError: For anything else than such a list.
+        UserError: For any other value, and for the name `pooled`.
     """
     names = list(stages) if isinstance(stages, (list, tuple)) else []
     wrong = len(names) < least or len(set(map(str, names))) < len(names) or POOLED in names
     if wrong or not all(isinstance(name, str) for name in names):
-        raise UserError(f"stages={stages!r} is not allowed; give a list of {least} or more different stages")
+        raise UserError(f"stages={stages!r} is not allowed; give a list of {least} or more different stage names")
     return names
 
 
 def read_sites(term: Term, *sites: FeatureSite) -> None:
-    """Declares which features and stages a term reads."""
+    """Sets which features and stages a term reads, from its sites."""
     term.needs_pooled = any(site.is_pooled for site in sites)
     term.student_stages = tuple(name for site in sites for name in site.student_stages)
     term.teacher_stages = tuple(dict.fromkeys(name for site in sites for name in site.teacher_stages))
@@ -227,7 +230,7 @@ def pair_key(k: int, m: int) -> str:
 
 
 def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
-    """Applies an adapter; outside autocast in the precision of its weights."""
+    """Applies an adapter; outside autocast, features are first converted to the dtype of its weights."""
     weight = next(adapter.parameters(), None)
     if weight is not None and not torch.is_autocast_enabled(features.device.type):
         features = features.to(weight.dtype)
@@ -235,13 +238,13 @@ def adapted(adapter: nn.Module, features: Tensor) -> Tensor:
 
 
 def errors_of_images(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared errors [B], over all elements of each image's features; nothing flows into the teacher's."""
+    """Returns the mean squared error of each image's features, [B], without a gradient to the teacher's."""
     difference = losses.at_least_float32(student) - losses.at_least_float32(teacher).detach()
     return difference.square().flatten(1).mean(1)
 
 
 class PooledAdapter(nn.Sequential):
-    """Linear map without bias, then batch norm: pooled features [B, D] -> [B, D_m].
+    """Adapter of pooled features, [B, D] -> [B, D_m]: a linear map without bias, then batch norm.
 
     Args:
         student_features: D.
@@ -255,23 +258,23 @@ class PooledAdapter(nn.Sequential):
         """Maps [B, D] to [B, D_m]."""
         projected, norm = self[0](input), cast(nn.BatchNorm1d, self[1])
         if self.training and len(projected) == 1:
-            # One image has no batch statistics, and a last batch of one must not end a training run.
+            # A single image has no batch statistics, but must not stop the training as its last batch.
             return functional.batch_norm(projected, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         return norm(projected)
 
 
 def map_adapter(student_channels: int, teacher_channels: int) -> nn.Sequential:
-    """1×1 convolution without bias, then batch norm: [B, C, H, W] -> [B, C_m, H, W]."""
+    """Builds an adapter of maps, [B, C, H, W] -> [B, C_m, H, W]: a 1×1 convolution without bias, then batch norm."""
     conv = nn.Conv2d(student_channels, teacher_channels, kernel_size=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(teacher_channels))
 
 
 class ConvRegressor(nn.Sequential):
-    """The regressor of hints: one convolution from the student's shape to the teacher's, then ReLU.
+    """The regressor of FitNets: one convolution from the student's shape to the teacher's, then ReLU.
 
-    Of two published forms. Romero et al. (2015, section 2.2): no padding, kernel 1 + H - H_m, so that the sizes
-    match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm, and where one side is twice
-    the other takes 3×3 with stride 2, or a transposed 4×4. At equal sizes both are 1×1.
+    It has two published forms. Romero et al. (2015, section 2.2) use no padding, a kernel of 1 + H - H_m, so that the
+    sizes match, and the teacher's non-linearity. RepDistiller's ConvReg adds batch norm; if one size is twice the
+    other, it uses 3×3 with stride 2, or a transposed 4×4. At equal sizes both forms are 1×1.
 
     Args:
         student: (C, H, W).
@@ -279,12 +282,12 @@ class ConvRegressor(nn.Sequential):
         norm: False for Romero's form, True for RepDistiller's.
 
     Raises:
-        UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form: and not half).
+        UserError: If the student's maps are smaller than the teacher's (in RepDistiller's form, unless half as large).
     """
 
     def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], norm: bool) -> None:
         (C, *size), (C_m, *size_m) = student, teacher
-        bias = not norm  # batch norm takes any bias out again
+        bias = not norm  # batch norm would cancel it
         conv: nn.Module
         if norm and size == [2 * length for length in size_m]:
             conv = nn.Conv2d(C, C_m, kernel_size=3, stride=2, padding=1, bias=bias)
@@ -295,43 +298,41 @@ class ConvRegressor(nn.Sequential):
             conv = nn.Conv2d(C, C_m, kernel, bias=bias)
         else:
             raise UserError(
-                f"no regressor from the student's shape {list(student)} to the teacher's {list(teacher)}:"
-                " take another feature, or adapter=project, which averages the larger maps"
+                f"no regressor from the student's shape {list(student)} to the teacher's {list(teacher)}: use another "
+                "feature, or adapter=project, which averages the larger maps"
             )
         super().__init__(conv, *([nn.BatchNorm2d(C_m)] if norm else []), nn.ReLU())
 
 
 @register_term("feature_branch")
 class FeatureBranch(FeatureTerm):
-    """mean_k Σ_m A[k, m] · 1/B Σ_b w_mb MSE(r_km(h_kb), h_mb): features of a branch approach those of its teachers.
+    """mean_k Σ_m A[k, m] · 1/B Σ_b w_mb MSE(r_km(h_kb), h_mb): features of a branch approach its teachers' features.
 
-    r_km is the identity or a trained projection that is not part of the student and is dropped after
-    training. MSE is the mean over all elements, so its size hardly depends on the resolution; features
-    pooled over space vary less than maps and need a larger weight. The last term of the project's
-    reconstruction of EKD (see `losses`); which features the paper compares could not be verified.
+    r_km is the identity or a trained projection, which is not part of the student and is dropped after training. MSE
+    is the mean over all elements, so its magnitude hardly depends on the resolution; pooled features vary less than
+    maps and need a larger weight. It is the last term of the project's reconstruction of EKD (see `losses`); which
+    features the paper compares could not be verified.
 
-    Maps of unequal height or width are first averaged (`average_pool`) to the smaller of the two, so
-    shapes "agree" when the channel counts do. The regressors of FitNets map sizes by themselves instead.
+    Maps of unequal height or width are first averaged (`average_pool`) to the smaller of the two, so only channel
+    counts must agree. The regressors of FitNets map the sizes themselves instead.
 
-    A method may have the term once for each stage, with a weight and a schedule for each. At a stage of the trunk,
-    which all branches share, `teachers=all` is mean_m MSE(r_m(h), h_m), with one adapter for each teacher.
+    A method may have one such term per stage, each with its own weight and schedule. At a stage of the trunk, which all
+    branches share, `teachers=all` is mean_m MSE(r_m(h), h_m), with one adapter for each teacher.
 
     Args:
         weight: Factor in the total, >= 0.
-        context: The networks' sizes and the assignment. Pairs (branch, teacher) without weight get no
-            adapter.
+        context: The networks' sizes and the assignment. Pairs (branch, teacher) of weight 0 have no adapter.
         feature: `pooled` (the head's input), `last` (each network's own last stage) or a stage name.
-        adapter: `identity`, `project` (1×1 convolution or linear map, no bias, then batch norm), `auto`
-            (identity where the channel counts agree, else project); or, for maps, what FitNets are trained
-            with: `conv_reg` (RepDistiller's: convolution, batch norm, ReLU) or `regressor` (Romero et al.:
-            convolution, ReLU); see `ConvRegressor`.
-        teachers: `assigned` (those of the assignment), `all` (the mean of all, whatever the assignment), or `auto`: all
-            at a stage of the trunk, the assigned ones at a branch's own stages and for pooled features.
-        confidence: How much teacher m counts for image b; None takes w = 1. Else w = M v with v_mb that sum to 1 over
-            all M teachers: `label` (CA-MKD), where v is the larger the better the teacher predicts the label, so that
-            only labelled images count; or `entropy` (EBKD), the larger the surer it is. See
-            `losses.confidence_weights` and `losses.entropy_weights`.
-        reduction: `mean` or `sum` over the K branches; at a stage of the trunk that all teachers teach, over these.
+        adapter: `identity`; `project` (1×1 convolution or linear map without bias, then batch norm); `auto` (identity
+            if the channel counts agree, else project); or, for maps, a regressor of FitNets: `conv_reg` (RepDistiller:
+            convolution, batch norm, ReLU) or `regressor` (Romero et al.: convolution, ReLU), see `ConvRegressor`.
+        teachers: `assigned` (the teachers of the assignment), `all` (the mean over all teachers), or `auto` (all at a
+            stage of the trunk, the assigned ones at a branch's own stages and for pooled features).
+        confidence: Weighting of teacher m for image b; None for w = 1. Otherwise w = M v, where the v_mb of an image
+            sum to 1 over all M teachers: `label` (CA-MKD; larger for a smaller cross-entropy with the label, so only
+            labelled images count) or `entropy` (EBKD; larger for a smaller entropy). See `losses.confidence_weights`
+            and `losses.entropy_weights`.
+        reduction: `mean` or `sum` over the K branches; over the teachers at a stage of the trunk that all teach.
 
     Raises:
         UserError: For a stage that a network lacks, `identity` between unequal channel counts, or a regressor
@@ -366,7 +367,7 @@ class FeatureBranch(FeatureTerm):
         if self.sizes_by_adapter and site.is_pooled:
             raise UserError(f"adapter={adapter} is for maps, not for feature=pooled: choose a stage or `last`")
         if adapter == "identity":
-            site.require_equal_channels("adapter=identity does not fit (use auto or project)")
+            site.require_equal_channels("adapter=identity needs equal channel counts (use auto or project)")
         self.adapters = nn.ModuleDict(
             {pair_key(k, m): _adapter(adapter, site.student_shape, site.teacher_shapes[m]) for k, m in self.pairs}
         )
@@ -382,7 +383,7 @@ class FeatureBranch(FeatureTerm):
         return options.get("teachers") != "all"
 
     def pair_weights(self, context: StepContext) -> Tensor:
-        """Returns A[k, m] of each pair [P], or with `confidence` A[k, m] w_mb / B [P, B]."""
+        """Returns A[k, m] of each pair, [P]; with `confidence`, A[k, m] w_mb / B, [P, B]."""
         assert context.teachers is not None
         logits_MBC, P = context.teachers.logits.detach(), len(self.pairs)
         shares_P = (
@@ -395,7 +396,7 @@ class FeatureBranch(FeatureTerm):
         return shares_P[:, None] * self.num_teachers * weights_PB / weights_PB.shape[1]
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
-        """Returns the mean squared error, adapted and at the smaller of the two sizes; with `confidence` per image."""
+        """Returns the mean squared error of the adapted features, a scalar; with `confidence`, one per image, [B]."""
         if student.ndim == 4 and not self.sizes_by_adapter:
             student, teacher = losses.to_common_size(student, teacher)
         loss = losses.mse if self.confidence is None else errors_of_images

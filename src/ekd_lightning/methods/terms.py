@@ -17,33 +17,34 @@ from ekd_lightning.methods.options import CONSTANT, choice, number, temperature_
 
 
 class Term(nn.Module):
-    """A loss of a method. Subclasses are named by `@register_term` and return a scalar from `forward`.
+    """Base class of the losses of a method. A subclass registers its name with `@register_term`.
 
-    A subclass's `__init__` takes (weight, context) and then keyword-only options; the options are what a user
-    may write beside `weight` in the method's configuration (with `**options` those of its base classes, too). Modules
-    it keeps (1×1 regressors and the like) reach the optimiser, the device and the checkpoint by themselves. The value
-    that `forward` returns is unweighted.
+    A subclass's `__init__` takes (weight, context) and then keyword-only options: the keys that a user may write beside
+    `weight` in the method's configuration (with `**options` also the options of its base classes). Its submodules
+    (1×1 regressors and the like) are trained, moved and saved with the method. `forward` returns the unweighted loss,
+    a scalar.
 
     Attributes:
         weight: Factor of this term in the total, >= 0.
         schedule: Factor of the weight as a function of the training's progress; from the term's `schedule` in the
             configuration.
-        needs_labels: Whether it reads `context.batch`'s labels: of a batch with unlabelled images it is then handed the
-            labelled rows alone. False if it takes all rows, whose labels it must not look at.
-        needs_teachers: Whether `context.teachers` must be there.
+        needs_labels: Whether it reads the labels of the batch. If so, it receives only the labelled rows; if not, it
+            receives all rows and must not read their labels.
+        needs_teachers: Whether it reads `context.teachers`.
         needs_pooled: Whether it reads the teachers' pooled features.
-        needs_networks: Whether `context.networks` must be there.
+        needs_networks: Whether it reads `context.networks`.
         uses_assignment: Whether the assignment has an effect on this term.
         uses_temperature: Whether the method's temperature has an effect on this term.
         captures: Whether `forward` may be recorded once as a CUDA graph and replayed in later steps: it reads nothing
             back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
             a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
             repeat the numbers of the step that was recorded.
-        reads_logits: Whether it reads its teachers' logits, or asks their classifiers; counts where it needs teachers.
-        accepts_masked: Whether the loss can be taken where a teacher masks classes (logits of -inf), or knows not all.
-        averages_logits: Whether it takes the mean of several teachers' logits: of those assigned to a branch where it
-            uses the assignment, else of all.
-        least_branches: The fewest branches that a student may have.
+        reads_logits: Whether it reads its teachers' logits or applies their classifiers; ignored without
+            `needs_teachers`.
+        accepts_masked: Whether the loss is defined for a teacher that does not know all classes (logits of -inf).
+        averages_logits: Whether it takes the mean of several teachers' logits: of the teachers assigned to a branch if
+            it uses the assignment, else of all teachers.
+        least_branches: The smallest number of branches that the student may have.
         knows_images: Whether it reads `TermContext.train_index` and `train_labels`.
         teacher_stages: Names of the stage outputs that the teachers must return for this term.
         student_stages: Names of the student's stage outputs that this term reads.
@@ -71,12 +72,12 @@ class Term(nn.Module):
 
     @classmethod
     def needs_labels_with(cls, options: Mapping[str, Any]) -> bool:
-        """Whether it will have `needs_labels` with these options; asked before it is built."""
+        """Whether a term with these options will have `needs_labels`; callable before the term is built."""
         return cls.needs_labels
 
     @classmethod
     def uses_assignment_with(cls, options: Mapping[str, Any]) -> bool:
-        """Whether it may have `uses_assignment` with these options; asked before it is built."""
+        """Whether a term with these options may have `uses_assignment`; callable before the term is built."""
         return cls.uses_assignment
 
     @property
@@ -91,7 +92,7 @@ class Term(nn.Module):
             progress: In [0, 1].
 
         Returns:
-            The factor, >= 0; where it is 0 the term is not computed.
+            The weight, >= 0; the term is not computed while it is 0.
         """
         return self.weight * self.schedule(progress)
 
@@ -99,7 +100,7 @@ class Term(nn.Module):
         """Returns the unweighted value of the loss for one step.
 
         Args:
-            context: Outputs of the student and the teachers, the batch and the time.
+            context: Outputs of the student and the teachers, the batch, and step and progress.
 
         Returns:
             Scalar with a gradient towards the student and this term's own parameters.
@@ -108,12 +109,15 @@ class Term(nn.Module):
 
 
 class SoftTerm(Term):
-    """A term with a temperature: its own or else the method's.
+    """A term with a temperature: its own, or the method's.
 
     Args:
         weight: Factor in the total, >= 0.
         context: The networks' sizes, the method's temperature.
-        temperature: T > 0; None for the method's.
+        temperature: T, in [0.001, 1000]; None for the method's.
+
+    Raises:
+        UserError: For a temperature out of range.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class SoftTerm(Term):
 
 
 class BranchTerm(Term):
-    """A term whose branch losses are averaged or added.
+    """A term whose losses of the branches are averaged or summed.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -134,7 +138,7 @@ class BranchTerm(Term):
         reduction: `mean` or `sum` over the K branches.
 
     Attributes:
-        factor: What a mean over the branches is multiplied with: 1 for `mean`, K for `sum`.
+        factor: Multiplier of the mean over the branches: 1 for `mean`, K for `sum`.
     """
 
     def __init__(self, weight: float, context: TermContext, *, reduction: str = "mean", **options: Any) -> None:
@@ -157,8 +161,8 @@ def register_term(name: str) -> Callable[[TermClass], TermClass]:
         The decorator.
 
     Raises:
-        ValueError: If another class has the name already (when the decorator is applied). The same class
-            defined anew, as in a notebook cell that is run twice, replaces the old one.
+        ValueError: If another class already has the name (when the decorator is applied). Defining the same class
+            again, as in a notebook cell that is run twice, replaces it.
     """
     return _REGISTRY.register(name)
 
@@ -169,28 +173,22 @@ def term_names() -> tuple[str, ...]:
 
 
 def term_class(name: str) -> type[Term]:
-    """Finds a term.
-
-    Args:
-        name: Its registered name.
-
-    Returns:
-        The class.
+    """Returns the class of a registered term.
 
     Raises:
-        UserError: If there is none; offers the nearest name.
+        UserError: For an unknown name; the message offers the nearest one.
     """
     return _REGISTRY[name]
 
 
 def option_defaults(name: str) -> dict[str, Any]:
-    """Returns a term's options: its keyword-only parameters, and where it passes others on, those of its bases as well.
+    """Returns a term's options: its keyword-only parameters and, if it takes `**options`, those of its base classes.
 
     Args:
         name: The term's registered name.
 
     Returns:
-        Name -> default; `inspect.Parameter.empty` for those that must be given.
+        Name -> default; `inspect.Parameter.empty` for required options.
 
     Raises:
         UserError: If there is no such term.
@@ -207,11 +205,11 @@ def option_defaults(name: str) -> dict[str, Any]:
 
 
 def check_option_names(name: str, options: Mapping[str, Any]) -> None:
-    """Checks that a term has all the options that were given, without building it.
+    """Checks the names of a term's options without building the term.
 
     Args:
         name: The term's registered name.
-        options: Option name -> value; the values are not looked at.
+        options: Option name -> value; values are not checked.
 
     Raises:
         UserError: If the term or one of the options does not exist, or a required one is missing.
@@ -222,7 +220,7 @@ def check_option_names(name: str, options: Mapping[str, Any]) -> None:
             raise unknown_name(f"option of term {name!r}:", option, known)
     missing = [n for n, default in known.items() if default is inspect.Parameter.empty and n not in options]
     if missing:
-        raise UserError(f"term {name!r} needs the option {missing[0]!r}")
+        raise UserError(f"term {name!r} needs the option {missing[0]!r}, which has no default; set it")
 
 
 def build_term(name: str, weight: float, context: TermContext, /, **options: Any) -> Term:
@@ -238,16 +236,16 @@ def build_term(name: str, weight: float, context: TermContext, /, **options: Any
         The term.
 
     Raises:
-        UserError: For an unknown name or option, a value that is not allowed, a stage that a network lacks,
-            or a term that needs teachers, or more branches, than there are.
+        UserError: For an unknown name or option, a value that is not allowed, a stage that a network lacks, missing
+            teachers, or too few branches.
     """
     cls = term_class(name)
     check_option_names(name, options)
     if cls.needs_teachers and context.num_teachers < 1:
-        raise UserError(f"term {name!r} needs teachers, but there are none; add teachers or set its weight to 0")
+        raise UserError(f"term {name!r} needs teachers, but the run has none; add teachers or set its weight to 0")
     if context.num_branches < cls.least_branches:
         raise UserError(
-            f"student.branches={context.num_branches} is not allowed with this term;"
-            f" give at least {cls.least_branches} branches"
+            f"student.branches={context.num_branches} is not allowed with the term {name!r}; "
+            f"give at least {cls.least_branches} branches"
         )
     return cls(weight, context, **options)

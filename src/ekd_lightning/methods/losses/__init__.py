@@ -1,15 +1,15 @@
-"""Losses of knowledge distillation as pure functions: tensors in, a scalar with gradients to the student out.
+"""Losses of knowledge distillation as pure functions of tensors; gradients flow to the student only.
 
-Conventions, the same everywhere:
+Conventions:
 
-- softmax is taken in float32 at least (bfloat16 logits are converted first, float64 stays);
-- whatever comes from a teacher is detached, so a target never receives a gradient;
-- KL is summed over classes and averaged over everything else ("batchmean"), and carries T²;
+- softmax is computed in float32 at least (bfloat16 logits are converted first, float64 is kept);
+- teacher outputs are detached;
+- KL is summed over classes, averaged over all other dimensions ("batchmean"), and multiplied by T²;
 - MSE is averaged over all elements.
 
-`docs/methods.md` lists them with their sources. What EKD is made of are the formulas of the project's reconstruction
-of Ensemble Knowledge Distillation (Asif, Tang, Harrer, arXiv 1909.08097): the full text of the paper was not available,
-and the reconstruction rests on its abstract and on secondary descriptions.
+`docs/methods.md` lists the losses with their sources. The losses of EKD follow the project's reconstruction of Ensemble
+Knowledge Distillation (Asif, Tang, Harrer, arXiv 1909.08097): the full text of the paper was not available, so the
+reconstruction rests on its abstract and on secondary descriptions.
 """
 
 from ekd_lightning.methods.losses.features import (

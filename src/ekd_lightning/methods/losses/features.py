@@ -1,6 +1,6 @@
 """Feature losses: attention maps, relations between images, flow matrices, Gaussian models, contrast.
 
-Nothing flows into the teacher's side. Shape letters: B batch, D features; in maps [B, C, H, W] the C is channels.
+No gradient flows to the teacher. Shape letters: B batch, D features; in maps [B, C, H, W] the C is channels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from ekd_lightning.methods.losses.logits import at_least_float32, mse
 from ekd_lightning.networks.staged import average_pool
 
 SHORTEST = 1e-4
-"""Vectors shorter than this share of the root mean square length count as having no direction."""
+"""Vectors shorter than this share of the root mean square length are treated as 0."""
 NCE_EPS = 1e-7
-"""The epsilon of CRD's published code, beside m/n in the denominators."""
+"""Epsilon of CRD's published code, added to m/n in the denominators."""
 
 
 def to_common_size(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Averages maps to the smaller height and width of the two (`average_pool`); vectors pass unchanged."""
+    """Averages two maps (`average_pool`) to the smaller height and the smaller width; vectors stay unchanged.
+
+    Args:
+        first: [B, C_1, H_1, W_1] or [B, D_1].
+        second: [B, C_2, H_2, W_2] or [B, D_2].
+
+    Returns:
+        [B, C_1, min(H_1, H_2), min(W_1, W_2)] and the same with C_2, or the unchanged vectors.
+    """
     if first.shape[2:] == second.shape[2:]:
         return first, second
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
@@ -37,18 +45,18 @@ def attention_map(features: Tensor) -> Tensor:
         features: [B, C, H, W].
 
     Returns:
-        [B, H·W], rows of length 1 (0 where all features are 0), float32 or wider, >= 0. The order of the channels
-        and a positive factor make no difference.
+        [B, H·W], rows of length 1 (0 where all features are 0), float32 or wider, >= 0; invariant to the order of the
+        channels and to positive factors.
     """
     return functional.normalize(at_least_float32(features).square().mean(1).flatten(1))
 
 
 def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> Tensor:
-    """The distance of two networks' attention maps at one stage: Zagoruyko and Komodakis, ICLR 2017, equation 2.
+    """Distance between two networks' attention maps at one stage: Zagoruyko and Komodakis, ICLR 2017, equation 2.
 
-    Their code, and all others, square the difference and take the mean over all B·H·W elements. Their equation
-    (2) has ½ β ‖Q_s - Q_m‖₂, not squared, where β is 1000 over the number of elements and images: `form="norm"`
-    is ½ Σ_b ‖Q_s - Q_m‖₂ / (B·H·W). Both are meant for the weight 1000.
+    Their code and the common reimplementations take the mean of the squared difference over all B·H·W elements. Their
+    equation (2) has the norm ½ β ‖Q_s - Q_m‖₂, where β is 1000 over the number of elements and images: `form="norm"`
+    is ½ Σ_b ‖Q_s - Q_m‖₂ / (B·H·W). Both forms are meant for the weight 1000.
 
     Args:
         student: [B, C, H, W].
@@ -66,16 +74,16 @@ def attention_loss(student: Tensor, teacher: Tensor, form: str = "squared") -> T
 
 
 def directions(vectors: Tensor) -> Tensor:
-    """Normalises vectors to length 1; those that are (nearly) 0 become 0, with gradient 0.
+    """Normalises vectors to length 1; (nearly) zero vectors become 0, with gradient 0.
 
-    The published codes divide by max(length, 1e-12) instead: at 0, where two images coincide or one has no active
-    feature at all, that multiplies a gradient by 1e12.
+    Published code divides by max(length, 1e-12) instead, which multiplies gradients by 1e12 at 0: for two images with
+    equal features, or an image whose features are all 0.
 
     Args:
         vectors: [..., D].
 
     Returns:
-        The same shape; scaling all vectors together changes nothing.
+        The same shape; invariant to a common positive factor of all vectors.
     """
     squared = vectors.square().sum(-1, keepdim=True)
     long = squared > SHORTEST**2 * squared.detach().mean()
@@ -89,11 +97,11 @@ def relative_distances(features: Tensor) -> Tensor:
         features: [B, D] with B >= 2.
 
     Returns:
-        [B, B], float32 or wider, 0 on the diagonal; moving, rotating or scaling the features changes nothing. All 0
-        if all images are in one place.
+        [B, B], float32 or wider, 0 on the diagonal; invariant to translation, rotation and scaling of the features.
+        All 0 if all features are equal.
     """
     x = at_least_float32(features)
-    # From the differences, not from the Gram matrix: exact for close images, and no matter under autocast.
+    # From differences, not from the Gram matrix: exact for close features, and unaffected by autocast.
     squared = (x[:, None] - x[None]).square().sum(-1)
     apart = squared > 0
     # The gradient of a square root is infinite at 0.
@@ -103,13 +111,13 @@ def relative_distances(features: Tensor) -> Tensor:
 
 
 def angles(features: Tensor) -> Tensor:
-    """Cos of the angle at image j between images i and k, for all triples (Park et al. 2019, equation 9).
+    """Cosine of the angle at image j between images i and k, for all triples (Park et al. 2019, equation 9).
 
     Args:
         features: [B, D].
 
     Returns:
-        [B, B, B], indices j, i, k; float32 or wider; 0 where i or k is j, or in its place.
+        [B, B, B], indices j, i, k; float32 or wider; 0 if i or k is j, or has the same features as j.
     """
     x = at_least_float32(features)
     from_j = directions(x[None] - x[:, None])
@@ -117,14 +125,14 @@ def angles(features: Tensor) -> Tensor:
 
 
 def similarities(features: Tensor) -> Tensor:
-    """Rows of the batch's Gram matrix brought to length 1 (Tung and Mori, ICCV 2019, equation 2).
+    """Rows of the batch's Gram matrix, normalised to length 1 (Tung and Mori, ICCV 2019, equation 2).
 
     Args:
-        features: [B, ...], flattened.
+        features: [B, ...], flattened here.
 
     Returns:
-        [B, B], float32 or wider; rotating or scaling the features changes nothing. A row of 0 for an image without
-        any feature.
+        [B, B], float32 or wider; invariant to rotation and scaling of the features. The row of an image whose features
+        are all 0 is 0.
     """
     x = at_least_float32(features).flatten(1)
     return directions(x @ x.T)
@@ -138,7 +146,7 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: [B, D_m], detached here.
 
     Returns:
-        Scalar >= 0, the mean over all B² entries, the diagonal included, as published; threshold 1.
+        Scalar >= 0, the mean over all B² entries including the diagonal, as published; the Huber threshold is 1.
     """
     return functional.smooth_l1_loss(relative_distances(student), relative_distances(teacher.detach()))
 
@@ -151,7 +159,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: [B, D_m], detached here.
 
     Returns:
-        Scalar >= 0, the mean over all B³ entries; threshold 1.
+        Scalar >= 0, the mean over all B³ entries; the Huber threshold is 1.
     """
     return functional.smooth_l1_loss(angles(student), angles(teacher.detach()))
 
@@ -161,7 +169,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: [B, ...].
-        teacher: [B, ...], detached here; the images' shapes may differ.
+        teacher: [B, ...], detached here; its shape after B may differ from the student's.
 
     Returns:
         Scalar >= 0.
@@ -175,7 +183,7 @@ def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
     Args:
         first: [B, C_1, H_1, W_1], output of the earlier stage.
         second: [B, C_2, H_2, W_2], output of the later one.
-        pooling: How the larger maps come to the smaller size, `max` (the paper's) or `average` (RepDistiller's).
+        pooling: How the larger maps are reduced to the smaller size: `max` (the paper) or `average` (RepDistiller).
 
     Returns:
         [B, C_1, C_2], float32 or wider.
@@ -184,7 +192,7 @@ def flow_matrix(first: Tensor, second: Tensor, pooling: str = "max") -> Tensor:
     size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
     pool = functional.adaptive_max_pool2d if pooling == "max" else average_pool
     first, second = (f if f.shape[2:] == size else pool(f, size) for f in (first, second))
-    with torch.autocast(first.device.type, enabled=False):  # it would multiply in bfloat16
+    with torch.autocast(first.device.type, enabled=False):  # autocast would multiply in bfloat16
         return first.flatten(2) @ second.flatten(2).mT / (size[0] * size[1])
 
 
@@ -193,15 +201,15 @@ def flow_loss(
 ) -> Tensor:
     """Σ_i ‖G_i(student) - G_i(teacher)‖² over consecutive stages: Yim et al., CVPR 2017, equation 2.
 
-    The paper's factors λ_i of the pairs of stages are equal, but their value is not given, and matrices of wider
-    stages have more elements.
+    The paper gives all pairs of stages the same factor λ_i but not its value, and matrices of wider stages have more
+    elements.
 
     Args:
         student: Two or more maps [B, C_i, H_i, W_i], from input to output.
-        teacher: As many, with the same channel counts; detached here.
+        teacher: As many maps, with the same channel counts; detached here.
         pooling: See `flow_matrix`.
-        elements: `mean`, as in RepDistiller and KD-Zoo, divides each matrix by its C_1·C_2, so that all pairs count
-            alike; `sum` is the squared norm as printed.
+        elements: `mean`, as in RepDistiller and KD-Zoo, divides each squared norm by its C_1·C_2 elements, so that all
+            pairs have equal weight; `sum` is the squared norm of the paper.
 
     Returns:
         Scalar >= 0, averaged over the batch.
@@ -217,8 +225,8 @@ def flow_loss(
 def gaussian_loss(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor:
     """mean(½ [(μ - f)² / σ_c² + log σ_c²]): -log N(f; μ, σ²) less its constant ½ log 2π.
 
-    VID of Ahn et al., CVPR 2019, equations 5 and 6: the negative of the variational bound on the mutual information,
-    up to constants. The paper sums over elements; the mean is RepDistiller's (after the authors' code).
+    VID of Ahn et al., CVPR 2019, equations 5 and 6: the negative variational bound on the mutual information, up to
+    constants. The paper sums over elements; RepDistiller (after the authors' code) takes the mean, as here.
 
     Args:
         mean: μ, [B, C, H, W].
@@ -246,10 +254,10 @@ def noise_contrastive(
         times: [B, N] (or [1, N]), how often each column counts as a negative; every row sums to m.
         z: Scalar > 0, the normalisation.
         negatives: m.
-        images: n, for the noise's probability 1/n.
+        images: n; the noise distribution is uniform, 1/n.
 
     Returns:
-        Scalar >= 0 (up to the 1e-7), in nats.
+        Scalar >= 0 (up to the epsilon of 1e-7), in nats.
     """
     noise = negatives / images
     log_p = scores - z.log()

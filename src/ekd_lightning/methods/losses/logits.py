@@ -1,4 +1,4 @@
-"""Losses of logits: cross-entropy, and distillation in its published forms.
+"""Losses of logits: cross-entropy and published forms of distillation.
 
 Shape letters: B batch, C classes, M teachers, K branches, T temperature (dimensionless).
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 STD_EPS = 1e-7
-"""Of the published code: what is added to the standard deviation of the logits."""
+"""Added to the standard deviation of the logits, as in the published code."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Converts half-precision tensors to float32 and leaves wider ones alone.
+    """Converts half-precision tensors to float32 and returns wider ones unchanged.
 
     Args:
         x: Floating point, any shape.
@@ -26,10 +26,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with the ground truth, averaged over the batch.
+    """Cross-entropy with the labels, averaged over the batch.
 
     Args:
-        logits: [..., B, C]; leading dimensions (branches) are averaged over too.
+        logits: [..., B, C]; the mean is also taken over leading dimensions (branches).
         labels: int64 [B], 0 .. C-1; or probabilities [B, C], rows summing to 1.
         label_smoothing: Probability mass spread evenly over all classes, in [0, 1).
 
@@ -45,14 +45,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
 
 def without_masked(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes masked classes, where log p is -inf, contribute 0 to Σ_c p_c (log p_c - log q_c), whatever log q is.
+    """Makes masked classes (log p is -inf) contribute 0 to Σ_c p_c (log p_c - log q_c), whatever log q is.
 
     Args:
         log_p: Log-probabilities, any shape.
         log_q: The same shape.
 
     Returns:
-        Both, with 0 where log p is -inf; so nothing flows back there.
+        Both tensors, set to 0 where log p is -inf, so that no gradient flows there.
     """
     masked = log_p.isneginf()
     return log_p.masked_fill(masked, 0.0), log_q.masked_fill(masked, 0.0)
@@ -61,29 +61,28 @@ def without_masked(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float, *, detach: bool = True) -> Tensor:
     """T² · KL(softmax(t / T) ‖ softmax(s / T)): Hinton, Vinyals and Dean (2015), section 2.
 
-    T² keeps the gradient's scale: for large T the loss tends to ½ · Σ_c (s_c - t_c)² / C of the centred
-    logits, whatever T is (their equation 4).
+    The factor T² keeps the scale of the gradient: for large T the loss tends to ½ · Σ_c (s_c - t_c)² / C of the
+    centred logits, which does not depend on T (their equation 4).
 
     Args:
         student_logits: [..., B, C].
-        teacher_logits: The same shape. To imitate a mixture of probabilities, pass
-            what `combine_teachers(..., combine="probabilities")` returns. Classes of -inf (masked ones) have
-            probability 0 and contribute 0.
+        teacher_logits: The same shape. For a mixture of probabilities as the target, pass the result of
+            `combine_teachers(..., combine="probabilities")`. Masked classes (-inf) have probability 0 and contribute 0.
         temperature: T > 0.
-        detach: False lets a gradient flow into the teacher's side too.
+        detach: False lets gradients flow to the teacher's logits as well.
 
     Returns:
         Scalar >= 0 (up to rounding), float32 or wider, in nats: summed over classes, averaged over all leading
         dimensions.
 
     Raises:
-        ValueError: If the shapes differ (they would broadcast silently otherwise).
+        ValueError: If the shapes differ (PyTorch would broadcast them silently).
     """
     _require_same_shape(student_logits, teacher_logits)
     target = teacher_logits.detach() if detach else teacher_logits
     student = functional.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     teacher = functional.log_softmax(at_least_float32(target) / temperature, dim=-1)
-    # Both sides in log space: probabilities that underflow at T = 1 would otherwise give 0 · log 0.
+    # Both sides in log space: probabilities that underflow would otherwise give 0 · log 0.
     teacher, student = without_masked(teacher, student)
     divergence = functional.kl_div(
         student.flatten(0, -2), teacher.flatten(0, -2), reduction="batchmean", log_target=True
@@ -126,20 +125,19 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 def combine_teachers(
     teacher_logits: Tensor, weights: Tensor, temperature: float = 1.0, combine: str = "logits"
 ) -> Tensor:
-    """Merges M teachers into one target per row of weights, given as logits.
+    """Averages M teachers into one target per row of weights, returned as logits.
 
-    Which mean is taken matters: the mean of the logits is a geometric mean of probabilities and sharper than
-    the mean of the probabilities. A method that *sums* logits on both sides (M teachers, M branches)
-    at temperature T equals the mean at T / M with the weight of the term multiplied by M², because of the T²
-    factor. Where only the teachers are summed and the student is not, no temperature makes the two equal.
+    The two means differ: the mean of the logits is a geometric mean of the probabilities and sharper than the mean of
+    the probabilities. A method that *sums* logits on both sides (M teachers, M branches) at temperature T equals the
+    mean at T / M with the weight of the term multiplied by M², because of the T² factor. If only the teachers' logits
+    are summed and not the student's, no temperature makes the two equal.
 
-    A class that a teacher masks (-inf) has probability 0 in the mean of the logits if any teacher of weight > 0 masks
-    it, as a geometric mean has; in the mean of the probabilities it has those of the others. At least one class must
-    be left.
+    A class that any teacher of weight > 0 masks (-inf) has probability 0 in the mean of the logits (a geometric mean);
+    in the mean of the probabilities only the masking teacher's share of it is 0. At least one class must be unmasked.
 
     Args:
         teacher_logits: [M, B, C].
-        weights: [M] or [K, M], non-negative, each row summing to 1. Teachers of weight 0 have no part.
+        weights: [M] or [K, M], non-negative, each row summing to 1. Teachers of weight 0 have no influence.
         temperature: T > 0 at which probabilities are mixed; no effect on `logits`.
         combine: `logits` for Σ_m w_m t_m; `probabilities` for T · log Σ_m w_m softmax(t_m / T), logits whose
             softmax at T is the mixture of the teachers' probabilities at T.
@@ -148,10 +146,10 @@ def combine_teachers(
         [B, C] or [K, B, C], detached, float32 or wider.
     """
     teacher = at_least_float32(teacher_logits).detach()
-    # Multiply and add, not einsum: autocast would turn a matrix product into bfloat16.
+    # Multiply and add, not einsum: autocast would compute a matrix product in bfloat16.
     weights = weights.to(teacher)[..., None, None]
     if combine == "logits":
-        # 0 · -inf is not a number.
+        # 0 · -inf is nan.
         return torch.where(weights > 0, weights * teacher, 0.0).sum(-3)
     log_probs = functional.log_softmax(teacher / temperature, dim=-1)
     return temperature * torch.logsumexp(log_probs + weights.log(), dim=-3)
@@ -163,8 +161,8 @@ def decoupled(
     """T² TCKD and T² NCKD, the two parts of decoupled distillation (Zhao et al., CVPR 2022, equations 4 to 7).
 
     TCKD = KL(b_t ‖ b_s) with b = (p_y, 1 - p_y): the target class against all others. NCKD = KL(p̂_t ‖ p̂_s) with
-    p̂ the softmax over the other classes. KL(p_t ‖ p_s) = TCKD + (1 - p_ty) NCKD, image by image. The published code
-    masks the target by subtracting 1000 from its logit; here it is left out, which is the same up to rounding.
+    p̂ the softmax over the other classes. For every image KL(p_t ‖ p_s) = TCKD + (1 - p_ty) NCKD. The published code
+    masks the target class by subtracting 1000 from its logit; here it is removed, which is equal up to rounding.
 
     Args:
         student_logits: [..., B, C] with C >= 2.
@@ -192,15 +190,15 @@ def _parts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = logits.gather(-1, place + (place >= labels[..., None]))
     whole, rest = logits.logsumexp(-1), others.logsumexp(-1)
     own = logits.gather(-1, labels[..., None])[..., 0]
-    # Where all others are masked, each of them has probability 0.
+    # If all other classes are masked, each of them has probability 0.
     return own - whole, rest - whole, others - rest[..., None].clamp(min=torch.finfo(rest.dtype).min)
 
 
 def standardized(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) over the classes, with the sample standard deviation, as published.
 
-    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.2. An affine map of an image's
-    logits with a positive factor makes no difference (but for the 1e-7).
+    Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, section 4.2. Invariant, up to the 1e-7, to
+    affine maps of an image's logits with a positive factor.
 
     Args:
         logits: [..., C] with C >= 2.
@@ -216,7 +214,7 @@ def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
     """mean_k 1/(K-1) Σ_{l≠k} T² KL(p_T(z_l) ‖ p_T(z_k)): every network imitates all others.
 
     Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018, equations 4 to 6 and their extension to
-    more networks), with T = 1 there.
+    more networks), which has T = 1.
 
     Args:
         branch_logits: [K, B, C] with K >= 2; detached where they are targets.
@@ -226,14 +224,14 @@ def mutual_divergence(branch_logits: Tensor, temperature: float) -> Tensor:
         Scalar >= 0 in nats, float32 or wider.
     """
     K = len(branch_logits)
-    # stack of views, not indexing by a list: that would copy the indices to the device in every step.
+    # A stack of views: indexing by a list would copy the indices to the device in every step.
     rows = [torch.stack([branch_logits[other] for other in range(K) if other != k]) for k in range(K)]
     targets = torch.stack(rows)
     return kd_divergence(branch_logits[:, None].expand_as(targets), targets, temperature)
 
 
 def mix_peers(peer_logits: Tensor, log_attention: Tensor, temperature: float, combine: str = "logits") -> Tensor:
-    """Σ_b α_ab z_b: what each peer imitates in OKDDip (Chen et al., AAAI 2020, first level).
+    """Σ_b α_ab z_b: the targets of the peers in the first level of OKDDip (Chen et al., AAAI 2020).
 
     Args:
         peer_logits: [P, B, C], float32 or wider.
@@ -242,7 +240,7 @@ def mix_peers(peer_logits: Tensor, log_attention: Tensor, temperature: float, co
         combine: What α mixes: `logits`, as in the authors' code, or `probabilities` at T.
 
     Returns:
-        Logits [P, B, C] for `kd_divergence`.
+        [P, B, C], the targets as logits for `kd_divergence`.
     """
     if combine == "logits":
         return (log_attention.exp()[..., None] * peer_logits[None]).sum(1)
@@ -251,17 +249,17 @@ def mix_peers(peer_logits: Tensor, log_attention: Tensor, temperature: float, co
 
 
 def ambiguity(branch_logits: Tensor) -> Tensor:
-    """mean_k KL(p_geo ‖ p_k), the diversity that averaging logits turns into a lower loss.
+    """mean_k KL(p_geo ‖ p_k), the gain in log-likelihood of the averaged logits over the mean branch.
 
-    p_geo = softmax(mean_k z_k) is the normalised geometric mean of the branches. The ambiguity decomposition
-    is exact for it: NLL(ensemble) = mean_k NLL_k - ambiguity, for every label.
+    p_geo = softmax(mean_k z_k) is the normalised geometric mean of the branches. For it the ambiguity decomposition
+    NLL(ensemble) = mean_k NLL_k - ambiguity is exact for every label.
 
     Args:
         branch_logits: [K, B, C].
 
     Returns:
-        Scalar >= 0 (up to rounding) in nats, float32 or wider, averaged over the batch; 0 when all branches
-        agree.
+        Scalar >= 0 (up to rounding) in nats, float32 or wider, averaged over the batch; 0 if the probabilities of all
+        branches are equal.
     """
     log_probs_KBC = functional.log_softmax(at_least_float32(branch_logits), dim=-1)
     # log p_geo = m - logsumexp(m) with m = mean_k log p_k, so mean_k KL(p_geo ‖ p_k) = -logsumexp(m).
@@ -270,4 +268,4 @@ def ambiguity(branch_logits: Tensor) -> Tensor:
 
 def _require_same_shape(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
-        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape")
+        raise ValueError(f"student {list(student.shape)} and teacher {list(teacher.shape)} must have the same shape")

@@ -1,4 +1,4 @@
-"""Teacher weights: by entropy, by cross-entropy, by agreement of gradients.
+"""Weights of teachers: by entropy, by cross-entropy, and by agreement of their gradients.
 
 Shape letters: B batch, C classes, M teachers, T temperature. All weights are detached.
 """
@@ -20,7 +20,7 @@ FEASIBLE = 1e-9
 
 
 def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(t_m / T) ‖ softmax(z / T)) of every teacher and image, not yet averaged.
+    """T² · KL(softmax(t_m / T) ‖ softmax(z / T)) of every teacher and image.
 
     Args:
         student_logits: [B, C], with gradients.
@@ -38,14 +38,14 @@ def divergences(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every teacher on every image, not averaged.
+    """Cross-entropy of every teacher on every image.
 
     Args:
         logits: [M, B, C].
         targets: int64 [B], or probabilities [B, C].
 
     Returns:
-        [M, B], float32 or wider, in nats; inf where a teacher masks (-inf) a class that the label names.
+        [M, B], float32 or wider, in nats; inf where a teacher masks (-inf) the class of the label.
     """
     log_probs = functional.log_softmax(at_least_float32(logits), dim=-1)
     if targets.is_floating_point():
@@ -55,10 +55,10 @@ def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def entropy_weights(teacher_logits: Tensor) -> Tensor:
-    """(1 - H(p_m) / Σ_j H(p_j)) / (M - 1): the surer of an image a teacher is, the more it counts there.
+    """(1 - H(p_m) / Σ_j H(p_j)) / (M - 1): the lower a teacher's entropy on an image, the larger its weight.
 
     The entropy weighting of Kwon et al. (ICASSP 2020, "Adaptive Knowledge Distillation Based on Entropy"), as
-    coded in the CA-MKD repository, at T = 1. 1 - H / Σ H sums to M - 1 over the teachers, hence the division.
+    implemented in the CA-MKD repository, at T = 1. 1 - H / Σ H sums to M - 1 over the teachers, hence the division.
 
     Args:
         teacher_logits: [M, B, C].
@@ -68,24 +68,24 @@ def entropy_weights(teacher_logits: Tensor) -> Tensor:
     """
     M = len(teacher_logits)
     log_probs = functional.log_softmax(at_least_float32(teacher_logits).detach(), dim=-1)
-    # Entropies that underflow to 0 in all teachers count as equal; elsewhere `tiny` changes nothing.
+    # With `tiny`, entropies that underflow to 0 in all teachers are equal; otherwise it has no effect.
     finite, _ = without_masked(log_probs, log_probs)
     entropies = torch.finfo(log_probs.dtype).tiny - (log_probs.exp() * finite).sum(-1)
     return _one_minus(entropies / entropies.sum(0), M)
 
 
 def confidence_weights(errors: Tensor) -> Tensor:
-    """(1 - softmax_m(CE_m)) / (M - 1): the better a teacher predicts an image's label, the more it counts there.
+    """(1 - softmax_m(CE_m)) / (M - 1): the better a teacher predicts an image's label, the larger its weight.
 
     Zhang, Chen and Wang, "Confidence-Aware Multi-Teacher Knowledge Distillation" (ICASSP 2022, arXiv 2201.00007).
 
     Args:
-        errors: Cross-entropies [M, B] in nats; inf gives a teacher the weight 0, or all teachers the same.
+        errors: Cross-entropies [M, B] in nats; may be inf. If all errors of an image are inf, its weights are equal.
 
     Returns:
         [M, B]; every column sums to 1. 1 for M = 1.
     """
-    finite = errors.clamp(max=torch.finfo(errors.dtype).max)  # inf - inf is not a number
+    finite = errors.clamp(max=torch.finfo(errors.dtype).max)  # inf - inf is nan
     return _one_minus(finite.softmax(0), len(errors))
 
 
@@ -113,7 +113,7 @@ def _one_minus(shares: Tensor, num_teachers: int) -> Tensor:
 
 
 def logit_gradients(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T (softmax(z / T) - softmax(t_m / T)): gradients of every image's T² KL(t_m ‖ z) to the student's logits.
+    """T (softmax(z / T) - softmax(t_m / T)): the gradient of each image's T² KL(t_m ‖ z) to the student's logits.
 
     Args:
         student_logits: [B, C].
@@ -131,18 +131,18 @@ def logit_gradients(student_logits: Tensor, teacher_logits: Tensor, temperature:
 class MinNormWeights(nn.Module):
     """Solves min_w ½ ‖Σ_m w_m g_m‖² subject to Σ_m w_m = 1 and 0 <= w_m <= tolerance, exactly.
 
-    The solution lies inside some face of the polytope, where some weights are 0, some are the tolerance and the
-    rest are free, and there it is the solution of linear equations. So all faces are solved at once and the
-    best feasible point is taken: with few teachers that is one small batched solve, whatever the gradients, and
-    unlike an iterative solver it never waits for the device. A ridge of 1e-10 of the mean squared norm picks the
-    most even of several solutions (two equal teachers share their weight; uniform when all gradients vanish).
+    The solution lies in the interior of some face of the polytope (some weights are 0, some equal the tolerance, the
+    rest are free), where it solves linear equations. All faces are solved in one small batch and the best feasible
+    point is taken; unlike an iterative solver this never synchronises with the device. A ridge of 1e-10 of the mean
+    squared norm picks the most even of several solutions: two equal teachers share their weight, and weights are
+    uniform if all gradients vanish.
 
     Args:
         num_teachers: M.
-        tolerance: Largest weight of one teacher, > 0; `tolerance * M` >= 1. Without effect for M = 1.
+        tolerance: Largest weight of one teacher, > 0, with `tolerance * M` >= 1. No effect for M = 1.
 
     Raises:
-        UserError: If no weights can sum to 1, or M is too large for listing the faces.
+        UserError: If `tolerance * M` < 1, or if the polytope has more than 60,000 faces.
     """
 
     is_zero_FM: Tensor  # noqa: N815  # shape letters
@@ -159,15 +159,15 @@ class MinNormWeights(nn.Module):
         faces = list(itertools.islice(_faces(num_teachers, self.tolerance), MAX_FACES + 1))
         if len(faces) > MAX_FACES:
             raise UserError(
-                f"{num_teachers} teachers with tolerance={tolerance!r} are too many for exact weights;"
-                f" use fewer teachers or a larger tolerance"
+                f"tolerance={tolerance!r} with {num_teachers} teachers is too costly to solve exactly "
+                f"(more than {MAX_FACES:,} cases); use fewer teachers or a larger tolerance"
             )
         kinds_FM = torch.tensor(faces)
         self.register_buffer("is_zero_FM", kinds_FM == 0, persistent=False)
         self.register_buffer("is_full_FM", kinds_FM == 2, persistent=False)
 
     def forward(self, gradients: Tensor) -> Tensor:
-        """Weighs the teachers.
+        """Computes the weights.
 
         Args:
             gradients: [M, N], one vector for each teacher.
@@ -178,7 +178,7 @@ class MinNormWeights(nn.Module):
         with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
             vectors = gradients.detach().double()
             gram_MM = vectors @ vectors.T
-            # Only the direction matters, so the scale is taken out before the ridge is added.
+            # The solution does not depend on the scale, which is removed before the ridge is added.
             gram_MM = gram_MM / (gram_MM.diagonal().mean() + torch.finfo(torch.float64).tiny)
             gram_MM = gram_MM + RIDGE * torch.eye(len(gram_MM), dtype=torch.float64, device=gram_MM.device)
             return self._best(gram_MM).to(gradients.dtype)
@@ -190,12 +190,12 @@ class MinNormWeights(nn.Module):
         values_F = (weights_FM @ gram_MM * weights_FM).sum(1)
         fits_F = (outside_F <= FEASIBLE) & values_F.isfinite()
         best = torch.where(fits_F, values_F, torch.inf).argmin()
-        # Tensor indexing with a device tensor would be fine too, but index_select never reads its value back.
+        # index_select, because indexing with a device tensor may read its value back.
         weights_M = weights_FM.index_select(0, best[None])[0].clamp(0.0, self.tolerance)
         return weights_M / weights_M.sum()
 
     def _stationary(self, gram_MM: Tensor) -> Tensor:
-        """[F, M]: on each face the point where the gradient is orthogonal to it; from G w + λ 1 = 0, Σ w = 1."""
+        """Returns the stationary point of each face, [F, M]: the solution of G w + λ 1 = 0, Σ w = 1 in free weights."""
         F, M = self.is_zero_FM.shape
         free_FM = ~(self.is_zero_FM | self.is_full_FM)
         system = torch.zeros(F, M + 1, M + 1, dtype=torch.float64, device=gram_MM.device)
@@ -205,12 +205,12 @@ class MinNormWeights(nn.Module):
         system[:, M, :M] = 1.0
         right = torch.ones(F, M + 1, dtype=torch.float64, device=gram_MM.device)
         right[:, :M] = self.tolerance * self.is_full_FM.double()
-        # solve_ex, because solve reads an error code back from the device in every call.
+        # solve_ex, because solve reads an error code back from the device.
         return torch.linalg.solve_ex(system, right).result[:, :M]
 
 
 def _faces(num_teachers: int, tolerance: float) -> itertools.chain[tuple[int, ...]]:
-    """All faces that can hold weights summing to 1: per teacher 0 (zero), 1 (free) or 2 (at the tolerance)."""
+    """Yields all faces that contain weights of sum 1; each teacher is 0 (zero), 1 (free) or 2 (at the tolerance)."""
 
     def with_full(full: tuple[int, ...]) -> list[tuple[int, ...]]:
         kinds = [(2,) if m in full else (0, 1) for m in range(num_teachers)]
