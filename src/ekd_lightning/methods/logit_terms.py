@@ -156,8 +156,8 @@ class DistillationEnsemble(_Distillation):
 class DistillationBranch(BranchTerm, _Distillation):
     """mean_k T² KL(p_T(t_a(k)) ‖ p_T(z_k)): every branch imitates its assigned teachers.
 
-    With `confidence` it is mean_k Σ_m A[k, m] 1/B Σ_b M v_mb T² KL(p_T(t_mb) ‖ p_T(z_kb)): each teacher is compared on
-    its own, and counts for an image as much as it is trusted there.
+    With `confidence` it is mean_k Σ_m A[k, m] 1/B Σ_b M v_mb T² KL(p_T(t_mb) ‖ p_T(z_kb)): each teacher is compared
+    separately, with a weight for every image.
 
     Args:
         weight: Factor in the total, >= 0.
@@ -166,8 +166,8 @@ class DistillationBranch(BranchTerm, _Distillation):
         combine: What is averaged over several teachers of one branch, `logits` or `probabilities`; see
             `kd_ensemble`.
         loss: `kl`, `kl_plain` or `mse_logits`; see `kd_ensemble`.
-        confidence: Weights v_mb of teachers and images that sum to 1 over all M teachers: `label` (CA-MKD; only
-            labelled images count) or `entropy` (EBKD); None counts all images alike. See `losses.image_weights`.
+        confidence: Weights v_mb, which sum to 1 over all M teachers for each image: `label` (CA-MKD; only labelled
+            images count) or `entropy` (EBKD); None for equal weights. See `losses.image_weights`.
         reduction: `mean` or `sum` over the K branches.
 
     Raises:
@@ -182,8 +182,8 @@ class DistillationBranch(BranchTerm, _Distillation):
         if self.confidence is not None:
             if self.combine != "logits" or self.loss == "mse_logits":
                 raise UserError(
-                    f"confidence={confidence} needs combine=logits and loss=kl or kl_plain: it compares a branch with "
-                    "each of its teachers"
+                    f"confidence={confidence} needs combine=logits and loss=kl or kl_plain, because it compares a "
+                    "branch with each of its teachers separately"
                 )
             self.needs_labels, self.averages_logits = self.confidence == "label", False
 
@@ -200,8 +200,8 @@ class DistillationBranch(BranchTerm, _Distillation):
             return self.factor * self._value(branches_KBC, context, A_KM)
         teachers_MBC = context.teacher_logits
         weights_MB = len(teachers_MBC) * losses.image_weights(self.confidence, teachers_MBC, context.batch.targets)
-        found_KMB = torch.stack([losses.divergences(z_BC, teachers_MBC, self.temperature) for z_BC in branches_KBC])
-        value = (A_KM.to(found_KMB) * (weights_MB * found_KMB).mean(-1)).sum() / len(branches_KBC)
+        losses_KMB = torch.stack([losses.divergences(z_BC, teachers_MBC, self.temperature) for z_BC in branches_KBC])
+        value = (A_KM.to(losses_KMB) * (weights_MB * losses_KMB).mean(-1)).sum() / len(branches_KBC)
         return self.factor * (value / self.temperature**2 if self.loss == "kl_plain" else value)
 
 

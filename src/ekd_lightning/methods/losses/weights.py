@@ -93,12 +93,12 @@ CONFIDENCES = ("label", "entropy")
 
 
 def image_weights(kind: str, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-    """Weights of all teachers for each image, by one of `CONFIDENCES`.
+    """Returns the weights of all teachers for each image, by one of the `CONFIDENCES`.
 
     Args:
         kind: `label` (`confidence_weights`, of CA-MKD) or `entropy` (`entropy_weights`, of EBKD).
         teacher_logits: [M, B, C], detached here.
-        targets: int64 [B], or probabilities [B, C]; read for `label` alone.
+        targets: int64 [B], or probabilities [B, C]; used only by `label`.
 
     Returns:
         [M, B], float32 or wider; every column sums to 1.
