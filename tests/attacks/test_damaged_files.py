@@ -170,7 +170,7 @@ def test_a_damaged_teacher_of_the_store_says_what_to_delete(
     path.write_bytes(whole)
     if refusal:
         assert refusal.startswith(f"{path}: ")
-        assert refusal.endswith(f"delete the folder {path.parent} to have this teacher trained again")
+        assert refusal.endswith(f"delete the folder {path.parent} to train this teacher again")
     else:
         assert same(found.state_dict(), network.state_dict())
 

@@ -177,9 +177,9 @@ def test_tables_of_before_are_built_anew(tmp_path):
     fresh = tabled(tmp_path, network)
     expected = fresh.outputs(batch())
     fresh.flush()
-    (table,) = fresh._known._tables[0]
+    (table,) = fresh._stored._tables[0]
     table._sidecar.write_text(json.dumps(table.key.description))
-    with pytest.warns(RuntimeWarning, match=f"{table.path.name} is described otherwise"):
+    with pytest.warns(RuntimeWarning, match=f"{table.path.name} does not match its description"):
         old = tabled(tmp_path, network)
     assert torch.equal(old.outputs(batch()).logits, expected.logits)
     assert old.hit_rate == 0.0
@@ -200,7 +200,7 @@ def test_values_beyond_float16_are_said_once(tmp_path):
     with torch.no_grad():
         network.head.bias[0], network.head.bias[1] = 1e6, -1e9
     source = tabled(tmp_path, network)
-    with pytest.warns(RuntimeWarning, match=r"teacher tutor returned outputs up to ±1e\+09: .* as ±65504"):
+    with pytest.warns(RuntimeWarning, match=r"teacher tutor returned up to ±1e\+09: tables clip them at ±65504"):
         first = source.outputs(batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

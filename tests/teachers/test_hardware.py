@@ -106,6 +106,18 @@ def test_accelerators_and_the_environment_are_left_alone(monkeypatch):
     assert choose() == before
 
 
+@pytest.mark.parametrize("environment", [None, "5"])
+@pytest.mark.usefixtures("eight_cores")
+def test_a_job_leaves_the_threads_of_the_next_one_alone(monkeypatch, environment):
+    before = torch.get_num_threads()
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    with hardware.threads_as_before():
+        choose(before + 1, num_devices=2)
+        assert os.environ["OMP_NUM_THREADS"] == str(before + 1)
+    assert (torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")) == (before, environment)
+
+
 @pytest.mark.parametrize("asked", [0, -1, 1.5, True, "two"])
 @pytest.mark.usefixtures("eight_cores")
 def test_no_number_of_threads_is_refused(asked):

@@ -365,7 +365,7 @@ def test_rows_are_right_after_a_kill_while_filling(tmp_path, share):
 def test_a_partly_written_row_is_an_error(tmp_path, monkeypatch):
     table = TeacherTable(tmp_path, KEY)
     monkeypatch.setattr(os, "pwrite", lambda *_: 3)
-    with pytest.raises(OSError, match="in part"):
+    with pytest.raises(OSError, match="only part of a row"):
         table.write(*every_row(), values(*every_row()))
 
 

@@ -39,7 +39,7 @@ def test_cold_and_warm_are_bit_identical_and_counted(ensemble, tmp_path):
     warm = tabled(ensemble, tmp_path)
     assert same(first, warm.outputs(batch))
     assert (warm.hits, warm.misses, warm.hit_rate) == (8, 0, 1.0)
-    assert min(warm._known.disk_bytes()) > 0
+    assert min(warm._stored.disk_bytes()) > 0
 
 
 def test_rows_agree_with_live_teachers_up_to_float16(ensemble, tmp_path):
@@ -377,7 +377,7 @@ def test_a_row_is_read_or_computed_once_where_memory_holds_it(ensemble, tmp_path
     assert own == [27, 27, changed, changed, *([] if memory else [changed, changed])]
     places, width = 27 * V if memory else 27, 2 * (C + 64)
     assert source.held_bytes == (places + 1) * (2 * width + 4) + 8 * N
-    with pytest.raises(IndexError, match="own images"):
+    with pytest.raises(IndexError, match="rows may be held"):
         source.prepare_epoch(index - 1, index % V, gather, {(): len(index)})
 
 
@@ -393,7 +393,7 @@ def test_rows_are_written_behind_and_all_of_them_before_the_end(ensemble, tmp_pa
     source, index = tabled(ensemble, tmp_path), torch.arange(N)
     source.prepare_epoch(index, index % V, gather, {(): N})
     assert source.outputs(make_batch([1, 2], [1, 2])).logits.isfinite().all()
-    assert not tabled(ensemble, tmp_path)._known.read(0, 0, index.numpy(), (index % V).numpy())[1].any()
+    assert not tabled(ensemble, tmp_path)._stored.read(0, 0, index.numpy(), (index % V).numpy())[1].any()
     may_write.set()
     source.flush()
     warm = tabled(ensemble, tmp_path)

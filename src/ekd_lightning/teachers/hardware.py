@@ -1,7 +1,4 @@
-"""Hardware: native precisions, a compiler that may be missing, free threads, memory.
-
-Two runs that each take all cores stall each other; memory that a step frees is kept for the next one.
-"""
+"""Hardware: native precisions, torch.compile with a fallback, the number of threads, and memory."""
 
 from __future__ import annotations
 
@@ -24,20 +21,20 @@ from ekd_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 _THREADS = "OMP_NUM_THREADS"
-_SAMPLES, _BETWEEN = 5, 0.01  # snapshots of what else runs, and seconds between them
+_SAMPLES, _BETWEEN = 5, 0.01  # samples of the running threads, and seconds between them
 
 
-# Numbers of glibc's malloc.h; its manual: mallopt(3).
+# Constants of glibc's malloc.h, see mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = 2**31 - 1
 _LARGEST = (1 << 30, 1 << 25)  # older versions take 32 MB at most
 
 
 def native_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 is multiplied by the hardware: emulated, it is slower than float32.
+    """Whether the hardware multiplies bfloat16; where it is emulated, it is slower than float32.
 
     Args:
-        device_type: "cpu" (which needs AVX512-BF16 or AMX) or "cuda"; anything else has not been measured.
+        device_type: "cpu" (which needs AVX512-BF16 or AMX) or "cuda"; False for all others, which were not measured.
     """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,9 +48,9 @@ def native_bfloat16(device_type: str) -> bool:
 
 
 def resolve_precision(precision: str | int | None, accelerator: str = "auto") -> str | int | None:
-    """Turns `auto` into a Lightning precision; anything else passes through.
+    """Turns `auto` into a Lightning precision and returns anything else unchanged.
 
-    bfloat16 autocast where the hardware multiplies bfloat16 natively, float32 elsewhere.
+    `auto` is bfloat16 autocast where the hardware multiplies bfloat16, and float32 elsewhere.
 
     Args:
         precision: `auto` or any value of Lightning's `precision` flag.
@@ -68,7 +65,7 @@ def resolve_precision(precision: str | int | None, accelerator: str = "auto") ->
 
 
 def device_type_of(accelerator: str) -> str:
-    """Returns the device type of Lightning's `accelerator` flag on this machine, as far as it is known."""
+    """Returns the device type of Lightning's `accelerator` flag on this machine; an unknown flag stays as it is."""
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     return "cuda" if on_gpu else "cpu" if accelerator in ("auto", "cpu") else accelerator
 
@@ -81,15 +78,15 @@ def teacher_dtype(precision: str, device_type: str) -> torch.dtype:
 
 
 def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles a function for the shapes of its first call; without a working compiler it runs as it is.
+    """Compiles a function for the shapes of its first call; without a working compiler it runs uncompiled.
 
     Args:
-        function: What to compile.
-        options: For `torch.compile`.
+        function: The function.
+        options: Options of `torch.compile`.
 
     Returns:
-        The compiled function. If its first call fails, that call and all others go to `function`; a failure
-        in compiling a backward pass shows later, and is not caught.
+        The compiled function. If its first call fails, this and all later calls go to `function`. Errors of compiling
+        the backward pass occur later and are not caught.
     """
     chosen: Callable[..., Any] = torch.compile(function, dynamic=False, **options)
     tried = False
@@ -103,7 +100,7 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
             return chosen(*args)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # no C++ compiler, no Triton, a bug in a compiler: many kinds
+        except Exception as error:  # no C++ compiler, no Triton, a bug of a compiler: many kinds
             reason = " ".join(str(error).split())[:200]
             message = f"torch.compile does not work here, so this runs slower ({type(error).__name__}: {reason})"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -114,7 +111,7 @@ def compiled_or_not(function: Callable[..., Any], **options: Any) -> Callable[..
 
 
 def usable_cores() -> int:
-    """Counts the cores that this process may use: its affinity, limited by its control group's quota."""
+    """Returns the number of cores that this process may use: its affinity, limited by its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -124,7 +121,7 @@ def usable_cores() -> int:
 
 
 def busy_threads() -> int:
-    """Threads of others that are running now: the median of a few samples; 0 where the system does not tell."""
+    """Returns the number of other running threads, the median of a few samples; 0 if the system does not report it."""
     samples = []
     for sample in range(_SAMPLES):
         if sample:
@@ -133,7 +130,7 @@ def busy_threads() -> int:
             running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
         except (OSError, IndexError):
             return 0
-        samples.append(max(0, int(running) - 1))  # this one runs, too
+        samples.append(max(0, int(running) - 1))  # without this one
     return sorted(samples)[_SAMPLES // 2]
 
 
@@ -142,19 +139,19 @@ def set_threads(requested: int | None, recorded: int | None, *, device_type: str
 
     Args:
         requested: `trainer.threads`; None to choose.
-        recorded: Threads of the part of the run that is resumed: sums in another order round otherwise. None for a
-            new run.
-        device_type: Where training runs; on an accelerator threads hardly matter and stay as they are.
+        recorded: Threads of the part of the run that is resumed, as another number changes rounding; None for a new
+            run.
+        device_type: Device of the training; on an accelerator threads hardly matter and stay as they are.
         num_devices: Processes that share the machine.
 
     Returns:
         The number of threads.
 
     Raises:
-        UserError: `requested` is not positive.
+        UserError: If `requested` is not a positive integer.
     """
     if requested is not None and (not isinstance(requested, int) or isinstance(requested, bool) or requested < 1):
-        raise UserError(f"trainer.threads={requested}: must be a positive integer, or null to choose")
+        raise UserError(f"trainer.threads={requested}: must be a positive integer, or null to use all free cores")
     chosen, why = _choice(requested, recorded, device_type, num_devices)
     if chosen is None:
         return torch.get_num_threads()
@@ -162,19 +159,21 @@ def set_threads(requested: int | None, recorded: int | None, *, device_type: str
         log.info("%d %s: %s", chosen, "thread" if chosen == 1 else "threads", why)
     torch.set_num_threads(chosen)
     if num_devices > 1:
-        os.environ[_THREADS] = str(chosen)  # for the other processes; and Lightning would choose anew
+        os.environ[_THREADS] = str(chosen)  # for the other processes, and for Lightning, which sets it otherwise
     return chosen
 
 
 @contextlib.contextmanager
 def threads_as_before() -> Iterator[None]:
-    """Restores the environment's thread setting: jobs of a sweep share a process."""
-    before = os.environ.get(_THREADS)
+    """Restores torch's number of threads and the environment's after the block: jobs of a sweep share a process."""
+    environment, threads = os.environ.get(_THREADS), torch.get_num_threads()
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_THREADS, None)
+        torch.set_num_threads(threads)
+        os.environ.pop(_THREADS, None)
+        if environment is not None:
+            os.environ[_THREADS] = environment
 
 
 def _choice(requested: int | None, recorded: int | None, device_type: str, num_devices: int) -> tuple[int | None, str]:
@@ -183,7 +182,7 @@ def _choice(requested: int | None, recorded: int | None, device_type: str, num_d
     if device_type != "cpu":
         return None, ""
     if recorded is not None:
-        return recorded, "as before the run was stopped"
+        return recorded, "as many as before the run was stopped"
     if _THREADS in os.environ:
         return None, ""
     cores = usable_cores()
@@ -194,13 +193,13 @@ def _choice(requested: int | None, recorded: int | None, device_type: str, num_d
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc not to hand freed memory back to the system, for the rest of the process.
+    """Makes glibc keep freed memory instead of returning it to the system, for the rest of the process.
 
-    By default large tensors are mapped anew in every step, and the system clears their pages each time: some
-    10,000 page faults a step of a ResNet-8 at batch 128, a seventh of a compiled step on two cores.
+    By default large tensors are mapped anew in every step, and the system clears their pages each time: about 10,000
+    page faults per step of a ResNet-8 at batch 128, a seventh of a compiled step on two cores.
 
     Returns:
-        Whether it has an effect: on Linux with glibc. Accelerators have allocators of their own.
+        Whether it has an effect, which needs Linux with glibc. Accelerators have their own allocators.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,6 +1,6 @@
 """Plans of teachers and of the source of their outputs, made before any teacher is loaded.
 
-Outputs are looked up in tables where these can be had and fit the disk; else the teachers run live.
+Outputs are looked up in tables if these are possible and fit the disk; otherwise the teachers run in every step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ from ekd_lightning.teachers.tabled import TabledTeachers
 
 log = logging.getLogger(__name__)
 
-_ADVICE = "see teachers.table_budget_gb and teachers.table=off"
 _BLOCK = 4096  # bytes of a file system's block, as usual
 
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher whose settings were checked and whose weights were not loaded yet.
+    """A teacher whose settings are checked and whose weights are not loaded yet.
 
     Attributes:
         id: Its name in records.
-        spec: Its network, for the data's classes.
+        spec: Its network, with a head for the data's classes.
         source: Where it comes from, see `TeacherIdentity`.
-        obtain: Loads or trains it; also what else is known of it.
-        unknown: The classes of the data that it does not know; all of them where it teaches features alone.
+        obtain: Loads or trains it; returns the network, and details for `TeacherIdentity`.
+        unknown: Classes of the data that it does not know; all classes for a teacher of features alone.
     """
 
     id: str
@@ -59,9 +58,9 @@ class SourcePlan:
     """Plan of the source of a run's teacher outputs.
 
     Attributes:
-        tables: Whether they are remembered on disk.
-        stages: Stages whose outputs are remembered, too.
-        open: Opens the source, in every process when training starts.
+        tables: Whether outputs are kept in tables on disk.
+        stages: Stages whose outputs are kept, too.
+        open: Opens the source; called in every process when training starts.
     """
 
     tables: bool = False
@@ -78,19 +77,19 @@ def plan_source(
     method: Method,
     unlabelled: Unlabelled | None = None,
 ) -> SourcePlan:
-    """Decides whether tables serve teacher outputs; logs why not, or how large the tables may become.
+    """Decides whether teacher outputs come from tables; logs why not, or how large the tables may become.
 
     Args:
-        settings: The run's.
+        settings: Settings of the run.
         dataset: The images.
-        subset: Those that are trained on.
+        subset: The training images.
         views: The training's view family.
         teachers: The teachers, or others with tables at least as large.
-        method: What is needed of them; the plan holds for every method that needs the same outputs.
-        unlabelled: Images that are trained on without labels.
+        method: The method; the plan holds for every method that needs the same outputs.
+        unlabelled: Training images without labels.
 
     Raises:
-        UserError: If tables are required and cannot be had.
+        UserError: If tables are required (`teachers.table=require`) and not possible.
     """
     chosen = settings.teachers
     how = TeacherFormat(chosen.precision, chosen.fold, chosen.compile, settings.channels_last)
@@ -99,7 +98,7 @@ def plan_source(
     if problem:
         if chosen.table == "require":
             raise UserError(f"teachers.table=require: {problem}")
-        _say(f"teachers run live: {problem}")
+        _log_once(f"teachers run in every step, without tables: {problem}")
         return live
     stages = _kept_stages(settings, method)
     folder = table_folder(settings)
@@ -114,11 +113,11 @@ def plan_source(
         check_disk(folder, needed, chosen.table_budget_gb * 1e9, present)
     except UserError as error:
         if chosen.table == "require":
-            raise UserError(f"teachers.table=require: {error} ({_ADVICE})") from None
-        warnings.warn(f"{error} ({_ADVICE}); this run's teachers run live", stacklevel=3)
+            raise UserError(f"teachers.table=require: {error}") from None
+        warnings.warn(f"{error}; until then the teachers run in every step, without tables", stacklevel=3)
         return live
-    size = f"{len(images) * views.num_views:,} of each teacher ({len(images):,} images × {views.num_views} views)"
-    _say(f"teacher outputs: at most {size}, kept in {folder} ({needed / 1e6:,.0f} MB when full)")
+    size = f"{len(images) * views.num_views:,} rows per teacher ({len(images):,} images × {views.num_views} views)"
+    _log_once(f"teacher outputs: at most {size}, kept in {folder} ({needed / 1e6:,.0f} MB when full)")
     tabled = partial(
         TabledTeachers,
         folder=folder,
@@ -141,18 +140,18 @@ def table_folder(settings: Settings) -> Path:
 
 
 def _kept_stages(settings: Settings, method: Method) -> Stages:
-    """Stages that tables are made for; while a method needs others, it asks the teachers live."""
+    """Stages whose outputs have tables; in steps that need others, the teachers run."""
     if settings.teachers.table_stages:
         return method.teacher_stages
     return tuple(name for name in method.teacher_stages if stage_and_grid(name)[1])
 
 
 def _why_live(settings: Settings, method: Method) -> str:
-    """Returns why there can be no tables; empty if there can."""
+    """Returns why tables are not possible; empty if they are."""
     if settings.teachers.table == "off":
         return "teachers.table=off"
     if mixed := settings.recipe.mixed("recipe"):
-        return f"with {mixed} images are not finite in number"
+        return f"no image occurs twice with {mixed}"
     kept = _kept_stages(settings, method)
     left_out = [name for name in method.teacher_stages if name not in kept]
     if left_out and not any(set(needed) <= set(kept) for needed in method.needed_stage_sets):
@@ -161,7 +160,7 @@ def _why_live(settings: Settings, method: Method) -> str:
     return ""
 
 
-def _say(line: str) -> None:
+def _log_once(line: str) -> None:
     if is_rank_zero():
         log.info(line)
 
@@ -176,7 +175,7 @@ def _needed_bytes(
     pooled: bool,
     stages: Stages,
 ) -> int:
-    """Returns an upper bound of the disk space of the run's tables."""
+    """Returns an upper bound of the bytes of the run's tables."""
     needed, in_sets = 0, sum(size for _, size in sets)
     used_views = min(views.num_views, settings.recipe.epochs)
     for teacher in teachers:
@@ -202,16 +201,16 @@ def table_bytes(
     Args:
         num_images: Images that the run uses.
         num_views: V.
-        columns: What a row holds.
-        set_size: Images in the whole set, when known: a tighter bound for large subsets.
-        used_views: Views of an image that the run asks for at most, when known: a tighter bound for large rows.
+        columns: Columns of a row.
+        set_size: Images in the whole set; if given, the bound is tighter for large subsets.
+        used_views: Most views of an image that the run uses; if given, the bound is tighter for large rows.
     """
     row = row_dtype(columns).itemsize
     per_image = num_views * row
-    # The views of an image are neighbours, but need not begin at a block's start.
+    # The views of an image are neighbours, but need not start with a block.
     blocks = num_images * (-(-per_image // _BLOCK) + 1)
     if used_views is not None:
-        latest = _BLOCK - gcd(row, _BLOCK)  # where in a block a row may begin
+        latest = _BLOCK - gcd(row, _BLOCK)  # latest start of a row in a block
         blocks = min(blocks, num_images * used_views * -(-(latest + row) // _BLOCK))
     if set_size is not None:
         blocks = min(blocks, -(-set_size * per_image // _BLOCK))
@@ -221,11 +220,10 @@ def table_bytes(
 def present_bytes(
     folder: Path, image_set_sha256: str, view_key: str, num_teachers: int, stages: Sequence[str] = ()
 ) -> int:
-    """Returns the bytes that tables of these images and views take on disk, holes not counted.
+    """Returns the bytes on disk, without holes, of existing tables of these images and views.
 
-    Which teachers a table is of is not known before these are loaded; of more tables of a kind (ordinary ones, or
-    those of one of the stages) than there are teachers the smallest count, so that the disk is never thought fuller of
-    a run's own rows than it is.
+    The teacher of a table is not known before the teachers are loaded. If there are more tables of a kind (logits, or
+    one of the stages) than teachers, only the smallest count, so that the result is a lower bound.
     """
     sizes: dict[str, list[int]] = {kind: [] for kind in ("", *stages)}
     for sidecar in folder.glob("*.json"):
@@ -236,7 +234,7 @@ def present_bytes(
             if same and kind in sizes:
                 sizes[kind].append(sidecar.with_suffix(".rows").stat().st_blocks * 512)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # no table, or none that anybody could read
+            continue  # not a table, or not readable
     return sum(sum(sorted(own)[:num_teachers]) for own in sizes.values())
 
 
@@ -244,19 +242,20 @@ def check_disk(folder: Path, needed: int, budget: float, present: int) -> None:
     """Checks that the tables fit, before training begins.
 
     Args:
-        folder: Where the tables live; need not exist yet.
-        needed: Upper bound of the bytes that the run's tables take when full.
-        budget: Bytes that they may take at most.
+        folder: Folder of the tables; need not exist yet.
+        needed: Upper bound of the bytes of the run's tables when full.
+        budget: Largest number of bytes that they may take.
         present: Bytes that they take already.
 
     Raises:
-        UserError: The tables need more than the budget or the free space.
+        UserError: If the tables need more than the budget or the free space.
     """
     need = f"the teacher tables need up to {needed / 1e6:,.1f} MB in {folder}"
-    advice = "use fewer images, views or teachers, or switch the table off"
+    advice = "use fewer images, views or teachers, or set teachers.table=off"
     if needed > budget:
-        raise UserError(f"{need}, but their budget is {budget / 1e6:,.1f} MB; raise it, {advice}")
+        budget_mb = f"{budget / 1e6:,.1f} MB"
+        raise UserError(f"{need}, but may take {budget_mb}: raise teachers.table_budget_gb, {advice}")
     place = folder.absolute()
     free = shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.is_dir())).free
     if needed - present > free:
-        raise UserError(f"{need}, but {free / 1e6:,.1f} MB are free there; free some, {advice}")
+        raise UserError(f"{need}, but only {free / 1e6:,.1f} MB are free: make space, {advice}")

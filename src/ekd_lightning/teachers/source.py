@@ -33,7 +33,7 @@ class TeacherSource:
     Attributes:
         hits: Rows found in a table so far, counted per teacher and image.
         misses: Rows computed so far, likewise.
-        seconds: Time spent on preparing epochs so far.
+        seconds: Seconds spent on preparing epochs so far.
     """
 
     hits = 0
@@ -48,32 +48,32 @@ class TeacherSource:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the device's memory that outputs take."""
+        """Bytes of device memory that stored outputs take."""
         return 0
 
     def plan(self, rows: int, repeats: bool = False) -> None:
         """Announces how many images the run will probably process; see `FrozenTeachers.plan`.
 
         Args:
-            rows: So many.
-            repeats: Whether an epoch may need more than one view of an image, be it in another process.
+            rows: Number of images, each counted as often as it is processed.
+            repeats: Whether an epoch, in this or another process, may need more than one view of an image.
         """
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
         """Announces the rows of the next epoch, so that outputs can be prepared.
 
         Args:
-            index: int64 [N], the images of this process in the epoch, each view of one once.
-            view: int64 [N], their views.
+            index: int64 [N], the images of this process in the epoch; no pair of image and view occurs twice.
+            view: int64 [N], the view of each.
             images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
-            counts: The stages that will be needed, with how many of the N images; () stands for logits and
-                pooled features alone.
+            counts: For each tuple of stages that will be needed, the number of images that need it; () stands for
+                logits and pooled features alone.
         """
 
     def prefetch_epoch(self, index: Tensor, view: Tensor, counts: StageCounts) -> None:
         """Announces the rows of the epoch after the prepared one, so that they can be read in advance.
 
-        Arguments are those of `prepare_epoch`, which is called for that epoch all the same.
+        The arguments are those of `prepare_epoch`, which is still called for that epoch.
         """
 
     def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
@@ -81,13 +81,13 @@ class TeacherSource:
 
         Args:
             batch: B images.
-            stages: Names of the stages whose outputs are wanted.
+            stages: Names of the stages whose outputs are needed.
 
         Returns:
-            On the batch's device, in float32: logits [M, B, C], pooled features M x [B, D_m], the wanted stages.
+            On the batch's device, in float32: logits [M, B, C], pooled features M x [B, D_m], the needed stages.
 
         Raises:
-            UserError: A teacher lacks a stage.
+            UserError: If a teacher lacks a stage.
         """
         raise NotImplementedError
 
@@ -97,9 +97,9 @@ class TeacherSource:
     def captured(self, stages: Stages = ()) -> bool:
         """Whether `outputs` with these stages may be recorded in a CUDA graph and replayed for other batches.
 
-        It is then made of tensor operations on the device alone, whose shapes do not depend on values, and all that
-        it reads stays where it is: what `prepare_epoch` changes, it changes in place. Holds from `prepare_epoch`
-        on, after the first `outputs` of a kind.
+        If so, it consists of tensor operations on the device whose shapes do not depend on values, and reads buffers
+        that `prepare_epoch` changes only in place. The answer holds after `prepare_epoch` and the first `outputs` with
+        these stages.
         """
         return True
 
@@ -108,19 +108,19 @@ CHUNK = {"cpu": 128, "cuda": 1024}
 """Images per forward pass when rows are computed in advance: enough to keep the device busy."""
 
 COMPILE_MACS = {"cpu": 5e12, "cuda": 5e14}
-"""Work of one teacher in a run from which compiling pays. On two cores, compiling takes 5 to 40 s, and what it
-saves of 5e12 multiply-accumulates is about as long. The number for CUDA is an estimate."""
+"""Multiply-accumulates of one teacher in a run from which compiling pays. On two cores, compiling takes 5 to 40 s, and
+saves about as much of 5e12 multiply-accumulates. The number for CUDA is an estimate."""
 
 
 @dataclass(frozen=True)
 class TeacherFormat:
-    """Numeric form of frozen teachers; each choice changes the cost and, within rounding, nothing else.
+    """Numeric form of frozen teachers; it changes their cost, and their outputs only within rounding.
 
     Attributes:
         precision: "auto" (bfloat16 where the hardware has it), "float32" or "bfloat16".
         fold: Whether batch norms are folded into convolutions.
-        compile: "auto" (when the work is long enough), "always" or "never".
-        channels_last: Memory format.
+        compile: "auto" (in long runs), "always" or "never".
+        channels_last: Whether networks and images are in channels-last format.
     """
 
     precision: str = "auto"
@@ -133,7 +133,7 @@ class FrozenTeachers:
     """The members of an ensemble as frozen copies, on the ensemble's device.
 
     Attributes:
-        numeric_format: "float32" or "bfloat16": what the rows of a table are addressed by.
+        numeric_format: "float32" or "bfloat16"; part of the key of a table.
         chunk: Preferred number of images in a batch.
     """
 
@@ -143,10 +143,10 @@ class FrozenTeachers:
         Args:
             ensemble: The frozen teachers, on the device where they will run.
             how: Their format.
-            stages: Names of the stages whose outputs are wanted.
+            stages: Names of the stages whose outputs are needed.
 
         Raises:
-            UserError: A teacher lacks a stage.
+            UserError: If a teacher lacks a stage.
         """
         how = how or TeacherFormat()
         ensemble.check_stages(stages)
@@ -171,27 +171,27 @@ class FrozenTeachers:
     def plan(self, rows: int) -> None:
         """Announces how many images each teacher will probably process in the whole run.
 
-        The answer decides about compiling, so it should not depend on how far a run has come: an interrupted
-        run must go on with the same rounding.
+        The number decides about compiling, so it must not depend on how far the run is: a resumed run has to go on
+        with the same rounding.
         """
         self._planned_rows = rows
 
     def outputs(self, m: int, images: Tensor, batch_size: int | None = None) -> NetworkOutput:
-        """Returns the outputs of teacher m (0-based), without gradient, whatever autocast is on.
+        """Returns the outputs of teacher m, without gradient and outside autocast.
 
         Args:
-            m: Which teacher.
+            m: The teacher's position in the ensemble, from 0.
             images: [B, 3, H, W] in [0, 1], on the teachers' device.
-            batch_size: The size to compile for, where it is compiled; None for the size of the first batch.
+            batch_size: The size to compile for, if it is compiled; None for the size of the first batch.
 
         Returns:
-            Logits [B, C], pooled features [B, D_m] and the stages wanted, in float32.
+            Logits [B, C], pooled features [B, D_m] and the needed stages, in float32.
         """
         frozen = self._frozen[m]
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             if m not in self._compiled and self._wants_compiling(m, images.shape[-2:]):
                 log.info("compiling teacher %s", self._names[m])
-                # Freezing: weights become constants, laid out as the kernels want them.
+                # Freezing makes constants of the weights, in the layout of the kernels.
                 compiled = compiled_or_not(frozen.traced(), options={"freezing": True})
                 self._compiled[m] = batch_size or len(images), compiled
             if m not in self._compiled:
@@ -216,10 +216,10 @@ def _filled(images: Tensor, size: int) -> Tensor:
 
 
 class LiveTeachers(TeacherSource):
-    """A source that runs every teacher on every batch; nothing is looked up, so nothing is counted."""
+    """A source that runs every teacher on every batch. It has no table, so it counts neither hits nor misses."""
 
     def __init__(self, ensemble: TeacherEnsemble, how: TeacherFormat | None = None) -> None:
-        """Takes the teachers; their numeric form is chosen on first use.
+        """Keeps the teachers; frozen copies are made on first use.
 
         Args:
             ensemble: The frozen teachers; on the batches' device when they run.

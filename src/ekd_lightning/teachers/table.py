@@ -1,8 +1,8 @@
 """Table of teacher outputs on disk: one row per (image, view) of one frozen teacher.
 
-A table is one sparse file, addressed by the content of its `TableKey`, next to a sidecar that describes it.
-Any number of processes read and write it without locks: every row carries a check value, so a row that was
-never written, was torn by a kill or was altered later is absent, never wrong.
+A table is a sparse file, named by the hash of its `TableKey`, with a sidecar that describes it. Any number of processes
+read and write it without locks: every row holds a check value, so that a row that was never written, half written by
+a killed process, or altered later counts as absent and is never used.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from ekd_lightning.files import read_json, replacing, write_json
 
 _LAYOUT = 1
-_SALTED = {"salted": True}  # tables of version 0.1 are not: their rows could be those of another table
-_TOGETHER = 8192  # rows whose check values are computed at once: they stay in the processor's cache
-_SHORT = 64  # bytes of a row up to which check values are computed for many rows at once
+_SALTED = {"salted": True}  # version 0.1 had no salt, so that rows of another table passed their check
+_BLOCK_ROWS = 8192  # rows whose check values are computed at once: they fit the processor's cache
+_SHORT = 64  # largest bytes of a row for computing check values of many rows at once
 _LOCK_SECONDS = 60.0
 
 
@@ -41,7 +41,7 @@ LOGITS, POOLED = "logits", "pooled"
 
 @dataclass(frozen=True)
 class TableKey:
-    """Key of a table: everything that determines its content; its hash is the file's name.
+    """Key of a table: everything that determines its content. Its hash is the name of the file.
 
     Attributes:
         teacher_sha256: Hash of the teacher's architecture and weights.
@@ -49,9 +49,9 @@ class TableKey:
         num_images: Images in the whole set, at least 1.
         view_key: The view family's key.
         num_views: V, at least 1.
-        columns: What a row holds: names with their numbers of values. Either the logits, with or without the pooled
+        columns: Names of a row's columns, each with its number of values: either the logits, with or without the pooled
             features after them, or the output of one stage.
-        numeric_format: How the teacher computes, e.g. "float32" or "bfloat16". Rows are always float16.
+        numeric_format: The dtype in which the teacher computes, "float32" or "bfloat16". Rows are always float16.
     """
 
     teacher_sha256: str
@@ -89,12 +89,12 @@ class TableKey:
 
     @property
     def salt(self) -> int:
-        """Number that is mixed into the check values of rows, so that rows of another table are refused."""
+        """Number that is mixed into the check values, so that rows of another table fail the check."""
         return int(self.name[:8], 16)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the table, num_images * V."""
+        """Number of rows, num_images * V."""
         return self.num_images * self.num_views
 
 
@@ -105,9 +105,9 @@ def row_dtype(columns: Columns) -> np.dtype:
 
 @cache
 def _crc_parts(length: int) -> NDArray[np.uint32]:
-    """Returns what each value of each byte adds to the CRC32 of a payload, [length, 256].
+    """Returns the contribution of each value of each byte to the CRC32 of a payload, [length, 256].
 
-    CRC32 is affine: the exclusive or of these, and of the CRC32 of zeros, is that of the payload.
+    CRC32 is affine: the exclusive or of all contributions and of the CRC32 of zeros is the CRC32 of the payload.
     """
     zeros = zlib.crc32(bytes(length))
     parts = np.empty((length, 256), dtype=np.uint32)
@@ -120,23 +120,23 @@ def _crc_parts(length: int) -> NDArray[np.uint32]:
 
 
 def _crc32(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """Computes the CRC32 of every row [B, length]; short rows in bulk, which is ten times as fast."""
+    """Computes the CRC32 of every row [B, length]; in bulk for short rows, which is ten times as fast."""
     count, length = rows.shape
     if length > _SHORT:
         return np.fromiter((zlib.crc32(row) for row in rows), dtype=np.uint32, count=count)
     crc = np.full(count, zlib.crc32(bytes(length)), dtype=np.uint32)
-    for start in range(0, count, _TOGETHER):
-        some = crc[start : start + _TOGETHER]
-        added = np.empty_like(some)
-        for part, values in zip(_crc_parts(length), rows[start : start + _TOGETHER].T, strict=True):
-            some ^= np.take(part, values, out=added, mode="clip")  # "raise" would buffer
+    for start in range(0, count, _BLOCK_ROWS):
+        block = crc[start : start + _BLOCK_ROWS]
+        part = np.empty_like(block)
+        for parts, values in zip(_crc_parts(length), rows[start : start + _BLOCK_ROWS].T, strict=True):
+            block ^= np.take(parts, values, out=part, mode="clip")  # "raise" would buffer
     return crc
 
 
 def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray[np.uint32]:
     """Computes check values: the CRC32 of every payload [B, bytes], mixed with row number and salt; never 0."""
     wide = rows.astype(np.uint64)
-    # An odd factor permutes 32-bit numbers: any two rows below 2^32 differ in what is mixed in.
+    # An odd factor permutes 32-bit numbers, so any two row numbers below 2^32 are mixed in differently.
     mixed = ((wide ^ (wide >> np.uint64(32))) * np.uint64(0x9E3779B1)).astype(np.uint32)
     check = _crc32(payloads) ^ mixed ^ np.uint32(salt)
     check[check == 0] = 1
@@ -144,24 +144,24 @@ def _check_values(payloads: NDArray[np.uint8], rows: Rows, salt: int) -> NDArray
 
 
 class TeacherTable:
-    """Rows of a teacher for an image set and view family; opened, or created when missing.
+    """Rows of one teacher for an image set and a view family.
 
     Attributes:
-        key: What the table holds.
+        key: The table's key.
         path: The file of rows; the sidecar has the same name with the suffix `.json`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], key: TableKey) -> None:
-        """Opens the table.
+        """Opens the table, or creates it if it is missing.
 
-        A file of the wrong length or with a wrong sidecar is named in a warning and built anew, empty.
+        A file of the wrong length or with a wrong sidecar is named in a warning and replaced by an empty one.
 
         Args:
-            folder: Where tables live; made when missing.
-            key: What the table holds.
+            folder: Folder of the tables; made if missing.
+            key: The table's key.
 
         Raises:
-            OSError: The folder or the file cannot be made, written or opened.
+            OSError: If the folder or the file cannot be made, written or opened.
         """
         self.key, self._salt = key, key.salt
         self.path = Path(folder) / f"{key.name}.rows"
@@ -177,18 +177,18 @@ class TeacherTable:
         try:
             self._fd = os.open(self.path, os.O_RDWR)
         except OSError:
-            # A shared cache may be mounted read-only: its rows are still good; `write` raises OSError.
+            # A shared store may be read-only: its rows can still be read; `write` raises OSError.
             self._fd = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
-        # Mapped through the descriptor: the name may meanwhile stand for a file built anew.
+        # Mapped through the descriptor: meanwhile another process may have replaced the file of that name.
         self._mapped = mmap.mmap(self._fd, self._file_bytes, prot=mmap.PROT_READ)
         if hasattr(mmap, "MADV_RANDOM"):
-            # Rows are far apart. Read ahead, megabytes of a large table's holes would come along with every row.
+            # Rows are far apart. With read-ahead, every row would bring along megabytes of a large table's holes.
             self._mapped.madvise(mmap.MADV_RANDOM)
         self._map = np.frombuffer(self._mapped, dtype=np.uint8).reshape(key.num_rows, self._row_bytes)
 
     def _defect(self) -> str | None:
-        """Returns why the files cannot be used: "" when there are none, None when they can."""
+        """Returns why the files cannot be used: "" if there are none, None if they can be used."""
         if not self.path.exists():
             return ""
         found = self.path.stat().st_size
@@ -199,17 +199,17 @@ class TeacherTable:
         except (OSError, ValueError):
             return f"has no readable description {self._sidecar.name}"
         same = described == self.key.description | _SALTED
-        return None if same else f"is described otherwise by {self._sidecar.name}"
+        return None if same else f"does not match its description {self._sidecar.name}"
 
     def _build(self) -> None:
-        """Puts an empty table in place; the caller holds the lock."""
+        """Creates an empty table, or replaces a defective one; the caller holds the lock."""
         defect = self._defect()
         if defect is None:  # another process was faster
             return
         if defect:
-            message = f"teacher table {self.path} {defect}; it is built anew"
+            message = f"teacher table {self.path} {defect}; it is replaced by an empty one"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
-        # The sidecar goes first: a kill in between leaves no file of rows, which is simply built later.
+        # The sidecar is written first: a kill in between leaves no file of rows, as for a missing table.
         write_json(self._sidecar, self.key.description | _SALTED)
         with replacing(self.path) as temporary:
             os.truncate(temporary, self._file_bytes)
@@ -223,7 +223,7 @@ class TeacherTable:
     def read(self, index: Rows, view: Rows) -> tuple[dict[str, Halves], NDArray[np.bool_]]:
         """Reads rows.
 
-        A row that is there but fails its check counts as absent; the first such row is reported by a warning.
+        A row that fails its check counts as absent; the first such row causes a warning.
 
         Args:
             index: int64 [B], positions in the whole image set.
@@ -233,8 +233,8 @@ class TeacherTable:
             float16 [B, width] for every column, NaN in absent rows; bool [B], which rows are present.
 
         Raises:
-            IndexError: An index or a view is out of range.
-            OSError: The file was cut short while it was open.
+            IndexError: If an index or a view is out of range.
+            OSError: If the file was cut short while it was open.
         """
         rows = self._rows(index, view)
         # Touching mapped pages beyond the end of a file would kill the process.
@@ -242,13 +242,14 @@ class TeacherTable:
             raise OSError(f"teacher table {self.path} was cut short while in use")
         copied = self._map[rows]
         if hasattr(mmap, "MADV_DONTNEED"):
-            # The kernel maps neighbours of every page that is touched; in the end they would be the whole file.
+            # The kernel also maps the neighbours of every touched page; in time that would be the whole file.
             self._mapped.madvise(mmap.MADV_DONTNEED)
         records = copied.view(self._dtype)[:, 0]
         check = records["check"]
-        present = check != 0  # no hole
-        some = slice(None) if present.all() else np.flatnonzero(present)
-        present[some] = check[some] == _check_values(copied[some, : -check.itemsize], rows[some], self._salt)
+        present = check != 0  # 0 is a hole
+        written = slice(None) if present.all() else np.flatnonzero(present)
+        payloads = copied[written, : -check.itemsize]
+        present[written] = check[written] == _check_values(payloads, rows[written], self._salt)
         if not present.all():
             self._report_damage(copied[~present])
         columns = {name: records[name].copy() for name, _ in self.key.columns}
@@ -272,9 +273,9 @@ class TeacherTable:
             values: [B, width] for every column, within the range of float16.
 
         Raises:
-            IndexError: An index or a view is out of range.
-            ValueError: The columns are not those of the table.
-            OSError: The disk is full or the file is not writable. Rows written so far are right.
+            IndexError: If an index or a view is out of range.
+            ValueError: If the columns are not those of the table.
+            OSError: If the disk is full or the file is not writable; rows written before the error are valid.
         """
         if set(values) != {name for name, _ in self.key.columns}:
             raise ValueError(f"table {self.path.name} holds {self.key.content}, not {'+'.join(values)}")
@@ -286,10 +287,10 @@ class TeacherTable:
         payloads = records.view(np.uint8).reshape(-1, size)[:, : -records["check"].itemsize]
         records["check"] = _check_values(payloads, rows, self._salt)
         blob = memoryview(records.tobytes())
-        # pwrite and not the map: on a full disk it raises, where a write to mapped memory kills.
+        # On a full disk, pwrite raises; a write to mapped memory would kill the process.
         for i, offset in enumerate((rows * size).tolist()):
             if os.pwrite(self._fd, blob[i * size : (i + 1) * size], offset) != size:
-                raise OSError(f"teacher table {self.path}: a row was written in part; is the disk full?")
+                raise OSError(f"teacher table {self.path}: only part of a row was written; is the disk full?")
 
     def disk_bytes(self) -> int:
         """Bytes that the file takes on disk now, holes not counted."""
@@ -297,9 +298,9 @@ class TeacherTable:
 
 
 class JoinedTables:
-    """Tables of one teacher for several image sets under one index, so that a set's rows serve other runs, too.
+    """Tables of one teacher for several image sets under one index; each can also serve runs with its set alone.
 
-    Reads and writes as `TeacherTable` does; the images of each table follow behind those of the one before.
+    Reads and writes as `TeacherTable`. The images of each table are numbered after those of the table before.
 
     Args:
         tables: One for each image set, all with the same columns.
@@ -310,7 +311,7 @@ class JoinedTables:
         self._starts = np.cumsum([0, *(table.key.num_images for table in tables)])
 
     def _parts(self, index: Rows) -> Iterator[tuple[TeacherTable, NDArray[np.bool_], int]]:
-        """The tables with rows among those asked for, which rows these are, and what their index begins with."""
+        """Yields each table that holds some of the rows, which rows these are, and the table's first index."""
         if index.size and not 0 <= index.min() <= index.max() < self._starts[-1]:
             raise IndexError(f"index must lie in 0..{self._starts[-1] - 1}")
         for table, start, end in zip(self._tables, self._starts[:-1], self._starts[1:], strict=True):

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_CHUNKS, _BLOCK_BYTES = 32, 1 << 28  # rows are computed and handed to the disk in blocks no larger
-_LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than each when it is needed
-_WORTH_A_LINE = 2.0  # seconds
+_LOAD_FROM = 1 / 8  # share of all rows from which reading all at once is cheaper than epoch by epoch
+_LOGGED_FROM = 2.0  # seconds
 
 
 Prefetched = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Halves]], NDArray[np.bool_]]]"]
@@ -45,12 +45,13 @@ Prefetched = tuple[list[DeviceRows], Rows, Rows, "Future[tuple[list[dict[str, Ha
 class TabledTeachers(TeacherSource):
     """A source that looks outputs up, computes missing ones, and stores them for later epochs and runs.
 
-    What is returned has always been rounded to float16, freshly computed or not, so that a cold and a warm
-    run see the same targets. Only for batches whose images are exactly the views that they name: nothing may
-    change or mix the images afterwards. Trouble with the disk costs one warning, then teachers run live.
+    Outputs are always rounded to float16, also when just computed, so that runs with an empty and with a filled table
+    see the same targets. The images of a batch must be exactly the views that it names: nothing may change or mix them
+    afterwards. An error of the disk causes one warning; then missing rows are computed and not stored.
 
-    Where the device has room for all rows that the run may need, a row is read, or computed, once in the run; else
-    the rows of an epoch are read before it begins. StageCounts without `prepare_epoch`, every batch is read by itself.
+    If the device has space for all rows that the run may need, each row is read or computed once in the run; otherwise
+    the rows of an epoch are read before it begins. Without `prepare_epoch`, the rows of each batch are read by
+    themselves.
     """
 
     def __init__(
@@ -70,32 +71,32 @@ class TabledTeachers(TeacherSource):
     ) -> None:
         """Opens or creates the tables: for each teacher one of logits and pooled features, and one per stage.
 
-        A table that holds pooled features too serves runs that need the logits only, so that the methods of a
-        sweep share their rows.
+        An existing table with pooled features also serves runs that need logits only, so that the methods of a sweep
+        share rows.
 
         Args:
             ensemble: The frozen teachers; on the batches' device.
-            folder: Where the tables live.
+            folder: Folder of the tables.
             image_set_sha256: Hash of the whole image set.
             num_images: Images in the whole set; `batch.index` lies in 0..num_images-1.
             views: The view family that `batch.view` refers to.
             more_images: Hashes and sizes of further image sets, whose images are numbered from `num_images` on.
-            images: int64 [n], the images that epochs are made of; None for the whole set.
+            images: int64 [n], the training images; None for the whole set.
             include_pooled: Whether pooled features are stored and returned. If not, `TeacherOutput.pooled`
                 is the empty tuple.
-            keep_stages: Stages whose outputs are kept too; others are computed anew whenever they are needed.
+            keep_stages: Stages whose outputs are kept, too; others are computed whenever they are needed.
             image_size: Height and width of the images; only stages depend on it.
-            how: How the teachers compute; tables of another numeric format are not used.
+            how: Numeric form of the teachers; tables of another form's dtype are not used.
         """
         self._live = LiveTeachers(ensemble, how)
         self._device = ensemble.device
         self._num_images, self._num_views = num_images + sum(size for _, size in more_images), views.num_views
         self._images = np.arange(self._num_images) if images is None else images.numpy()
-        self._answers = (LOGITS, POOLED) if include_pooled else (LOGITS,)
+        self._columns = (LOGITS, POOLED) if include_pooled else (LOGITS,)
         self._stages = tuple(keep_stages)
         self._planned_rows = 0
         self._prepared, self._repeats = False, False
-        self._rooms: dict[Stages, DeviceRows | None] = {}
+        self._groups: dict[Stages, DeviceRows | None] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-rows")
         self._prefetched: Prefetched | None = None
         C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
@@ -119,186 +120,188 @@ class TabledTeachers(TeacherSource):
             first = wide if include_pooled or (Path(folder) / f"{wide.name}.rows").is_file() else narrow
             keys.append([first, *(replace(narrow, columns=(columns[stage],)) for stage in self._stages)])
         names = [identity.id for identity in ensemble.identities]
-        self._known = StoredRows(Path(folder), keys, self._live, names, self._device, more_images)
+        self._stored = StoredRows(Path(folder), keys, self._live, names, self._device, more_images)
 
     @property
     def keeping(self) -> bool:
-        """Whether new rows are stored: no table was lost, and the disk takes what is written."""
-        return self._known.keeping
+        """Whether new rows are stored: all tables are open, and no write has failed."""
+        return self._stored.keeping
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the device's memory that rows take."""
-        return sum(room.nbytes for room in self._rooms.values() if room is not None)
+        """Bytes of device memory that rows take."""
+        return sum(group.nbytes for group in self._groups.values() if group is not None)
 
     def flush(self) -> None:
-        """Waits until all rows computed so far are on disk, or turned out not to fit there."""
-        self._known.flush()
+        """Waits until all rows computed so far are written, or their writes have failed."""
+        self._stored.flush()
 
     def plan(self, rows: int, repeats: bool = False) -> None:
-        """See `TeacherSource`; what is held is chosen in the first epoch, which need not show repeats by itself."""
+        """See `TeacherSource`. The first epoch need not contain repeats, so the caller has to announce them."""
         self._planned_rows = rows
         self._repeats |= repeats and self._num_views > 1
         self._live.plan(rows)
 
     def _keeps(self, stages: Stages) -> bool:
-        """Whether outputs with these stages come from tables; without stages they always do."""
+        """Whether outputs with these stages come from tables; those without stages always do."""
         return set(stages) <= set(self._stages)
 
     # -- an epoch ahead ---------------------------------------------------------------------------------
 
     def prepare_epoch(self, index: Tensor, view: Tensor, images_of: ImagesOf, counts: StageCounts) -> None:
-        """Completes the tables for all rows of an epoch and loads these onto the device.
+        """Completes the tables for all rows of an epoch and loads these rows onto the device.
 
-        Missing rows are computed in large batches, all of one size. Until the next call, only batches made of
-        these rows may be needed. Nothing is looked up where all outputs come from live teachers.
+        Missing rows are computed in large batches, all of one size. Until the next call, batches may consist of these
+        rows only. Nothing is looked up if all outputs come from live teachers.
 
         Args:
-            index: int64 [N], the images of this process in the epoch, each view of one once.
-            view: int64 [N], their views.
-            images_of: Makes images [B, 3, H, W] in [0, 1] on the device from index and view.
-            counts: The stages that will be needed, with how many of the images.
+            index: As in `TeacherSource`.
+            view: As in `TeacherSource`.
+            images_of: As in `TeacherSource`.
+            counts: As in `TeacherSource`.
 
         Raises:
-            IndexError: An index or a view lies outside the run's images or the view family.
-            UserError: A teacher's output is not finite.
+            IndexError: If an index or a view lies outside the run's images or the view family.
+            UserError: If a teacher's output is not finite.
         """
         start = time.perf_counter()
-        if not self._prepared:  # what holds one view of each image is of no use then
+        if not self._prepared:  # an epoch with two views of an image needs space for more than one
             self._repeats |= len(np.unique(index.numpy())) < len(index)
         self._prepared = True
         self.misses += len(self._shapes) * sum(counts[stages] for stages in counts if not self._keeps(stages))
         before = self.misses
         self._collect_prefetched()
-        self._complete(self._rooms_for(counts, self._room), index.numpy(), view.numpy(), images_of)
+        self._complete(self._groups_for(counts, self._group), index.numpy(), view.numpy(), images_of)
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        if seconds > _WORTH_A_LINE and self.misses > before:
-            asked_for, computed = len(self._shapes) * sum(counts.values()), self.misses - before
-            known = 100 * (1 - computed / max(asked_for, 1))
+        if seconds > _LOGGED_FROM and self.misses > before:
+            needed, computed = len(self._shapes) * sum(counts.values()), self.misses - before
+            known = 100 * (1 - computed / max(needed, 1))
             text = "teacher outputs: %.1f %% of %s known, %s computed in %s"
-            log.info(text, known, f"{asked_for:,}", f"{computed:,}", readable(seconds), extra=UNSEEN)
+            log.info(text, known, f"{needed:,}", f"{computed:,}", readable(seconds), extra=UNSEEN)
 
     def prefetch_epoch(self, index: Tensor, view: Tensor, counts: StageCounts) -> None:
         """Reads the missing rows of the next epoch in a thread; see `TeacherSource`.
 
-        Not where they would take more of the computer's memory than rows of one kind may.
+        Does nothing if they would exceed the host memory for rows of one kind.
         """
-        rooms, where, which = self._rooms_for(counts, self._rooms.get), index.numpy(), view.numpy()
-        unknown, stages = self._unknown(rooms, where, which), self._stages if len(rooms) > 1 else ()
-        size = len(unknown) * row_bytes(self._held_shapes((*self._answers, *stages)))
+        groups = self._groups_for(counts, self._groups.get)
+        missing = self._missing(groups, index.numpy(), view.numpy())
+        stages = self._stages if len(groups) > 1 else ()
+        size = len(missing) * row_bytes(self._held_shapes((*self._columns, *stages)))
         if 0 < size <= memory_for_rows(torch.device("cpu")):
-            rows = where[unknown], which[unknown]
-            self._prefetched = rooms, *rows, self._reader.submit(self._known.read_all, *rows, stages)
+            rows = index.numpy()[missing], view.numpy()[missing]
+            self._prefetched = groups, *rows, self._reader.submit(self._stored.read_all, *rows, stages)
 
     def _collect_prefetched(self) -> None:
-        """Takes over the rows that were read in advance, once the epoch before needs its own no more."""
+        """Moves the rows that were read in advance to the device, once the epoch before has ended."""
         if self._prefetched is None:
             return
-        rooms, index, view, read = self._prefetched
+        groups, index, view, read = self._prefetched
         self._prefetched = None
         values, present = read.result()
-        here = np.logical_and.reduce(present, axis=(0, 1))
-        there = [self._known.to_device(columns, here) for columns in values]
-        for room in rooms:
-            room.put(index[here], view[here], there)
+        found = np.logical_and.reduce(present, axis=(0, 1))
+        on_device = [self._stored.to_device(columns, found) for columns in values]
+        for group in groups:
+            group.put(index[found], view[found], on_device)
 
-    def _rooms_for(self, counts: StageCounts, room: Callable[[Stages], DeviceRows | None]) -> list[DeviceRows]:
-        """Returns the device rows for these outputs: those with stages, if any are needed, then the others."""
+    def _groups_for(self, counts: StageCounts, group: Callable[[Stages], DeviceRows | None]) -> list[DeviceRows]:
+        """Returns the device rows for these outputs: those of stages, if any are needed, then those without."""
         kept = [stages for stages in counts if self._keeps(stages)]
-        rooms = [room(self._stages)] if any(kept) else []
-        if () in kept or any(rooms):
-            rooms.append(room(()))
-        return [one for one in rooms if one is not None]
+        groups = [group(self._stages)] if any(kept) else []
+        if () in kept or any(groups):
+            groups.append(group(()))
+        return [one for one in groups if one is not None]
 
     @staticmethod
-    def _unknown(rooms: Sequence[DeviceRows], index: Rows, view: Rows) -> Rows:
-        """Returns the positions of rows that one of the rooms lacks."""
-        held = [room.holds(index, view) for room in rooms]
+    def _missing(groups: Sequence[DeviceRows], index: Rows, view: Rows) -> Rows:
+        """Returns the positions of rows that at least one of the device rows lacks."""
+        held = [group.holds(index, view) for group in groups]
         return np.flatnonzero(~np.logical_and.reduce(held)) if held else np.zeros(0, np.int64)
 
-    def _room(self, stages: Stages) -> DeviceRows | None:
-        """Returns the device rows of these columns; None for stage outputs that are too large for that."""
-        if stages not in self._rooms:
-            shapes = self._held_shapes(stages or self._answers)
+    def _group(self, stages: Stages) -> DeviceRows | None:
+        """Returns the device rows of these stages, () for logits and pooled features; None if stages do not fit."""
+        if stages not in self._groups:
+            shapes = self._held_shapes(stages or self._columns)
             n, V, budget = len(self._images), self._num_views, memory_for_rows(self._device)
             one = n * row_bytes(shapes)
             if one * V > budget:
-                text = "teacher outputs: all would take %.1f GB of the device's memory, so they are read epoch by epoch"
+                text = "teacher outputs: %.1f GB do not fit into the device's memory, so they are read epoch by epoch"
                 log.info(text, one * V / 1e9)
-            self._rooms[stages] = None
+            self._groups[stages] = None
             if not stages or one <= budget:
-                room = DeviceRows(shapes, self._images, self._num_images, V, self._device)
-                self._rooms[stages] = None if self._repeats and not room.whole else room
-                if room.whole and not stages:
-                    self._load(room)
-        return self._rooms[stages]
+                group = DeviceRows(shapes, self._images, self._num_images, V, self._device)
+                self._groups[stages] = None if self._repeats and not group.whole else group
+                if group.whole and not stages:
+                    self._load(group)
+        return self._groups[stages]
 
     def _held_shapes(self, names: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
         return [{name: own[name] for name in names} for own in self._shapes]
 
-    def _load(self, room: DeviceRows) -> None:
-        """Loads all stored rows of the run's images, if the run will need a good part of them."""
+    def _load(self, group: DeviceRows) -> None:
+        """Loads all stored rows of the run's images, if the run will need a large share of them."""
         images, V, teachers = self._images, self._num_views, range(len(self._shapes))
         few = self._planned_rows < _LOAD_FROM * len(images) * V
-        if few or not all(self._known.disk_bytes()):
+        if few or not all(self._stored.disk_bytes()):
             return
-        size = len(images) * V * row_bytes(self._held_shapes(self._answers))
+        size = len(images) * V * row_bytes(self._held_shapes(self._columns))
         with ThreadPoolExecutor(len(teachers)) as readers:
             for some in np.array_split(images, -(-size // _BLOCK_BYTES)):
                 index, view = np.repeat(some, V), np.tile(np.arange(V), len(some))
-                found = list(readers.map(lambda m, i=index, v=view: self._known.read(m, 0, i, v), teachers))
-                here = np.logical_and.reduce([present for _, present in found])
-                room.put(index[here], view[here], [self._known.to_device(values, here) for values, _ in found])
+                found = list(readers.map(lambda m, i=index, v=view: self._stored.read(m, 0, i, v), teachers))
+                present = np.logical_and.reduce([rows for _, rows in found])
+                on_device = [self._stored.to_device(values, present) for values, _ in found]
+                group.put(index[present], view[present], on_device)
 
-    def _complete(self, rooms: list[DeviceRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
-        """Reads or computes the rows that the rooms lack."""
-        if not rooms:
+    def _complete(self, groups: list[DeviceRows], index: Rows, view: Rows, images_of: ImagesOf) -> None:
+        """Reads or computes the rows that the device rows lack."""
+        if not groups:
             return
         self.flush()
-        unknown = self._unknown(rooms, index, view)
-        self.hits += len(self._shapes) * (len(index) - len(unknown))
-        stages = self._stages if len(rooms) > 1 else ()
-        chunk, shapes = self._live.frozen().chunk, self._held_shapes((*self._answers, *stages))
+        missing = self._missing(groups, index, view)
+        self.hits += len(self._shapes) * (len(index) - len(missing))
+        stages = self._stages if len(groups) > 1 else ()
+        chunk, shapes = self._live.frozen().chunk, self._held_shapes((*self._columns, *stages))
         size = max(chunk, min(_BLOCK_CHUNKS * chunk, _BLOCK_BYTES // row_bytes(shapes)))
-        for start in track(range(0, len(unknown), size), "teacher outputs", "blocks"):
-            rows = unknown[start : start + size]
+        for start in track(range(0, len(missing), size), "teacher outputs", "blocks"):
+            rows = missing[start : start + size]
 
             def images(chosen: Rows, rows: Rows = rows) -> Tensor:
-                there = rows[chosen]
-                return images_of(torch.from_numpy(index[there]), torch.from_numpy(view[there]))
+                positions = rows[chosen]
+                return images_of(torch.from_numpy(index[positions]), torch.from_numpy(view[positions]))
 
-            values, found = self._known.obtain(index[rows], view[rows], images, stages)
+            values, found = self._stored.obtain(index[rows], view[rows], images, stages)
             self.hits += int(found.sum())
             self.misses += int((~found).sum())
-            for room in rooms:
-                room.put(index[rows], view[rows], values)
+            for group in groups:
+                group.put(index[rows], view[rows], values)
 
     def captured(self, stages: Stages = ()) -> bool:
-        """Whether `outputs` only looks rows up on the device, or passes images through live teachers."""
+        """Whether `outputs` only looks up rows on the device, or only runs live teachers; see `TeacherSource`."""
         needed = ((), self._stages) if stages else ((),)
-        return not self._keeps(stages) or all(self._room(names) for names in needed)
+        return not self._keeps(stages) or all(self._group(names) for names in needed)
 
     # -- a batch ----------------------------------------------------------------------------------------
 
     def outputs(self, batch: Batch, stages: Stages = ()) -> TeacherOutput:
-        """See `TeacherSource`; what comes from rows was rounded to float16, and unless they are kept pooled is ().
+        """See `TeacherSource`. Rows are rounded to float16; without `include_pooled`, pooled is ().
 
-        Stages that are not kept come from live teachers, and every row counts as a miss.
+        Stages without tables come from live teachers, and every row counts as a miss.
 
         Raises:
-            IndexError: An index or a view lies outside the image set or the view family.
-            UserError: A teacher's output is not finite.
-            ValueError: The images were mixed, so they are not the views that the batch names.
+            IndexError: If an index or a view lies outside the image set or the view family.
+            UserError: If a teacher's output is not finite.
+            ValueError: If the images were mixed, so that they are not the views that the batch names.
         """
         if batch.soft_labels is not None:
             raise ValueError("mixed images have no rows in teacher tables")
         if not self._keeps(stages):
-            if not self._prepared:  # else `prepare_epoch` counted them: a captured step runs no Python
+            if not self._prepared:  # else `prepare_epoch` counted them, as a captured step runs no Python
                 self.misses += len(self._shapes) * len(batch.index)
             output = self._live.outputs(batch, stages)
-            return output if POOLED in self._answers else output._replace(pooled=())
-        answers, maps = self._rooms.get(()), self._rooms.get(self._stages)
+            return output if POOLED in self._columns else output._replace(pooled=())
+        answers, maps = self._groups.get(()), self._groups.get(self._stages)
         if not self._prepared or answers is None or (stages and maps is None):
             return self._output(self._read(batch, stages), stages)
         values = answers.look_up(batch)
@@ -309,7 +312,7 @@ class TabledTeachers(TeacherSource):
     def _output(self, values: Values, stages: Stages) -> TeacherOutput:
         return TeacherOutput(
             logits=torch.stack([own[LOGITS].float() for own in values]),
-            pooled=tuple(own[POOLED].float() for own in values) if POOLED in self._answers else (),
+            pooled=tuple(own[POOLED].float() for own in values) if POOLED in self._columns else (),
             stages=tuple(
                 {name: own[name].float().unflatten(1, shapes[name]) for name in stages}
                 for own, shapes in zip(values, self._shapes, strict=True)
@@ -319,7 +322,7 @@ class TabledTeachers(TeacherSource):
     def _read(self, batch: Batch, stages: Stages) -> Values:
         """Reads the columns of a batch, each float16 [B, width]; missing rows are computed and stored."""
         index, view = torch.stack((batch.index, batch.view)).cpu().numpy()
-        # An image may occur twice in a batch; computed once, both get what the table gets.
+        # An image may occur twice in a batch; it is computed once, and both get the row of the table.
         _, first, inverse, times = np.unique(
             index * self._num_views + view, return_index=True, return_inverse=True, return_counts=True
         )
@@ -328,7 +331,7 @@ class TabledTeachers(TeacherSource):
         def images(chosen: Rows) -> Tensor:
             return batch.images[torch.from_numpy(first[chosen]).to(self._device)]
 
-        values, found = self._known.obtain(index[first], view[first], images, self._stages if stages else ())
+        values, found = self._stored.obtain(index[first], view[first], images, self._stages if stages else ())
         if not self._prepared:  # else the disk has time until the next step
             self.flush()
         self.hits += int((found * times).sum())
