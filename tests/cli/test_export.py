@@ -249,7 +249,7 @@ REFUSED = [
     (["recipe.lr=1"], ["recipe.lr=1", "data.root"]),
     (["--push", "x"], ["'x'", "USER/REPO"]),
     (["--push", "me/x", "--format", "onnx"], ["--push", "safetensors"]),
-    (["--fold"], ["do not fold into one head", "ensemble=gate couples them"]),
+    (["--fold"], ["cannot be folded into one head", "ensemble=gate combines them"]),
 ]
 
 

@@ -139,7 +139,7 @@ def test_students_of_the_package_go_by_name_and_files_before_them(export, monkey
     assert torch.equal(ekd_lightning.load("tiny")(IMAGES), expected)
     with pytest.raises(UserError, match=r"^unknown student 'tinny'; did you mean 'tiny'\? \(allowed: tiny\)"):
         ekd_lightning.load("tinny")
-    with pytest.raises(UserError, match="revision='v1': tiny is no repository"):
+    with pytest.raises(UserError, match="revision='v1': tiny is not a repository"):
         ekd_lightning.load("tiny", revision="v1")
     monkeypatch.chdir(export)
     Path("tiny").mkdir()

@@ -100,7 +100,7 @@ def test_a_branch_of_several_teachers_is_refused(assignment):
 
 
 def test_teachers_whose_classifiers_do_not_fit_are_named():
-    with pytest.raises(UserError, match=r"one width; they have 64 \(a\), 128 \(b\)"):
+    with pytest.raises(UserError, match=r"one width, but they have 64 \(a\), 128 \(b\)"):
         classifier_width([network(), network(width=2.0)], ["a", "b"], 10)
     with pytest.raises(UserError, match="'a' has no linear classifier of 10 classes"):
         classifier_width([network(classes=7)], ["a"], 10)

@@ -86,7 +86,7 @@ def test_spec_keeps_a_copy_of_the_options() -> None:
         ("resnet8", {"width": True}, "width=True"),
         ("resnet8", {"width": float("nan")}, "width=nan"),
         ("resnet8", {"width": 0.01}, "width=0.01"),
-        ("wrn_17_2", {}, "has 6n . 4 layers, e.g. 16 or 22"),
+        ("wrn_17_2", {}, "needs 6n . 4 layers, e.g. 16 or 22"),
         ("wrn_4_2", {}, "e.g. 10 or 16"),
         ("wrn_16_0", {}, "wrn_<6n.4>_<k>"),
         ("wrn_16_1", {"dropout": 1.0}, "dropout=1.0"),

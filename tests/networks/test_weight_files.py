@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections import OrderedDict
@@ -105,6 +106,10 @@ def test_weights_that_do_not_fit_their_description_are_refused(tmp_path: Path) -
     safetensors.torch.save_file(state, tmp_path / "c", read_metadata(tmp_path / "b"))
     with pytest.raises(UserError, match=r"do not fit.*head\.bias"):
         load_network(tmp_path / "c")
+    spec = {**network.spec.to_dict(), "num_classes": 10**15}
+    safetensors.torch.save_file(state, tmp_path / "d", {**metadata, "ekd_spec": json.dumps(spec)})
+    with pytest.raises(UserError, match=r"/d: the network of its description cannot be built"):
+        load_network(tmp_path / "d")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,18 @@ from ekd_lightning.networks.student import Branch, BranchedStudent
 def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedStudent:
     """Copies a student with some of its branches, in the order given.
 
-    Coupling is that of the student over the branches that stay. A gate keeps their scores, so its softmax is the
-    student's gate weights, scaled to sum to 1 over these branches; where one branch stays its weight is 1 and the
-    gate is left out.
+    The copy combines the kept branches as the student does. A gate keeps their scores, so the new weights are the
+    student's gate weights rescaled to sum to 1; for a single branch the gate is dropped.
 
     Args:
-        student: Is not changed; no weight is shared with the copy.
-        branches: Positions, 0 .. K-1, each at most once.
+        student: Does not change, and shares no weights with the copy.
+        branches: Positions of the kept branches, 0 .. K-1, each at most once.
 
     Returns:
-        The copy, on the student's device, in its floating-point type and its mode.
+        The copy, with the student's device, floating-point type and mode.
 
     Raises:
-        UserError: If no branch stays, or one is not there or is named twice.
+        UserError: If `branches` is empty, or has a position that does not exist or occurs twice.
     """
     kept = list(branches)
     _check_kept(kept, student.num_branches)
@@ -45,33 +44,33 @@ def cut_branches(student: BranchedStudent, branches: Sequence[int]) -> BranchedS
 
 def _check_kept(kept: list[int], count: int) -> None:
     if not kept:
-        raise UserError("branches=[]: at least 1 branch must stay")
+        raise UserError(f"branches=[] is not allowed; keep at least 1 of the branches 0 to {count - 1}")
     for k in kept:
         if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < count:
             raise UserError(f"branches={kept}: the student has branches 0 to {count - 1}, not {k!r}")
     if len(set(kept)) < len(kept):
-        raise UserError(f"branches={kept}: a branch is named twice")
+        raise UserError(f"branches={kept}: a branch is named twice; give each branch once")
 
 
 def fold_branches(student: BranchedStudent) -> BranchedStudent:
-    """Copies a student whose branches are linear heads on the trunk, with one head in their place.
+    """Copies a student whose branches are linear heads on the trunk, replacing them by a single head.
 
-    All heads see the same pooled features h, so that the mean of their logits is that of one head:
-    1/K Σ (W_k h + b_k) = (1/K Σ W_k) h + 1/K Σ b_k. The K branches then cost nothing. The mean is taken in float64.
+    All heads read the same pooled features h, so the mean of their logits equals the logits of one head:
+    1/K Σ (W_k h + b_k) = (1/K Σ W_k) h + 1/K Σ b_k. The means are computed in float64.
 
     Args:
-        student: Is not changed; no weight is shared with the copy.
+        student: Does not change, and shares no weights with the copy.
 
     Returns:
-        The copy, with one branch and the same logits within rounding.
+        The copy, with one branch and equal logits within rounding.
 
     Raises:
-        UserError: If the branches do not fold exactly, with the reason: another coupling than `mean_logits`, stages or
-            a neck of their own, or no linear head.
+        UserError: If the branches cannot be folded exactly: for another ensemble than `mean_logits`, branches with
+            stages or a trained neck of their own, or heads that are not linear.
     """
     reason = _obstacle(student)
     if reason:
-        raise UserError(f"this student's branches do not fold into one head: {reason}")
+        raise UserError(f"this student's branches cannot be folded into one head: {reason}")
     folded = cut_branches(student, [0])
     heads = [branch.get_submodule("head").state_dict() for branch in student.branches]
     mean = {name: torch.stack([head[name] for head in heads]).double().mean(dim=0) for name in heads[0]}
@@ -80,17 +79,17 @@ def fold_branches(student: BranchedStudent) -> BranchedStudent:
 
 
 def _obstacle(student: BranchedStudent) -> str | None:
-    """Why the path from the trunk to the coupled logits is not one linear head; None if it is."""
+    """Returns the reason why branches cannot be folded; None if they can."""
     if student.ensemble != "mean_logits":
-        return f"ensemble={student.ensemble} couples them non-linearly (mean_logits folds)"
+        return f"ensemble={student.ensemble} combines them non-linearly (mean_logits can be folded)"
     branch = student.branches[0]
     assert isinstance(branch, Branch)
     if branch.stages:
         last = student.stage_names[-1]
         return (
-            f"split_after={student.split_after} leaves each the stages {', '.join(branch.stages)}, which are not "
-            f"linear (split_after={last} folds)"
+            f"with split_after={student.split_after} each has its own stages {', '.join(branch.stages)}, which are not "
+            f"linear (split_after={last} can be folded)"
         )
     if branch.neck.state_dict():
-        return f"each has layers of its own between the last stage of {student.spec.name!r} and its head"
+        return f"each has its own trained layers between the last stage of {student.spec.name!r} and its head"
     return None if isinstance(branch.head, nn.Linear) else f"{student.spec.name!r} does not end with a linear head"

@@ -1,4 +1,4 @@
-"""Conversion of foreign checkpoints into networks of this package, by explicit maps of tensor names."""
+"""Conversion of foreign checkpoints into networks of this package by explicit maps of tensor names."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class KeyMap:
     """Map from the tensor names of a foreign checkpoint to names of this package.
 
     Attributes:
-        rules: (pattern, replacement) pairs; the first pattern that matches a whole foreign name
-            says what it is called here (`re.Match.expand` syntax).
-        ignored: patterns of foreign names that have no place here and are dropped on purpose.
-        absent: patterns of names of ours that such checkpoints may lack; those keep their initial
-            values, so only counters that no output depends on belong here.
+        rules: (pattern, replacement) pairs; the first pattern that matches a whole foreign name gives the name in this
+            package (`re.Match.expand` syntax).
+        ignored: patterns of foreign names without a counterpart, which are dropped.
+        absent: patterns of this package's names that such checkpoints may lack. They keep their initial values, so
+            only counters without influence on outputs are allowed here.
     """
 
     rules: tuple[tuple[str, str], ...]
@@ -32,7 +32,7 @@ class KeyMap:
     absent: tuple[str, ...] = ()
 
     def rename(self, key: str) -> str | None:
-        """Returns our name for a foreign one, or None when no rule matches."""
+        """Returns this package's name for a foreign one, or None when no rule matches."""
         for pattern, replacement in self.rules:
             if match := re.fullmatch(pattern, key):
                 return match.expand(replacement)
@@ -44,7 +44,7 @@ _RESNET = (
     (r"bn1\.(\w+)", r"stages.stem.bn.\1"),
     (r"layer([123])\.(\d+)\.((?:conv|bn)[12]\.\w+)", r"stages.stage\1.\2.\3"),
 )
-# Saved by PyTorch before 0.4.1, which did not count batches; the counts do not enter any output.
+# PyTorch before 0.4.1 did not save these counters; outputs do not depend on them.
 _COUNTERS = (r".*\.num_batches_tracked",)
 
 KEY_MAPS: Registry[KeyMap] = Registry("key map")
@@ -74,28 +74,27 @@ KEY_MAPS |= {
             (r"fc\.(\w+)", r"head.\1"),
         )
     ),
-    # A state dict of one of our own networks, saved with torch.save.
+    # A state dict of one of this package's networks, saved with torch.save.
     "own": KeyMap(rules=((r"((?:stages|head)\..+)", r"\1"),)),
 }
 
 
 def load_foreign(path: str | Path, spec: NetworkSpec, key_map: str) -> StagedNetwork:
-    """Builds a network with the weights of a foreign checkpoint, which must fit it exactly.
+    """Builds a network with the weights of a foreign checkpoint, which must fit exactly.
 
-    Nothing in the file is executed, and the global random generator is not advanced.
+    No code in the file is executed, and the global random generator is not advanced.
 
     Args:
         path: the checkpoint.
-        spec: the network that the checkpoint is expected to hold.
+        spec: the network of the checkpoint.
         key_map: a name in `KEY_MAPS`.
 
     Returns:
         The network on the CPU, in eval mode.
 
     Raises:
-        UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`), or naming what does
-            not fit: foreign names without a rule, two for one place, places left empty, shapes that differ; with
-            the network and its number of classes.
+        UserError: when the file cannot be read safely (see `weights.read_foreign_checkpoint`), or does not fit: for
+            foreign names without a rule, two foreign names for one tensor, missing tensors, or other shapes.
     """
     rules = KEY_MAPS[key_map]
     with torch.random.fork_rng(devices=[]):
@@ -133,9 +132,9 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _misfits(problems: dict[str, list[str]], spec: NetworkSpec, key_map: str, head: Tensor | None) -> str:
-    """Describes the network and the first few misfits of each kind."""
+    """Describes the network and the first few problems of each kind."""
     parts = []
-    # The commonest mistakes in plain words: the class count, then the wrong network.
+    # The most common mistake first: another number of classes.
     if head is not None and head.dim() == 2 and head.shape[0] != spec.num_classes:
         parts.append(f"it has {head.shape[0]} classes")
     parts += [f"{problem}: {few(names)}" for problem, names in problems.items() if names]

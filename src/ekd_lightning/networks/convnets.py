@@ -1,8 +1,8 @@
 """Convolutional networks for 32 × 32 images: ResNet, wide ResNet, VGG, MobileNetV2, DenseNet-BC.
 
-ResNets are those of depth 6n + 2 (He et al. 2016) with option A or option B shortcuts, wide ones those of Zagoruyko
-and Komodakis 2016. VGG has batch norm: the convolutions of Simonyan and Zisserman 2015, one linear head. MobileNetV2
-(Sandler et al. 2018) is made of torchvision's blocks, with two strides removed. DenseNet-BC (Huang et al. 2017) has
+ResNets have depth 6n + 2 (He et al. 2016) and shortcuts of option A or B; wide ResNets follow Zagoruyko and Komodakis
+2016. VGG has the convolutions of Simonyan and Zisserman 2015 with batch norm, and a single linear head. MobileNetV2
+(Sandler et al. 2018) consists of torchvision's blocks, with two strides removed. DenseNet-BC (Huang et al. 2017) has
 three dense blocks of bottleneck layers.
 """
 
@@ -33,7 +33,7 @@ DENSE_FORMS = ((40, 12), (100, 12), (100, 24), (190, 40))
 
 
 def convolution(in_channels: int, out_channels: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution before a batch norm, hence without bias, that keeps the size but for its stride."""
+    """Builds a convolution without bias (a batch norm follows), padded to divide the size by the stride only."""
     return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
 
@@ -46,9 +46,9 @@ def _activation(channels: int) -> dict[str, nn.Module]:
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A: subsamples in space and pads the missing channels with zeros, without parameters.
+    """Shortcut of option A, without parameters: subsamples in space and pads the missing channels with zeros.
 
-    Half of the new channels go before the old ones and half behind, as in the weights in circulation.
+    Half of the zero channels come before the others and half after, as the published weights require.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -104,7 +104,7 @@ def _scaled_resnet(
 
 
 def _resnet_x4(depth: int, spec: NetworkSpec, *, shortcut: str = "B") -> StagedNetwork:
-    # The stem is only doubled: the form in which these two networks are compared in the literature.
+    # The stem is only doubled: the literature compares these two networks in this form.
     return _resnet(spec, depth, (32, 64, 128, 256), shortcut)
 
 
@@ -115,9 +115,9 @@ for _depth in (8, 32):
 
 
 class WideBlock(nn.Module):
-    """BN, ReLU, 3×3 convolution, twice, plus the shortcut.
+    """Block of wide ResNets: twice BN, ReLU and 3×3 convolution, plus a shortcut.
 
-    Where the shape changes, the shortcut is a 1×1 convolution of the activated input.
+    If the shape changes, the shortcut is a 1×1 convolution of the activated input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> None:
@@ -162,7 +162,7 @@ def _any_wide_resnet(name: str) -> Builder | None:
     depth, factor = int(form[1]), int(form[2])
     if depth < 10 or depth % 6 != 4:
         below = max(10, depth - (depth - 4) % 6)
-        raise UserError(f"unknown network {name!r}: a wide ResNet has 6n + 4 layers, e.g. {below} or {below + 6}")
+        raise UserError(f"unknown network {name!r}: a wide ResNet needs 6n + 4 layers, e.g. {below} or {below + 6}")
     return partial(_wide_resnet, depth, factor)
 
 
@@ -174,21 +174,21 @@ VGG_CONVOLUTIONS = {
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-"""How many convolutions each of the five groups has."""
+"""Numbers of convolutions in the five groups."""
 
 
 def _vgg(convolutions: tuple[int, ...], spec: NetworkSpec) -> StagedNetwork:
-    """Each stage begins with the max-pool that precedes its group; the last also ends with one.
+    """Builds a VGG: every stage but the stem begins with a max-pool, and the last one also ends with one.
 
-    So `stem` works on 32 × 32, `stage1` on 16 × 16 and so on, and the fifth pool is where the
-    original has it.
+    For 32 × 32 images `stem` computes at 32 × 32, `stage1` at 16 × 16 and so on; the five pools are those of the
+    original.
     """
     stages: dict[str, nn.Module] = {}
     channels = 3
     for number, (width, count) in enumerate(zip(VGG_WIDTHS, convolutions, strict=True)):
         layers: list[nn.Module] = [nn.MaxPool2d(2)] if number else []
         for _ in range(count):
-            # With a bias, though batch norm cancels it: the published counts and weights have it.
+            # With a bias, although batch norm cancels it, because the published parameter counts and weights have it.
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         if number == len(VGG_WIDTHS) - 1:
@@ -201,8 +201,8 @@ for _name, _convolutions in VGG_CONVOLUTIONS.items():
     register_network(_name)(partial(_vgg, _convolutions))
 
 
-# Stage: (expansion, channels, blocks, stride of the first block) as in the paper's table 2, except that
-# the stem and the 24-channel group keep the resolution: 32 × 32 images have none to spare.
+# Stage: (expansion, channels, blocks, stride of the first block) as in the paper's table 2, except that the stem and
+# the 24-channel group keep the resolution, as 32 × 32 images are small.
 MOBILENET_GROUPS: dict[str, tuple[tuple[int, int, int, int], ...]] = {
     "stem": ((1, 16, 1, 1),),
     "stage1": ((6, 24, 2, 1),),
@@ -215,7 +215,7 @@ STEM_CHANNELS, LAST_CHANNELS = 32, 1280
 
 @register_network("mobilenetv2")
 def _mobilenetv2(spec: NetworkSpec) -> StagedNetwork:
-    """The head is linear only: the dropout before it, for ImageNet, is left out."""
+    """Builds MobileNetV2 without the dropout before its head, which is meant for ImageNet."""
     full = partial(Conv2dNormActivation, activation_layer=nn.ReLU6)
     stages: dict[str, nn.Module] = {}
     channels = STEM_CHANNELS
@@ -233,7 +233,7 @@ def _mobilenetv2(spec: NetworkSpec) -> StagedNetwork:
 
 
 class DenseLayer(nn.Module):
-    """BN, ReLU, 1×1 convolution to four times the growth, BN, ReLU, 3×3 convolution; output appended."""
+    """Layer of DenseNet-BC: BN, ReLU, 1×1 convolution to 4 × growth, BN, ReLU, 3×3 convolution; appends its output."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class DenseLayer(nn.Module):
 
 
 def _densenet(depth: int, growth: int, spec: NetworkSpec) -> StagedNetwork:
-    """Stages 2 and 3 begin with their transition, so a stage's output is that of its dense block."""
+    """Builds a DenseNet-BC; stages 2 and 3 begin with a transition, so every stage ends with its dense block."""
     layers = (depth - 4) // 6
     channels = 2 * growth
     stages: dict[str, nn.Module] = {"stem": _named(conv=convolution(3, channels))}

@@ -1,4 +1,4 @@
-"""Cutting of foreign modules into stages, neck and linear head, along their own torch.fx graph.
+"""Cutting of foreign modules into stages, neck and linear head along their torch.fx graph.
 
 Shape letters: B batch, C classes, D features.
 """
@@ -17,13 +17,13 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError, unknown_name
 
 UNKNOWN_LOGIT = -1e4
-"""Logit of a class that a network does not know: probability 0, and sums of logits never become NaN."""
+"""Logit of a class that a network does not know: it gives probability 0, and sums of such logits stay finite."""
 ABSENT = -1
-"""Position, in a list of classes, of a class that a network does not know."""
+"""Stands in a list of positions of classes for a class that a network does not know."""
 _PROBE = 224
 """Image size in pixels at which stages are detected, unless the network has a fixed input size."""
 _SMALLER = 1.5
-"""A stage ends where maps become smaller by at least this factor: an unpadded convolution does not end one."""
+"""A stage ends where maps become smaller by at least this factor, so not at an unpadded convolution."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Parts:
     """The parts of a module; `head(neck(stages(images)))` runs the module's own operations in their order.
 
     Attributes:
-        stages: Name to module, in the order of execution; maps [B, channels, height, width] leave each. Empty where
-            there is no place at which maps alone cross.
-        neck: From the last maps (without stages: from images) to what the head is given.
-        head: The linear classifier; `nn.Identity` where the module does not end with one.
+        stages: Name to module, in the order of execution; each returns maps [B, channels, height, width]. Empty if the
+            module cannot be cut.
+        neck: Maps the last stage's output (without stages: the images) to the head's input.
+        head: The linear classifier; `nn.Identity` if the module does not end with one.
         num_features: D, the head's inputs; 0 without a linear head.
     """
 
@@ -45,31 +45,36 @@ class Parts:
 
 
 def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, str] | None = None) -> Parts:
-    """Cuts a classifier into stages, neck and head without changing what it computes.
+    """Cuts a classifier into stages, neck and head without changing its outputs.
 
-    The module's containers are traced with `torch.fx`, its blocks stay whole. A stage ends at the last place before
-    the maps become smaller at which they alone cross; stages are called `stem` (where the first halves the image at
-    most), `stage1`, `stage2`, and so on. A module that cannot be traced is returned whole, as the neck.
+    The module's containers are traced with `torch.fx`; its blocks stay whole. A cut is possible where the rest of the
+    graph needs a single tensor. For every map size, a stage ends at the last possible cut. Stages are called `stem` (if
+    its maps have at least half the image's size), `stage1`, `stage2`, and so on. A module that cannot be traced is
+    returned whole, as the neck.
 
     Args:
         module: Maps normalised images [B, 3, H, W] to logits [B, C]. Its blocks are shared with the parts, not copied.
-        image_size: Side in pixels of the square images that it needs; None where any size will do.
-        stages: Own names of stages, each with the name of the submodule that it ends with, in order.
+        image_size: Side in pixels of the square images that it requires; None if it accepts any size.
+        stages: Stage name -> name of the submodule that the stage ends with, in order; None detects the stages.
 
     Raises:
-        UserError: Where `stages` names a submodule that does not exist or at which the module cannot be cut.
+        UserError: If `stages` is given and the module cannot be traced, a submodule does not exist, the module cannot
+            be cut after it, or the stages are not in order.
     """
     head = _final_linear(module)
     opened = _opened(module, head, stages or {})
     training = module.training
-    module.eval()  # auxiliary classifiers are left out
+    module.eval()  # leaves out auxiliary classifiers
     try:
         graph = _Tracer(opened).trace(module)
         whole = _with_dropout(module, graph)
         shapes = _shapes(fx.GraphModule(whole, graph), image_size or _PROBE)
-    except Exception:  # control flow that depends on data raises many kinds
+    except Exception:  # data-dependent control flow raises many kinds
         if stages:
-            raise UserError(f"{type(module).__name__} cannot be traced, so it has no stages {sorted(stages)}") from None
+            raise UserError(
+                f"{type(module).__name__} cannot be traced, so it has no stages {sorted(stages)}; remove the option "
+                "stages"
+            ) from None
         return Parts(neck=module)
     finally:
         module.train(training)
@@ -90,7 +95,7 @@ def cut(module: nn.Module, image_size: int | None = None, stages: Mapping[str, s
 
 
 class _Tracer(fx.Tracer):
-    """Traces into the modules named `opened`; all others are leaves."""
+    """Traces into the modules with the names `opened`; all others are leaves."""
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
@@ -101,7 +106,7 @@ class _Tracer(fx.Tracer):
 
 
 def _opened(module: nn.Module, head: str | None, stages: Mapping[str, str]) -> set[str]:
-    """Returns the modules to trace into: the module, parents of its head and of stages' ends, and sequences."""
+    """Returns the modules to trace into, by name: the module, parents of its head and of stage ends, and sequences."""
     names = [name for name, _ in module.named_modules() if name]
     for unknown in set(stages.values()).difference(names):
         raise unknown_name(f"submodule of {type(module).__name__}:", unknown, names)
@@ -121,7 +126,7 @@ def _final_linear(module: nn.Module) -> str | None:
 
 
 def _classifier(module: nn.Module, graph: fx.Graph, head: str | None) -> fx.Node | None:
-    """Finds the call of the final linear layer, if only identities or dropout follow it."""
+    """Returns the call of the final linear layer if only identities or dropout follow it, else None."""
     result = _result(graph)
     while result.op == "call_module" and result.target != head:
         if not isinstance(module.get_submodule(str(result.target)), nn.Identity | nn.Dropout):
@@ -139,17 +144,17 @@ _DROPOUTS: dict[Any, type[nn.Dropout] | type[nn.Dropout2d] | type[nn.AlphaDropou
 
 
 def _with_dropout(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """Replaces functional dropout by modules: traced in eval mode, it would be off in training too.
+    """Replaces functional dropout by modules in the graph; traced in eval mode, it would be off in training too.
 
     Returns:
-        A copy of the module that shares its parts and has these in addition; the module itself is not changed.
+        A shallow copy of the module with the dropout modules added; the module itself does not change.
     """
     extended = copy.copy(module)
     extended._modules = dict(module._modules)
     for node in [node for node in graph.nodes if node.op == "call_function" and node.target in _DROPOUTS]:
         given = dict(zip(("input", "p", "training"), node.args, strict=False)) | node.kwargs
         p = given.get("p", 0.5)
-        if given.get("training", True) or not p:  # without `training=False` it is meant to be on at all times
+        if given.get("training", True) or not p:  # traced in eval mode, it has training=False unless always on
             continue
         name = f"traced_{node.name}"
         extended.add_module(name, _DROPOUTS[node.target](p))
@@ -166,7 +171,7 @@ def _result(graph: fx.Graph) -> fx.Node:
 
 
 class _Shapes(fx.Interpreter):
-    """Interpreter that records the shape of every node's output."""
+    """Records the shape of every node's output."""
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__(traced)
@@ -185,35 +190,35 @@ def _shapes(traced: fx.GraphModule, size: int) -> dict[str, tuple[int, ...]]:
     try:
         shapes = _Shapes(copy.deepcopy(traced).to("meta"))
         shapes.run(torch.empty(1, 3, size, size, device="meta"))
-    except Exception:  # tensors made on the way, on a device of their own
+    except Exception:  # the module creates tensors on another device
         shapes = _Shapes(traced)
         with torch.no_grad():
             shapes.run(torch.zeros(1, 3, size, size))
     return shapes.found
 
 
-def _crossings(graph: fx.Graph) -> list[fx.Node]:
-    """Returns the nodes whose output is all that later nodes need, in order."""
+def _cuts(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the nodes after which the graph can be cut: later nodes need no other output; in order."""
     order = {node: position for position, node in enumerate(graph.nodes)}
-    needed = {node: max((order[user] for user in node.users), default=-1) for node in order}
-    found, until = [], -1  # the farthest use of what came before
+    last_use = {node: max((order[user] for user in node.users), default=-1) for node in order}
+    found, until = [], -1  # the last use of all earlier outputs
     for node, position in order.items():
         if node.op in ("get_attr", "output"):
             continue
-        if node.op != "placeholder" and until <= position and needed[node] > position:
+        if node.op != "placeholder" and until <= position and last_use[node] > position:
             found.append(node)
-        until = max(until, needed[node])
+        until = max(until, last_use[node])
     return found
 
 
 def _by_size(
     graph: fx.Graph, shapes: Mapping[str, tuple[int, ...]], size: int, classifier: fx.Node | None
 ) -> dict[str, fx.Node]:
-    """Returns the last crossing at each map size, by the stage's name."""
+    """Returns the last possible cut at each map size, by stage name."""
     ends: list[tuple[int, fx.Node]] = []
-    for node in _crossings(graph):
+    for node in _cuts(graph):
         shape = shapes.get(node.name, ())
-        is_map = len(shape) == 4 and shape[2] == shape[3] > 1 and not shape[1] == shape[2] != shape[3]
+        is_map = len(shape) == 4 and shape[2] == shape[3] > 1
         if not is_map or (classifier is None and node is _result(graph)):
             continue
         if ends and ends[-1][0] < _SMALLER * shape[2]:
@@ -225,26 +230,27 @@ def _by_size(
 
 
 def _named(module: nn.Module, graph: fx.Graph, stages: Mapping[str, str]) -> dict[str, fx.Node]:
-    """Returns the crossings at which the user's named submodules end."""
-    crossings = _crossings(graph)
-    found = {
-        name: [n for n in crossings if n.op == "call_module" and n.target == path] for name, path in stages.items()
-    }
+    """Returns the nodes at which the user's stages end, by stage name."""
+    cuts = _cuts(graph)
+    found = {name: [n for n in cuts if n.op == "call_module" and n.target == path] for name, path in stages.items()}
     for name, nodes in found.items():
         if not nodes:
-            possible = ", ".join(str(node.target) for node in crossings if node.op == "call_module")
+            possible = ", ".join(str(node.target) for node in cuts if node.op == "call_module")
             raise UserError(
                 f"{type(module).__name__} cannot be cut after {stages[name]!r} (stage {name!r}; possible: {possible})"
             )
     ends = {name: nodes[-1] for name, nodes in found.items()}
-    places = [crossings.index(node) for node in ends.values()]
+    places = [cuts.index(node) for node in ends.values()]
     if places != sorted(set(places)):
-        raise UserError(f"stages {dict(stages)} are not in the order in which {type(module).__name__} runs them")
+        raise UserError(
+            f"stages {dict(stages)} are not in the order in which {type(module).__name__} runs them; list them in that "
+            "order, each submodule once"
+        )
     return ends
 
 
 def _between(module: nn.Module, graph: fx.Graph, begin: fx.Node | None, end: fx.Node) -> nn.Module:
-    """Extracts the operations after `begin` (None: the input) up to `end` as a module with shared weights."""
+    """Extracts the operations after `begin` (None: after the input) up to `end` as a module that shares the weights."""
     (start,) = graph.find_nodes(op="placeholder")[:1]
     own = fx.Graph()
     copied = {begin or start: own.placeholder("maps")}
@@ -268,20 +274,20 @@ def _needed(end: fx.Node, begin: fx.Node) -> set[fx.Node]:
 
 
 def unknown_classes(head: nn.Module) -> frozenset[int]:
-    """Returns the classes that a head does not know, see `select_classes`; none for heads that are not linear."""
+    """Returns the positions of the classes that a head does not know (`select_classes`); none if it is not linear."""
     if not isinstance(head, nn.Linear) or head.bias is None:
         return frozenset()
-    unknown = (head.bias <= UNKNOWN_LOGIT / 2) & (head.weight == 0).all(1)  # half precision rounds it
+    unknown = (head.bias <= UNKNOWN_LOGIT / 2) & (head.weight == 0).all(1)  # half precision rounds UNKNOWN_LOGIT
     return frozenset(unknown.nonzero().flatten().tolist())
 
 
 def select_classes(head: nn.Linear, classes: list[int]) -> nn.Linear:
-    """Returns a head that predicts these classes only, in this order.
+    """Returns a new head that predicts only some classes of a head.
 
     Args:
         head: A linear classifier [D -> C].
-        classes: Positions in 0 .. C-1 of the classes wanted; `ABSENT` for a class that the head does not know,
-            whose logit is `UNKNOWN_LOGIT`.
+        classes: Positions of the classes in 0 .. C-1, in the new order; `ABSENT` for a class that the head does not
+            know, whose logit is then `UNKNOWN_LOGIT`.
     """
     index = torch.tensor(classes, device=head.weight.device)
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias

@@ -1,4 +1,4 @@
-"""Deployed students, from images to logits, as safetensors, ONNX or torch.export files.
+"""Deployed students, which map images to logits, and their files: safetensors, ONNX or torch.export.
 
 Shape letters: B batch, C classes, K branches.
 """
@@ -34,28 +34,27 @@ EXPORTERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class DeployedStudent(nn.Module):
-    """A student copied for inference: normalisation inside, eval mode, no gradients, any batch size.
+    """A copy of a student for inference: it normalises images itself, has no gradients, and takes batches of any size.
 
     Attributes:
-        spec: All that determines its structure (not its weights), JSON-able: `network`, the dictionary of what trunk
-            and branches are cut from; `branches`, `split_after` and `ensemble` of the student; whether it is `folded`
-            and returns `probabilities`. The gate of some of the branches is that of all of them, its weights scaled
-            to sum to 1.
+        spec: Everything that determines its structure (not its weights), JSON-able: `network`, the `NetworkSpec` of
+            trunk and branches as a dictionary; `branches`, `split_after` and `ensemble` of the student; whether it is
+            `folded` and returns `probabilities`.
     """
 
     def __init__(self, student: BranchedStudent, *, fold: bool = True, probabilities: bool = False) -> None:
-        """Copies the student, which is not changed; `cut_branches` selects branches before.
+        """Copies the student, which does not change; select branches first by `cut_branches`.
 
         Args:
-            student: With the weights that are to be used.
-            fold: Whether batch norms are folded into the convolutions (or the gate's linear layer) before them. Those
-                that follow none (in pre-activation networks) stay.
-            probabilities: Whether probabilities are returned beside logits.
+            student: The student, with its final weights.
+            fold: Whether batch norms are folded into the convolutions (or the gate's linear layer) before them; batch
+                norms without a convolution before them (in pre-activation networks) stay.
+            probabilities: Whether probabilities are returned as well as logits.
         """
         super().__init__()
         structure = student.arguments()
         self.spec = {"network": structure.pop("spec"), **structure, "folded": fold, "probabilities": probabilities}
-        # Contiguous: other runtimes have formats of their own, and read strides literally.
+        # Contiguous, because other runtimes use strides as they are and convert to formats of their own.
         self.network = FrozenStudent(student, fold=fold, channels_last=False)
         self.eval().requires_grad_(False)
 
@@ -64,7 +63,7 @@ class DeployedStudent(nn.Module):
         """Builds the structure with arbitrary weights; the global random generator is not advanced.
 
         Raises:
-            UserError: When a key is missing, unknown or of the wrong kind.
+            UserError: If a key is missing, unknown or has a value of the wrong kind.
         """
         try:
             values = dict(spec)
@@ -75,7 +74,7 @@ class DeployedStudent(nn.Module):
         except UserError:
             raise
         except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"not the description of a deployed student ({error})") from None
+            raise UserError(f"not the description of a deployed student ({type(error).__name__}: {error})") from None
         return cls(student, fold=fold, probabilities=probabilities)
 
     @property
@@ -90,19 +89,19 @@ class DeployedStudent(nn.Module):
             images: float32 [B, 3, H, W] in [0, 1], RGB, not normalised.
 
         Returns:
-            Logits [B, C] (log-probabilities for `mean_probs`), or these and probabilities [B, C].
+            Logits [B, C] (log-probabilities for `mean_probs`); with `probabilities`, logits and probabilities [B, C].
         """
         logits = self.network(images)
         return (logits, logits.softmax(dim=-1)) if self.spec["probabilities"] else logits
 
 
 def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format: str) -> bytes:
-    """Returns the content of a file that `load_deployed` reads.
+    """Returns the content of a file for `load_deployed`.
 
     Args:
-        student: On the CPU.
-        metadata: JSON-able values, `class_names` and `image_size` among them; the student's spec is added.
-        file_format: One of `SUFFIXES`.
+        student: The student, on the CPU.
+        metadata: JSON-able values, including `class_names` and `image_size`; the student's spec is added.
+        file_format: One of the keys of `SUFFIXES`.
 
     Raises:
         UserError: If a package that the format needs is not installed, or the student cannot be exported.
@@ -111,7 +110,7 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
     if file_format == "safetensors":
         state = {name: tensor.detach().contiguous() for name, tensor in student.state_dict().items()}
         return seal(safetensors.torch.save(state, {**strings, SEAL: UNSEALED}))
-    example = torch.zeros(2, 3, *sides(metadata["image_size"]))  # of a batch of one, tracing would make a constant
+    example = torch.zeros(2, 3, *sides(metadata["image_size"]))  # tracing would make a batch size of 1 a constant
     shapes = {"images": {0: torch.export.Dim("batch")}}
     try:
         with quiet(*EXPORTERS), contextlib.redirect_stdout(io.StringIO()):
@@ -119,19 +118,20 @@ def to_bytes(student: DeployedStudent, metadata: Mapping[str, Any], file_format:
             return write(student, strings, example, shapes)
     except UserError:
         raise
-    except Exception as error:  # a network of a user's may do what a tracer does not know: many kinds
+    except Exception as error:  # operations of users' networks that a tracer does not support raise many kinds
         raise UserError(
-            f"the student cannot be written as {file_format} ({type(error).__name__}: {one_line(error)})"
+            f"the student cannot be written as {file_format} ({type(error).__name__}: {one_line(error)}); choose "
+            "another format"
         ) from error
 
 
 def pack_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Packs metadata as strings, one JSON value per key, as all three formats can hold them."""
+    """Packs metadata as strings, one JSON value per key, which all three formats can store."""
     return {KIND: DEPLOYED, **{key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}}
 
 
 def _with_onnx_metadata(model: Any, strings: Mapping[str, str]) -> bytes:
-    """Serialises an ONNX model (`onnx.ModelProto`) with these strings as its metadata."""
+    """Serialises an ONNX model (`onnx.ModelProto`) with the given metadata and a checksum."""
     import onnx  # noqa: PLC0415  # optional
 
     onnx.helper.set_model_props(model, {**strings, SEAL: UNSEALED})
@@ -142,7 +142,7 @@ def _to_torch_export(
     student: DeployedStudent, strings: dict[str, str], example: Tensor, shapes: dict[str, Any]
 ) -> bytes:
     program = torch.export.export(student, (example,), dynamic_shapes=shapes)
-    for node in program.graph.nodes:  # they name files of this machine
+    for node in program.graph.nodes:  # these entries contain paths of this machine
         node.meta.pop("stack_trace", None)
         node.meta.pop("nn_module_stack", None)
     file = io.BytesIO()
@@ -172,17 +172,17 @@ def _to_onnx(student: DeployedStudent, strings: dict[str, str], example: Tensor,
 
 
 def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[str, str]) -> bytes:
-    """Quantises an ONNX student to int8, with the ranges that activations have on some images.
+    """Quantises an ONNX student to int8, with activation ranges measured on some images.
 
     Convolutions and additions get int8 weights per output channel (symmetric) and uint8 activations, as pairs of
-    QuantizeLinear and DequantizeLinear. Weights take 7 bits: with 8, processors without VNNI saturate, and the
-    accuracy would depend on the machine. The first convolution, which sees the images, and the heads, which make
-    the logits, stay in float32: they cost little and matter most.
+    QuantizeLinear and DequantizeLinear. Weights use 7 bits, because 8 bits saturate on processors without VNNI, and the
+    accuracy would depend on the machine. The first convolution and the heads stay in float32: they are cheap, and
+    quantising them costs most accuracy.
 
     Args:
-        model: Content of an ONNX file of `to_bytes`, batch norm folded.
-        batches: float32 [B, 3, H, W] in [0, 1]; their minima and maxima are the ranges.
-        metadata: Strings for the file.
+        model: Content of an ONNX file from `to_bytes`, with batch norms folded.
+        batches: float32 [B, 3, H, W] in [0, 1], for the minima and maxima of the activations.
+        metadata: The file's metadata, from `pack_metadata`.
 
     Returns:
         The content of an ONNX file.
@@ -203,10 +203,10 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
             found = next(self._batches, None)
             return None if found is None else {"images": np.ascontiguousarray(found)}
 
-    with tempfile.TemporaryDirectory() as folder, quiet(None):  # the root logger gets advice on preprocessing
+    with tempfile.TemporaryDirectory() as folder, quiet(None):  # onnxruntime logs advice to the root logger
         given, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("given", "prepared", "int8"))
-        given.write_bytes(model)  # of a model in memory it loses the weights on the way
-        # Without symbolic shapes, which are for transformers, and need sympy of one version.
+        given.write_bytes(model)  # as a file, because quant_pre_process loses the weights of a model in memory
+        # Without symbolic shapes, which only transformers need and which require one version of sympy.
         quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
         graph = onnx.load(str(prepared)).graph
         quantization.quantize_static(
@@ -225,7 +225,7 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
 
 
 def _first_convolutions(graph: Any) -> Iterator[str]:
-    """Returns the names of the first convolutions: one, or one per branch where nothing is shared."""
+    """Yields the names of the first convolutions: one, or one per branch if the branches share no trunk."""
     behind: set[str] = set()
     for node in graph.node:  # in the order of execution
         if node.op_type == "Conv" and behind.isdisjoint(node.input):

@@ -2,9 +2,9 @@
 
 Shape letters: B batch, C classes.
 
-A torch.export archive is looked through before PyTorch opens it, for opening it may run what stands in it: PyTorch
-falls back to a free unpickling of inputs and constants, compiles `guards_code`, and evaluates symbolic sizes as Python.
-Students need none of these beyond arithmetic on the batch size, so anything else is refused.
+Opening a torch.export archive may run code in it: PyTorch falls back to unrestricted unpickling of inputs and
+constants, compiles `guards_code`, and evaluates symbolic sizes as Python. An archive is therefore checked first; a
+student needs only arithmetic on the batch size, so everything else is refused.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from ekd_lightning.networks.staged import ImageSize, sides
 
 REQUIRED = ("spec", "class_names", "image_size")
 BEYOND = 0.2
-"""How far images may lie outside [0, 1]: resizing overshoots a little."""
+"""How far pixels may lie outside [0, 1], since resizing overshoots a little."""
 
 
 class DeployedModel:
-    """A classifier for inference; made by `load_deployed`.
+    """A classifier for inference; the result of `load_deployed`.
 
     Attributes:
         format: `safetensors`, `onnx` or `torch-export`.
-        metadata: What is known of it: classes, data, method, metrics, hashes, versions.
-        module: The PyTorch module that computes; None where ONNX Runtime does.
+        metadata: The file's metadata: classes, data, method, metrics, hashes, versions.
+        module: The PyTorch module that computes the logits; None if ONNX Runtime does.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class DeployedModel:
 
         Args:
             run: Maps float32 images [B, 3, H, W] to logits [B, C].
-            metadata: As read from the file.
+            metadata: The file's metadata.
             file_format: The file's format.
-            module: What `run` calls, if it is a module.
+            module: The module that `run` calls, if any.
         """
         self._run, self.metadata, self.format, self.module = run, dict(metadata), file_format, module
 
@@ -67,7 +67,7 @@ class DeployedModel:
 
     @property
     def image_size(self) -> ImageSize:
-        """Side of the images in pixels, or (height, width) where they are not square."""
+        """Side of square images in pixels, else (height, width)."""
         height, width = sides(self.metadata["image_size"])
         return height if height == width else (height, width)
 
@@ -82,8 +82,8 @@ class DeployedModel:
             Logits, float32 [B, C], on the model's device.
 
         Raises:
-            TypeError: If the images are integers of another kind.
-            ValueError: If they have another shape, or lie more than `BEYOND` outside [0, 1].
+            TypeError: If the images are neither floating point nor uint8.
+            ValueError: If they have another shape, or values more than `BEYOND` outside [0, 1].
         """
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -93,8 +93,10 @@ class DeployedModel:
         if images.ndim != 4 or images.shape[1:] != (3, height, width):
             raise ValueError(f"images must be [B, 3, {height}, {width}], got {list(images.shape)}")
         low, high = (float(end) for end in images.aminmax()) if len(images) else (0.0, 1.0)
-        if not (low >= -BEYOND and high <= 1 + BEYOND):  # NaN is neither
-            raise ValueError(f"images must lie in [0, 1], these in [{low:g}, {high:g}]; networks normalise them")
+        if not (low >= -BEYOND and high <= 1 + BEYOND):  # also refuses nan
+            raise ValueError(
+                f"images must lie in [0, 1], got [{low:g}, {high:g}]; do not normalise them, the model does"
+            )
         return self._run(images.float())
 
     def probabilities(self, images: Tensor) -> Tensor:
@@ -115,28 +117,28 @@ class DeployedModel:
 
 
 def load_deployed(path: str | Path, device: torch.device | str = "cpu") -> DeployedModel:
-    """Reads a student that `ekd-export` wrote; the file's name gives the format.
+    """Loads a student written by `ekd-export`; the file's suffix gives the format.
 
-    Neither Lightning nor Hydra is imported. A safetensors file builds the network by its registered name; the other
-    two hold their computation themselves.
+    Neither Lightning nor Hydra is imported. For a safetensors file, the network is built by its registered name; the
+    other formats contain the computation.
 
     Args:
         path: A `.safetensors`, `.onnx` or `.pt2` file.
-        device: Where to compute.
+        device: The device to compute on.
 
     Returns:
         The model: `model(images)` gives logits [B, C] for images [B, 3, H, W] in [0, 1].
 
     Raises:
-        UserError: If the file is missing, damaged or not a deployed student, would run code, needs a package that
-            is not installed, or a device that is not there.
+        UserError: If the file is missing, damaged, not a deployed student or would run code, or if it needs a package
+            or a device that is not available.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES.values():
-        raise UserError(f"{path}: not an exported student, those end in {', '.join(SUFFIXES.values())}")
+        raise UserError(f"{path}: not an exported student (a file in {', '.join(SUFFIXES.values())})")
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device}: this machine has no CUDA device, or PyTorch does not see it")
+        raise UserError(f"device {device}: PyTorch finds no CUDA device on this machine; use device=cpu")
     try:
         content = read_bytes(path)
     except OSError as error:
@@ -164,7 +166,7 @@ def _from_safetensors(path: Path, content: bytes, device: torch.device) -> Deplo
         student = DeployedStudent.from_spec(metadata["spec"])
         student.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its own description ({one_line(error)})") from None
+        raise UserError(f"{path}: its weights do not fit its description ({one_line(error)})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     student.to(device)
@@ -175,13 +177,14 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
     check_archive(content, path)
     extra: dict[str, Any] = {METADATA_FILE: ""}
     try:
-        with quiet("torch.export", level=logging.CRITICAL):  # its log repeats the error at length
+        with quiet("torch.export", level=logging.CRITICAL):  # it would log the error at length
             program = torch.export.load(io.BytesIO(content), extra_files=extra)
             module = program.module()
         strings = json.loads(extra[METADATA_FILE] or "{}")
-    except Exception as error:  # of many kinds: the graph is built from the file's contents
+    except Exception as error:  # the graph is built from the file's content, which raises many kinds
         raise UserError(
-            f"{path}: damaged, or of a PyTorch that this one ({torch.__version__}) cannot read ({type(error).__name__})"
+            f"{path}: damaged, or written by a version of PyTorch that {torch.__version__} cannot read "
+            f"({type(error).__name__})"
         ) from None
     metadata = _checked_metadata(strings, path, None)
     if device.type != "cpu":
@@ -192,11 +195,11 @@ def _from_torch_export(path: Path, content: bytes, device: torch.device) -> Depl
 
 
 def _of_module(module: nn.Module, metadata: dict[str, Any], file_format: str, device: torch.device) -> DeployedModel:
-    several = bool(metadata["spec"].get("probabilities"))
+    has_probabilities = bool(metadata["spec"].get("probabilities"))
 
     def run(images: Tensor) -> Tensor:
-        found = module(images.to(device))
-        return found[0] if several else found
+        outputs = module(images.to(device))
+        return outputs[0] if has_probabilities else outputs
 
     return DeployedModel(run, metadata, file_format, module)
 
@@ -206,16 +209,16 @@ def _from_onnx(path: Path, content: bytes, device: torch.device) -> DeployedMode
     import onnxruntime  # noqa: PLC0415  # optional
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # one setting for all formats
+    options.intra_op_num_threads = torch.get_num_threads()  # as for the other formats
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
     if device.type == "cuda":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise UserError(f"{path}: this onnxruntime computes on the CPU only (install onnxruntime-gpu)")
+            raise UserError(f"{path}: the installed onnxruntime supports only the CPU; install onnxruntime-gpu")
         providers.insert(0, "CUDAExecutionProvider")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=providers)
-    except Exception as error:  # its own kinds, which are not to be imported by name
+    except Exception as error:  # onnxruntime's errors are not public
         raise UserError(f"{path}: not an ONNX file, or damaged ({type(error).__name__})") from None
     metadata = _checked_metadata(session.get_modelmeta().custom_metadata_map, path, content)
 
@@ -227,11 +230,11 @@ def _from_onnx(path: Path, content: bytes, device: torch.device) -> DeployedMode
 
 
 def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | None) -> dict[str, Any]:
-    """Parses what `pack_metadata` made, and verifies the checksum of the content; a .pt2 has its own."""
-    found = strings.get(KIND)
-    if found != DEPLOYED:
-        what = f"a {found}" if found else "something else"
-        hint = " (ekd-export makes one from a finished run)" if found == "student" else ""
+    """Parses the strings of `pack_metadata` and verifies the content's checksum (None for .pt2, which has its own)."""
+    kind = strings.get(KIND)
+    if kind != DEPLOYED:
+        what = f"a {kind}" if kind else "something else"
+        hint = " (ekd-export makes one from a finished run)" if kind == "student" else ""
         raise UserError(f"{path}: holds {what}, not a {DEPLOYED}{hint}")
     metadata: dict[str, Any] = {}
     for key, value in strings.items():
@@ -239,12 +242,12 @@ def _checked_metadata(strings: Mapping[str, str], path: Path, content: bytes | N
             try:
                 metadata[key] = json.loads(value)
             except (ValueError, TypeError, RecursionError):
-                continue  # another tool's
+                continue  # an entry of another tool
     missing = [key for key in REQUIRED if key not in metadata]
     if missing:
         raise UserError(f"{path}: its description of the student lacks {', '.join(missing)}")
     if content is not None and not is_intact(content):
-        raise UserError(f"{path}: damaged or changed, its SHA-256 is not the recorded one")
+        raise UserError(f"{path}: damaged or changed, its SHA-256 differs from the recorded one; export it again")
     return metadata
 
 
@@ -253,21 +256,21 @@ _PLAIN = re.compile(
     r"|models/\w+\.json|extra/[\w.]+|extra_files/[\w.]+|archive_format|archive_version|version|byteorder"
     r"|serialized_\w+\.(json|pt)|\.data/\w+|\.format_version|\.storage_alignment)"
 )
-"""Members of students' archives, by PyTorch 2.6 and later; compiled code and custom objects are not among them."""
+"""Members of students' archives written by PyTorch 2.6 and later, without compiled code and custom objects."""
 _NAMES = {"Symbol", "Integer", "Add", "Mul", "Pow", "Max", "Min", "Mod", "positive", "integer", "nonnegative"}
 _NAMES |= {"FloorDiv", "True", "False"}
 _TARGETS = re.compile(r"torch\.ops\.aten\.(?!from_file)\w+\.\w+|_operator\.\w+|torch\.sym_\w+")
 
 
 def check_archive(content: bytes, path: Path) -> None:
-    """Checks that an archive is intact and would run no code when opened.
+    """Checks that a torch.export archive is intact and runs no code when it is opened.
 
     Args:
-        content: The file's.
-        path: Its name, for the error.
+        content: The file's content.
+        path: The file's name, for the error.
 
     Raises:
-        UserError: Saying which.
+        UserError: If it is damaged, or opening it would run code.
     """
     try:
         members = _read_members(content)
@@ -276,15 +279,15 @@ def check_archive(content: bytes, path: Path) -> None:
     for name, data in members.items():
         reason = _objection(name, data)
         if reason:
-            raise UserError(f"{path}: refused, {reason}")
+            raise UserError(f"{path}: refused, because {reason}")
 
 
 def _read_members(content: bytes) -> dict[str, bytes]:
-    """Reads the members by name, without PyTorch's top folder; every checksum is verified."""
+    """Reads the members by name, without PyTorch's top folder, and verifies their checksums."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            raise ValueError("a member is there twice")
+            raise ValueError("it has two members of one name")
         found = {name: archive.read(name) for name in names}
     inside = {name.split("/", 1)[0] for name in found if "/" in name}
     folder = f"{inside.pop()}/" if len(inside) == 1 and all("/" in name for name in found) else ""
@@ -295,14 +298,15 @@ def _read_members(content: bytes) -> dict[str, bytes]:
 
 
 def _objection(name: str, data: bytes) -> str | None:
+    """Returns the reason to refuse a member; None if it is harmless."""
     if not _PLAIN.fullmatch(name):
         return f"its member {name!r} may hold code"
     if name.endswith(".pt") and data:
         try:
             with quiet():
                 torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-        except Exception:  # damaged ones raise many kinds
-            return f"its member {name!r} holds more than tensors: opening it would run code, or it is damaged"
+        except Exception:  # damaged data raises many kinds
+            return f"its member {name!r} holds more than tensors (opening it would run code) or is damaged"
     if name.startswith("extra") or not name.endswith(".json"):
         return None
     try:
@@ -312,7 +316,7 @@ def _objection(name: str, data: bytes) -> str | None:
 
 
 def _suspicious(value: Any) -> Iterator[str]:
-    """Yields expressions in a program's description that PyTorch would evaluate and are not size arithmetic."""
+    """Yields a reason to refuse for each part of a program's description that PyTorch would run as code."""
     if isinstance(value, list):
         for item in value:
             yield from _suspicious(item)
@@ -325,7 +329,7 @@ def _suspicious(value: Any) -> Iterator[str]:
             yield "its weights are pickled"
         elif key == "expr_str" and not _is_arithmetic(item):
             yield f"it has the size {str(item)[:40]!r}"
-        # Buffers and outputs have targets, too: names of theirs, which nothing calls.
+        # The targets of buffers and outputs are names, which are not called.
         elif key == "target" and isinstance(item, str) and "inputs" in value and not _TARGETS.fullmatch(item):
             yield f"it calls {item[:60]!r}"
         yield from _suspicious(item)

@@ -1,4 +1,4 @@
-"""Frozen copies of networks for inference: batch norm folded, in the fastest format of the hardware.
+"""Frozen copies of networks for inference, with folded batch norms and the fastest format of the hardware.
 
 Shape letters: B batch, C classes, D features.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class _Frozen(nn.Module):
-    """Base of frozen networks and students: normalisation in float32, then stages in a format of their own."""
+    """Base of frozen networks and students: normalisation in float32, stages in `dtype` and their memory format."""
 
     mean: Tensor
     std: Tensor
@@ -52,7 +52,7 @@ class _Frozen(nn.Module):
         return {name: self._frozen_part(stage, name) for name, stage in stages.items()}
 
     def _frozen_part(self, part: nn.Module, name: str) -> nn.Module:
-        """Folds a part and casts it to `dtype`, but for batch norms that cannot be folded: they need float32."""
+        """Folds a part and casts it to `dtype`, except for batch norms that cannot be folded, which need float32."""
         found = _folded(part, name) if self._fold else part
         found.to(self.dtype)
         for inner in found.modules():
@@ -67,12 +67,12 @@ class _Frozen(nn.Module):
 class FrozenNetwork(_Frozen):
     """A copy of a staged network for inference.
 
-    Images are normalised and features pooled in float32, and the head computes in float32, whatever `dtype`
-    the convolutions take: half precision costs most where numbers are compared, and there it saves nothing.
+    Normalisation, pooling and the head use float32, whatever the `dtype` of the convolutions: half precision would
+    cost accuracy there without saving time.
 
     Attributes:
-        dtype: What the stages compute in.
-        stage_names: Stages whose outputs are returned, on a grid where their names have one; in order of execution.
+        dtype: Floating-point type of the stages.
+        stage_names: Stages whose outputs are returned, averaged if their names have a grid; in order of execution.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ class FrozenNetwork(_Frozen):
         channels_last: bool = True,
         stage_names: Sequence[str] = (),
     ) -> None:
-        """Copies the network, which stays as it is; the copy is in eval mode and has no gradients.
+        """Copies the network, which does not change; the copy is in eval mode and has no gradients.
 
         Args:
-            network: The network; its batch norm statistics are those of inference.
-            dtype: What the stages compute in: torch.float32 or torch.bfloat16.
-            fold: Whether batch norms are folded into the convolutions before them.
-            channels_last: Memory format of the stages.
-            stage_names: Stages whose outputs are wanted, see `staged.on_grid`. A batch norm at a stage's end is folded
-                too, so outputs equal those of the network within rounding.
+            network: The network, with the batch norm statistics of inference.
+            dtype: Floating-point type of the stages: torch.float32 or torch.bfloat16.
+            fold: Whether batch norms are folded into the convolutions before them; outputs of stages are then equal
+                within rounding.
+            channels_last: Whether the stages use the channels-last memory format.
+            stage_names: Stages whose outputs are returned, with or without a grid (`staged.on_grid`).
         """
         super().__init__()
         order = network.stage_names
@@ -105,7 +105,7 @@ class FrozenNetwork(_Frozen):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns logits [B, C], pooled features [B, D] and the wanted stages, all in float32.
+        """Returns logits [B, C], pooled features [B, D] and the outputs of `stage_names`, all in float32.
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
@@ -120,25 +120,25 @@ class FrozenNetwork(_Frozen):
         return self.head(pooled), pooled, *wanted
 
     def named(self, results: tuple[Tensor, ...]) -> NetworkOutput:
-        """Names the results of `forward`."""
+        """Converts the results of `forward` to a `NetworkOutput`."""
         logits, pooled, *stages = results
         return NetworkOutput(logits, pooled, dict(zip(self.stage_names, stages, strict=True)))
 
     def traced(self) -> nn.Module:
-        """Returns the computation as one graph, or this module where it cannot be traced.
+        """Returns the computation as one graph, or this module if it cannot be traced.
 
-        `torch.compile` counts the variants of a piece of code and gives up after a few; with a graph each,
-        any number of teachers can be compiled.
+        `torch.compile` limits the number of variants of one piece of code; as each graph is code of its own, any number
+        of teachers can be compiled.
         """
         try:
             return fx.symbolic_trace(self)
-        except Exception as error:  # a network of a user's: data-dependent control flow raises many kinds
+        except Exception as error:  # data-dependent control flow of users' networks raises many kinds
             log.debug("%s cannot be traced: %s", type(self).__name__, error)
             return self
 
 
 class FrozenStudent(_Frozen):
-    """A copy of a branched student for inference; the same treatment as `FrozenNetwork`."""
+    """A copy of a branched student for inference, frozen like a `FrozenNetwork`."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class FrozenStudent(_Frozen):
         fold: bool = True,
         channels_last: bool = True,
     ) -> None:
-        """Copies the student, which stays as it is; see `FrozenNetwork`."""
+        """Copies the student, which does not change; see `FrozenNetwork`."""
         super().__init__()
         student = copy.deepcopy(student).eval()
         self._take(student.trunk.normalize, dtype, fold, channels_last)
@@ -170,7 +170,7 @@ class FrozenStudent(_Frozen):
 
 
 def _pooled(neck: nn.Module, maps: Tensor) -> Tensor:
-    """Returns the head's input [B, D] in float32; a global pool averages float32 values, too."""
+    """Returns the head's input [B, D] in float32; a global pool also computes in float32."""
     return neck(maps.float()) if isinstance(neck, GlobalPool) else neck(maps).float()
 
 
@@ -179,7 +179,7 @@ def _folded(stage: nn.Module, name: str) -> nn.Module:
     try:
         return fuse(stage)
     except Exception as error:
-        log.info("batch norms of %s are not folded: it cannot be traced (%s)", name, error)
+        log.info("batch norms of %s are not folded, because it cannot be traced (%s)", name, error)
         return stage
 
 

@@ -10,9 +10,9 @@ from ekd_lightning.files import DamagedFileError, read_json
 from ekd_lightning.networks.deploy import SUFFIXES
 
 STUDENTS = Path(__file__).parents[1] / "students"
-"""Students that come with the package: NAME.safetensors, and its model card NAME.md."""
+"""Folder of the package's own students: NAME.safetensors, and its model card NAME.md."""
 HUB_FILE = "student.safetensors"
-"""What is read of a repository of the hub; nothing else of it is fetched."""
+"""The only file that is fetched from a student's repository on the hub."""
 _FILE = re.compile(rf"student[\w.]*({'|'.join(map(re.escape, SUFFIXES.values()))})", re.ASCII)
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -21,12 +21,12 @@ def find_student(name: str | Path, revision: str | None = None) -> Path:
     """Finds the file that `ekd_lightning.load` reads.
 
     Args:
-        name: A file, the name of a student of the package, or USER/REPO on the Hugging Face hub. What exists as a
-            file, and what ends as one, is one.
+        name: A file, the name of a student of the package, or USER/REPO on the Hugging Face hub. Names of existing
+            files and names with the suffix of an exported student are files.
         revision: Branch, tag or commit of the repository; None for its main branch.
 
     Raises:
-        UserError: If it is none of them, the hub cannot be reached, or a `revision` is given for a file.
+        UserError: For any other name, if the hub cannot be reached, or for a `revision` without a repository.
     """
     own = {path.stem: path for path in STUDENTS.glob("*.safetensors")}
     is_file = isinstance(name, Path) or Path(name).suffix in SUFFIXES.values() or Path(name).is_file()
@@ -34,22 +34,22 @@ def find_student(name: str | Path, revision: str | None = None) -> Path:
         if _REPOSITORY.fullmatch(name):
             return fetch(name, HUB_FILE, revision)
         if "/" not in name:
-            raise UserError(f"{unknown_name('student', name, own)}, nor is it a file or USER/REPO on the hub")
+            raise UserError(f"{unknown_name('student', name, own)}; it is neither a file nor USER/REPO on the hub")
     if revision is not None:
-        raise UserError(f"revision={revision!r}: {name} is no repository of the hub")
+        raise UserError(f"revision={revision!r}: {name} is not a repository on the hub; leave out revision")
     return Path(name) if is_file else own.get(str(name), Path(name))
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
-    """Fetches one file of a repository of the hub, or takes it from the hub's cache.
+    """Fetches one file of a repository on the hub, or finds it in the hub's cache.
 
     Args:
         repository: USER/REPO.
-        file: Its name there.
+        file: The file's name in the repository.
         revision: Branch, tag or commit; None for the main branch.
 
     Raises:
-        UserError: If the package is missing, or the hub, the repository or the file cannot be reached.
+        UserError: If huggingface_hub is not installed, or the hub, the repository or the file cannot be reached.
     """
     require("hub", "huggingface_hub")
     import huggingface_hub  # noqa: PLC0415 (optional)
@@ -61,32 +61,32 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
 
 
 def check_repository(repository: str) -> None:
-    """Refuses what is not USER/REPO, or cannot be uploaded to for want of a package.
+    """Checks the name of a repository before an upload.
 
     Raises:
-        UserError: Saying which.
+        UserError: If it is not USER/REPO, or huggingface_hub is not installed.
     """
     if not _REPOSITORY.fullmatch(repository):
-        raise UserError(f"{repository!r}: not the name of a repository on the hub, those are USER/REPO")
+        raise UserError(f"{repository!r}: not the name of a repository on the hub; give USER/REPO")
     require("hub", "huggingface_hub")
 
 
 def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
     """Uploads an exported student with its model card, for `ekd_lightning.load("USER/REPO")`.
 
-    Files of an earlier student in the repository are deleted, so that it holds one student alone.
+    Files of an earlier student in the repository are deleted, so that it holds a single student.
 
     Args:
-        folder: That `ekd-export` wrote; of it, `README.md`, `export.json` and the files that it lists are uploaded.
-        repository: USER/REPO, made if it does not exist. The token is that of `hf auth login` or `HF_TOKEN`.
+        folder: A folder written by `ekd-export`; `README.md`, `export.json` and the files listed there are uploaded.
+        repository: USER/REPO, created if it does not exist. The token comes from `hf auth login` or `HF_TOKEN`.
         private: Whether a new repository is private.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UserError: If the package is missing, the folder holds no export, its record or its card's header is
-            unreadable, or the hub refuses.
+        UserError: If huggingface_hub is not installed, `repository` is not USER/REPO, files of the export are missing
+            or unreadable, or the upload fails.
     """
     check_repository(repository)
     import huggingface_hub  # noqa: PLC0415 (optional)
@@ -98,20 +98,20 @@ def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
         raise UserError(f"{folder}: lacks {' and '.join(missing)} (ekd-export RUN -o {folder} writes them)")
     try:
         huggingface_hub.ModelCard.load(folder / "README.md")
-    except Exception as error:  # YAML's and the hub's kinds
+    except Exception as error:  # errors of YAML and of the hub
         raise UserError(f"{folder / 'README.md'}: the hub cannot read its header ({one_line(error)})") from None
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        old = [f"student*{suffix}" for suffix in SUFFIXES.values()]  # what is uploaded anew is not deleted
-        sent = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, delete_patterns=old)
-        return str(sent)
-    except Exception as error:  # the hub's and the network's kinds
+        old = [f"student*{suffix}" for suffix in SUFFIXES.values()]  # the hub keeps files that are uploaded again
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, delete_patterns=old)
+        return str(commit)
+    except Exception as error:  # errors of the hub and of the network
         raise UserError(f"hub repository {repository!r}: nothing was uploaded ({one_line(error)})") from None
 
 
 def _listed(folder: Path) -> list[str]:
-    """The student's files, as a folder's export.json lists them."""
+    """Returns the names of the student's files that a folder's export.json lists."""
     path = folder / "export.json"
     if not path.is_file():
         return [HUB_FILE]
@@ -120,5 +120,5 @@ def _listed(folder: Path) -> list[str]:
     except DamagedFileError:
         listed = None
     if not isinstance(listed, dict) or not all(map(_FILE.fullmatch, listed)):
-        raise UserError(f"{path}: damaged, or not written by ekd-export")
+        raise UserError(f"{path}: damaged, or not written by ekd-export; export the student again")
     return list(listed)

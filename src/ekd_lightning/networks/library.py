@@ -1,6 +1,6 @@
-"""Libraries of networks: timm, torchvision and the user's own modules, as staged networks of the usual kind.
+"""Networks of timm, torchvision and the user's own modules as staged networks.
 
-A network of a library is called `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
+Their names are `timm:NAME`, `torchvision:NAME` and `module:PACKAGE.FUNCTION`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normaliza
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
 PUBLISHED = "DEFAULT"
-"""Stands for the weights that the library publishes for a network."""
+"""Name of the weights that the library publishes for a network."""
 _STAGES = "stages"
-"""The option that names stages; all others are the library's own."""
+"""Option that names stages; all other options are the library's."""
 _SIZES = ("img_size", "image_size", "input_size")
-"""Options by which the libraries build a network of fixed size for another one."""
+"""Options of the libraries that set the input size of a network of fixed size."""
 _ANY_SIZE = (("dynamic_img_size", True), ("strict_img_size", False))
-"""Options, and their values, by which timm builds one for any size."""
+"""Options of timm, with their values, that make a network of fixed size accept any size."""
 _FILES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights"}
 _FILES |= {"weights_backbone", "progress"}
-"""Options by which a library would read files: options come from records, and those name no files."""
+"""Options by which a library would read files. They are refused, because options may come from a record."""
 _allowed: set[str] = set()
-"""Modules of the user's own; see `allow_module`."""
+"""The user's own modules; see `allow_module`."""
 
 
 @dataclass(frozen=True)
-class Usual:
-    """A network's usual input according to its library's configuration.
+class Published:
+    """The configuration that a library publishes for a network.
 
     Attributes:
-        normalization: Statistics.
-        image_size: Side in pixels.
-        fixed: Whether no other size will do.
-        num_classes: How many classes the published weights predict.
+        normalization: The normalisation of its images.
+        image_size: Side of its images in pixels.
+        fixed: Whether the network accepts no other image size.
+        num_classes: Number of classes of the published weights.
     """
 
     normalization: Normalization
@@ -56,53 +56,53 @@ class Usual:
 
 @dataclass(frozen=True)
 class LibraryWeights:
-    """A network of a library and where its weights are.
+    """A network of a library and its weights.
 
     Attributes:
-        name: Of the network, with its library's prefix.
-        usual: What the library says of its images; None if it says nothing.
-        path: The file; None for the published weights.
+        name: The network's name, with its library's prefix.
+        usual: The library's configuration of the network; None if there is none.
+        path: The file of the weights; None for the published weights.
     """
 
     name: str
-    usual: Usual | None
+    usual: Published | None
     path: Path | None
 
 
 def from_hub(repository: str) -> LibraryWeights:
-    """Fetches a timm network from the Hugging Face hub: its description and its safetensors file, nothing else.
+    """Fetches the config.json and model.safetensors of a timm network from the Hugging Face hub, and no other file.
 
     Args:
         repository: USER/REPO, or the folder of a copy.
 
     Raises:
-        UserError: If the package is missing, the hub or the repository cannot be reached, or the repository holds no
-            timm network in safetensors form, or one whose description cannot be read.
+        UserError: If a package is missing, the hub or the repository cannot be reached, one of the files is missing, or
+            config.json does not describe a timm network.
     """
     copy, files = Path(repository), ("config.json", "model.safetensors")
     config, path = (copy / name if copy.is_dir() else fetch(repository, name) for name in files)
     if missing := [file.name for file in (config, path) if not file.is_file()]:
         raise UserError(f"hub repository {repository!r}: lacks {' and '.join(missing)}")
-    described = read_json(config)
-    if not isinstance(described.get("architecture"), str):
+    description = read_json(config)
+    if not isinstance(description.get("architecture"), str):
         raise UserError(f"hub repository {repository!r}: its config.json names no timm architecture")
-    name = f"timm:{described['architecture']}"
-    own = described.get("pretrained_cfg") or {}
+    name = f"timm:{description['architecture']}"
+    own = description.get("pretrained_cfg") or {}
     _timm()
     try:
         found = usual(name)
         assert found is not None
         shape = own.get("input_size") or [3, found.image_size, found.image_size] if isinstance(own, dict) else None
         if not isinstance(shape, list) or len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
-            raise UserError("lacks a pretrained_cfg with an input_size of three whole numbers")
+            raise UserError("lacks a pretrained_cfg with an input_size of three integers above 0")
         statistics = Normalization(own.get("mean", found.normalization.mean), own.get("std", found.normalization.std))
     except UserError as error:
         raise UserError(f"hub repository {repository!r}: its config.json: {error}") from None
-    return LibraryWeights(name, Usual(statistics, shape[1], found.fixed), path)
+    return LibraryWeights(name, Published(statistics, shape[1], found.fixed), path)
 
 
-def usual(name: str) -> Usual | None:
-    """Returns the library's usual input of a network; None for the user's own modules.
+def usual(name: str) -> Published | None:
+    """Returns the configuration that a library publishes for a network; None for the user's own modules.
 
     Raises:
         UserError: For an unknown name, or a library that is not installed.
@@ -114,29 +114,29 @@ def usual(name: str) -> Usual | None:
         config = timm.models.get_pretrained_cfg(own) or timm.models.PretrainedCfg()
         _, size, _ = config.input_size
         statistics = Normalization(tuple(config.mean), tuple(config.std))
-        return Usual(statistics, size, bool(config.fixed_input_size), config.num_classes)
+        return Published(statistics, size, bool(config.fixed_input_size), config.num_classes)
     if library == "torchvision":
         return _usual_of_torchvision(name, own)
     return None
 
 
 def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
-    """Builds a network of a library as the library makes it, with its own initialisation.
+    """Builds a module of a library, initialised by the library.
 
     Args:
         name: `timm:NAME`, `torchvision:NAME` or `module:PACKAGE.FUNCTION`.
-        num_classes: C; functions of the user's do not get it.
+        num_classes: C; not passed to functions of the user.
         options: Keyword arguments of the library's builder.
-        pretrained: Whether it has the weights that the library publishes, fetched if need be; then `num_classes` does
-            not count.
+        pretrained: Whether it gets the weights that the library publishes, which are fetched if necessary;
+            `num_classes` then has no effect.
 
     Raises:
         UserError: For an unknown name or option, a library that is not installed, or weights that cannot be fetched.
     """
     library, _, own = name.partition(":")
-    usual(name)  # refuses unknown names
-    if taboo := sorted(_FILES.intersection(options)) if library != "module" else []:
-        raise UserError(f"network {name!r}: option {taboo[0]} is refused, files of weights are named by weights=FILE")
+    usual(name)  # raises for unknown names
+    if refused := sorted(_FILES.intersection(options)) if library != "module" else []:
+        raise UserError(f"network {name!r}: option {refused[0]} is refused; weights=FILE reads weights from a file")
     classes = {} if pretrained else {"num_classes": num_classes}
     try:
         if library == "timm":
@@ -155,13 +155,13 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
             raise
         raise UserError(f"network {name!r}: its published weights cannot be fetched ({one_line(error)})") from None
     if not isinstance(made, nn.Module):
-        raise UserError(f"network {name!r} is made a {type(made).__name__}, not a torch.nn.Module")
+        raise UserError(f"network {name!r}: its function returned a {type(made).__name__}, not a torch.nn.Module")
     return made
 
 
 @register_library("timm", "torchvision", "module")
 def build_library_network(spec: NetworkSpec) -> StagedNetwork:
-    """Builds a network of a library with fresh weights, drawn as the library draws them.
+    """Builds a network of a library with new weights, initialised by the library.
 
     Raises:
         UserError: See `make_module` and `cutting.cut`.
@@ -170,7 +170,7 @@ def build_library_network(spec: NetworkSpec) -> StagedNetwork:
     size = fixed_size(spec)
     parts = cut(module, size or spec.image_size, spec.options.get(_STAGES))
     head = parts.head
-    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # the function chose its own
+    if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # functions do not get num_classes
         head = nn.Linear(head.in_features, spec.num_classes)
     return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size).train()
 
@@ -187,21 +187,21 @@ def load_library_network(
     """Builds a network of a library with trained weights.
 
     Args:
-        spec: With the classes of the data.
-        weights: A safetensors file or a checkpoint with the library's own names; None takes the weights that the
+        spec: The network's spec, with the data's number of classes.
+        weights: A safetensors file or a checkpoint with the library's tensor names; None for the weights that the
             library publishes.
-        classes: Which classes of the weights are those of the data: one position for each class of the data, or the
-            names of all classes of the weights, in their order; a class of the data that is not among them gets
-            `cutting.UNKNOWN_LOGIT`. None: they are the same.
+        classes: Maps the classes of the weights to those of the data: one position for each class of the data, or the
+            names of all classes of the weights, in their order. A class of the data that the weights lack has the logit
+            `cutting.UNKNOWN_LOGIT`. None if the classes are the same.
         class_names: Names of the data's classes.
-        state_key: Where in a checkpoint the weights are; None finds the usual places.
-        fresh_head: Whether the classifier is made anew for the data's classes, to be trained.
+        state_key: Key of the weights in a checkpoint; None tries the usual keys.
+        fresh_head: Whether a new classifier for the data's classes replaces the trained one.
 
     Returns:
-        The network on the CPU, in eval mode. The global random generator is not advanced, but for a fresh head.
+        The network on the CPU, in eval mode. The global random generator is advanced only for a fresh head.
 
     Raises:
-        UserError: If the weights do not fit the network, or their classes not the data's.
+        UserError: If the weights do not fit the network, or their classes do not fit the data's.
     """
     size = fixed_size(spec)
     with torch.random.fork_rng(devices=[]):
@@ -210,7 +210,10 @@ def load_library_network(
     head: nn.Module = parts.head
     if fresh_head or classes is not None:
         if not isinstance(head, nn.Linear):
-            raise UserError(f"network {spec.name!r} does not end with a linear layer, so its classes cannot be changed")
+            raise UserError(
+                f"network {spec.name!r} does not end with a linear layer, so its classes cannot be changed; remove "
+                "classes and finetune=head, or choose another network"
+            )
         if fresh_head:
             head = nn.Linear(head.in_features, spec.num_classes, head.bias is not None)
         else:
@@ -226,38 +229,47 @@ def load_library_network(
 
 
 def _filled(spec: NetworkSpec, weights: Path | None, state_key: str | None) -> nn.Module:
-    """Builds the module with its trained weights, for the classes that these have."""
+    """Builds the module with its trained weights and their number of classes."""
     options = _own_options(spec)
     if weights is None:
         if spec.name.startswith("module:"):
-            return make_module(spec.name, spec.num_classes, options)  # the function returns it trained
+            return make_module(spec.name, spec.num_classes, options)  # the function itself loads weights
         return make_module(spec.name, spec.num_classes, options, pretrained=True)
     state = read_foreign_checkpoint(weights, state_key)
-    # A function of the user's does not get the number of classes, so it is not run to find it.
+    # A function of the user does not get the number of classes, so it need not be determined.
     predicted = spec.num_classes if spec.name.startswith("module:") else _classes_in(spec, state)
     module = make_module(spec.name, predicted, options)
     own = module.state_dict()
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    strange = [name for name in state if name not in own]
+    unexpected = [name for name in state if name not in own]
     shapes = [name for name in own if name in state and own[name].shape != state[name].shape]
-    problems = {"missing": missing, "unexpected": strange, "of another shape": shapes}
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     if any(problems.values()):
-        shown = [f"{what}: {few(names)}" for what, names in problems.items() if names]
+        shown = [f"{kind}: {few(names)}" for kind, names in problems.items() if names]
         raise UserError(f"{weights} does not fit network {spec.name!r}: {'; '.join(shown)}")
     module.load_state_dict({**own, **state})
     return module
 
 
 def weight_classes(spec: NetworkSpec, weights: Path | None, state_key: str | None = None) -> int:
-    """Number of classes that trained weights predict, known before they are loaded into a network."""
+    """Returns the number of classes of trained weights, before they are loaded into a network.
+
+    Args:
+        spec: The network's spec; its number of classes is used for a network without layers.
+        weights: A file; None for the weights that the library publishes.
+        state_key: Key of the weights in a checkpoint; None tries the usual keys.
+
+    Raises:
+        UserError: As `load_library_network`.
+    """
     if weights is None and (published := usual(spec.name)):
         return published.num_classes
     return _classes_in(spec, read_foreign_checkpoint(weights, state_key) if weights else {})
 
 
 def _classes_in(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
-    """Outputs of the last layer: in the file where it has the layer, else as the library builds it."""
-    own = spec.name.startswith("module:")  # a function of the user's may read its weights itself
+    """Returns the outputs of the last layer: from the file if it has the layer, else from the module."""
+    own = spec.name.startswith("module:")  # a function of the user may load its own weights
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if own else "meta"):
         module = make_module(spec.name, spec.num_classes, _own_options(spec))
     layers = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
@@ -268,21 +280,23 @@ def _classes_in(spec: NetworkSpec, state: Mapping[str, Tensor]) -> int:
 
 
 def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequence[str], predicted: int) -> list[int]:
-    """Where each class of the data is among those that weights predict; `ABSENT` where it is not.
+    """Returns the position of each class of the data among the classes of the weights; `ABSENT` if they lack it.
 
     Args:
-        spec: With the classes of the data.
-        classes: As the user wrote them: positions, or the names of all classes of the weights, in their order.
+        spec: The network's spec, with the data's number of classes.
+        classes: The user's setting: positions, or the names of all classes of the weights, in their order.
         class_names: Names of the data's classes.
-        predicted: How many classes the weights predict.
+        predicted: Number of classes of the weights.
 
     Raises:
-        UserError: For another number of them, a position that is not there, or names none of which is the data's.
+        UserError: For a wrong number of positions or names, a position out of range, or if no name is one of the
+            data's.
     """
     if all(isinstance(one, str) for one in classes):
         if len(classes) != predicted:
             raise UserError(
-                f"teacher {spec.name!r}: classes names {len(classes)} classes, its weights predict {predicted}"
+                f"teacher {spec.name!r}: classes names {len(classes)} classes, but its weights predict {predicted}; "
+                "give the names of all of them, in their order"
             )
         known = [str(one).casefold() for one in classes]
         found = [known.index(name.casefold()) if name.casefold() in known else ABSENT for name in class_names]
@@ -293,8 +307,8 @@ def positions(spec: NetworkSpec, classes: Sequence[int | str], class_names: Sequ
     if len(classes) != spec.num_classes or any(one not in possible for one in classes):
         raise UserError(
             f"teacher {spec.name!r}: classes={list(classes)} must be {spec.num_classes} positions in "
-            f"0 .. {predicted - 1} (-1: not known), one for each class of the data, or the names of all its "
-            f"{predicted} classes"
+            f"0 .. {predicted - 1} (-1: not known), one for each class of the data, or the names of all "
+            f"{predicted} classes of the teacher"
         )
     return [int(one) for one in classes]
 
@@ -304,7 +318,7 @@ def _own_options(spec: NetworkSpec) -> dict[str, Any]:
 
 
 def fixed_size(spec: NetworkSpec) -> int | None:
-    """Returns the only image size in pixels that a library's network accepts; None where any will do.
+    """Returns the only image size in pixels that a library's network accepts; None if it accepts any.
 
     Raises:
         UserError: For an unknown name, or a library that is not installed.
@@ -325,21 +339,21 @@ def _timm() -> Any:
     return timm
 
 
-def _usual_of_torchvision(name: str, own: str) -> Usual:
+def _usual_of_torchvision(name: str, own: str) -> Published:
     from torchvision import models  # noqa: PLC0415 (slow to import)
 
     _require_known(name, own, models.list_models(module=models))
     weights = models.get_model_weights(own)
     published = getattr(weights, "DEFAULT", None)
     if published is None:
-        return Usual(NORMALIZATIONS["imagenet"], 224)
+        return Published(NORMALIZATIONS["imagenet"], 224)
     preset = published.transforms()
     smallest = published.meta.get("min_size", (1, 1))
     size = int(preset.crop_size[0])
-    # Attention with learned positions knows one size; only the names of its families show this in torchvision.
+    # Learned position embeddings fix the size; torchvision shows them only by the names of these families.
     fixed = own.startswith(("vit_", "maxvit"))
     statistics = Normalization(tuple(preset.mean), tuple(preset.std))
-    return Usual(statistics, max(size, *smallest), fixed, len(published.meta["categories"]))
+    return Published(statistics, max(size, *smallest), fixed, len(published.meta["categories"]))
 
 
 def _require_known(name: str, own: str, names: Sequence[str]) -> None:
@@ -348,16 +362,16 @@ def _require_known(name: str, own: str, names: Sequence[str]) -> None:
 
 
 def allow_module(name: str) -> None:
-    """Lets networks be called `module:NAME.FUNCTION`, for what an imported module of the user's own defines.
+    """Allows networks `module:NAME.FUNCTION` that call the functions defined in an imported module of the user.
 
-    To be called for modules that the user's own command or code names, and never for what a file or a record does: its
-    options are the function's arguments. See SECURITY.md.
+    Call it only for modules that the user's own command or code names, never for a name from a file or a record, since
+    a network's options become arguments of the function. See SECURITY.md.
     """
     _allowed.add(name)
 
 
 def _users_function(name: str, path: str) -> Callable[..., Any]:
-    """Finds a function that is defined, not merely reachable, in a module that the user has allowed."""
+    """Finds a function that is defined, not merely imported, in a module that the user has allowed."""
     package, _, function = path.rpartition(".")
     if package not in sys.modules or not _is_allowed(package):
         raise UserError(f"network {name!r}: module {package!r} is not imported (imports=[{package}] imports it)")

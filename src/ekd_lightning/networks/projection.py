@@ -1,4 +1,4 @@
-"""Projection of a student into a teacher's feature space, to reuse the teacher's classifier: SimKD, CVPR 2022.
+"""Projection of a student's features to a teacher's, so that it can reuse the teacher's classifier: SimKD, CVPR 2022.
 
 Shape letters: B batch, C classes, D features, K branches, M teachers.
 """
@@ -15,15 +15,15 @@ from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initiali
 
 STAGE = "projector"
 """Name of the stage that is added after a network's own."""
-_FACTOR = 2  # by which the bottleneck is narrower than the teacher's features
+_FACTOR = 2  # the teacher's feature width over that of the bottleneck
 
 
 class Projector(nn.Sequential):
     """1×1, 3×3 and 1×1 convolutions, each with batch norm and ReLU: Chen et al., CVPR 2022, section 3.3 and their code.
 
     Args:
-        channels: Of the student's last maps.
-        width: D of the teacher's features, at least 2; the bottleneck has half of it.
+        channels: Number of channels of the student's last stage.
+        width: D of the teacher's features, at least 2; the bottleneck has D / 2 channels.
     """
 
     def __init__(self, channels: int, width: int) -> None:
@@ -37,15 +37,15 @@ class Projector(nn.Sequential):
 
 
 def project(network: StagedNetwork, width: int) -> StagedNetwork:
-    """Adds a projector after a network's last stage, and in place of its head one for a teacher's classifier.
+    """Adds a projector after a network's last stage, and replaces neck and head to fit a teacher's classifier.
 
     Args:
-        network: Its stages are taken over, weights included.
+        network: The network; its stages are reused with their weights.
         width: D of the teacher's features.
 
     Returns:
-        The network with the further stage `projector`, global pooling, and a linear classifier [D -> C] that is held
-        fixed; `reuse_classifiers` gives it a teacher's weights.
+        The network with the further stage `projector`, global pooling, and a frozen linear classifier [D -> C], which
+        `reuse_classifiers` fills with a teacher's weights.
 
     Raises:
         UserError: If the network has no stage with maps, or the width is too small.
@@ -64,18 +64,19 @@ def project(network: StagedNetwork, width: int) -> StagedNetwork:
 
 
 def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], num_classes: int) -> int:
-    """Checks that the classifiers of teachers can be reused by one student.
+    """Checks that one student can reuse the classifiers of all teachers.
 
     Args:
-        teachers: M networks, at least one; their weights do not matter.
-        names: Theirs, for messages.
+        teachers: M networks, at least one, with any weights; they are set to eval mode.
+        names: The teachers' names in messages.
         num_classes: C of the data.
 
     Returns:
         D, the width of their features.
 
     Raises:
-        UserError: For widths that differ, or a teacher whose logits are no linear function of its mean last maps.
+        UserError: If the widths differ, or a teacher's logits are not a linear function, with a bias, of its last
+            stage's maps averaged over space.
     """
     widths = {}
     for name, teacher in zip(names, teachers, strict=True):
@@ -83,8 +84,9 @@ def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], nu
         widths[name] = teacher.num_features
     if len(set(widths.values())) > 1:
         raise UserError(
-            "student.reuse_classifier=true: all teachers need features of one width; they have "
+            "student.reuse_classifier=true: all teachers need features of one width, but they have "
             + ", ".join(f"{width} ({name})" for name, width in widths.items())
+            + "; choose teachers of equal width, or method.teacher=best"
         )
     return next(iter(widths.values()))
 
@@ -102,15 +104,15 @@ def _check_classifier(teacher: StagedNetwork, name: str, num_classes: int) -> No
     if not fits:
         raise UserError(
             f"student.reuse_classifier=true: teacher {name!r} has no linear classifier of {num_classes} classes, "
-            "with a bias, on the mean of its last maps"
+            "with a bias, on the spatial mean of its last stage; choose another teacher"
         )
 
 
 def own_teachers(assignment_KM: Tensor) -> list[int]:
-    """Which teacher each branch has, where it has one alone.
+    """Returns the teacher of each branch, for an assignment that gives each branch one teacher.
 
     Args:
-        assignment_KM: [K, M], rows summing to 1; of a random assignment its mean.
+        assignment_KM: [K, M], rows summing to 1; the mean over the steps if the assignment changes.
 
     Returns:
         K positions of teachers.
@@ -121,8 +123,8 @@ def own_teachers(assignment_KM: Tensor) -> list[int]:
     rows = assignment_KM.tolist()
     if min(max(row) for row in rows) < 1:
         raise UserError(
-            "student.reuse_classifier=true: every branch needs one teacher (method.assignment=one_to_one, or "
-            "method.teacher=best)"
+            "student.reuse_classifier=true: every branch needs one teacher; set method.assignment=one_to_one or "
+            "method.teacher=best"
         )
     return [row.index(max(row)) for row in rows]
 
@@ -131,8 +133,8 @@ def reuse_classifiers(branches: Iterable[nn.Module], teachers: Sequence[StagedNe
     """Gives every branch of a projected student the classifier of its own teacher.
 
     Args:
-        branches: K, of a student that is built from a spec with a projection.
-        teachers: M networks whose features have that width.
+        branches: The K branches of a student whose spec has a projection.
+        teachers: M networks whose features have the width of the projection.
         assignment_KM: [K, M] with one 1 in each row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Registry of networks: builders by name, and plain networks that match a student's cost."""
+"""Registry of networks by name, and the search for a plain network of a given cost."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ _LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
     """Registers a builder `fn(spec, **options)` under a name.
 
-    It returns a `StagedNetwork`, or any module from normalised images [B, 3, H, W] to logits [B, C], which is cut into
-    stages as networks of libraries are. The builder's keyword arguments after `spec` are the network's options. It
-    checks their values with `require`.
+    The builder returns a `StagedNetwork`, or any module that maps normalised images [B, 3, H, W] to logits [B, C] and
+    is then cut into stages as networks of libraries are. Its keyword arguments after `spec` are the network's options;
+    `require` checks their values.
 
     Raises:
-        ValueError: when another builder has the name; both are named.
+        ValueError: when another builder already has the name (when the decorator is applied).
     """
     return _BUILDERS.register(name)
 
 
 def register_family(form: str) -> Callable[[FamilyT], FamilyT]:
-    """Registers `fn(name) -> builder`, for networks whose names hold numbers; None for a name of another form.
+    """Registers `fn(name)`, which returns the builder of a network with numbers in its name, or None for other names.
 
     Args:
-        form: How messages write such names, e.g. `wrn_<6n+4>_<k>`.
+        form: The form of the names in messages, e.g. `wrn_<6n+4>_<k>`.
     """
     return _FAMILIES.register(form)
 
 
 def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
-    """Registers a builder `fn(spec) -> StagedNetwork` for all networks called `prefix:name`."""
+    """Registers a builder `fn(spec) -> StagedNetwork` for all names `PREFIX:NAME`."""
 
     def register(builder: LibraryT) -> LibraryT:
         _LIBRARIES.update(dict.fromkeys(prefixes, builder))
@@ -65,34 +65,31 @@ def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
 
 
 def is_of_library(name: str) -> bool:
-    """Whether a network's name is one of a library's, such as `timm:resnet18`."""
+    """Returns whether a name is that of a library's network, such as `timm:resnet18`."""
     return name.partition(":")[0] in _LIBRARIES and ":" in name
 
 
 def library_version(name: str) -> str:
-    """Version of the library that makes a network; of a user's module the hash of its file; else empty."""
+    """Returns the version of a network's library, or the hash of the file of a user's module; "" for own networks."""
     prefix, _, own = name.partition(":")
     if not is_of_library(name):
         return ""
     if prefix == "module":
         file = getattr(sys.modules.get(own.rpartition(".")[0]), "__file__", None)
         return file_sha256(Path(file)) if file else ""
-    return version(prefix).partition("+")[0]  # without what a build adds, such as +cpu: it answers the same
+    return version(prefix).partition("+")[0]  # without a build tag such as +cpu, which does not affect outputs
 
 
 def network_names() -> tuple[str, ...]:
-    """Returns all names that are registered one by one, sorted."""
+    """Returns the names of all single networks, sorted; families and libraries are not included."""
     return tuple(_BUILDERS.names())
 
 
 def require_network(name: str) -> None:
-    """Refuses a name that no network has; one of a library is looked up when it is built.
-
-    Args:
-        name: A network's.
+    """Checks that a network of this name exists; names of libraries are checked only when the network is built.
 
     Raises:
-        UserError: With the nearest match.
+        UserError: For an unknown name; the message offers the nearest one.
     """
     if not is_of_library(name):
         _builder(name)
@@ -113,16 +110,16 @@ def _known(name: str) -> Builder | None:
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:
-    """Builds a network with fresh weights drawn from PyTorch's global random generator.
+    """Builds a network with new weights from PyTorch's global random generator.
 
     Args:
-        spec: which network, for how many classes, with which options.
+        spec: the network's spec.
 
     Returns:
         The network, in train mode, on the default device.
 
     Raises:
-        UserError: on an unknown name, an unknown option, or a value that the network cannot have.
+        UserError: for an unknown name, an unknown option, or an option's value that is not allowed.
     """
     network = _build(spec)
     return network if spec.projection is None else project(network, spec.projection)
@@ -141,32 +138,32 @@ def _build(spec: NetworkSpec) -> StagedNetwork:
 
 
 def _cut(made: object, spec: NetworkSpec) -> StagedNetwork:
-    """A plain module of a builder, cut into stages where it can be; it keeps its weights."""
+    """Cuts a builder's plain module into stages, if possible; it keeps its weights."""
     if not isinstance(made, nn.Module):
-        raise UserError(f"network {spec.name!r} is made a {type(made).__name__}, not a torch.nn.Module")
+        raise UserError(f"network {spec.name!r}: its builder returned a {type(made).__name__}, not a torch.nn.Module")
     parts = cut(made, spec.image_size)
     if isinstance(parts.head, nn.Linear) and parts.head.out_features != spec.num_classes:
         raise UserError(
-            f"network {spec.name!r} predicts {parts.head.out_features} classes, not {spec.num_classes}: its builder "
-            "finds the number as spec.num_classes"
+            f"network {spec.name!r} predicts {parts.head.out_features} classes instead of {spec.num_classes}; its "
+            "builder must use spec.num_classes"
         )
     return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=parts.head)
 
 
 STAGE_WIDTHS = "stage_widths"
-"""The option of networks that scale the channels of each stage by a number of its own."""
+"""The option by which networks scale the channels of each stage separately."""
 
 
 def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
-    """Returns the spec of a network whose stages behind one are narrower, or wider; for the branches of a student.
+    """Returns the spec of a network with narrower (or wider) late stages, for the branches of a student.
 
     Args:
-        spec: Of the network as it is.
-        split_after: The last stage that keeps its width; another name than a stage's keeps none.
-        factor: What multiplies the channels of the others, above 0.
+        spec: The network's spec.
+        split_after: The last stage that keeps its width; any name that is not a stage's changes all stages.
+        factor: Factor of the channels of the later stages, above 0.
 
     Raises:
-        UserError: For a network without the option `stage_widths`, or without a stage behind that one.
+        UserError: For a network without the option `stage_widths`, or without a stage after `split_after`.
     """
     where = f"student.branch_width={factor:g}"
     if is_of_library(spec.name) or STAGE_WIDTHS not in inspect.signature(_builder(spec.name)).parameters:
@@ -176,7 +173,7 @@ def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
     kept = names.index(split_after) + 1 if split_after in names else 0
     if kept == len(names):
         raise UserError(
-            f"{where}: split_after={split_after} leaves the branches no stage that could have another width"
+            f"{where}: split_after={split_after} leaves the branches no stage to change; split after an earlier stage"
         )
     own = list(spec.options.get(STAGE_WIDTHS, [1.0] * len(names)))
     widths = [*own[:kept], *(width * factor for width in own[kept:])]
@@ -184,39 +181,39 @@ def thinned(spec: NetworkSpec, split_after: str, factor: float) -> NetworkSpec:
 
 
 def require(possible: bool, spec: NetworkSpec, option: str, allowed: str) -> None:
-    """Refuses an option's value that a network cannot have.
+    """Raises an error for an option's value that a network does not allow.
 
     Args:
-        possible: whether the value is fine.
-        spec: the spec that holds the value.
+        possible: whether the value is allowed.
+        spec: the spec with the value.
         option: the option's name.
-        allowed: what would be fine, in words.
+        allowed: the allowed values, in words.
 
     Raises:
-        UserError: when not possible.
+        UserError: when `possible` is False.
     """
     if not possible:
         raise UserError(f"network {spec.name!r}: option {option}={spec.options.get(option)!r} (allowed: {allowed})")
 
 
 BASE_CHANNELS = 16
-"""Widths are searched in steps of 1/16: one channel of the stem of a CIFAR ResNet, so no channel is rounded."""
+"""Widths are searched in steps of 1/16: one channel of a CIFAR ResNet's stem, so that no width is rounded."""
 CLOSE = 0.02
-"""Networks this near to the target (as a share of it) count as equally near; see `match_network`."""
-_MOST_SCALED = 2.5  # times, or parts of, the student's own width
+"""Relative deviation from the target up to which costs count as equal; see `match_network`."""
+_MOST_SCALED = 2.5  # the largest factor, or divisor, of the student's own width
 
 Cost = Callable[[nn.Module], int]
 
 
 @dataclass(frozen=True)
 class Match:
-    """A plain network found for a target.
+    """A plain network that comes near a target cost.
 
     Attributes:
         network: Its registered name.
-        options: Its options where they differ from the network's defaults.
-        cost: What it costs, in the unit of the target.
-        target: What it should cost.
+        options: Its options that differ from the network's defaults.
+        cost: Its cost, in the unit of the target.
+        target: The target cost.
     """
 
     network: str
@@ -226,7 +223,7 @@ class Match:
 
     @property
     def off(self) -> float:
-        """Deviation from the target, as a signed share of it."""
+        """Deviation from the target as a signed share of the target."""
         return self.cost / self.target - 1
 
     def __str__(self) -> str:
@@ -235,10 +232,10 @@ class Match:
 
 
 def family(name: str) -> tuple[str, ...]:
-    """Returns the networks that differ from `name` in the number at its end, e.g. depth, in order.
+    """Returns the networks whose names differ from `name` only in the final number (e.g. the depth), in its order.
 
-    `resnet8` has resnet8, resnet14, ..., resnet110, `wrn_16_2` the factors 1 to 10; a network without such a number is
-    alone.
+    For `resnet8` these are resnet8, resnet14, ..., resnet110, for `wrn_16_2` the factors 1 to 10; a network without a
+    final number is returned alone.
 
     Raises:
         UserError: For an unknown name.
@@ -255,17 +252,17 @@ def family(name: str) -> tuple[str, ...]:
 
 
 def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
-    """Searches a student's family for the plain network whose cost comes nearest to a target.
+    """Searches a student's family for the plain network whose cost is nearest to a target.
 
-    All depths of the family are tried and, where the networks have the option `width`, widths in steps of 1/16, up
-    to 2.5 times, or down to 1/2.5 of, the student's own. Of the networks within `CLOSE` of the target the one whose
-    width is nearest to the student's own is taken (a very thin, very deep network of the same cost would be an odd
-    control), then the nearest; without any so close, the nearest of all.
+    The candidates are all depths of the family and, for networks with the option `width`, widths in steps of 1/16 from
+    1/2.5 to 2.5 times the student's own. Among the candidates within `CLOSE` of the target, the one whose width is
+    nearest to the student's is chosen (a very thin, very deep network would be a poor control), and the nearest cost
+    decides between equal widths; without such candidates, the nearest cost is chosen.
 
     Args:
         spec: The network that the student's trunk and branches are cut from, with its options.
-        target: What the match should cost, above 0.
-        cost: Maps a plain network (on the meta device) to its cost, growing with width and depth; e.g.
+        target: The target cost, above 0.
+        cost: Maps a plain network (on the meta device) to its cost, which must grow with width and depth; e.g.
             `count_macs` or `count_parameters` of `ekd_lightning.evaluation.efficiency`.
 
     Raises:
@@ -273,7 +270,7 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
         ValueError: For a target that is not above 0.
     """
     if target <= 0:
-        raise ValueError(f"target={target}: must be above 0")
+        raise ValueError(f"target={target} is not allowed; give a number > 0")
     own = float(spec.options.get("width", 1))
 
     def measured(name: str, width: float | None) -> Match:
@@ -287,20 +284,20 @@ def match_network(spec: NetworkSpec, target: int, cost: Cost) -> Match:
     found = [match for name in family(spec.name) for match in _candidates(name, own, target, measured)]
     close = [match for match in found if abs(match.off) <= CLOSE]
 
-    def oddity(match: Match) -> tuple[float, float]:
+    def difference(match: Match) -> tuple[float, float]:
         return abs(math.log(float(match.options.get("width", 1)) / own)), abs(match.off)
 
-    return min(close, key=oddity) if close else min(found, key=lambda match: abs(match.off))
+    return min(close, key=difference) if close else min(found, key=lambda match: abs(match.off))
 
 
 def _candidates(name: str, own: float, target: int, measured: Callable[[str, float | None], Match]) -> Iterator[Match]:
-    """Yields the candidates of one depth: unscaled and, where possible, the two widths around the target."""
+    """Yields the candidates of one depth: the student's width and, if possible, the two widths around the target."""
     if is_of_library(name) or "width" not in inspect.signature(_builder(name)).parameters:
         yield measured(name, None)
         return
     middle = measured(name, own)
     yield middle
-    # Costs grow about with the square of the width: a first guess, then step by step until the target is passed.
+    # Costs grow with about the square of the width, which gives a first guess; then step by step past the target.
     scale = math.sqrt(target / middle.cost)
     if not 1 / _MOST_SCALED <= scale <= _MOST_SCALED:
         return

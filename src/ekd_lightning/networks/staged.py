@@ -34,11 +34,11 @@ class Normalization:
     """Per-channel statistics that a network applies to images in [0, 1].
 
     Attributes:
-        mean: subtracted from the red, green and blue channel.
-        std: what the difference is divided by; every entry above 0.
+        mean: subtracted from the red, green and blue channels.
+        std: divisors of the differences; all above 0.
 
     Raises:
-        UserError: when there are not three finite numbers each, or a std is not above 0.
+        UserError: when either is not three finite numbers, or a std is not above 0.
     """
 
     mean: Triple
@@ -48,9 +48,12 @@ class Normalization:
         try:
             mean, std = (tuple(float(value) for value in values) for values in (self.mean, self.std))
         except (TypeError, ValueError, OverflowError):
-            raise UserError(f"normalization: mean {self.mean!r:.60}, std {self.std!r:.60} are not numbers") from None
+            mean = std = ()
         if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise UserError(f"normalization: mean {mean}, std {std} must be three finite numbers each, std above 0")
+            raise UserError(
+                f"normalization: mean {self.mean!r:.60}, std {self.std!r:.60} must be three finite numbers each, "
+                "std above 0"
+            )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
@@ -68,34 +71,33 @@ NORMALIZATIONS: Registry[Normalization] = Registry(
 
 
 def normalization(name: str) -> Normalization:
-    """Looks up a named normalisation.
+    """Looks up a normalisation by name.
 
     Raises:
-        UserError: when there is none of that name; the nearest one is offered.
+        UserError: for an unknown name; the message offers the nearest one.
     """
     return NORMALIZATIONS[name]
 
 
-_OPTIONAL = ("image_size", "projection")  # of a network's spec
+_OPTIONAL = ("image_size", "projection")  # attributes of `NetworkSpec` that may be None
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """All that determines a network's structure (not its weights).
+    """Everything that determines a network's structure (not its weights).
 
     Attributes:
         name: a registered network.
         num_classes: C, at least 1.
-        normalization: what the network does to images in [0, 1] first.
+        normalization: the network's own normalisation of images in [0, 1].
         options: keyword arguments of the registered builder, JSON-able.
-        image_size: side in pixels to which the network brings images before anything else; None takes them as they
-            are.
-        projection: width of the teacher's features that a projector after the last stage maps to, for a teacher's
-            classifier in place of the network's own, see `projection.project`; None for the network as it is.
+        image_size: side in pixels to which the network first resizes images; None for no resizing.
+        projection: D of a teacher whose classifier replaces the network's own: a projector after the last stage maps to
+            this width, see `projection.project`. None for the network itself.
 
     Raises:
-        UserError: when the class count, the image size or the projection is not a whole number above 0 or an option is
-            not JSON-able.
+        UserError: when the class count, the image size or the projection is not an integer of at least 1, or an option
+            is not JSON-able.
     """
 
     name: str
@@ -109,18 +111,18 @@ class NetworkSpec:
         for key in _OPTIONAL:
             size = getattr(self, key)
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise UserError(f"network {self.name!r}: {key}={size!r} must be at least 1, or null")
+                raise UserError(f"network {self.name!r}: {key}={size!r} must be an integer >= 1, or null")
         if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
-            raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be at least 1")
+            raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be an integer >= 1")
         try:
-            # A private copy in its JSON form: equal specs are then equal whatever file they came from.
+            # A private copy in JSON form, so that specs compare equal whatever file they came from.
             options = json.loads(json.dumps(dict(self.options)))
         except (TypeError, ValueError) as error:
             raise UserError(f"network {self.name!r}: options {self.options!r} are not JSON-able ({error})") from None
         object.__setattr__(self, "options", options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as plain JSON-able values; an image size or a projection of None is left out."""
+        """Returns the spec as JSON-able values, without an image size or a projection of None."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {key: value for key, value in values.items() if key not in _OPTIONAL or value is not None}
 
@@ -138,7 +140,7 @@ class NetworkSpec:
             rest = {key: value for key, value in values.items() if key != "normalization"}
             return cls(normalization=statistics, **rest)
         except (TypeError, KeyError) as error:
-            raise UserError(f"not a network spec: {values!r:.300} ({error})") from None
+            raise UserError(f"not a network spec: {values!r:.300} ({type(error).__name__}: {error})") from None
 
 
 class NetworkOutput(NamedTuple):
@@ -156,12 +158,12 @@ class NetworkOutput(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """Outputs of M frozen teachers for a batch. No tensor here carries a gradient.
+    """Outputs of M frozen teachers for a batch, without gradients.
 
     Attributes:
         logits: [M, B, C].
         pooled: M tensors [B, D_m].
-        stages: for each teacher the requested stage outputs (empty without any).
+        stages: the requested stage outputs of each teacher (M dicts), [B, channels, height, width].
     """
 
     logits: Tensor
@@ -170,16 +172,21 @@ class TeacherOutput(NamedTuple):
 
     @classmethod
     def of(cls, outputs: Sequence[NetworkOutput], stages: Sequence[str]) -> TeacherOutput:
-        """Joins the outputs of M networks, with the named stages, averaged here if their names have a grid."""
+        """Joins the outputs of M networks, restricted to some stages; names with a grid are averaged here.
 
-        def named(found: Mapping[str, Tensor], name: str) -> Tensor:
+        Args:
+            outputs: one for each of the M networks.
+            stages: names of stages, with or without a grid (`on_grid`).
+        """
+
+        def output_of(name: str, outputs: Mapping[str, Tensor]) -> Tensor:
             stage, grid = stage_and_grid(name)
-            return found[name] if name in found else averaged(found[stage], grid)
+            return outputs[name] if name in outputs else averaged(outputs[stage], grid)
 
         return cls(
             torch.stack([output.logits for output in outputs]),
             tuple(output.pooled for output in outputs),
-            tuple({name: named(output.stages, name) for name in stages} for output in outputs),
+            tuple({name: output_of(name, output.stages) for name in stages} for output in outputs),
         )
 
 
@@ -187,10 +194,10 @@ class StudentOutput(NamedTuple):
     """Outputs of a branched student for a batch.
 
     Attributes:
-        logits: [B, C], the ensemble output. For `mean_probs` these are log-probabilities.
+        logits: [B, C], the ensemble output; log-probabilities for `mean_probs`.
         branch_logits: [K, B, C].
         pooled: [K, B, D], pooled features of each branch.
-        stages: stage outputs of each branch (K dicts); shared stages appear in every one of them.
+        stages: stage outputs of each branch (K dicts), [B, channels, height, width]; every dict has the shared stages.
     """
 
     logits: Tensor
@@ -200,7 +207,7 @@ class StudentOutput(NamedTuple):
 
 
 class Normalize(nn.Module):
-    """Resizes and normalises images [B, 3, H, W] in [0, 1] as the network was trained.
+    """Resizes and normalises images [B, 3, H, W] in [0, 1] as in the network's training.
 
     Attributes:
         image_size: As in `NetworkSpec`.
@@ -212,48 +219,48 @@ class Normalize(nn.Module):
     def __init__(self, statistics: Normalization, image_size: int | None = None) -> None:
         super().__init__()
         self.image_size = image_size
-        # Not persistent: the statistics belong to the spec, so they cannot contradict it.
+        # Not persistent: the spec holds the statistics, and weights must not contradict it.
         self.register_buffer("mean", torch.tensor(statistics.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(statistics.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns (images - mean) / std in the network's own floating-point type.
+        """Returns (images - mean) / std in the network's floating-point type, [B, 3, H, W] (or resized).
 
         Raises:
-            TypeError: when the images are integers; they are expected in [0, 1].
+            TypeError: when the images are not floating point.
         """
         if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; divide by 255")
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}; convert uint8 by / 255")
         if self.image_size is not None:
             images = resized(images, self.image_size)
         return ((images - self.mean) / self.std).to(self.mean.dtype)
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Resizes images [B, 3, H, W] to `size` pixels a side, bilinearly with antialiasing; exact at that size."""
+    """Resizes images [B, 3, H, W] to [B, 3, size, size], bilinearly with antialiasing; the identity at that size."""
     return nn.functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def through(stages: nn.ModuleDict, maps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Runs stages one after the other; returns the last output (of none: what went in), and each by name."""
+    """Runs stages in order; returns the last output (the input if there are no stages), and all outputs by name."""
     outputs: dict[str, Tensor] = {}
     for name, stage in stages.items():
         maps = outputs[name] = stage(maps)
     return maps, outputs
 
 
-_GRID = "."  # in no stage's own name: modules cannot have it there
+_GRID = "."  # separates stage and grid; names of modules cannot contain it
 
 
 def on_grid(stage: str, grid: int | None) -> str:
-    """Name of a stage's output averaged to grid × grid, such as `stage2.4x4`; without a grid the stage's own."""
+    """Returns the name of a stage's output averaged to grid × grid, e.g. `stage2.4x4`; without a grid the stage's."""
     return stage if grid is None else f"{stage}{_GRID}{grid}x{grid}"
 
 
 def stage_and_grid(name: str) -> tuple[str, int | None]:
-    """Takes a name of `on_grid` apart."""
-    stage, _, sides_of_grid = name.partition(_GRID)
-    return stage, int(sides_of_grid.partition("x")[0]) if sides_of_grid else None
+    """Splits a name of `on_grid` into stage and grid; the grid is None for a stage's own name."""
+    stage, _, size = name.partition(_GRID)
+    return stage, int(size.partition("x")[0]) if size else None
 
 
 def averaged(maps: Tensor, grid: int | None) -> Tensor:
@@ -273,7 +280,12 @@ def average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shape_at(shapes: Mapping[str, tuple[int, int, int]], name: str) -> tuple[int, int, int]:
-    """Shape (channels, height, width) of a stage's output, or of that on a grid, from the stages' own shapes."""
+    """Returns the shape (channels, height, width) of a stage's output, averaged if its name has a grid.
+
+    Args:
+        shapes: shapes of the stages' outputs, by the stages' own names.
+        name: a stage's name, with or without a grid (`on_grid`).
+    """
     stage, grid = stage_and_grid(name)
     return shapes[stage] if grid is None else (shapes[stage][0], grid, grid)
 
@@ -284,7 +296,7 @@ def pool(maps: Tensor) -> Tensor:
 
 
 class GlobalPool(nn.Module):
-    """The usual neck: `pool` as a module."""
+    """The default neck: `pool` as a module."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Maps [B, D, height, width] to [B, D]."""
@@ -292,16 +304,16 @@ class GlobalPool(nn.Module):
 
 
 class StagedNetwork(nn.Module):
-    """A classifier made of an own normalisation, named stages, a neck and a head.
+    """A classifier that consists of its own normalisation, named stages, a neck and a head.
 
     Attributes:
-        spec: what the network was built from; enough to build it again.
-        normalize: brings images to the spec's size and normalisation.
+        spec: the spec that the network was built from; it suffices to build it again.
+        normalize: resizes and normalises images as the spec says.
         stages: the stages by name, in the order of execution (`stem`, `stage1`, ...).
-        neck: makes the head's input of the last stage's output; `GlobalPool` but for networks of other libraries.
+        neck: maps the last stage's output to the head's input; `GlobalPool` except in networks of other libraries.
         head: the linear classifier; an identity in a network of another library that does not end with one.
         num_features: D, the width of the head's input; 0 without a linear head.
-        fixed_size: side in pixels of the only images that its stages take; None where any size will do.
+        fixed_size: side in pixels of the only image size that the stages accept; None if they accept any.
     """
 
     stages: nn.ModuleDict
@@ -317,18 +329,18 @@ class StagedNetwork(nn.Module):
         head: nn.Module | None = None,
         fixed_size: int | None = None,
     ) -> None:
-        """Assembles the network; what is handed in keeps its weights.
+        """Assembles the network from modules, which keep their weights.
 
         Args:
-            spec: what the network is built from.
+            spec: the network's spec.
             stages: name to module, in the order of execution.
-            num_features: D, for a global pool the number of channels of the last stage's output.
-            neck: None makes a global pool.
-            head: None makes a fresh linear classifier [D -> C].
-            fixed_size: side in pixels of the only images that the stages take; None where any size will do.
+            num_features: D; with a global pool, the number of channels of the last stage's output.
+            neck: None for a global pool.
+            head: None for a newly initialised linear classifier [D -> C].
+            fixed_size: side in pixels of the only image size that the stages accept; None if they accept any.
 
         Raises:
-            UserError: when the spec's image size is another than the fixed one.
+            UserError: when the spec's image size differs from the fixed one.
         """
         super().__init__()
         self.spec = spec
@@ -347,17 +359,17 @@ class StagedNetwork(nn.Module):
         return tuple(self.stages)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Applies the network's own classifier, held fixed; features get a gradient, weights none.
+        """Applies the network's classifier with frozen weights; gradients flow to the features only.
 
         Args:
-            features: [B, D], or maps as the last stage gives them [B, channels, height, width].
+            features: [B, D], or maps like the last stage's output, [B, channels, height, width].
 
         Returns:
             Logits [B, C], in the floating-point type of the head.
         """
         assert isinstance(self.head, nn.Linear), "a network without pooled features has no classifier of its own"
         pooled = self.neck(features) if features.dim() == 4 else features
-        # Detached: the classifier is frozen, but a plain loop may have left its requires_grad on.
+        # Detached, since in a plain loop the classifier may still have requires_grad.
         bias = None if self.head.bias is None else self.head.bias.detach()
         return nn.functional.linear(pooled.to(self.head.weight.dtype), self.head.weight.detach(), bias)
 
@@ -376,7 +388,7 @@ class StagedNetwork(nn.Module):
         return self.head(self.neck(maps))
 
     def outputs(self, images: Tensor) -> NetworkOutput:
-        """Like `forward`, with the pooled features [B, D] and every stage's output.
+        """Classifies images, and returns pooled features and the outputs of all stages as well.
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
@@ -388,10 +400,10 @@ class StagedNetwork(nn.Module):
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
         """Returns the shape (channels, height, width) of each stage's output.
 
-        Nothing is computed (meta device) and this network is not touched.
+        Nothing is computed (meta device), and the network does not change.
 
         Raises:
-            UserError: when the network does not take images of this size.
+            UserError: when the network does not accept images of this size.
         """
         check_size(self.spec, self.fixed_size, image_size)
         probe = copy.deepcopy(nn.ModuleList([self.normalize, self.stages])).to("meta").eval()
@@ -401,21 +413,22 @@ class StagedNetwork(nn.Module):
 
 
 def check_size(spec: NetworkSpec, fixed_size: int | None, image_size: ImageSize) -> None:
-    """Checks that a network of fixed size can take images of this size; a spec's own size resizes any.
+    """Checks that a network of fixed size accepts images of this size; a spec with an image size accepts any.
 
     Raises:
-        UserError: with the size that it takes.
+        UserError: with the accepted size.
     """
     height, width = sides(image_size if spec.image_size is None else spec.image_size)
     if fixed_size is not None and (height, width) != (fixed_size, fixed_size):
         raise UserError(
-            f"network {spec.name!r} takes images of {fixed_size}×{fixed_size} pixels alone, not of {height}×{width}: "
-            f"image_size={fixed_size} brings them to that size; options={{img_size: {height}}} builds timm's for these"
+            f"network {spec.name!r} accepts only images of {fixed_size}×{fixed_size} pixels, not {height}×{width}: "
+            f"set image_size={fixed_size} to resize them, or options={{img_size: {height}}} to build a timm network "
+            "for their size"
         )
 
 
 def in_memory_format(module: _ModuleT, memory_format: torch.memory_format) -> _ModuleT:
-    """Converts a module's four-dimensional parameters to a memory format; attention keeps tables of five."""
+    """Converts a module's four-dimensional parameters to a memory format; other parameters cannot have it."""
     for parameter in module.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
@@ -423,10 +436,9 @@ def in_memory_format(module: _ModuleT, memory_format: torch.memory_format) -> _M
 
 
 def he_initialised(network: StagedNetwork) -> StagedNetwork:
-    """Draws the convolutions of a network's stages as He et al. 2015 do, as in the residual networks' papers.
+    """Initialises the convolutions of a network's stages as in He et al. 2015, and returns the network.
 
-    Biases of convolutions become 0; linear layers and batch norms stay as they are. Builders call it for modules that
-    they have just made.
+    Biases of convolutions become 0; linear layers and batch norms do not change. Builders call it for new modules.
     """
     for module in network.stages.modules():
         if isinstance(module, nn.Conv2d):
@@ -436,9 +448,9 @@ def he_initialised(network: StagedNetwork) -> StagedNetwork:
     return network
 
 
-def imagined(network: Any, image_size: ImageSize) -> Any:
-    """Returns a network's outputs for one image on the meta device; nothing is computed."""
-    # A copy in eval mode: a forward in train mode would move the batch norm statistics.
+def meta_outputs(network: Any, image_size: ImageSize) -> Any:
+    """Returns a network's outputs for one image on the meta device, where nothing is computed."""
+    # A copy in eval mode: a forward pass in train mode would update the batch norm statistics.
     probe = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad():
         return probe.outputs(torch.empty(1, 3, *sides(image_size), device="meta"))

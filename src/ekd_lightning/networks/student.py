@@ -21,7 +21,7 @@ from ekd_lightning.networks.staged import (
     StagedNetwork,
     StudentOutput,
     check_size,
-    imagined,
+    meta_outputs,
     pool,
     shapes_of,
     through,
@@ -32,7 +32,7 @@ NO_SPLIT = "none"
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """Half-precision logits in float32; the coupling is always computed at least in float32."""
+    """Converts half-precision logits to float32, in which (or wider) the branches are always combined."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -47,7 +47,7 @@ class Trunk(nn.Module):
         self.stages = nn.ModuleDict({name: network.stages[name] for name in names})
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the trunk's output [B, channels, height, width] and that of each of its stages."""
+        """Returns the trunk's output [B, channels, height, width] and the outputs of its stages."""
         return through(self.stages, self.normalize(images))
 
 
@@ -63,14 +63,14 @@ class Branch(nn.Module):
         self.head = network.head
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Returns logits [B, C], pooled features [B, D] and the output of each of its stages."""
+        """Returns logits [B, C], pooled features [B, D] and the outputs of the branch's stages."""
         maps, outputs = through(self.stages, maps)
         pooled = self.neck(maps)
         return self.head(pooled), pooled, outputs
 
 
 class Gate(nn.Module):
-    """Weights of the branches per image, from the pooled trunk (Lan et al. 2018, ONE)."""
+    """Weights of the branches for each image, from the trunk's pooled output (Lan et al. 2018, ONE)."""
 
     def __init__(self, num_features: int, branches: int) -> None:
         super().__init__()
@@ -84,15 +84,19 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[int]) -> None:
-        """Drops all branches but these; a score depends on its own branch's row alone."""
+        """Drops all other branches; the scores of those kept do not change.
+
+        Args:
+            kept: Positions of the branches to keep, 0 .. K-1, in the new order.
+        """
         self.fc.out_features = self.bn.num_features = len(kept)
         for value in (*self.parameters(), *self.buffers()):
-            if value.ndim:  # all but the counter of batches
+            if value.ndim:  # all except num_batches_tracked
                 value.data, value.grad = value[list(kept)], None
 
 
 def couple(branch_logits: Tensor, ensemble: str, weights: Tensor | None = None) -> Tensor:
-    """Couples the branches' logits into one prediction.
+    """Combines the branches' logits into one prediction.
 
     Args:
         branch_logits: [K, B, C].
@@ -104,29 +108,29 @@ def couple(branch_logits: Tensor, ensemble: str, weights: Tensor | None = None) 
     """
     logits = _wide(branch_logits)
     if weights is not None:
-        # Not einsum: autocast would compute it in half precision.
+        # Not einsum, which autocast would compute in half precision.
         return (weights.to(logits.dtype).T.unsqueeze(-1) * logits).sum(dim=0)
     if ensemble == "mean_probs":
-        # log(1/K Σ p_k) without ever leaving the log domain.
+        # log(1/K Σ p_k), computed in the log domain.
         return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
     return logits.mean(dim=0)
 
 
 class BranchedStudent(nn.Module):
-    """K branches over a shared trunk, all cut from copies of one network.
+    """K branches on a shared trunk, all cut from copies of one network.
 
-    The trunk and branch 0 are the first network built, branch k the k-th: every branch starts from
-    its own draw, and a student with one branch is the plain network of the same seed. Names in the
-    state dict are `trunk.stages.<stage>.*`, `branches.<k>.stages.<stage>.*`, `branches.<k>.head.*`
-    and `gate.*`.
+    The trunk and branch 0 come from the first network that is built, branch k from the k-th (counted from 0): every
+    branch has its own random initialisation, and a student with one branch is the plain network of the same seed.
+    Names in the state dict are `trunk.stages.<stage>.*`, `branches.<k>.stages.<stage>.*`, `branches.<k>.head.*` and
+    `gate.*`.
 
     Attributes:
         spec: the network that trunk and branches are cut from.
-        ensemble: how the branches are coupled: `mean_logits`, `mean_probs` or `gate`.
+        ensemble: how the branches' logits are combined: `mean_logits`, `mean_probs` or `gate`.
         split_after: the last shared stage, or `none`.
-        stage_names: names of the stages that every branch has, the shared ones included, in order.
+        stage_names: names of the stages from image to head, shared stages included, in order.
         num_features: D, the width of every head's input.
-        fixed_size: side in pixels of the only images that its network takes; None where any size will do.
+        fixed_size: side in pixels of the only image size that the network accepts; None if it accepts any.
     """
 
     def __init__(self, spec: NetworkSpec, *, branches: int, split_after: str, ensemble: str = "mean_logits") -> None:
@@ -135,14 +139,14 @@ class BranchedStudent(nn.Module):
         Args:
             spec: the network that trunk and branches are cut from.
             branches: K, at least 1.
-            split_after: the last shared stage, or `none` for K separate networks. After the last
-                stage, the branches are heads only.
+            split_after: the last shared stage, or `none` for K separate networks. If it is the network's last stage,
+                the branches are heads only.
             ensemble: `mean_logits`; `mean_probs` (the log of the mean softmax); or `gate` (learned
-                weights of the branches' logits, from the pooled trunk).
+                weights of the branches' logits, from the trunk's pooled output).
 
         Raises:
-            UserError: on fewer than one branch, a stage that the network does not have, an unknown
-                ensemble, or a gate without a trunk.
+            UserError: for fewer than one branch, a stage that the network does not have, an unknown ensemble, or a
+                gate without a trunk; and as `registry.build_network`.
         """
         super().__init__()
         _check(branches, split_after, ensemble)
@@ -175,7 +179,7 @@ class BranchedStudent(nn.Module):
         return self.spec.num_classes
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the constructor's arguments as plain JSON-able values."""
+        """Returns the constructor's arguments as JSON-able values."""
         rest = {"branches": self.num_branches, "split_after": self.split_after, "ensemble": self.ensemble}
         return {"spec": self.spec.to_dict(), **rest}
 
@@ -188,38 +192,39 @@ class BranchedStudent(nn.Module):
         return self.outputs(images).logits
 
     def outputs(self, images: Tensor, stages: Sequence[str] | None = None) -> StudentOutput:
-        """Like `forward`, with each branch's logits, pooled features and stage outputs.
+        """Classifies images, and returns the logits, pooled features and stage outputs of each branch as well.
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
-            stages: The stages whose outputs are wanted; None for all. A compiler need not keep the others.
+            stages: The stages whose outputs are returned; None for all. A compiler can drop the others.
         """
         maps, shared = self.trunk(images)
         results = [branch(maps) for branch in self.branches]
         branch_logits = torch.stack([logits for logits, _, _ in results])
         pooled = torch.stack([features for _, features, _ in results])
         wanted = self.stage_names if stages is None else stages
-        everything = [{**shared, **own} for _, _, own in results]
-        kept = tuple({name: outputs[name] for name in wanted} for outputs in everything)
+        found = tuple({name: (own if name in own else shared)[name] for name in wanted} for _, _, own in results)
         logits = couple(branch_logits, self.ensemble, None if self.gate is None else self.gate(maps))
-        return StudentOutput(logits, branch_logits, pooled, kept)
+        return StudentOutput(logits, branch_logits, pooled, found)
 
     def stage_shapes(self, image_size: ImageSize = 32) -> dict[str, tuple[int, int, int]]:
         """Returns the shape (channels, height, width) of each stage's output in every branch.
 
-        Nothing is computed (meta device) and the student is not touched.
+        Nothing is computed (meta device), and the student does not change.
 
         Raises:
-            UserError: when its network does not take images of this size.
+            UserError: when its network does not accept images of this size.
         """
         check_size(self.spec, self.fixed_size, image_size)
-        return shapes_of(imagined(self, image_size).stages[0])
+        return shapes_of(meta_outputs(self, image_size).stages[0])
 
 
 def _check(branches: int, split_after: str, ensemble: str) -> None:
     if not isinstance(branches, int) or isinstance(branches, bool) or branches < 1:
-        raise UserError(f"branches={branches!r}: a student has at least 1 branch")
+        raise UserError(f"branches={branches!r} is not allowed; give an integer >= 1")
     if ensemble not in ENSEMBLES:
         raise unknown_name("ensemble", ensemble, ENSEMBLES)
     if ensemble == "gate" and split_after == NO_SPLIT:
-        raise UserError("ensemble='gate' reads the shared trunk, and split_after='none' leaves none (use a stage)")
+        raise UserError(
+            "ensemble='gate' needs a shared trunk, but split_after='none' leaves none; set split_after to a stage"
+        )

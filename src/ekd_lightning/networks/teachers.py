@@ -1,4 +1,4 @@
-"""Teacher ensemble: M frozen teachers that cannot change and never enter a checkpoint.
+"""Teacher ensemble: M frozen teachers, which no checkpoint contains.
 
 Shape letters: B batch, C classes, D features, M teachers.
 """
@@ -22,11 +22,11 @@ class TeacherIdentity:
     """Identity of a teacher in the run's record.
 
     Attributes:
-        id: its name: the zoo id, the file's stem, or the key in the teacher store.
-        sha256: `weights.state_sha256` of the network, independent of the file it came from.
+        id: the teacher's name: the zoo id, the file's stem, or the key in the teacher store.
+        sha256: `weights.state_sha256` of the network; it does not depend on the file that holds the weights.
         source: `zoo`, `file` or `trained`.
         network: name of its network.
-        detail: anything else worth recording (file, its SHA-256, accuracy, recipe); JSON-able.
+        detail: further facts (file, its SHA-256, accuracy, recipe); JSON-able.
     """
 
     id: str
@@ -39,8 +39,8 @@ class TeacherIdentity:
 class TeacherEnsemble(nn.Module):
     """M teachers: always in eval mode, without gradients, absent from every state dict.
 
-    Members move with `.to(device)` like any module. A state dict that holds weights for them is
-    reported as having unexpected keys, and they are not loaded: teachers come from their own files.
+    Members move with `.to(device)` like any module. Teachers come from their own files: `load_state_dict` reports
+    weights for them as unexpected keys and does not load them.
 
     Attributes:
         members: the M networks.
@@ -48,14 +48,14 @@ class TeacherEnsemble(nn.Module):
     """
 
     def __init__(self, members: Sequence[StagedNetwork], identities: Sequence[TeacherIdentity]) -> None:
-        """Takes ownership of the members and freezes them (no copies are made).
+        """Freezes the members, without copying them.
 
         Args:
             members: M networks, at least one, all with the same number of classes.
-            identities: who they are, in the same order.
+            identities: their identities, in the same order.
 
         Raises:
-            UserError: when there are no members, or they disagree on the number of classes.
+            UserError: when there are no members, or their numbers of classes differ.
             ValueError: when there is not one identity for each member.
         """
         super().__init__()
@@ -70,7 +70,7 @@ class TeacherEnsemble(nn.Module):
                     f"{members[0].spec.num_classes}, {identity.id!r} has {member.spec.num_classes}"
                 )
         self.identities = tuple(identities)
-        # In a tuple they are no submodules: no state dict, optimiser or `.train()` of a parent reaches them.
+        # A tuple, so that they are not submodules: no state dict, optimiser or `.train()` of a parent reaches them.
         self.members = tuple(member.eval().requires_grad_(False) for member in members)
 
     @property
@@ -98,10 +98,10 @@ class TeacherEnsemble(nn.Module):
         return tuple(member.stage_shapes(image_size) for member in self.members)
 
     def check_stages(self, stages: Sequence[str]) -> None:
-        """Checks that every teacher has these stages, on a grid or not.
+        """Checks that every teacher has these stages (with or without a grid, see `staged.on_grid`).
 
         Raises:
-            UserError: Naming the first stage that a teacher lacks, and that teacher.
+            UserError: For the first stage that a teacher lacks.
         """
         for member, identity in zip(self.members, self.identities, strict=True):
             for name, _ in map(stage_and_grid, stages):
@@ -109,7 +109,7 @@ class TeacherEnsemble(nn.Module):
                     raise unknown_name(f"stage of teacher {identity.id!r}:", name, member.stage_names)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TeacherEnsemble:
-        for member in self.members:  # `.to(device)` does reach them
+        for member in self.members:  # `.to(device)` must reach them
             member._apply(fn, recurse)
         return self
 
@@ -120,11 +120,11 @@ class TeacherEnsemble(nn.Module):
 
         Args:
             images: [B, 3, H, W] in [0, 1], not normalised.
-            stages: names of stages whose outputs are wanted from every teacher; `stage2.4x4` is that of stage2 on a
-                grid, see `staged.on_grid`.
+            stages: names of the stages to return for every teacher; `stage2.4x4` is stage2 averaged to a grid, see
+                `staged.on_grid`.
 
         Returns:
-            Logits [M, B, C], pooled features M x [B, D_m], and the requested stages.
+            Logits [M, B, C], pooled features M × [B, D_m], and the requested stages.
 
         Raises:
             UserError: when a teacher does not have one of the stages.
@@ -133,10 +133,10 @@ class TeacherEnsemble(nn.Module):
         return TeacherOutput.of([member.outputs(images) for member in self.members], stages)
 
     def verify(self) -> None:
-        """Checks the hash of every member.
+        """Checks that no member has changed.
 
         Raises:
-            RuntimeError: when the hash of a member is not that of its identity.
+            RuntimeError: when a member's hash differs from that of its identity.
         """
         for member, identity in zip(self.members, self.identities, strict=True):
             found = state_sha256(member)

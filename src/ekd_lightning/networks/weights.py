@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files of this package, and foreign checkpoints, read without trust."""
+"""Weights on disk: safetensors files of this package, and foreign checkpoints, which are read without trust."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "e
 
 
 def save_network(path: str | Path, network: StagedNetwork, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a network as safetensors, its spec in the metadata; a reader never sees half a file.
+    """Writes a network as safetensors with its spec in the metadata; the file appears only when it is complete.
 
     Args:
-        path: the file to write; missing folders are made.
-        network: what to write.
-        metadata: further strings to keep in the file.
+        path: the file to write; missing folders are created.
+        network: the network to write.
+        metadata: further strings to store in the file.
 
     Raises:
         UserError: when the file cannot be written.
-        ValueError: when the metadata are not strings or use a name that is ours (`ekd_*`).
+        ValueError: when the metadata are not strings or use a reserved name (`ekd_*`).
     """
     _save(Path(path), network, "network", network.spec.to_dict(), metadata or {})
 
 
 def load_network(path: str | Path) -> StagedNetwork:
-    """Reads what `save_network` wrote. The global random generator is not advanced.
+    """Reads a file of `save_network`. The global random generator is not advanced.
 
     Returns:
         The network on the CPU, in eval mode.
 
     Raises:
-        UserError: when the file is missing, damaged, not a network of ours, or does not fit its spec.
+        UserError: when the file is missing, damaged, not a network of this package, or does not fit its spec.
     """
     path = Path(path)
-    tensors = _read_tensors(path)  # first: a damaged description might describe a network of any size
+    tensors = _read_tensors(path)  # first, as it checks the checksum: a damaged spec may describe a huge network
     with _described(path, "network") as values, torch.random.fork_rng(devices=[]):
         network = build_network(NetworkSpec.from_dict(values))
     _fill(path, network, tensors)
@@ -64,13 +64,13 @@ def save_student(path: str | Path, student: BranchedStudent, metadata: Mapping[s
 
 
 def load_student(path: str | Path) -> BranchedStudent:
-    """Reads what `save_student` wrote. The global random generator is not advanced.
+    """Reads a file of `save_student`. The global random generator is not advanced.
 
     Returns:
         The student on the CPU, in eval mode.
 
     Raises:
-        UserError: when the file is missing, damaged, not a student of ours, or does not fit itself.
+        UserError: when the file is missing, damaged, not a student of this package, or does not fit its spec.
     """
     path = Path(path)
     tensors = _read_tensors(path)
@@ -81,10 +81,10 @@ def load_student(path: str | Path) -> BranchedStudent:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Reads the strings kept in a safetensors file, without its tensors; its checksum is not among them.
+    """Reads the metadata of a safetensors file, without its tensors and its checksum.
 
     Raises:
-        UserError: when the file is missing or not a whole safetensors file.
+        UserError: when the file is missing or not a complete safetensors file.
     """
     path = Path(path)
     _require_file(path)
@@ -96,7 +96,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec:
-    """Reads the spec of a network's file, without its weights.
+    """Reads the spec of a file of `save_network`, without its weights.
 
     Raises:
         UserError: when the file is missing, damaged, or holds something else.
@@ -106,7 +106,7 @@ def read_spec(path: str | Path) -> NetworkSpec:
 
 
 def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
-    """Hashes a network's spec and weights, whatever file, device or memory layout they are in.
+    """Hashes a network's spec and weights; the hash does not depend on file, device or memory format.
 
     Returns:
         64 hexadecimal digits.
@@ -120,32 +120,35 @@ def state_sha256(network: StagedNetwork | BranchedStudent) -> str:
 
 
 def answers_sha256(sha256: str, network: str) -> str:
-    """Hashes what determines a network's outputs: its `state_sha256` and, of a library's network, the version.
+    """Hashes everything that determines a network's outputs: its `state_sha256`, and the version of its library.
 
     Args:
         sha256: The network's `state_sha256`.
-        network: Its registered name, or that of a library.
+        network: The network's name.
+
+    Returns:
+        64 hexadecimal digits; for networks of this package `sha256` itself.
     """
     version = library_version(network)
     return hashlib.sha256(f"{sha256} {version}".encode()).hexdigest() if version else sha256
 
 
 def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> dict[str, Tensor]:
-    """Reads the tensors of a foreign checkpoint; nothing in it is ever executed.
+    """Reads the tensors of a foreign checkpoint without executing code in it.
 
-    A wrapping `state_dict`, `model_state_dict`, `model_ema`, `model`, `net` or the like is opened, and the `module.` of
-    data-parallel training is taken off the names. Files named `*.safetensors` are read as such.
+    The usual keys of weights (`state_dict`, `model_state_dict`, `model_ema`, `model`, `net` and the like) are followed,
+    and the prefix `module.` of data-parallel training is removed. Files `*.safetensors` are read as safetensors.
 
     Args:
         path: the checkpoint.
-        state_key: the key that holds the weights, for checkpoints that have several or another; dots go deeper.
+        state_key: key of the weights, if there are several or the key is unusual; dots separate nested keys.
 
     Returns:
         Name to tensor, on the CPU.
 
     Raises:
-        UserError: when the file is missing or damaged, would run code when unpickled, or holds
-            anything but named tensors.
+        UserError: when the file is missing or damaged, would run code when unpickled, lacks the key, or holds anything
+            but named tensors.
     """
     path = Path(path)
     _require_file(path)
@@ -154,7 +157,7 @@ def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> d
         for key in state_key.split("."):
             if not isinstance(content, Mapping) or key not in content:
                 keys = list(content) if isinstance(content, Mapping) else []
-                raise unknown_name(f"{path}: key", state_key, [str(one) for one in keys])
+                raise unknown_name(f"{path}: key", state_key, map(str, keys))
             content = content[key]
     while isinstance(content, Mapping):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
@@ -163,10 +166,10 @@ def read_foreign_checkpoint(path: str | Path, state_key: str | None = None) -> d
         content = inner
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: holds no weights (a {type(content).__name__}, not named tensors)")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if strange:
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
         raise UserError(
-            f"{path}: holds things that are not tensors: {few(strange)} (state_key=KEY says where the weights are)"
+            f"{path}: holds values that are not tensors: {few(others)}; give the key of the weights by state_key=KEY"
         )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
@@ -177,35 +180,37 @@ def _load_untrusted(path: Path) -> Any:
             return safetensors.torch.load_file(str(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch names the callable that the file asks for; a damaged file has none to name.
-        asked = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w]*\.?[\w.]*)", str(error))
-        if asked or "nsupported" in str(error):
-            wanted = f" ({asked.group(1)})" if asked else ""
-            raise UserError(f"{path}: refused, opening it would run code{wanted}; it must hold tensors only") from None
+        # PyTorch's message names the callable that the file would run; for a damaged file it names none.
+        found = re.search(r"(?:GLOBAL|class|global) ([A-Za-z_][\w]*\.?[\w.]*)", str(error))
+        if found or "nsupported" in str(error):
+            code = f" ({found.group(1)})" if found else ""
+            raise UserError(f"{path}: refused, opening it would run code{code}; it must hold tensors only") from None
         raise UserError(f"{path}: not a checkpoint, or damaged") from None
-    except Exception as error:  # damaged files make the readers fail in many ways
+    except Exception as error:  # damaged files raise many kinds
         raise UserError(f"{path}: not a checkpoint, or damaged ({one_line(error)})") from None
 
 
 def _save(path: Path, module: nn.Module, kind: str, spec: dict[str, Any], metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key.startswith("ekd_"):
-            raise ValueError(f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are ours")
+            raise ValueError(
+                f"metadata {key!r}: {value!r} must be strings, and names starting with 'ekd_' are reserved"
+            )
     write_sealed_tensors(path, module.state_dict(), {**metadata, _KIND: kind, _SPEC: json.dumps(spec)})
 
 
 def write_sealed_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes named tensors as safetensors with a checksum of the whole file in its metadata; see `files.replacing`."""
+    """Writes named tensors as safetensors with a checksum of the file in its metadata; see `files.replacing`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, seal(safetensors.torch.save(state, {**(metadata or {}), SEAL: UNSEALED})))
 
 
 def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file; its checksum is checked if it has one.
+    """Reads the tensors of a safetensors file, and verifies its checksum if it has one.
 
     Raises:
-        DamagedFileError: If it is no safetensors file, not what was written, or cannot be read.
-        FileNotFoundError: If there is none.
+        DamagedFileError: If it is not a safetensors file, differs from its checksum, or cannot be read.
+        FileNotFoundError: If it does not exist.
     """
     content = read_bytes(path)
     require_intact(path, content)
@@ -217,7 +222,7 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _described(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Yields a file's description of what it holds; what is wrong with that, in the block, too, names the file."""
+    """Yields the spec in a file's metadata; errors in the block, which builds the module, name the file."""
     metadata = read_metadata(path)
     found = metadata.get(_KIND)
     if found != kind:
@@ -229,6 +234,8 @@ def _described(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its description of the {kind} is damaged ({one_line(error)})") from None
+    except RuntimeError as error:  # a spec of a network that is too large for the memory
+        raise UserError(f"{path}: the {kind} of its description cannot be built ({one_line(error)})") from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -243,7 +250,7 @@ def _fill(path: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its own description ({one_line(error)})") from None
+        raise UserError(f"{path}: its weights do not fit its description ({one_line(error)})") from None
 
 
 def _require_file(path: Path) -> None:

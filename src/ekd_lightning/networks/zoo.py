@@ -1,4 +1,4 @@
-"""Zoo of pretrained teachers by name, each with its address, hash and accuracy."""
+"""Zoo of pretrained teachers by name, each with its URL, hash and accuracy."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class ZooEntry:
 
     Attributes:
         id: its name in the zoo.
-        data: the data set it was trained on, `cifar10` or `cifar100`.
+        data: the data set of its training, `cifar10` or `cifar100`.
         network: its registered network.
         num_classes: C.
-        normalization: name of the normalisation it was trained with.
-        key_map: name of the map from the file's names to ours.
+        normalization: name of its normalisation.
+        key_map: name of the map from the file's tensor names to this package's, see `convert.KEY_MAPS`.
         file: the file's name in a folder of weights.
-        url: where the file is published.
-        sha256: of the file; anything else under that name is refused.
+        url: address of the published file.
+        sha256: SHA-256 of the file; other files of its name are refused.
         accuracy: top-1 in percent on the 10,000 official test images.
-        source: who trained it, and where the file is from.
-        licence: under which terms it is published.
+        source: author and origin of the file.
+        licence: licence of the file.
         options: options of the network.
     """
 
@@ -55,12 +55,12 @@ class ZooEntry:
 
     @property
     def spec(self) -> NetworkSpec:
-        """The network of this entry."""
+        """The spec of this entry's network."""
         return NetworkSpec(self.network, self.num_classes, normalization(self.normalization), self.options)
 
 
 def zoo_ids(data: str | None = None) -> tuple[str, ...]:
-    """Returns the names of all entries, or of those trained on one data set, in the zoo's order."""
+    """Returns the names of all entries, or only of those trained on the data set `data`, in the zoo's order."""
     return tuple(name for name, entry in _entries().items() if data in (None, entry.data))
 
 
@@ -68,28 +68,28 @@ def zoo_entry(id: str) -> ZooEntry:
     """Looks up an entry.
 
     Raises:
-        UserError: when there is none of that name; the nearest one is offered.
+        UserError: for an unknown name; the message offers the nearest one.
     """
     return _entries()[id]
 
 
 def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -> tuple[StagedNetwork, ZooEntry]:
-    """Loads a pretrained teacher from a folder of weights, after fetching it there if allowed.
+    """Loads a pretrained teacher from a folder of weights; downloads the file first if it is missing and allowed.
 
-    Concurrent runs fetch a file once (file lock), and a file appears in the folder whole or not at
-    all. Its SHA-256 is checked before it is opened, wherever it came from.
+    Concurrent runs download a file once (file lock), and it appears in the folder only when complete. Its SHA-256 is
+    always checked before it is opened.
 
     Args:
         id: the entry's name.
-        weights_dir: the folder that holds, or is to hold, the file.
-        download: whether the file may be fetched from the entry's address.
+        weights_dir: the folder of the file.
+        download: whether a missing file may be downloaded from the entry's URL.
 
     Returns:
         The network on the CPU, in eval mode, and its entry.
 
     Raises:
-        UserError: on an unknown name, a missing file that may not or cannot be fetched, a file that
-            is not the published one.
+        UserError: for an unknown name, a missing file that may not or cannot be downloaded, or a file that is not the
+            published one.
     """
     entry = zoo_entry(id)
     path = Path(weights_dir).expanduser() / entry.file
@@ -97,14 +97,14 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
         if not download:
             raise UserError(
                 f"teacher {id!r}: {entry.file} is not in {path.parent}; "
-                f"allow downloads, or put it there from {entry.url}"
+                f"allow downloads, or download it there from {entry.url}"
             )
         _fetch(entry, path)
     found = file_sha256(path)
     if found != entry.sha256:
         raise UserError(
             f"teacher {id!r}: {path} is not the published file (SHA-256 {found[:12]}..., "
-            f"expected {entry.sha256[:12]}...); remove it to have it fetched again"
+            f"expected {entry.sha256[:12]}...); delete it, and it is downloaded again"
         )
     return load_foreign(path, entry.spec, entry.key_map), entry
 
@@ -125,12 +125,15 @@ def _fetch(entry: ZooEntry, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():  # else another run fetched it while this one waited
+            if not path.is_file():  # another run may have fetched it while this one waited
                 torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=entry.sha256, progress=False)
-    except RuntimeError as error:  # of another hash: PyTorch keeps nothing then
-        raise UserError(f"teacher {entry.id!r}: {entry.url} gave another file ({error}); nothing was kept") from None
-    except OSError as error:  # network and disk alike: urllib's errors are OSErrors
+    except RuntimeError as error:  # the hash differs; PyTorch has deleted the file
+        raise UserError(
+            f"teacher {entry.id!r}: {entry.url} gave another file ({error}); nothing was kept, download the published "
+            f"file to {path.parent}"
+        ) from None
+    except OSError as error:  # network and disk: urllib's errors are OSErrors
         raise UserError(
             f"teacher {entry.id!r}: {entry.file} is not in {path.parent} and could not be fetched from "
-            f"{entry.url} ({error}); put the file there by hand"
+            f"{entry.url} ({error}); put the file there by hand, or try again"
         ) from None
