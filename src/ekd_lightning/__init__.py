@@ -44,7 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The pieces of `ekd_lightning.api`, imported when first asked for: `import ekd_lightning` stays cheap."""
+    """Imports names of `ekd_lightning.api` at their first use, so that `import ekd_lightning` stays fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ekd_lightning import api  # noqa: PLC0415
@@ -57,12 +57,12 @@ def __dir__() -> list[str]:
 
 
 def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) -> DeployedModel:
-    """Loads a student for use; nothing that it holds is executed.
+    """Loads an exported student for inference; no code of the file is executed.
 
     Args:
-        name: A file that `ekd-export` wrote, the name of a student that comes with the package
-            (`resnet8-ekd-cifar10`), or USER/REPO on the Hugging Face hub, of which `student.safetensors` is read.
-        device: Where to compute.
+        name: A file that `ekd-export` wrote, the name of a student in the package (`resnet8-ekd-cifar10`), or USER/REPO
+            on the Hugging Face hub, whose `student.safetensors` is read.
+        device: Device of the model.
         revision: Branch, tag or commit of the repository.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Python interface: a whole run in one call, and the parts for a Trainer or a loop of your own."""
+"""Python interface: a whole run in one call, and its parts for your own Trainer or training loop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def distill(
     directory: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Trains one student as `ekd-train` does, with the same defaults and checks; None keeps the default of a setting.
+    """Trains one student as `ekd-train` does, with the same defaults and checks; None keeps a setting's default.
 
     Args:
         data: A configured data set (`cifar10`, `cifar100`, `digits`, ...), or a folder of images with one subfolder per
@@ -109,7 +109,7 @@ def distill(
     words += [override(key, value) for key, value in given.items() if value is not None]
     settings = _compose(*_data_words(data), *words, *overrides)
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: the command ekd-train resume=DIR continues a stopped run")
+        raise UserError(f"resume={settings.resume}: distill() starts new runs; ekd-train resume=DIR continues one")
     if teachers is not None:
         pool = [one if isinstance(one, str) else dict(one) for one in teachers]
         settings = replace(settings, teachers=replace(settings.teachers, pool=pool, count=None))
@@ -121,7 +121,7 @@ def distill(
         if is_rank_zero():
             write_config(config, place)
 
-    with _told_to_ranks(place), reported_by(OnScreen()):
+    with _passed_to_ranks(place), reported_by(OnScreen()):
         try:
             all_callbacks = [*build_callbacks(settings), *callbacks]
             return Run(run(settings, place, config=config, callbacks=all_callbacks, on_start=start), place)
@@ -137,12 +137,12 @@ def method(
     image_size: int = 32,
     overrides: Sequence[str] = (),
 ) -> Method:
-    """Builds a configured method for a student and its teachers, for a `Distiller` or a loop of your own.
+    """Builds a configured method for a student and its teachers, for a `Distiller` or your own training loop.
 
     Args:
         name: The method, e.g. `ekd`.
         student: The student to train.
-        teachers: The M teachers; None for methods without.
+        teachers: The M teachers; None for methods without teachers.
         image_size: Side of the images in pixels.
         overrides: Settings as on the command line, e.g. `["method.terms.feature_branch.weight=0"]`.
 
@@ -187,8 +187,8 @@ def _place(settings: Settings, directory: str | Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _told_to_ranks(place: Path) -> Iterator[None]:
-    """Lightning starts further ranks with this script again: they read here where the run is."""
+def _passed_to_ranks(place: Path) -> Iterator[None]:
+    """Passes the run's directory to further ranks, for which Lightning starts this script again."""
     before = os.environ.get(DIRECTORY)
     os.environ[DIRECTORY] = str(place)
     try:

@@ -1,7 +1,7 @@
-"""Typed settings of a run: what the configuration is turned into at the edge.
+"""Typed settings of a run, into which a command turns the configuration.
 
-Names that are looked up in a registry (data set, network, method term) are checked where the registry is;
-this module checks what can be checked without importing anything heavy.
+This module checks what needs no heavy import. Names in a registry (data set, network, method term) are checked by the
+registry.
 """
 
 from __future__ import annotations
@@ -48,13 +48,18 @@ from ekd_lightning.roles import (
 
 
 def check_name(key: str, value: object) -> None:
-    """Refuses a name that could not be one of a file or folder, as directories of runs have it.
+    """Refuses a name that cannot be part of a run's directory.
 
     Raises:
-        UserError: For separators of paths, control characters, a leading dot, and nothing at all.
+        UserError: For path separators, control characters, a leading dot, and an empty name.
     """
     fits = isinstance(value, str) and value.isprintable() and not re.search(r"[/\\]|^\.|^\s*$", value)
-    _require(fits, key, value, "names folders: no separators, line breaks or leading dot")
+    _require(
+        fits,
+        key,
+        value,
+        "folders are named after it: it must not be empty, begin with a dot, or contain slashes or line breaks",
+    )
 
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
@@ -64,8 +69,7 @@ def _require(condition: bool, key: str, value: object, allowed: str) -> None:
 
 _FROM_MINUS_ONE = {ALLOWED: Range(-1, LARGEST)}
 _COMPILE = ("auto", "always", "never")
-# Flags of the trainer that do not change what is computed, or not as all others do, and values that Lightning takes
-# for what they do not mean, or fails with.
+# Trainer flags with another role than COMPUTED, and the allowed values where Lightning would fail or misread others.
 _TRAINER = {
     **dict.fromkeys(("enable_progress_bar", "enable_checkpointing"), FREE),
     **dict.fromkeys(("accelerator", "strategy", "threads", "deterministic", "benchmark"), ROUNDING),
@@ -85,7 +89,7 @@ _TRAINER = {
     "gradient_clip_algorithm": COMPUTED | one_of("norm", "value") | beside("gradient_clip_val"),
 }
 
-# What some settings count only beside.
+# Settings that have an effect only beside certain values of other settings.
 _OWN = beside("source")
 _CROPS = beside("augmentation", lambda names: "crop_flip" in names)
 _DRAWN = beside("augmentation", lambda names: names not in ("none", "crop_flip", ["none"], ["crop_flip"]))
@@ -101,53 +105,54 @@ _LOGGED = beside("enabled")
 
 @dataclass
 class DataSettings:
-    """Which images, how many of them, and how they are augmented."""
+    """The data set, the training subset and the augmentation."""
 
     name: str = field(default="digits", metadata=PROTOCOL)
-    """Registered data set: digits (bundled), cifar10, cifar100; of images of your own, what they are called."""
+    """Registered data set: digits (bundled), cifar10, cifar100; with a `source`, the name of its data set."""
     source: Optional[str] = field(default=None, metadata=PROTOCOL)
-    """Where other images come from: folder (one subfolder a class), npz (a file), torchvision or huggingface (`name` as
-    they call the data set); null: a registered data set."""
+    """Source of a data set that is not registered: folder (one subfolder per class), npz (a file), torchvision or
+    huggingface (`name` is the data set's name there); null: a registered data set."""
     root: str = field(default="data", metadata=LOCATION)
-    """Folder that holds (or receives) the data set's own folder, or is it."""
+    """Folder of the data set, or the folder above it."""
     cache: str = field(default="store/images", metadata=LOCATION)
-    """Folder of decoded images, which runs share."""
+    """Folder of decoded images, shared by all runs."""
     image_size: Any = field(default=None, metadata=PROTOCOL)
-    """Pixels of the squares that images of your own become, or [height, width]; null: they have one size already."""
+    """Size in pixels to which your own images are resized: the side of a square, or [height, width]; null: all images
+    have the same size already."""
     test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)} | _OWN)
-    """Share of every class that is set aside for testing, by `subset_seed`, where there are no images for that."""
+    """Share of every class set aside as test images, by `subset_seed`, if the source has none of its own."""
     skip_broken: bool = field(default=False, metadata=PROTOCOL)
-    """Whether to go on without images that cannot be read."""
+    """Whether to skip images that cannot be read."""
     download: bool = field(default=True, metadata=LOCATION)
-    """Whether a run may obtain missing data."""
+    """Whether a run may download missing data."""
     fraction: Optional[float] = field(default=None, metadata=PROTOCOL | SHARE)
-    """Share of the training images in (0, 1]; null means all, or what `per_class` says."""
+    """Share of the training images in (0, 1]; null: all of them, or `per_class`."""
     per_class: Optional[int] = field(default=None, metadata=PROTOCOL | COUNT)
     """Training images per class, instead of `fraction`."""
     subset_seed: int = field(default=0, metadata=PROTOCOL | SEED)
-    """Which nested family of subsets; apart from `seed`, so that all seeds of a study see the same images."""
+    """Seed of the nested subsets; not `seed`, so that all seeds of a study use the same images."""
     val_fraction: float = field(default=0.1, metadata=PROTOCOL | {ALLOWED: Range(0, 1, below=True)})
     """Share of the subset held out for validation, in [0, 1)."""
     unlabelled: Optional[str] = field(default=None, metadata=PROTOCOL | {WORDS: ("rest", "split")})
-    """Images to train on without labels: a folder of any shape, `rest` for the training images that the subset leaves
-    out, `split` for the data set's own (STL10 of torchvision); null: none."""
+    """Images to train on without labels: a folder with any subfolders, `rest` for the training images outside the
+    subset, `split` for the data set's own unlabelled split (STL10 of torchvision); null: none."""
     unlabelled_share: Optional[float] = field(default=None, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)})
-    """Their share of each batch of `recipe.batch_size` images, in (0, 1); null: a half."""
+    """Share of unlabelled images in each batch of `recipe.batch_size` images, in (0, 1); null: a half."""
     epoch: str = field(default="labelled", metadata=PROTOCOL | one_of("labelled", "unlabelled"))
-    """Whether an epoch is one pass over the labelled images, or over the unlabelled ones."""
+    """Whether an epoch is one pass over the labelled or over the unlabelled images."""
     augmentation: Any = field(default="crop_flip", metadata=PROTOCOL)
-    """none, crop_flip, resized_crop, cutout, random_erasing, color, randaugment, a transform of torchvision by the
-    name of its class (GaussianBlur), or a list of them, applied in order."""
+    """none, crop_flip, resized_crop, cutout, random_erasing, color, randaugment, the class name of a transform of
+    torchvision (GaussianBlur), or a list of these, applied in order."""
     augmentation_options: dict[str, Any] = field(default_factory=dict, metadata=PROTOCOL)
-    """Options by the augmentations' names: `+data.augmentation_options.cutout.size=8` on the command line."""
+    """Options by the augmentation's name: `+data.augmentation_options.cutout.size=8` on the command line."""
     padding: Optional[int] = field(default=4, metadata=PROTOCOL | {ALLOWED: Range(0, 1024)} | _CROPS)
-    """Of crop_flip: pixels added on every side; null: an eighth of the images' shorter side."""
+    """Pixels that crop_flip adds on every side; null: an eighth of the images' shorter side."""
     flip: bool = field(default=True, metadata=PROTOCOL | _CROPS)
-    """Of crop_flip: whether images are mirrored, too."""
+    """Whether crop_flip also mirrors images."""
     pool_size: int = field(default=64, metadata=PROTOCOL | COUNT)
-    """Draws per image for any augmentation but plain none and crop_flip, whose views are finite by themselves."""
+    """Augmented views per image, drawn once. none and crop_flip do not need it: their views are finite."""
     pool_seed: int = field(default=0, metadata=PROTOCOL | SEED | _DRAWN)
-    """Seed of these draws; apart from `seed`, so that all runs of a study share the teachers' tables."""
+    """Seed of these views; not `seed`, so that all runs of a study share the teacher tables."""
     eval_batch_size: int = field(default=500, metadata=ROUNDING | COUNT)
 
 
@@ -157,14 +162,14 @@ class RecipeSettings:
 
     epochs: int = field(default=60, metadata=PROTOCOL | COUNT)
     batch_size: int = field(default=128, metadata=PROTOCOL | COUNT)
-    """Images per batch over all devices together (an optimiser step, unless gradients are accumulated)."""
+    """Images per batch, summed over all devices; one optimiser step, unless gradients are accumulated."""
     optimizer: str = field(default="sgd", metadata=COMPUTED)
-    """sgd, adamw, or the name of any other class of torch.optim, in upper or lower case."""
+    """sgd, adamw, or the name of another class of torch.optim, in upper or lower case."""
     optimizer_options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
     """Further arguments of that class: `recipe.optimizer=adamw recipe.optimizer_options={betas: [0.9, 0.95]}`."""
     lr: float = field(default=0.1, metadata=COMPUTED | POSITIVE)
     momentum: float = field(default=0.9, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)} | _SGD)
-    """Of sgd alone, as is `nesterov`."""
+    """Momentum of sgd; other optimisers ignore it, and `nesterov`."""
     nesterov: bool = field(default=True, metadata=COMPUTED | _SGD)
     weight_decay: float = field(default=5e-4, metadata=COMPUTED | NOT_NEGATIVE)
     schedule: str = field(default="cosine", metadata=COMPUTED | one_of("cosine", "step", "constant"))
@@ -174,15 +179,15 @@ class RecipeSettings:
     gamma: float = field(default=0.1, metadata=COMPUTED | POSITIVE | _STEPS)
     warmup_epochs: float = field(default=0.0, metadata=COMPUTED | NOT_NEGATIVE)
     ema: float = field(default=0.0, metadata=COMPUTED | {ALLOWED: Range(0, 1, below=True)})
-    """Decay of a moving average of the student's weights, taken after every step; 0 for none. Its test scores are the
-    fields `test_..._ema`. Of the student's recipe alone."""
+    """Decay of a moving average of the student's weights, updated after every step; 0 for none. Its test scores are the
+    fields `test_..._ema`. Teachers have no such average."""
     mixup: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
-    """α of mixup, 0 for none; with `cutmix` on, too, either is taken with equal chance in each batch."""
+    """α of mixup, 0 for none; if `cutmix` is on as well, each batch uses one of the two with equal probability."""
     cutmix: float = field(default=0.0, metadata=PROTOCOL | NOT_NEGATIVE)
     """α of CutMix, 0 for none."""
 
     def check(self, prefix: str) -> None:
-        """Refuses impossible values, naming them with `prefix` (e.g. "recipe").
+        """Refuses impossible values; messages name their keys below `prefix`, e.g. "recipe".
 
         Raises:
             UserError: At the first value outside its range.
@@ -195,7 +200,7 @@ class RecipeSettings:
         _require(fits, f"{prefix}.warmup_epochs", self.warmup_epochs, f"must be below {prefix}.epochs={self.epochs}")
 
     def changed(self, changes: dict[str, Any], key: str) -> RecipeSettings:
-        """This recipe with other values for some settings, which messages call `key`.
+        """This recipe with other values for some settings; messages name their keys below `key`.
 
         Raises:
             UserError: For an unknown setting, or a value of another type or outside its range.
@@ -211,26 +216,26 @@ class RecipeSettings:
         return recipe
 
     def key(self) -> dict[str, Any]:
-        """A recipe's part of a store's key; what came later counts only where it is not left at its default."""
+        """The recipe's part of a teacher's key in the store; newer settings are in it only if they are not default."""
         usual = {"optimizer": "sgd", "optimizer_options": {}, "ema": self.ema}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     def mixed(self, prefix: str) -> str:
-        """The keys by which images are mixed, with their values; empty if they are not."""
+        """The keys of mixup and CutMix that are on, with their values; empty without any."""
         values = {name: getattr(self, name) for name in ("mixup", "cutmix")}
         return " and ".join(f"{prefix}.{name}={alpha}" for name, alpha in values.items() if alpha)
 
 
 @dataclass
 class TeacherEntry:
-    """One member of the pool: exactly one of the first seven is set."""
+    """One member of the pool of teachers; exactly one of the first seven settings is given."""
 
     zoo: Optional[str] = None
     """Id of a pretrained network in the zoo."""
     file: Optional[str] = None
     """A safetensors file of this package, or (with `network` and `key_map`) a foreign checkpoint."""
     train: Optional[str] = None
-    """Network to train on demand; kept in the teacher store."""
+    """Name of a network that is trained on demand and kept in the teacher store."""
     timm: Optional[str] = None
     """Name of a network of timm."""
     torchvision: Optional[str] = None
@@ -238,32 +243,33 @@ class TeacherEntry:
     module: Optional[str] = None
     """PACKAGE.FUNCTION that returns a torch.nn.Module from images to logits; `imports` names the package."""
     hub: Optional[str] = None
-    """USER/REPO of a timm network on the Hugging Face hub; its safetensors file is read, nothing else."""
+    """USER/REPO of a timm network on the Hugging Face hub; only its safetensors file is read."""
     network: Optional[str] = None
     key_map: Optional[str] = None
     options: dict[str, Any] = field(default_factory=dict)
     normalization: Optional[str] = None
     seed: int = field(default=0, metadata=SEED)
-    """Initialisation and order of a teacher trained on demand."""
+    """Seed of the initialisation and the order of images of a teacher that is trained on demand."""
     weights: Optional[str] = None
-    """For timm, torchvision and module: a file of weights; null or DEFAULT takes the published ones, and a module as
-    its function returns it."""
+    """File of weights for timm, torchvision and module; null or DEFAULT: the published weights, or those with which the
+    module's function returns it."""
     state_key: Optional[str] = None
-    """Where in a checkpoint its weights are, if not in a usual place."""
+    """Key of the weights in a checkpoint, if it is not a usual one."""
     classes: Optional[list[Any]] = None
-    """Where the classes of the weights are not the data's: positions of the data's classes, or the weights' names."""
+    """If the weights have other classes than the data: positions of the data's classes among those of the weights, or
+    the names of the weights' classes."""
     stages: Optional[dict[str, str]] = None
-    """Own names of stages, each with the submodule that it ends with, in order; null finds them by the maps' sizes."""
+    """Names of stages in order, each with the submodule that ends it; null: stages are found by the sizes of maps."""
     image_size: Optional[int] = field(default=None, metadata=COUNT)
-    """Side in pixels to which images are brought first; null takes the library's own."""
+    """Side in pixels to which images are resized for this teacher; null: the library's value."""
     finetune: Optional[str] = field(default=None, metadata=one_of("head", "all"))
-    """head or all: trains a new classifier, or everything, on the images of teachers.train_on; kept in the store."""
+    """head or all: trains a new classifier, or all weights, on the images of teachers.train_on; kept in the store."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """What differs from teachers.recipe."""
+    """Settings that differ from teachers.recipe."""
 
     @property
     def source(self) -> str:
-        """Which of the ways to obtain it is given."""
+        """The one of `_SOURCES` that is given."""
         return next(name for name in _SOURCES if getattr(self, name))
 
 
@@ -275,7 +281,7 @@ _USEFUL = {
     **dict.fromkeys(("timm", "torchvision", "module"), _LIBRARY),
     "hub": tuple(name for name in _LIBRARY if name != "weights"),
 }
-"""What counts beside each way to obtain a teacher; with `finetune`, `seed` and `recipe` do, too."""
+"""Sources of a teacher, each with the settings that have an effect beside it; `finetune` adds `seed` and `recipe`."""
 _SOURCES = tuple(_USEFUL)
 
 
@@ -284,33 +290,34 @@ class TeacherSettings:
     """The pool of teachers and how its members are obtained."""
 
     pool: list[Any] = field(default_factory=list, metadata=COMPUTED)
-    """Entries as mappings (see `TeacherEntry`) or as plain zoo ids."""
+    """Mappings (see `TeacherEntry`) or ids of the zoo."""
     count: Optional[int] = field(default=None, metadata=COMPUTED | COUNT_OR_NONE | beside("method.name"))
-    """The first `count` members of the pool teach; null means all of them."""
+    """Number of teachers: the first `count` members of the pool; null: all of them."""
     weights_dir: str = field(default="weights", metadata=LOCATION)
-    """Folder of zoo files; missing ones are downloaded into it when `download` allows."""
+    """Folder of the zoo's files; missing ones are downloaded into it if `download` is true."""
     download: bool = field(default=True, metadata=LOCATION)
     train_on: str = field(default="subset", metadata=COMPUTED | one_of("subset", "all") | _TRAINED)
-    """What teachers trained on demand may see: the same `subset` as the student, or `all` but those of `val/`."""
+    """Training images of teachers that are trained on demand: the `subset` of the student, or `all` except `val/`."""
     recipe: RecipeSettings = field(default_factory=RecipeSettings, metadata=COMPUTED | _TRAINED)
     store: str = field(default="store", metadata=LOCATION)
-    """Folder shared by all runs: trained teachers, what they say of test images, and teacher tables."""
+    """Folder of trained teachers, their predictions for test images, and teacher tables, shared by all runs."""
     table: str = field(default="auto", metadata=ROUNDING | one_of("auto", "require", "off"))
-    """Memo of teacher outputs: auto (use it when the augmentation is finite), require, or off."""
+    """Use of teacher tables: auto (if the augmentation is finite), require, or off."""
     table_stages: bool = field(default=False, metadata=ROUNDING | _TABLED)
-    """Whether whole stage outputs are remembered too, for methods that read them: 2 bytes a value, so 8 kB a row for
-    the last stage of a CIFAR ResNet and 88 kB for all four, where writing may take longer than asking the teachers.
-    Otherwise such methods ask their teachers live. Averages over a small grid (a term's `grid`) are always kept."""
+    """Whether tables hold whole stage outputs, for methods that read them: 2 bytes a value, so 8 kB a row for the last
+    stage of a CIFAR ResNet and 88 kB for all four, which may take longer to write than the teachers take to compute.
+    Without them such methods run their teachers in every step. Averages over a small grid (a term's `grid`) are always
+    in the tables."""
     table_budget_gb: float = field(default=20.0, metadata=ROUNDING | NOT_NEGATIVE | _TABLED)
-    """Most disk that the tables of one run may need."""
+    """Largest size of the tables of one run on disk, in GB."""
     fill: str = field(default="none", metadata=FREE | one_of("none", "run", "all"))
-    """What `ekd-teach` computes ahead: none, run (the rows that a run with these settings reads) or all views."""
+    """Rows of the tables that `ekd-teach` computes: none, run (those that a run with these settings reads) or all."""
     precision: str = field(default="auto", metadata=COMPUTED | one_of("auto", "float32", "bfloat16"))
-    """What frozen teachers compute in: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
+    """Precision of frozen teachers: auto (bfloat16 where the hardware has it), float32 or bfloat16."""
     fold: bool = field(default=True, metadata=ROUNDING)
-    """Whether batch norms are folded into convolutions."""
+    """Whether batch norms of frozen teachers are folded into their convolutions."""
     compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
-    """Whether torch.compile is used: auto (when the work is long enough to pay for it), always or never."""
+    """Whether frozen teachers use torch.compile: auto (if the work is long enough to pay for it), always or never."""
 
     def check(self) -> None:
         """Refuses impossible values.
@@ -354,7 +361,8 @@ class TeacherSettings:
         useful = _USEFUL[given[0]] + (("seed", "recipe") if entry.finetune else ())
         for one in fields(TeacherEntry):
             if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
-                raise UserError(f"{key}.{one.name} has no effect beside {given[0]} (what has: {', '.join(useful)})")
+                known = ", ".join(useful) or "none"
+                raise UserError(f"{key}.{one.name} has no effect beside {given[0]}, which takes the settings {known}")
         if entry.finetune and entry.classes:
             raise UserError(f"{key}.classes has no effect beside finetune, which trains a new classifier")
         check_values(entry, f"{key}.")
@@ -363,7 +371,7 @@ class TeacherSettings:
 
 @dataclass
 class StudentSettings:
-    """The compact network and how it is branched."""
+    """The student: a compact network, and its branches."""
 
     network: str = field(default="resnet8", metadata=COMPUTED)
     options: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
@@ -371,16 +379,16 @@ class StudentSettings:
     split_after: str = field(default="stage1", metadata=COMPUTED | _BRANCHED)
     """Last stage that the branches share, or `none` for separate networks."""
     branch_width: Optional[float] = field(default=None, metadata=COMPUTED | POSITIVE | _BRANCHED)
-    """Factor of the channels of the branches' own stages: 0.5 makes thin branches on a trunk of the usual width; null
-    for branches as wide as the network. Of CIFAR ResNets."""
+    """Factor of the channels in the branches' own stages, for CIFAR ResNets: 0.5 makes thin branches on a trunk of the
+    usual width; null: branches are as wide as the network."""
     ensemble: str = field(default="mean_logits", metadata=COMPUTED)
     reuse_classifier: bool = field(default=False, metadata=COMPUTED)
-    """Whether every branch ends with a projector into its teacher's features and the teacher's own classifier, held
-    fixed, instead of a head of its own (SimKD)."""
+    """Whether every branch ends with a projector into its teacher's features and the teacher's frozen classifier,
+    instead of a head of its own (SimKD)."""
     normalization: Optional[str] = field(default=None, metadata=COMPUTED)
-    """Named normalisation; null takes the data set's own."""
+    """Name of a normalisation; null: that of the data set."""
     compile: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
-    """Whether training steps go through torch.compile: auto (in long runs, where it pays), always or never."""
+    """Whether training steps use torch.compile: auto (in runs that are long enough to pay for it), always or never."""
 
 
 @dataclass
@@ -388,13 +396,13 @@ class ChainSettings:
     """How the assistants of `method.assistants` are trained."""
 
     recipe: dict[str, Any] = field(default_factory=dict)
-    """What differs from the run's `recipe`: `+method.chain.recipe.epochs=240` on the command line."""
+    """Settings that differ from the run's `recipe`: `+method.chain.recipe.epochs=240` on the command line."""
     temperature: Optional[float] = field(default=None, metadata=TEMPERATURE)
-    """T; null takes the method's."""
+    """T; null: that of the method."""
     ce_weight: Optional[float] = None
-    """1 - λ of the paper; null takes the weight of the method's ce_ensemble, see `assistants.link_terms`."""
+    """1 - λ of the paper; null: the weight of the method's ce_ensemble, see `assistants.link_terms`."""
     kd_weight: Optional[float] = None
-    """λ of the paper, > 0; null takes the weight of the method's kd_ensemble, likewise."""
+    """λ of the paper, > 0; null: the weight of the method's kd_ensemble, see `assistants.link_terms`."""
 
 
 @dataclass
@@ -403,24 +411,24 @@ class MethodSettings:
 
     name: str = field(default="ekd", metadata=COMPUTED)
     temperature: Optional[float] = field(default=None, metadata=COMPUTED | TEMPERATURE)
-    """T of all terms without their own; null means 4."""
+    """T of all terms without a temperature of their own; null: 4."""
     assignment: Any = field(default=None, metadata=COMPUTED)
-    """one_to_one (null means this), mean, permuted, random, the teacher of each branch ([2, 0, 1] or "2,0,1", from 0),
+    """one_to_one (also null), mean, permuted, random, the teacher of each branch ([2, 0, 1] or "2,0,1", from 0),
     explicit rows [K, M], or {schedule: [[0, one_to_one], [0.8, permuted]]} of these by shares of the training."""
     teacher: Optional[str] = field(default=None, metadata=COMPUTED | one_of("best", "first", "mean"))
-    """For methods that know one teacher: best (of the pool on the validation split), first, or mean (logits are
-    averaged; losses of features, relations and the boundary are taken against each teacher, and averaged); null: all
-    teachers teach, by the assignment."""
+    """For methods with a single teacher: best (of the pool, on the validation split), first, or mean (of the logits;
+    losses of features, relations and the boundary are averaged over teachers); null: all teachers teach, by the
+    assignment."""
     assistants: Optional[list[Any]] = field(default=None, metadata=COMPUTED)
-    """Networks between teachers and student, from large to small: names, or mappings with network, options and
-    seed. Each is taught by the one before it, the student by the last alone; empty or null: no chain."""
+    """Networks between teachers and student, from large to small: names, or mappings with network, options and seed.
+    Each learns from the one before it, the student from the last one only; empty or null: no assistants."""
     chain: ChainSettings = field(default_factory=ChainSettings, metadata=COMPUTED | beside("assistants"))
     terms: dict[str, Any] = field(default_factory=dict, metadata=COMPUTED)
 
 
 @dataclass
 class WandbSettings:
-    """Weights & Biases; what is null is what its environment variables say."""
+    """Weights & Biases; null settings follow its environment variables."""
 
     enabled: bool = False
     mode: Optional[str] = field(default=None, metadata=one_of("online", "offline", "disabled", "shared") | _LOGGED)
@@ -437,7 +445,7 @@ class WandbSettings:
 
 @dataclass
 class LoggerSettings:
-    """Where curves go beside metrics.csv, which is always written."""
+    """Loggers of curves besides metrics.csv, which is always written."""
 
     wandb: WandbSettings = field(default_factory=WandbSettings)
     tensorboard: bool = False
@@ -449,10 +457,10 @@ EVALUATION_PARTS = ("predictions", "generalisation", "flatness", "corruptions", 
 
 @dataclass
 class EvaluationSettings:
-    """What is found out about the trained student beside its test scores."""
+    """Evaluation of the trained student besides its test scores."""
 
     parts: list[str] = field(default_factory=lambda: ["predictions", "generalisation"])
-    """Which parts follow the training; `ekd-evaluate` adds any to a finished run."""
+    """Parts that follow the training; `ekd-evaluate` adds others to a finished run."""
 
     def check(self) -> None:
         """Refuses unknown parts.
@@ -493,30 +501,29 @@ class Settings:
     method: MethodSettings = field(default_factory=MethodSettings)
     recipe: RecipeSettings = field(default_factory=RecipeSettings)
     trainer: dict[str, Any] = field(default_factory=dict, metadata={**COMPUTED, KEYS: _TRAINER})
-    """Arguments of pytorch_lightning.Trainer; `precision: auto` is ours."""
+    """Arguments of pytorch_lightning.Trainer, and `precision: auto` and `threads`, which this package adds."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings, metadata=FREE)
     logger: LoggerSettings = field(default_factory=LoggerSettings, metadata=FREE)
     callbacks: dict[str, Any] = field(default_factory=dict, metadata=PART)
     """Additional Lightning callbacks, each a node with `_target_`."""
     seed: int = field(default=0, metadata=COMPUTED | SEED)
     channels_last: bool = field(default=True, metadata=ROUNDING)
-    """Memory format of images and convolutions; changes the speed, not what is computed."""
+    """Whether images and convolutions are channels-last in memory; results change within rounding."""
     capture: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
-    """Whether whole training steps are recorded as CUDA graphs: auto (on one CUDA device, where nothing stands against
-    it), always (on a processor too, where the same step runs unrecorded) or never. Changes the speed, not what is
-    computed."""
+    """Whether training steps are recorded as CUDA graphs: auto (on a single CUDA device, if the run allows it), always
+    (also on a CPU, where the same step runs unrecorded) or never. Results change within rounding."""
     metric: str = field(default="val_accuracy", metadata=FREE | one_of(*RETURNABLE))
     """Field of result.json that a run returns to a sweeper."""
     tags: list[str] = field(default_factory=list, metadata=FREE)
     imports: list[str] = field(default_factory=list, metadata=ROUNDING)
-    """Modules of your own, imported before names are looked up; the working directory is searched first."""
+    """Your own modules, imported before names are looked up; the working directory is searched first."""
     resume: Optional[str] = field(default=None, metadata=FREE)
-    """Directory of a stopped run to continue in place."""
+    """Directory of a stopped run that is continued in place."""
     overwrite: bool = field(default=False, metadata=FREE)
-    """Whether a finished run in the directory may be replaced, once all checks of the new one have passed."""
+    """Whether the run may replace a finished run in its directory; it does so after all its checks have passed."""
 
     def check(self) -> None:
-        """Refuses what is impossible whatever the data.
+        """Refuses settings that are impossible for any data set.
 
         Raises:
             UserError: At the first impossible value.
@@ -530,20 +537,20 @@ class Settings:
         self.evaluation.check()
 
     def _check_unlabelled(self) -> None:
-        data, useless = self.data, "has no effect without data.unlabelled"
+        data, without = self.data, "has no effect without data.unlabelled"
         if data.unlabelled is None:
-            _require(data.unlabelled_share is None, "data.unlabelled_share", data.unlabelled_share, useless)
-            _require(data.epoch == "labelled", "data.epoch", data.epoch, useless)
+            _require(data.unlabelled_share is None, "data.unlabelled_share", data.unlabelled_share, without)
+            _require(data.epoch == "labelled", "data.epoch", data.epoch, without)
         elif mixed := self.recipe.mixed("recipe"):
             _require(False, "data.unlabelled", data.unlabelled, f"images without labels cannot be mixed ({mixed})")
 
     def _check_length(self) -> None:
         epochs, most = self.recipe.epochs, self.trainer.get("max_epochs")
         fits = most is None or (type(most) is int and 1 <= most <= epochs)
-        allowed = f"recipe.epochs={epochs} is the length of the training; fewer stop it early, to be resumed"
+        allowed = f"must be from 1 to recipe.epochs={epochs}; fewer epochs stop the training early, to be resumed"
         _require(fits, "trainer.max_epochs", most, allowed)
         least, last = self.trainer.get("min_epochs") or 0, most or epochs
-        _require(least <= last, "trainer.min_epochs", least, f"the training has {last} epochs")
+        _require(least <= last, "trainer.min_epochs", least, f"must be at most {last}, the epochs of the training")
         least, last = self.trainer.get("min_steps") or 0, self.trainer.get("max_steps", -1)
         _require(last != 0, "trainer.max_steps", last, "leaves nothing to train; -1 sets no limit")
         _require(last == -1 or least <= last, "trainer.min_steps", least, f"is above trainer.max_steps={last}")
@@ -555,7 +562,7 @@ _PATHS: dict[str, tuple[str, ...]] = dict(paths(Settings))
 
 
 def purpose_of(key: str) -> Purpose:
-    """What a setting is for, by its dotted key; one that is not known counts as changing what is computed."""
+    """The purpose of a setting by its dotted key; an unknown setting counts as changing the results."""
     known = key
     while known not in _PURPOSES:
         if not known:
@@ -565,15 +572,15 @@ def purpose_of(key: str) -> Purpose:
 
 
 def without_effect(settings: Settings, given: Collection[str], facts: Mapping[str, object]) -> dict[str, str]:
-    """What to say of given settings that count only beside values of others that these do not have.
+    """Finds given settings that have no effect, because they depend on another setting with a certain value.
 
     Args:
-        settings: All of a run.
-        given: Dotted keys; those that have their defaults are passed by.
-        facts: What decides of some others instead of their values, by key.
+        settings: All settings of a run.
+        given: Dotted keys that the user gave; keys with their default value are ignored.
+        facts: By key of the other setting, a fact that decides instead of its value.
 
     Returns:
-        A line for each, by its key.
+        One line for each setting without effect, by its key.
     """
     found = {}
     for key, other, counts in _CONDITIONS:
@@ -594,36 +601,36 @@ def _value(settings: object, key: str) -> Any:
 
 
 def keys_where(holds: Callable[[str], bool]) -> tuple[str, ...]:
-    """The dotted keys for which something holds, in the order of the settings."""
+    """The dotted keys that fulfil a condition, in the order of the settings."""
     return tuple(key for key in _PURPOSES if holds(key))
 
 
 def is_location(key: str) -> bool:
-    """Whether a setting says where things are."""
+    """Whether a setting is a location."""
     return purpose_of(key).role is Role.LOCATION
 
 
 def is_path(key: str) -> bool:
-    """Whether a setting can be the path of a place, rather than whether something may be fetched."""
+    """Whether a setting can be a path, as locations but `download` and `data.unlabelled` can."""
     return key in _PATHS
 
 
 def is_place(key: str, value: object) -> bool:
-    """Whether a value of a setting is the path of a place, whose content a run knows by its hash."""
+    """Whether a value of a setting is a path, whose content a run records by its hash."""
     return isinstance(value, str) and key in _PATHS and value not in _PATHS[key]
 
 
 def is_free(key: str, *, exact: bool = True) -> bool:
-    """Whether a setting may change and the same be found: a location, or free.
+    """Whether a setting may change without changing the results: a location or a free setting.
 
     Args:
-        key: Its dotted key.
-        exact: Whether it must be the same to the last bit, and not but for rounding.
+        key: The setting's dotted key.
+        exact: Whether the results must be equal bit for bit; False allows rounding.
     """
     purpose = purpose_of(key)
     return is_location(key) or (purpose.role is Role.FREE and (purpose.exact or not exact))
 
 
 def may_change_between_parts(key: str) -> bool:
-    """Whether a setting may change when a stopped run continues."""
+    """Whether a setting may change when a stopped run is resumed."""
     return is_free(key) or purpose_of(key).between_parts

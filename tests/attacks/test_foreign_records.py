@@ -85,7 +85,10 @@ def assert_refused(outcome: Outcome, *named: str) -> None:
         ("+experiment=../../../../evil", "overrides.yaml: holds"),
         ("imports=[evil]", "add 'imports=[evil]' to your command"),
         ("+callbacks.x={_target_: evil.Cb}", "must begin with one of"),
-        ("+callbacks.x={_target_: ekd_lightning.training.trainer.torch.load, f: evil.pt}", "not a class of Lightning"),
+        (
+            "+callbacks.x={_target_: ekd_lightning.training.trainer.torch.load, f: evil.pt}",
+            "defines no class of Lightning",
+        ),
     ],
 )
 def test_a_resumed_run_runs_no_code_of_its_record(run, resume, word, named):
@@ -114,7 +117,7 @@ def test_modules_of_a_record_are_imported_when_the_user_says_so(run, tmp_path, c
     set_config(run, imports=["evil"])
     code, err = called(capsys, main, run, "--force")
     assert code == 2
-    assert f"{run}: its record names code (imports=[evil]), which is imported only if you say so" in err
+    assert f"{run}: its record names code (imports=[evil]), which is imported only with your consent" in err
     assert "--trust, or imports=[evil]" in err
     assert "evil" not in sys.modules
     for trust in ("--trust", "imports=[evil]"):

@@ -50,7 +50,7 @@ from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import LOCK_FILE, DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import RunWriter
-from ekd_lightning.studies.sweep import Job, look
+from ekd_lightning.studies.sweep import Job, job_state
 from ekd_lightning.tracking.loggers import wandb_run_id
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -143,7 +143,7 @@ def _finished_job(folder: Path) -> None:
 
 def _counted(path: Path) -> Any:
     """What a sweep counts a job as; one that it counts as failed, it names with the error."""
-    run = look(Job(path.parent, ())).run
+    run = job_state(Job(path.parent, ())).run
     if run.error:
         raise UserError(run.error)
     return run.state, dict(run.result)

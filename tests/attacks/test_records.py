@@ -113,7 +113,7 @@ def test_what_a_text_without_quotes_is_told_to_be_typed_as_is_read_as_that_text(
     try:
         check_typed([f"method.name={text}"])
     except UserError as error:
-        (word,) = shlex.split(str(error).rpartition("; such text must be typed as ")[2])
+        (word,) = shlex.split(str(error).rpartition("; its text must be quoted: ")[2])
         assert OmegaConf.create({"x": parse_override(word).value()}).x == text
         assert check_typed([word]) is None
 

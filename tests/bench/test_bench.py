@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from whole_runs import TINY
 
-from ekd_lightning.bench import summary, take_turns
+from ekd_lightning.bench import measurements, summary, take_turns
 from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, step_profile, write_folder
 from ekd_lightning.bench.ours import BareLoop
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
@@ -148,6 +150,15 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
     out = capsys.readouterr().out
     assert "warm table" in out
     assert "(d)" in out
+    *_, heading, following = out.splitlines()
+    assert (heading, shlex.split(following)) == ("next:", ["ekd-train", *words])
+
+
+def test_parts_without_time_are_the_next_command(monkeypatch, capsys):
+    late = SimpleNamespace(device=CPU, began=0.0, has_time=lambda: False)
+    monkeypatch.setattr(measurements, "make_bench", lambda *_, **__: late)
+    main(["--parts", "ga", "seed=1"])
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  ekd-bench --parts ag seed=1", "  ekd-train seed=1"]
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_more_seeds_train_on_the_images_that_the_study_has_on_record(study, tmp_
 def test_unlabelled_images_are_those_on_record_where_they_must_be(tmp_path, kind, fraction, refused):
     write_json(tmp_path / "provenance.json", {"data": {"train_sha256": "a", "unlabelled": {"sha256": "u"}}})
     write_yaml(tmp_path / "config.yaml", {"data": {"fraction": 0.1}})
-    images, one = comparison.Images(), SimpleNamespace(sha256="a")
+    images, one = comparison.StudyImages(), SimpleNamespace(sha256="a")
     settings = Settings(data=DataSettings(fraction=fraction, unlabelled="there"))
     unlabelled = SimpleNamespace(sha256="v", kind=kind)
     dataset, data = SimpleNamespace(train=one, test=one), SimpleNamespace(unlabelled=unlabelled)
@@ -179,11 +179,11 @@ def test_places_that_changed_reach_a_run_that_goes_on(study, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--tuned", "."), "--tuned: is about rows: say which with --methods"),
-        (("--match", "macs"), "--match: is about rows: say which with --methods"),
-        (("--no-controls",), "--no-controls: is about rows: say which with --methods"),
-        (("--report-only", "--seeds", "0"), "--seeds: has no effect on --report-only"),
-        (("--report-only", "recipe.lr=1"), "recipe.lr=1: has no effect on --report-only"),
+        (("--tuned", "."), "--tuned: applies to rows that are added; name them with --methods"),
+        (("--match", "macs"), "--match: applies to rows that are added; name them with --methods"),
+        (("--no-controls",), "--no-controls: applies to rows that are added; name them with --methods"),
+        (("--report-only", "--seeds", "0"), "--seeds: has no effect with --report-only"),
+        (("--report-only", "recipe.lr=1"), "recipe.lr=1: has no effect with --report-only"),
     ],
 )
 def test_words_that_would_be_ignored_are_refused(finished, given, message):
@@ -199,7 +199,7 @@ def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
     (failed / "status.json").write_text(json.dumps({"state": "failed", "error": "the disk was full"}))
     code, _, err = call("--output", study)
     assert code == 1
-    assert "ekd-f0.1-s1 failed before: the disk was full (--retry-failed runs it again)" in err
+    assert "ekd-f0.1-s1 failed earlier and is skipped: the disk was full (--retry-failed runs it again)" in err
     assert table(study)["ekd"]["problems"] == "failed 1 of 2: the disk was full"
     assert table(study)["ekd"]["n"] == 1
     code, _, err = call("--output", study, "--retry-failed")
@@ -255,7 +255,7 @@ def test_other_common_overrides_are_refused_but_places_may_change(study, words):
     before = stamps(study)
     code, _, err = call("--output", study, *words, "recipe.lr=0.3")
     assert code == 2
-    assert err.splitlines()[-1].startswith("ekd-compare: error: recipe.lr: the study has common overrides")
+    assert err.splitlines()[-1].startswith("ekd-compare: error: recipe.lr: the study in this folder has ")
     assert call("--output", study, "data.root=elsewhere")[0] == 0
     assert stamps(study) == before
 
@@ -266,7 +266,7 @@ def test_a_run_with_another_configuration_is_refused_by_the_keys(study):
     code, _, err = call("--output", study)
     assert code == 2
     assert (
-        "ce-f0.1-s0: exists with another configuration (teachers.recipe.schedule, recipe.schedule differ)"
+        "ce-f0.1-s0: holds a run with another configuration (teachers.recipe.schedule, recipe.schedule differ)"
         in err.splitlines()[-1]
     )
 
@@ -324,8 +324,8 @@ def test_a_plain_student_that_would_be_its_own_control_is_left_out(tmp_path, wor
     asked = ("--methods", "ekd", "--seeds", "0", "--no-controls", "--match", "macs", "--output", tmp_path / "c")
     code, out, err = call(*asked, "--print-jobs", *(word for word in words if "student" not in word), *own)
     assert code == 0, err
-    assert "no plain torchvision:mobilenet_v3_small has the macs of the study's student; the nearest: " in err
-    assert "kd_mean_macs, kd_mean_feature_macs: left out, because that is the student's own network unchanged" in err
+    assert "no plain torchvision:mobilenet_v3_small has the macs of the study's student; the nearest is " in err
+    assert "kd_mean_feature_macs: left out, because the match is the student's own network unchanged" in err
     assert len(out.splitlines()) == 1
 
 
@@ -353,7 +353,7 @@ def test_the_branching_that_makes_a_method_stays_its_own(tmp_path, words):
         "hydra_heads": [branching[0]],  # as many heads as there are teachers
         "ekd_permuted": list(branching),
     }
-    assert f"one has its own branching: {' '.join(branching)} does not apply to it" in err
+    assert f"one sets its own branching, so {' '.join(branching)} does not apply to it" in err
 
 
 def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
@@ -368,23 +368,23 @@ def test_tuned_overrides_are_appended_and_missing_ones_told(tmp_path, words):
     protocol = {"data": "cifar10", "fraction": 0.02}
     (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [], "protocol": protocol}))
     err = call(*ROWS, *options, *words)[2]
-    assert "was tuned on cifar10, the study is on digits" in err
-    assert "was tuned at fraction 0.02, and is used at 0.1" in err
+    assert "was tuned on cifar10; the study uses digits" in err
+    assert "was tuned at fraction 0.02; the study uses it at 0.1" in err
     # What `data.fraction=0.1` gives of a data set that ten does not divide.
     (folder / "ekd.yaml").write_text(yaml.safe_dump({"overrides": [], "protocol": {**protocol, "fraction": 0.1002}}))
     assert "was tuned at fraction" not in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("overrides: [recipe.epochs=9]")
     code, _, err = call(*ROWS, *options, *words)
     assert code == 2
-    assert "recipe.epochs=9: all rows of a study must share it" in err
+    assert "recipe.epochs=9: all rows of a study must share this setting" in err
     (folder / "ekd.yaml").write_text("temperature: 2")
     assert "must hold `overrides:`" in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_bytes(b"overrides: [\xff]")
     assert "ekd.yaml: damaged, not YAML" in call(*ROWS, *options, *words)[2].splitlines()[-1]
     (folder / "ekd.yaml").write_text("overrides: [method=ce]")
-    assert "method=ce: all rows of a study must share it" in call(*ROWS, *options, *words)[2]
+    assert "method=ce: all rows of a study must share this setting" in call(*ROWS, *options, *words)[2]
     (folder / "ekd.yaml").write_text("{method: ce, overrides: []}")
-    assert "was tuned for the method ce, the row ekd is of ekd" in call(*ROWS, *options, *words)[2]
+    assert "was tuned for the method ce; the row ekd uses ekd" in call(*ROWS, *options, *words)[2]
 
 
 def test_rows_of_other_networks_are_tuned_too_and_the_tables_say_it(tmp_path, words):
@@ -398,7 +398,7 @@ def test_rows_of_other_networks_are_tuned_too_and_the_tables_say_it(tmp_path, wo
     _, out, err = call(*rows, *options, *words)
     assert "method.temperature=2 " in next(line for line in out.splitlines() if "resnet14" in line)
     assert "method.temperature=3 " in next(line for line in out.splitlines() if "resnet20" in line)
-    assert "kd_mean@resnet14: as tuned for another network, kd_mean.yaml" in err
+    assert "kd_mean@resnet14: takes the settings of kd_mean.yaml, which were tuned for another network" in err
     call("--output", study, "--report-only")
     said = {name: row["settings"] for name, row in table(study).items()}
     assert said == {
@@ -419,11 +419,11 @@ MISTAKES = [
     (("--methods", "ekd", "--fractions", "0.1,two"), "--fractions 0.1,two: "),
     (("--methods", "ekd", "--match", "mac"), "unknown --match 'mac'; did you mean 'macs'"),
     (("--methods", "ekd", "--tuned", "nowhere"), "--tuned nowhere: no such folder"),
-    (("--methods", ","), "--methods ,: give different rows, e.g. ce,kd_mean,ekd"),
+    (("--methods", ","), "--methods ,: must name different rows, e.g. ce,kd_mean,ekd"),
     ((), "--methods: must be given"),
-    (("--report-only",), "not a study, there is nothing to report"),
-    (("--methods", "ekd", "seed=3"), "seed=3: a study varies it, give it with --seeds"),
-    (("--methods", "ekd", "method=ce"), "method=ce: a study varies it, give it with --methods"),
+    (("--report-only",), "holds no study to report on"),
+    (("--methods", "ekd", "seed=3"), "seed=3: a study varies this setting; give it with --seeds"),
+    (("--methods", "ekd", "method=ce"), "method=ce: a study varies this setting; give it with --methods"),
     (("--methods", "ekd", "digits"), "digits: not an override"),
     (("--methods", "ekd", "recipe.lrr=1"), "unknown key 'recipe.lrr'; did you mean 'recipe.lr'"),
     (("--methods", "ekd", "recipe.lr=-1"), "recipe.lr=-1.0: must be positive"),
@@ -469,7 +469,8 @@ def test_keys_of_overrides(word, key):
 def test_rows_of_a_study_keep_their_way():
     old = studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), (), "digits")
     new = studies.Study((studies.RowPlan("ekd", ("method=ekd", "x=1")),), (0.2,), (1,), (), "digits")
-    with pytest.raises(UserError, match="row ekd: the study has it with method=ekd, now it is method=ekd x=1"):
+    words = "row ekd: the study in this folder has method=ekd, the command asks for method=ekd x=1"
+    with pytest.raises(UserError, match=words):
         studies.union(old, new)
     added = studies.union(old, studies.Study(old.rows, (0.2,), (1,), (), "digits"))
     assert (added.fractions, added.seeds) == ((0.1, 0.2), (0, 1))
@@ -481,11 +482,11 @@ def test_unlabelled_images_of_a_study_may_move_but_not_come_or_become_others(wor
         return studies.Study((studies.RowPlan("ekd", ("method=ekd",)),), (0.1,), (0,), common, "digits")
 
     alone, beside = study("recipe.epochs=3"), study("recipe.epochs=3", "data.unlabelled=here")
-    with pytest.raises(UserError, match=r"data\.unlabelled.*: the study has common overrides"):
+    with pytest.raises(UserError, match=r"data\.unlabelled.*: the study in this folder has the common overrides"):
         studies.union(alone, study(*studies.continued(alone, (word,))))
     goes_on = study(*studies.continued(beside, (word,)))
     if word == "data.unlabelled=rest":
-        with pytest.raises(UserError, match=r"the study has common overrides"):
+        with pytest.raises(UserError, match=r"the study in this folder has the common overrides"):
             studies.union(beside, goes_on)
     else:
         assert studies.union(beside, goes_on).common == ("recipe.epochs=3", word)

@@ -94,7 +94,13 @@ def test_panels_name_what_runs_log(views):
 
 
 def test_a_dry_run_says_what_would_be_saved(views):
-    assert "not sent" in called(main, "--entity", "me", "--dry-run")[1]
+    _, out, _ = called(main, "--entity", "me", "--group", "a day/time", "--dry-run")
+    assert "not sent" in out
+    name = "'Ensemble distillation'"
+    assert out.splitlines()[-2:] == [
+        "next:",
+        f"  ekd-dashboard --entity me --project ekd-lightning --group 'a day/time' --name {name}",
+    ]
 
 
 def test_saving_is_one_call_and_prints_the_address(views, monkeypatch):
@@ -102,8 +108,15 @@ def test_saving_is_one_call_and_prints_the_address(views, monkeypatch):
     sent = []
     monkeypatch.setattr(workspaces.Workspace, "save", lambda view: sent.append(view.project))
     monkeypatch.setattr(workspaces.Workspace, "url", "https://wandb.example/me/p")
-    assert called(main, "--entity", "me", "--project", "p") == (0, "https://wandb.example/me/p\n", "")
-    assert sent == ["p"]
+    code, out, err = called(main, "--entity", "me", "--project", "p", "--name", "n")
+    assert (code, err, sent) == (0, "", ["p"])
+    assert out.splitlines() == [
+        "https://wandb.example/me/p",
+        "",
+        "next:",
+        "  ekd-train logger=wandb logger.wandb.entity=me logger.wandb.project=p",
+        "  ekd-dashboard --entity me --project p --name n --report",
+    ]
 
 
 def refused(*words: str) -> str:

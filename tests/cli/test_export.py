@@ -242,7 +242,7 @@ REFUSED = [
     (["--branches", "0,x"], ["--branches 0,x"]),
     (["--branches", "0,3"], ["branches 0 to 2, not 3"]),
     (["--branches", "1,1"], ["named twice"]),
-    (["--int8"], ["--int8 --format safetensors", "add onnx"]),
+    (["--int8"], ["--int8 --format safetensors", "needs the format onnx"]),
     (["--calibration-images", "0"], ["--calibration-images=0"]),
     (["--max-drop", "-1"], ["--max-drop -1"]),
     (["-o", "here.onnx"], ["names a folder"]),

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 from made_runs import result, write_run, write_study
@@ -43,7 +44,20 @@ def test_the_tables_of_a_study(runs, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["files"]) == files
     assert summary["lead"] in out
-    assert out.splitlines()[-1] == f"15 done; 3 files in {tmp_path / 'out'}"
+    *_, files_line, empty, heading, evaluate, export = out.splitlines()
+    assert (files_line, empty, heading) == (f"15 done; 3 files in {tmp_path / 'out'}", "", "next:")
+    assert evaluate == f"  ekd-evaluate {runs} --parts all"
+    program, run = export.split()
+    assert program == "ekd-export"
+    assert json.loads((Path(run) / "result.json").read_text())["method"] == "ekd"
+
+
+def test_a_run_that_is_evaluated_in_full_is_exported_next_and_one_without_ekd_ends_the_report(tmp_path):
+    write_run(tmp_path / "in" / "a", result() | {"evaluated": list(EVALUATION_PARTS)})
+    out = call(tmp_path / "in", "-o", tmp_path / "out", *TABLES)[1]
+    assert out.splitlines()[-2:] == ["next:", f"  ekd-export {tmp_path / 'in' / 'a'}"]
+    write_run(tmp_path / "ce" / "a", result("ce") | {"evaluated": list(EVALUATION_PARTS)})
+    assert "next:" not in call(tmp_path / "ce", "-o", tmp_path / "more", *TABLES)[1]
 
 
 def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path):
@@ -179,7 +193,7 @@ def test_figures_and_page_get_the_report_and_are_listed(runs, tmp_path):
     assert {name.rpartition(".")[2] for name in figures} == {"svg", "md"}
     assert [name for name in summary["files"] if not (tmp_path / "out" / name).is_file()] == []
     assert "<html" in (tmp_path / "out" / "index.html").read_text()
-    assert out.endswith(f"open {tmp_path / 'out' / 'index.html'}\n")
+    assert f"open {tmp_path / 'out' / 'index.html'}\n\nnext:\n" in out
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_a_study_leaves_its_result_and_goes_on_where_it_stopped(tune, tmp_path, 
     n, p = found["validation_images"], found["value"]
     assert n == 40
     assert found["standard_error"] == pytest.approx((p * (1 - p) / n) ** 0.5)
-    assert "as given (the default)" in first.out
+    assert "default settings" in first.out
     assert f"with {n} validation images the standard error" in first.out
 
     caplog.clear()
@@ -118,7 +118,7 @@ def test_another_configuration_or_budget_is_not_mixed_in(tune, caplog):
     assert "another configuration (config.recipe.lr differ)" in message
     assert "seeds differ" in refused(tune("--trials", "2", "--seeds", "0,1", "method=kd_mean"))
     result(tune("--trials", "2", "method=ce"), "ce")
-    assert "kd_mean.yaml was tuned with other budget" in caplog.text
+    assert "kd_mean.yaml was tuned with another budget" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_another_configuration_or_budget_is_not_mixed_in(tune, caplog):
         (["data.val_fraction=0"], "data.val_fraction=0: leaves no validation images"),
         (["trainer.devices=2"], "trainer.devices=2: a trial has one device"),
         (["trainer.devices=auto"], "trainer.devices=auto: a trial has one device"),
-        (["resume=somewhere"], "resume=somewhere: has no meaning here"),
-        (["method.name=a/b"], "method.name=a/b: names files here"),
+        (["resume=somewhere"], "resume=somewhere: has no effect in ekd-tune"),
+        (["method.name=a/b"], "method.name=a/b: files are named after it"),
         (["method=kd_maen"], "did you mean 'kd_mean'"),
         (["recipe.lrr=1"], "did you mean 'recipe.lr'"),
         (["--print", "nothing.yaml"], "nothing.yaml: not a result of ekd-tune"),
@@ -186,7 +186,7 @@ def test_a_study_without_a_complete_trial_says_so(tune):
 
 def test_the_page_is_true(tmp_path):
     from ekd_lightning.cli import tune as command
-    from ekd_lightning.studies.search import try_ends
+    from ekd_lightning.studies.search import check_space
     from ekd_lightning.studies.space import read_space
 
     text = PAGE.read_text()
@@ -195,6 +195,6 @@ def test_the_page_is_true(tmp_path):
     three = "teachers.pool=[{train: resnet8, seed: 0}, {train: resnet8, seed: 1}, {train: resnet8, seed: 2}]"
     for space in spaces:
         (tmp_path / "space.yaml").write_text(space)
-        try_ends([*TINY, three], read_space(tmp_path / "space.yaml"))
+        check_space([*TINY, three], read_space(tmp_path / "space.yaml"))
     flags = {action.option_strings[-1] for action in command._parser()._actions if action.option_strings}
     assert {flag for flag in flags - {"--help", "--version"} if f"`{flag}" not in text} == set()

@@ -258,7 +258,9 @@ def test_what_is_refused_to_the_first_process_is_refused_to_all(as_ranks, tmp_pa
     with DirectoryLock(run) if why == "in use" else contextlib.nullcontext():
         first, *others = as_ranks(lambda: directory.claim_output(config, "run"))
     assert ("holds a finished run" if why == "finished" else "in use by process") in first
-    assert others == 2 * ["UserError: hydra.run.dir: refused to the first process of this job"]
+    assert others == 2 * [
+        "UserError: hydra.run.dir: the first process of this job was refused the directory; see its own error"
+    ]
 
 
 def test_a_claimed_directory_is_locked_until_its_run_comes(tmp_path):

@@ -108,14 +108,14 @@ def test_only_known_packages_are_looked_into(target):
     ],
 )
 def test_what_is_reachable_is_not_what_is_defined(target):
-    with pytest.raises(UserError, match=r"^callbacks\.x\._target_=.*: not a class of Lightning callbacks"):
+    with pytest.raises(UserError, match=r"^callbacks\.x\._target_=.*: .* defines no class of Lightning callbacks"):
         build_callback({"_target_": target, "f": "evil.pt", "weights_only": False}, "callbacks.x")
 
 
 @pytest.mark.parametrize("name", ["function", "Foreign", "Fraction", "Path", "instance", "Own.__init__", "sys.exit"])
 def test_a_users_module_gives_its_own_classes_alone(own, name):
     import_user_modules([own])
-    with pytest.raises(UserError, match="not a class of Lightning callbacks"):
+    with pytest.raises(UserError, match="defines no class of Lightning callbacks"):
         build_callback({"_target_": f"{own}.{name}"}, "callbacks.x", [own])
     assert sys.modules[own].ran == []
     with pytest.raises(UserError, match="must begin with"):
@@ -127,7 +127,7 @@ def test_a_users_module_gives_its_own_classes_alone(own, name):
 )
 def test_arguments_are_plain_values(own, nested):
     import_user_modules([own])
-    with pytest.raises(UserError, match=r"^callbacks\.x\.nested: holds a _target_"):
+    with pytest.raises(UserError, match=r"^callbacks\.x\.nested: contains a _target_"):
         build_callback({"_target_": f"{own}.Own", "nested": nested}, "callbacks.x", [own])
 
 

@@ -65,13 +65,13 @@ def test_what_did_cannot(run):
 
 @pytest.mark.parametrize("word", ["++resume=x", "+resume=x", "~resume=x"])
 def test_another_spelling_is_refused(word):
-    with pytest.raises(UserError, match="is written resume=DIR"):
+    with pytest.raises(UserError, match="must be typed resume=DIR"):
         expand_resume(["ekd-train", word])
 
 
 def test_a_run_goes_on_in_its_own_directory_alone(tmp_path):
     check_place(str(tmp_path), tmp_path)
-    with pytest.raises(UserError, match="belongs on the command line"):
+    with pytest.raises(UserError, match="must be given on the command line"):
         check_place(str(tmp_path / "x"), tmp_path)
 
 

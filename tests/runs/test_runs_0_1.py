@@ -26,7 +26,7 @@ from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import plan, read_runs, report
 from ekd_lightning.studies.declaration import read_tuned, with_tuned
 from ekd_lightning.studies.study import RowPlan, read_study
-from ekd_lightning.studies.sweep import look, read_sweep
+from ekd_lightning.studies.sweep import job_state, read_sweep
 from ekd_lightning.training.checkpoints import read_checkpoint
 
 SEARCHED = (
@@ -109,7 +109,7 @@ def test_a_comparison_has_the_same_rows_and_nothing_left_to_run(folder, capsys):
 
 def test_a_sweep_is_complete(folder):
     sweep = read_sweep(folder / "multirun")
-    found = [look(job, sweep.started).run for job in sweep.jobs]
+    found = [job_state(job, sweep.started).run for job in sweep.jobs]
     assert [run.state.value for run in found] == ["done", "done"]
     assert all(run.seconds is not None for run in found)
 

@@ -80,7 +80,7 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
     assert full.only([], []) == full
     with pytest.raises(UserError, match="did you mean 'cifar10-10'"):
         full.only(["cifar10-11"], [])
-    with pytest.raises(UserError, match="the study has other seeds"):
+    with pytest.raises(UserError, match="the declared seeds are 0"):
         full.only([], [9])
 
 
@@ -88,32 +88,35 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
     ("change", "words"),
     [
         ({"part": {}}, "unknown key 'part'; did you mean 'parts'"),
-        ({"parts": {"a": {"data": "digits"}}}, "parts: a: needs fraction"),
-        ({"decide": {"seeds": [0]}}, "decide: needs rows"),
-        ({"decide": {"seeds": [0], "rows": {"ce": {"match": "size"}}}}, "match: macs or parameters"),
-        ({"others": {"seeds": [0], "rows": {"ce": {}}}}, "a row is named twice"),
-        ({"overrides": ["a=1", {"b": 2}]}, "overrides: cannot be"),
-        ({"overrides": ["recipe.epochs=7"]}, "overrides: recipe.epochs=7: the study sets it"),
-        ({"overrides": ["data.fraction=0.5"]}, "overrides: data.fraction=0.5: the study sets it"),
+        ({"parts": {"a": {"data": "digits"}}}, "parts: a: the key fraction is missing"),
+        ({"decide": {"seeds": [0]}}, "decide: the key rows is missing"),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"match": "size"}}}}, "match=size: must be macs or parameters"),
+        ({"others": {"seeds": [0], "rows": {"ce": {}}}}, "the row ce is declared twice"),
+        ({"overrides": ["a=1", {"b": 2}]}, "overrides=.*: must be list"),
+        ({"overrides": ["recipe.epochs=7"]}, "overrides: recipe.epochs=7: the study sets this itself"),
+        ({"overrides": ["data.fraction=0.5"]}, "overrides: data.fraction=0.5: the study sets this itself"),
         ({"overrides": ["hydra.run.dir=x"]}, "holds 'hydra.run.dir=x'"),
-        ({"parts": {}}, "parts: names none"),
-        ({"parts": {"../out": {"data": "digits", "fraction": 0.1}}}, r"parts: \.\./out=\.\./out: names folders"),
+        ({"parts": {}}, "parts: is empty; declare at least one part"),
+        (
+            {"parts": {"../out": {"data": "digits", "fraction": 0.1}}},
+            r"parts: \.\./out=\.\./out: folders are named after it",
+        ),
         (
             {"parts": {"a": {"data": "digits", "fraction": 2.0}}},
             r"parts: a: fraction: give different shares in \(0, 1\]",
         ),
         ({"decide": {"seeds": [], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
         ({"decide": {"seeds": [0, 0], "rows": {"ce": {}}}}, "decide: seeds: give different whole numbers"),
-        ({"decide": {"seeds": [0], "rows": {"a/b": {"method": "ce"}}}}, "a row 'a/b': names part of a folder"),
-        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["seed=5"]}}}}, "seed=5: the row ce sets more than"),
+        ({"decide": {"seeds": [0], "rows": {"a/b": {"method": "ce"}}}}, "row 'a/b': folders are named after it"),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["seed=5"]}}}}, "seed=5: the row ce may set only"),
         (
             {"decide": {"seeds": [0], "rows": {"ce": {"with": ["recipe.epochs=1"]}}}},
-            "recipe.epochs=1: the study sets it",
+            "recipe.epochs=1: the study sets this itself",
         ),
-        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["data.augmentation=none"]}}}}, "the row ce sets more than"),
+        ({"decide": {"seeds": [0], "rows": {"ce": {"with": ["data.augmentation=none"]}}}}, "the row ce may set only"),
         (
             {"decide": {"seeds": [0], "rows": {"ce": {"match": "macs", "with": ["student.network=vgg8"]}}}},
-            "student.network=vgg8: match chooses the student",
+            "student.network=vgg8: cannot stand beside match",
         ),
     ],
 )
@@ -167,7 +170,7 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     job = Job(Path("x"), (), row="ce", images=100, macs=30_000)
     planned = {tmp_path / data: (replace(study, data=data), [job]) for data in ("digits", "cifar10")}
     with caplog.at_level(logging.INFO):
-        comparison.say_cost(planned, composed)
+        comparison.log_cost(planned, composed)
     assert [line.rpartition(", ")[2] for line in caplog.messages[-4:-1]] == ["about 1 h", "about 10 h", "about 11 h"]
 
 
@@ -177,7 +180,7 @@ def test_what_the_test_set_chose_it_cannot_confirm(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(found))
     assert read_tuned(path) == found
     path.write_text(yaml.safe_dump({**found, "scored_on": "test images"}))
-    with pytest.raises(UserError, match=r"ekd\.yaml: was scored on test images: the test set can confirm no setting"):
+    with pytest.raises(UserError, match=r"ekd\.yaml: was scored on test images, not on validation images; settings"):
         read_tuned(path)
 
 
@@ -223,7 +226,7 @@ def planned(tmp_path: Path, *options: object, **change: Any) -> tuple[int, str, 
 def planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what planning a run costs."""
     monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
-    monkeypatch.setattr(comparison, "say_cost", lambda *_: None)
+    monkeypatch.setattr(comparison, "log_cost", lambda *_: None)
 
 
 @pytest.mark.usefixtures("planning")
@@ -243,13 +246,22 @@ def test_a_study_with_tuned_settings_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"parts": {"a": {"data": "digits", "fraction": 0.2}}}, "part a: .* the fraction 0.1, now it is 0.2"),
-        ({"decide": {"seeds": [0], "rows": {"kd_mean_macs": {"method": "camkd", "match": "macs"}}}}, "method kd_mean"),
+        (
+            {"parts": {"a": {"data": "digits", "fraction": 0.2}}},
+            "part a: .* fraction=0.1, the declaration now fraction=0.2",
+        ),
+        (
+            {"decide": {"seeds": [0], "rows": {"kd_mean_macs": {"method": "camkd", "match": "macs"}}}},
+            "method=kd_mean, the declaration now method=camkd",
+        ),
         (
             {"decide": {"seeds": [0], "rows": {"kd_mean_macs": {"method": "kd_mean", "match": "parameters"}}}},
-            "macs, now",
+            "match=macs, .* match=parameters",
         ),
-        ({"others": {"seeds": [0], "rows": {"ce": {}}}, "decide": {"seeds": [0], "rows": {"kd": {}}}}, "decides True"),
+        (
+            {"others": {"seeds": [0], "rows": {"ce": {}}}, "decide": {"seeds": [0], "rows": {"kd": {}}}},
+            "decides=True, .* decides=False",
+        ),
     ],
 )
 def test_a_changed_declaration_needs_a_folder_of_its_own(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -297,7 +309,7 @@ def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     assert code == 0, err
     assert planned(tmp_path, **rows, overrides=own)[:2] == (0, first)
     code, _, err = planned(tmp_path, "recipe.epochs=7", **rows)
-    assert (code, "the command: recipe.epochs=7: the study sets it" in err) == (2, True)
+    assert (code, "the command: recipe.epochs=7: the study sets this itself" in err) == (2, True)
     code, _, err = planned(tmp_path, **rows)
     assert (code, "modules are never imported because a record names them" in err) == (2, True)
 
@@ -319,7 +331,7 @@ def finished(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_declared_study_says_its_cost_and_what_is_not_run(finished: tuple[Path, str, str]) -> None:
     folder, out, err = finished
     assert "in all: 4 runs, 1,072 training images, about" in err
-    assert "judged by a second of a student's training" in err
+    assert "estimated from one second of a student's training" in err
     assert "not run: digits-10: 3 of 7 runs (ekd 2, kd_mean_stage3 1)" in out
     assert "not run: digits-20: all 7 runs" in out
     study = read_study(folder / "digits-10")
@@ -347,7 +359,7 @@ def test_the_same_command_goes_on_and_judges_by_what_is_there(
     assert "not run: digits-10: 4 of 7 runs (ekd 2, ce 1, kd_mean_stage3 1)" in out
     code, _, err = call(*asked, *words)
     assert code == 0
-    assert "judged by 3 runs" in err
+    assert "estimated from 3 finished runs" in err
     assert RunDirectory(lost).read_result()["student_sha256"] == kept
 
 
@@ -400,8 +412,8 @@ def test_a_run_that_another_process_began_and_left_goes_on(
     ("options", "words"),
     [
         (("--study", "fulll"), "unknown study 'fulll'; did you mean 'full'"),
-        (("--study", "quick", "--methods", "ce"), "--methods: has no effect on --study, which declares it"),
-        (("--only", "ce"), "--only: names parts and rows of a --study"),
+        (("--study", "quick", "--methods", "ce"), "--methods: has no effect with --study, which declares it"),
+        (("--only", "ce"), "--only: has an effect only with --study"),
         (("--study", "quick", "--only", "x"), "unknown part or row 'x'"),
     ],
 )

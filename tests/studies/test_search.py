@@ -29,7 +29,7 @@ from optuna.distributions import IntDistribution as Int  # noqa: E402
 from ekd_lightning.studies import storage  # noqa: E402
 from ekd_lightning.studies.declaration import standard_error  # noqa: E402
 from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
-from ekd_lightning.studies.space import default_values, derive_space, describe_space, read_space, tidied  # noqa: E402
+from ekd_lightning.studies.space import default_values, derive_space, describe_space, read_space, rounded_values  # noqa: E402
 from ekd_lightning.studies.trials import Search, outcome, ranking  # noqa: E402
 
 SPACE = {"w": Float(0.125, 8.0, log=True), "t": Int(1, 20), "kind": Choices(("a", "b"))}
@@ -438,7 +438,7 @@ def test_hydra_reads_an_override_back_to_its_value(value):
 @given(st.floats(1e-6, 1e6), st.floats(1.01, 100.0), st.floats(0, 1))
 def test_tidy_values_stay_inside_and_near(low, factor, share):
     value = low * factor**share
-    tidy = tidied({"a": Float(low, low * factor, log=True)}, {"a": value})["a"]
+    tidy = rounded_values({"a": Float(low, low * factor, log=True)}, {"a": value})["a"]
     assert low <= tidy <= low * factor
     assert tidy == pytest.approx(value, rel=6e-4)
 

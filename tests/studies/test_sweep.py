@@ -33,10 +33,10 @@ from ekd_lightning.studies.multirun import lost_job, planned_sweep
 from ekd_lightning.studies.sweep import (
     MOST_ROWS,
     Job,
-    Standing,
+    JobState,
     Sweep,
     found_sweep,
-    look,
+    job_state,
     read_sweep,
     seed_groups,
     show_summary,
@@ -189,14 +189,14 @@ def test_every_state_is_told_apart(tmp_path):
     }
     for state, write in cases.items():
         write(tmp_path / state)
-        found = look(job(tmp_path, state)).run
+        found = job_state(job(tmp_path, state)).run
         assert found.state == ("stopped" if state == "interrupted" else state)
         assert found.is_over == (state in ("done", "partial"))
-    done = look(job(tmp_path, "done")).run
+    done = job_state(job(tmp_path, "done")).run
     assert (done.seconds, done.result.test_accuracy) == (35, 0.5)
-    assert look(job(tmp_path, "failed")).run.error == "x=1: no"
+    assert job_state(job(tmp_path, "failed")).run.error == "x=1: no"
     with DirectoryLock(tmp_path / "stopped"):
-        running = look(job(tmp_path, "stopped"), at(1e6)).run
+        running = job_state(job(tmp_path, "stopped"), at(1e6)).run
     assert (running.state, running.since) == ("running", START + timedelta(seconds=3))
 
 
@@ -205,21 +205,21 @@ def test_every_state_is_told_apart(tmp_path):
 def test_damaged_files_are_failures(tmp_path, name, text):
     leave(tmp_path / "0", "done")
     (tmp_path / "0" / name).write_text(text)
-    found = look(job(tmp_path, "0")).run
+    found = job_state(job(tmp_path, "0")).run
     assert found.state == "failed"
     assert f"{name}: damaged" in found.error
 
 
 def test_what_an_earlier_sweep_left_in_the_folder_does_not_count(tmp_path):
     leave(tmp_path / "0", "done", end=-10)
-    assert look(job(tmp_path, "0"), at(0)).run.state == "planned"
+    assert job_state(job(tmp_path, "0"), at(0)).run.state == "planned"
 
 
 def test_a_resumed_job_took_its_last_part(tmp_path):
     leave(tmp_path / "0", "done", since=0, end=100)
     first = {"started": at(0), "resumed": [{"started": at(30)}, {"started": at(80)}]}
     (tmp_path / "0" / "provenance.json").write_text(json.dumps(first))
-    assert look(job(tmp_path, "0")).run.seconds == 20
+    assert job_state(job(tmp_path, "0")).run.seconds == 20
 
 
 def leave_part(directory: Path, *overrides: str, **status) -> None:
@@ -291,7 +291,7 @@ def test_a_resumed_sweep_leaves_alone_what_runs_elsewhere(sweep, monkeypatch, ca
     with DirectoryLock(sweep.jobs[1].directory):
         assert not multirun.resume_sweep(sweep.folder, ["ekd-train", f"resume={sweep.folder}"], print)
     assert [job.directory.name for job in launched] == ["2", "3"]
-    assert "1 of 4 runs are done; 1 run elsewhere; 2 to be run" in capsys.readouterr().out
+    assert "1 of 4 runs are done; 1 running in other processes; 2 to be run" in capsys.readouterr().out
 
 
 def test_an_interrupted_sweep_says_how_it_stands(sweep, monkeypatch):
@@ -345,19 +345,19 @@ def test_each_job_that_ends_is_a_line_and_no_job_is_told_twice(sweep):
     leave(sweep.folder / "0", "done", since=0, end=5, test_accuracy=0.25)
     lines: list[str] = []
     progress = Progress(sweep, lambda text: lines.append(text.plain))
-    progress.look()
+    progress.update()
     assert lines == []  # done before
     leave(sweep.folder / "1", "done", since=10, end=40, test_accuracy=0.7155)
-    progress.look()
-    progress.look()
+    progress.update()
+    progress.update()
     assert lines == ["sweep 2/4 ━━━━━━────── seed=1: test accuracy 71.55 %, 30 s  (2 waiting, about 60 s left)"]
     leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no")
     leave(sweep.folder / "3", "running", since=-1e6)
     with DirectoryLock(sweep.folder / "3"):
-        progress.look()
+        progress.update()
     assert lines[1] == ("sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)")
     leave(sweep.folder / "3", "done", since=43, end=44, test_accuracy=1)
-    progress.look()
+    progress.update()
     assert lines[2] == "sweep 4/4 ━━━━━━━━━━━━ seed=3: test accuracy 100.00 %, 1 s  (1 failed)"
 
 
@@ -365,10 +365,10 @@ def test_a_failed_job_that_is_tried_again_is_told_when_it_ends_again(sweep):
     leave(sweep.folder / "0", "failed", end=5, error="x")
     lines: list[str] = []
     progress = Progress(sweep, lambda text: lines.append(text.plain), since=at(10))
-    progress.look()
+    progress.update()
     assert lines == []
     leave(sweep.folder / "0", "done", since=11, end=12, test_accuracy=0.5)
-    progress.look()
+    progress.update()
     assert len(lines) == 1
 
 
@@ -438,7 +438,7 @@ def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, 
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
         register_schema()
         launching.launch([], Sweep(tmp_path, ()), [], lambda cfg: None)
-    (line,) = [r.getMessage() for r in caplog.records if "launcher ended early" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "launcher ended" in r.getMessage()]
     assert line == f"the launcher ended early: RuntimeError: {text.splitlines()[0] if text else 'no message'}"
 
 
@@ -447,12 +447,12 @@ def test_a_launcher_that_ends_without_a_word_is_one_line(tmp_path, monkeypatch, 
 FOLDER = Path("/sweep")
 
 
-def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> Standing:
+def row(name: str, accuracy: float | None, state: str = "done", **varied: str) -> JobState:
     result = None
     if accuracy is not None:
         result = Result("ekd", "digits", 0, 0.1, accuracy, val_accuracy=0.5, train_seconds=4.25)
     job = Job(FOLDER / name, tuple(f"{key}={value}" for key, value in varied.items()))
-    return Standing(job, RunEntry(job.directory, name, RunState(state), result))
+    return JobState(job, RunEntry(job.directory, name, RunState(state), result))
 
 
 def text(*tables) -> list[list[str]]:

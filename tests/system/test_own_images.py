@@ -97,7 +97,7 @@ def test_a_data_set_of_the_hub_is_named_with_its_user(train, tmp_path):
     for name in ("user/../set", "/set", "user/set/more"):
         refused = train(tmp_path / "run", *words, f"data.name={name}")
         assert refused.code == 2
-        assert "names folders: no separators" in refused.err
+        assert "folders are named after it" in refused.err
 
 
 def test_what_needs_squares_is_refused_before_training(photographs, train, tmp_path):

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
-from ekd_lightning.config.overrides import check_typed
+from ekd_lightning.config.overrides import check_typed, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
 from ekd_lightning.progress import part, phase, session
@@ -33,8 +34,8 @@ PARTS = {
     "l": "a folder of images: cold and warm cache, and torchvision's ImageFolder",
 }
 GPU_PARTS = "acip"
-"""What fits into a few minutes where most of the time goes into compiling."""
-_WIDTH = 120  # where there is no terminal
+"""The default parts on a GPU: they fit into a few minutes, most of which go into compiling."""
+_WIDTH = 120  # of tables, if standard output is no terminal
 EXAMPLES = """\
 examples:
   ekd-bench                                                    bundled digits, all parts, some minutes
@@ -70,7 +71,7 @@ def bench(args: argparse.Namespace) -> None:
     """
     unknown = [letter for letter in args.parts or "" if letter not in PARTS]
     if unknown or args.parts == "":
-        raise UserError(f"--parts {args.parts!r}: parts are {', '.join(PARTS)}")
+        raise UserError(f"--parts {args.parts!r}: must be letters of {', '.join(PARTS)}, e.g. --parts abc")
     check_options(args, rounds=COUNT, plain_steps=COUNT, epochs=COUNT, sweep_epochs=COUNT, folder_images=COUNT)
     check_options(args, minutes=POSITIVE, sweep_fraction=SHARE)
     if args.output and args.output.is_dir():
@@ -79,10 +80,13 @@ def bench(args: argparse.Namespace) -> None:
         check_directory(args.output.parent)
     check_typed(args.overrides)
     with session("data", keep=False):
-        _measure(args)
+        left_out = _measure(args)
+    words = " ".join(map(shell_word, args.overrides))
+    print_next(*([f"ekd-bench --parts {left_out} {words}"] if left_out else []), f"ekd-train {words}")
 
 
-def _measure(args: argparse.Namespace) -> None:
+def _measure(args: argparse.Namespace) -> str:
+    """Measures the chosen parts; returns the letters of those for which no time was left."""
     with phase("data"), part("importing PyTorch and Lightning"):
         from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
         from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
@@ -98,10 +102,11 @@ def _measure(args: argparse.Namespace) -> None:
         "rounds": args.rounds,
         "seconds": {"start": time.perf_counter() - context.began},
     }
-    chosen = args.parts or (GPU_PARTS if on_gpu else "".join(PARTS))
+    chosen, left_out = args.parts or (GPU_PARTS if on_gpu else "".join(PARTS)), ""
     for key in (key for key in PARTS if key in chosen):
         if not context.has_time():
-            print(f"({key}) {PARTS[key]}: no time left (--minutes)", file=sys.stderr, flush=True)
+            print(f"({key}) {PARTS[key]}: not started, the time limit (--minutes) is over", file=sys.stderr, flush=True)
+            left_out += key
             continue
         print(f"({key}) {PARTS[key]}", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -113,6 +118,7 @@ def _measure(args: argparse.Namespace) -> None:
         print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)
+    return left_out
 
 
 def _rows(name: str, value: Any) -> Iterator[tuple[str, ...]]:

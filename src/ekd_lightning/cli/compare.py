@@ -1,4 +1,4 @@
-"""`ekd-compare`: methods × fractions × seeds as one resumable study, and one table of it."""
+"""`ekd-compare`: methods × fractions × seeds as one resumable study with one table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ examples:
   ekd-compare --output compare/c10 --seeds 3,4       two more seeds
   ekd-compare --output compare/c10 --report-only     the table alone
   ... hydra/launcher=parallel hydra.launcher.n_jobs=2      two runs at a time, one thread each
-  ekd-compare --study full --output runs/study       what conf/study/full.yaml declares; the same again continues it
+  ekd-compare --study full --output runs/study       the study that conf/study/full.yaml declares; repeat to continue
   ekd-compare --study full --output runs/study --only cifar10-10,ekd,camkd     one part and two rows of it
 
 Overrides are those of ekd-train and apply to all rows. See docs/comparing.md.
@@ -56,12 +56,12 @@ _ONLY_WITH_RUNS = (
     *("methods", "fractions", "seeds", "match", "no_controls", "tuned"),
     *("print_jobs", "retry_failed", "overrides"),
 )
-_PATIENCE_SECONDS = 3600.0  # for another process that plans in the folder
+_PATIENCE_SECONDS = 3600.0  # to wait for another process that is planning in the folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-compare`; exit code 1 if a run failed or is missing, 2 for a user's mistake."""
-    what = "Run methods × fractions × seeds as one resumable study, and compare them in one table."
+    what = "Run methods × fractions × seeds as one resumable study and compare them in one table."
     parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--methods", help="rows: a method, or method@network for a plain student, e.g. ce,ekd")
@@ -71,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--study", help="a declared study: a file of conf/study, or the path of a .yaml file")
     parser.add_argument("--only", help="parts and rows of the declared study (default: all)")
     parser.add_argument(
-        "--match", help="plain students of the branched student's cost: macs,parameters (default), one of them, or none"
+        "--match", help="add plain students of the same cost, by macs,parameters (default), one of them, or none"
     )
-    parser.add_argument("--no-controls", action="store_true", help="only the requested rows")
+    parser.add_argument("--no-controls", action="store_true", help="add no controls and no matched students")
     parser.add_argument("--tuned", type=Path, help="folder of <row>.yaml files from ekd-tune")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
-    parser.add_argument("--print-jobs", action="store_true", help="print the commands of all runs, and stop")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, only write and print the tables")
+    parser.add_argument("--print-jobs", action="store_true", help="print the command of every run, and stop")
     parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     run_command(parser, run_compare, argv)
 
@@ -100,10 +100,10 @@ def run_compare(args: argparse.Namespace) -> bool:
     folder, declared = args.output.absolute(), _declared(args)
     if args.report_only:
         if any(map(read_study, _places(args, declared))):
-            _refuse(args, _ONLY_WITH_RUNS, "has no effect on --report-only, which shows all that is there")
+            _refuse(args, _ONLY_WITH_RUNS, "has no effect with --report-only, which reports all runs of the study")
         return _report(args, declared)
     if args.methods is None and declared is None and read_study(folder) is not None:
-        _refuse(args, ("match", "no_controls", "tuned"), "is about rows: say which with --methods")
+        _refuse(args, ("match", "no_controls", "tuned"), "applies to rows that are added; name them with --methods")
     check_typed(args.overrides)
     common, hydra_words = split_overrides(args.overrides)
     hydra_words = tuple(anchored_search(word) for word in hydra_words)
@@ -118,7 +118,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         initialize_config_module("ekd_lightning.conf", version_base="1.3", job_name="train"),
     ):
         if hydra_words:
-            _compose(hydra_words, [])  # a launcher that is not there is refused before anything is planned
+            _compose(hydra_words, [])  # refuses an unknown launcher before anything is planned
         planned = _plan(args, declared, common, partial(_compose, search))
         if args.print_jobs:
             for line in (line for _, jobs in planned.values() for line in comparison.commands(jobs)):
@@ -137,16 +137,16 @@ def run_compare(args: argparse.Namespace) -> bool:
 
 
 def _declared(args: argparse.Namespace) -> Declared | None:
-    """The declared study that is asked for, as a whole and the part of it that is left; None for another."""
+    """The declared study that `--study` names: all of it, and what `--only` and `--seeds` select; None without."""
     from ekd_lightning.studies import declaration  # noqa: PLC0415 (slow; --help needs none)
 
     if args.study is None:
         if args.only:
-            raise UserError("--only: names parts and rows of a --study")
+            raise UserError("--only: has an effect only with --study, whose parts and rows it names")
         return None
-    _refuse(args, ("methods", "fractions", "match", "no_controls"), "has no effect on --study, which declares it")
+    _refuse(args, ("methods", "fractions", "match", "no_controls"), "has no effect with --study, which declares it")
     if (args.output / STUDY_FILE).is_file():
-        raise UserError(f"--output {args.output}: holds a study of its own, a declared one has a folder for each part")
+        raise UserError(f"--output {args.output}: holds a study that is not declared; give --study another folder")
     whole = declaration.read_declaration(args.study)
     seeds = () if args.seeds is None else parse_numbers("--seeds", args.seeds)
     return whole, whole.only([name.strip() for name in (args.only or "").split(",") if name.strip()], seeds)
@@ -161,7 +161,7 @@ def _places(args: argparse.Namespace, declared: Declared | None) -> dict[Path, P
 def _plan(
     args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer
 ) -> dict[Path, tuple[Study, list[Job]]]:
-    """What is left to be run, by folder; the studies are written, and of a declared one it is said what it costs."""
+    """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
     from ekd_lightning.studies import comparison  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
@@ -172,9 +172,9 @@ def _plan(
             old = read_study(place)  # another process may have added to it
             with working_in(old.working_directory if old else ""):
                 if declared and part:
-                    study = comparison.ask_part(old, common, composer, declared[1], part, tuned)
+                    study = comparison.build_part(old, common, composer, declared[1], part, tuned)
                 else:
-                    study = comparison.ask(
+                    study = comparison.build_study(
                         old,
                         common,
                         composer,
@@ -189,28 +189,28 @@ def _plan(
             write_study(study, place)
         planned[place] = study, jobs
     if declared:
-        comparison.say_cost(planned, composer)
+        comparison.log_cost(planned, composer)
     return planned
 
 
 def _report(args: argparse.Namespace, declared: Declared | None) -> bool:
-    """Makes the tables of what is there, and says what of a declared study is not; returns whether all is done."""
+    """Writes the tables and prints the missing runs of a declared study; returns whether all runs are done."""
     from ekd_lightning.studies import comparison  # noqa: PLC0415 (slow; --help needs none)
 
     studies = {place: study for place in _places(args, declared) if (study := read_study(place)) is not None}
     if not studies:
-        raise UserError(f"--output {args.output}: not a study, there is nothing to report")
+        raise UserError(f"--output {args.output}: holds no study to report on")
     missing = [comparison.not_run(one, args.output) for one in declared or ()]  # refuses a changed declaration
     complete = [comparison.report(study, place) for place, study in studies.items()].count(False) == 0
     if declared is None:
         return complete
     for line in missing[0]:
         print(f"not run: {line}")
-    return not missing[1]  # what else was planned in these folders was not asked for
+    return not missing[1]  # of the selected parts and rows; others need not be done
 
 
 def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Refuses options that would be ignored."""
+    """Refuses the options among `names` that were given; `why` says why they would be ignored."""
     for name in names:
         value = getattr(args, name)
         if value:

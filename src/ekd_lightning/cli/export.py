@@ -1,4 +1,4 @@
-"""`ekd-export`: the student of a finished run as files for use, each checked, with a model card."""
+"""`ekd-export`: the student of a finished run as checked files for deployment, with a model card."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ examples:
   ekd-export RUN --format onnx,torch-export -o exported   for ONNX Runtime, and for PyTorch alone
   ekd-export RUN --format onnx --int8                     also quantised to int8, with its accuracy
   ekd-export RUN --branches 0 --weights best              one branch, weights of the best epoch
-  ekd-export RUN --fold                                   branches as one head, at the cost of a plain student
-  ekd-export RUN data.root=/data                          the data have moved
+  ekd-export RUN --fold                                   all branches in one head, at the cost of a plain student
+  ekd-export RUN data.root=/data                          if the data have moved
 
 RUN is the directory of a finished run. In Python, without Lightning or Hydra:
   model = ekd_lightning.load("RUN/export/student.safetensors"); logits = model(images)
@@ -51,25 +51,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
     add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
-    add("--weights", default="last", help="last (default), best, by validation accuracy, or ema, the moving average")
+    add("--weights", default="last", help="last (default), best (by validation accuracy) or ema (moving average)")
     add("--fold", action="store_true", help="fold branches that are linear heads into one head, which is exact")
     add("--no-fold-batch-norm", action="store_true", help="do not fold batch norms into convolutions")
-    add("--probabilities", action="store_true", help="return probabilities beside logits")
+    add("--probabilities", action="store_true", help="return probabilities besides logits")
     add("--int8", action="store_true", help="also an ONNX file quantised to int8")
-    add("--calibration-images", type=int, help="training images for the ranges of int8 (default: 512)")
+    add("--calibration-images", type=int, help="training images that calibrate int8 (default: 512)")
     add("--max-drop", type=float, help="accuracy in [0, 1] that int8 may lose (default: 0.02)")
     add("--license", help="identifier for the model card's header, e.g. mit (default: left to you)")
     add("--push", metavar="USER/REPO", help="upload to the Hugging Face hub; a new repository is private")
-    add("--force", action="store_true", help="overwrite")
+    add("--force", action="store_true", help="overwrite existing files")
     add("--trust", action="store_true", help="import the modules that the run's record names (or: imports=[NAME,...])")
     run_command(parser, run_export, argv, level=logging.WARNING)
 
 
 def run_export(args: argparse.Namespace) -> bool:
-    """Exports, and says what came of it.
+    """Exports the student and prints the checks of its files.
 
     Returns:
-        Whether all files passed their checks; one that did not is removed again.
+        Whether all files passed their checks; a file that failed is removed.
 
     Raises:
         UserError: For a user's mistake, before anything is written.
@@ -102,7 +102,7 @@ def run_export(args: argparse.Namespace) -> bool:
         _show(record, folder)
         print(card)
     if card is not None and not failure:
-        _say_accuracy(record, context.result)
+        _print_accuracy(record, context.result)
         if args.push:
             print(f"uploaded: {push(folder, args.push)}")
         words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
@@ -113,10 +113,10 @@ def run_export(args: argparse.Namespace) -> bool:
 
 
 def _options(args: argparse.Namespace) -> ExportOptions:
-    """Checks what needs no file.
+    """Checks all options that need no file of the run.
 
     Raises:
-        UserError: For a value that cannot be.
+        UserError: At the first impossible value.
     """
     from ekd_lightning.networks.deploy import SUFFIXES  # noqa: PLC0415
     from ekd_lightning.pipeline.export import WEIGHTS, ExportOptions  # noqa: PLC0415
@@ -126,11 +126,11 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise unknown_name("--weights", args.weights, WEIGHTS)
     if args.int8 and "onnx" not in formats:
         raise UserError(
-            f"--int8 --format {args.format}: ONNX Runtime quantises, add onnx (PyTorch itself has no quantiser for "
-            "exported programs, and safetensors holds weights only)"
+            f"--int8 --format {args.format}: needs the format onnx, as ONNX Runtime quantises; PyTorch has no "
+            "quantiser for exported programs, and safetensors holds weights only"
         )
     if args.output is not None and args.output.suffix in SUFFIXES.values():
-        raise UserError(f"-o {args.output}: names a folder; the file in it is called student{args.output.suffix}")
+        raise UserError(f"-o {args.output}: must be a folder; the file in it is called student{args.output.suffix}")
     check_options(args, calibration_images=COUNT)
     if args.max_drop is not None and not 0 <= args.max_drop <= 1:
         raise UserError(f"--max-drop {args.max_drop}: must lie in [0, 1]")
@@ -162,7 +162,7 @@ def _branches(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"--branches {text}: whole numbers with commas between, e.g. 0,2") from None
+        raise UserError(f"--branches {text}: must be whole numbers separated by commas, e.g. 0,2") from None
 
 
 def _open(args: argparse.Namespace, options: ExportOptions) -> tuple[EvaluationContext, dict[str, Any]]:
@@ -203,12 +203,12 @@ def _show(record: dict[str, Any], folder: Path) -> None:
     print_table(title, heads, rows, left=("file", "precision"))
 
 
-def _say_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
+def _print_accuracy(record: dict[str, Any], result: Mapping[str, Any]) -> None:
     student = record["student"]
     recorded = result.get("test_accuracy" + ("" if student["weights"] == "last" else f"_{student['weights']}"))
     whole = len(student["branches"]) == student["of_branches"]
-    said = f"; the run recorded {100 * recorded:.2f} %" if whole and recorded is not None else ""
-    print(f"student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{said}")
+    compared = f"; the run recorded {100 * recorded:.2f} %" if whole and recorded is not None else ""
+    print(f"test accuracy of the student in float32: {100 * record['test_metrics']['accuracy']:.2f} %{compared}")
 
 
 if __name__ == "__main__":

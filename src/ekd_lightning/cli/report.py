@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.progress import part, phase, session
+from ekd_lightning.settings import EVALUATION_PARTS
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
@@ -47,18 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--reference", metavar="LABEL", help="setting to compare with (default: ce, else ekd)")
     parser.add_argument("--title", help="title of the page")
-    parser.add_argument("--force", action="store_true", help="write over an earlier report")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="of the figures (default: %(default)s)")
-    parser.add_argument("--no-figures", action="store_true", help="no figures as files")
-    parser.add_argument("--no-page", action="store_true", help="no HTML page")
+    parser.add_argument("--force", action="store_true", help="replace an earlier report")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="formats of the figures (default: %(default)s)")
+    parser.add_argument("--no-figures", action="store_true", help="write no files of figures")
+    parser.add_argument("--no-page", action="store_true", help="write no HTML page")
     parser.add_argument(
         "--study-pages", action="store_true",
-        help="instead: README.md, a page for each data set, and small records of the runs, which make the pages again",
+        help="write README.md, one page per data set, and small records of the runs to remake the pages from",
     )  # fmt: skip
-    parser.add_argument(
-        "--study", metavar="NAME", help="with --study-pages: the declared study, to name what is not run"
-    )
-    parser.add_argument("--readme", type=Path, help="with --study-pages: its section between the marks is made anew")
+    parser.add_argument("--study", metavar="NAME", help="with --study-pages: list the missing runs of this study")
+    parser.add_argument("--readme", type=Path, help="with --study-pages: file whose marked section is rewritten")
     run_command(parser, run_report, argv, level=logging.WARNING)
 
 
@@ -73,13 +73,13 @@ def run_report(args: argparse.Namespace) -> None:
             return write_study_pages(args)
     for name in ("study", "readme"):
         if getattr(args, name):
-            raise UserError(f"--{name}: has an effect with --study-pages alone")
+            raise UserError(f"--{name}: has an effect only with --study-pages")
     if args.no_figures and args.formats != ",".join(FORMATS):
         raise UserError("--formats: has no effect with --no-figures")
     formats = [] if args.no_figures else parse_names("--formats", args.formats, FORMATS)
     with session("runs", "report", keep=False):
         with phase("runs"):
-            with part("importing what compares them"):
+            with part("importing the report's modules"):
                 from ekd_lightning.reporting import report_files  # noqa: PLC0415 (slow; --help needs none)
                 from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
                 from ekd_lightning.runs.collection import collect  # noqa: PLC0415
@@ -90,17 +90,29 @@ def run_report(args: argparse.Namespace) -> None:
         with phase("report"):
             files = report_files.write_report(report, args.output, formats, page=not args.no_page)
     _print(report, args.output, files)
+    if following := _following(report, args.runs):
+        print_next(*following)
+
+
+def _following(report: Report, places: Sequence[Path]) -> list[str]:
+    """The commands that evaluate the runs in full and export a student of the setting that represents EKD."""
+    runs = [run for run in report.collection.runs if run.state == "done" and run.row is None]
+    folders = [typed(place) for place in places if place.is_dir()]
+    lacking = any(set(EVALUATION_PARTS) - {*(run.get("evaluated") or ())} for run in runs)
+    found = [f"ekd-evaluate {' '.join(folders)} --parts all"] if lacking and folders else []
+    subjects = [run for answer in report.answers if answer.subject for run in answer.subject.done if run in runs]
+    return found + [f"ekd-export {typed(run.directory)}" for run in subjects[:1]]
 
 
 def write_study_pages(args: argparse.Namespace) -> None:
-    """Reads runs and records, writes the records of all by data set, and the pages from these records alone.
+    """Writes the records of all runs by data set, and pages that are made from these records alone.
 
     Raises:
         UserError: For a user's mistake, before anything is written.
     """
     from ekd_lightning.reporting import report_files, study_pages  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.reporting.report import make_report  # noqa: PLC0415
-    from ekd_lightning.runs.collection import Collection, collect, read_records  # noqa: PLC0415
+    from ekd_lightning.runs.collection import RECORDS, Collection, collect, read_records  # noqa: PLC0415
 
     report_files.check_packages(figures=True, page=False)
     report_files.check_output(args.output, force=args.force, marked=False)
@@ -108,7 +120,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     every = list(_of_studies(collect(args.runs).runs, _study))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
-        raise UserError(f"{' '.join(map(str, args.runs))}: no run of a study is done")
+        raise UserError(f"{' '.join(map(str, args.runs))}: no finished run of a study is there")
     missing = [] if args.study is None else _missing(args.study, every)
     report_files.check_kept(args.output, {report_files.page_name(str(run.get("data"))) for run in runs}, runs)
     made: list[Report] = []
@@ -125,10 +137,13 @@ def write_study_pages(args: argparse.Namespace) -> None:
         write_text(args.readme, f"{before}{study_pages.readme_section(report, args.output.as_posix())}{after}")
     print(study_pages.lead([one for block in report.blocks for one in study_pages.standings(block)]))
     print(f"{len(runs)} runs; {len(files)} files in {args.output}")
+    again = ["ekd-report", *(typed(path) for path in files if path.suffix == RECORDS), "-o", typed(args.output)]
+    given = [f"--{name} {typed(value)}" for name in ("study", "readme") if (value := getattr(args, name))]
+    print_next(" ".join([*again, "--study-pages", *given, "--force"]))
 
 
 def _of_studies(runs: Iterable[RunEntry], read: Callable[[Path], Study | None]) -> Iterator[RunEntry]:
-    """The runs of studies with their study and row: the name of what declares the study, or else of its folder."""
+    """The runs that belong to a study, with its name (of the declaration, else of the folder) and their row."""
     known: dict[Path, Study | None] = {}
     for run in runs:
         if run.row is not None:
@@ -148,7 +163,7 @@ def _study(folder: Path) -> Study | None:
 
 
 def _deciding(collection: Collection) -> Collection:
-    """The runs, with whether the question of the study that they are of is about them; a damaged study says nothing."""
+    """The runs, each marked as deciding or not by its study.json; runs of a damaged study all decide."""
 
     def undamaged(folder: Path) -> Study | None:
         with suppress(UserError):
@@ -162,7 +177,7 @@ def _deciding(collection: Collection) -> Collection:
 
 
 def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
-    """What of a declared study is not done, a line for each part."""
+    """The runs of a declared study that are not done: one line for each part that lacks some."""
     from ekd_lightning.reporting.tables import STATE_NAMES  # noqa: PLC0415
     from ekd_lightning.runs.directory import RunState  # noqa: PLC0415
     from ekd_lightning.studies.declaration import read_declaration  # noqa: PLC0415
@@ -185,14 +200,14 @@ def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
 
 
 def _around_section(readme: Path) -> tuple[str, str]:
-    """What stands before and after the README's section, each with its mark."""
+    """The text before and after the README's section, each with the section's mark."""
     start, end = "<!-- first-result -->\n", "<!-- /first-result -->"
     try:
         before, _, rest = readme.read_text(encoding="utf-8").partition(start)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--readme {readme}: cannot be read ({error})") from None
     if end not in rest:
-        raise UserError(f"--readme {readme}: has no {start.strip()} with {end} after it")
+        raise UserError(f"--readme {readme}: lacks the marks of the section, {start.strip()} and {end} after it")
     return f"{before}{start}", f"{end}{rest.split(end, 1)[1]}"
 
 
@@ -203,7 +218,7 @@ def _print(report: Report, folder: Path, files: Sequence[Path]) -> None:
     for note in report.notes[:_SHOWN]:
         print(f"{PROGRAM}: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN:
-        print(f"{PROGRAM}: and {len(report.notes) - _SHOWN} more notes, see {folder / TABLES}", file=sys.stderr)
+        print(f"{PROGRAM}: {len(report.notes) - _SHOWN} more notes are in {folder / TABLES}", file=sys.stderr)
     print(report.lead)
     if len(report.answers) > 1:
         for one in report.answers:

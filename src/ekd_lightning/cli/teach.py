@@ -1,4 +1,4 @@
-"""`ekd-teach`: the teachers alone - read, downloaded or trained - and how good they are."""
+"""`ekd-teach`: reads, downloads or trains the teachers of a pool, and tests them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 def teach(cfg: DictConfig, output: JobOutput) -> None:
     """Obtains the first `teachers.count` teachers of the pool and tests each.
 
-    Reads the groups data and teachers, and `trainer.accelerator`; leaves teachers.json in the run's directory.
+    Reads the groups data and teachers, and `trainer.accelerator`; writes teachers.json into the job's directory.
 
     Raises:
         UserError: For a user's mistake, or a directory that holds a run, before anything is written.
@@ -58,10 +58,10 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
     settings = to_settings(cfg)
     settings.check()
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: has no meaning here; existing teachers are kept")
+        raise UserError(f"resume={settings.resume}: has no effect in ekd-teach, which keeps existing teachers anyway")
     import_user_modules(settings.imports)
     if is_rank_zero() and RunDirectory(output.directory).file(STATUS) is not None:
-        raise UserError(f"{output.directory}: holds a run; give another hydra.run.dir")
+        raise UserError(f"hydra.run.dir={output.directory}: holds a run; give another directory")
     filled = settings.teachers.fill != "none"
     with session("data", "teachers", "test", *(["table"] if filled else [])):
         with phase("data"), part("importing PyTorch and Lightning"):
@@ -85,7 +85,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
 
 
 def _flags() -> list[str]:
-    """`--config-dir` and the like of this command; the name of its own configuration is no run's."""
+    """`--config-dir` and the like as given here, without `--config-name teach`, which ekd-train cannot use."""
     kept: list[str] = []
     words = iter(config_flags(sys.argv))
     for word in words:

@@ -39,7 +39,7 @@ from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.studies.launching import is_watched
-from ekd_lightning.studies.multirun import forget_sweep, interrupted_sweep, lost_job, resume_sweep, tell_sweep
+from ekd_lightning.studies.multirun import discard_plan, finish_sweep, interrupted_sweep, lost_job, resume_sweep
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def main() -> None:
                 raise KeyboardInterrupt(interrupted_sweep() or "") from None
             raise
         except (UserError, HydraException, OmegaConfBaseException):
-            forget_sweep()
+            discard_plan()
             raise
         except Exception as error:
             if (lost := lost_job(error)) is None:
@@ -70,7 +70,7 @@ def main() -> None:
             print(f"{PROGRAM}: error: {lost}", file=sys.stderr)
             sys.exit(1)
         finally:
-            tell_sweep()
+            finish_sweep()
             remove_unused()
 
     run_program(PROGRAM, body)
@@ -82,11 +82,11 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 
 def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
-    """Runs the job that Hydra has set up, single or of a sweep, in its directory and its own working directory.
+    """Runs the job that Hydra has set up, single or of a sweep, with output in its own directory.
 
     Args:
-        cfg: Its configuration.
-        program: The file that runs one job, where the command that was called does something else.
+        cfg: The job's configuration.
+        program: File that other ranks run for this job; None for that of the command that was called.
     """
     output = JobOutput(cfg)
     with output.anchored(), ddp_reruns_this_job(output.directory, program):
@@ -97,18 +97,18 @@ def run_job(cfg: DictConfig, program: str | None = None) -> float | None:
 
 
 def run_listed_job(cfg: DictConfig) -> float | None:
-    """Runs one job of a list that Hydra did not make; other ranks repeat it as `ekd-train`, whoever made the list."""
+    """Runs one job of a resumed sweep or a study; its other ranks run `ekd-train`, whatever command was called."""
     return run_job(cfg, program=__file__)
 
 
 def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
-    """Runs one job of a study that other processes may work at: what one of them is at or has made is left alone.
+    """Runs one job of a study on which other processes may work; skips jobs that they are running or have finished.
 
-    A run that one of them began and left goes on from its last checkpoint.
+    A run that another process started and left is continued from its last checkpoint.
 
     Args:
-        cfg: Its configuration.
-        since: When the jobs were planned, ISO 8601: a failure that is younger is another process's.
+        cfg: The job's configuration.
+        since: Time of the plan, ISO 8601: a job that failed later failed in another process and is skipped, too.
     """
     directory = JobOutput(cfg).directory
     if not is_rank_zero():
@@ -124,7 +124,7 @@ def run_shared_job(cfg: DictConfig, since: str = "") -> float | None:
         if failed or found.result is not None:
             return None
         if found.state is RunState.STOPPED and cfg.resume is None and RunDirectory(directory).can_resume():
-            log.info("%s: another process began it, it goes on from its last checkpoint", directory.name)
+            log.info("%s: started by another process, continued from its last checkpoint", directory.name)
             _resume(cfg, directory)
         return run_listed_job(cfg)
     finally:
@@ -140,7 +140,7 @@ def _resume(cfg: DictConfig, directory: Path) -> None:
 
 
 def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
-    """Runs one job that is no part of a sweep; if it is interrupted, says how it can be continued."""
+    """Runs a single job; an interrupt tells the command that continues it."""
     try:
         return train(cfg, output)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -152,7 +152,7 @@ def train_alone(cfg: DictConfig, output: JobOutput) -> float | None:
 
 
 def train_in_sweep(cfg: DictConfig, output: JobOutput) -> float | None:
-    """Runs one job of several; like `train`, but tells of a failure at once, as Hydra does so only at the end."""
+    """Runs one job of a sweep like `train`, but logs a failure at once; Hydra would report it at the sweep's end."""
     try:
         return train(cfg, output)
     except Exception as error:
@@ -188,14 +188,14 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     named = [str(node.get("_target_")) for node in settings.callbacks.values() if isinstance(node, dict)]
     own_bar = any("Progress" in name for name in named)
     live = settings.trainer.get("enable_progress_bar") is None and not own_bar
-    # A launcher's other process has nobody who shows anything yet.
+    # A process that a launcher started has no reporter yet.
     shown = contextlib.nullcontext() if progress.is_reported() else progress.reported_by(progress.Lines())
     with shown, progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
         with progress.phase("data"), progress.part("importing PyTorch and Lightning"):
             from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)
 
             callbacks = build_callbacks(settings)
-            if sweep is None:  # what a sweep sets may count in other jobs of it
+            if sweep is None:  # a setting without effect here may have one in other jobs of the sweep
                 warn_without_effect([key_of(word) for word in HydraConfig.get().overrides.task], [settings])
         result = run(settings, directory, config=plain, sweep=sweep, callbacks=callbacks, on_start=output.start)
     if is_rank_zero():
@@ -215,7 +215,7 @@ def sweep_name() -> str | None:
 
 
 def show_result(result: Result, directory: Path) -> None:
-    """Prints what a run found and cost, and what may come next."""
+    """Prints accuracies and costs of the student and its teachers, and the next commands."""
     rows: list[tuple[str, float | None, Mapping[str, Any]]] = [
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
     ]
@@ -247,7 +247,7 @@ def show_result(result: Result, directory: Path) -> None:
 
 
 def _comparison(result: Result) -> list[str]:
-    """The command that compares the run's method with others as the run was set up, where a study can be set up so."""
+    """The command that compares the run's method with others in the run's setup; none if a study cannot have it."""
     if config_flags(sys.argv):
         return []
     methods = result.method if result.method.startswith("ekd") else f"{result.method},ekd"
@@ -256,7 +256,7 @@ def _comparison(result: Result) -> list[str]:
 
 
 def summary_line(result: Result, directory: Path) -> str:
-    """What a run found, in one line."""
+    """Accuracies and costs of a run in one line."""
     branches = ", ".join(f"{100 * value:.2f}" for value in result.test_branch_accuracy or [])
     scored = [(one["id"], one["test_accuracy"]) for one in result.teachers or []]
     teachers = ", ".join(name if share is None else f"{name} {100 * share:.2f}" for name, share in scored)

@@ -1,4 +1,4 @@
-"""`ekd-tune`: a method's weights and temperature, chosen on the validation split with a fixed budget of trials."""
+"""`ekd-tune`: searches a method's weights and temperature on the validation split, with a fixed budget of trials."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ examples:
   ekd-tune --trials 20 --output tuned/lr --space space.yaml --epochs 15 --seeds 0,1 method=ce
   ekd-train method=ekd experiment=cifar10_limited $(ekd-tune --print tuned/c10/ekd.yaml)
 
-The same command continues a stopped study; several at once share it. The test set is not read.
-Overrides are those of ekd-train; what they set is not searched. See docs/tuning.md.
+The same command continues a stopped search; several at once share it. The test set is not read.
+Overrides are those of ekd-train; a setting that they fix is not searched. See docs/tuning.md.
 """
 
-# Lines of every single run stay out of the terminal, unless --verbose asks for them.
-_TALKS = (
+# Loggers whose lines reach the terminal; --verbose shows those of every run, too.
+_SHOWN_LOGGERS = (
     "ekd_lightning.studies.declaration",
     "ekd_lightning.studies.search",
     "ekd_lightning.training.pool",
@@ -46,22 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     what = "Choose a method's weights and temperature on the validation split."
     parser = make_parser(PROGRAM, what, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
-    parser.add_argument("--output", type=Path, help="folder for <method>.yaml and the study")
+    parser.add_argument("--output", type=Path, help="folder for <method>.yaml and the trials")
     parser.add_argument("--trials", type=int, default=20, help="number of trials, earlier ones included (default: 20)")
     parser.add_argument("--epochs", type=int, help="epochs of a trial (default: recipe.epochs)")
-    parser.add_argument("--seeds", default="0", help="a trial's value is the mean over these (default: 0)")
+    parser.add_argument("--seeds", default="0", help="seeds of a trial; its value is their mean (default: 0)")
     parser.add_argument("--timeout", type=float, metavar="S", help="start no trial after S seconds")
     parser.add_argument("--space", type=Path, metavar="FILE", help="YAML: key -> {low, high, log} or {choices}")
     parser.add_argument("--sampler-seed", type=int, default=0, help="seed of the sampler (default: 0)")
     parser.add_argument("--no-prune", action="store_true", help="train every trial to its end")
     parser.add_argument("--storage", metavar="URL", help="database of the trials, e.g. sqlite:///tuned.db")
-    parser.add_argument("--verbose", action="store_true", help="show the lines of every run")
+    parser.add_argument("--verbose", action="store_true", help="show the log lines of every run")
     parser.add_argument("--print", type=Path, metavar="FILE", help="print the overrides of a result, and stop")
     return parser
 
 
 def run_tune(args: argparse.Namespace) -> None:
-    """Checks the options, and searches; or prints what an earlier search found.
+    """Searches, or with `--print` prints the overrides that an earlier search found.
 
     Raises:
         UserError: For a user's mistake.
@@ -70,10 +70,10 @@ def run_tune(args: argparse.Namespace) -> None:
         print(*read_tuned(args.print)["overrides"], sep="\n")
         return
     handler = ConsoleLines(sys.stderr)
-    handler.addFilter(lambda r: args.verbose or r.levelno >= logging.WARNING or r.name in _TALKS)
+    handler.addFilter(lambda r: args.verbose or r.levelno >= logging.WARNING or r.name in _SHOWN_LOGGERS)
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if args.output is None:
-        raise UserError("--output: must be given, a folder for <method>.yaml and the study")
+        raise UserError("--output: must be given, e.g. --output tuned/c10; <method>.yaml and the trials go there")
     check_options(args, trials=COUNT, epochs=COUNT, sampler_seed=COUNT_OR_NONE, timeout=POSITIVE)
     check_typed(args.overrides)
     seeds = parse_numbers("--seeds", args.seeds)
@@ -100,7 +100,7 @@ def run_tune(args: argparse.Namespace) -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):
             raise
-        raise KeyboardInterrupt("the same command goes on with the trials") from None
+        raise KeyboardInterrupt("the same command continues the search") from None
 
 
 if __name__ == "__main__":

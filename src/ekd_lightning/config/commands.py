@@ -1,4 +1,4 @@
-"""Commands as one would type them here in a shell: to continue what was stopped, and to go on from what is done."""
+"""Commands to paste into a shell: they continue stopped runs and take the next step after finished ones."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ekd_lightning.runs.words import names_code
 
 
 def typed(path: Path | str) -> str:
-    """A path as one would type it here in a shell: relative where that is shorter, quoted where that is needed."""
+    """A path for a shell in the user's working directory: relative if it lies below, quoted if necessary."""
     return shell_word(_near(path))
 
 
 def typed_override(key: str, path: Path | str) -> str:
-    """`key=path` as one would type it here in a shell, for Hydra's grammar."""
+    """`key=path` for a shell, such that Hydra's grammar reads the path."""
     near = _near(path)
     try:
         plain = read_path(f"{key}={near}") == near
@@ -29,11 +29,11 @@ def typed_override(key: str, path: Path | str) -> str:
 
 
 def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str] = ()) -> str:
-    """The command that continues a run or a sweep, as one would type it here.
+    """The command that continues a run or a sweep.
 
     Args:
-        directory: Of the run or sweep.
-        words: Overrides that it was started with: those that name code are given again, as no record may.
+        directory: Directory of the run or sweep.
+        words: Overrides that it was started with; those that name code are repeated, as they are not read from records.
         flags: `--config-dir` and the like that it was started with.
     """
     again = [*flags, typed_override("resume", directory), *filter(names_code, words)]
@@ -43,7 +43,7 @@ def typed_resume(directory: Path, words: Iterable[str] = (), flags: Iterable[str
 
 
 def called(program: str) -> str:
-    """A command of this package as it is called here: by its name where the shell finds it, else with its folder."""
+    """A command of this package as the shell finds it: its name if it is on the PATH, else with its folder."""
     here = Path(sys.argv[0])
     own = Path(os.environ.get(STARTED_IN) or Path.cwd(), here.with_name(program))
     found = shutil.which(program)
@@ -53,19 +53,22 @@ def called(program: str) -> str:
 
 
 def report_command(places: Iterable[Path], folder: Path) -> str:
-    """The command that reports on runs into a folder, over the earlier report that it may hold."""
+    """The command that reports on runs into a folder, with --force if that holds a report."""
     force = ["--force"] if (_there(folder) / "summary.json").is_file() else []
     return " ".join(["ekd-report", *map(typed, places), "-o", typed(folder), *force])
 
 
 def compare_command(methods: str, folder: Path | str, words: Iterable[str], *options: str) -> list[str]:
-    """The command that compares methods as a run was set up; none where a study cannot be set up so.
+    """The command that compares methods with the settings of a run.
 
     Args:
-        methods: For `--methods`.
-        folder: Of the study; numbered where it is there already.
-        words: Overrides of the run; those of what a study varies are left out.
+        methods: Value of `--methods`.
+        folder: Folder of the study; it gets a number if it exists.
+        words: Overrides of the run; keys that a study varies are left out.
         options: Further options.
+
+    Returns:
+        The command; empty if the run has a setting that no study may have.
     """
     words = list(words)
     if any(key_of(word) == "data.per_class" for word in words):
@@ -78,18 +81,18 @@ def compare_command(methods: str, folder: Path | str, words: Iterable[str], *opt
 
 
 def trusting(words: Iterable[str], trust: bool) -> list[str]:
-    """Overrides as one would type them here, and `--trust` if it was given."""
+    """Overrides quoted for a shell, and `--trust` if it was given."""
     return [*map(shell_word, words), *(["--trust"] if trust else [])]
 
 
 def unused(folder: Path | str) -> Path:
-    """The folder; with a number where there is one of that name."""
+    """The folder if it does not exist, else its name with the first free number."""
     names = (Path(f"{folder}{end}") for end in ("", *(f"-{number}" for number in range(2, 1000))))
     return next((name for name in names if not _there(name).exists()), Path(folder))
 
 
 def print_next(*commands: str) -> None:
-    """Prints commands that may come next, ready to be pasted."""
+    """Prints the next commands, ready to be pasted."""
     print("\nnext:")
     for command in commands:
         program, _, words = command.partition(" ")
@@ -97,7 +100,7 @@ def print_next(*commands: str) -> None:
 
 
 def _there(path: Path | str) -> Path:
-    """A path as it is meant where the command was called."""
+    """A path resolved from the directory in which the user called the command."""
     return Path(os.environ.get(STARTED_IN) or Path.cwd(), path)
 
 

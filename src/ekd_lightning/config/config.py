@@ -1,6 +1,6 @@
-"""Configuration of a job: from what Hydra composed to typed settings and the code that they name, and back.
+"""Configuration of a job: from Hydra's composed configuration to typed settings, and back.
 
-All code that a configuration can name is named here: modules to import, and callbacks by `_target_`.
+Only this module runs code that a configuration names: modules of `imports`, and callbacks by `_target_`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback
 
 ALLOWED = ("ekd_lightning", "pytorch_lightning.callbacks")
-"""Where callbacks may be defined, beside modules of the user's own."""
+"""Packages whose callbacks a configuration may name, besides the modules of `imports`."""
 PLACES = keys_where(is_path)
 """Settings that can be paths of folders."""
 
@@ -39,7 +39,7 @@ PLACES = keys_where(is_path)
 def register_schema() -> None:
     """Makes the typed schema known to Hydra as `ekd_schema`; conf/train.yaml starts from it."""
     schema = OmegaConf.structured(Settings)
-    # Options that no file lists need no plus, of terms and of optimisers; those that these lack are refused later.
+    # Options of terms and optimisers need no `+` on the command line; unknown ones are refused when these are built.
     for options in (schema.method.terms, schema.recipe.optimizer_options, schema.teachers.recipe.optimizer_options):
         OmegaConf.set_struct(options, False)
     ConfigStore.instance().store(name="ekd_schema", node=schema)
@@ -52,7 +52,7 @@ def compose_settings(*overrides: str) -> Settings:
         overrides: As on the command line, e.g. "method=kd_mean", "data.fraction=0.1".
 
     Returns:
-        Typed settings, to be changed or passed to `ekd_lightning.pipeline.run.run`.
+        Typed settings, e.g. for `ekd_lightning.pipeline.run.run`.
     """
     register_schema()
     with initialize_config_module("ekd_lightning.conf", version_base="1.3"):
@@ -67,7 +67,7 @@ def to_settings(cfg: DictConfig) -> Settings:
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"{missing[0]}: must be given on the command line")
+        raise UserError(f"{missing[0]}: has no default and must be given, {missing[0]}=...")
     settings = OmegaConf.to_object(cfg)
     assert isinstance(settings, Settings)  # the schema is the root of the defaults list
     _refuse_unknown_keys(settings)
@@ -75,7 +75,7 @@ def to_settings(cfg: DictConfig) -> Settings:
 
 
 def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
-    """Finds what `+key=value` added: Hydra lets a plus pass the schema."""
+    """Refuses keys that `+key=value` added, which Hydra does not compare with the schema."""
     known = [item.name for item in fields(settings)]
     for name, value in vars(settings).items():
         if name not in known:
@@ -85,16 +85,16 @@ def _refuse_unknown_keys(settings: Any, prefix: str = "") -> None:
 
 
 def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
-    """Warns of settings that a user gave and that have no effect in any of the jobs.
+    """Warns of settings that the user gave and that have no effect in any of the jobs.
 
     Args:
-        keys: Dotted keys of what was given for all of them.
-        jobs: The settings of each; read only as far as needed.
+        keys: Dotted keys of the settings that were given for all jobs.
+        jobs: The settings of each job; read only as far as needed.
     """
     lines: dict[str, str] | None = None
     for settings in jobs:
         facts = {}
-        if "teachers.count" in keys:  # counts where teachers do
+        if "teachers.count" in keys:  # has an effect only in methods with teachers
             from ekd_lightning.methods import needs_teachers  # noqa: PLC0415 (slow; --help needs none)
 
             facts["method.name"] = needs_teachers(settings.method.terms)
@@ -107,7 +107,7 @@ def warn_without_effect(keys: Sequence[str], jobs: Iterable[Settings]) -> None:
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved configuration as nested plain containers, as loggers and files want it."""
+    """The resolved configuration as nested plain containers, for loggers and files."""
     plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -119,34 +119,34 @@ def write_config(plain: dict[str, Any], directory: Path) -> None:
 
 
 def read_config(directory: Path, key: str = "") -> dict[str, Any]:
-    """Reads what `write_config` wrote.
+    """Reads a run's configuration, which `write_config` wrote.
 
     Args:
-        directory: The run's.
-        key: What named it, for error messages: "resume=".
+        directory: The run's directory.
+        key: Key that named the directory, for error messages: "resume=".
 
     Raises:
-        UserError: If it is not the directory of a run, or the file is damaged.
+        UserError: If the directory holds no run, or the file is damaged.
     """
     if not directory.is_dir():
         raise UserError(f"{key}{directory}: no such directory")
     run = RunDirectory(directory)
     if run.file(CONFIG) is None:
-        raise UserError(f"{key}{directory}: not the directory of a run (it has no {CONFIG})")
+        raise UserError(f"{key}{directory}: not the directory of a run (no {CONFIG})")
     return run.config()
 
 
 def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust: bool = False) -> Settings:
-    """The settings of a run that is on disk; modules that it imported are imported again if the user says so.
+    """The settings of a run on disk; imports the modules of its `imports` if the user names them or trusts the record.
 
     Args:
         run: The run.
-        overrides: `key=value` for new places, e.g. `data.root=/data`, and for `imports`.
-        trust: Whether modules are imported that the record alone names.
+        overrides: `key=value` for new locations, e.g. `data.root=/data`, and for `imports`.
+        trust: Whether to import modules that only the record names.
 
     Raises:
-        UserError: If it is not the directory of a run, the file is damaged or not of this version, or it imported
-            modules that are not there, or that nobody but its record names.
+        UserError: If the directory holds no run, the file is damaged or of another version, a module cannot be found,
+            or only the record names it and `trust` is False.
     """
     config = _where_it_was_started(read_config(run.path), run)
     schema = OmegaConf.structured(Settings)
@@ -163,15 +163,15 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
     settings = to_settings(merged)
     if (code := code_of(settings)) and not trust and not any(map(names_code, overrides)):
         raise UserError(
-            f"{run.path}: its record names code ({' '.join(code)}), which is imported only if you say so: if you trust "
-            f"it, add --trust, or {' '.join(code)}"
+            f"{run.path}: its record names code ({' '.join(code)}), which is imported only with your consent: if you "
+            f"trust it, add --trust, or {' '.join(code)}"
         )
-    import_user_modules(settings.imports)  # its student, data and terms may be the user's own
+    import_user_modules(settings.imports)  # they may define the run's student, data set and terms
     return settings
 
 
 def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
-    """A run's configuration, with existing relative paths resolved from where it was started."""
+    """A run's configuration, its relative paths made absolute if they exist below the directory of its start."""
     start = run.provenance().get("working_directory")
     for group, name in list(_places(config)):
         if isinstance(start, str) and Path(start, group[name]).exists():
@@ -180,7 +180,7 @@ def _where_it_was_started(config: dict[str, Any], run: RunDirectory) -> dict[str
 
 
 def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The mappings of a configuration that hold paths, each with the key."""
+    """The mappings of a configuration that hold paths, each with the key of the path."""
     for key in PLACES:
         group, _, name = key.partition(".")
         if isinstance(config.get(group), dict) and is_place(key, config[group].get(name)):
@@ -195,8 +195,8 @@ def _places(config: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two plain configurations.
 
-    A setting that the version of the old one did not know had what is its default now; of two places the content is
-    compared by its hash, when it is read.
+    A setting that the old configuration lacks, as in a record of an earlier version, counts as having its default.
+    Paths are not compared, because the content of data and weights is compared by its hash when it is read.
     """
     return list(_changed(old, new, asdict(Settings()), ""))
 
@@ -214,10 +214,10 @@ def _changed(old: Any, new: Any, default: Any, prefix: str) -> Iterator[str]:
 def import_user_modules(names: Sequence[str]) -> None:
     """Imports modules that register networks, terms or data sets.
 
-    The directory in which the user called the command is searched first, and none that a record names.
+    The directory in which the user called the command is searched first; directories from records are not searched.
 
     Raises:
-        UserError: For a module that is not there. An error inside the module keeps its traceback.
+        UserError: If a module cannot be found. An error inside a module keeps its traceback.
     """
     load_plugins()
     if not names:
@@ -234,16 +234,16 @@ def import_user_modules(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not name.startswith(error.name):
-                raise  # it is there, but lacks something itself
-            raise UserError(f"imports: no module {name!r} in {here} or the environment") from None
+                raise  # the module was found, but imports one that is missing
+            raise UserError(f"imports: no module {name!r} in {here} or among the installed packages") from None
         allow_module(name)
 
 
 def build_callbacks(settings: Settings) -> list[Callback]:
-    """The user's own callbacks, made anew; modules that they name are imported first.
+    """Builds the callbacks of a configuration, after importing the modules of `imports`.
 
     Raises:
-        UserError: What `build_callback` and `import_user_modules` raise.
+        UserError: As `build_callback` and `import_user_modules`.
     """
     import_user_modules(settings.imports)
     nodes = {name: node for name, node in settings.callbacks.items() if node}
@@ -251,22 +251,22 @@ def build_callbacks(settings: Settings) -> list[Callback]:
 
 
 def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) -> Callback:
-    """Makes a callback of a node with `_target_`: a class that is defined, and not merely reachable, where it may be.
+    """Builds a callback from a node with `_target_`; its class must be defined in an allowed module, not just imported.
 
     Args:
         node: Plain mapping with `_target_` and the class's arguments, which are plain values.
-        key: Where the node stands, for error messages.
-        modules: Imported modules of the user's own, allowed beside `ALLOWED`.
+        key: Key of the node, for error messages.
+        modules: The user's modules, which are allowed besides `ALLOWED`.
 
     Raises:
-        UserError: If the target is missing, elsewhere, or no callback, or refuses its arguments.
+        UserError: If `_target_` is missing, in another module or no callback, or if it refuses its arguments.
     """
     from pytorch_lightning import Callback  # noqa: PLC0415 (slow; --help needs none)
 
     arguments = dict(node) if isinstance(node, dict) else {}
     target = arguments.pop("_target_", None)
     if target is None:
-        raise UserError(f"{key}: has no _target_")
+        raise UserError(f"{key}: has no _target_, the class of the callback")
     module, _, name = str(target).rpartition(".")
     allowed = (*ALLOWED, *modules)
     if not _is_in(module, allowed):
@@ -276,9 +276,9 @@ def build_callback(node: dict[str, Any], key: str, modules: Sequence[str] = ()) 
     except ImportError:
         found = None
     if not (isinstance(found, type) and issubclass(found, Callback) and _is_in(found.__module__, allowed)):
-        raise UserError(f"{key}._target_={target}: not a class of Lightning callbacks that is defined there")
+        raise UserError(f"{key}._target_={target}: {module} defines no class of Lightning callbacks of this name")
     if unbuilt := [name for name, value in arguments.items() if "_target_" in str(value)]:
-        raise UserError(f"{key}.{unbuilt[0]}: holds a _target_, but a callback's arguments are plain values")
+        raise UserError(f"{key}.{unbuilt[0]}: contains a _target_; arguments of callbacks must be plain values")
     hints = get_type_hints(found.__init__)
     for name, value in arguments.items():
         if name in hints and not is_of(value, hints[name]):
@@ -294,7 +294,7 @@ def _is_in(module: str, packages: Sequence[str]) -> bool:
 
 
 def resolved(config: DictConfig, key: str) -> str:
-    """A value that may ask for `${hydra:...}`, which Hydra knows only once a job has started."""
+    """A value of a configuration, with `${hydra:...}` resolved, which Hydra itself can do only in a running job."""
     instance = HydraConfig.instance()
     before = instance.cfg
     try:

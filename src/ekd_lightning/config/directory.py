@@ -1,7 +1,7 @@
-"""Output directory of a job: one for all its ranks, claimed before Hydra writes there.
+"""Output directory of a job: the same for all its ranks, claimed before Hydra writes there.
 
-Hydra would open a job's log and write `.hydra/` before our function runs. Both are held back until the checks of the
-run have passed (`JobOutput.start`), so a refused job leaves no trace. Ranks are the processes of one distributed job,
+Hydra would open a job's log and write `.hydra/` before it calls our function. Both are delayed until the checks of the
+run have passed (`JobOutput.start`), so a refused job leaves no files. Ranks are the processes of one distributed job,
 started by Lightning's launcher, torchrun or SLURM.
 """
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 _OUTSIDE_LAUNCHERS = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID")
-_PATIENCE = timedelta(minutes=5)  # ranks of several machines do not start at once
+_PATIENCE = timedelta(minutes=5)  # machines of one job start at different times
 DIRECTORY = "EKD_RUN_DIRECTORY"
 """Environment variable that passes the run's directory to the ranks that a process starts."""
 
@@ -67,13 +67,13 @@ class ClaimDirectory(Callback):
 def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] = lock_ahead) -> Path:
     """Chooses the directory of a run or a sweep, the same for all processes of the job, and makes it.
 
-    A directory named after the time gets a number if it is taken. A directory that the user named must be free and
-    must not hold a finished run, unless that may be overwritten.
+    A directory that is named after the time gets a number if it exists. A directory that the user named must not be in
+    use and must not hold a finished run, unless the run may be overwritten.
 
     Args:
         config: Composed configuration; its node `hydra` receives the directory.
         kind: "run" or "sweep", for `hydra.run.dir` or `hydra.sweep.dir`.
-        claim: Called with the directory on global rank 0, before the others learn of it; an error ends all ranks.
+        claim: Called with the directory on global rank 0, before it is sent to the others; an error ends all ranks.
 
     Returns:
         The directory, absolute.
@@ -105,7 +105,7 @@ def claim_output(config: DictConfig, kind: str, claim: Callable[[Path], object] 
         if not str(nodes).isdecimal():
             raise UserError(f"trainer.num_nodes={nodes}: must be a whole number")
         directory = agree(key, decide, nodes=int(nodes), known=None if by_time else wanted)
-    _tell_hydra(config, kind, directory)
+    _set_in_hydra(config, kind, directory)
     return directory
 
 
@@ -113,7 +113,7 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
     """Refuses a directory that is in use or holds a finished run, before any other check.
 
     Raises:
-        UserError: Naming the other process, or the setting that would replace the finished run.
+        UserError: Naming the process that uses it, or the setting with which a finished run is replaced.
     """
     if (other := holder(directory)) is not None:
         raise LockedError(f"{directory}: in use by {other}")
@@ -122,7 +122,7 @@ def refuse_taken(directory: Path, config: DictConfig) -> None:
 
 
 def new_directory(wanted: Path, *, numbered: bool) -> Path:
-    """Makes a directory; if `numbered`, a new one, with a number appended to a name that exists."""
+    """Makes a directory; if `numbered`, always a new one, with a number after its name if that exists."""
     _made.extend(make_directory(wanted.parent if numbered else wanted))
     if not numbered:
         return wanted
@@ -136,11 +136,11 @@ def new_directory(wanted: Path, *, numbered: bool) -> Path:
     return path
 
 
-def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
+def _set_in_hydra(config: DictConfig, kind: str, directory: Path) -> None:
     with read_write(config.hydra), open_dict(config.hydra):
         if kind == "run":
             config.hydra.job.env_set[DIRECTORY] = literal(str(directory))
-            # Hydra would read `${` in a name as an interpolation; it makes a parent instead, which already exists.
+            # Hydra makes this directory and would resolve `${` in its name, so it gets an existing parent instead.
             config.hydra.run.dir = re.sub(r"(?s)/[^/]*\$\{.*", "/", str(directory))
         else:
             config.hydra.sweep.dir = literal(str(directory))
@@ -148,23 +148,23 @@ def _tell_hydra(config: DictConfig, kind: str, directory: Path) -> None:
 
 
 def remove_unused() -> None:
-    """Releases the directories that this process claimed, and removes those it made that are empty."""
+    """Releases the directories that this process has claimed, and removes the empty ones among those it has made."""
     release_ahead()
     remove_empty(_made)
     _made.clear()
 
 
 def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path | None = None) -> Path:
-    """One directory for all processes of a job: global rank 0 decides and sends it to the others.
+    """One directory for all processes of a job: global rank 0 chooses it and sends it to the others.
 
     Args:
         key: Hydra's key of the directory, e.g. "hydra.run.dir".
-        decide: Called on global rank 0 alone.
+        decide: Chooses the directory; called on global rank 0 only.
         nodes: Number of machines.
-        known: The directory of processes that cannot communicate; None if it depends on the time.
+        known: The directory for processes that cannot communicate; None if its name depends on the time.
 
     Raises:
-        UserError: If the processes cannot communicate and `known` is None, or global rank 0 was refused.
+        UserError: If the processes cannot communicate and `known` is None, or if global rank 0 was refused.
     """
     store, world, rank = _meeting_place()
     if store is None and known is not None:
@@ -188,7 +188,7 @@ def agree(key: str, decide: Callable[[], Path], *, nodes: int = 1, known: Path |
         decided = os.fsdecode(store.get(word))
         store.set(f"{word}/{rank}", "")
     if not decided:
-        raise UserError(f"{key}: refused to the first process of this job")
+        raise UserError(f"{key}: the first process of this job was refused the directory; see its own error")
     return Path(decided)
 
 
@@ -199,7 +199,7 @@ def _store() -> type[TCPStore]:
 
 
 def _meeting_place() -> tuple[Any, int, int]:
-    """Store for the processes of torchrun or SLURM before they train (or None), their number, and the own rank."""
+    """The store by which processes of torchrun or SLURM communicate (None without), their number, and this rank."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
         if world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -216,21 +216,21 @@ def _meeting_place() -> tuple[Any, int, int]:
         raise UserError(f"SLURM: {' '.join(str(error).split())}") from None
     if not slurm.detect() or (world := slurm.world_size()) < 2:
         return None, 1, 0
-    # Not Lightning's own port: it is opened again right after this.
+    # The port after Lightning's, which Lightning opens itself right after this.
     place, rank = (slurm.main_address, slurm.main_port + 1), slurm.global_rank()
     return _store()(*place, world, is_master=rank == 0, timeout=_PATIENCE), world, rank
 
 
 @contextlib.contextmanager
 def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator[None]:
-    """Makes Lightning start the other ranks with *this job* and its directory, not with the whole sweep.
+    """Makes Lightning start the other ranks with this job and its directory, not with the whole sweep.
 
     Lightning's script launcher repeats `sys.argv`, which in a multirun holds `-m` and all swept values. It also quotes
     the directory without escaping quotes in it, and leaves LOCAL_RANK set for the next job of the sweep.
 
     Args:
-        directory: The job's.
-        program: The file that runs one job; None if that is this command.
+        directory: The job's directory.
+        program: File that runs one job; None for that of this command.
     """
     if any(name in os.environ for name in _OUTSIDE_LAUNCHERS):
         yield
@@ -248,7 +248,7 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
     try:
         yield
     finally:
-        dist = sys.modules.get("torch.distributed")  # what was refused at once has not imported it
+        dist = sys.modules.get("torch.distributed")  # a job that was refused early has not imported it
         if dist is not None and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
         for key, value in environment.items():
@@ -261,7 +261,7 @@ def ddp_reruns_this_job(directory: Path, program: str | None = None) -> Iterator
 
 
 class HeldLog(logging.handlers.MemoryHandler):
-    """Log file of a job, which keeps its lines until `open_in` names the directory.
+    """Handler for a job's log file, which keeps the lines in memory until `open_in` names the directory.
 
     Args:
         filename: Name of the file; parent folders are ignored.
@@ -273,7 +273,7 @@ class HeldLog(logging.handlers.MemoryHandler):
         self.addFilter(lambda record: not getattr(record, "heartbeat", False))
 
     def open_in(self, directory: Path, prefix: str = "") -> None:
-        """Writes all lines, and from now on each new one, into a file of a directory; `prefix` precedes its name."""
+        """Writes the kept lines, and from now on each new one, to a file in a directory, named with a prefix."""
         file = logging.FileHandler(directory / f"{prefix}{self._filename}", delay=True)
         file.setFormatter(self.formatter)
         self.setTarget(file)
@@ -287,8 +287,9 @@ class JobOutput:
         cfg: The job's configuration.
 
     Attributes:
-        directory: The job's, absolute.
+        directory: The job's directory, absolute.
         started: Whether anything may have been written there.
+        original: Directory in which the command was called.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -321,9 +322,9 @@ class JobOutput:
         write_config(to_plain(self.cfg), self.directory)
 
     def record_refusal(self, error: Exception) -> None:
-        """Records that a job of a sweep was refused before it started, so that the sweep knows.
+        """Records that a job was refused before it started, for the summary of its sweep.
 
-        Nothing is written into a directory that is in use or holds a run, whose own record counts.
+        Writes nothing into a directory that is in use or holds a run, because that run has its own record.
         """
         if self.started or not is_rank_zero() or self.cfg.get("resume") is not None:
             return
@@ -336,7 +337,7 @@ class JobOutput:
 
     @contextlib.contextmanager
     def anchored(self) -> Iterator[None]:
-        """Resolves relative paths from where the run was first started, whatever hydra.job.chdir says."""
+        """Works in the directory in which the run was first started, whatever hydra.job.chdir says."""
         before = Path.cwd()
         os.chdir(self._anchor())
         try:

@@ -1,4 +1,4 @@
-"""Where programs meet people: a user's mistake becomes one line and a non-zero exit, never a traceback."""
+"""Edge of the commands: parsers, exit codes, log lines and tables; a user's mistake becomes one line, no traceback."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from ekd_lightning.roles import check_value
 from ekd_lightning.runs.writer import is_rank_zero
 
 OFF_SCREEN = {"off_screen": True}
-"""`extra` of a log line for the file alone, as the screen says it otherwise."""
+"""`extra` of a log line that goes to the log file only, because the screen shows its content in another way."""
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
+EXIT_INTERRUPTED = 130  # of shells, for a program that Ctrl-C has ended
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """The command line of a program, its examples at the end of `--help`."""
+    """The parser of a program, with examples at the end of `--help`."""
     parser = argparse.ArgumentParser(
         prog=program, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,7 +44,7 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
 
 
 def package_version() -> str:
-    """What `--version` of every command prints."""
+    """The line that `--version` of every command prints."""
     return f"ekd-lightning {version('ekd-lightning')}"
 
 
@@ -55,13 +55,13 @@ def run_command(
     *,
     level: int | None = logging.INFO,
 ) -> None:
-    """Runs `body` with the arguments; a user's mistake ends as in `one_line`, and False with exit code 1.
+    """Runs `body` with the arguments; a user's mistake exits as in `one_line`, a return value of False with code 1.
 
     Args:
-        parser: The command line, from `make_parser`.
+        parser: The parser, from `make_parser`.
         body: The command.
-        argv: Arguments without the command's name; those of the process if None.
-        level: Of the log on standard error; None leaves logging alone.
+        argv: Arguments without the command's name; None for those of the process.
+        level: Level of the log on standard error; None leaves logging unchanged.
     """
     args = parser.parse_intermixed_args(argv)
     if level is not None:
@@ -73,11 +73,11 @@ def run_command(
 
 
 def check_options(args: argparse.Namespace, **allowed: Mapping[str, Any]) -> None:
-    """Refuses values of options outside their ranges; one that was not given is None.
+    """Refuses values of options outside their ranges; None, for an option that was not given, passes.
 
     Args:
-        args: What was given.
-        **allowed: Metadata with the range, by the option's name, e.g. `COUNT`.
+        args: The parsed arguments.
+        **allowed: Metadata with the range by the option's name, e.g. `rounds=COUNT`.
 
     Raises:
         UserError: At the first such value.
@@ -87,10 +87,10 @@ def check_options(args: argparse.Namespace, **allowed: Mapping[str, Any]) -> Non
 
 
 def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:
-    """Reads names with commas between them; what is named twice counts once.
+    """Reads names separated by commas; a name that is given twice counts once.
 
     Raises:
-        UserError: For an unknown name, or none.
+        UserError: For an unknown name, or if there is no name.
     """
     names = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for name in names:
@@ -102,23 +102,23 @@ def parse_names(option: str, text: str, allowed: Collection[str]) -> list[str]:
 
 
 def run_program(program: str, body: Callable[[], object]) -> None:
-    """Runs `body`, turning a user's mistake into one line on stderr and exit code 2, Ctrl-C into 130.
+    """Runs `body`; a user's mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    Anything else is a bug of ours and keeps its traceback.
+    Other exceptions are bugs and keep their traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
-    if "--version" in sys.argv[1:]:  # Hydra's own would be Hydra's
+    if "--version" in sys.argv[1:]:  # Hydra would print its own version
         print(package_version())
         return
-    if "install=bash" in sys.argv[1:] and sys.stdout.isatty():  # a shell that evaluates it gets nothing else
-        print(f"# to complete words of {program} in this shell (in every one: add this line to ~/.bashrc):")
+    if "install=bash" in sys.argv[1:] and sys.stdout.isatty():  # a shell that evaluates the output needs no comment
+        print(f"# completion for {program} in this shell (for every shell, add the line to ~/.bashrc):")
         print(f'#   eval "$({sys.argv[0]} -sc install=bash)"')
     with one_line(program), _started_here(), _shown(), users_files_first(sys.argv[1:]):
         body()
 
 
 def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-    """Lets files in the folders that a command line names win over those of the package that have the same names."""
+    """Prefers configuration files in folders that a command line names to the package's files of the same names."""
     if not any(word.startswith(("--config-dir", "-cd")) or "hydra.searchpath" in word for word in words):
         return contextlib.nullcontext()
     from ekd_lightning.config import internals  # noqa: PLC0415 (a plain run needs none of it)
@@ -127,9 +127,9 @@ def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager
 
 
 class ConsoleLines(logging.StreamHandler[Any]):
-    """Log lines on the screen, without their source; the log file has it.
+    """Log lines on the screen, without their source, which the log file has.
 
-    A job of a sweep begins its lines with its number. Of several processes of one job, only the first speaks.
+    Lines of a sweep's job begin with its number. Of several processes of one job, only the first prints.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -152,7 +152,7 @@ class OnScreen(Reporter):
     _shows = Reporter()
 
     def start(self, session: Session) -> None:
-        """Chooses how."""
+        """Chooses the display for a session and starts it."""
         terminal = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
         if not is_rank_zero():
             self._shows = Reporter()
@@ -165,18 +165,18 @@ class OnScreen(Reporter):
         self._shows.start(session)
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops the display."""
         self._shows.stop()
         self._shows = Reporter()
 
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    """Shows progress while the block runs, and each warning as one line without the place in the code."""
+    """Shows progress within the block, and each warning as one line without its place in the code."""
     show, form = warnings.showwarning, warnings.formatwarning
 
     def show_in_one_line(*warning: Any) -> None:
-        # Each time anew: Lightning, once it is imported, has a form of its own.
+        # Set for each warning, because Lightning replaces it when it is imported.
         warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         show(*warning)
 
@@ -190,13 +190,13 @@ def _shown() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silences messages of libraries that are untrue here or repeat for every run."""
-    logging.getLogger("ekd_lightning.progress").setLevel(logging.INFO)  # where a command says little else, too
+    """Silences messages of libraries that are untrue here or repeat in every run."""
+    logging.getLogger("ekd_lightning.progress").setLevel(logging.INFO)  # even in commands that log warnings only
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # which jobs there are, the sweep's own lines say
+    for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # the sweep's own lines name its jobs
         logging.getLogger(name).setLevel(logging.WARNING)
-    # What PyTorch says at its end, where Ctrl-C came before it had set its own levels.
+    # PyTorch logs at exit, if Ctrl-C came before it had set its own levels.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA may be missing
     for message in (
@@ -225,9 +225,9 @@ def _started_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line(program: str) -> Iterator[None]:
-    """Turns what a user causes inside the `with` block into one line on stderr.
+    """Turns a user's mistake or interrupt within the block into one line on stderr.
 
-    A mistake ends with exit code 2, Ctrl-C or SIGTERM with exit code 130.
+    A mistake exits with code 2, Ctrl-C or SIGTERM with code 130.
     """
     try:
         yield
@@ -250,19 +250,18 @@ def one_line(program: str) -> Iterator[None]:
 
 
 def _not_an_option(error: Exception) -> str | None:
-    """What Hydra says with a plain ValueError: a group was given a number, a truth value or null."""
+    """The line for a group set to a number, a truth value or null, for which Hydra raises a plain ValueError."""
     if not (isinstance(error, ValueError) and str(error).startswith("Config group override must be")):
         return None
     words = [word for word in sys.argv[1:] if re.fullmatch(r"\+?[\w/@]*=(null|true|false|[\d.eE+-]+)", word)]
-    return f"{' or '.join(words)}: a group of the configuration takes the name of one of its options"
+    return f"{' or '.join(words)}: a configuration group takes the name of one of its options, see --help"
 
 
 @contextlib.contextmanager
 def ending_callback(program: str) -> Iterator[None]:
-    """Lets whatever goes wrong in one of Hydra's callbacks end the program.
+    """Ends the program if one of Hydra's callbacks fails; Hydra itself would only warn and continue.
 
-    Hydra makes a warning of a callback's error and goes on, but lets an exit pass: a user's mistake ends as in
-    `one_line`, anything else with its traceback and exit code 1.
+    A user's mistake exits as in `one_line`, any other exception with its traceback and code 1.
     """
     try:
         with one_line(program):
@@ -275,7 +274,7 @@ def ending_callback(program: str) -> Iterator[None]:
 def is_interrupt(error: BaseException) -> bool:
     """Whether an exception is an unreported Ctrl-C or SIGTERM, which Lightning turns into SystemExit."""
     if isinstance(error, SystemExit):
-        terminated = type(error).__name__ == "SIGTERMException"  # which else would end with exit code 0
+        terminated = type(error).__name__ == "SIGTERMException"  # its own exit code is 0
         return (terminated or isinstance(error.__context__, KeyboardInterrupt)) and error.code != EXIT_INTERRUPTED
     return isinstance(error, KeyboardInterrupt)
 
@@ -294,7 +293,7 @@ def _missing_config(error: MissingConfigException) -> str:
 
 
 def config_error(error: Exception) -> str:
-    """The telling line of Hydra's or OmegaConf's message, with the key it is about."""
+    """The line of Hydra's or OmegaConf's message that names the mistake, with its key."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
         parent, dot, _ = str(cause.full_key or "").rpartition(".")
@@ -321,11 +320,11 @@ def print_table(
     """Prints a table on standard output.
 
     Args:
-        title: What stands above it.
+        title: Title above the table.
         heads: Names of the columns.
-        rows: The cells of each.
-        left: Columns of texts; the others hold numbers.
-        width: Characters, where standard output is no terminal.
+        rows: Cells of each row.
+        left: Left-aligned columns, for texts; the others hold numbers.
+        width: Characters of a line, if standard output is no terminal.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
@@ -341,7 +340,7 @@ def print_table(
 
 
 def print_wide(*parts: RenderableType, width: int = 160) -> None:
-    """Prints tables and texts on standard output, so wide where that is no terminal."""
+    """Prints tables and texts on standard output, `width` characters wide if it is no terminal."""
     for part in parts:
         _console(width).print(part)
 

@@ -1,4 +1,4 @@
-"""Internals of Hydra: all that is needed of it and has no public name. Nothing else imports such names."""
+"""Internals of Hydra: the only module that imports Hydra's private names."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ekd_lightning.config.config import resolved
 
 @contextlib.contextmanager
 def initialized(config_dir: str | None) -> Iterator[None]:
-    """Hydra with the package's configuration and the user's own, as `--config-dir` adds it to a command.
+    """Initialises Hydra with the package's configuration and the user's, as `--config-dir` does for a command.
 
     Args:
-        config_dir: Folder or address of the user's configuration files; None without.
+        config_dir: Folder or address of the user's configuration files; None if there are none.
     """
     path = create_config_search_path("pkg://ekd_lightning.conf")
     if config_dir is not None:
@@ -43,7 +43,7 @@ def initialized(config_dir: str | None) -> Iterator[None]:
 
 
 class _UsersFoldersFirst(SearchPathPlugin):
-    """Looks for configuration in folders of the user's, and then in the package."""
+    """Searches configuration files in the user's folders first, then in the package."""
 
     folders: ClassVar[list[str]] = []
 
@@ -54,7 +54,7 @@ class _UsersFoldersFirst(SearchPathPlugin):
 
 @contextlib.contextmanager
 def users_files_first(words: Sequence[str]) -> Iterator[None]:
-    """Lets files in the folders that a command line names win over those of the package that have the same names."""
+    """Prefers configuration files in folders that a command line names to the package's files of the same names."""
     if _UsersFoldersFirst not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(_UsersFoldersFirst)
     before, _UsersFoldersFirst.folders = _UsersFoldersFirst.folders, list(_users_folders(words))
@@ -67,7 +67,7 @@ def users_files_first(words: Sequence[str]) -> Iterator[None]:
 
 
 def _users_folders(words: Sequence[str]) -> Iterator[str]:
-    """What `--config-dir` and `hydra.searchpath` name; what Hydra cannot read it will refuse itself."""
+    """The folders of `--config-dir` and `hydra.searchpath`; words that Hydra cannot read are left to its own check."""
     for word, following in zip(words, [*words, ""][1:], strict=True):
         key, _, value = word.partition("=")
         if key in ("--config-dir", "-cd") and (folder := value or following):
@@ -79,16 +79,16 @@ def _users_folders(words: Sequence[str]) -> Iterator[str]:
 
 
 def options_of(group: str) -> list[str]:
-    """The names that a group of the configuration can take."""
+    """The options of a configuration group, e.g. the methods of `method`."""
     return GlobalHydra.instance().config_loader().get_group_options(group, ObjectType.CONFIG)
 
 
 def keys_set_by(config: str, section: str) -> set[str]:
-    """Keys of a section that a configuration file sets, or one that it is made from.
+    """Keys of a section that a configuration file sets, itself or in a file of its defaults list.
 
     Args:
-        config: Its name, e.g. `method/ekd`; those that it is made from are of its group.
-        section: E.g. `student`.
+        config: Name of the file, e.g. `method/ekd`; files of its defaults list are of the same group.
+        section: Section of the configuration, e.g. `student`.
     """
     loader = GlobalHydra.instance().config_loader()
     loaded = loader.repository.load_config(config)  # type: ignore[attr-defined]
@@ -104,12 +104,12 @@ def keys_set_by(config: str, section: str) -> set[str]:
 
 
 def option_names() -> list[str]:
-    """The options of a command of Hydra, with their dashes."""
+    """The command-line options of Hydra, with their dashes."""
     return list(get_args_parser()._option_string_actions)
 
 
 def parse_override(word: str) -> Override:
-    """An override as Hydra's grammar reads it.
+    """Parses an override by Hydra's grammar.
 
     Raises:
         OverrideParseException: If it does not follow the grammar.
@@ -124,8 +124,8 @@ def sweep_jobs(config: DictConfig) -> list[tuple[str, list[str]]] | None:
         config: Composed configuration of the multirun, with the node `hydra`.
 
     Returns:
-        Of each job its directory below the sweep's and its overrides; None for another sweeper, which decides as it
-        goes.
+        For each job its directory below the sweep's and its overrides; None for another sweeper, which chooses its
+        jobs while it runs.
     """
     hydra = config.hydra
     if not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
@@ -147,7 +147,7 @@ def job_config(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> str:
-    """The directory of a job below its sweep's, as the launcher will resolve it."""
+    """The directory of a job below the sweep's, as the launcher will resolve it."""
     job = job_config(config, overrides)
     with open_dict(job):
         job.hydra.job.num = number
@@ -156,13 +156,11 @@ def _subdirectory(config: DictConfig, overrides: Sequence[str], number: int) -> 
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], task: TaskFunction) -> None:
-    """Hands jobs to the launcher that a configuration names, and waits for them.
-
-    All at once, or `hydra.sweeper.max_batch_size` at a time.
+    """Runs jobs with the launcher of a configuration, all at once or `hydra.sweeper.max_batch_size` at a time.
 
     Args:
         config: Composed configuration of a multirun, with the node `hydra`.
-        jobs: The overrides of each.
+        jobs: The overrides of each job.
         task: Runs one job.
     """
     loader = GlobalHydra.instance().config_loader()

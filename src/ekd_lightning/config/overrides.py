@@ -1,6 +1,6 @@
-"""Overrides as Hydra reads them on a command line: their keys, values written so that they are read back, and paths.
+"""Overrides of Hydra's command line: reading, quoting and checking them, and `resume=`.
 
-`resume=<run directory>` expands to the overrides of that run, in its own directory.
+`resume=DIR` expands to the overrides of the run in DIR, which then writes to DIR again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_under(key: str, prefixes: Iterable[str]) -> bool:
 
 
 def is_hydras(word: str) -> bool:
-    """Whether an override sets something of Hydra itself, e.g. the launcher."""
+    """Whether an override sets a key of Hydra itself, e.g. the launcher."""
     return key_of(word).startswith(("hydra.", "hydra/"))
 
 
@@ -61,7 +61,7 @@ def anchored_search(word: str) -> str:
 
 
 def override(key: str, value: Scalar | Path) -> str:
-    """`key=value` as Hydra reads it back to the same value."""
+    """`key=value`, quoted such that Hydra reads the same value."""
     if value is None:
         return f"{key}=null"
     if isinstance(value, bool):
@@ -75,7 +75,7 @@ def override(key: str, value: Scalar | Path) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as OmegaConf must be given it to hold exactly that: `${` would begin an interpolation."""
+    """A text escaped for OmegaConf, which would read `${` as an interpolation."""
     return re.sub(r"(\\*)\$\{", lambda match: rf"{2 * match[1]}\${{", text)
 
 
@@ -85,43 +85,43 @@ def _quoted(text: str) -> str:
 
 
 def check_typed(words: Sequence[str]) -> None:
-    """Refuses what a user types out of habit with other programs: options for settings, and texts without quotes.
+    """Refuses settings that are typed as options (`--fraction 0.1`) and texts that lack quotes.
 
     Args:
-        words: Those of a command line that are not its own options.
+        words: Words of a command line without its own options.
 
     Raises:
-        UserError: Showing how the first such word is typed.
+        UserError: At the first such word, showing how it is typed.
     """
     for position, word in enumerate(words):
         if word.startswith("--") and not any(name.startswith(word.split("=")[0]) for name in internals.option_names()):
             raise UserError(_no_option(word, next(iter(words[position + 1 :]), "")))
         key, sign, text = word.partition("=")
         if word.startswith("-") or not sign or not text or text[0] in "[{(" or key == "resume":
-            continue  # the last is read as a path
+            continue  # `resume=` is read as a path
         if re.fullmatch(r"[\w.,:+/@%-]*", text, re.ASCII):
-            continue  # nothing that the grammar would not take as it stands
+            continue  # plain for Hydra's grammar
         try:
             internals.parse_override(word)
         except HydraException:
             place = os.path.expanduser(text) if key_of(word) in PLACES else text
             wanted = shell_word(override(key, place))
-            raise UserError(f"cannot read the override {word!r}; such text must be typed as {wanted}") from None
+            raise UserError(f"cannot read the override {word!r}; its text must be quoted: {wanted}") from None
 
 
 def _no_option(word: str, following: str) -> str:
-    """What was meant by `--fraction 0.1`: `data.fraction=0.1`."""
+    """The message for a setting that was typed as an option: `--fraction 0.1` instead of `data.fraction=0.1`."""
     name, sign, text = word[2:].replace("-", "_").partition("=")
     value = text if sign else "" if "=" in following or following.startswith("-") else following
     known = [*keys_where(lambda key: True), *vars(Settings())]
     keys = sorted((key for key in known if key == name or key.endswith(f".{name}")), key=lambda key: key.count("."))
     if not keys:
-        return f"{word}: no option of this command; settings are typed KEY=VALUE, e.g. seed=0"
-    return f"{word}: no option of this command; settings are typed KEY=VALUE, here {keys[0]}={value or '...'}"
+        return f"{word}: not an option of this command; settings are typed KEY=VALUE, e.g. seed=0"
+    return f"{word}: not an option of this command; settings are typed KEY=VALUE, here {keys[0]}={value or '...'}"
 
 
 def config_flags(argv: list[str]) -> list[str]:
-    """`--config-name x`, `--config-dir=y` and their short forms: no overrides, but part of what is composed."""
+    """The flags of a command line that select configuration files: `--config-name x`, `--config-dir=y` and the like."""
     flags: list[str] = []
     words = iter(argv[1:])
     for word in words:
@@ -133,7 +133,7 @@ def config_flags(argv: list[str]) -> list[str]:
 
 
 def split_config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The folder of the user's own configuration that a command line names, absolute, and the other words."""
+    """The absolute folder of `--config-dir` (None without), and the other words of a command line."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
     known, words = parser.parse_known_args(argv[1:])
@@ -141,13 +141,13 @@ def split_config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def read_path(word: str) -> str | None:
-    """The path that an override `key=value` names, read by Hydra's grammar as the user typed it.
+    """The path in an override `key=path`, read by Hydra's grammar.
 
     Returns:
         The path; None for null and for an empty value.
 
     Raises:
-        UserError: If Hydra cannot read it, or reads several values.
+        UserError: If Hydra cannot read the value, or reads several.
     """
     key, _, text = word.partition("=")
     try:
@@ -156,38 +156,38 @@ def read_path(word: str) -> str | None:
         if not parsed.is_sweep_override() and not isinstance(value, (dict, list)):
             if value is None or text == "":
                 return None
-            # A number or truth value is the name of a folder all the same, as it was typed.
+            # A number or truth value is a folder's name, as it was typed.
             return str(OmegaConf.create({"value": value}).value) if isinstance(value, str) else text.strip()
     except (HydraException, OmegaConfBaseException):
         pass
     wanted = shell_word(override(key, text))
-    raise UserError(f"{key}: cannot read {text!r} as a path; Hydra wants quotes around it: {wanted}")
+    raise UserError(f"{key}: cannot read {text!r} as a path; Hydra needs quotes around it: {wanted}")
 
 
 def shell_word(text: str) -> str:
-    """One word for a shell, readable even with single quotes."""
+    """A text as one word for a shell, in double quotes if that is easier to read."""
     plain = not set(text) & set('"$`!\n') and "\\\\" not in text and not text.endswith("\\")
     return f'"{text}"' if "'" in text and plain else shlex.quote(text)
 
 
 def resume_word(argv: Sequence[str]) -> Path | None:
-    """The folder that `resume=` names on a command line; the last one counts, `resume=null` is none.
+    """The absolute folder of the last `resume=` on a command line; None without, or for `resume=null`.
 
     Raises:
-        UserError: If Hydra's grammar does not read it as one path, or it is spelled so that nobody would expand it.
+        UserError: If Hydra's grammar does not read it as one path, or it has another form, such as `+resume=`.
     """
     for word in argv[1:]:
         if "=" in word and key_of(word) == "resume" and not word.startswith("resume="):
-            raise UserError(f"{word}: is written resume=DIR")
+            raise UserError(f"{word}: must be typed resume=DIR")
     path = next((read_path(word) for word in reversed(argv[1:]) if word.startswith("resume=")), None)
     return None if path is None else Path(path).absolute()
 
 
 def named_sweep(argv: Sequence[str]) -> Path | None:
-    """The folder that `resume=` names, if it is that of a whole sweep.
+    """The folder that `resume=` names, if it holds a sweep; None for a run, or without `resume=`.
 
     Raises:
-        UserError: For a sweep that was not planned ahead.
+        UserError: For a sweep without a plan.
     """
     folder = resume_word(argv)
     if folder is None or RunDirectory(folder).file(CONFIG) is not None:
@@ -196,8 +196,8 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
         return folder
     if (folder / "multirun.yaml").is_file():
         raise UserError(
-            f"resume={folder}: a sweep of another sweeper than Hydra's own, without a plan ({SWEEP_FILE}); "
-            "continue its runs one by one"
+            f"resume={folder}: this sweep has no plan ({SWEEP_FILE}), because its sweeper is not Hydra's own; "
+            "resume its runs one by one"
         )
     return None
 
@@ -205,13 +205,13 @@ def named_sweep(argv: Sequence[str]) -> Path | None:
 def expand_resume(argv: list[str]) -> list[str]:
     """Replaces `resume=DIR` by the overrides that the run in DIR was started with, and its directory.
 
-    Overrides given beside `resume` come last, so they win.
+    Other overrides of the command line come after them, so they take precedence.
 
     Args:
         argv: Program name and command line.
 
     Returns:
-        The command line to run; `argv` itself without `resume=`.
+        The command line to run; `argv` unchanged if it has no `resume=`.
 
     Raises:
         UserError: If DIR is not a stopped run.
@@ -220,7 +220,7 @@ def expand_resume(argv: list[str]) -> list[str]:
     if directory is None:
         return argv
     read_config(directory, "resume=")
-    if not (run := RunDirectory(directory)).is_held():  # else it is refused by its lock, or this is a rank of it
+    if not (run := RunDirectory(directory)).is_held():  # else its lock refuses it, or this process is one of its ranks
         epochs = run.section("recipe").get("epochs")
         if not isinstance(epochs, int):
             raise DamagedFileError(f"{directory / CONFIG}: damaged (recipe.epochs is {epochs!r})")
@@ -228,12 +228,12 @@ def expand_resume(argv: list[str]) -> list[str]:
     if "-m" in argv or "--multirun" in argv:
         raise UserError("resume: continues one run; it cannot be combined with --multirun")
     if run.file(OVERRIDES) is None:
-        raise UserError(f"resume={directory}: it has no {OVERRIDES}, so its start is unknown")
+        raise UserError(f"resume={directory}: has no {OVERRIDES}, which records the overrides to start it with")
     first, flags = run.overrides(), config_flags(argv)
     require_named_code(first, argv[1:], f"resume={directory}")
     given = [word for word in argv[1:] if word not in (*first, *flags) and not word.startswith(_OF_THIS_RUN)]
     own = [override("resume", directory), override("hydra.run.dir", directory), "hydra.mode=RUN"]
-    # Flags come before all overrides: argparse takes no positionals on both sides of a flag.
+    # Flags come before all overrides: argparse accepts no positionals on both sides of a flag.
     return [argv[0], *flags, *first, *map(anchored, given), *own]
 
 
@@ -241,52 +241,53 @@ _OF_THIS_RUN = ("resume=", "hydra.run.dir=", "hydra.output_subdir=", "hydra.mode
 
 
 def anchored(word: str) -> str:
-    """An override with an absolute path if it names a place; any other override unchanged."""
+    """An override of a location with an absolute path; any other override unchanged."""
     if not names_place(word):
         return word
     return override(word.partition("=")[0], Path(read_path(word) or ".").absolute())
 
 
 def names_place(word: str) -> bool:
-    """Whether an override says where things lie; what they are is compared by its hash."""
+    """Whether an override sets the path of a location; the content there is compared by its hash."""
     key = key_of(word)
     return key in PLACES and "=" in word and is_place(key, read_path(word))
 
 
 def computing(words: Iterable[str], is_free: Callable[[str], bool] = is_free) -> list[str]:
-    """The overrides that affect the results, sorted; of one that names a place only the key.
+    """The overrides that affect the results, sorted; an override of a location is given by its key only.
 
     Args:
         words: Overrides.
-        is_free: Whether a setting, by its key, may change and the same be found.
+        is_free: Whether the setting of a key may change without changing the results.
     """
     kept = [word for word in words if not is_free(key_of(word))]
     return sorted(f"{key_of(word)}=" if names_place(word) else word for word in kept)
 
 
 def may_be_given(word: str) -> bool:
-    """Whether an override may change when a study continues: it is free, or names code or a place."""
+    """Whether an override may change when a study continues: a free setting, a location, or the name of code."""
     return is_free(key_of(word)) or names_code(word) or names_place(word)
 
 
 def check_place(resume: str, directory: Path) -> None:
-    """Refuses a resume that `expand_resume` did not see, e.g. one in a configuration file: it would write elsewhere.
+    """Refuses a `resume` that `expand_resume` has not expanded, e.g. one in a configuration file.
 
     Args:
-        resume: The run that is named.
-        directory: Where this job is going to write.
+        resume: The run that `resume` names.
+        directory: The output directory of this job.
 
     Raises:
-        UserError: If they are not the same.
+        UserError: If they differ.
     """
     if Path(resume).resolve() != directory.resolve():
         raise UserError(
-            f"resume={resume}: belongs on the command line, and takes its directory along; this run's is {directory}"
+            f"resume={resume}: must be given on the command line, which then sets the run's directory to it; "
+            f"this run's directory is {directory}"
         )
 
 
 def check_unchanged(directory: Path, plain: dict[str, Any]) -> None:
-    """Refuses a resume under a configuration that would compute something else.
+    """Refuses to resume a run with settings that would change its results.
 
     Weights of teachers may have moved: the checkpoint knows them by their hash.
 

@@ -1,4 +1,4 @@
-"""Comparison of a study's rows: which runs to launch, resume or refuse, and the table of all."""
+"""Comparison of a study's rows: the jobs to launch or resume, and the table of the results."""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ log = logging.getLogger(__name__)
 
 RUNS = "runs"
 REFERENCES = ("ce", "ekd")
-"""Rows that differences are taken to, where a study has them."""
+"""Rows that the others are compared with, if a study has them."""
 _COUNTED = (RunState.FAILED, RunState.PARTIAL, RunState.STOPPED, RunState.RUNNING, RunState.PLANNED)
 _COST = ("num_parameters", "num_adapter_parameters", "macs", "steps", "train_seconds")
 _OWN = ("label", "method", "student", "seeds", "differences", "test_accuracy_interval", "running", "stopped")
-_WIDTH = 200  # where there is no terminal
+_WIDTH = 200  # of tables, if standard output is no terminal
 
 Runs = Mapping[str, Mapping[int, RunEntry]]
 """Row -> seed -> run."""
 
 
-def ask(
+def build_study(
     old: Study | None,
     common: tuple[str, ...],
     composer: Composer,
@@ -85,21 +85,21 @@ def ask(
     controls: bool = True,
     tuned: Path | None = None,
 ) -> Study:
-    """Builds the study from the command and what the folder already holds.
+    """Builds the study that the command asks for, joined with the study that its folder already holds.
 
     Args:
-        old: What the folder holds; None if it is new.
+        old: The folder's study; None if the folder is new.
         common: Overrides of all rows.
         composer: Composes overrides, inside an initialised Hydra.
-        methods: Rows, e.g. `ce,kd_mean@resnet14`; None for those that are there.
-        fractions: Shares of the training images; empty for those that are there, or that of the settings.
-        seeds: Empty for those that are there, or 0, 1, 2.
+        methods: Rows, e.g. `ce,kd_mean@resnet14`; None keeps those of `old`.
+        fractions: Shares of the training images; empty for those of `old`, else that of the settings.
+        seeds: Empty for those of `old`, else 0, 1, 2.
         match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
         controls: Whether the usual controls are added.
         tuned: Folder of settings from ekd-tune.
 
     Raises:
-        UserError: For unknown names, or what contradicts the folder's study.
+        UserError: For unknown names, or a contradiction to the folder's study.
     """
     if methods is None and old is None:
         raise UserError("--methods: must be given, e.g. --methods ce,kd_mean,ekd")
@@ -123,11 +123,11 @@ def ask(
         rows = with_tuned(rows, tuned, cfg.data.name, fractions)
     rows = [replace(row, seeds=more) if row.name in own else row for row in rows]
     data = old.data if old else cfg.data.name
-    asked = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
-    return asked if old is None else union(old, asked)
+    study = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
+    return study if old is None else union(old, study)
 
 
-def ask_part(
+def build_part(
     old: Study | None,
     words: tuple[str, ...],
     composer: Composer,
@@ -135,10 +135,10 @@ def ask_part(
     part: Part,
     tuned: Path | None = None,
 ) -> Study:
-    """Builds the study of a part of a declared study; arguments as for `ask`.
+    """Builds the study of one part of a declared study; arguments as for `build_study` and `study_of`.
 
     Raises:
-        UserError: For unknown names, or what contradicts the folder's study.
+        UserError: For unknown names, or a contradiction to the folder's study.
     """
     study = study_of(declared, part, words, old, composer)
     if tuned is not None:
@@ -146,11 +146,11 @@ def ask_part(
     return study if old is None else union(old, study)
 
 
-def say_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Composer) -> None:
-    """Logs what the jobs of several studies cost on this machine.
+def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Composer) -> None:
+    """Logs the number of runs, training images and hours that the jobs of several studies need on this machine.
 
-    By the speed of the runs that are there and were made on this kind of machine; without any, a second of a student's
-    training is measured.
+    Hours are estimated from finished runs of the studies that were made on this kind of machine; without any, a second
+    of a student's training is timed.
     """
     jobs = {place.name: own for place, (_, own) in planned.items() if own}
     if not jobs:
@@ -161,26 +161,26 @@ def say_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
         done[study.data] += [run for run in runs if run.result and kind_of_machine(run.provenance) == here]
     every = [run for own in done.values() for run in own]
     _, speed = recorded_pace(every)
-    source = f"by {plural(len(every), 'run')} that it has made"
+    source = plural(len(every), "finished run")
     if not speed:
-        source = "by a second of a student's training; filling the tables of teachers' outputs comes on top"
+        source = "one second of a student's training; filling the teacher tables takes additional time"
         first = next(own[0] for own in jobs.values())
         speed = training_speed(to_settings(composer(overrides=first.overrides)))
     costs = []
     for place, (study, own) in planned.items():
-        if own:  # images of another data set may be of another size: there a row's pace says nothing
+        if own:  # a row's pace holds for its own data set only: images of another may have another size
             pace, _ = recorded_pace(done[study.data])
             costs.append((place.name, len(own), sum(job.images for job in own), seconds_of(own, pace, speed)))
     whole = (sum(one[1] for one in costs), sum(one[2] for one in costs), sum(one[3] for one in costs))
     for name, count, images, seconds in (*costs, ("in all", *whole)):
         log.info("%s: %s, %s training images, about %.3g h", name, plural(count, "run"), f"{images:,}", seconds / 3600)
-    log.info("hours of one run after the other on %s, judged %s", here, source)
+    log.info("hours are for one run at a time on %s, estimated from %s", here, source)
 
 
 def run(
     study: Study, jobs: Sequence[Job], folder: Path, hydra_words: Sequence[str], task: TaskFunction, *, command: str
 ) -> None:
-    """Runs jobs of a study; other processes may be at work in it, see `run_shared_job` of `ekd-train`.
+    """Runs jobs of a study; other processes may work on the same study, see `run_shared_job` of `ekd-train`.
 
     Args:
         study: The study.
@@ -188,10 +188,10 @@ def run(
         folder: The study's folder.
         hydra_words: Overrides of Hydra, e.g. the launcher.
         task: Runs one job.
-        command: What continues the work if it is interrupted, for the user.
+        command: Command that continues an interrupted study, for the user.
 
     Raises:
-        KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
+        KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the study's state.
     """
     if jobs:
         whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
@@ -202,7 +202,7 @@ def read_run(folder: Path, row: str, fraction: float, seed: int) -> RunEntry:
     """A run of a study, from its directory.
 
     Raises:
-        UserError: If its record is damaged, or none that is read here.
+        UserError: If its record is damaged or of another version.
     """
     name = f"{row}-f{fraction:g}-s{seed}"
     return RunEntry.read(folder / RUNS / name, name)
@@ -220,22 +220,21 @@ def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
 
 
 def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> tuple[list[Job], list[RunEntry]]:
-    """Decides what to launch, and says so.
+    """Chooses the jobs to launch, and logs how many.
 
-    Runs that are done are skipped, and those at which another process is left to it. Stopped ones go on from their
-    last checkpoint, or start again without one. Failed ones are left alone unless they are to be tried again, then
-    they are treated like stopped ones.
+    Finished runs are skipped, and so are runs of other processes. Stopped runs continue from their last checkpoint, or
+    start again without one. Failed runs are skipped, or with `retry_failed` treated like stopped ones.
 
     Returns:
-        The jobs, and the failed runs that are left alone.
+        The jobs, and the failed runs that are skipped.
 
     Raises:
-        UserError: If a row cannot be run as it is asked for, or a run is there with another configuration.
+        UserError: If a row cannot be run, or a directory holds a run with another configuration.
     """
     ordered: list[tuple[tuple[float, int, int], Job]] = []
     every, left, running, done = list(study.every), [], 0, []
     checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
-    images, recorded = Images(), list[RunEntry]()
+    images, recorded = StudyImages(), list[RunEntry]()
     composed: dict[tuple[str, float], DictConfig] = {}
     free = [word for word in study.common if may_be_given(word)]
     for row, fraction, seed in track(every, "checking", "runs"):
@@ -264,29 +263,29 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
             settings = to_settings(composed[place])
             checked[place] = settings, _check_row(row, settings, images)
         own = tuple(_resumed_words(directory, free) if resumed else words)
-        cost = _left(found, *checked[place]) if resumed else checked[place][1]
+        cost = _remaining_cost(found, *checked[place]) if resumed else checked[place][1]
         job = Job(directory, own, resumed, row.name, **cost)
         ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
     images.refuse_others(recorded)
     warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
-    # Within a seed the methods of many terms come first: they ask most of the teachers, and fill the tables that the
-    # others then read.
+    # Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
+    # the others then read.
     jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
-    others = f", {running} left to other processes that are at them" if running else ""
+    others = f", {running} left to other processes, which are running them" if running else ""
     again = sum(job.resumed for job in jobs)
     log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
     for one in left:
-        log.warning("%s failed before: %s (--retry-failed runs it again)", one.name, one.error)
-    _say_other_machines(done)
+        log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
+    _warn_of_other_machines(done)
     return jobs, left
 
 
-def _say_other_machines(done: Sequence[RunEntry]) -> None:
-    """Warns of runs that another kind of machine has made: the table will join them with those of this one."""
+def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:
+    """Warns of finished runs from another kind of machine, which one table will join with runs of this machine."""
     here = kind_of_machine(provenance())
     for kind, count in Counter(kind_of_machine(run.provenance) for run in done).items():
         if kind != here:
-            log.warning("%s here made on another kind of machine: %s; this is %s", plural(count, "run"), kind, here)
+            log.warning("%s made on another kind of machine, %s; this one is %s", plural(count, "run"), kind, here)
 
 
 def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
@@ -294,13 +293,13 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
     changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
     if changed:
         raise UserError(
-            f"{directory}: exists with another configuration ({', '.join(changed[:5])} differ); "
+            f"{directory}: holds a run with another configuration ({', '.join(changed[:5])} differ); "
             "remove it, or use another --output"
         )
 
 
-def _left(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -> dict[str, int]:
-    """What is left of a stopped run's cost, by the epochs that its curves tell of; all of it where they are damaged."""
+def _remaining_cost(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -> dict[str, int]:
+    """The cost of a stopped run's remaining epochs, which metrics.csv tells; the whole cost if that is damaged."""
     done = 0
     with contextlib.suppress(UserError):
         done = max(read_curves(run).get("epoch", {0: 0.0}))
@@ -308,24 +307,26 @@ def _left(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -> dict[st
     return {name: value * max(epochs - done, 0) // epochs for name, value in cost.items()}
 
 
-class Images:
-    """The images on which the runs of a study are going to train, once for each share."""
+class StudyImages:
+    """The images on which the runs of a study will train, for each share of the training images."""
 
     def __init__(self) -> None:
         self._found: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
 
     def add(self, settings: Settings, prepared: Prepared) -> None:
-        """Takes those of a job; those of other rows are the same."""
+        """Adds the images of a job; jobs of other rows with the same share have the same."""
         self._found.setdefault(settings.data.fraction, (settings, prepared.dataset, prepared.datamodule.unlabelled))
 
     def refuse_others(self, runs: Iterable[RunEntry]) -> None:
-        """Refuses images that are not those on record; the rest of a data set is compared at one share alone.
+        """Refuses images that differ from those of existing runs.
+
+        Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
 
         Args:
-            runs: Of the study, finished or stopped; of those with one record the first is looked at.
+            runs: Finished or stopped runs of the study.
 
         Raises:
-            UserError: Naming the place whose images are others, and a run.
+            UserError: Naming the place of the images and a run that had others.
         """
         from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
 
@@ -336,8 +337,8 @@ class Images:
                 refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
 
 
-def _check_row(row: RowPlan, settings: Settings, images: Images) -> dict[str, int]:
-    """Checks a row as its run would be, so that no other row trains before one is refused; returns what it costs."""
+def _check_row(row: RowPlan, settings: Settings, images: StudyImages) -> dict[str, int]:
+    """Checks a row as its run would, so that a refused row ends the study before any other trains; returns its cost."""
     try:
         prepared = check_job(settings)
         images.add(settings, prepared)
@@ -347,14 +348,14 @@ def _check_row(row: RowPlan, settings: Settings, images: Images) -> dict[str, in
 
 
 def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
-    """The overrides that a run was started with, except locations and the like, which may have changed since."""
+    """The overrides that a run was started with, and the given ones in place of those that may change."""
     given, recorded = {key_of(word) for word in free}, RunDirectory(directory).overrides()
     require_named_code(recorded, free, directory)
     return [*(word for word in recorded if key_of(word) not in given), *free]
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:
-    """The jobs as shell commands, for schedulers without a Hydra launcher."""
+    """The jobs as shell commands, for schedulers that have no Hydra launcher."""
     lines = []
     for job in jobs:
         free = [word for word in job.overrides if may_be_given(word)]
@@ -398,22 +399,22 @@ def report(study: Study, folder: Path) -> bool:
 
 
 def not_run(declared: Declaration, folder: Path) -> list[str]:
-    """What of a declared study has no result that counts, a line for each part.
+    """The runs of a declared study that are not done, a line for each part that lacks some.
 
     Raises:
-        UserError: If a part's study was begun with other words of the declaration.
+        UserError: If a part's study was begun with another version of the declaration.
     """
     lines = []
     for part in declared.parts:
-        study, asked = read_study(folder / part.name), sum(len(row.seeds) for row in declared.rows)
+        study, count = read_study(folder / part.name), sum(len(row.seeds) for row in declared.rows)
         if study:
             require_declared(study, declared, part)
         found = read_runs(study, folder / part.name)[part.fraction] if study else {}
         done = {row: {s for s, run in own.items() if run.state is RunState.DONE} for row, own in found.items()}
         missing = {row.name: len({*row.seeds} - done.get(row.name, set())) for row in declared.rows}
         if left := sum(missing.values()):
-            rows = ", ".join(f"{row} {count}" for row, count in missing.items() if count)
-            share = f"all {asked} runs" if left == asked else f"{left} of {asked} runs ({rows})"
+            rows = ", ".join(f"{row} {number}" for row, number in missing.items() if number)
+            share = f"all {count} runs" if left == count else f"{left} of {count} runs ({rows})"
             lines.append(f"{part.name}: {share}")
     return lines
 
@@ -425,7 +426,7 @@ def study_block(data: str, fraction: float, runs: Runs, deciding: Collection[str
         data: Name of the data set.
         fraction: Share of the training images.
         runs: Of each row.
-        deciding: Rows that the study's question is about; None for all.
+        deciding: Deciding rows, see `RowPlan.decides`; None for all.
 
     Raises:
         UserError: If runs cannot be compared.
@@ -434,7 +435,7 @@ def study_block(data: str, fraction: float, runs: Runs, deciding: Collection[str
 
 
 def study_rows(block: Block) -> list[tables.Row]:
-    """The rows of a study's block, with the differences to those of `REFERENCES` that it has."""
+    """The rows of a study's block, with their differences to the rows of `REFERENCES` that it has."""
     labels = [group.label for group in block.groups]
     return tables.rows(block, [name for name in REFERENCES if name in labels])
 
@@ -448,7 +449,7 @@ def records(
         block: From `study_block`.
         rows: From `study_rows`.
         runs: Its runs.
-        settings: By row, what it changes of its method's defaults; None if unknown.
+        settings: By row, its changes to the method's defaults; None if unknown.
     """
     made = []
     for row in rows:

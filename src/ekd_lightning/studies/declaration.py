@@ -1,4 +1,4 @@
-"""What files say of a study: conf/study declares it, `ekd-tune` tuned its settings; and what its runs cost."""
+"""Declared studies of conf/study, tuned settings from `ekd-tune`, and the cost of runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,7 +18,7 @@ from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
-from ekd_lightning.roles import Role, is_of
+from ekd_lightning.roles import Role, is_of, name_of_type
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.runs.words import check_words, require_named_code
@@ -29,10 +30,10 @@ from ekd_lightning.studies.study import (
     Study,
     check_row_words,
     make_row,
+    match_overrides,
     match_student,
     matched_row,
     parse_numbers,
-    words_of,
 )
 from ekd_lightning.studies.sweep import Job
 
@@ -50,14 +51,14 @@ _FORM: dict[str, Any] = {
     "others": dict[str, Any],
 }
 _OF_THE_STUDY = ("method", "data", "data.fraction", "data.per_class", "recipe.epochs", "seed", "resume")
-"""Keys that parts, rows, seeds and `least` set."""
+"""Keys that a declared study sets itself, by its parts, rows, seeds and `least`."""
 _PROBE_SECONDS = 1.0
 SCORED_ON = "validation images"
-"""What a search may choose by: what the record of another one says is refused."""
+"""What searches choose settings by; results that were scored on anything else are refused."""
 
 
 class Part(NamedTuple):
-    """A study of its own: one data set, one share of the training images, all rows."""
+    """A part of a declared study, run as a study in its own folder: one data set, one share of its images, all rows."""
 
     name: str
     data: str
@@ -65,7 +66,7 @@ class Part(NamedTuple):
 
 
 class DeclaredRow(NamedTuple):
-    """A row: a method with its defaults, or with further overrides, or the plain student of equal cost."""
+    """A row of a declared study: a method, with further overrides or with a plain student of equal cost."""
 
     name: str
     method: str
@@ -77,15 +78,15 @@ class DeclaredRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Declaration:
-    """A whole study.
+    """A declared study.
 
     Attributes:
-        overrides: Of all runs.
-        steps: Optimiser steps that every run has at least, and
-        epochs: epochs: it has as many as both need.
+        overrides: Overrides of all runs.
+        steps: Least number of optimiser steps of a run.
+        epochs: Least number of epochs of a run.
         parts: In the order in which they are run.
-        rows: Those that decide first.
-        name: Of the file, without its ending.
+        rows: Deciding rows first.
+        name: Name of the file, without its ending.
     """
 
     overrides: tuple[str, ...]
@@ -96,28 +97,29 @@ class Declaration:
     name: str = ""
 
     def only(self, names: Sequence[str], seeds: Sequence[int]) -> Declaration:
-        """What is left of it.
+        """The study with some of its parts, rows and seeds.
 
         Args:
-            names: Parts and rows; all parts where none is named, all rows likewise.
-            seeds: All if empty.
+            names: Parts and rows; without a part all parts are kept, without a row all rows.
+            seeds: Seeds; all if empty.
 
         Raises:
-            UserError: For a name that is neither, or where nothing is left.
+            UserError: For a name that is neither a part nor a row, or if no seed is left.
         """
         parts, rows = {part.name: part for part in self.parts}, {row.name: row for row in self.rows}
         for name in names:
             if name not in parts and name not in rows:
                 raise unknown_name("part or row", name, [*parts, *rows])
         kept = [row for row in self.rows if row.name in names] or self.rows
+        known = sorted({seed for row in kept for seed in row.seeds})
         kept = [row._replace(seeds=tuple(s for s in row.seeds if not seeds or s in seeds)) for row in kept]
         if not any(row.seeds for row in kept):
-            raise UserError(f"--seeds {','.join(map(str, seeds))}: the study has other seeds")
+            raise UserError(f"--seeds {','.join(map(str, seeds))}: the declared seeds are {','.join(map(str, known))}")
         left = [part for part in self.parts if part.name in names] or self.parts
         return replace(self, parts=tuple(left), rows=tuple(row for row in kept if row.seeds))
 
     def epochs_of(self, images: int, batch_size: int) -> int:
-        """As many epochs as the least numbers of steps and of epochs need; a last, smaller batch is left out."""
+        """The fewest epochs with at least `steps` steps and `epochs` epochs; a smaller last batch is left out."""
         return max(self.epochs, math.ceil(self.steps / (images // batch_size)))
 
 
@@ -125,10 +127,10 @@ def read_declaration(name: str) -> Declaration:
     """Reads a declared study.
 
     Args:
-        name: Of a file in conf/study, or the path of a YAML file.
+        name: Name of a file in conf/study, or the path of a YAML file.
 
     Raises:
-        UserError: If there is none of this name, or it is of another form, or sets what no study can.
+        UserError: If there is no such file, its content has another form, or an override is not allowed in a study.
     """
     folder = Path(str(resources.files("ekd_lightning.conf"))) / "study"
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
@@ -138,33 +140,33 @@ def read_declaration(name: str) -> Declaration:
         raise unknown_name("study", name, [one.stem for one in folder.glob("*.yaml")])
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold {', '.join(_FORM)}")
+        raise UserError(f"{path}: must be a mapping with the keys {', '.join(_FORM)}")
     _check_keys(path, content, _FORM, required=("parts", "decide"))
     least = {"steps": 0, "epochs": 1, **content.get("least", {})}
     _check_keys(f"{path}: least", least, {"steps": int, "epochs": int})
     parts = [_read_part(f"{path}: parts: {part}", part, own) for part, own in content["parts"].items()]
     if not parts:
-        raise UserError(f"{path}: parts: names none")
+        raise UserError(f"{path}: parts: is empty; declare at least one part, NAME: {{data: ..., fraction: ...}}")
     common = check_common(content.get("overrides", ()), f"{path}: overrides")
     rows = [row for kind in ("decide", "others") for row in _read_rows(f"{path}: {kind}", content.get(kind), kind)]
-    if len({row.name for row in rows}) < len(rows):
-        raise UserError(f"{path}: a row is named twice")
+    if twice := [name for name, count in Counter(row.name for row in rows).items() if count > 1]:
+        raise UserError(f"{path}: the row {twice[0]} is declared twice")
     return Declaration(common, least["steps"], least["epochs"], tuple(parts), tuple(rows), path.stem)
 
 
 def check_common(words: Sequence[str], where: object) -> tuple[str, ...]:
-    """The overrides of all runs of a declared study.
+    """Checks overrides of a declared study.
 
     Args:
         words: The overrides.
         where: Where they stand, for error messages.
 
     Raises:
-        UserError: At the first that is none, or sets what the study itself does.
+        UserError: At the first word that is no override, or sets a key of `_OF_THE_STUDY`.
     """
     for word in (checked := tuple(check_words(words, where))):
         if key_of(word) in _OF_THE_STUDY:
-            raise UserError(f"{where}: {word}: the study sets it, by its parts, rows, seeds and least length")
+            raise UserError(f"{where}: {word}: the study sets this itself, by its parts, rows, seeds or `least`")
     return checked
 
 
@@ -190,10 +192,10 @@ def _read_rows(where: str, content: Mapping[str, Any] | None, kind: str) -> Iter
     for name, own in content["rows"].items():
         _check_keys(f"{where}: {name}", own, {"method": str, "with": list[str], "match": str})
         if own.get("match", MATCHES[0]) not in MATCHES:
-            raise UserError(f"{where}: {name}: match: {' or '.join(MATCHES)}")
+            raise UserError(f"{where}: {name}: match={own['match']}: must be {' or '.join(MATCHES)}")
         words = check_common(check_row_words(where, name, own.get("with", ())), f"{where}: {name}")
         if chosen := [word for word in words if own.get("match") and is_under(key_of(word), ("student",))]:
-            raise UserError(f"{where}: {name}: {chosen[0]}: match chooses the student")
+            raise UserError(f"{where}: {name}: {chosen[0]}: cannot stand beside match, which chooses the student")
         yield DeclaredRow(name, own.get("method", name), words, own.get("match"), seeds, kind == "decide")
 
 
@@ -204,23 +206,23 @@ def _check_keys(
         if key not in form:
             raise UserError(f"{where}: {unknown_name('key', key, form)}")
         if not is_of(value, form[key]):
-            raise UserError(f"{where}: {key}: cannot be {value!r:.60}")
+            raise UserError(f"{where}: {key}={value!r:.60}: must be {name_of_type(form[key])}")
     if missing := [key for key in required if key not in content]:
-        raise UserError(f"{where}: needs {', '.join(missing)}")
+        raise UserError(f"{where}: the key {missing[0]} is missing")
 
 
 def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study | None, composer: Composer) -> Study:
     """The study of one part.
 
     Args:
-        declared: The whole.
-        part: Of it.
+        declared: The declared study.
+        part: One of its parts.
         words: Further overrides of all runs, e.g. of the trainer.
-        old: What the part's folder holds: plain students of equal cost that it has are kept.
+        old: The study in the part's folder, whose plain students of equal cost are kept; None if it is new.
         composer: Composes overrides, inside an initialised Hydra.
 
     Raises:
-        UserError: For unknown names, settings that do not fit, or what contradicts the folder's study.
+        UserError: For unknown names, settings that do not fit, or a contradiction to the folder's study.
     """
     from ekd_lightning.pipeline.prepare import prepare_data  # noqa: PLC0415 (slow; --help needs none)
 
@@ -234,7 +236,8 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
     import_user_modules(settings.imports)
     images = len(prepare_data(settings)[1].train_index)
     if images < settings.recipe.batch_size:
-        raise UserError(f"{part.name}: {images} training images are less than a batch")
+        batch = settings.recipe.batch_size
+        raise UserError(f"part {part.name}: {images} training images are fewer than recipe.batch_size={batch}")
     common = (*common, f"recipe.epochs={declared.epochs_of(images, settings.recipe.batch_size)}")
     known = {row.name: row for row in old.rows} if old else {}
     matches: dict[str, tuple[str, ...]] = {}
@@ -244,8 +247,8 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
         if row.match:
             before = known[row.name].overrides if row.name in known else ()
             network = tuple(word for word in before if is_under(key_of(word), ("student",)))
-            if not network and row.match not in matches:  # once found, a study keeps it
-                matches[row.match] = words_of(match_student(row.match, composer(overrides=common)))
+            if not network and row.match not in matches:  # a study keeps the network that was found first
+                matches[row.match] = match_overrides(match_student(row.match, composer(overrides=common)))
             network = network or matches[row.match]
             made = matched_row(row.name, made, row.match, network)
         overrides = (*made.overrides, *row.words)
@@ -256,21 +259,21 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
 
 
 def require_declared(old: Study, declared: Declaration, part: Part) -> None:
-    """Refuses a part's study that was begun with other words of the declaration.
+    """Refuses a part's study that was begun with another version of the declaration.
 
     Args:
-        old: What the part's folder holds.
-        declared: The whole.
-        part: Of it.
+        old: The study in the part's folder.
+        declared: The declared study.
+        part: One of its parts.
 
     Raises:
-        UserError: Naming the part or row, and what it was.
+        UserError: Naming the part or row with its old and its new value.
     """
     if part.fraction not in old.fractions:
         shares = ", ".join(f"{fraction:g}" for fraction in old.fractions)
         raise UserError(
-            f"part {part.name}: the study has it with the fraction {shares}, now it is {part.fraction:g}; "
-            "use another --output"
+            f"part {part.name}: the study in this folder has fraction={shares}, the declaration now "
+            f"fraction={part.fraction:g}; use another --output"
         )
     known = {row.name: row for row in old.rows}
     for row in declared.rows:
@@ -280,17 +283,17 @@ def require_declared(old: Study, declared: Declaration, part: Part) -> None:
         now = {"method": row.method.partition("@")[0], "match": row.match, "decides": row.decides}
         if key := next((key for key in was if was[key] != now[key]), None):
             raise UserError(
-                f"part {part.name}: the study has the row {row.name} with {key} {was[key]}, now it is {now[key]}; "
-                "use another --output"
+                f"part {part.name}: row {row.name}: the study in this folder has {key}={was[key]}, the declaration "
+                f"now {key}={now[key]}; use another --output"
             )
 
 
 def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
-    """What training costs.
+    """The cost of a run's training.
 
     Returns:
         `images`, each counted as often as it is seen, and `macs`: three forward passes of the student for each of them,
-        and one of every teacher that no table answers for.
+        and without teacher tables one forward pass of every teacher.
     """
     from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415 (slow)
     from ekd_lightning.networks import build_network  # noqa: PLC0415
@@ -304,11 +307,11 @@ def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
 
 
 def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
-    """What runs have recorded of their speed.
+    """The training speed that finished runs have recorded.
 
     Returns:
-        Seconds for an image by row, and multiply-accumulates a second of all of them, three forward passes of the
-        student for each image; 0 without any.
+        Seconds per image by row, and the multiply-accumulates per second of all runs together, with three forward
+        passes of the student for each image; 0 without any run.
     """
     rows: dict[str, list[float]] = {}
     macs = seconds = 0.0
@@ -322,18 +325,18 @@ def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
 
 
 def seconds_of(jobs: Iterable[Job], pace: Mapping[str, float], speed: float) -> float:
-    """Seconds that jobs take, one after another.
+    """Estimated seconds of jobs that run one after another.
 
     Args:
-        jobs: With their cost.
-        pace: Seconds for an image by row, from `recorded_pace`.
-        speed: Multiply-accumulates a second, for other rows.
+        jobs: The jobs, with their `images` and `macs`.
+        pace: Seconds per image by row, from `recorded_pace`.
+        speed: Multiply-accumulates per second, for rows without a pace.
     """
     return sum(job.images * pace[job.row] if job.row in pace else job.macs / speed for job in jobs)
 
 
 def training_speed(settings: Settings) -> float:
-    """Multiply-accumulates a second of this machine, from about a second of a student's training steps."""
+    """Multiply-accumulates per second of this machine, measured in about a second of a student's training steps."""
     import torch  # noqa: PLC0415 (slow; --help needs none)
 
     from ekd_lightning.data import open_dataset  # noqa: PLC0415
@@ -386,22 +389,23 @@ def read_tuned(path: Path) -> dict[str, Any]:
     for word in check_words(words, path):
         purpose = purpose_of(key_of(word))
         if purpose.role in (Role.LOCATION, Role.FREE) or purpose.between_parts:
-            raise UserError(f"{path}: {word}: is nothing that a search tries")
+            raise UserError(f"{path}: {word}: not a setting that ekd-tune searches")
     if content.get("scored_on", SCORED_ON) != SCORED_ON:
         raise UserError(
-            f"{path}: was scored on {content['scored_on']}: the test set can confirm no setting that it chose"
+            f"{path}: was scored on {content['scored_on']}, not on {SCORED_ON}; settings that were chosen on the test "
+            "set cannot be tested on it"
         )
     return dict(content)
 
 
 def _is_shared(key: str) -> bool:
-    """Whether all rows of a study must share a setting; weights, rates and the like are their own."""
+    """Whether all rows of a study must share a setting; a row may have its own weights, learning rate and the like."""
     own = key.startswith(("method.", "recipe.")) and key != "method.name"
     return not own or purpose_of(key).role is not Role.COMPUTED
 
 
 def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
-    """Warns if results in one folder cannot be compared, as they had other budgets."""
+    """Warns of results in the same folder that had another budget, protocol or seeds, so comparing them is unfair."""
     for path in sorted(output.glob("*.yaml")):
         if path.stem == facts["method"]:
             continue
@@ -410,11 +414,11 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if differ:
-            log.warning("%s was tuned with other %s: a comparison would not be fair", path, ", ".join(differ))
+            log.warning("%s was tuned with another %s; comparing the two would not be fair", path, ", ".join(differ))
 
 
 def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what two results of ekd-tune must share to be compared, and do not."""
+    """Names of the fields in which two results of ekd-tune differ, although comparable results must share them."""
     differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
     ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
     # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
@@ -430,16 +434,17 @@ def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions:
     """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
 
     A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
-    method; a row without any file keeps its defaults. Both are said.
+    method; a row without any file keeps its defaults. The log tells of both, and warns of a file that was tuned on
+    another data set or fraction.
 
     Args:
         rows: The rows.
-        folder: Where the files are.
-        data: Data set of the study, and
-        fractions: its fractions: if a file says that it was tuned on others, a warning tells.
+        folder: Folder of the files.
+        data: Data set of the study.
+        fractions: Fractions of the study.
 
     Raises:
-        UserError: For a missing folder, a file of another form or method, or an override of what all rows must share.
+        UserError: For a missing folder, a file of another form or method, or a setting that all rows must share.
     """
     if not folder.is_dir():
         raise UserError(f"--tuned {folder}: no such folder")
@@ -455,11 +460,11 @@ def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]
     content = read_tuned(path)
     for word in content["overrides"]:
         if _is_shared(key_of(word)):
-            raise UserError(f"{path}: {word}: all rows of a study must share it")
+            raise UserError(f"{path}: {word}: all rows of a study must share this setting; give it on the command line")
     if content.get("method", row.method) not in (row.method, row.name):
-        raise UserError(f"{path}: was tuned for the method {content['method']}, the row {row.name} is of {row.method}")
+        raise UserError(f"{path}: was tuned for the method {content['method']}; the row {row.name} uses {row.method}")
     if path.stem != row.name:
-        log.info("%s: as tuned for another network, %s", row.name, path.name)
+        log.info("%s: takes the settings of %s, which were tuned for another network", row.name, path.name)
     _warn_of_other_data(path, content.get("protocol"), data, fractions)
     return replace(row, overrides=(*row.overrides, *content["overrides"]))
 
@@ -467,10 +472,10 @@ def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]
 def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
     known = protocol if isinstance(protocol, dict) else {}
     if data and known.get("data", data) != data:
-        log.warning("%s was tuned on %s, the study is on %s", path, known["data"], data)
+        log.warning("%s was tuned on %s; the study uses %s", path, known["data"], data)
     tuned_at = known.get("fraction")
     # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
     tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
     others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
     if others:
-        log.warning("%s was tuned at fraction %s, and is used at %s", path, tuned_at, ", ".join(others))
+        log.warning("%s was tuned at fraction %s; the study uses it at %s", path, tuned_at, ", ".join(others))

@@ -1,4 +1,4 @@
-"""Launches a list of jobs, in turn, in parallel or on a cluster, and reports their progress."""
+"""Launch of a list of jobs, one after another, in parallel or on a cluster, with their progress."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
-from ekd_lightning.studies.sweep import STYLES, Job, Standing, Sweep, look, standings, varied_keys, varied_values
+from ekd_lightning.studies.sweep import STYLES, Job, JobState, Sweep, job_state, job_states, varied_keys, varied_values
 
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.prepare import Prepared
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 
-_LOOK_SECONDS = 1.0  # between two looks at the jobs' files
+_POLL_SECONDS = 1.0  # between two readings of the jobs' files
 _BAR = 12
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
 _COUNTED = {
@@ -76,14 +76,14 @@ def launch(
     Hydra must be initialised with the package's configuration.
 
     Args:
-        jobs: The runs.
-        sweep: The sweep of which these jobs are left, for its folder and progress.
+        jobs: The jobs to run.
+        sweep: The sweep that the jobs belong to, for its folder and progress.
         hydra_words: Overrides of Hydra, e.g. the launcher.
         task: Runs one job; launchers hand it to other processes.
-        command: What continues the work if it is interrupted, for the user.
+        command: Command that continues an interrupted sweep, for the user; None for that of the sweep.
 
     Raises:
-        KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
+        KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the sweep's state.
     """
     own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
     config = compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
@@ -95,7 +95,7 @@ def launch(
             raise
         stop_local_queue(sweep.folder)
         raise KeyboardInterrupt(stopped(sweep, command, queued=is_queued(config))) from None
-    except Exception as error:  # a job that was killed outright; what is known of it stands in its directory
+    except Exception as error:  # a job's process was killed; its directory tells how far it came
         wait_for_local_queue(sweep.folder)
         first = (str(error).splitlines() or ["no message"])[0]
         log.error("the launcher ended early: %s: %s", type(error).__name__, first)
@@ -106,15 +106,19 @@ def working_in(directory: str) -> Iterator[None]:
     """Changes to the directory where a sweep or study was started, to which its relative paths refer.
 
     Args:
-        directory: The recorded working directory; one that is empty or gone changes nothing.
+        directory: The recorded working directory; an empty or missing one changes nothing.
     """
     before, safe = Path.cwd(), os.environ.get(_SAFE_PATH)
-    # A record names this directory: launchers start `python -m`, which would import modules that lie there.
+    # The directory comes from a record, and `python -m`, which launchers start, would import modules from it.
     os.environ[_SAFE_PATH] = "1"
     if sys.version_info >= (3, 11) and os.path.isdir(directory):
         os.chdir(directory)
     elif os.path.isdir(directory) and not os.path.samefile(directory, before):
-        log.warning("Python 3.10 cannot keep modules in %s from being imported; staying in the current one", directory)
+        log.warning(
+            "%s: relative paths are not resolved from this directory, where the sweep was started, because Python 3.10 "
+            "would import modules from it; they are resolved from the current directory",
+            directory,
+        )
     try:
         yield
     finally:
@@ -138,30 +142,26 @@ def is_queued(config: DictConfig) -> bool:
 
 
 def stopped(sweep: Sweep, command: str | None = None, *, queued: bool = False) -> str:
-    """Logs the state of an interrupted sweep in one line.
+    """The state of an interrupted sweep, and the command that continues it, in one line.
 
     Args:
         sweep: The sweep.
-        command: What continues it; by default `ekd-train resume=FOLDER`.
-        queued: Whether its jobs are in a queue elsewhere, where they go on.
+        command: Command that continues it; None for `ekd-train resume=FOLDER`.
+        queued: Whether its jobs are in a cluster's queue, where they continue.
     """
-    states = [state.run.state for state in standings(sweep)]
+    states = [state.run.state for state in job_states(sweep)]
     counts = {name: sum(state in kinds for state in states) for name, kinds in _COUNTED.items()}
-    said = [f"{counts['done']} of {len(states)} runs done"]
-    said += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
+    parts = [f"{counts['done']} of {len(states)} runs done"]
+    parts += [f"{count} {name}" for name, count in counts.items() if count and name != "done"]
     first = "to continue, once the queue is empty:" if queued else "to continue:"
-    return f"{', '.join(said)}; {first} {command or sweep.again}"
+    return f"{', '.join(parts)}; {first} {command or sweep.again}"
 
 
-# Jobs of submitit's local executor are processes that outlive the one that started them, unless it sees to it.
+# Jobs of submitit's local executor are processes that outlive this one, unless they are stopped or waited for.
 
 
 def stop_local_queue(folder: Path) -> None:
-    """Interrupts the jobs of submitit's local executor, and waits a while for them to end.
-
-    Args:
-        folder: Folder of the sweep.
-    """
+    """Interrupts the jobs that submitit's local executor runs for a sweep's folder; waits up to 30 s for their end."""
     for pid in (alive := _local_queue(folder)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGINT)
@@ -179,7 +179,7 @@ def wait_for_local_queue(folder: Path) -> None:
 
 
 def _local_queue(folder: Path) -> list[int]:
-    """Child processes that run a job for submitit, which names its folders after them."""
+    """Ids of this process's children that run a job for submitit, which names its folders after them."""
     found = [int(path.name) for path in (folder / ".submitit").glob("*") if path.name.isdecimal()]
     return [pid for pid in found if _is_our_child(pid)]
 
@@ -212,14 +212,14 @@ def seconds_left(durations: Sequence[float], ages: Sequence[float], waiting: int
 
 
 class Progress:
-    """Watches the files of a sweep's jobs and reports each that ended.
+    """Watches the files of a sweep's jobs and reports each job that ended.
 
-    Works whatever process runs the jobs, on this machine or another, as all they share is the folder.
+    The jobs may run in any process of any machine that shares the folder.
 
     Args:
-        sweep: The sweep, all jobs known.
+        sweep: The sweep, with all its jobs.
         say: Prints a line.
-        since: Start of this part of the sweep, ISO 8601; jobs that ended before without success are still to come.
+        since: Start of this launch, ISO 8601; jobs that failed or stopped earlier count as not yet run.
     """
 
     def __init__(self, sweep: Sweep, say: Callable[[Text], None], since: str = "") -> None:
@@ -228,13 +228,13 @@ class Progress:
         self._durations: list[float] = []
         self._workers = 1
         self._lock = threading.Lock()
-        self._ended = {number: state for number, state in enumerate(standings(sweep)) if state.run.is_over}
+        self._ended = {number: state for number, state in enumerate(job_states(sweep)) if state.run.is_over}
 
-    def look(self) -> None:
+    def update(self) -> None:
         """Reports every job that ended since the last call."""
         with self._lock:
             jobs = enumerate(self._sweep.jobs)
-            states = [self._ended.get(number) or look(job, self._since) for number, job in jobs]
+            states = [self._ended.get(number) or job_state(job, self._since) for number, job in jobs]
             running = sum(state.run.state is RunState.RUNNING for state in states)
             self._workers = max(self._workers, running)
             for number, state in enumerate(states):
@@ -244,7 +244,7 @@ class Progress:
                         self._durations.append(seconds)
                     self._say(self._line(state, states))
 
-    def _line(self, state: Standing, states: Sequence[Standing]) -> Text:
+    def _line(self, state: JobState, states: Sequence[JobState]) -> Text:
         total, ended = len(states), len(self._ended)
         done = round(_BAR * ended / max(total, 1))
         values = varied_values(state.job, self._keys)
@@ -256,7 +256,7 @@ class Progress:
             (f"  ({self._rest(states)})", "dim"),
         )
 
-    def _rest(self, states: Sequence[Standing]) -> str:
+    def _rest(self, states: Sequence[JobState]) -> str:
         here = datetime.now(timezone.utc)
         left = [state for number, state in enumerate(states) if number not in self._ended]
         running = [state.run.since for state in left if state.run.state is RunState.RUNNING]
@@ -281,7 +281,7 @@ def _outcome(run: RunEntry) -> str:
 
 
 def _say(text: Text) -> None:
-    """Prints a line on standard output; plain where that is no terminal."""
+    """Prints a line on standard output, without colours unless it is a terminal."""
     Console(file=sys.stdout, soft_wrap=True, highlight=False).print(text, soft_wrap=True)
 
 
@@ -293,13 +293,13 @@ def watched(sweep: Sweep) -> Iterator[None]:
     """Reports the progress of a sweep's jobs while the block runs, and once more at its end.
 
     Args:
-        sweep: Its finished jobs are not reported.
+        sweep: The sweep; jobs that are finished by now are not reported.
     """
     progress, stop = Progress(sweep, _say, since=now()), threading.Event()
 
     def watch() -> None:
-        while not stop.wait(_LOOK_SECONDS):
-            progress.look()
+        while not stop.wait(_POLL_SECONDS):
+            progress.update()
 
     thread = threading.Thread(target=watch, name="sweep-progress", daemon=True)
     thread.start()
@@ -310,15 +310,15 @@ def watched(sweep: Sweep) -> Iterator[None]:
         _watches.remove(progress)
         stop.set()
         thread.join()
-        progress.look()
+        progress.update()
 
 
 def is_watched() -> bool:
-    """Whether the sweep that a job of this process belongs to tells of it itself."""
+    """Whether `watched` reports the jobs of this process."""
     return bool(_watches)
 
 
-def look_now() -> None:
-    """Checks at once, for when a job ended in this process."""
+def update_progress() -> None:
+    """Reports a job that has just ended in this process, without waiting for the next poll."""
     for progress in _watches:
-        progress.look()
+        progress.update()

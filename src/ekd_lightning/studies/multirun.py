@@ -1,4 +1,4 @@
-"""Multirun from plan to summary, and its continuation by `resume=<its folder>`."""
+"""Multirun from plan to summary, and its continuation with `resume=<its folder>`."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ from ekd_lightning.studies.launching import (
     check_job,
     is_queued,
     launch,
-    look_now,
     stop_local_queue,
     stopped,
+    update_progress,
     wait_for_local_queue,
     watched,
 )
-from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, read_sweep, show_summary, standings, write_sweep
+from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, job_states, read_sweep, show_summary, write_sweep
 
-# Where the sweep is and that it is one is known; these are given anew.
+# A resumed sweep sets these itself.
 _OWN = ("hydra.mode", "hydra.sweep", "hydra.run", "hydra.output_subdir", "hydra.job", "hydra.sweeper.params")
 _LAUNCHER = ("hydra/launcher", "hydra.launcher")
 _open: list[tuple[Path, contextlib.ExitStack, bool]] = []
-"""The sweep that runs in this process, if one does, what ends with it, and whether its jobs are in a queue elsewhere.
-Hydra tells callbacks of the end only if no job failed."""
+"""The sweep that runs in this process: its folder, the contexts to leave at its end, and whether its jobs are in a
+cluster's queue. Empty without a sweep. Hydra's callback for the end is not called if a job failed."""
 
 
 class SweepSummary(Callback):
-    """Records the plan of a multirun and follows its jobs; `tell_sweep` ends it."""
+    """Records the plan of a multirun and follows its jobs until `finish_sweep`."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Plans the jobs, before the first one starts."""
-        with ending_callback("ekd-train"):  # the other ranks of torchrun run the same jobs in the same folder
+        with ending_callback("ekd-train"):
             claim_output(config, "sweep", lambda folder: self._take(config, folder))
 
     def _take(self, config: DictConfig, folder: Path) -> None:
@@ -77,7 +77,7 @@ class SweepSummary(Callback):
         sweep = planned_sweep(config, folder)
         if sweep is not None:
             with session("plan", keep=False), phase("plan"), part("checking the first job"):
-                refuse_common_mistake(config, sweep.jobs)
+                refuse_shared_mistake(config, sweep.jobs)
             for job in sweep.jobs:
                 if "overwrite=true" not in job.overrides and not config.get("overwrite"):
                     RunDirectory(job.directory).refuse_finished()
@@ -86,22 +86,22 @@ class SweepSummary(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Reports the job at once if it ran in the sweep's own process."""
-        look_now()
+        update_progress()
 
 
-def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
+def refuse_shared_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
     """Refuses a sweep if all of its jobs would be refused for the same reason.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
-        jobs: What it is going to start.
+        jobs: The jobs of the sweep.
 
     Raises:
-        UserError: The reason.
+        UserError: With this reason.
     """
     from ekd_lightning.pipeline.prepare import check_settings  # noqa: PLC0415 (slow; --help needs none)
 
-    # In a queue elsewhere there are other data and devices.
+    # A cluster may have other data and devices than this machine.
     check = check_settings if is_queued(config) else check_job
     found = set()
     for job in jobs:
@@ -121,7 +121,7 @@ def refuse_common_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
 
 
 def _settings(config: DictConfig, job: Job) -> Settings:
-    """Overrides of a job of a multirun."""
+    """The settings of a job of a multirun."""
     chosen = internals.job_config(config, job.overrides).copy()
     with open_dict(chosen):
         chosen.pop("hydra")
@@ -129,14 +129,14 @@ def _settings(config: DictConfig, job: Job) -> Settings:
 
 
 def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
-    """Builds the sweep that Hydra's sweeper is about to start, with all that is needed to continue it.
+    """Builds the sweep that Hydra's sweeper is about to start, with everything that its continuation needs.
 
     Args:
         config: Composed configuration of the multirun, with the node `hydra`.
         folder: Folder of the sweep.
 
     Returns:
-        The sweep; None for another sweeper, which decides as it goes.
+        The sweep; None for another sweeper, which chooses its jobs while it runs.
     """
     found = internals.sweep_jobs(config)
     if found is None:
@@ -157,27 +157,27 @@ def planned_sweep(config: DictConfig, folder: Path) -> Sweep | None:
     )
 
 
-def tell_sweep() -> None:
-    """Ends the sweep that ran in this process, if one did, and prints its summary."""
+def finish_sweep() -> None:
+    """Ends the sweep of this process, if there is one, and prints its summary."""
     while _open:
         folder, stack, _ = _open.pop()
         stack.close()
         show_summary(found_sweep(folder))
 
 
-def forget_sweep() -> None:
-    """Removes the plan of a sweep that was refused before any of its jobs began."""
+def discard_plan() -> None:
+    """Removes the plan of a sweep that was refused before any of its jobs started."""
     for folder, *_ in _open:
-        if all(state.run.state is RunState.PLANNED for state in standings(found_sweep(folder))):
+        if all(state.run.state is RunState.PLANNED for state in job_states(found_sweep(folder))):
             for name in (SWEEP_FILE, "multirun.yaml"):
                 (folder / name).unlink(missing_ok=True)
 
 
 def interrupted_sweep() -> str | None:
-    """Ends the jobs that an interrupted sweep left running, and logs its state.
+    """Ends the jobs that an interrupted sweep left running.
 
     Returns:
-        One line; None if no sweep ran in this process.
+        The sweep's state in one line, from `stopped`; None if no sweep ran in this process.
     """
     if not _open:
         return None
@@ -191,7 +191,7 @@ def interrupted_sweep() -> str | None:
 def lost_job(error: BaseException) -> str | None:
     """The launcher's error for a job whose process was killed, in one line; None for other errors.
 
-    Jobs of submitit's local executor that are still at work are waited for: they lack nothing.
+    Waits for the other jobs of submitit's local executor to finish.
     """
     if not type(error).__module__.startswith(("joblib", "submitit")):
         return None
@@ -202,56 +202,58 @@ def lost_job(error: BaseException) -> str | None:
 
 
 def resume_sweep(folder: Path, argv: Sequence[str], task: TaskFunction) -> bool:
-    """Runs the remaining jobs of a sweep, and prints its summary.
+    """Runs the remaining jobs of a sweep and prints its summary.
 
-    Done runs are skipped, and so are those at which another process is at work; started ones go on from their last
-    checkpoint (or start again without one), the others are started. Failed runs are tried again.
+    Finished runs and runs of other processes are skipped. Stopped and failed runs continue from their last checkpoint,
+    or start again without one.
 
     Args:
         folder: Folder of the sweep, with sweep.json.
-        argv: Program name and command line; beside `resume` it may hold overrides of Hydra, e.g. another launcher,
-            and of what does not change the computation.
+        argv: Program name and command line; besides `resume` it may hold overrides of Hydra, e.g. another launcher,
+            and of settings that do not change the results.
         task: Runs one job.
 
     Returns:
         Whether all runs are done.
 
     Raises:
-        UserError: For words that would compute something else.
+        UserError: For an override that would change the results.
         LockedError: If the sweep is still running.
-        KeyboardInterrupt: If the user interrupts, once everything has ended; says how it stands.
+        KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the sweep's state.
     """
     sweep = read_sweep(folder)
     assert sweep is not None
     config_dir, words = split_config_dir(argv)
     if sweep.config_dir is not None and config_dir is None:
         raise UserError(
-            f"resume={folder}: was started with --config-dir {sweep.config_dir}; a record never names code, as such a "
-            "folder may: give it again if it is yours"
+            f"resume={folder}: the sweep was started with --config-dir {sweep.config_dir}; as such a folder can name "
+            "code to run, it is not taken from the record: if you trust it, give --config-dir again"
         )
     hydra_words, extra = split_words(sweep, words)
     with DirectoryLock(folder), internals.initialized(config_dir):
-        states = standings(sweep)
+        states = job_states(sweep)
         running = sum(state.run.state is RunState.RUNNING for state in states)
         left = [state for state in states if not state.run.is_over and state.run.state is not RunState.RUNNING]
         jobs = [_job(*state, extra) for state in left]
         logging.basicConfig(level=logging.INFO, handlers=[ConsoleLines(sys.stdout)])
         done, again = len(states) - len(jobs) - running, sum(job.resumed for job in jobs)
         print(f"{typed(folder)}: {done} of {len(states)} runs are done; ", end="")
-        print(f"{running} run elsewhere; " if running else "", end="")
+        print(f"{running} running in other processes; " if running else "", end="")
         print(f"{len(jobs)} to be run, {again} of them from their last checkpoint", flush=True)
         if jobs:
             launch(jobs, sweep, hydra_words, task)
         show_summary(sweep)
-    return all(state.run.is_over for state in standings(sweep))
+    return all(state.run.is_over for state in job_states(sweep))
 
 
 def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of Hydra to launch with, and further ones for the runs, of those that the command and the sweep hold.
+    """Splits the words of a command that resumes a sweep.
+
+    Returns:
+        The overrides of Hydra to launch with, those of the sweep included, and the further overrides of the runs.
 
     Raises:
-        UserError: For an option, an override that would change what is computed, or one of the sweep that a record
-            may not hold.
+        UserError: For an option, an override that would change the results, or a recorded override that names code.
     """
     given = [word for word in words if not word.startswith("resume=") and word not in ("-m", "--multirun")]
     hydra = [anchored_search(word) for word in given if is_hydras(word)]
@@ -261,7 +263,7 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
         fits = may_change_between_parts(key_of(word)) or names_code(word)
         if "=" not in word or not (fits or (key_of(word) in moved and names_place(word))):
             raise UserError(
-                f"{word}: a resumed sweep keeps its settings; resume= may be combined with a launcher "
+                f"{word}: a resumed sweep keeps its settings; resume= may stand beside a launcher "
                 f"(hydra/launcher=..., hydra.launcher...) and {', '.join(keys_where(may_change_between_parts))}"
             )
     dropped = (*_OWN, *_LAUNCHER) if any(key_of(word) == "hydra/launcher" for word in hydra) else _OWN
@@ -274,7 +276,7 @@ def split_words(sweep: Sweep, words: Sequence[str]) -> tuple[list[str], list[str
 
 
 def _job(job: Job, run: RunEntry, extra: Sequence[str]) -> Job:
-    """The job to launch; it resumes the run in its directory only if that is its own, not an earlier sweep's."""
+    """The job to launch; it resumes the run in its directory only if that run has the job's settings."""
     directory = RunDirectory(job.directory)
     recorded = [] if run.state is RunState.PLANNED else directory.overrides()
     same = bool(recorded) and _computing(recorded) == _computing(job.overrides)

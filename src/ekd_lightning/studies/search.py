@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 Report = Callable[[int, float], None]
 Evaluate = Callable[[list[str], Path, Report], list[float]]
 """(overrides, folder, report) -> validation accuracy of the last epoch in [0, 1], by seed. `report(step, accuracy)`
-tells an epoch's accuracy and may raise `optuna.TrialPruned`."""
+passes an epoch's accuracy to the pruner and may raise `optuna.TrialPruned`."""
 
 
 def tune(
@@ -66,18 +66,18 @@ def tune(
     prune: bool = True,
     storage: str | None = None,
 ) -> None:
-    """Runs a search up to its budget and leaves `<method>.yaml`.
+    """Runs a search until its budget of trials is used up, and writes `<method>.yaml`.
 
     Args:
         overrides: As for ekd-train.
-        output: Folder for `<method>.yaml` and the search.
-        trials: In all, earlier ones too.
-        seeds: A trial's value is the mean over these.
-        epochs: Of a trial; those of the recipe if None.
-        space_file: The user's own search space.
+        output: Folder for `<method>.yaml` and the trials.
+        trials: Number of trials, earlier ones included.
+        seeds: Seeds of a trial; its value is their mean.
+        epochs: Epochs of a trial; those of the recipe if None.
+        space_file: The user's own search space; None derives one from the method.
         timeout: Seconds after which no further trial is started.
-        sampler_seed: Of what is tried.
-        prune: Whether hopeless trials are stopped early.
+        sampler_seed: Seed of the sampler.
+        prune: Whether trials below the median are stopped early.
         storage: URL of a database for the trials, for several machines; None keeps them below `output`.
 
     Raises:
@@ -135,42 +135,44 @@ def tune(
 def _search_space(given: SearchSpace | None, base: list[str], settings: Settings, prepared: Prepared) -> SearchSpace:
     """The user's search space, checked, or the method's own."""
     if given is not None:
-        try_ends(base, given)
+        check_space(base, given)
         return given
     fixed = {key_of(word) for word in base}
     space = derive_space(prepared.method, settings.method.temperature, fixed)
     if not space:
         name = settings.method.name
-        log.warning("method=%s: nothing to search, so one trial is enough (see --space)", name)
+        log.warning("method=%s: nothing to search, so one trial is run; --space gives a search space", name)
     return space
 
 
 def _with(base: list[str], overrides: Sequence[str]) -> list[str]:
-    """The command line with a trial's values; it may not say the same key twice."""
+    """The command line with a trial's values in place of its own for the same keys."""
     replaced = {key_of(word) for word in overrides}
     return [*(word for word in base if key_of(word) not in replaced), *overrides]
 
 
 def _prepare(settings: Settings) -> Prepared:
-    """Checks a trial as its run would be, and the study."""
+    """Checks a trial as its run would, and the settings that a search cannot have."""
     if settings.resume is not None:
-        raise UserError(f"resume={settings.resume}: has no meaning here; the same --output continues a search")
+        raise UserError(f"resume={settings.resume}: has no effect in ekd-tune; the same --output continues a search")
     devices = settings.trainer.get("devices", 1)
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise UserError(f"trainer.devices={devices}: a trial has one device; start several processes with one --output")
     if not re.fullmatch(r"\w[\w.+@-]*", settings.method.name):
-        raise UserError(f"method.name={settings.method.name}: names files here; use letters, digits and _.+@-")
+        raise UserError(
+            f"method.name={settings.method.name}: files are named after it; use letters, digits and _.+@- only"
+        )
     prepared = check_job(settings)
     if not prepared.datamodule.num_val_images:
         raise UserError(
-            f"data.val_fraction={settings.data.val_fraction:g}: leaves no validation images to choose by; "
-            "set e.g. data.val_fraction=0.1"
+            f"data.val_fraction={settings.data.val_fraction:g}: leaves no validation images, by which ekd-tune "
+            "chooses; set e.g. data.val_fraction=0.1"
         )
     return prepared
 
 
-def try_ends(base: list[str], space: SearchSpace) -> None:
-    """Composes and checks runs with the ends and choices of a user's space, so that mistakes show at once."""
+def check_space(base: list[str], space: SearchSpace) -> None:
+    """Checks runs with the bounds and choices of a user's space, so that mistakes show before the first trial."""
     probes = {
         key: values.choices if isinstance(values, CategoricalDistribution) else (values.low, values.high)
         for key, values in space.items()
@@ -181,13 +183,13 @@ def try_ends(base: list[str], space: SearchSpace) -> None:
 
 
 def is_ignored(key: str) -> bool:
-    """Whether a key of a search's description may differ between the processes that share it."""
+    """Whether a key of a search's description may differ between the processes that share the search."""
     setting = key.removeprefix("config.")
     return setting != key and (setting == "seed" or is_free(setting, exact=False))
 
 
 def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    """Record of how a result was found."""
+    """The protocol of a search, for its result: data, length, student and teachers."""
     shared = asdict(Protocol.of(describe_run(settings, prepared)))
     return {
         **{name: value for name, value in shared.items() if value is not None},
@@ -206,18 +208,17 @@ def run_trials(
     timeout: float | None = None,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs trials until the study has `trials` of them, with those of other processes and of earlier calls.
+    """Runs trials until the search has `trials` of them, those of other processes and of earlier calls included.
 
     Args:
-        study: The study.
+        study: The search.
         evaluate: Trains with overrides; see `Evaluate`.
-        trials: The budget of the study. Pruned and diverged trials count, failed ones do not.
+        trials: The budget. Pruned and diverged trials count, failed ones do not.
         timeout: Seconds after which no further trial is started.
         after_trial: Called after each trial.
 
     Raises:
-        UserError: What `evaluate` raises ends the study, except a loss that is not finite: that is how these
-            weights turn out.
+        UserError: If `evaluate` raises it. A loss that is not finite is no error: the trial counts as diverged.
     """
     start = time.monotonic()
     with session("trials", *RUN_PHASES[:-1], keep=False), phase("trials", trials) as all_trials:
@@ -229,7 +230,7 @@ def run_trials(
             _run_trial(study, trial, evaluate)
             all_trials.advance()
             after_trial()
-    log.info("--timeout: no further trials; the same command continues")
+    log.info("--timeout: time is over, no further trial is started; the same command continues the search")
 
 
 def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
@@ -244,7 +245,7 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
     folder = study.trial_folder(trial.number)
     state, value = TrialState.FAIL, None
     try:
-        with study.alive(trial):
+        with study.heartbeat(trial):
             by_seed = evaluate(trial.user_attrs["overrides"], folder, report)
         trial.set_user_attr("by_seed", by_seed)
         state, value = TrialState.COMPLETE, statistics.fmean(by_seed)
@@ -257,13 +258,13 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
         trial.set_user_attr("seconds", time.monotonic() - began)
         study.tell(trial, value, state)
         shutil.rmtree(folder, ignore_errors=True)
-    words = "  ".join(trial.user_attrs["overrides"]) or "as given"
+    words = "  ".join(trial.user_attrs["overrides"]) or "default settings"
     ended = "pruned" if value is None else f"{100 * value:.2f} %"
     log.info("trial %d: %s  %s  %.0f s", trial.number, ended, words, time.monotonic() - began)
 
 
 class ReportAccuracy(Callback):
-    """Reports the validation accuracy of every epoch but the last, which ends the trial."""
+    """Reports the validation accuracy of every epoch except the last, whose accuracy is the trial's value."""
 
     def __init__(self, report: Report, first_step: int = 0) -> None:
         self._report, self._first_step = report, first_step
@@ -277,11 +278,11 @@ class ReportAccuracy(Callback):
 
 @dataclass(frozen=True)
 class ValidationObjective:
-    """An `Evaluate`: trains as a run does, on every seed, and never reads the test set.
+    """An `Evaluate` that trains one run per seed and never reads the test set.
 
     Attributes:
-        make_settings: From a trial's overrides to the settings of a run.
-        seeds: The runs of a trial.
+        make_settings: Makes the settings of a run from a trial's overrides.
+        seeds: Seeds of a trial's runs.
         make_callbacks: The user's own callbacks, made anew for every run.
     """
 
@@ -302,6 +303,9 @@ class ValidationObjective:
                 settings, folder / f"seed{seed}", sweep=folder.parent.parent.name, callbacks=callbacks, test=False
             )
             if "val_accuracy" not in result:
-                raise UserError("trainer.limit_val_batches: leaves no validation accuracy to choose by")
-            values.append(round(result["val_accuracy"], 6))  # float32's noise would decide between equals
+                limit = settings.trainer.get("limit_val_batches")
+                raise UserError(
+                    f"trainer.limit_val_batches={limit}: leaves no validation accuracy, by which ekd-tune chooses"
+                )
+            values.append(round(result["val_accuracy"], 6))  # else float32's rounding decides between equal trials
         return values

@@ -16,10 +16,10 @@ from ekd_lightning.methods.logit_terms import CrossEntropyBranch, CrossEntropyEn
 from ekd_lightning.methods.options import number
 
 WEIGHT_FACTOR = 8.0
-"""Weights are searched from a default's eighth to its eightfold."""
+"""Weights are searched from the default divided by this to the default times this."""
 TEMPERATURES = (1.0, 20.0)
 
-# What would make trials incomparable: other images, or another cost.
+# Settings that would make trials incomparable: other images, or another cost.
 _NOT_SEARCHED = (
     "data",
     "data.name",
@@ -41,16 +41,16 @@ SearchSpace: TypeAlias = "dict[str, FloatDistribution | IntDistribution | Catego
 
 
 def derive_space(method: Method, temperature: float | None, fixed: Collection[str] = ()) -> SearchSpace:
-    """The default search space of a method: its weights but one, and its temperature.
+    """The default search space of a method: all weights except one, and the temperature.
 
-    Only ratios of weights matter to first order, as a common factor is a factor of the learning rate; so one term is
-    the reference and keeps its weight: the first cross-entropy, or the first term where there is none. (Weight
-    decay, which no weight multiplies, makes the common factor matter a little.)
+    One term is the reference and keeps its weight: the first cross-entropy, or the first term of a method without.
+    Only ratios of weights matter to first order, because a common factor is a factor of the learning rate; weight
+    decay, which it does not multiply, makes it matter a little.
 
     Args:
-        method: The method with its default weights; terms of weight 0 are not in it.
+        method: The method with its default weights, without terms of weight 0.
         temperature: The method's T; None for the default.
-        fixed: Keys that keep their value.
+        fixed: Keys that are not searched.
 
     Returns:
         `method.terms.<name>.weight` in [default / 8, default · 8] and `method.temperature` in [1, 20], both
@@ -93,7 +93,7 @@ def read_space(path: Path) -> SearchSpace:
 
 def _values(where: str, key: str, spec: object) -> FloatDistribution | IntDistribution | CategoricalDistribution:
     if key.lstrip("+") in _NOT_SEARCHED:
-        raise UserError(f"{where}: cannot be searched, as trials must see the same images for as many epochs")
+        raise UserError(f"{where}: cannot be searched, because all trials must use the same images and epochs")
     if not isinstance(spec, Mapping):
         raise UserError(f"{where}={spec!r} is not allowed; give {{low: , high: }} or {{choices: [...]}}")
     allowed = ("choices",) if "choices" in spec else ("low", "high", "log")
@@ -139,8 +139,8 @@ def describe_space(space: SearchSpace) -> dict[str, Any]:
     }
 
 
-def tidied(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Values rounded to four significant digits, so that training and record agree."""
+def rounded_values(space: SearchSpace, found: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Values rounded to four significant digits, so that the training uses what the record shows."""
     return {
         key: min(max(float(f"{found[key]:.4g}"), values.low), values.high)
         if isinstance(values, FloatDistribution)
@@ -153,11 +153,11 @@ def default_values(space: SearchSpace, config: Mapping[str, Any]) -> dict[str, S
     """Values of the searched keys in a resolved configuration.
 
     Args:
-        space: What is searched.
-        config: Nested plain containers.
+        space: The search space.
+        config: The configuration as nested plain containers.
 
     Returns:
-        Key -> value, without keys that the configuration lacks or whose value the space does not contain.
+        Value by key, without keys that the configuration lacks or whose value lies outside the space.
     """
     found: dict[str, Scalar] = {}
     for key, values in space.items():

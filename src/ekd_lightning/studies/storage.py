@@ -1,6 +1,6 @@
 """Storage of a search's trials: a journal in its folder, or a database that several machines share.
 
-Both hold what the search is a search of, and refuse another one.
+Both keep a description of the search, and refuse a search with another description.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
 JOURNAL = "trials.journal"
 _CHECK = "check"
 HEARTBEAT_SECONDS = 60
-"""A trial in a database is taken for dead after twice that."""
-_PRUNE_AFTER = 5  # complete trials, of which a median means something
+"""Seconds between a trial's signs of life in a database; after twice as long without one it counts as dead."""
+_PRUNE_AFTER = 5  # complete trials before the median prunes
 
 
 def open_study(
@@ -40,14 +40,14 @@ def open_study(
     warmup_steps: int | None,
     url: str | None,
 ) -> optuna.Study:
-    """Opens the study of a folder, or the one in a database named after the folder's last two parts.
+    """Opens Optuna's study in a folder, or the study in a database that is named after the folder's last two parts.
 
     Args:
-        folder: The search's own.
-        description: What determines the search besides its trials, as plain containers.
-        ignored: Which dotted keys of the description may differ.
+        folder: The search's folder.
+        description: Everything that determines the search besides its trials, as plain containers.
+        ignored: Whether a dotted key of the description may differ.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
-        url: Of the database; None for a journal in the folder.
+        url: URL of the database; None for a journal in the folder.
 
     Raises:
         UserError: If there is a search with another description, or a damaged one; or if the database cannot be opened.
@@ -59,7 +59,7 @@ def open_study(
     if url is None:
         _check_description(folder, plain, ignored)
         return _open_journal(folder / JOURNAL, pruner)
-    _check_description(folder, {**plain, "storage": shown(url)}, ignored)
+    _check_description(folder, {**plain, "storage": without_password(url)}, ignored)
     name = "/".join(folder.absolute().parts[-2:])
     try:
         storage = RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS)
@@ -70,8 +70,8 @@ def open_study(
         if known is None:
             study.set_user_attr("description", plain)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError) as error:
-        raise UserError(f"--storage {shown(url)}: cannot be opened ({one_line(error)})") from None
-    _refuse_another(f"--storage {shown(url)}: its study {name}", known or plain, plain, ignored)
+        raise UserError(f"--storage {without_password(url)}: cannot be opened ({one_line(error)})") from None
+    _refuse_another(f"--storage {without_password(url)}: its study {name}", known or plain, plain, ignored)
     return study
 
 
@@ -99,10 +99,7 @@ def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any], ign
 
 
 class _Journal(JournalFileBackend):
-    """Journal of the trials, one line per event; a line cut off by a kill or a full disk is dropped.
-
-    As long as nothing follows it, readers pass over it.
-    """
+    """Journal of the trials, one line per event; a last line that a kill or a full disk has cut off is ignored."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._held = path, JournalFileSymlinkLock(str(path))
@@ -131,10 +128,10 @@ class _Journal(JournalFileBackend):
             self._held.release()
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """The events from one on.
+        """The events from number `log_number_from` on.
 
         Raises:
-            DamagedFileError: If one is not what was written.
+            DamagedFileError: If an event was changed.
         """
         for log in super().read_logs(log_number_from):
             check = log.pop(_CHECK, None) if isinstance(log, dict) else None
@@ -149,7 +146,7 @@ def _checksum(log: Any) -> int:
 
 def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study:
     if os.path.lexists(path) and not path.is_file():
-        raise DamagedFileError(f"{path}: damaged, not a file")
+        raise DamagedFileError(f"{path}: damaged, not a regular file")
     try:
         storage = JournalStorage(_Journal(path))
         return optuna.create_study(
@@ -163,10 +160,10 @@ def _open_journal(path: Path, pruner: optuna.pruners.BasePruner) -> optuna.Study
 
 @contextlib.contextmanager
 def named_database(url: str | None) -> Iterator[None]:
-    """Names the database where it fails in the block: it is damaged, or its server cannot be reached any more.
+    """Turns errors of the database within the block into one line with its URL.
 
     Raises:
-        UserError: With its URL.
+        UserError: If the database is damaged or its server cannot be reached.
     """
     try:
         yield
@@ -174,14 +171,14 @@ def named_database(url: str | None) -> Iterator[None]:
         if url is None:
             raise
         cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
-        raise UserError(f"--storage {shown(url)}: cannot be used ({one_line(cause)})") from error
+        raise UserError(f"--storage {without_password(url)}: cannot be used ({one_line(cause)})") from error
 
 
-def shown(url: str) -> str:
-    """A URL without its password.
+def without_password(url: str) -> str:
+    """A database's URL without its password.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not a URL of a database.
     """
     try:
         return make_url(url).render_as_string(hide_password=True)

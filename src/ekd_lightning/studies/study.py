@@ -1,4 +1,4 @@
-"""Study of rows × fractions × seeds, as `ekd-compare` writes it to study.json."""
+"""Study of rows × fractions × seeds, which `ekd-compare` writes to study.json."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 STUDY_FILE = "study.json"
 CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_feature", "ekd_mean")
 CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
-"""Beside unlabelled images, of which methods on labels alone make no use."""
+"""The controls with unlabelled images, which methods on labels alone cannot use."""
 MATCHED = ("kd_mean", "kd_mean_feature")
-"""Methods whose plain students are given the cost of the branched one."""
+"""Methods that get a row with a plain student of the branched student's cost."""
 MATCHES = ("macs", "parameters")
 _BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
 Composer = Callable[..., DictConfig]
@@ -43,12 +43,13 @@ class RowPlan:
     """One row of the study.
 
     Attributes:
-        name: A method, `method@network`, or `kd_mean_macs` and the like.
-        overrides: What the row adds to the common overrides, for ekd-train; `method=...` comes first.
+        name: A method, `method@network`, or a matched row such as `kd_mean_macs`.
+        overrides: Overrides in addition to the common ones, as for ekd-train; `method=...` comes first.
         without: Keys of common overrides that do not apply to the row.
-        seeds: Its own; None for those of the study.
-        match: Of `MATCHES`, by what its plain student was found; None for another, and in older records.
-        decides: Whether the study's question is about it: p values of such rows are corrected for their number alone.
+        seeds: The row's own seeds; None for those of the study.
+        match: One of `MATCHES`, the cost by which its plain student was found; None for other rows and in old records.
+        decides: Whether the study's question is about this row. p values of deciding rows are corrected for the number
+            of deciding rows only.
     """
 
     name: str
@@ -60,12 +61,12 @@ class RowPlan:
 
     @property
     def method(self) -> str:
-        """The method's name in conf/method."""
+        """Name of the method, as in conf/method."""
         return self.overrides[0].removeprefix("method=")
 
     @property
     def settings(self) -> str:
-        """Overrides that change the method's defaults; empty without any."""
+        """The overrides that change the method's defaults, as one text; empty without any."""
         return " ".join(self.overrides[1:])
 
 
@@ -74,13 +75,13 @@ class Study:
     """Everything that determines the runs of a study.
 
     Attributes:
-        rows: By order.
+        rows: The rows, in the order of the tables.
         fractions: Shares of the training images in (0, 1].
-        seeds: Not negative.
+        seeds: Seeds, at least 0.
         common: Overrides of all rows.
         data: Name of the data set.
-        working_directory: Where relative places of its runs begin; empty if unknown.
-        declaration: Name of the declared study of which it is a part; empty for another.
+        working_directory: Directory from which relative paths of its runs are resolved; empty if unknown.
+        declaration: Name of the declared study that it is a part of; empty for an undeclared study.
     """
 
     rows: tuple[RowPlan, ...]
@@ -106,7 +107,7 @@ class Study:
 
     @property
     def deciding(self) -> frozenset[str]:
-        """Names of the rows that the question is about."""
+        """Names of the deciding rows."""
         return frozenset(row.name for row in self.rows if row.decides)
 
     def words(self, row: RowPlan, fraction: float, seed: int) -> list[str]:
@@ -116,10 +117,10 @@ class Study:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Separates overrides of the runs from those of Hydra, which say how runs are launched.
+    """Separates overrides of the runs from those of Hydra, e.g. the launcher.
 
     Raises:
-        UserError: For a word that is no override, or that sets what the study itself varies.
+        UserError: For a word that is no override, or that sets a key which the study varies.
     """
     hydra = tuple(word for word in words if is_hydras(word))
     common = tuple(word for word in words if word not in hydra)
@@ -128,9 +129,9 @@ def split_overrides(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
             raise UserError(f"{word}: not an override (KEY=VALUE), nor an option of ekd-compare")
         owner = {"method": "--methods", "seed": "--seeds", "data.fraction": "--fractions"}.get(key_of(word))
         if owner:
-            raise UserError(f"{word}: a study varies it, give it with {owner}")
+            raise UserError(f"{word}: a study varies this setting; give it with {owner}")
         if key_of(word) in ("data.per_class", "resume"):
-            raise UserError(f"{word}: cannot be set in a study")
+            raise UserError(f"{word}: cannot be set for a study")
     return common, hydra
 
 
@@ -179,8 +180,8 @@ def read_study(folder: Path) -> Study | None:
     """Reads study.json; None if the folder is new or empty.
 
     Raises:
-        UserError: If the folder holds something else; or if the file is damaged, of another version, or asks for
-            what no study asks for.
+        UserError: If the folder holds something else; or if the file is damaged, of another version, or holds
+            overrides that no study may have.
     """
     path = folder / STUDY_FILE
     if not path.is_file():
@@ -216,21 +217,21 @@ def _read_row(path: Path, name: str, row: Mapping[str, Any]) -> RowPlan:
 
 
 def check_row_words(where: object, name: str, words: Sequence[str]) -> tuple[str, ...]:
-    """The overrides of a row, which set its method, student and recipe only; its name is part of a path.
+    """Checks a row's overrides, which may set its method, student and recipe only, and its name, which is in paths.
 
     Args:
         where: The file that holds the row, for error messages.
-        name: Its name.
+        name: Name of the row.
         words: Its overrides.
 
     Raises:
-        UserError: For another name, or at the first override that sets anything else.
+        UserError: For an impossible name, or at the first override that sets anything else.
     """
     if not re.fullmatch(r"\w[\w.+@-]*", name):
-        raise UserError(f"{where}: a row {name!r}: names part of a folder: letters, digits and . + @ _ -")
+        raise UserError(f"{where}: row {name!r}: folders are named after it; use letters, digits and . + @ _ - only")
     for word in (checked := tuple(check_words(words, where))):
         if not is_under(key_of(word), ("method", "student", "recipe")):
-            raise UserError(f"{where}: {word}: the row {name} sets more than its method, student and recipe")
+            raise UserError(f"{where}: {word}: the row {name} may set only its method, student and recipe")
     return checked
 
 
@@ -242,7 +243,10 @@ def _read_numbers(path: Path, name: str, values: Sequence[object]) -> tuple[Any,
 
 
 def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
-    """The common overrides of a study that is continued: its own, if only locations and the like are given."""
+    """The common overrides of a continued study: the recorded ones and the given ones, if these may change.
+
+    If another setting is given, the given overrides alone; `union` then compares them with the recorded ones.
+    """
     if not all(may_be_given(word) for word in words):
         return words
     given = {key_of(word) for word in words}
@@ -254,25 +258,25 @@ def _is_empty(folder: Path) -> bool:
 
 
 def union(old: Study, new: Study) -> Study:
-    """The study with further rows, fractions and seeds.
+    """The old study with the rows, fractions and seeds of the new one added.
 
     Raises:
-        UserError: If the common overrides differ, or a row is asked for in another way than before.
+        UserError: If the common overrides, or the overrides of a row, differ.
     """
     ours, theirs = computing(new.common), computing(old.common)
     if ours != theirs:
         different = sorted({key_of(word) for word in set(ours) ^ set(theirs)})
         raise UserError(
-            f"{', '.join(different)}: the study has common overrides {' '.join(theirs) or '(none)'}; "
-            "other ones need another --output"
+            f"{', '.join(different)}: the study in this folder has the common overrides "
+            f"{' '.join(theirs) or '(none)'}; other overrides need another --output"
         )
     rows = {row.name: row for row in old.rows}
     for row in new.rows:
         before = rows.setdefault(row.name, row)
         if before.overrides != row.overrides:
             raise UserError(
-                f"row {row.name}: the study has it with {' '.join(before.overrides)}, "
-                f"now it is {' '.join(row.overrides)}; use another --output"
+                f"row {row.name}: the study in this folder has {' '.join(before.overrides)}, "
+                f"the command asks for {' '.join(row.overrides)}; use another --output"
             )
         if None not in (before.seeds, row.seeds):
             rows[row.name] = replace(before, seeds=tuple(sorted({*(before.seeds or ()), *(row.seeds or ())})))
@@ -290,22 +294,22 @@ def union(old: Study, new: Study) -> Study:
 def plan_rows(
     methods: str, matches: Sequence[str], controls: bool, common: Sequence[str], old: Study | None, compose: Composer
 ) -> list[RowPlan]:
-    """The rows that were asked for, then the controls, then the students of equal cost.
+    """The rows of `--methods`, then the controls, then plain students of equal cost.
 
     Args:
-        methods: `ce,ekd,kd_mean@resnet14`.
-        matches: Of `MATCHES`, by what plain students are given the cost of the study's branched one.
+        methods: E.g. `ce,ekd,kd_mean@resnet14`.
+        matches: Those of `MATCHES` by which plain students of equal cost are added.
         controls: Whether `CONTROLS`, or `CONTROLS_WITHOUT_LABELS`, are added.
         common: Overrides of all rows.
-        old: The study so far: students of equal cost that it has are kept.
+        old: The study so far, whose students of equal cost are kept; None if it is new.
         compose: Composes overrides, inside an initialised Hydra.
 
     Raises:
-        UserError: For an unknown method or network, or none.
+        UserError: For an unknown method or network, or if `methods` is empty or names a row twice.
     """
     asked = [word.strip() for word in methods.split(",") if word.strip()]
     if not asked or len(set(asked)) < len(asked):
-        raise UserError(f"--methods {methods}: give different rows, e.g. ce,kd_mean,ekd")
+        raise UserError(f"--methods {methods}: must name different rows, e.g. ce,kd_mean,ekd")
     unlabelled = compose(overrides=common).data.unlabelled is not None
     usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
     extra = [name for name in usual if controls and name not in asked]
@@ -316,28 +320,28 @@ def plan_rows(
     for by in matches:
         names = {f"{method}_{by}": method for method in MATCHED}
         new = {name: method for name, method in names.items() if name not in recorded}
-        if new:  # once found, a study keeps it
+        if new:  # a study keeps the network that was found first
             cfg = compose(overrides=common)
             match = match_student(by, cfg)
             log.info("%s: %s", ", ".join(new), match)
             if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
-                log.warning("%s: left out, because that is the student's own network unchanged", ", ".join(new))
+                log.warning("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
                 continue
-            rows += [matched_row(name, make_row(method, compose), by, words_of(match)) for name, method in new.items()]
+            network = match_overrides(match)
+            rows += [matched_row(name, make_row(method, compose), by, network) for name, method in new.items()]
     return rows
 
 
 def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPlan:
     """Makes a row of `method` or `method@network`.
 
-    What a method's file says of the student's branching belongs to the method (one branch, ONE's gate, the place where
-    a Hydra splits): common overrides of it do not apply. A row with a network of its own does not get the options of
-    the common one.
+    Branching that a method's file sets belongs to the method (one branch, ONE's gate, the split of a Hydra): common
+    overrides of it do not apply to the row. Options of the common network do not apply to a row with another network.
 
     Args:
-        name: The row.
+        name: The row, `method` or `method@network`.
         compose: Composes overrides, inside an initialised Hydra.
-        common: Overrides of all rows; of those that do not reach a branched method the log tells.
+        common: Overrides of all rows; the log names those that do not apply to a branched method.
 
     Raises:
         UserError: For an unknown method or network, with the nearest match.
@@ -355,7 +359,7 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
     if compose(overrides=[f"method={method}"]).student.branches == 1:
         own = _BRANCHING
     elif kept := [word for word in common if is_under(key_of(word), own)]:
-        log.info("%s has its own branching: %s does not apply to it", name, " ".join(kept))
+        log.info("%s sets its own branching, so %s does not apply to it", name, " ".join(kept))
     if not at:
         return RowPlan(name, (f"method={method}",), own)
     return RowPlan(
@@ -364,7 +368,7 @@ def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPla
 
 
 def match_student(by: str, cfg: DictConfig) -> Match:
-    """The plain network whose MACs or parameters come nearest to those of the study's student.
+    """The plain network whose MACs or parameters are nearest to those of the study's student.
 
     Args:
         by: `macs` or `parameters`.
@@ -381,12 +385,12 @@ def match_student(by: str, cfg: DictConfig) -> Match:
     cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
     match = match_network(student.spec, cost(student), cost)
     if abs(match.off) > CLOSE:
-        log.warning("no plain %s has the %s of the study's student; the nearest: %s", student.spec.name, by, match)
+        log.warning("no plain %s has the %s of the study's student; the nearest is %s", student.spec.name, by, match)
     return match
 
 
-def words_of(match: Match) -> tuple[str, ...]:
-    """The overrides that choose the network that was found."""
+def match_overrides(match: Match) -> tuple[str, ...]:
+    """The overrides that choose the matched network."""
     options = (override(f"++student.options.{key}", value) for key, value in match.options.items())
     return f"student.network={match.network}", *options
 
@@ -395,9 +399,9 @@ def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> Row
     """A row with the plain student of equal cost.
 
     Args:
-        name: Of the row.
-        row: That of its method alone.
-        by: Of `MATCHES`.
+        name: Name of the new row.
+        row: The row of its method, without the match.
+        by: One of `MATCHES`.
         network: Overrides that choose the student.
     """
     without = (*row.without, "student.network", "student.options")

@@ -33,22 +33,22 @@ from ekd_lightning.runs.writer import now
 
 SEED = "seed"
 MOST_ROWS = 60
-"""Longer tables are of no use in a terminal; runs that are not done are shown all the same."""
+"""Finished runs that a summary shows at most; the others are shown all."""
 STYLES = {RunState.DONE: "green", RunState.PARTIAL: "green", RunState.FAILED: "red", RunState.STOPPED: "yellow"}
 _BEST = "★"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of many.
+    """One run of a sweep or a study.
 
     Attributes:
-        directory: Its run directory.
-        overrides: As for ekd-train.
-        resumed: Whether it continues from its last checkpoint.
-        row: Of the study that it belongs to.
-        images: Training images, each time that one is seen.
-        macs: Multiply-accumulates of training on them.
+        directory: The run's directory.
+        overrides: Overrides, as for ekd-train.
+        resumed: Whether the run continues from its last checkpoint.
+        row: Name of the study's row; empty in a sweep.
+        images: Training images, each counted as often as it is seen; 0 if unknown.
+        macs: Multiply-accumulates of the training; 0 if unknown.
     """
 
     directory: Path
@@ -70,8 +70,8 @@ class Sweep:
         common: Overrides of the runs that do not vary.
         config_name: The configuration that is composed.
         config_dir: Folder of the user's own configuration files; None without one.
-        working_directory: Where relative places of jobs that have not started begin; empty if unknown.
-        started: Time of the first start, ISO 8601 in UTC; a status that is older belongs to an earlier sweep.
+        working_directory: Where relative paths of jobs that have not started begin; empty if unknown.
+        started: Time of the first start, ISO 8601 in UTC; an older status belongs to an earlier sweep.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class Sweep:
         return typed_resume(self.folder, words, flags)
 
 
-class Standing(NamedTuple):
+class JobState(NamedTuple):
     """A job and its run on disk."""
 
     job: Job
@@ -139,7 +139,7 @@ def read_sweep(folder: Path) -> Sweep | None:
 
 
 def found_sweep(folder: Path) -> Sweep:
-    """The planned sweep of a folder, or for another sweeper's what can be read from its runs."""
+    """The planned sweep of a folder; for another sweeper than Hydra's, a sweep of the runs that the folder holds."""
     planned = read_sweep(folder)
     if planned is not None:
         return planned
@@ -148,44 +148,44 @@ def found_sweep(folder: Path) -> Sweep:
 
 
 def sweep_of(directory: Path) -> str | None:
-    """Name of the sweep that a run belongs to, as its dashboards have it; None for a single run."""
+    """Name of the sweep that a run belongs to, as in its dashboards; None for a single run."""
     for folder in directory.absolute().parents:
         if (folder / SWEEP_FILE).is_file() or (folder / "multirun.yaml").is_file():
             return "/".join(folder.parts[-2:])
     return None
 
 
-def look(job: Job, started: str = "") -> Standing:
+def job_state(job: Job, started: str = "") -> JobState:
     """State of a job by the files in its directory; a job without a record is planned.
 
     Args:
         job: The job.
-        started: Start of the sweep; what is older, or has no time, does not count. Empty for one nobody planned.
+        started: Start of the sweep; an older run, or one without a time, does not count. Empty counts every run.
     """
     name = job.directory.name
     try:
         run = RunEntry.read(job.directory, name)
     except (DamagedFileError, ForeignRecordError) as error:
-        return Standing(job, RunEntry(job.directory, name, RunState.FAILED, error=str(error)))
+        return JobState(job, RunEntry(job.directory, name, RunState.FAILED, error=str(error)))
     if run.state is not RunState.RUNNING and started and (run.time is None or run.time < started):
         run = RunEntry(job.directory, name, RunState.PLANNED)
-    return Standing(job, run)
+    return JobState(job, run)
 
 
-def standings(sweep: Sweep) -> list[Standing]:
+def job_states(sweep: Sweep) -> list[JobState]:
     """States of all jobs of a sweep, in their order."""
-    return [look(job, sweep.started) for job in sweep.jobs]
+    return [job_state(job, sweep.started) for job in sweep.jobs]
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
-    """Keys of overrides that differ between jobs, by first appearance."""
+    """Keys of overrides that differ between jobs, in order of their first appearance."""
     tables = [_table(job) for job in jobs]
     keys = dict.fromkeys(key for table in tables for key in table)
     return [key for key in keys if len({table.get(key) for table in tables}) > 1]
 
 
 def varied_values(job: Job, keys: Sequence[str]) -> dict[str, str]:
-    """The values a job has for keys; a key that it does not set is left out."""
+    """A job's values of the given keys; a key that it does not set is left out."""
     table = _table(job)
     return {key: table[key] for key in keys if key in table}
 
@@ -195,11 +195,11 @@ def _table(job: Job) -> dict[str, str]:
 
 
 def show_summary(sweep: Sweep) -> None:
-    """Prints the results of a sweep, its failures with their errors, and the paths of its files.
+    """Prints the results of a sweep, its failed runs with their errors, and the next commands.
 
-    Nothing, if it was refused before its first job.
+    Prints nothing if no job of the sweep has started.
     """
-    states = standings(sweep)
+    states = job_states(sweep)
     if all(state.run.state is RunState.PLANNED for state in states):
         return
     print_wide(*sweep_tables(states, sweep.folder))
@@ -212,16 +212,16 @@ def show_summary(sweep: Sweep) -> None:
     print_next(*again, *([report_command([sweep.folder], sweep.folder / "report")] if done else []))
 
 
-def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:
+def sweep_tables(states: Sequence[JobState], folder: Path) -> list[Table]:
     """The tables of a sweep.
 
     Args:
-        states: How all jobs stand, in their order.
-        folder: That of the sweep.
+        states: States of all jobs, in their order.
+        folder: Folder of the sweep.
 
     Returns:
-        One row per run, the highest accuracy marked; where seeds vary, also the mean over them, and the mark there,
-        as single seeds are no settings to choose from. At most `MOST_ROWS` done runs are shown.
+        A table of all runs with the highest accuracy marked. If seeds vary, also a table of means over seeds, and the
+        mark is there, because settings are chosen and not seeds. At most `MOST_ROWS` finished runs are shown.
     """
     keys = varied_keys([state.job for state in states])
     groups = seed_groups(states) if SEED in keys else {}
@@ -243,10 +243,10 @@ def sweep_tables(states: Sequence[Standing], folder: Path) -> list[Table]:
     return [runs, _means(groups, [key for key in keys if key != SEED])] if groups else [runs]
 
 
-def seed_groups(states: Sequence[Standing]) -> dict[tuple[str, ...], list[Standing]]:
-    """Runs that differ in nothing but the seed, by the values of the other keys; only runs with an accuracy."""
+def seed_groups(states: Sequence[JobState]) -> dict[tuple[str, ...], list[JobState]]:
+    """Runs that differ in their seed alone, by the values of the other keys; only runs with an accuracy."""
     others = [key for key in varied_keys([state.job for state in states]) if key != SEED]
-    groups: dict[tuple[str, ...], list[Standing]] = {}
+    groups: dict[tuple[str, ...], list[JobState]] = {}
     for state in states:
         if _mean([state], "test_accuracy") is not None:
             values = varied_values(state.job, others)
@@ -254,7 +254,7 @@ def seed_groups(states: Sequence[Standing]) -> dict[tuple[str, ...], list[Standi
     return groups
 
 
-def _means(groups: Mapping[tuple[str, ...], Sequence[Standing]], keys: Sequence[str]) -> Table:
+def _means(groups: Mapping[tuple[str, ...], Sequence[JobState]], keys: Sequence[str]) -> Table:
     table = _table_of("means over seeds ± std", keys, ["test %", "n", "train s"])
     found = {values: _mean(group, "test_accuracy") for values, group in groups.items()}
     best = _highest(found.values())
@@ -265,13 +265,13 @@ def _means(groups: Mapping[tuple[str, ...], Sequence[Standing]], keys: Sequence[
     return table
 
 
-def _mean(states: Sequence[Standing], key: str) -> Estimate | None:
+def _mean(states: Sequence[JobState], key: str) -> Estimate | None:
     found = [None if state.run.result is None else state.run.result.get(key) for state in states]
     return estimate(float(value) for value in found if value is not None)
 
 
 def _highest(found: Iterable[Estimate | None]) -> float | None:
-    """The highest of several means; None of a single one, which is not the best of anything."""
+    """The highest of several means; None if there is only one, which has nothing to be compared with."""
     means = [one.mean for one in found if one]
     return max(means) if len(means) > 1 else None
 

@@ -1,7 +1,7 @@
-"""Trials of one configuration on disk, shared by all processes of a search, and their results.
+"""Trials of a search on disk, shared by all its processes, and their results.
 
-Trial number n of the budget is a pure function of the sampler's seed, n and the trials before it, so a study that
-was stopped and resumed tries what the uninterrupted one would have tried.
+Trial n of the budget is a pure function of the sampler's seed, n and the trials before it. So a search that was stopped
+and resumed tries the same settings as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.lock import DirectoryLock, is_held, make_directory
 from ekd_lightning.studies.declaration import standard_error
-from ekd_lightning.studies.space import SearchSpace, tidied
+from ekd_lightning.studies.space import SearchSpace, rounded_values
 from ekd_lightning.studies.storage import open_study
 
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
 _SHOWN_TRIALS = 10
-_WIDTH = 120  # where there is no terminal
+_WIDTH = 120  # of tables, if standard output is no terminal
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 class Search:
-    """A search, opened by one of possibly several processes.
+    """A search, opened by this process and possibly by others.
 
-    Its trials lie in a journal in the folder, where all processes must be on file systems with locks; or in a database,
-    where processes of any machine find them.
+    Its trials are kept in a journal in the folder, which must lie on a file system with locks; or in a database, which
+    processes of several machines can share.
 
     Args:
-        folder: The study's own folder; made if needed.
-        description: What determines the study besides its trials, as plain containers.
-        space: What is searched.
-        defaults: The configuration's own values of searched keys, as far as they lie in the space.
-        seed: Of the sampler, >= 0.
+        folder: The search's folder; created if necessary.
+        description: Everything that determines the search besides its trials, as plain containers.
+        space: The search space.
+        defaults: The configuration's own values of the searched keys, without values outside the space.
+        seed: Seed of the sampler, >= 0.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
-        ignored: Which dotted keys of the description may differ.
-        storage: URL of a database for the trials, as Optuna has it; None keeps a journal in the folder.
+        ignored: Whether a dotted key of the description may differ.
+        storage: URL of a database for the trials, in Optuna's form; None keeps a journal in the folder.
 
     Raises:
-        UserError: If the folder or the database holds a study with another description, or a damaged one; or if the
+        UserError: If the folder or the database holds a search with another description, or a damaged one; or if the
             database cannot be opened.
     """
 
@@ -83,7 +83,7 @@ class Search:
         with self._lock:
             self._study = open_study(folder, description, ignored, warmup_steps=warmup_steps, url=storage)
         self._name = uuid.uuid4().hex
-        # Held as long as this process lives, whatever ends it: a running trial without it has died.
+        # Held until this process ends, in whatever way; a running trial whose lock is free has died.
         self._alive = DirectoryLock(self._workers / self._name)
         self._alive.acquire()
 
@@ -107,7 +107,7 @@ class Search:
         """
         with self._lock:
             while True:
-                self._bury_dead()
+                self._fail_dead_trials()
                 counted = [trial for trial in self.trials if trial.state in _COUNTED]
                 if len(counted) >= budget:
                     return None
@@ -116,26 +116,26 @@ class Search:
                 again = trial.user_attrs.get("default") and any(t.user_attrs.get("default") for t in earlier)
                 if len(earlier) < budget and not again:
                     return trial
-                self.tell(trial, None, TrialState.FAIL)  # a machine that does not know this lock was faster
+                self.tell(trial, None, TrialState.FAIL)  # another machine, which this lock does not bind, was faster
 
     def _ask(self, counted: list[FrozenTrial]) -> optuna.Trial:
         space = self.space
         if is_default := not any(trial.user_attrs.get("default") for trial in counted):
-            space = {key: space[key] for key in self.defaults}  # also where the space does not contain all
+            space = {key: space[key] for key in self.defaults}  # defaults may lie outside the space
             if not any(trial.state == TrialState.WAITING for trial in self.trials):
                 self._study.enqueue_trial(self.defaults, {"default": True})
         self._study.sampler = _sampler(self.seed, len(counted))
         trial = self._study.ask(dict(space))
-        with self.alive(trial):  # from its first moment on, however soon this process dies
+        with self.heartbeat(trial):  # the first one at once, in case this process dies early
             pass
-        found = {} if is_default else tidied(space, trial.params)
+        found = {} if is_default else rounded_values(space, trial.params)
         trial.set_user_attr("worker", self._name)
         trial.set_user_attr("overrides", [override(key, value) for key, value in found.items()])
         return trial
 
     @contextmanager
-    def alive(self, trial: optuna.Trial) -> Iterator[None]:
-        """A block in which a trial of this process is known to be at work, to other machines, too."""
+    def heartbeat(self, trial: optuna.Trial) -> Iterator[None]:
+        """Shows other machines, within the block, that this process is working on a trial."""
         beats = get_heartbeat_thread(trial._trial_id, self._study._storage)
         beats.start()
         try:
@@ -151,7 +151,7 @@ class Search:
         """Temporary directory of a trial."""
         return self.folder / "trials" / str(number)
 
-    def _bury_dead(self) -> None:
+    def _fail_dead_trials(self) -> None:
         """Marks running trials of killed processes as failed, so that they do not count."""
         if self._in_database:
             optuna.storages.fail_stale_trials(self._study)
@@ -169,7 +169,8 @@ class Search:
 def _sampler(seed: int, position: int) -> TPESampler:
     """The sampler of trial `position` of the budget.
 
-    A new one for each: a resumed study would otherwise repeat its first draws, and two processes each other's.
+    Each trial has its own: with a shared one, a resumed search would repeat its first draws, and so would a second
+    process.
     """
     drawn = int(hash_uniform_u64(_TRIALS_STREAM, seed, position, np.zeros(1, dtype=np.int64))[0])
     with warnings.catch_warnings():
@@ -179,16 +180,16 @@ def _sampler(seed: int, position: int) -> TPESampler:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of a study so far; accuracies are on the validation split after the last epoch, in [0, 1].
+    """Results of a search so far; accuracies are on the validation split after the last epoch, in [0, 1].
 
     Attributes:
-        overrides: Of the best trial; empty if that is the configuration as it was given. Of equals the earliest.
-        value: Its accuracy, a mean over seeds.
-        default_value: Accuracy of the configuration as it was given; None if it diverged.
-        by_seed: Accuracies of the best trial.
-        trials: How many were complete, pruned or diverged.
-        pruned: How many were stopped early.
-        diverged: How many had a loss that is not finite.
+        overrides: Overrides of the best trial, the earliest of equals; empty if the default settings are best.
+        value: Accuracy of the best trial, a mean over seeds.
+        default_value: Accuracy of the default settings; None if their trial diverged or is not complete.
+        by_seed: Accuracies of the best trial by seed.
+        trials: Number of complete, pruned and diverged trials.
+        pruned: Number of trials that were stopped early.
+        diverged: Number of trials with a loss that is not finite.
     """
 
     overrides: list[str]
@@ -201,7 +202,7 @@ class Outcome:
 
 
 def outcome(study: Search) -> Outcome | None:
-    """Summary of a study; None until a trial is complete."""
+    """Results of a search; None until a trial is complete."""
     ended = [t for t in study.trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     ranked = ranking(study)
     if not ranked:
@@ -231,7 +232,7 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
-    """Writes `<method>.yaml` as soon as a trial is complete, and anew after each."""
+    """Writes `<method>.yaml`, once a trial is complete."""
     if (found := outcome(study)) is None:
         return
     error = standard_error(found.value, facts["validation_images"])
@@ -240,12 +241,12 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
 
 
 def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequence[str]) -> None:
-    """Prints the best trials, whether they differ significantly, and the commands that use the best.
+    """Prints the best trials, the gain over the default settings, and the commands that use the best trial.
 
     Args:
         output: Folder of the results.
         study: The search.
-        facts: What its result records.
+        facts: Fields of the search's record.
         words: Overrides that the search was started with.
 
     Raises:
@@ -253,12 +254,12 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
     """
     if (found := outcome(study)) is None:
         ended = sum(trial.state.is_finished() for trial in study.trials)
-        raise UserError(f"{output}: no trial is complete ({ended} ended early); nothing to choose from")
+        raise UserError(f"{output}: no trial is complete ({ended} ended early), so there are no settings to choose")
     rows = (
         (
             str(trial.number),
             f"{100 * value_of(trial):.2f}",
-            "  ".join(trial.user_attrs["overrides"]) or "as given (the default)",
+            "  ".join(trial.user_attrs["overrides"]) or "default settings",
         )
         for trial in ranking(study)[:_SHOWN_TRIALS]
     )
@@ -267,10 +268,10 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
     images = facts["validation_images"]
     error = 100 * standard_error(found.value, images)
     if found.default_value is None:
-        gain = "the default did not come to an end"
+        gain = "the default settings have no complete trial"
     else:
         default = 100 * found.default_value
-        gain = f"{100 * found.value - default:+.2f} points over the default's {default:.2f} %"
+        gain = f"{100 * found.value - default:+.2f} points over the {default:.2f} % of the default settings"
     print(
         f"best {100 * found.value:.2f} %, {gain}; with {images} validation images the standard error of an "
         f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"
@@ -281,7 +282,7 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
 
 
 def _print_commands(output: Path, method: str, kept: Sequence[str]) -> None:
-    """Prints how a run and a study take up the best trial, with all else as the search had it."""
+    """Prints the commands of a run and of a study with the best trial's settings and the overrides of the search."""
     best = f"$({called('ekd-tune')} --print {typed(output / f'{method}.yaml')})"
     fraction = [word.partition("=")[2] for word in kept if key_of(word) == "data.fraction"]
     options = ["--tuned", typed(output), *(["--fractions", fraction[-1]] if fraction else [])]
