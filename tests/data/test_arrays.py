@@ -77,20 +77,20 @@ def test_images_and_labels_alone_are_split_and_named(tmp_path, names):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({f"a{i}": np.zeros(1) for i in range(9)}, r"\(but a0, a1, a2 and 6 more\)"),
-        ({"images": np.zeros((4, 5, 5, 3))}, r"holds neither x_train and y_train nor images and labels \(but images\)"),
-        ({"images": np.zeros((4, 5, 5, 3)), "labels": np.arange(4)}, r"images is float64 \[4, 5, 5, 3\], not uint8"),
-        ({"images": np.zeros((4, 5), np.uint8), "labels": np.arange(4)}, r"images is uint8 \[4, 5\], not"),
-        ({"images": colours(0), "labels": np.arange(0)}, r"images is uint8 \[0, 6, 6, 3\], not"),
+        ({f"a{i}": np.zeros(1) for i in range(9)}, r"\(only a0, a1, a2 and 6 more\)"),
+        ({"images": np.zeros((4, 5, 5, 3))}, r"holds neither x_train and y_train nor images .*\(only images\)"),
+        ({"images": np.zeros((4, 5, 5, 3)), "labels": np.arange(4)}, r"images is float64 \[4, 5, 5, 3\], but must be"),
+        ({"images": np.zeros((4, 5), np.uint8), "labels": np.arange(4)}, r"images is uint8 \[4, 5\], but"),
+        ({"images": colours(0), "labels": np.arange(0)}, r"images is uint8 \[0, 6, 6, 3\], but"),
         ({"images": colours(4), "labels": np.arange(3)}, r"labels must be 4 classes, .*int64 \[3\]"),
         ({"images": colours(4), "labels": np.arange(4) - 1}, r"labels must be 4 classes"),
-        ({"images": colours(4), "labels": np.array([0, 1, 0, 1 << 40])}, r"class 1099511627776, but 4 images"),
+        ({"images": colours(4), "labels": np.array([0, 1, 0, 1 << 40])}, r"class 1099511627776, but only 4 images"),
         ({"images": colours(4), "labels": np.zeros(4)}, r"labels must be 4 classes.*float64"),
         ({"images": colours(4), "labels": np.array([{}] * 4)}, r"not an \.npz file of plain arrays"),
-        (two_classes("cat"), r"class_names is <U3 \[\], not \[2\] names"),
-        (two_classes(["cat"]), r"class_names is <U3 \[1\], not \[2\] names"),
-        (two_classes([["cat", "dog"]]), r"class_names is <U3 \[1, 2\], not \[2\] names"),
-        (two_classes([b"cat", b"\xff"]), r"class_names is no UTF-8"),
+        (two_classes("cat"), r"class_names is <U3 \[\], but must be \[2\] names"),
+        (two_classes(["cat"]), r"class_names is <U3 \[1\], but must be \[2\] names"),
+        (two_classes([["cat", "dog"]]), r"class_names is <U3 \[1, 2\], but must be \[2\] names"),
+        (two_classes([b"cat", b"\xff"]), r"class_names is not UTF-8"),
     ],
 )
 def test_other_arrays_are_refused(tmp_path, arrays, message):
@@ -206,9 +206,9 @@ def test_replaced_images_are_read_anew(tmp_path, monkeypatch, source, forgotten)
 
 
 def test_parameters_that_are_handed_on(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"data\.name=EMNIST: torchvision needs its `split`"):
+    with pytest.raises(UserError, match=r"data\.name=EMNIST: torchvision needs an argument `split`"):
         opened("torchvision", tmp_path, name="EMNIST")
-    with pytest.raises(UserError, match=r"data\.name=LSUN: refused, torchvision unpickles"):
+    with pytest.raises(UserError, match=r"data\.name=LSUN: refused, because torchvision would unpickle"):
         opened("torchvision", tmp_path, name="LSUN")
     fetched = []
     monkeypatch.setattr(datasets.QMNIST, "download", lambda self: fetched.append(self.what))
@@ -276,7 +276,7 @@ def test_a_data_set_of_the_hub(hub, tmp_path, caplog):
             found = opened("huggingface", tmp_path / "root", name="user/set", download=True)
         assert len(found.test) == 4
         assert found.source == "user/set of the Hugging Face hub, its validation split for testing"
-        assert "its validation split is the test split" in caplog.text
+        assert "the validation split is used for testing" in caplog.text
         assert hub.asked[-1][2:] == ({**kept, "local": False}, False)
 
 
@@ -335,14 +335,14 @@ def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path, monkeypatch):
     (tmp_path / "user" / "set").mkdir(parents=True)
     refused("data.name=user/set: not USER/SET .*data=folder")
     hub.secret = ("train", "validation", "test")
-    refused(r"no split for training with known classes \(but train, validation, test\)", "user/other")
+    refused(r"no split for training with known classes \(only train, validation, test\)", "user/other")
     hub.Image = type("Other", (), {})
     hub.load_dataset = lambda *_, **__: {"train": Split({"x": None}, {"x": [1]})}
-    refused(r"has no column of the kind Other \(but x\)", "user/other")
+    refused(r"has no column of the kind Other \(only x\)", "user/other")
     hub.load_dataset = None
     refused("data.name=user/other: cannot be loaded", "user/other")
     hub.__version__ = "2.21.0"
-    refused("datasets 2.21.0 runs foreign code: pip install", "user/other")
+    refused("datasets 2.21.0 runs foreign code; install another: pip install", "user/other")
     monkeypatch.undo()
     if importlib.util.find_spec("datasets") is None:
         refused(r"datasets is not installed: pip install 'ekd-lightning\[datasets\]'", "user/other")

@@ -137,7 +137,7 @@ def test_all_are_written_in_order_and_broken_ones_told(tmp_path):
     found, rows = decoded(tmp_path, [b"", *images, b"text"], (8, 8))
     for row, image in zip(rows[1:-1], images, strict=True):
         assert np.array_equal(row.transpose(1, 2, 0), np.asarray(image))
-    assert found.broken == {0: "has zero bytes", 21: "is no image"}
+    assert found.broken == {0: "has zero bytes", 21: "is not an image"}
     assert len(set(found.digests)) == 21
 
 
@@ -146,6 +146,10 @@ def test_one_size_is_found_or_asked_for(tmp_path):
     assert decoded(tmp_path, [b"", *images], None)[0].size == (9, 7)
     with pytest.raises(UserError, match=r"data\.image_size=null: images differ in size \(9×7 and 8×8\)"):
         decoded(tmp_path, [*images, Image.new("RGB", (8, 8))], None)
+    photograph = io.BytesIO()
+    Image.new("RGB", (96, 80)).save(photograph, "JPEG")
+    with pytest.raises(UserError, match=r"differ in size \(9×7 and 80×96\): give data\.image_size"):
+        decoded(tmp_path, [*images, photograph.getvalue()], None)
 
 
 def test_a_full_disk_is_no_broken_image(tmp_path, monkeypatch):

@@ -128,8 +128,8 @@ def test_all_images_without_labels_are_seen_before_any_is_seen_again():
     [
         (12, 0.01, 1, "0 unlabelled images"),
         (12, 0.99, 1, "0 labelled images"),
-        (64, 0.5, 1, "32 labelled images, and there are 20"),
-        (64, 0.99, 1, "63 unlabelled images, and there are 40"),
+        (64, 0.5, 1, "32 labelled images, but there are only 20"),
+        (64, 0.99, 1, "63 unlabelled images, but there are only 40"),
         (12, 0.25, 2, "9 labelled images, which 2 processes cannot share evenly"),
     ],
 )
@@ -225,7 +225,7 @@ def test_images_for_testing_or_validation_are_not_trained_on_without_labels(tmp_
         subset = choose_subset(data.train.labels, val_fraction=val_fraction)
         assert len(subset.val_index) == count - len(data.test)
         for folder in (root, root.parent):
-            with pytest.raises(UserError, match=f"{folder}: {count} of its 20 images are among those for testing"):
+            with pytest.raises(UserError, match=f"{folder}: {count} of its 20 images are test or validation images"):
                 open_unlabelled(DataSettings(**words, unlabelled=str(folder)), data, subset)
     again = Dataset("birds", data.train, data.test, val_index=torch.tensor([0, 5, 9]))
     subset = choose_subset(data.train.labels, val_index=again.val_index)
@@ -269,7 +269,7 @@ def test_joined_images_are_held_once_on_a_device():
         ({"unlabelled": "rest", "fraction": 1.0}, "data.unlabelled=rest: the subset leaves no training image out"),
         ({"unlabelled": "nowhere"}, "nowhere: no such folder"),
         ({"unlabelled": "."}, "holds no images"),
-        ({"unlabelled": "split"}, "data.unlabelled=split: for data=torchvision data.name=STL10"),
+        ({"unlabelled": "split"}, "data.unlabelled=split needs data=torchvision"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, words, message):
@@ -305,7 +305,7 @@ def test_the_split_of_stl10(tmp_path, monkeypatch):
     found = open_unlabelled(DataSettings(name="STL10", **words), data, choose_subset(images.labels, val_fraction=0))
     assert torch.equal(found.own.images, torch.from_numpy(pixels).permute(0, 3, 1, 2))
     tested = ImageSet("stl10", "test", found.own.images[:2], torch.arange(2), ("a", "b"))
-    with pytest.warns(UserWarning, match="2 of its 5 images are among those for testing"):
+    with pytest.warns(UserWarning, match="2 of its 5 images are test or validation images"):
         open_unlabelled(
             DataSettings(name="STL10", **words),
             Dataset("STL10", images, tested),

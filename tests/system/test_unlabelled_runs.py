@@ -157,7 +157,7 @@ def test_images_of_a_folder_have_tables_of_their_own(train: Train, tmp_path: Pat
         (("data.unlabelled=rest", "recipe.mixup=0.2"), "images without labels cannot be mixed (recipe.mixup"),
         (("data.unlabelled=.",), "holds no images"),
         (("data.unlabelled=nowhere",), "no such folder"),
-        (("data.unlabelled=split",), "data.unlabelled=split: for data=torchvision data.name=STL10"),
+        (("data.unlabelled=split",), "data.unlabelled=split needs data=torchvision"),
     ],
 )
 def test_bad_input_is_told_in_one_line(train: Train, tmp_path: Path, words: tuple[str, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Images that others hold: arrays of an .npz file, the labelled data sets of torchvision, those of the hub."""
+"""Listings of images in arrays: .npz files, labelled data sets of torchvision, data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
 log = logging.getLogger(__name__)
 
 _NPZ_NAMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
-"""Names of a split's images and labels in files."""
+"""Names of a split's images and labels in .npz files."""
 _SPLIT_NAMES = {
     "train": ("train", "trainval", "train-standard"),
     "val": ("val", "valid", "validation"),
     "test": ("test",),
     UNLABELLED: ("unlabeled",),
 }
-"""Names of splits in data sets, most likely first."""
+"""Names of splits in data sets, the most common first."""
 _SAFE_DATASETS = 4
-"""Since this version of the package `datasets`, no data set brings code along."""
+"""First major version of the package `datasets` that does not run code of data sets."""
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LABELS = ("targets", "labels", "_labels", "y")
 _CLASSES = ("classes", "categories")
 _DAMAGED = (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, EOFError)
-"""Errors of NumPy for files that are not its own."""
+"""Errors of NumPy for damaged files and files of other formats."""
 
 
 def list_npz(path: Path) -> Listing:
     """Lists the images of an .npz file.
 
-    It holds `x_train` and `y_train` (or `train_images` and `train_labels`), the same for `test` and `val` if there are
-    any, or `images` and `labels` alone; and perhaps `class_names`. Images are uint8 [N, H, W] or [N, H, W, channels].
+    It holds `x_train` and `y_train` (or `train_images` and `train_labels`), optionally the same for `test` and `val`;
+    or only `images` and `labels`; and optionally `class_names`. Images are uint8 [N, H, W], [N, H, W, channels] or
+    [N, channels, H, W]; labels are integers [N].
 
     Args:
         path: The file; nothing in it is unpickled.
 
     Raises:
-        UserError: If the file is missing or damaged, or its arrays are others.
+        UserError: If the file is missing or damaged, or its arrays have other names, shapes or types.
     """
     if not path.is_file():
         raise UserError(f"data.root={path}: no such file")
@@ -67,7 +68,7 @@ def list_npz(path: Path) -> Listing:
     found = {split: pair for split in SPLITS if (pair := _pair(arrays, split, path))}
     if "train" not in found:
         known = few(sorted(arrays)) or "none"
-        raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (but {known})")
+        raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (only {known})")
     return _listing(found, _class_names(arrays, found, path), str(path), stamp)
 
 
@@ -75,12 +76,12 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
     """Lists the images of a data set of torchvision, in its order.
 
     Args:
-        name: As `torchvision.datasets` calls it.
-        root: The folder that holds it, or is to hold it.
-        download: Whether torchvision may fetch it.
+        name: Its name in `torchvision.datasets`.
+        root: The data set's folder.
+        download: Whether torchvision may download it.
 
     Raises:
-        UserError: For an unknown name, a data set without classes, or one that is not there and cannot be fetched.
+        UserError: For an unknown name, a data set without classes, or one that is missing and cannot be downloaded.
     """
     from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
 
@@ -88,14 +89,14 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
         raise unknown_name("data set of torchvision", name, datasets.__all__)
     if name.startswith("LSUN"):
         raise UserError(
-            f"data.name={name}: refused, torchvision unpickles a cache file of it from the working directory"
+            f"data.name={name}: refused, because torchvision would unpickle a cache file from the working directory"
         )
     parts = {split: _torchvision_split(getattr(datasets, name), name, root, split, download) for split in SPLITS}
     found = {split: part for split, part in parts.items() if part is not None}
     if "val" in found and "test" not in found:
-        found["test"] = found.pop("val")  # as ImageNet has it: its images for testing have no labels
+        found["test"] = found.pop("val")  # e.g. ImageNet, whose test images have no labels
     if "train" not in found:
-        raise UserError(f"data.name={name}: torchvision has no images for training in it")
+        raise UserError(f"data.name={name}: torchvision has no training images of it; choose another data set")
     first = found["train"]
     classes = next((getattr(first, key) for key in _CLASSES if hasattr(first, key)), ())
     names = tuple(text if isinstance(text, str) else ", ".join(map(str, text)) for text in classes)
@@ -105,29 +106,30 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
 
 
 def list_huggingface(name: str, root: Path, download: bool) -> Listing:
-    """Lists the images of a data set of Hugging Face, in its order; no code of its repository is run.
+    """Lists the images of a Hugging Face data set, in its order; no code of its repository is run.
 
-    Its first column of images is taken, and its first column of classes. Splits without classes are passed over.
+    The first column of images and the first column of classes are used. Splits without classes are skipped.
 
     Args:
-        name: USER/SET on the hub; of a data set of one's own, what it is called.
-        root: The folder that `save_to_disk` wrote; or that which holds a data set of the hub, or is to hold it, as the
-            package `datasets` keeps it.
-        download: Whether it may be fetched.
+        name: USER/SET on the hub; for a folder written by `save_to_disk`, any name.
+        root: A folder written by `save_to_disk`, or the cache folder of the package `datasets`.
+        download: Whether the data set may be downloaded.
 
     Raises:
-        UserError: If the package is missing or too old, the name is none, or the data set has no images with classes,
-            is not there and cannot be fetched.
+        UserError: If `datasets` is missing or too old, the name is not USER/SET, or the data set has no images with
+            classes, or is missing and cannot be downloaded.
     """
     require("datasets", "datasets")
     import datasets  # noqa: PLC0415  # optional
 
     if int(datasets.__version__.partition(".")[0]) < _SAFE_DATASETS:
-        raise UserError(f"datasets {datasets.__version__} runs foreign code: pip install 'ekd-lightning[datasets]'")
+        raise UserError(
+            f"datasets {datasets.__version__} runs foreign code; install another: pip install 'ekd-lightning[datasets]'"
+        )
     saved = any((root / file).is_file() for file in ("dataset_dict.json", "state.json"))
     if not saved and (not _REPOSITORY.fullmatch(name) or Path(name).exists()):
-        raise UserError(f"data.name={name}: not USER/SET on the Hugging Face hub (images of a folder: data=folder)")
-    offline = datasets.config.HF_HUB_OFFLINE  # `local_files_only` alone is not heeded
+        raise UserError(f"data.name={name}: not USER/SET on the Hugging Face hub (data=folder reads a folder)")
+    offline = datasets.config.HF_HUB_OFFLINE  # `datasets` ignores `local_files_only` without it
     datasets.config.HF_HUB_OFFLINE = offline or not download
     try:
         if saved:
@@ -149,46 +151,48 @@ def list_huggingface(name: str, root: Path, download: bool) -> Listing:
             continue
         images, labels = (_first_column(part, name, kind) for kind in (datasets.Image, datasets.ClassLabel))
         classes = [-1 if label is None else int(label) for label in part[labels]]
-        if min(classes, default=-1) >= 0:  # those for testing are often kept secret
+        if min(classes, default=-1) >= 0:  # classes of test images are often not published
             parts[split], names = (_Column(part, images), classes), tuple(part.features[labels].names)
     source = f"{root}, as `datasets` saved it" if saved else f"{name} of the Hugging Face hub"
     if "val" in parts and "test" not in parts:
         parts["test"] = parts.pop("val")
         source += ", its validation split for testing"
-        log.info("%s: no classes for testing, so its validation split is the test split", name)
+        log.info("%s: the test split has no classes, so the validation split is used for testing", name)
     if "train" not in parts:
-        raise UserError(f"data.name={name}: has no split for training with known classes (but {', '.join(loaded)})")
+        raise UserError(f"data.name={name}: has no split for training with known classes (only {', '.join(loaded)})")
     stamp = {split: column.part._fingerprint for split, (column, _) in parts.items()}
     return _listing(parts, names, source, stamp)
 
 
 def _first_column(part: Any, name: str, kind: type) -> str:
-    """The first column of a kind in a split of a data set of the hub."""
+    """Returns the name of the first column of a kind in a split of a Hugging Face data set."""
     for key, feature in part.features.items():
         if isinstance(feature, kind):
             return str(key)
-    raise UserError(f"data.name={name}: has no column of the kind {kind.__name__} (but {', '.join(part.features)})")
+    raise UserError(f"data.name={name}: has no column of the kind {kind.__name__} (only {', '.join(part.features)})")
 
 
 def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
-    """Lists the unlabelled images of a data set of torchvision, such as STL10's.
+    """Lists the unlabelled images of a data set of torchvision, such as STL10's; see `list_torchvision`.
 
     Raises:
-        UserError: If it has none, or is not there and cannot be fetched.
+        UserError: If it has none, or is missing and cannot be downloaded.
     """
     from torchvision import datasets  # noqa: PLC0415  # over a second, and not always needed
 
     kind = getattr(datasets, name, None)
     part = kind and _torchvision_split(kind, name, root, UNLABELLED, download)
     if part is None:
-        raise UserError(f"data.unlabelled=split: {name} has no split without labels, as STL10 has; name a folder")
+        raise UserError(
+            f"data.unlabelled=split: {name} has no split without labels (STL10 has one); give a folder of images"
+        )
     images, stamp = _PILImages(part), _stamp(part, root)
     rows = [Row(f"image {i}", 0, i, stamp) for i in range(len(part))]
     return without_labels(rows, images.__getitem__, f"{name} of torchvision in {root}, without labels")
 
 
 def _stamp(part: Any, root: Path) -> str:
-    """Returns a stamp of a part's images: a hash of them, or of the sizes and times of their files."""
+    """Returns a stamp of a split's images: a hash of them, or of sizes and times of their files."""
     pixels = getattr(part, "data", None)
     if hasattr(pixels, "dtype") and hasattr(pixels, "shape"):
         array = np.ascontiguousarray(pixels)
@@ -202,7 +206,7 @@ def _stamp(part: Any, root: Path) -> str:
 
 
 class _Column:
-    """A column of images of a data set of the hub, by position."""
+    """A column of images of a Hugging Face data set, by position."""
 
     def __init__(self, part: Any, key: str) -> None:
         self.part, self._key = part, key
@@ -222,15 +226,17 @@ class _PILImages:
 
 
 def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamp: Any = None) -> Listing:
-    """Builds the listing of images and labels by split; classes without names are numbered."""
+    """Builds a listing from images and labels by split; classes without names get their numbers as names."""
     stamps = stamp if isinstance(stamp, dict) else dict.fromkeys(parts, stamp)
     rows = {
         split: [Row(f"image {i} of {split}", int(label), (split, i), stamps[split]) for i, label in enumerate(labels)]
         for split, (_, labels) in parts.items()
     }
     count = max(row.label for own in rows.values() for row in own) + 1
-    if count > (most := len(rows.get("train", ()))):  # not that many names are made
-        raise UserError(f"{source}: holds class {count - 1}, but {most} images for training; classes are 0, 1, ...")
+    if count > (most := len(rows.get("train", ()))):  # checked first, as a wrong label may ask for 2**63 names
+        raise UserError(
+            f"{source}: holds class {count - 1}, but only {most} images for training; classes must be 0, 1, ..."
+        )
 
     def load(item: tuple[str, int]) -> Image.Image:
         image = parts[item[0]][0][item[1]]
@@ -250,11 +256,11 @@ def _pair(arrays: Mapping[str, np.ndarray], split: str, path: Path) -> tuple[np.
             images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
             fits = images.ndim in (3, 4) and images.shape[3:] in ((), (3,), (4,)) and images.size > 0
             if images.dtype != np.uint8 or not fits:
-                raise UserError(f"{path}: {x} is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
+                raise UserError(f"{path}: {x} is {images.dtype} {list(images.shape)}, but must be uint8 [N, H, W, 3]")
             labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
             if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min() < 0:
                 raise UserError(
-                    f"{path}: {y} must be {len(images)} classes, 0, 1, ... (it is {labels.dtype} {list(labels.shape)})"
+                    f"{path}: {y} must be {len(images)} classes, 0, 1, ..., but is {labels.dtype} {list(labels.shape)}"
                 )
             return images, labels
     return None
@@ -267,21 +273,26 @@ def _class_names(arrays: Mapping[str, np.ndarray], found: Mapping[str, Any], pat
     given = arrays["class_names"]
     count = 1 + max(int(labels.max()) for _, labels in found.values())
     if given.ndim != 1 or len(given) < count:
-        raise UserError(f"data.root={path}: class_names is {given.dtype} {list(given.shape)}, not [{count}] names")
+        raise UserError(
+            f"data.root={path}: class_names is {given.dtype} {list(given.shape)}, but must be [{count}] names"
+        )
     try:
         return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in given.tolist())
     except UnicodeDecodeError as error:
-        raise UserError(f"data.root={path}: class_names is no UTF-8 ({error})") from None
+        raise UserError(f"data.root={path}: class_names is not UTF-8 ({error})") from None
 
 
 def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: bool) -> Any:
-    """Opens a split of a data set; None if there is none of that name."""
+    """Opens a split of a torchvision data set; returns None if it has no such split."""
     own = inspect.signature(kind).parameters
     parameters = dict(own)
-    if "kwargs" in own:  # handed on to the parent, as QMNIST does
+    if "kwargs" in own:  # passed on to the parent class, as in QMNIST
         parameters = {**inspect.signature(kind.__base__).parameters, **own}
         if own.get("split", own["kwargs"]).default is inspect.Parameter.empty and {"split", "train"} <= set(parameters):
-            raise UserError(f"data.name={name}: torchvision needs its `split`, which cannot be chosen here")
+            raise UserError(
+                f"data.name={name}: torchvision needs an argument `split`, which cannot be set here; choose another "
+                "data set"
+            )
     fetch = {"download": download} if "download" in parameters else {}
     if "train" in parameters:
         choices: list[dict[str, Any]] = [{"train": split == "train"}] if split in ("train", "test") else []
@@ -292,10 +303,10 @@ def _torchvision_split(kind: Any, name: str, root: Path, split: str, download: b
     for choice in choices:
         try:
             return kind(str(root), **choice, **fetch)
-        except ValueError as error:  # of a split that it does not have
+        except ValueError as error:  # raised for a split that does not exist, and for other reasons
             if "split" not in str(error):
                 raise UserError(f"data.name={name}: {one_line(error)}") from None
-        except Exception as error:  # missing files, packages or networks, each of its own kind
+        except Exception as error:  # missing files or packages, or no network, raise many kinds
             raise UserError(f"data.name={name}: torchvision cannot read it from {root} ({one_line(error)})") from None
     return None
 
@@ -304,10 +315,12 @@ def _labels(part: Any, name: str) -> list[int]:
     for attribute in _LABELS:
         values = getattr(part, attribute, None)
         if values is not None and len(values) == len(part):
-            with_numbers = np.asarray(values)
-            if with_numbers.dtype.kind in "iu" and with_numbers.ndim == 1:
-                return [int(value) for value in with_numbers]
+            labels = np.asarray(values)
+            if labels.dtype.kind in "iu" and labels.ndim == 1:
+                return [int(label) for label in labels]
     try:
         return [int(part[i][1]) for i in range(len(part))]
-    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
-        raise UserError(f"data.name={name}: torchvision gives its images no classes") from None
+    except (TypeError, ValueError, RuntimeError):  # the target is not a number
+        raise UserError(
+            f"data.name={name}: torchvision gives its images no classes; choose a data set for classification"
+        ) from None

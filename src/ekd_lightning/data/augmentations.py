@@ -19,17 +19,17 @@ OPTIONS_KEY = "data.augmentation_options"
 
 
 class Augmentation(Protocol):
-    """An augmentation changes every image of a batch by random numbers of its own; options are keyword-only.
+    """Changes each image of a batch by its own random numbers; options are keyword-only arguments.
 
-    One that reads values back from the device has an attribute `captures = False`: training steps with it cannot be
-    recorded as CUDA graphs.
+    An augmentation that reads values back from the device must have an attribute `captures = False`, since training
+    steps with it cannot be recorded as CUDA graphs.
     """
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         """Augments a batch.
 
-        What becomes of an image must depend on that image and on `draws` alone, not on its neighbours in the
-        batch, and no other source of randomness may be used.
+        The result for an image may depend only on this image and on `draws`, neither on other images of the batch nor
+        on other random numbers.
 
         Args:
             images: uint8 [B, 3, H, W]; must not be changed in place.
@@ -49,18 +49,18 @@ _REGISTRY: Registry[Callable[..., Augmentation]] = Registry("augmentation")
 def register_augmentation(name: str) -> Callable[[AugmentationClass], AugmentationClass]:
     """Makes an augmentation available as `data.augmentation=name`.
 
-    Teachers and tables of teacher outputs are found again by name and options: when what an augmentation does
-    changes, its name must change too.
+    Stored teachers and tables of teacher outputs are identified by names and options, so give an augmentation a new
+    name whenever its results change.
 
     Args:
-        name: What the user writes.
+        name: The value of `data.augmentation`.
 
     Returns:
-        The decorator for the class; its keyword-only arguments are the options under
-        `data.augmentation_options.<name>`, and it raises UserError for values that are not allowed.
+        The decorator for the class. The keyword-only arguments of the class are the options under
+        `data.augmentation_options.<name>`; it must raise UserError for values that are not allowed.
 
     Raises:
-        ValueError: If another class has the name already.
+        ValueError: If another class already has the name.
     """
     if name in ("none", "crop_flip"):
         raise ValueError(f"augmentation {name!r} is registered twice: this name belongs to a view family")
@@ -68,7 +68,7 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
 
 
 def augmentation_names() -> tuple[str, ...]:
-    """Returns the registered names, sorted; `none` and `crop_flip` are not among them."""
+    """Returns the registered names, sorted, without the view families `none` and `crop_flip`."""
     return tuple(_REGISTRY.names())
 
 
@@ -77,13 +77,13 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
 
     Args:
         name: A registered name.
-        options: Its options; those that are not given have their defaults.
+        options: Its options; missing ones have their defaults.
 
     Returns:
-        The augmentation, and a key with its name and all options.
+        The augmentation, and a key of its name and all options.
 
     Raises:
-        UserError: Unknown name or option, an option that is missing or has a value that is not allowed.
+        UserError: For an unknown name or option, a required option that is missing, or a value that is not allowed.
     """
     make = _REGISTRY[name]
     parameters = inspect.signature(make).parameters
@@ -93,7 +93,7 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
     values = {option: options.get(option, known.default) for option, known in parameters.items()}
     for option, value in values.items():
         if value is inspect.Parameter.empty:
-            raise UserError(f"{OPTIONS_KEY}.{name}.{option}: must be given")
+            raise UserError(f"{OPTIONS_KEY}.{name}.{option}: must be given, as it has no default")
     return make(**options), name + json.dumps(values, sort_keys=True, default=str)
 
 
@@ -102,9 +102,9 @@ def check_number(key: str, value: object, low: float, high: float = math.inf) ->
 
     Args:
         key: `<augmentation>.<option>`, for the error.
-        value: What was given; strings and booleans are refused.
+        value: The value to check; strings and booleans are refused.
         low: The smallest allowed value.
-        high: The largest.
+        high: The largest allowed value.
 
     Returns:
         The value as a float.
@@ -120,7 +120,7 @@ def check_number(key: str, value: object, low: float, high: float = math.inf) ->
 
 
 def check_integer(key: str, value: object, low: int, high: float = math.inf) -> int:
-    """Checks an option that must be an integer; see `check_number`."""
+    """Checks an option that must be an integer in [low, high]; see `check_number`."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         allowed = f"in {low}..{high}" if high < math.inf else f"of at least {low}"
         raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be an integer {allowed}")
@@ -128,12 +128,12 @@ def check_integer(key: str, value: object, low: int, high: float = math.inf) -> 
 
 
 def check_range(key: str, value: object, low: float, high: float = math.inf) -> tuple[float, float]:
-    """Checks an option that must be two increasing numbers, both as `check_number` wants them."""
+    """Checks an option that must be a pair of numbers in [low, high], the first not above the second."""
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be a pair [smallest, largest]")
     first, last = (check_number(key, item, low, high) for item in value)
     if first > last:
-        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be increasing")
+        raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: the first number must not exceed the second")
     return first, last
 
 
@@ -141,14 +141,14 @@ def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | 
     """Marks one rectangle in each image.
 
     Args:
-        top: int64 [B], first row; may lie outside the image, as may any other edge.
+        top: int64 [B], first row; all edges may lie outside the image.
         left: int64 [B], first column.
-        height: Rows, int64 [B] or one for all.
-        width: Columns, likewise.
+        height: Number of rows, int64 [B] or one number for all images.
+        width: Number of columns, int64 [B] or one number for all images.
         like: The images [B, 3, H, W].
 
     Returns:
-        bool [B, 1, H, W].
+        bool [B, 1, H, W], True inside the rectangle.
     """
     row = torch.arange(like.shape[2], device=like.device)
     column = torch.arange(like.shape[3], device=like.device)
@@ -160,15 +160,15 @@ def rectangles(top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | 
 
 
 ATTEMPTS = 10
-"""How often a rectangle is drawn until it fits, as in torchvision."""
+"""Maximum number of draws of a rectangle until one fits, as in torchvision."""
 
 
 def _draw_box(
     draws: Draws, H: int, W: int, scale: tuple[float, float], log_ratio: tuple[float, float], most_H: int, most_W: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a rectangle for each image: height and width, int64 [B], and whether it fits, bool [B].
+    """Draws a rectangle for each image; returns height and width, int64 [B], and whether it fits, bool [B].
 
-    The share of the area is uniform in `scale`, the logarithm of height / width in `log_ratio`.
+    The share of the area is uniform in `scale`, and the logarithm of height / width is uniform in `log_ratio`.
     """
     area = H * W * draws.uniform(*scale, count=ATTEMPTS)
     ratio = draws.uniform(*log_ratio, count=ATTEMPTS).exp()
@@ -180,7 +180,7 @@ def _draw_box(
 
 @register_augmentation("cutout")
 class Cutout:
-    """A black square (zero) with its centre on any pixel, so that it may hang over the edge.
+    """A black (zero) square centred on a random pixel, so that parts of it may lie outside the image.
 
     Source: DeVries and Taylor 2017, arXiv 1708.04552; they use 16 pixels on CIFAR-10 and 8 on CIFAR-100.
 
@@ -188,7 +188,7 @@ class Cutout:
         size: Side in pixels, at least 1.
 
     Raises:
-        UserError: Another size.
+        UserError: For any other size.
     """
 
     def __init__(self, *, size: int = 16) -> None:
@@ -203,19 +203,19 @@ class Cutout:
 
 @register_augmentation("random_erasing")
 class RandomErasing:
-    """A black rectangle (zero) within the image, in a share of the views.
+    """A black (zero) rectangle within the image, with probability `p`.
 
-    Area and aspect ratio (height / width) are drawn up to ten times until the rectangle is smaller than the
-    image; if none is, the image stays as it is. Source: Zhong et al. 2017, arXiv 1708.04896, in the form of
-    torchvision's RandomErasing.
+    Area and aspect ratio (height / width) are drawn up to ten times until the rectangle is smaller than the image; if
+    none fits, the image does not change. Source: Zhong et al. 2017, arXiv 1708.04896, in the form of torchvision's
+    RandomErasing.
 
     Args:
-        p: Probability that anything is erased, in [0, 1].
+        p: Probability of erasing, in [0, 1].
         scale: Range of the erased share of the area, in [0, 1].
         ratio: Range of the aspect ratio, whose logarithm is uniform; positive.
 
     Raises:
-        UserError: Other values.
+        UserError: For values outside these ranges.
     """
 
     def __init__(
@@ -238,18 +238,18 @@ class RandomErasing:
 
 @register_augmentation("resized_crop")
 class ResizedCrop:
-    """A rectangle of the image, enlarged to the size of the whole (bilinear).
+    """A random rectangle of the image, enlarged to the image's size (bilinear).
 
-    Area and aspect ratio (width / height) are drawn up to ten times until the rectangle lies within the image; if none
-    does, the image stays as it is. Source: Szegedy et al. 2015, arXiv 1409.4842, in the form of torchvision's
+    Area and aspect ratio (width / height) are drawn up to ten times until the rectangle fits into the image; if none
+    fits, the image does not change. Source: Szegedy et al. 2015, arXiv 1409.4842, in the form of torchvision's
     RandomResizedCrop.
 
     Args:
-        scale: Range of the share of the area that is kept, in (0, 1].
+        scale: Range of the rectangle's share of the area, in (0, 1].
         ratio: Range of the aspect ratio, whose logarithm is uniform; positive.
 
     Raises:
-        UserError: Other values.
+        UserError: For values outside these ranges.
     """
 
     def __init__(self, *, scale: Sequence[float] = (0.35, 1.0), ratio: Sequence[float] = (0.75, 4 / 3)) -> None:
@@ -268,7 +268,7 @@ class ResizedCrop:
 
 
 def _stretched(images: Tensor, first: Tensor, length: Tensor, dim: int) -> Tensor:
-    """Stretches `length` [B] pixels from `first` [B] on to the whole of a dimension, by linear interpolation."""
+    """Enlarges `length` [B] pixels, beginning at `first` [B], to the whole of a dimension by linear interpolation."""
     size = images.shape[dim]
     shape = [len(images), 1, 1, 1]
     shape[dim] = size

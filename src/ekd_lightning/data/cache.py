@@ -1,8 +1,8 @@
-"""Cache of decoded images: memory-mapped files of uint8 pixels, named by what determines them.
+"""Cache of decoded images: memory-mapped files of uint8 pixels, named by a hash of everything that determines them.
 
-A file of facts, written last, makes a file of pixels believed: a killed builder leaves nothing that a reader would
-trust, and concurrent runs build a data set once. It holds the pixels' SHA-256, which is compared at each opening of
-files that take no more than a few seconds to read.
+A file of pixels is valid only with its file of facts, which is written last; so a killed process leaves nothing that
+a reader would use. Concurrent runs build a data set once. The facts contain the SHA-256 of the pixels, which is checked
+whenever a file of up to `HASHED_BYTES` is opened.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.files import file_sha256, read_json, remove_parts, replacing, write_json
 
 HASHED_BYTES = 1 << 30
-"""The largest files of pixels that are compared with their checksum."""
+"""Size up to which files of pixels are compared with their SHA-256; larger ones take too long to read."""
 
 
 def cached_images(
     folder: Path, key: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Returns the images of a key, building them where they are missing.
+    """Returns the images of a key, and builds them if they are missing.
 
     Args:
-        folder: Where the cache lies; made if missing.
-        key: JSON-able; all that determines the images.
-        build: Writes uint8 [N, 3, H, W] to the file that it is handed, and returns facts about them, JSON-able,
-            `shape` among them.
+        folder: The folder of the cache; created if missing.
+        key: Everything that determines the images, JSON-able.
+        build: Writes uint8 [N, 3, H, W] to a file and returns JSON-able facts about the images, including `shape`.
 
     Returns:
-        The images, uint8 [N, 3, H, W], mapped read-only: only what is looked at takes memory; and the facts.
+        The images, uint8 [N, 3, H, W], memory-mapped and read-only; and the facts.
 
     Raises:
-        UserError: If the folder cannot be written, or whatever `build` raises.
+        UserError: If the folder cannot be written, and as `build` raises.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     pixels, facts = folder / f"{digest}.pixels", folder / f"{digest}.json"
@@ -60,8 +59,8 @@ def cached_images(
     except UserError:
         raise
     except OSError as error:
-        what = error.filename or folder
-        raise UserError(f"data.cache={folder}: cannot be written ({what}: {error.strerror or error})") from error
+        path = error.filename or folder
+        raise UserError(f"data.cache={folder}: cannot be written ({path}: {error.strerror or error})") from error
     found = _read(pixels, facts)
     assert found is not None
     return found
@@ -76,10 +75,10 @@ def _read(pixels: Path, facts: Path) -> tuple[Tensor, dict[str, Any]] | None:
         with quiet():  # torch warns that the map cannot be written to
             return torch.from_numpy(np.memmap(pixels, np.uint8, "r", shape=shape)), record
     except (OSError, UserError, KeyError, TypeError):
-        return None  # made again
+        return None  # and build them again
 
 
 def _identity(pixels: Path) -> dict[str, str]:
-    """What the facts must say of a file of pixels: its name, and its hash where that is soon found."""
+    """Returns the facts that identify a file of pixels: its name and, up to `HASHED_BYTES`, its SHA-256."""
     hashed = {"pixels_sha256": file_sha256(pixels)} if pixels.stat().st_size <= HASHED_BYTES else {}
     return {"pixels": pixels.name, **hashed}

@@ -1,4 +1,4 @@
-"""Catalogue of data sets by name; scikit-learn's digits are bundled, 1797 real scans."""
+"""Catalogue of data sets by name, and scikit-learn's bundled digits (1,797 scans)."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ UNLABELLED_SHARE = 0.5
 
 
 def read_digits() -> Dataset:
-    """Reads the digits as 3×32×32 images, 1437 for training and 360 for testing.
+    """Reads the digits as 3×32×32 images, 1,437 for training and 360 for testing.
 
-    The 8×8 scans (0 .. 16) are enlarged four times by bilinear interpolation and repeated on three channels.
-    The split is stratified and never changes.
+    The 8×8 scans (0 .. 16) are enlarged four times by bilinear interpolation and repeated for three channels.
+    The split is stratified and fixed.
 
     Returns:
         The data set "digits".
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  # seconds that CIFAR runs need not pay
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # takes seconds, and is not always needed
 
     raw = load_digits()
     scans = torch.from_numpy(raw.images).float()[:, None]
@@ -74,14 +74,14 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
     """Registers a data set under a name.
 
     Args:
-        name: What `load_dataset` and `data.name` will call it.
+        name: The name for `load_dataset` and `data.name`.
 
     Returns:
-        A decorator for the loader: `loader(root, download)` returns the Dataset, and raises UserError where
-        the data are missing or damaged.
+        A decorator for the loader: `loader(root, download)` returns the Dataset, and raises UserError if the data are
+        missing or damaged.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: If another loader already has the name.
     """
     return _LOADERS.register(name)
 
@@ -92,18 +92,18 @@ def dataset_names() -> tuple[str, ...]:
 
 
 def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset:
-    """Loads a data set once per process: a sweep in one process does not read the files again.
+    """Loads a data set, and keeps it for later calls in this process.
 
     Args:
         name: A registered name.
         root: The folder with the data.
-        download: Whether missing data may be fetched.
+        download: Whether missing data may be downloaded.
 
     Returns:
         The data set; the same object for the same name and root.
 
     Raises:
-        UserError: Unknown name, missing or damaged data.
+        UserError: For an unknown name, or missing or damaged data.
     """
     load, folder = _LOADERS[name], Path(root).expanduser().resolve()
     if (name, folder) not in _LOADED:
@@ -112,13 +112,13 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
 
 
 def open_dataset(data: DataSettings) -> Dataset:
-    """Opens the data set of the settings: a registered one, or the user's own.
+    """Opens the data set of the settings: a registered one, or the user's own images (`data.source`).
 
     Returns:
-        The data set; the same object for the same settings, as long as the images are the same.
+        The data set; the same object for the same settings, unless the images have changed.
 
     Raises:
-        UserError: Unknown names, missing or damaged data, a setting that does not fit.
+        UserError: For unknown names, missing or damaged data, or settings that do not fit the data.
     """
     if data.source is None:
         own = {"image_size": data.image_size is not None, "skip_broken": data.skip_broken and data.unlabelled is None}
@@ -136,15 +136,15 @@ def open_dataset(data: DataSettings) -> Dataset:
 
 
 def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unlabelled | None:
-    """Opens the unlabelled images of the settings; None without any.
+    """Opens the unlabelled images of the settings; returns None if `data.unlabelled` is None.
 
     Args:
         data: The settings.
-        dataset: The data set; images of other sources are brought to its size.
-        subset: What is trained on with labels, and validated on.
+        dataset: The data set; images of other sources are resized to its image size.
+        subset: The labelled training images and the validation images.
 
     Raises:
-        UserError: If there are none, they cannot be read, or a folder holds images for testing or validation.
+        UserError: If there are no such images, they cannot be read, or a folder contains test or validation images.
     """
     if data.unlabelled is None:
         return None
@@ -156,7 +156,10 @@ def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unl
         return Unlabelled(index, f"the rest of {dataset.name}", digest.hexdigest(), share, leads)
     if data.unlabelled == "split":
         if data.source != "torchvision":
-            raise UserError("data.unlabelled=split: for data=torchvision data.name=STL10; name a folder, or rest")
+            raise UserError(
+                "data.unlabelled=split needs data=torchvision and a data set with unlabelled images (data.name=STL10); "
+                "otherwise give a folder, or rest"
+            )
         listing = list_unlabelled(data.name, Path(data.root).expanduser().resolve(), data.download)
     else:
         listing = list_images(Path(data.unlabelled).expanduser().resolve())
@@ -164,19 +167,19 @@ def open_unlabelled(data: DataSettings, dataset: Dataset, subset: Subset) -> Unl
     cache = Path(data.cache).expanduser().resolve()
     own = read_without_labels(listing, image_size=(height, width), cache=cache, skip_broken=data.skip_broken)
     if count := _held_out(own.images, dataset, subset):
-        found = f"data.unlabelled={data.unlabelled}: {count} of its {len(own)} images are among those for testing or "
+        found = f"data.unlabelled={data.unlabelled}: {count} of its {len(own)} images are test or validation images"
         if data.unlabelled != "split":
-            raise UserError(f"{found}validation, which no training may see: leave them out")
-        warnings.warn(f"{found}validation, as published", stacklevel=2)
+            raise UserError(f"{found}, which must not be trained on: remove them from the folder")
+        warnings.warn(f"{found}, as in the published data set", stacklevel=2)
     index = torch.arange(len(dataset.train), len(dataset.train) + len(own))
     return Unlabelled(index, listing.source, own.sha256, share, leads, own)
 
 
 def _held_out(images: Tensor, dataset: Dataset, subset: Subset) -> int:
-    """Counts the images, uint8 [U, 3, H, W], whose pixels are those of an image for testing or validation."""
+    """Counts the images, uint8 [U, 3, H, W], with the pixels of a test or validation image."""
     train, val = dataset.train.images, [subset.val_index, *([] if dataset.val_index is None else [dataset.val_index])]
     held_out = [*dataset.test.images, *(train[i] for index in val for i in index.tolist())]
-    middle = images.shape[2] // 2  # a row of pixels that few share, so that most images need not be read as a whole
+    middle = images.shape[2] // 2  # few images share this row of pixels, so most need not be hashed as a whole
     rows = {image[:, middle].numpy().tobytes() for image in held_out}
     digests = {hashlib.sha256(image.numpy().tobytes()).digest() for image in held_out}
     alike = (image.numpy() for image in images if image[:, middle].numpy().tobytes() in rows)
@@ -184,7 +187,7 @@ def _held_out(images: Tensor, dataset: Dataset, subset: Subset) -> int:
 
 
 def source_names() -> tuple[str, ...]:
-    """Returns the values of `data.source`: where images of no registered data set come from."""
+    """Returns the values of `data.source`, the kinds of sources of the user's own images."""
     return tuple(_SOURCES)
 
 

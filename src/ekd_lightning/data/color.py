@@ -1,9 +1,9 @@
 """Colour augmentations for whole batches: colour jitter and RandAugment.
 
-Colour jitter has one factor per image, with the formulas of `torchvision.transforms.v2.functional.adjust_*` on uint8,
-whose functions take one factor for all images. Results agree within one grey level: torchvision fuses a multiplication
-and an addition that are rounded separately here. RandAugment has the operations of torchvision, applied at once to
-all images that drew the same one.
+Colour jitter follows the formulas of `torchvision.transforms.v2.functional.adjust_*` on uint8, but with one factor per
+image instead of one for all images. Results agree within one grey level, because torchvision fuses a multiplication and
+an addition that are rounded separately here. RandAugment uses the operations of torchvision, each applied at once to
+all images for which it was drawn.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ekd_lightning.data.order import Draws
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiplies each image uint8 [B, 3, H, W] with its factor float32 [B], at least 0."""
+    """Multiplies each image by its factor: uint8 [B, 3, H, W] and float32 [B], at least 0."""
     return _to_uint8(images * factor[:, None, None, None])
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blends each image uint8 [B, 3, H, W] with its mean grey; factor float32 [B], at least 0."""
-    # Grey values are integers, so that their sum is exact in whatever order it is taken.
+    # Grey values are integers, so that their sum is exact in any order.
     total = _gray(images).long().sum((1, 2, 3), keepdim=True)
     return _blend(images, total.float() / (images.shape[2] * images.shape[3]), factor)
 
@@ -43,7 +43,7 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
     low, value = torch.aminmax(rgb, dim=1, keepdim=True)
     span = value - low
     red, green, blue = rgb.split(1, dim=1)
-    # Hue in sixths of a turn, counted from red; any number does where the colour is grey.
+    # Hue in sixths of a turn, counted from red; for grey the value does not matter.
     safe = torch.where(span == 0, 1.0, span)
     sixth = torch.where(
         value == red,
@@ -51,15 +51,15 @@ def adjust_hue(images: Tensor, factor: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     turned = (sixth / 6 + factor[:, None, None, None]).remainder(1) * 6
-    # A channel is full within a sixth of its hue, empty from two sixths on, and falls linearly in between.
+    # A channel is full within one sixth of a turn from its hue, 0 beyond two sixths, and linear in between.
     offset = 5 - 2 * torch.arange(3, device=images.device)[:, None, None]
     distance = (offset + turned).remainder(6)
     lack = torch.minimum(distance, 4 - distance).clamp(0, 1)
-    return ((value - span * lack) * 255.999).to(torch.uint8)  # the scale that torchvision converts back with
+    return ((value - span * lack) * 255.999).to(torch.uint8)  # torchvision's scale for the conversion
 
 
 def _gray(images: Tensor) -> Tensor:
-    """float32 [B, 1, H, W] with integer values 0 .. 255 (ITU-R 601 weights, as torchvision)."""
+    """Returns grey values, float32 [B, 1, H, W], integers in 0 .. 255 (ITU-R 601 weights, as torchvision)."""
     red, green, blue = images.float().split(1, dim=1)
     return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()
 
@@ -75,16 +75,16 @@ def _to_uint8(values: Tensor) -> Tensor:
 
 @register_augmentation("color")
 class ColorJitter:
-    """Colour jitter: brightness, contrast, saturation and hue of each image, changed in this order.
+    """Colour jitter: changes brightness, contrast, saturation and hue of each image, in this order.
 
     Args:
-        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]. 0 leaves it alone.
+        brightness: b >= 0; the factor is uniform in [max(0, 1 - b), 1 + b]; 0 for no change.
         contrast: The same for the contrast.
         saturation: The same for the saturation.
-        hue: h in [0, 0.5]; the hue is turned by -h .. h of a full turn.
+        hue: h in [0, 0.5]; the hue is rotated by a uniform share in [-h, h] of a full turn.
 
     Raises:
-        UserError: Other values.
+        UserError: For values outside these ranges.
     """
 
     def __init__(
@@ -159,12 +159,13 @@ def strength(name: str, magnitude: int, height: int, width: int) -> float:
     Args:
         name: One of `NAMES`.
         magnitude: 0 .. 30.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: The image's height in pixels.
+        width: The image's width in pixels.
 
     Returns:
-        Shear as a tangent, translation in pixels, rotation in degrees, 0 .. 0.9 for what is added to a factor
-        of 1, bits that are kept, or the threshold as a share of white; 0 for operations without a strength.
+        For shears a tangent, for translations pixels, for rotations degrees, for factors their difference from 1 in
+        0 .. 0.9, for Posterize the number of kept bits, for Solarize the threshold as a share of white; 0 for
+        operations without a strength.
     """
     if name == "Posterize":
         return float((8 - torch.arange(BINS) / ((BINS - 1) / 4)).round()[magnitude])
@@ -178,12 +179,12 @@ def strength(name: str, magnitude: int, height: int, width: int) -> float:
 
 @register_augmentation("randaugment")
 class RandAugment:
-    """RandAugment: N operations in sequence, each drawn from 14 with equal chance, all of magnitude M.
+    """RandAugment: N operations in sequence, each drawn uniformly from 14, all of magnitude M.
 
-    Images that drew the same operation and sign are taken together, so that there are at most 23 calls of
-    torchvision for each of the N, whatever the batch size. The sizes of these groups must be known to the host:
-    on an accelerator each batch waits once for the device, beside what torchvision's own functions wait for
-    when they send a small matrix there. Pixels from outside the image are black.
+    Images with the same operation and sign are processed together, in at most 23 calls of torchvision for each of the
+    N operations, whatever the batch size. The host needs the sizes of these groups, so on an accelerator each batch
+    synchronises once with the device, besides the synchronisations within torchvision. Pixels from outside the image
+    are black.
 
     Source: Cubuk et al. 2020, arXiv 1909.13719, in the form of torchvision's RandAugment.
 
@@ -192,7 +193,7 @@ class RandAugment:
         magnitude: M, 0 .. 30.
 
     Raises:
-        UserError: Other values.
+        UserError: For values outside these ranges.
     """
 
     captures = False  # see `Augmentation`
@@ -202,7 +203,7 @@ class RandAugment:
         self.magnitude = check_integer("randaugment.magnitude", magnitude, 0, BINS - 1)
 
     def draw(self, draws: Draws) -> Tensor:
-        """Draws int64 [N, B]: 2 (position in `NAMES`) + 1 if the strength is negated."""
+        """Draws the operations, int64 [N, B]: twice the position in `NAMES`, plus 1 if the strength is negated."""
         name = draws.integers(len(NAMES), count=self.num_ops)
         negated = draws.integers(2, count=self.num_ops)
         return 2 * name + negated * (name < len(SIGNED))
@@ -212,7 +213,7 @@ class RandAugment:
         H, W = images.shape[2:]
         drawn = self.draw(draws)
         codes = torch.arange(2 * len(NAMES), device=images.device)
-        counts = (drawn[:, :, None] == codes).sum(1).tolist()  # the one wait for the device
+        counts = (drawn[:, :, None] == codes).sum(1).tolist()  # synchronises with the device
         for row, sizes in zip(drawn, counts, strict=True):
             changed = images.clone()
             groups = row.argsort(stable=True).split(sizes)

@@ -1,4 +1,4 @@
-"""Data module for Lightning: images in the device's memory where they fit, batches gathered there."""
+"""Data module for Lightning: images in the device's memory if they fit, and batches gathered there."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import OwnPlaces, ViewFamily
 
 HELD_SHARE = 0.5
-"""The largest share of a device's free memory for images; others are sent batch by batch."""
+"""The largest share of a device's free memory for images; if they need more, they are sent batch by batch."""
 
 
 def free_bytes(device: torch.device) -> float:
-    """Returns the free memory of a CUDA device; infinite elsewhere."""
+    """Returns the free memory of a CUDA device in bytes; infinity for other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Feeds a Trainer from images in memory; the training step sees a `Batch`.
+    """Feeds a Trainer from images in memory; the training step receives a `Batch`.
 
-    Training batches depend on (seed, epoch) alone, whatever the number of processes. Validation images
-    come from the training set, unaugmented. The test set is moved to the device only when testing.
+    Training batches depend only on (seed, epoch), not on the number of processes. Validation images come from the
+    training set, unaugmented. The test set is moved to the device only for testing.
 
     Args:
         dataset: The images.
-        subset: The positions to train on and to validate on.
+        subset: The positions of training and validation images.
         views: The view family for training.
         batch_size: Images in a global training batch, shared by all processes.
-        eval_batch_size: The most images per process in an evaluation batch.
+        eval_batch_size: The largest number of images per process in an evaluation batch.
         seed: Seed of order, views and mixing.
         mixing: Mixup or CutMix of training batches; None for neither.
-        unlabelled: Images that are trained on without labels; None for none.
+        unlabelled: Training images without labels; None without any.
 
     Raises:
-        UserError: The batch size does not fit the subset, or images without labels are to be mixed; later, when
-            training starts: the batch size does not fit the processes.
+        UserError: If the batch size does not fit the subset, or for mixing with unlabelled images; later, when training
+            starts, if the batch size does not fit the processes.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.dataset, self.subset, self.unlabelled = dataset, subset, unlabelled
         self.batch_size = batch_size
         check_mixing(mixing, unlabelled)
-        self.check_processes(1)  # now, not after the teachers were trained
+        self.check_processes(1)  # early, before teachers are trained
         joins = unlabelled is not None and unlabelled.own is not None
         self.views = OwnPlaces(views, len(dataset.train)) if joins else views
         self.eval_batch_size, self.seed = eval_batch_size, seed
@@ -77,16 +77,16 @@ class ImageDataModule(pl.LightningDataModule):
         self._on_device: dict[tuple[str, torch.device], Tensor | JoinedImages] = {}
 
     def check_processes(self, world_size: int) -> None:
-        """Checks that batches fit the images and the processes.
+        """Checks that training batches fit the images and the processes.
 
         Raises:
-            UserError: They do not.
+            UserError: If they do not fit.
         """
         rows_of_batch(self.batch_size, self.num_train_images, self.unlabelled, world_size)
 
     @property
     def num_train_images(self) -> int:
-        """Number of labelled training images, validation not included."""
+        """Number of labelled training images, without validation images."""
         return len(self.subset.train_index)
 
     @property
@@ -108,7 +108,7 @@ class ImageDataModule(pl.LightningDataModule):
             mixing=self.mixing,
             unlabelled=self.unlabelled,
         )
-        # Lightning's overfit_batches means the same batches again and again; it cannot see into this loader.
+        # With Lightning's overfit_batches every epoch has the same batches; it cannot freeze this loader itself.
         loader.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
         return loader
 
@@ -138,11 +138,11 @@ class ImageDataModule(pl.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def gather_training(self, rows: IndexBatch, device: torch.device) -> Batch:
-        """Gathers the training batch of these rows, images float32 [B, 3, H, W] in [0, 1] on the device."""
+        """Gathers the training batch of some rows, with images float32 [B, 3, H, W] in [0, 1] on the device."""
         return gather_batch(self._images("train", device), rows, self.views, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Gathers the images of an IndexBatch on its device; leaves anything else alone."""
+        """Gathers the images of an IndexBatch on its device; returns any other batch unchanged."""
         if not isinstance(batch, IndexBatch) or self._leaves_rows():
             return batch
         trainer, device = self.trainer, batch.index.device
@@ -151,21 +151,21 @@ class ImageDataModule(pl.LightningDataModule):
         return gather_batch(self._images("test" if trainer.testing else "train", device), batch, None, device)
 
     def training_images(self, index: Tensor, view: Tensor, device: torch.device) -> Tensor:
-        """Makes views of training images as a training batch holds them: float32 [B, 3, H, W] in [0, 1].
+        """Makes views of training images as in a training batch: float32 [B, 3, H, W] in [0, 1].
 
         Args:
-            index: int64 [B], positions in the whole training set, or behind it.
+            index: int64 [B], positions in the whole training set, or behind it for separate unlabelled images.
             view: int64 [B], their views.
-            device: Where they are made.
+            device: The device of the views.
         """
-        everything = torch.ones_like(index, dtype=torch.bool)
-        rows = IndexBatch(torch.full_like(index, -1), index, view, everything)
+        valid = torch.ones_like(index, dtype=torch.bool)
+        rows = IndexBatch(torch.full_like(index, -1), index, view, valid)
         return self.gather_training(rows, device).images
 
     def _images(self, split: str, device: torch.device) -> Tensor | JoinedImages:
-        """uint8 [N, 3, H, W], moved to the device once; where they do not fit there, as they are.
+        """Returns a split's images, uint8 [N, 3, H, W], on the device if they fit there; they are moved once.
 
-        Unlabelled images of their own lie behind those of the training set.
+        Separate unlabelled images follow the images of the training set.
         """
         key = split, device
         if key not in self._on_device:
@@ -178,7 +178,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._on_device[key]
 
     def why_not_recorded(self, device: torch.device) -> str | None:
-        """Returns what in the images needs the host in a training step; None if they are on the device."""
+        """Returns the reason why images prevent recording a training step; None if they are on the device."""
         held = self._images("train", device).device.type == device.type
         return None if held else "the images do not fit into the device's memory"
 

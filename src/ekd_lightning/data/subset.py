@@ -25,10 +25,10 @@ class Subset:
     Attributes:
         train_index: int64, sorted positions in the whole training set.
         val_index: int64, sorted, disjoint from train_index; may be empty.
-        sha256: Hex SHA-256 over both index lists.
-        fraction: Share of the whole training set, validation included, as requested (the number of images is
-            rounded class by class); with `per_class` the share that it comes to.
-        per_class: Images per class where requested, else None.
+        sha256: Hex SHA-256 of both indices.
+        fraction: The requested share of the whole training set, validation included (the number of images is rounded
+            class by class); with `per_class` the resulting share.
+        per_class: The requested number of images per class, else None.
         seed: Seed of the choice.
     """
 
@@ -41,7 +41,7 @@ class Subset:
 
 
 def take_evenly(count: int, share: Fraction) -> NDArray[np.bool_]:
-    """Marks floor(count * share) of count positions, evenly spread; a longer list only adds positions.
+    """Marks floor(count * share) of count positions, evenly spread; a larger count only adds marks.
 
     Args:
         count: Number of positions.
@@ -63,26 +63,27 @@ def choose_subset(
     seed: int = 0,
     val_index: Tensor | None = None,
 ) -> Subset:
-    """Selects the images of a run.
+    """Selects the training and validation images of a run.
 
-    The images of each class are ranked by a seeded hash and the first n are taken, n being `per_class` or
-    `fraction` of the class rounded half up. A smaller subset with the same seed is therefore contained in a
-    larger one, and so are its training and its validation part.
+    The images of each class are ranked by a seeded hash, and the first n are chosen, where n is `per_class`, or
+    `fraction` of the class rounded half up. Subsets with one seed are nested, and so are their training and their
+    validation parts.
 
     Args:
         labels: int64 [N], labels of the whole training set.
-        fraction: Share of every class, in (0, 1]; 1 if neither this nor `per_class` is given.
+        fraction: Share of every class, in (0, 1]; 1 if neither `fraction` nor `per_class` is given.
         per_class: Images of every class, 1 .. size of the smallest class.
-        val_fraction: Share of the subset that is set aside for validation, in [0, 1).
+        val_fraction: Share of the subset that is used for validation, in [0, 1).
         seed: Seed of the choice.
-        val_index: Positions that are there for validation only: all of them are the validation part, none is chosen
+        val_index: Positions of a published validation split: they are the validation images, none of them is chosen
             for training, and `val_fraction` has no effect.
 
     Returns:
         The subset.
 
     Raises:
-        UserError: A value out of range, both sizes given, or a class without training or validation images.
+        UserError: For a value out of range, both `fraction` and `per_class`, or a class without training or validation
+            images.
     """
     own, held_out = labels.cpu().numpy(), np.empty(0, dtype=np.int64)
     if val_index is not None:
@@ -114,7 +115,10 @@ def choose_subset(
 
 
 def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tensor:
-    """Returns positions of training images outside the subset and the validation images; int64, ascending.
+    """Returns the positions of training images that are neither in the subset nor validation images.
+
+    Returns:
+        int64 [U], ascending.
 
     Raises:
         UserError: If there are none.
@@ -126,13 +130,13 @@ def left_out(num_images: int, val_index: Tensor | None, subset: Subset) -> Tenso
     if chosen.all():
         raise UserError(
             "data.unlabelled=rest: the subset leaves no training image out; lower data.fraction or data.per_class, "
-            "or name a folder (of STL10: data.unlabelled=split)"
+            "or give a folder of images (for STL10: data.unlabelled=split)"
         )
     return (~chosen).nonzero()[:, 0]
 
 
 def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) -> dict[int, int]:
-    """Returns the number of images to take of each class that occurs."""
+    """Returns the number of images to choose from each class that occurs."""
     counts = {label: count for label, count in enumerate(torch.bincount(labels).tolist()) if count}
     if fraction is not None and per_class is not None:
         raise UserError(f"data.fraction={fraction} and data.per_class={per_class} exclude each other: set one to null")
@@ -144,7 +148,7 @@ def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) 
     fraction = 1.0 if fraction is None else fraction
     if not 0 < fraction <= 1:
         raise UserError(f"data.fraction={fraction} must lie in (0, 1]")
-    # The decimal the user wrote, not its binary neighbour, so that halves round the same way everywhere.
+    # The user's decimal number, not its binary approximation, so that halves are rounded up exactly.
     share = Fraction(str(float(fraction)))
     sizes = {label: math.floor(share * count + Fraction(1, 2)) for label, count in counts.items()}
     empty = [label for label, size in sizes.items() if size == 0]

@@ -1,7 +1,7 @@
-"""Transforms of `torchvision.transforms.v2` as augmentations, by the name of their class.
+"""Transforms of `torchvision.transforms.v2` as augmentations, by class name.
 
-A transform draws from PyTorch's generator. Here that is seeded for every image by its own draw, so that a view stays a
-pure function of the image, its index and the view's number, and teachers' answers can be remembered as usual.
+A transform draws from PyTorch's global generator, which is seeded here for every image. A view is therefore still a
+pure function of the image, its index and the view's number, and teacher outputs can be tabulated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ekd_lightning.errors import UserError, one_line, quiet
 
 
 def is_transform(name: object) -> bool:
-    """Whether torchvision has a transform of this name, e.g. `GaussianBlur`."""
-    # Asked first, as the import of torchvision takes a second.
+    """Returns whether torchvision has a transform of this name, e.g. `GaussianBlur`."""
+    # The capital letter is checked first, as the import of torchvision takes a second.
     return isinstance(name, str) and name[:1].isupper() and name in transform_names()
 
 
@@ -33,14 +33,14 @@ def transform_names() -> list[str]:
 
 
 class Transform:
-    """A transform of torchvision, applied image by image on the processor, whichever device asks.
+    """A transform of torchvision, applied image by image on the CPU; results are moved to the images' device.
 
     Args:
         name: The name of its class.
         options: Keyword arguments of the class.
 
     Raises:
-        UserError: If the class does not take them.
+        UserError: If the class refuses the options.
     """
 
     captures = False  # see `data.augmentations.Augmentation`
@@ -52,9 +52,9 @@ class Transform:
         self.name = name
         try:
             self._transform = getattr(v2, name)(**options)
-        except Exception as error:  # each class checks in its own way
+        except Exception as error:  # the classes raise many kinds
             raise UserError(f"{OPTIONS_KEY}.{name}: torchvision refuses it ({one_line(error)})") from None
-        # What a transform makes of a seed may change with torchvision's version.
+        # The results for a seed may change with torchvision's version.
         self.key = (
             f"{name}{json.dumps(dict(options), sort_keys=True, default=str)}-torchvision{torchvision.__version__}"
         )
@@ -74,12 +74,12 @@ class Transform:
         torch.default_generator.manual_seed(seed)
         try:
             made = self._transform(image)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # transforms raise many kinds
             raise UserError(f"data.augmentation: torchvision's {self.name} fails: {one_line(error)}") from None
         if not isinstance(made, Tensor) or made.shape != image.shape or made.dtype != image.dtype:
             what = f"{made.dtype} {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise UserError(
-                f"data.augmentation: torchvision's {self.name} makes {what} of {image.dtype} {list(image.shape)}; "
-                "views keep size and type"
+                f"data.augmentation: torchvision's {self.name} turns {image.dtype} {list(image.shape)} into {what}; "
+                "choose a transform that keeps size and type"
             )
         return made

@@ -1,4 +1,4 @@
-"""View families: finite, numbered sets of augmentations of an image, made for whole batches."""
+"""View families: finite, numbered sets of augmentations of an image, computed for whole batches."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ POOL_SIZE = 64
 
 
 def to_unit(levels: Tensor) -> Tensor:
-    """Converts grey levels to [0, 1], correctly rounded, hence the same numbers on every device.
+    """Converts pixel values k to k / 255, correctly rounded and therefore equal on every device.
 
     Args:
         levels: uint8, any shape.
 
     Returns:
-        float32 of the same shape in [0, 1], on the same device, k / 255.
+        float32 of the same shape in [0, 1], on the same device.
     """
     if levels.device.type == "cpu":
         return levels.float().div_(255)
-    # CUDA divides by a constant by multiplying with its reciprocal, which rounds differently.
+    # CUDA replaces a division by a constant by a multiplication with its reciprocal, which rounds differently.
     return unit_levels(levels.device)[levels.int()]
 
 
 @cache
 def unit_levels(device: torch.device) -> Tensor:
-    """0/255 .. 255/255, float32 [256], copied to each device once."""
+    """Returns 0/255 .. 255/255, float32 [256]; copied to each device once."""
     return to_unit(torch.arange(256, dtype=torch.uint8)).to(device)
 
 
 class ViewFamily(Protocol):
-    """A numbered family of augmentations; each view is a pure function of the image, its index and the number.
+    """A numbered family of augmentations; a view is a pure function of the image, its index and the view's number.
 
     Attributes:
-        num_views: V, how many views an image has.
-        key: Says which family this is, with all that determines its views; part of content hashes.
+        num_views: V, the number of views of an image.
+        key: Everything that determines the family's views, as text; part of content hashes.
     """
 
     num_views: int
@@ -54,9 +54,9 @@ class ViewFamily(Protocol):
 
     @property
     def identity_view(self) -> int | None:
-        """Number of the view that leaves every image unchanged; None if none surely does.
+        """Number of the view that leaves every image unchanged; None if there is none.
 
-        Evaluation does not depend on it: there no view is made at all.
+        Evaluation does not need it, as it uses images without views.
         """
         ...
 
@@ -75,7 +75,7 @@ class ViewFamily(Protocol):
 
 
 class Identity:
-    """The family with a single view: the image itself."""
+    """The family with a single view, the unchanged image."""
 
     num_views = 1
     identity_view = 0
@@ -87,17 +87,17 @@ class Identity:
 
 
 class CropFlip:
-    """Crop-and-flip views: zero padding, a crop of the old size anywhere in it, a horizontal flip.
+    """Crop-and-flip views: zero padding, any crop of the original size, and optionally a horizontal flip.
 
     With P = 2 padding + 1 positions along each axis, view = flip P² + top P + left: the views without flip
     come first, in reading order. Padding 4 gives 81 crops and, with flips, V = 162.
 
     Args:
         padding: Pixels added on every side, at least 0.
-        flip: Whether mirrored views belong to the family.
+        flip: Whether the family contains mirrored views.
 
     Raises:
-        UserError: A negative padding.
+        UserError: For a negative padding.
     """
 
     def __init__(self, padding: int = 4, flip: bool = True) -> None:
@@ -123,18 +123,18 @@ class CropFlip:
 
 
 class Pool:
-    """A pool of V random draws per image from augmentations without a finite number of views.
+    """A pool of V random views per image, of augmentations without a finite number of views.
 
-    View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options): the
-    numbers come from `Draws`, on the images' device.
+    View v of image i is a pure function of (i, v, the pool's seed, the augmentations with their options), with random
+    numbers from `Draws` on the images' device.
 
     Args:
-        augmentations: Applied in this order; each with a key that tells its name and options.
+        augmentations: Augmentations in order of application, each with a key of its name and options.
         num_views: V, 1 .. 2^31 - 1.
-        seed: Seed of the pool, apart from a run's seed: runs with the same pool share teacher tables.
+        seed: Seed of the pool. It is separate from a run's seed, so that runs with one pool share teacher tables.
 
     Raises:
-        UserError: Another number of views.
+        UserError: For any other number of views.
     """
 
     identity_view = None
@@ -150,7 +150,7 @@ class Pool:
 
     @property
     def captures(self) -> bool:
-        """Whether making views needs nothing from the host, so that a CUDA graph may hold it."""
+        """Whether views can be computed without the host, and so within a CUDA graph."""
         return all(getattr(augmentation, "captures", True) for augmentation in self.augmentations)
 
     def __call__(self, images: Tensor, view: Tensor, index: Tensor) -> Tensor:
@@ -161,13 +161,13 @@ class Pool:
 
 
 class OwnPlaces:
-    """A family for images of two sets under one index: each is viewed as in its own set.
+    """A family for images of two sets under one index, in which each image has the index of its own set.
 
-    So its views, and what teachers say of them, do not depend on the other set.
+    Views and teacher outputs therefore do not depend on the size of the other set.
 
     Args:
         family: The family.
-        first: Images in the first set; the second one's follow behind.
+        first: Number of images in the first set; the images of the second set follow.
     """
 
     def __init__(self, family: ViewFamily, first: int) -> None:
@@ -185,15 +185,15 @@ class OwnPlaces:
         return self._family(images, view, torch.where(index < self._first, index, index - self._first))
 
 
-class _DrawnView:
-    """A random view of a finite family, as one augmentation of a pool."""
+class _RandomView:
+    """A random view of a finite family, as an augmentation of a pool."""
 
     def __init__(self, family: CropFlip) -> None:
         self.family = family
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         number = draws.integers(self.family.num_views)
-        return self.family(images, number, number)  # the family does not look at the index
+        return self.family(images, number, number)  # the family does not use the index
 
 
 def make_views(
@@ -209,18 +209,18 @@ def make_views(
 
     Args:
         augmentation: "none", "crop_flip", a registered augmentation, a transform of torchvision (`GaussianBlur`), or
-            a list of them to be applied in order.
+            a list of these, applied in order.
         padding: For crop_flip: pixels added on every side.
-        flip: For crop_flip: whether mirrored views belong to the family.
-        options: Options of the augmentations, by their names.
-        pool_size: V draws per image, for all but plain none and crop_flip.
-        pool_seed: Seed of these draws.
+        flip: For crop_flip: whether mirrored views are included.
+        options: Options of the augmentations, by name.
+        pool_size: V, the number of random views per image; no effect for none and crop_flip alone.
+        pool_seed: Seed of the random views.
 
     Returns:
         `Identity` for none, `CropFlip` for crop_flip alone, else a `Pool`.
 
     Raises:
-        UserError: An unknown name or option, or a value that is not allowed.
+        UserError: For an unknown name or option, or a value that is not allowed.
     """
     names = _checked_names(augmentation)
     options = _checked_options(options or {}, names)
@@ -234,7 +234,7 @@ def make_views(
     parts: list[tuple[Augmentation, str]] = []
     for name in names:
         if name == "crop_flip":
-            parts.append((_DrawnView(crop_flip), crop_flip.key))
+            parts.append((_RandomView(crop_flip), crop_flip.key))
         elif name in augmentation_names():
             parts.append(build_augmentation(name, options.get(name, {})))
         else:
@@ -252,7 +252,7 @@ def _checked_names(augmentation: object) -> list[str]:
         if name not in allowed and not is_transform(name):
             raise unknown_name("data.augmentation", name, [*allowed, *transform_names()])
     if "none" in names and len(names) > 1:
-        raise UserError(f"data.augmentation={augmentation}: none stands alone")
+        raise UserError(f"data.augmentation={augmentation}: none cannot be combined; remove it from the list")
     return list(names)
 
 
