@@ -186,7 +186,7 @@ def test_a_folder_holds_one_student(run, tmp_path):
     (folder / "README.md").write_text("my own words")
     code, out, _ = call(run, "-o", folder, "--format", "torch-export")
     assert code == 0
-    assert "was edited and is left as it is" in out
+    assert "was edited and is kept" in out
     assert set(read(folder)["files"]) == {"student.safetensors", "student.pt2"}
     assert file_sha256(folder / "student.safetensors") == first
 
@@ -300,7 +300,7 @@ def test_a_folder_that_cannot_be_made_is_named(run):
 def test_folders_that_are_somebody_elses(run, tmp_path):
     (tmp_path / "README.md").write_text("# my project")
     code, _, (line,) = call(run, "-o", tmp_path)
-    assert (code, "is no model card of an export" in line) == (2, True)
+    assert (code, "is not the model card of an export" in line) == (2, True)
     (tmp_path / "export.json").write_text("{}")
     code, _, (line,) = call(run, "-o", tmp_path, "--force")
     assert (code, "not written by ekd-export" in line) == (2, True)

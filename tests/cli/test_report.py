@@ -100,7 +100,7 @@ def test_force_removes_what_the_earlier_report_wrote_and_nothing_else(runs, tmp_
 
 def test_force_does_not_write_into_another_folder(runs, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    assert "not empty and no report" in refused(runs, "-o", tmp_path, "--force", *TABLES)
+    assert "not empty and holds no report" in refused(runs, "-o", tmp_path, "--force", *TABLES)
     assert "is a file" in refused(runs, "-o", tmp_path / "thesis.tex", *TABLES)
 
 

@@ -85,6 +85,24 @@ def test_what_holds_of_the_whole_student_is_not_said_of_a_part(student, said):
     assert ("2.50 ms" in card) == (student.get("branches") is None)
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [("last", "last epoch"), ("best", "epoch with the best validation accuracy"), ("ema", "moving average")],
+)
+def test_the_card_names_the_weights(weights, said):
+    card = model_card(export(weights=weights), {})
+    assert said in card
+    assert ("best validation accuracy" in card) == (weights == "best")
+
+
+def test_only_sgd_has_a_momentum():
+    record = export()
+    assert "momentum 0.9" in model_card(record, {})
+    card = model_card({**record, "recipe": {**record["recipe"], "optimizer": "adamw"}}, {})
+    assert "optimiser `adamw`" in card
+    assert "momentum" not in card
+
+
 def test_a_debugging_run_is_called_one():
     assert "debugging run" in model_card(export(), {"partial": True})
 

@@ -204,10 +204,10 @@ def test_records_that_are_not_given_are_not_lost(tmp_path: Path) -> None:
     assert pages(first, "-o", out) == (0, "")
     before = content_of(out)
     code, err = pages(second, "-o", out, "--force")
-    assert (code, "cifar10.jsonl: has runs that are not among those given, a/ekd-f0.1-s0 and 3 more" in err) == (
-        2,
-        True,
-    )
+    assert (
+        code,
+        "cifar10.jsonl: would lose runs that are not among the given ones (a/ekd-f0.1-s0 and 3 more)" in err,
+    ) == (2, True)
     assert content_of(out) == before
     for _ in range(2):  # nothing is doubled
         assert pages(out / "cifar10.jsonl", first, second, "-o", out, "--force") == (0, "")
@@ -224,7 +224,7 @@ def test_studies_side_by_side_are_not_averaged(tmp_path: Path) -> None:
     assert labels == {"ekd (a)": 2, "ekd (b)": 2}
     write(tmp_path / "more" / "a", {"ekd": EKD[2:]}, seeds=(2, 3), recipe__lr=0.0001)
     code, err = pages(tmp_path / "in", tmp_path / "more", "-o", tmp_path / "other")
-    assert (code, "are of the row ekd of the study a, and differ in recipe.lr (0.1, 0.0001)" in err) == (2, True)
+    assert (code, "both belong to row ekd of study a but differ in recipe.lr (0.1, 0.0001)" in err) == (2, True)
     assert not (tmp_path / "other").exists()
 
 
@@ -238,8 +238,8 @@ def test_what_is_not_done_is_known_by_the_declaration(tmp_path: Path) -> None:
         assert pages(tmp_path / "anywhere", "-o", out, "--study", study) == (0, "")
         assert {run.study for run in read_records(out / "digits.jsonl")} == {"quick"}
         said = (out / "README.md").read_text().partition("## Not done\n\n")[2].splitlines()
-        assert said[0] == "- digits, 10 % of the labels: 3 not run, 1 failed of 7 runs of `quick`"
-        assert said[1] == "- digits, 20 % of the labels: 7 not run of 7 runs of `quick`"
+        assert said[0] == "- digits, 10 % of the labels: 3 not run, 1 failed, of 7 runs of `quick`"
+        assert said[1] == "- digits, 20 % of the labels: 7 not run, of 7 runs of `quick`"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_report_on_a_study_corrects_as_its_own_table_does(tmp_path: Path) -> N
     places = (study, damaged.parent)
     code, _, err = called(main, *places, "-o", tmp_path / "out", "--no-page", "--no-figures", "--reference", "ekd")
     assert (code, len(err.splitlines())) == (0, 1)
-    assert "the study's question is not about fitnet: " in err
+    assert "rows that do not decide the study's question: fitnet; " in err
     table = (tmp_path / "out" / "tables.md").read_text()
     assert [line for line in table.splitlines() if line.startswith("| `fitnet` † |")]
     assert table.count("†") == 2  # the row and the line below its table

@@ -195,7 +195,7 @@ def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
             f"{states[state]} {names[state]}" for state in RunState if states[state] and state != RunState.DONE
         ]:
             share = f"{100 * one.fraction:g} % of the labels"
-            lines.append(f"{one.data}, {share}: {', '.join(left)} of {len(asked)} runs of `{study}`")
+            lines.append(f"{one.data}, {share}: {', '.join(left)}, of {len(asked)} runs of `{study}`")
     return lines
 
 

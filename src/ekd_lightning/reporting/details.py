@@ -1,6 +1,6 @@
 """Details of a group over its runs: branches, operating points, learning curves and arrays.
 
-Curves come from metrics.csv and arrays from arrays.npz. Nothing is drawn of a damaged file; `damage` lists them.
+Curves come from metrics.csv and arrays from arrays.npz. Damaged files are left out; `damage` lists them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Array = np.ndarray
 
 CURVES = ("val/accuracy", "val/nll", "train/loss")
 MOST_EPOCHS = 60
-"""Longer curves are thinned to about as many points, including the last one."""
+"""Longer curves are thinned to about this number of points, including the last one."""
 SUFFIXES = ("", "_calibrated")
 """Suffixes of reliability as trained and after temperature scaling."""
 _RELIABILITY = ("confidence", "accuracy", "count")
@@ -155,7 +155,7 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
     """Columns of metrics.csv: values by epoch, from 1; of an epoch that was written twice, the later one.
 
     Raises:
-        DamagedFileError: If the file, which need not exist, is something else or cut off.
+        DamagedFileError: If the file is no CSV file with a column `epoch`, or is cut off. A missing file has no curves.
     """
     found: dict[str, dict[int, float]] = defaultdict(dict)
     path = run.directory / CURVES_FILE
@@ -164,7 +164,7 @@ def read_curves(run: RunEntry) -> dict[str, dict[int, float]]:
         return found
     try:
         rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
-        if not rows.fieldnames and run.state != "done":  # it ended before its first epoch did
+        if not rows.fieldnames and run.state != "done":  # the run ended within its first epoch
             return found
         if "epoch" not in (rows.fieldnames or ()):
             raise ValueError("no column epoch")
@@ -193,7 +193,7 @@ def damage(run: RunEntry) -> list[str]:
         except DamagedFileError as error:
             found.append(f"{run.name}/{str(error).removeprefix(f'{run.directory}/')}")
     if "predictions" in (run.get("evaluated") or ()) and not (run.directory / ARRAYS).exists():
-        found.append(f"{run.name}/{ARRAYS}: is missing; its content is left out")
+        found.append(f"{run.name}/{ARRAYS}: missing; its content is left out")
     return found
 
 

@@ -10,17 +10,17 @@ from functools import cache
 from typing import TypeVar
 
 SIGNIFICANCE = 0.05
-"""Corrected p values below this tell a difference; intervals cover the rest, 95 %."""
+"""Level of significance of corrected p values; intervals cover 1 minus this, 95 %."""
 ENOUGH = 3
-"""Runs, or pairs of runs, from which on there are intervals and tests."""
+"""Least number of runs, or of pairs of runs, for an interval and a test."""
 TOO_FEW = "too few runs"
 NONE = "–"
-"""Stands in a table for what is not known."""
+"""Cell of a table without a value."""
 _EQUAL = 1e-6
-"""Accuracies are recorded in float32; what is closer than this is the same number of images."""
+"""Differences of accuracies below this are rounding, because accuracies are recorded in float32."""
 NO_LIMITS = (-math.inf, math.inf)
 SHARE = (0.0, 1.0)
-"""Limits of a figure: of any number, and of accuracies and other shares."""
+"""Limits of a value: none, and those of accuracies and other shares."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -32,7 +32,7 @@ class Estimate:
         mean: Arithmetic mean.
         std: Sample standard deviation (n - 1); None for a single run.
         n: Number of runs.
-        limits: Values that it can have: no interval goes beyond them.
+        limits: Smallest and largest possible value; intervals are cut there.
     """
 
     mean: float
@@ -63,9 +63,9 @@ class Difference(Estimate):
     """One minus another, paired by seed: differences of accuracies in [0, 1].
 
     Attributes:
-        p: Two-sided p value of the paired t-test; None below `ENOUGH` pairs, or where all differences are
-            the same number other than 0, which has no spread to compare it with.
-        p_holm: The same, corrected for the number of comparisons.
+        p: Two-sided p value of the paired t-test; None below `ENOUGH` pairs, or if all differences are the same number
+            other than 0, so that there is no spread to compare it with.
+        p_holm: p, corrected by Holm's method for a number of comparisons; None if it is not corrected.
     """
 
     p: float | None = None
@@ -73,13 +73,13 @@ class Difference(Estimate):
 
     @property
     def tested(self) -> float | None:
-        """The p value that counts: the corrected one, where there is one."""
+        """The corrected p value, or p if it was not corrected."""
         return self.p if self.p_holm is None else self.p_holm
 
 
 @cache
 def _quantile(freedom: int) -> float:
-    """Of Student's t; scipy takes longer for it than for everything else in a report."""
+    """Quantile of Student's t; cached, because scipy needs more time for it than the rest of a report."""
     from scipy import stats  # noqa: PLC0415 (slow)
 
     return float(stats.t.ppf(1 - SIGNIFICANCE / 2, freedom))
@@ -114,14 +114,14 @@ def paired(differences: Sequence[float]) -> Difference:
 
 
 def minus(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Figures by seed minus others of the same seeds; None without a common seed."""
+    """The paired difference of two figures by seed over their common seeds; None without a common seed."""
     common = sorted(ours.keys() & theirs.keys())
     return paired([ours[seed] - theirs[seed] for seed in common]) if common else None
 
 
 def corrected(found: Mapping[Name, Difference | None]) -> dict[Name, Difference]:
-    """The differences that there are, with p values corrected for their number by Holm's method."""
-    # The same difference in every pair was tested too: its statistic is infinite, so it ranks first.
+    """The differences that are not None, their p values corrected by Holm's method for the number of tested ones."""
+    # A difference that is equal in all pairs counts as tested: its statistic is infinite, so it ranks first.
     tested = {name: one.p or 0.0 for name, one in found.items() if one is not None and one.half is not None}
     p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
@@ -213,7 +213,7 @@ def interval_words(value: Estimate, words: Callable[[float], str] = points) -> s
 
 
 def difference_text(value: Difference | None) -> str:
-    """The same with n and the corrected p, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`."""
+    """Points with the interval, n and the corrected p, e.g. `+5.43 [+4.10, +6.76], n 3, p 0.012`."""
     if value is None or value.half is None:
         return interval_text(value)
     if value.tested is None:  # the same difference in every pair

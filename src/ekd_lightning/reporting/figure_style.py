@@ -27,7 +27,7 @@ DARK = ("#63B8F2", "#E6903F", "#32BB97", "#E28CCB", "#E8B23A", "#A5D8F5", "#B484
 differ by 0.06 in OKLab for normal, protanopic and deuteranopic vision (Machado et al. 2009), with a contrast of at
 least 3 to 1 with their ground (WCAG 2.2, 1.4.11). Marks and dashes differ, too: no figure depends on colour alone."""
 SHADES = ("#f4f1de", "#a9d5c3", "#4ea5c4")
-"""Of heat maps, from low to high; dark text is readable on each of them."""
+"""Colours of heat maps, from low to high; dark text is readable on each of them."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", ":", "-.")
 DPI = 300
@@ -36,15 +36,15 @@ WIDTH = 6.9
 PANEL = 2.4
 """Inches: height of a panel."""
 _MANY = 12
-"""On lines with more points only some are marked."""
+"""Largest number of points of a line that are all marked."""
 _SHORT = 20
-"""Letters of a name beside which another fits."""
+"""Longest name, in letters, that leaves room for a second column in a legend."""
 _LETTERS = 17
-"""Letters of a note per inch."""
+"""Letters of a caption per inch."""
 _LONGEST = 100
 """Letters of a block's key in a file's name; longer keys are cut and get a checksum."""
 _MOST_LINES = 6
-"""In a panel; further ones get a panel of their own."""
+"""Largest number of lines in a panel; further lines get another panel."""
 ACCURACY = "test accuracy, %"
 COST_FIGURE = "accuracy_cost"
 """Name of the figure that a report shows first."""
@@ -85,9 +85,9 @@ class CaptionedFigure:
     """A figure.
 
     Attributes:
-        name: Of its file, without ending.
+        name: Name of its file, without ending.
         figure: The figure.
-        caption: What it shows, with n.
+        caption: Its caption, with n.
     """
 
     name: str
@@ -112,14 +112,14 @@ def file_name(kind: str, key: str) -> str:
 
 
 def accuracy(group: Group) -> Estimate:
-    """Test accuracy of a group with a run that is done."""
+    """Test accuracy of a group that has a finished run."""
     found = group.accuracy
     assert found is not None
     return found
 
 
 def chunks(groups: Iterable[Group]) -> list[list[Group]]:
-    """Groups for panels: the more accurate ones first, at most six in each, about equally many."""
+    """Groups for panels, the most accurate first: at most six in each, about equally many."""
     ordered = sorted(groups, key=lambda group: -accuracy(group).mean)
     count = -(-len(ordered) // _MOST_LINES)
     size = -(-len(ordered) // count) if count else 1
@@ -161,9 +161,9 @@ def panels(count: int, most: int = 3, height: float = PANEL) -> tuple[Figure, li
     """A figure with `count` panels, at most `most` beside each other.
 
     Args:
-        count: Of panels.
-        most: In a row; the figure is narrower where there are fewer.
-        height: Of a panel, in inches.
+        count: Number of panels.
+        most: Largest number in a row; a figure with fewer panels is narrower.
+        height: Height of a panel in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -206,11 +206,11 @@ def heat_map(
     """A matrix as coloured cells with a text in each; row 0 is at the bottom.
 
     Args:
-        axes: Where.
+        axes: Axes to draw in.
         values: float [rows, columns]; NaN leaves a cell empty.
-        texts: Of each cell.
+        texts: Text of each cell.
         limits: Values of the first and the last colour.
-        label: Of the scale.
+        label: Label of the colour scale.
     """
     from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
 
@@ -232,7 +232,7 @@ def heat_map(
 
 
 def bars(values: Iterable[Estimate], scale: float = 100.0) -> tuple[list[float], list[float]] | None:
-    """Intervals as matplotlib's error bars take them: below and above each mean, NaN for none; None without any."""
+    """Intervals for matplotlib's error bars: lengths below and above each mean, NaN for none; None without any."""
     sides = [
         (math.nan, math.nan) if v.half is None else (scale * (v.mean - v.low), scale * (v.high - v.mean))
         for v in values
@@ -284,9 +284,9 @@ def title(axes: Axes, text: str) -> None:
 
 
 def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes `stem`.svg or `stem`.png, the latter with 300 dots an inch."""
+    """Writes `stem`.svg or `stem`.png, the latter with 300 dots per inch."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it holds for all formats, and takes longer than to draw
+    figure.set_layout_engine("none")  # the layout holds for all formats and takes longer than drawing
     files = []
     for ending in formats:
         path = stem.with_name(f"{stem.name}.{ending}")  # a fraction has a point of its own

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 LIST = "figures.md"
 _MOST_NAMED = 14
-"""Points of a cost figure that are named."""
+"""Largest number of named points in a cost figure."""
 _LONG_LABEL = 20
-"""Letters beyond which bars of differences need the whole width."""
+"""Longest label, in letters, with which bars of differences fit into half the width."""
 
 
 def by_fraction(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:

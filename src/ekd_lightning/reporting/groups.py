@@ -57,7 +57,8 @@ class Group:
         runs: Those that count, one per seed, by seed; then failed, partial and running ones, which do not.
         duplicates: Finished runs with a newer run of the same seed; they do not count.
         varied: Settings in which groups of the method differ -> value in this group.
-        decides: Whether the question is about it: p values of such groups are corrected for their number alone.
+        decides: Whether it is a deciding row of its study: p values of deciding groups are corrected for the
+            comparisons of deciding groups only.
     """
 
     label: str
@@ -224,7 +225,7 @@ def group(collection: Collection) -> list[Group]:
 
 
 def _rows(collection: Collection) -> list[Group]:
-    """The rows of studies; of two rows with one name and protocol, the study is named, too."""
+    """The groups of studies' rows; labels name the study if two studies have a row of one name and protocol."""
     rows: dict[tuple[Protocol, str], dict[str | None, list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
     for run in collection.runs:
         if run.row is not None:
@@ -245,7 +246,7 @@ def make_group(
         members: At least one, in any order.
         label: Name of the group.
         varied: Settings in which groups of the method differ -> value in this group.
-        decides: Whether the question is about it.
+        decides: Whether it is a deciding row of its study.
     """
     newest: dict[int, RunEntry] = {}
     duplicates: list[RunEntry] = []
@@ -276,10 +277,11 @@ def make_group(
 def differences(groups: Sequence[Group], reference: str, key: str = "test_accuracy") -> dict[str, Difference]:
     """Every other group minus the reference, paired by seed, with p values corrected by Holm's method.
 
-    Those of groups that decide are corrected for their number alone, those of others for all.
+    p values of deciding groups are corrected for the comparisons of deciding groups, those of other groups for the
+    comparisons of all groups.
 
     Args:
-        groups: Those of one block.
+        groups: The groups of one block.
         reference: Label of one of them.
         key: Field of the results that is compared.
 

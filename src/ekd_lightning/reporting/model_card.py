@@ -1,6 +1,6 @@
 """Model card of an exported student: README.md with the header that the Hugging Face hub reads.
 
-What it says is taken from the record of the export and of its run.
+All its content comes from the records of the export and of the run.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _METRICS = {
     "ece": ("expected_calibration_error", "ECE (15 bins)", ".4f"),
     "brier": ("brier_score", "Brier score (0 to 2)", ".4f"),
 }
-"""Our names of metrics, those of the hub, and how they are written."""
+"""Metric of the export's record -> type on the hub (None if it has none), title in the text, format."""
 _MANY = 12
-"""Classes beyond which not all are named in the text."""
+"""Largest number of classes that the text names in full."""
 
 
 def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_id: str | None = None) -> str:
-    """Fills the card from what is recorded; nothing in it is measured or claimed anew.
+    """Fills the card from the records.
 
     Args:
         export: Content of export.json.
         result: Content of the run's result.json.
-        license_id: Identifier of the licence, as the hub knows them; None leaves the choice to the reader.
+        license_id: The hub's identifier of the licence; None leaves the choice to the reader.
 
     Returns:
-        Markdown with a YAML header, in which names from the records are text.
+        Markdown with a YAML header; names from the records are escaped.
     """
     student, method, metrics = export["student"], export["method"], export["test_metrics"]
     teachers, classes, hardware = method["teachers"], export["class_names"], export["run"]["hardware"]
@@ -96,31 +96,31 @@ def model_card(export: Mapping[str, Any], result: Mapping[str, Any], *, license_
 
 
 def refuse_foreign_card(folder: Path, export: Mapping[str, Any] | None, *, force: bool) -> None:
-    """Refuses a folder whose card is none of an export.
+    """Refuses a folder with a README.md that is not the card of an earlier export.
 
     Args:
-        folder: Of the export.
-        export: Content of its export.json; None without.
-        force: Whether it may be overwritten.
+        folder: Folder of the export.
+        export: Content of the folder's export.json; None if it has none.
+        force: Whether the file may be overwritten.
 
     Raises:
-        UserError: If there is such a card.
+        UserError: If the folder holds such a file.
     """
     if export is None and (folder / CARD).exists() and not force:
-        raise UserError(f"{folder / CARD} exists and is no model card of an export (--force overwrites it)")
+        raise UserError(f"{folder / CARD}: exists and is not the model card of an export; --force overwrites it")
 
 
 def write_card(
     export: Mapping[str, Any], result: Mapping[str, Any], folder: Path, *, license_id: str | None, force: bool
 ) -> str:
-    """Writes the card, unless somebody has edited it since it was written.
+    """Writes the card, unless the existing card was edited after it was written.
 
     Returns:
-        What was done, in one line.
+        A line that tells whether the card was written.
     """
     path = folder / CARD
     if path.is_file() and not force and file_sha256(path) != export.get("card_sha256"):
-        return f"model card: {path} was edited and is left as it is (--force writes it anew)"
+        return f"model card: {path} was edited and is kept (--force overwrites it)"
     write_text(path, model_card(export, result, license_id=license_id))
     write_json(folder / EXPORT, {**export, "card_sha256": file_sha256(path)})
     return f"model card: {path}"

@@ -45,13 +45,13 @@ _SCRIPTS = (
     "page.js",
 )
 MAIN = "main"
-"""Name of the report's reference for a block; other references are named by their labels."""
+"""Key of a block's own reference; other references have their labels as keys."""
 CONTROLS = ("ekd", "ce", "kd_mean", "kd_mean_feature", "branched_ce", "ekd_mean")
 """Methods that a reader may choose as references."""
 _MOST_REFERENCES = 8
 _DIGITS = 6
 _LONG = 400
-"""Characters up to which a run's record shows a list or mapping."""
+"""Longest list or mapping that a run's record shows, in characters."""
 _FOLDERS = re.compile(r"(?<![\w.…/<])/(?:[\w.+@~=-]+/)+")
 _OF_A_RUN = {
     **{name: name for name in ("data", "method", "fraction", "student", "seed")},
@@ -108,7 +108,7 @@ def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
     """Rows of the first table, by accuracy: EKD, the settings it is compared with, and the most accurate others.
 
     Differences and verdicts come from the answer's comparisons, or else from the table of results, whose p values are
-    corrected over all rows.
+    corrected for the comparisons of all its rows.
     """
     subject = answer.subject
     if subject is None:

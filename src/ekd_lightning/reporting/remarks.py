@@ -152,7 +152,7 @@ def _ensemble(subject: Group) -> str:
 
 
 def _heterogeneity(subject: Group, controls: Mapping[str, Group]) -> list[str]:
-    """How much branches differ, and whether each resembles its own teacher most, as the paper explains the gain."""
+    """How much branches differ, and whether each resembles its own teacher most, the paper's reason for the gain."""
     control = controls.get("mean_teacher")
     parts = []
     if (subject.num_branches or 1) > 1 and (ours := subject.values("test_disagreement")):

@@ -18,7 +18,7 @@ from ekd_lightning.reporting.tables import Row, correction, difference_record, r
 from ekd_lightning.runs.collection import STATES, Collection, RunEntry
 
 _FIRST = ("ekd", "ce", "kd_mean", "branched_ce", "ekd_mean", "ekd_permuted")
-"""Methods with the clearest colours, because others are compared with them."""
+"""Methods that get the first colours, because others are compared with them."""
 DEFAULT_TITLE = "Ensemble knowledge distillation: results"
 
 
@@ -123,7 +123,7 @@ def machine(provenance: Mapping[str, Any]) -> str:
 
 
 def kind_of_machine(provenance: Mapping[str, Any]) -> str:
-    """What rounds alike: the processor and the GPUs, e.g. `1 × NVIDIA H100, AMD EPYC (AVX512)`."""
+    """The processor and the GPUs, which determine rounding, e.g. `1 × NVIDIA H100, AMD EPYC (AVX512)`."""
     hardware = provenance.get("hardware") or {}
     if not hardware:
         return "unknown hardware"
@@ -168,8 +168,8 @@ def _notes(groups: Sequence[Group], found: Sequence[Block]) -> list[str]:
         if correction(block.groups):
             others = listed([one.label for one in block.groups if not one.decides])
             notes.append(
-                f"{block.title}: the study's question is not about {others}: their p values are corrected over all "
-                "rows, those of the other rows over these alone"
+                f"{block.title}: rows that do not decide the study's question: {others}; their p values are corrected "
+                "for the comparisons of all rows, those of deciding rows for the comparisons of deciding rows only"
             )
     notes += [note for block in found for note in _measured(block)]
     partial = [run for one in groups for run in one.others if run.state == "partial"]
@@ -199,7 +199,7 @@ def _measured(block: Block) -> list[str]:
             words = [f"{key.replace('_', ' ')} {', '.join(map(_words, found[key]))}" for key in found]
             notes.append(
                 f"{block.title}: {what} were measured differently ({'; '.join(words)}) and are not comparable "
-                "between settings; a setting whose runs differ has none"
+                "between settings; settings whose own runs differ show none"
             )
     return notes
 

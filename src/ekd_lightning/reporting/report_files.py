@@ -30,7 +30,7 @@ PAGE, FIGURES, RUNS, TABLES, SUMMARY = "index.html", "figures", "runs.csv", "tab
 SUMMARY_PAGE = "README.md"
 MADE_BY = "Made by `ekd-report` from the records beside this page:"
 PAGE_BEGINS = "Accuracies in percent with the weights after the last epoch"
-"""Of pages of studies: the first one, what it says, and what each of the others says."""
+"""Pages of studies: name of the first page, a text in it, and a text in every other page, by which they are known."""
 _KEPT_LISTS = ("teachers", "chain", "test_branch_accuracy", "pool_teachers", "assistants", "tags", "assignment")
 _TEACHER = ("id", "sha256", "test_accuracy", "teachers_sha256")
 _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
@@ -50,12 +50,12 @@ def check_packages(*, figures: bool, page: bool) -> None:
 
 
 def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
-    """Refuses a folder that is not empty.
+    """Refuses a folder that is not empty, unless it holds a report that may be replaced.
 
     Args:
-        folder: Of the report.
+        folder: Folder of the report.
         force: Whether an earlier report may be replaced.
-        marked: Whether a report has a summary, by which it is known.
+        marked: Whether an earlier report must be recognised by its summary.
 
     Raises:
         UserError: If it is a file, or not empty without `force`, or not empty and no report.
@@ -63,13 +63,13 @@ def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:
     if not folder.exists():
         return check_directory(folder)
     if not folder.is_dir():
-        raise UserError(f"--output {folder}: is a file")
+        raise UserError(f"--output {folder}: is a file; give a folder")
     if not any(folder.iterdir()):
         return
     if not force:
         raise UserError(f"--output {folder}: is not empty; --force writes over an earlier report")
     if marked and not (folder / SUMMARY).is_file():
-        raise UserError(f"--output {folder}: is not empty and no report (it has no {SUMMARY})")
+        raise UserError(f"--output {folder}: is not empty and holds no report (no {SUMMARY}); give another folder")
 
 
 def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: bool) -> list[Path]:
@@ -93,12 +93,12 @@ def write_report(report: Report, folder: Path, formats: Sequence[str], *, page: 
 def replace_files(
     folder: Path, write: Callable[[Path], Sequence[Path]], before: Callable[[Path], object] | None = None
 ) -> list[Path]:
-    """Lets files be written beside those that they replace, and puts them in their place, or none of them.
+    """Writes files into a temporary folder and then moves all of them into place; if writing fails, none.
 
     Args:
-        folder: Created if necessary.
-        write: Writes the files into the folder that it is given, and returns them.
-        before: Called with the folder before files in it are replaced.
+        folder: Final folder; created if necessary.
+        write: Writes the files into the folder that is passed to it, and returns them.
+        before: Called with the final folder before files in it are replaced.
 
     Returns:
         The files, in the order of writing.
@@ -128,17 +128,17 @@ def replace_files(
 
 
 def page_name(data: str) -> str:
-    """The file of the page of a data set, whose name may be a path or hold anything else."""
+    """File name of a data set's page; other characters than letters, digits and _.+@- become a hyphen."""
     return re.sub(r"[^\w.+@-]+", "-", data).lstrip(".") + ".md"
 
 
 def check_kept(folder: Path, names: Iterable[str], runs: Sequence[RunEntry]) -> None:
-    """Refuses to replace what is no page of a study, and records of runs that would be lost.
+    """Refuses to overwrite files that are no pages of studies, and records of runs that would be lost.
 
     Args:
-        folder: Where pages may be.
-        names: Of the pages that are to be written.
-        runs: That the new records have.
+        folder: Folder of the pages.
+        names: File names of the pages to be written.
+        runs: Runs of the records to be written.
 
     Raises:
         UserError: Naming the file, before anything is written.
@@ -146,13 +146,16 @@ def check_kept(folder: Path, names: Iterable[str], runs: Sequence[RunEntry]) -> 
     for name in [*names, SUMMARY_PAGE]:
         path, said = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
         if path.exists() and said not in path.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{path}: is no page that ekd-report made; use another --output")
+            raise UserError(f"{path}: is not a page made by ekd-report; use another --output")
     given = {_identity(run) for run in runs}
     for path in sorted(folder.glob(f"*{RECORDS}")):
         lost = [run for run in read_records(path) if _identity(run) not in given]
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            raise UserError(f"{path}: has runs that are not among those given, {lost[0].name}{more}: give it, too")
+            raise UserError(
+                f"{path}: would lose runs that are not among the given ones ({lost[0].name}{more}); add this file to "
+                "the command"
+            )
 
 
 def _row(run: RunEntry) -> tuple[Any, ...]:
@@ -160,12 +163,12 @@ def _row(run: RunEntry) -> tuple[Any, ...]:
 
 
 def _identity(run: RunEntry) -> tuple[Any, ...]:
-    """Equal for two records of one run of a study, be it read from its directory or from a file of records."""
+    """Identity of a run of a study, equal for its directory and its record in a file of records."""
     return (*_row(run), int(run.get("seed")), run.time, run.get("test_accuracy"))
 
 
 def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
-    """Runs of studies, without those that are given twice.
+    """Runs of studies, each once if it was given twice.
 
     Raises:
         UserError: For two runs of one row that differ in more than their seed.
@@ -177,19 +180,19 @@ def each_once(runs: Iterable[RunEntry]) -> list[RunEntry]:
         if differ := setups.differences(first, run):
             name, values = next(iter(differ.items()))
             raise UserError(
-                f"{first.name} and {run.name}: are of the row {run.row} of the study {run.study}, and differ in "
-                f"{name} ({', '.join(map(setups.short, values))}); give their studies folders of different names"
+                f"{first.name} and {run.name}: both belong to row {run.row} of study {run.study} but differ in {name} "
+                f"({', '.join(map(setups.short, values))}); rename the folder of one of the two studies"
             )
         found[_identity(run)] = run
     return list(found.values())
 
 
 def record_lines(study: str, runs: Sequence[RunEntry]) -> list[str]:
-    """Lines of a file of records, see `read_records`: what all runs share once, and a line for each run.
+    """Lines of a file of records, see `read_records`: one with the content that all runs share, then one per run.
 
     Args:
-        study: Its name.
-        runs: That are done, with their rows.
+        study: Name of the study.
+        runs: Finished runs, with their rows.
     """
     every = [_record(run) for run in runs]
     about = next((run.about for run in runs if run.about), "")
@@ -205,7 +208,7 @@ def record_lines(study: str, runs: Sequence[RunEntry]) -> list[str]:
 
 
 def _record(run: RunEntry) -> dict[str, Any]:
-    """A run as its record keeps it: numbers and words, no curves, predictions or matrices; no place or host."""
+    """The record of a run: numbers and words, without curves, predictions, matrices, paths and the host's name."""
     result = {}
     for key, value in (run.result or {}).items():
         if key in ("teachers", "chain"):
@@ -222,11 +225,11 @@ def _record(run: RunEntry) -> dict[str, Any]:
 
 
 def write_records(runs: Iterable[RunEntry], folder: Path) -> list[Path]:
-    """Writes a file of records for each data set, all its studies in it.
+    """Writes a file of records, `<data>.jsonl`, for each data set, with the runs of all its studies.
 
     Args:
-        runs: That are done, with their studies and rows, each once.
-        folder: Where they are written, `<data>.jsonl`.
+        runs: Finished runs, with their studies and rows, each once.
+        folder: Folder of the files.
     """
     found: dict[str, dict[tuple[str, str], list[RunEntry]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(
@@ -261,14 +264,14 @@ def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: 
 
 
 def _remove_earlier(folder: Path) -> None:
-    """Removes what an earlier report wrote, as its summary lists it: no figure of it is left to pass for a new one."""
+    """Removes the files of an earlier report, which its summary lists, so that no old figure stays beside new ones."""
     try:
         listed: Any = read_json(folder / SUMMARY).get("files", [])
     except (OSError, DamagedFileError):
         return
     root = folder.resolve()
     for name in listed if isinstance(listed, list) else []:
-        with contextlib.suppress(OSError, ValueError):  # no name of a file
+        with contextlib.suppress(OSError, ValueError):  # not a possible file name
             path = (folder / str(name)).resolve()
             if path.is_file() and root in path.parents and path.suffix in _SUFFIXES:
                 path.unlink()

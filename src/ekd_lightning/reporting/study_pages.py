@@ -31,23 +31,23 @@ from ekd_lightning.reporting.report import Report, kind_of_machine
 from ekd_lightning.reporting.report_files import MADE_BY, PAGE_BEGINS, SUMMARY_PAGE, page_name
 
 LIMITED = 0.2
-"""Shares of the training images up to this are limited data."""
+"""Largest share of the training images that counts as limited data."""
 SUBJECTS = ("ekd", "ekd_maps")
-"""Methods that stand for EKD; its other variants are ablations."""
+"""Methods that count as EKD; its other variants are ablations."""
 SIDES = ("below", "level", "above", "too few runs")
 _COLUMNS = (*("K", "M", "n", "test accuracy % [95 % interval]", "differences", "NLL", "parameters", "MACs"), "not done")
 
 
 class Standing(NamedTuple):
-    """Where a row of EKD stands in its block.
+    """A row of EKD against the other methods of its block.
 
     Attributes:
         block: The block.
         ekd: The row.
-        against: EKD minus each other method that costs no more, by label; p values are corrected for their number, or
-            where rows decide, for the number of those.
-        best: The most accurate of these with enough common seeds, or else of all; None without any.
-        better: Those more accurate than it, with too few common seeds, the most accurate first.
+        against: EKD minus each other method that costs no more, by label; p values are corrected for their number,
+            those of deciding rows for the number of deciding rows.
+        best: The most accurate other method with enough common seeds, or else of all; None without other methods.
+        better: Other methods that are more accurate than `best` but have too few common seeds, the best first.
     """
 
     block: Block
@@ -65,7 +65,7 @@ class Standing(NamedTuple):
 
 
 def standings(block: Block) -> list[Standing]:
-    """Each row of EKD against all other methods with at most 5 % more MACs; variants of EKD are no other methods."""
+    """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD."""
     found = []
     for ekd in (one for one in block.done if one.method in SUBJECTS):
         most = (ekd.mean("macs") or 0.0) * (1 + SAME_COST)
@@ -79,7 +79,7 @@ def standings(block: Block) -> list[Standing]:
 
 
 def _best(others: Sequence[Group], against: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:
-    """The most accurate group with enough common seeds, or else of all; and those above it, which have too few."""
+    """The most accurate group with enough common seeds, or else of all, and the more accurate ones with too few."""
     ranked = sorted(others, key=_accuracy, reverse=True)
     enough = [one for one in ranked if one.label in against and against[one.label].half is not None]
     best = next(iter(enough or ranked), None)
@@ -116,8 +116,8 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
     """README.md of the pages.
 
     Args:
-        report: All records.
-        missing: Lines on what is not done.
+        report: The report on all records.
+        missing: Lines on missing runs.
     """
     found = sorted((one for block in report.blocks for one in standings(block)), key=_worth)
     rows = [
@@ -140,10 +140,10 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
         "row",
         "test accuracy %",
         "MACs",
-        "best other at no more cost",
-        "its %",
+        "best other method at no more cost",
+        "its test accuracy %",
         "EKD minus it",
-        "",
+        "EKD is",
     )
     pages = sorted({block.data for block in report.blocks})
     lines = [_better_words(one) for one in found if one.better]
@@ -158,8 +158,8 @@ def summary_page(report: Report, missing: Sequence[str] = ()) -> str:
 Every row of EKD is compared with every other method that costs at most {100 * SAME_COST:g} % more multiply-accumulates.
 Differences are in points, paired by seed, with their 95 % interval. The best other method is picked by its test
 accuracy, which flatters it, from those with at least {ENOUGH} common seeds, if there are any; the pages correct p
-values for all comparisons. The runs of one line share data, images, views, number of steps and precision; other lines
-differ in them, and say nothing of each other.
+values for all comparisons. The runs of one line share data, images, views, number of steps and precision. Lines that
+differ in these cannot be compared with each other.
 
 Pages: {", ".join(map(_link, pages))}. {MADE_BY}
 
@@ -173,7 +173,7 @@ make study-pages
 
 
 def _better_words(one: Standing) -> str:
-    """Which methods are more accurate than the best one with enough runs, and have too few."""
+    """The line on methods that are more accurate than the best one with enough runs, but have too few."""
     names = ", ".join(f"{md.code(g.label)} ({share(_accuracy(g))} %, n {g.n})" for g in one.better)
     where = f"{md.prose(one.block.data)}, {100 * (one.block.fraction or 1):g} %, {one.block.protocol.steps} steps"
     return f"{where}, {md.code(one.ekd.label)}: more accurate than the best other method, with too few runs: {names}."
@@ -183,9 +183,9 @@ def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
     """The page of a data set.
 
     Args:
-        report: All records.
+        report: The report on all records.
         data: Name of the data set.
-        figures: Path of the figure of accuracy and cost, by the key of the block.
+        figures: Path of the figure of accuracy and cost by the block's key.
     """
     blocks = [block for block in report.blocks if block.data == data]
     found = [one for block in blocks for one in standings(block)]
@@ -202,10 +202,11 @@ def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
 
 _LEGEND = f"""\
 {PAGE_BEGINS}: mean ± sample standard deviation over n seeds. Differences
-in points, paired by seed, with the 95 % t interval; p of the paired t-test, after Holm's correction: in a list over the
-methods that it compares, or those of them that decide; in a table over its rows, or as a line below it says. K
-branches, M teachers. *Below*, *level* and *above* say where the interval of a difference lies; with few seeds a
-corrected p value shows large differences only.
+are in points, paired by seed, with the 95 % t interval. p comes from the paired t-test, corrected by Holm's method: in
+a list for the number of methods that it compares (for deciding rows, of deciding ones); in a table for the number of
+rows that are compared with the same row, or as the line below it says. K branches, M teachers. *Below*, *level* and
+*above* say on which side of 0 the interval of a difference lies. With few seeds only large differences have a small
+corrected p value.
 """
 
 
@@ -222,7 +223,7 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def _protocol(block: Block) -> str:
-    """What the runs of a block share, and where they were made."""
+    """The protocol and the teachers that the runs of a block share, and the machines that made them."""
     one = block.protocol
     runs = [run for group in block.groups for run in group.done]
     lines = [
@@ -240,7 +241,7 @@ def _protocol(block: Block) -> str:
 
 
 def _made_on(groups: Sequence[Group]) -> str:
-    """The machines of all runs; where there are several kinds, which rows are of the rarer ones."""
+    """The machines of all runs, with the rows of each kind except the most frequent."""
     runs: dict[str, list[str]] = defaultdict(list)
     for group in groups:
         kinds = {int(run.get("seed")): kind_of_machine(run.provenance) for run in group.done}
@@ -255,7 +256,7 @@ def _made_on(groups: Sequence[Group]) -> str:
 
 
 def _standing_words(one: Standing) -> str:
-    """Where a row of EKD is below, level and above."""
+    """The methods that a row of EKD is below, level with and above."""
     lines = []
     for side in SIDES:
         own = sorted((label for label in one.against if one.side(label) == side), key=lambda n: one.against[n].mean)
@@ -281,15 +282,15 @@ _README = {
     "kd_mean_feature_macs": "the same, imitating features, too (`kd_mean_feature_macs`)",
     "ekd": "**EKD** (`ekd`)",
 }
-"""Rows of the README's table that a block may have, and what they are called there."""
+"""Rows of the README's table, if the block has them, with their names there."""
 
 
 def readme_section(report: Report, folder: str) -> str:
-    """The README's table: of limited data, the block with most rows; whoever is best at no more cost is named.
+    """The README's table: the block of limited data with most rows, and the best other method at no more cost.
 
     Args:
-        report: All records.
-        folder: That of the pages, from the README.
+        report: The report on all records.
+        folder: Path of the pages' folder, relative to the README.
     """
     found = [one for block in report.blocks for one in standings(block)]
     whole = [

@@ -23,17 +23,17 @@ from ekd_lightning.runs.directory import RunState
 LEGEND = f"""\
 Each row is one setting: runs that differ in their seed alone. Test accuracy, in percent, is measured after the last
 epoch: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences are in points,
-paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method over the rows of the
-block, or as a line below its table says. K branches, M teachers. Seconds of training depend on the machine's load, and
-include filling the table of teacher outputs in the run that came first. With fewer than {FEW} runs an interval assumes
-normal results, and is wide.
+paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method for the number of
+rows that are compared with the same row, or as the line below a table says. K branches, M teachers. Seconds of training
+depend on the machine's load, and in the first run include filling the teacher tables. With fewer than {FEW} runs an
+interval assumes normal results, and is wide.
 """
 REPORT_LEGEND = f"""\
 {LEGEND}Gain: ensemble minus the mean of its branches, in points. Seeds disagree: share of test images on which two runs
 of the row predict different classes, mean over pairs.
 """
 OTHER = "†"
-"""Marks rows that do not decide."""
+"""Mark of rows that are not deciding rows of their study."""
 MEANS = (
     "test_accuracy_ema",
     "test_nll",
@@ -85,12 +85,13 @@ def rows(block: Block, references: Sequence[str]) -> list[Row]:
 
 
 def correction(groups: Iterable[Group]) -> str:
-    """Over which rows p values are corrected, where some do not decide; else empty."""
+    """The line that tells for which comparisons p values are corrected, if some groups do not decide; else empty."""
     decide = {one.decides for one in groups}
     if decide != {True, False}:
         return ""
     return (
-        f"{OTHER}: does not decide; its p is corrected over all rows of the block, that of the others over these alone."
+        f"{OTHER}: not a deciding row. Its p is corrected for the comparisons of all rows of the block, the p of "
+        "deciding rows for those of deciding rows only."
     )
 
 
@@ -99,7 +100,7 @@ STATE_NAMES = {state: "missing" if state is RunState.PLANNED else state.value fo
 
 
 def problems(group: Group) -> str:
-    """States and errors of the runs that are not done, in words; empty if all are done."""
+    """States, numbers and first errors of the runs that are not done; empty if all are done."""
     parts = []
     for state in dict.fromkeys(run.state for run in group.others):
         those = [run for run in group.others if run.state == state]
@@ -180,12 +181,12 @@ def texts(found: Sequence[Row], names: Sequence[str] = REPORT) -> tuple[list[str
 
 
 def markdown(found: Sequence[Row], names: Sequence[str] = REPORT, settings: Mapping[str, str] | None = None) -> str:
-    """Rows of a block as a Markdown table; arguments as for `texts`.
+    """Rows of a block as a Markdown table.
 
     Args:
-        found: The rows.
+        found: From `rows`, at least one.
         names: Columns.
-        settings: An additional column, by label: the row's changes to its method's defaults.
+        settings: Content of an additional column by label: the row's changes to its method's defaults.
     """
     heads, lines = texts(found, names)
     if settings is not None:
@@ -201,7 +202,7 @@ def _mark(row: Row, note: str) -> str:
 
 
 def full_names(found: Sequence[Row]) -> dict[str, str]:
-    """Abbreviated labels -> all settings in which groups of the method differ."""
+    """For each abbreviated label, all settings in which groups of the method differ."""
     groups = [row.group for row in found]
     return {one.label: one.setting for one in groups if one.label != ", ".join(filter(None, [one.method, one.setting]))}
 
@@ -260,7 +261,7 @@ def difference_record(difference: Difference) -> dict[str, Any]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Flat records as CSV; a field that one lacks is empty."""
+    """Flat records as CSV; a field that a record lacks is empty."""
     stream = io.StringIO()
     names = dict.fromkeys(key for one in records for key in one)
     writer = csv.DictWriter(stream, list(names), lineterminator="\n")

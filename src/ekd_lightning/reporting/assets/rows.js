@@ -15,7 +15,7 @@ function differenceCell(difference) {
   if (!known(difference.low)) return [value, h("span", { class: "sub" }, "too few runs")];
   if (!known(difference.p)) return [value, h("span", { class: "sub" }, `the same in ${difference.n} pairs`)];
   const { low, high } = difference;
-  const sure = known(difference.p) && difference.p < 0.05; // corrected; an interval alone takes no account of the others
+  const sure = known(difference.p) && difference.p < 0.05; // corrected for all comparisons, which an interval is not
   const side = !sure ? "" : low > 0 ? "up" : high < 0 ? "down" : "";
   const arrow = { up: "▲ ", down: "▼ ", "": "" }[side];
   return [
