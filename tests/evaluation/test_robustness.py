@@ -85,12 +85,12 @@ def cut(path: Path) -> None:
 
 DAMAGES = {
     "gone": (lambda path: path.unlink(), "no such file; complete the folder"),
-    "cut short": (cut, "not an array of NumPy, or damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "not an array of NumPy, or damaged"),
-    "text": (lambda path: path.write_text("images"), "not an array of NumPy, or damaged"),
+    "cut short": (cut, "not a NumPy array, or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "not a NumPy array, or damaged"),
+    "text": (lambda path: path.write_text("images"), "not a NumPy array, or damaged"),
     "objects": (
         lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
-        "not an array of NumPy, or damaged",
+        "not a NumPy array, or damaged",
     ),
     "floats": (lambda path: np.save(path, np.load(path).astype(np.float32)), "holds float32"),
     "too few": (lambda path: np.save(path, np.load(path)[:-1]), "instead of uint8"),

@@ -1,6 +1,6 @@
 """Calibration of a classifier: reliability diagrams, calibration errors, temperature scaling.
 
-Shape letters: N images, C classes, B bins. Everything is computed in float64, whatever comes in.
+Shape letters: N images, C classes, B bins. Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from ekd_lightning.evaluation.scores import NUM_BINS
 
 TEMPERATURES = (0.05, 20.0)
-"""Range that `fit_temperature` searches; a minimum at its edge counts as none."""
+"""Range of `fit_temperature`; a minimum at its edge counts as none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class Reliability:
 
     Attributes:
         confidence: Mean of the largest probability, float64 [B], in [0, 1].
-        accuracy: Share of images that are right, float64 [B], in [0, 1].
-        count: Images, int64 [B].
+        accuracy: Share of correctly classified images, float64 [B], in [0, 1].
+        count: Number of images, int64 [B].
     """
 
     confidence: np.ndarray
@@ -41,9 +41,9 @@ class ProbabilityScores(NamedTuple):
     Attributes:
         nll: Mean of -log p_label, nats.
         brier: Mean of Σ_c (p_c - [c = label])², in [0, 2].
-        ece: Calibration error over equal-width bins, in [0, 1].
-        adaptive_ece: The same over bins of equal numbers of images, in [0, 1].
-        overconfidence: See `overconfidence`, in [0, 1].
+        ece: Expected calibration error over bins of equal width, in [0, 1].
+        adaptive_ece: Expected calibration error over bins of equal numbers of images, in [0, 1].
+        overconfidence: Overconfidence error, in [0, 1]; see `overconfidence`.
     """
 
     nll: float
@@ -54,7 +54,7 @@ class ProbabilityScores(NamedTuple):
 
 
 def score_probabilities(logits: Tensor, labels: Tensor) -> ProbabilityScores:
-    """Computes all scores of this module.
+    """Computes all scores of `ProbabilityScores`.
 
     Args:
         logits: [N, C], N >= 1; log-probabilities are logits too.
@@ -73,7 +73,7 @@ def score_probabilities(logits: Tensor, labels: Tensor) -> ProbabilityScores:
 
 
 def reliability(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Reliability:
-    """Accuracy against confidence over `num_bins` equal bins (lo, hi] of the largest probability (Guo et al. 2017).
+    """Accuracy and confidence in equal bins (lo, hi] of the largest probability (Guo et al. 2017).
 
     Args:
         probs: [N, C], rows summing to 1.
@@ -81,7 +81,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> Reli
         num_bins: B >= 1.
     """
     confidence, hit = _confidence_and_hits(probs, labels)
-    # Inner edges only, so that rounding beyond 1 stays in the last bin; left means (lo, hi].
+    # Inner edges only, so that a confidence rounded above 1 stays in the last bin; "left" gives (lo, hi].
     bins = np.searchsorted(np.arange(1, num_bins) / num_bins, confidence, side="left")
     count = np.bincount(bins, minlength=num_bins)
     sums = (np.bincount(bins, weights=values, minlength=num_bins) for values in (confidence, hit))
@@ -107,14 +107,14 @@ def overconfidence(diagram: Reliability) -> float:
 def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = NUM_BINS) -> float:
     """Calibration error over bins of equal numbers of images (Nguyen and O'Connor 2015).
 
-    Images are sorted by confidence and cut into `num_bins` runs whose sizes differ by one at most. Equal confidences
-    may fall into two bins; each then counts as right by the share of them that are, so that the result does not
-    depend on the order of the images.
+    Images are sorted by confidence and cut into `num_bins` bins whose sizes differ by one at most. As images of equal
+    confidence may fall into two bins, each of them counts with their common accuracy, and the result does not depend on
+    the order of the images.
 
     Args:
         probs: [N, C], rows summing to 1.
         labels: int64 [N].
-        num_bins: Bins; with fewer images, one bin each.
+        num_bins: Number of bins; with fewer images, one bin per image.
 
     Returns:
         Σ_b n_b/N |accuracy_b - confidence_b|, in [0, 1].
@@ -130,15 +130,15 @@ def adaptive_calibration_error(probs: Tensor, labels: Tensor, num_bins: int = NU
 def fit_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """Fits the temperature T that minimises the negative log-likelihood of softmax(logits / T) (Guo et al. 2017).
 
-    The likelihood has one minimum in 1/T, so a bounded scalar search finds it.
+    The negative log-likelihood is convex in 1/T, so a bounded scalar search finds the minimum.
 
     Args:
         logits: [N, C] of images that the network was not trained on.
         labels: int64 [N].
 
     Returns:
-        T > 0; 1.0 where T makes no difference. None if no T is best: without images, and where the likelihood
-        still falls at an edge of `TEMPERATURES` (every image right: T → 0; worse than guessing: T → ∞).
+        T > 0; 1.0 if T has no effect. None without images, and if the minimum is at an edge of `TEMPERATURES` (all
+        images right: T → 0; worse than guessing: T → ∞).
     """
     if len(labels) == 0:
         return None

@@ -1,7 +1,6 @@
-"""Filters of the corruptions: seeded draws per image, blurs with a stated border, resampling, edges.
+"""Filters of the corruptions: seeded random numbers per image, blurs with a border rule, resampling, edges.
 
-All of it takes batches [N, C, H, W] or [N, H, W] and works value by value, so that an image comes out the same
-whatever it was batched with.
+All filters take batches [N, C, H, W] or [N, H, W]; the result for an image does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.nn import functional
 from ekd_lightning.data.order import Draws, hash_uniform_u64, splitmix64
 
 STREAM_CORRUPTION = 10
-"""A number of its own among the streams of `data.order`."""
+"""Differs from the streams of `data.order`."""
 
 _TRUNCATION = 1e-4
 
@@ -27,10 +26,10 @@ class ImageDraws(Draws):
     """Random numbers for N images, each a pure function of (seed, name, severity, image index, call).
 
     Args:
-        seed: Of the corrupted set.
-        name: Of the corruption.
+        seed: Seed of the corrupted set.
+        name: The corruption's name.
         severity: 1 .. 5.
-        index: int64 [N], positions in the whole image set, on the device where numbers are wanted.
+        index: int64 [N], positions in the whole image set, on the device of the numbers.
     """
 
     def __init__(self, seed: int, name: str, severity: int, index: Tensor) -> None:
@@ -39,7 +38,7 @@ class ImageDraws(Draws):
         self._base = splitmix64(index ^ key)
         self._calls = 0
 
-    def uniform(self, *shape: int) -> Tensor:  # type: ignore[override]  # a shape in place of a range
+    def uniform(self, *shape: int) -> Tensor:  # type: ignore[override]  # takes a shape instead of a range
         """Draws float32 [N, *shape], uniform in [0, 1), in steps of 2^-24."""
         return super().uniform(count=math.prod(shape)).T.reshape(-1, *shape)
 
@@ -54,22 +53,27 @@ class ImageDraws(Draws):
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Images in [0, 1] as grey levels, uint8, cut off and not rounded, as in the source of the corruptions.
+    """Converts images in [0, 1] to uint8 levels by truncation, as in the source of the corruptions.
 
-    What lies less than 1e-4 of a level below a level counts as that level: it got there by rounding in
-    float32.
+    Values less than 1e-4 of a level below a level are rounded up to it, as they result from rounding in float32.
     """
     return (images.clamp(0, 1) * 255 + _TRUNCATION).floor().to(torch.uint8)
 
 
 def inside(place: Tensor, size: int, border: str) -> Tensor:
-    """Maps positions along an axis, any integers, into 0 .. size-1 by a border rule.
+    """Maps any positions along an axis into 0 .. size-1 by a border rule.
 
     Args:
         place: int64, any shape.
         size: Length of the axis, at least 2.
-        border: `nearest` (a a | a b c | c c), `reflect` (b a | a b c | c b) or `mirror` (c b | a b c | b a), in
-            the words of SciPy; `mirror` is OpenCV's default and called BORDER_REFLECT_101 there.
+        border: `nearest` (a a | a b c | c c), `reflect` (b a | a b c | c b) or `mirror` (c b | a b c | b a), named as
+            in SciPy; `mirror` is OpenCV's default, BORDER_REFLECT_101.
+
+    Returns:
+        int64, the shape of `place`.
+
+    Raises:
+        ValueError: For an unknown border rule.
     """
     if border == "nearest":
         return place.clamp(0, size - 1)
@@ -79,11 +83,11 @@ def inside(place: Tensor, size: int, border: str) -> Tensor:
     if border == "mirror":
         place = place.remainder(2 * size - 2)
         return torch.minimum(place, 2 * size - 2 - place)
-    raise ValueError(f"border {border!r}")
+    raise ValueError(f"border={border!r} is not allowed; give nearest, reflect or mirror")
 
 
 def correlate(images: Tensor, kernel: Tensor, border: str) -> Tensor:
-    """Correlates the last two axes with a kernel [odd, odd]; taps of weight 0 cost nothing."""
+    """Correlates the last two axes with a kernel of odd sizes, skipping zeros of the kernel; see `inside`."""
     H, W = images.shape[-2:]
     up, left = (size // 2 for size in kernel.shape)
     rows = inside(torch.arange(-up, H + up, device=images.device), H, border)
@@ -96,19 +100,19 @@ def correlate(images: Tensor, kernel: Tensor, border: str) -> Tensor:
 
 
 def gaussian_weights(sigma: float, radius: int) -> Tensor:
-    """A sampled Gaussian at -radius .. radius, of sum 1; float64."""
+    """Returns a Gaussian sampled at -radius .. radius, normalised to sum 1; float64 [2 radius + 1]."""
     values = (-0.5 * (torch.arange(-radius, radius + 1).double() / sigma) ** 2).exp()
     return values / values.sum()
 
 
 def gaussian_blur(images: Tensor, sigma: float, border: str = "nearest", truncate: float = 4.0) -> Tensor:
-    """Blurs the last two axes as `scipy.ndimage.gaussian_filter` and scikit-image's `gaussian` do.
+    """Blurs the last two axes like `scipy.ndimage.gaussian_filter` and scikit-image's `gaussian`.
 
     Args:
         images: [..., H, W].
-        sigma: In pixels, at least 0.
+        sigma: Standard deviation in pixels, at least 0.
         border: See `inside`.
-        truncate: Standard deviations after which the kernel ends.
+        truncate: Radius of the kernel in standard deviations.
     """
     radius = int(truncate * sigma + 0.5)
     if radius == 0:
@@ -118,19 +122,19 @@ def gaussian_blur(images: Tensor, sigma: float, border: str = "nearest", truncat
 
 
 def take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Reads pixels [N, C, h, w] of images [N, C, H, W] at places int64 [N, h, w] that lie inside."""
+    """Reads pixels [N, C, h, w] of images [N, C, H, W] at positions int64 [N, h, w] within the images."""
     N, C, _, W = images.shape
     flat = (rows * W + columns).view(N, 1, -1).expand(-1, C, -1)
     return images.flatten(2).gather(2, flat).view(N, C, *rows.shape[1:])
 
 
 def bilinear(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tensor:
-    """Reads images [N, C, H, W] between their pixels.
+    """Reads images between pixels by bilinear interpolation.
 
     Args:
         images: [N, C, H, W].
-        rows: float [N, h, w]; any place, 0 is the middle of the first row.
-        columns: The same for columns.
+        rows: float [N, h, w], any positions; 0 is the middle of the first row.
+        columns: float [N, h, w], any positions; 0 is the middle of the first column.
         border: See `inside`.
 
     Returns:
@@ -147,34 +151,34 @@ def bilinear(images: Tensor, rows: Tensor, columns: Tensor, border: str) -> Tens
 
 
 def zoomed(images: Tensor, factor: float) -> Tensor:
-    """Enlarges the middle of square images [N, C, S, S] to their size, linearly between pixels.
+    """Enlarges the middle of square images [N, C, S, S] to their size by linear interpolation.
 
-    The middle ceil(S / factor) pixels are resampled to round(... factor) by `scipy.ndimage.zoom` of order 1, of
-    which the middle S are kept.
+    The middle p = ceil(S / factor) pixels are resampled to round(p · factor), like `scipy.ndimage.zoom` of order 1, and
+    the middle S of these are kept.
     """
     size = images.shape[-1]
     part = math.ceil(size / factor)
     whole = round(part * factor)
     first, trim = (size - part) // 2, (whole - size) // 2
-    middle = images[..., first : first + part, first : first + part].double()  # places between pixels, too
+    middle = images[..., first : first + part, first : first + part].double()  # positions need float64 as well
     large = functional.interpolate(middle, (whole, whole), mode="bilinear", align_corners=True)
     return large[..., trim : trim + size, trim : trim + size].to(images)
 
 
 def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Tensor:
-    """Blurs each image in a direction of its own, as ImageMagick's `MotionBlurImage` does.
+    """Blurs each image in its own direction, like ImageMagick's `MotionBlurImage`.
 
-    One half of a Gaussian with 2 radius + 1 taps, on the pixels nearest to a line that leaves each pixel at the
-    angle, with the border's pixels repeated.
+    The kernel is one half of a Gaussian with 2 radius + 1 taps, on the pixels nearest to a line that starts at each
+    pixel with the given angle; border pixels are repeated.
 
     Args:
         images: [N, C, H, W] in [0, 1].
-        radius: In pixels.
-        sigma: In pixels.
-        angle: float64 [N], degrees; 0 looks along the rows, 90 down.
+        radius: Radius in pixels.
+        sigma: Standard deviation in pixels.
+        angle: float64 [N], degrees; 0 points along the rows, 90 down.
 
     Returns:
-        [N, C, H, W], rounded to 255ths since ImageMagick gives grey levels back.
+        [N, C, H, W], rounded to multiples of 1/255, because ImageMagick returns integer levels.
     """
     H, W = images.shape[-2:]
     weights = np.exp(-0.5 * (np.arange(2 * radius + 1) / sigma) ** 2)
@@ -185,7 +189,7 @@ def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Ten
     column = torch.arange(W, device=images.device)
     result = torch.zeros_like(images)
     for tap, weight in enumerate(weights):
-        if weight < 1e-8:  # far below a grey level, like all that follow
+        if weight < 1e-8:  # this and all following taps are far below one level
             break
         rows = inside(row + (tap * down - 0.5).ceil().long(), H, "nearest").expand(-1, H, W)
         columns = inside(column + (tap * right - 0.5).ceil().long(), W, "nearest").expand(-1, H, W)
@@ -194,15 +198,15 @@ def motion_blur(images: Tensor, radius: int, sigma: float, angle: Tensor) -> Ten
 
 
 def plasma(draws: ImageDraws, size: int, decay: float) -> Tensor:
-    """Height maps by the diamond-square algorithm, on a torus.
+    """Draws height maps by the diamond-square algorithm on a torus.
 
     Args:
-        draws: Of the images.
+        draws: The images' random numbers.
         size: Height and width, a power of two.
-        decay: By how much the random part shrinks when the grid is halved.
+        decay: Divisor of the random part each time the grid is halved.
 
     Returns:
-        float32 [N, size, size] from 0 to 1.
+        float32 [N, size, size], each map scaled to [0, 1].
     """
     first = draws.uniform(1)[:, :, None] * 0.0  # the corner starts at 0
     maps = first.repeat(1, size, size)
@@ -232,17 +236,17 @@ _FAR = 20.0
 
 
 def canny(layer: Tensor, low: float, high: float) -> Tensor:
-    """Edges of grey levels [N, H, W] as `cv2.Canny(layer, low, high)` finds them; bool [N, H, W]."""
+    """Returns the edges of grey levels [N, H, W] like `cv2.Canny(layer, low, high)`; bool [N, H, W]."""
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
     dx = correlate(layer, torch.outer(smooth, slope), "nearest")
     dy = correlate(layer, torch.outer(slope, smooth), "nearest")
     size = dx.abs() + dy.abs()
 
     def above(down: int, right: int) -> Tensor:
-        return size > _seen(size, down, right)
+        return size > _shifted(size, down, right)
 
     def not_below(down: int, right: int) -> Tensor:
-        return size >= _seen(size, down, right)
+        return size >= _shifted(size, down, right)
 
     flat = dy.abs() < dx.abs() * 0.41421356  # tan of 22.5 degrees
     steep = dy.abs() > dx.abs() * 2.41421356
@@ -251,20 +255,20 @@ def canny(layer: Tensor, low: float, high: float) -> Tensor:
     upright = torch.where(steep, above(-1, 0) & not_below(1, 0), slanted)
     weak = torch.where(flat, above(0, -1) & not_below(0, 1), upright) & (size > low)
     strong = weak & (size > high)
-    # By chains of weak neighbours.
+    # Strong edges, and weak edges connected to them.
     joined = ndimage.binary_propagation(strong.cpu().numpy(), np.ones((1, 3, 3)), mask=weak.cpu().numpy())
     return torch.from_numpy(joined).to(layer.device)
 
 
-def _seen(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tensor:
-    """Shifts maps: each pixel gets the value that many rows below and columns to its right (at most two)."""
+def _shifted(maps: Tensor, down: int, right: int, outside: float = 0.0) -> Tensor:
+    """Shifts maps: each pixel gets the value `down` rows below and `right` columns to its right, both in -2 .. 2."""
     H, W = maps.shape[-2:]
     padded = functional.pad(maps, (2, 2, 2, 2), value=outside)
     return padded[..., 2 + down : 2 + down + H, 2 + right : 2 + right + W]
 
 
 def edge_distance(edges: Tensor) -> Tensor:
-    """Distance of each pixel from the nearest edge, at most 20, along steps of 1, 1.4 and 2.1969.
+    """Distance of each pixel to the nearest edge, at most 20, along steps of 1, 1.4 and 2.1969.
 
     These are the steps of `cv2.distanceTransform` with a 5 × 5 mask (Borgefors 1986).
 
@@ -279,7 +283,7 @@ def edge_distance(edges: Tensor) -> Tensor:
         shorter = distance
         for down, right, cost in _STEPS:
             for sign, other in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
-                beside = _seen(distance, sign * down, other * right, outside=_FAR)
+                beside = _shifted(distance, sign * down, other * right, outside=_FAR)
                 shorter = torch.minimum(shorter, beside + cost)
         if torch.equal(shorter, distance):
             return distance
@@ -287,7 +291,7 @@ def edge_distance(edges: Tensor) -> Tensor:
 
 
 def equalize(levels: Tensor) -> Tensor:
-    """Equalises the histogram of each map of grey levels [N, H, W] as `cv2.equalizeHist` does."""
+    """Equalises the histogram of each map of grey levels [N, H, W] like `cv2.equalizeHist`."""
     N = len(levels)
     place = levels.long().flatten(1)
     histogram = torch.zeros(N, 256, device=levels.device).scatter_add_(1, place, torch.ones_like(levels).flatten(1))

@@ -2,8 +2,8 @@
 
 Source: D. Hendrycks and T. Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations, ICLR 2019, arXiv 1903.12261, with the constants of their `make_cifar_c.py`
-(https://github.com/hendrycks/robustness). Every function takes float32 [N, 3, H, W] in [0, 1], a severity 1 .. 5 and
-the images' draws, and gives images of the same shape; values may leave [0, 1].
+(https://github.com/hendrycks/robustness). Every function takes images, float32 [N, 3, H, W] in [0, 1], a severity
+1 .. 5 and the images' random numbers, and returns images of the same shape, whose values may lie outside [0, 1].
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ekd_lightning.evaluation.corruption_filters import ImageDraws
 
 
 def gaussian_noise(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Adds a normal number to every value."""
+    """Adds a normally distributed number to every value."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return images + scale * draws.normal(*images.shape[1:])
 
 
 def shot_noise(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Counts photons: a Poisson number of mean c x, divided by c."""
+    """Simulates a photon count: replaces x by a Poisson number of mean c x, divided by c."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     flat = _poisson_table(photons).to(images.device)
     levels = (images * 255).round().long()
-    # Row v of the table holds the distribution for level v, plus v: one sorted list for all of them.
+    # Row v of the table is the distribution for level v, plus v, so that all rows form one sorted list.
     found = torch.searchsorted(flat.view(-1), levels + draws.uniform(*images.shape[1:]).double(), right=True)
     return (found - levels * flat.shape[1]).to(images) / photons
 
 
 @lru_cache(maxsize=5)
 def _poisson_table(photons: int) -> Tensor:
-    """Gives v + P(count <= k) for every grey level v of mean photons v/255; float64 [256, most + 1]."""
-    most = int(photons + 9 * photons**0.5 + 9)  # beyond that less than 2^-53
+    """Returns v + P(count <= k) for every level v, whose mean count is photons · v / 255; float64 [256, most + 1]."""
+    most = int(photons + 9 * photons**0.5 + 9)  # larger counts have a probability below 2^-53
     level = np.arange(256)[:, None]
     table = stats.poisson.cdf(np.arange(most + 1), level * photons / 255)
     table[:, -1] = 1.0
@@ -51,25 +51,25 @@ def _poisson_table(photons: int) -> Tensor:
 
 
 def impulse_noise(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Sets a share of all values to 0 or 1, with equal chance, each channel on its own."""
+    """Sets a share of all values to 0 or 1 with equal probability, for each channel separately."""
     amount = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
     drawn = draws.uniform(*images.shape[1:])
     return images.masked_fill(drawn < amount, 0.0).masked_fill(drawn < amount / 2, 1.0)
 
 
 def speckle_noise(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Adds a normal number in proportion to the value."""
+    """Adds to every value a normally distributed number in proportion to the value."""
     scale = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1]
     return images + images * scale * draws.normal(*images.shape[1:])
 
 
 def gaussian_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """A Gaussian of 0.4 to 1 pixels."""
+    """Blurs by a Gaussian with a standard deviation of 0.4 to 1 pixels."""
     return filters.gaussian_blur(images, (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1])
 
 
 def defocus_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """The mean over a disk whose edge is smoothed."""
+    """Averages over a disk with a smoothed edge."""
     radius, alias = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))[severity - 1]
     place = torch.arange(-4, 5)
     disk = (place[:, None] ** 2 + place**2 <= radius**2).float()
@@ -79,11 +79,11 @@ def defocus_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def glass_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """A Gaussian, pixels moved by one at random, the Gaussian again.
+    """Blurs by a Gaussian, moves pixels at random by one, and blurs again.
 
-    The source means to swap pixels, but both sides of its swap are views of one array, so that a pixel is
-    overwritten by a neighbour above or left of it and that neighbour stays: the published images were made so,
-    and so are these. As it goes from the last pixel to the first, every neighbour is read before it changes.
+    The source intends to swap pixels, but both sides of its swap are views of one array, so a pixel is overwritten by a
+    neighbour above or left of it, and the neighbour does not change. The published images were made this way, and so
+    are these. As the source goes from the last pixel to the first, it reads every neighbour before changing it.
     """
     sigma, passes = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[severity - 1]
     images = to_unit(filters.to_levels(filters.gaussian_blur(images, sigma)))
@@ -97,16 +97,16 @@ def glass_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def motion_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Along a line of -45 to 45 degrees, drawn for each image."""
+    """Blurs along a line at an angle of -45 to 45 degrees, drawn for each image."""
     radius, sigma = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     angle = draws.uniform(1)[:, 0].double() * 90 - 45
     return filters.motion_blur(images, radius, sigma, angle)
 
 
 def zoom_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """The mean of the image and of itself enlarged step by step, by up to 6 to 26 %."""
+    """Averages the image and copies enlarged step by step, by up to 6 to 26 %."""
     end = (1.06, 1.11, 1.16, 1.21, 1.26)[severity - 1]
-    factors = np.arange(1, end, 0.01)  # rounding adds the end itself here and there, as it does in the source
+    factors = np.arange(1, end, 0.01)  # by rounding it sometimes contains the end, as in the source
     total = images.clone()
     for factor in factors:
         total += filters.zoomed(images, float(factor))
@@ -114,17 +114,17 @@ def zoom_blur(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def contrast(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Draws every value towards the mean of its channel."""
+    """Moves every value towards the mean of its channel."""
     keep = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     H, W = images.shape[-2:]
-    # A sum of whole numbers has no rounding, and so no order of addition.
+    # A sum of integers is exact in any order.
     total = (images * 255).round().long().sum((2, 3), keepdim=True)
     mean = (total.double() / (255 * H * W)).to(images)
     return (images - mean) * keep + mean
 
 
 def elastic_transform(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """A random affine map of three points, then a smooth random displacement of every pixel."""
+    """Applies an affine map that moves three points at random, then a smooth random displacement of every pixel."""
     strength, smoothness, affine = (
         (0.0, 0.0, 0.08),
         (0.05, 0.2, 0.07),
@@ -145,12 +145,12 @@ def elastic_transform(images: Tensor, severity: int, draws: ImageDraws) -> Tenso
 
 
 def _sources(size: int, moves: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each pixel of the result of an affine map comes from: x and y, [N, S, S].
+    """Returns the source positions x and y, [N, S, S] each, of every pixel of the result of an affine map.
 
     Args:
         size: S.
-        moves: [N, 3, 2], by how much the map moves three corners of a square around the middle, x and y.
-        places: [S, S, 3], x, y and 1 of each pixel.
+        moves: [N, 3, 2], displacement (x, y) of three corners of a square around the middle.
+        places: [S, S, 3], (x, y, 1) of each pixel.
     """
     corners = size // 2 + size // 3 * torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).to(moves)
     moved = functional.pad(corners + moves, (0, 1), value=1.0)
@@ -160,14 +160,14 @@ def _sources(size: int, moves: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pixelate(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Made smaller by means over boxes, and large again."""
+    """Reduces the size by averaging over boxes, and enlarges the image again."""
     large = images.shape[-1]
     small, box = int(large * (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]), Image.Resampling.BOX
     return _one_by_one(images, lambda image: image.resize((small, small), box).resize((large, large), box))
 
 
 def jpeg_compression(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Written as JPEG of quality 80 to 40, and read."""
+    """Compresses as JPEG of quality 80 to 40."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
     def written_and_read(image: Image.Image) -> Image.Image:
@@ -179,14 +179,14 @@ def jpeg_compression(images: Tensor, severity: int, draws: ImageDraws) -> Tensor
 
 
 def _one_by_one(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Changes each image on the processor by Pillow."""
+    """Changes each image by Pillow, on the CPU."""
     levels = filters.to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
     changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in levels])
     return to_unit(torch.from_numpy(changed).to(images.device)).permute(0, 3, 1, 2)
 
 
 def snow(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Flakes drawn by the wind, on an image that is whitened."""
+    """Adds flakes that are blurred by motion to a whitened image."""
     mean, std, zoom, threshold, radius, sigma, keep = (
         (0.1, 0.2, 1.0, 0.6, 8, 3.0, 0.95),
         (0.1, 0.2, 1.0, 0.5, 10, 4.0, 0.9),
@@ -205,7 +205,14 @@ def snow(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def frost(images: Tensor, severity: int, draws: ImageDraws, textures: Sequence[Tensor]) -> Tensor:
-    """Mixed with a piece of a photograph of frost: float32 [3, height, width] in [0, 1], larger than the images."""
+    """Mixes each image with a random piece of a photograph of frost.
+
+    Args:
+        images: float32 [N, 3, H, W] in [0, 1].
+        severity: 1 .. 5.
+        draws: The images' random numbers.
+        textures: The photographs, float32 [3, height, width] in [0, 1], larger than the images.
+    """
     keep, share = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     H, W = images.shape[-2:]
     which, down, right = draws.uniform(3).double().unbind(1)
@@ -219,7 +226,7 @@ def frost(images: Tensor, severity: int, draws: ImageDraws, textures: Sequence[T
 
 
 def fog(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """A fractal cloud in front of the image, darkened so that the brightest value stays."""
+    """Adds a fractal cloud, and darkens the result so that its possible maximum stays that of the image."""
     amount, decay = ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))[severity - 1]
     H, W = images.shape[-2:]
     brightest = images.amax((1, 2, 3), keepdim=True)
@@ -228,24 +235,24 @@ def fog(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
 
 
 def brightness(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Adds to the value of HSV; hue and saturation stay."""
+    """Raises the value of HSV, keeping hue and saturation."""
     value, saturation, weakness = _hsv(images)
     brighter = (value + (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1]).clamp(0, 1)
     return brighter * (1 - saturation * weakness)
 
 
 def saturate(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Scales and shifts the saturation of HSV; hue and value stay."""
+    """Scales and shifts the saturation of HSV, keeping hue and value."""
     scale, shift = ((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))[severity - 1]
     value, saturation, weakness = _hsv(images)
     return value * (1 - (saturation * scale + shift).clamp(0, 1) * weakness)
 
 
 def _hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and saturation [N, 1, H, W] of HSV, and a weakness [N, 3, H, W] in place of the hue.
+    """Returns value and saturation [N, 1, H, W] of HSV, and a weakness [N, 3, H, W] instead of the hue.
 
-    Colour = value (1 - saturation · weakness). The weakness of a channel is (max - it) / (max - min); a grey pixel
-    has the hue of red there.
+    colour = value (1 - saturation · weakness), where the weakness of a channel x is (max - x) / (max - min); grey
+    pixels get the weakness of red.
     """
     value = images.amax(1, keepdim=True)
     spread = value - images.amin(1, keepdim=True)
@@ -255,7 +262,7 @@ def _hsv(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def spatter(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
-    """Transparent drops with bright edges at severities 1 .. 3, opaque mud at 4 and 5."""
+    """Adds transparent drops with bright edges at severities 1 .. 3, opaque mud at 4 and 5."""
     mean, std, sigma, threshold, strength, mud = (
         (0.62, 0.1, 0.7, 0.7, 0.5, False),
         (0.65, 0.1, 0.8, 0.7, 0.5, False),
@@ -269,7 +276,7 @@ def spatter(images: Tensor, severity: int, draws: ImageDraws) -> Tensor:
         cover = cover.masked_fill(cover < 0.8, 0.0)[:, None]
         return images * (1 - cover) + cover * _colour(63, 42, 20).to(images)
     layer = layer.masked_fill(layer < threshold, 0.0)
-    light = _water((layer * 255).floor() % 256)  # a drop brighter than white wraps around, as in the source
+    light = _water((layer * 255).floor() % 256)  # levels above 255 wrap around, as in the source
     brightest = light.amax((1, 2), keepdim=True)
     light = torch.where(brightest > 0, light / brightest, 0.0) * strength
     return images + light[:, None] * _colour(175, 238, 238).to(images)
@@ -280,7 +287,7 @@ def _colour(*levels: int) -> Tensor:
 
 
 def _water(layer: Tensor) -> Tensor:
-    """Returns the brightness of the drops in a layer: grey levels times the embossed distance from edges."""
+    """Returns the brightness of the drops in a layer [N, H, W]: grey levels times the embossed distance to edges."""
     distance = filters.edge_distance(filters.canny(layer, 50, 150))
     box = torch.full((3, 3), 1 / 9)
     distance = filters.equalize(filters.correlate(distance, box, "mirror").add(1e-4).floor())

@@ -17,19 +17,20 @@ from torch import Tensor
 
 
 class Diversity(NamedTuple):
-    """Means over all pairs of members, unless said otherwise; None if it is not defined.
+    """Diversity of K members: means over all pairs of members unless stated otherwise; None if not defined.
 
     Attributes:
         pairwise_kl: (KL(p_i ‖ p_j) + KL(p_j ‖ p_i)) / 2, mean over images, nats.
         pairwise_js: Jensen-Shannon divergence H((p_i + p_j)/2) - (H(p_i) + H(p_j))/2, nats, in [0, log 2].
         mutual_information: H(p̄) - mean_k H(p_k) over all members at once, nats, in [0, log K].
-        q_statistic: Yule's Q of who is right, (N11 N00 - N01 N10) / (N11 N00 + N01 N10), in [-1, 1]. Pairs with a
-            zero denominator are left out; None if there is no other.
-        error_correlation: Pearson correlation of who is right, in [-1, 1]; likewise.
+        q_statistic: Yule's Q of the members' correctness, (N11 N00 - N01 N10) / (N11 N00 + N01 N10), in [-1, 1], where
+            e.g. N10 counts images that only the first member classifies correctly. Pairs with a zero denominator are
+            left out; None if that leaves no pair.
+        error_correlation: Pearson correlation of the members' correctness, in [-1, 1]; pairs as for `q_statistic`.
         double_fault: Share of images on which both are wrong, in [0, 1].
         oracle_accuracy: Share of images on which any member is right, in [0, 1].
-        variance: mean over images of Σ_c Var_k(p_kc), dividing by K, in [0, 1]: by how much the Brier score of the
-            mean of the probabilities is below that of the mean member, exactly (Krogh and Vedelsby 1995).
+        variance: mean over images of Σ_c Var_k(p_kc), dividing by K, in [0, 1]. It equals the members' mean Brier score
+            minus the Brier score of the mean of the probabilities (Krogh and Vedelsby 1995).
     """
 
     pairwise_kl: float | None
@@ -43,11 +44,11 @@ class Diversity(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Spread of the same training over seeds.
+    """Spread of one training over R seeds.
 
     Attributes:
         num_runs: R.
-        variance: mean over images of Σ_c Var_r(p_rc), dividing by R - 1: an estimate of what another seed would do.
+        variance: mean over images of Σ_c Var_r(p_rc), dividing by R - 1: the estimated variance over seeds.
         disagreement: Share of images on which two runs predict different classes, mean over pairs, in [0, 1].
         mean_accuracy: Mean over runs, in [0, 1].
         std_accuracy: Standard deviation over runs, dividing by R - 1.
@@ -61,17 +62,17 @@ class Spread(NamedTuple):
 
 
 def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
-    """Compares the members of an ensemble.
+    """Measures the diversity of the members of an ensemble.
 
-    Definitions: Kuncheva and Whitaker 2003, Measures of Diversity in Classifier Ensembles, for who is right; the
-    others are written out at `Diversity`.
+    Measures of correctness follow Kuncheva and Whitaker 2003, Measures of Diversity in Classifier Ensembles; the others
+    are defined in `Diversity`.
 
     Args:
         member_logits: [K, N, C], N >= 1.
         labels: int64 [N].
 
     Returns:
-        With one member, all but the oracle accuracy are None.
+        The measures; with one member, all except the oracle accuracy are None.
     """
     hits = (member_logits.argmax(-1) == labels).double()
     oracle = float(hits.amax(0).mean())
@@ -81,7 +82,7 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
     log_probs = member_logits.double().log_softmax(-1)
     probs = log_probs.exp()
     pairs = list(itertools.combinations(range(K), 2))
-    # How many images both of a pair have right, only the one, only the other, and none.
+    # Numbers of images that both members of a pair, only the first, only the second, or neither classify correctly.
     first, second = hits[[i for i, _ in pairs]], hits[[j for _, j in pairs]]
     both, one, other = ((x * y).sum(1) for x, y in ((first, second), (first, 1 - second), (1 - first, second)))
     neither = N - both - one - other
@@ -91,8 +92,8 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
         pairwise_kl=sum(_jeffreys(log_probs[i], log_probs[j]) for i, j in pairs) / len(pairs),
         pairwise_js=sum(_js(probs[[i, j]]) for i, j in pairs) / len(pairs),
         mutual_information=_js(probs),
-        q_statistic=_mean_of_known((same - different) / (same + different)),
-        error_correlation=_mean_of_known((same - different) / sides.sqrt()),
+        q_statistic=_mean_without_nan((same - different) / (same + different)),
+        error_correlation=_mean_without_nan((same - different) / sides.sqrt()),
         double_fault=float((neither / N).mean()),
         oracle_accuracy=oracle,
         variance=float(probs.var(0, correction=0).sum(-1).mean()),
@@ -100,14 +101,14 @@ def diversity(member_logits: Tensor, labels: Tensor) -> Diversity:
 
 
 def spread_over_runs(probs: np.ndarray, labels: np.ndarray) -> Spread:
-    """Measures how runs differ that share everything but the seed.
+    """Measures the spread of runs that differ only in the seed.
 
     Args:
-        probs: [R, N, C], R >= 2 runs' probabilities of the same images, e.g. `ensemble_probs` of their arrays files.
+        probs: [R, N, C], probabilities of R >= 2 runs for the same images, e.g. `ensemble_probs` of their arrays files.
         labels: int [N], the images' labels.
 
     Raises:
-        ValueError: With fewer than two runs, or if the shapes do not fit.
+        ValueError: For fewer than two runs, or shapes that do not fit.
     """
     if probs.ndim != 3 or len(probs) < 2 or probs.shape[1:2] != labels.shape:
         raise ValueError(f"probs {probs.shape} must be [R >= 2, N, C], labels {labels.shape} must be [N]")
@@ -125,18 +126,18 @@ def spread_over_runs(probs: np.ndarray, labels: np.ndarray) -> Spread:
 
 
 def _jeffreys(first: Tensor, second: Tensor) -> float:
-    """Half the sum of both KL divergences of log-probabilities [N, C], mean over images."""
+    """Returns half the sum of both KL divergences between log-probabilities [N, C], mean over images."""
     return float(((first.exp() - second.exp()) * (first - second)).sum(-1).mean() / 2)
 
 
 def _js(probs: Tensor) -> float:
-    """H(p̄) - mean_k H(p_k) of [K, N, C], mean over images; rounding below 0 is cut off."""
+    """Returns H(p̄) - mean_k H(p_k) of probabilities [K, N, C], mean over images, clamped to 0."""
     gap = torch.special.entr(probs.mean(0)).sum(-1) - torch.special.entr(probs).sum(-1).mean(0)
     return float(gap.mean().clamp_min(0.0))
 
 
-def _mean_of_known(values: Tensor) -> float | None:
-    """Returns the mean of all values that are not NaN; None without any."""
+def _mean_without_nan(values: Tensor) -> float | None:
+    """Returns the mean of the values that are not NaN; None if all are."""
     mean = float(values.nanmean())
     return None if math.isnan(mean) else mean
 
@@ -145,14 +146,14 @@ _ROUNDING = 1e-12
 
 
 def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
-    """Linear centred kernel alignment of every pair (Kornblith et al. 2019).
+    """Linear centred kernel alignment (CKA) of every pair of features (Kornblith et al. 2019).
 
-    ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) with the columns of X and Y centred: invariant to rotations and to the scale of
-    either side, 1 if one is a rotation of the other.
+    ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) with the columns of X and Y centred: invariant to rotation and scaling of X and of Y,
+    and 1 if one is a rotation of the other.
 
     Args:
-        first: Features X of the same N images, each [N, D]; of any widths.
-        second: Features Y, likewise.
+        first: Features X of the same N images, each [N, D] with its own D.
+        second: Features Y of these images, each [N, D] with its own D.
 
     Returns:
         float64 [len(first), len(second)] in [0, 1]; NaN where features do not vary over the images.
@@ -163,7 +164,7 @@ def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> np.ndarray:
     for i, x in enumerate(rows):
         for j, y in enumerate(columns):
             if scale := scales[0][i] * scales[1][j]:
-                found[i, j] = min(float((y.T @ x).square().sum()) / scale, 1.0)  # but for rounding it is
+                found[i, j] = min(float((y.T @ x).square().sum()) / scale, 1.0)  # may exceed 1 by rounding
     return found
 
 
@@ -172,7 +173,7 @@ def agreement_matrix(first: Tensor, second: Tensor) -> np.ndarray:
 
     Args:
         first: Predicted classes, int [K, N].
-        second: int [M, N].
+        second: Predicted classes, int [M, N].
 
     Returns:
         float64 [K, M] in [0, 1].
@@ -181,7 +182,7 @@ def agreement_matrix(first: Tensor, second: Tensor) -> np.ndarray:
 
 
 def kl_matrix(student_logits: Tensor, teacher_logits: Tensor) -> np.ndarray:
-    """Mean KL(p_teacher ‖ p_student) at temperature 1, of every branch to every teacher (Stanton et al. 2021).
+    """Mean KL(p_teacher ‖ p_branch) at temperature 1 for every branch and teacher (Stanton et al. 2021).
 
     Args:
         student_logits: [K, N, C].
@@ -201,7 +202,7 @@ def own_teachers(assignment: Tensor) -> list[int | None]:
         assignment: [K, M], rows summing to 1.
 
     Returns:
-        K positions; None for a branch whose largest weight is shared, as under the mean of the teachers.
+        K positions; None for a branch with several largest weights, as in the mean of the teachers.
     """
     own: list[int | None] = []
     for row in assignment:
@@ -211,21 +212,21 @@ def own_teachers(assignment: Tensor) -> list[int | None]:
 
 
 def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> float | None:
-    """Returns how much more branches resemble certain teachers than the others.
+    """Returns how much more similar branches are to their own teachers than to the others.
 
-    mean_k [ S_k,t(k) - mean over m ≠ t(k) of S_km ], over the branches for which there is a t(k). With t the own
-    teachers, a positive margin is what "every branch learns from its own teacher" predicts; 0 is what is expected
-    when the branches are alike. A teacher that all branches resemble most moves the margin only if teachers are not
-    given out evenly. The controls are the same number under an assignment that the student was not trained with
-    (each branch's neighbour's teacher), and under a nominal one for a student whose branches had no own teacher.
+    mean_k [ S_k,t(k) - mean over m ≠ t(k) of S_km ], over the branches k with a teacher t(k). If every branch learns
+    from its own teacher, the margin is positive; if all branches are alike, its expectation is 0. A teacher that is
+    most similar to all branches affects the margin only if teachers are assigned unevenly. Controls are the margin for
+    another assignment than in training (each branch's neighbour's teacher), and the margin for a nominal assignment of
+    a student whose branches had no own teacher.
 
     Args:
-        similarity: [K, M], e.g. of `cka_matrix` or `agreement_matrix`.
-        teachers: t(k); None for branches that have none.
+        similarity: [K, M], e.g. from `cka_matrix` or `agreement_matrix`.
+        teachers: t(k), K positions; None for a branch without its own teacher.
 
     Returns:
-        The margin, in the unit of `similarity`. None if no branch has a teacher, with fewer than two teachers, or
-        where a similarity that is needed is not finite.
+        The margin, in the unit of `similarity`; None if no branch has a teacher, there are fewer than two teachers, or
+        a required similarity is not finite.
     """
     margins = [
         row[own] - np.delete(row, own).mean()
@@ -239,5 +240,5 @@ def teacher_margin(similarity: np.ndarray, teachers: Sequence[int | None]) -> fl
 def _centred(features: Tensor) -> Tensor:
     wide = features.double()
     centred = wide - wide.mean(0)
-    # What rounding leaves of constant features is no variation.
+    # Centred constant features may differ from 0 by rounding.
     return centred if centred.abs().amax() > _ROUNDING * wide.abs().amax() else torch.zeros_like(centred)

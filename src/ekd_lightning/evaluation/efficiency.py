@@ -19,18 +19,18 @@ from ekd_lightning.networks.staged import ImageSize, sides
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Counts all parameters, frozen ones included; buffers (batch norm statistics) are not parameters."""
+    """Counts all parameters, including frozen ones, without buffers (batch norm statistics)."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
-    """Counts the multiply-accumulates of the forward pass of one image, convolutions and linear layers only.
+    """Counts the multiply-accumulates of convolutions and linear layers in the forward pass of one image.
 
-    Nothing is computed (meta device, on a copy in eval mode), and the module is not touched.
+    Nothing is computed (meta device, on a copy in eval mode), and the module does not change.
 
     Args:
-        module: takes images [B, 3, H, W].
-        image_size: height and width of the image in pixels, one number for squares.
+        module: Takes images [B, 3, H, W].
+        image_size: Side of a square image in pixels, or (height, width).
 
     Returns:
         Half of the floating-point operations that PyTorch's counter reports.
@@ -47,12 +47,12 @@ _BLOCKS = 9
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of one forward pass.
+    """Time of one forward pass, from nine blocks of passes.
 
     Attributes:
-        median: Over nine blocks of passes, each of which gives its mean.
-        iqr: Distance between the quartiles of the same.
-        threads: Threads of PyTorch that it ran on.
+        median: Median of the blocks' means, in seconds.
+        iqr: Interquartile range of the blocks' means, in seconds.
+        threads: Number of PyTorch's threads.
     """
 
     median: float
@@ -61,12 +61,12 @@ class Latency:
 
 
 def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1.0) -> Latency:
-    """Times forward passes by `torch.utils.benchmark`, which waits for an accelerator.
+    """Times forward passes by `torch.utils.benchmark`, which synchronises with an accelerator.
 
     Args:
-        module: In eval mode, on the images' device.
+        module: The module, in eval mode on the images' device.
         images: float32 [B, 3, H, W] in [0, 1].
-        min_seconds: About how long to measure; more where a pass takes longer than a ninth of it.
+        min_seconds: Approximate duration of the measurement; longer if a pass takes more than a ninth of it.
     """
     benchmark = _benchmark()
     threads = torch.get_num_threads()
@@ -76,7 +76,7 @@ def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1
             module(images)
 
     timer = benchmark.Timer("forward()", globals={"forward": forward}, num_threads=threads)
-    passes = max(1, round(min_seconds / _BLOCKS / timer.timeit(1).median))  # which also warms up
+    passes = max(1, round(min_seconds / _BLOCKS / timer.timeit(1).median))  # the first pass also warms up
     merged = benchmark.Measurement.merge([timer.timeit(passes) for _ in range(_BLOCKS)])[0]
     return Latency(float(merged.median), float(merged.iqr), threads)
 
@@ -89,26 +89,26 @@ def _benchmark() -> Any:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of the module's parameters and buffers as a safetensors file, its header included."""
+    """Returns the size in bytes of a safetensors file of the module's parameters and buffers."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     return len(safetensors.torch.save(state))
 
 
 @torch.no_grad()
 def peak_memory(module: nn.Module, images: Tensor) -> int:
-    """Measures the peak bytes of tensors during one forward pass: weights, images and intermediates.
+    """Measures the peak memory in bytes of one forward pass: weights, images and intermediate tensors.
 
-    On CUDA it is what the allocator handed out at most, the kernels' work space included, above what was there
-    already; module and images count in full. Elsewhere the tensors that PyTorch's operations return are counted
-    as long as they live: what a kernel needs for itself is not seen there.
+    On CUDA, intermediates are the allocator's peak above its level before the pass, which includes the kernels' work
+    space. On other devices they are the tensors that PyTorch's operations return, as long as they live; the work space
+    of kernels is not included.
 
     Args:
-        module: In eval mode, on the images' device.
+        module: The module, in eval mode on the images' device.
         images: [B, 3, H, W].
     """
     resident = _bytes([images, *module.parameters(), *module.buffers()])
     if images.is_cuda:
-        module(images)  # libraries take their work space once
+        module(images)  # libraries allocate their work space in the first pass
         torch.cuda.synchronize(images.device)
         before = torch.cuda.memory_allocated(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
@@ -121,16 +121,16 @@ def peak_memory(module: nn.Module, images: Tensor) -> int:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the tensors' storages, each once."""
+    """Returns the bytes of the tensors' storages, counting shared storages once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, until they are freed.
+    """Counts the bytes of the storages that operations create, until they are freed.
 
     Attributes:
-        peak: Most bytes at one time, without those of the known tensors.
+        peak: Largest number of bytes at one time, without the known tensors.
     """
 
     def __init__(self, known: list[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Flatness of the loss around the weights: sharpness, and the loss along random directions.
 
-Weights are named tensors, and a loss is a function of them: nothing here changes a network.
+Weights are named tensors, and losses are functions of them; networks do not change.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Weights = Mapping[str, Tensor]
 class DatasetLoss:
     """Mean cross-entropy of a network's output on fixed images, as a function of its parameters.
 
-    The network is copied and put into eval mode, so that batch norm keeps its statistics. For a branched student
-    the output is that of the ensemble.
+    The network is copied and used in eval mode, so that batch norms keep their statistics. The output of a branched
+    student is that of its ensemble.
 
     Attributes:
         weights: The network's parameters, detached.
@@ -30,16 +30,19 @@ class DatasetLoss:
     """
 
     def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> None:
-        """Takes a copy of the network.
+        """Copies the network.
 
         Args:
-            network: Takes images [B, 3, H, W] in [0, 1]; at least one parameter.
+            network: Maps images [B, 3, H, W] in [0, 1] to logits; has at least one parameter.
             images: uint8 [N, 3, H, W], N >= 1, on any device.
             labels: int64 [N].
-            batch_size: Images a forward pass; changes the memory that is needed, not what is computed.
+            batch_size: Images per forward pass; affects memory and, by rounding only, results.
+
+        Raises:
+            ValueError: Without images.
         """
         if len(images) == 0:
-            raise ValueError("the loss is a mean over at least one image")
+            raise ValueError("the loss needs at least one image, got none")
         self._network = copy.deepcopy(network).eval()
         self.weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         first = next(iter(self.weights.values()))
@@ -48,12 +51,12 @@ class DatasetLoss:
         self.num_images = len(images)
 
     def value(self, weights: Weights) -> float:
-        """The mean cross-entropy in nats, added up in float64."""
+        """Returns the mean cross-entropy in nats, summed in float64."""
         with torch.no_grad():
             return sum(float(self._sum(batch, weights)) for batch in self._batches) / self.num_images
 
     def gradient(self, weights: Weights) -> dict[str, Tensor]:
-        """The gradient of `value`; zero where a weight has no influence."""
+        """Returns the gradient of `value` by name; zero for weights without influence."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         for batch in track(self._batches, "gradient", "batches"):
@@ -74,21 +77,21 @@ class DatasetLoss:
 
 
 def sharpness(loss: DatasetLoss, *, rho: float, adaptive: bool = False, gradient: Weights | None = None) -> float:
-    """Returns how much the loss rises after one uphill step of given length.
+    """Returns the rise of the loss after one step of a given length along the gradient.
 
     L(w + ε) - L(w) with ε = ρ g / ‖g‖ (Foret et al. 2021, arXiv 2010.01412), or adaptively ε = ρ w² g / ‖|w| g‖
-    (Kwon et al. 2021, arXiv 2102.11600), which does not change when a filter is scaled up and what reads it is
-    scaled down. Products are element by element, norms over all weights together; as in
-    https://github.com/davda54/sam, the weights of batch norm and biases take part.
+    (Kwon et al. 2021, arXiv 2102.11600), which is invariant to scaling a filter up and the following layer down.
+    Products are element-wise, norms are over all weights; as in https://github.com/davda54/sam, weights of batch norms
+    and biases are included.
 
     Args:
-        loss: The loss, and where.
-        rho: ρ > 0; usual are 0.05, and 0.5 adaptively.
-        adaptive: Which of the two.
-        gradient: The loss's gradient there, if it is known already.
+        loss: The loss, with its weights w.
+        rho: ρ > 0; usually 0.05, or 0.5 for the adaptive form.
+        adaptive: Whether to use the adaptive form.
+        gradient: The loss's gradient at w, if already known.
 
     Returns:
-        The rise; 0 where the gradient is 0.
+        The rise in nats; 0 if the gradient is 0.
     """
     weights = loss.weights
     gradient = loss.gradient(weights) if gradient is None else gradient
@@ -103,15 +106,15 @@ def sharpness(loss: DatasetLoss, *, rho: float, adaptive: bool = False, gradient
 
 
 def filter_normalized_direction(weights: Weights, seed: int) -> dict[str, Tensor]:
-    """A random direction whose filters are as long as those of the weights.
+    """Draws a random direction whose filters have the norms of the weights' filters.
 
-    Normal numbers; every filter (row along the first axis) is scaled to the norm of the weights' own filter;
-    biases and weights of batch norm, which have one axis only, stay where they are (Li et al. 2018, arXiv
-    1712.09913, and https://github.com/tomgoldstein/loss-landscape with `xignore=biasbn`).
+    Every filter (slice along the first axis) of standard normal numbers is scaled to the norm of the weights' filter.
+    The direction is 0 for biases and weights of batch norms, which have one axis (Li et al. 2018, arXiv 1712.09913,
+    and https://github.com/tomgoldstein/loss-landscape with `xignore=biasbn`).
 
     Args:
-        weights: Where the direction starts.
-        seed: Numbers are drawn on the CPU, so that they are the same on every device.
+        weights: The weights, by name.
+        seed: Seed of the numbers, which are drawn on the CPU and therefore equal on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -127,7 +130,7 @@ def filter_normalized_direction(weights: Weights, seed: int) -> dict[str, Tensor
 
 
 def curve_alphas(points: int) -> list[float]:
-    """Returns the positions on a curve: `points` from -1 to 1 at equal distances, and ±0.25, ±0.5 and 0; sorted.
+    """Returns the values α of a curve, ascending: `points` at equal distances from -1 to 1, and ±0.25, ±0.5 and 0.
 
     Args:
         points: At least 2.
@@ -138,15 +141,15 @@ def curve_alphas(points: int) -> list[float]:
 
 
 def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]) -> Tensor:
-    """The loss at w + α d for its weights w and filter-normalised directions d.
+    """Computes the loss at w + α d for its weights w and filter-normalised directions d.
 
     Args:
-        loss: The loss.
-        alphas: A places α.
-        seeds: Of the directions, D of them.
+        loss: The loss, with its weights w.
+        alphas: A values of α.
+        seeds: D seeds, one for each direction.
 
     Returns:
-        float64 [D, A].
+        float64 [D, A], in nats.
     """
     weights = loss.weights
     middle = loss.value(weights)
@@ -160,11 +163,11 @@ def loss_curves(loss: DatasetLoss, alphas: Sequence[float], seeds: Sequence[int]
 
 
 def loss_rise(curves: Tensor, alphas: Sequence[float], distance: float) -> float:
-    """Returns how much higher the loss is at |α| = distance than at 0: the mean over directions and both sides.
+    """Returns the rise of the loss from α = 0 to |α| = distance, averaged over directions and both signs.
 
     Args:
-        curves: [D, A] of `loss_curves`.
-        alphas: Its places, ±distance and 0 among them.
+        curves: [D, A] from `loss_curves`.
+        alphas: The A values of α, which include ±distance and 0.
         distance: Above 0.
     """
     middle = alphas.index(0.0)

@@ -49,13 +49,13 @@ class StudentPredictions(NamedTuple):
 def predict(
     network: StagedNetwork, images: ImageSet, *, batch_size: int, device: torch.device | str = "cpu"
 ) -> Predictions:
-    """Computes a network's outputs for every image once.
+    """Computes a network's outputs for all images, in eval mode.
 
     Args:
-        network: On `device`; its mode is restored afterwards.
+        network: The network, on `device`; its mode is restored afterwards.
         images: N >= 1 images.
-        batch_size: Images per forward pass; changes the cost, and nothing else but rounding.
-        device: Where to compute.
+        batch_size: Images per forward pass; affects results only by rounding.
+        device: The device to compute on.
     """
     with _inference(network):
         found = [network.outputs(batch)[:2] for batch in batches(images, batch_size, device)]
@@ -66,8 +66,8 @@ def predict(
 def predict_student(
     student: BranchedStudent, images: ImageSet, *, batch_size: int, device: torch.device | str = "cpu"
 ) -> StudentPredictions:
-    """Computes the outputs of a student and its branches for every image once; see `predict`."""
-    # A gate reads the trunk's output, which is that of the last shared stage.
+    """Computes the outputs of a student and its branches for all images; see `predict`."""
+    # A gate reads the output of the last shared stage.
     stages = () if student.gate is None else (student.split_after,)
     rows: list[list[Tensor]] = []
     with _inference(student):
@@ -82,7 +82,7 @@ def predict_student(
 
 
 def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> Iterator[Tensor]:
-    """All images in order as float32 [B, 3, H, W] in [0, 1], channels-last, on `device`."""
+    """Yields all images in order, as float32 [B, 3, H, W] in [0, 1], channels-last, on `device`."""
     with part(f"{images.split} images", len(images)) as task:
         for pixels in images.images.split(batch_size):
             yield to_unit(pixels.to(device)).contiguous(memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ def batches(images: ImageSet, batch_size: int, device: torch.device | str) -> It
 
 @contextmanager
 def _inference(network: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the mode is restored afterwards."""
+    """Switches to eval mode without gradients, and restores the mode afterwards."""
     training = network.training
     network.eval()
     try:
@@ -102,7 +102,7 @@ def _inference(network: nn.Module) -> Iterator[None]:
 
 
 RELATIVE_TOLERANCE = 1e-4
-"""Share of the largest logit by which float32 forms may differ: other summation orders, folded batch norms."""
+"""Share of the largest logit by which float32 forms may differ by rounding (order of sums, folded batch norms)."""
 
 
 class Agreement(NamedTuple):
@@ -110,14 +110,14 @@ class Agreement(NamedTuple):
 
     Attributes:
         images: N.
-        max_difference: Largest |Δlogit|; NaN or infinite where a logit is.
+        max_difference: Largest |Δlogit|; NaN or infinite if a logit is.
         mean_difference: Mean |Δlogit|.
-        accuracy: Of the form that is checked, in [0, 1].
-        reference_accuracy: Of the other.
-        changed: Images with another prediction.
-        changed_clearly: Those of them whose two largest reference logits differ by more than twice the tolerance,
-            so that rounding within it cannot be the cause.
-        tolerance: Largest |Δlogit| that is rounding.
+        accuracy: Accuracy of the checked form, in [0, 1].
+        reference_accuracy: Accuracy of the reference, in [0, 1].
+        changed: Number of images with different predictions.
+        changed_clearly: Number of these whose two largest reference logits differ by more than twice the tolerance, so
+            that the cause cannot be rounding.
+        tolerance: Largest |Δlogit| that counts as rounding.
     """
 
     images: int
@@ -131,12 +131,12 @@ class Agreement(NamedTuple):
 
     @property
     def is_same(self) -> bool:
-        """Whether the forms differ by rounding only."""
+        """Whether the forms differ only by rounding."""
         return self.max_difference <= self.tolerance and self.changed_clearly == 0  # False for NaN
 
 
 def default_tolerance(reference: Tensor) -> float:
-    """`RELATIVE_TOLERANCE` of the largest |logit| in [N, C], or of 1 if that is larger."""
+    """Returns `RELATIVE_TOLERANCE` times the largest |logit| of [N, C], or times 1 if this is larger."""
     return RELATIVE_TOLERANCE * max(1.0, float(reference.abs().max()))
 
 
@@ -144,16 +144,18 @@ def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance:
     """Compares the logits [N, C] of two forms.
 
     Args:
-        logits: Of the form that is checked.
-        reference: Of the form that is right.
+        logits: Logits of the checked form.
+        reference: Logits of the reference.
         labels: int64 [N].
-        tolerance: Largest |Δlogit| that is rounding.
+        tolerance: Largest |Δlogit| that counts as rounding.
 
     Raises:
         ValueError: If the shapes differ, or there are no images.
     """
     if logits.shape != reference.shape or not len(logits):
-        raise ValueError(f"logits {list(logits.shape)} and {list(reference.shape)} cannot be compared")
+        raise ValueError(
+            f"logits {list(logits.shape)} and {list(reference.shape)} cannot be compared; both must be [N >= 1, C]"
+        )
     difference = (logits.double() - reference.double()).abs()
     predictions, expected = logits.argmax(-1), reference.argmax(-1)
     changed = predictions != expected
@@ -173,13 +175,13 @@ def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor, tolerance:
 
 @torch.no_grad()
 def predict_logits(model: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
-    """Computes a model's logits for every image once: float32 [N, C] on the CPU.
+    """Computes a model's logits for all images: float32 [N, C] on the CPU.
 
     Args:
         model: Maps float32 images [B, 3, H, W] in [0, 1] to logits [B, C].
         images: N >= 1 images.
         batch_size: Images per call.
     """
-    # Contiguous, as most callers of a deployed model will give them.
-    given = (batch.contiguous() for batch in batches(images, batch_size, "cpu"))
-    return torch.cat([model(batch).float().cpu() for batch in given])
+    # Contiguous, like the inputs of most callers of a deployed model.
+    contiguous = (batch.contiguous() for batch in batches(images, batch_size, "cpu"))
+    return torch.cat([model(batch).float().cpu() for batch in contiguous])

@@ -1,8 +1,8 @@
 """Robustness of a classifier: corrupted test sets by name, and scores on them.
 
-The sets are the official files of CIFAR-10-C and CIFAR-100-C where they are present, else made from the test images
-under a seed. Images made here are "regenerated": other random numbers than those of the published files, and for
-frost the photographs of https://github.com/hendrycks/robustness are needed.
+The sets are the official files of CIFAR-10-C and CIFAR-100-C if present; otherwise they are regenerated from the test
+images under a seed. Regenerated images have other random numbers than the published files, and frost needs the
+photographs of https://github.com/hendrycks/robustness.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MAIN = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 )
-"""The 15 that the mean corruption error is taken over."""
+"""The 15 corruptions of the mean corruption error."""
 
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-"""The four that are meant for validation."""
+"""The four corruptions that are meant for validation."""
 
 FROST_FILES = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
-"""The photographs that the source draws from; it lists a sixth but never uses it."""
+"""The photographs that the source uses; it lists a sixth but never draws it."""
 
 
 def corrupt(
@@ -52,22 +52,22 @@ def corrupt(
     seed: int = 0,
     frost: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Corrupts images; each comes out as a pure function of itself, its index and the other arguments.
+    """Corrupts images; each result depends only on the image, its index, and the other arguments.
 
     Args:
-        images: uint8 [N, 3, S, S]; the constants are made for S = 32.
+        images: uint8 [N, 3, S, S]; the constants are meant for S = 32.
         name: One of `MAIN` or `EXTRA`.
         severity: 1 .. 5.
-        index: int64 [N], positions in the whole image set; 0 .. N-1 if None.
-        seed: Of the corrupted set.
-        frost: Photographs of `read_frost`; only frost needs them.
+        index: int64 [N], positions in the whole image set; None for 0 .. N-1.
+        seed: Seed of the corrupted set.
+        frost: Photographs from `read_frost`, for the corruption frost.
 
     Returns:
         uint8 [N, 3, S, S] on the images' device.
 
     Raises:
-        UserError: Unknown name or severity, or frost without photographs.
-        ValueError: Images of another type or shape.
+        UserError: For an unknown name or severity, or for frost without photographs larger than the images.
+        ValueError: For images of another type or shape.
     """
     if name not in (*MAIN, *EXTRA):
         raise unknown_name("corruption", name, (*MAIN, *EXTRA))
@@ -78,9 +78,13 @@ def corrupt(
     function = getattr(corruptions, name)
     if name == "frost":
         if not frost:
-            raise UserError(f"frost needs the photographs {', '.join(FROST_FILES)}, see read_frost")
-        if any(min(photograph.shape[1:]) <= images.shape[-1] for photograph in frost):
-            raise UserError(f"a photograph of frost is not larger than the images ({images.shape[-1]} pixels)")
+            raise UserError(f"frost needs the photographs {', '.join(FROST_FILES)}; read them by read_frost(FOLDER)")
+        smallest = min(min(photograph.shape[1:]) for photograph in frost)
+        if smallest <= images.shape[-1]:
+            raise UserError(
+                f"a photograph of frost ({smallest} pixels at a fifth of its size) is not larger than the images "
+                f"({images.shape[-1]} pixels); use larger photographs"
+            )
         function = partial(function, textures=frost)
     if len(images) == 0:
         return images.clone()
@@ -90,16 +94,16 @@ def corrupt(
 
 
 def read_frost(folder: Path) -> list[Tensor]:
-    """Reads the photographs of frost of hendrycks/robustness, at a fifth of their size as the source takes them.
+    """Reads the frost photographs of hendrycks/robustness, reduced to a fifth of their size as in the source.
 
     Args:
-        folder: Where `frost1.png`, `frost2.png`, `frost3.png`, `frost4.jpg` and `frost5.jpg` are.
+        folder: The folder with `frost1.png`, `frost2.png`, `frost3.png`, `frost4.jpg` and `frost5.jpg`.
 
     Returns:
-        Five tensors, float32 [3, height, width] in [0, 1]; none if the folder does not exist.
+        Five tensors, float32 [3, height, width] in [0, 1]; an empty list if the folder does not exist.
 
     Raises:
-        UserError: The folder exists, and a file is missing or damaged.
+        UserError: If the folder exists, but a file is missing or damaged.
     """
     if not folder.is_dir():
         return []
@@ -108,38 +112,42 @@ def read_frost(folder: Path) -> list[Tensor]:
 
 def _read_photograph(path: Path) -> Tensor:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; frost needs {', '.join(FROST_FILES)}, or no folder at all")
+        raise UserError(
+            f"{path}: no such file; frost needs {', '.join(FROST_FILES)}; complete the folder, or delete it to leave "
+            "out frost"
+        )
     try:
         pixels = np.asarray(Image.open(path).convert("RGB"))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not an image, or damaged ({type(error).__name__})") from None
     photograph = to_unit(torch.from_numpy(pixels.copy())).permute(2, 0, 1)
-    # Without smoothing, as OpenCV's resize does it.
+    # Without antialiasing, as in OpenCV's resize.
     return functional.interpolate(photograph[None], scale_factor=0.2, mode="bilinear")[0]
 
 
 class CorruptedSets:
     """The test images of one data set under several corruptions.
 
-    Official files hold one corruption each, in five blocks of the N test images, mildest first.
+    Each official file holds one corruption, in five blocks of the N test images from severity 1 to 5.
 
     Attributes:
         source: `official`, or `regenerated` by `corrupt`.
-        names: Corruptions that there are, the 15 main ones first; regenerated frost only with photographs of it.
+        names: The available corruptions, the 15 main ones first; without frost if it is regenerated and its
+            photographs are missing.
     """
 
     def __init__(self, test: ImageSet, root: Path, *, extra: bool = False, seed: int = 0) -> None:
-        """Opens the official files of a data set, or sees to it that its test images can be corrupted.
+        """Opens the official files of a data set, or prepares the corruption of its test images.
 
         Args:
             test: The clean test images.
-            root: Folder of the data sets; `CIFAR-10-C` or `CIFAR-100-C` in it is the official folder, and `frost`
-                holds the photographs without which the regenerated set has no frost.
-            extra: Whether the four extra corruptions are wanted, too.
-            seed: Of regenerated images.
+            root: Folder of the data sets, with the official folder `CIFAR-10-C` or `CIFAR-100-C`, or with the folder
+                `frost` of photographs for regenerated frost.
+            extra: Whether to include the four extra corruptions.
+            seed: Seed of regenerated images.
 
         Raises:
-            UserError: A file is missing, damaged or belongs to other images.
+            UserError: If a file is missing, damaged or belongs to other images.
         """
         self._test, self._seed = test, seed
         self.names: tuple[str, ...] = (*MAIN, *EXTRA) if extra else MAIN
@@ -151,14 +159,17 @@ class CorruptedSets:
             self._files = {name: _open(folder / f"{name}.npy", shape) for name in self.names}
             labels = _open(folder / "labels.npy", shape[:1])
             if not np.array_equal(labels, np.tile(test.labels.cpu().numpy(), len(SEVERITIES))):
-                raise UserError(f"{folder / 'labels.npy'}: not the labels of the test images of {test.name}")
+                raise UserError(
+                    f"{folder / 'labels.npy'}: not the labels of the test images of {test.name}; replace the folder by "
+                    "the official one, or delete it to have images regenerated"
+                )
         else:
             self.source = "regenerated"
             self._frost = read_frost(root / FROST_FOLDER)
             self.names = tuple(name for name in self.names if name != "frost" or self._frost)
 
     def images(self, name: str, severity: int, index: Tensor) -> Tensor:
-        """Returns uint8 [n, 3, H, W] of the test images at positions `index`, int64 [n]."""
+        """Returns the corrupted test images at the positions `index`, int64 [n], as uint8 [n, 3, H, W]."""
         if self.source == "official":
             rows = index.cpu().numpy() + (severity - 1) * len(self._test)
             return torch.from_numpy(self._files[name][rows]).permute(0, 3, 1, 2)
@@ -167,24 +178,24 @@ class CorruptedSets:
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Maps an array of bytes into memory; nothing in the file is unpickled."""
+    """Memory-maps a uint8 array of a given shape; nothing in the file is unpickled."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; complete the folder, or delete it to have images regenerated")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of NumPy, or damaged ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a NumPy array, or damaged ({type(error).__name__})") from None
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
         raise UserError(f"{path}: holds {found} instead of uint8 {list(shape)}")
     return array
 
 
-def spread_index(count: int, most: int | None) -> Tensor:
-    """Returns at most `most` of `count` positions, evenly spread; int64, sorted; all for None."""
-    if most is None or most >= count:
+def spread_index(count: int, limit: int | None) -> Tensor:
+    """Returns at most `limit` of `count` positions, evenly spread; int64, ascending; all positions for None."""
+    if limit is None or limit >= count:
         return torch.arange(count)
-    return (torch.arange(most) * count).div(most, rounding_mode="floor")
+    return (torch.arange(limit) * count).div(limit, rounding_mode="floor")
 
 
 def score_corruptions(
@@ -199,15 +210,15 @@ def score_corruptions(
     """Scores a network under every corruption at every severity.
 
     Args:
-        network: In eval mode, on `device`; takes images [B, 3, H, W] in [0, 1].
+        network: Maps images [B, 3, H, W] in [0, 1] to logits; in eval mode, on `device`.
         sets: The corrupted images.
-        test: The clean ones, for the labels.
-        index: int64 [n], which test images to take.
-        batch_size: Images a forward pass.
-        device: Where to compute.
+        test: The clean test images, for the labels.
+        index: int64 [n], positions of the test images to use.
+        batch_size: Images per forward pass.
+        device: The device to compute on.
 
     Returns:
-        Corruption -> {`accuracy`, `nll`, `ece`: five numbers, from severity 1 to 5}.
+        Corruption -> {`accuracy`, `nll`, `ece`: five numbers each, for severities 1 to 5}.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for name in track(sets.names, "", "kinds"):
@@ -224,16 +235,15 @@ def score_corruptions(
 
 
 def mean_by_severity(found: dict[str, dict[str, list[float]]], score: str) -> list[float]:
-    """Means of a score over the main corruptions that there are, for each severity."""
+    """Returns the mean of a score over the available main corruptions, for each severity."""
     rows = [scores[score] for name, scores in found.items() if name in MAIN]
     return [sum(values) / len(values) for values in zip(*rows, strict=True)]
 
 
 def mean_corruption_error(found: dict[str, dict[str, list[float]]]) -> float:
-    """Mean error in [0, 1] over the main corruptions and severities.
+    """Returns the mean error in [0, 1] over the available main corruptions and all severities.
 
-    Not divided by the errors of another network, as it is usual for CIFAR (and not for ImageNet-C, where AlexNet's
-    are taken).
+    As is usual for CIFAR, it is not divided by the errors of a reference network (AlexNet for ImageNet-C).
     """
     means = mean_by_severity(found, "accuracy")
     return 1 - sum(means) / len(means)

@@ -23,28 +23,28 @@ MIN_CLASSES_FOR_TOP5 = 20
 class ClassificationScores(Metric):
     """All scores of one pass over a data set, exact for any number of devices and any padding.
 
-    Its states are sums over images, so devices are added, never averaged, and memory does not grow. Nothing
-    is read back from the device before `compute`. The calibration error is our own because torchmetrics'
-    keeps every sample and puts a confidence that equals a bin edge into the upper bin, not the lower one.
+    The states are sums over images, which are summed over devices and do not grow. Nothing is read back from the device
+    before `compute`. The calibration error is computed here, because torchmetrics keeps every sample and puts a
+    confidence on a bin edge into the upper bin instead of the lower one.
 
-    `compute` gives, with p = softmax(logits) in float32:
+    `compute` returns, with p = softmax(logits) in float32:
 
     - `accuracy`: share of images whose argmax is the label, in [0, 1];
     - `nll`: mean of -log p_label, nats;
     - `ece`: Σ_b n_b/n |accuracy_b - confidence_b| over 15 equal bins (lo, hi] of the largest p, in [0, 1]
       (Guo et al. 2017);
     - `brier`: mean of Σ_c (p_c - [c = label])², in [0, 2];
-    - `top5`: share of images whose label is among the five largest, in [0, 1]; only from 20 classes on;
-    - `branch_accuracy`: K numbers; only with branches;
-    - `disagreement`: mean over pairs of branches of the share of images on which their argmax differs, in
-      [0, 1]; only from two branches on;
-    - `ambiguity`: mean of mean_k KL(p_geo ‖ p_k), p_geo = softmax(mean_k z_k), nats; only from two branches
-      on. By how much averaging the branches' logits beats the mean branch in NLL (exact).
+    - `top5`: share of images whose label is among the five largest logits, in [0, 1]; from 20 classes on;
+    - `branch_accuracy`: K numbers in [0, 1]; with branches;
+    - `disagreement`: share of images on which the argmax of two branches differs, mean over pairs of branches, in
+      [0, 1]; from two branches on;
+    - `ambiguity`: mean of mean_k KL(p_geo ‖ p_k), p_geo = softmax(mean_k z_k), nats; from two branches on. It equals
+      the mean NLL of the branches minus the NLL of their averaged logits.
 
     Args:
         num_classes: C >= 2.
         num_branches: K, 0 for a plain classifier.
-        options: Those of `torchmetrics.Metric`, e.g. `sync_on_compute=False` in a process on its own.
+        options: Options of `torchmetrics.Metric`, e.g. `sync_on_compute=False` in a single process.
     """
 
     full_state_update = False
@@ -66,8 +66,7 @@ class ClassificationScores(Metric):
         super().__init__(**options)
         self.num_classes = num_classes
         self.num_branches = num_branches
-        # Double sums make the result independent of how images fall into batches and shards, to all printed
-        # digits. Apple's GPUs have no doubles.
+        # With sums in float64, batches and devices do not affect the printed digits. Apple's GPUs have no float64.
         real = torch.float32 if torch.backends.mps.is_available() else torch.float64
         for name in ("count", "correct", "top5_correct"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -86,7 +85,7 @@ class ClassificationScores(Metric):
             logits: [B, C]; log-probabilities are logits too.
             labels: int64 [B], 0 .. C-1 in valid rows.
             valid: bool [B], False for padding rows, which are not counted; None if all are valid.
-            branch_logits: [K, B, C]; required if and only if the scores were made for K >= 1 branches.
+            branch_logits: [K, B, C]; None if and only if `num_branches` is 0.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -100,7 +99,7 @@ class ClassificationScores(Metric):
             self._add_branches(branch_logits.float(), labels, valid)
 
     def names(self) -> tuple[str, ...]:
-        """Names of all scores, a branch's with its number at the end."""
+        """Returns the names of all scores; names of a branch's scores end with its number."""
         found = ["accuracy", "nll", "ece", "brier"]
         found += ["top5"] if self.num_classes >= MIN_CLASSES_FOR_TOP5 else []
         found += [f"branch_accuracy_{branch}" for branch in range(self.num_branches)]
@@ -110,15 +109,15 @@ class ClassificationScores(Metric):
         """Returns all scores as plain numbers; see the class.
 
         Raises:
-            ValueError: If no valid image was seen.
+            ValueError: If no image was counted.
         """
         count = int(self.count)
         if count == 0:
-            raise ValueError("no image was scored: update() was never given a valid row")
+            raise ValueError("no image was scored: update() was never called with a valid row")
         scores: dict[str, float | list[float]] = {
             "accuracy": int(self.correct) / count,
             "nll": float(self.nll_sum) / count,
-            # n_b/n |acc_b - conf_b| = |correct_b - Σ confidence| / n: no empty bin to divide by
+            # n_b/n |acc_b - conf_b| = |correct_b - Σ confidence| / n, without a division by empty bins
             "ece": float((self.bin_correct - self.bin_confidence).abs().sum()) / count,
             "brier": float(self.brier_sum) / count,
         }
@@ -134,14 +133,14 @@ class ClassificationScores(Metric):
     def _add_ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
         probs = logits.softmax(-1)
         confidence = probs.amax(-1)
-        # argmax of the logits, not of the probabilities: unequal logits may round to equal probabilities.
+        # argmax of the logits: different logits may round to equal probabilities.
         hit = (logits.argmax(-1) == labels) & valid
         self.count += valid.sum()
         self.correct += hit.sum()
         self.nll_sum += self._total(functional.cross_entropy(logits, labels, reduction="none"), valid)
         squared = (probs - functional.one_hot(labels, self.num_classes)).square().sum(-1)
         self.brier_sum += self._total(squared, valid)
-        # Only inner edges, so that rounding beyond 1 stays in the last bin; right=False gives (lo, hi].
+        # Inner edges only, so that a confidence rounded above 1 stays in the last bin; right=False gives (lo, hi].
         edges = torch.arange(1, NUM_BINS, device=logits.device) / NUM_BINS
         bins = functional.one_hot(torch.bucketize(confidence, edges), NUM_BINS).to(self.bin_correct.dtype)
         confidence = confidence.where(valid, 0).to(bins.dtype)
@@ -159,12 +158,12 @@ class ClassificationScores(Metric):
             return
         differ = (predictions[:, None] != predictions[None]).sum((0, 1)).float() / (K * (K - 1))
         self.disagreement_sum += self._total(differ, valid)
-        # mean_k KL(p_geo ‖ p_k) = -logsumexp(mean_k log p_k); rounding may push it below 0.
+        # mean_k KL(p_geo ‖ p_k) = -logsumexp(mean_k log p_k), which may be below 0 by rounding.
         gap = -logits_KBC.log_softmax(-1).mean(0).logsumexp(-1)
         self.ambiguity_sum += self._total(gap.clamp_min(0.0), valid)
 
     def _total(self, per_image: Tensor, valid: Tensor) -> Tensor:
-        # `where`, not a product: whatever a padding row holds, even NaN, must not leak in.
+        # `where`, not a product, because padding rows may hold NaN.
         return per_image.where(valid, 0.0).sum(dtype=self.nll_sum.dtype)
 
     def _check_shapes(self, logits: Tensor, labels: Tensor, branch_logits: Tensor | None) -> None:
@@ -181,7 +180,7 @@ class ClassificationScores(Metric):
 def score_batches(
     network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], num_classes: int, device: torch.device | str
 ) -> dict[str, Any]:
-    """Scores a network in eval mode on batches of uint8 [B, 3, H, W] and labels int64 [B].
+    """Scores a network, which must be in eval mode, on batches of images uint8 [B, 3, H, W] and labels int64 [B].
 
     Returns:
         The scores of `ClassificationScores`.
@@ -204,7 +203,7 @@ def class_accuracy(confusion: np.ndarray) -> list[float | None]:
     """Returns the accuracy of each class, in [0, 1]; None for a class without images.
 
     Args:
-        confusion: int [C, C], images by label (rows) and predicted class.
+        confusion: int [C, C], numbers of images by label (rows) and predicted class (columns).
     """
     totals = confusion.sum(1)
     return [

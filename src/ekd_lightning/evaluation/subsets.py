@@ -19,18 +19,18 @@ from ekd_lightning.networks.staged import ImageSize
 from ekd_lightning.networks.student import couple
 
 MOST_BRANCHES = 6
-"""Up to this many branches, all subsets are scored (63 for 6); beyond, single branches and prefixes."""
+"""Largest number of branches of which all subsets are scored (63 for 6); of more only single branches and prefixes."""
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Confidences at which `early_exit` is tried."""
+"""Confidence thresholds of `early_exit`."""
 
 
 class Cost(NamedTuple):
-    """Cost of one image.
+    """Cost of a network.
 
     Attributes:
-        macs: Multiply-accumulates.
-        num_parameters: Of the network that is needed.
+        macs: Multiply-accumulates for one image.
+        num_parameters: Number of parameters.
     """
 
     macs: int
@@ -38,14 +38,14 @@ class Cost(NamedTuple):
 
 
 class SubsetScores(NamedTuple):
-    """A student cut to some of its branches.
+    """Scores and cost of a student with some of its branches.
 
     Attributes:
-        branches: Which, ascending, counted from 0.
+        branches: Numbers of the branches, counted from 0, ascending.
         accuracy: In [0, 1].
-        nll: Nats.
-        macs: Of one image.
-        num_parameters: Of the cut student.
+        nll: Mean negative log-likelihood in nats.
+        macs: Multiply-accumulates for one image.
+        num_parameters: Number of parameters with these branches only.
     """
 
     branches: list[int]
@@ -56,13 +56,13 @@ class SubsetScores(NamedTuple):
 
 
 class EarlyExit(NamedTuple):
-    """A student that stops at the first branch after which it is confident.
+    """Scores and cost of a student that stops after the first branch at which it is confident.
 
     Attributes:
         threshold: Confidence above which it stops.
         accuracy: In [0, 1].
-        mean_branches: Branches evaluated for an image, mean.
-        macs: Of one image, mean.
+        mean_branches: Mean number of branches that are evaluated for an image.
+        macs: Mean multiply-accumulates for one image.
     """
 
     threshold: float
@@ -74,11 +74,11 @@ class EarlyExit(NamedTuple):
 def couple_branches(
     branch_logits: Tensor, branches: Sequence[int], ensemble: str, gate_weights: Tensor | None = None
 ) -> Tensor:
-    """Couples some branches as the whole student couples all of them.
+    """Combines some branches as the whole student combines all of them.
 
-    `mean_logits` and `mean_probs` take the mean over these branches. A gate's weights are scaled so that they sum to
-    1 over these branches, which is the softmax of their scores alone, as in a student that was cut to them; where all
-    of them are 0 they are taken to be equal.
+    `mean_logits` and `mean_probs` take the mean over these branches. A gate's weights are rescaled to sum to 1 over
+    these branches, which equals the softmax of their scores in a student with these branches only; if all of them are
+    0, equal weights are used.
 
     Args:
         branch_logits: [K, N, C].
@@ -88,11 +88,14 @@ def couple_branches(
 
     Returns:
         float64 [N, C]: logits, or log-probabilities for `mean_probs`.
+
+    Raises:
+        ValueError: For `gate` without `gate_weights`.
     """
     chosen, weights = list(branches), None
     if ensemble == "gate":
         if gate_weights is None:
-            raise ValueError(f"ensemble={ensemble!r} needs the gate's weights")
+            raise ValueError(f"ensemble={ensemble!r} needs the gate's weights; pass gate_weights=")
         weights = gate_weights[:, chosen].double()
         total = weights.sum(1, keepdim=True)
         weights = torch.where(total > 0, weights / total, 1 / len(chosen))
@@ -100,7 +103,7 @@ def couple_branches(
 
 
 def branch_subsets(num_branches: int) -> list[list[int]]:
-    """Lists the subsets to score: all non-empty ones, by size; for many branches, single ones and prefixes."""
+    """Lists the subsets to score by size: all non-empty ones; beyond `MOST_BRANCHES`, single branches and prefixes."""
     if num_branches <= MOST_BRANCHES:
         sizes = range(1, num_branches + 1)
         return [list(s) for size in sizes for s in itertools.combinations(range(num_branches), size)]
@@ -108,12 +111,12 @@ def branch_subsets(num_branches: int) -> list[list[int]]:
 
 
 def costs_by_size(student: BranchedStudent, image_size: ImageSize) -> list[Cost]:
-    """Returns the cost with 1, 2, ..., K branches; branches are equally large, so which ones does not matter."""
+    """Returns the costs of the student with 1, 2, ..., K branches, which are all equally large."""
     counted = []
     for size in range(1, min(student.num_branches, 3) + 1):
         cut = cut_branches(student, range(size))
         counted.append(Cost(count_macs(cut, image_size), count_parameters(cut)))
-    while len(counted) < student.num_branches:  # from two branches on, each adds the same; one alone has no gate
+    while len(counted) < student.num_branches:  # each further branch adds the same; one alone has no gate
         grown = (2 * last - before for before, last in zip(*counted[-2:], strict=True))
         counted.append(Cost(*grown))
     return counted
@@ -122,13 +125,13 @@ def costs_by_size(student: BranchedStudent, image_size: ImageSize) -> list[Cost]
 def score_subsets(
     branch_logits: Tensor, labels: Tensor, costs: Sequence[Cost], ensemble: str, gate_weights: Tensor | None = None
 ) -> list[SubsetScores]:
-    """Scores the student cut to each subset of `branch_subsets`, without training again.
+    """Scores the student with the branches of each subset of `branch_subsets`, without retraining.
 
     Args:
         branch_logits: [K, N, C], N >= 1.
         labels: int64 [N].
-        costs: Of students with 1, ..., K branches; see `costs_by_size`.
-        ensemble: How the branches are coupled; see `couple_branches`.
+        costs: Costs of the student with 1, ..., K branches; see `costs_by_size`.
+        ensemble: How the branches are combined; see `couple_branches`.
         gate_weights: [N, K], for `gate`.
     """
     found = []
@@ -148,20 +151,23 @@ def early_exit(
     gate_weights: Tensor | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[EarlyExit]:
-    """Evaluates the branches in order and stops when the ensemble so far is confident.
+    """Scores the student if it evaluates the branches in order and stops when the ensemble so far is confident.
 
-    After branch j the prediction is that of branches 0 .. j, coupled as in `couple_branches`. An image stops at the
-    first j whose largest probability is above the threshold, at the latest after all branches: a threshold of 1 never
-    stops early, one of 0 always after the first branch. It costs what the student cut to these branches costs; the
-    shared trunk is computed once.
+    After branch j, branches 0 .. j are combined as in `couple_branches`. An image stops at the first j whose largest
+    probability exceeds the threshold, and at the latest after all branches: threshold 1 never stops early, threshold 0
+    always stops after the first branch. The cost is that of a student with these branches, so the shared trunk counts
+    once.
 
     Args:
         branch_logits: [K, N, C], N >= 1.
         labels: int64 [N].
-        costs: Of students with 1, ..., K branches.
-        ensemble: How the branches are coupled.
+        costs: Costs of the student with 1, ..., K branches.
+        ensemble: How the branches are combined.
         gate_weights: [N, K], for `gate`.
         thresholds: Confidences in [0, 1].
+
+    Returns:
+        One result for each threshold.
     """
     K = len(branch_logits)
     prefixes = [couple_branches(branch_logits, range(n), ensemble, gate_weights) for n in range(1, K + 1)]
