@@ -186,11 +186,6 @@ def _held_out(images: Tensor, dataset: Dataset, subset: Subset) -> int:
     return sum(hashlib.sha256(image.tobytes()).digest() in digests for image in alike)
 
 
-def source_names() -> tuple[str, ...]:
-    """Returns the values of `data.source`, the kinds of sources of the user's own images."""
-    return tuple(_SOURCES)
-
-
 _SOURCES: Registry[Callable[[DataSettings, Path], Listing]] = Registry(
     "data.source",
     {

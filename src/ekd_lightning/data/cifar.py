@@ -273,7 +273,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return _ALLOWED[module, name]
         except KeyError:
             raise UserError(
-                f"{self.path} asks to load {module}.{name}, which a CIFAR batch never needs: delete this "
+                f"{self.path} would load {module}.{name}, which a CIFAR batch never needs: delete this "
                 "file and get the official one"
             ) from None
 

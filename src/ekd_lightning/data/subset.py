@@ -90,7 +90,9 @@ def choose_subset(
         held_out, val_fraction = val_index.numpy(), 0.0
     offered = np.setdiff1d(np.arange(len(own)), held_out)
     sizes = _class_sizes(labels[offered], fraction, per_class)
-    share = _val_share(val_fraction)
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"data.val_fraction={val_fraction} must lie in [0, 1)")
+    share = Fraction(str(float(val_fraction)))
     train_parts, val_parts = [], [held_out]
     for label, size in sizes.items():
         members = offered[own[offered] == label]
@@ -158,12 +160,6 @@ def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) 
             f"whole training set): choose at least {0.5 / min(counts.values()):.2g}, or set data.per_class"
         )
     return sizes
-
-
-def _val_share(val_fraction: float) -> Fraction:
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction} must lie in [0, 1)")
-    return Fraction(str(float(val_fraction)))
 
 
 def _hash(train: IntArray, val: IntArray) -> str:

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation (CRD): embeddings of one image attract, those of other classes repel.
+"""Contrastive representation distillation (CRD): embeddings of one image attract, of images of other classes repel.
 
 Shape letters: B batch, N scores of one anchor, C classes, D features, M teachers, K branches; n is the number of
 training images.

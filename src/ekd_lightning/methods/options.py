@@ -100,7 +100,7 @@ def count(key: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """Factor of a term's weight as a function of training progress; a function of it alone, so resumed runs continue.
+    """Factor of a term's weight as a function of training progress only, so that resumed runs continue it.
 
     Attributes:
         points: (share of the training in [0, 1], factor >= 0), ordered by share; the factor is linear between

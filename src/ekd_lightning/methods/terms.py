@@ -35,10 +35,10 @@ class Term(nn.Module):
         needs_networks: Whether it reads `context.networks`.
         uses_assignment: Whether the assignment has an effect on this term.
         uses_temperature: Whether the method's temperature has an effect on this term.
-        captures: Whether `forward` may be recorded once as a CUDA graph and replayed in later steps: it reads nothing
-            back from the device, its shapes depend on no values, it draws from `context.step_tensor()` alone (not from
-            a generator), and `context.epoch`, `step` and `progress` do not decide what it computes. A replay would
-            repeat the numbers of the step that was recorded.
+        captures: Whether `forward` may be recorded once as a CUDA graph and replayed in later steps. It then must read
+            nothing back from the device, have shapes that depend on no values, derive random numbers from
+            `context.step_tensor()` instead of a generator, and not depend on `context.epoch`, `step` and `progress`,
+            whose values in a replay would be those of the recorded step.
         reads_logits: Whether it reads its teachers' logits or applies their classifiers; ignored without
             `needs_teachers`.
         accepts_masked: Whether the loss is defined for a teacher that does not know all classes (logits of -inf).

@@ -115,7 +115,7 @@ class NetworkSpec:
         if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 1:
             raise UserError(f"network {self.name!r}: num_classes={self.num_classes!r} must be an integer >= 1")
         try:
-            # A private copy in JSON form, so that specs compare equal whatever file they came from.
+            # A private copy in JSON form, so that equal options from Python, YAML and JSON compare equal.
             options = json.loads(json.dumps(dict(self.options)))
         except (TypeError, ValueError) as error:
             raise UserError(f"network {self.name!r}: options {self.options!r} are not JSON-able ({error})") from None

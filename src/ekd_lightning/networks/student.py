@@ -84,7 +84,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def keep(self, kept: Sequence[int]) -> None:
-        """Drops all other branches; the scores of those kept do not change.
+        """Drops all branches except `kept`, whose scores do not change.
 
         Args:
             kept: Positions of the branches to keep, 0 .. K-1, in the new order.

@@ -162,8 +162,8 @@ class Result(Mapping[str, Any]):
         hints = _hints()
         for name in ("method", "data", "seed", "fraction"):
             if not is_of(record.get(name), hints[name]):
-                value = record.get(name)
-                raise NotAResultError(f"no {name!r}" if value is None else f"{name!r} is {value!r:.60}")
+                found = record.get(name)
+                raise NotAResultError(f"no {name!r}" if found is None else f"{name!r} is {found!r:.60}")
         tested = record.get("test_accuracy")
         checked = ("fraction",) if tested is None and record.get("partial") else ("fraction", "test_accuracy")
         for name in checked:
