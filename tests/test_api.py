@@ -178,7 +178,7 @@ def test_a_module_comes_back_for_prediction_without_teachers(here):
     assert torch.equal(loaded.predict_step(images, 0), module.student(images))
     trainer = trainer_of(2)
     assert trainer.validate(loaded, loader, verbose=False) == trainer.validate(module, loader, verbose=False)
-    with pytest.raises(UserError, match=r"method 'ekd' needs teachers, and there are none: pass teachers="):
+    with pytest.raises(UserError, match=r"the method 'ekd' needs teachers to train: pass teachers="):
         trainer.fit(loaded, loader, ckpt_path=path)
     known = torch.load(path, weights_only=True)["hyper_parameters"]
     assert known["teachers"] == [
@@ -203,7 +203,7 @@ def test_a_module_that_comes_back_goes_on_as_if_nothing_had_been(here, method_na
 def test_what_is_no_such_checkpoint_is_refused(here):
     module, _, _, path = checkpointed(here)
     other = networks(teachers=1)[1]
-    with pytest.raises(UserError, match="was taught by"):
+    with pytest.raises(UserError, match="needs the teachers that it was trained with"):
         ekd.Distiller.load_from_checkpoint(path, teachers=other)
     with pytest.raises(UserError, match="no such file"):
         ekd.Distiller.load_from_checkpoint(here / "b.ckpt")

@@ -116,8 +116,8 @@ def load_plugins() -> None:
     if _searched:
         return
     _searched.append(True)  # before: plugins look names up while they are imported
-    here = {os.path.realpath(place) for place in (os.getcwd(), os.environ.get(STARTED_IN) or ".")}
-    installed = distributions(path=[place for place in sys.path if place and os.path.realpath(place) not in here])
+    ignored = {os.path.realpath(place) for place in (os.getcwd(), os.environ.get(STARTED_IN) or ".")}
+    installed = distributions(path=[place for place in sys.path if place and os.path.realpath(place) not in ignored])
     for package in installed:
         for entry in package.entry_points.select(group=PLUGINS):
             try:

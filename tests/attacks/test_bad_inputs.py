@@ -95,7 +95,7 @@ def run_row(row: Row, places: dict[str, str], folder: Path) -> tuple[Outcome, li
             patch.setattr("ekd_lightning.data.catalog._LOADED", {})
             patch.setattr("ekd_lightning.data.catalog.read_digits", raising("images were read"))
         # What takes most of the time: the garbage collector, and composing once more to look for hydra.mode.
-        patch.setattr("ekd_lightning.pipeline.run._free", lambda: None)
+        patch.setattr("ekd_lightning.pipeline.run._free_memory", lambda: None)
         patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
         outcome = _call(main, [row.command, *words], folder / "run")
     return outcome, [str(one.message) for one in caught]

@@ -162,7 +162,7 @@ def test_a_teacher_of_another_class_count(refuse, tmp_path):
 
 
 def test_a_teacher_of_another_data_set(refuse, tmp_path):
-    assert_refused(refuse("teachers.pool=[cifar100_resnet20_chenyaofo]"), "for cifar100", "data.name=digits")
+    assert_refused(refuse("teachers.pool=[cifar100_resnet20_chenyaofo]"), "trained on cifar100", "data.name=digits")
 
 
 def test_a_foreign_checkpoint_needs_a_key_map(refuse, tmp_path):
@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_fails_the_run(train, tmp_path):
     outcome = train(tmp_path / "run", "recipe.lr=1e30", "method=branched_ce")
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
-    assert "epoch 0, step 1" in line
+    assert "epoch 1, step 2 of the epoch" in line
     assert "ce_ensemble is nan" in line
     assert "recipe.lr" in line
     assert outcome.status["state"] == "failed"
@@ -247,7 +247,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(train, tmp_pat
     words = ("method=ce", "recipe.epochs=3", "trainer.limit_train_batches=2")
     outcome = train(tmp_path / "run", *words)
     assert outcome.code == 2
-    assert "loss is inf in epoch 1, step 0" in outcome.err
+    assert "loss is inf in epoch 2, step 1 of the epoch" in outcome.err
     assert outcome.status["state"] == "failed"
     assert not (outcome.directory / "result.json").exists()
     for name in ("best", "last"):

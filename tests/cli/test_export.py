@@ -207,7 +207,7 @@ def test_a_file_that_says_something_else_is_removed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "to_bytes", wrong)
     code, _, (line,) = call(run, "-o", tmp_path / "out")
     assert code == 1
-    assert "does not say what the student says and was removed: max |Δlogit|" in line
+    assert "does not reproduce the student and was removed: max |Δlogit|" in line
     assert not (tmp_path / "out").exists()
 
 

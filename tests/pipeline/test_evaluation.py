@@ -177,7 +177,7 @@ def test_findings_are_not_written_to_another_run(finished, parts, differs):
         other = RESULT.having(**{differs: "0" * 64 if differs == "subset_sha256" else 7})
         finished.write_result(other)
     outcome = evaluate_finished_run(opened, finished, ["predictions"])
-    assert "holds another run" in outcome.errors["predictions"]
+    assert "holds another run now" in outcome.errors["predictions"]
     assert (read(finished), finished.arrays()) == (other, {})
     opened.result, opened.started = other, finished.started()
     assert evaluate_finished_run(opened, finished, ["predictions"]).done == ["predictions"]

@@ -24,7 +24,7 @@ from ekd_lightning.networks import (
     state_sha256,
 )
 from ekd_lightning.pipeline.context import EvaluationContext, plain
-from ekd_lightning.pipeline.predictions import predictions, trained_with
+from ekd_lightning.pipeline.predictions import final_teachers, predictions
 from ekd_lightning.runs.result import Result
 from ekd_lightning.settings import DataSettings, MethodSettings, Settings, TeacherSettings
 
@@ -185,7 +185,7 @@ def test_student_and_teachers_stay_as_they_were(make, teachers):
 )
 def test_own_teachers_are_those_of_the_training(method, own):
     settings = Settings(method=MethodSettings(**{"terms": TERMS, **method}))
-    assert trained_with(settings, 3, 3) == own
+    assert final_teachers(settings, 3, 3) == own
 
 
 def test_arrays_of_several_runs_give_the_spread_over_seeds(make):

@@ -105,5 +105,5 @@ def test_what_needs_squares_is_refused_before_training(photographs, train, tmp_p
     teachers = "teachers.count=1"
     run = train(tmp_path / "run", "data=folder", f"data.root={photographs}", size, teachers, "evaluation=full")
     assert run.code != 0
-    assert "evaluation.parts: corruptions are made for squares, images are 16×24" in run.err
+    assert "evaluation.parts: corruptions need square images, these are 16×24" in run.err
     assert not (tmp_path / "run" / "checkpoints").exists()

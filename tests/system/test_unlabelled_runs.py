@@ -53,7 +53,7 @@ def test_the_record_says_what_was_seen(whole: Outcome) -> None:
         "images": result["num_unlabelled_images"],
         "sha256": result["unlabelled_sha256"],
     }
-    assert "8 of a batch's 32 images" in whole.err + whole.out
+    assert "8 images of a batch of 32" in whole.err + whole.out
     assert (result["unlabelled_from"], result["epoch_over"]) == ("rest", "labelled")
     nothing = dict.fromkeys(("unlabelled_sha256", "unlabelled_share", "unlabelled_from"))
     plain = Protocol.of({**result, "num_unlabelled_images": 0, **nothing})

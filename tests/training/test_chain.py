@@ -104,8 +104,8 @@ def test_the_cost_of_the_chain_is_kept_apart_from_the_students(two_runs):
 def by_hand(settings, spec, teachers):
     """0.1 CE + 0.9 T² KL (T 4) against the mean of the teachers' logits, one epoch of SGD, in a plain loop."""
     chain = chain_of(settings)
-    lesson, recipe = chain.lesson, chain.lesson.settings.recipe
-    data = ImageDataModule(lesson.dataset, lesson.subset, lesson.views, batch_size=recipe.batch_size)
+    training, recipe = chain.training, chain.training.settings.recipe
+    data = ImageDataModule(training.dataset, training.subset, training.views, batch_size=recipe.batch_size)
     torch.manual_seed(settings.seed)
     network = build_network(spec)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -166,7 +166,7 @@ def test_a_link_is_what_the_run_makes_of_a_plain_student(train, two_runs, tmp_pa
 def key_of(settings, teachers=("a" * 64,)):
     chain = chain_of(settings)
     assistant = chain.assistants[0]
-    return TeacherStore.digest(chain.lesson.key(assistant.spec, assistant.seed, teachers))
+    return TeacherStore.digest(chain.training.key(assistant.spec, assistant.seed, teachers))
 
 
 @pytest.mark.parametrize(
@@ -304,10 +304,10 @@ def test_runs_that_ask_at_once_train_each_link_once(tiny_settings, tmp_path, mon
     settings = tiny_settings(*WORDS)
     gather_teachers(list(chain_of(settings).origins))
     chain = chain_of(settings)
-    lesson = replace(chain.lesson, settings=replace(settings, teachers=replace(settings.teachers, store=str(tmp_path))))
-    plan = replace(chain, lesson=lesson).last()
+    settings = replace(settings, teachers=replace(settings.teachers, store=str(tmp_path)))
+    plan = replace(chain, training=replace(chain.training, settings=settings)).last()
 
-    def stub(lesson, spec, seed, teachers, scratch):
+    def stub(training, spec, seed, teachers, scratch):
         trained.append(spec)
         return build_network(spec)
 
@@ -416,7 +416,7 @@ def test_the_temperature_of_the_chain_wins_over_a_terms_own(tiny_settings):
         (("method.chain.temperature=0",), r"method\.chain\.temperature"),
         (("method.chain.kd_weight=0",), r"method\.chain\.kd_weight"),
         (("method.chain.ce_weight=-1",), r"method\.chain\.ce_weight"),
-        (("method=ce", "method.assistants=[resnet8]"), r"method\.assistants=.*'ce' has no teachers"),
+        (("method=ce", "method.assistants=[resnet8]"), r"method\.assistants=.*'ce' needs no teachers"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_trained(tiny_settings, tmp_path, words, match):
@@ -430,8 +430,8 @@ def test_a_mistake_is_one_line_before_anything_is_trained(tiny_settings, tmp_pat
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        (("method.assistants=[resnet14]",), r"more than resnet8-s1 above it"),
-        ((f"method.assistants=[{SMALL},{LARGE}]",), r"assistants\[1\]=resnet8 has .* more than resnet8 above it"),
+        (("method.assistants=[resnet14]",), r"more than resnet8-s1 before it"),
+        ((f"method.assistants=[{SMALL},{LARGE}]",), r"assistants\[1\]=resnet8 has .* more than resnet8 before it"),
         (("student.options={width: 1}", f"method.assistants=[{SMALL}]"), "fewer than the student resnet8"),
     ],
 )

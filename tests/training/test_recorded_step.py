@@ -242,7 +242,7 @@ class LooksAtGradients(Callback):
         ({"accumulate_grad_batches": 2}, (), "accumulate_grad_batches"),
         ({"gradient_clip_val": 1.0}, (), "gradient_clip_val"),
         ({"detect_anomaly": True}, (), "detect_anomaly"),
-        ({}, ("recipe.optimizer=rmsprop", "recipe.lr=0.001"), "RMSprop is no fused"),
+        ({}, ("recipe.optimizer=rmsprop", "recipe.lr=0.001"), "RMSprop is not a fused"),
         ({}, ("recipe.mixup=0.2",), "mixed"),
         ({}, ("data.augmentation=[randaugment]",), "augmentation"),
         ({"callbacks": "class"}, (), "LooksAtGradients"),
@@ -285,7 +285,7 @@ def test_a_full_device_names_batch_size_and_what_is_large(tiny_settings, tmp_pat
 @pytest.mark.parametrize(
     ("value", "name", "why"),
     [
-        (math.nan, "kd_ensemble", "nan; use another one"),
+        (math.nan, "kd_ensemble", "nan; use another teacher"),
         (-math.inf, "kd_standardized", "-inf; it masks classes"),
         (-math.inf, "kd_ensemble", None),
     ],

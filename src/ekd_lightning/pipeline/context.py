@@ -1,4 +1,4 @@
-"""Context of an evaluation: a trained student with its data and teachers, and how that of a finished run is opened."""
+"""Context of an evaluation: a trained student with its data and teachers, opened from a finished run."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.pool import TeacherData, plan_teachers
 
 BETWEEN = "; "  # between the errors of two parts
-_ROUNDING = 0.005  # of an accuracy, between the precisions in which it may be found
+_ROUNDING = 0.005  # difference of accuracies that may come from different precisions
 _OWN = ("id", "sha256", "source", "network")
 
 
 class Findings(NamedTuple):
-    """What a part found.
+    """Findings of a part.
 
     Attributes:
         fields: Numbers, strings, and lists or mappings of them, for result.json; names are unique over all parts.
-        arrays: What plots need and no table shows, for the run's arrays file; names likewise.
+        arrays: Arrays for plots, for arrays.npz; names are likewise unique.
     """
 
     fields: dict[str, Any]
@@ -52,34 +52,34 @@ class Findings(NamedTuple):
 
 
 def merge(result: Result, findings: Findings, part: str, seconds: float) -> Result:
-    """The result with a part's findings, which replace those that it left there before.
+    """Returns the result with a part's findings, which replace its earlier ones.
 
     Args:
-        result: Of the run, with the parts that are there.
-        findings: Of the part.
-        part: Its name.
-        seconds: What it took.
+        result: Result of the run, with the findings of other parts.
+        findings: Findings of the part.
+        part: Name of the part.
+        seconds: Seconds that the part took.
 
     Raises:
-        ValueError: If a part that was not there finds something under a name that is taken.
+        ValueError: If a new part has a field of a name that is taken.
     """
-    there = list(result.evaluated or [])
+    recorded = list(result.evaluated or [])
     own = ("evaluated", "evaluation_error", "evaluation_seconds")
-    taken = [name for name in findings.fields if name in own or (part not in there and name in result)]
+    taken = [name for name in findings.fields if name in own or (part not in recorded and name in result)]
     if taken:
-        raise ValueError(f"part {part!r} and others write the same names: {', '.join(taken)}")
+        raise ValueError(f"part {part!r} and another one write the same fields: {', '.join(taken)}")
     lines = (result.evaluation_error or "").split(BETWEEN)
     left = [line for line in lines if not line.startswith(f"{part}: ")]
     return result.having(
         **{name: plain(value) for name, value in findings.fields.items()},
-        evaluated=[name for name in EVALUATION_PARTS if name in {*there, part}],
+        evaluated=[name for name in EVALUATION_PARTS if name in {*recorded, part}],
         evaluation_seconds={**(result.evaluation_seconds or {}), part: round(seconds, 3)},
         evaluation_error=BETWEEN.join(left) or None,
     )
 
 
 def plain(value: Any) -> Any:
-    """The value with NumPy's numbers and arrays as Python's, for JSON."""
+    """Returns the value with Python's numbers and lists in place of NumPy's, for JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, Mapping):
@@ -91,17 +91,17 @@ def plain(value: Any) -> Any:
 
 @dataclass
 class EvaluationContext:
-    """A trained student, the data it was made for, and its teachers.
+    """A trained student, its data, and its teachers.
 
     Attributes:
-        settings: The run's.
-        result: What is recorded of the run so far (`num_branches`, `assignment`, ...).
-        student: In eval mode, on `device`.
-        dataset: Training and test images, all of them.
-        subset: Which training images the run saw (`train_index`) and validated on (`val_index`).
-        device: Where to compute.
+        settings: Settings of the run.
+        result: Result of the run so far (`num_branches`, `assignment`, ...).
+        student: The student, in eval mode, on `device`.
+        dataset: All training and test images.
+        subset: Training images (`train_index`) and validation images (`val_index`) of the run.
+        device: Device of all computations.
         gather: Loads the run's teachers; None if it had none.
-        started: When the run, or its last part, was started, as it was opened; None if that is unknown.
+        started: When the opened run, or its last part, was started; None if unknown.
     """
 
     settings: Settings
@@ -115,21 +115,21 @@ class EvaluationContext:
 
     @cached_property
     def teachers(self) -> TeacherEnsemble | None:
-        """The run's teachers on `device`, loaded when first asked for; None if it had none."""
+        """The run's teachers on `device`, loaded on first use; None if it had none."""
         return None if self.gather is None else self.gather().to(self.device)
 
     @cached_property
     def test_predictions(self) -> StudentPredictions:
-        """What the student says of the test images; several parts read it, so it is asked once."""
+        """The student's outputs for the test images, computed once for all parts."""
         batch_size = self.settings.data.eval_batch_size
         return predict_student(self.student, self.dataset.test, batch_size=batch_size, device=self.device)
 
 
 def load_own_student(run: RunDirectory) -> BranchedStudent:
-    """The student that a run left, with the weights after the last epoch.
+    """Loads a run's student with the weights after the last epoch.
 
     Raises:
-        UserError: If it is missing or damaged, or another run's.
+        UserError: If the file is missing or damaged, or belongs to another run.
     """
     student = load_student(run.student)
     run.require_own(run.student, read_metadata(run.student).get("run"))
@@ -143,26 +143,26 @@ def open_context(
     other: BranchedStudent | None = None,
     weights: str = "last",
 ) -> EvaluationContext:
-    """What the parts of an evaluation need of a finished run.
+    """Opens a finished run for an evaluation.
 
     Args:
         run: The run.
-        settings: Those it ran with, with new places.
-        device: Where to compute.
-        other: Its student with other weights, moved to `device`; None for those after the last epoch.
-        weights: Which weights these are, `best` or `ema`.
+        settings: Settings of the run, with the current paths of data and teachers.
+        device: Device of all computations.
+        other: The student with other weights, which is moved to `device`; None for those after the last epoch.
+        weights: Name of these weights, `best` or `ema`.
 
     Raises:
-        UserError: If the run is not done, a file of it is damaged, the data are missing, or data or student are others
-            than the run's.
+        UserError: If the run is not done, one of its files is damaged, the data are missing, or data or student are not
+            those of the run.
     """
-    started = run.started()  # first: a run that takes its place meanwhile is noticed
+    started = run.started()  # read first, to detect a run that replaces it meanwhile
     result, record = run.finished_result(), run.provenance()
     student = load_own_student(run) if other is None else other
     dataset, subset, views = prepare_data(settings)
     refuse_other_images(run, settings, dataset)
     if result.subset_sha256 not in (None, subset.sha256):
-        raise UserError(f"{run.path}: its settings no longer choose the images that it was trained on")
+        raise UserError(f"{run.path}: with these settings the subset is not that of the run (its SHA-256 differs)")
     data = TeacherData(dataset, subset, views, settings.teachers.train_on)
     entries = record.get("teachers") or []
     gather = (lambda: recorded_teachers(settings, entries, data)) if entries else None
@@ -175,23 +175,23 @@ def open_context(
     elif result.student_sha256 is None:  # not recorded before version 0.2
         _require_recorded(context, run.student, result.test_accuracy)
     elif result.student_sha256 != state_sha256(student):
-        raise UserError(f"{run.student}: not the student of this run, its weights are not those on record (SHA-256)")
+        raise UserError(f"{run.student}: not the student of this run, its SHA-256 is not the recorded one")
     return context
 
 
 def refuse_other_images(
     run: RunDirectory, settings: Settings, dataset: Dataset, unlabelled: Unlabelled | None = None
 ) -> None:
-    """Compares images, wherever they are, with those on a run's record.
+    """Compares images with the recorded hashes of a run.
 
     Args:
-        run: The run; what it has not recorded yet is not compared.
-        settings: They say where the images lie.
+        run: The run; only recorded hashes are compared.
+        settings: Settings, which name the paths of the images.
         dataset: The labelled images.
-        unlabelled: Those without labels; None if they are not read.
+        unlabelled: The images without labels; None if they are not read.
 
     Raises:
-        UserError: Naming the place whose images are others.
+        UserError: Naming the path whose images differ.
     """
     recorded = run.provenance().get("data") or {}
     without = recorded.get("unlabelled") or {}
@@ -206,7 +206,7 @@ def refuse_other_images(
 
 
 def _require_recorded(context: EvaluationContext, path: Path, recorded: float | None) -> None:
-    """Refuses a student whose test accuracy contradicts the record by more than precision and rounding explain."""
+    """Refuses a student whose test accuracy differs from the recorded one by more than rounding explains."""
     if recorded is None or context.result.partial:
         return
     labels = context.dataset.test.labels
@@ -214,27 +214,27 @@ def _require_recorded(context: EvaluationContext, path: Path, recorded: float | 
     found = float((logits.argmax(-1) == labels).double().mean()) if logits.isfinite().all() else math.nan
     if not abs(found - recorded) <= _ROUNDING + 2 / len(labels):
         raise UserError(
-            f"{path}: not the student of this run, or damaged: its test accuracy is {100 * found:.2f} %, the run "
-            f"recorded {100 * recorded:.2f} %"
+            f"{path}: not the student of this run, or damaged: its test accuracy is {100 * found:.2f} %, the "
+            f"recorded one {100 * recorded:.2f} %"
         )
 
 
 def recorded_teachers(settings: Settings, entries: Iterable[Mapping[str, Any]], data: TeacherData) -> TeacherEnsemble:
-    """Loads the teachers that a run's provenance names; none is ever trained here.
+    """Loads the teachers that a run's provenance names; trains none.
 
     Args:
-        settings: The run's, with places where the teachers are now.
-        entries: `teachers` of its provenance.json.
-        data: The run's.
+        settings: Settings of the run, with the current paths of the teachers.
+        entries: `teachers` of provenance.json.
+        data: Data of the run.
 
     Raises:
-        UserError: If one is no longer there, or is another network than the run's.
+        UserError: If a teacher is missing, or has other weights than the run's.
     """
     networks, identities = [], []
     for entry in entries:
         network = _load(settings, entry, data)
         if state_sha256(network) != entry["sha256"]:
-            raise UserError(f"teacher {entry['id']!r} is not the one that taught this run (its weights differ)")
+            raise UserError(f"teacher {entry['id']!r} is not the one that taught this run: its SHA-256 differs")
         detail = {name: value for name, value in entry.items() if name not in _OWN}
         networks.append(network)
         identities.append(TeacherIdentity(**{name: entry[name] for name in _OWN}, detail=detail))
@@ -246,16 +246,16 @@ def _load(settings: Settings, entry: Mapping[str, Any], data: TeacherData) -> St
         weights = TeacherStore(Path(settings.teachers.store)).weights(entry["store_key"])
         if not weights.is_file():
             raise UserError(
-                f"teachers.store={settings.teachers.store}: teacher {entry['id']!r} of the run is not there; "
-                "name the store that the run used"
+                f"teachers.store={settings.teachers.store}: lacks the teacher {entry['id']!r} of the run; name the "
+                "store that the run used"
             )
         return load_network(weights)
-    found: list[StagedNetwork] = []  # entries may differ in their classes or sizes alone
+    found: list[StagedNetwork] = []  # several entries may share id and source
     for plan in plan_teachers(settings.teachers, data, "cpu"):
         if (plan.id, plan.source) == (entry["id"], entry["source"]):
             network, detail = plan.obtain()
             if detail.get("file_sha256") == entry.get("file_sha256"):
                 found.append(network)
     if not found:
-        raise UserError(f"teacher {entry['id']!r} of the run is not in its pool any more")
+        raise UserError(f"teachers.pool: lacks the teacher {entry['id']!r} of the run, or its file has changed")
     return next((one for one in found if state_sha256(one) == entry["sha256"]), found[0])

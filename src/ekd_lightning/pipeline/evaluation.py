@@ -1,4 +1,4 @@
-"""Evaluation of a trained student: its parts, how they are run, and how what they find gets into the record."""
+"""Evaluation of a trained student: its parts, and how they are run and their findings recorded."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ log = logging.getLogger(__name__)
 
 
 def generalisation(context: EvaluationContext) -> Findings:
-    """How much better the student is on the images that it was trained on.
+    """Measures the generalisation gap: scores on the training images against those on the test images.
 
-    Both sides are computed here, in float32 and without augmentation, so that they differ in the images alone.
+    Both are computed here, in float32 and without augmentation, so that only the images differ.
 
     Returns:
         `train_accuracy`, `train_nll`; `gap_accuracy` (train - test) and `gap_nll` (test - train), both positive
-        where the training images are the easier ones.
+        if the student is better on the training images.
     """
     student = _for_inference(context)
     train_set, test_set = context.dataset.train, context.dataset.test
@@ -74,15 +74,15 @@ def flatness(
     points: int = 17,
     seed: int = 0,
 ) -> Findings:
-    """How the loss of the ensemble output on training images changes around the weights.
+    """Measures how the loss of the ensemble output on training images changes around the weights.
 
     Args:
         context: The run.
-        sharpness_images: Training images that sharpness is taken on, evenly spread; all if there are fewer.
-        curve_images: The same for the curves, which need the loss `directions · (points + 3)` times or so.
-        directions: D, at least 1; 0 leaves the curves out.
-        points: Equal distances from -1 to 1 on each curve, at least 2.
-        seed: Of the first direction; the others take the numbers that follow.
+        sharpness_images: Training images for the sharpness, evenly spread; all if there are fewer.
+        curve_images: Training images for the curves, which need the loss about `directions · (points + 3)` times.
+        directions: D, the number of curves; 0 for none.
+        points: Points of each curve, at equal distances from -1 to 1; at least 2.
+        seed: Seed of the first direction; the others take the following numbers.
 
     Returns:
         `sharpness_sam` (ρ = 0.05), `sharpness_adaptive` (ρ = 0.5), `sharpness_images`; with curves also
@@ -112,23 +112,23 @@ def flatness(
 def corruptions(
     context: EvaluationContext, *, images: int | None = 2000, seed: int = 0, extra: bool = False
 ) -> Findings:
-    """How the student fares on corrupted test images, official ones where `data.root` has them.
+    """Scores the student on corrupted test images, the official ones if `data.root` has them.
 
     Args:
         context: The run.
-        images: Test images to take, evenly spread, for each of 15 corruptions × 5 severities; None for all.
-        seed: Of regenerated images.
+        images: Test images, evenly spread, for each of 15 corruptions × 5 severities; None for all.
+        seed: Seed of regenerated images.
         extra: Whether the four extra corruptions are scored, too; no mean includes them.
 
     Returns:
         `corruption_source` (`official` or `regenerated`), `corruption_images`, `corruption_left_out` (main
         corruptions that could not be made); `corruption_clean_accuracy`, `corruption_clean_nll` and
-        `corruption_clean_ece` of the same images as they are; `corruption_mce`, `corruption_accuracy` {name: [5]};
+        `corruption_clean_ece` of the same images uncorrupted; `corruption_mce`, `corruption_accuracy` {name: [5]};
         and `corruption_accuracy_by_severity`, `corruption_nll_by_severity`, `corruption_ece_by_severity`: means
         over the main corruptions.
 
     Raises:
-        UserError: The official folder, or that of the frost photographs, is incomplete or damaged.
+        UserError: If the official folder, or that of the frost photographs, is incomplete or damaged.
     """
     test, batch = context.dataset.test, context.settings.data.eval_batch_size
     sets = CorruptedSets(test, Path(context.settings.data.root), extra=extra, seed=seed)
@@ -150,11 +150,11 @@ def corruptions(
 
 
 def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findings:
-    """What the deployed form costs: batch norm folded into the convolutions, channels-last, float32, not compiled.
+    """Measures the cost of the deployed form: batch norm folded, channels-last, float32, not compiled.
 
     Args:
         context: The run.
-        min_seconds: How long at least each batch size is timed.
+        min_seconds: Shortest time for which each batch size is measured.
 
     Returns:
         `deployed_bytes`; `latency_ms_batch1`, `latency_ms_batch128` (medians) and `latency_iqr_ms_batch1`,
@@ -164,7 +164,7 @@ def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findi
     deployed = FrozenStudent(context.student).to(context.device)
     images = to_unit(context.dataset.test.images[:1].to(context.device))
     one = measure_latency(deployed, images, min_seconds=min_seconds)
-    images = images.repeat(128, 1, 1, 1)  # what is in an image has no influence on the time
+    images = images.repeat(128, 1, 1, 1)  # the time does not depend on the pixels
     many = measure_latency(deployed, images, min_seconds=min_seconds)
     return Findings(
         {
@@ -182,7 +182,7 @@ def efficiency(context: EvaluationContext, *, min_seconds: float = 1.0) -> Findi
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: the name of the card, or of the processor."""
+    """Returns the model name of the device: of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -191,7 +191,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _for_inference(context: EvaluationContext) -> BranchedStudent:
-    """A copy of the student for float32 and channels-last; the context's own is left as it is."""
+    """Returns a copy of the student in float32 and channels-last."""
     return copy.deepcopy(context.student).eval().float().to(memory_format=torch.channels_last)
 
 
@@ -218,17 +218,17 @@ PARTS: dict[str, Callable[[EvaluationContext], Findings]] = {
     "corruptions": corruptions,
     "efficiency": efficiency,
 }
-"""All parts in the order in which they are run; each leaves student and teachers as they were."""
+"""All parts, in the order in which they run; none changes the student or the teachers."""
 
 
 class Outcome(NamedTuple):
-    """What came of an evaluation.
+    """Outcome of an evaluation.
 
     Attributes:
-        result: What is recorded of the run now.
+        result: The result with all findings.
         done: Parts that were run.
-        skipped: Parts that were there already.
-        errors: Parts that failed, each with one line that says why.
+        skipped: Parts whose findings were already recorded.
+        errors: The error of each part that failed, in one line.
     """
 
     result: Result
@@ -238,14 +238,14 @@ class Outcome(NamedTuple):
 
 
 def evaluate_new_run(context: EvaluationContext, directory: RunWriter) -> Result:
-    """Runs the parts of `evaluation.parts` after a training. A part that fails loses its findings, not the run.
+    """Runs the parts of `evaluation.parts` after a training; if a part fails, only its findings are lost.
 
     Args:
-        context: The trained student; its `result` holds what is known of the run.
-        directory: The run's; receives the arrays file.
+        context: The trained student; its `result` has everything but the evaluation.
+        directory: The run's directory; receives arrays.npz.
 
     Returns:
-        The result with what was found; the caller writes it.
+        The result with the findings; the caller writes it.
     """
     outcome = _run_parts(context, directory, context.settings.evaluation.parts, force=True, new=True)
     return outcome.result.having(evaluation_error=BETWEEN.join(outcome.errors.values()) or None)
@@ -254,15 +254,15 @@ def evaluate_new_run(context: EvaluationContext, directory: RunWriter) -> Result
 def evaluate_finished_run(
     context: EvaluationContext, directory: RunWriter, parts: Sequence[str], *, force: bool = False
 ) -> Outcome:
-    """Runs parts for a run that is done, and writes result.json and the arrays file after each.
+    """Runs parts for a finished run, and writes result.json and arrays.npz after each.
 
-    What other parts, and the run itself, wrote there is kept.
+    Fields and arrays of other parts, and of the run itself, are kept.
 
     Args:
         context: The run's student, data and result.
         directory: The run's directory.
-        parts: Their names.
-        force: Whether parts that are there already are run again.
+        parts: Names of the parts.
+        force: Whether parts with recorded findings are run again.
     """
     return _run_parts(context, directory, parts, force=force, new=False)
 
@@ -273,9 +273,9 @@ def _run_parts(
     result, done, skipped, errors = context.result, [], [], {}
     if result.evaluated is None:
         result = result.having(evaluated=[])
-    there = result.evaluated or []
+    recorded = result.evaluated or []
     for name in [name for name in PARTS if name in parts]:
-        if name in there and not force:
+        if name in recorded and not force:
             skipped.append(name)
             advance()
             continue
@@ -287,16 +287,16 @@ def _run_parts(
             with nullcontext() if new else directory.changing():
                 arrays = directory.arrays()
                 if new and not arrays.keys().isdisjoint(findings.arrays):
-                    raise ValueError(f"part {name!r} and others write the same arrays: {sorted(findings.arrays)}")
+                    raise ValueError(f"part {name!r} and another one write the same arrays: {sorted(findings.arrays)}")
                 result = merge(result if new else _recorded(context, directory), findings, name, seconds)
                 directory.write_arrays(arrays | dict(findings.arrays))
                 if not new:
                     directory.write_result(result)
         except Exception as error:
-            # Training took long, and this can be made up for: one warning, and the next part.
+            # The training is not lost, and the part can be run later: one warning, and the next part.
             errors[name] = f"{name}: {reason(error).replace(BETWEEN, ', ')}"
             bug = users_line(error) is None
-            if bug or new:  # else the caller tells
+            if bug or new:  # else the caller reports it
                 log.warning("evaluation: %s", errors[name], exc_info=bug)
             continue
         done.append(name)
@@ -305,15 +305,15 @@ def _run_parts(
 
 
 def _recorded(context: EvaluationContext, directory: RunWriter) -> Result:
-    """The current record of a finished run.
+    """Reads the current result of a finished run.
 
     Raises:
-        UserError: If another run has taken its place.
+        UserError: If another run has replaced it.
     """
-    there = directory.read_result()
-    if (directory.started(), *_identity(there)) != (context.started, *_identity(context.result)):
-        raise UserError(f"{directory.path}: holds another run than the one that was evaluated")
-    return there
+    result = directory.read_result()
+    if (directory.started(), *_identity(result)) != (context.started, *_identity(context.result)):
+        raise UserError(f"{directory.path}: holds another run now, so the findings are not recorded")
+    return result
 
 
 def _identity(result: Result) -> tuple[Any, ...]:

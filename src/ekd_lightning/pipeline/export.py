@@ -1,4 +1,4 @@
-"""Writes the student of a finished run as files for use, and keeps only those that say what it says."""
+"""Export of a finished run's student; only files that reproduce its outputs are kept."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from ekd_lightning.training.checkpoints import read_checkpoint
 EXPORT = "export.json"
 INT8 = "student.int8.onnx"
 WEIGHTS = {"last": "", "best": "student.", "ema": "ema.module."}
-"""What may be exported, and what the names of these weights begin with in a checkpoint."""
+"""Weights that can be exported, with the prefix of their names in a checkpoint."""
 _CALIBRATION_BATCH = 64
 _PATIENCE_SECONDS = 3600.0  # for another export into the same folder
 
 
 class CheckFailedError(Exception):
-    """A written file does not say what the student says; it has been removed."""
+    """A written file does not reproduce the student's outputs; it has been removed."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is to be written.
+    """Options of an export.
 
     Attributes:
-        formats: Some of `SUFFIXES`, each once.
-        branches: Which branches are kept, in this order; None for all.
-        weights: One of `WEIGHTS`, for the student's record.
-        fold_branches: Whether the branches become one head, where that is exact.
+        formats: Formats, keys of `SUFFIXES`, each once.
+        branches: Branches to keep, in this order; None for all.
+        weights: Key of `WEIGHTS`, for the student's record.
+        fold_branches: Whether the branches are folded into one head, which must be exact.
         fold_batch_norm: Whether batch norms are folded into the convolutions before them.
-        probabilities: Whether files return probabilities beside logits.
+        probabilities: Whether files return probabilities besides logits.
         int8: Whether an ONNX file quantised to int8 is written, too.
-        calibration_images: Training images of which int8 takes its ranges, at least 1.
-        max_drop: By how much of 1 the accuracy of the int8 file may be lower.
-        tolerance: Largest |Δlogit| of the others; None for `default_tolerance`.
+        calibration_images: Training images that set the ranges of int8, at least 1.
+        max_drop: Largest loss of accuracy, in [0, 1], of the int8 file.
+        tolerance: Largest |Δlogit| of the float32 files; None for `default_tolerance`.
     """
 
     formats: tuple[str, ...]
@@ -65,28 +65,28 @@ class ExportOptions:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files."""
+        """Names of the files to write."""
         return (*(f"student{SUFFIXES[name]}" for name in self.formats), *((INT8,) if self.int8 else ()))
 
 
 def load_weights(run: RunDirectory, weights: str) -> BranchedStudent:
-    """The run's student with other weights than those after the last epoch.
+    """Loads the run's student with other weights than those after the last epoch.
 
     Args:
         run: The run.
-        weights: `best`, of the best epoch by validation accuracy, or `ema`, the moving average.
+        weights: `best` for the epoch with the best validation accuracy, `ema` for the moving average.
 
     Raises:
-        UserError: If there is no such checkpoint, or it lacks these weights, is damaged or another student's.
+        UserError: If the checkpoint is missing or damaged, lacks these weights, or is of another student.
     """
     path, prefix = run.best_checkpoint if weights == "best" else run.last_checkpoint, WEIGHTS[weights]
     if not path.is_file():
-        why = "it had no validation images, or it was removed" if weights == "best" else "it was removed"
-        raise UserError(f"--weights {weights}: the run has no {path} ({why})")
+        why = "no validation images, or removed" if weights == "best" else "removed"
+        raise UserError(f"--weights {weights}: the run has no {path} ({why}); --weights last needs none")
     state = read_checkpoint(path, run.identity).get("state_dict", {})
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if weights == "ema" and not own:
-        raise UserError(f"--weights ema: the run has no moving average (recipe.ema=0), see {path}")
+        raise UserError(f"--weights ema: the run has no moving average (recipe.ema=0), so {path} does not hold one")
     student = load_own_student(run)
     try:
         student.load_state_dict(own, strict=True)
@@ -96,7 +96,7 @@ def load_weights(run: RunDirectory, weights: str) -> BranchedStudent:
 
 
 def read_export(folder: Path) -> dict[str, Any] | None:
-    """Content of a folder's export.json; None without one.
+    """Reads a folder's export.json; None if there is none.
 
     Raises:
         UserError: If it is damaged.
@@ -114,21 +114,21 @@ def read_export(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_existing(folder: Path, options: ExportOptions, force: bool) -> None:
-    """Refuses to overwrite; needs nothing but the folder.
+    """Refuses to overwrite files; reads only the folder.
 
     Raises:
-        UserError: If the folder holds one of the files, and not `force`.
+        UserError: If the folder holds one of the files, without `force`, or is a file, or its export.json is damaged.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; exports go to a folder")
+        raise UserError(f"{folder}: is a file; choose a folder with -o")
     read_export(folder)
-    there = [name for name in options.files if (folder / name).exists()]
-    if there and not force:
-        raise UserError(f"{folder / there[0]} exists (--force overwrites it, -o names another folder)")
+    existing = [name for name in options.files if (folder / name).exists()]
+    if existing and not force:
+        raise UserError(f"{folder / existing[0]} exists (--force overwrites it, -o names another folder)")
 
 
 def exporting(folder: Path) -> DirectoryLock:
-    """The lock of a folder while files are exported there, made if it is missing; another export waits for it."""
+    """Returns the lock of a folder, for the time of an export; the folder is made if missing, other exports wait."""
     return DirectoryLock(folder, patience=_PATIENCE_SECONDS)
 
 
@@ -142,23 +142,23 @@ def export_student(
 ) -> dict[str, Any]:
     """Writes the files, checks each on all test images, and records them in export.json.
 
-    To be called under the lock of the folder, `exporting`. A file appears under its name only after its check. Files of
-    the same student that are in the folder stay and keep their place in export.json.
+    The caller must hold the folder's lock, see `exporting`. A file gets its name only after its check. Files of the
+    same student in the folder are kept, with their entries in export.json.
 
     Args:
-        context: The run; its student has the weights that are to be exported, on the CPU.
+        context: The run; its student has the weights to export, on the CPU.
         provenance: Content of the run's provenance.json.
-        folder: Where to; made if missing.
-        options: What to write.
-        force: Whether to overwrite, and to replace the export of another student.
+        folder: Folder of the files; made if missing.
+        options: Options of the export.
+        force: Whether to overwrite files, and to replace the export of another student.
 
     Returns:
         The content of export.json.
 
     Raises:
-        UserError: If branches are not there or do not fold, a file exists, the folder holds another student, or a
-            package is missing.
-        CheckFailedError: If a file does not say what the student says.
+        UserError: If a branch does not exist, branches do not fold, a file exists, the folder holds another student, or
+            a package is missing.
+        CheckFailedError: If a file does not reproduce the student's outputs.
     """
     refuse_existing(folder, options, force)
     if options.int8 or "onnx" in options.formats:
@@ -175,7 +175,7 @@ def export_student(
     deployed = DeployedStudent(student, fold=options.fold_batch_norm, probabilities=options.probabilities)
     record = _record(folder, {**metadata, "spec": deployed.spec}, force)
     tolerance = default_tolerance(reference) if options.tolerance is None else options.tolerance
-    remove_parts(folder)  # of an export that was killed
+    remove_parts(folder)  # files of a killed export
     for name, facts, content in _contents(context, deployed, metadata, options):
         with replacing(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -190,7 +190,7 @@ def export_student(
 
 
 def _record(folder: Path, metadata: dict[str, Any], force: bool) -> dict[str, Any]:
-    """export.json as it is before the first file: that of the same student goes on."""
+    """Returns export.json before the first file: that of an earlier export of the same student, or a new one."""
     old = read_export(folder)
     if old and old["student"] == metadata["student"]:
         return {**old, **metadata, "files": dict(old["files"])}
@@ -204,7 +204,7 @@ def _record(folder: Path, metadata: dict[str, Any], force: bool) -> dict[str, An
 def _contents(
     context: EvaluationContext, deployed: DeployedStudent, metadata: dict[str, Any], options: ExportOptions
 ) -> Iterator[tuple[str, dict[str, Any], bytes]]:
-    """Name, facts and content of each file."""
+    """Yields name, facts and content of each file."""
     onnx: bytes | None = None
     for file_format in options.formats:
         facts = {"format": file_format, "precision": "float32", "folded": options.fold_batch_norm}
@@ -226,17 +226,17 @@ def _contents(
 
 
 def _spread(index: Tensor, count: int) -> Tensor:
-    """`count` of the indices, spread evenly, so that a data set sorted by class is covered."""
+    """Returns `count` indices, evenly spread, so that a data set sorted by class is covered."""
     count = min(count, len(index))
     return index[torch.linspace(0, len(index) - 1, count).long()]
 
 
 def _require_agreement(path: Path, found: Agreement, max_drop: float | None) -> None:
-    """Refuses a float32 file that differs by more than rounding, an int8 one that is wrong too often."""
+    """Refuses a float32 file that differs by more than rounding, and an int8 file that loses too much accuracy."""
     scores = f"accuracy {found.accuracy:.4f}, the student's {found.reference_accuracy:.4f}"
     if max_drop is None and not found.is_same:
         raise CheckFailedError(
-            f"{path} does not say what the student says and was removed: max |Δlogit| {found.max_difference:.3g}, "
+            f"{path} does not reproduce the student and was removed: max |Δlogit| {found.max_difference:.3g}, "
             f"allowed {found.tolerance:.3g}; {found.changed_clearly} predictions of {found.images} changed; {scores}"
         )
     if max_drop is not None and not found.reference_accuracy - found.accuracy <= max_drop:

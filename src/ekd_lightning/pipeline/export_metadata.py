@@ -1,4 +1,4 @@
-"""What an exported student says of itself: classes, data, method, metrics, hashes, versions."""
+"""Metadata of exported students: classes, data, method, metrics, hashes, versions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _OF_A_TEACHER = ("id", "network", "sha256", "source", "trained_on", "test_accura
 
 
 def measure(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Scores on the test set: those of `score_logits`, and the accuracy of each class.
+    """Computes scores on the test set: those of `score_logits`, and the accuracy of each class.
 
     Args:
         logits: float32 [N, C].
         labels: int64 [N].
 
     Returns:
-        `images`, `accuracy`, `nll`, `ece`, `brier`, perhaps `top5`, and `class_accuracy` (None for a class without
-        images). Numbers that are not finite are None.
+        `images`, `accuracy`, `nll`, `ece`, `brier`, `top5` (from 20 classes on), and `class_accuracy` (None
+        for a class without images). Numbers that are not finite are None.
     """
     confusion = multiclass_confusion_matrix(logits, labels, num_classes=logits.shape[1]).cpu().numpy()
     scores = {name: value if math.isfinite(value) else None for name, value in score_logits(logits, labels).items()}
@@ -46,15 +46,15 @@ def describe_export(
     weights: str,
     metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The metadata that every format holds, JSON-able.
+    """Returns the metadata that files of every format hold, JSON-able.
 
     Args:
         context: The run's settings, result and data.
-        provenance: Content of its provenance.json.
-        student: What is exported, branches cut or folded.
-        branches: Which of the run's branches it was made of.
+        provenance: Content of the run's provenance.json.
+        student: The exported student, after cutting or folding branches.
+        branches: Branches of the run's student that it keeps.
         weights: `last`, `best` or `ema`.
-        metrics: What `measure` found for this student.
+        metrics: Scores of this student, from `measure`.
     """
     data = context.dataset
     return {

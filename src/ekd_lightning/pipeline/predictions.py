@@ -1,4 +1,4 @@
-"""Part `predictions` of the evaluation: what one pass over test and validation images tells of a student.
+"""Part `predictions` of the evaluation: findings from one pass over test and validation images.
 
 Shape letters: N test images, C classes, K branches, M teachers.
 """
@@ -38,47 +38,47 @@ from ekd_lightning.settings import Settings
 from ekd_lightning.teachers.store import TeacherStore
 
 NOMINAL = ("one_to_one", "permuted")
-"""Assignments whose margins every branched student with teachers has, whatever it was trained with."""
+"""Assignments whose margins every branched student with teachers gets, besides those of its own assignment."""
 
 
 def predictions(context: EvaluationContext) -> Findings:
-    """Asks the student about every test and validation image once, in float32, and its teachers about the test images.
+    """Runs the student once on all test and validation images, in float32, and its teachers on the test images.
 
-    The fields are defined in docs/evaluation.md. Those that a student does not have (one branch, no teachers, no
-    validation images) are None, so that evaluating again replaces all that was there.
+    docs/evaluation.md defines the fields. Fields that do not apply (one branch, no teachers, no validation images) are
+    None, so that a repeated evaluation replaces all of them.
 
     Args:
         context: A trained student and its data.
     """
     test = context.dataset.test
-    said = context.test_predictions
+    outputs = context.test_predictions
     temperature = None
     if len(context.subset.val_index):
         held_out = validation_images(context.dataset, context.subset)
         batch_size = context.settings.data.eval_batch_size
-        asked = predict_student(context.student, held_out, batch_size=batch_size, device=context.device)
-        temperature = fit_temperature(asked.logits, held_out.labels)
-    scores, diagrams = _calibration(said.logits, test.labels, temperature)
+        held_out_outputs = predict_student(context.student, held_out, batch_size=batch_size, device=context.device)
+        temperature = fit_temperature(held_out_outputs.logits, held_out.labels)
+    scores, diagrams = _calibration(outputs.logits, test.labels, temperature)
     fields = {
-        **_accuracy(said, test.labels),
+        **_accuracy(outputs, test.labels),
         **scores,
-        **_operating_points(context, said),
-        **_heterogeneity(said, test.labels),
-        **_imitation(context.settings, said, _teachers(context), test.labels),
+        **_operating_points(context, outputs),
+        **_diversity(outputs, test.labels),
+        **_fidelity(context.settings, outputs, _teachers(context), test.labels),
     }
     arrays = {
-        "confusion": multiclass_confusion_matrix(said.logits, test.labels, num_classes=test.num_classes).numpy(),
-        "ensemble_probs": said.logits.double().softmax(-1).numpy().astype(np.float16),
+        "confusion": multiclass_confusion_matrix(outputs.logits, test.labels, num_classes=test.num_classes).numpy(),
+        "ensemble_probs": outputs.logits.double().softmax(-1).numpy().astype(np.float16),
         "labels": test.labels.numpy(),
-        "branch_predictions": said.branch_logits.argmax(-1).numpy(),
+        "branch_predictions": outputs.branch_logits.argmax(-1).numpy(),
     }
     fields["test_class_accuracy"] = class_accuracy(arrays["confusion"])
     return Findings(fields, arrays | diagrams)
 
 
-def _accuracy(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
-    accuracy = float((said.logits.argmax(-1) == labels).double().mean())
-    branches = (said.branch_logits.argmax(-1) == labels).double().mean(-1)
+def _accuracy(outputs: StudentPredictions, labels: Tensor) -> dict[str, Any]:
+    accuracy = float((outputs.logits.argmax(-1) == labels).double().mean())
+    branches = (outputs.branch_logits.argmax(-1) == labels).double().mean(-1)
     mean, best = float(branches.mean()), float(branches.max())
     return {
         "test_mean_branch_accuracy": mean,
@@ -113,81 +113,80 @@ def _calibration(
     return fields, arrays
 
 
-def _operating_points(context: EvaluationContext, said: StudentPredictions) -> dict[str, Any]:
+def _operating_points(context: EvaluationContext, outputs: StudentPredictions) -> dict[str, Any]:
     student, dataset = context.student, context.dataset
     costs = costs_by_size(student, dataset.image_size)
-    how = (dataset.test.labels, costs, student.ensemble, said.gate_weights)
+    how = (dataset.test.labels, costs, student.ensemble, outputs.gate_weights)
     return {
-        "test_subsets": [row._asdict() for row in score_subsets(said.branch_logits, *how)],
-        "test_early_exit": [row._asdict() for row in early_exit(said.branch_logits, *how)],
+        "test_subsets": [row._asdict() for row in score_subsets(outputs.branch_logits, *how)],
+        "test_early_exit": [row._asdict() for row in early_exit(outputs.branch_logits, *how)],
     }
 
 
-def _heterogeneity(said: StudentPredictions, labels: Tensor) -> dict[str, Any]:
-    found = diversity(said.branch_logits, labels)._asdict()
-    branches = said.branch_logits.argmax(-1)
+def _diversity(outputs: StudentPredictions, labels: Tensor) -> dict[str, Any]:
+    found = diversity(outputs.branch_logits, labels)._asdict()
+    branches = outputs.branch_logits.argmax(-1)
     return {
         "test_branch_variance": found.pop("variance"),
         **{f"test_{name}": value for name, value in found.items()},
         "test_branch_agreement": agreement_matrix(branches, branches).tolist(),
-        "test_branch_cka": cka_matrix(list(said.pooled), list(said.pooled)).tolist(),
+        "test_branch_cka": cka_matrix(list(outputs.pooled), list(outputs.pooled)).tolist(),
     }
 
 
-def _imitation(
-    settings: Settings, said: StudentPredictions, teachers: list[Predictions], labels: Tensor
+def _fidelity(
+    settings: Settings, outputs: StudentPredictions, teachers: list[Predictions], labels: Tensor
 ) -> dict[str, Any]:
     margins = [f"test_{kind}_{of}_margin" for kind in ("own_teacher", *NOMINAL) for of in ("cka", "agreement")]
     names = ["test_branch_teacher_cka", "test_branch_teacher_agreement", "test_branch_teacher_kl"]
     names += ["test_teacher_agreement", "test_teacher_kl", "test_teacher_ensemble_accuracy", *margins]
     if not teachers:
         return dict.fromkeys(names)
-    cka = cka_matrix(list(said.pooled), [one.pooled for one in teachers])
-    if any(
-        (one.logits <= UNKNOWN_LOGIT / 2).all() for one in teachers
-    ):  # one that teaches features alone predicts no class
+    cka = cka_matrix(list(outputs.pooled), [one.pooled for one in teachers])
+    if any((one.logits <= UNKNOWN_LOGIT / 2).all() for one in teachers):  # a teacher of features alone
         return {**dict.fromkeys(names), "test_branch_teacher_cka": cka.tolist()}
     logits = torch.stack([one.logits for one in teachers])  # [M, N, C]
     together = logits.mean(0)
-    agreement = agreement_matrix(said.branch_logits.argmax(-1), logits.argmax(-1))
+    agreement = agreement_matrix(outputs.branch_logits.argmax(-1), logits.argmax(-1))
     fields: dict[str, Any] = {
         "test_branch_teacher_cka": cka.tolist(),
         "test_branch_teacher_agreement": agreement.tolist(),
-        "test_branch_teacher_kl": kl_matrix(said.branch_logits, logits).tolist(),
-        "test_teacher_agreement": float((said.logits.argmax(-1) == together.argmax(-1)).double().mean()),
-        "test_teacher_kl": float(kl_matrix(said.logits[None], together[None])[0, 0]),
+        "test_branch_teacher_kl": kl_matrix(outputs.branch_logits, logits).tolist(),
+        "test_teacher_agreement": float((outputs.logits.argmax(-1) == together.argmax(-1)).double().mean()),
+        "test_teacher_kl": float(kl_matrix(outputs.logits[None], together[None])[0, 0]),
         "test_teacher_ensemble_accuracy": float((together.argmax(-1) == labels).double().mean()),
     }
     K, M = cka.shape
-    for kind, own in [("own_teacher", trained_with(settings, K, M)), *((k, nominal(k, K, M)) for k in NOMINAL)]:
+    assignments = {"own_teacher": final_teachers(settings, K, M), **{k: assigned_teachers(k, K, M) for k in NOMINAL}}
+    for kind, own in assignments.items():
         fields[f"test_{kind}_cka_margin"] = teacher_margin(cka, own)
         fields[f"test_{kind}_agreement_margin"] = teacher_margin(agreement, own)
     return fields
 
 
-def trained_with(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
-    """Each branch's own teacher at the end of a run; None if it had none (mean, random, no branch terms)."""
+def final_teachers(settings: Settings, num_branches: int, num_teachers: int) -> list[int | None]:
+    """Returns each branch's own teacher at the end of training; None for mean or random, or without branch terms."""
     kind = settings.method.assignment
     if not uses_assignment(settings.method.terms) or kind == "random":
         return [None] * num_branches
     if kind is None:
         kind = "mean" if settings.method.teacher == "mean" else "one_to_one"
-    return nominal(last_kind(kind), num_branches, num_teachers)
+    return assigned_teachers(last_kind(kind), num_branches, num_teachers)
 
 
-def nominal(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]:
-    """Each branch's own teacher under an assignment."""
+def assigned_teachers(kind: Any, num_branches: int, num_teachers: int) -> list[int | None]:
+    """Returns each branch's own teacher under an assignment; None if it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run has reported idle teachers
         return own_teachers(make_assignment(kind, num_branches, num_teachers))
 
 
 def _teachers(context: EvaluationContext) -> list[Predictions]:
-    """What the run's teachers say of the test images; the store remembers it for all runs."""
+    """Returns the outputs of the run's teachers for the test images; the store keeps them for all runs."""
 
     def network(m: int) -> StagedNetwork:
         if context.teachers is None:
-            raise ValueError("the run's record names teachers, and none can be loaded")
+            raise ValueError("result.json names teachers, but provenance.json none that could be loaded")
         return context.teachers.members[m]
 
     store = TeacherStore(Path(context.settings.teachers.store))

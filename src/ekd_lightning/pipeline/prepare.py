@@ -1,4 +1,4 @@
-"""Turns settings into the parts of a run, cheapest checks first, before anything expensive starts."""
+"""From settings to the parts of a run, cheap checks first, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PLAIN_METHODS = (
     *("fitnet_two_stage", "fsp", "kd", "kd_logit_std", "kd_mean", "kd_mean_feature", "kd_mean_maps", "pseudo_labels"),
     *("rkd", "sp", "takd", "vid"),
 )
-"""Methods of `conf/method` for a student with one branch."""
+"""Methods of `conf/method` that are meant for a student with one branch."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +70,24 @@ class Prepared:
     method: Method
     teachers: list[PlannedTeacher]
     source: SourcePlan
-    """Where the teachers' outputs come from."""
+    """Source of the teachers' outputs."""
     candidates: tuple[PlannedTeacher, ...] = ()
-    """Teachers of which `teachers.choose_teacher` has yet to leave one; `teachers` and `method` stand for any."""
+    """Teachers among which `teachers.choose_teacher` has still to choose; `teachers` and `method` are those of one."""
     candidate_scores: list[dict[str, Any]] = field(default_factory=list)
-    """What the choice was made by: id, val_accuracy in [0, 1] and val_nll in nats of every candidate."""
+    """Scores for that choice: id, val_accuracy in [0, 1] and val_nll in nats of every candidate."""
     chain: Chain | None = None
-    """The assistants between pool and student; `teachers` is then the last of them, candidates are for the first."""
+    """Assistants between pool and student; if any, `teachers` is the last one, and candidates teach the first one."""
 
 
 def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None = None) -> Prepared:
-    """Builds everything that costs little and checks everything that can be checked.
+    """Builds all cheap parts and makes all possible checks.
 
     The student's initial weights depend on `settings.seed` and the student's settings alone.
 
     Args:
-        settings: The run's.
+        settings: Settings of the run.
         accelerator: Lightning's flag.
-        curves: Where curves of teachers and assistants go that have to be trained; None for nowhere.
+        curves: Loggers of the teachers and assistants that have to be trained; None for none.
 
     Raises:
         UserError: At the first setting that does not fit.
@@ -114,19 +114,19 @@ def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None =
     chain = None
     if settings.method.assistants:
         chain = plan_chain(settings, dataset, subset, views, plans, student, accelerator, curves)
-    # Of several candidates the widest is checked last: its tables are the largest.
+    # The widest candidate comes last, so that its tables, the largest, are planned.
     order = sorted(candidates, key=lambda plan: build_network(plan.spec).num_features)
-    choices = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
-    for taught_by in choices:
+    possible = [[chain.last()]] if chain else [[plan] for plan in order] or [plans]
+    for taught_by in possible:
         method = _build_method(settings, dataset, subset, student, taught_by)
     if unlabelled is not None:
-        _say_what_counts(settings, datamodule)
+        _log_unlabelled(settings, datamodule)
     source = plan_source(settings, dataset, subset, views, taught_by, method, unlabelled) if needs else SourcePlan()
     return Prepared(dataset, subset, views, datamodule, student, method, taught_by, source, candidates, chain=chain)
 
 
 def check_settings(settings: Settings) -> None:
-    """Makes the checks that need neither the images nor this machine, so that a sweep can make them for its jobs.
+    """Makes the checks that need neither the images nor this machine, so that a sweep makes them for all its jobs.
 
     Raises:
         UserError: At the first setting that does not fit.
@@ -136,8 +136,8 @@ def check_settings(settings: Settings) -> None:
     check_optimizer(settings.recipe, "recipe")
     if settings.data.unlabelled is not None and terms_with_labels(settings.method.terms)[1]:
         raise UserError(
-            f"data.unlabelled={settings.data.unlabelled}: all terms of {settings.method.name!r} need labels, "
-            "so images without are of no use to it"
+            f"data.unlabelled={settings.data.unlabelled}: has no effect, as all terms of the method "
+            f"{settings.method.name!r} need labels"
         )
     entries = []
     if needs_teachers(settings.method.terms):
@@ -153,33 +153,33 @@ def check_settings(settings: Settings) -> None:
     for entry in entries:
         if entry.zoo:
             zoo_entry(entry.zoo)
-    with quiet():  # settings without effect are reported when the parts are made for the run
+    with quiet():  # `prepare` reports settings without effect
         _make_views(settings.data, settings.data.padding or 0)
 
 
-def _say_what_counts(settings: Settings, data: ImageDataModule) -> None:
-    """Says what the unlabelled images are, and which terms pass them by."""
+def _log_unlabelled(settings: Settings, data: ImageDataModule) -> None:
+    """Logs how many images have no labels, and which terms ignore them."""
     if data.unlabelled is None or not is_rank_zero():
         return
-    labelled, withheld = rows_of_batch(data.batch_size, data.num_train_images, data.unlabelled)
+    labelled, unlabelled = rows_of_batch(data.batch_size, data.num_train_images, data.unlabelled)
     log.info(
-        "%d images without labels (%s): %d of a batch's %d images; %s count the other %d alone",
+        "%d images without labels (%s): %d images of a batch of %d; terms that use only the %d with labels: %s",
         len(data.unlabelled),
         data.unlabelled.source,
-        withheld,
+        unlabelled,
         data.batch_size,
-        ", ".join(terms_with_labels(settings.method.terms)[0]) or "no terms",
         labelled,
+        ", ".join(terms_with_labels(settings.method.terms)[0]) or "none",
     )
 
 
 def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTeacher]) -> Prepared:
-    """The same run taught by other teachers, and the method built for them.
+    """Returns the same run with other teachers, and with the method built for them.
 
     Raises:
-        UserError: If the method does not fit them.
+        UserError: If the method does not fit the teachers.
     """
-    if prepared.chain is not None:  # the method knows the last assistant only, and that stays the same
+    if prepared.chain is not None:  # the method depends only on the last assistant, which stays the same
         chain = prepared.chain.taught_by(plans)
         return replace(prepared, teachers=[chain.last()], chain=chain)
     method = _build_method(settings, prepared.dataset, prepared.subset, prepared.student, plans)
@@ -187,7 +187,7 @@ def with_teachers(settings: Settings, prepared: Prepared, plans: list[PlannedTea
 
 
 def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset) -> tuple[PlannedTeacher, ...]:
-    """The teachers among which `method.teacher=best` leaves a choice; cuts `plans` for `first`."""
+    """Returns the teachers among which `method.teacher=best` has to choose; shortens `plans` to one for `first`."""
     choice = settings.method.teacher
     if choice is not None and not plans:
         warnings.warn(f"method.teacher={choice} has no effect: the method needs no teachers", stacklevel=3)
@@ -196,19 +196,22 @@ def _candidates(settings: Settings, plans: list[PlannedTeacher], subset: Subset)
     if choice != "best" or len(plans) < 2:
         return ()
     if not len(subset.val_index):
-        raise UserError("method.teacher=best needs validation images: set data.val_fraction, or choose first")
+        raise UserError("method.teacher=best needs validation images: set data.val_fraction, or method.teacher=first")
     for plan in plans:
         if len(plan.unknown) == plan.spec.num_classes:
-            raise UserError(f"method.teacher=best compares accuracies, and {plan.id!r} predicts no class: choose first")
+            raise UserError(
+                f"method.teacher=best compares accuracies, but {plan.id!r} predicts no class of the data: set "
+                "method.teacher=first"
+            )
     return tuple(plans)
 
 
 def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
-    """The images, which of them a run may see, and how they are augmented.
+    """Returns the images, the subset that a run may see, and their augmentation.
 
     Raises:
-        UserError: For an unknown or missing data set, a subset that leaves a class empty, or images that a part of
-            the evaluation cannot take.
+        UserError: If the data set is unknown or missing, the subset leaves a class empty, or a part of the evaluation
+            cannot use the images.
     """
     data = settings.data
     dataset = open_dataset(data)
@@ -216,12 +219,12 @@ def prepare_data(settings: Settings) -> tuple[Dataset, Subset, ViewFamily]:
     side = min(height, width)
     padding = side // 8 if data.padding is None else data.padding
     if padding >= side:
-        raise UserError(f"data.padding={padding}: must be below the images' shorter side, {side} pixels")
+        raise UserError(f"data.padding={padding}: must be less than the images' shorter side of {side} pixels")
     if height != width and "corruptions" in settings.evaluation.parts:
-        raise UserError(f"evaluation.parts: corruptions are made for squares, images are {height}×{width}")
+        raise UserError(f"evaluation.parts: corruptions need square images, these are {height}×{width}; leave them out")
     views = _make_views(data, padding)
     one = torch.zeros(1, dtype=torch.int64)
-    views(torch.zeros(1, 3, height, width, dtype=torch.uint8), one, one)  # what cannot be made fails now
+    views(torch.zeros(1, 3, height, width, dtype=torch.uint8), one, one)  # raises now if they cannot be made
     subset = choose_subset(
         dataset.train.labels,
         fraction=data.fraction,
@@ -245,18 +248,23 @@ def _make_views(data: DataSettings, padding: int) -> ViewFamily:
 
 
 def validation_images(dataset: Dataset, subset: Subset) -> ImageSet:
-    """The images of the validation split, as a set of their own."""
+    """Returns the images of the validation split as a set of their own."""
     train, index = dataset.train, subset.val_index
     return replace(train, split="validation", images=train.images[index], labels=train.labels[index])
 
 
 def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[PlannedTeacher] = ()) -> BranchedStudent:
-    """The student with initial weights that depend on the seed alone; one of a fixed size brings images to that.
+    """Builds the student, whose initial weights depend on the seed alone.
+
+    A network with a fixed input size gets images resized to it.
 
     Args:
-        settings: The run's.
+        settings: Settings of the run.
         dataset: The images, for classes, normalisation and size.
-        teachers: Those whose classifiers may be reused; read only where the student is to reuse one.
+        teachers: Teachers whose classifiers may be reused; used only with `student.reuse_classifier`.
+
+    Raises:
+        UserError: If `student.reuse_classifier` is set and there is no classifier to reuse.
     """
     student = settings.student
     statistics = normalization(student.normalization or dataset.normalization)
@@ -268,13 +276,15 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
         spec = replace(spec, image_size=size)
     if student.reuse_classifier:
         if not teachers or settings.method.assistants:
-            what = "by assistants" if teachers else "without teachers"
-            raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} teaches {what}")
+            why = "has assistants" if teachers else "has no teachers"
+            raise UserError(f"student.reuse_classifier=true: the method {settings.method.name!r} {why}")
         with quiet():
             networks = [build_network(plan.spec) for plan in teachers]
         for plan in teachers:
             if plan.unknown:
-                raise UserError(f"student.reuse_classifier=true: the teacher {plan.id!r} does not know all classes")
+                raise UserError(
+                    f"student.reuse_classifier=true: the teacher {plan.id!r} does not know all classes of the data"
+                )
         width = classifier_width(networks, [plan.id for plan in teachers], dataset.num_classes)
         spec = replace(spec, projection=width)
     torch.manual_seed(settings.seed)
@@ -283,7 +293,7 @@ def build_student(settings: Settings, dataset: Dataset, teachers: Sequence[Plann
     if student.branches > 1 and settings.method.name in PLAIN_METHODS:
         warnings.warn(
             f"student.branches={student.branches} gives branches to the student of {settings.method.name}, a method "
-            "for plain students: it costs more and is no plain control (student.branches=1 is one)",
+            "for plain students, so that it costs more and is not a plain control (student.branches=1 is)",
             stacklevel=2,
         )
     return BranchedStudent(spec, branches=student.branches, split_after=student.split_after, ensemble=student.ensemble)
@@ -313,12 +323,12 @@ def _build_method(
         temperature = settings.method.temperature
         method = build_method(settings.method.name, terms, context, temperature=temperature, assignment=assignment)
     if student.spec.projection is not None and method.assignment is not None:
-        own_teachers(method.assignment.mean_KM)  # refused now, not when the teachers are there
+        own_teachers(method.assignment.mean_KM)  # raises now, before teachers are loaded
     return method
 
 
 def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    """What was run: everything that is known before training."""
+    """Returns the fields of the result that are known before training."""
     student, unlabelled = prepared.student, prepared.datamodule.unlabelled
     return {
         "method": settings.method.name,
@@ -357,7 +367,7 @@ def describe_run(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 
 
 def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
-    """Whom a method that knows one teacher was given, and why; once that is known."""
+    """Returns the fields of the result about the choice of a teacher, once it is made."""
     pool = prepared.chain.origins if prepared.chain else prepared.teachers
     one = settings.method.teacher in ("best", "first") and len(pool) == 1
     return {
@@ -370,7 +380,7 @@ def describe_teacher(settings: Settings, prepared: Prepared) -> dict[str, Any]:
 
 
 def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, Any]:
-    """Hashes of data and teachers, for the provenance."""
+    """Returns hashes of data and teachers, for the provenance."""
     identities = [] if teachers is None else teachers.identities
     unlabelled = prepared.datamodule.unlabelled
     without = unlabelled and {"source": unlabelled.source, "images": len(unlabelled), "sha256": unlabelled.sha256}
@@ -392,8 +402,8 @@ def origin(prepared: Prepared, teachers: TeacherEnsemble | None) -> dict[str, An
 
 
 def _is_partial(flags: Mapping[str, Any]) -> bool:
-    """Whether Lightning uses only part of the data, so that the results do not count."""
+    """Whether Lightning uses only part of the data, so that results do not count."""
     limits = [flags.get(f"limit_{part}_batches") for part in ("train", "val", "test")]
-    # To Lightning 1.0 is all of the data, and 1 is one batch.
+    # For Lightning, 1.0 is all of the data and 1 is one batch.
     limited = any(limit is not None and (limit != 1.0 or isinstance(limit, int)) for limit in limits)
     return bool(flags.get("fast_dev_run") or flags.get("overfit_batches")) or limited

@@ -58,27 +58,27 @@ def run(
     test: bool = True,
     on_start: Callable[[], None] | None = None,
 ) -> Result:
-    """Runs one distillation and leaves its record in `directory`, which is locked meanwhile.
+    """Runs one distillation and leaves its record in `directory`, whose lock it holds.
 
-    Every process of a distributed run calls this; only global rank 0 writes the record. Nothing is written, and
-    nothing of an earlier run touched, before all checks have passed.
+    Every process of a distributed run calls this; only global rank 0 writes the record. Before all checks have passed,
+    nothing is written, and files of an earlier run are unchanged.
 
     Args:
-        settings: What to run.
+        settings: Settings of the run.
         directory: The run's directory.
-        config: The resolved configuration as plain containers, for loggers; None makes it from the settings.
-        sweep: Name of the sweep this run belongs to; None for a single run.
+        config: The resolved configuration as plain containers, for loggers; None to make it from the settings.
+        sweep: Name of the sweep that this run belongs to; None for a single run.
         callbacks: Further Lightning callbacks.
-        test: Whether the test set is read once training is over. If not, the result holds validation scores
-            only and is marked `partial`, so that no report counts it; for choosing settings.
-        on_start: Called once all checks have passed, after the record says that the run has started.
+        test: Whether the test set is read after training. If not, the result holds only validation scores and is
+            marked `partial`, so that no report counts it; for choosing settings.
+        on_start: Called once all checks have passed and the record says that the run has started.
 
     Returns:
-        What result.json holds (on other ranks, what they know of it).
+        The content of result.json; on other ranks, without the evaluation.
 
     Raises:
-        UserError: For settings that do not fit, or a directory that is in use or holds a finished run, before
-            anything is written; or for a loss that is not finite.
+        UserError: If settings do not fit, or the directory is in use or holds a finished run, before anything is
+            written; or if a loss is not finite.
     """
     record = RunWriter(directory) if is_rank_zero() else None
     loggers: list[Logger] = []
@@ -116,7 +116,7 @@ def run(
             raise
         finally:
             finish_loggers(loggers, result=result)
-            _free()
+            _free_memory()
 
 
 def _run(
@@ -131,7 +131,7 @@ def _run(
     start: Callable[[], None],
 ) -> Result:
     if record and settings.resume is not None:
-        record.refuse_complete(settings.recipe.epochs)  # another process may have ended it since the command was read
+        record.refuse_complete(settings.recipe.epochs)  # another process may have completed it meanwhile
     elif record and not settings.overwrite:
         record.refuse_finished()
     with progress.phase("data"):
@@ -170,12 +170,12 @@ def _run(
     finally:
         end_processes(trainer, wait=finished)
     if test and record:
-        result = _examine(settings, prepared, result, record, teachers, trainer.strategy.root_device)
+        result = _evaluate(settings, prepared, result, record, teachers, trainer.strategy.root_device)
         log_evaluation(loggers, result, record.arrays, prepared.dataset)
     return result
 
 
-def _examine(
+def _evaluate(
     settings: Settings,
     prepared: Prepared,
     result: Result,
@@ -183,7 +183,7 @@ def _examine(
     teachers: TeacherEnsemble | None,
     device: torch.device,
 ) -> Result:
-    """Tests the teachers, saves the student and evaluates it; the result with what was found."""
+    """Tests the teachers, saves the student and evaluates it; returns the result with the findings."""
     with progress.phase("test", _passes(settings, prepared), None):
         result = result.having(
             teachers=[] if teachers is None else score_teachers(settings, prepared.dataset, teachers, device)
@@ -195,7 +195,7 @@ def _examine(
     result = result.having(student_sha256=state_sha256(prepared.student))
     if result.partial:
         return result
-    student = load_student(record.student).to(device)  # what was saved, whatever the trainer left in memory
+    student = load_student(record.student).to(device)  # from the file, as later evaluations do
     gather = None if teachers is None else lambda: teachers
     context = EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
     with progress.phase("evaluation", len(settings.evaluation.parts), None):
@@ -203,28 +203,28 @@ def _examine(
 
 
 def _passes(settings: Settings, prepared: Prepared) -> int:
-    """How often a network is asked about the whole test set: weights of the student, and the teachers."""
+    """Returns the number of passes over the test set: one for each of the student's weights, and one per teacher."""
     averaged = settings.recipe.ema > 0
     return 1 + (prepared.datamodule.num_val_images > 0) + averaged + len(prepared.teachers)
 
 
 def _expect(settings: Settings, prepared: Prepared) -> None:
-    """Says how much work the phases are, in images that pass through a network; a training step takes about three."""
+    """Announces the work of the phases, in images through a network; in a training step each counts three times."""
     data, tested = prepared.datamodule, len(prepared.dataset.test)
     corrupted = 75 * min(2000, tested) if "corruptions" in settings.evaluation.parts else 0
     trained = data.num_train_images if "generalisation" in settings.evaluation.parts else 0
-    asked = tested + data.num_val_images if settings.evaluation.parts else 0
+    predicted = tested + data.num_val_images if settings.evaluation.parts else 0
     progress.expect(
         training=settings.recipe.epochs * (3 * data.num_train_images + data.num_val_images),
         test=_passes(settings, prepared) * tested,
-        evaluation=asked + trained + corrupted,
+        evaluation=predicted + trained + corrupted,
     )
 
 
 def check_run(
     settings: Settings, directory: Path, sweep: str | None, callbacks: Sequence[Callback]
 ) -> tuple[Prepared, pl.Trainer, EpochReport, int]:
-    """All that can be refused before anything is written; returns the parts of the run, and torch's threads."""
+    """Makes all checks before anything is written; returns parts, trainer, epoch report and number of threads."""
     check_settings(settings)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
     devices = settings.trainer.get("devices", 1)
@@ -235,9 +235,9 @@ def check_run(
         num_devices=devices if isinstance(devices, int) else 1,
     )
     if settings.teachers.fill != "none":
-        log.warning("teachers.fill has no effect here: tables are filled ahead by ekd-teach")
+        log.warning("teachers.fill=%s has no effect in a run: ekd-teach fills tables", settings.teachers.fill)
     flags = {**settings.trainer, "max_epochs": settings.trainer.get("max_epochs") or settings.recipe.epochs}
-    with quiet("pytorch_lightning.utilities.rank_zero"):  # what Lightning refuses is refused before images are read
+    with quiet("pytorch_lightning.utilities.rank_zero"):  # Lightning's own checks, before images are read
         build_trainer(flags, directory, [], [])
     prepared = prepare(settings, accelerator, TeacherCurves(settings.logger, directory, sweep))
     _check_monitors(settings, prepared)
@@ -253,7 +253,7 @@ def check_run(
 
 
 def _check_monitors(settings: Settings, prepared: Prepared) -> None:
-    """Refuses callbacks that watch a curve which there will not be; the user's own may make further ones."""
+    """Refuses callbacks that monitor a curve that will not exist; with the user's own code, any curve may exist."""
     if settings.imports:
         return
     student = prepared.student
@@ -266,7 +266,7 @@ def _check_monitors(settings: Settings, prepared: Prepared) -> None:
 
 
 def _check_limits(trainer: pl.Trainer, prepared: Prepared) -> None:
-    """Refuses limits that leave no batch of an epoch, which Lightning would find once teachers are trained."""
+    """Refuses limits that leave no batch of an epoch; Lightning would do so only after teachers were trained."""
     for part in ("train", "val", "test"):
         limit = getattr(trainer, f"limit_{part}_batches")
         if part == "test" and limit == 1.0 and isinstance(limit, float):
@@ -274,14 +274,14 @@ def _check_limits(trainer: pl.Trainer, prepared: Prepared) -> None:
         count = len(getattr(prepared.datamodule, f"{part}_dataloader")())
         left = int(count * limit) if isinstance(limit, float) else min(count, limit)
         if count and not left:
-            raise UserError(f"trainer.limit_{part}_batches={limit}: leaves none of the {count} batches")
+            raise UserError(f"trainer.limit_{part}_batches={limit}: must leave at least one of the {count} batches")
         interval = trainer.val_check_interval
         if part == "train" and trainer.check_val_every_n_epoch and isinstance(interval, int) and interval > left:
-            raise UserError(f"trainer.val_check_interval={interval}: an epoch has {left} batches")
+            raise UserError(f"trainer.val_check_interval={interval}: must be at most {left}, the batches of an epoch")
 
 
 def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnsemble | None) -> Distiller:
-    """The module of a run from its checked parts."""
+    """Builds the Lightning module of a run from its checked parts."""
     return Distiller(
         prepared.student,
         prepared.method,
@@ -296,29 +296,29 @@ def make_distiller(settings: Settings, prepared: Prepared, teachers: TeacherEnse
 
 
 def run_name(facts: dict[str, Any]) -> str:
-    """A readable name: method, teachers, branches, share of the data, seed."""
+    """Returns a readable name: method, teachers, branches, percentage of the data, seed."""
     share = f"{100 * facts['fraction']:g}"
     return f"{facts['method']}-T{facts['num_teachers']}-B{facts['num_branches']}-f{share}-s{facts['seed']}"
 
 
 def _resume_point(settings: Settings, directory: Path) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, None for the beginning, and its step; a damaged one is refused."""
+    """Returns the checkpoint to resume from, None to start anew, and its step; refuses damaged files."""
     if settings.resume is None:
         return None, 0
     last = RunDirectory(directory).last_checkpoint
-    MetricsCsv(directory / CURVES)  # refuses a damaged one
+    MetricsCsv(directory / CURVES)  # raises if it is damaged
     if not last.is_file():
-        log.info("no checkpoint in %s yet: starting from the beginning", directory)
+        log.info("%s has no checkpoint yet: starting from the beginning", directory)
         return None, 0
     step = int(read_checkpoint(last, RunDirectory(directory).identity)["global_step"])
     log.info("resuming from %s at step %d", last, step)
     return last, step
 
 
-def _free() -> None:
-    """Jobs of a sweep share a process: what one leaves on the device would count against the next."""
+def _free_memory() -> None:
+    """Frees the memory of a run, for the next job of a sweep in the same process."""
     gc.collect()
-    if "torch._dynamo" in sys.modules:  # compiled teachers hold their weights
+    if "torch._dynamo" in sys.modules:  # compiled teachers keep their weights
         torch.compiler.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Teachers of a run, or without one: obtained, chosen, tested, and the tables of what they say filled."""
+"""Teachers, of a run or on their own: obtain them, choose one, test them, fill the tables of their outputs."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def obtain_teachers(
     """Reads, downloads or trains the first `count` teachers of the pool and tests each.
 
     Args:
-        settings: The groups data and teachers are read, and all that a run reads with `teachers.fill`.
-        directory: Receives teachers.json, from global rank 0.
+        settings: Settings; without `teachers.fill`, only the groups data and teachers matter.
+        directory: Directory for teachers.json, which global rank 0 writes.
         on_start: Called once all checks have passed; nothing is written before.
 
     Returns:
         One record per teacher, see `score_teachers`.
 
     Raises:
-        UserError: For a user's mistake, before anything is trained.
+        UserError: If a setting does not fit, before anything is trained.
     """
     check_settings(settings)
     accelerator = str(settings.trainer.get("accelerator", "auto"))
@@ -86,22 +86,22 @@ def obtain_teachers(
 
 
 def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device | str = "cpu") -> Prepared:
-    """Leaves the best teacher on the validation split, where `method.teacher=best` leaves a choice.
+    """Chooses the best teacher on the validation split, if `method.teacher=best` leaves more than one.
 
-    The best has the most images right; of equal ones, as networks are that were trained on these very images, the
-    one with the lowest negative log-likelihood.
+    The best teacher has the highest accuracy; of equal ones, e.g. teachers that were trained on these images, the one
+    with the lowest negative log-likelihood.
 
-    Loads, or trains, all candidates, so this comes after all cheap checks. The validation split is the run's own:
-    part of the training subset, and never the test set. Published teachers have seen its images, so their
-    accuracies on it say which one fits best, not how well it generalises.
+    This loads or trains all candidates, so it comes after all cheap checks. The validation split is part of the run's
+    training subset, never of the test set. Published teachers were trained on its images, so their accuracies on it
+    say which one fits best, not how well it generalises.
 
     Args:
-        settings: The run's.
-        prepared: What `prepare` returned.
-        device: Where to compute.
+        settings: Settings of the run.
+        prepared: Parts of the run, from `prepare`.
+        device: Device of the forward passes.
 
     Returns:
-        `prepared` with one teacher and the method for it; unchanged if nothing is left to choose.
+        `prepared` with one teacher and the method for it; unchanged if there is nothing to choose.
     """
     if not prepared.candidates:
         return prepared
@@ -110,8 +110,8 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
     rows: list[dict[str, Any]] = []
     networks = gather_teachers(list(prepared.candidates)).members
     for plan, network in zip(prepared.candidates, networks, strict=True):
-        said = predict(network.to(device), held_out, batch_size=batch_size, device=device)
-        scores = score_logits(said.logits, held_out.labels)
+        outputs = predict(network.to(device), held_out, batch_size=batch_size, device=device)
+        scores = score_logits(outputs.logits, held_out.labels)
         rows.append({"id": plan.id, "val_accuracy": float(scores["accuracy"]), "val_nll": float(scores["nll"])})
     best = max(range(len(rows)), key=lambda m: (rows[m]["val_accuracy"], -rows[m]["val_nll"], -m))
     shown = ", ".join(f"{r['id']} {100 * r['val_accuracy']:.2f} % NLL {r['val_nll']:.4f}" for r in rows)
@@ -123,9 +123,9 @@ def choose_teacher(settings: Settings, prepared: Prepared, device: torch.device 
 def score_teachers(
     settings: Settings, dataset: Dataset, teachers: TeacherEnsemble, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Each teacher's id, hash, origin, network, training images, and test scores (accuracy in [0, 1], NLL in nats).
+    """Returns each teacher's id, hash, source, network and test scores (accuracy in [0, 1], NLL in nats).
 
-    One that predicts none of the data's classes has no scores.
+    The scores of a teacher of features alone are None.
     """
     store = TeacherStore(Path(settings.teachers.store))
     rows = []
@@ -154,19 +154,18 @@ def score_teachers(
 def describe_chain(
     settings: Settings, dataset: Dataset, teacher: TeacherIdentity, device: torch.device
 ) -> dict[str, Any]:
-    """The chain's part of the record, with each link's test scores.
+    """Returns the fields of the result about the chain, with the test scores of each assistant.
 
     Args:
-        settings: The run's.
-        dataset: For its test set.
-        teacher: The last assistant as `gather_teachers` identified it.
-        device: Where to compute.
+        settings: Settings of the run.
+        dataset: The data set, for its test images.
+        teacher: Identity of the last assistant, from `gather_teachers`.
+        device: Device of the forward passes.
 
     Returns:
-        `chain`, one mapping per link, with test_accuracy in [0, 1] and test_nll in nats; `chain_seconds` and
-        `chain_steps`, what training them cost this run (0 for links that the store had; a run that only waited for
-        another one's training counts it, too); `chain_stored_seconds`, what all links cost whenever they were
-        trained.
+        `chain`, one mapping per assistant, with test_accuracy in [0, 1] and test_nll in nats; `chain_seconds` and
+        `chain_steps`, the cost of the assistants that the store lacked when this run needed them (even if another run
+        trained them); `chain_stored_seconds`, the cost of all assistants.
     """
     store = TeacherStore(Path(settings.teachers.store))
     links = []
@@ -175,46 +174,49 @@ def describe_chain(
         answers = answers_sha256(link["sha256"], network.spec.name)
         scores = store.test_scores(network, answers, dataset.test, settings.data.eval_batch_size, device)
         links.append({**link, "test_accuracy": scores["accuracy"], "test_nll": scores["nll"]})
-    here = [link for link in links if not link["found"]]
+    missing = [link for link in links if not link["found"]]
     return {
         "chain": links,
-        "chain_seconds": sum(link["train_seconds"] or 0.0 for link in here),
-        "chain_steps": sum(link["steps"] or 0 for link in here),
+        "chain_seconds": sum(link["train_seconds"] or 0.0 for link in missing),
+        "chain_steps": sum(link["steps"] or 0 for link in missing),
         "chain_stored_seconds": sum(link["train_seconds"] or 0.0 for link in links),
     }
 
 
 def fill_tables(settings: Settings, prepared: Prepared, device: torch.device) -> tuple[int, int]:
-    """Computes the rows that are missing: those of one run (`teachers.fill=run`), or every view (`all`).
+    """Computes missing rows of the tables: those of one run (`teachers.fill=run`), or of every view (`all`).
 
-    Can be stopped and started again: rows that are there are not computed twice.
+    It may be stopped and started again: stored rows are not computed twice.
 
     Args:
-        settings: The run's settings; with `run`, epochs, batch size and seed say which rows these are.
-        prepared: What `prepare` returned; it keeps tables.
-        device: Where they compute.
+        settings: Settings of the run; with `run`, epochs, batch size and seed determine the rows.
+        prepared: Parts of the run, from `prepare`, with tables.
+        device: Device of the teachers.
 
     Returns:
         Rows found and rows computed, counted per teacher.
 
     Raises:
-        UserError: The rows cannot be kept, e.g. because the disk is full.
+        UserError: If rows cannot be stored, e.g. because the disk is full.
     """
     prepared = choose_teacher(settings, prepared, device)
     source = prepared.source.open(gather_teachers(prepared.teachers).to(device))
-    assert isinstance(source, TabledTeachers)  # it keeps tables
+    assert isinstance(source, TabledTeachers)
     parts = list(_epochs(settings, prepared) if settings.teachers.fill == "run" else _views(prepared))
     source.plan(sum(len(index) for index, _ in parts))
     gather = partial(prepared.datamodule.training_images, device=device)
     for index, view in track(parts, "", "epochs" if settings.teachers.fill == "run" else "views"):
         source.prepare_epoch(index, view, gather, {prepared.source.stages: len(index)})
         if not source.keeping:
-            raise UserError(f"teachers.store={settings.teachers.store}: teacher tables cannot be written there")
+            raise UserError(
+                f"teachers.store={settings.teachers.store}: teacher tables cannot be written there; make space, or "
+                "choose another folder"
+            )
     return source.hits, source.misses
 
 
 def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
-    """Index and view of every epoch of the run."""
+    """Yields index and view of every epoch of the run."""
     loader = prepared.datamodule.train_dataloader()
     for epoch in range(settings.recipe.epochs):
         loader.set_epoch(epoch)
@@ -222,7 +224,7 @@ def _epochs(settings: Settings, prepared: Prepared) -> Iterator[tuple[Tensor, Te
 
 
 def _views(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images that are trained on, in one view after another."""
+    """Yields all training images in one view after another."""
     unlabelled = prepared.datamodule.unlabelled
     index = prepared.subset.train_index
     if unlabelled is not None:

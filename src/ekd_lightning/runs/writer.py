@@ -67,13 +67,13 @@ class RunWriter(RunDirectory):
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_parts(self.path)
-        here = provenance()
+        facts = provenance()
         first = self.provenance() if resumed else {}
         if first:
-            here = {**first, "resumed": [*(first.get("resumed") or []), here]}
+            facts = {**first, "resumed": [*(first.get("resumed") or []), facts]}
         # Until the status is written, the files here still belong to the run that is replaced.
-        replaced = {"replaced": self.identity} if "run" not in here and self.holds_run() else {}
-        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, **replaced, **here})
+        replaced = {"replaced": self.identity} if "run" not in facts and self.holds_run() else {}
+        write_json(self.path / PROVENANCE, {"run": uuid.uuid4().hex, **replaced, **facts})
         if not resumed:
             for checkpoint in (self.last_checkpoint, self.best_checkpoint):
                 checkpoint.unlink(missing_ok=True)

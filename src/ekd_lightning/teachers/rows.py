@@ -150,8 +150,8 @@ class StoredRows:
             UserError: If a teacher's output is not finite.
         """
         tables = range(1 + len(stages))
-        read, here = self.read_all(index, view, stages)
-        found = np.logical_and.reduce(here, axis=1)
+        read, present = self.read_all(index, view, stages)
+        found = np.logical_and.reduce(present, axis=1)
         values = [self.to_device(columns) for columns in read]
         missing = np.flatnonzero(~found.all(axis=0))
         teachers = self._live.frozen(stages)
@@ -165,7 +165,7 @@ class StoredRows:
                 computed = _columns(teachers.outputs(m, images, teachers.chunk))
                 for t in tables:
                     # Stored rows are not replaced: another graph may have rounded them otherwise.
-                    new = np.flatnonzero(~here[m, t, rows])
+                    new = np.flatnonzero(~present[m, t, rows])
                     host = {}
                     for name, _ in self._keys[m][t].columns:
                         column = _select(computed[name], new)

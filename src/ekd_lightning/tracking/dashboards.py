@@ -1,7 +1,7 @@
-"""Dashboards that show an evaluation: Weights & Biases and TensorBoard, under the same names.
+"""Evaluations on dashboards: Weights & Biases and TensorBoard, under the same names.
 
-W&B gets charts of its own presets, tables and captioned images; TensorBoard scalars, hyperparameters, tables as text,
-figures and one sheet of captioned images.
+W&B gets scalars, charts of its presets, tables and captioned images; TensorBoard gets scalars, hyperparameters, tables
+as text, figures and one sheet of captioned images.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"
 _HEADLINE = ("test/accuracy", "validation/val_accuracy", "test/nll", "test/ece")
-"""What TensorBoard's table of hyperparameters shows beside them."""
+"""Scores in TensorBoard's table of hyperparameters."""
 FACTS = (
     *("method", "data", "student", "num_teachers", "num_branches", "split_after", "ensemble", "temperature"),
     *("assignment", "fraction", "seed", "epochs", "batch_size", "num_parameters", "macs"),
 )
-"""What was run, as flat columns."""
+"""Fields of a result that say what was run, for flat columns."""
 _TILE, _CAPTION, _COLUMNS = 96, 28, 8  # pixels, pixels, tiles in a row
 
 
@@ -45,14 +45,14 @@ def log_evaluation(
     *,
     tested: bool = True,
 ) -> None:
-    """Logs numbers, tables, plots and wrong examples of an evaluation; its record is complete without.
+    """Logs numbers, tables, plots and misclassified images of an evaluation; an error is logged and not raised.
 
     Args:
-        loggers: Those of the run; metrics.csv is left alone, as result.json has it all.
-        result: What is to stand in result.json.
+        loggers: Loggers of the run; metrics.csv is skipped, as result.json holds the same numbers.
+        result: Content of result.json.
         read_arrays: Returns the content of arrays.npz, empty without one; called only if there is a dashboard.
-        dataset: For its test images and class names.
-        tested: Whether these loggers have the scores of the run's own test already.
+        dataset: The data set, for its test images and class names.
+        tested: Whether these loggers already have the scores of the run's own test.
     """
     shown = [logger for logger in loggers if isinstance(logger, (WandbLogger, TensorBoardLogger))]
     if not shown:
@@ -69,7 +69,7 @@ def log_evaluation(
             else:
                 _write_tensorboard(logger, panels, numbers, result)
     except Exception:
-        log.exception("the dashboard has no evaluation of this run")
+        log.exception("the dashboard has no evaluation of this run, because of an error; result.json has it")
 
 
 def log_evaluation_run(
@@ -82,13 +82,13 @@ def log_evaluation_run(
     config: dict[str, Any],
     sweep: str | None,
 ) -> None:
-    """Logs a later evaluation of a finished run, as a run of its own of the kind `evaluation`, in the same group.
+    """Logs a later evaluation of a finished run as a run of its own, of job type `evaluation`, in the same group.
 
     Args:
-        settings: Where the run's curves went; nothing is done if that was to metrics.csv alone.
+        settings: Loggers of the run; without a dashboard among them nothing is done.
         result: Content of result.json.
         read_arrays: As for `log_evaluation`.
-        dataset: For its test images and class names.
+        dataset: The data set, for its test images and class names.
         directory: The run's directory; files go to `evaluation/` below it.
         config: The run's resolved configuration.
         sweep: Name of the sweep that the run belongs to.
@@ -101,17 +101,17 @@ def log_evaluation_run(
         describe_metrics(loggers, result_columns(result, config))
         log_evaluation(loggers, result, read_arrays, dataset, tested=False)
     except Exception:  # no server, no login
-        log.exception("%s: no dashboard has this evaluation; its record does", directory)
+        log.exception("%s: dashboards do not have this evaluation, because of an error; result.json has it", directory)
     finish_loggers(loggers, result=result)
 
 
 def result_columns(result: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What was run, of a finished run's record, as flat columns."""
+    """Returns what was run, according to a finished run's record, as flat columns."""
     return flat_columns({name: result[name] for name in FACTS if name in result}, config)
 
 
 def _title(name: str) -> str:
-    """Of a panel, from its name."""
+    """Returns the title of a panel from its name."""
     return name.rpartition("/")[2].replace("_", " ")
 
 
@@ -119,7 +119,7 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
     import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
 
     media: dict[str, Any] = {
-        # Columns of one type may hold nothing, too: null where a figure is not known.
+        # Columns of mixed types, because unknown numbers are null.
         name: wandb.Table(columns=[*table.columns], data=table.rows, allow_mixed_types=True)
         for name, table in panels.tables.items()
     }
@@ -132,7 +132,7 @@ def _wandb_media(panels: Panels) -> dict[str, Any]:
             xname=shown.x_name,
         )
     if panels.confusion is not None:
-        # The preset from the counts: W&B's own helper wants N labels, and mixes classes up that never occur.
+        # The preset from counts: W&B's own helper needs N labels, and mixes up classes that never occur.
         names = panels.class_names
         columns: list[str | int] = ["Actual", "Predicted", "nPredictions"]
         rows = [[names[i], names[j], int(n)] for i, row in enumerate(panels.confusion) for j, n in enumerate(row)]
@@ -158,7 +158,7 @@ def _write_tensorboard(
     step = int(result["steps"])
     logger.log_metrics(dict(numbers), step)
     scores = {name: panels.scalars[name] for name in _HEADLINE if name in panels.scalars}
-    # Lightning's log_hyperparams would write these numbers a second time.
+    # Lightning's log_hyperparams would write the scores a second time.
     columns = {n: "none" if v is None else v for n, v in result_columns(result, {}).items()}
     for summary in hparams(columns, scores):
         writer._get_file_writer().add_summary(summary, step)
@@ -169,7 +169,7 @@ def _write_tensorboard(
     try:
         import matplotlib.figure  # noqa: F401, PLC0415 (an optional package)
     except ModuleNotFoundError:
-        log.info("TensorBoard shows figures of calibration and confusion with `pip install 'ekd-lightning[report]'`")
+        log.info("TensorBoard lacks figures of calibration and confusion: pip install 'ekd-lightning[report]'")
         return
     for name, lines in panels.curves.items():
         writer.add_figure(name, line_figure(lines, _title(name)), step)
@@ -179,13 +179,13 @@ def _write_tensorboard(
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, numbers with four digits."""
+    """Returns a table as Markdown, with four digits after the point."""
     rows = [[f"{value:.4f}" if isinstance(value, float) else value for value in row] for row in table.rows]
     return md.table(table.columns, rows)
 
 
 def examples_grid(examples: list[Example]) -> NDArray[np.uint8]:
-    """All examples in one picture, uint8 [H, W, 3], each with its true and its predicted class below."""
+    """Returns all examples in one picture, uint8 [H, W, 3], with the true and the predicted class below each."""
     rows = -(-len(examples) // _COLUMNS)
     width = _COLUMNS if rows > 1 else len(examples)
     sheet = Image.new("RGB", (width * _TILE, rows * (_TILE + _CAPTION)), "white")
@@ -206,7 +206,7 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str) -> str:
 
 
 def line_figure(lines: Lines, title: str) -> Any:
-    """Lines as a figure of matplotlib with a title; a line called `perfect` is dashed."""
+    """Returns lines as a Matplotlib figure with a title; a line named `perfect` is dashed."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -220,7 +220,7 @@ def line_figure(lines: Lines, title: str) -> Any:
 
 
 def confusion_figure(confusion: NDArray[Any], class_names: tuple[str, ...]) -> Any:
-    """A confusion matrix as shares of each true class; counts in the cells up to 20 classes."""
+    """Returns a Matplotlib figure of a confusion matrix, as shares of each true class; with counts up to 20 classes."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     classes = len(class_names)

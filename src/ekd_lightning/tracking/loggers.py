@@ -1,4 +1,4 @@
-"""Where curves go: metrics.csv always; Weights & Biases and TensorBoard when selected."""
+"""Loggers of a run's curves: always metrics.csv; Weights & Biases and TensorBoard if selected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ekd_lightning.settings import LoggerSettings, WandbSettings
 log = logging.getLogger(__name__)
 
 _WANDB_ID = "wandb_run_id.txt"
-_SWEEP_ID = "WANDB_SWEEP_ID"  # an agent of a W&B sweep sets it
+_SWEEP_ID = "WANDB_SWEEP_ID"  # set by the agent of a W&B sweep
 STUDENT, PROJECT = "student", "ekd-lightning"
 
 _SUMMARIES = {
@@ -38,17 +38,17 @@ _SUMMARIES = {
     "val/ece": "min",
     "val/brier": "min",
 }
-"""Which value of a curve W&B's tables show, where it is not the last one."""
+"""Value of a curve that W&B's tables show, if it is not the last one."""
 
 
 class MetricsCsv(Logger):
     """metrics.csv: one row per logged step, columns in order of first appearance.
 
-    Lightning's CSVLogger deletes the rows of the first try when a run is resumed; this one keeps those up to the
-    checkpoint's step. Rows are written behind the training; `finalize` waits for the disk.
+    When a run is resumed, Lightning's CSVLogger deletes the old rows; this one keeps them up to the checkpoint's step.
+    A background thread writes the file; `finalize` waits for it.
 
     Raises:
-        DamagedFileError: If there are rows that are not what was written.
+        DamagedFileError: If an existing file is damaged or was changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class MetricsCsv(Logger):
 
     @property
     def name(self) -> str:
-        """Empty: the file lies in the run's directory itself."""
+        """Empty, as the file lies in the run's directory itself."""
         return ""
 
     @property
@@ -76,15 +76,16 @@ class MetricsCsv(Logger):
         return ""
 
     def forget_from(self, step: int) -> None:
-        """Drops the rows that training will log again when it goes on after `step` optimiser steps.
+        """Drops the rows that training will log again when it continues after `step` optimiser steps.
 
-        An epoch's row carries its last step, counted from 0; so the row of a final test has number `step`.
+        The row of an epoch has the number of its last step, counted from 0, and the row of the final test the number of
+        steps; so rows from `step` on are dropped.
         """
         self._rows = {number: row for number, row in self._rows.items() if number < step}
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the resolved configuration has its own file."""
+        """Does nothing: the resolved configuration has its own file."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -94,7 +95,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the whole file anew, soon; it has one row per epoch."""
+        """Queues the whole file to be written; it has one row per epoch."""
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=columns, restval="")
@@ -109,10 +110,10 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is there, and waits for the disk."""
+        """Writes the file, and waits for the disk."""
         if self._rows:
             self.save()
-            self.save()  # once more, so that the content before is known no more
+            self.save()  # once more, so that the checksum of the old content is dropped
         self._writer.close()
 
 
@@ -125,23 +126,23 @@ def make_loggers(
     config: dict[str, Any],
     job_type: str = STUDENT,
 ) -> list[Logger]:
-    """Builds the loggers of a run; metrics.csv first, which is the student's alone.
+    """Builds the loggers of a run; the first is metrics.csv, which only the student has.
 
     Args:
-        settings: What is selected.
+        settings: The selected loggers.
         directory: The run's directory; every logger writes below it.
         name: Readable name of the run.
         sweep: Name of the sweep, for grouping; None for a single run.
         config: Resolved, nested configuration as plain containers.
-        job_type: W&B's word for the kind of run: `student`, `teacher`, `assistant`, `evaluation`.
+        job_type: Kind of run, as a job type of W&B: `student`, `teacher`, `assistant` or `evaluation`.
 
     Raises:
-        UserError: For a package that is not installed.
+        UserError: If a package is not installed.
     """
     loggers: list[Logger] = [MetricsCsv(directory / "metrics.csv")] if job_type == STUDENT else []
     if settings.tensorboard:
         loggers.append(_tensorboard(directory))
-    # The agent of a W&B sweep gives this process one run, and that is the student's.
+    # The agent of a W&B sweep gives this process one run, which is the student's.
     if settings.wandb.enabled and (job_type == STUDENT or not in_wandb_sweep()):
         made = _wandb(settings.wandb, directory, name=name, sweep=sweep, config=config, job_type=job_type)
         loggers.append(made)
@@ -150,11 +151,11 @@ def make_loggers(
 
 @dataclass(frozen=True)
 class TeacherCurves:
-    """Loggers of the teachers and assistants that a run trains, each a run of its own.
+    """Selection of loggers for the teachers and assistants that a run trains, each with curves of its own.
 
     Attributes:
-        settings: What is selected.
-        directory: The run's directory; theirs are `teachers/<name>/` below it.
+        settings: The selected loggers.
+        directory: The run's directory; files of a teacher go to `teachers/<name>/` below it.
         sweep: Name of the sweep, for grouping; None for a single run.
     """
 
@@ -167,13 +168,13 @@ class TeacherCurves:
 def open_curves(
     curves: TeacherCurves | None, job_type: str, name: str, config: Mapping[str, Any]
 ) -> Iterator[list[Logger]]:
-    """Loggers of one training; ended with the block, as failed if it raises. None where nobody wants curves.
+    """Opens the loggers of one training and ends them with the block, as failed if it raises.
 
     Args:
-        curves: Where they go.
+        curves: Selection of loggers; None for none.
         job_type: `teacher` or `assistant`.
-        name: Of the network, e.g. `resnet8-s0`.
-        config: What determines it, for columns.
+        name: Name of the network, e.g. `resnet8-s0`.
+        config: What determines the network, for the dashboard's columns.
     """
     if curves is None:
         yield []
@@ -197,25 +198,27 @@ def _tensorboard(directory: Path) -> Logger:
     try:
         return TensorBoardLogger(save_dir=directory, name="tensorboard", version="", default_hp_metric=False)
     except ModuleNotFoundError:
-        raise UserError("logger.tensorboard=true: install it with `pip install 'ekd-lightning[tensorboard]'`") from None
+        raise UserError(
+            "logger.tensorboard=true: TensorBoard is not installed: pip install 'ekd-lightning[tensorboard]'"
+        ) from None
 
 
 def _wandb(
     settings: WandbSettings, directory: Path, *, name: str, sweep: str | None, config: dict[str, Any], job_type: str
 ) -> Logger:
-    # `mode`, never `offline=`: that one changes WANDB_MODE for all later runs of the process.
+    # `mode` rather than `offline=`, which would change WANDB_MODE for all later runs of the process.
     options: dict[str, Any] = {} if settings.mode is None else {"mode": settings.mode}
     directory.mkdir(parents=True, exist_ok=True)
     import wandb  # noqa: PLC0415 (slow to import, and only where it is selected)
 
     logger = WandbLogger(
-        settings=wandb.Settings(silent=True),  # of information alone; warnings and errors are shown
+        settings=wandb.Settings(silent=True),  # warnings and errors are still shown
         name=name,
         id=wandb_run_id(directory),
         resume="allow",
         save_dir=str(directory),
         project=settings.project or os.environ.get("WANDB_PROJECT") or PROJECT,
-        entity=settings.entity,  # what is None, W&B takes from its environment variables itself
+        entity=settings.entity,  # for None, W&B reads its environment variables
         group=settings.group or os.environ.get("WANDB_RUN_GROUP") or sweep or os.environ.get(_SWEEP_ID),
         job_type=job_type,
         tags=settings.tags or None,
@@ -224,13 +227,13 @@ def _wandb(
         config=config,
         **options,
     )
-    logger._wandb_init.pop("anonymous", None)  # W&B warns of it, whatever it is
+    logger._wandb_init.pop("anonymous", None)  # W&B warns of any value
     return logger
 
 
 @rank_zero_only
-def _tell_of_wandb(run: Any) -> None:
-    """Says in a line where a run of W&B is to be seen."""
+def _log_wandb_run(run: Any) -> None:
+    """Logs the address of a run of W&B, or how to upload it."""
     if not run.disabled:
         offline = f"kept in {run.settings.sync_dir}; `make wandb-sync` or `wandb sync` uploads it"
         log.info("W&B: run %s, %s", run.name, offline if run.offline else run.url)
@@ -243,12 +246,12 @@ def in_wandb_sweep() -> bool:
 
 @rank_zero_only
 def wandb_run_id(directory: Path) -> str:
-    """The run's W&B id: made at the first start and kept in its directory, so that a resume continues it.
+    """Returns the run's W&B id, made at the first start and kept in its directory, so that a resumed run continues it.
 
-    An agent of a W&B sweep decides it for the runs that it starts.
+    For a run that the agent of a W&B sweep starts, the agent chooses the id.
 
     Raises:
-        DamagedFileError: If what is kept can be no id.
+        DamagedFileError: If the file does not hold an id.
     """
     from wandb.sdk.lib.runid import generate_id  # noqa: PLC0415 (slow to import, and only where it is selected)
 
@@ -258,21 +261,21 @@ def wandb_run_id(directory: Path) -> str:
         write_text(path, (given or generate_id()) + "\n")
     kept = read_bytes(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[^\s/\\#?%:\ufffd\0]{1,128}", kept):
-        raise DamagedFileError(f"{path}: damaged, holds no id of a W&B run; remove it to begin a new one")
+        raise DamagedFileError(f"{path}: damaged, holds no id of a W&B run; remove it to start a new W&B run")
     return kept
 
 
 def describe_metrics(loggers: list[Logger], columns: dict[str, Any] | None = None) -> None:
-    """Tells W&B what the axis is, which value of a curve its tables show, and by what runs can be grouped.
+    """Sets W&B's axis, the value of each curve in its tables, and the columns by which runs can be grouped.
 
     Args:
         loggers: The run's loggers.
-        columns: Flat facts of the run, for columns beside the nested configuration.
+        columns: Flat facts of the run, as columns beside the nested configuration.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):  # on other ranks `experiment` is a dummy
             run = logger.experiment
-            _tell_of_wandb(run)
+            _log_wandb_run(run)
             run.define_metric("epoch", hidden=True)
             run.define_metric("trainer/global_step", hidden=True)
             run.define_metric("*", step_metric="epoch")
@@ -286,13 +289,13 @@ _RENAMED = {"method": "method_name", "data": "data_name", "student": "student_ne
 
 
 def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What was run as flat columns with the names of result.json, for grouping, filters and sweeps.
+    """Returns facts of a run as flat columns with the names of result.json, for grouping, filters and sweeps.
 
-    Names that the nested configuration has for groups get another one: `method_name`, `data_name`,
-    `student_network`. Lists and mappings become text.
+    Facts with the name of a configuration group are renamed: `method_name`, `data_name`, `student_network`. Lists and
+    mappings become text.
 
     Args:
-        facts: What is known of the run before training.
+        facts: Facts of the run that are known before training.
         config: The nested configuration.
     """
     columns = {_RENAMED.get(name, name): value for name, value in facts.items()}
@@ -304,13 +307,13 @@ def flat_columns(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 
 def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -> None:
-    """Ends every logger; W&B gets the final figures and an exit code, so failures show as failures.
+    """Ends every logger; W&B gets the final numbers, and an exit code that marks failed runs.
 
-    Trouble here is logged and goes no further: the run's own record is complete without it.
+    An error is logged and not raised, as the run's own record does not depend on loggers.
 
     Args:
         loggers: The run's loggers.
-        result: What the run found; None if it failed.
+        result: The run's result; None if it failed.
     """
     for logger in loggers:
         try:
@@ -319,7 +322,7 @@ def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -
             else:
                 logger.finalize("failed" if result is None else "success")
         except Exception:
-            log.exception("%s could not be ended properly", type(logger).__name__)
+            log.exception("%s failed at the end of the run; the run's own record is complete", type(logger).__name__)
 
 
 def _finish_wandb(result: Mapping[str, Any] | None) -> None:

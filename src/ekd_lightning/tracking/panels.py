@@ -1,6 +1,6 @@
-"""Panels of an evaluation: what a dashboard shows, taken from result.json and arrays.npz; knows no dashboard.
+"""Panels of an evaluation, made of result.json and arrays.npz, for any dashboard.
 
-Names are `<section>/<what>`, as dashboards group panels by the part before the slash. Shape letters: N test images,
+Names are `<section>/<panel>`, as dashboards group panels by the part before the slash. Shape letters: N test images,
 C classes, K branches, M teachers.
 """
 
@@ -30,9 +30,9 @@ _SECTIONS = (
     ("evaluation", ("test_",)),
     ("validation", ("val_",)),
 )
-"""Section of a field by its beginning; the first that fits. Other fields are no findings."""
+"""Section of a field by its prefix; the first match counts. Other fields are not shown."""
 TEST, TEST_BEST, TEST_EMA = "test", "test_best", "test_ema"
-"""Sections of the scores of a run's own test, with the weights of the last epoch and of the best one."""
+"""Sections of the scores of a run's own test, with the last weights, the best weights, and their moving average."""
 _SCORES = ("accuracy", "top5", "nll", "ece", "brier", "branch_accuracy", "disagreement", "ambiguity")
 
 
@@ -55,11 +55,11 @@ class Example(NamedTuple):
     """A test image that the ensemble output gets wrong.
 
     Attributes:
-        place: In the test set, from 0 on.
+        place: Position in the test set, from 0.
         image: uint8 [H, W, 3].
-        true: Name of its class.
-        predicted: Name of the class it was taken for.
-        confidence: Probability of that class, in [0, 1].
+        true: Name of the true class.
+        predicted: Name of the predicted class.
+        confidence: Probability of the predicted class, in [0, 1].
     """
 
     place: int
@@ -71,19 +71,19 @@ class Example(NamedTuple):
     @property
     def caption(self) -> str:
         """True and predicted class in words."""
-        return f"{self.true}, taken for {self.predicted} ({100 * self.confidence:.0f} %)"
+        return f"{self.true}, predicted as {self.predicted} ({100 * self.confidence:.0f} %)"
 
 
 @dataclass(frozen=True)
 class Panels:
-    """Everything that is shown of an evaluation.
+    """All panels of an evaluation.
 
     Attributes:
         scalars: Numbers by `<section>/<field>`.
         tables: Tables by `<section>/<name>`.
         curves: Lines by `<section>/<name>`.
         confusion: int [C, C], rows are true classes; None if unknown.
-        examples: Images that the student gets wrong.
+        examples: Misclassified images.
         class_names: C names.
     """
 
@@ -98,7 +98,7 @@ class Panels:
 def make_panels(
     result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], names: tuple[str, ...]
 ) -> Panels:
-    """Gathers all panels.
+    """Makes all panels.
 
     Args:
         result: Content of result.json.
@@ -117,11 +117,11 @@ def make_panels(
 
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:
-    """Every finite number that was found, by `<section>/<field>`; branches one by one, counted from 0.
+    """Returns every finite number of a result, by `<section>/<field>`; branches one by one, counted from 0.
 
     Scores of the run's own test have the names under which training logs them: `test/accuracy` for the weights of
-    the last epoch, `test_best/accuracy` for those of the best one, `test_ema/accuracy` for their moving average. All
-    else is of the last epoch's weights.
+    the last epoch, `test_best/accuracy` for the best weights, `test_ema/accuracy` for the moving average. All other
+    numbers are of the last epoch's weights.
     """
     found: dict[str, float] = {}
     for field, value in result.items():
@@ -144,7 +144,7 @@ def _scalar_name(field: str) -> str | None:
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, Table]:
-    """Tables of branches, operating points, early exits, classes, and how like branches and teachers are."""
+    """Makes the tables: branches, operating points, early exits, and similarities of branches and teachers."""
     made = {"evaluation/branches": branch_table(result)}
     if subsets := result.get("test_subsets"):
         columns = ["branches", "accuracy", "nll", "macs", "num_parameters"]
@@ -164,7 +164,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def branch_table(result: Mapping[str, Any]) -> Table:
-    """One row per branch, and one for the ensemble output: accuracies in [0, 1], and the branch's own teachers."""
+    """Makes the table of test and validation accuracies, in [0, 1], of each branch and the ensemble output."""
     pairs = zip_longest(*(result.get(f"{split}_branch_accuracy") or [] for split in ("test", "val")))
     rows: list[list[Any]] = [[str(k), *pair] for k, pair in enumerate(pairs)]
     rows.append(["ensemble", result.get("test_accuracy"), result.get("val_accuracy")])
@@ -172,7 +172,7 @@ def branch_table(result: Mapping[str, Any]) -> Table:
 
 
 def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, Lines]:
-    """Reliability before and after temperature scaling, accuracy against cost, corruption and loss curves."""
+    """Makes the lines: reliability before and after temperature scaling, accuracy against cost, corruptions, loss."""
     made: dict[str, Lines] = {}
     reliability = {
         name: _reliability(arrays, suffix)
@@ -201,21 +201,21 @@ def curves(result: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dic
 def misclassified(
     arrays: Mapping[str, NDArray[Any]], images: NDArray[np.uint8], class_names: Sequence[str], most: int = MOST_EXAMPLES
 ) -> list[Example]:
-    """The test images that are taken for another class with the most confidence, by falling confidence.
+    """Returns the misclassified test images with the highest confidence, in falling order.
 
-    Depends on the arrays alone: of equally confident ones the first in the test set comes first.
+    Of equally confident images, the first in the test set comes first.
 
     Args:
-        arrays: With `ensemble_probs` [N, C] and `labels` [N]; without them nothing is found.
+        arrays: Arrays with `ensemble_probs` [N, C] and `labels` [N]; if they are missing, the list is empty.
         images: uint8 [N, 3, H, W].
         class_names: C names.
-        most: At most so many.
+        most: Largest number of images.
     """
     if "ensemble_probs" not in arrays or "labels" not in arrays:
         return []
     probs, labels = arrays["ensemble_probs"].astype(np.float32), arrays["labels"].astype(np.int64)
     predicted, rows = probs.argmax(axis=1), np.arange(len(labels))
-    # Rounded to half precision two classes may come out equal: then nobody can say here which was predicted.
+    # In half precision two probabilities may be equal; then the predicted class is unknown here.
     wrong = np.flatnonzero(probs[rows, predicted] > probs[rows, labels])
     order = wrong[np.argsort(-probs[wrong, predicted[wrong]], kind="stable")][:most]
     return [
@@ -237,7 +237,7 @@ def _reliability(arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[list[
 
 
 def _matrix_table(result: Mapping[str, Any], name: str) -> Table:
-    """A matrix as one row per cell: branches below, branches or teachers beside."""
+    """Makes a table of a matrix, a row per cell: branch, other branch or teacher, and value."""
     across = "teacher" if "teacher" in name else "branch"
     ids = [teacher["id"] for teacher in result.get("teachers") or []] if across == "teacher" else []
     rows = [

@@ -1,4 +1,4 @@
-"""Terminal: one live display of all phases of a command, above which everything else that is said stays whole."""
+"""Terminal: one live display of all phases of a command; all other output appears above it in whole lines."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from rich.text import Text
 
 from ekd_lightning.progress import Reporter, Session, Task, readable
 
-_BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds from a training that Python bounds
+_BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds of Python's time, which bounds the training
 _TOTAL, _GAP, _TIME = "total", 2, 7
-_LEAST_WIDTH = 60  # columns below which bars are left out
+_LEAST_WIDTH = 60  # columns; a narrower display leaves the bars out
 
 
 class LiveDisplay(Reporter):
-    """One row per phase with its bar, and the time that is left in total; redrawn in place, on a terminal.
+    """One row per phase with its bar, and the total time left; redrawn in place, on a terminal.
 
-    While it is shown, what is printed, logged or warned of appears above it, each line whole.
+    While it is shown, printed and logged lines and warnings appear above it, each line whole.
 
     Args:
         stream: The terminal.
@@ -39,25 +39,29 @@ class LiveDisplay(Reporter):
         self._session: Session | None = None
 
     def start(self, session: Session) -> None:
-        """Begins to draw."""
+        """Starts to draw."""
         console = Console(file=self._stream, highlight=False)
         self._session = session
         self._live = Live(
-            Rows(session), console=console, refresh_per_second=_PER_SECOND, redirect_stdout=False, redirect_stderr=False
+            SessionRows(session),
+            console=console,
+            refresh_per_second=_PER_SECOND,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._stack.enter_context(self._live)
         self._stack.enter_context(_redirected(console))
 
     def stop(self) -> None:
-        """Draws once more, or clears the rows that are not to be kept, and lets others write as before."""
+        """Draws a last time, or clears the rows if the session does not keep them, and gives the streams back."""
         if self._live is not None and self._session is not None:
             self._live.transient = not self._session.keep
         self._stack.close()
         self._live = self._session = None
 
 
-class Rows:
-    """What is drawn of a session; made anew each time.
+class SessionRows:
+    """Rendering of a session, recomputed at each redraw.
 
     Args:
         session: The session.
@@ -68,11 +72,11 @@ class Rows:
         self._rows = Group()
 
     def __rich_console__(self, console: Console, options: Any) -> Iterator[Group]:
-        with contextlib.suppress(Exception):  # the session changes meanwhile: the previous rows will do
-            self._rows = self._drawn(options.max_width)
+        with contextlib.suppress(Exception):  # the session may change meanwhile; then the previous rows are drawn
+            self._rows = self._render(options.max_width)
         yield self._rows
 
-    def _drawn(self, columns: int) -> Group:
+    def _render(self, columns: int) -> Group:
         phases = dict(self._session.phases)
         over = not any(task.active for task in phases.values())
         left = None if over else self._session.seconds_left
@@ -93,7 +97,7 @@ class Rows:
         later = "" if left is None else f"about {readable(left)} left in all"
         cells = zip((_TOTAL, *([""] if wide else []), seconds), widths, strict=True)
         total = "".join(f"{text:{width + _GAP}}" for text, width in cells) + later
-        # Not filled up to the edge: the ^C that a terminal adds to it would begin a line of its own.
+        # Not padded to the edge: the ^C that a terminal appends would start a new line.
         return Group(table, Text(total.rstrip(), "dim", no_wrap=True, overflow="ellipsis"))
 
 
@@ -108,10 +112,10 @@ def _time(task: Task) -> str:
     return readable(task.elapsed) if task.elapsed else ""
 
 
-class Above(io.TextIOBase):
-    """A stream whose whole lines appear above a live display; of lines that redraw themselves, the last state.
+class StreamAbove(io.TextIOBase):
+    """A stream whose whole lines appear above a live display; of a line that is redrawn, only the last state does.
 
-    One for each stream of the process, whatever display it has: libraries patch what they find at their import.
+    There is one per stream of the process, for all displays: libraries patch the stream that they find at their import.
     """
 
     def __init__(self) -> None:
@@ -121,28 +125,28 @@ class Above(io.TextIOBase):
         self._lock = threading.Lock()
 
     def begin(self, console: Console, stream: TextIO) -> None:
-        """Prints from now on above a display, in place of a stream."""
+        """Starts to print above a display, in place of a stream."""
         self._console, self._stream = console, stream
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """The terminal's."""
+        """Encoding of the terminal."""
         return self._stream.encoding
 
     def isatty(self) -> bool:
-        """As the terminal says."""
+        """Whether the stream is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """The terminal's."""
+        """File descriptor of the terminal."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def write(self, text: str) -> int:
-        """Prints the lines that are complete; without a display, all at once."""
+        """Prints complete lines above the display; without a display, passes the text on."""
         if self._console is None:
             return self._stream.write(text)
         with self._lock:
@@ -151,7 +155,7 @@ class Above(io.TextIOBase):
         return len(text)
 
     def finish(self) -> None:
-        """Prints what has no end of line yet, and leaves the display."""
+        """Prints the last, incomplete line, and leaves the display."""
         rest, self._rest = self._rest, ""
         self._print([rest] if rest.strip() else [])
         self._console = None
@@ -162,16 +166,16 @@ class Above(io.TextIOBase):
             return
         for line in lines:
             shown = line.rstrip("\r").rpartition("\r")[2]
-            # Never wrapped: a command that is longer than the screen can be copied.
+            # Never wrapped, so that a command longer than the screen can be copied.
             console.print(Text.from_ansi(shown), soft_wrap=True)
 
 
-_ABOVE = {"stdout": Above(), "stderr": Above()}
+_ABOVE = {"stdout": StreamAbove(), "stderr": StreamAbove()}
 
 
 @contextlib.contextmanager
 def _redirected(console: Console) -> Iterator[None]:
-    """Leads standard output, standard error and what loggers have of them above a display, where they are terminals."""
+    """Redirects standard output and error, and loggers that write to them, above a display, if they are terminals."""
     streams = {name: getattr(sys, name) for name in _ABOVE if getattr(sys, name).isatty()}
     terminals = {
         stream: _ABOVE[name]
@@ -200,12 +204,12 @@ def _redirected(console: Console) -> Iterator[None]:
 
 
 def _is_seen(record: logging.LogRecord) -> bool:
-    """Whether a line says something that the display does not show."""
+    """Whether a log line is not redundant beside the display; see `progress.UNSEEN`."""
     return not getattr(record, "progress", False)
 
 
 def _handlers() -> Iterator[logging.StreamHandler[Any]]:
-    """All handlers of all loggers that write to a stream and not to a file."""
+    """Yields the handlers of all loggers that write to a stream rather than a file."""
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     for logger in loggers:
         for handler in getattr(logger, "handlers", ()):

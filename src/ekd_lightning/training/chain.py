@@ -1,11 +1,11 @@
-"""Chain of teacher assistants, teacher → assistant → ... → student, planned and checked before anything is trained.
+"""Chain of teacher assistants, teacher → assistant → ... → student, planned and checked before any training.
 
 Mirzadeh et al. 2020 (AAAI, arXiv 1902.03393), section "Teacher Assistant Knowledge Distillation": each network of
 the chain is trained by plain distillation from the one before it, L = (1 - λ) CE + λ T² KL (their equation 3; KL is
 the batch mean).
 
-The first assistant is taught by the run's teachers (by the mean of their logits where there are several), the
-student by the last assistant alone, with whatever method the run has.
+The run's teachers teach the first assistant (by the mean of their logits if there are several); the last assistant
+alone teaches the student, by the run's method.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.tracking.loggers import TeacherCurves
 from ekd_lightning.training.pool import gather_teachers
 from ekd_lightning.training.steps import check_optimizer
-from ekd_lightning.training.teacher_training import Lesson, link_method, train_assistant
+from ekd_lightning.training.teacher_training import LinkTraining, link_method, train_assistant
 
 DEFAULT_CE_WEIGHT, DEFAULT_KD_WEIGHT = 0.1, 0.9
-"""Weights of a link's terms where the method has no kd_ensemble to take them from."""
+"""Weights of a link's terms if the method has no kd_ensemble to take them from."""
 _ENTRY = ("network", "options", "seed")
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """An assistant of the chain, checked and not yet trained."""
+    """An assistant of the chain, checked but not trained yet."""
 
     id: str
     spec: NetworkSpec
@@ -58,18 +58,18 @@ class Assistant:
 
 @dataclass(frozen=True)
 class Chain:
-    """A chain: the teachers at its head, the assistants from large to small, and their training."""
+    """A chain: the teachers at its start, the assistants from the first to the last, and their common settings."""
 
     origins: tuple[PlannedTeacher, ...]
     assistants: tuple[Assistant, ...]
-    lesson: Lesson
+    training: LinkTraining
 
     def taught_by(self, origins: list[PlannedTeacher]) -> Chain:
-        """Returns the chain with other teachers at its head."""
+        """Returns the chain with other teachers at its start."""
         return replace(self, origins=tuple(origins))
 
     def last(self) -> PlannedTeacher:
-        """Returns the student's teacher; obtaining it trains all links that the store lacks."""
+        """Returns the plan of the student's teacher; to obtain it trains all assistants that the store lacks."""
         last = self.assistants[-1]
         return PlannedTeacher(last.id, last.spec, "assistant", partial(_obtain, self))
 
@@ -87,28 +87,28 @@ def plan_chain(
     """Parses `method.assistants`, and checks everything that can be checked before training.
 
     Args:
-        settings: The run's.
+        settings: Settings of the run.
         dataset: The images.
-        subset: Those that the student sees; the assistants see the same.
-        views: The student's view family.
-        teachers: Those that may teach the first assistant.
-        student: For its size.
+        subset: The training images of student and assistants.
+        views: The view family of student and assistants.
+        teachers: Candidates for teaching the first assistant.
+        student: The student; only its size is used.
         accelerator: Lightning's flag.
-        curves: Where their curves go; None for nowhere.
+        curves: Loggers of the assistants; None for none.
 
     Raises:
-        UserError: For assistants of a method without teachers, an unknown network or option, or a recipe,
-            temperature or weight that is impossible.
+        UserError: If the method has no teachers, a network or option is unknown, or a recipe, temperature or weight is
+            impossible.
     """
     method = settings.method
     if not teachers:
-        raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} has no teachers")
+        raise UserError(f"method.assistants={method.assistants}: the method {method.name!r} needs no teachers")
     assistants = tuple(_assistants(settings, dataset))
     _warn_of_sizes(assistants, teachers, count_parameters(student), settings.student.network)
     recipe, temperature = settings.recipe.changed(method.chain.recipe, "method.chain.recipe"), method.chain.temperature
     check_optimizer(recipe, "method.chain.recipe")
     check_batch_size(recipe.batch_size, len(subset.train_index))
-    lesson = Lesson(
+    training = LinkTraining(
         replace(settings, recipe=recipe),
         dataset,
         subset,
@@ -121,22 +121,22 @@ def plan_chain(
         curves=curves,
     )
     origins = teachers[:1] if method.teacher == "best" else teachers
-    asked = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _nobody) for a in assistants[:-1])]
+    taught_by = [*origins, *(PlannedTeacher(a.id, a.spec, "assistant", _not_obtained) for a in assistants[:-1])]
     known = {"unknown_classes": [one.unknown for one in origins], "teacher_names": [one.id for one in origins]}
     source = plan_source(
-        lesson.settings, dataset, subset, views, asked, link_method(lesson, len(origins), seed=0, **known)
+        training.settings, dataset, subset, views, taught_by, link_method(training, len(origins), seed=0, **known)
     )
-    return Chain(tuple(teachers), assistants, replace(lesson, source=source))
+    return Chain(tuple(teachers), assistants, replace(training, source=source))
 
 
 def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Returns the two terms of every link: the method's own ce_ensemble and kd_ensemble where it has them.
+    """Returns the two terms of every link: ce_ensemble and kd_ensemble of the method, if it has them.
 
-    They keep their options (label smoothing, how teachers are combined). A method that has no kd_ensemble, or gives
-    it no weight, has no (1 - λ) and λ to offer: then the weights are 0.1 and 0.9. `method.chain` overrides both.
+    They keep their options (label smoothing, how teachers are combined). If the method has no kd_ensemble, or gives it
+    no weight, the weights 1 - λ and λ are 0.1 and 0.9. `method.chain` overrides both.
 
     Raises:
-        UserError: For a negative weight, or a kd_weight of 0.
+        UserError: If ce_weight is negative, or kd_weight not positive.
     """
     chain = settings.method.chain
     ce, kd = (_term(settings.method.terms, kind) for kind in ("ce_ensemble", "kd_ensemble"))
@@ -153,7 +153,7 @@ def link_terms(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _term(terms: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Returns options and weight of the first term of a type; empty if there is none."""
+    """Returns options and weight of the first term of a type; empty without such a term."""
     found = (term for name, term in terms.items() if (term.get("type") or name) == kind)
     return {name: value for name, value in next(found, {}).items() if name != "type"}
 
@@ -164,7 +164,7 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
         key = f"method.assistants[{position}]"
         entry = {"network": node} if isinstance(node, str) else node
         if not isinstance(entry, dict) or not entry.get("network"):
-            raise UserError(f"{key}={node}: must be a network's name, or a mapping with network, options and seed")
+            raise UserError(f"{key}={node}: must be the name of a network, or a mapping of network, options and seed")
         for name in entry:
             if name not in _ENTRY:
                 raise unknown_name(f"key of {key}", name, _ENTRY)
@@ -173,7 +173,7 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
             raise UserError(f"{key}.options={options!r}: must be a mapping")
         seed = settings.seed if entry.get("seed") is None else entry["seed"]
         if type(seed) is not int or not 0 <= seed < 2**64:
-            raise UserError(f"{key}.seed={seed!r}: must be a whole number in [0, 2**64)")
+            raise UserError(f"{key}.seed={seed!r}: must be an integer in [0, 2**64)")
         statistics = normalization(dataset.normalization)
         try:
             spec = NetworkSpec(str(entry["network"]), dataset.num_classes, statistics, options)
@@ -185,20 +185,20 @@ def _assistants(settings: Settings, dataset: Dataset) -> list[Assistant]:
 
 
 def _size(spec: NetworkSpec) -> int:
-    with torch.random.fork_rng(devices=[]):  # planning must not advance the run's generator
+    with torch.random.fork_rng(devices=[]):  # keeps the run's generator where it is
         return count_parameters(build_network(spec))
 
 
 def _warn_of_sizes(
     assistants: tuple[Assistant, ...], teachers: list[PlannedTeacher], student: int, student_name: str
 ) -> None:
-    """Warns of a chain whose parameters do not fall from teacher to student."""
+    """Warns if the number of parameters does not fall along the chain, from teacher to student."""
     sizes = {plan.id: _size(plan.spec) for plan in teachers}
     above, above_size = max(sizes.items(), key=lambda item: item[1])
     for position, assistant in enumerate(assistants):
         name, size = f"method.assistants[{position}]={assistant.spec.name}", assistant.num_parameters
         if size > above_size:
-            warnings.warn(f"{name} has {size:,} parameters, more than {above} above it ({above_size:,})", stacklevel=4)
+            warnings.warn(f"{name} has {size:,} parameters, more than {above} before it ({above_size:,})", stacklevel=4)
         if size < student:
             warnings.warn(
                 f"{name} has {size:,} parameters, fewer than the student {student_name} ({student:,})", stacklevel=4
@@ -206,16 +206,16 @@ def _warn_of_sizes(
         above, above_size = assistant.spec.name, size
 
 
-def _nobody() -> tuple[StagedNetwork, dict[str, Any]]:
-    raise AssertionError("stands for an assistant's size only")
+def _not_obtained() -> tuple[StagedNetwork, dict[str, Any]]:
+    raise AssertionError("this plan only describes the size of an assistant")
 
 
 def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
-    """Returns the last assistant; links come from the store, or are trained in turn."""
+    """Returns the last assistant and its details; assistants come from the store, or are trained in turn."""
     teachers = gather_teachers(list(chain.origins))
     links = []
     for assistant in chain.assistants:
-        network, link = _obtain_link(chain.lesson, assistant, teachers)
+        network, link = _obtain_link(chain.training, assistant, teachers)
         links.append(link)
         identity = TeacherIdentity(assistant.id, link["sha256"], "assistant", assistant.spec.name)
         teachers = TeacherEnsemble([network], [identity])
@@ -224,16 +224,16 @@ def _obtain(chain: Chain) -> tuple[StagedNetwork, dict[str, Any]]:
 
 
 def _obtain_link(
-    lesson: Lesson, assistant: Assistant, teachers: TeacherEnsemble
+    training: LinkTraining, assistant: Assistant, teachers: TeacherEnsemble
 ) -> tuple[StagedNetwork, dict[str, Any]]:
     """Returns an assistant and its record."""
-    store = TeacherStore(Path(lesson.settings.teachers.store))
+    store = TeacherStore(Path(training.settings.teachers.store))
     hashes = [identity.sha256 for identity in teachers.identities]
-    key = lesson.key(assistant.spec, assistant.seed, hashes)
+    key = training.key(assistant.spec, assistant.seed, hashes)
     found = store.path(key).is_file()
-    # Every process of a distributed run comes here; the first one trains under the lock, the others wait and read.
+    # All processes of a distributed run do this: the first one trains under the lock, the others wait and read.
     network = store.get_or_train(
-        key, lambda scratch: train_assistant(lesson, assistant.spec, assistant.seed, teachers, scratch)
+        key, lambda scratch: train_assistant(training, assistant.spec, assistant.seed, teachers, scratch)
     )
     cost = store.cost(key)
     return network, {

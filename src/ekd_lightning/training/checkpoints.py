@@ -1,4 +1,4 @@
-"""Checkpoints of a training: when they are saved, how they are written and read."""
+"""Checkpoints of a training: when to save them, and how to write and read them."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _SEAL_COMMENT = f"{SEAL}:{UNSEALED}".encode()
 class CheckpointWriter(CheckpointIO):
     """Writes checkpoints in the background; each file is the old or the new one, whatever stops the process.
 
-    A call copies the state to host memory and returns. One thread seals and writes it, in the order of the calls.
-    A call for a file waits until the file's last one is written; `teardown`, which the Trainer calls whenever a
-    training ends, waits for all. What went wrong is raised by the next call.
+    `save_checkpoint` copies the state to host memory and returns; a thread seals and writes the copies in the order of
+    the calls. A call waits for earlier writes of the same file; `teardown`, which the Trainer calls at the end of every
+    training, waits for all. The next call raises the error of an earlier write.
 
-    One belongs to one Trainer: `pl.Trainer(plugins=[CheckpointWriter()], ...)`.
+    Each Trainer needs its own: `pl.Trainer(plugins=[CheckpointWriter()], ...)`.
 
     Args:
-        owner: Whose checkpoints these are: they name it, and those of another one are refused.
+        owner: Returns the id of the run or training; checkpoints hold it, and those of another one are refused.
     """
 
     def __init__(self, owner: Callable[[], str | None] = lambda: None) -> None:
@@ -54,7 +54,7 @@ class CheckpointWriter(CheckpointIO):
         self._seen: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Copies the state and starts to write it.
+        """Copies the state and queues its writing.
 
         Args:
             checkpoint: The state: containers, tensors, numbers and strings.
@@ -89,7 +89,7 @@ class CheckpointWriter(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
-        """Waits until everything is written.
+        """Waits until all checkpoints are written.
 
         Raises:
             UserError: If a checkpoint could not be written, naming it.
@@ -98,23 +98,23 @@ class CheckpointWriter(CheckpointIO):
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Writes a file for `torch.load` with a checksum of the whole file in its zip comment.
+    """Writes a file for `torch.load` with the checksum of the whole file in its zip comment.
 
     Raises:
-        UserError: If the disk refuses, naming the file, which is then as it was.
+        UserError: If the disk refuses, naming the file, which is then unchanged.
     """
     stream = io.BytesIO()
     torch.save(checkpoint, stream)
-    stream.seek(-2, io.SEEK_END)  # the length of the comment, 0, is the last that a zip file holds
+    stream.seek(-2, io.SEEK_END)  # a zip file ends with the length of its comment, here 0
     stream.write(len(_SEAL_COMMENT).to_bytes(2, "little") + _SEAL_COMMENT)
     write_bytes(path, seal(stream.getvalue()))
 
 
 def read_checkpoint(path: Path, owner: str | None = None) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, without unpickling code; its checksum is checked if it has one.
+    """Reads a checkpoint onto the CPU, without unpickling code, and checks its checksum if it has one.
 
     Raises:
-        UserError: If it cannot be read, is damaged, or names another owner.
+        UserError: If it cannot be read, is damaged, or is of another owner.
     """
     try:
         content = read_bytes(path)
@@ -124,16 +124,16 @@ def read_checkpoint(path: Path, owner: str | None = None) -> dict[str, Any]:
     try:
         found = dict(torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"))
     except Exception as error:  # torch raises many kinds for damaged files
-        raise UserError(f"{path}: not a checkpoint of this package, or damaged ({type(error).__name__})") from None
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged ({type(error).__name__})") from None
     if owner and owner != (found.get(_OWNER) or owner):
-        raise UserError(f"{path}: a checkpoint of another training")
+        raise UserError(f"{path}: a checkpoint of another run or teacher")
     return found
 
 
 def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheckpoint]:
-    """Returns callbacks for `best.ckpt` by validation accuracy (with a validation split) and `last.ckpt`.
+    """Returns callbacks for `last.ckpt` and, with a validation split, `best.ckpt` by validation accuracy.
 
-    The order matters: `last` is written after `best`, so it holds the up-to-date best-so-far.
+    The order matters: `last` is written after `best`, so that it holds the newest best score.
     """
     common: dict[str, Any] = {"dirpath": directory, "auto_insert_metric_name": False, "enable_version_counter": False}
     callbacks = []
@@ -146,7 +146,7 @@ def checkpoint_callbacks(directory: Path, *, with_best: bool) -> list[ModelCheck
 
 
 class EndOfEpochCheckpoint(ModelCheckpoint):
-    """Saves whole epochs only, whatever stops the training: a resume replays an unfinished epoch from its start."""
+    """Saves only after whole epochs, so that a resumed run repeats an unfinished epoch from its start."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves, unless the training was stopped inside the epoch."""
@@ -154,10 +154,10 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing: a validation may come inside an epoch."""
+        """Does nothing, as a validation may come inside an epoch."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Makes every process wait for the writing one: any of them may read a checkpoint next."""
+        """Makes all processes wait for the one that writes, as any of them may read a checkpoint next."""
         trainer.strategy.barrier("checkpoints")
 
     def _should_save_on_train_epoch_end(self, trainer: pl.Trainer) -> bool:
@@ -165,7 +165,7 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
 
 
 def _on_host(value: Any) -> Any:
-    """Copies a state to host memory, so that later steps do not change it; containers keep their type."""
+    """Copies a state to host memory, out of reach of later steps; containers keep their type."""
     if isinstance(value, Tensor):
         found = value.detach()
         return found.clone() if found.device.type == "cpu" else found.cpu()

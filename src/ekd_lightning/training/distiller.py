@@ -34,13 +34,13 @@ from ekd_lightning.training.module import TrainingModule
 from ekd_lightning.training.recorded_step import StepValues
 
 COMPILE_STUDENT_MACS = {"cpu": 1e13, "cuda": 5e14}
-"""Work of a training (three forward passes a step) from which compiling the student pays. On two cores it takes 15 to
-35 s, or 2 s where torch's cache has it, and saves a fifth to a quarter of the step; on an H200, where the step is
-recorded as a graph, it took 8 to 30 s and saved a sixth to a quarter."""
+"""Multiply-accumulates of a training (three forward passes per step) from which compiling the student pays. On two
+cores it takes 15 to 35 s, or 2 s from torch's cache, and saves a fifth to a quarter of the step; on an H200, with the
+step recorded as a graph, it took 8 to 30 s and saved a sixth to a quarter."""
 
 
 class NetworkAccess:
-    """Access to the student and to float32 teachers, for terms that need outputs for images of their own.
+    """Student and float32 teachers for terms that need outputs for other images than the batch's; see `LiveNetworks`.
 
     Teachers are copied and folded on first use.
     """
@@ -85,24 +85,24 @@ class NetworkAccess:
 class Distiller(TrainingModule):
     """Trains a branched student by a method, with or without frozen teachers.
 
-    The teachers are a submodule so that they follow the device, but have no submodules, parameters or state of their
-    own; a checkpoint holds their hashes instead, and refuses other teachers when it is resumed. Without the teachers
-    that its method needs it validates, tests and predicts, and does not train.
+    The teachers are a submodule, so that they follow the device, but expose no submodules, parameters or state. A
+    checkpoint holds their hashes, and can be resumed with the same teachers only. Without the teachers that its method
+    needs, a Distiller validates, tests and predicts, but does not train.
 
     Args:
         student: The branched student.
         method: Weighted loss terms; its adapters are trained with the student.
         recipe: Optimiser and schedule.
-        teachers: The frozen ensemble; None for methods without teachers, or where nothing will be trained.
+        teachers: The frozen ensemble; None for methods without teachers, or if nothing will be trained.
         make_source: Builds the source of teacher outputs from the ensemble, in every process when training
             starts (a memory-mapped table must not travel between processes).
-        channels_last: Memory format of images, student, and teachers that process images of a term's own.
+        channels_last: Memory format of images, student, and the teachers of terms that use other images.
         fold_teachers: Whether batch norms of these teachers are folded into the convolutions.
         compile_student: Whether the student's forward and backward pass in training go through torch.compile:
-            "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then
-            takes long; without a working compiler this warns and trains as if it were off.
+            "auto" (in long runs, where it was measured to pay), "always" or "never". The first step then takes long;
+            without a working compiler it warns and trains uncompiled.
         capture: Whether steps are recorded as CUDA graphs, see `Settings.capture`.
-        recipe_key: Where the recipe stands in the configuration, for messages.
+        recipe_key: Dotted key of the recipe in the configuration, for messages.
 
     Raises:
         UserError: If the method compares classes that a teacher does not know.
@@ -123,7 +123,7 @@ class Distiller(TrainingModule):
         recipe_key: str = "recipe",
     ) -> None:
         super().__init__(student, method, recipe, channels_last=channels_last, capture=capture, recipe_key=recipe_key)
-        if method.needs_teachers and teachers is not None:  # a method may be built before their weights are there
+        if method.needs_teachers and teachers is not None:  # a method may be built before they are loaded
             unknown = [unknown_classes(member.head) for member in teachers.members]
             names = [repr(identity.id) for identity in teachers.identities]
             method.check_classes(unknown, names, student.num_classes)
@@ -168,9 +168,9 @@ class Distiller(TrainingModule):
 
         Args:
             checkpoint_path: The checkpoint, e.g. `checkpoints/last.ckpt` of a run.
-            map_location: Where to.
-            teachers: Those that taught, for further training; not needed to validate, test and predict.
-            method: In place of the recorded one, where that was not made by `build_method`.
+            map_location: Device of the module.
+            teachers: The same teachers, to train further; not needed to validate, test and predict.
+            method: The method, needed only if the recorded one was not made by `build_method`.
             **options: Further arguments of the constructor, in place of the recorded ones.
 
         Returns:
@@ -184,7 +184,7 @@ class Distiller(TrainingModule):
         checkpoint = read_checkpoint(path)
         known = checkpoint.get("hyper_parameters") or {}
         if method is None and known.get("method") == {}:
-            raise UserError(f"{path}: its method was not made of plain settings: pass method=...")
+            raise UserError(f"{path}: its method was not made by build_method, so it is not recorded: pass method=...")
         try:
             arguments = {**known["student"], "spec": NetworkSpec.from_dict(known["student"]["spec"])}
             student = BranchedStudent(**arguments)
@@ -203,7 +203,7 @@ class Distiller(TrainingModule):
         return module.to(map_location)
 
     def _spare_broadcasts(self) -> None:
-        """Tells DDP which buffers are equal in all processes; it would broadcast them in every step."""
+        """Excludes buffers that are equal in all processes from DDP's broadcast in every step."""
         same = [name for name, module in self.named_modules() if getattr(module, "same_in_all_processes", False)]
         prefixes = tuple(f"{name}." for name in same)
         named = (*self.named_parameters(), *self.named_buffers())
@@ -214,10 +214,10 @@ class Distiller(TrainingModule):
         """Refuses to train without the teachers that the method needs.
 
         Raises:
-            UserError: If they are not there.
+            UserError: If they are missing.
         """
         if stage == "fit" and self.method.needs_teachers and self.teachers is None:
-            raise UserError(f"method {self.method.name!r} needs teachers, and there are none: pass teachers=...")
+            raise UserError(f"the method {self.method.name!r} needs teachers to train: pass teachers=...")
 
     def on_fit_start(self) -> None:
         """Opens the source of teacher outputs in this process."""
@@ -225,7 +225,7 @@ class Distiller(TrainingModule):
             self.teacher_source = self._make_source(self.teachers)
 
     def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
-        """Lets the source of teacher outputs prepare for the epoch."""
+        """Lets the source of teacher outputs prepare the epoch."""
         source = self.teacher_source
         if source is None:
             return
@@ -240,7 +240,7 @@ class Distiller(TrainingModule):
             source.prefetch_epoch(*loader.distinct_rows(batches, ahead=1), counts)
 
     def _stage_counts(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
-        """Counts the images per set of stages that teachers must return, over batches counted from now."""
+        """Returns how many images need each set of teacher stages, in a range of batches counted from now."""
         counts: Counter[tuple[str, ...]] = Counter()
         for batch in batches:
             needed, stages = self.method.teacher_needs(self.progress(batch))
@@ -252,19 +252,19 @@ class Distiller(TrainingModule):
         rows = self.teacher_source.held_bytes if self.teacher_source else 0
         members = self.teachers.members if self.teachers else ()
         weights = sum(p.nbytes for member in members for p in member.parameters())
-        return {"teachers": weights, "their answers (teachers.table)": rows}
+        return {"teachers": weights, "teacher outputs (teachers.table)": rows}
 
     def why_not_recorded(self) -> str | None:
-        """Returns which terms or teachers need the host in a step; None where none do."""
+        """Returns which term or source of teacher outputs rules recording out; None if none does."""
         for name, term in self.method.named_terms():
             if not term.captures:
                 return f"method.terms.{name} needs the host in every step"
             own = type(term)
             if not own.__module__.startswith("ekd_lightning.") and "captures" not in vars(own):
-                return f"method.terms.{name} does not say that it may be ({own.__name__}.captures = True)"
+                return f"method.terms.{name} does not declare that it can be ({own.__name__}.captures = True)"
         source = self.teacher_source
         if source is not None and not all(source.captured(stages) for stages in self.method.needed_stage_sets):
-            return "the teachers' outputs come through the host"
+            return "teacher outputs pass through the host"
         return None
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:
@@ -288,14 +288,13 @@ class Distiller(TrainingModule):
                 if wrong.any():
                     image = int(rows.index[wrong.flatten(1).any(1).cpu()][0])
                     value = float(values[wrong][0])
-                    why = (
-                        "it masks classes, which this loss cannot compare" if value == -math.inf else "use another one"
-                    )
+                    masked = value == -math.inf
+                    why = "it masks classes, which this loss cannot compare" if masked else "use another teacher"
                     return f"teacher {identity.id!r} is the cause: its {name} of image {image} are {value}; {why}"
         return None
 
     def _batches_to_come(self) -> int:
-        """Returns the batches left in this epoch, fewer where `trainer.max_steps` ends the training before."""
+        """Returns the number of batches left in this epoch, or until `trainer.max_steps` ends the training."""
         batches = int(self.trainer.num_training_batches)
         if self.trainer.max_steps < 0:
             return batches
@@ -303,15 +302,15 @@ class Distiller(TrainingModule):
         return min(batches, max(1, left * self.trainer.accumulate_grad_batches))
 
     def _student_forward(self, image_size: ImageSize) -> Callable[[Tensor], StudentOutput]:
-        """Returns the student's forward pass in training, with the method's stages; compiled or not."""
-        # Not `self`: the compiler would guard a whole LightningModule in every step.
+        """Returns the student's forward pass for training, with the method's stages; compiled or not."""
+        # Without `self`, as the compiler would check a whole LightningModule in every step.
         student, stages = self.student, tuple(self.method.student_stages)
 
         def outputs(images: Tensor) -> StudentOutput:
             return student.outputs(images, stages)
 
         compiled = self._compile_student == "always"
-        # Compiled steps are slower in float32 on a processor, and bound by launches on a GPU unless recorded.
+        # Compiled steps are slower in float32 on a CPU, and bound by launches on a GPU unless recorded.
         pays = "bf16" in str(self.trainer.precision) if self.device.type == "cpu" else self._recorded is not None
         if self._compile_student == "auto" and pays:
             images = self.recipe.epochs * int(self.trainer.num_training_batches) * self.recipe.batch_size
@@ -343,7 +342,7 @@ class Distiller(TrainingModule):
         return result.total, result.terms, student.logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Records the teachers' hashes; their weights stay outside."""
+        """Records the teachers' hashes in place of their weights."""
         checkpoint["teachers"] = self._teacher_hashes()
         self._flush()
 
@@ -360,11 +359,12 @@ class Distiller(TrainingModule):
         """Refuses to continue with teachers other than those of the checkpoint.
 
         Raises:
-            UserError: If hashes or order differ.
+            UserError: If their hashes or their order differ.
         """
         if checkpoint.get("teachers") != self._teacher_hashes():
             raise UserError(
-                f"the checkpoint was taught by {checkpoint.get('teachers')}, this run has {self._teacher_hashes()}"
+                f"the checkpoint needs the teachers that it was trained with, of SHA-256 {checkpoint.get('teachers')}, "
+                f"in this order; given: {self._teacher_hashes()}"
             )
 
     def _teacher_hashes(self) -> list[str]:

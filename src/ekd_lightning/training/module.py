@@ -1,4 +1,4 @@
-"""Training module, the base of `Distiller`: the step, eager or recorded, optimiser, log and evaluation."""
+"""Training module, the base of `Distiller`: steps, eager or recorded, optimiser, log, validation and test."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(UserError):
-    """A loss became infinite or not a number; the message says at which step and in which term."""
+    """A loss became infinite or NaN; the message names epoch, step and term."""
 
 
 def has_fragile_convolution(module: nn.Module) -> bool:
     """Whether a network has strided 1×1 convolutions from fewer than 16 channels.
 
-    In channels-last format torch 2.14 hangs, corrupts memory or crashes in their backward pass on a processor: from 8
-    channels on only with some numbers of threads (3, 5, 6, 7, where it was tried).
+    In channels-last format on a CPU, their backward pass in torch 2.14 hangs, corrupts memory or crashes; with 8 or
+    more channels only for some numbers of threads (3, 5, 6 and 7 of those tried).
     """
     return any(
         m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16
@@ -46,7 +46,7 @@ def has_fragile_convolution(module: nn.Module) -> bool:
 
 
 def memory_format(network: nn.Module, channels_last: bool) -> torch.memory_format:
-    """Returns the memory format for training a network: channels-last if wanted and supported."""
+    """Returns the memory format for training a network: channels-last if requested and supported."""
     able = channels_last and not has_fragile_convolution(network)
     return torch.channels_last if able else torch.contiguous_format
 
@@ -62,11 +62,11 @@ class TrainingModule(pl.LightningModule):
         recipe: Optimiser and schedule.
         channels_last: Memory format of images and student.
         capture: Whether steps are recorded as CUDA graphs, see `Settings.capture`.
-        recipe_key: Where the recipe stands in the configuration, for messages.
+        recipe_key: Dotted key of the recipe in the configuration, for messages.
 
     Attributes:
-        test_section: What stands before the slash in the names of test scores.
-        ema: The moving average of the student's weights; None where `recipe.ema` is 0.
+        test_section: Section of the logged test scores, the part of their names before the slash.
+        ema: The moving average of the student's weights; None if `recipe.ema` is 0.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainingModule(pl.LightningModule):
         self._memory_format = memory_format(student, channels_last)
         if channels_last and self._memory_format is not torch.channels_last:
             warnings.warn(
-                "channels_last=true has no effect: torch's processor kernels fail on convolutions this narrow",
+                "channels_last=true has no effect: torch's CPU kernels fail on narrow strided 1×1 convolutions",
                 stacklevel=3,
             )
         self.student = in_memory_format(student, self._memory_format)
@@ -107,13 +107,13 @@ class TrainingModule(pl.LightningModule):
 
         Args:
             batch: The batch.
-            values: What changes from step to step, as tensors, where the step is recorded; None to take it from the
-                trainer's counters.
+            values: For a recorded step, the values that change from step to step, as tensors; None to take them from
+                the trainer's counters.
         """
         raise NotImplementedError
 
     def prepare_epoch(self, loader: TrainLoader, data: ImageDataModule) -> None:
-        """Called before an epoch's first step, where data come from this package's data module."""
+        """Called before an epoch's first step, if the data come from this package's data module."""
         raise NotImplementedError
 
     def bytes_on_device(self) -> dict[str, int]:
@@ -125,7 +125,7 @@ class TrainingModule(pl.LightningModule):
         raise NotImplementedError
 
     def teacher_to_blame(self, step: int, term: str) -> str | None:
-        """Returns which teacher's outputs make a term's loss non-finite in a step of the epoch; None if none do."""
+        """Returns which teacher's outputs make a term non-finite in a step of the epoch, from 0; None if none do."""
         raise NotImplementedError
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -133,7 +133,7 @@ class TrainingModule(pl.LightningModule):
         return [*self.student.parameters(), *self.method.parameters()]
 
     def progress(self, ahead: int = 0) -> float:
-        """Returns the share of the training in [0, 1] that is done, `ahead` batches from now."""
+        """Returns the share of the training, in [0, 1], that will be done `ahead` batches from now."""
         batches = self.recipe.epochs * max(1, int(self.trainer.num_training_batches))
         steps = self.global_step + ahead // self.trainer.accumulate_grad_batches
         return min(1.0, steps * self.trainer.accumulate_grad_batches / batches)
@@ -152,19 +152,19 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Drops what an earlier fit recorded."""
+        """Drops the recorded step of an earlier fit."""
         self._recorded, self._averaged_steps = None, self.global_step
         self._may_record = self._capture == "always" or (self._capture == "auto" and self.device.type == "cuda")
 
     @property
     def gathers_images(self) -> bool:
-        """Whether training steps gather their images themselves, so that they need the rows of a batch only."""
+        """Whether training steps gather their images themselves, so that they need only the rows of a batch."""
         return self._recorded is not None
 
     def _decide_recording(self, data: ImageDataModule) -> None:
         """Decides whether steps are recorded: on one CUDA device, unless something prevents it.
 
-        Looked at in every epoch: callbacks may begin to accumulate gradients, for example.
+        Decides in every epoch, as callbacks may, for example, begin to accumulate gradients.
         """
         if not self._may_record:
             return
@@ -185,7 +185,7 @@ class TrainingModule(pl.LightningModule):
         self._recorded = None
 
     def _loss_and_values(self, batch: Batch, values: StepValues | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Returns the total of a step, and its logged values: total, terms, accuracy."""
+        """Returns the total loss of a step, and its logged values: total, terms, accuracy."""
         total, terms, logits = self.losses(self._in_format(batch), values)
         with torch.no_grad():
             known = batch.labelled.labels
@@ -193,12 +193,12 @@ class TrainingModule(pl.LightningModule):
         return total, [total, *(terms[name] for name in self._log_names[1:-1]), accuracy]
 
     def training_step(self, batch: Batch | IndexBatch, batch_idx: int) -> Tensor:
-        """One step: the total loss, with every term remembered for the epoch's log.
+        """Runs one step: returns the total loss and keeps every term for the epoch's log.
 
-        A recorded step holds backward pass and optimiser, too; Lightning's own are then passed over.
+        A recorded step contains backward pass and optimiser, so that Lightning's are skipped.
 
         Raises:
-            UserError: The device's memory is too small.
+            UserError: If the device's memory is too small.
         """
         try:
             if self._recorded is not None:
@@ -214,11 +214,11 @@ class TrainingModule(pl.LightningModule):
         total, logged = self._loss_and_values(batch)
         self._step_log.append(logged)
         if total.device.type == "cpu" and self.trainer.world_size == 1 and not self._step_log.last_is_finite():
-            self._refuse_non_finite()  # before the optimiser spoils the weights
+            self._refuse_non_finite()  # before the optimiser changes the weights
         return total
 
     def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
-        """Describes what takes the device's memory, the largest first."""
+        """Returns the message for a full device, with what takes its memory, the largest first."""
         trained = sum(parameter.nbytes for parameter in self.trained_parameters())
         used = {
             "images": getattr(getattr(self.trainer, "datamodule", None), "bytes_on_device", 0),
@@ -255,7 +255,7 @@ class TrainingModule(pl.LightningModule):
             optimizer_closure()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Averages the weights after batches that ended with an optimiser step."""
+        """Averages the weights after each batch that ended with an optimiser step."""
         if self.ema is not None and self.global_step != self._averaged_steps:
             self._averaged_steps = self.global_step
             self.ema.update(self.student, self.global_step)
@@ -263,7 +263,7 @@ class TrainingModule(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Resets the epoch's log and prepares its steps; the last epoch always ends with a validation."""
         if self.trainer.check_val_every_n_epoch and self.current_epoch + 1 == self.trainer.max_epochs:
-            self.trainer.check_val_every_n_epoch = 1  # else the scores on record would be an earlier epoch's
+            self.trainer.check_val_every_n_epoch = 1  # or the recorded scores would be of an earlier epoch
         self._epoch_lr = float(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loader, data = self.trainer.train_dataloader, getattr(self.trainer, "datamodule", None)
         self._step_log.clear()
@@ -281,9 +281,9 @@ class TrainingModule(pl.LightningModule):
         now = [self.method.weights_at(self.progress(step)) for step in range(steps)]
         self._kinds = [tuple(weights) for weights in now]
         table = torch.tensor([[weights.get(name, 0.0) for name in self.method.terms] for weights in now])
-        drawn = [self.method.assignment_at(self.global_step + step, self.progress(step)) for step in range(steps)]
-        matrices = [matrix for matrix in drawn if matrix is not None]
-        assignment = torch.stack(matrices) if matrices else None
+        matrices = [self.method.assignment_at(self.global_step + step, self.progress(step)) for step in range(steps)]
+        used = [matrix for matrix in matrices if matrix is not None]
+        assignment = torch.stack(used) if used else None
         rows = EpochRows(labels, index, view, table, assignment, loader.num_labelled)
         recorded.start_epoch(rows, len(self._log_names))
         self._step_log.watch(recorded.log_table)
@@ -291,7 +291,7 @@ class TrainingModule(pl.LightningModule):
     def epoch_means(self) -> dict[str, Tensor]:
         """Returns means of loss, terms and accuracy over all processes' steps of a finished epoch, scalars.
 
-        The first call of an epoch has to come from every process.
+        All processes must make the first call of an epoch.
         """
         if not self._epoch_means and (means := self._step_log.means()):
             summed = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
@@ -299,7 +299,7 @@ class TrainingModule(pl.LightningModule):
         return self._epoch_means
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's means; on accelerators and in several processes a non-finite loss is found here."""
+        """Logs the epoch's means; accelerators and distributed runs check only here that the losses are finite."""
         self._refuse_non_finite()
         for name, value in self.epoch_means().items():
             self.log(f"train/{name}", value, sync_dist=True)
@@ -307,22 +307,28 @@ class TrainingModule(pl.LightningModule):
 
     def _refuse_non_finite(self) -> None:
         found = self._step_log.first_non_finite()
-        # All processes must agree, or those that go on would wait for the others for ever.
+        # All processes must agree, or the others would wait for this one for ever.
         if not self.trainer.strategy.reduce_boolean_decision(found is not None, all=False):
             return
-        step, name, value = found or (-1, "the loss of another process", float("nan"))
+        epoch = f"epoch {self.current_epoch + 1}"
+        if found is None:
+            raise NonFiniteLossError(f"a loss of another process is infinite or NaN in {epoch}; its message says which")
+        step, name, value = found
         advice = f"lower {self.recipe_key}.lr or the weight of the term, or clip gradients (trainer.gradient_clip_val)"
-        cause = self.teacher_to_blame(step, name) if found else None
         raise NonFiniteLossError(
-            f"{name} is {value} in epoch {self.current_epoch}, step {step} of the epoch; {cause or advice}"
+            f"{name} is {value} in {epoch}, step {step + 1} of the epoch; {self.teacher_to_blame(step, name) or advice}"
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Accepts (images [B, 3, H, W] in [0, 1], labels [B]) of any data loader."""
+        """Makes a `Batch` of (images [B, 3, H, W] in [0, 1], labels [B]), as other data loaders yield.
+
+        Raises:
+            UserError: If the images are not floating point in [0, 1].
+        """
         if isinstance(batch, (tuple, list)) and not isinstance(batch, Batch) and len(batch) == 2:
             images, labels = batch
             if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
-                raise UserError("images of a data loader must be floating point in [0, 1]: networks normalise them")
+                raise UserError("images of a data loader must be floating point in [0, 1]; networks normalise them")
             unknown = torch.full_like(labels, -1)
             return Batch(images, labels, unknown, unknown, torch.ones_like(labels, dtype=torch.bool))
         return batch
@@ -337,7 +343,7 @@ class TrainingModule(pl.LightningModule):
     # -- evaluation -------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Checks for a non-finite loss before a validation inside the epoch saves anything."""
+        """Refuses a non-finite loss before a validation inside the epoch can save a checkpoint."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._refuse_non_finite()
 

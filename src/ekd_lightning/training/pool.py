@@ -1,4 +1,4 @@
-"""Pool of teachers of the configuration: planned and checked first, then loaded or trained."""
+"""The configured pool of teachers: planned and checked first, then loaded or trained."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ def plan_teachers(settings: TeacherSettings, data: TeacherData, accelerator: str
         One plan per teacher; none has been loaded or trained.
 
     Raises:
-        UserError: For an empty pool, unknown names, or a teacher of another data set.
+        UserError: If the pool is empty, a name is unknown, or a teacher does not fit the data.
     """
     count = len(settings.pool) if settings.count is None else settings.count
     if count == 0:
-        raise UserError("teachers.pool=[]: the method needs at least one teacher")
+        raise UserError("teachers.pool=[]: must name at least one teacher, as the method needs teachers")
     plans = [_plan(settings, settings.entry(m), f"teachers.pool[{m}]", data, accelerator) for m in range(count)]
     plans = [_of_classes(plan, f"teachers.pool[{m}]", data.dataset.num_classes) for m, plan in enumerate(plans)]
     twice = {plan.id for plan in plans if sum(other.id == plan.id for other in plans) > 1}
     if twice:
-        warnings.warn(f"teachers {sorted(twice)} are in the pool more than once", stacklevel=2)
+        warnings.warn(f"teachers.pool names {', '.join(sorted(twice))} more than once", stacklevel=2)
     return plans
 
 
 def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
-    """The plan itself, or where its teacher tells another number of classes that of a teacher of features alone.
+    """Returns the plan; if its teacher predicts another number of classes, as a teacher of features alone.
 
     Raises:
-        UserError: If it tells another number, and its classifier is no linear layer, which could be exchanged.
+        UserError: If it predicts another number, and has no linear classifier that could be replaced.
     """
     spec = plan.spec
     if spec.num_classes == count:
@@ -97,7 +97,7 @@ def _of_classes(plan: PlannedTeacher, key: str, count: int) -> PlannedTeacher:
 
 def gather_teachers(plans: list[PlannedTeacher]) -> TeacherEnsemble:
     """Loads or trains the planned teachers and freezes them."""
-    # Training comes last: a damaged file must not show only after hours.
+    # Files are read before teachers are trained, so that a damaged one is found at once and not after hours.
     order = sorted(range(len(plans)), key=lambda m: plans[m].source == "trained")
     obtained = {m: plans[m].obtain() for m in track(order, "", "teachers")}
     members, identities = [], []
@@ -128,7 +128,7 @@ def _plan(
 def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherData) -> PlannedTeacher:
     known = zoo_entry(zoo_id)
     if known.data != data.dataset.name:
-        raise UserError(f"{key}={zoo_id}: a teacher for {known.data}, but data.name={data.dataset.name}")
+        raise UserError(f"{key}={zoo_id}: this teacher was trained on {known.data}, but data.name={data.dataset.name}")
 
     def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
         folder = Path(settings.weights_dir)
@@ -137,7 +137,7 @@ def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherDat
         except UserError as error:
             if (folder / known.file).is_file():
                 raise
-            advice = "teachers.weights_dir names that folder; teachers=trained trains teachers instead"
+            advice = "set teachers.weights_dir to the folder with the file, or train teachers with teachers=trained"
             raise UserError(f"{error} ({advice})") from None
         return network, {
             "trained_on": "published",
@@ -158,7 +158,9 @@ def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeach
         spec = read_spec(path)
         return PlannedTeacher(path.stem, spec, "file", lambda: (load_network(path), detail))
     if entry.key_map is None:
-        raise UserError(f"{key}.key_map: needed beside network={entry.network} to read a foreign checkpoint")
+        raise UserError(
+            f"{key}.key_map: needed to read a foreign checkpoint as {entry.network} (one of {', '.join(KEY_MAPS)})"
+        )
     spec = NetworkSpec(
         entry.network,
         data.dataset.num_classes,
@@ -174,7 +176,7 @@ def _plan_trained(
 ) -> PlannedTeacher:
     statistics = normalization(entry.normalization or data.dataset.normalization)
     spec = NetworkSpec(network, data.dataset.num_classes, statistics, entry.options)
-    build_network(spec)  # an unknown network or option is refused now, not after other teachers were trained
+    build_network(spec)  # refuses an unknown network or option before other teachers are trained
     return _plan_stored(settings, entry, spec, data, accelerator, {}, train_teacher)
 
 
@@ -184,11 +186,11 @@ def _plan_stored(
     spec: NetworkSpec,
     data: TeacherData,
     accelerator: str,
-    beginning: Mapping[str, Any],
+    initial: Mapping[str, Any],
     train: Callable[..., StagedNetwork],
 ) -> PlannedTeacher:
-    """Plans a teacher that is trained unless the store has it; `beginning` is its key's part about its start."""
-    check_optimizer(settings.recipe, "teachers.recipe")  # now, not after other teachers were trained
+    """Plans a teacher that is trained unless the store has it; `initial` describes its initial weights in the key."""
+    check_optimizer(settings.recipe, "teachers.recipe")  # before other teachers are trained
     everything = "all" if data.dataset.val_index is None else "all but those for validation"
     key = {
         "network": spec.to_dict(),
@@ -199,7 +201,7 @@ def _plan_stored(
         "views": data.views.key,
         "recipe": settings.recipe.key(),
         "seed": entry.seed,
-        **beginning,
+        **initial,
     }
     store = TeacherStore(Path(settings.store))
 
@@ -215,14 +217,14 @@ def _plan_stored(
 def _plan_library(
     settings: TeacherSettings, entry: TeacherEntry, key: str, data: TeacherData, accelerator: str
 ) -> PlannedTeacher:
-    """Plans a network of another library: with its weights, or fine-tuned on the data."""
+    """Plans a network of another library, with its published weights or fine-tuned on the data."""
     if entry.hub:
         found = from_hub(entry.hub)
     else:
         given = entry.weights not in (None, PUBLISHED)
         path = Path(str(entry.weights)) if given else None
         if path is not None and not path.is_file():
-            raise UserError(f"{key}.weights={path}: no such file (or {PUBLISHED}, what the library publishes)")
+            raise UserError(f"{key}.weights={path}: no such file (or {PUBLISHED} for those of the library)")
         name = f"{entry.source}:{getattr(entry, entry.source)}"
         found = LibraryWeights(name, usual(name), path)
     statistics = found.usual.normalization if found.usual else normalization(data.dataset.normalization)
@@ -236,28 +238,28 @@ def _plan_library(
     )
     linear = build_network(spec).num_features > 0
     if (entry.finetune or entry.classes) and not linear:
-        raise UserError(f"{key}: {spec.name!r} does not end with a linear layer, so its classes cannot be changed")
+        raise UserError(f"{key}: {spec.name!r} does not end with a linear layer, so it has no classes to change")
     load = partial(load_library_network, spec, found.path, state_key=entry.state_key)
     detail = {"library": f"{entry.source} {library_version(spec.name)}".strip(), "weights": PUBLISHED}
     if found.path is not None:
         detail |= {"weights": found.path.name, "file_sha256": file_sha256(found.path)}
     if entry.finetune:
         published = found.path is None and entry.source != "module"
-        # Weights that are at hand are read now: what does not fit is refused before other teachers are trained.
-        beginning = detail if published else parts_sha256(load(fresh_head=True))
-        start = {"start": beginning, "finetune": entry.finetune}
+        # Local weights are read now, so that those that do not fit are refused before other teachers are trained.
+        weights = detail if published else parts_sha256(load(fresh_head=True))
+        initial = {"start": weights, "finetune": entry.finetune}
         train = partial(train_teacher, start=partial(load, fresh_head=True), head_only=entry.finetune == "head")
-        return _plan_stored(settings, entry, spec, data, accelerator, start, train)
+        return _plan_stored(settings, entry, spec, data, accelerator, initial, train)
     predicted = weight_classes(spec, found.path, entry.state_key)
     classes = entry.classes
     if classes is None and predicted != spec.num_classes:
         if not linear:
             raise UserError(f"{key}: {spec.name!r} predicts {predicted} classes, the data has {spec.num_classes}")
-        classes = [ABSENT] * spec.num_classes  # it teaches features, and terms on logits refuse it
+        classes = [ABSENT] * spec.num_classes  # a teacher of features alone; terms on logits refuse it
     if classes is not None:
         classes = positions(spec, classes, data.dataset.class_names, predicted)
         if unknown := [name for name, place in zip(data.dataset.class_names, classes, strict=True) if place == ABSENT]:
-            log.info("%s: does not know %d of the data's classes: %s", spec.name, len(unknown), few(unknown))
+            log.info("teacher %s does not know %d of the data's classes: %s", spec.name, len(unknown), few(unknown))
     return PlannedTeacher(
         spec.name if found.path is None else f"{spec.name}-{found.path.stem}",
         spec,

@@ -1,8 +1,8 @@
-"""Recorded step: the training step over static buffers, from images to log, replayed as a CUDA graph.
+"""Recorded step: the training step on static buffers, from images to log, replayed as a CUDA graph.
 
-A step of a small student is bound by kernel launches, not by arithmetic. Recorded once, the whole step is launched at
-once. A graph repeats what it saw: whatever changes from step to step lies in buffers that it reads (rows of the epoch,
-weights of the terms, assignment, learning rate). On a processor the same function runs as it is.
+A step of a small student is bound by kernel launches, not by arithmetic; recorded once, it needs a single launch. A
+graph repeats the same operations, so everything that changes from step to step lies in buffers that it reads (rows of
+the epoch, weights of the terms, assignment, learning rate). On a CPU the same function runs unrecorded.
 
 Shape letters: B batch, K branches, M teachers, N steps of an epoch.
 """
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 _GRADIENT_HOOKS = ("on_before_backward", "on_after_backward", "on_before_zero_grad", "on_before_optimizer_step")
 
 WARM_UP = 3
-"""Steps of each kind that run as they are before the kind is recorded: allocations, autotuning and compiling are not
-for a graph. They are real steps and count."""
+"""Unrecorded steps of each kind before it is recorded, for allocations, autotuning and compiling, which a graph cannot
+hold. They are training steps like all others."""
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """Values that change from step to step beside the images, as tensors on the device.
+    """Values, besides the images, that change from step to step, as tensors on the device.
 
     Attributes:
         step: int64 scalar, optimiser steps of the whole training so far.
@@ -58,9 +58,9 @@ class EpochRows:
         labels: int64 [N, B].
         index: int64 [N, B], positions in the whole training set.
         view: int64 [N, B].
-        weights: float32 [N, terms], in the order of the names that the step was built with.
+        weights: float32 [N, terms], in the order of `weight_names` of the `RecordedStep`.
         assignment: float32 [N, K, M]; None if no term uses it.
-        num_labelled: As in `Batch`.
+        num_labelled: See `Batch`.
     """
 
     labels: Tensor
@@ -78,8 +78,8 @@ class EpochRows:
 class RecordedStep:
     """Runs training steps from static buffers; on CUDA each kind of step is recorded and replayed.
 
-    Steps are of one kind if the same terms are computed in them. After `WARM_UP` steps of a kind it is recorded. What
-    cannot be recorded goes on unrecorded, with one warning, and computes the same.
+    Steps that compute the same terms are of one kind, which is recorded after `WARM_UP` steps. Steps that cannot be
+    recorded run unrecorded, with one warning and the same results.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class RecordedStep:
         """Assembles the parts of a step.
 
         Args:
-            device: Where everything lies.
-            optimizer: Its `lr` of each group is read before every step, so schedules and callbacks may change it.
+            device: Device of all tensors.
+            optimizer: The optimiser; `lr` of its groups is read before every step, so that schedules may change it.
             gather: Makes the batch of B rows, on the device.
-            loss: Total with a gradient, and the scalars that the step logs.
+            loss: Returns the total loss, with gradient, and the scalars that the step logs.
             weight_names: Names of the columns of `EpochRows.weights`.
         """
         self.device = device
@@ -106,7 +106,7 @@ class RecordedStep:
         self._names = tuple(weight_names)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._step_number = torch.zeros((), dtype=torch.int64, device=device)
-        # Kernels of CUDA read rates in float32; on a processor, float64 is what a Python number would be.
+        # CUDA kernels read rates in float32; on a CPU, float64 equals a Python number.
         rate = torch.float64 if device.type == "cpu" else torch.float32
         self._rates = [torch.zeros((), dtype=rate, device=device) for _ in optimizer.param_groups]
         self._loss = torch.zeros((), device=device)
@@ -118,12 +118,12 @@ class RecordedStep:
         for group in optimizer.param_groups if self._records else ():
             if "capturable" in group:
                 group["capturable"] = True
-        # Steps that run as they are, before their kind is recorded, are no mistake.
+        # No warning of the unrecorded steps before a kind is recorded.
         optimizer._warned_capturable_if_run_uncaptured = True
 
     @property
     def num_graphs(self) -> int:
-        """Kinds of steps that have been recorded."""
+        """Number of recorded kinds of steps."""
         return len(self._graphs)
 
     def start_epoch(self, rows: EpochRows, log_columns: int) -> None:
@@ -131,12 +131,12 @@ class RecordedStep:
 
         Args:
             rows: The epoch's steps.
-            log_columns: Values that a step logs.
+            log_columns: Number of values that a step logs.
         """
         given = rows.tensors()
         held = {} if self._rows is None else self._rows.tensors()
         if {name: values.shape for name, values in given.items()} != {n: values.shape for n, values in held.items()}:
-            self._graphs.clear()  # their buffers go
+            self._graphs.clear()  # they read the old buffers
             self._seen.clear()
             moved = {name: values.to(self.device) for name, values in given.items()}
             self._rows = EpochRows(**{**vars(rows), **moved})
@@ -149,13 +149,13 @@ class RecordedStep:
         """Runs one training step, the optimiser's included.
 
         Args:
-            position: Its number in the epoch, 0 .. N-1.
-            step: Its number in the whole training, from 0.
-            kind: Equal for steps in which the same terms are computed. Settings of the optimiser other than `lr`, and
-                which parameters have gradients, make kinds of their own.
+            position: Number of the step in the epoch, 0 .. N-1.
+            step: Number of the step in the whole training, from 0.
+            kind: Equal for steps that compute the same terms. Other settings of the optimiser than `lr`, or other
+                parameters with gradients, also make another kind.
 
         Returns:
-            The total, float32 without gradient; the buffer is overwritten by the next step.
+            The total loss, float32 without gradient; the next step overwrites it.
         """
         self._position.fill_(position)
         self._step_number.fill_(step)
@@ -172,7 +172,7 @@ class RecordedStep:
         return self._loss
 
     def _fixed(self) -> Iterator[Hashable]:
-        """Yields the optimiser's settings that a graph freezes when it is recorded."""
+        """Yields the settings of the optimiser that become constants of a graph."""
         for group in self._optimizer.param_groups:
             yield tuple((name, value) for name, value in group.items() if name not in ("params", "lr"))
             yield tuple(parameter.requires_grad for parameter in group["params"])
@@ -181,10 +181,10 @@ class RecordedStep:
         graph = torch.cuda.CUDAGraph()
         self._optimizer.zero_grad(set_to_none=True)  # gradients must come from the graph's own memory
         try:
-            # Threads that write checkpoints or tables may use the device meanwhile.
+            # Other threads, which write checkpoints or tables, may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
                 self._step()
-        except Exception as error:  # waiting for the host, memory for a second set of activations: many kinds
+        except Exception as error:  # a wait for the host, no memory for a second set of activations, ...: many kinds
             self._records = False
             del graph
             torch.cuda.empty_cache()
@@ -221,7 +221,7 @@ class RecordedStep:
 
     @contextlib.contextmanager
     def _rates_as_data(self) -> Iterator[None]:
-        """Lets the optimiser read learning rates from buffers; outside they stay numbers, for schedules."""
+        """Lets the optimiser read learning rates from buffers within the block; outside they are numbers."""
         groups = self._optimizer.param_groups
         numbers = [group["lr"] for group in groups]
         try:
@@ -234,7 +234,7 @@ class RecordedStep:
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
-        """Switches to the stream on which steps are recorded, which owns earlier allocations and tuning."""
+        """Switches to the stream on which steps are recorded, so that they reuse its allocations and tuning."""
         if self._side is None:
             yield
             return
@@ -248,29 +248,29 @@ class RecordedStep:
 def why_not_recorded(trainer: pl.Trainer) -> str | None:
     """Returns why a run's training step cannot be one CUDA graph; None if it can."""
     data, optimizer = getattr(trainer, "datamodule", None), trainer.optimizers[0]
-    watching = [
+    callbacks = [
         type(callback).__name__
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if isinstance(callback, (StochasticWeightAveraging, BaseFinetuning))
-        or any(_replaces(callback, hook, Callback) for hook in _GRADIENT_HOOKS)
+        or any(_overrides(callback, hook, Callback) for hook in _GRADIENT_HOOKS)
     ]
     module = trainer.lightning_module
-    own = [
+    overridden = [
         hook
         for hook in (*_GRADIENT_HOOKS, "configure_gradient_clipping")
-        if _replaces(module, hook, pl.LightningModule)
+        if _overrides(module, hook, pl.LightningModule)
     ]
     reasons = {
         "several processes train together": not isinstance(trainer.strategy, SingleDeviceStrategy),
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-        "trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
-        "trainer.detect_anomaly": trainer._detect_anomaly,
+        "trainer.accumulate_grad_batches is not 1": trainer.accumulate_grad_batches != 1,
+        "trainer.gradient_clip_val clips gradients": bool(trainer.gradient_clip_val),
+        "trainer.detect_anomaly is on": trainer._detect_anomaly,
         f"trainer.precision={trainer.precision} scales the loss": str(trainer.precision).startswith("16"),
-        f"{type(optimizer).__name__} is no fused {', '.join(cls.__name__ for cls in FUSED)}": not (
+        f"{type(optimizer).__name__} is not a fused {', '.join(cls.__name__ for cls in FUSED)}": not (
             type(optimizer) in FUSED and optimizer.defaults.get("fused")
         ),
-        f"the callback {', '.join(watching)} looks at gradients or changes the optimiser": bool(watching),
-        f"{type(module).__name__}.{', '.join(own)} looks at gradients": bool(own),
+        f"the callback {', '.join(callbacks)} reads gradients or changes the optimiser": bool(callbacks),
+        f"{type(module).__name__}.{', '.join(overridden)} reads gradients": bool(overridden),
         "the data do not come from this package's data module": not isinstance(data, ImageDataModule),
         "images are mixed (recipe.mixup, recipe.cutmix)": bool(getattr(data, "mixing", None)),
         "an augmentation needs the host in every step": not getattr(getattr(data, "views", None), "captures", True),
@@ -278,6 +278,6 @@ def why_not_recorded(trainer: pl.Trainer) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _replaces(thing: object, hook: str, base: type) -> bool:
-    """Whether a callback's or module's method differs from that of the base class."""
+def _overrides(thing: object, hook: str, base: type) -> bool:
+    """Whether a callback or module overrides a method of the base class."""
     return getattr(getattr(thing, hook), "__func__", None) is not getattr(base, hook)

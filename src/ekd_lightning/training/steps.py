@@ -1,6 +1,6 @@
-"""Steps of a training: optimiser, learning rate, weight average, and the log of each step's values.
+"""Parts of training steps: optimiser, learning rate, weight average, and a log of each step's values.
 
-The rate warms up linearly and then follows a cosine, falls in steps, or stays.
+The learning rate warms up linearly and then follows a cosine, falls in steps, or stays constant.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ekd_lightning.errors import UserError, one_line, unknown_name
 from ekd_lightning.settings import RecipeSettings
 
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-"""Optimisers with one kernel for all parameters, which can be part of a recorded step."""
+"""Optimisers with one kernel for all parameters; these can be part of a recorded step."""
 _UNFIT = {
-    "optimizer": "the base of all optimisers, and none itself",
-    "lbfgs": "asks for the loss several times a step, which a training step does not do",
-    "sparseadam": "is for sparse gradients, and these are dense",
+    "optimizer": "is the base class of optimisers; name one of them",
+    "lbfgs": "not supported, it computes the loss several times per step",
+    "sparseadam": "not supported, it needs sparse gradients, and these are dense",
 }
 _NO_OPTIONS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], float]:
-    """Builds the multiplier of `recipe.lr` for each optimiser step.
+    """Builds the factor of `recipe.lr` for each optimiser step.
 
-    A function of the recipe and the step alone, so a resumed run continues the same curve.
+    It depends on the recipe and the step alone, so that a resumed run continues the same curve.
 
     Args:
         recipe: Checked recipe.
@@ -61,17 +61,14 @@ def lr_factor(recipe: RecipeSettings, steps_per_epoch: int) -> Callable[[int], f
 
 
 def optimizer_class(name: str, key: str) -> type[Optimizer]:
-    """Finds a class of torch.optim by its name; classes defined elsewhere cannot be named.
+    """Returns a class of torch.optim by its name; other optimisers are not available.
 
     Args:
-        name: In upper or lower case.
-        key: Where it stands, for the error.
-
-    Returns:
-        The class.
+        name: Name of the class, in upper or lower case.
+        key: Dotted key of the setting, for the error.
 
     Raises:
-        UserError: If torch.optim has no such class, or it cannot train here.
+        UserError: If torch.optim has no such class, or training steps cannot use it.
     """
     if reason := _UNFIT.get(name.lower()):
         raise UserError(f"{key}={name}: {reason}")
@@ -88,7 +85,7 @@ def optimizer_class(name: str, key: str) -> type[Optimizer]:
 
 
 def check_optimizer(recipe: RecipeSettings, key: str) -> None:
-    """Checks the recipe's optimiser by building it for a convolution; `key` is where the recipe stands.
+    """Checks the recipe's optimiser by building it for a convolution; `key` is the dotted key of the recipe.
 
     Raises:
         UserError: As `make_optimizer`.
@@ -107,15 +104,14 @@ def make_optimizer(
     """Builds the recipe's optimiser with its schedule (to be stepped once per optimiser step).
 
     Args:
-        parameters: What is trained.
+        parameters: The trained parameters.
         recipe: Checked recipe.
         steps_per_epoch: Optimiser steps of one epoch.
-        fused: One kernel for all parameters instead of several for each, where the class is one of `FUSED`; CPU and
-            CUDA have it.
-        key: Where the recipe stands, for messages.
+        fused: Whether one kernel updates all parameters, for classes of `FUSED`; on CPU and CUDA only.
+        key: Dotted key of the recipe, for messages.
 
     Raises:
-        UserError: If torch.optim has no such class, or it refuses its options or the parameters.
+        UserError: If torch.optim has no such class, or the class refuses the options or the parameters.
     """
     cls = optimizer_class(recipe.optimizer, f"{key}.optimizer")
     accepted = set(inspect.signature(cls).parameters)
@@ -139,15 +135,15 @@ def make_optimizer(
 class WeightAverage(nn.Module):
     """Exponential moving average of a network's parameters and buffers.
 
-    It computes what `torch.optim.swa_utils.AveragedModel` does, which reads a counter back from the device in every
-    update. Buffers that are whole numbers are those of the network.
+    It equals `torch.optim.swa_utils.AveragedModel`, which would read a counter from the device in every update. Integer
+    buffers are copied, not averaged.
 
     Args:
-        network: What is averaged; it is copied.
+        network: The network; it is copied.
         decay: Share of the old average in the new one, in (0, 1).
 
     Attributes:
-        module: A network with the average.
+        module: A copy of the network that holds the average.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -157,11 +153,11 @@ class WeightAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Updates the average with a step's weights.
+        """Updates the average after an optimiser step.
 
         Args:
-            network: The one that is averaged.
-            step: Optimiser steps so far, >= 1; the average starts with the weights after the first one.
+            network: The averaged network.
+            step: Optimiser steps so far, >= 1; the average starts as the weights after the first step.
         """
         ours, theirs = ([*one.parameters(), *one.buffers()] for one in (self.module, network))
         exact = [step <= 1 or not average.is_floating_point() for average in ours]
@@ -173,14 +169,14 @@ class WeightAverage(nn.Module):
 
 
 def log_row(values: list[Tensor]) -> Tensor:
-    """float32 [names], without gradient, from a scalar tensor per name."""
+    """Stacks scalar tensors, one per name, to float32 [names] without gradient."""
     return torch.stack([value.detach().float() for value in values])
 
 
 class StepLog:
     """Named scalars of the steps of one epoch.
 
-    Appending never synchronises with an accelerator; reading does, once.
+    To append never waits for an accelerator; to read does, once.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
@@ -190,35 +186,35 @@ class StepLog:
         self._steps = 0
 
     def append(self, values: list[Tensor]) -> None:
-        """Adds one step: a scalar tensor per name, without gradient."""
+        """Adds the scalar tensors of one step, one per name; their gradients are dropped."""
         self._rows.append(log_row(values))
 
     def watch(self, table: Tensor) -> None:
-        """Reads an epoch's steps from a table, float32 [steps, names], that recorded steps write themselves."""
+        """Takes an epoch's steps from a table, float32 [steps, names], to which recorded steps write."""
         self._table = table
 
     def advance(self, step: int) -> None:
-        """Notes that a recorded step (0-based) has been launched."""
+        """Counts a recorded step, numbered from 0, as launched."""
         self._steps = step + 1
 
     def _values(self) -> Tensor | None:
-        """float32 [steps so far, names]; None without steps."""
+        """Returns the values so far, float32 [steps, names]; None without steps."""
         if self._table is not None:
             return self._table[: self._steps] if self._steps else None
         return torch.stack(self._rows) if self._rows else None
 
     def means(self) -> dict[str, Tensor]:
-        """Mean over the steps so far, as scalar tensors on the device; empty without steps."""
+        """Returns the mean of each name over the steps so far, scalar tensors on the device; empty without steps."""
         values = self._values()
         return {} if values is None else dict(zip(self.names, values.mean(dim=0).unbind(), strict=True))
 
     def first_non_finite(self) -> tuple[int, str, float] | None:
         """Finds the first value that is not finite.
 
-        The first name is that of the total: it is to blame only if everything else in its step is finite.
+        The first name stands for the total, which is returned only if all other values of its step are finite.
 
         Returns:
-            (step within the epoch, name, value), or None when all are finite.
+            (step within the epoch, from 0; name; value), or None if all values are finite.
         """
         table = self._values()
         if table is None:
@@ -232,7 +228,7 @@ class StepLog:
         return row, self.names[column], float(table[row, column])
 
     def last_is_finite(self) -> bool:
-        """Whether the newest step is finite; cheap on a CPU, a synchronisation elsewhere."""
+        """Whether all values of the newest step are finite; cheap on a CPU, a synchronisation elsewhere."""
         return bool(torch.isfinite(self._rows[-1]).all())
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Training of one teacher on one device: by cross-entropy, or by distillation as a link of a chain of assistants."""
+"""Training of one network on one device: a teacher by cross-entropy, or an assistant of a chain by distillation."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from ekd_lightning.training.trainer import EpochReport, EpochSeed
 
 log = logging.getLogger(__name__)
 
-LABELS_ALONE = {"ce": {"type": "ce_ensemble", "weight": 1.0}}
-"""The method of teachers trained on demand."""
+_CROSS_ENTROPY = {"ce": {"type": "ce_ensemble", "weight": 1.0}}
+"""Terms of teachers that are trained on demand."""
 
 
 @dataclass(frozen=True)
 class TeacherData:
-    """Data, loggers and step options of teachers trained on demand."""
+    """Data, loggers and step options of teachers that are trained on demand."""
 
     dataset: Dataset
     subset: Subset
@@ -47,10 +47,10 @@ class TeacherData:
     train_on: str
     curves: TeacherCurves | None = None
     capture: str = "auto"
-    """As in `Settings`."""
+    """See `Settings.capture`."""
 
     def index(self) -> Tensor:
-        """Returns the teacher's training images, int64: the student's, or all but those for validation only."""
+        """Returns the teacher's training images, int64: the student's, or all but the data's validation split."""
         if self.train_on == "subset":
             return self.subset.train_index
         chosen = torch.ones(len(self.dataset.train), dtype=torch.bool)
@@ -72,24 +72,24 @@ def train_teacher(
 ) -> StagedNetwork:
     """Trains one network by cross-entropy on one device.
 
-    An earlier try that was killed is continued from its last whole epoch.
+    A training that was killed continues from its last whole epoch.
 
     Args:
         spec: Network to build.
         data: Images it may see, and their augmentation.
         recipe: Optimiser and schedule.
-        seed: Initialisation, order and views.
-        scratch: Folder with the checkpoints of an earlier try, if there was one; receives ours.
+        seed: Seed of initialisation, order and views.
+        scratch: Folder of the checkpoints, possibly with those of a killed training.
         accelerator: Lightning's flag.
-        start: Gives the network whose weights are trained further, under a fresh head; None starts with fresh ones.
-        head_only: Whether all but the head stays as it is, batch norm's statistics included.
+        start: Returns the network whose weights, without its head, are the initial ones; None for random weights.
+        head_only: Whether only the head is trained; all else stays as it is, statistics of batch norm included.
 
     Returns:
         The network with its last weights, in eval mode on the CPU.
     """
     index = data.index()
     log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
-    method = build_method("teacher", LABELS_ALONE, TermContext(spec.num_classes, num_branches=1, num_teachers=0))
+    method = build_method("teacher", _CROSS_ENTROPY, TermContext(spec.num_classes, num_branches=1, num_teachers=0))
     options = {"capture": data.capture, "compile_student": "never", "recipe_key": "teachers.recipe"}
     images = _images(data.dataset, index, data.views, recipe, seed)
     facts = {"network": spec.to_dict(), "seed": seed, "train_on": data.train_on, "recipe": asdict(recipe)}
@@ -106,7 +106,7 @@ def train_teacher(
 
 
 class KeepFixed(pl.Callback):
-    """Keeps a module as it is while others are trained: no gradients, batch norm and dropout as in inference."""
+    """Freezes a module while others are trained: no gradients, batch norm and dropout as in inference."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module.requires_grad_(False)
@@ -117,14 +117,14 @@ class KeepFixed(pl.Callback):
 
 
 def _fresh(spec: NetworkSpec, seed: int) -> BranchedStudent:
-    """Builds a plain network as a student of one branch; the global generator is not advanced."""
+    """Builds a plain network as a student of one branch, without advancing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return BranchedStudent(spec, branches=1, split_after="none")
 
 
 def parts_sha256(network: StagedNetwork) -> str:
-    """Hashes a network without its head."""
+    """Returns the SHA-256 of a network's weights without its head, in hex."""
     digest = hashlib.sha256()
     for name, tensor in _parts(network).state_dict().items():
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -132,21 +132,21 @@ def parts_sha256(network: StagedNetwork) -> str:
 
 
 def _parts(network: BranchedStudent | StagedNetwork) -> nn.ModuleList:
-    """Returns a plain network's stages and neck, everything but its head."""
+    """Returns stages and neck of a plain network: everything but its head."""
     owner = network.branches[0] if isinstance(network, BranchedStudent) else network
     return nn.ModuleList([owner.stages, owner.neck])  # type: ignore[list-item]
 
 
 _FLAGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-"""Flags of the run's trainer that change what is learned; an assistant is trained with them, too."""
+"""Trainer flags of the run that change what is learned, so that assistants are trained with them, too."""
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LinkTraining:
     """Settings that all links of a chain share."""
 
     settings: Settings
-    """The run's, with the recipe of the assistants in place of the student's."""
+    """Settings of the run, with the recipe of the assistants in place of the student's."""
     dataset: Dataset
     subset: Subset
     views: ViewFamily
@@ -154,9 +154,9 @@ class Lesson:
     temperature: float | None
     accelerator: str
     source: SourcePlan = field(default_factory=SourcePlan)
-    """Where the outputs of a link's teachers come from."""
+    """Source of the outputs of a link's teachers."""
     curves: TeacherCurves | None = None
-    """Who may see curves of the assistants."""
+    """Loggers of the assistants; None for none."""
 
     @property
     def precision(self) -> str:
@@ -164,14 +164,14 @@ class Lesson:
         return str(resolve_precision(self.settings.trainer.get("precision"), self.accelerator) or "32-true")
 
     def flags(self) -> dict[str, Any]:
-        """Returns the trainer's flags that change what is learned, defaults left out."""
+        """Returns the trainer flags that change what is learned, without those at their default."""
         given = {name: self.settings.trainer.get(name) for name in _FLAGS}
         if given["accumulate_grad_batches"] == 1:
             del given["accumulate_grad_batches"]
         return {name: value for name, value in given.items() if value is not None}
 
     def key(self, spec: NetworkSpec, seed: int, teachers: Sequence[str]) -> dict[str, Any]:
-        """Returns an assistant's key in the store; `teachers` are their SHA-256."""
+        """Returns an assistant's key in the store; `teachers` are the SHA-256 of its teachers."""
         return {
             "kind": "assistant",
             "network": spec.to_dict(),
@@ -192,50 +192,51 @@ class Lesson:
         }
 
 
-def link_method(lesson: Lesson, num_teachers: int, *, seed: int, **known: Any) -> Method:
-    """(1 - λ) CE + λ T² KL for a plain network; `known` are further attributes of the terms' context.
+def link_method(training: LinkTraining, num_teachers: int, *, seed: int, **known: Any) -> Method:
+    """Builds (1 - λ) CE + λ T² KL for a plain network; `known` are further attributes of the terms' context.
 
     Raises:
-        UserError: For an impossible option of a term, or a teacher whose logits it cannot have.
+        UserError: If an option of a term is impossible, or a teacher has no logits for the data's classes.
     """
-    context = TermContext(lesson.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed, **known)
-    return build_method("assistant", lesson.terms, context, temperature=lesson.temperature)
+    context = TermContext(training.dataset.num_classes, num_branches=1, num_teachers=num_teachers, seed=seed, **known)
+    return build_method("assistant", training.terms, context, temperature=training.temperature)
 
 
 def train_assistant(
-    lesson: Lesson, spec: NetworkSpec, seed: int, teachers: TeacherEnsemble, scratch: Path
+    training: LinkTraining, spec: NetworkSpec, seed: int, teachers: TeacherEnsemble, scratch: Path
 ) -> StagedNetwork:
     """Distils the teachers into one network on one device, as the run does with a plain student.
 
-    It sees the student's training images in the student's views; with the student's seed and recipe, in the same
-    batches. An earlier try that was killed is continued from its last whole epoch.
+    It sees the student's training images in the student's views, and with the student's seed and recipe also in the
+    same batches. A training that was killed continues from its last whole epoch.
 
     Args:
-        lesson: What is taught, from what.
+        training: Settings of the chain.
         spec: Network to build.
-        seed: Initialisation, order and views.
+        seed: Seed of initialisation, order and views.
         teachers: The frozen ensemble.
-        scratch: Folder with the checkpoints of an earlier try, if there was one; receives ours, and the cost.
+        scratch: Folder of the checkpoints, possibly with those of a killed training; receives the cost.
 
     Returns:
         The network with its last weights, in eval mode on the CPU.
     """
-    recipe = lesson.settings.recipe
+    recipe = training.settings.recipe
     names = ", ".join(identity.id for identity in teachers.identities)
     log.info("training assistant %s (seed %d), taught by %s", spec.name, seed, names)
-    method = link_method(lesson, teachers.num_teachers, seed=seed)
+    method = link_method(training, teachers.num_teachers, seed=seed)
     options = {
         "teachers": teachers,
-        "make_source": lesson.source.open,
-        "channels_last": lesson.settings.channels_last,
-        "capture": lesson.settings.capture,
-        "fold_teachers": lesson.settings.teachers.fold,
-        "compile_student": lesson.settings.student.compile,
+        "make_source": training.source.open,
+        "channels_last": training.settings.channels_last,
+        "capture": training.settings.capture,
+        "fold_teachers": training.settings.teachers.fold,
+        "compile_student": training.settings.student.compile,
     }
-    images = _images(lesson.dataset, lesson.subset.train_index, lesson.views, recipe, seed)
+    images = _images(training.dataset, training.subset.train_index, training.views, recipe, seed)
     facts = {"network": spec.to_dict(), "seed": seed, "taught_by": names, "recipe": asdict(recipe)}
-    with open_curves(lesson.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
-        flags = {"accelerator": lesson.accelerator, "logger": loggers, "precision": lesson.precision, **lesson.flags()}
+    with open_curves(training.curves, "assistant", f"{spec.name}-s{seed}", facts) as loggers:
+        flags = {"accelerator": training.accelerator, "logger": loggers, "precision": training.precision}
+        flags |= training.flags()
         network, cost = _train(_fresh(spec, seed), seed, method, recipe, images, scratch, options, flags)
     write_json(scratch / COST, cost)
     return network
@@ -260,11 +261,11 @@ def _train(
     flags: Mapping[str, Any],
     callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[StagedNetwork, dict[str, Any]]:
-    """Trains a network on one device, resuming an earlier try; also returns its cost.
+    """Trains a network on one device, continuing a killed training; returns network and cost.
 
-    `options` are the Distiller's, `flags` the Trainer's.
+    `options` go to the Distiller, `flags` to the Trainer.
     """
-    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on what the store held
+    with torch.random.fork_rng(devices=[]):  # the student's randomness must not depend on the store's content
         torch.manual_seed(seed)
         module = Distiller(student, method, replace(recipe, ema=0.0), **options)
         name = f"{student.spec.name}-s{seed}"
@@ -289,16 +290,16 @@ def _train(
 
 
 def _last_checkpoint(scratch: Path) -> Path | None:
-    """Returns the checkpoint of an earlier try; None if there is none that can be read."""
+    """Returns the checkpoint of a killed training; None if there is none, or it cannot be read."""
     path = scratch / LAST
     if not path.is_file():
         return None
     try:
         found = read_checkpoint(path)
         if "teachers" not in found:
-            raise UserError(f"{path}: of another version")
+            raise UserError(f"{path}: a checkpoint of another version")
     except UserError as error:
-        warnings.warn(f"{error}; its training starts again", stacklevel=2)
+        warnings.warn(f"{error}; this training starts from the beginning", stacklevel=2)
         path.unlink()
         return None
     log.info("continuing from %s at step %d", path, int(found["global_step"]))

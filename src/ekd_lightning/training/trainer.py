@@ -1,4 +1,4 @@
-"""Trainer of a run: built from `trainer.*` flags, with the callbacks of every run and its final scores."""
+"""Trainer of a run, built from `trainer.*` flags; the callbacks of every run; the final scores."""
 
 from __future__ import annotations
 
@@ -33,23 +33,21 @@ from ekd_lightning.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
-_RANDOMNESS_STREAM = 7  # its own domain, apart from order, views and subsets
-_CHILD_SECONDS = 60  # what another rank may need to leave after the last collective operation
-_OURS = {
-    "logger": "use the logger group (logger=wandb, logger.tensorboard=true)",
-    "callbacks": "use the callbacks group",
-    "default_root_dir": "the run's directory is hydra.run.dir",
+_RANDOMNESS_STREAM = 7  # a stream of its own, apart from order, views and subsets
+_CHILD_SECONDS = 60  # time for other ranks to end after the last collective operation
+_RESERVED = {
+    "logger": "not a setting; use the logger group (logger=wandb, logger.tensorboard=true)",
+    "callbacks": "not a setting; use the callbacks group",
+    "default_root_dir": "not a setting; set the run's directory by hydra.run.dir",
 }
-
-
-_OUR_VALUES = {"precision": ("auto",)}
+_MORE_VALUES = {"precision": ("auto",)}
 
 
 def trainer_flags() -> dict[str, Any]:
-    """Returns names and defaults of all flags that `trainer.*` may set."""
+    """Returns all flags of `trainer.*` with their defaults."""
     parameters = inspect.signature(pl.Trainer).parameters
-    lightning = {name: parameter.default for name, parameter in parameters.items() if name not in _OURS}
-    return lightning | {"threads": None}  # see `threads.set_threads`
+    lightning = {name: parameter.default for name, parameter in parameters.items() if name not in _RESERVED}
+    return lightning | {"threads": None}  # see `hardware.set_threads`
 
 
 @cache
@@ -58,31 +56,31 @@ def _types() -> dict[str, Any]:
 
 
 def check_trainer(flags: dict[str, Any]) -> None:
-    """Checks flags: unknown names, values of another type, and what other groups decide.
+    """Checks flags for unknown names, values of another type, and flags that other settings replace.
 
     Raises:
         UserError: At the first such flag.
     """
     if str(flags.get("precision")) in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise UserError(
-            f"trainer.precision={flags['precision']}: would cast the teachers too, which stay float32; use bf16-mixed"
+            f"trainer.precision={flags['precision']}: would cast the teachers, which must stay float32; use bf16-mixed"
         )
     for name, value in flags.items():
-        if name in _OURS:
-            raise UserError(f"trainer.{name}: {_OURS[name]}")
+        if name in _RESERVED:
+            raise UserError(f"trainer.{name}: {_RESERVED[name]}")
         if name not in trainer_flags():
             raise unknown_name("Lightning trainer flag", f"trainer.{name}", (f"trainer.{n}" for n in trainer_flags()))
-        if value not in _OUR_VALUES.get(name, ()) and not is_of(value, _types()[name]):
+        if value not in _MORE_VALUES.get(name, ()) and not is_of(value, _types()[name]):
             raise UserError(f"trainer.{name}={value}: must be {name_of_type(_types()[name])}")
     if flags.get("val_check_interval") == 0:
-        raise UserError("trainer.val_check_interval=0: must be positive; null validates after every epoch")
+        raise UserError("trainer.val_check_interval=0: must be positive, or null to validate after every epoch")
     if (limit := flags.get("max_time")) is not None:
         try:
             seconds = Timer(limit).time_remaining()
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"trainer.max_time={limit}: {one_line(error)}") from None
         if not seconds or seconds <= 0:
-            raise UserError(f"trainer.max_time={limit}: leaves no time to train; null sets no limit")
+            raise UserError(f"trainer.max_time={limit}: must be positive, or null for no limit")
 
 
 def build_trainer(
@@ -91,14 +89,14 @@ def build_trainer(
     """Builds the Trainer.
 
     Args:
-        flags: Checked `trainer.*` flags; `precision: auto` is resolved here. A progress bar that is left open (null)
-            is one that a callback brings: a run has a display of its own.
+        flags: Checked `trainer.*` flags; `precision: auto` is resolved here. `enable_progress_bar: null` enables the
+            bar of a callback, if there is one: a run has its own display.
         directory: The run's directory.
-        loggers: Loggers.
-        callbacks: Callbacks.
+        loggers: Lightning loggers.
+        callbacks: Lightning callbacks.
 
     Raises:
-        UserError: If Lightning refuses a flag's value.
+        UserError: If Lightning refuses the value of a flag.
     """
     chosen = {name: value for name, value in flags.items() if name != "threads"}
     chosen["precision"] = resolve_precision(flags.get("precision"), str(flags.get("accelerator", "auto")))
@@ -114,7 +112,7 @@ def build_trainer(
 
 
 def _plugins(chosen: Any, directory: Path) -> list[Any]:
-    """Returns the user's plugins, and the writer of checkpoints unless they brought their own."""
+    """Returns the user's plugins, and the writer of checkpoints unless one of them writes checkpoints."""
     plugins = list(chosen) if isinstance(chosen, (list, tuple)) else [] if chosen is None else [chosen]
     own = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
     return plugins if own else [*plugins, CheckpointWriter(lambda: RunDirectory(directory).identity)]
@@ -123,8 +121,8 @@ def _plugins(chosen: Any, directory: Path) -> list[Any]:
 class EpochSeed(Callback):
     """Seeds the global generators in every epoch from (seed, epoch, rank).
 
-    Checkpoints hold no generator state; with this, a resumed epoch draws what the uninterrupted one drew
-    (dropout and the like; order and views do not depend on generators at all).
+    Checkpoints hold no generator state; with this callback, a resumed epoch draws the same dropout masks etc. as the
+    uninterrupted one. Order and views do not depend on generators.
     """
 
     def __init__(self, seed: int) -> None:
@@ -140,14 +138,16 @@ class EpochSeed(Callback):
 class EpochReport(Callback):
     """Measures the time of training epochs and logs a line per epoch.
 
-    The time is part of the checkpoint, so that a resumed run reports the sum.
+    Checkpoints hold the time, so that a resumed run reports the sum.
 
     Args:
         images_per_step: B.
-        name: What stands before its lines.
+        name: Prefix of the lines; empty for none.
 
     Attributes:
-        task: What is shown of the training meanwhile.
+        task: Progress of the training, for the display.
+        train_seconds: Seconds of all epochs so far, without validation.
+        images_seen: Images of all epochs so far.
     """
 
     def __init__(self, images_per_step: int, name: str = "") -> None:
@@ -170,7 +170,7 @@ class EpochReport(Callback):
         self.images_seen = state_dict["images_seen"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lets the display look up the finished batches, so that no step has to report."""
+        """Lets the display read the number of finished batches, so that no step has to report it."""
         batches = trainer.num_training_batches * (trainer.max_epochs or 0)
         self.task.total = batches if 0 < batches < float("inf") else None
         self.task.unit = None
@@ -185,7 +185,7 @@ class EpochReport(Callback):
         self._since = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stops the clock for a validation, which runs inside the training epoch."""
+        """Stops the clock during a validation, which is part of the training epoch."""
         self._stop(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,7 +193,7 @@ class EpochReport(Callback):
         self._since = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Adds the epoch and prints its line."""
+        """Adds the epoch and logs its line."""
         self._stop(pl_module)
         self.train_seconds += self._epoch_seconds
         self.images_seen += self._epoch_images
@@ -221,13 +221,13 @@ class EpochReport(Callback):
 
 
 def final_scores(trainer: pl.Trainer, module: Distiller, data: ImageDataModule, *, test: bool = True) -> dict[str, Any]:
-    """Computes scores on the test set, used here first: best weights, moving average, last weights.
+    """Reads the test set, for the first time, and returns scores of best weights, moving average and last weights.
 
-    They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`
-    only the validation scores of the last epoch.
+    They are logged as `test_best/<score>`, `test_ema/<score>` (with `recipe.ema`) and `test/<score>`. Without `test`,
+    returns only the validation scores of the last epoch.
     """
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if data.num_val_images and "val/accuracy" not in metrics:  # resumed after the last epoch: nothing was trained
+    if data.num_val_images and "val/accuracy" not in metrics:  # resumed after the last epoch, without training
         metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
     scores = named_scores("val", metrics)
     if not test:
@@ -266,8 +266,8 @@ def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> d
 
     Args:
         prefix: "test" or "val".
-        metrics: What Lightning returned or logged.
-        suffix: Appended to every field, e.g. "_best".
+        metrics: Metrics that Lightning returned or logged.
+        suffix: Suffix of every field, e.g. "_best".
 
     Returns:
         `test_nll<suffix>`, ..., and `test_branch_accuracy<suffix>` as a list in branch order.
@@ -281,7 +281,7 @@ def named_scores(prefix: str, metrics: Mapping[str, Any], suffix: str = "") -> d
 
 
 def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[str, Any]:
-    """Returns the cost of the training in this process."""
+    """Returns the cost of the training in this process, as fields of the result."""
     seconds = report.train_seconds
     source = module.teacher_source
     return {
@@ -296,14 +296,14 @@ def cost(report: EpochReport, trainer: pl.Trainer, module: Distiller) -> dict[st
 
 
 def end_processes(trainer: pl.Trainer, *, wait: bool) -> None:
-    """Ends the ranks that Lightning's launcher started, and its watch over them.
+    """Ends the ranks that Lightning's launcher started, and its thread that watches them.
 
-    The watch kills *this* process when any of them ever ended with an error, also when it has long gone on to the
-    next job of a sweep. It looks at the launcher's own list, so emptying that ends it.
+    That thread kills this process if any rank ended with an error, even if this process has gone on to the next job of
+    a sweep. It reads the launcher's list of ranks; an empty list ends it.
 
     Args:
         trainer: The run's trainer.
-        wait: Whether they may finish by themselves first; after a failure they are killed.
+        wait: Whether the ranks may finish by themselves first; after a failure they are killed.
     """
     started = getattr(trainer.strategy.launcher, "procs", None)
     if not started or not all(isinstance(process, subprocess.Popen) for process in started):
@@ -313,5 +313,5 @@ def end_processes(trainer: pl.Trainer, *, wait: bool) -> None:
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_CHILD_SECONDS if wait else 0)
-        process.kill()  # nothing to one that has ended
+        process.kill()  # no effect if it has ended
         process.wait()
