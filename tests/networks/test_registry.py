@@ -411,7 +411,7 @@ def test_other_options_of_the_student_are_kept():
 
 
 def test_a_target_must_be_positive():
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match="give a number > 0"):
         match_network(NetworkSpec("resnet8", 10, UNIT), 0, count_macs)
 
 

@@ -291,7 +291,7 @@ def test_late_branches_fold_into_one_head(name):
     [
         ("gate", "stage3", "ensemble=gate combines them non-linearly"),
         ("mean_probs", "stage3", "ensemble=mean_probs"),
-        ("mean_logits", "stage2", "stages stage3, which are not linear .split_after=stage3 folds"),
+        ("mean_logits", "stage2", "stages stage3, which are not linear .split_after=stage3 can be folded"),
         ("mean_logits", "none", "stages stem, stage1, stage2, stage3"),
     ],
 )

@@ -176,8 +176,8 @@ def quantize_onnx(model: bytes, batches: Iterable[np.ndarray], metadata: dict[st
 
     Convolutions and additions get int8 weights per output channel (symmetric) and uint8 activations, as pairs of
     QuantizeLinear and DequantizeLinear. Weights use 7 bits, because 8 bits saturate on processors without VNNI, and the
-    accuracy would depend on the machine. The first convolution and the heads stay in float32: they are cheap, and
-    quantising them costs most accuracy.
+    accuracy would depend on the machine. The first convolution and the heads stay in float32: they are cheap and
+    matter most for the accuracy.
 
     Args:
         model: Content of an ONNX file from `to_bytes`, with batch norms folded.
