@@ -282,7 +282,7 @@ def test_methods_and_evaluation_need_neither_lightning_nor_hydra_nor_wandb():
 
 def test_one_branch_makes_the_cross_entropy_count_twice_and_that_is_said():
     terms = {"ce_ensemble": {"weight": 1.0}, "ce_branch": {"weight": 1.0}}
-    with pytest.warns(UserWarning, match="one branch: ce_branch repeats ce_ensemble"):
+    with pytest.warns(UserWarning, match="one branch, so ce_branch equals ce_ensemble"):
         method = build_method("x", terms, sizes(1, 0))
     student, batch = make_student(1), make_batch()
     alone = build_method("x", {"ce_ensemble": {"weight": 1.0}}, sizes(1, 0))

@@ -96,7 +96,7 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
             return target
     raise UserError(
         f"cannot obtain {spec.name}: {spec.binary.folder} is not in {root}; tried {'; '.join(failures)}; "
-        f"put {spec.binary.folder} or {spec.python.folder} into {root} by hand"
+        f"put {spec.binary.folder} or {spec.python.folder} into {root} yourself"
     )
 
 
