@@ -137,7 +137,8 @@ def test_a_schedule_changes_the_teachers_at_its_shares():
         ({"schedule": [[0, "mean"], [1, "permuted"]]}, "must increase from 0 and stay below 1"),
         ({"schedule": [[0, "mean"], ["0.5", "permuted"]]}, "share='0.5' is not allowed"),
         ({"schedule": [[0, "mean"], [0.5, "permutd"]]}, "did you mean 'permuted'"),
-        ({"schedule": [[0, "mean"], [0.5, "random"]]}, "unknown assignment 'random'"),
+        ({"schedule": [[0, "mean"], [0.5, "random"]]}, "a schedule takes fixed kinds, no random and no schedule"),
+        ({"schedule": [[0, {"schedule": [[0, "mean"]]}]]}, "a schedule takes fixed kinds"),
         ({"schedule": [[0, "mean"], [0.5, [0, 3]]]}, r"2 teachers \(one per branch, 0 to 1\)"),
     ],
 )

@@ -171,6 +171,8 @@ def _schedule(spec: Mapping[str, Any]) -> list[tuple[float, Any]]:
         raise UserError(
             f"assignment.schedule: shares {starts} are not allowed; they must increase from 0 and stay below 1"
         )
+    if any(kind == "random" or isinstance(kind, Mapping) for _, kind in parts):
+        raise UserError(f"assignment={spec!r} is not allowed: a schedule takes fixed kinds, no random and no schedule")
     return [(start, kind) for start, (_, kind) in zip(starts, parts, strict=True)]
 
 
