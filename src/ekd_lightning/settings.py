@@ -90,9 +90,9 @@ _TRAINER = {
 }
 
 # Settings that have an effect only beside certain values of other settings.
-_OWN = beside("source")
+_WITH_SOURCE = beside("source")
 _CROPS = beside("augmentation", lambda names: "crop_flip" in names)
-_DRAWN = beside("augmentation", lambda names: names not in ("none", "crop_flip", ["none"], ["crop_flip"]))
+_POOL_OF_VIEWS = beside("augmentation", lambda names: names not in ("none", "crop_flip", ["none"], ["crop_flip"]))
 _SGD = beside("optimizer", lambda name: name.lower() == "sgd")
 _STEPS = beside("schedule", lambda name: name == "step")
 _TRAINED = beside(
@@ -119,7 +119,7 @@ class DataSettings:
     image_size: Any = field(default=None, metadata=PROTOCOL)
     """Size in pixels to which your own images are resized: the side of a square, or [height, width]; null: all images
     have the same size already."""
-    test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)} | _OWN)
+    test_fraction: float = field(default=0.2, metadata=PROTOCOL | {ALLOWED: Range(0, 1, True, True)} | _WITH_SOURCE)
     """Share of every class set aside as test images, by `subset_seed`, if the source has none of its own."""
     skip_broken: bool = field(default=False, metadata=PROTOCOL)
     """Whether to skip images that cannot be read."""
@@ -151,7 +151,7 @@ class DataSettings:
     """Whether crop_flip also mirrors images."""
     pool_size: int = field(default=64, metadata=PROTOCOL | COUNT)
     """Augmented views per image, drawn once. none and crop_flip do not need it: their views are finite."""
-    pool_seed: int = field(default=0, metadata=PROTOCOL | SEED | _DRAWN)
+    pool_seed: int = field(default=0, metadata=PROTOCOL | SEED | _POOL_OF_VIEWS)
     """Seed of these views; not `seed`, so that all runs of a study share the teacher tables."""
     eval_batch_size: int = field(default=500, metadata=ROUNDING | COUNT)
 

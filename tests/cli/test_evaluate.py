@@ -74,7 +74,7 @@ def test_parts_that_are_there_are_skipped_unless_forced(run):
     before = (run / "result.json").read_bytes()
     outcome = evaluate(run, "--parts", "predictions", directory=run)
     assert outcome.code == 0, outcome.err
-    assert "predictions (was there)" in outcome.out
+    assert "predictions (already done)" in outcome.out
     assert (run / "result.json").read_bytes() == before
     result = read(run)
     write_json(run / "result.json", {**result, "test_gain_over_mean_branch": 7.0})

@@ -1,4 +1,4 @@
-"""Timing of alternatives in turns, so that a drifting machine speed affects all of them alike."""
+"""Timing of alternatives in turn, so that a drift of the machine's speed affects all of them alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PEAK_SIZES = {"cpu": 2048, "cuda": 8192}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
-    """Seconds that the work takes, with what it left running on the device."""
+    """Seconds that a function takes, including work that it leaves running on the device."""
     _wait(device)
     start = time.perf_counter()
     work()
@@ -36,7 +36,7 @@ def rate_of(
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    """Best multiply-accumulates a second of a square matrix product in this format, of several tries."""
+    """Multiply-accumulates per second of a square matrix product in this format, the best of several tries."""
     n = _PEAK_SIZES.get(device.type, 2048)
     left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)

@@ -1,4 +1,4 @@
-"""Cost parts of the benchmark: inference, memory, scaling, share of peak, shares of a step's time."""
+"""Cost parts of the benchmark: inference, memory, growth, share of the peak, shares of a step's time."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class _Mean(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        answers = [member(images) for member in self.members]
-        return torch.stack([a[0] if isinstance(a, tuple) else a for a in answers]).mean(0)
+        outputs = [member(images) for member in self.members]
+        return torch.stack([one[0] if isinstance(one, tuple) else one for one in outputs]).mean(0)
 
 
 @torch.no_grad()
@@ -88,12 +88,12 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def memory(bench: Bench) -> dict[str, Any]:
-    """(f) Peak resident memory of an `ekd-train` with the same overrides: one epoch, in a process of its own."""
+    """(f) Peak resident memory of `ekd-train` with the same overrides, for one epoch, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*bench.overrides, "recipe.epochs=1", override("hydra.run.dir", folder)]
         command = [sys.executable, "-c", _CHILD, sys.executable, "-m", "ekd_lightning.cli.train", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     return {"run_gb": int(done.stdout.split()[-1]) * unit / 1e9}
 
 
@@ -109,10 +109,10 @@ _FILE_SIZE, _LOADED_SIZE, _LOADED_BATCH = (320, 256), 64, 128  # pixels, pixels,
 
 
 def folder_loading(bench: Bench) -> dict[str, Any]:
-    """(l) A folder of JPEG files, each image once in shuffled batches: cold and warm cache, and ImageFolder in workers.
+    """(l) Loading of a folder of JPEG files in shuffled batches: cold cache, warm cache, and ImageFolder in workers.
 
-    Files are enlarged to 320×256 pixels and loaded as squares of 64. Each measurement is a process of its own, in which
-    imports do not count; the memory of workers is that of the largest times their number.
+    Files have 320×256 pixels and are loaded as squares of 64. Each measurement runs in a separate process, without its
+    imports; the memory of workers is that of the largest one times their number.
     """
     memory_gb: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
         write_folder(bench, root)
 
         def rate(name: str, *words: object, workers: int = 0) -> float:
-            # A small process between: on Linux a process begins with the peak of the one that starts it.
+            # A small process in between: on Linux a process inherits the peak memory of its parent.
             command = [sys.executable, "-c", _BETWEEN, sys.executable, "-c", _LOADER, *map(str, words)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, own, child = json.loads(done.stdout.splitlines()[-1])
@@ -133,7 +133,7 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
             shutil.rmtree(cache, ignore_errors=True)
             return rate("cold cache", "load_cached", root, cache)
 
-        ways: dict[str, Callable[[], float]] = {
+        plain: dict[str, Callable[[], float]] = {
             f"ImageFolder, {count} workers": partial(
                 rate, f"ImageFolder, {count} workers", "load_plain", root, count, workers=count
             )
@@ -143,8 +143,8 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
             "cold cache": cold,
             "warm cache": partial(rate, "warm cache", "load_cached", root, cache),
         }
-        rates = take_turns({**ways, **own}, bench.rounds, warm_up=False)
-    best = max(ways, key=lambda name: statistics.median(rates[name]))
+        rates = take_turns({**plain, **own}, bench.rounds, warm_up=False)
+    best = max(plain, key=lambda name: statistics.median(rates[name]))
     return {
         "unit": "images/s",
         "images": bench.folder_images,
@@ -155,7 +155,7 @@ def folder_loading(bench: Bench) -> dict[str, Any]:
 
 
 def write_folder(bench: Bench, root: Path) -> None:
-    """Writes the data set's images as JPEG files, over again until there are enough, into two folders in turn."""
+    """Writes `bench.folder_images` JPEG files into two class folders, repeating the data set's images if necessary."""
     images = bench.dataset.train.images
     for number in range(bench.folder_images):
         file = root / f"class{number % 2}" / f"{number:06}.jpg"
@@ -165,7 +165,7 @@ def write_folder(bench: Bench, root: Path) -> None:
 
 
 def load_cached(root: str, cache: str) -> float:
-    """Seconds until every image of a folder has been in a batch, by this package; decoded first where need be."""
+    """Seconds in which this package loads every image of a folder once, including decoding if the cache is cold."""
 
     def load() -> None:
         settings = DataSettings("bench", "folder", root, cache=cache, image_size=_LOADED_SIZE)
@@ -178,7 +178,7 @@ def load_cached(root: str, cache: str) -> float:
 
 
 def load_plain(root: str, workers: str) -> float:
-    """The same by torchvision's ImageFolder and a DataLoader with so many workers."""
+    """Seconds in which torchvision's ImageFolder and a DataLoader with `workers` workers load every image once."""
 
     def load() -> None:
         steps = [transforms.Resize(_LOADED_SIZE), transforms.CenterCrop(_LOADED_SIZE), transforms.ToTensor()]
@@ -192,7 +192,7 @@ def load_plain(root: str, workers: str) -> float:
 def growth(bench: Bench) -> dict[str, Any]:
     """(g) How the speed of training changes with M, K, the batch size and the number of images; warm tables."""
     result: dict[str, Any] = {"unit": "images/s"}
-    # Not compiled: tracing would weigh on short epochs more than on long ones.
+    # Not compiled, because the time of tracing would count more in short epochs than in long ones.
     settings = replace(bench.settings, student=replace(bench.settings.student, compile="never"))
     with tempfile.TemporaryDirectory() as folder:
 
@@ -217,12 +217,12 @@ def growth(bench: Bench) -> dict[str, Any]:
 
 
 def peak_share(bench: Bench, teachers: dict[str, Any], epoch: dict[str, Any]) -> dict[str, Any]:
-    """(h) Share of the measured matrix-product peak; a training step counts three forward passes.
+    """(h) Share of the measured matrix-product peak; a training step counts as three forward passes.
 
     Args:
-        bench: What is measured.
-        teachers: What part b found.
-        epoch: What part c found.
+        bench: The benchmark.
+        teachers: Result of part b.
+        epoch: Result of part c.
     """
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     peaks = {name: matmul_peak(dtype, bench.device) for name, dtype in formats.items()}
@@ -285,12 +285,12 @@ def step_profile(bench: Bench) -> dict[str, Any]:
 
 
 def time_shares(work: Callable[[], object], device: torch.device, most: int = 15) -> dict[str, Any]:
-    """Measures each group's share of the time, by kernels on a GPU and by operators on a processor.
+    """Measures each group's share of the time, by kernels on a GPU and by operators on a CPU.
 
     Args:
-        work: What to look at, warm by now.
-        device: Where it computes.
-        most: How many single kernels or operators to name.
+        work: Function to profile, already warmed up.
+        device: Its device.
+        most: Number of single kernels or operators in the result.
 
     Returns:
         Shares in [0, 1] by group, the largest kernels in microseconds with their number of calls, and the share of

@@ -1,4 +1,4 @@
-"""Measurements by letter: the setting that all parts of the benchmark share, and the parts."""
+"""Measurements by letter: the settings, data and teachers that all parts share, and the parts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
 
     Args:
         overrides: As for ekd-train.
-        epochs: Of every training.
-        minutes: Nothing begins after so long; None for no limit, three minutes on a GPU.
-        **counts: Fields of `Bench` that say how often and how much is measured.
+        epochs: Epochs of every training.
+        minutes: No part is started after this time; None for no limit, on a GPU for three minutes.
+        **counts: Fields of `Bench` that set how often and how much is measured.
 
     Raises:
-        UserError: For a job that the plain loop cannot do.
+        UserError: For settings that the plain loop cannot train with.
     """
     began = time.perf_counter()
     keep_freed_memory()  # as every run does; the plain loop profits too
@@ -41,8 +41,8 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     settings.trainer["precision"] = resolve_precision(settings.trainer.get("precision"), accelerator)
     if settings.recipe.mixed("recipe"):
-        raise UserError(f"{settings.recipe.mixed('recipe')}: the plain loop does not mix images")
-    # What a long run would choose: the benchmark's own trainings are too short to pay for compiling.
+        raise UserError(f"{settings.recipe.mixed('recipe')}: the plain loop does not mix images; set it to 0")
+    # As in a long run: the benchmark's own trainings would be too short to pay for compiling.
     if settings.teachers.compile == "auto" and not on_gpu:
         settings.teachers.compile = "always"
     if settings.student.compile == "auto":
@@ -50,9 +50,14 @@ def make_bench(overrides: Sequence[str], *, epochs: int, minutes: float | None, 
         settings.student.compile = "always" if long_run else "never"
     prepared = prepare(settings, accelerator)
     if settings.method.teacher is not None:
-        raise UserError(f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool")
+        raise UserError(
+            f"method.teacher={settings.method.teacher}: ekd-bench measures all teachers of the pool; set it to null"
+        )
     if prepared.method.teacher_stages or not prepared.teachers:
-        raise UserError(f"method={settings.method.name}: ekd-bench needs a method with teachers, without their stages")
+        raise UserError(
+            f"method={settings.method.name}: ekd-bench needs a method with teachers that does not read their stage "
+            "outputs, e.g. method=ekd"
+        )
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = minutes or (_GPU_MINUTES if on_gpu else math.inf)
     return Bench(
@@ -86,14 +91,14 @@ def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
     """Measures one part.
 
     Args:
-        key: Its letter.
+        key: Letter of the part.
         bench: From `make_bench`.
-        found: What earlier parts measured; what this one needs of others is added.
+        found: Results of earlier parts; the results of parts that this one needs are added.
 
     Returns:
         The part's numbers, for a table and JSON.
     """
-    with quiet():  # what is to be warned of was said when the bench was made
+    with quiet():  # `make_bench` has already warned
         if key != "h":
             return _PARTS[key](_smaller(bench, key) if key in "dgi" else bench)
         for needed in "bc":
@@ -103,7 +108,7 @@ def measure(key: str, bench: Bench, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _smaller(bench: Bench, key: str) -> Bench:
-    """Returns the bench for parts that train often; the sweep compiles when ekd-train would."""
+    """Returns a smaller benchmark for parts with many trainings; the sweep compiles whenever ekd-train would."""
     settings, epochs = bench.settings, bench.sweep_epochs
     if bench.sweep_fraction is not None:
         data = replace(settings.data, fraction=bench.sweep_fraction, per_class=None)

@@ -1,4 +1,4 @@
-"""Trainings of this package in the comparison: through Lightning as `ekd-train` does it, and as a bare loop."""
+"""Trainings of this package that the benchmark times: with Lightning as in `ekd-train`, and as a bare loop."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Fitted(NamedTuple):
     Attributes:
         images_per_second: Over all epochs.
         module: The trained module.
-        seconds: What the rate is over.
-        clock: When its parts began and ended.
+        seconds: Time of the training that the rate is over.
+        clock: Times of its phases.
     """
 
     images_per_second: float
@@ -54,9 +54,9 @@ class Job:
     """A training to be timed.
 
     Attributes:
-        settings: What to train.
-        teachers: Loaded once for all jobs.
-        device: Where.
+        settings: Settings of the run.
+        teachers: Teachers, loaded once for all jobs.
+        device: Device of the training.
     """
 
     settings: Settings
@@ -76,12 +76,12 @@ class Job:
         """Trains through Lightning with the callbacks and loggers of `ekd-train`, without testing.
 
         Args:
-            whole: Whether the ends of epochs count, where curves and checkpoints are written.
-            validate: Whether epochs end with the validation, where there are images for it.
+            whole: Whether to time the ends of epochs, too, where curves and checkpoints are written.
+            validate: Whether to validate after each epoch, if there are images for it.
             also: Further callbacks; they may stop the training.
 
         Returns:
-            What it took, teachers included.
+            The training and its times, which include the teachers.
         """
         prepared = self.prepared()
         module = make_distiller(self.settings, prepared, self.teachers)
@@ -107,14 +107,14 @@ class Clock(pl.Callback):
     """Times of a training's phases; as the first callback it includes the time of all others.
 
     Args:
-        file: Where a process tells the one that started it when its first and its last step ended: JSON with
-            `first_step` and `last_step`, seconds since 1970; None tells nobody.
+        file: File for the times of the first and the last step's end, for the process that started this one: JSON with
+            `first_step` and `last_step`, in seconds since 1970; None writes no file.
 
     Attributes:
         seconds: From the beginning of the first epoch to the end of the training.
-        first_step: Seconds from the callback's making to the end of the first step.
-        between: Seconds between the last step of an epoch and the next epoch, without the validation's.
-        epoch_rates: Images per second of each epoch; the first pays for compiling and capturing.
+        first_step: Seconds from the creation of the callback to the end of the first step.
+        between: Seconds between the last step of an epoch and the next epoch, without validation.
+        epoch_rates: Images per second of each epoch; the first includes compiling and capturing.
     """
 
     def __init__(self, file: str | None = None) -> None:
@@ -174,10 +174,10 @@ def _synchronize(module: pl.LightningModule) -> None:
 class BareLoop:
     """The step of a run, with its images, teacher tables and optimiser, in a `for` loop without Lightning.
 
-    On CUDA the step is one graph, elsewhere the same step as it is.
+    On CUDA the step is recorded as one graph, elsewhere it runs unrecorded.
 
     Args:
-        job: What to train; the weights of its terms and its assignment must be the same in all steps.
+        job: The training; weights of terms and assignment must be the same in all steps.
     """
 
     def __init__(self, job: Job) -> None:
@@ -208,11 +208,11 @@ class BareLoop:
 
     @property
     def num_graphs(self) -> int:
-        """Recorded graphs; 0 where none can be, or before the warm-up is over."""
+        """Number of recorded graphs; 0 without CUDA, or before the warm-up is over."""
         return self._step.num_graphs
 
     def images_per_second(self, epochs: int) -> float:
-        """The rate over some epochs, the first of the seed."""
+        """The rate over the first `epochs` epochs."""
         return epochs * len(self.loader) * self._batch_size / seconds_of(partial(self._epochs, epochs), self._device)
 
     def _epochs(self, count: int) -> None:
@@ -221,7 +221,7 @@ class BareLoop:
             self.run(len(self.loader))
 
     def start_epoch(self, epoch: int) -> None:
-        """Prepares an epoch's rows and the teachers' outputs for them."""
+        """Prepares the rows of an epoch and their teacher outputs."""
         self.student.train()
         self.loader.set_epoch(epoch)
         labels, index, view = self.loader.epoch()
@@ -231,7 +231,7 @@ class BareLoop:
         self._step.start_epoch(EpochRows(labels, index, view, row.expand(len(index), -1).contiguous()), 1)
 
     def run(self, steps: int) -> None:
-        """Goes on by so many steps of the epoch that was started last."""
+        """Runs the next `steps` steps of the epoch that was started last."""
         for _ in range(steps):
             self._step.run(self._done % len(self.loader), self._done, "all terms")
             self._schedule.step()

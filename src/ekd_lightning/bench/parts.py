@@ -27,22 +27,22 @@ from ekd_lightning.teachers.source import FrozenTeachers, TeacherFormat
 
 @dataclass(frozen=True)
 class Bench:
-    """Subject and extent of the measurements.
+    """Settings, data and extent of the measurements.
 
     Attributes:
         settings: Data, pool of teachers, student, method, recipe and trainer flags of the job.
         dataset: The images.
         teachers: All teachers of the pool.
-        device: Where everything computes.
+        device: Device of all measurements.
         rounds: Counted rounds of every comparison.
         plain_steps: Steps of the plain loop in a round; its speed does not change over an epoch.
-        workers: Numbers of loader workers that are tried for the plain loop.
-        overrides: What the settings were composed from, as for ekd-train.
-        sweep_fraction: Share of the data for the parts that train often; None for that of the settings.
-        sweep_epochs: Epochs of their trainings.
-        folder_images: Images in the folder whose loading is measured.
+        workers: Numbers of loader workers to try for the plain loop.
+        overrides: Overrides from which the settings were composed, as for ekd-train.
+        sweep_fraction: Share of the data for parts with many trainings; None for that of the settings.
+        sweep_epochs: Epochs of the trainings of these parts.
+        folder_images: Number of images in the folder whose loading is measured.
         began: `time.perf_counter` at the start of the benchmark.
-        deadline: `time.perf_counter` after which no further reference or part begins.
+        deadline: `time.perf_counter` after which no further reference or part is started.
     """
 
     settings: Settings
@@ -60,11 +60,11 @@ class Bench:
     deadline: float = math.inf
 
     def has_time(self, seconds: float = 0.0) -> bool:
-        """Whether so many seconds of work would end before the deadline."""
+        """Whether work of this many seconds would end before the deadline."""
         return time.perf_counter() + seconds < self.deadline
 
     def job(self, settings: Settings | None = None, teachers: int | None = None) -> Job:
-        """Returns the job with the first so many teachers."""
+        """Returns the job with the first `teachers` teachers; None for all."""
         count = self.teachers.num_teachers if teachers is None else teachers
         chosen = TeacherEnsemble(self.teachers.members[:count], self.teachers.identities[:count])
         settings = settings or self.settings
@@ -81,7 +81,7 @@ def worker_counts(device: torch.device) -> tuple[int, ...]:
 
 
 def loader_alone(bench: Bench) -> dict[str, Any]:
-    """(a) Images per second of the loaders, nothing trained: PIL in workers, and views in memory."""
+    """(a) Images per second of the loaders alone, without training: PIL in workers, and views in memory."""
     prepared, batch_size = bench.job().prepared(), bench.settings.recipe.batch_size
     index = prepared.subset.train_index
     rates = best_workers(bench.dataset.train, index, batch_size, bench.workers, 2 * bench.plain_steps)
@@ -219,12 +219,12 @@ def epoch(bench: Bench) -> dict[str, Any]:
         def cold() -> float:
             with tempfile.TemporaryDirectory() as empty:
                 rate = job.with_store(Path(empty)).fit().images_per_second
-            os.sync()  # what it wrote must not be written out during the next one's time
+            os.sync()  # else its files are written to disk while the next alternative is timed
             return rate
 
         def bare() -> float:
             rate = BareLoop(warm).images_per_second(job.settings.recipe.epochs)
-            torch.compiler.reset()  # so that the next one pays for its tracing, as a run does
+            torch.compiler.reset()  # so that the next training includes tracing, as a run does
             return rate
 
         alternatives = {
@@ -247,9 +247,9 @@ def epoch(bench: Bench) -> dict[str, Any]:
 
 
 def overhead(bench: Bench) -> dict[str, Any]:
-    """(i) Lightning over the bare loop with the same kernels: both train uncompiled from one warm table, in turn.
+    """(i) Overhead of Lightning over the bare loop with the same kernels: both train uncompiled from one warm table.
 
-    Lightning's time goes from the first step to the end, with logging and checkpoints; neither side validates.
+    Lightning's time is from the first step to the end, with logging and checkpoints; neither side validates.
     """
     settings = replace(bench.settings, student=replace(bench.settings.student, compile="never"))
     job, epochs = bench.job(settings), settings.recipe.epochs
@@ -265,9 +265,9 @@ def overhead(bench: Bench) -> dict[str, Any]:
 
 
 def sweep(bench: Bench) -> dict[str, Any]:
-    """(d) A sweep of teachers 1, 2, ... × branches 1, 2, 3, from an empty store; seconds in total.
+    """(d) Total seconds of a sweep of teachers 1, 2, ... × branches 1, 2, 3, from an empty store.
 
-    The plain side's seconds are computed from its measured speed in each of the jobs.
+    Those of the plain loop are computed from its measured speed in each of the jobs.
     """
     counts, branches = range(1, bench.teachers.num_teachers + 1), (1, 2, 3)
     plain_seconds, jobs = 0.0, []

@@ -1,7 +1,7 @@
 """Plain loops, as a user would write them without this package: torchvision transforms in workers, live teachers.
 
-Idiomatic and fair: images are already in memory, teachers run under `no_grad`, workers persist, and their best
-number is looked for. `PlainLoop` computes in float32 as it comes, `CarefulLoop` uses what torch offers for speed.
+To be fair, images are already in memory, teachers run under `no_grad`, workers persist, and the best number of workers
+is used. `PlainLoop` computes in float32 without further settings, `CarefulLoop` uses PyTorch's options for speed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 def plain_loader(
     image_set: ImageSet, index: Tensor, batch_size: int, workers: int, *, pin: bool = False
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Shuffled batches by PIL transforms; `pin` puts them where a copy to an accelerator need not wait."""
+    """Shuffled batches by PIL transforms; `pin` puts them into pinned memory, from which copies are asynchronous."""
     return DataLoader(
         PilImages(image_set, index),
         batch_size,
@@ -62,7 +62,7 @@ def plain_loader(
 
 
 class _PlainNetworks(NetworkAccess):
-    """Access to the networks, the teachers as they are."""
+    """Access to the networks for terms; the teachers are not frozen forms."""
 
     def teacher_outputs(self, m: int, images: Tensor) -> NetworkOutput:
         return self._members[m].outputs(images)
@@ -72,13 +72,13 @@ class PlainLoop:
     """Trains a student under live teachers, in float32.
 
     Args:
-        job: What to train, by SGD with Nesterov momentum; the loss is the same as the other side's.
-        workers: Of the loader.
+        job: The training, by SGD with Nesterov momentum and the same loss as in this package's loops.
+        workers: Number of loader workers.
     """
 
     memory_format = torch.preserve_format
     pinned = False
-    """Whether batches lie where a copy to an accelerator need not wait."""
+    """Whether batches are in pinned memory."""
 
     def __init__(self, job: Job, workers: int) -> None:
         prepared, self.device = job.prepared(), job.device
@@ -109,13 +109,13 @@ class PlainLoop:
         return Batch(images, labels, nothing, nothing, nothing.bool())
 
     def loss(self, batch: Batch) -> Tensor:
-        """The total of the method for a batch; teachers compute the stages that it reads."""
+        """The total loss of the method for a batch; teachers also return the stages that it reads."""
         teachers = self.teachers(batch.images, self.method.teacher_stages)
         student = self.student.outputs(batch.images, self.method.student_stages)
         return self._total(student, teachers, batch)
 
     def _total(self, student: StudentOutput, teachers: TeacherOutput, batch: Batch) -> Tensor:
-        # The middle of the training, where terms that start late or end early count.
+        # The middle of the training, where terms that start late or end early are active.
         return self.method(student, teachers, batch, progress=0.5, networks=self.networks).total
 
     def step(self) -> None:
@@ -126,15 +126,15 @@ class PlainLoop:
         self.optimizer.step()
 
     def started(self) -> float:
-        """Runs the first steps; returns the seconds to the first, which starts workers and compiles."""
+        """Runs the first steps; returns the seconds of the first one, which starts workers and compiles."""
         seconds = seconds_of(self.step, self.device)
-        for _ in range(2 * self.loader.num_workers):  # what lies ready would pass for speed
+        for _ in range(2 * self.loader.num_workers):  # uses up prefetched batches, which would count as speed
             self.step()
         return seconds
 
     def images_per_second(self, steps: int) -> float:
         """The rate over some steps, the loader included."""
-        self.teachers.to(self.device)  # Lightning takes them off the device when a fit of the other side ends
+        self.teachers.to(self.device)  # Lightning moves them off the device at the end of its own training
 
         def work() -> None:
             for _ in range(steps):
@@ -144,12 +144,12 @@ class PlainLoop:
         return steps * int(self.loader.batch_size or 1) / seconds
 
     def close(self) -> None:
-        """Ends the loader's workers now: the garbage collector would end them during another measurement."""
+        """Ends the loader's workers now, because the garbage collector might do so during another measurement."""
         self._batches.close()
         iterator = self.loader._iterator
         self.loader._iterator = None
         if iterator is not None and self.loader.num_workers:
-            # Dropping the iterator is not enough: something else may hold it, and it does not wait to the end.
+            # Dropping the iterator is not enough: it may have other references, and does not wait for its workers.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             for worker in iterator._workers:  # type: ignore[attr-defined]
                 worker.join()
@@ -159,9 +159,9 @@ class CarefulLoop(PlainLoop):
     """The same loop as a careful user writes it: channels-last, autocast to bfloat16, torch.compile, pinned batches.
 
     Args:
-        job: What to train; the teachers are copied.
-        workers: Of the loader.
-        mode: Of `torch.compile`; "reduce-overhead" makes graphs of the compiled parts on CUDA.
+        job: The training; its teachers are copied.
+        workers: Number of loader workers.
+        mode: Mode of `torch.compile`; "reduce-overhead" records compiled parts as CUDA graphs.
     """
 
     memory_format = torch.channels_last
@@ -187,7 +187,7 @@ class CarefulLoop(PlainLoop):
         self._stages = taught_stages
 
     def loss(self, batch: Batch) -> Tensor:
-        """The total of the method; networks compute in bfloat16."""
+        """The total loss of the method; networks compute in bfloat16."""
         torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.no_grad():
@@ -209,7 +209,7 @@ def best_workers(
         loader = plain_loader(image_set, index, batch_size, workers)
         batch_iterator = iter(loader)
         ready = min(1 + 2 * workers, 1 + (len(loader) - 1) // 2)
-        for _ in range(ready):  # workers have started, and what lay ready is gone
+        for _ in range(ready):  # starts the workers and uses up prefetched batches
             next(batch_iterator)
         count = max(1, min(batches, len(loader) - ready))
         seconds = seconds_of(lambda i=batch_iterator, n=count: [next(i) for _ in range(n)])  # type: ignore[misc]

@@ -48,7 +48,8 @@ def run_dashboard(args: argparse.Namespace) -> None:
     """
     for option in ("entity", "project", "name", "group"):
         if (value := getattr(args, option)) is not None and not value.strip():
-            raise UserError(f"--{option}: must not be empty" + " (nor is WANDB_ENTITY set)" * (option == "entity"))
+            hint = "; give your W&B user or team, or set WANDB_ENTITY" if option == "entity" else ""
+            raise UserError(f"--{option}: must not be empty{hint}")
         if option in ("entity", "project") and "/" in value:
             raise UserError(f"--{option} {value}: must not contain a slash")
     kind = "report" if args.report else "workspace"

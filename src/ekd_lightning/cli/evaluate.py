@@ -188,8 +188,8 @@ def _evaluate(
 
 def _row(directory: Path, outcome: Outcome) -> tuple[str, ...]:
     result = outcome.result
-    said = [*outcome.done, *(f"[dim]{name} (was there)[/dim]" for name in outcome.skipped)]
-    said += [f"[red]{name} failed[/red]" for name in outcome.errors]
+    parts = [*outcome.done, *(f"[dim]{name} (already done)[/dim]" for name in outcome.skipped)]
+    parts += [f"[red]{name} failed[/red]" for name in outcome.errors]
     return (
         str(directory),
         str(result.get("method")),
@@ -197,7 +197,7 @@ def _row(directory: Path, outcome: Outcome) -> tuple[str, ...]:
         _number(result.get("test_mean_branch_accuracy"), 100, 2),
         _number(result.get("test_ece"), 1, 4),
         _number(result.get("test_ece_calibrated"), 1, 4),
-        ", ".join(said),
+        ", ".join(parts),
     )
 
 

@@ -188,14 +188,14 @@ def _missing(name: str, runs: Sequence[RunEntry]) -> list[str]:
         found[run.study, run.get("data"), run.get("fraction"), run.row, run.get("seed")] = run.state
     lines = []
     for one in declared.parts:
-        asked = [(study, one.data, one.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
-        states = Counter(found.get(key, RunState.PLANNED) for key in asked)
+        keys = [(study, one.data, one.fraction, row.name, seed) for row in declared.rows for seed in row.seeds]
+        states = Counter(found.get(key, RunState.PLANNED) for key in keys)
         names = {**STATE_NAMES, RunState.PLANNED: "not run"}
         if left := [
             f"{states[state]} {names[state]}" for state in RunState if states[state] and state != RunState.DONE
         ]:
             share = f"{100 * one.fraction:g} % of the labels"
-            lines.append(f"{one.data}, {share}: {', '.join(left)}, of {len(asked)} runs of `{study}`")
+            lines.append(f"{one.data}, {share}: {', '.join(left)}, of {len(keys)} runs of `{study}`")
     return lines
 
 

@@ -153,8 +153,8 @@ def recorded_settings(run: RunDirectory, overrides: Sequence[str] = (), *, trust
     try:
         merged = OmegaConf.merge(schema, config)
     except (ValueError, OmegaConfBaseException) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({said})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{run.path / CONFIG}: not a configuration of this version ({reason})") from None
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:

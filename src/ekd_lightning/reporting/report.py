@@ -136,10 +136,11 @@ def kind_of_machine(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _reference(block: Block, asked: str | None) -> Group | None:
-    if asked is not None:
-        exact = [one for one in block.done if one.label == asked]
-        return exact[0] if exact else strongest([one for one in block.done if one.method == asked])
+def _reference(block: Block, name: str | None) -> Group | None:
+    """The group with this label or method; without a name the plain student, EKD, or the first finished group."""
+    if name is not None:
+        exact = [one for one in block.done if one.label == name]
+        return exact[0] if exact else strongest([one for one in block.done if one.method == name])
     for method in ("ce", "ekd"):
         own = [one for one in block.done if one.method == method]
         if own:

@@ -144,8 +144,8 @@ def check_kept(folder: Path, names: Iterable[str], runs: Sequence[RunEntry]) -> 
         UserError: Naming the file, before anything is written.
     """
     for name in [*names, SUMMARY_PAGE]:
-        path, said = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
-        if path.exists() and said not in path.read_text(encoding="utf-8", errors="replace"):
+        path, mark = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
+        if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{path}: is not a page made by ekd-report; use another --output")
     given = {_identity(run) for run in runs}
     for path in sorted(folder.glob(f"*{RECORDS}")):

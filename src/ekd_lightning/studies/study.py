@@ -307,19 +307,19 @@ def plan_rows(
     Raises:
         UserError: For an unknown method or network, or if `methods` is empty or names a row twice.
     """
-    asked = [word.strip() for word in methods.split(",") if word.strip()]
-    if not asked or len(set(asked)) < len(asked):
+    names = [word.strip() for word in methods.split(",") if word.strip()]
+    if not names or len(set(names)) < len(names):
         raise UserError(f"--methods {methods}: must name different rows, e.g. ce,kd_mean,ekd")
     unlabelled = compose(overrides=common).data.unlabelled is not None
     usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
-    extra = [name for name in usual if controls and name not in asked]
+    extra = [name for name in usual if controls and name not in names]
     if extra:
         log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
-    rows = [make_row(name, compose, common) for name in [*asked, *extra]]
+    rows = [make_row(name, compose, common) for name in [*names, *extra]]
     recorded = {row.name for row in old.rows} if old else set()
     for by in matches:
-        names = {f"{method}_{by}": method for method in MATCHED}
-        new = {name: method for name, method in names.items() if name not in recorded}
+        matched = {f"{method}_{by}": method for method in MATCHED}
+        new = {name: method for name, method in matched.items() if name not in recorded}
         if new:  # a study keeps the network that was found first
             cfg = compose(overrides=common)
             match = match_student(by, cfg)

@@ -172,10 +172,10 @@ def _sampler(seed: int, position: int) -> TPESampler:
     Each trial has its own: with a shared one, a resumed search would repeat its first draws, and so would a second
     process.
     """
-    drawn = int(hash_uniform_u64(_TRIALS_STREAM, seed, position, np.zeros(1, dtype=np.int64))[0])
+    own_seed = int(hash_uniform_u64(_TRIALS_STREAM, seed, position, np.zeros(1, dtype=np.int64))[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(seed=drawn % 2**32, multivariate=True, constant_liar=True)
+        return TPESampler(seed=own_seed % 2**32, multivariate=True, constant_liar=True)
 
 
 @dataclass(frozen=True)
