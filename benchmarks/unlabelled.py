@@ -136,11 +136,11 @@ def page(found: Records) -> str:
 
 
 TITLE = "# Images without labels: CIFAR-10\n"
-INTRO = """Made by `benchmarks/unlabelled.py` from the records of the runs. A share of CIFAR-10's training images has labels;
-the others are left out (labels alone), or are trained on without labels (`data.unlabelled=rest`), as half of each batch.
-All runs of one share take the same number of steps with batches of the same size, so with unlabelled images every
-labelled one is seen half as often. There are no validation images, and scores are those of the last weights. A plain
-ResNet-8 is the student of `ce`, `kd_mean` and `pseudo_labels`; `ekd` has three branches.
+INTRO = """Made by `benchmarks/unlabelled.py` from the records of the runs. A share of CIFAR-10's training images has
+labels; the others are left out (labels alone), or are trained on without labels (`data.unlabelled=rest`), as half of
+each batch. All runs of one share take the same number of steps with batches of the same size, so with unlabelled
+images every labelled one is seen half as often. There are no validation images, and scores are those of the last
+weights. A plain ResNet-8 is the student of `ce`, `kd_mean` and `pseudo_labels`; `ekd` has three branches.
 
 Published teachers were trained on the labels of all 50,000 images, so they hand on labels that the student is not
 given. That is why the same rows are shown with teachers that saw the labelled images only, and beside
