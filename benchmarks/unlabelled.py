@@ -149,18 +149,18 @@ given. That is why the same rows are shown with teachers that saw the labelled i
 
 
 def answer(found: Records) -> str:
-    """The mean gains, a line for each set of teachers; empty before there are any."""
-    shares = ", ".join(f"{100 * fraction:g}" for fraction in LABELS)
+    """The mean gains, a line for each set of teachers and method; empty before there are any."""
     said = []
     for teachers, called in TEACHERS.items():
-        rows = []
         for method in ("kd_mean", "ekd"):
-            gains = [gained(found, method, teachers, fraction) for fraction in LABELS]
-            means = (f"{statistics.mean(values):+.1f}" if values else "missing" for values in gains)
-            rows += [f"{', '.join(means)} points to {code(method)}"] if any(gains) else []
-        if rows:
-            said.append(f"- taught by {called}: {' and '.join(rows)}.")
-    head = f"Test accuracy that images without labels add at {shares} % of the labels, mean over seeds:"
+            gains = {fraction: gained(found, method, teachers, fraction) for fraction in LABELS}
+            means = [
+                f"{statistics.mean(values):+.1f} at {100 * fraction:g} % (n={len(values)})"
+                for fraction, values in gains.items()
+                if values
+            ]
+            said += [f"- {code(method)}, taught by {called}: {', '.join(means)}"] if means else []
+    head = "Points of test accuracy that images without labels add, by the share of the labels, mean over n seeds:"
     return "\n".join([head, "", *said, ""]) if said else ""
 
 

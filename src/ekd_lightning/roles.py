@@ -243,4 +243,7 @@ def name_of_type(hint: Any) -> str:
         return f"{', '.join(names)} or {last}" if names else last
     if get_origin(hint) is Literal:
         return ", ".join(map(str, inner))
+    if inner and Any not in inner and get_origin(hint) in (list, tuple, dict):
+        kinds = dict.fromkeys(name_of_type(one) for one in inner if one is not Ellipsis)
+        return f"{get_origin(hint).__name__} of {' to '.join(kinds)}"
     return "null" if hint is type(None) else str(getattr(get_origin(hint) or hint, "__name__", hint))

@@ -243,7 +243,7 @@ class TeacherEntry:
     module: Optional[str] = None
     """PACKAGE.FUNCTION that returns a torch.nn.Module from images to logits; `imports` names the package."""
     hub: Optional[str] = None
-    """USER/REPO of a timm network on the Hugging Face hub; only its safetensors file is read."""
+    """USER/REPO of a timm network on the Hugging Face hub; only config.json and the safetensors file are read."""
     network: Optional[str] = None
     key_map: Optional[str] = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -361,8 +361,8 @@ class TeacherSettings:
         useful = _USEFUL[given[0]] + (("seed", "recipe") if entry.finetune else ())
         for one in fields(TeacherEntry):
             if one.name not in (*given, *useful) and getattr(entry, one.name) != getattr(plain, one.name):
-                known = ", ".join(useful) or "none"
-                raise UserError(f"{key}.{one.name} has no effect beside {given[0]}, which takes the settings {known}")
+                known = f"the settings {', '.join(useful)}" if useful else "no further settings"
+                raise UserError(f"{key}.{one.name} has no effect beside {given[0]}, which takes {known}")
         if entry.finetune and entry.classes:
             raise UserError(f"{key}.classes has no effect beside finetune, which trains a new classifier")
         check_values(entry, f"{key}.")
@@ -400,9 +400,9 @@ class ChainSettings:
     temperature: Optional[float] = field(default=None, metadata=TEMPERATURE)
     """T; null: that of the method."""
     ce_weight: Optional[float] = None
-    """1 - λ of the paper; null: the weight of the method's ce_ensemble, see `assistants.link_terms`."""
+    """1 - λ of the paper; null: the weight of the method's ce_ensemble, see `chain.link_terms`."""
     kd_weight: Optional[float] = None
-    """λ of the paper, > 0; null: the weight of the method's kd_ensemble, see `assistants.link_terms`."""
+    """λ of the paper, > 0; null: the weight of the method's kd_ensemble, see `chain.link_terms`."""
 
 
 @dataclass
@@ -611,7 +611,7 @@ def is_location(key: str) -> bool:
 
 
 def is_path(key: str) -> bool:
-    """Whether a setting can be a path, as locations but `download` and `data.unlabelled` can."""
+    """Whether a setting can be a path: all locations except `download`, and `data.unlabelled`."""
     return key in _PATHS
 
 

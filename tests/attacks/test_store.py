@@ -200,7 +200,9 @@ def test_values_beyond_float16_are_said_once(tmp_path):
     with torch.no_grad():
         network.head.bias[0], network.head.bias[1] = 1e6, -1e9
     source = tabled(tmp_path, network)
-    with pytest.warns(RuntimeWarning, match=r"teacher tutor returned up to ±1e\+09: tables clip them at ±65504"):
+    with pytest.warns(
+        RuntimeWarning, match=r"teacher tutor returned outputs up to ±1e\+09: tables clip them at ±65504"
+    ):
         first = source.outputs(batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

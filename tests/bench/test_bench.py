@@ -154,11 +154,15 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
     assert (heading, shlex.split(following)) == ("next:", ["ekd-train", *words])
 
 
-def test_parts_without_time_are_the_next_command(monkeypatch, capsys):
+def test_parts_without_time_are_the_next_command(monkeypatch, capsys, tmp_path):
     late = SimpleNamespace(device=CPU, began=0.0, has_time=lambda: False)
     monkeypatch.setattr(measurements, "make_bench", lambda *_, **__: late)
     main(["--parts", "ga", "seed=1"])
     assert capsys.readouterr().out.splitlines()[-2:] == ["  ekd-bench --parts ag seed=1", "  ekd-train seed=1"]
+    output = ["--output", f"{tmp_path}/b.json"]
+    main(["--parts", "ga", "--minutes", "1", "--epochs", "2", "--sweep-fraction", "0.5", *output])
+    options = f"--epochs 2 --sweep-fraction 0.5 --output {tmp_path}/b_rest.json"
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"  ekd-bench --parts ag {options}", "  ekd-train"]
 
 
 @pytest.mark.slow

@@ -245,7 +245,7 @@ REFUSED = [
     (["--int8"], ["--int8 --format safetensors", "needs the format onnx"]),
     (["--calibration-images", "0"], ["--calibration-images=0"]),
     (["--max-drop", "-1"], ["--max-drop -1"]),
-    (["-o", "here.onnx"], ["names a folder"]),
+    (["-o", "here.onnx"], ["must be a folder"]),
     (["recipe.lr=1"], ["recipe.lr=1", "data.root"]),
     (["--push", "x"], ["'x'", "USER/REPO"]),
     (["--push", "me/x", "--format", "onnx"], ["--push", "safetensors"]),
@@ -272,7 +272,7 @@ def test_runs_that_cannot_be_exported(run, tmp_path):
 
     assert "no such directory" in refused(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "has no config.yaml" in refused(tmp_path / "empty")
+    assert "not the directory of a run (no config.yaml)" in refused(tmp_path / "empty")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
     (copy / "checkpoints" / "best.ckpt").write_bytes(b"broken")

@@ -60,6 +60,17 @@ def test_a_run_that_is_evaluated_in_full_is_exported_next_and_one_without_ekd_en
     assert "next:" not in call(tmp_path / "ce", "-o", tmp_path / "more", *TABLES)[1]
 
 
+def test_a_folder_that_ekd_evaluate_refuses_is_not_offered_to_it(tmp_path):
+    """It refuses folders with unfinished runs, and corruptions of images that are not square."""
+    for folder in ("whole", "part"):
+        write_run(tmp_path / folder / "a", result("ce"))
+    write_run(tmp_path / "part" / "b", result("ce"), "failed", error="no")
+    parts = [part for part in EVALUATION_PARTS if part != "corruptions"]
+    write_run(tmp_path / "oblong" / "a", result("ce") | {"evaluated": parts})
+    out = call(*(tmp_path / name for name in ("whole", "part", "oblong")), "-o", tmp_path / "out", *TABLES)[1]
+    assert out.splitlines()[-2:] == ["next:", f"  ekd-evaluate {tmp_path / 'whole'} --parts all"]
+
+
 def test_problems_go_to_stderr_in_a_line_each_and_the_rest_is_reported(tmp_path):
     write_study(tmp_path / "in")
     write_run(tmp_path / "in" / "half", result())

@@ -361,3 +361,8 @@ def test_a_teacher_of_features_alone_has_no_confidence():
     build_method("x", {"maps": maps}, blind)
     with pytest.raises(UserError, match=r"'big0' predicts none.*remove method\.terms\.maps"):
         build_method("x", {"maps": {**maps, "confidence": "entropy"}}, blind)
+    other = sizes(1, 2, unknown_classes=(frozenset(), frozenset(range(4))))  # it teaches no branch, but has a weight
+    for term in ({"type": "kd_branch", "weight": 1.0}, maps):
+        with pytest.raises(UserError, match=r"'big1' predicts none.*remove method\.terms\.one"):
+            build_method("x", {"one": {**term, "confidence": "entropy"}}, other, assignment=[[1, 0]])
+        build_method("x", {"one": term}, other, assignment=[[1, 0]])

@@ -64,6 +64,15 @@ def test_every_batch_norm_behind_a_convolution_is_folded(name):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules()) > 0
 
 
+def test_stages_on_a_grid_are_traced_like_others():
+    """A graph each, so that torch.compile takes any number of teachers."""
+    network = lived("resnet8")
+    frozen = FrozenNetwork(network, stage_names=("stage1.4x4", "stage2"))
+    graph = frozen.traced()
+    assert isinstance(graph, torch.fx.GraphModule)
+    assert_same(graph(images()), frozen(images()))
+
+
 def test_only_wanted_stages_are_returned_in_order():
     network = lived("resnet8")
     frozen = FrozenNetwork(network, stage_names=("stage3", "stage1"))

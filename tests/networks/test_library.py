@@ -331,19 +331,19 @@ def methods_for(teachers, terms, assignment=None):
 
 
 @pytest.mark.parametrize(
-    "terms",
+    ("terms", "remedy"),
     [
-        {"kd_ensemble": {"weight": 1, "loss": "mse_logits"}},
-        {"kd_branch": {"weight": 1, "loss": "mse_logits"}},
-        {"kd_standardized": {"weight": 1}},
+        ({"kd_ensemble": {"weight": 1, "loss": "mse_logits"}}, "use loss=kl"),
+        ({"kd_branch": {"weight": 1, "loss": "mse_logits"}}, "use loss=kl"),
+        ({"kd_standardized": {"weight": 1}}, "use kd_branch in its place"),
     ],
 )
-def test_terms_of_plain_logits_refuse_a_teacher_that_does_not_know_a_class(tmp_path, terms):
+def test_terms_of_plain_logits_refuse_a_teacher_that_does_not_know_a_class(tmp_path, terms, remedy):
     teachers = [knowing(tmp_path, [2, 1, 0, 0]), knowing(tmp_path, [2, -1, 0, -1])]
     assert [unknown_classes(teacher.head) for teacher in teachers] == [frozenset(), frozenset({1, 3})]
     assert unknown_classes(teachers[1].head.bfloat16()) == {1, 3}
     teachers[1].float()
-    said = rf"method.terms.{next(iter(terms))} compares the logits of all classes, and the teacher 't1' .* 2 of them"
+    said = rf"method.terms.{next(iter(terms))} compares the logits of all classes, and the teacher 't1' .*{remedy}"
     for distill in methods_for(teachers, terms):
         with pytest.raises(UserError, match=said):
             distill()

@@ -114,8 +114,8 @@ def test_teachers_whose_classifiers_do_not_fit_are_named():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=ce"], "student.reuse_classifier=true: the method 'ce' teaches without teachers"),
-        (["method=takd", "method.assistants=[resnet8]"], "teaches by assistants"),
+        (["method=ce"], "student.reuse_classifier=true: the method 'ce' has no teachers"),
+        (["method=takd", "method.assistants=[resnet8]"], "has assistants"),
         (["method=ekd_mean"], "every branch needs one teacher"),
         (["method=simkd", "method.teacher=mean"], "every branch needs one teacher"),
         (

@@ -92,7 +92,7 @@ def test_parts_and_rows_are_chosen_by_name() -> None:
         ({"decide": {"seeds": [0]}}, "decide: the key rows is missing"),
         ({"decide": {"seeds": [0], "rows": {"ce": {"match": "size"}}}}, "match=size: must be macs or parameters"),
         ({"others": {"seeds": [0], "rows": {"ce": {}}}}, "the row ce is declared twice"),
-        ({"overrides": ["a=1", {"b": 2}]}, "overrides=.*: must be list"),
+        ({"overrides": ["a=1", {"b": 2}]}, "overrides=.*: must be list of str"),
         ({"overrides": ["recipe.epochs=7"]}, "overrides: recipe.epochs=7: the study sets this itself"),
         ({"overrides": ["data.fraction=0.5"]}, "overrides: data.fraction=0.5: the study sets this itself"),
         ({"overrides": ["hydra.run.dir=x"]}, "holds 'hydra.run.dir=x'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -177,12 +178,17 @@ def test_teachers_may_move_but_not_become_others(train, resume, tmp_path):
     save_network(file, build_network(spec))
     settings = (f"teachers.pool=[{{file: {file}}}]", "recipe.epochs=2", "trainer.limit_train_batches=1")
     assert train(directory, *settings, "trainer.max_epochs=1").code == 0
+    early = shutil.copytree(directory, tmp_path / "early")
+    shutil.rmtree(early / "checkpoints")
     torch.manual_seed(2)
     save_network(file, build_network(spec))
+    refused = resume(early, "trainer.max_epochs=2")
+    assert refused.code == 2
+    assert "its weights are not those of the run's teacher tutor" in refused.err
     outcome = resume(directory, "trainer.max_epochs=2")
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
-    assert "taught by" in outcome.err
+    assert "needs the teachers that it was trained with" in outcome.err
     assert outcome.status["state"] == "failed"
     assert not (directory / "result.json").exists()
     torch.manual_seed(1)

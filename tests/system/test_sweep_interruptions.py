@@ -185,7 +185,7 @@ def test_two_sweeps_do_not_share_a_folder(store, tmp_path):
     ("make", "named"),
     [
         (lambda folder: folder.mkdir(), "not the directory of a run"),
-        (lambda folder: (folder.mkdir(), (folder / "multirun.yaml").touch()), "without a plan"),
+        (lambda folder: (folder.mkdir(), (folder / "multirun.yaml").touch()), "has no plan"),
         (lambda folder: (folder.mkdir(), (folder / "sweep.json").write_text("{")), "sweep.json: damaged"),
     ],
 )

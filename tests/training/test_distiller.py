@@ -140,14 +140,14 @@ def test_the_student_file_holds_the_last_weights(fit):
 
 @pytest.mark.parametrize("hashes", [[], ["0" * 64], None])
 def test_a_checkpoint_of_other_teachers_is_refused(fit, hashes):
-    with pytest.raises(UserError, match="taught by"):
+    with pytest.raises(UserError, match="needs the teachers that it was trained with"):
         fit.module.on_load_checkpoint({} if hashes is None else {"teachers": hashes})
 
 
 def test_the_order_of_teachers_counts(fit):
     own = [t["sha256"] for t in fit.result["teachers"]]
     fit.module.on_load_checkpoint({"teachers": own})
-    with pytest.raises(UserError, match="taught by"):
+    with pytest.raises(UserError, match="needs the teachers that it was trained with"):
         fit.module.on_load_checkpoint({"teachers": own[::-1]})
 
 

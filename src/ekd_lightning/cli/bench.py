@@ -35,6 +35,8 @@ PARTS = {
 }
 GPU_PARTS = "acip"
 """The default parts on a GPU: they fit into a few minutes, most of which go into compiling."""
+_COUNTS = {"rounds": 3, "plain_steps": 30, "epochs": 1, "sweep_epochs": 3, "folder_images": 1000}
+"""Options that are counts, with their defaults."""
 _WIDTH = 120  # of tables, if standard output is no terminal
 EXAMPLES = """\
 examples:
@@ -53,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for ekd-train")
     parser.add_argument("--parts", help=f"letters of the parts (default: all; on a GPU {GPU_PARTS})")
     parser.add_argument("--minutes", type=float, help="start no part after this time (default: no limit; on a GPU 3)")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds of every comparison")
-    parser.add_argument("--plain-steps", type=int, default=30, help="steps of the plain loop in a round")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs of every training")
+    parser.add_argument("--rounds", type=int, help="counted rounds of every comparison")
+    parser.add_argument("--plain-steps", type=int, help="steps of the plain loop in a round")
+    parser.add_argument("--epochs", type=int, help="epochs of every training")
     parser.add_argument("--sweep-fraction", type=float, help="share of the data for parts d, g and i")
-    parser.add_argument("--sweep-epochs", type=int, default=3, help="epochs of every training of parts d and i")
-    parser.add_argument("--folder-images", type=int, default=1000, help="images of the folder of part l")
+    parser.add_argument("--sweep-epochs", type=int, help="epochs of every training of parts d and i")
+    parser.add_argument("--folder-images", type=int, help="images of the folder of part l")
+    parser.set_defaults(**_COUNTS)
     parser.add_argument("--output", type=Path, help="JSON file for all numbers")
     run_command(parser, bench, argv, level=logging.WARNING)
 
@@ -72,8 +75,7 @@ def bench(args: argparse.Namespace) -> None:
     unknown = [letter for letter in args.parts or "" if letter not in PARTS]
     if unknown or args.parts == "":
         raise UserError(f"--parts {args.parts!r}: must be letters of {', '.join(PARTS)}, e.g. --parts abc")
-    check_options(args, rounds=COUNT, plain_steps=COUNT, epochs=COUNT, sweep_epochs=COUNT, folder_images=COUNT)
-    check_options(args, minutes=POSITIVE, sweep_fraction=SHARE)
+    check_options(args, **dict.fromkeys(_COUNTS, COUNT), minutes=POSITIVE, sweep_fraction=SHARE)
     if args.output and args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give the name of a file")
     if args.output:
@@ -82,7 +84,16 @@ def bench(args: argparse.Namespace) -> None:
     with session("data", keep=False):
         left_out = _measure(args)
     words = " ".join(map(shell_word, args.overrides))
-    print_next(*([f"ekd-bench --parts {left_out} {words}"] if left_out else []), f"ekd-train {words}")
+    rest = [f"ekd-bench --parts {left_out}{_again(args)} {words}"] if left_out else []
+    print_next(*(command.rstrip() for command in (*rest, f"ekd-train {words}")))
+
+
+def _again(args: argparse.Namespace) -> str:
+    """The options of a command that measures the remaining parts as this one would have, into a file of its own."""
+    given = {name: getattr(args, name) for name, usual in _COUNTS.items() if getattr(args, name) != usual}
+    given |= {"sweep_fraction": args.sweep_fraction} if args.sweep_fraction else {}
+    given |= {"output": args.output.with_stem(f"{args.output.stem}_rest")} if args.output else {}
+    return "".join(f" --{name.replace('_', '-')} {shell_word(str(value))}" for name, value in given.items())
 
 
 def _measure(args: argparse.Namespace) -> str:

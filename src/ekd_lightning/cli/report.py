@@ -96,12 +96,18 @@ def run_report(args: argparse.Namespace) -> None:
 
 def _following(report: Report, places: Sequence[Path]) -> list[str]:
     """The commands that evaluate the runs in full and export a student of the setting that represents EKD."""
-    runs = [run for run in report.collection.runs if run.state == "done" and run.row is None]
-    folders = [typed(place) for place in places if place.is_dir()]
-    lacking = any(set(EVALUATION_PARTS) - {*(run.get("evaluated") or ())} for run in runs)
-    found = [f"ekd-evaluate {' '.join(folders)} --parts all"] if lacking and folders else []
+    runs = [run for run in report.collection.runs if run.row is None]
+    folders = [place for place in places if place.is_dir() and _can_be_evaluated(place, runs)]
+    found = [f"ekd-evaluate {' '.join(map(typed, folders))} --parts all"] if folders else []
     subjects = [run for answer in report.answers if answer.subject for run in answer.subject.done if run in runs]
     return found + [f"ekd-export {typed(run.directory)}" for run in subjects[:1]]
+
+
+def _can_be_evaluated(place: Path, runs: Sequence[RunEntry]) -> bool:
+    """Whether all runs of a folder are finished, and some lack a part of the evaluation that fits their images."""
+    own = [run for run in runs if run.directory.is_relative_to(place.absolute())]
+    lacking = (set(EVALUATION_PARTS) - {*(run.get("evaluated") or ())} for run in own)
+    return all(run.state == "done" for run in own) and any(parts - {"corruptions"} for parts in lacking)
 
 
 def write_study_pages(args: argparse.Namespace) -> None:
@@ -120,7 +126,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     every = list(_of_studies(collect(args.runs).runs, _study))
     runs = report_files.each_once(run for run in every if run.state == "done")
     if not runs:
-        raise UserError(f"{' '.join(map(str, args.runs))}: no finished run of a study is there")
+        raise UserError(f"{' '.join(map(str, args.runs))}: holds no finished run of a study")
     missing = [] if args.study is None else _missing(args.study, every)
     report_files.check_kept(args.output, {report_files.page_name(str(run.get("data"))) for run in runs}, runs)
     made: list[Report] = []
@@ -137,7 +143,9 @@ def write_study_pages(args: argparse.Namespace) -> None:
         write_text(args.readme, f"{before}{study_pages.readme_section(report, args.output.as_posix())}{after}")
     print(study_pages.lead([one for block in report.blocks for one in study_pages.standings(block)]))
     print(f"{len(runs)} runs; {len(files)} files in {args.output}")
-    again = ["ekd-report", *(typed(path) for path in files if path.suffix == RECORDS), "-o", typed(args.output)]
+    over = all(run.state == "done" for run in every)  # records hold finished runs only
+    sources = [path for path in files if path.suffix == RECORDS] if over else args.runs
+    again = ["ekd-report", *map(typed, sources), "-o", typed(args.output)]
     given = [f"--{name} {typed(value)}" for name in ("study", "readme") if (value := getattr(args, name))]
     print_next(" ".join([*again, "--study-pages", *given, "--force"]))
 

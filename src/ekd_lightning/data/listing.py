@@ -111,7 +111,7 @@ def with_test_images(listing: Listing, share: float, seed: int) -> Listing:
         if not first:
             raise UserError(
                 f"data.test_fraction={share} leaves class {listing.class_names[label]!r} ({len(own)} images) without "
-                "an image for testing: raise it, or add a split `test`"
+                "an image for testing: raise it, add images of the class, or add a split `test`"
             )
         chosen.update(first)
     train = [row for row in rows if row.name not in chosen]

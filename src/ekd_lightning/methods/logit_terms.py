@@ -21,6 +21,7 @@ from torch import Tensor
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.losses.weights import CONFIDENCES
 from ekd_lightning.methods.options import choice, number
 from ekd_lightning.methods.terms import BranchTerm, SoftTerm, Term, register_term
 
@@ -178,7 +179,7 @@ class DistillationBranch(BranchTerm, _Distillation):
 
     def __init__(self, weight: float, context: TermContext, *, confidence: str | None = None, **options: Any) -> None:
         super().__init__(weight, context, **options)
-        self.confidence = None if confidence is None else choice("confidence", confidence, losses.CONFIDENCES)
+        self.confidence = None if confidence is None else choice("confidence", confidence, CONFIDENCES)
         if self.confidence is not None:
             if self.combine != "logits" or self.loss == "mse_logits":
                 raise UserError(

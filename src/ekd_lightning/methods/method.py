@@ -122,10 +122,10 @@ class Method(nn.Module):
                     f"with finetune=head"
                 )
             if masked and classes:
+                remedy = "use loss=kl" if hasattr(reading[masked[0]], "loss") else "use kd_branch in its place"
                 raise UserError(
                     f"method.terms.{masked[0]} compares the logits of all classes, and the teacher {name} does not "
-                    f"know {len(classes)} of them (classes: -1); remove the term, or use a loss of probabilities "
-                    f"(loss=kl)"
+                    f"know {len(classes)} of them (classes: -1); remove the term, or {remedy}"
                 )
         for key, term in self.named_terms():
             lost = self._ruled_out(term, unknown) if term.averages_logits else set()
@@ -137,8 +137,9 @@ class Method(nn.Module):
                 )
 
     def _reads_logits(self, term: Term, m: int) -> bool:
-        """Whether a term reads the logits of teacher m."""
-        pairs = self.assignment.pairs() if term.uses_assignment and self.assignment else None
+        """Whether a term reads the logits of teacher m; weights by confidence compare all teachers."""
+        own = term.uses_assignment and not getattr(term, "confidence", None)
+        pairs = self.assignment.pairs() if own and self.assignment else None
         return term.needs_teachers and term.reads_logits and (pairs is None or m in {m for _, m in pairs})
 
     def _ruled_out(self, term: Term, unknown: Sequence[frozenset[int]]) -> set[int]:

@@ -17,6 +17,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import losses
 from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.methods.context import StepContext, TermContext
+from ekd_lightning.methods.losses.weights import CONFIDENCES
 from ekd_lightning.methods.options import choice, count
 from ekd_lightning.methods.terms import BranchTerm, Term, register_term
 from ekd_lightning.networks.staged import averaged, on_grid
@@ -359,7 +360,7 @@ class FeatureBranch(FeatureTerm):
         self.uses_assignment = not by_all
         if by_all and shared and options.get("reduction") == "sum":
             self.factor = float(M)
-        self.confidence = None if confidence is None else choice("confidence", confidence, losses.CONFIDENCES)
+        self.confidence = None if confidence is None else choice("confidence", confidence, CONFIDENCES)
         self.num_teachers = M
         self.needs_labels, self.reads_logits = self.confidence == "label", self.confidence is not None
         (site,) = self.sites

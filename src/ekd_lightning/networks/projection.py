@@ -86,7 +86,7 @@ def classifier_width(teachers: Sequence[StagedNetwork], names: Sequence[str], nu
         raise UserError(
             "student.reuse_classifier=true: all teachers need features of one width, but they have "
             + ", ".join(f"{width} ({name})" for name, width in widths.items())
-            + "; choose teachers of equal width, or method.teacher=best"
+            + "; choose teachers of equal width, or method.teacher=first"
         )
     return next(iter(widths.values()))
 

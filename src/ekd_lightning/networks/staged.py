@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ekd_lightning.errors import Registry, UserError
 
@@ -268,6 +268,7 @@ def averaged(maps: Tensor, grid: int | None) -> Tensor:
     return maps if grid is None else average_pool(maps, (grid, grid))
 
 
+@fx.wrap  # its choice of a kernel depends on the sizes
 def average_pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Averages maps [B, channels, height, width] to a height and width, as adaptive_avg_pool2d does.
 

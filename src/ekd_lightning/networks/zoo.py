@@ -104,7 +104,7 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
     if found != entry.sha256:
         raise UserError(
             f"teacher {id!r}: {path} is not the published file (SHA-256 {found[:12]}..., "
-            f"expected {entry.sha256[:12]}...); delete it, and it is downloaded again"
+            f"expected {entry.sha256[:12]}...); delete it, and download it again (teachers.download=true)"
         )
     return load_foreign(path, entry.spec, entry.key_map), entry
 
@@ -129,8 +129,8 @@ def _fetch(entry: ZooEntry, path: Path) -> None:
                 torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=entry.sha256, progress=False)
     except RuntimeError as error:  # the hash differs; PyTorch has deleted the file
         raise UserError(
-            f"teacher {entry.id!r}: {entry.url} gave another file ({error}); nothing was kept, download the published "
-            f"file to {path.parent}"
+            f"teacher {entry.id!r}: {entry.url} gave another file ({error}); nothing was kept, put the published "
+            f"file into {path.parent}, if you have it"
         ) from None
     except OSError as error:  # network and disk: urllib's errors are OSErrors
         raise UserError(

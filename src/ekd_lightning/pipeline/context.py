@@ -205,6 +205,25 @@ def refuse_other_images(
             raise UserError(f"data.{key}={place}: its {kind} images are not those of the run {run.path}")
 
 
+def refuse_other_teachers(run: RunDirectory, teachers: TeacherEnsemble | None) -> None:
+    """Compares the weights of teachers, wherever their files are, with those on a run's record.
+
+    Args:
+        run: The run; teachers that it has not recorded yet are not compared.
+        teachers: The run's teachers; None without.
+
+    Raises:
+        UserError: Naming the first teacher with other weights.
+    """
+    recorded = run.provenance().get("teachers") or []
+    for known, found in zip(recorded, teachers.identities if teachers else (), strict=False):
+        if known.get("sha256") not in (None, found.sha256):
+            raise UserError(
+                f"{found.id}: its weights are not those of the run's teacher {known.get('id')} ({run.path}); to train "
+                "anew with other teachers, add overwrite=true"
+            )
+
+
 def _require_recorded(context: EvaluationContext, path: Path, recorded: float | None) -> None:
     """Refuses a student whose test accuracy differs from the recorded one by more than rounding explains."""
     if recorded is None or context.result.partial:

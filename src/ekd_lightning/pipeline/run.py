@@ -21,7 +21,7 @@ from ekd_lightning import progress
 from ekd_lightning.errors import UserError, quiet, reason, unknown_name
 from ekd_lightning.evaluation.scores import ClassificationScores
 from ekd_lightning.networks import TeacherEnsemble, load_student, save_student, state_sha256
-from ekd_lightning.pipeline.context import EvaluationContext, refuse_other_images
+from ekd_lightning.pipeline.context import EvaluationContext, refuse_other_images, refuse_other_teachers
 from ekd_lightning.pipeline.evaluation import evaluate_new_run
 from ekd_lightning.pipeline.prepare import Prepared, check_settings, describe_run, describe_teacher, origin, prepare
 from ekd_lightning.pipeline.teachers import choose_teacher, describe_chain, score_teachers
@@ -151,6 +151,8 @@ def _run(
             prepared = choose_teacher(settings, prepared, trainer.strategy.root_device)
         facts |= describe_teacher(settings, prepared)
         teachers = gather_teachers(prepared.teachers) if prepared.teachers else None
+    if settings.resume is not None and checkpoint is None:  # a checkpoint knows its teachers itself
+        refuse_other_teachers(RunDirectory(directory), teachers)
     if record:
         record.add_provenance(**origin(prepared, teachers))
     module = make_distiller(settings, prepared, teachers)

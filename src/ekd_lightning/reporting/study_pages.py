@@ -204,9 +204,9 @@ _LEGEND = f"""\
 {PAGE_BEGINS}: mean ± sample standard deviation over n seeds. Differences
 are in points, paired by seed, with the 95 % t interval. p comes from the paired t-test, corrected by Holm's method: in
 a list for the number of methods that it compares (for deciding rows, of deciding ones); in a table for the number of
-rows that are compared with the same row, or as the line below it says. K branches, M teachers. *Below*, *level* and
-*above* say on which side of 0 the interval of a difference lies. With few seeds only large differences have a small
-corrected p value.
+comparisons with the same row; a line below the table says so where that differs. K branches, M teachers. *Below*,
+*level* and *above* say on which side of 0 the interval of a difference lies. With few seeds only large differences have
+a small corrected p value.
 """
 
 

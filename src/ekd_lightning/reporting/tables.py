@@ -24,9 +24,9 @@ LEGEND = f"""\
 Each row is one setting: runs that differ in their seed alone. Test accuracy, in percent, is measured after the last
 epoch: mean ± sample standard deviation over n seeds, and the 95 % interval of Student's t. Differences are in points,
 paired by seed, with their 95 % interval; p comes from a paired t-test, corrected by Holm's method for the number of
-rows that are compared with the same row, or as the line below a table says. K branches, M teachers. Seconds of training
-depend on the machine's load, and in the first run include filling the teacher tables. With fewer than {FEW} runs an
-interval assumes normal results, and is wide.
+comparisons with the same row; a line below a table says so where that differs. K branches, M teachers. Seconds of
+training depend on the machine's load, and in the first run include filling the teacher tables. With fewer than {FEW}
+runs an interval assumes normal results, and is wide.
 """
 REPORT_LEGEND = f"""\
 {LEGEND}Gain: ensemble minus the mean of its branches, in points. Seeds disagree: share of test images on which two runs
@@ -90,8 +90,8 @@ def correction(groups: Iterable[Group]) -> str:
     if decide != {True, False}:
         return ""
     return (
-        f"{OTHER}: not a deciding row. Its p is corrected for the comparisons of all rows of the block, the p of "
-        "deciding rows for those of deciding rows only."
+        f"{OTHER}: not a deciding row. Its p is corrected for the comparisons of all rows of the block; the p of a "
+        "deciding row is corrected for the comparisons of deciding rows only."
     )
 
 

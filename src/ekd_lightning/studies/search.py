@@ -258,7 +258,7 @@ def _run_trial(study: Search, trial: optuna.Trial, evaluate: Evaluate) -> None:
         trial.set_user_attr("seconds", time.monotonic() - began)
         study.tell(trial, value, state)
         shutil.rmtree(folder, ignore_errors=True)
-    words = "  ".join(trial.user_attrs["overrides"]) or "default settings"
+    words = "  ".join(trial.user_attrs["overrides"]) or "settings as given"
     ended = "pruned" if value is None else f"{100 * value:.2f} %"
     log.info("trial %d: %s  %s  %.0f s", trial.number, ended, words, time.monotonic() - began)
 

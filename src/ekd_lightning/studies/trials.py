@@ -183,9 +183,9 @@ class Outcome:
     """Results of a search so far; accuracies are on the validation split after the last epoch, in [0, 1].
 
     Attributes:
-        overrides: Overrides of the best trial, the earliest of equals; empty if the default settings are best.
+        overrides: Overrides of the best trial, the earliest of equals; empty if the settings as given are best.
         value: Accuracy of the best trial, a mean over seeds.
-        default_value: Accuracy of the default settings; None if their trial diverged or is not complete.
+        default_value: Accuracy of the settings as given; None if their trial diverged or is not complete.
         by_seed: Accuracies of the best trial by seed.
         trials: Number of complete, pruned and diverged trials.
         pruned: Number of trials that were stopped early.
@@ -241,7 +241,7 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
 
 
 def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequence[str]) -> None:
-    """Prints the best trials, the gain over the default settings, and the commands that use the best trial.
+    """Prints the best trials, the gain over the settings as given, and the commands that use the best trial.
 
     Args:
         output: Folder of the results.
@@ -259,7 +259,7 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
         (
             str(trial.number),
             f"{100 * value_of(trial):.2f}",
-            "  ".join(trial.user_attrs["overrides"]) or "default settings",
+            "  ".join(trial.user_attrs["overrides"]) or "settings as given",
         )
         for trial in ranking(study)[:_SHOWN_TRIALS]
     )
@@ -268,10 +268,10 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
     images = facts["validation_images"]
     error = 100 * standard_error(found.value, images)
     if found.default_value is None:
-        gain = "the default settings have no complete trial"
+        gain = "the settings as given have no complete trial"
     else:
         default = 100 * found.default_value
-        gain = f"{100 * found.value - default:+.2f} points over the {default:.2f} % of the default settings"
+        gain = f"{100 * found.value - default:+.2f} points over the {default:.2f} % of the settings as given"
     print(
         f"best {100 * found.value:.2f} %, {gain}; with {images} validation images the standard error of an "
         f"accuracy is about {error:.2f} points, sqrt(p(1-p)/n).  {found.pruned} pruned, {found.diverged} diverged"

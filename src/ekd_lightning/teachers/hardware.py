@@ -151,7 +151,7 @@ def set_threads(requested: int | None, recorded: int | None, *, device_type: str
         UserError: If `requested` is not a positive integer.
     """
     if requested is not None and (not isinstance(requested, int) or isinstance(requested, bool) or requested < 1):
-        raise UserError(f"trainer.threads={requested}: must be a positive integer, or null to use all free cores")
+        raise UserError(f"trainer.threads={requested}: must be a positive integer, or null to choose it by the machine")
     chosen, why = _choice(requested, recorded, device_type, num_devices)
     if chosen is None:
         return torch.get_num_threads()

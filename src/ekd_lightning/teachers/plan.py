@@ -114,7 +114,7 @@ def plan_source(
     except UserError as error:
         if chosen.table == "require":
             raise UserError(f"teachers.table=require: {error}") from None
-        warnings.warn(f"{error}; until then the teachers run in every step, without tables", stacklevel=3)
+        warnings.warn(f"{error}; this run's teachers run in every step, without tables", stacklevel=3)
         return live
     size = f"{len(images) * views.num_views:,} rows per teacher ({len(images):,} images × {views.num_views} views)"
     _log_once(f"teacher outputs: at most {size}, kept in {folder} ({needed / 1e6:,.0f} MB when full)")

@@ -322,7 +322,9 @@ def finish_loggers(loggers: list[Logger], *, result: Mapping[str, Any] | None) -
             else:
                 logger.finalize("failed" if result is None else "success")
         except Exception:
-            log.exception("%s failed at the end of the run; the run's own record is complete", type(logger).__name__)
+            log.exception(
+                "%s failed at the end of the run; the run's own record does not depend on it", type(logger).__name__
+            )
 
 
 def _finish_wandb(result: Mapping[str, Any] | None) -> None:

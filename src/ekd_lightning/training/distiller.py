@@ -170,7 +170,8 @@ class Distiller(TrainingModule):
             checkpoint_path: The checkpoint, e.g. `checkpoints/last.ckpt` of a run.
             map_location: Device of the module.
             teachers: The same teachers, to train further; not needed to validate, test and predict.
-            method: The method, needed only if the recorded one was not made by `build_method`.
+            method: The method, needed only if it is not recorded: not made by `build_method`, or with options that are
+                not plain values.
             **options: Further arguments of the constructor, in place of the recorded ones.
 
         Returns:
@@ -184,7 +185,10 @@ class Distiller(TrainingModule):
         checkpoint = read_checkpoint(path)
         known = checkpoint.get("hyper_parameters") or {}
         if method is None and known.get("method") == {}:
-            raise UserError(f"{path}: its method was not made by build_method, so it is not recorded: pass method=...")
+            raise UserError(
+                f"{path}: its method is not recorded (not made by build_method, or with options that are not plain "
+                "values): pass method=..."
+            )
         try:
             arguments = {**known["student"], "spec": NetworkSpec.from_dict(known["student"]["spec"])}
             student = BranchedStudent(**arguments)
@@ -261,7 +265,7 @@ class Distiller(TrainingModule):
                 return f"method.terms.{name} needs the host in every step"
             own = type(term)
             if not own.__module__.startswith("ekd_lightning.") and "captures" not in vars(own):
-                return f"method.terms.{name} does not declare that it can be ({own.__name__}.captures = True)"
+                return f"method.terms.{name} does not declare that it can be recorded ({own.__name__}.captures = True)"
         source = self.teacher_source
         if source is not None and not all(source.captured(stages) for stages in self.method.needed_stage_sets):
             return "teacher outputs pass through the host"

@@ -42,7 +42,6 @@ from ekd_lightning.methods.losses.logits import (
     standardized,
 )
 from ekd_lightning.methods.losses.weights import (
-    CONFIDENCES,
     MinNormWeights,
     confidence_weights,
     cross_entropies,
@@ -53,7 +52,6 @@ from ekd_lightning.methods.losses.weights import (
 )
 
 __all__ = [
-    "CONFIDENCES",
     "MinNormWeights",
     "ambiguity",
     "angle_loss",
