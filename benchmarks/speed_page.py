@@ -261,7 +261,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for file in args.files:
         found |= json.loads(file.read_text())
-    found["origin"].pop("command", None)  # paths of the machine
+    for private in ("command", "working_directory"):  # paths of the machine
+        found["origin"].pop(private, None)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.output / f"{args.name}.md").write_text(page(found, args.name, args.note))
