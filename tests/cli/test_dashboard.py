@@ -108,14 +108,14 @@ def test_saving_is_one_call_and_prints_the_address(views, monkeypatch):
     sent = []
     monkeypatch.setattr(workspaces.Workspace, "save", lambda view: sent.append(view.project))
     monkeypatch.setattr(workspaces.Workspace, "url", "https://wandb.example/me/p")
-    code, out, err = called(main, "--entity", "me", "--project", "p", "--name", "n")
+    code, out, err = called(main, "--entity", "me", "--project", "p", "--name", "n", "--group", "g")
     assert (code, err, sent) == (0, "", ["p"])
     assert out.splitlines() == [
         "https://wandb.example/me/p",
         "",
         "next:",
-        "  ekd-train logger=wandb logger.wandb.entity=me logger.wandb.project=p",
-        "  ekd-dashboard --entity me --project p --name n --report",
+        "  ekd-train logger=wandb logger.wandb.entity=me logger.wandb.project=p logger.wandb.group=g",
+        "  ekd-dashboard --entity me --project p --group g --name n --report",
     ]
 
 

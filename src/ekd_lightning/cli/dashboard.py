@@ -69,7 +69,7 @@ def run_dashboard(args: argparse.Namespace) -> None:
         print_next(_command(args, report=args.report))
         return
     print(address)
-    places = {"entity": args.entity, "project": args.project}
+    places = {"entity": args.entity, "project": args.project} | ({"group": args.group} if args.group else {})
     words = [shell_word(override(f"logger.wandb.{key}", value)) for key, value in places.items()]
     other = [] if args.report else [_command(args, report=True)]
     print_next(" ".join(["ekd-train logger=wandb", *words]), *other)

@@ -140,7 +140,7 @@ def read_declaration(name: str) -> Declaration:
         raise unknown_name("study", name, [one.stem for one in folder.glob("*.yaml")])
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a mapping with the keys {', '.join(_FORM)}")
+        raise UserError(f"{path}: must be a mapping with the keys parts and decide (overrides, least, others)")
     _check_keys(path, content, _FORM, required=("parts", "decide"))
     least = {"steps": 0, "epochs": 1, **content.get("least", {})}
     _check_keys(f"{path}: least", least, {"steps": int, "epochs": int})
