@@ -276,7 +276,7 @@ def test_runs_that_cannot_be_exported(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
     (copy / "checkpoints" / "best.ckpt").write_bytes(b"broken")
-    assert "not a checkpoint" in refused(copy, "--weights", "best")
+    assert "not a PyTorch checkpoint" in refused(copy, "--weights", "best")
     (copy / "checkpoints" / "best.ckpt").unlink()
     assert "the run has no" in refused(copy, "--weights", "best")
     provenance = read_json(copy / "provenance.json")

@@ -58,7 +58,7 @@ def test_a_study_leaves_its_result_and_goes_on_where_it_stopped(tune, tmp_path, 
     n, p = found["validation_images"], found["value"]
     assert n == 40
     assert found["standard_error"] == pytest.approx((p * (1 - p) / n) ** 0.5)
-    assert "default settings" in first.out
+    assert "settings as given" in first.out
     assert f"with {n} validation images the standard error" in first.out
 
     caplog.clear()

@@ -239,7 +239,7 @@ def test_files_of_other_kinds(folder, tmp_path):
         load(tmp_path / "student.safetensors")
     with pytest.raises(UserError, match=r"cannot be read"):
         load(tmp_path / "none.onnx")
-    with pytest.raises(UserError, match=r"not an exported student \(a file in .safetensors, .onnx, .pt2"):
+    with pytest.raises(UserError, match=r"not an exported student, whose file ends in .safetensors, .onnx, .pt2"):
         load(tmp_path / "model.pth")
     program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
     torch.export.save(program, tmp_path / "other.pt2")

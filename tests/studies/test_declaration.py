@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -23,6 +24,7 @@ from whole_runs import called
 
 from ekd_lightning.cli import train
 from ekd_lightning.cli.compare import main
+from ekd_lightning.data import catalog
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.blocks import block_of_rows
 from ekd_lightning.reporting.groups import differences
@@ -303,6 +305,7 @@ def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     assert "recipe.batch_size=0" in err
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))  # what is registered ends with the test
     (tmp_path / "code_of_a_study.py").write_text(CODE)
     own = [*usual, "imports=[code_of_a_study]", "data.name=own_digits"]
     code, first, err = planned(tmp_path, **rows, overrides=own)
