@@ -87,7 +87,7 @@ class Result(Mapping[str, Any]):
         steps: Optimiser steps.
         teacher_table_hit_rate: Share of teacher rows that were found rather than computed.
         evaluated: Parts of the evaluation whose findings are in the record.
-        evaluation_error: Why other parts failed, joined by `; `.
+        evaluation_error: Why other parts failed, joined by semicolons.
         evaluation_seconds: Seconds that each part took.
         more: All other fields: findings of the evaluation, `weight_<term>`, fields of newer versions.
     """
