@@ -121,12 +121,7 @@ def page(found: Records) -> str:
     """The page, from the records alone."""
     parts = [TITLE, answer(found), INTRO, setup(found)]
     for teachers, called in TEACHERS.items():
-        parts += [
-            f"## Taught by {called}\n",
-            taught(found, teachers),
-            accuracies(found, teachers),
-            gains(found, teachers),
-        ]
+        parts += [f"## Taught by {called}\n", taught(found, teachers), accuracies(found, teachers)]
     missing = [job for job in jobs() if job not in found]
     total = len(list(jobs()))
     done = f"{total - len(missing)} of {total} runs are done; rows say of how many seeds they are."
@@ -149,18 +144,14 @@ given. That is why the same rows are shown with teachers that saw the labelled i
 
 
 def answer(found: Records) -> str:
-    """The mean gains, a line for each set of teachers and method; empty before there are any."""
+    """The gains, a line for each set of teachers and method; empty before there are any."""
     said = []
     for teachers, called in TEACHERS.items():
         for method in ("kd_mean", "ekd"):
             gains = {fraction: gained(found, method, teachers, fraction) for fraction in LABELS}
-            means = [
-                f"{statistics.mean(values):+.1f} at {100 * fraction:g} % (n={len(values)})"
-                for fraction, values in gains.items()
-                if values
-            ]
+            means = [f"{cell(values, '+.2f')} at {100 * share:g} %" for share, values in gains.items() if values]
             said += [f"- {code(method)}, taught by {called}: {', '.join(means)}"] if means else []
-    head = "Points of test accuracy that images without labels add, by the share of the labels, mean over n seeds:"
+    head = "Points of test accuracy that images without labels add, paired by seed (mean ± standard deviation):"
     return "\n".join([head, "", *said, ""]) if said else ""
 
 
@@ -227,18 +218,6 @@ def gained(found: Records, method: str, teachers: str, fraction: float) -> list[
     """Points that unlabelled images add to a method, of each seed that has both runs."""
     without, beside = (scores(found, (method, kind), teachers, fraction) for kind in (False, True))
     return [beside[seed] - without[seed] for seed in beside if seed in without]
-
-
-def gains(found: Records, teachers: str) -> str:
-    """What unlabelled images add, paired by seed."""
-    lines = []
-    for method in ("kd_mean", "ekd"):
-        line = [code(method)]
-        for fraction in LABELS:
-            line.append(cell(gained(found, method, teachers, fraction), "+.2f"))
-        lines.append(line)
-    heads = ("method", *(f"{100 * fraction:g} % of the labels" for fraction in LABELS))
-    return Markdown("Points gained by unlabelled images, paired by seed:\n\n" + table(heads, lines))
 
 
 def kept(found: Records) -> list[dict[str, Any]]:

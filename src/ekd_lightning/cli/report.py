@@ -104,7 +104,10 @@ def _following(report: Report, places: Sequence[Path]) -> list[str]:
 
 
 def _can_be_evaluated(place: Path, runs: Sequence[RunEntry]) -> bool:
-    """Whether all runs of a folder are finished, and some lack a part of the evaluation that fits their images."""
+    """Whether all runs of a folder are finished, and some lack a part of the evaluation.
+
+    Corruptions alone do not count: images that are not square cannot have them.
+    """
     own = [run for run in runs if run.directory.is_relative_to(place.absolute())]
     lacking = (set(EVALUATION_PARTS) - {*(run.get("evaluated") or ())} for run in own)
     return all(run.state == "done" for run in own) and any(parts - {"corruptions"} for parts in lacking)
