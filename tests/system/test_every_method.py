@@ -17,6 +17,8 @@ from every_method import run_all
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 METHODS = sorted(path.stem for path in CONF.glob("*.yaml"))
 STEPS = 6
+BETWEEN_PROCESSES = ["bss", "crd", "dml", "ekd", "ekd_random"]
+"""Methods whose terms draw, remember, or search: what two processes may do differently."""
 
 pytestmark = [
     pytest.mark.assets,
@@ -54,8 +56,9 @@ def test_in_one_process(name, shared, tmp_path):
 
 
 @pytest.mark.ddp
-def test_in_two_processes(shared, tmp_path):
-    """Both processes train all methods one after the other, in one process group."""
+@pytest.mark.parametrize("methods", [BETWEEN_PROCESSES, pytest.param(METHODS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_in_two_processes(methods, shared, tmp_path):
+    """Both processes train the methods one after the other, in one process group."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -68,7 +71,7 @@ def test_in_two_processes(shared, tmp_path):
         "NODE_RANK": "0",
     }
     script = Path(__file__).with_name("every_method.py")
-    command = [sys.executable, str(script), str(tmp_path), str(shared), "2", *METHODS]
+    command = [sys.executable, str(script), str(tmp_path), str(shared), "2", *methods]
     processes = [
         subprocess.Popen(
             command,
@@ -85,7 +88,7 @@ def test_in_two_processes(shared, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-8000:]
-    for name in METHODS:
+    for name in methods:
         check(tmp_path / name, 2)
         ranks = [json.loads((tmp_path / name / f"rank{rank}.json").read_text()) for rank in range(2)]
         scores = [{key: value for key, value in rank.items() if key.startswith(("test_", "val_"))} for rank in ranks]

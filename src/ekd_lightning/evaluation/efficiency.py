@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ekd_lightning.errors import quiet
-from ekd_lightning.networks.staged import ImageSize, sides
+from ekd_lightning.networks.staged import ImageSize, meta_probe, sides
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -35,7 +34,7 @@ def count_macs(module: nn.Module, image_size: ImageSize = 32) -> int:
     Returns:
         Half of the floating-point operations that PyTorch's counter reports.
     """
-    probe = copy.deepcopy(module).to("meta").eval()
+    probe = meta_probe(module)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         probe(torch.empty(1, 3, *sides(image_size), device="meta"))

@@ -407,7 +407,7 @@ class StagedNetwork(nn.Module):
             UserError: when the network does not accept images of this size.
         """
         check_size(self.spec, self.fixed_size, image_size)
-        probe = copy.deepcopy(nn.ModuleList([self.normalize, self.stages])).to("meta").eval()
+        probe = meta_probe(nn.ModuleList([self.normalize, self.stages]))
         images = torch.empty(1, 3, *sides(image_size), device="meta")
         with torch.no_grad():
             return shapes_of(through(probe[1], probe[0](images))[1])  # type: ignore[arg-type]
@@ -440,21 +440,33 @@ def he_initialised(network: StagedNetwork) -> StagedNetwork:
     """Initialises the convolutions of a network's stages as in He et al. 2015, and returns the network.
 
     Biases of convolutions become 0; linear layers and batch norms do not change. Builders call it for new modules.
+    Weights on the meta device have no values and are skipped.
     """
     for module in network.stages.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return network
 
 
+def meta_probe(module: _ModuleT) -> _ModuleT:
+    """Returns a copy in eval mode on the meta device, for a forward pass that computes shapes alone.
+
+    Batch norms of images pass their input on: they keep its shape, and on the meta device they would take most of the
+    time.
+    """
+    probe = copy.deepcopy(module).to("meta").eval()
+    for layer in probe.modules():
+        if type(layer) is nn.BatchNorm2d:
+            layer.forward = nn.Identity().forward  # type: ignore[method-assign]
+    return probe
+
+
 def meta_outputs(network: Any, image_size: ImageSize) -> Any:
     """Returns a network's outputs for one image on the meta device, where nothing is computed."""
-    # A copy in eval mode: a forward pass in train mode would update the batch norm statistics.
-    probe = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad():
-        return probe.outputs(torch.empty(1, 3, *sides(image_size), device="meta"))
+        return meta_probe(network).outputs(torch.empty(1, 3, *sides(image_size), device="meta"))
 
 
 def shapes_of(stages: Mapping[str, Tensor]) -> dict[str, tuple[int, int, int]]:
