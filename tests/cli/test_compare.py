@@ -25,7 +25,7 @@ from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import DataSettings, Settings
-from ekd_lightning.studies import comparison, launching
+from ekd_lightning.studies import launching, planning
 from ekd_lightning.studies import study as studies
 
 WHOLE_TEST = tuple(word for word in TINY if not word.startswith(("data.fraction", "trainer.limit_test")))
@@ -100,7 +100,7 @@ def test_calling_again_runs_nothing_and_the_report_alone_needs_the_folder_only(s
 
 def test_more_seeds_are_asked_for_with_the_code_that_the_study_needs(study, monkeypatch):
     monkeypatch.chdir(study.parent)
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
+    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
     found = studies.read_study(study)
     studies.write_study(replace(found, common=(*found.common, "imports=[json]")), study)
     for path in study.glob("runs/*/"):
@@ -151,7 +151,7 @@ def test_more_seeds_train_on_the_images_that_the_study_has_on_record(study, tmp_
 def test_unlabelled_images_are_those_on_record_where_they_must_be(tmp_path, kind, fraction, refused):
     write_json(tmp_path / "provenance.json", {"data": {"train_sha256": "a", "unlabelled": {"sha256": "u"}}})
     write_yaml(tmp_path / "config.yaml", {"data": {"fraction": 0.1}})
-    images, one = comparison.StudyImages(), SimpleNamespace(sha256="a")
+    images, one = planning.StudyImages(), SimpleNamespace(sha256="a")
     settings = Settings(data=DataSettings(fraction=fraction, unlabelled="there"))
     unlabelled = SimpleNamespace(sha256="v", kind=kind)
     dataset, data = SimpleNamespace(train=one, test=one), SimpleNamespace(unlabelled=unlabelled)
@@ -522,7 +522,7 @@ def test_a_study_is_continued_where_it_was_first_started(study, tmp_path, monkey
     (home := tmp_path / "home").mkdir()
     studies.write_study(replace(studies.read_study(study), working_directory=str(home)), study)
     seen = []
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
+    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
     monkeypatch.setattr(launching.internals, "launch", lambda *_: seen.append(Path.cwd()))
     monkeypatch.chdir(elsewhere)
     call("--output", study, "--seeds", "9", "++data.root=new")

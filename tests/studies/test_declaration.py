@@ -31,10 +31,12 @@ from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.settings import RecipeSettings, Settings
-from ekd_lightning.studies import comparison
-from ekd_lightning.studies.declaration import Declaration, read_declaration, read_tuned, recorded_pace, seconds_of
+from ekd_lightning.studies import cost, planning
+from ekd_lightning.studies.cost import recorded_pace, seconds_of
+from ekd_lightning.studies.declaration import Declaration, read_declaration
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
 from ekd_lightning.studies.sweep import Job
+from ekd_lightning.studies.tuned import read_tuned
 
 call = partial(called, main, level=logging.INFO)
 CODE = """
@@ -62,6 +64,19 @@ def test_the_full_study_is_what_its_question_needs() -> None:
     assert {row.seeds for row in full.rows if not row.decides} == {(0, 1, 2)}
     assert full.epochs_of(4500, 128) * (4500 // 128) >= 4000
     assert full.epochs_of(45_000, 128) == 60
+
+
+def test_the_example_of_the_page_is_a_declaration(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
+    (text,) = re.findall(r"```yaml\n(# birds\.yaml.*?)```", page, re.DOTALL)
+    (tmp_path / "birds.yaml").write_text(text)
+    found = read_declaration(str(tmp_path / "birds.yaml"))
+    assert [(row.name, row.method, row.match, row.decides) for row in found.rows] == [
+        ("ekd", "ekd", None, True),
+        ("ekd_late", "ekd", None, True),
+        ("kd_mean_macs", "kd_mean", "macs", True),
+        ("ce", "ce", None, False),
+    ]
 
 
 @given(st.integers(0, 5000), st.integers(1, 100), st.integers(1, 50_000), st.integers(1, 512))
@@ -145,7 +160,7 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And a row's pace counts on its own data set alone: images of another may be of another size."""
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: {"images": 400, "macs": 4000})
+    monkeypatch.setattr(planning, "_check_row", lambda *_: {"images": 400, "macs": 4000})
     study = Study((RowPlan("ce", ("method=ce",)),), (0.1,), (0, 1), (), "digits")
     stopped = tmp_path / "a/runs/ce-f0.1-s0"
     (stopped / ".hydra").mkdir(parents=True)
@@ -158,21 +173,21 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     def composed(overrides: list[str]) -> DictConfig:
         return OmegaConf.create({**asdict(Settings(recipe=RecipeSettings(epochs=4))), "method": {"terms": {}}})
 
-    monkeypatch.setattr(comparison, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
-    jobs, _ = comparison.plan(study, tmp_path / "a", composed, retry_failed=False)
+    monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
+    jobs, _ = planning.plan(study, tmp_path / "a", composed, retry_failed=False)
     assert [(job.resumed, job.images, job.macs) for job in jobs] == [(True, 100, 1000), (False, 400, 4000)]
 
     seen = {"num_train_images": 100, "epochs_done": 1, "macs": 10, "train_seconds": 3600.0}
     made = {"digits": entry(result("ce", 0, **seen), name="ce-f0.1-s0"), "cifar10": None}
-    here = comparison.kind_of_machine({})
-    monkeypatch.setattr(comparison, "kind_of_machine", lambda _: here)
+    here = cost.kind_of_machine({})
+    monkeypatch.setattr(cost, "kind_of_machine", lambda _: here)
     monkeypatch.setattr(
-        comparison, "read_runs", lambda study, _: {0.1: {"ce": {0: made[study.data]} if made[study.data] else {}}}
+        cost, "read_runs", lambda study, _: {0.1: {"ce": {0: made[study.data]} if made[study.data] else {}}}
     )
     job = Job(Path("x"), (), row="ce", images=100, macs=30_000)
     planned = {tmp_path / data: (replace(study, data=data), [job]) for data in ("digits", "cifar10")}
     with caplog.at_level(logging.INFO):
-        comparison.log_cost(planned, composed)
+        cost.log_cost(planned, composed)
     assert [line.rpartition(", ")[2] for line in caplog.messages[-4:-1]] == ["about 1 h", "about 10 h", "about 11 h"]
 
 
@@ -225,13 +240,13 @@ def planned(tmp_path: Path, *options: object, **change: Any) -> tuple[int, str, 
 
 
 @pytest.fixture
-def planning(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_planning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what planning a run costs."""
-    monkeypatch.setattr(comparison, "_check_row", lambda *_: {})
-    monkeypatch.setattr(comparison, "log_cost", lambda *_: None)
+    monkeypatch.setattr(planning, "_check_row", lambda *_: {})
+    monkeypatch.setattr(cost, "log_cost", lambda *_: None)
 
 
-@pytest.mark.usefixtures("planning")
+@pytest.mark.usefixtures("quick_planning")
 def test_a_study_with_tuned_settings_goes_on(tmp_path: Path) -> None:
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned/kd_mean.yaml").write_text("overrides: [method.temperature=8]\n")
@@ -280,7 +295,7 @@ def test_a_changed_declaration_needs_a_folder_of_its_own(tmp_path: Path, change:
         assert "use another --output" in err
 
 
-@pytest.mark.usefixtures("planning")
+@pytest.mark.usefixtures("quick_planning")
 def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path) -> None:
     assert planned(tmp_path, decide={"seeds": [0], "rows": {"ce": {}, "kd_mean": {}}})[0] == 0
     part = ("--output", tmp_path / "o/a", "--print-jobs")
@@ -294,7 +309,7 @@ def test_a_part_takes_more_seeds_for_all_rows_or_for_those_named(tmp_path: Path)
     assert study.declaration == "own"
 
 
-@pytest.mark.usefixtures("planning")
+@pytest.mark.usefixtures("quick_planning")
 def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,14 +412,14 @@ def test_a_run_that_another_process_began_and_left_goes_on(
     for name in ("result.json", "student.safetensors"):
         (tmp_path / "left" / name).unlink()
     (tmp_path / "left/status.json").write_text('{"state": "running"}')
-    run = comparison.run
+    run = planning.run
 
     def later(*args: Any, **options: Any) -> None:
         """Between the plan and the run another process makes two epochs, and is killed."""
         shutil.move(tmp_path / "left", left)
         run(*args, **options)
 
-    monkeypatch.setattr(comparison, "run", later)
+    monkeypatch.setattr(planning, "run", later)
     code, _, err = call("--study", "quick", "--only", "digits-10,ce", "--output", folder, *words)
     assert code == 0, err
     assert len(RunDirectory(left).provenance()["resumed"]) == 1

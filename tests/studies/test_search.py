@@ -27,10 +27,9 @@ from optuna.distributions import FloatDistribution as Float  # noqa: E402
 from optuna.distributions import IntDistribution as Int  # noqa: E402
 
 from ekd_lightning.studies import storage  # noqa: E402
-from ekd_lightning.studies.declaration import standard_error  # noqa: E402
 from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
 from ekd_lightning.studies.space import default_values, derive_space, describe_space, read_space, rounded_values  # noqa: E402
-from ekd_lightning.studies.trials import Search, outcome, ranking  # noqa: E402
+from ekd_lightning.studies.trials import Search, outcome, ranking, standard_error  # noqa: E402
 
 SPACE = {"w": Float(0.125, 8.0, log=True), "t": Int(1, 20), "kind": Choices(("a", "b"))}
 DEFAULTS = {"w": 1.0, "t": 4, "kind": "b"}

@@ -56,7 +56,9 @@ def test_in_one_process(name, shared, tmp_path):
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("methods", [BETWEEN_PROCESSES, pytest.param(METHODS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "methods", [BETWEEN_PROCESSES, pytest.param(METHODS, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_in_two_processes(methods, shared, tmp_path):
     """Both processes train the methods one after the other, in one process group."""
     with socket.socket() as free:

@@ -93,7 +93,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     with session("plan", keep=False), phase("plan") as plan:
         plan.note = "importing PyTorch and Lightning"
         from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
-        from ekd_lightning.studies import comparison  # noqa: PLC0415
+        from ekd_lightning.studies import planning  # noqa: PLC0415
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
     register_schema()
@@ -121,11 +121,11 @@ def run_compare(args: argparse.Namespace) -> bool:
             _compose(hydra_words, [])  # refuses an unknown launcher before anything is planned
         planned = _plan(args, declared, common, partial(_compose, search))
         if args.print_jobs:
-            for line in (line for _, jobs in planned.values() for line in comparison.commands(jobs)):
+            for line in (line for _, jobs in planned.values() for line in planning.commands(jobs)):
                 print(line)
             return True
         for place, (study, jobs) in planned.items():
-            comparison.run(study, jobs, place, hydra_words, partial(run_shared_job, since=since), command=again)
+            planning.run(study, jobs, place, hydra_words, partial(run_shared_job, since=since), command=again)
     complete = _report(args, declared)
     if declared is None:
         study = read_study(folder) or study
@@ -162,7 +162,7 @@ def _plan(
     args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer
 ) -> dict[Path, tuple[Study, list[Job]]]:
     """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
-    from ekd_lightning.studies import comparison  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.studies import cost, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
     planned: dict[Path, tuple[Study, list[Job]]] = {}
@@ -172,9 +172,9 @@ def _plan(
             old = read_study(place)  # another process may have added to it
             with working_in(old.working_directory if old else ""):
                 if declared and part:
-                    study = comparison.build_part(old, common, composer, declared[1], part, tuned)
+                    study = planning.build_part(old, common, composer, declared[1], part, tuned)
                 else:
-                    study = comparison.build_study(
+                    study = planning.build_study(
                         old,
                         common,
                         composer,
@@ -185,11 +185,11 @@ def _plan(
                         controls=not args.no_controls,
                         tuned=tuned,
                     )
-                jobs, _ = comparison.plan(study, place, composer, retry_failed=args.retry_failed)
+                jobs, _ = planning.plan(study, place, composer, retry_failed=args.retry_failed)
             write_study(study, place)
         planned[place] = study, jobs
     if declared:
-        comparison.log_cost(planned, composer)
+        cost.log_cost(planned, composer)
     return planned
 
 

@@ -1,47 +1,24 @@
-"""Declared studies of conf/study, tuned settings from `ekd-tune`, and the cost of runs."""
+"""Declared studies of conf/study: their form, and the study of each part."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import statistics
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ekd_lightning.config.config import import_user_modules, to_settings
 from ekd_lightning.config.overrides import is_under, key_of
 from ekd_lightning.errors import UserError, unknown_name
 from ekd_lightning.files import read_yaml
-from ekd_lightning.roles import Role, is_of, name_of_type
-from ekd_lightning.runs.collection import RunEntry
-from ekd_lightning.runs.protocol import Protocol
+from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
-from ekd_lightning.settings import check_name, purpose_of
-from ekd_lightning.studies.study import (
-    MATCHES,
-    Composer,
-    RowPlan,
-    Study,
-    check_row_words,
-    make_row,
-    match_overrides,
-    match_student,
-    matched_row,
-    parse_numbers,
-)
-from ekd_lightning.studies.sweep import Job
-
-if TYPE_CHECKING:
-    from ekd_lightning.pipeline.prepare import Prepared
-    from ekd_lightning.settings import Settings
-
-log = logging.getLogger(__name__)
+from ekd_lightning.settings import check_name
+from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row
+from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers
 
 _FORM: dict[str, Any] = {
     "overrides": list[str],
@@ -52,9 +29,6 @@ _FORM: dict[str, Any] = {
 }
 _OF_THE_STUDY = ("method", "data", "data.fraction", "data.per_class", "recipe.epochs", "seed", "resume")
 """Keys that a declared study sets itself, by its parts, rows, seeds and `least`."""
-_PROBE_SECONDS = 1.0
-SCORED_ON = "validation images"
-"""What searches choose settings by; results that were scored on anything else are refused."""
 
 
 class Part(NamedTuple):
@@ -286,196 +260,3 @@ def require_declared(old: Study, declared: Declaration, part: Part) -> None:
                 f"part {part.name}: row {row.name}: the study in this folder has {key}={was[key]}, the declaration "
                 f"now {key}={now[key]}; use another --output"
             )
-
-
-def training_cost(settings: Settings, prepared: Prepared) -> dict[str, int]:
-    """The cost of a run's training.
-
-    Returns:
-        `images`, each counted as often as it is seen, and `macs`: three forward passes of the student for each of them,
-        and without teacher tables one forward pass of every teacher.
-    """
-    from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415 (slow)
-    from ekd_lightning.networks import build_network  # noqa: PLC0415
-
-    size = prepared.dataset.image_size
-    macs = 3 * count_macs(prepared.student, size)
-    if not prepared.source.tables:
-        macs += sum(count_macs(build_network(plan.spec), size) for plan in prepared.teachers)
-    images = settings.recipe.epochs * prepared.datamodule.num_train_images
-    return {"images": images, "macs": images * macs}
-
-
-def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
-    """The training speed that finished runs have recorded.
-
-    Returns:
-        Seconds per image by row, and the multiply-accumulates per second of all runs together, with three forward
-        passes of the student for each image; 0 without any run.
-    """
-    rows: dict[str, list[float]] = {}
-    macs = seconds = 0.0
-    for run in done:
-        images = (run.get("num_train_images") or 0) * (run.get("epochs_done") or run.get("epochs") or 0)
-        took = run.get("train_seconds") or 0.0
-        if images and took:
-            rows.setdefault(run.directory.name.rsplit("-f", 1)[0], []).append(took / images)
-            macs, seconds = macs + 3.0 * images * (run.get("macs") or 0), seconds + took
-    return {row: statistics.median(own) for row, own in rows.items()}, macs / seconds if seconds else 0.0
-
-
-def seconds_of(jobs: Iterable[Job], pace: Mapping[str, float], speed: float) -> float:
-    """Estimated seconds of jobs that run one after another.
-
-    Args:
-        jobs: The jobs, with their `images` and `macs`.
-        pace: Seconds per image by row, from `recorded_pace`.
-        speed: Multiply-accumulates per second, for rows without a pace.
-    """
-    return sum(job.images * pace[job.row] if job.row in pace else job.macs / speed for job in jobs)
-
-
-def training_speed(settings: Settings) -> float:
-    """Multiply-accumulates per second of this machine, measured in about a second of a student's training steps."""
-    import torch  # noqa: PLC0415 (slow; --help needs none)
-
-    from ekd_lightning.data import open_dataset  # noqa: PLC0415
-    from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415
-    from ekd_lightning.networks.staged import sides  # noqa: PLC0415
-    from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
-    from ekd_lightning.teachers.hardware import device_type_of, resolve_precision  # noqa: PLC0415
-
-    accelerator = str(settings.trainer.get("accelerator", "auto"))
-    device = torch.device(device_type_of(accelerator))
-    half = "bf16" in str(resolve_precision(settings.trainer.get("precision"), accelerator))
-    dataset = open_dataset(settings.data)
-    student, batch = build_student(settings, dataset), settings.recipe.batch_size
-    macs = 3 * batch * count_macs(student, dataset.image_size)
-    student.to(device).train()
-    images = torch.rand(batch, 3, *sides(dataset.image_size), device=device)
-    threads = torch.get_num_threads()
-    if settings.trainer.get("threads"):
-        torch.set_num_threads(int(settings.trainer["threads"]))
-    try:
-        steps, until = -1, math.inf  # the first step warms up
-        while time.perf_counter() < until:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = student(images).float().square().mean()
-            loss.backward()
-            with contextlib.suppress(AttributeError):
-                getattr(torch, device.type).synchronize()
-            steps += 1
-            if steps == 0:
-                began = time.perf_counter()
-                until = began + _PROBE_SECONDS
-        return macs * steps / (time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def read_tuned(path: Path) -> dict[str, Any]:
-    """Content of `<method>.yaml`, its `overrides` checked.
-
-    Raises:
-        UserError: If the file is missing or of another form.
-    """
-    try:
-        content = read_yaml(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not a result of ekd-tune ({error.strerror})") from None
-    words = content.get("overrides") if isinstance(content, dict) else None
-    if not isinstance(words, list) or not all(isinstance(word, str) and "=" in word for word in words):
-        raise UserError(f"{path}: must hold `overrides:`, a list of KEY=VALUE")
-    for word in check_words(words, path):
-        purpose = purpose_of(key_of(word))
-        if purpose.role in (Role.LOCATION, Role.FREE) or purpose.between_parts:
-            raise UserError(f"{path}: {word}: not a setting that ekd-tune searches")
-    if content.get("scored_on", SCORED_ON) != SCORED_ON:
-        raise UserError(
-            f"{path}: was scored on {content['scored_on']}, not on {SCORED_ON}; settings that were chosen on the test "
-            "set cannot be tested on it"
-        )
-    return dict(content)
-
-
-def _is_shared(key: str) -> bool:
-    """Whether all rows of a study must share a setting; a row may have its own weights, learning rate and the like."""
-    own = key.startswith(("method.", "recipe.")) and key != "method.name"
-    return not own or purpose_of(key).role is not Role.COMPUTED
-
-
-def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
-    """Warns of results in the same folder that had another budget, protocol or seeds, so comparing them is unfair."""
-    for path in sorted(output.glob("*.yaml")):
-        if path.stem == facts["method"]:
-            continue
-        try:
-            differ = other_budget(read_yaml(path), facts)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if differ:
-            log.warning("%s was tuned with another %s; comparing the two would not be fair", path, ", ".join(differ))
-
-
-def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which two results of ekd-tune differ, although comparable results must share them."""
-    differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
-    ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
-    # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
-    return differ + [name for name in ours.differences(theirs) if name != "fraction"]
-
-
-def standard_error(accuracy: float, images: int) -> float:
-    """Binomial standard error of an accuracy p in [0, 1] on n images: sqrt(p (1 - p) / n)."""
-    return math.sqrt(accuracy * (1 - accuracy) / images)
-
-
-def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()) -> list[RowPlan]:
-    """The rows with the overrides of `folder/<row>.yaml` (key `overrides`) appended.
-
-    A row with another network (`kd_mean@resnet14`, `kd_mean_macs`) that has no file of its own takes that of its
-    method; a row without any file keeps its defaults. The log tells of both, and warns of a file that was tuned on
-    another data set or fraction.
-
-    Args:
-        rows: The rows.
-        folder: Folder of the files.
-        data: Data set of the study.
-        fractions: Fractions of the study.
-
-    Raises:
-        UserError: For a missing folder, a file of another form or method, or a setting that all rows must share.
-    """
-    if not folder.is_dir():
-        raise UserError(f"--tuned {folder}: no such folder")
-    return [_with_file(row, folder, data, fractions) for row in rows]
-
-
-def _with_file(row: RowPlan, folder: Path, data: str, fractions: Sequence[float]) -> RowPlan:
-    names = dict.fromkeys((f"{row.name}.yaml", f"{row.method}.yaml"))
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        log.warning("%s: no %s in %s, the method's defaults are used", row.name, " or ".join(names), folder)
-        return row
-    content = read_tuned(path)
-    for word in content["overrides"]:
-        if _is_shared(key_of(word)):
-            raise UserError(f"{path}: {word}: all rows of a study must share this setting; give it on the command line")
-    if content.get("method", row.method) not in (row.method, row.name):
-        raise UserError(f"{path}: was tuned for the method {content['method']}; the row {row.name} uses {row.method}")
-    if path.stem != row.name:
-        log.info("%s: takes the settings of %s, which were tuned for another network", row.name, path.name)
-    _warn_of_other_data(path, content.get("protocol"), data, fractions)
-    return replace(row, overrides=(*row.overrides, *content["overrides"]))
-
-
-def _warn_of_other_data(path: Path, protocol: Any, data: str, fractions: Sequence[float]) -> None:
-    known = protocol if isinstance(protocol, dict) else {}
-    if data and known.get("data", data) != data:
-        log.warning("%s was tuned on %s; the study uses %s", path, known["data"], data)
-    tuned_at = known.get("fraction")
-    # A share of a data set whose size it does not divide is recorded rounded: 0.1002 of 1,437 images for 0.1.
-    tuned_at = tuned_at if isinstance(tuned_at, float | int) else None
-    others = [f"{f:g}" for f in fractions if tuned_at and not math.isclose(tuned_at, f, rel_tol=0.01)]
-    if others:
-        log.warning("%s was tuned at fraction %s; the study uses it at %s", path, tuned_at, ", ".join(others))

@@ -37,11 +37,11 @@ from ekd_lightning.progress import RUN_PHASES, part, phase, renew, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
 from ekd_lightning.settings import Settings, is_free
-from ekd_lightning.studies.declaration import SCORED_ON, warn_of_other_budgets
 from ekd_lightning.studies.launching import check_job
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
 from ekd_lightning.studies.storage import named_database
 from ekd_lightning.studies.trials import Search, show_outcome, write_outcome
+from ekd_lightning.studies.tuned import SCORED_ON, warn_of_other_budgets
 from ekd_lightning.training.checkpoints import BEST_METRIC
 from ekd_lightning.training.module import NonFiniteLossError
 

@@ -6,6 +6,7 @@ and resumed tries the same settings as an uninterrupted one.
 
 from __future__ import annotations
 
+import math
 import shutil
 import uuid
 import warnings
@@ -30,7 +31,6 @@ from ekd_lightning.data.order import hash_uniform_u64
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_yaml
 from ekd_lightning.runs.lock import DirectoryLock, is_held, make_directory
-from ekd_lightning.studies.declaration import standard_error
 from ekd_lightning.studies.space import SearchSpace, rounded_values
 from ekd_lightning.studies.storage import open_study
 
@@ -229,6 +229,11 @@ def ranking(study: Search) -> list[FrozenTrial]:
 def value_of(trial: FrozenTrial) -> float:
     """The accuracy of a complete trial, in [0, 1]."""
     return float(trial.value or 0.0)
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """Binomial standard error of an accuracy p in [0, 1] on n images: sqrt(p (1 - p) / n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:

@@ -1,0 +1,279 @@
+"""Planning of a study: what is asked for, and the jobs that are left to launch or resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.types import TaskFunction
+from omegaconf import DictConfig
+
+from ekd_lightning.config.config import (
+    changed_keys,
+    import_user_modules,
+    read_config,
+    to_plain,
+    to_settings,
+    warn_without_effect,
+)
+from ekd_lightning.config.edge import parse_names
+from ekd_lightning.config.overrides import key_of, may_be_given, override
+from ekd_lightning.errors import UserError
+from ekd_lightning.progress import track
+from ekd_lightning.reporting.estimates import plural
+from ekd_lightning.reporting.report import kind_of_machine
+from ekd_lightning.runs.collection import RunEntry
+from ekd_lightning.runs.directory import CONFIG, RunDirectory, RunState
+from ekd_lightning.runs.words import require_named_code
+from ekd_lightning.runs.writer import provenance
+from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.studies.cost import remaining_cost, training_cost
+from ekd_lightning.studies.declaration import Declaration, Part, study_of
+from ekd_lightning.studies.launching import check_job, launch
+from ekd_lightning.studies.rows import plan_rows
+from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
+from ekd_lightning.studies.sweep import Job, Sweep
+from ekd_lightning.studies.tuned import with_tuned
+
+if TYPE_CHECKING:
+    from ekd_lightning.data import Dataset, Unlabelled
+    from ekd_lightning.pipeline.prepare import Prepared
+
+log = logging.getLogger(__name__)
+
+
+def build_study(
+    old: Study | None,
+    common: tuple[str, ...],
+    composer: Composer,
+    *,
+    methods: str | None,
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+    match: str | None = None,
+    controls: bool = True,
+    tuned: Path | None = None,
+) -> Study:
+    """Builds the study that the command asks for, joined with the study that its folder already holds.
+
+    Args:
+        old: The folder's study; None if the folder is new.
+        common: Overrides of all rows.
+        composer: Composes overrides, inside an initialised Hydra.
+        methods: Rows, e.g. `ce,kd_mean@resnet14`; None keeps those of `old`.
+        fractions: Shares of the training images; empty for those of `old`, else that of the settings.
+        seeds: Empty for those of `old`, else 0, 1, 2.
+        match: Costs at which plain students are added, e.g. `macs,parameters`, or `none`.
+        controls: Whether the usual controls are added.
+        tuned: Folder of settings from ekd-tune.
+
+    Raises:
+        UserError: For unknown names, or a contradiction to the folder's study.
+    """
+    if methods is None and old is None:
+        raise UserError("--methods: must be given, e.g. --methods ce,kd_mean,ekd")
+    if old is not None:
+        recorded = [*old.common, *(word for row in old.rows for word in row.overrides)]
+        require_named_code(recorded, common, "the study")
+        common = continued(old, common)
+    cfg = composer(overrides=common)
+    to_settings(cfg).check()
+    import_user_modules(list(cfg.imports))
+    usual = cfg.data.fraction if cfg.data.fraction is not None else 1.0
+    own = {row.name for row in old.rows if row.seeds is not None} if old and seeds else set()
+    more = tuple(seeds)
+    fractions = tuple(fractions) or (old.fractions if old else (usual,))
+    seeds = tuple(seeds) or (old.seeds if old else (0, 1, 2))
+    rows = [row for row in old.rows if row.name in own] if old else []
+    if methods is not None:
+        matches = parse_names("--match", match or ("macs,parameters" if controls else "none"), (*MATCHES, "none"))
+        rows = plan_rows(methods, [by for by in matches if by != "none"], controls, common, old, composer)
+    if tuned is not None:
+        rows = with_tuned(rows, tuned, cfg.data.name, fractions)
+    rows = [replace(row, seeds=more) if row.name in own else row for row in rows]
+    data = old.data if old else cfg.data.name
+    study = Study(tuple(rows), fractions, seeds, common, data, str(Path.cwd()))
+    return study if old is None else union(old, study)
+
+
+def build_part(
+    old: Study | None,
+    words: tuple[str, ...],
+    composer: Composer,
+    declared: Declaration,
+    part: Part,
+    tuned: Path | None = None,
+) -> Study:
+    """Builds the study of one part of a declared study; arguments as for `build_study` and `study_of`.
+
+    Raises:
+        UserError: For unknown names, or a contradiction to the folder's study.
+    """
+    study = study_of(declared, part, words, old, composer)
+    if tuned is not None:
+        study = replace(study, rows=tuple(with_tuned(study.rows, tuned, study.data, study.fractions)))
+    return study if old is None else union(old, study)
+
+
+def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> tuple[list[Job], list[RunEntry]]:
+    """Chooses the jobs to launch, and logs how many.
+
+    Finished runs are skipped, and so are runs of other processes. Stopped runs continue from their last checkpoint, or
+    start again without one. Failed runs are skipped, or with `retry_failed` treated like stopped ones.
+
+    Returns:
+        The jobs, and the failed runs that are skipped.
+
+    Raises:
+        UserError: If a row cannot be run, or a directory holds a run with another configuration.
+    """
+    ordered: list[tuple[tuple[float, int, int], Job]] = []
+    every, left, running, done = list(study.every), [], 0, []
+    checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
+    images, recorded = StudyImages(), list[RunEntry]()
+    composed: dict[tuple[str, float], DictConfig] = {}
+    free = [word for word in study.common if may_be_given(word)]
+    for row, fraction, seed in track(every, "checking", "runs"):
+        found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
+        directory, place = found.directory, (row.name, fraction)
+        if place not in composed:
+            composed[place] = compose(overrides=words)
+            to_settings(composed[place]).check()
+        checkpoint = RunDirectory(directory).last_checkpoint.is_file()
+        failed = found.state is RunState.FAILED
+        keeps = found.is_over or found.state is RunState.STOPPED or (failed and checkpoint)
+        if keeps and found.on_disk.file(CONFIG) is not None:
+            _check_configuration(directory, to_plain(compose(overrides=words)))
+            recorded.append(found)
+        if found.is_over:
+            done.append(found)
+            continue
+        if found.state is RunState.RUNNING:
+            running += 1
+            continue
+        if failed and not retry_failed:
+            left.append(found)
+            continue
+        resumed = found.on_disk.can_resume()
+        if place not in checked:
+            settings = to_settings(composed[place])
+            checked[place] = settings, _check_row(row, settings, images)
+        own = tuple(_resumed_words(directory, free) if resumed else words)
+        cost = remaining_cost(found, *checked[place]) if resumed else checked[place][1]
+        job = Job(directory, own, resumed, row.name, **cost)
+        ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
+    images.refuse_others(recorded)
+    warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
+    # Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
+    # the others then read.
+    jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
+    others = f", {running} left to other processes, which are running them" if running else ""
+    again = sum(job.resumed for job in jobs)
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
+    for one in left:
+        log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
+    _warn_of_other_machines(done)
+    return jobs, left
+
+
+def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:
+    """Warns of finished runs from another kind of machine, which one table will join with runs of this machine."""
+    here = kind_of_machine(provenance())
+    for kind, count in Counter(kind_of_machine(run.provenance) for run in done).items():
+        if kind != here:
+            log.warning("%s made on another kind of machine, %s; this one is %s", plural(count, "run"), kind, here)
+
+
+def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
+    """Refuses an existing run whose configuration differs, naming the keys."""
+    changed = [key for key in changed_keys(read_config(directory), plain) if not is_free(key)]
+    if changed:
+        raise UserError(
+            f"{directory}: holds a run with another configuration ({', '.join(changed[:5])} differ); "
+            "remove it, or use another --output"
+        )
+
+
+class StudyImages:
+    """The images on which the runs of a study will train, for each share of the training images."""
+
+    def __init__(self) -> None:
+        self._found: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
+
+    def add(self, settings: Settings, prepared: Prepared) -> None:
+        """Adds the images of a job; jobs of other rows with the same share have the same."""
+        self._found.setdefault(settings.data.fraction, (settings, prepared.dataset, prepared.datamodule.unlabelled))
+
+    def refuse_others(self, runs: Iterable[RunEntry]) -> None:
+        """Refuses images that differ from those of existing runs.
+
+        Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
+
+        Args:
+            runs: Finished or stopped runs of the study.
+
+        Raises:
+            UserError: Naming the place of the images and a run that had others.
+        """
+        from ekd_lightning.pipeline.context import refuse_other_images  # noqa: PLC0415 (slow; a report needs none)
+
+        records = {json.dumps(data, sort_keys=True): run for run in runs if (data := run.provenance.get("data"))}
+        for fraction, (settings, dataset, unlabelled) in self._found.items():
+            for run in records.values():
+                same = run.setting("data.fraction") == fraction or (unlabelled and unlabelled.kind == "own")
+                refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
+
+
+def _check_row(row: RowPlan, settings: Settings, images: StudyImages) -> dict[str, int]:
+    """Checks a row as its run would, so that a refused row ends the study before any other trains; returns its cost."""
+    try:
+        prepared = check_job(settings)
+        images.add(settings, prepared)
+        return training_cost(settings, prepared)
+    except UserError as error:
+        raise UserError(f"row {row.name}: {error}") from None
+
+
+def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
+    """The overrides that a run was started with, and the given ones in place of those that may change."""
+    given, recorded = {key_of(word) for word in free}, RunDirectory(directory).overrides()
+    require_named_code(recorded, free, directory)
+    return [*(word for word in recorded if key_of(word) not in given), *free]
+
+
+def run(
+    study: Study, jobs: Sequence[Job], folder: Path, hydra_words: Sequence[str], task: TaskFunction, *, command: str
+) -> None:
+    """Runs jobs of a study; other processes may work on the same study, see `run_shared_job` of `ekd-train`.
+
+    Args:
+        study: The study.
+        jobs: From `plan`.
+        folder: The study's folder.
+        hydra_words: Overrides of Hydra, e.g. the launcher.
+        task: Runs one job.
+        command: Command that continues an interrupted study, for the user.
+
+    Raises:
+        KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the study's state.
+    """
+    if jobs:
+        whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
+        launch(jobs, whole, hydra_words, task, command)
+
+
+def commands(jobs: Sequence[Job]) -> list[str]:
+    """The jobs as shell commands, for schedulers that have no Hydra launcher."""
+    lines = []
+    for job in jobs:
+        free = [word for word in job.overrides if may_be_given(word)]
+        again = [override("resume", str(job.directory)), *free]
+        anew = [*job.overrides, override("hydra.run.dir", str(job.directory))]
+        lines.append(shlex.join(["ekd-train", *(again if job.resumed else anew)]))
+    return lines

@@ -1,0 +1,146 @@
+"""Rows of a study: those that are asked for, the usual controls, and plain students of equal cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from ekd_lightning.config import internals
+from ekd_lightning.config.config import to_settings
+from ekd_lightning.config.overrides import is_under, key_of, override
+from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.studies.study import Composer, RowPlan, Study
+
+if TYPE_CHECKING:
+    from ekd_lightning.networks.registry import Match
+
+log = logging.getLogger(__name__)
+
+CONTROLS = ("ce", "branched_ce", "kd_mean", "kd_mean_feature", "ekd_mean")
+CONTROLS_WITHOUT_LABELS = ("pseudo_labels", *CONTROLS[2:])
+"""The controls with unlabelled images, which methods on labels alone cannot use."""
+MATCHED = ("kd_mean", "kd_mean_feature")
+"""Methods that get a row with a plain student of the branched student's cost."""
+_BRANCHING = ("student.branches", "student.split_after", "student.branch_width", "student.ensemble")
+
+
+def plan_rows(
+    methods: str, matches: Sequence[str], controls: bool, common: Sequence[str], old: Study | None, compose: Composer
+) -> list[RowPlan]:
+    """The rows of `--methods`, then the controls, then plain students of equal cost.
+
+    Args:
+        methods: E.g. `ce,ekd,kd_mean@resnet14`.
+        matches: Those of `MATCHES` by which plain students of equal cost are added.
+        controls: Whether `CONTROLS`, or `CONTROLS_WITHOUT_LABELS`, are added.
+        common: Overrides of all rows.
+        old: The study so far, whose students of equal cost are kept; None if it is new.
+        compose: Composes overrides, inside an initialised Hydra.
+
+    Raises:
+        UserError: For an unknown method or network, or if `methods` is empty or names a row twice.
+    """
+    names = [word.strip() for word in methods.split(",") if word.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--methods {methods}: must name different rows, e.g. ce,kd_mean,ekd")
+    unlabelled = compose(overrides=common).data.unlabelled is not None
+    usual = CONTROLS_WITHOUT_LABELS if unlabelled else CONTROLS
+    extra = [name for name in usual if controls and name not in names]
+    if extra:
+        log.info("added as controls: %s (--no-controls leaves them out)", ", ".join(extra))
+    rows = [make_row(name, compose, common) for name in [*names, *extra]]
+    recorded = {row.name for row in old.rows} if old else set()
+    for by in matches:
+        matched = {f"{method}_{by}": method for method in MATCHED}
+        new = {name: method for name, method in matched.items() if name not in recorded}
+        if new:  # a study keeps the network that was found first
+            cfg = compose(overrides=common)
+            match = match_student(by, cfg)
+            log.info("%s: %s", ", ".join(new), match)
+            if match.network == cfg.student.network and match.options == dict(cfg.student.options or {}):
+                log.warning("%s: left out, because the match is the student's own network unchanged", ", ".join(new))
+                continue
+            network = match_overrides(match)
+            rows += [matched_row(name, make_row(method, compose), by, network) for name, method in new.items()]
+    return rows
+
+
+def make_row(name: str, compose: Composer, common: Sequence[str] = ()) -> RowPlan:
+    """Makes a row of `method` or `method@network`.
+
+    Branching that a method's file sets belongs to the method (one branch, ONE's gate, the split of a Hydra): common
+    overrides of it do not apply to the row. Options of the common network do not apply to a row with another network.
+
+    Args:
+        name: The row, `method` or `method@network`.
+        compose: Composes overrides, inside an initialised Hydra.
+        common: Overrides of all rows; the log names those that do not apply to a branched method.
+
+    Raises:
+        UserError: For an unknown method or network, with the nearest match.
+    """
+    from ekd_lightning.networks.registry import require_network  # noqa: PLC0415 (slow; --help needs none)
+
+    method, at, network = name.partition("@")
+    methods = internals.options_of("method")
+    if method not in methods:
+        raise unknown_name("method", method, methods)
+    if at:
+        require_network(network)
+    set_by = internals.keys_set_by(f"method/{method}", "student")
+    own = tuple(key for key in _BRANCHING if key in set_by)
+    if compose(overrides=[f"method={method}"]).student.branches == 1:
+        own = _BRANCHING
+    elif kept := [word for word in common if is_under(key_of(word), own)]:
+        log.info("%s sets its own branching, so %s does not apply to it", name, " ".join(kept))
+    if not at:
+        return RowPlan(name, (f"method={method}",), own)
+    return RowPlan(
+        name, (f"method={method}", f"student.network={network}"), (*own, "student.network", "student.options")
+    )
+
+
+def match_student(by: str, cfg: DictConfig) -> Match:
+    """The plain network whose MACs or parameters are nearest to those of the study's student.
+
+    Args:
+        by: `macs` or `parameters`.
+        cfg: Composed configuration with the study's student.
+    """
+    from ekd_lightning.data import open_dataset  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.evaluation.efficiency import count_macs, count_parameters  # noqa: PLC0415
+    from ekd_lightning.networks.registry import CLOSE, match_network  # noqa: PLC0415
+    from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
+
+    settings = to_settings(cfg)
+    dataset = open_dataset(settings.data)
+    student = build_student(settings, dataset)
+    cost = partial(count_macs, image_size=dataset.image_size) if by == "macs" else count_parameters
+    match = match_network(student.spec, cost(student), cost)
+    if abs(match.off) > CLOSE:
+        log.warning("no plain %s has the %s of the study's student; the nearest is %s", student.spec.name, by, match)
+    return match
+
+
+def match_overrides(match: Match) -> tuple[str, ...]:
+    """The overrides that choose the matched network."""
+    options = (override(f"++student.options.{key}", value) for key, value in match.options.items())
+    return f"student.network={match.network}", *options
+
+
+def matched_row(name: str, row: RowPlan, by: str, network: Sequence[str]) -> RowPlan:
+    """A row with the plain student of equal cost.
+
+    Args:
+        name: Name of the new row.
+        row: The row of its method, without the match.
+        by: One of `MATCHES`.
+        network: Overrides that choose the student.
+    """
+    without = (*row.without, "student.network", "student.options")
+    return replace(row, name=name, overrides=(*row.overrides, *network), without=without, match=by)
