@@ -282,7 +282,12 @@ def test_a_run_with_modules_of_the_users_own_goes_on_when_they_are_named(train, 
     (tmp_path / "mine_of_a_test.py").write_text(mine)
     monkeypatch.setattr(sys, "path", list(sys.path))
     own = ("imports=[mine_of_a_test]", "+callbacks.x={_target_: mine_of_a_test.Mine}")
-    assert train(tmp_path / "run", *FEW, *own).code == 0
+    first = train(tmp_path / "run", *FEW, *own)
+    assert first.code == 0
+    printed = [
+        shlex.split(line) for line in first.out.splitlines() if line.startswith(("  ekd-evaluate", "  ekd-export"))
+    ]
+    assert [words[2] for words in printed] == ["imports=[mine_of_a_test]"] * 2
     assert_refused(resume(tmp_path / "run", "trainer.max_epochs=4"), "add 'imports=[mine_of_a_test]' to your command")
     outcome = resume(tmp_path / "run", "trainer.max_epochs=4", own[0])
     assert outcome.code == 0, outcome.err

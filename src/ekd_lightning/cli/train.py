@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from ekd_lightning.config.overrides import (
     literal,
     named_sweep,
     override,
+    shell_word,
 )
 from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.lock import LockedError, lock_ahead, release_ahead
 from ekd_lightning.runs.result import Result
+from ekd_lightning.runs.words import code_of
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.studies.launching import is_watched
 from ekd_lightning.studies.multirun import discard_plan, finish_sweep, interrupted_sweep, lost_job, resume_sweep
@@ -201,7 +203,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     if is_rank_zero():
         log.info("%s", summary_line(result, directory), extra=OFF_SCREEN if sweep is None or is_watched() else None)
         if sweep is None:
-            show_result(result, directory)
+            show_result(result, directory, code_of(settings))
     value = result.get(settings.metric)
     return None if value is None else float(value)
 
@@ -214,8 +216,14 @@ def sweep_name() -> str | None:
     return "/".join(Path(config.sweep.dir).parts[-2:])
 
 
-def show_result(result: Result, directory: Path) -> None:
-    """Prints accuracies and costs of the student and its teachers, and the next commands."""
+def show_result(result: Result, directory: Path, code: Sequence[str]) -> None:
+    """Prints accuracies and costs of the student and its teachers, and the next commands.
+
+    Args:
+        result: The result of the run.
+        directory: Its directory.
+        code: Overrides that name the run's own code, which the user has trusted by starting the run.
+    """
     rows: list[tuple[str, float | None, Mapping[str, Any]]] = [
         ("student: the ensemble" if result.num_branches != 1 else "student", result.test_accuracy, result)
     ]
@@ -237,7 +245,7 @@ def show_result(result: Result, directory: Path) -> None:
     heads = ("", "test accuracy %", "parameters", "MACs", "training s")
     print_table(f"{result.method} on {result.data}", heads, cells, left=("",))
     print(f"in {typed(directory)}")
-    run = typed(directory)
+    run = " ".join([typed(directory), *map(shell_word, code)])
     print_next(
         report_command([directory], directory / "report"),
         f"ekd-evaluate {run} --parts all",
