@@ -146,9 +146,10 @@ def careful(part: Part, mode: str) -> dict[str, Any]:
 
 def ours(part: Part, form: str) -> dict[str, Any]:
     """(c) Through Lightning as ekd-train does it, from an empty table and from a full one."""
-    # An eager step from an empty table is slow, and an epoch of it tells all.
-    short = ("recipe.epochs=2",) if form == "eager" else ()
-    bench = part.bench(*FORMS[form], *short)
+    # Planned like a run of 60 epochs, which holds its rows on the device. An eager step from an empty table is slow, so
+    # one epoch of it must do.
+    epochs = 2 if form == "eager" else 3
+    bench = part.bench(*FORMS[form], "recipe.epochs=60", f"trainer.max_epochs={epochs}", "teachers.compile=never")
     job = bench.job().with_store(part.folder)
     found: dict[str, Any] = {}
     if "compiled" in form:
@@ -238,6 +239,7 @@ def many(part: Part, mps: bool) -> dict[str, Any]:
         "data.fraction=0.3",
         "recipe.epochs=100000",
         "student.compile=never",
+        "teachers.compile=never",  # or eight processes compile at once, for a table that is full after one epoch
         "capture=auto",
         f"teachers.store={part.folder}",
     )
@@ -330,6 +332,15 @@ def run_group(
         process = context.Process(target=_child, args=(function, part, file, ready, go))
         process.start()
         children[name] = (process, ready, go, file, args.patience * limit)
+    try:
+        return _results(children, args, started_at)
+    finally:  # of a run that is stopped, too
+        for process, *_ in children.values():
+            _end(process)
+
+
+def _results(children: dict[str, Any], args: argparse.Namespace, started_at: float) -> dict[str, Any]:
+    """Waits until the parts are ready, then lets one after another measure; returns what they found."""
     for process, ready, _, _, limit in children.values():
         while process.is_alive() and not ready.wait(0.1):
             if time.perf_counter() - started_at > min(limit, args.left()):
@@ -415,6 +426,7 @@ def main() -> None:
     unknown = [name for name in args.parts if name not in names]
     if unknown:
         parser.error(f"--parts: no part {unknown[0]!r}; there are {'+'.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the parts, too
     args.began = time.perf_counter()
     args.left = lambda: 60 * args.minutes - (time.perf_counter() - args.began)
     found = measure(args)

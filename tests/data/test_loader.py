@@ -60,6 +60,25 @@ def test_iterating_again_repeats_the_epoch():
     assert torch.equal(next(iter(loader)).index, next(iter(loader)).index)
 
 
+def test_batches_belong_to_the_caller():
+    loader = TrainLoader(TRAIN, INDEX, VIEWS, 16, seed=0)
+    wanted = torch.stack([batch.labels for batch in loader])
+    for batch in loader:
+        batch.labels.fill_(0)
+    assert torch.equal(torch.stack([batch.labels for batch in loader]), wanted)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=8), st.booleans())
+def test_rows_of_an_epoch_do_not_depend_on_what_was_asked_before(questions, frozen):
+    loader = TrainLoader(TRAIN, INDEX, VIEWS, 16, seed=3)
+    for number, ahead, batches in questions:
+        loader.set_epoch(number)
+        loader.frozen = frozen  # from the first question on
+        index = epoch_order(3, loader.number + ahead * (not frozen), INDEX)[:48].view(3, 16)
+        for values in (loader.epoch(batches, ahead)[1], loader.distinct_rows(batches, ahead)[0].view(batches, 16)):
+            assert torch.equal(values, index[:batches])
+
+
 @pytest.mark.parametrize(
     ("size", "world_size", "message"),
     [

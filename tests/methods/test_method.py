@@ -194,6 +194,7 @@ def test_weights_can_follow_the_time():
             return context.student.logits.square().mean()
 
     method, student = Method("m", {"ramp": Ramp(2.0)}), make_student()
+    assert method.changes
     loss = method(student, None, make_batch(), epoch=1, step=10, progress=0.25)
     torch.testing.assert_close(loss.total, 0.5 * student.logits.square().mean())
     torch.testing.assert_close(loss.terms["ramp"], student.logits.square().mean())

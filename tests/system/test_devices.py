@@ -51,6 +51,7 @@ def checkpoint(outcome: Outcome) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_is_the_run_that_was_not_stopped(train, resume, tmp_path, place, method, capture):
     words = words_for(place, f"method={method}", f"capture={capture}", "trainer.deterministic=true")
     whole = train(tmp_path / "whole", *words)
+    assert "cannot be recorded" not in whole.out + whole.err
     assert train(tmp_path / "halves", *words, "trainer.max_epochs=2").code == 0
     halves = resume(tmp_path / "halves", "trainer.max_epochs=4")
     for ours, theirs in ((weights(halves), weights(whole)), (checkpoint(halves), checkpoint(whole))):
@@ -67,6 +68,7 @@ def test_processes_of_ddp_train_the_student(train, store, tmp_path, place, devic
         pytest.skip(f"needs {devices} CUDA devices")
     directory = tmp_path / "ddp"
     words = words_for(place, "capture=never", "trainer.precision=32-true", "teachers.precision=float32")
+    words += ("trainer.deterministic=true",)
     own = (f"trainer.devices={devices}", "trainer.strategy=ddp", f"teachers.store={store}")
     done = subprocess.run(
         [*(sys.executable, "-m", "ekd_lightning.cli.train", *TINY, *words, *own), f"hydra.run.dir={directory}"],

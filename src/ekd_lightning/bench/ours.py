@@ -98,7 +98,7 @@ class Job:
             trainer = build_trainer(flags, folder, [curves], callbacks)
             trainer.fit(module, datamodule=prepared.datamodule)
         torch.compiler.reset()  # as at the end of a run; the next one finds its kernels in the cache on disk
-        assert trainer.should_stop or trainer.current_epoch == self.settings.recipe.epochs
+        assert trainer.should_stop or trainer.current_epoch == trainer.max_epochs
         seconds = clock.seconds if whole else report.train_seconds
         return Fitted(report.images_seen / seconds, module, seconds, clock)
 

@@ -207,6 +207,7 @@ class TrainLoader:
         self._labels, self._num_views = image_set.labels, views.num_views
         self._num_classes, self._image_shape = image_set.num_classes, image_set.images.shape[2:]
         self._mixing = mixing or None  # a Mixing that is off is falsy
+        self._epochs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return self._num_batches
@@ -236,24 +237,34 @@ class TrainLoader:
         Returns:
             labels (-1 for unlabelled rows), index and view, each int64 [batches, images in a batch].
         """
-        places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
-        index, view = self._rows_at(places[:num_batches], ahead)
-        known = slice(self.num_labelled)
-        labels = torch.full_like(index, -1)
-        labels[:, known] = self._labels[index[:, known]]
+        number = self.number if self.frozen else self.number + ahead
+        if number not in self._epochs:  # the current epoch and the next are asked for several times
+            self._epochs = {self.number: self._epochs[self.number]} if self.number in self._epochs else {}
+            self._epochs[number] = self._rows_of(number)
+        labels, index, view = (values[:num_batches] for values in self._epochs[number])
         return labels, index, view
 
     def distinct_rows(self, num_batches: int | None = None, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Returns index and view, each int64 [N], of the distinct rows of `epoch`."""
         _, index, view = (values.flatten() for values in self.epoch(num_batches, ahead))
+        if not self.repeats:
+            return index, view
         distinct = torch.unique(index * self._num_views + view)
         if len(distinct) == len(index):
             return index, view
         return distinct // self._num_views, distinct % self._num_views
 
-    def _rows_at(self, places: Tensor, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Returns index and view of this process's share of global batches, given as positions in the epoch's order."""
-        number = self.number if self.frozen else self.number + ahead
+    def _rows_of(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns labels, index and view of all batches of an epoch; see `epoch`."""
+        places = torch.arange(len(self) * self.batch_size).view(len(self), self.batch_size)
+        index, view = self._rows_at(places, number)
+        known = slice(self.num_labelled)
+        labels = torch.full_like(index, -1)
+        labels[:, known] = self._labels[index[:, known]]
+        return labels, index, view
+
+    def _rows_at(self, places: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Returns index and view of this process's share of global batches, given as positions in an epoch's order."""
         streams = [self._stream(images, rows, number) for images, rows in self._parts]
         mine = places[:, self.rank :: self.world_size]
         index, view = (torch.cat(kinds, dim=1).flatten()[mine] for kinds in zip(*streams, strict=True))
@@ -273,7 +284,7 @@ class TrainLoader:
         return index, view
 
     def __iter__(self) -> Iterator[IndexBatch]:
-        labels, index, view = self.epoch()
+        labels, index, view = (values.clone() for values in self.epoch())  # batches are the caller's own
         mixes = repeat(None) if self._mixing is None else self._mixes(labels)
         for own, rows, views, mix in zip(labels, index, view, mixes, strict=False):
             yield IndexBatch(own, rows, views, torch.ones_like(rows, dtype=torch.bool), mix, self.num_labelled)
@@ -282,7 +293,7 @@ class TrainLoader:
         """Yields each batch's mixing; partners come from its whole global batch."""
         assert self._mixing is not None
         rows = self._mixing.partners(self.seed, self.number, len(self), self.batch_size)
-        index, view = self._rows_at(torch.arange(len(self))[:, None] * self.batch_size + rows)
+        index, view = self._rows_at(torch.arange(len(self))[:, None] * self.batch_size + rows, self.number)
         shares = self._mixing.shares(self.seed, self.number, len(self), *self._image_shape)
         for number, (share, box) in enumerate(shares):
             partner_labels = self._labels[index[number]]

@@ -155,6 +155,11 @@ class Method(nn.Module):
         """Yields name and term of every term with a positive weight, in the method's order."""
         yield from ((key, cast(Term, term)) for key, term in self.terms.items())
 
+    @property
+    def changes(self) -> bool:
+        """Whether weights, and so the active terms, depend on the share of the training."""
+        return len(self._constant) < len(self.terms)
+
     def weights_at(self, progress: float) -> dict[str, float]:
         """Returns the weights of the active terms at a share of the training in [0, 1].
 
@@ -241,7 +246,7 @@ class Method(nn.Module):
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
         weighted = [factors[key] * values[key] for key in active]
-        if len(self._constant) < len(self.terms):
+        if self.changes:
             weighted.append(self._zero_of_inactive(student, active))
         zero = student.logits.new_zeros(())
         terms = {key: values[key].detach() if key in values else zero for key in self.terms}

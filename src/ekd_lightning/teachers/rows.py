@@ -157,8 +157,9 @@ class StoredRows:
         teachers = self._live.frozen(stages)
         largest = torch.zeros(len(values), device=self._device)
         writes = []
+        all_at = torch.from_numpy(missing).to(self._device)  # once, as every copy from the host waits for the device
         for start in range(0, len(missing), teachers.chunk):
-            rows = missing[start : start + teachers.chunk]
+            rows, at = (all_rows[start : start + teachers.chunk] for all_rows in (missing, all_at))
             images = images_of(rows)
             for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
                 # Always the same batch size: the rows that a killed run left must not change the rounding.
@@ -175,7 +176,7 @@ class StoredRows:
                         half = column.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
                         if masked is not None:
                             half = half.masked_fill(column.isneginf(), -torch.inf)
-                        values[m][name].index_copy_(0, torch.from_numpy(rows[new]).to(self._device), half)
+                        values[m][name].index_copy_(0, _select(at, new), half)
                         host[name] = half.to("cpu", non_blocking=True)
                     writes.append((m, t, rows[new], host))
         if writes:  # waits for the device once; then all copies are complete, too

@@ -70,6 +70,8 @@ class CheckpointWriter(CheckpointIO):
             self._seen.add(path)
             remove_parts(path.parent, path.name)
         state = _on_host({**checkpoint, _OWNER: self._owner()})
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()  # one wait for all copies
         self._writer.submit(path, lambda: write_checkpoint(path, state))
 
     def load_checkpoint(
@@ -165,9 +167,14 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
 
 
 def _on_host(value: Any) -> Any:
-    """Copies a state to host memory, out of reach of later steps; containers keep their type."""
+    """Copies a state to host memory, out of reach of later steps; containers keep their type.
+
+    Copies from a CUDA device end only when its current stream is synchronised.
+    """
     if isinstance(value, Tensor):
         found = value.detach()
+        if found.device.type == "cuda":
+            return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
         return found.clone() if found.device.type == "cpu" else found.cpu()
     if isinstance(value, Mapping):
         new = copy.copy(value)  # with the attributes that a state dict carries

@@ -246,9 +246,9 @@ class Distiller(TrainingModule):
     def _stage_counts(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
         """Returns how many images need each set of teacher stages, in a range of batches counted from now."""
         counts: Counter[tuple[str, ...]] = Counter()
-        for batch in batches:
+        for batch in batches if self.method.changes else batches[:1]:
             needed, stages = self.method.teacher_needs(self.progress(batch))
-            counts[stages] += needed * size
+            counts[stages] += needed * size * (1 if self.method.changes else len(batches))
         return +counts
 
     def bytes_on_device(self) -> dict[str, int]:

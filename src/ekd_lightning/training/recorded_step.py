@@ -138,7 +138,7 @@ class RecordedStep:
         if {name: values.shape for name, values in given.items()} != {n: values.shape for n, values in held.items()}:
             self._graphs.clear()  # they read the old buffers
             self._seen.clear()
-            moved = {name: values.to(self.device) for name, values in given.items()}
+            moved = {name: values.to(self.device, copy=True) for name, values in given.items()}
             self._rows = EpochRows(**{**vars(rows), **moved})
             self.log_table = torch.zeros(len(rows.index), log_columns, device=self.device)
             return
@@ -186,9 +186,11 @@ class RecordedStep:
                 self._step()
         except Exception as error:  # a wait for the host, no memory for a second set of activations, ...: many kinds
             self._records = False
-            del graph
-            torch.cuda.empty_cache()
             reason = " ".join(str(error).split())[:200]
+            error.__traceback__ = None  # holds the tensors of the failed recording
+            del graph
+            torch.clear_autocast_cache()  # casts of the weights that were recorded, but never computed
+            torch.cuda.empty_cache()
             warnings.warn(
                 f"the training step cannot be recorded as a CUDA graph, so it runs slower ({reason})",
                 RuntimeWarning,
