@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from importlib.metadata import distribution, metadata
 from pathlib import Path
 
+import torch
 from sphinx.application import Sphinx
+
+from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
+from ekd_lightning.markdown import Markdown, code, table
+from ekd_lightning.networks import NetworkSpec, build_network, network_names, normalization, zoo_entry, zoo_ids
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -83,11 +88,35 @@ def command_reference() -> Iterator[str]:
         yield f"## {name}\n\n```text\n{done.stdout.strip()}\n```\n"
 
 
+def network_reference() -> Iterator[str]:
+    """The page of built-in networks and pretrained teachers, from their builders and zoo.yaml."""
+    yield (
+        "# Built-in networks\n\nFor `student.network` and `teachers.pool`; costs are at 10 classes and 32×32 pixels. "
+        "`wrn_<6n+4>_<k>` exists for every n and k.\n"
+    )
+    with torch.device("meta"):
+        networks = {name: build_network(NetworkSpec(name, 10, normalization("unit"))) for name in network_names()}
+    costs = {name: (count_macs(one), count_parameters(one)) for name, one in networks.items()}
+    rows = [
+        (code(name), f"{costs[name][1]:,}", f"{costs[name][0] / 1e6:,.1f} M", ", ".join(networks[name].stage_names))
+        for name in sorted(networks, key=lambda name: (re.split(r"\d", name)[0], costs[name]))
+    ]
+    yield table(("network", "parameters", "MACs", Markdown("stages, for `student.split_after`")), rows)
+    yield (
+        "\n## Pretrained teachers\n\nFor `teachers.pool`; their files are downloaded and checked against their hash. "
+        "Accuracy: top-1 on the test images.\n"
+    )
+    entries = [zoo_entry(name) for name in zoo_ids()]
+    found = [(code(e.id), e.data, e.network, f"{e.accuracy:.2f} %", e.source, e.licence) for e in entries]
+    yield table(("id", "data", "network", "accuracy", "published by", "licence"), found)
+
+
 def make_pages(app: Sphinx) -> None:
-    """Writes the reference of commands and copies the notebooks into the site's sources."""
+    """Writes the references of commands and networks, and copies the notebooks into the site's sources."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     GENERATED.mkdir()
     (GENERATED / "commands.md").write_text("\n".join(command_reference()))
+    (GENERATED / "builtin_networks.md").write_text("\n".join(network_reference()))
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         text = notebook.read_text().replace("(../docs/", "(../")
         (GENERATED / notebook.name).write_text(text)

