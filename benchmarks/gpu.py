@@ -278,6 +278,7 @@ GROUPS: list[dict[str, tuple[Callable[..., dict[str, Any]], float]]] = [
 def _child(function: Callable[..., dict[str, Any]], part: Part, file: Path, ready: Any, go: Any) -> None:
     """Runs a part in its own process group and leaves what it found in a file, again and again."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     found: dict[str, Any] = {"result": {}}
     start = time.perf_counter()
 

@@ -168,7 +168,7 @@ cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packag
 CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
 `{" ".join(found["settings"])}`.
 Rates are medians over the epochs after the first, which warms up, compiles and captures. Our runs are planned for 60
-epochs, so that they hold all teacher rows on the device, and end after three.
+epochs, so that they hold all teacher rows on the device, and end after two or three.
 
 ## A training step
 

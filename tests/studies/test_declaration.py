@@ -68,9 +68,9 @@ def test_the_full_study_is_what_its_question_needs() -> None:
 
 def test_the_example_of_the_page_is_a_declaration(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
-    (text,) = re.findall(r"```yaml\n(# birds\.yaml.*?)```", page, re.DOTALL)
-    (tmp_path / "birds.yaml").write_text(text)
-    found = read_declaration(str(tmp_path / "birds.yaml"))
+    (text,) = re.findall(r"```yaml\n(# few\.yaml.*?)```", page, re.DOTALL)
+    (tmp_path / "few.yaml").write_text(text)
+    found = read_declaration(str(tmp_path / "few.yaml"))
     assert [(row.name, row.method, row.match, row.decides) for row in found.rows] == [
         ("ekd", "ekd", None, True),
         ("ekd_late", "ekd", None, True),

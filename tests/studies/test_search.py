@@ -185,6 +185,7 @@ study.close()
 """
 
 
+@pytest.mark.slow
 def test_real_processes_on_one_study_one_of_them_killed(tmp_path):
     def start(what: str) -> subprocess.Popen:
         words = [sys.executable, "-c", _WORKER, str(tmp_path), str(Path(__file__).parent), what]

@@ -25,6 +25,7 @@ from ekd_lightning.runs.directory import RunDirectory
 WORDS = [word for word in TINY if not word.startswith(("trainer=", "trainer.limit", "data.eval"))]
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_a_sweep_with_two_processes_per_job(tmp_path, store, tiny_settings):
     """One subprocess for three jobs: the first is refused, the other two train and test in two processes."""

@@ -169,7 +169,7 @@ class TrainLoader:
 
     Args:
         image_set: The whole training set.
-        index: int64 [N], the positions to train on.
+        index: int64 [N], the positions to train on, all different.
         views: The view family.
         batch_size: Images in a global batch.
         seed: The run's seed.

@@ -159,7 +159,8 @@ class StoredRows:
         writes = []
         all_at = torch.from_numpy(missing).to(self._device)  # once, as every copy from the host waits for the device
         for start in range(0, len(missing), teachers.chunk):
-            rows, at = (all_rows[start : start + teachers.chunk] for all_rows in (missing, all_at))
+            chunk = slice(start, start + teachers.chunk)
+            rows, at = missing[chunk], all_at[chunk]
             images = images_of(rows)
             for m in np.flatnonzero(~found[:, rows].all(axis=1)).tolist():
                 # Always the same batch size: the rows that a killed run left must not change the rounding.

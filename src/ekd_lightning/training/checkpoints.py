@@ -69,9 +69,10 @@ class CheckpointWriter(CheckpointIO):
         if path not in self._seen:
             self._seen.add(path)
             remove_parts(path.parent, path.name)
-        state = _on_host({**checkpoint, _OWNER: self._owner()})
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()  # one wait for all copies
+        copied_from: set[torch.device] = set()
+        state = _on_host({**checkpoint, _OWNER: self._owner()}, copied_from)
+        for device in copied_from:
+            torch.cuda.current_stream(device).synchronize()  # one wait for all copies
         self._writer.submit(path, lambda: write_checkpoint(path, state))
 
     def load_checkpoint(
@@ -166,21 +167,22 @@ class EndOfEpochCheckpoint(ModelCheckpoint):
         return True
 
 
-def _on_host(value: Any) -> Any:
+def _on_host(value: Any, copied_from: set[torch.device]) -> Any:
     """Copies a state to host memory, out of reach of later steps; containers keep their type.
 
-    Copies from a CUDA device end only when its current stream is synchronised.
+    Copies from CUDA devices, which are added to `copied_from`, end only when their current streams are synchronised.
     """
     if isinstance(value, Tensor):
         found = value.detach()
         if found.device.type == "cuda":
+            copied_from.add(found.device)
             return torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
         return found.clone() if found.device.type == "cpu" else found.cpu()
     if isinstance(value, Mapping):
         new = copy.copy(value)  # with the attributes that a state dict carries
         for key, item in value.items():
-            new[key] = _on_host(item)  # type: ignore[index]
+            new[key] = _on_host(item, copied_from)  # type: ignore[index]
         return new
     if type(value) in (list, tuple):
-        return type(value)(_on_host(item) for item in value)
+        return type(value)(_on_host(item, copied_from) for item in value)
     return copy.deepcopy(value)

@@ -178,7 +178,7 @@ class RecordedStep:
             yield tuple(parameter.requires_grad for parameter in group["params"])
 
     def _record(self, kind: Hashable) -> bool:
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self._optimizer.zero_grad(set_to_none=True)  # gradients must come from the graph's own memory
         try:
             # Other threads, which write checkpoints or tables, may use the device meanwhile.
@@ -186,8 +186,8 @@ class RecordedStep:
                 self._step()
         except Exception as error:  # a wait for the host, no memory for a second set of activations, ...: many kinds
             self._records = False
-            reason = " ".join(str(error).split())[:200]
-            error.__traceback__ = None  # holds the tensors of the failed recording
+            torch.cuda.set_stream(current)  # a recording that cannot be ended does not return to it
+            reason = " ".join(str(_first_of(error)).split())[:200]
             del graph
             torch.clear_autocast_cache()  # casts of the weights that were recorded, but never computed
             torch.cuda.empty_cache()
@@ -245,6 +245,13 @@ class RecordedStep:
         with torch.cuda.stream(self._side):
             yield
         current.wait_stream(self._side)
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Returns the error that led to this one, or this one; clears their tracebacks, which hold tensors of the step."""
+    error.__traceback__ = None
+    before = error.__cause__ or error.__context__
+    return error if before is None else _first_of(before)
 
 
 def why_not_recorded(trainer: pl.Trainer) -> str | None:
