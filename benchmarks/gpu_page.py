@@ -158,6 +158,11 @@ def page(found: dict[str, Any]) -> str:
     commit = ((origin.get("git") or {}).get("commit") or "unknown")[:10]
     workers = value(found, "plain", "workers")
     failed = failures(found)
+    planned = ""
+    if "planned_epochs" in found:
+        planned = f"""
+Our runs are planned for {found["planned_epochs"]} epochs, so that they hold all teacher rows on the device, and end
+after two or three."""
     problems = "\n## What failed\n\n" + "\n".join(f"- {line}" for line in failed) + "\n" if failed else ""
     return f"""# Speed on a GPU
 
@@ -167,8 +172,7 @@ cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packag
 
 CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
 `{" ".join(found["settings"])}`.
-Rates are medians over the epochs after the first, which warms up, compiles and captures. Our runs are planned for 60
-epochs, so that they hold all teacher rows on the device, and end after two or three.
+Rates are medians over the epochs after the first, which warms up, compiles and captures.{planned}
 
 ## A training step
 

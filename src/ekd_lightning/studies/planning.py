@@ -1,4 +1,4 @@
-"""Planning of a study: what is asked for, and the jobs that are left to launch or resume."""
+"""Planning of a study: what is asked for, the jobs that are left, and how they are started."""
 
 from __future__ import annotations
 

@@ -245,10 +245,13 @@ class Distiller(TrainingModule):
 
     def _stage_counts(self, batches: range, size: int) -> Counter[tuple[str, ...]]:
         """Returns how many images need each set of teacher stages, in a range of batches counted from now."""
+        if not self.method.changes:
+            needed, stages = self.method.teacher_needs(self.progress())
+            return +Counter({stages: needed * size * len(batches)})
         counts: Counter[tuple[str, ...]] = Counter()
-        for batch in batches if self.method.changes else batches[:1]:
+        for batch in batches:
             needed, stages = self.method.teacher_needs(self.progress(batch))
-            counts[stages] += needed * size * (1 if self.method.changes else len(batches))
+            counts[stages] += needed * size
         return +counts
 
     def bytes_on_device(self) -> dict[str, int]:

@@ -278,9 +278,10 @@ class TrainingModule(pl.LightningModule):
     def _start_recorded_epoch(self, recorded: RecordedStep, loader: TrainLoader) -> None:
         steps = int(self.trainer.num_training_batches)
         labels, index, view = loader.epoch(steps)
-        now = [self.method.weights_at(self.progress())] * steps
         if self.method.changes:
             now = [self.method.weights_at(self.progress(step)) for step in range(steps)]
+        else:
+            now = [self.method.weights_at(self.progress())] * steps
         self._kinds = [tuple(weights) for weights in now]
         table = torch.tensor([[weights.get(name, 0.0) for name in self.method.terms] for weights in now])
         matrices = [self.method.assignment_at(self.global_step + step, self.progress(step)) for step in range(steps)]
