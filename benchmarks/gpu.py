@@ -301,7 +301,7 @@ def _child(function: Callable[..., dict[str, Any]], part: Part, file: Path, read
         told(function(part))
     except BaseException as error:
         traceback.print_exc()
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if "began" in found:
         found["seconds"] = time.perf_counter() - found.pop("began")
     if torch.cuda.is_initialized():
@@ -317,7 +317,7 @@ def _end(process: Any) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         process.kill()
-    process.join()
+    process.join(5)  # a process that waits for its driver may take longer
 
 
 def run_group(
@@ -435,7 +435,8 @@ def main() -> None:
     args.began = time.perf_counter()
     args.left = lambda: 60 * args.minutes - (time.perf_counter() - args.began)
     found = measure(args)
-    print(gpu_page.table(found))
+    print(gpu_page.table(found), flush=True)
+    os._exit(0)  # without waiting for parts that cannot be ended
 
 
 if __name__ == "__main__":

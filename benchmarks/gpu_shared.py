@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,13 +30,14 @@ _SETTLE = 1.0  # seconds after the number of runs has changed
 _START = 60.0  # seconds in which all runs must have begun
 
 
-def timed_command(words: tuple[str, ...], folder: Path, store: Path) -> dict[str, Any]:
+def timed_command(words: tuple[str, ...], folder: Path, store: Path, limit: float = 60.0) -> dict[str, Any]:
     """Runs `ekd-train` as a user would.
 
     Args:
         words: Its overrides.
         folder: Where the run goes.
         store: Its store.
+        limit: Seconds after which it is ended; the error then says where its threads were.
 
     Returns:
         Seconds from the command to its first step's end, of the training after that, and from its last step to the
@@ -49,13 +51,20 @@ def timed_command(words: tuple[str, ...], folder: Path, store: Path) -> dict[str
         "+callbacks.moments._target_=ekd_lightning.bench.ours.Clock",
         f"+callbacks.moments.file={moments}",
     ]
+    command = [sys.executable, "-X", "faulthandler", "-m", "ekd_lightning.cli.train", *words, *own]
+    output = folder / "output.txt"  # no pipe, which anything that the command leaves behind would keep open
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "ekd_lightning.cli.train", *words, *own], capture_output=True, text=True, check=False
-    )
+    with output.open("w") as stream, subprocess.Popen(command, stdout=stream, stderr=stream) as process:
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # prints the stacks of all threads
+            time.sleep(1)
+            process.kill()
+            code = process.wait(5)
     ended = time.time()
-    if done.returncode:
-        raise RuntimeError(f"ekd-train: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+    if code:
+        raise RuntimeError(f"ekd-train: exit code {code}: {output.read_text()[-3000:]}")
     found = json.loads(moments.read_text())
     result = json.loads((folder / "run/result.json").read_text())
     return {

@@ -111,24 +111,32 @@ class ClassificationScores(Metric):
         Raises:
             ValueError: If no image was counted.
         """
-        count = int(self.count)
+        sums = self._on_host()
+        count = int(sums["count"])
         if count == 0:
             raise ValueError("no image was scored: update() was never called with a valid row")
         scores: dict[str, float | list[float]] = {
-            "accuracy": int(self.correct) / count,
-            "nll": float(self.nll_sum) / count,
+            "accuracy": float(sums["correct"]) / count,
+            "nll": float(sums["nll_sum"]) / count,
             # n_b/n |acc_b - conf_b| = |correct_b - Σ confidence| / n, without a division by empty bins
-            "ece": float((self.bin_correct - self.bin_confidence).abs().sum()) / count,
-            "brier": float(self.brier_sum) / count,
+            "ece": float((sums["bin_correct"] - sums["bin_confidence"]).abs().sum()) / count,
+            "brier": float(sums["brier_sum"]) / count,
         }
         if self.num_classes >= MIN_CLASSES_FOR_TOP5:
-            scores["top5"] = int(self.top5_correct) / count
+            scores["top5"] = float(sums["top5_correct"]) / count
         if self.num_branches:
-            scores["branch_accuracy"] = [correct / count for correct in self.branch_correct.tolist()]
+            scores["branch_accuracy"] = [correct / count for correct in sums["branch_correct"].tolist()]
         if self.num_branches > 1:
-            scores["disagreement"] = float(self.disagreement_sum) / count
-            scores["ambiguity"] = float(self.ambiguity_sum) / count
+            scores["disagreement"] = float(sums["disagreement_sum"]) / count
+            scores["ambiguity"] = float(sums["ambiguity_sum"]) / count
         return scores
+
+    def _on_host(self) -> dict[str, Tensor]:
+        """Returns all states on the CPU, after one copy from the device; counts of images are exact as real numbers."""
+        states = {name: getattr(self, name) for name in self._defaults}
+        flat = torch.cat([state.flatten().to(self.nll_sum.dtype) for state in states.values()]).cpu()
+        parts = flat.split([state.numel() for state in states.values()])
+        return {name: part.view(state.shape) for (name, state), part in zip(states.items(), parts, strict=True)}
 
     def _add_ensemble(self, logits: Tensor, labels: Tensor, valid: Tensor) -> None:
         probs = logits.softmax(-1)

@@ -183,7 +183,8 @@ class Method(nn.Module):
     @property
     def needed_stage_sets(self) -> set[tuple[str, ...]]:
         """The sets of teacher stages that are needed in some phase of the training; () if logits suffice in a phase."""
-        needs = (self.teacher_needs(sample / _SCHEDULE_SAMPLES) for sample in range(_SCHEDULE_SAMPLES))
+        samples = _SCHEDULE_SAMPLES if self.changes else 1
+        needs = (self.teacher_needs(sample / samples) for sample in range(samples))
         return {stages for needed, stages in needs if needed}
 
     def assignment_at(self, step: int, progress: float) -> Tensor | None:

@@ -294,19 +294,31 @@ class TrainingModule(pl.LightningModule):
     def epoch_means(self) -> dict[str, Tensor]:
         """Returns means of loss, terms and accuracy over all processes' steps of a finished epoch, scalars.
 
+        They are on the host if this is the only process, else on the device.
+
         All processes must make the first call of an epoch.
         """
         if not self._epoch_means and (means := self._step_log.means()):
-            summed = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
-            self._epoch_means = dict(zip(means, summed.unbind(), strict=True))
+            reduced = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
+            values = reduced.cpu() if self.trainer.world_size == 1 else reduced  # one wait for all of them
+            self._epoch_means = dict(zip(means, values.unbind(), strict=True))
         return self._epoch_means
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means; accelerators and distributed runs check only here that the losses are finite."""
         self._refuse_non_finite()
         for name, value in self.epoch_means().items():
-            self.log(f"train/{name}", value, sync_dist=True)
-        self.log("lr", self._epoch_lr, sync_dist=True)
+            self._log(f"train/{name}", value)
+        self._log("lr", self._epoch_lr)
+
+    def _log(self, name: str, value: Tensor | float) -> None:
+        """Logs a value of an epoch.
+
+        A single process keeps it on the host, where Lightning's bookkeeping launches no kernels and waits for none.
+        """
+        if self.trainer.world_size == 1:
+            value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+        self.log(name, value, sync_dist=True)
 
     def _refuse_non_finite(self) -> None:
         found = self._step_log.first_non_finite()
@@ -374,7 +386,7 @@ class TrainingModule(pl.LightningModule):
         for name, value in scores.compute().items():
             if isinstance(value, list):
                 for branch, item in enumerate(value):
-                    self.log(f"{prefix}/{name}_{branch}", item, sync_dist=True)
+                    self._log(f"{prefix}/{name}_{branch}", item)
             else:
-                self.log(f"{prefix}/{name}", value, sync_dist=True)
+                self._log(f"{prefix}/{name}", value)
         scores.reset()
