@@ -1,7 +1,7 @@
 """All GPU figures of the docs in one run of a few minutes: docs/results/speed_gpu.{json,md}.
 
     python benchmarks/gpu.py --output speed_gpu.json              where there are CUDA, CIFAR-10 and three teachers
-    python benchmarks/gpu.py --page docs/results speed_gpu.json   the page of what was measured
+    python benchmarks/gpu.py --page docs/results speed_gpu.json   the page of what was measured; later files fill gaps
     python benchmarks/gpu.py --tiny --output try.json             the same code on a processor, on the bundled digits
 
 Every part is a process of its own, so that one that fails or hangs costs its own figures only; what it had found by
@@ -231,7 +231,7 @@ def command(part: Part) -> dict[str, Any]:
             part.all_words("data.fraction=0.1"), part.folder / cache, part.folder / "store"
         )
         part.told(found)
-    return found
+    return {**found, "seconds_to_import": gpu_shared.import_seconds()}
 
 
 def many(part: Part, mps: bool) -> dict[str, Any]:
@@ -416,7 +416,7 @@ def main() -> None:
     """The command."""
     names = [name for group in GROUPS for name in group]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="settings; with --page the JSON file")
+    parser.add_argument("overrides", nargs="*", help="settings; with --page the JSON files")
     parser.add_argument("--output", type=Path, default=Path("speed_gpu.json"))
     parser.add_argument("--parts", type=lambda text: text.split("+"), default=names, help="+".join(names))
     parser.add_argument("--minutes", type=float, default=7.5, help="everything is ended then")
@@ -426,7 +426,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write speed_gpu.{md,json} of a JSON file into this folder")
     args = parser.parse_args()
     if args.page:
-        gpu_page.write(args.page, json.loads(Path(args.overrides[0]).read_text()))
+        gpu_page.write(args.page, gpu_page.merged([json.loads(Path(name).read_text()) for name in args.overrides]))
         return
     unknown = [name for name in args.parts if name not in names]
     if unknown:

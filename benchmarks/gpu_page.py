@@ -36,10 +36,28 @@ STARTS = {
     ),
     "`ekd-train` with cold caches, until the first step": ("command", "cold", "seconds_to_first_step"),
     "`ekd-train` with warm caches, until the first step": ("command", "warm", "seconds_to_first_step"),
+    "of these, a process that only imports": ("command", "seconds_to_import"),
     "`ekd-train`, first run of a store, after the last step": ("command", "cold", "seconds_after_last_step"),
     "`ekd-train`, later runs, after the last step": ("command", "warm", "seconds_after_last_step"),
 }
 """Row -> path of its seconds."""
+SECTIONS = {
+    "command": "`ekd-train` as a command",
+    "many": "several runs at once",
+    "many, MPS": "several runs at once",
+}
+"""Part -> its name in the page."""
+
+
+def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """The measurements of the first file; later files fill the parts that it lacks, and say where they were made."""
+    first, *later = files
+    parts, also = dict(first["parts"]), list(first.get("also", []))
+    for other in later:
+        new = {name: part for name, part in other["parts"].items() if not parts.get(name, {}).get("result")}
+        parts |= new
+        also.append({"origin": other["origin"], "parts": [*new]})
+    return {**first, "parts": parts, "also": also}
 
 
 def value(found: dict[str, Any], *path: str) -> Any:
@@ -150,12 +168,23 @@ def table(found: dict[str, Any]) -> str:
     return "\n\n".join([*parts, "\n".join(ends)])
 
 
+def _commit(origin: dict[str, Any]) -> str:
+    return str((origin.get("git") or {}).get("commit") or "unknown")[:10]
+
+
+def _added(one: dict[str, Any]) -> str:
+    """Says which parts were measured in another run of the script."""
+    gpus = ", ".join(one["origin"]["hardware"]["gpus"]) or "no GPU"
+    names = dict.fromkeys(SECTIONS.get(part, part) for part in one["parts"])
+    return f"Measured in another run of the script, on {gpus}, commit {_commit(one['origin'])}:\n{' and '.join(names)}."
+
+
 def page(found: dict[str, Any]) -> str:
     """The page for the docs."""
     origin = found["origin"]
     hardware, packages = origin["hardware"], origin["packages"]
     gpus = ", ".join(hardware["gpus"]) or "no GPU: a trial on a processor, whose numbers mean nothing"
-    commit = ((origin.get("git") or {}).get("commit") or "unknown")[:10]
+    commit = _commit(origin)
     workers = value(found, "plain", "workers")
     failed = failures(found)
     planned = ""
@@ -163,12 +192,13 @@ def page(found: dict[str, Any]) -> str:
         planned = f"""
 Our runs are planned for {found["planned_epochs"]} epochs, so that they hold all teacher rows on the device, and end
 after two or three."""
+    added = "".join(f"\n{_added(one)}" for one in found.get("also", []))
     problems = "\n## What failed\n\n" + "\n".join(f"- {line}" for line in failed) + "\n" if failed else ""
     return f"""# Speed on a GPU
 
 Made by `benchmarks/gpu.py`; all numbers are in [speed_gpu.json](speed_gpu.json). {gpus}, {hardware["cpu_count"]}
 cores of {hardware["cpu"]}, torch {packages["torch"]}, pytorch-lightning {packages["pytorch-lightning"]}, commit
-{commit}. Rows without a measurement say "{UNMEASURED}"; nothing is estimated.
+{commit}. Rows without a measurement say "{UNMEASURED}"; nothing is estimated.{added}
 
 CIFAR-10, teachers ResNet-20, -32 and -56, student ResNet-8 with three branches, method `ekd`, batch 128:
 `{" ".join(found["settings"])}`.
@@ -204,7 +234,9 @@ as fast as all of them in turn.
 
 ## Several runs at once
 
-Images per second of all runs together, including validation and checkpoints, with a warm table.
+Images per second of all runs together, including validation and checkpoints, with a warm table. Processes take turns
+on the GPU; NVIDIA's multi-process service (MPS) lets their kernels run side by side. `hydra/launcher=shared_gpu` starts
+eight runs with it ([launchers](../sweeps.md#launchers)).
 
 {many(found)}
 

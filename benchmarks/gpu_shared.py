@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +23,19 @@ from ekd_lightning.bench.ours import Job
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.files import write_json
 from ekd_lightning.pipeline.prepare import prepare
+from ekd_lightning.studies.sharing import mps_service
 from ekd_lightning.teachers.hardware import resolve_precision
 from ekd_lightning.training.pool import gather_teachers
 
 _SETTLE = 1.0  # seconds after the number of runs has changed
 _START = 60.0  # seconds in which all runs must have begun
+
+
+def import_seconds() -> float:
+    """Seconds that a process takes to import what a run needs, PyTorch and Lightning above all."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import ekd_lightning.pipeline.run"], check=True)
+    return time.perf_counter() - began
 
 
 def timed_command(words: tuple[str, ...], folder: Path, store: Path, limit: float = 60.0) -> dict[str, Any]:
@@ -144,27 +152,10 @@ def many_at_once(
         seconds: How long each number is measured.
         counts: Numbers of runs.
     """
-    server = _start_mps(folder) if mps else None
-    if mps and server is None:
-        return {"unmeasured": "nvidia-cuda-mps-control is not there, or does not start"}
-    try:
+    with mps_service() if mps else contextlib.nullcontext() as problem:
+        if problem:
+            return {"unmeasured": problem}
         return {"mps": mps, "runs": _phases(words, device, folder, seconds, counts)}
-    finally:
-        if server:
-            subprocess.run([server], input="quit\n", text=True, capture_output=True, timeout=20, check=False)
-
-
-def _start_mps(folder: Path) -> str | None:
-    """Starts the service with its own pipes; no setting of the card is touched."""
-    control = shutil.which("nvidia-cuda-mps-control")
-    if control is None:
-        return None
-    for name in ("PIPE", "LOG"):
-        place = folder / name.lower()
-        place.mkdir()
-        os.environ[f"CUDA_MPS_{name}_DIRECTORY"] = str(place)
-    done = subprocess.run([control, "-d"], capture_output=True, text=True, timeout=20, check=False)
-    return control if done.returncode == 0 else None
 
 
 def _phases(words: tuple[str, ...], device: str, folder: Path, seconds: float, counts: Sequence[int]) -> dict[int, Any]:

@@ -111,7 +111,8 @@ def test_the_main_files_compose(name):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "plugin"), [("parallel", "joblib"), ("processes", "submitit"), ("slurm", "submitit")]
+    ("launcher", "plugin"),
+    [("parallel", "joblib"), ("shared_gpu", "joblib"), ("processes", "submitit"), ("slurm", "submitit")],
 )
 def test_launchers_compose_with_their_plugins(launcher, plugin):
     pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")

@@ -31,6 +31,7 @@ from ekd_lightning.progress import readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
+from ekd_lightning.studies.sharing import shared_gpus
 from ekd_lightning.studies.sweep import STYLES, Job, JobState, Sweep, job_state, job_states, varied_keys, varied_values
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def launch(
     own = ["hydra.mode=MULTIRUN", override("hydra.sweep.dir", str(sweep.folder))]
     config = compose(sweep.config_name, overrides=[*sweep.common, *hydra_words, *own], return_hydra_config=True)
     try:
-        with watched(sweep), working_in(sweep.working_directory):
+        with shared_gpus(config), watched(sweep), working_in(sweep.working_directory):
             internals.launch(config, [[*job.overrides, *_placed(job, sweep.folder)] for job in jobs], task)
     except (KeyboardInterrupt, SystemExit) as stop:
         if not is_interrupt(stop):

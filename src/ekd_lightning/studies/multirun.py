@@ -47,6 +47,7 @@ from ekd_lightning.studies.launching import (
     wait_for_local_queue,
     watched,
 )
+from ekd_lightning.studies.sharing import shared_gpus
 from ekd_lightning.studies.sweep import Job, Sweep, found_sweep, job_states, read_sweep, show_summary, write_sweep
 
 # A resumed sweep sets these itself.
@@ -83,6 +84,7 @@ class SweepSummary(Callback):
                     RunDirectory(job.directory).refuse_finished()
             write_sweep(sweep)
             stack.enter_context(watched(sweep))
+        stack.enter_context(shared_gpus(config))
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
         """Reports the job at once if it ran in the sweep's own process."""

@@ -1,0 +1,89 @@
+"""Jobs of a sweep that share one GPU: NVIDIA's multi-process service (MPS), for as long as they run.
+
+Processes take turns on a GPU, and a small student leaves most of it idle in its turn. With the service their kernels
+run side by side; docs/results/speed_gpu.md holds the rates of 1 to 8 runs with and without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+LAUNCHER = "shared_gpu"
+"""The launcher whose jobs share GPUs."""
+_CONTROL = "nvidia-cuda-mps-control"
+_PIPE, _LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_DEFAULT_PIPE = Path("/tmp/nvidia-mps")  # where CUDA looks for a service of the machine
+_SECONDS = 20.0  # for the service to start or end
+
+
+@contextlib.contextmanager
+def shared_gpus(config: DictConfig) -> Iterator[None]:
+    """Serves the jobs of a multirun that are launched within the block, if its launcher is `shared_gpu`.
+
+    Args:
+        config: Composed configuration of the multirun, with the node `hydra`.
+    """
+    if config.hydra.runtime.choices.get("hydra/launcher") != LAUNCHER:
+        yield
+        return
+    with mps_service() as problem:
+        if problem:
+            log.warning("hydra/launcher=%s: %s, so the jobs take turns on the GPU", LAUNCHER, problem)
+        yield
+
+
+@contextlib.contextmanager
+def mps_service() -> Iterator[str | None]:
+    """Runs a service of its own, which processes that are started within the block use.
+
+    A service that serves this machine or this process already is used as it is. No setting of a GPU is changed.
+
+    Yields:
+        Why there is no service; None if there is one.
+    """
+    control = shutil.which(_CONTROL)
+    if control is None:
+        yield f"{_CONTROL} is not installed"
+        return
+    if _PIPE in os.environ or _DEFAULT_PIPE.exists():
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="ekd-mps-", ignore_cleanup_errors=True) as folder:
+        own = {_PIPE: f"{folder}/pipe", _LOG: f"{folder}/log"}
+        for path in own.values():
+            Path(path).mkdir()
+        if problem := _said({**os.environ, **own}, control, "-d"):
+            yield problem
+            return
+        os.environ.update(own)
+        try:
+            yield None
+        finally:
+            _said(os.environ, control, text="quit -t 5\n")  # idle workers of the launcher still hold the GPU
+            for name in own:
+                os.environ.pop(name, None)
+
+
+def _said(environment: Mapping[str, str], *command: str, text: str | None = None) -> str | None:
+    """Runs a command; returns what went wrong, in one line, or None."""
+    try:
+        done = subprocess.run(
+            command, env=environment, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{_CONTROL} failed ({' '.join(str(error).split())})"
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        return f"{_CONTROL} failed ({lines[-1]})"
+    return None
