@@ -41,11 +41,7 @@ STARTS = {
     "`ekd-train`, later runs, after the last step": ("command", "warm", "seconds_after_last_step"),
 }
 """Row -> path of its seconds."""
-SECTIONS = {
-    "command": "`ekd-train` as a command",
-    "many": "several runs at once",
-    "many, MPS": "several runs at once",
-}
+SECTIONS = {"command": "`ekd-train` as a command", "many": "several runs at once", "many, MPS": "several runs at once"}
 """Part -> its name in the page."""
 
 

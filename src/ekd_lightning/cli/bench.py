@@ -15,7 +15,7 @@ from ekd_lightning.config.edge import check_options, make_parser, print_table, r
 from ekd_lightning.config.overrides import check_typed, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_json
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import importing, part, phase, session
 from ekd_lightning.roles import COUNT, POSITIVE, SHARE
 from ekd_lightning.runs.lock import check_directory
 
@@ -98,7 +98,7 @@ def _again(args: argparse.Namespace) -> str:
 
 def _measure(args: argparse.Namespace) -> str:
     """Measures the chosen parts; returns the letters of those for which no time was left."""
-    with phase("data"), part("importing PyTorch and Lightning"):
+    with phase("data"), importing("PyTorch and Lightning"):
         from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
         from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 

@@ -18,7 +18,7 @@ from ekd_lightning.config.config import register_schema
 from ekd_lightning.config.edge import make_parser, run_command, users_files_first
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, shell_word
 from ekd_lightning.errors import UserError
-from ekd_lightning.progress import phase, session
+from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
 from ekd_lightning.runs.writer import now
@@ -90,8 +90,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     Raises:
         UserError: For a user's mistake, before anything runs; or for runs that cannot be compared.
     """
-    with session("plan", keep=False), phase("plan") as plan:
-        plan.note = "importing PyTorch and Lightning"
+    with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
         from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
         from ekd_lightning.studies import planning  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ekd_lightning.config.commands import print_next, typed_override
 from ekd_lightning.config.edge import make_parser, run_command
 from ekd_lightning.config.overrides import override, shell_word
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _obtain(args: argparse.Namespace) -> None:
     settings = _settings(args)
     with session("data", keep=False), phase("data"):
-        with part("importing PyTorch"):
+        with importing("PyTorch"):
             from ekd_lightning.data.catalog import open_dataset  # noqa: PLC0415 (slow; --help needs none)
         dataset = open_dataset(settings)
     print(describe(dataset))

@@ -13,7 +13,7 @@ from ekd_lightning.config.commands import print_next, report_command, trusting, 
 from ekd_lightning.config.config import recorded_settings
 from ekd_lightning.config.edge import make_parser, parse_names, print_table, run_command
 from ekd_lightning.errors import UserError
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.runs.collection import finished_runs
 from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import EVALUATION_PARTS, EvaluationSettings, is_location, keys_where
@@ -89,7 +89,7 @@ def run_evaluate(args: argparse.Namespace) -> bool:
     rows: list[tuple[str, ...]] = []
     complete, found = True, False
     with session("data", "evaluation") as shown:
-        with phase("data"), part("importing PyTorch"):
+        with phase("data"), importing("PyTorch"):
             device = choose_device(args.device)
         for position, directory in enumerate(runs, 1):
             print(f"[{position}/{len(runs)}] {directory}", file=sys.stderr, flush=True)
@@ -160,7 +160,7 @@ def choose_device(name: str) -> torch.device:
 def _evaluate(
     directory: Path, parts: Sequence[str], overrides: Sequence[str], device: torch.device, *, force: bool, trust: bool
 ) -> Outcome:
-    with phase("data"), part("importing PyTorch and Lightning"):
+    with phase("data"), importing("PyTorch and Lightning"):
         from ekd_lightning.pipeline.context import open_context  # noqa: PLC0415
         from ekd_lightning.pipeline.evaluation import evaluate_finished_run  # noqa: PLC0415
         from ekd_lightning.tracking.dashboards import log_evaluation_run  # noqa: PLC0415

@@ -16,7 +16,7 @@ from ekd_lightning.config.directory import JobOutput, remove_unused
 from ekd_lightning.config.edge import one_line, print_table, run_program
 from ekd_lightning.config.overrides import check_typed, config_flags, key_of
 from ekd_lightning.errors import UserError
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.runs.directory import STATUS, RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.writer import is_rank_zero
@@ -64,7 +64,7 @@ def teach(cfg: DictConfig, output: JobOutput) -> None:
         raise UserError(f"hydra.run.dir={output.directory}: holds a run; give another directory")
     filled = settings.teachers.fill != "none"
     with session("data", "teachers", "test", *(["table"] if filled else [])):
-        with phase("data"), part("importing PyTorch and Lightning"):
+        with phase("data"), importing("PyTorch and Lightning"):
             from ekd_lightning.pipeline.teachers import obtain_teachers  # noqa: PLC0415 (slow; --help needs none)
 
         rows = obtain_teachers(settings, output.directory, on_start=output.start)

@@ -193,7 +193,7 @@ def train(cfg: DictConfig, output: JobOutput) -> float | None:
     # A process that a launcher started has no reporter yet.
     shown = contextlib.nullcontext() if progress.is_reported() else progress.reported_by(progress.Lines())
     with shown, progress.session(*progress.RUN_PHASES, live=live, keep=sweep is None):
-        with progress.phase("data"), progress.part("importing PyTorch and Lightning"):
+        with progress.phase("data"), progress.importing("PyTorch and Lightning"):
             from ekd_lightning.pipeline.run import run  # noqa: PLC0415 (slow; --help and --cfg need none)
 
             callbacks = build_callbacks(settings)

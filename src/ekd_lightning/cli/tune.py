@@ -11,7 +11,7 @@ from pathlib import Path
 from ekd_lightning.config.edge import ConsoleLines, check_options, is_interrupt, make_parser, run_command
 from ekd_lightning.config.overrides import check_typed
 from ekd_lightning.errors import UserError
-from ekd_lightning.progress import part, phase, session
+from ekd_lightning.progress import importing, phase, session
 from ekd_lightning.roles import COUNT, COUNT_OR_NONE, POSITIVE
 from ekd_lightning.studies.study import parse_numbers
 from ekd_lightning.studies.tuned import read_tuned
@@ -77,7 +77,7 @@ def run_tune(args: argparse.Namespace) -> None:
     check_options(args, trials=COUNT, epochs=COUNT, sampler_seed=COUNT_OR_NONE, timeout=POSITIVE)
     check_typed(args.overrides)
     seeds = parse_numbers("--seeds", args.seeds)
-    with session("plan", keep=False), phase("plan"), part("importing PyTorch and Lightning"):
+    with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
         try:
             import optuna  # noqa: F401, PLC0415
         except ModuleNotFoundError:

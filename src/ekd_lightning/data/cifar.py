@@ -10,6 +10,7 @@ import hashlib
 import io
 import pickle
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -211,9 +212,11 @@ def _advice(spec: CifarSpec, root: Path) -> str:
 def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[OfficialFile]) -> ImageSet:
     parse = _parse_binary if found.layout == spec.binary else _parse_python
     pixels, labels, names = [], [], spec.class_names
-    for file in files:
-        path = found.path / file.name
-        part_pixels, part_labels = parse(spec, checked_bytes(path, file), path)
+    paths = {found.path / file.name: file for file in files}
+    with ThreadPoolExecutor() as threads:  # MD5 sums are computed outside Python's lock
+        contents = list(threads.map(checked_bytes, paths, paths.values()))
+    for path, content in zip(paths, contents, strict=True):
+        part_pixels, part_labels = parse(spec, content, path)
         if part_labels.size and not 0 <= part_labels.min() <= part_labels.max() < len(names):
             raise UserError(f"{path.absolute()} has labels outside 0..{len(names) - 1}")
         pixels.append(part_pixels)
