@@ -256,6 +256,16 @@ def many(part: Part, mps: bool) -> dict[str, Any]:
     )
 
 
+def streams(part: Part) -> dict[str, Any]:
+    """(g) 1, 2, 4 and 8 students of one process on streams of their own."""
+    bench = part.bench("student.compile=never", "data.augmentation=none")
+    job = bench.job().with_store(part.folder)
+    job.fit()  # fills the table
+    part.turn()
+    counts, seconds = ((1, 2), 0.01) if part.tiny else ((1, 2, 4, 8), 3.0)
+    return {"runs": gpu_shared.on_streams(job, seconds_each=seconds, counts=counts)}
+
+
 GROUPS: list[dict[str, tuple[Callable[..., dict[str, Any]], float]]] = [
     {
         "plain": (plain, 60),
@@ -271,7 +281,7 @@ GROUPS: list[dict[str, tuple[Callable[..., dict[str, Any]], float]]] = [
         "maps, camkd": (partial(maps, method="camkd"), 60),
         "maps, fitnet": (partial(maps, method="fitnet"), 60),
     },
-    {"command": (command, 90)},
+    {"command": (command, 90), "streams": (streams, 60)},
     {"many": (partial(many, mps=False), 90)},
     {"many, MPS": (partial(many, mps=True), 90)},
 ]

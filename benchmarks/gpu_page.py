@@ -41,7 +41,13 @@ STARTS = {
     "`ekd-train`, later runs, after the last step": ("command", "warm", "seconds_after_last_step"),
 }
 """Row -> path of its seconds."""
-SECTIONS = {"command": "`ekd-train` as a command", "many": "several runs at once", "many, MPS": "several runs at once"}
+MANY = {
+    "processes": "many",
+    "processes with MPS": "many, MPS",
+    "students of one process, a stream and a loop without Lightning each": "streams",
+}
+"""Row -> its part."""
+SECTIONS = {"command": "`ekd-train` as a command", **dict.fromkeys(MANY.values(), "several runs at once")}
 """Part -> its name in the page."""
 
 
@@ -123,7 +129,7 @@ def many(found: dict[str, Any]) -> str:
     """Several runs at once."""
     counts = (1, 2, 4, 8)
     rows = []
-    for name, part in {"processes": "many", "processes with MPS": "many, MPS"}.items():
+    for name, part in MANY.items():
         runs = value(found, part, "runs") or {}
         rates = [(runs.get(str(n)) or runs.get(n) or {}).get("images_per_second") for n in counts]
         rows.append([name, *(number(rate) for rate in rates)])

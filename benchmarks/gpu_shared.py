@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from ekd_lightning.bench.ours import Job
+from ekd_lightning.bench import rate_of
+from ekd_lightning.bench.ours import BareLoop, Job
 from ekd_lightning.config.config import compose_settings
 from ekd_lightning.files import write_json
 from ekd_lightning.pipeline.prepare import prepare
@@ -29,12 +31,17 @@ from ekd_lightning.training.pool import gather_teachers
 
 _SETTLE = 1.0  # seconds after the number of runs has changed
 _START = 60.0  # seconds in which all runs must have begun
+_IMPORTS = """
+from ekd_lightning.progress import importing
+with importing("as ekd-train does"):
+    import ekd_lightning.pipeline.run
+"""
 
 
 def import_seconds() -> float:
     """Seconds that a process takes to import what a run needs, PyTorch and Lightning above all."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import ekd_lightning.pipeline.run"], check=True)
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
     return time.perf_counter() - began
 
 
@@ -156,6 +163,39 @@ def many_at_once(
         if problem:
             return {"unmeasured": problem}
         return {"mps": mps, "runs": _phases(words, device, folder, seconds, counts)}
+
+
+def on_streams(job: Job, *, seconds_each: float, counts: Sequence[int] = (1, 2, 4, 8)) -> dict[int, Any]:
+    """Images per second of several students of one process together, each with its graphs on a stream of its own.
+
+    They are loops without Lightning, which take turns step by step; a full table is assumed.
+
+    Args:
+        job: The training.
+        seconds_each: About how long each number of students is measured, if one makes 300 steps per second.
+        counts: Numbers of students.
+    """
+    cuda = job.device.type == "cuda"
+    streams = [torch.cuda.Stream(job.device) if cuda else None for _ in range(max(counts))]
+    loops = []
+    for seed, stream in enumerate(streams):
+        with torch.cuda.stream(stream):  # None changes nothing
+            loops.append(BareLoop(replace(job, settings=replace(job.settings, seed=seed))))
+            loops[-1].start_epoch(0)
+            loops[-1].run(10)
+
+    def run(count: int, steps: int) -> None:
+        for _ in range(steps):
+            for loop, stream in zip(loops[:count], streams, strict=False):
+                with torch.cuda.stream(stream):
+                    loop.run(1)
+
+    found = {}
+    for count in counts:
+        steps = max(2, round(300 * seconds_each / count))
+        images = count * steps * job.settings.recipe.batch_size
+        found[count] = {"images_per_second": rate_of(partial(run, count, steps), images, job.device, 1)()}
+    return found
 
 
 def _phases(words: tuple[str, ...], device: str, folder: Path, seconds: float, counts: Sequence[int]) -> dict[int, Any]:
