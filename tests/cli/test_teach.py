@@ -13,6 +13,7 @@ from ekd_lightning.evaluation.predict import predict
 from ekd_lightning.evaluation.scores import score_logits
 from ekd_lightning.networks import load_network
 from ekd_lightning.pipeline import teachers
+from ekd_lightning.runs.collection import collect
 from ekd_lightning.runs.lock import DirectoryLock
 
 
@@ -48,6 +49,12 @@ def test_a_teacher_is_trained_once_for_both_commands(taught):
     rows = first.json("teachers.json")["teachers"]
     assert again.json("teachers.json")["teachers"] == rows[:1]
     assert [teacher["sha256"] for teacher in student.result["teachers"]] == [row["sha256"] for row in rows]
+
+
+def test_a_report_takes_no_directory_of_teachers_for_a_run(taught):
+    root, first, _, _ = taught
+    assert (first.directory / ".hydra" / "config.yaml").is_file()
+    assert {run.name: run.state for run in collect([root]).runs} == {"student": "done"}
 
 
 @pytest.mark.parametrize(

@@ -325,12 +325,18 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _was_composed(folder: Path) -> bool:
-    """Whether Hydra composed a run of this package here that ended before it wrote a record."""
+    """Whether Hydra composed a run of this package here that ended before it wrote a record; `ekd-teach` makes none."""
+    config, hydra = _text(folder / HYDRA / CONFIG), _text(folder / HYDRA / "hydra.yaml")
+    sections = ("data", "teachers", "student", "method")
+    return all(f"\n{section}:" in config for section in sections) and "\n    app_name: ekd-teach\n" not in hydra
+
+
+def _text(path: Path) -> str:
+    """The lines of a file, each after a line break; empty if it cannot be read."""
     try:
-        text = (folder / HYDRA / CONFIG).read_text()
+        return f"\n{path.read_text()}"
     except (OSError, UnicodeDecodeError):
-        return False
-    return all(f"\n{section}:" in f"\n{text}" for section in ("data", "teachers", "student", "method"))
+        return ""
 
 
 def _read(directory: Path, name: str, problems: list[str]) -> RunEntry | None:
