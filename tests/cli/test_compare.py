@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from whole_runs import TINY, called
+from whole_runs import TINY, call_train, called
 
 from ekd_lightning.cli import compare
 from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json, write_yaml
+from ekd_lightning.networks import zoo
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.writer import RunWriter
@@ -151,15 +152,15 @@ def test_more_seeds_train_on_the_images_that_the_study_has_on_record(study, tmp_
 def test_unlabelled_images_are_those_on_record_where_they_must_be(tmp_path, kind, fraction, refused):
     write_json(tmp_path / "provenance.json", {"data": {"train_sha256": "a", "unlabelled": {"sha256": "u"}}})
     write_yaml(tmp_path / "config.yaml", {"data": {"fraction": 0.1}})
-    images, one = planning.StudyImages(), SimpleNamespace(sha256="a")
+    inputs, one = planning.StudyInputs(), SimpleNamespace(sha256="a")
     settings = Settings(data=DataSettings(fraction=fraction, unlabelled="there"))
     unlabelled = SimpleNamespace(sha256="v", kind=kind)
     dataset, data = SimpleNamespace(train=one, test=one), SimpleNamespace(unlabelled=unlabelled)
-    images.add(settings, SimpleNamespace(dataset=dataset, datamodule=data))
+    inputs.add("ekd", settings, SimpleNamespace(dataset=dataset, datamodule=data, pool=()))
     runs = [RunEntry(tmp_path, "ekd-f0.1-s0", RunState.DONE)]
     message = r"data\.unlabelled=there: its unlabelled images are not those of the run"
     with pytest.raises(UserError, match=message) if refused else nullcontext():
-        images.refuse_others(runs)
+        inputs.refuse_other_images(runs)
 
 
 def test_places_that_changed_reach_a_run_that_goes_on(study, tmp_path):
@@ -197,8 +198,9 @@ def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
     shutil.rmtree(failed / "checkpoints")
     (failed / "result.json").unlink()
     (failed / "status.json").write_text(json.dumps({"state": "failed", "error": "the disk was full"}))
-    code, _, err = call("--output", study)
+    code, out, err = call("--output", study)
     assert code == 1
+    assert out.splitlines()[-1].strip() == f"ekd-compare --output {study} --retry-failed"  # not itself
     assert "ekd-f0.1-s1 failed earlier and is skipped: the disk was full (--retry-failed runs it again)" in err
     assert table(study)["ekd"]["problems"] == "failed 1 of 2: the disk was full"
     assert table(study)["ekd"]["n"] == 1
@@ -206,6 +208,23 @@ def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
     assert code == 0
     assert "1 to be run" in err
     assert table(study)["ekd"]["failed"] == 0
+
+
+def test_published_weights_that_are_missing_end_the_study_before_any_run(tmp_path, monkeypatch):
+    entry = replace(zoo.zoo_entry("cifar10_resnet20_chenyaofo"), id="mine", data="digits")
+    monkeypatch.setattr(zoo, "_entries", lambda: {"mine": entry})
+    rows = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--seeds", "0,1", "--fractions", "0.1")
+    pool = ("teachers.pool=[{zoo: mine}]", f"teachers.weights_dir={tmp_path}/nowhere", "teachers.download=false")
+    words = [word for word in WHOLE_TEST if not word.startswith("teachers.pool")]
+    code, out, err = call(*rows, "--output", tmp_path / "c", *words, *pool)
+    assert (code, out) == (2, "")
+    assert err.count("nowhere") == 1
+    assert err.splitlines()[-1].startswith(f"ekd-compare: error: row kd_mean: teacher 'mine': {entry.file} is not in ")
+    assert not list(tmp_path.glob("c/runs/*"))
+    words += [f"hydra.sweep.dir={tmp_path}/s", *pool]
+    sweep = call_train("-m", "method=kd_mean,ekd", *words, directory=tmp_path / "s")
+    assert (sweep.code, sweep.err.count("nowhere")) == (2, 1), sweep.err
+    assert not list(tmp_path.glob("s/*/*"))
 
 
 def test_a_failing_row_does_not_stop_the_others(words, tmp_path):

@@ -351,11 +351,12 @@ def test_each_job_that_ends_is_a_line_and_no_job_is_told_twice(sweep):
     progress.update()
     progress.update()
     assert lines == ["sweep 2/4 ━━━━━━────── seed=1: test accuracy 71.55 %, 30 s  (2 waiting, about 60 s left)"]
-    leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no")
+    leave(sweep.folder / "2", "failed", since=41, end=42, error="lr=1: no" + 99 * " way")
     leave(sweep.folder / "3", "running", since=-1e6)
     with DirectoryLock(sweep.folder / "3"):
         progress.update()
-    assert lines[1] == ("sweep 3/4 ━━━━━━━━━─── seed=2: failed: lr=1: no  (1 failed, 1 running, about 0 s left)")
+    shortened = "lr=1: no" + 22 * " way" + " …"  # of an error that its log has in full, 100 characters at most
+    assert lines[1] == f"sweep 3/4 ━━━━━━━━━─── seed=2: failed: {shortened}  (1 failed, 1 running, about 0 s left)"
     leave(sweep.folder / "3", "done", since=43, end=44, test_accuracy=1)
     progress.update()
     assert lines[2] == "sweep 4/4 ━━━━━━━━━━━━ seed=3: test accuracy 100.00 %, 1 s  (1 failed)"

@@ -19,6 +19,7 @@ from ekd_lightning.config.edge import make_parser, run_command, users_files_firs
 from ekd_lightning.config.overrides import anchored, anchored_search, check_typed, key_of, shell_word
 from ekd_lightning.errors import UserError
 from ekd_lightning.progress import importing, phase, session
+from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
 from ekd_lightning.runs.writer import now
@@ -27,6 +28,7 @@ from ekd_lightning.studies.study import (
     Composer,
     Study,
     parse_numbers,
+    read_run,
     read_study,
     split_overrides,
     write_study,
@@ -131,6 +133,9 @@ def run_compare(args: argparse.Namespace) -> bool:
         again += "" if not complete else f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
     elif complete:
         again = ""
+    entries = (read_run(place, row.name, *at) for place, (one, _) in planned.items() for row, *at in one.every)
+    if "--retry-failed" not in again and any(entry.state is RunState.FAILED for entry in entries):
+        again += " --retry-failed"  # else they would be skipped again
     print_next(report_command([folder], folder / "report"), *filter(None, [again]))
     return complete
 

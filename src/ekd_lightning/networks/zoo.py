@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +18,8 @@ from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.files import file_sha256
 from ekd_lightning.networks.convert import load_foreign
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, normalization
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,20 @@ def zoo_entry(id: str) -> ZooEntry:
 
 
 def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -> tuple[StagedNetwork, ZooEntry]:
-    """Loads a pretrained teacher from a folder of weights; downloads the file first if it is missing and allowed.
+    """Loads a pretrained teacher from a folder of weights, see `find_zoo_file`.
+
+    Returns:
+        The network on the CPU, in eval mode, and its entry.
+
+    Raises:
+        UserError: as for `find_zoo_file`.
+    """
+    entry = zoo_entry(id)
+    return load_foreign(find_zoo_file(id, weights_dir, download), entry.spec, entry.key_map), entry
+
+
+def find_zoo_file(id: str, weights_dir: str | Path, download: bool = False) -> Path:
+    """Finds the file of a pretrained teacher; downloads it first if it is missing and allowed.
 
     Concurrent runs download a file once (file lock), and it appears in the folder only when complete. Its SHA-256 is
     always checked before it is opened.
@@ -85,7 +101,7 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
         download: whether a missing file may be downloaded from the entry's URL.
 
     Returns:
-        The network on the CPU, in eval mode, and its entry.
+        The file.
 
     Raises:
         UserError: for an unknown name, a missing file that may not or cannot be downloaded, or a file that is not the
@@ -106,7 +122,7 @@ def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -
             f"teacher {id!r}: {path} is not the published file (SHA-256 {found[:12]}..., "
             f"expected {entry.sha256[:12]}...); delete it, and download it again (teachers.download=true)"
         )
-    return load_foreign(path, entry.spec, entry.key_map), entry
+    return path
 
 
 @cache
@@ -126,6 +142,7 @@ def _fetch(entry: ZooEntry, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():  # another run may have fetched it while this one waited
+                log.info("downloading %s from %s", path, entry.url)
                 torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=entry.sha256, progress=False)
     except RuntimeError as error:  # the hash differs; PyTorch has deleted the file
         raise UserError(

@@ -78,6 +78,11 @@ class Prepared:
     chain: Chain | None = None
     """Assistants between pool and student; if any, `teachers` is the last one, and candidates teach the first one."""
 
+    @property
+    def pool(self) -> tuple[PlannedTeacher, ...]:
+        """The teachers of the settings, also those among which a choice is to be made; no assistants."""
+        return self.candidates or (self.chain.origins if self.chain else tuple(self.teachers))
+
 
 def prepare(settings: Settings, accelerator: str, curves: TeacherCurves | None = None) -> Prepared:
     """Builds all cheap parts and makes all possible checks.

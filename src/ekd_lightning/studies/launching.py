@@ -9,9 +9,10 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from ekd_lightning.config.config import build_callbacks
 from ekd_lightning.config.edge import is_interrupt
 from ekd_lightning.config.overrides import override
 from ekd_lightning.errors import quiet
-from ekd_lightning.progress import readable
+from ekd_lightning.progress import part, readable
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.runs.writer import now
@@ -37,6 +38,7 @@ from ekd_lightning.studies.sweep import STYLES, Job, JobState, Sweep, job_state,
 if TYPE_CHECKING:
     from ekd_lightning.pipeline.prepare import Prepared
     from ekd_lightning.settings import Settings
+    from ekd_lightning.teachers.plan import PlannedTeacher
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _SAFE_PATH = "PYTHONSAFEPATH"
 
 _POLL_SECONDS = 1.0  # between two readings of the jobs' files
 _BAR = 12
+_MOST_SHOWN = 100  # characters of an error
 _GRACE_SECONDS = 30.0  # for interrupted jobs to say so and end
 _COUNTED = {
     "done": (RunState.DONE, RunState.PARTIAL),
@@ -67,6 +70,18 @@ def check_job(settings: Settings) -> Prepared:
     names = (None, "ekd_lightning", "pytorch_lightning", "lightning_fabric")
     with threads_as_before(), quiet(*names), tempfile.TemporaryDirectory() as nowhere:
         return check_run(settings, Path(nowhere), "sweep", callbacks)[0]
+
+
+def obtain_weights(teachers: Iterable[PlannedTeacher]) -> None:
+    """Finds or downloads the published weights of planned teachers, so that no run has to; trains none.
+
+    Raises:
+        UserError: At the first that cannot be had.
+    """
+    for plan in teachers:
+        if plan.find_weights is not None:
+            with part(f"weights of {plan.id}"):
+                plan.find_weights()
 
 
 def launch(
@@ -251,7 +266,7 @@ class Progress:
         values = varied_values(state.job, self._keys)
         name = " ".join(f"{key}={value}" for key, value in values.items()) or state.job.directory.name
         return Text.assemble(
-            (f"sweep {ended}/{total}", "bold"),
+            (f"{'study' if state.job.row else 'sweep'} {ended}/{total}", "bold"),
             *(" ", ("━" * done, "cyan"), ("─" * (_BAR - done) + " ", "dim"), f"{name}: "),
             (_outcome(state.run), STYLES.get(state.run.state, "")),
             (f"  ({self._rest(states)})", "dim"),
@@ -275,7 +290,7 @@ class Progress:
 
 def _outcome(run: RunEntry) -> str:
     if run.state is RunState.FAILED:
-        return f"failed: {run.error}"
+        return f"failed: {textwrap.shorten(run.error or '', _MOST_SHOWN, placeholder=' …')}"  # its log has all of it
     parts = [] if run.result is None else [f"test accuracy {100 * run.result.test_accuracy:.2f} %"]
     parts += [] if run.seconds is None else [readable(run.seconds)]
     return ", ".join(parts) or run.state.value

@@ -41,6 +41,7 @@ from ekd_lightning.studies.launching import (
     check_job,
     is_queued,
     launch,
+    obtain_weights,
     stop_local_queue,
     stopped,
     update_progress,
@@ -103,14 +104,15 @@ def refuse_shared_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
     """
     from ekd_lightning.pipeline.prepare import check_settings  # noqa: PLC0415 (slow; --help needs none)
 
-    # A cluster may have other data and devices than this machine.
-    check = check_settings if is_queued(config) else check_job
     found = set()
     for job in jobs:
         try:
             settings = _settings(config, job)
             import_user_modules(settings.imports)
-            check(settings)
+            if is_queued(config):  # a cluster may have other data and devices than this machine
+                check_settings(settings)
+            else:
+                obtain_weights(check_job(settings).pool)
             shared = [word for word in job.overrides if all(word in other.overrides for other in jobs)]
             warn_without_effect([key_of(word) for word in shared], (_settings(config, other) for other in jobs))
             return

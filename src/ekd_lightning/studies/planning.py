@@ -6,8 +6,9 @@ import json
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.cost import remaining_cost, training_cost
 from ekd_lightning.studies.declaration import Declaration, Part, study_of
-from ekd_lightning.studies.launching import check_job, launch
+from ekd_lightning.studies.launching import check_job, launch, obtain_weights
 from ekd_lightning.studies.rows import plan_rows
 from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
 from ekd_lightning.studies.sweep import Job, Sweep
@@ -44,6 +45,7 @@ from ekd_lightning.studies.tuned import with_tuned
 if TYPE_CHECKING:
     from ekd_lightning.data import Dataset, Unlabelled
     from ekd_lightning.pipeline.prepare import Prepared
+    from ekd_lightning.teachers.plan import PlannedTeacher
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +136,12 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         UserError: If a row cannot be run, or a directory holds a run with another configuration.
     """
     ordered: list[tuple[tuple[float, int, int], Job]] = []
-    every, left, running, done = list(study.every), [], 0, []
+    left, running, done = [], 0, []
     checked: dict[tuple[str, float], tuple[Settings, dict[str, int]]] = {}
-    images, recorded = StudyImages(), list[RunEntry]()
+    inputs, recorded = StudyInputs(), list[RunEntry]()
     composed: dict[tuple[str, float], DictConfig] = {}
     free = [word for word in study.common if may_be_given(word)]
-    for row, fraction, seed in track(every, "checking", "runs"):
+    for row, fraction, seed in _row_by_row(study):
         found, words = read_run(folder, row.name, fraction, seed), study.words(row, fraction, seed)
         directory, place = found.directory, (row.name, fraction)
         if place not in composed:
@@ -163,23 +165,32 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
         resumed = found.on_disk.can_resume()
         if place not in checked:
             settings = to_settings(composed[place])
-            checked[place] = settings, _check_row(row, settings, images)
+            checked[place] = settings, _check_row(row, settings, inputs)
         own = tuple(_resumed_words(directory, free) if resumed else words)
         cost = remaining_cost(found, *checked[place]) if resumed else checked[place][1]
         job = Job(directory, own, resumed, row.name, **cost)
         ordered.append(((fraction, seed, -len(composed[place].method.terms)), job))
-    images.refuse_others(recorded)
+    inputs.refuse_other_images(recorded)
+    inputs.obtain_weights()
     warn_without_effect([key_of(word) for word in study.common], [settings for settings, _ in checked.values()])
     # Within a seed the methods with many terms come first: they need most teacher outputs, and fill the tables that
     # the others then read.
     jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
     others = f", {running} left to other processes, which are running them" if running else ""
     again = sum(job.resumed for job in jobs)
-    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", len(every), len(jobs), again, others)
+    total = len(list(study.every))
+    log.info("%d runs in the study, %d to be run (%d of them resumed)%s", total, len(jobs), again, others)
     for one in left:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines(done)
     return jobs, left
+
+
+def _row_by_row(study: Study) -> Iterator[tuple[RowPlan, float, int]]:
+    """All runs as (row, fraction, seed). Rows are counted, as the further seeds of a checked row take no time."""
+    for fraction, row in track(list(product(study.fractions, study.rows)), "checking", "rows"):
+        for seed in study.seeds_of(row):
+            yield row, fraction, seed
 
 
 def _warn_of_other_machines(done: Sequence[RunEntry]) -> None:
@@ -200,17 +211,32 @@ def _check_configuration(directory: Path, plain: dict[str, Any]) -> None:
         )
 
 
-class StudyImages:
-    """The images on which the runs of a study will train, for each share of the training images."""
+class StudyInputs:
+    """The images on which the runs of a study will train, for each share of the training images, and their teachers."""
 
     def __init__(self) -> None:
         self._found: dict[float | None, tuple[Settings, Dataset, Unlabelled | None]] = {}
+        self._weights: dict[tuple[str, str], tuple[str, PlannedTeacher]] = {}
 
-    def add(self, settings: Settings, prepared: Prepared) -> None:
-        """Adds the images of a job; jobs of other rows with the same share have the same."""
+    def add(self, row: str, settings: Settings, prepared: Prepared) -> None:
+        """Adds the images and teachers of a job; jobs of other rows with the same share have the same images."""
         self._found.setdefault(settings.data.fraction, (settings, prepared.dataset, prepared.datamodule.unlabelled))
+        for plan in prepared.pool:
+            self._weights.setdefault((settings.teachers.weights_dir, plan.id), (row, plan))
 
-    def refuse_others(self, runs: Iterable[RunEntry]) -> None:
+    def obtain_weights(self) -> None:
+        """Finds or downloads the published weights of all teachers; trains none.
+
+        Raises:
+            UserError: At the first that cannot be had, naming the row.
+        """
+        for row, plan in self._weights.values():
+            try:
+                obtain_weights([plan])
+            except UserError as error:
+                raise UserError(f"row {row}: {error}") from None
+
+    def refuse_other_images(self, runs: Iterable[RunEntry]) -> None:
         """Refuses images that differ from those of existing runs.
 
         Unlabelled images that are the rest of a data set depend on the share, so they are compared within one only.
@@ -230,11 +256,11 @@ class StudyImages:
                 refuse_other_images(run.on_disk, settings, dataset, unlabelled if same else None)
 
 
-def _check_row(row: RowPlan, settings: Settings, images: StudyImages) -> dict[str, int]:
+def _check_row(row: RowPlan, settings: Settings, inputs: StudyInputs) -> dict[str, int]:
     """Checks a row as its run would, so that a refused row ends the study before any other trains; returns its cost."""
     try:
         prepared = check_job(settings)
-        images.add(settings, prepared)
+        inputs.add(row.name, settings, prepared)
         return training_cost(settings, prepared)
     except UserError as error:
         raise UserError(f"row {row.name}: {error}") from None

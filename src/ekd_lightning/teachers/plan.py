@@ -44,6 +44,7 @@ class PlannedTeacher:
         source: Where it comes from, see `TeacherIdentity`.
         obtain: Loads or trains it; returns the network, and details for `TeacherIdentity`.
         unknown: Classes of the data that it does not know; all classes for a teacher of features alone.
+        find_weights: Finds its published weights, or downloads them; None if it has none.
     """
 
     id: str
@@ -51,6 +52,7 @@ class PlannedTeacher:
     source: str
     obtain: Callable[[], tuple[StagedNetwork, dict[str, Any]]]
     unknown: frozenset[int] = frozenset()
+    find_weights: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from ekd_lightning.networks import (
     build_network,
     load_foreign,
     load_network,
-    load_zoo_teacher,
     normalization,
     read_spec,
     state_sha256,
@@ -42,6 +41,7 @@ from ekd_lightning.networks.library import (
 )
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
+from ekd_lightning.networks.zoo import find_zoo_file
 from ekd_lightning.progress import track
 from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
@@ -130,23 +130,25 @@ def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherDat
     if known.data != data.dataset.name:
         raise UserError(f"{key}={zoo_id}: this teacher was trained on {known.data}, but data.name={data.dataset.name}")
 
-    def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
+    def find() -> Path:
         folder = Path(settings.weights_dir)
         try:
-            network, entry = load_zoo_teacher(zoo_id, folder, settings.download)
+            return find_zoo_file(zoo_id, folder, settings.download)
         except UserError as error:
             if (folder / known.file).is_file():
                 raise
             advice = "set teachers.weights_dir to the folder with the file, or train teachers with teachers=trained"
             raise UserError(f"{error} ({advice})") from None
-        return network, {
+
+    def obtain() -> tuple[StagedNetwork, dict[str, Any]]:
+        return load_foreign(find(), known.spec, known.key_map), {
             "trained_on": "published",
-            "file": entry.file,
-            "file_sha256": entry.sha256,
-            "published_accuracy": entry.accuracy,
+            "file": known.file,
+            "file_sha256": known.sha256,
+            "published_accuracy": known.accuracy,
         }
 
-    return PlannedTeacher(zoo_id, known.spec, "zoo", obtain)
+    return PlannedTeacher(zoo_id, known.spec, "zoo", obtain, find_weights=find)
 
 
 def _plan_file(entry: TeacherEntry, key: str, data: TeacherData) -> PlannedTeacher:
@@ -266,4 +268,5 @@ def _plan_library(
         entry.source,
         lambda: (load(classes=classes), {"trained_on": "published", **detail}),
         frozenset(c for c, place in enumerate(classes or ()) if place == ABSENT),
+        partial(load, classes=classes) if found.path is None and entry.source != "module" else None,
     )
