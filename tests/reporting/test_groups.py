@@ -273,6 +273,39 @@ def test_figures_of_a_group_against_scipy():
     assert one.only("train_seconds") is None
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "ends"),
+    [
+        ("test_nll", [1.5, 2.5, 4.3], (0, None)),
+        ("test_nll_calibrated", [1.5, 2.5, 4.3], (0, None)),
+        ("test_ambiguity", [0.1, 0.2, 0.9], (0, None)),
+        ("test_teacher_kl", [0.1, 0.2, 0.9], (0, None)),
+        ("test_pairwise_js", [0.1, 0.2, 0.6], (0, np.log(2))),
+        ("test_brier", [0.1, 1.0, 1.9], (0, 2)),
+        ("test_ece", [0.05, 0.5, 0.9], (0, 1)),
+        ("test_adaptive_ece_calibrated", [0.05, 0.5, 0.9], (0, 1)),
+        ("test_overconfidence", [0.05, 0.5, 0.9], (0, 1)),
+        ("test_accuracy_ema", [0.1, 0.5, 0.9], (0, 1)),
+        ("corruption_mce", [0.1, 0.5, 0.9], (0, 1)),
+        ("test_q_statistic", [-0.9, 0.1, 0.9], (-1, 1)),
+        ("test_gain_over_mean_branch", [-0.9, 0.1, 0.9], (-1, 1)),
+        ("test_own_teacher_agreement_margin", [-0.9, 0.1, 0.9], (-1, 1)),
+        ("gap_accuracy", [-0.9, 0.1, 0.9], (-1, 1)),
+        ("gap_nll", [-3.0, 0.1, 3.0], (None, None)),
+        ("sharpness_sam", [-3.0, 0.1, 3.0], (None, None)),
+        ("train_seconds", [1.0, 2.0, 90.0], (0, None)),
+        ("latency_ms_batch1", [1.0, 2.0, 90.0], (0, None)),
+    ],
+)
+def test_intervals_are_cut_to_the_possible_range(key, values, ends):
+    runs = [entry(result(seed=seed) | {key: value}, f"{seed}") for seed, value in enumerate(values)]
+    (one,) = group(collection(*runs))
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    found = one.values(key)
+    assert found.low == pytest.approx(low if ends[0] is None else ends[0])
+    assert found.high == pytest.approx(high if ends[1] is None else ends[1])
+
+
 @pytest.mark.parametrize("key", ["nothing", "method", "test_branch_accuracy", "partial", "teacher"])
 def test_what_is_no_number_has_no_cell(key):
     (one,) = group(collection(entry(result())))

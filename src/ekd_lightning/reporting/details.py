@@ -18,7 +18,7 @@ import numpy as np
 
 from ekd_lightning.evaluation.diversity import Spread, spread_over_runs
 from ekd_lightning.files import DamagedFileError
-from ekd_lightning.reporting.estimates import NO_LIMITS, SHARE, Estimate, estimate
+from ekd_lightning.reporting.estimates import SHARE, Estimate, estimate, limits_of
 from ekd_lightning.reporting.groups import Group
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import ARRAYS
@@ -138,8 +138,8 @@ def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[
     for name in names:
         lines = [one[name] for one in read if name in one]
         epochs = thin(sorted({epoch for line in lines for epoch in line}))
-        limits = SHARE if name.endswith("accuracy") else NO_LIMITS
-        points = [(epoch, estimate((line[epoch] for line in lines if epoch in line), limits)) for epoch in epochs]
+        values = ((epoch, [line[epoch] for line in lines if epoch in line]) for epoch in epochs)
+        points = [(epoch, estimate(own, limits_of(name))) for epoch, own in values]
         if points:
             found[name] = [(epoch, one) for epoch, one in points if one is not None]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,16 @@ _EQUAL = 1e-6
 NO_LIMITS = (-math.inf, math.inf)
 SHARE = (0.0, 1.0)
 """Limits of a value: none, and those of accuracies and other shares."""
+_LIMITS = {
+    "gap_nll": NO_LIMITS,
+    "gap|gain|margin|q_statistic|error_correlation": (-1.0, 1.0),
+    "accuracy|agreement|disagreement|ece|mce|overconfidence|double_fault|hit_rate|cka|branch_variance": SHARE,
+    "brier": (0.0, 2.0),
+    "js": (0.0, math.log(2)),
+    "nll|kl|ambiguity|mutual_information|temperature": (0.0, math.inf),
+    "seconds|ms|throughput|memory|bytes|macs|parameters|images|steps|epochs": (0.0, math.inf),
+}
+"""Limits of the figures whose name has one of these words; the first that fits."""
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -83,6 +94,13 @@ def _quantile(freedom: int) -> float:
     from scipy import stats  # noqa: PLC0415 (slow)
 
     return float(stats.t.ppf(1 - SIGNIFICANCE / 2, freedom))
+
+
+@cache
+def limits_of(name: str) -> tuple[float, float]:
+    """Smallest and largest possible value of a field of the results or a column of metrics.csv, e.g. `test_nll`."""
+    fits = (limits for words, limits in _LIMITS.items() if re.search(f"(^|[_/])({words})([_/]|$)", name))
+    return next(fits, NO_LIMITS)
 
 
 def estimate(values: Iterable[float], limits: tuple[float, float] = NO_LIMITS) -> Estimate | None:

@@ -5,7 +5,6 @@ Nothing is averaged over groups; `blocks` says which of them may be compared.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ekd_lightning.reporting import setups
-from ekd_lightning.reporting.estimates import NO_LIMITS, SHARE, Difference, Estimate, corrected, estimate, minus
+from ekd_lightning.reporting.estimates import SHARE, Difference, Estimate, corrected, estimate, limits_of, minus
 from ekd_lightning.reporting.setups import taught_by
 from ekd_lightning.runs.collection import Collection, RunEntry
 from ekd_lightning.runs.protocol import Protocol
@@ -23,8 +22,6 @@ from ekd_lightning.runs.result import is_number
 
 FEW = 5
 """An interval over fewer runs comes with a warning."""
-_SHARES = re.compile(r"(?<!gap)(^|_)(accuracy|agreement|disagreement|ece|mce|double_fault|hit_rate)(_(?!cka|margin)|$)")
-"""Fields that are shares: their intervals stay within [0, 1]."""
 MEASURED = {
     "figures on corrupted images": (
         ("corruption_",),
@@ -115,7 +112,7 @@ class Group:
 
     def values(self, key: str, *index: int | str) -> Estimate | None:
         """A figure over the runs that have it; None if none has."""
-        return estimate(self.by_seed(key, *index).values(), SHARE if _SHARES.search(key) else NO_LIMITS)
+        return estimate(self.by_seed(key, *index).values(), limits_of(key))
 
     def mean(self, key: str) -> float | None:
         """Mean of a figure over the runs that have it; None if none has."""
