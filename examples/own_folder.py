@@ -4,6 +4,8 @@ import sys
 
 import ekd_lightning as ekd
 
+if len(sys.argv) == 1:
+    sys.exit(f"usage: {sys.argv[0]} FOLDER [EPOCHS] [KEY=VALUE ...]")
 run = ekd.distill(
     sys.argv[1],  # a folder: heron/0001.jpg, owl/0001.jpg, ...
     teachers=[{"train": "resnet14"}, {"train": "resnet20"}],

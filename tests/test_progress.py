@@ -35,6 +35,22 @@ def test_a_part_counts_within_what_it_is_a_part_of(done, inner, share):
     assert whole.share == share
 
 
+def test_parts_with_weights_count_by_them():
+    with session("test"), phase("test", 10, None) as whole:
+        with part("slow", 1, None, weight=8) as slow:
+            with part("half", 4, weight=0.5) as half:
+                half.advance()
+                assert (slow.share, whole.share) == (1 / 8, 1 / 10)
+            assert (slow.share, whole.share) == (1 / 2, 4 / 10)
+        assert whole.share == 8 / 10
+        with part("free", 2, weight=0) as free:
+            free.advance()
+            assert whole.share == 8 / 10
+        with part("quick", weight=2):
+            pass
+        assert whole.share == 1
+
+
 def test_without_a_total_the_share_is_that_of_the_part_or_unknown():
     whole = Task("whole")
     assert whole.share is None

@@ -39,13 +39,14 @@ class Task:
         part: The part that is running.
         active: Whether the task is running.
         begun: Share in [0, 1] finished by an earlier process, which does not count for the pace.
+        weight: Amount of the outer task's total that the task makes up as a part of it.
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str | None = "") -> None:
         self.name, self.total, self.unit, self.note = name, total, unit, ""
         self.count: Callable[[], float] | None = None
         self.part: Task | None = None
-        self.active, self.seconds, self.begun = False, 0.0, 0.0
+        self.active, self.seconds, self.begun, self.weight = False, 0.0, 0.0, 1.0
         self._done, self._since = 0.0, 0.0
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
@@ -64,7 +65,8 @@ class Task:
         """Finished share in [0, 1], including that of the running part; None if unknown."""
         part, total = self.part, self.total  # another thread may end the part meanwhile
         inner = part.share if part else None
-        return min(1.0, (self.done + (inner or 0.0)) / total) if total else inner
+        weighted = part.weight * (inner or 0.0) if part else 0.0
+        return min(1.0, (self.done + weighted) / total) if total else inner
 
     @property
     def elapsed(self) -> float:
@@ -233,9 +235,12 @@ def phase(name: str, total: float | None = None, unit: str | None = "") -> Itera
 
 
 @contextlib.contextmanager
-def part(name: str, total: float | None = None, unit: str | None = "") -> Iterator[Task]:
-    """Runs a part of the running task; see `Task`."""
+def part(
+    name: str, total: float | None = None, unit: str | None = "", *, weight: float | None = None
+) -> Iterator[Task]:
+    """Runs a part of the running task; see `Task`. With a weight, its end advances the outer task by it."""
     task = Task(name, total, unit)
+    task.weight = 1.0 if weight is None else weight
     if _session is None or not _session.stack:
         yield task
         return
@@ -248,6 +253,7 @@ def part(name: str, total: float | None = None, unit: str | None = "") -> Iterat
             yield task
     finally:
         outer.part = None
+        outer.advance(weight or 0.0)
 
 
 @contextlib.contextmanager

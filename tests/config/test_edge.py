@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from whole_runs import call_teach, call_train
 
 from ekd_lightning import errors
 from ekd_lightning.config import directory
@@ -51,6 +52,16 @@ def test_a_mistake_is_one_line(capsys, error, line):
         run_program("ekd-x", fail(error))
     assert stop.value.code == 2
     assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize("call", [call_train, call_teach])
+def test_a_declared_study_is_no_setting_of_a_run(call, tmp_path):
+    shown = call("--help", directory=tmp_path / "run").out
+    assert "\nmethod: " in shown
+    assert "\nstudy: " not in shown
+    refused = call("study=full", directory=tmp_path / "run")
+    assert refused.code == 2
+    assert "ekd-compare --study full" in refused.err
 
 
 def run_config(*words: str):

@@ -251,7 +251,7 @@ def test_data_and_bench_know_installed_packages(package, tmp_path, monkeypatch, 
     monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))
     module = package(tmp_path / "site", "scans_of_a_test", SCANS)
     data.main(["scans_of_a_plugin", "--root", str(tmp_path)])
-    assert "1437 for training" in capsys.readouterr().out
+    assert "1,437 for training" in capsys.readouterr().out
     errors._searched.clear()
     errors.loaded_plugins.clear()
     with pytest.raises(UserError, match="does not mix images"):  # before it prepares anything

@@ -18,7 +18,7 @@ def nothing_loaded(monkeypatch):
 def test_digits(capsys, tmp_path):
     main(["digits", "--root", str(tmp_path)])
     out = capsys.readouterr().out
-    for part in ("bundled with scikit-learn", "1437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
+    for part in ("bundled with scikit-learn", "1,437 for training, 360 for testing, 3×32×32", "10: 0, 1", "sha256"):
         assert part in out
     assert out.endswith(f"\nnext:\n  ekd-train data=digits data.root={tmp_path}\n")
     assert not list(tmp_path.iterdir())
@@ -63,4 +63,4 @@ def test_real_cifar(capsys, real_root):
     main(["cifar10", "--root", str(real_root)])
     out = capsys.readouterr().out
     assert str(real_root / "cifar-10-batches-bin") in out
-    assert "50000 for training, 10000 for testing" in out
+    assert "50,000 for training, 10,000 for testing" in out

@@ -14,6 +14,7 @@ from ekd_lightning.networks import BranchedStudent, NetworkSpec, normalization
 from ekd_lightning.pipeline import evaluation
 from ekd_lightning.pipeline.context import EvaluationContext, Findings, merge
 from ekd_lightning.pipeline.evaluation import PARTS, evaluate_finished_run, evaluate_new_run
+from ekd_lightning.progress import session
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.result import Result
 from ekd_lightning.runs.writer import RunWriter
@@ -125,6 +126,25 @@ def test_parts_are_added_to_a_finished_run_once(finished, parts):
     assert found.items() >= {**RESULT, "ms": 2.0, "a": 1}.items()
     assert found["evaluated"] == ["predictions", "efficiency"]
     assert finished.arrays().keys() == {"x", "y"}
+
+
+def test_the_time_left_is_that_of_parts_to_be_run_by_their_usual_times(finished, monkeypatch):
+    names, shares = list(EVALUATION_PARTS), {}
+
+    def looked_at(name):
+        shares[name] = shown.at_work.share
+        return Findings({})
+
+    made = {name: lambda _, name=name: looked_at(name) for name in names}
+    monkeypatch.setattr(evaluation, "PARTS", made)
+    with session() as shown:
+        evaluate_finished_run(context(), finished, names[:2])
+        shares.clear()
+        shown.renew()
+        evaluate_finished_run(context(result=read(finished)), finished, names)
+        assert shown.phases["evaluation"].share == 1
+    assert list(shares) == names[2:]  # flatness, corruptions and efficiency: nothing is done, then 70 and 200 of 204
+    assert list(shares.values()) == [0, 70 / 204, 200 / 204]
 
 
 def test_by_force_a_part_replaces_what_it_wrote_and_nothing_else(finished, parts):

@@ -97,7 +97,7 @@ def describe(dataset: Dataset) -> str:
     return "\n".join(
         [
             f"{dataset.name}: {dataset.source}",
-            f"  images   {len(dataset.train)} for training, {len(dataset.test)} for testing, 3×{height}×{width}",
+            f"  images   {len(dataset.train):,} for training, {len(dataset.test):,} for testing, 3×{height}×{width}",
             f"  classes  {dataset.num_classes}: {', '.join(dataset.class_names[:10])}"
             + (", ..." if dataset.num_classes > 10 else ""),
             f"  sha256   train {dataset.train.sha256}",

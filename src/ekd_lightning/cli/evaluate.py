@@ -171,8 +171,7 @@ def _evaluate(
         raise UserError(f"{directory}: the run used part of the data only (a debugging run); it cannot be evaluated")
     with phase("data"):
         context = open_context(run, settings, device)
-    with phase("evaluation", len(parts), None):
-        outcome = evaluate_finished_run(context, run, parts, force=force)
+    outcome = evaluate_finished_run(context, run, parts, force=force)
     if outcome.done:
         log_evaluation_run(
             settings.logger,

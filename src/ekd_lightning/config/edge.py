@@ -113,6 +113,10 @@ def run_program(program: str, body: Callable[[], object]) -> None:
     if "install=bash" in sys.argv[1:] and sys.stdout.isatty():  # a shell that evaluates the output needs no comment
         print(f"# completion for {program} in this shell (for every shell, add the line to ~/.bashrc):")
         print(f'#   eval "$({sys.argv[0]} -sc install=bash)"')
+    if not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+        from ekd_lightning.config import internals  # noqa: PLC0415 (a plain run needs none of it)
+
+        internals.hide_from_help("study")  # declared studies, for ekd-compare --study
     with one_line(program), _started_here(), _shown(), users_files_first(sys.argv[1:]):
         body()
 
@@ -303,6 +307,8 @@ def config_error(error: Exception) -> str:
     kept = [line for line in lines if not line.startswith(("object_type=", "reference_type=", "To append"))]
     key = next((line.removeprefix("full_key: ") for line in kept if line.startswith("full_key: ")), None)
     telling = [line for line in dict.fromkeys(kept) if not line.startswith("full_key: ")]
+    if telling[0].startswith("Could not override 'study'"):
+        return "study=...: not a setting of a run; declared studies: ekd-compare --study full --output FOLDER"
     if isinstance(error, OverrideParseException):
         return f"cannot read the override {error.override!r}: {telling[0]}"
     text = "; ".join(telling[:2])

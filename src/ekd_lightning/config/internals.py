@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from hydra._internal.callbacks import Callbacks
@@ -101,6 +101,16 @@ def keys_set_by(config: str, section: str) -> set[str]:
         if name and name != "_self_":
             found |= keys_set_by(f"{group}/{name}", section)
     return found
+
+
+def hide_from_help(group: str) -> None:
+    """Leaves a configuration group, which no command line can choose, out of `--help`."""
+    shown = Hydra.format_config_groups
+
+    def others(self: Hydra, predicate: Callable[[str], bool], compact: bool = True) -> str:
+        return shown(self, lambda name: name != group and predicate(name), compact)
+
+    Hydra.format_config_groups = others
 
 
 def option_names() -> list[str]:

@@ -200,8 +200,7 @@ def _evaluate(
     student = load_student(record.student).to(device)  # from the file, as later evaluations do
     gather = None if teachers is None else lambda: teachers
     context = EvaluationContext(settings, result, student, prepared.dataset, prepared.subset, device, gather)
-    with progress.phase("evaluation", len(settings.evaluation.parts), None):
-        return evaluate_new_run(context, record)
+    return evaluate_new_run(context, record)
 
 
 def _passes(settings: Settings, prepared: Prepared) -> int:
@@ -214,12 +213,14 @@ def _expect(settings: Settings, prepared: Prepared) -> None:
     """Announces the work of the phases, in images through a network; in a training step each counts three times."""
     data, tested = prepared.datamodule, len(prepared.dataset.test)
     corrupted = 75 * min(2000, tested) if "corruptions" in settings.evaluation.parts else 0
+    moved = 7 * min(5000, data.num_train_images) + 100 * min(1000, data.num_train_images)  # for sharpness and curves
+    moved = moved if "flatness" in settings.evaluation.parts else 0
     trained = data.num_train_images if "generalisation" in settings.evaluation.parts else 0
     predicted = tested + data.num_val_images if settings.evaluation.parts else 0
     progress.expect(
         training=settings.recipe.epochs * (3 * data.num_train_images + data.num_val_images),
         test=_passes(settings, prepared) * tested,
-        evaluation=predicted + trained + corrupted,
+        evaluation=predicted + trained + moved + corrupted,
     )
 
 

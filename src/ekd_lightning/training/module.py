@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -82,10 +81,7 @@ class TrainingModule(pl.LightningModule):
         super().__init__()
         self._memory_format = memory_format(student, channels_last)
         if channels_last and self._memory_format is not torch.channels_last:
-            warnings.warn(
-                "channels_last=true has no effect: torch's CPU kernels fail on narrow strided 1×1 convolutions",
-                stacklevel=3,
-            )
+            log.debug("channels_last=true has no effect: torch's CPU kernels fail on narrow strided 1×1 convolutions")
         self.student = in_memory_format(student, self._memory_format)
         self.method = method
         self.ema = WeightAverage(self.student, recipe.ema) if recipe.ema else None
