@@ -14,6 +14,7 @@ from made_runs import entry, result
 from rich.console import Console
 from scipy import stats
 
+from ekd_lightning.config import edge
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.reporting import tables
@@ -152,11 +153,36 @@ def test_all_forms_of_the_table_say_the_same():
     line = next(line for line in page(runs).splitlines() if line.startswith("| `kd_mean`"))
     assert "75.25 ± 0.50" in line
     assert "12.3 M" in line
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(tables.terminal_table("digits", study_rows(block(runs))))
-    assert "75.25 ± 0.50" in console.export_text()
     heads = [line.count(" | ") for line in page(runs).splitlines() if line.startswith("| ")]
     assert len(set(heads)) == 1
+
+
+def test_in_a_pipe_a_row_is_a_line_with_its_whole_error(capsys):
+    runs, error = study(), "no such stage " * 30 + "[x]"
+    runs["ekd"][2] = run("ekd", 2, None, state="failed", error=error)
+    found = study_rows(block(runs))
+    edge.print_wide(tables.printed_table("digits", found, narrow=edge.on_terminal()))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    title, heads, _, *told = filter(None, lines)
+    assert (title, len(told)) == ("digits", len(found))
+    expected_heads, expected = tables.texts(found, tables.STUDY)
+    for line, cells in zip([heads, *told], [expected_heads, *expected], strict=True):
+        assert all(cell in line for cell in cells)
+    assert sum(error in line for line in told) == 1
+
+
+def test_on_a_terminal_intervals_stay_whole_and_an_error_is_short():
+    runs = study()
+    runs["ekd"][2] = run("ekd", 2, None, state="failed", error="no such stage " * 30)
+    console = Console(width=160, file=io.StringIO())
+    console.print(tables.printed_table("digits", study_rows(block(runs)), narrow=True))
+    told = console.file.getvalue()
+    whole = re.findall(r"\[.*?\]", page(runs).partition("| `")[2])
+    assert whole
+    assert all(interval in told for interval in whole)
+    assert told.count("no such") < 5
+    assert "…" in told
 
 
 def test_one_seed_says_not_enough_runs():

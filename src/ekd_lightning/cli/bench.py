@@ -37,7 +37,6 @@ GPU_PARTS = "acip"
 """The default parts on a GPU: they fit into a few minutes, most of which go into compiling."""
 _COUNTS = {"rounds": 3, "plain_steps": 30, "epochs": 1, "sweep_epochs": 3, "folder_images": 1000}
 """Options that are counts, with their defaults."""
-_WIDTH = 120  # of tables, if standard output is no terminal
 EXAMPLES = """\
 examples:
   ekd-bench                                                    bundled digits, all parts, some minutes
@@ -125,7 +124,7 @@ def _measure(args: argparse.Namespace) -> str:
             found[key] = measure(key, context, found)
         found["seconds"][key] = time.perf_counter() - start
         heads = ("what", "median", "min", "max", "ratio")
-        print_table(f"({key}) {PARTS[key]}", heads, _rows("", found[key]), left=("what",), width=_WIDTH)
+        print_table(f"({key}) {PARTS[key]}", heads, _rows("", found[key]), left=("what",))
         print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)

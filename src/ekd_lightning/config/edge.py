@@ -32,6 +32,7 @@ OFF_SCREEN = {"off_screen": True}
 """`extra` of a log line that goes to the log file only, because the screen shows its content in another way."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # of shells, for a program that Ctrl-C has ended
+_ANY_WIDTH = 100_000  # of lines in a pipe or file, where nothing is folded
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -316,12 +317,7 @@ def config_error(error: Exception) -> str:
 
 
 def print_table(
-    title: str,
-    heads: Sequence[str],
-    rows: Iterable[Sequence[RenderableType]],
-    *,
-    left: Collection[str] = (),
-    width: int = 160,
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, left: Collection[str] = ()
 ) -> None:
     """Prints a table on standard output.
 
@@ -330,27 +326,34 @@ def print_table(
         heads: Names of the columns.
         rows: Cells of each row.
         left: Left-aligned columns, for texts; the others hold numbers.
-        width: Characters of a line, if standard output is no terminal.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         table.add_column(head, justify="left" if head in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = _console(width)
+    console = _console()
     if console.measure(table, options=console.options.update_width(1000)).maximum > console.width:
         for column in table.columns:  # numbers stay whole and their heads break between words
             if column.justify == "right":
                 column.max_width = max(map(len, [*str(column.header).split(), *map(str, column.cells)]))
-    console.print(table)
+    print_wide(table)
 
 
-def print_wide(*parts: RenderableType, width: int = 160) -> None:
-    """Prints tables and texts on standard output, `width` characters wide if it is no terminal."""
+def print_wide(*parts: RenderableType) -> None:
+    """Prints tables and texts on standard output; unless it is a terminal, each row is one line of any length."""
+    console = _console()
     for part in parts:
-        _console(width).print(part)
+        with contextlib.nullcontext() if console.is_terminal else console.capture() as printed:
+            console.print(part)
+        if printed:
+            print(*(line.rstrip() for line in printed.get().splitlines()), sep="\n")
 
 
-def _console(width: int) -> Console:
-    console = Console(file=sys.stdout, highlight=False)
-    return console if console.is_terminal else Console(file=sys.stdout, width=width, highlight=False)
+def on_terminal() -> bool:
+    """Whether standard output is a terminal, whose lines have a width."""
+    return Console(file=sys.stdout).is_terminal
+
+
+def _console() -> Console:
+    return Console(file=sys.stdout, highlight=False, width=None if on_terminal() else _ANY_WIDTH)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -52,6 +55,9 @@ MEANS = (
     "latency_ms_batch1",
 )
 """Fields of which a record gives the mean over runs."""
+
+
+_SHORT = 60  # characters of a problem on a terminal; comparison.md has all of it
 
 
 @dataclass(frozen=True)
@@ -207,18 +213,35 @@ def full_names(found: Sequence[Row]) -> dict[str, str]:
     return {one.label: one.setting for one in groups if one.label != ", ".join(filter(None, [one.method, one.setting]))}
 
 
-def terminal_table(title: str, found: Sequence[Row]) -> Table:
-    """Rows of a study's block for the terminal, with problems in red in the last column."""
+def printed_table(title: str, found: Sequence[Row], *, narrow: bool) -> Table:
+    """Rows of a study's block, with problems in red in the last column.
+
+    Args:
+        title: Title above the table.
+        found: From `rows`, at least one.
+        narrow: Whether lines have a width: then intervals have lines of their own, and long problems are shortened.
+    """
     heads, lines = texts(found, STUDY)
     note = correction(row.group for row in found)
     caption = Text(note) if note else None
-    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left", show_lines=True)
+    table = Table(
+        title=Text(title), title_justify="left", caption=caption, caption_justify="left", show_lines=narrow,
+        box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
     for head in heads:
         left, first = head in ("setting", "teacher", "not done"), head == "setting"
-        table.add_column(Text(head), justify="left" if left else "right", overflow="fold", no_wrap=first)
+        table.add_column(_broken(head, narrow), justify="left" if left else "right", overflow="fold", no_wrap=first)
+    table.columns[-1].max_width = _SHORT // 4 if narrow else None
     for row, (label, *cells, wrong) in zip(found, lines, strict=True):
-        table.add_row(*map(Text, (f"{label}{_mark(row, note)}", *cells)), Text(wrong, style="red"))
+        own = (_broken(cell, narrow) for cell in cells)
+        told = textwrap.shorten(wrong, _SHORT, placeholder=" …") if narrow else wrong
+        table.add_row(Text(f"{label}{_mark(row, note)}"), *own, Text(told, style="red"))
     return table
+
+
+def _broken(cell: str, narrow: bool) -> Text:
+    """A cell; if lines have a width, its interval and its p value start new lines."""
+    return Text(re.sub(r" (?=[\[(])|(?<=\]), ", "\n", cell) if narrow else cell)
 
 
 def record(row: Row) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from ekd_lightning.studies.storage import open_study
 
 _TRIALS_STREAM = 11  # its own domain, apart from order, views, subsets and epochs
 _SHOWN_TRIALS = 10
-_WIDTH = 120  # of tables, if standard output is no terminal
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
@@ -242,7 +241,7 @@ def write_outcome(output: Path, study: Search, facts: dict[str, Any]) -> None:
         return
     error = standard_error(found.value, facts["validation_images"])
     content = {"method": facts["method"], **asdict(found), "standard_error": error, **facts}
-    write_yaml(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=_WIDTH))
+    write_yaml(output / f"{facts['method']}.yaml", yaml.safe_dump(content, sort_keys=False, width=120))
 
 
 def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequence[str]) -> None:
@@ -269,7 +268,7 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
         for trial in ranking(study)[:_SHOWN_TRIALS]
     )
     title = f"{facts['method']}: the best of {found.trials} trials"
-    print_table(title, ("trial", "validation %", "settings"), rows, left=("settings",), width=_WIDTH)
+    print_table(title, ("trial", "validation %", "settings"), rows, left=("settings",))
     images = facts["validation_images"]
     error = 100 * standard_error(found.value, images)
     if found.default_value is None:
