@@ -163,6 +163,8 @@ def test_unknown_kind_and_impossible_counts():
 def test_warnings_for_idle_teachers_and_for_a_permutation_of_one():
     with pytest.warns(UserWarning, match=r"4 teachers for 2 branches, so teachers \[2, 3\]"):
         make_assignment("one_to_one", 2, 4)
+    with pytest.warns(UserWarning, match="2 teachers for 1 branch, so"):
+        make_assignment("one_to_one", 1, 2)
     with pytest.warns(UserWarning, match="equals one_to_one"):
         A = make_assignment("permuted", 3, 1)
     assert torch.equal(A, torch.ones(3, 1))

@@ -51,6 +51,24 @@ def test_every_figure_says_n(written):
     assert all(re.search(r"n = \d", line) for line in captions)
 
 
+def test_every_caption_names_what_its_figure_shows(written):
+    folder, _ = written
+    captions = re.findall(r"!\[(.*)\]\((.*)\.svg\)", (folder / "figures.md").read_text())
+    subjects = {
+        "accuracy_by_fraction": "Test accuracy by the share of training images.",
+        "teachers_branches": "Test accuracy by numbers of teachers and branches,",
+        "accuracy_cost": "Test accuracy against multiply-accumulates and parameters.",
+        "differences": "Mean difference in test accuracy,",
+        "branches": "Test accuracy of each branch,",
+        "learning_curves": "Accuracy on the validation images by epoch.",
+        "reliability": "Accuracy against confidence",
+        "corruptions": "Accuracy, NLL and ECE by severity,",
+        "similarity": "Linear CKA",
+    }
+    assert {name.split("-")[0] for _, name in captions} == set(subjects)
+    assert all(f". {subjects[name.split('-')[0]]}" in f". {caption}" for caption, name in captions)
+
+
 def test_nothing_is_loaded_from_elsewhere(written):
     for path in written[1]:
         if path.suffix == ".svg":

@@ -158,6 +158,15 @@ def themes():
     return found
 
 
+def test_the_answer_of_a_single_run_has_no_empty_half(tmp_path):
+    pytest.importorskip("plotly")
+    write_run(tmp_path / "one", result("ekd"))
+    made = page.page(make_report(collect([tmp_path])))
+    _, _, beside = made.partition('<div class="beside">')
+    assert re.match(r"\s*<div><details open><summary>Cost, choices and caveats</summary>", beside)
+    assert "1 run (1 done), 1 setting with results" in made
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_can_be_read_in_both_themes(theme):
     colours = themes()[theme]

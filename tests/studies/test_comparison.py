@@ -175,9 +175,9 @@ def test_in_a_pipe_a_row_is_a_line_with_its_whole_error(capsys):
 def test_on_a_terminal_intervals_stay_whole_and_an_error_is_short():
     runs = study()
     runs["ekd"][2] = run("ekd", 2, None, state="failed", error="no such stage " * 30)
-    console = Console(width=160, file=io.StringIO())
-    console.print(tables.printed_table("digits", study_rows(block(runs)), narrow=True))
-    told = console.file.getvalue()
+    printed = io.StringIO()
+    Console(width=160, file=printed).print(tables.printed_table("digits", study_rows(block(runs)), narrow=True))
+    told = printed.getvalue()
     whole = re.findall(r"\[.*?\]", page(runs).partition("| `")[2])
     assert whole
     assert all(interval in told for interval in whole)

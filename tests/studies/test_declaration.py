@@ -188,7 +188,8 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     planned = {tmp_path / data: (replace(study, data=data), [job]) for data in ("digits", "cifar10")}
     with caplog.at_level(logging.INFO):
         cost.log_cost(planned, composed)
-    assert [line.rpartition(", ")[2] for line in caplog.messages[-4:-1]] == ["about 1 h", "about 10 h", "about 11 h"]
+    told = [line.rpartition(", ")[2] for line in caplog.messages[-4:-1]]
+    assert told == ["about 1 h 00 min", "about 10 h 00 min", "about 11 h 00 min"]
 
 
 def test_what_the_test_set_chose_it_cannot_confirm(tmp_path: Path) -> None:

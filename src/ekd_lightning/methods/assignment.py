@@ -214,8 +214,8 @@ def make_assignment(kind: AssignmentSpec, num_branches: int, num_teachers: int) 
     idle = sorted(set(range(M)) - set(teachers_K.tolist()))
     if idle:
         warnings.warn(
-            f"assignment={kind}: {M} teachers for {K} branches, so teachers {idle} (counted from 0)"
-            " teach no branch; they still count in the mean of the teachers",
+            f"assignment={kind}: {M} teachers for {K} {'branch' if K == 1 else 'branches'}, so teachers {idle}"
+            " (counted from 0) teach no branch; they still count in the mean of the teachers",
             stacklevel=2,
         )
     return torch.eye(M)[teachers_K]

@@ -41,7 +41,8 @@ def by_fraction(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]
             _fraction_panel(panel, own, styles)
         shown = [accuracy(group) for line in lines.values() for group in line]
         data = blocks[0].data
-        yield fs.captioned("accuracy_by_fraction", f"{data}-{position + 1}", figure, data, fs.band_text(shown))
+        text = f"Test accuracy by the share of training images. {fs.band_text(shown)}"
+        yield fs.captioned("accuracy_by_fraction", f"{data}-{position + 1}", figure, data, text)
 
 
 def _fraction_panel(axes: Axes, lines: Mapping[str, Sequence[Group]], styles: LineStyles) -> None:
@@ -74,7 +75,7 @@ def by_cost(report: Report, styles: LineStyles) -> Iterator[CaptionedFigure]:
                 _prefix_points(panel, prefixes(group), key, styles(group.label)["color"])
             fs.limit_accuracy(panel, [*shown, *(point.accuracy for group in cut for point in prefixes(group))])
         fs.key(figure, axes)
-        text = fs.band_text(shown, "interval")
+        text = f"Test accuracy against multiply-accumulates and parameters. {fs.band_text(shown, 'interval')}"
         if any(len(_front(groups, key)) > 1 for key in ("macs", "num_parameters")):
             text += " Dashed: Pareto front of the means."
         if cut:
@@ -184,7 +185,7 @@ def difference_figure(
     alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
     few = f" Too few runs: {', '.join(alone)}." if alone else ""
     numbers = [d.n for one in sure.values() for d in one.values()]
-    text = f"Mean difference paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
+    text = f"Mean difference in test accuracy, paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
     return fs.captioned("differences", key, figure, title, text)
 
 

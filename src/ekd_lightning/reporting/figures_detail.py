@@ -42,7 +42,8 @@ def by_counts(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure
         for panel, (name, cells) in zip(axes, found.items(), strict=True):
             _grid_panel(panel, name, cells)
         numbers = [accuracy(group) for cells in found.values() for group in cells.values()]
-        text = f"Test accuracy, mean and 95 % interval over seeds, {fs.counts(numbers)}."
+        what = "Test accuracy by numbers of teachers and branches"
+        text = f"{what}, mean and 95 % interval over seeds, {fs.counts(numbers)}."
         yield fs.captioned("teachers_branches", block.key, figure, block.title, text)
 
 
@@ -80,7 +81,8 @@ def branches(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]
         drawn = [one for group in shown for one in _parts(group)]
         fs.limit_accuracy(axes, drawn, "x")
         fs.key(figure, [axes])
-        text = fs.band_text(drawn, "interval") + _rest(groups, shown)
+        what = "Test accuracy of each branch, of their ensemble, and if any right branch counts."
+        text = f"{what} {fs.band_text(drawn, 'interval')}{_rest(groups, shown)}"
         yield fs.captioned("branches", block.key, figure, block.title, text)
 
 
@@ -127,7 +129,8 @@ def learning_curves(report: Report, styles: fs.LineStyles) -> Iterator[Captioned
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             fs.limit_accuracy(panel, [one for group in part for _, one in found[group.label]])
             fs.legend_above(panel)
-        text = fs.band_text(found[group.label][-1][1] for group in groups)
+        band = fs.band_text(found[group.label][-1][1] for group in groups)
+        text = f"Accuracy on the validation images by epoch. {band}"
         yield fs.captioned("learning_curves", block.key, figure, block.title, text)
 
 
@@ -146,7 +149,8 @@ def reliability_diagrams(report: Report, styles: fs.LineStyles) -> Iterator[Capt
         numbers = [len(arrays[group.label]) for group in shown]
         bars = "; bars: 95 % intervals over seeds" if max(numbers) >= ENOUGH else ""
         text = (
-            f"15 bins of confidence, {fs.counts(numbers)}{bars}. Larger marks hold more images.{_rest(groups, shown)}"
+            f"Accuracy against confidence in 15 bins, {fs.counts(numbers)}{bars}. Larger marks hold more images."
+            f"{_rest(groups, shown)}"
         )
         yield fs.captioned("reliability", block.key, figure, block.title, text)
 
@@ -202,8 +206,9 @@ def corruption_curves(report: Report, styles: fs.LineStyles) -> Iterator[Caption
                 panel.set(xlabel="severity (0: clean)", ylabel=title)
             fs.key(figure, axes)
             band = fs.band_text([group.per_item(_SEVERITIES)[0] for group in shown])
+            text = f"Accuracy, NLL and ECE by severity, means over corruptions. {band}{_rest(groups, shown)}"
             key = block.key + (f"-way{number + 1}" if number else "")
-            yield fs.captioned("corruptions", key, figure, f"{block.title}, {corruptions}", band + _rest(groups, shown))
+            yield fs.captioned("corruptions", key, figure, f"{block.title}, {corruptions}", text)
 
 
 def similarity(report: Report, styles: fs.LineStyles) -> Iterator[CaptionedFigure]:

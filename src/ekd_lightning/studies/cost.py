@@ -1,4 +1,4 @@
-"""Cost of a study's runs: images, multiply-accumulates, and hours on this machine."""
+"""Cost of a study's runs: images, multiply-accumulates, and time on this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ekd_lightning.config.config import to_settings
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import readable
 from ekd_lightning.reporting.details import read_curves
 from ekd_lightning.reporting.estimates import plural
 from ekd_lightning.reporting.report import kind_of_machine
@@ -58,9 +59,9 @@ def remaining_cost(run: RunEntry, settings: Settings, cost: Mapping[str, int]) -
 
 
 def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Composer) -> None:
-    """Logs the number of runs, training images and hours that the jobs of several studies need on this machine.
+    """Logs the number of runs, training images and the time that the jobs of several studies need on this machine.
 
-    Hours are estimated from finished runs of the studies that were made on this kind of machine; without any, a second
+    Times are estimated from finished runs of the studies that were made on this kind of machine; without any, a second
     of a student's training is timed.
     """
     jobs = {place.name: own for place, (_, own) in planned.items() if own}
@@ -84,8 +85,8 @@ def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
             costs.append((place.name, len(own), sum(job.images for job in own), seconds_of(own, pace, speed)))
     whole = (sum(one[1] for one in costs), sum(one[2] for one in costs), sum(one[3] for one in costs))
     for name, count, images, seconds in (*costs, ("in all", *whole)):
-        log.info("%s: %s, %s training images, about %.3g h", name, plural(count, "run"), f"{images:,}", seconds / 3600)
-    log.info("hours are for one run at a time on %s, estimated from %s", here, source)
+        log.info("%s: %s, %s training images, about %s", name, plural(count, "run"), f"{images:,}", readable(seconds))
+    log.info("times are for one run at a time on %s, estimated from %s", here, source)
 
 
 def recorded_pace(done: Iterable[RunEntry]) -> tuple[dict[str, float], float]:
