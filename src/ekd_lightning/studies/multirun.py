@@ -187,8 +187,10 @@ def interrupted_sweep() -> str | None:
         return None
     folder, stack, queued = _open.pop()
     sweep = found_sweep(folder)
-    stop_local_queue(folder)
-    stack.close()
+    try:
+        stop_local_queue(folder)
+    finally:  # of a second interrupt, too
+        stack.close()
     return stopped(sweep, queued=queued)
 
 

@@ -1,7 +1,7 @@
 """Jobs of a sweep that share one GPU: NVIDIA's multi-process service (MPS), for as long as they run.
 
-Processes take turns on a GPU, and a small student leaves most of it idle in its turn. With the service their kernels
-run side by side; docs/results/speed_gpu.md holds the rates of 1 to 8 runs with and without it.
+Processes take turns on a GPU, and a small student leaves most of it idle during its turn. With the service their
+kernels run side by side; docs/results/speed_gpu.md holds the rates of 1 to 8 runs with and without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAUNCHER = "shared_gpu"
 """The launcher whose jobs share GPUs."""
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPE, _LOG = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_DEFAULT_PIPE = Path("/tmp/nvidia-mps")  # where CUDA looks for a service of the machine
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 _SECONDS = 20.0  # for the service to start or end
 
 
@@ -40,14 +40,24 @@ def shared_gpus(config: DictConfig) -> Iterator[None]:
     with mps_service() as problem:
         if problem:
             log.warning("hydra/launcher=%s: %s, so the jobs take turns on the GPU", LAUNCHER, problem)
-        yield
+        try:
+            yield
+        finally:
+            _end_workers()
+
+
+def _end_workers() -> None:
+    """Ends the launcher's idle workers, which would hold the GPU for minutes, and serve a later sweep without MPS."""
+    from joblib.externals.loky import get_reusable_executor  # noqa: PLC0415 (an extra)
+
+    get_reusable_executor().shutdown(wait=True)
 
 
 @contextlib.contextmanager
 def mps_service() -> Iterator[str | None]:
     """Runs a service of its own, which processes that are started within the block use.
 
-    A service that serves this machine or this process already is used as it is. No setting of a GPU is changed.
+    A service that answers already is used as it is. No setting of a GPU is changed.
 
     Yields:
         Why there is no service; None if there is one.
@@ -56,26 +66,37 @@ def mps_service() -> Iterator[str | None]:
     if control is None:
         yield f"{_CONTROL} is not installed"
         return
-    if _PIPE in os.environ or _DEFAULT_PIPE.exists():
+    if _problem_of(os.environ, control, text="get_server_list\n") is None:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="ekd-mps-", ignore_cleanup_errors=True) as folder:
         own = {_PIPE: f"{folder}/pipe", _LOG: f"{folder}/log"}
         for path in own.values():
             Path(path).mkdir()
-        if problem := _said({**os.environ, **own}, control, "-d"):
-            yield problem
-            return
-        os.environ.update(own)
+        service = {**os.environ, **own}
+        before = {name: os.environ.get(name) for name in (*own, _DEVICES)}
         try:
-            yield None
+            problem = _problem_of(service, control, "-d")
+            if problem is None:
+                os.environ.update(own)
+                os.environ.update(_devices_of_clients())
+            yield problem
         finally:
-            _said(os.environ, control, text="quit -t 5\n")  # idle workers of the launcher still hold the GPU
-            for name in own:
+            for name, value in before.items():
                 os.environ.pop(name, None)
+                os.environ.update({} if value is None else {name: value})
+            _problem_of(service, control, text="quit -t 5\n")
 
 
-def _said(environment: Mapping[str, str], *command: str, text: str | None = None) -> str | None:
+def _devices_of_clients() -> dict[str, str]:
+    """Returns the variable that chooses devices as clients need it: they count the devices of the service from 0."""
+    chosen = os.environ.get(_DEVICES)
+    if not chosen or "GPU-" in chosen:
+        return {}
+    return {_DEVICES: ",".join(map(str, range(len(chosen.split(",")))))}
+
+
+def _problem_of(environment: Mapping[str, str], *command: str, text: str | None = None) -> str | None:
     """Runs a command; returns what went wrong, in one line, or None."""
     try:
         done = subprocess.run(
