@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import sys
 import weakref
 
 import pytest
 
 from ekd_lightning import progress
-from ekd_lightning.progress import Session, Task, part, phase, session, status_line, track
+from ekd_lightning.progress import Session, Task, importing, part, phase, session, status_line, track
 
 
 @pytest.fixture
@@ -212,3 +215,32 @@ def test_a_part_may_end_while_it_is_looked_at():
         inner.advance()
         task.part = inner
         assert look(task) in (0.5, "inner 1 of 2")
+
+
+class Cycle:
+    """An object that only the garbage collector can free."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("imported", [True, False])
+def test_the_garbage_collector_rests_during_imports(monkeypatch, collects, imported):
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        lost = weakref.ref(Cycle())
+        frozen = gc.get_freeze_count()
+        with contextlib.suppress(KeyError), importing("packages"):
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == collects
+        assert (gc.get_freeze_count() > frozen) == (collects and not imported)
+    finally:
+        gc.unfreeze()
+        (gc.enable if before else gc.disable)()
+    gc.collect()
+    assert lost() is None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from ekd_lightning.data.loader import Batch
@@ -20,7 +21,7 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.methods import TermContext, build_method
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, load_student, normalization
 from ekd_lightning.pipeline.prepare import prepare
-from ekd_lightning.pipeline.run import run
+from ekd_lightning.pipeline.run import make_distiller, run
 from ekd_lightning.settings import RecipeSettings
 from ekd_lightning.training.distiller import Distiller
 from ekd_lightning.training.module import has_fragile_convolution
@@ -283,3 +284,16 @@ def test_convolutions_that_torch_fails_on_are_kept_out_of_channels_last():
         assert has_fragile_convolution(torch.nn.Sequential(shortcut))
     for fine in (torch.nn.Conv2d(16, 32, 1, stride=2), torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(4, 8, 3, 2)):
         assert not has_fragile_convolution(torch.nn.Sequential(fine))
+
+
+@pytest.mark.parametrize(("strategy", "place"), [(SingleDeviceStrategy("cpu"), "cpu"), (DDPStrategy(), "meta")])
+def test_only_a_process_that_trains_alone_logs_from_the_host(tiny_settings, monkeypatch, strategy, place):
+    """A process group, even of one process, reduces tensors where they are; that of NCCL has none for the host."""
+    prepared = prepare(tiny_settings("method=ce"), "cpu")
+    module = make_distiller(tiny_settings("method=ce"), prepared, None)
+    module._trainer = SimpleNamespace(strategy=strategy)
+    logged = {}
+    monkeypatch.setattr(module, "log", lambda name, value, sync_dist: logged.update({name: (value, sync_dist)}))
+    module._log("loss", torch.zeros((), dtype=torch.float64, device=place))
+    value, synchronised = logged["loss"]
+    assert (value.device.type, value.dtype == torch.float32, synchronised) == (place, place == "cpu", True)

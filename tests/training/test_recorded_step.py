@@ -332,6 +332,8 @@ def test_a_teacher_whose_answers_are_no_numbers_is_named(
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+SAME = {"bss": 2, "fsp": 2, "rkd": 2}
+"""Methods whose losses magnify the last bit of a weight, and the number of their steps that are compared."""
 ON_GPU = ("recipe.epochs=4", "trainer.precision=32-true", "teachers.precision=float32")
 
 
@@ -340,7 +342,7 @@ def on_gpu(tiny_settings, tmp_path, monkeypatch):
     """`on_gpu(method, *words)` trains in eager steps, in static steps and as graphs, and compares the three.
 
     Graphs repeat the static steps bit for bit. Eager steps round otherwise, e.g. learning rates, and differences grow
-    from step to step, so that their first losses are compared.
+    from step to step, so that only their first losses are compared.
     """
 
     def compare(method: str, *words: str, callbacks=()) -> None:
@@ -352,13 +354,15 @@ def on_gpu(tiny_settings, tmp_path, monkeypatch):
         graph = trained("capture=auto")
         assert (graph[1].recorded, graph[1].graphs > 0) == (method not in NOT_RECORDED,) * 2
         eager = trained("capture=never")
-        assert graph[1].losses[:2] == pytest.approx(eager[1].losses[:2], rel=1e-3)
+        assert graph[1].losses[: SAME.get(method, 4)] == pytest.approx(eager[1].losses[: SAME.get(method, 4)], rel=1e-3)
         assert (graph[1].steps, graph[1].rates) == (eager[1].steps, eager[1].rates)
         if method in NOT_RECORDED | NOT_DETERMINISTIC:
             return
         with monkeypatch.context() as patch:
             patch.setattr(RecordedStep, "_record", lambda self, kind: False)
-            same_training(graph, trained("capture=auto"))
+            static = trained("capture=auto")
+        assert (static[1].recorded, static[1].graphs) == (True, 0)
+        same_training(graph, static)
 
     yield compare
     torch.use_deterministic_algorithms(False)

@@ -214,9 +214,9 @@ def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[Offic
     pixels, labels, names = [], [], spec.class_names
     paths = {found.path / file.name: file for file in files}
     with ThreadPoolExecutor() as threads:  # MD5 sums are computed outside Python's lock
-        contents = list(threads.map(checked_bytes, paths, paths.values()))
-    for path, content in zip(paths, contents, strict=True):
-        part_pixels, part_labels = parse(spec, content, path)
+        contents = threads.map(checked_bytes, paths, paths.values())
+        parts = [parse(spec, content, path) for path, content in zip(paths, contents, strict=True)]
+    for path, (part_pixels, part_labels) in zip(paths, parts, strict=True):
         if part_labels.size and not 0 <= part_labels.min() <= part_labels.max() < len(names):
             raise UserError(f"{path.absolute()} has labels outside 0..{len(names) - 1}")
         pixels.append(part_pixels)

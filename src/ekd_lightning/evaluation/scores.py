@@ -132,8 +132,11 @@ class ClassificationScores(Metric):
         return scores
 
     def _on_host(self) -> dict[str, Tensor]:
-        """Returns all states on the CPU, after one copy from the device; counts of images are exact as real numbers."""
-        states = {name: getattr(self, name) for name in self._defaults}
+        """Returns all states on the CPU, after one copy from the device.
+
+        Counts become real numbers, which are exact (on Apple's GPUs up to 16 million images).
+        """
+        states = self.metric_state
         flat = torch.cat([state.flatten().to(self.nll_sum.dtype) for state in states.values()]).cpu()
         parts = flat.split([state.numel() for state in states.values()])
         return {name: part.view(state.shape) for (name, state), part in zip(states.items(), parts, strict=True)}

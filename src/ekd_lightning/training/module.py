@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -290,15 +291,20 @@ class TrainingModule(pl.LightningModule):
     def epoch_means(self) -> dict[str, Tensor]:
         """Returns means of loss, terms and accuracy over all processes' steps of a finished epoch, scalars.
 
-        They are on the host if this is the only process, else on the device.
+        They are on the host if this process trains alone, else on the device.
 
         All processes must make the first call of an epoch.
         """
         if not self._epoch_means and (means := self._step_log.means()):
             reduced = self.trainer.strategy.reduce(torch.stack([*means.values()]), reduce_op="mean")
-            values = reduced.cpu() if self.trainer.world_size == 1 else reduced  # one wait for all of them
+            values = reduced.cpu() if self._is_alone else reduced  # one wait for all of them
             self._epoch_means = dict(zip(means, values.unbind(), strict=True))
         return self._epoch_means
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is no process group, not even one of a single process, which reduces tensors of its device."""
+        return isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's means; accelerators and distributed runs check only here that the losses are finite."""
@@ -310,9 +316,10 @@ class TrainingModule(pl.LightningModule):
     def _log(self, name: str, value: Tensor | float) -> None:
         """Logs a value of an epoch.
 
-        A single process keeps it on the host, where Lightning's bookkeeping launches no kernels and waits for none.
+        A process that trains alone keeps it on the host, where Lightning's bookkeeping launches no kernels and waits
+        for none.
         """
-        if self.trainer.world_size == 1:
+        if self._is_alone:
             value = torch.as_tensor(value, dtype=torch.float32, device="cpu")
         self.log(name, value, sync_dist=True)
 
