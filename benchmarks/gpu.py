@@ -11,7 +11,6 @@ then counts. Parts of a group start together (images, teachers, compiling) and a
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import signal
@@ -37,7 +36,7 @@ from ekd_lightning.bench.parts import Bench, fastest_plain, worker_counts
 from ekd_lightning.bench.plain import CarefulLoop, PlainLoop
 from ekd_lightning.cli.train import quiet_libraries
 from ekd_lightning.config.config import compose_settings
-from ekd_lightning.files import write_json
+from ekd_lightning.files import read_json, write_json
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.teachers.hardware import resolve_precision
@@ -231,7 +230,13 @@ def command(part: Part) -> dict[str, Any]:
             part.all_words("data.fraction=0.1"), part.folder / cache, part.folder / "store"
         )
         part.told(found)
-    return {**found, "seconds_to_import": gpu_shared.import_seconds()}
+    return found
+
+
+def imports(part: Part) -> dict[str, Any]:
+    """(f) The imports of PyTorch, Lightning and this package alone."""
+    part.turn()
+    return {"seconds": gpu_shared.import_seconds()}
 
 
 def many(part: Part, mps: bool) -> dict[str, Any]:
@@ -281,7 +286,7 @@ GROUPS: list[dict[str, tuple[Callable[..., dict[str, Any]], float]]] = [
         "maps, camkd": (partial(maps, method="camkd"), 60),
         "maps, fitnet": (partial(maps, method="fitnet"), 60),
     },
-    {"command": (command, 90), "streams": (streams, 60)},
+    {"command": (command, 90), "imports": (imports, 60), "streams": (streams, 60)},
     {"many": (partial(many, mps=False), 90)},
     {"many, MPS": (partial(many, mps=True), 90)},
 ]
@@ -365,7 +370,7 @@ def _results(children: dict[str, Any], args: argparse.Namespace, started_at: flo
         process.join(max(1.0, min(limit, args.left())))
         late = process.is_alive()
         _end(process)  # workers of its loaders, too
-        found[name] = json.loads(file.read_text()) if file.is_file() else {"result": {}}
+        found[name] = read_json(file) if file.is_file() else {"result": {}}
         if late:
             found[name].setdefault("error", "took too long")
         if not found[name]["result"]:
@@ -409,7 +414,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "planned_epochs": PLANNED_EPOCHS,
         "parts": {},
     }
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for group in GROUPS:
             wanted = {name: part for name, part in group.items() if name in args.parts}
@@ -436,7 +441,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="write speed_gpu.{md,json} of a JSON file into this folder")
     args = parser.parse_args()
     if args.page:
-        gpu_page.write(args.page, gpu_page.merged([json.loads(Path(name).read_text()) for name in args.overrides]))
+        gpu_page.write(args.page, gpu_page.merged([read_json(Path(name)) for name in args.overrides]))
         return
     unknown = [name for name in args.parts if name not in names]
     if unknown:

@@ -36,7 +36,7 @@ STARTS = {
     ),
     "`ekd-train` with cold caches, until the first step": ("command", "cold", "seconds_to_first_step"),
     "`ekd-train` with warm caches, until the first step": ("command", "warm", "seconds_to_first_step"),
-    "of these, a process that only imports": ("command", "seconds_to_import"),
+    "of which imports": ("imports", "seconds"),
     "`ekd-train`, first run of a store, after the last step": ("command", "cold", "seconds_after_last_step"),
     "`ekd-train`, later runs, after the last step": ("command", "warm", "seconds_after_last_step"),
 }
@@ -44,10 +44,14 @@ STARTS = {
 MANY = {
     "processes": "many",
     "processes with MPS": "many, MPS",
-    "students of one process, a stream and a loop without Lightning each": "streams",
+    "students in one process, a CUDA stream each, without Lightning": "streams",
 }
 """Row -> its part."""
-SECTIONS = {"command": "`ekd-train` as a command", **dict.fromkeys(MANY.values(), "several runs at once")}
+SECTIONS = {
+    "command": "`ekd-train` as a command",
+    "imports": "the time of imports",
+    **{part: f"{row} at once" for row, part in MANY.items()},
+}
 """Part -> its name in the page."""
 
 
@@ -56,9 +60,11 @@ def merged(files: list[dict[str, Any]]) -> dict[str, Any]:
     first, *later = files
     parts, also = dict(first["parts"]), list(first.get("also", []))
     for other in later:
-        new = {name: part for name, part in other["parts"].items() if not parts.get(name, {}).get("result")}
-        parts |= new
-        also.append({"origin": other["origin"], "parts": [*new]})
+        found = {name: part for name, part in other["parts"].items() if part.get("result")}
+        new = {name: part for name, part in found.items() if not parts.get(name, {}).get("result")}
+        if new:
+            parts |= new
+            also.append({"origin": other["origin"], "parts": [*new]})
     return {**first, "parts": parts, "also": also}
 
 
@@ -178,7 +184,7 @@ def _added(one: dict[str, Any]) -> str:
     """Says which parts were measured in another run of the script."""
     gpus = ", ".join(one["origin"]["hardware"]["gpus"]) or "no GPU"
     names = dict.fromkeys(SECTIONS.get(part, part) for part in one["parts"])
-    return f"Measured in another run of the script, on {gpus}, commit {_commit(one['origin'])}:\n{' and '.join(names)}."
+    return f"Measured in another run of the script, on {gpus}, commit {_commit(one['origin'])}:\n{', '.join(names)}."
 
 
 def page(found: dict[str, Any]) -> str:
@@ -236,8 +242,8 @@ as fast as all of them in turn.
 
 ## Several runs at once
 
-Images per second of all runs together, including validation and checkpoints, with a warm table. Processes take turns
-on the GPU; NVIDIA's multi-process service (MPS) lets their kernels run side by side. `hydra/launcher=shared_gpu` starts
+Images per second of all runs together, with a warm table; processes also validate and write checkpoints. They take
+turns on the GPU; NVIDIA's multi-process service (MPS) lets their kernels run side by side. `hydra/launcher=shared_gpu` starts
 eight runs with it ([launchers](../sweeps.md#launchers)).
 
 {many(found)}

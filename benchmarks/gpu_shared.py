@@ -52,7 +52,7 @@ def timed_command(words: tuple[str, ...], folder: Path, store: Path, limit: floa
         words: Its overrides.
         folder: Where the run goes.
         store: Its store.
-        limit: Seconds after which it is ended; the error then says where its threads were.
+        limit: Seconds after which it is ended, and prints where its threads were.
 
     Returns:
         Seconds from the command to its first step's end, of the training after that, and from its last step to the
@@ -79,7 +79,8 @@ def timed_command(words: tuple[str, ...], folder: Path, store: Path, limit: floa
             code = process.wait(5)
     ended = time.time()
     if code:
-        raise RuntimeError(f"ekd-train: exit code {code}: {output.read_text()[-3000:]}")
+        print(said := output.read_text()[-5000:], file=sys.stderr)
+        raise RuntimeError(f"ekd-train: exit code {code}: {' '.join(said.splitlines()[-1:])}")
     found = json.loads(moments.read_text())
     result = json.loads((folder / "run/result.json").read_text())
     return {
@@ -172,7 +173,7 @@ def on_streams(job: Job, *, seconds_each: float, counts: Sequence[int] = (1, 2, 
 
     Args:
         job: The training.
-        seconds_each: About how long each number of students is measured, if one makes 300 steps per second.
+        seconds_each: Each number of students makes 300 times as many steps in all.
         counts: Numbers of students.
     """
     cuda = job.device.type == "cuda"
@@ -206,23 +207,27 @@ def _phases(words: tuple[str, ...], device: str, folder: Path, seconds: float, c
         context.Process(target=_one_run, args=(words, device, TakesPart(rank, wanted, begun, file)))
         for rank, file in enumerate(files)
     ]
-    for run in runs:
-        run.start()
-    windows, deadline = {}, time.monotonic() + _START
-    while begun.value < len(runs) and time.monotonic() < deadline and all(run.is_alive() for run in runs):
-        time.sleep(0.05)
-    if begun.value < len(runs):
-        raise RuntimeError(f"only {begun.value} of {len(runs)} runs began within {_START:.0f} s")
-    for count in counts:
-        wanted.value = count
-        time.sleep(_SETTLE)
-        start = time.monotonic()
-        time.sleep(seconds)
-        windows[count] = (start, time.monotonic())
-    wanted.value = -1
-    for run in runs:
-        run.join(30)
-        run.kill()
+    windows: dict[int, tuple[float, float]] = {}
+    try:
+        for run in runs:
+            run.start()
+        deadline = time.monotonic() + _START
+        while begun.value < len(runs) and time.monotonic() < deadline and all(run.is_alive() for run in runs):
+            time.sleep(0.05)
+        if begun.value < len(runs):
+            raise RuntimeError(f"only {begun.value} of {len(runs)} runs began within {_START:.0f} s")
+        for count in counts:
+            wanted.value = count
+            time.sleep(_SETTLE)
+            start = time.monotonic()
+            time.sleep(seconds)
+            windows[count] = (start, time.monotonic())
+        wanted.value = -1
+        for run in runs:
+            run.join(30)
+    finally:
+        for run in runs:
+            run.kill()
     told = [json.loads(file.read_text()) for file in files]
     found = {}
     for count, (start, end) in windows.items():

@@ -68,7 +68,7 @@ def rows(*, gpu: bool) -> dict[str, tuple[str, ...]]:
 def accuracy(job: tuple[str, int], *, gpu: bool, runs: Path) -> float:
     """Test accuracy of the run of a row and seed, in [0, 1]; read from its record when it is done already."""
     name, seed = job
-    directory = runs / f"{name.replace(' ', '_')}-s{seed}"
+    directory = runs / ("gpu" if gpu else "cpu") / f"{name.replace(' ', '_')}-s{seed}"
     done = directory / "result.json"
     if not done.is_file():
         quiet_libraries()

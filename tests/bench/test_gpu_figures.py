@@ -85,6 +85,22 @@ def test_a_page_of_nothing_names_everything_as_unmeasured(page: ModuleType, tmp_
     assert "unmeasured" in page.table(found())
 
 
+def test_later_files_fill_gaps_and_say_where_they_were_made(page: ModuleType) -> None:
+    first = found(plain={"images_per_second": 5_000.0}, many={"result": {}, "error": "no time left"})
+    later = found(
+        plain={"images_per_second": 1.0},
+        many={"mps": False, "runs": {"1": {"images_per_second": 30_000.0}}},
+        command={"result": {}, "error": "took too long"},
+    )
+    told = page.merged([first, later, found(plain={"images_per_second": 2.0})])
+    assert page.value(told, "plain", "images_per_second") == 5_000
+    assert row(page.many(told), "processes")[0] == "30,000"
+    assert [one["parts"] for one in told["also"]] == [["many"]]
+    text = page.page(told)
+    assert text.count("Measured in another run of the script") == 1
+    assert "NVIDIA H100, commit 0123456789:\nprocesses at once." in text
+
+
 def test_rates_between_two_moments_are_interpolated() -> None:
     shared = importlib.import_module("gpu_shared")
     times, images = [0.0, 1.0, 3.0, 9.0, 10.0], [0, 100, 300, 300, 400]  # it waits from 3 to 9
