@@ -57,7 +57,7 @@ def test_what_the_text_says():
     for said in (
         "learned from labels alone",
         "the logarithm of the mean of their probabilities",
-        "2,250 training images (5 % of the training set)",
+        "2,500 labelled images (5 % of the training set), 250 of them for validation",
         "n = 1, seed 7",
         "| top-5 accuracy | 90.00 % |",
         "| NLL (nats) | not known |",

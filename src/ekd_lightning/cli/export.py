@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("overrides", nargs="*", metavar="KEY=VALUE", help=f"new places of the data: {', '.join(PLACES)}")
     add("--format", default="safetensors", help="safetensors (default), onnx, torch-export, or several: a,b")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN/export)")
-    add("--branches", help="which branches to keep, e.g. 0,2 (default: all)")
+    add("--branches", help="which branches to keep, counted from 0, e.g. 0,2 (default: all)")
     add("--weights", default="last", help="last (default), best (by validation accuracy) or ema (moving average)")
     add("--fold", action="store_true", help="fold branches that are linear heads into one head, which is exact")
     add("--no-fold-batch-norm", action="store_true", help="do not fold batch norms into convolutions")
@@ -106,7 +106,8 @@ def run_export(args: argparse.Namespace) -> bool:
         if args.push:
             print(f"uploaded: {push(folder, args.push)}")
         words = [typed(args.run), "--parts", "all", *trusting(args.overrides, args.trust)]
-        print_next(f"ekd-evaluate {' '.join(words)}", report_command([args.run], args.run / "report"))
+        evaluate = [f"ekd-evaluate {' '.join(words)}"] if context.result.lacks_evaluation else []
+        print_next(*evaluate, report_command([args.run], args.run / "report"))
     if failure:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
     return not failure

@@ -17,7 +17,6 @@ from ekd_lightning.config.edge import make_parser, parse_names, run_command
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import write_text
 from ekd_lightning.progress import part, phase, session
-from ekd_lightning.settings import EVALUATION_PARTS
 
 if TYPE_CHECKING:
     from ekd_lightning.reporting.report import Report
@@ -104,13 +103,10 @@ def _following(report: Report, places: Sequence[Path]) -> list[str]:
 
 
 def _can_be_evaluated(place: Path, runs: Sequence[RunEntry]) -> bool:
-    """Whether all runs of a folder are finished, and some lack a part of the evaluation.
-
-    Corruptions alone do not count: images that are not square cannot have them.
-    """
+    """Whether all runs of a folder are finished, and some lack a part of the evaluation."""
     own = [run for run in runs if run.directory.is_relative_to(place.absolute())]
-    lacking = (set(EVALUATION_PARTS) - {*(run.get("evaluated") or ())} for run in own)
-    return all(run.state == "done" for run in own) and any(parts - {"corruptions"} for parts in lacking)
+    results = [run.result for run in own if run.result is not None]
+    return all(run.state == "done" for run in own) and any(result.lacks_evaluation for result in results)
 
 
 def write_study_pages(args: argparse.Namespace) -> None:

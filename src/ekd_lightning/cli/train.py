@@ -230,7 +230,7 @@ def show_result(result: Result, directory: Path, code: Sequence[str]) -> None:
     found = [value for value in result.test_branch_accuracy or [] if value is not None]
     if len(found) > 1:
         best = max(range(len(found)), key=found.__getitem__)
-        rows.append((f"student: its best branch ({best + 1} of {len(found)})", found[best], {}))
+        rows.append((f"student: its best branch (branch {best})", found[best], {}))
     rows += [(f"teacher: {teacher['id']}", teacher["test_accuracy"], teacher) for teacher in result.teachers or []]
     cells = (
         (

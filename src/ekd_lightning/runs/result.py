@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, TypedDict, get_type_hints
 
 from ekd_lightning.roles import is_of
+from ekd_lightning.settings import EVALUATION_PARTS
 
 _LATE = {"late": True}
 """Metadata of optional fields, which a record leaves out while they are None."""
@@ -184,6 +185,14 @@ class Result(Mapping[str, Any]):
     def having(self, **more: Any) -> Result:
         """Returns the result with further or changed fields, known or not."""
         return Result.of({**self, **more})
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether a part of the evaluation is missing.
+
+        Corruptions do not count: images that are not square cannot have them.
+        """
+        return bool({*EVALUATION_PARTS} - {*(self.evaluated or ())} - {"corruptions"})
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name) if name in _hints() else self.more[name]

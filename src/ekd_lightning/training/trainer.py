@@ -159,6 +159,7 @@ class EpochReport(Callback):
         self.images_seen = 0
         self._since = 0.0
         self._epoch_seconds = 0.0
+        self._scores = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns time and images so far."""
@@ -179,7 +180,7 @@ class EpochReport(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self.task.note = "  ".join([self._epoch(trainer), *self.task.note.split("  ")[1:]])
+        self.task.note = "  ".join([self._epoch(trainer), *([f"before: {self._scores}"] if self._scores else [])])
         self._epoch_seconds = 0.0
         self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
         self._since = time.perf_counter()
@@ -199,7 +200,8 @@ class EpochReport(Callback):
         self.images_seen += self._epoch_images
         means = pl_module.epoch_means() if isinstance(pl_module, TrainingModule) else {}
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self.task.note = self._line(trainer, means)
+            self._scores = self._line(trainer, means)
+            self.task.note = f"{self._epoch(trainer)}  {self._scores}"
             log.info("%s", f"{self._name}: {self.task.note}" if self._name else self.task.note, extra=UNSEEN)
 
     def _stop(self, module: pl.LightningModule) -> None:
@@ -212,8 +214,7 @@ class EpochReport(Callback):
         return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
     def _line(self, trainer: pl.Trainer, means: Mapping[str, Tensor]) -> str:
-        parts = [self._epoch(trainer)]
-        parts += [f"{name} {float(means[name]):.4f}" for name in ("loss", "accuracy") if name in means]
+        parts = [f"{name} {float(means[name]):.4f}" for name in ("loss", "accuracy") if name in means]
         if BEST_METRIC in trainer.callback_metrics:
             parts.append(f"{BEST_METRIC} {float(trainer.callback_metrics[BEST_METRIC]):.4f}")
         parts.append(f"{self._epoch_images / max(self._epoch_seconds, 1e-9):,.0f} images/s")

@@ -124,7 +124,7 @@ function similarity({ row }) {
     : {};
   const tableRows = ({ values, name }) =>
     values.flatMap((line, k) =>
-      line.map((value, at) => [`branch ${k + 1}, ${name} ${at + 1}`, value.toFixed(4)]),
+      line.map((value, at) => [`branch ${k}, ${name} ${at + 1}`, value.toFixed(4)]),
     );
   return {
     traces: panels.map((panel, at) => matrixTrace(panel, at, at === panels.length - 1)),

@@ -22,7 +22,7 @@ function partTrace(have, place, { name, symbol, size, colour, pick, part = null 
 function partsOf(have, lineStyle) {
   const most = Math.max(...have.map((group) => group.branch_accuracy.length));
   const single = Array.from({ length: most }, (_, k) => ({
-    name: `branch ${k + 1}`,
+    name: `branch ${k}`,
     symbol: ["circle", "square", "triangle-up", "cross"][k % 4],
     size: 6,
     colour: lineStyle({ branch: k }).colour,
