@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import runpy
 import subprocess
 import sys
@@ -40,9 +42,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_one_call_does_what_the_command_does(here, train):
+NOISE = "litlogger|LeafSpec|across ranks is zero|in both|logging interval|channels_last"
+
+
+def test_one_call_does_what_the_command_does(here, train, recwarn, caplog):
     outcome = train(here / "command", "method=ekd", "student.branches=2", "seed=3", "trainer.threads=1")
     assert outcome.code == 0, outcome.err
+    caplog.set_level(logging.INFO)
+    quieted = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    quieted.setLevel(logging.INFO)
+    recwarn.clear()
+    caplog.clear()
     run = ekd.distill(
         "digits",
         TEACHERS,
@@ -52,6 +62,8 @@ def test_one_call_does_what_the_command_does(here, train):
         seed=3,
         overrides=[*WORDS, "trainer.threads=1", f"teachers.store={here}/s"],
     )
+    assert [line for line in (*map(str, recwarn), *caplog.messages) if re.search(NOISE, line)] == []
+    assert quieted.level == logging.INFO  # only during the call
     theirs = read_json(here / "command" / "result.json")
     assert run.directory.parent == here / "outputs/digits/ekd"
     assert run.result.test_accuracy == theirs["test_accuracy"]
@@ -264,6 +276,8 @@ def test_the_examples_of_own_images_run(here, monkeypatch, capsys):
         "recipe.batch_size=8",
         "evaluation=none",
     )
+    with pytest.raises(SystemExit, match=r"usage: .*own_folder\.py FOLDER"):
+        called("own_folder", monkeypatch=monkeypatch)
     called("own_folder", "birds", "1", *words, monkeypatch=monkeypatch)
     assert "test accuracy" in capsys.readouterr().out
     (result,) = (here / "outputs" / "birds" / "ekd").glob("*/result.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ from whole_runs import call_teach, call_train
 from ekd_lightning import errors
 from ekd_lightning.config import directory
 from ekd_lightning.config.config import compose_settings, register_schema
-from ekd_lightning.config.edge import one_line, run_program
+from ekd_lightning.config.edge import ConsoleLines, one_line, run_program
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock, LockedError, is_held
 from ekd_lightning.studies import multirun
@@ -99,6 +100,17 @@ def test_a_bug_in_a_callback_ends_the_program(capsys, monkeypatch, module, event
     assert stop.value.code == 1
     assert "Traceback" in (err := capsys.readouterr().err)
     assert "RuntimeError: connection lost" in err
+
+
+def test_lines_of_a_sweep_name_the_folder_of_their_run(monkeypatch):
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "mind this", (), None)
+    lines = ConsoleLines(sys.stdout)
+    assert lines.format(record) == "warning: mind this"
+    for folder, label in (("${hydra.job.num}", "6"), ("7", "7"), ("ekd-f0.1-s0", "ekd-f0.1-s0")):  # new, resumed, study
+        words = ("hydra.mode=MULTIRUN", "hydra.job.num=6", f"hydra.sweep.subdir={folder}")
+        HydraConfig.instance().set_config(run_config(*words))
+        assert lines.format(record) == f"[{label}] warning: mind this"
 
 
 def interrupted_by_lightning() -> None:

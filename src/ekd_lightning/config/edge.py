@@ -134,7 +134,8 @@ def users_files_first(words: Sequence[str]) -> contextlib.AbstractContextManager
 class ConsoleLines(logging.StreamHandler[Any]):
     """Log lines on the screen, without their source, which the log file has.
 
-    Lines of a sweep's job begin with its number. Of several processes of one job, only the first prints.
+    Lines of a sweep's job begin with the name of its folder, as a rule its number. Of several processes of one job,
+    only the first prints.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -147,7 +148,7 @@ class ConsoleLines(logging.StreamHandler[Any]):
         kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         config: Any = HydraConfig.instance().cfg  # typed as a dataclass, but a DictConfig
         in_sweep = config is not None and config.hydra.mode is RunMode.MULTIRUN
-        job = config.hydra.job.get("num") if in_sweep else None
+        job = config.hydra.sweep.subdir if in_sweep and "num" in config.hydra.job else None
         return ("" if job is None else f"[{job}] ") + kind + logging.Formatter().format(record)
 
 
@@ -194,16 +195,22 @@ def _shown() -> Iterator[None]:
         warnings.showwarning, warnings.formatwarning = show, form
 
 
+_LEVELS = {
+    "ekd_lightning.progress": logging.INFO,  # even in commands that log warnings only
+    "pytorch_lightning.utilities.rank_zero": logging.WARNING,
+    "lightning.pytorch.utilities.rank_zero": logging.WARNING,
+    "hydra_plugins": logging.WARNING,  # the sweep's own lines name its jobs
+    "hydra._internal.core_plugins": logging.WARNING,
+    # PyTorch logs at exit, if Ctrl-C came before it had set its own levels.
+    "torch._subclasses.fake_tensor": logging.WARNING,
+    "torch.utils.cpp_extension": logging.ERROR,  # CUDA may be missing
+}
+
+
 def quiet_libraries() -> None:
     """Silences messages of libraries that are untrue here or repeat in every run."""
-    logging.getLogger("ekd_lightning.progress").setLevel(logging.INFO)  # even in commands that log warnings only
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("hydra_plugins", "hydra._internal.core_plugins"):  # the sweep's own lines name its jobs
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # PyTorch logs at exit, if Ctrl-C came before it had set its own levels.
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.WARNING)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # CUDA may be missing
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     for message in (
         ".*does not have many workers.*",  # there are none: images are in memory
         ".*module.* in eval mode.*",  # the teachers, on purpose
@@ -214,6 +221,19 @@ def quiet_libraries() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ):
         warnings.filterwarnings("ignore", message)
+
+
+@contextlib.contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Applies `quiet_libraries` within the block only, for calls from the user's own program."""
+    before = {name: logging.getLogger(name).level for name in _LEVELS}
+    try:
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

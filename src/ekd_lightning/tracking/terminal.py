@@ -20,7 +20,7 @@ from ekd_lightning.progress import Reporter, Session, Task, readable
 
 _BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds of Python's time, which bounds the training
 _TOTAL, _GAP, _TIME = "total", 2, 7
-_LEAST_WIDTH = 60  # columns; a narrower display leaves the bars out
+_LEAST_WIDTH = 100  # columns; a narrower display leaves out bars and times, so that all scores of an epoch are shown
 
 
 class LiveDisplay(Reporter):
@@ -82,7 +82,7 @@ class SessionRows:
         left = None if over else self._session.seconds_left
         wide = columns >= _LEAST_WIDTH
         names = max(map(len, [*phases, _TOTAL]))
-        widths = [names, *([_BAR] if wide else []), _TIME]
+        widths = [names, *([_BAR, _TIME] if wide else [])]
         rest = columns - sum(widths) - _GAP * len(widths) - 1
         table = Table.grid(padding=(0, _GAP, 0, 0))
         for width in (*widths, rest):
@@ -92,10 +92,10 @@ class SessionRows:
             words = task.words() if task.active else task.note
             if task.active and left is None and (own := task.seconds_left) is not None:
                 words += f"  about {readable(own)} left"
-            table.add_row(Text(task.name, style), *([_bar(task)] if wide else []), Text(_time(task)), Text(words))
+            table.add_row(Text(task.name, style), *([_bar(task), Text(_time(task))] if wide else []), Text(words))
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
-        cells = zip((_TOTAL, *([""] if wide else []), seconds), widths, strict=True)
+        cells = zip((_TOTAL, *([""] if wide else []), seconds), (*widths, _TIME), strict=False)
         total = "".join(f"{text:{width + _GAP}}" for text, width in cells) + later
         # Not padded to the edge: the ^C that a terminal appends would start a new line.
         return Group(table, Text(total.rstrip(), "dim", no_wrap=True, overflow="ellipsis"))
