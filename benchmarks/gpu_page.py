@@ -243,8 +243,8 @@ as fast as all of them in turn.
 ## Several runs at once
 
 Images per second of all runs together, with a warm table; processes also validate and write checkpoints. They take
-turns on the GPU; NVIDIA's multi-process service (MPS) lets their kernels run side by side. `hydra/launcher=shared_gpu` starts
-eight runs with it ([launchers](../sweeps.md#launchers)).
+turns on the GPU; NVIDIA's multi-process service (MPS) lets their kernels run side by side. `hydra/launcher=shared_gpu`
+starts eight runs with it ([launchers](../sweeps.md#launchers)).
 
 {many(found)}
 

@@ -291,7 +291,7 @@ def test_only_a_process_that_trains_alone_logs_from_the_host(tiny_settings, monk
     """A process group, even of one process, reduces tensors where they are; that of NCCL has none for the host."""
     prepared = prepare(tiny_settings("method=ce"), "cpu")
     module = make_distiller(tiny_settings("method=ce"), prepared, None)
-    module._trainer = SimpleNamespace(strategy=strategy)
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(strategy=strategy))
     logged = {}
     monkeypatch.setattr(module, "log", lambda name, value, sync_dist: logged.update({name: (value, sync_dist)}))
     module._log("loss", torch.zeros((), dtype=torch.float64, device=place))

@@ -136,7 +136,7 @@ class ClassificationScores(Metric):
 
         Counts become real numbers, which are exact (on Apple's GPUs up to 16 million images).
         """
-        states = self.metric_state
+        states: dict[str, Tensor] = {name: getattr(self, name) for name in self.metric_state}
         flat = torch.cat([state.flatten().to(self.nll_sum.dtype) for state in states.values()]).cpu()
         parts = flat.split([state.numel() for state in states.values()])
         return {name: part.view(state.shape) for (name, state), part in zip(states.items(), parts, strict=True)}
