@@ -161,7 +161,7 @@ def test_in_a_pipe_a_row_is_a_line_with_its_whole_error(capsys):
     runs, error = study(), "no such stage " * 30 + "[x]"
     runs["ekd"][2] = run("ekd", 2, None, state="failed", error=error)
     found = study_rows(block(runs))
-    edge.print_wide(tables.printed_table("digits", found, narrow=edge.on_terminal()))
+    edge.print_wide(tables.printed_table("digits", found, edge.terminal_width()))
     lines = capsys.readouterr().out.splitlines()
     assert all(line == line.rstrip() for line in lines)
     title, heads, _, *told = filter(None, lines)
@@ -172,15 +172,17 @@ def test_in_a_pipe_a_row_is_a_line_with_its_whole_error(capsys):
     assert sum(error in line for line in told) == 1
 
 
-def test_on_a_terminal_intervals_stay_whole_and_an_error_is_short():
+@pytest.mark.parametrize(("width", "left_out"), [(170, ""), (130, "adapters, steps"), (90, "adapters, steps")])
+def test_on_a_terminal_intervals_stay_whole_and_an_error_is_short(width, left_out):
     runs = study()
     runs["ekd"][2] = run("ekd", 2, None, state="failed", error="no such stage " * 30)
     printed = io.StringIO()
-    Console(width=160, file=printed).print(tables.printed_table("digits", study_rows(block(runs)), narrow=True))
+    Console(width=width, file=printed).print(tables.printed_table("digits", study_rows(block(runs)), width))
     told = printed.getvalue()
     whole = re.findall(r"\[.*?\]", page(runs).partition("| `")[2])
     assert whole
     assert all(interval in told for interval in whole)
+    assert ("No room for: " in told, f"No room for: {left_out}" in told) == (bool(left_out), bool(left_out))
     assert told.count("no such") < 5
     assert "…" in told
 

@@ -370,10 +370,11 @@ def print_wide(*parts: RenderableType) -> None:
             print(*(line.rstrip() for line in printed.get().splitlines()), sep="\n")
 
 
-def on_terminal() -> bool:
-    """Whether standard output is a terminal, whose lines have a width."""
-    return Console(file=sys.stdout).is_terminal
+def terminal_width() -> int | None:
+    """Characters of a line of standard output; None unless it is a terminal."""
+    console = Console(file=sys.stdout)
+    return console.width if console.is_terminal else None
 
 
 def _console() -> Console:
-    return Console(file=sys.stdout, highlight=False, width=None if on_terminal() else _ANY_WIDTH)
+    return Console(file=sys.stdout, highlight=False, width=terminal_width() or _ANY_WIDTH)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -157,6 +158,8 @@ _COLUMNS: dict[str, Callable[[Row], object]] = {
 REPORT = tuple(name for name in _COLUMNS if name not in ("teacher", "adapters", "steps"))
 STUDY = tuple(name for name in _COLUMNS if name not in ("NLL", "ECE", "gain", "seeds disagree %"))
 """Columns of a report, and of a study, which has more on cost."""
+_SPARED = ("adapters", "steps", "parameters", "train s", "MACs", "teacher", "M", "K")
+"""Columns of a study that a narrow terminal lacks, the first first; comparison.md has all of them."""
 _OPTIONAL = ("unlabelled", "EMA %", "gain", "seeds disagree %")
 """Columns that are left out if no row has a value."""
 
@@ -213,20 +216,29 @@ def full_names(found: Sequence[Row]) -> dict[str, str]:
     return {one.label: one.setting for one in groups if one.label != ", ".join(filter(None, [one.method, one.setting]))}
 
 
-def printed_table(title: str, found: Sequence[Row], *, narrow: bool) -> Table:
+def printed_table(title: str, found: Sequence[Row], width: int | None) -> Table:
     """Rows of a study's block, with problems in red in the last column.
 
     Args:
         title: Title above the table.
         found: From `rows`, at least one.
-        narrow: Whether lines have a width: then intervals have lines of their own, and long problems are shortened.
+        width: Characters of a line. Intervals then have lines of their own, long problems are shortened, and columns
+            that have no room are left out: those of cost, then those of teachers and branches. None: any length.
     """
-    heads, lines = texts(found, STUDY)
+    for count in range(len(_SPARED) + 1):
+        table = _printed(title, found, _SPARED[:count], narrow=width is not None)
+        if width is None or Console(width=1000).measure(table).maximum <= width:
+            break
+    return table
+
+
+def _printed(title: str, found: Sequence[Row], left_out: Sequence[str], *, narrow: bool) -> Table:
+    heads, lines = texts(found, [name for name in STUDY if name not in left_out])
     note = correction(row.group for row in found)
-    caption = Text(note) if note else None
+    missing = f"No room for: {', '.join(left_out)}. They are in comparison.md." if left_out else ""
     table = Table(
-        title=Text(title), title_justify="left", caption=caption, caption_justify="left", show_lines=narrow,
-        box=box.SIMPLE_HEAD, pad_edge=False,
+        title=Text(title), caption=Text("\n".join(filter(None, [note, missing]))), title_justify="left",
+        caption_justify="left", show_lines=narrow, box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for head in heads:
         left, first = head in ("setting", "teacher", "not done"), head == "setting"

@@ -10,7 +10,7 @@ from typing import Any
 
 from ekd_lightning import markdown as md
 from ekd_lightning.config.commands import typed
-from ekd_lightning.config.edge import on_terminal, print_wide
+from ekd_lightning.config.edge import print_wide, terminal_width
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
@@ -50,9 +50,9 @@ def report(study: Study, folder: Path) -> bool:
     write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
     write_text(folder / "comparison.csv", tables.csv_text(without))
-    narrow = on_terminal()
-    shown = (tables.printed_table(block.title, own, narrow=narrow) for block, own in zip(blocks, rows, strict=True))
-    print_wide(*shown, tables.LEGEND)
+    width = terminal_width()
+    print_wide(*(tables.printed_table(block.title, own, width) for block, own in zip(blocks, rows, strict=True)))
+    print_wide(tables.LEGEND)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
     counts = ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
     print(f"{typed(folder)}: {counts}")
