@@ -133,7 +133,11 @@ def run_compare(args: argparse.Namespace) -> bool:
         again += "" if not complete else f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
     elif complete:
         again = ""
-    entries = (read_run(place, row.name, *at) for place, (one, _) in planned.items() for row, *at in one.every)
+    entries = (
+        read_run(place, row.name, fraction, seed)
+        for place, (whole, _) in planned.items()
+        for row, fraction, seed in whole.every
+    )
     if "--retry-failed" not in again and any(entry.state is RunState.FAILED for entry in entries):
         again += " --retry-failed"  # else they would be skipped again
     print_next(report_command([folder], folder / "report"), *filter(None, [again]))

@@ -110,7 +110,7 @@ def hide_from_help(group: str) -> None:
     def others(self: Hydra, predicate: Callable[[str], bool], compact: bool = True) -> str:
         return shown(self, lambda name: name != group and predicate(name), compact)
 
-    Hydra.format_config_groups = others
+    Hydra.format_config_groups = others  # type: ignore[method-assign]
 
 
 def option_names() -> list[str]:

@@ -89,7 +89,7 @@ def flatness(
         `loss_rise_at_quarter`, `loss_rise_at_half`, `loss_curve_images`, and the arrays `loss_curve_alpha [A]`
         and `loss_curve_loss [D, A]`, in nats.
     """
-    with part("sharpness,", weight=0.25):
+    with part("sharpness", weight=0.25):
         loss = _training_loss(context, sharpness_images)
         gradient = loss.gradient(loss.weights)
         fields: dict[str, object] = {
@@ -101,7 +101,7 @@ def flatness(
         return Findings(fields)
     loss = _training_loss(context, curve_images)
     alphas = curve_alphas(points)
-    with part("curves,", weight=0.75):
+    with part("curves", weight=0.75):
         curves = loss_curves(loss, alphas, range(seed, seed + directions))
     fields |= {
         "loss_rise_at_quarter": loss_rise(curves, alphas, 0.25),

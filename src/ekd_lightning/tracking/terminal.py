@@ -92,7 +92,7 @@ class SessionRows:
             words = task.words() if task.active else task.note
             if task.active and left is None and (own := task.seconds_left) is not None:
                 words += f"  about {readable(own)} left"
-            table.add_row(Text(task.name, style), *([_bar(task), Text(_time(task))] if wide else []), Text(words))
+            table.add_row(Text(task.name, style), *((_bar(task), Text(_time(task))) if wide else ()), Text(words))
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
         cells = zip((_TOTAL, *([""] if wide else []), seconds), (*widths, _TIME), strict=False)
