@@ -83,8 +83,9 @@ class SessionRows:
         wide = columns >= _LEAST_WIDTH
         names = max(map(len, [*phases, _TOTAL]))
         widths = [names, *([_BAR, _TIME] if wide else [])]
-        rest = columns - sum(widths) - _GAP * len(widths) - 1
-        table = Table.grid(padding=(0, _GAP, 0, 0))
+        gap = _GAP if wide else 1
+        rest = columns - sum(widths) - gap * len(widths) - 1
+        table = Table.grid(padding=(0, gap, 0, 0))
         for width in (*widths, rest):
             table.add_column(no_wrap=True, overflow="ellipsis", width=width)
         for task in phases.values():
@@ -92,11 +93,12 @@ class SessionRows:
             words = task.words() if task.active else task.note
             if task.active and left is None and (own := task.seconds_left) is not None:
                 words += f"  about {readable(own)} left"
+            words = words if wide else " ".join(words.split())
             table.add_row(Text(task.name, style), *((_bar(task), Text(_time(task))) if wide else ()), Text(words))
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
         cells = zip((_TOTAL, *([""] if wide else []), seconds), (*widths, _TIME), strict=False)
-        total = "".join(f"{text:{width + _GAP}}" for text, width in cells) + later
+        total = "".join(f"{text:{width + gap}}" for text, width in cells) + later
         # Not padded to the edge: the ^C that a terminal appends would start a new line.
         return Group(table, Text(total.rstrip(), "dim", no_wrap=True, overflow="ellipsis"))
 
