@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import resources
@@ -26,6 +27,7 @@ from ekd_lightning.cli import train
 from ekd_lightning.cli.compare import main
 from ekd_lightning.data import catalog
 from ekd_lightning.errors import UserError
+from ekd_lightning.progress import phase, session
 from ekd_lightning.reporting.blocks import block_of_rows
 from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
@@ -156,6 +158,30 @@ def test_the_cost_is_that_of_recorded_runs_by_row_and_by_size_elsewhere() -> Non
     assert recorded_pace([]) == ({}, 0.0)
 
 
+def composed(overrides: Sequence[str]) -> DictConfig:
+    return OmegaConf.create({**asdict(Settings(recipe=RecipeSettings(epochs=4))), "method": {"terms": {}}})
+
+
+def test_the_progress_of_a_plan_counts_rows_as_further_seeds_of_a_row_take_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    def check(*_: object) -> dict[str, int]:
+        assert shown.at_work
+        said.append(shown.at_work.words())
+        return {"images": 1, "macs": 1}
+
+    monkeypatch.setattr(planning, "_check_row", check)
+    monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
+    rows = tuple(RowPlan(name, (f"method={name}",)) for name in ("ce", "ekd"))
+    with session() as shown, phase("plan"):
+        jobs, _ = planning.plan(Study(rows, (0.1, 1), (0, 1, 2)), tmp_path, composed, retry_failed=False)
+    assert said == [f"checking {number} of 4 rows" for number in range(4)]
+    names = [f"{row}-f{fraction}-s{seed}" for fraction in (0.1, 1) for seed in range(3) for row in ("ce", "ekd")]
+    assert [job.directory.name for job in jobs] == names  # seed by seed nevertheless
+
+
 def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -169,9 +195,6 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     (stopped / "status.json").write_text('{"state": "stopped"}')
     (stopped / ".hydra/overrides.yaml").write_text("[method=ce]\n")
     (stopped / "metrics.csv").write_text("step,epoch\n3,0.0\n7,1.0\n11,2.0\n")
-
-    def composed(overrides: list[str]) -> DictConfig:
-        return OmegaConf.create({**asdict(Settings(recipe=RecipeSettings(epochs=4))), "method": {"terms": {}}})
 
     monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
     jobs, _ = planning.plan(study, tmp_path / "a", composed, retry_failed=False)
