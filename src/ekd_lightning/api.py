@@ -16,7 +16,7 @@ from pytorch_lightning import Callback
 
 from ekd_lightning.config.config import build_callbacks, compose_settings, import_user_modules, write_config
 from ekd_lightning.config.directory import DIRECTORY, agree, new_directory, remove_unused
-from ekd_lightning.config.edge import OnScreen, config_error, libraries_quiet
+from ekd_lightning.config.edge import OnScreen, config_error, logged_as_by_commands
 from ekd_lightning.config.internals import initialized, options_of
 from ekd_lightning.config.overrides import override
 from ekd_lightning.data.datamodule import ImageDataModule
@@ -121,7 +121,7 @@ def distill(
         if is_rank_zero():
             write_config(config, place)
 
-    with _passed_to_ranks(place), libraries_quiet(), reported_by(OnScreen()):
+    with _passed_to_ranks(place), logged_as_by_commands(), reported_by(OnScreen()):
         try:
             all_callbacks = [*build_callbacks(settings), *callbacks]
             return Run(run(settings, place, config=config, callbacks=all_callbacks, on_start=start), place)

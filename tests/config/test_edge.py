@@ -20,7 +20,7 @@ from whole_runs import call_teach, call_train
 from ekd_lightning import errors
 from ekd_lightning.config import directory
 from ekd_lightning.config.config import compose_settings, register_schema
-from ekd_lightning.config.edge import ConsoleLines, one_line, run_program
+from ekd_lightning.config.edge import ConsoleLines, logged_as_by_commands, one_line, run_program
 from ekd_lightning.errors import UserError
 from ekd_lightning.runs.lock import DirectoryLock, LockedError, is_held
 from ekd_lightning.studies import multirun
@@ -111,6 +111,18 @@ def test_lines_of_a_sweep_name_the_folder_of_their_run(monkeypatch):
         words = ("hydra.mode=MULTIRUN", "hydra.job.num=6", f"hydra.sweep.subdir={folder}")
         HydraConfig.instance().set_config(run_config(*words))
         assert lines.format(record) == f"[{label}] warning: mind this"
+
+
+@pytest.mark.parametrize(("handlers", "said"), [([], "epoch 1\n"), ([logging.NullHandler()], "")])
+def test_a_call_from_python_logs_as_a_command_unless_the_program_has_set_up_logging(
+    capsys, monkeypatch, handlers, said
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", handlers)
+    log = logging.getLogger("ekd_lightning.x")
+    with logged_as_by_commands():
+        log.info("epoch 1")
+    log.info("afterwards")
+    assert capsys.readouterr().err == said
 
 
 def interrupted_by_lightning() -> None:

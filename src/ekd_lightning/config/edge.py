@@ -224,14 +224,22 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def libraries_quiet() -> Iterator[None]:
-    """Applies `quiet_libraries` within the block only, for calls from the user's own program."""
-    before = {name: logging.getLogger(name).level for name in _LEVELS}
+def logged_as_by_commands() -> Iterator[None]:
+    """Logs to standard error and quiets libraries within the block, for calls from the user's own program.
+
+    A program that has set up logging decides itself where lines go.
+    """
+    own, lines = logging.getLogger("ekd_lightning"), ConsoleLines(sys.stderr)
+    before = {name: logging.getLogger(name).level for name in (own.name, *_LEVELS)}
     try:
         with warnings.catch_warnings():
             quiet_libraries()
+            if not own.hasHandlers():
+                own.addHandler(lines)
+                own.setLevel(logging.INFO)
             yield
     finally:
+        own.removeHandler(lines)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 
