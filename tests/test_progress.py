@@ -130,6 +130,9 @@ def test_a_line_says_phase_part_and_time(clock):
         assert status_line(task, shown) == "test: best weights 0 of 500 (6 s so far)"
         task.part.advance(100)
         assert status_line(task, shown) == "test: best weights 100 of 500 (about 24 s left)"
+        task.part.note, task.part.scores = "epoch 2/9", "loss 1.0"  # of epoch 1
+        assert task.words(scores=True) == "best weights 100 of 500  epoch 2/9  loss 1.0"
+        assert status_line(task, shown) == "test: best weights 100 of 500  epoch 2/9 (about 24 s left)"
 
 
 def test_lines_come_where_nothing_else_is_said_for_a_while(caplog, monkeypatch):

@@ -35,7 +35,8 @@ class Task:
         unit: Unit of the amount, in the plural; None hides the counts.
 
     Attributes:
-        note: Further information, e.g. the loss.
+        note: Further information, e.g. the epoch.
+        scores: Scores of the last epoch, for a display that redraws itself; lines of the log state them once.
         count: Returns the finished amount, for work that does not call `advance`.
         part: The part that is running.
         active: Whether the task is running.
@@ -44,7 +45,8 @@ class Task:
     """
 
     def __init__(self, name: str, total: float | None = None, unit: str | None = "") -> None:
-        self.name, self.total, self.unit, self.note = name, total, unit, ""
+        self.name, self.total, self.unit = name, total, unit
+        self.note = self.scores = ""
         self.count: Callable[[], float] | None = None
         self.part: Task | None = None
         self.active, self.seconds, self.begun, self.weight = False, 0.0, 0.0, 1.0
@@ -96,13 +98,13 @@ class Task:
             # `count` refers to a trainer, which it would keep alive with everything on the device.
             self._done, self.count = self.done, None
 
-    def words(self) -> str:
-        """Returns the state in one line: counts, note, and the running part."""
+    def words(self, *, scores: bool = False) -> str:
+        """Returns the state in one line: counts, note, scores if wanted, and the running part."""
         counted, part = "", self.part
         if self.total and self.unit is not None:
             counted = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
-        inner = "" if part is None else f"{part.name} {part.words()}".strip()
-        return "  ".join(word for word in (counted, self.note, inner) if word)
+        inner = "" if part is None else f"{part.name} {part.words(scores=scores)}".strip()
+        return "  ".join(word for word in (counted, self.note, self.scores if scores else "", inner) if word)
 
 
 class Session:

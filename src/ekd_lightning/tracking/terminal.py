@@ -20,7 +20,7 @@ from ekd_lightning.progress import Reporter, Session, Task, readable
 
 _BAR, _PER_SECOND = 20, 2  # a redraw takes milliseconds of Python's time, which bounds the training
 _TOTAL, _GAP, _TIME = "total", 2, 7
-_LEAST_WIDTH = 100  # columns; a narrower display leaves out bars and times, so that all scores of an epoch are shown
+_LEAST_WIDTH, _SHORT_BAR = 100, 5  # columns; a narrower display has short bars and no times, to show all scores
 
 
 class LiveDisplay(Reporter):
@@ -81,8 +81,8 @@ class SessionRows:
         over = not any(task.active for task in phases.values())
         left = None if over else self._session.seconds_left
         wide = columns >= _LEAST_WIDTH
-        names = max(map(len, [*phases, _TOTAL]))
-        widths = [names, *([_BAR, _TIME] if wide else [])]
+        names, bar = max(map(len, [*phases, _TOTAL])), _BAR if wide else _SHORT_BAR
+        widths = [names, bar, *([_TIME] if wide else [])]
         gap = _GAP if wide else 1
         rest = columns - sum(widths) - gap * len(widths) - 1
         table = Table.grid(padding=(0, gap, 0, 0))
@@ -90,24 +90,24 @@ class SessionRows:
             table.add_column(no_wrap=True, overflow="ellipsis", width=width)
         for task in phases.values():
             style = "bold" if task.active else "" if task.elapsed else "dim"
-            words = task.words() if task.active else task.note
+            words = task.words(scores=True) if task.active else f"{task.note}  {task.scores}".strip()
             if task.active and left is None and (own := task.seconds_left) is not None:
                 words += f"  about {readable(own)} left"
             words = words if wide else " ".join(words.split())
-            table.add_row(Text(task.name, style), *((_bar(task), Text(_time(task))) if wide else ()), Text(words))
+            table.add_row(Text(task.name, style), _bar(task, bar), *([Text(_time(task))] if wide else []), Text(words))
         seconds = readable(self._session.elapsed)
         later = "" if left is None else f"about {readable(left)} left in all"
-        cells = zip((_TOTAL, *([""] if wide else []), seconds), (*widths, _TIME), strict=False)
+        cells = zip((_TOTAL, "", seconds), (*widths, _TIME), strict=False)
         total = "".join(f"{text:{width + gap}}" for text, width in cells) + later
         # Not padded to the edge: the ^C that a terminal appends would start a new line.
         return Group(table, Text(total.rstrip(), "dim", no_wrap=True, overflow="ellipsis"))
 
 
-def _bar(task: Task) -> ProgressBar:
+def _bar(task: Task, width: int) -> ProgressBar:
     share = task.share
     if not task.active:
-        return ProgressBar(total=1, completed=1 if task.elapsed else 0, width=_BAR)
-    return ProgressBar(total=1, completed=share or 0, pulse=share is None, width=_BAR)
+        return ProgressBar(total=1, completed=1 if task.elapsed else 0, width=width)
+    return ProgressBar(total=1, completed=share or 0, pulse=share is None, width=width)
 
 
 def _time(task: Task) -> str:

@@ -159,7 +159,6 @@ class EpochReport(Callback):
         self.images_seen = 0
         self._since = 0.0
         self._epoch_seconds = 0.0
-        self._scores = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns time and images so far."""
@@ -180,7 +179,7 @@ class EpochReport(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self.task.note = "  ".join([self._epoch(trainer), *([f"before: {self._scores}"] if self._scores else [])])
+        self.task.note = self._epoch(trainer)
         self._epoch_seconds = 0.0
         self._epoch_images = self._images_per_step * int(trainer.num_training_batches)
         self._since = time.perf_counter()
@@ -200,9 +199,9 @@ class EpochReport(Callback):
         self.images_seen += self._epoch_images
         means = pl_module.epoch_means() if isinstance(pl_module, TrainingModule) else {}
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self._scores = self._line(trainer, means)
-            self.task.note = f"{self._epoch(trainer)}  {self._scores}"
-            log.info("%s", f"{self._name}: {self.task.note}" if self._name else self.task.note, extra=UNSEEN)
+            self.task.scores = self._line(trainer, means)
+            line = f"{self._epoch(trainer)}  {self.task.scores}"
+            log.info("%s", f"{self._name}: {line}" if self._name else line, extra=UNSEEN)
 
     def _stop(self, module: pl.LightningModule) -> None:
         if module.device.type == "cuda":
