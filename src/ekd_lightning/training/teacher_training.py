@@ -88,7 +88,7 @@ def train_teacher(
         The network with its last weights, in eval mode on the CPU.
     """
     index = data.index()
-    log.info("training teacher %s (seed %d) on %d images", spec.name, seed, len(index))
+    log.info("training teacher %s (seed %d) on %s images", spec.name, seed, f"{len(index):,}")
     method = build_method("teacher", _CROSS_ENTROPY, TermContext(spec.num_classes, num_branches=1, num_teachers=0))
     options = {"capture": data.capture, "compile_student": "never", "recipe_key": "teachers.recipe"}
     images = _images(data.dataset, index, data.views, recipe, seed)
