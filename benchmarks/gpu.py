@@ -398,6 +398,7 @@ def hardware(args: argparse.Namespace) -> dict[str, Any]:
         args.start = "spawn"  # something that was imported has used CUDA
         with multiprocessing.get_context(args.start).Pool(1) as pool:
             origin = pool.apply(_probe, (not args.tiny,))
+    del origin["working_directory"]  # says nothing to others
     origin["command"] = ["gpu.py", *args.overrides]
     commit = Path(__file__).resolve().parents[1] / "COMMIT"  # of a packed copy without git
     if origin.get("git") is None and commit.is_file():
