@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ekd_lightning.reporting.report import make_report
 from ekd_lightning.runs.collection import collect
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.figure")
 SVG = "{http://www.w3.org/2000/svg}"
 ALL = {
     "accuracy_by_fraction", "teachers_branches", "accuracy_cost", "differences", "branches", "learning_curves",
@@ -209,3 +211,13 @@ def test_curves_of_differently_corrupted_images_are_in_figures_of_their_own(tmp_
     }
     assert found == {"official corruptions": {"ce", "ekd"}, "regenerated corruptions": {"kd_mean"}}
     assert len({one.name for one in drawn}) == 2
+
+
+@pytest.mark.parametrize("name", ["branch", "teacher"])
+def test_branches_and_teachers_of_a_matrix_are_counted_from_0(monkeypatch, name):
+    axes = matplotlib.figure.Figure().add_subplot()
+    monkeypatch.setattr(figures_detail.details, "matrix", lambda group, key: np.eye(2))
+    monkeypatch.setattr(figures_detail, "own_teachers", lambda group: [1, 0])
+    figures_detail._matrix_panel(axes, SimpleNamespace(label="ekd"), "test_branch_cka", name)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"{name} 0", f"{name} 1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["branch 0", "branch 1"]

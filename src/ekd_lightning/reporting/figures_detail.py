@@ -253,6 +253,6 @@ def _matrix_panel(axes: Axes, group: Group, key: str, name: str) -> None:
         if column is not None and column < columns:
             place = (column - 0.46, row - 0.44)
             axes.add_patch(Rectangle(place, 0.92, 0.88, fill=False, edgecolor=fs.INK, linewidth=1.5))
-    axes.set_xticks(range(columns), [f"{name} {c + 1}" for c in range(columns)])
+    axes.set_xticks(range(columns), [f"{name} {c}" for c in range(columns)])
     axes.set_yticks(range(rows), [f"branch {r}" for r in range(rows)])
     fs.title(axes, group.label)

@@ -68,7 +68,7 @@ function reliability({ row }) {
 const CATEGORIES = { type: "category", showgrid: false };
 
 function matrixTrace({ values, name }, at, last) {
-  const number = (count) => Array.from({ length: count }, (_, position) => String(position + 1));
+  const number = (count) => Array.from({ length: count }, (_, position) => String(position));
   return {
     type: "heatmap",
     z: values,
@@ -124,7 +124,7 @@ function similarity({ row }) {
     : {};
   const tableRows = ({ values, name }) =>
     values.flatMap((line, k) =>
-      line.map((value, at) => [`branch ${k}, ${name} ${at + 1}`, value.toFixed(4)]),
+      line.map((value, at) => [`branch ${k}, ${name} ${at}`, value.toFixed(4)]),
     );
   return {
     traces: panels.map((panel, at) => matrixTrace(panel, at, at === panels.length - 1)),
