@@ -236,7 +236,7 @@ def command(part: Part) -> dict[str, Any]:
 def imports(part: Part) -> dict[str, Any]:
     """(f) The imports of PyTorch, Lightning and this package alone."""
     part.turn()
-    return {"seconds": gpu_shared.import_seconds()}
+    return {"seconds": gpu_shared.import_seconds(part.folder)}
 
 
 def many(part: Part, mps: bool) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
+import os
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -167,6 +168,20 @@ def test_a_run_takes_part_while_it_counts(monkeypatch: pytest.MonkeyPatch, tmp_p
     part.on_train_epoch_start(trainer, module)
     assert left == [0]
     assert (tmp_path / "run.json").is_file()
+
+
+def test_packages_without_bytecode_get_it_in_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared = importlib.import_module("gpu_shared")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    module = tmp_path / "torch/__init__.py"
+    monkeypatch.setattr(torch, "__file__", str(module))
+    told = shared._environment(tmp_path)
+    assert told["PYTHONPYCACHEPREFIX"] == str(tmp_path / "bytecode")
+    assert "PYTHONDONTWRITEBYTECODE" not in told
+    cached = Path(importlib.util.cache_from_source(str(module)))
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert shared._environment(tmp_path) == dict(os.environ)
 
 
 @pytest.mark.parametrize(
