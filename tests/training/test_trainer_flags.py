@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
+import torch
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import Settings
-from ekd_lightning.training.trainer import build_trainer, check_trainer, trainer_flags
+from ekd_lightning.training.trainer import EpochSeed, build_trainer, check_trainer, trainer_flags
 
 CPU = {"accelerator": "cpu", "devices": 1, "enable_model_summary": False, "max_epochs": 1}
 
@@ -83,3 +85,17 @@ def test_gradients_can_be_clipped_in_mixed_precision(train, tmp_path):
     """Lightning refuses that for fused optimisers."""
     outcome = train(tmp_path / "run", "trainer.gradient_clip_val=1.0", "trainer.precision=bf16-mixed")
     assert outcome.code == 0, outcome.err
+
+
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_an_epoch_is_seeded_as_by_torch(device):
+    trainer = SimpleNamespace(global_rank=1, current_epoch=3)
+    drawn = []
+    for kind in (device, "meta"):  # any other kind is left to torch.manual_seed
+        torch.rand(1), torch.rand(1, device=device)
+        EpochSeed(7).on_train_epoch_start(trainer, SimpleNamespace(device=torch.device(kind)))
+        drawn += [torch.stack([torch.rand(4), torch.rand(4, device=device).cpu()])]
+    assert torch.equal(*drawn)

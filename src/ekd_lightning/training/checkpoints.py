@@ -185,4 +185,4 @@ def _on_host(value: Any, copied_from: set[torch.device]) -> Any:
         return new
     if type(value) in (list, tuple):
         return type(value)(_on_host(item, copied_from) for item in value)
-    return copy.deepcopy(value)
+    return value if isinstance(value, (str, int, float, type(None))) else copy.deepcopy(value)

@@ -129,10 +129,15 @@ class EpochSeed(Callback):
         self.seed = seed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Seeds torch on CPU and on the accelerator."""
+        """Seeds torch on the CPU and on the device of the training."""
         place = torch.tensor([trainer.global_rank]).numpy()
-        value = int(hash_uniform_u64(_RANDOMNESS_STREAM, self.seed, trainer.current_epoch, place)[0])
-        torch.manual_seed(value % 2**63)
+        seed = int(hash_uniform_u64(_RANDOMNESS_STREAM, self.seed, trainer.current_epoch, place)[0]) % 2**63
+        if pl_module.device.type in ("cpu", "cuda"):  # torch.manual_seed takes milliseconds for devices that are absent
+            torch.default_generator.manual_seed(seed)
+            if pl_module.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
 
 class EpochReport(Callback):
