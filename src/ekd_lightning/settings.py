@@ -508,7 +508,8 @@ class Settings:
     """Additional Lightning callbacks, each a node with `_target_`."""
     seed: int = field(default=0, metadata=COMPUTED | SEED)
     channels_last: bool = field(default=True, metadata=ROUNDING)
-    """Whether images and convolutions are channels-last in memory; results change within rounding."""
+    """Whether images and convolutions are channels-last in memory, where torch's kernels are safe with it; results
+    change within rounding."""
     capture: str = field(default="auto", metadata=ROUNDING | one_of(*_COMPILE))
     """Whether training steps are recorded as CUDA graphs: auto (on a single CUDA device, if the run allows it), always
     (also on a CPU, where the same step runs unrecorded) or never. Results change within rounding."""

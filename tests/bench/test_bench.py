@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,10 @@ from whole_runs import TINY
 from ekd_lightning.bench import measurements, summary, take_turns
 from ekd_lightning.bench.cost import GROUPS, by_group, load_cached, load_plain, step_profile, write_folder
 from ekd_lightning.bench.ours import BareLoop
+from ekd_lightning.bench.page import page
 from ekd_lightning.bench.parts import Bench, agreement, careful_epoch, sweep
 from ekd_lightning.bench.plain import CarefulLoop, PilImages, PlainLoop
-from ekd_lightning.cli.bench import main
+from ekd_lightning.cli.bench import PARTS, main
 from ekd_lightning.data import load_dataset
 from ekd_lightning.pipeline.prepare import prepare
 from ekd_lightning.training.pool import gather_teachers
@@ -143,6 +145,7 @@ def test_the_command_writes_every_part(tmp_path, store, capsys):
     options = ["--parts", "acdi", "--rounds", "1", "--plain-steps", "2", "--sweep-epochs", "2"]
     main([*options, "--output", str(output), *words])
     found = json.loads(output.read_text())
+    assert output.with_suffix(".md").read_text() == page(found, PARTS, output.name)
     assert {"origin", "a", "c", "d", "i"} <= set(found)
     assert found["d"]["epochs"] == found["i"]["epochs"] == 2
     assert found["d"]["jobs"] == 6  # two teachers, three numbers of branches
@@ -181,7 +184,19 @@ def test_the_slower_parts(tmp_path, store):
     assert 0 < found["h"]["student_training"] < 1
 
 
-@pytest.mark.parametrize("words", [["--parts", "z"], ["--rounds", "0"]])
+@pytest.mark.parametrize("name", ["speed", "speed_avx512_bf16", "loading"])
+def test_the_pages_of_the_documentation_are_those_of_their_numbers(name):
+    file = Path(__file__).parents[2] / f"docs/results/{name}.json"
+    found = json.loads(file.read_text())
+    text = page(found, PARTS, file.name)
+    assert file.with_suffix(".md").read_text() == text
+    for key, row in [*found.get("c", {}).get("rates", {}).items(), *found.get("l", {}).get("rates", {}).items()]:
+        rates = " | ".join(f"{row[field]:,.0f}" for field in ("median", "min", "max"))
+        assert f"\n| {key} | {rates} | {row['ratio']:.2f} |\n" in text
+    assert ("plain loop" in text) == (found.keys() & PARTS.keys() != {"l"})
+
+
+@pytest.mark.parametrize("words", [["--parts", "z"], ["--rounds", "0"], ["--output", "bench.md"]])
 def test_impossible_options_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)

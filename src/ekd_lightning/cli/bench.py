@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ekd_lightning.config.commands import print_next
 from ekd_lightning.config.edge import check_options, make_parser, print_table, run_command
 from ekd_lightning.config.overrides import check_typed, shell_word
 from ekd_lightning.errors import UserError
-from ekd_lightning.files import write_json
+from ekd_lightning.files import write_json, write_text
 from ekd_lightning.progress import importing, part, phase, session
 from ekd_lightning.roles import COUNT, POSITIVE, SHARE
 from ekd_lightning.runs.lock import check_directory
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweep-epochs", type=int, help="epochs of every training of parts d and i")
     parser.add_argument("--folder-images", type=int, help="images of the folder of part l")
     parser.set_defaults(**_COUNTS)
-    parser.add_argument("--output", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--output", type=Path, help="JSON file for all numbers; a page (.md) goes beside it")
     run_command(parser, bench, argv, level=logging.WARNING)
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Runs the parts, prints each as it is finished, and writes the JSON file anew after each.
+    """Runs the parts, prints each as it is finished, and writes the JSON file and its page anew after each.
 
     Raises:
         UserError: For a user's mistake.
@@ -77,6 +77,8 @@ def bench(args: argparse.Namespace) -> None:
     check_options(args, **dict.fromkeys(_COUNTS, COUNT), minutes=POSITIVE, sweep_fraction=SHARE)
     if args.output and args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give the name of a file")
+    if args.output and args.output.suffix == ".md":
+        raise UserError(f"--output {args.output}: is the page's name; name the JSON file, e.g. {args.output.stem}.json")
     if args.output:
         check_directory(args.output.parent)
     check_typed(args.overrides)
@@ -99,6 +101,7 @@ def _measure(args: argparse.Namespace) -> str:
     """Measures the chosen parts; returns the letters of those for which no time was left."""
     with phase("data"), importing("PyTorch and Lightning"):
         from ekd_lightning.bench.measurements import make_bench, measure  # noqa: PLC0415 (slow; --help needs none)
+        from ekd_lightning.bench.page import HEADS, page, rows  # noqa: PLC0415
         from ekd_lightning.runs.writer import provenance  # noqa: PLC0415
 
     names = ("rounds", "plain_steps", "sweep_fraction", "sweep_epochs", "folder_images")
@@ -123,24 +126,12 @@ def _measure(args: argparse.Namespace) -> str:
         with phase(f"({key})"):
             found[key] = measure(key, context, found)
         found["seconds"][key] = time.perf_counter() - start
-        heads = ("what", "median", "min", "max", "ratio")
-        print_table(f"({key}) {PARTS[key]}", heads, _rows("", found[key]), left=("what",))
+        print_table(f"({key}) {PARTS[key]}", HEADS, rows("", found[key]), left=HEADS[:1])
         print(f"({key}) took {found['seconds'][key]:.0f} s", file=sys.stderr, flush=True)
         if args.output:
             write_json(args.output, found)
+            write_text(args.output.with_suffix(".md"), page(found, PARTS, args.output.name))
     return left_out
-
-
-def _rows(name: str, value: Any) -> Iterator[tuple[str, ...]]:
-    """Rows of a part's table; nested groups become rows."""
-    if isinstance(value, dict) and "median" in value:
-        numbers = (f"{value[field]:,.0f}" for field in ("median", "min", "max"))
-        yield (name, *numbers, f"{value['ratio']:.2f}")
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _rows(f"{name} {key}".strip() if key != "rates" else name, inner)
-    else:
-        yield (name, f"{value:,.4g}" if isinstance(value, float) else str(value), "", "", "")
 
 
 if __name__ == "__main__":
