@@ -18,11 +18,11 @@ from ekd_lightning.config import edge
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json
 from ekd_lightning.reporting import tables
-from ekd_lightning.reporting.blocks import check_comparable
+from ekd_lightning.reporting.blocks import block_of_rows, check_comparable
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunState
-from ekd_lightning.studies.comparison import records, study_block, study_rows
+from ekd_lightning.studies.comparison import records, study_rows
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
 from ekd_lightning.studies.tuned import with_tuned
 
@@ -57,7 +57,7 @@ def study(accuracies=ACCURACIES, **more):
 
 
 def block(runs):
-    return study_block("digits", 0.1, runs)
+    return block_of_rows("digits", 0.1, {row: list(own.values()) for row, own in runs.items()})
 
 
 def rows(runs):
@@ -66,7 +66,7 @@ def rows(runs):
 
 def flat(runs):
     found = block(runs)
-    return {record["row"]: record for record in records(found, study_rows(found), runs)}
+    return {record["row"]: record for record in records(found, study_rows(found), runs, {})}
 
 
 def page(runs):

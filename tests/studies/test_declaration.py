@@ -33,7 +33,7 @@ from ekd_lightning.reporting.groups import differences
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.settings import RecipeSettings, Settings
-from ekd_lightning.studies import cost, planning
+from ekd_lightning.studies import cost, launching, planning
 from ekd_lightning.studies.cost import recorded_pace, seconds_of
 from ekd_lightning.studies.declaration import Declaration, read_declaration
 from ekd_lightning.studies.study import RowPlan, Study, read_study, write_study
@@ -176,7 +176,7 @@ def test_the_progress_of_a_plan_counts_rows_as_further_seeds_of_a_row_take_no_ti
     monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
     rows = tuple(RowPlan(name, (f"method={name}",)) for name in ("ce", "ekd"))
     with session() as shown, phase("plan"):
-        jobs, _ = planning.plan(Study(rows, (0.1, 1), (0, 1, 2)), tmp_path, composed, retry_failed=False)
+        jobs = planning.plan(Study(rows, (0.1, 1), (0, 1, 2)), tmp_path, composed, retry_failed=False)
     assert said == [f"checking {number} of 4 rows" for number in range(4)]
     names = [f"{row}-f{fraction}-s{seed}" for fraction in (0.1, 1) for seed in range(3) for row in ("ce", "ekd")]
     assert [job.directory.name for job in jobs] == names  # seed by seed nevertheless
@@ -197,7 +197,7 @@ def test_what_is_left_of_a_run_costs_the_epochs_that_are_not_in_its_curves(
     (stopped / "metrics.csv").write_text("step,epoch\n3,0.0\n7,1.0\n11,2.0\n")
 
     monkeypatch.setattr(planning, "to_settings", lambda _: Settings(recipe=RecipeSettings(epochs=4)))
-    jobs, _ = planning.plan(study, tmp_path / "a", composed, retry_failed=False)
+    jobs = planning.plan(study, tmp_path / "a", composed, retry_failed=False)
     assert [(job.resumed, job.images, job.macs) for job in jobs] == [(True, 100, 1000), (False, 400, 4000)]
 
     seen = {"num_train_images": 100, "epochs_done": 1, "macs": 10, "train_seconds": 3600.0}
@@ -436,14 +436,14 @@ def test_a_run_that_another_process_began_and_left_goes_on(
     for name in ("result.json", "student.safetensors"):
         (tmp_path / "left" / name).unlink()
     (tmp_path / "left/status.json").write_text('{"state": "running"}')
-    run = planning.run
+    launch = launching.launch
 
     def later(*args: Any, **options: Any) -> None:
         """Between the plan and the run another process makes two epochs, and is killed."""
         shutil.move(tmp_path / "left", left)
-        run(*args, **options)
+        launch(*args, **options)
 
-    monkeypatch.setattr(planning, "run", later)
+    monkeypatch.setattr(launching, "launch", later)
     code, _, err = call("--study", "quick", "--only", "digits-10,ce", "--output", folder, *words)
     assert code == 0, err
     assert len(RunDirectory(left).provenance()["resumed"]) == 1

@@ -26,8 +26,8 @@ from optuna.distributions import CategoricalDistribution as Choices  # noqa: E40
 from optuna.distributions import FloatDistribution as Float  # noqa: E402
 from optuna.distributions import IntDistribution as Int  # noqa: E402
 
-from ekd_lightning.studies import storage  # noqa: E402
-from ekd_lightning.studies.search import ValidationObjective, run_trials  # noqa: E402
+from ekd_lightning.studies import search, storage  # noqa: E402
+from ekd_lightning.studies.search import run_trials, validation_accuracies  # noqa: E402
 from ekd_lightning.studies.space import default_values, derive_space, describe_space, read_space, rounded_values  # noqa: E402
 from ekd_lightning.studies.trials import Search, outcome, ranking, standard_error  # noqa: E402
 
@@ -482,10 +482,10 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
         monkeypatch.setattr(place, "score_teachers", forbidden)
     monkeypatch.setattr(prepare, "open_dataset", load_without_test)
     reports: list[tuple[int, float]] = []
-    objective = ValidationObjective(
-        lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words), seeds=(0, 1)
-    )
-    values = objective([], tmp_path / "trial", lambda step, value: reports.append((step, value)))
+    values = validation_accuracies(
+        lambda words: tiny_settings("recipe.epochs=2", override_, "data.val_fraction=0.3", *words), (0, 1),
+        [], tmp_path / "trial", lambda step, value: reports.append((step, value)),
+    )  # fmt: skip
     assert len(values) == 2
     assert all(0 <= value <= 1 for value in values)
     assert [step for step, _ in reports] == [0, 2]  # the first of two epochs, by seed
@@ -496,3 +496,18 @@ def test_a_trial_never_reads_the_test_set(tmp_path, tiny_settings, monkeypatch, 
     assert not [name for name in result if name.startswith("test_")]
     with pytest.raises(AssertionError, match=r"the test set's .* was read"):  # a run with its test would
         run.run(tiny_settings(override_), tmp_path / "run")
+
+
+def test_a_trial_has_the_callbacks_of_its_own_settings(tmp_path, tiny_settings, monkeypatch):
+    """A search space may hold their arguments."""
+    seen = []
+    monkeypatch.setattr(
+        search, "run", lambda *_, callbacks, **__: seen.append(callbacks[0]._swa_lrs) or {"val_accuracy": 0.5}
+    )
+    given = (
+        "++callbacks.x._target_=pytorch_lightning.callbacks.StochasticWeightAveraging",
+        "++callbacks.x.swa_lrs=0.1",
+    )
+    for word in ("++callbacks.x.swa_lrs=0.2", "++callbacks.x.swa_lrs=0.3"):
+        validation_accuracies(lambda words: tiny_settings(*given, *words), (0, 1), [word], tmp_path, lambda *_: None)
+    assert seen == [0.2, 0.2, 0.3, 0.3]

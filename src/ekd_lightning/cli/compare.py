@@ -24,6 +24,7 @@ from ekd_lightning.runs.lock import DirectoryLock
 from ekd_lightning.runs.words import names_code
 from ekd_lightning.runs.writer import now
 from ekd_lightning.studies.study import (
+    RUNS,
     STUDY_FILE,
     Composer,
     Study,
@@ -33,7 +34,7 @@ from ekd_lightning.studies.study import (
     split_overrides,
     write_study,
 )
-from ekd_lightning.studies.sweep import Job
+from ekd_lightning.studies.sweep import Job, Sweep
 
 if TYPE_CHECKING:
     from ekd_lightning.studies.declaration import Declaration, Part
@@ -95,6 +96,7 @@ def run_compare(args: argparse.Namespace) -> bool:
     with session("plan", keep=False), phase("plan"), importing("PyTorch and Lightning"):
         from ekd_lightning.cli.train import run_shared_job  # noqa: PLC0415 (slow; --help needs none)
         from ekd_lightning.studies import planning  # noqa: PLC0415
+        from ekd_lightning.studies.launching import launch  # noqa: PLC0415
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on, instead of printing its own report
     register_schema()
@@ -126,7 +128,9 @@ def run_compare(args: argparse.Namespace) -> bool:
                 print(line)
             return True
         for place, (study, jobs) in planned.items():
-            planning.run(study, jobs, place, hydra_words, partial(run_shared_job, since=since), command=again)
+            if jobs:
+                sweep = Sweep(place / RUNS, tuple(jobs), working_directory=study.working_directory)
+                launch(jobs, sweep, hydra_words, partial(run_shared_job, since=since), again)
     complete = _report(args, declared)
     if declared is None:
         study = read_study(folder) or study
@@ -170,7 +174,7 @@ def _plan(
     args: argparse.Namespace, declared: Declared | None, common: tuple[str, ...], composer: Composer
 ) -> dict[Path, tuple[Study, list[Job]]]:
     """Writes each study.json and returns the study and its remaining jobs by folder; logs a declared study's cost."""
-    from ekd_lightning.studies import cost, planning  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.studies import cost, declaration, planning  # noqa: PLC0415 (slow; --help needs none)
     from ekd_lightning.studies.launching import working_in  # noqa: PLC0415
 
     planned: dict[Path, tuple[Study, list[Job]]] = {}
@@ -180,7 +184,7 @@ def _plan(
             old = read_study(place)  # another process may have added to it
             with working_in(old.working_directory if old else ""):
                 if declared and part:
-                    study = planning.build_part(old, common, composer, declared[1], part, tuned)
+                    study = declaration.study_of(declared[1], part, common, old, composer, tuned)
                 else:
                     study = planning.build_study(
                         old,
@@ -193,7 +197,7 @@ def _plan(
                         controls=not args.no_controls,
                         tuned=tuned,
                     )
-                jobs, _ = planning.plan(study, place, composer, retry_failed=args.retry_failed)
+                jobs = planning.plan(study, place, composer, retry_failed=args.retry_failed)
             write_study(study, place)
         planned[place] = study, jobs
     if declared:

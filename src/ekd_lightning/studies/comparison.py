@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,18 @@ def report(study: Study, folder: Path) -> bool:
     """
     found = read_runs(study, folder)
     settings = {row.name: row.settings for row in study.rows}
-    blocks = [study_block(study.data, fraction, found[fraction], study.deciding) for fraction in study.fractions]
-    rows = [study_rows(block) for block in blocks]
-    flat = [
-        one
-        for fraction, block, own in zip(study.fractions, blocks, rows, strict=True)
-        for one in records(block, own, found[fraction], settings)
-    ]
-    page = ["# Comparison\n", tables.LEGEND]
-    for block, own in zip(blocks, rows, strict=True):
-        page += [f"## {md.prose(block.title)}\n", tables.markdown(own, tables.STUDY, settings)]
+    flat, page, printed, width = [], ["# Comparison\n", tables.LEGEND], [], terminal_width()
+    for fraction, runs in found.items():
+        block = block_of_rows(study.data, fraction, {row: [*own.values()] for row, own in runs.items()}, study.deciding)
+        rows = study_rows(block)
+        flat += records(block, rows, runs, settings)
+        page += [f"## {md.prose(block.title)}\n", tables.markdown(rows, tables.STUDY, settings)]
+        printed.append(tables.printed_table(block.title, rows, width))
     write_text(folder / "comparison.md", "\n".join(page))
     write_text(folder / "comparison.json", json.dumps(flat, indent=1) + "\n")
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
     write_text(folder / "comparison.csv", tables.csv_text(without))
-    width = terminal_width()
-    print_wide(*(tables.printed_table(block.title, own, width) for block, own in zip(blocks, rows, strict=True)))
-    print_wide(tables.LEGEND)
+    print_wide(*printed, tables.LEGEND)
     states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
     counts = ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
     print(f"{typed(folder)}: {counts}")
@@ -80,37 +75,20 @@ def not_run(declared: Declaration, folder: Path) -> list[str]:
     return lines
 
 
-def study_block(data: str, fraction: float, runs: Runs, deciding: Collection[str] | None = None) -> Block:
-    """The rows of a study at one fraction, as a block of a report.
-
-    Args:
-        data: Name of the data set.
-        fraction: Share of the training images.
-        runs: Of each row.
-        deciding: Deciding rows, see `RowPlan.decides`; None for all.
-
-    Raises:
-        UserError: If runs cannot be compared.
-    """
-    return block_of_rows(data, fraction, {row: list(own.values()) for row, own in runs.items()}, deciding)
-
-
 def study_rows(block: Block) -> list[tables.Row]:
     """The rows of a study's block, with their differences to the rows of `REFERENCES` that it has."""
     labels = [group.label for group in block.groups]
     return tables.rows(block, [name for name in REFERENCES if name in labels])
 
 
-def records(
-    block: Block, rows: Sequence[tables.Row], runs: Runs, settings: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
+def records(block: Block, rows: Sequence[tables.Row], runs: Runs, settings: Mapping[str, str]) -> list[dict[str, Any]]:
     """The rows of a study's block as flat records, accuracies and differences in [0, 1] and [-1, 1].
 
     Args:
-        block: From `study_block`.
+        block: From `block_of_rows`.
         rows: From `study_rows`.
         runs: Its runs.
-        settings: By row, its changes to the method's defaults; None if unknown.
+        settings: By row, its changes to the method's defaults.
     """
     made = []
     for row in rows:
@@ -129,8 +107,7 @@ def records(
         counts = Counter(other.state for other in own.values())
         one |= {tables.STATE_NAMES[state]: counts[state] for state in _COUNTED}
         one["problems"] = tables.problems(row.group) or None
-        if settings is not None:
-            one["settings"] = settings.get(name) or "defaults"
+        one["settings"] = settings.get(name) or "defaults"
         one["by_seed"] = {
             str(seed): other.get("test_accuracy") if other.state is RunState.DONE else tables.STATE_NAMES[other.state]
             for seed, other in sorted(own.items())

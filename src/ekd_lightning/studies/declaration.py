@@ -18,7 +18,8 @@ from ekd_lightning.roles import is_of, name_of_type
 from ekd_lightning.runs.words import check_words, require_named_code
 from ekd_lightning.settings import check_name
 from ekd_lightning.studies.rows import make_row, match_overrides, match_student, matched_row
-from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers
+from ekd_lightning.studies.study import MATCHES, Composer, Study, check_row_words, parse_numbers, union
+from ekd_lightning.studies.tuned import with_tuned
 
 _FORM: dict[str, Any] = {
     "overrides": list[str],
@@ -185,8 +186,15 @@ def _check_keys(
         raise UserError(f"{where}: the key {missing[0]} is missing")
 
 
-def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study | None, composer: Composer) -> Study:
-    """The study of one part.
+def study_of(
+    declared: Declaration,
+    part: Part,
+    words: Sequence[str],
+    old: Study | None,
+    composer: Composer,
+    tuned: Path | None = None,
+) -> Study:
+    """The study of one part, joined with the study that its folder already holds.
 
     Args:
         declared: The declared study.
@@ -194,6 +202,7 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
         words: Further overrides of all runs, e.g. of the trainer.
         old: The study in the part's folder, whose plain students of equal cost are kept; None if it is new.
         composer: Composes overrides, inside an initialised Hydra.
+        tuned: Folder of settings from ekd-tune.
 
     Raises:
         UserError: For unknown names, settings that do not fit, or a contradiction to the folder's study.
@@ -228,8 +237,11 @@ def study_of(declared: Declaration, part: Part, words: Sequence[str], old: Study
         overrides = (*made.overrides, *row.words)
         rows.append(replace(made, name=row.name, overrides=overrides, seeds=row.seeds, decides=row.decides))
     seeds = sorted({seed for row in rows for seed in row.seeds or ()})
-    name = settings.data.name
-    return Study(tuple(rows), (part.fraction,), tuple(seeds), common, name, str(Path.cwd()), declared.name)
+    data, fractions = settings.data.name, (part.fraction,)
+    if tuned is not None:
+        rows = with_tuned(rows, tuned, data, fractions)
+    study = Study(tuple(rows), fractions, tuple(seeds), common, data, str(Path.cwd()), declared.name)
+    return study if old is None else union(old, study)
 
 
 def require_declared(old: Study, declared: Declaration, part: Part) -> None:

@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,16 +72,15 @@ def check_job(settings: Settings) -> Prepared:
         return check_run(settings, Path(nowhere), "sweep", callbacks)[0]
 
 
-def obtain_weights(teachers: Iterable[PlannedTeacher]) -> None:
-    """Finds or downloads the published weights of planned teachers, so that no run has to; trains none.
+def obtain_weights(teacher: PlannedTeacher) -> None:
+    """Finds or downloads the published weights of a planned teacher, so that no run has to; trains none.
 
     Raises:
-        UserError: At the first that cannot be had.
+        UserError: If they cannot be had.
     """
-    for plan in teachers:
-        if plan.find_weights is not None:
-            with part(f"weights of {plan.id}"):
-                plan.find_weights()
+    if teacher.find_weights is not None:
+        with part(f"weights of {teacher.id}"):
+            teacher.find_weights()
 
 
 def launch(

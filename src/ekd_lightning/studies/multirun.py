@@ -112,7 +112,8 @@ def refuse_shared_mistake(config: DictConfig, jobs: Sequence[Job]) -> None:
             if is_queued(config):  # a cluster may have other data and devices than this machine
                 check_settings(settings)
             else:
-                obtain_weights(check_job(settings).pool)
+                for teacher in check_job(settings).pool:
+                    obtain_weights(teacher)
             shared = [word for word in job.overrides if all(word in other.overrides for other in jobs)]
             warn_without_effect([key_of(word) for word in shared], (_settings(config, other) for other in jobs))
             return

@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from ekd_lightning.config.config import (
@@ -35,11 +34,10 @@ from ekd_lightning.runs.words import require_named_code
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings, is_free
 from ekd_lightning.studies.cost import remaining_cost, training_cost
-from ekd_lightning.studies.declaration import Declaration, Part, study_of
-from ekd_lightning.studies.launching import check_job, launch, obtain_weights
+from ekd_lightning.studies.launching import check_job, obtain_weights
 from ekd_lightning.studies.rows import plan_rows
-from ekd_lightning.studies.study import MATCHES, RUNS, Composer, RowPlan, Study, continued, read_run, union
-from ekd_lightning.studies.sweep import Job, Sweep
+from ekd_lightning.studies.study import MATCHES, Composer, RowPlan, Study, continued, read_run, union
+from ekd_lightning.studies.sweep import Job
 from ekd_lightning.studies.tuned import with_tuned
 
 if TYPE_CHECKING:
@@ -104,33 +102,11 @@ def build_study(
     return study if old is None else union(old, study)
 
 
-def build_part(
-    old: Study | None,
-    words: tuple[str, ...],
-    composer: Composer,
-    declared: Declaration,
-    part: Part,
-    tuned: Path | None = None,
-) -> Study:
-    """Builds the study of one part of a declared study; arguments as for `build_study` and `study_of`.
-
-    Raises:
-        UserError: For unknown names, or a contradiction to the folder's study.
-    """
-    study = study_of(declared, part, words, old, composer)
-    if tuned is not None:
-        study = replace(study, rows=tuple(with_tuned(study.rows, tuned, study.data, study.fractions)))
-    return study if old is None else union(old, study)
-
-
-def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> tuple[list[Job], list[RunEntry]]:
-    """Chooses the jobs to launch, and logs how many.
+def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -> list[Job]:
+    """The jobs to launch; logs how many.
 
     Finished runs are skipped, and so are runs of other processes. Stopped runs continue from their last checkpoint, or
     start again without one. Failed runs are skipped, or with `retry_failed` treated like stopped ones.
-
-    Returns:
-        The jobs, and the failed runs that are skipped.
 
     Raises:
         UserError: If a row cannot be run, or a directory holds a run with another configuration.
@@ -183,7 +159,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     for one in left:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)
     _warn_of_other_machines(done)
-    return jobs, left
+    return jobs
 
 
 def _row_by_row(study: Study) -> Iterator[tuple[RowPlan, float, int]]:
@@ -232,7 +208,7 @@ class StudyInputs:
         """
         for row, plan in self._weights.values():
             try:
-                obtain_weights([plan])
+                obtain_weights(plan)
             except UserError as error:
                 raise UserError(f"row {row}: {error}") from None
 
@@ -271,27 +247,6 @@ def _resumed_words(directory: Path, free: Sequence[str]) -> list[str]:
     given, recorded = {key_of(word) for word in free}, RunDirectory(directory).overrides()
     require_named_code(recorded, free, directory)
     return [*(word for word in recorded if key_of(word) not in given), *free]
-
-
-def run(
-    study: Study, jobs: Sequence[Job], folder: Path, hydra_words: Sequence[str], task: TaskFunction, *, command: str
-) -> None:
-    """Runs jobs of a study; other processes may work on the same study, see `run_shared_job` of `ekd-train`.
-
-    Args:
-        study: The study.
-        jobs: From `plan`.
-        folder: The study's folder.
-        hydra_words: Overrides of Hydra, e.g. the launcher.
-        task: Runs one job.
-        command: Command that continues an interrupted study, for the user.
-
-    Raises:
-        KeyboardInterrupt: If the user interrupts, after all jobs have ended; its text is the study's state.
-    """
-    if jobs:
-        whole = Sweep(folder / RUNS, tuple(jobs), working_directory=study.working_directory)
-        launch(jobs, whole, hydra_words, task, command)
 
 
 def commands(jobs: Sequence[Job]) -> list[str]:

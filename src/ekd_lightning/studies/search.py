@@ -9,7 +9,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,7 @@ def tune(
     }
     warn_of_other_budgets(output, facts)
     identity = {"config": plain, "space": facts["space"], "seeds": list(seeds), "sampler_seed": sampler_seed}
-    objective = ValidationObjective(
-        lambda words: compose_settings(*_with(base, words)), seeds, lambda: build_callbacks(settings)
-    )
+    evaluate = partial(validation_accuracies, lambda words: compose_settings(*_with(base, words)), seeds)
     with named_database(storage):
         search = Search(
             output / settings.method.name,
@@ -123,7 +122,7 @@ def tune(
         with contextlib.closing(search):
             run_trials(
                 search,
-                objective,
+                evaluate,
                 trials=trials if space else 1,
                 timeout=timeout,
                 after_trial=lambda: write_outcome(output, search, facts),
@@ -276,36 +275,32 @@ class ReportAccuracy(Callback):
             self._report(self._first_step + trainer.current_epoch, float(trainer.callback_metrics[BEST_METRIC]))
 
 
-@dataclass(frozen=True)
-class ValidationObjective:
-    """An `Evaluate` that trains one run per seed and never reads the test set.
+def validation_accuracies(
+    make_settings: Callable[[list[str]], Settings],
+    seeds: Sequence[int],
+    overrides: list[str],
+    folder: Path,
+    report: Report,
+) -> list[float]:
+    """Trains one run per seed and never reads the test set; an `Evaluate` once the first two arguments are bound.
 
-    Attributes:
+    Args:
         make_settings: Makes the settings of a run from a trial's overrides.
         seeds: Seeds of a trial's runs.
-        make_callbacks: The user's own callbacks, made anew for every run.
+        overrides: As for an `Evaluate`, like the others.
+        folder: Folder of the trial.
+        report: Called with the accuracy of each epoch.
     """
-
-    make_settings: Callable[[list[str]], Settings]
-    seeds: Sequence[int]
-    make_callbacks: Callable[[], list[Callback]] = list
-
-    def __call__(self, overrides: list[str], folder: Path, report: Report) -> list[float]:
-        """Validation accuracy of the last epoch, in [0, 1], for every seed."""
-        values = []
-        for position, seed in enumerate(self.seeds):
-            renew()
-            settings = self.make_settings(overrides)
-            trainer = {**settings.trainer, "enable_checkpointing": False}
-            settings = replace(settings, seed=seed, trainer=trainer)
-            callbacks = [*self.make_callbacks(), ReportAccuracy(report, position * settings.recipe.epochs)]
-            result = run(
-                settings, folder / f"seed{seed}", sweep=folder.parent.parent.name, callbacks=callbacks, test=False
+    settings, values = make_settings(overrides), []
+    for position, seed in enumerate(seeds):
+        renew()
+        own = replace(settings, seed=seed, trainer={**settings.trainer, "enable_checkpointing": False})
+        callbacks = [*build_callbacks(own), ReportAccuracy(report, position * own.recipe.epochs)]
+        result = run(own, folder / f"seed{seed}", sweep=folder.parent.parent.name, callbacks=callbacks, test=False)
+        if "val_accuracy" not in result:
+            limit = own.trainer.get("limit_val_batches")
+            raise UserError(
+                f"trainer.limit_val_batches={limit}: leaves no validation accuracy, by which ekd-tune chooses"
             )
-            if "val_accuracy" not in result:
-                limit = settings.trainer.get("limit_val_batches")
-                raise UserError(
-                    f"trainer.limit_val_batches={limit}: leaves no validation accuracy, by which ekd-tune chooses"
-                )
-            values.append(round(result["val_accuracy"], 6))  # else float32's rounding decides between equal trials
-        return values
+        values.append(round(result["val_accuracy"], 6))  # else float32's rounding decides between equal trials
+    return values

@@ -210,7 +210,7 @@ def outcome(study: Search) -> Outcome | None:
     diverged = sum(bool(t.user_attrs.get("diverged")) for t in ended)
     return Outcome(
         list(best.user_attrs["overrides"]),
-        value_of(best),
+        best.value or 0.0,
         next((t.value for t in ranked if t.user_attrs.get("default")), None),
         list(best.user_attrs["by_seed"]),
         trials=len(ended),
@@ -222,12 +222,7 @@ def outcome(study: Search) -> Outcome | None:
 def ranking(study: Search) -> list[FrozenTrial]:
     """The complete trials, best first; of equals the earliest first."""
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda trial: (-value_of(trial), trial.number))
-
-
-def value_of(trial: FrozenTrial) -> float:
-    """The accuracy of a complete trial, in [0, 1]."""
-    return float(trial.value or 0.0)
+    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
 def standard_error(accuracy: float, images: int) -> float:
@@ -262,7 +257,7 @@ def show_outcome(output: Path, study: Search, facts: dict[str, Any], words: Sequ
     rows = (
         (
             str(trial.number),
-            f"{100 * value_of(trial):.2f}",
+            f"{100 * (trial.value or 0.0):.2f}",
             "  ".join(trial.user_attrs["overrides"]) or "settings as given",
         )
         for trial in ranking(study)[:_SHOWN_TRIALS]

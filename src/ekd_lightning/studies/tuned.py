@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,15 @@ def warn_of_other_budgets(output: Path, facts: dict[str, Any]) -> None:
         if path.stem == facts["method"]:
             continue
         try:
-            differ = other_budget(read_yaml(path), facts)
+            other = read_yaml(path)
+            differ = [name for name in ("budget", "seeds", "validation_images") if other[name] != facts[name]]
+            ours, theirs = (Protocol.of(found["protocol"]) for found in (facts, other))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
+        # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
+        differ += [name for name in ours.differences(theirs) if name != "fraction"]
         if differ:
             log.warning("%s was tuned with another %s; comparing the two would not be fair", path, ", ".join(differ))
-
-
-def other_budget(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of the fields in which two results of ekd-tune differ, although comparable results must share them."""
-    differ = [name for name in ("budget", "seeds", "validation_images") if one[name] != other[name]]
-    ours, theirs = (Protocol.of(found["protocol"]) for found in (one, other))
-    # The subset's hash says which images there were; version 0.1 recorded a rounded fraction.
-    return differ + [name for name in ours.differences(theirs) if name != "fraction"]
 
 
 def with_tuned(rows: Sequence[RowPlan], folder: Path, data: str = "", fractions: Sequence[float] = ()) -> list[RowPlan]:
