@@ -16,7 +16,9 @@ from sphinx.application import Sphinx
 
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.markdown import Markdown, code, table
-from ekd_lightning.networks import NetworkSpec, build_network, network_names, normalization, zoo_entry, zoo_ids
+from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.networks.registry import NETWORKS
+from ekd_lightning.networks.zoo import zoo
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -95,7 +97,7 @@ def network_reference() -> Iterator[str]:
         "`wrn_<6n+4>_<k>` exists for every n and k.\n"
     )
     with torch.device("meta"):
-        networks = {name: build_network(NetworkSpec(name, 10, normalization("unit"))) for name in network_names()}
+        networks = {name: build_network(NetworkSpec(name, 10, normalization("unit"))) for name in NETWORKS.names()}
     costs = {name: (count_macs(one), count_parameters(one)) for name, one in networks.items()}
     rows = [
         (code(name), f"{costs[name][1]:,}", f"{costs[name][0] / 1e6:,.1f} M", ", ".join(networks[name].stage_names))
@@ -106,7 +108,7 @@ def network_reference() -> Iterator[str]:
         "\n## Pretrained teachers\n\nFor `teachers.pool`; their files are downloaded and checked against their hash. "
         "Accuracy: top-1 on the test images.\n"
     )
-    entries = [zoo_entry(name) for name in zoo_ids()]
+    entries = list(zoo().values())
     found = [(code(e.id), e.data, e.network, f"{e.accuracy:.2f} %", e.source, e.licence) for e in entries]
     yield table(("id", "data", "network", "accuracy", "published by", "licence"), found)
 

@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from ekd_lightning.cli.train import main as ekd_train
 from ekd_lightning.config.config import import_user_modules, register_schema, to_settings
-from ekd_lightning.data import Batch, TrainLoader, augmentations, catalog, gather_batch, load_dataset
+from ekd_lightning.data import Batch, augmentations, catalog, load_dataset
+from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.methods import terms
 from ekd_lightning.networks import TeacherEnsemble, convert, load_network, registry, state_sha256
 from ekd_lightning.pipeline.prepare import Prepared, prepare
@@ -172,12 +173,12 @@ def extract(folder: Path) -> Snippets:
 def registries_as_before() -> Iterator[None]:
     """Forgets afterwards what was registered inside."""
     live: tuple[dict[Any, Any], ...] = (
-        registry._BUILDERS,
-        terms._REGISTRY,
-        catalog._LOADERS,
+        registry.NETWORKS,
+        terms.TERMS,
+        catalog.DATASETS,
         catalog._LOADED,
         convert.KEY_MAPS,
-        augmentations._REGISTRY,
+        augmentations.AUGMENTATIONS,
     )
     before = [dict(names) for names in live]
     try:

@@ -22,7 +22,7 @@ from ekd_lightning.cli import report
 from ekd_lightning.config.config import register_schema, to_settings
 from ekd_lightning.data import load_dataset
 from ekd_lightning.data.views import to_unit
-from ekd_lightning.methods.terms import term_class, term_names
+from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.reporting import figure_style, figures
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.figure_style import CaptionedFigure
@@ -100,7 +100,7 @@ def test_make_has_the_documented_targets():
 def test_the_page_of_terms_describes_every_term():
     page = (ROOT / "docs" / "terms.md").read_text()
     described = dict(re.findall(r"^### (\w+)\n.*?autoclass:: (\S+)", page, re.DOTALL | re.MULTILINE))
-    own = {name: term_class(name) for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")}
+    own = {name: TERMS[name] for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_lightning")}
     assert described == {name: f"{term.__module__}.{term.__name__}" for name, term in own.items()}
 
 

@@ -71,13 +71,14 @@ def load(name: str | Path, device: str = "cpu", *, revision: str | None = None) 
     Raises:
         UserError: If there is no such student, the hub cannot be reached, or a package is missing.
     """
-    from ekd_lightning.networks import find_student, load_deployed  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+    from ekd_lightning.networks.deployed import load_deployed  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+    from ekd_lightning.networks.hub import find_student  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
 
     return load_deployed(find_student(name, revision), device)
 
 
 def push(folder: str | Path, repository: str, *, private: bool = True) -> str:
-    """Uploads an exported student to the Hugging Face hub; see `ekd_lightning.networks.push`."""
-    from ekd_lightning import networks  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
+    """Uploads an exported student to the Hugging Face hub; see `ekd_lightning.networks.hub.push`."""
+    from ekd_lightning.networks import hub  # noqa: PLC0415 (`import ekd_lightning` stays cheap)
 
-    return networks.push(folder, repository, private=private)
+    return hub.push(folder, repository, private=private)

@@ -23,10 +23,10 @@ from ekd_lightning.networks import (
     load_network,
     load_student,
     normalization,
-    read_metadata,
     save_network,
     save_student,
 )
+from ekd_lightning.networks.weights import read_metadata
 from ekd_lightning.teachers.store import TeacherStore
 from ekd_lightning.training.checkpoints import read_checkpoint, write_checkpoint
 

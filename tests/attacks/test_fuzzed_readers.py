@@ -31,20 +31,18 @@ from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.files import SEAL, UNSEALED, seal
 from ekd_lightning.networks import (
     BranchedStudent,
-    DeployedStudent,
     NetworkSpec,
     build_network,
-    load_deployed,
     load_network,
     load_student,
     normalization,
-    read_metadata,
     save_network,
     save_student,
-    zoo,
 )
-from ekd_lightning.networks.deploy import pack_metadata, quantize_onnx, to_bytes
-from ekd_lightning.networks.weights import read_foreign_checkpoint
+from ekd_lightning.networks.deploy import DeployedStudent, pack_metadata, quantize_onnx, to_bytes
+from ekd_lightning.networks.deployed import load_deployed
+from ekd_lightning.networks.weights import read_foreign_checkpoint, read_metadata
+from ekd_lightning.networks.zoo import find_zoo_file, zoo
 from ekd_lightning.reporting.report_files import _remove_earlier
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.lock import LOCK_FILE, DirectoryLock
@@ -94,11 +92,8 @@ def _foreign(path: Path) -> Any:
 
 def _zoo(path: Path) -> Any:
     """The teacher of a published file that is ours."""
-    with pytest.MonkeyPatch.context() as patch:
-        entry = replace(zoo.zoo_entry(TEACHER), sha256=hashlib.sha256(PUBLISHED).hexdigest())
-        patch.setattr(zoo, "zoo_entry", lambda name: entry)
-        patch.setattr(zoo, "load_foreign", lambda path, *_: path.read_bytes())
-        return zoo.load_zoo_teacher(TEACHER, path.parent)[0]
+    entry = replace(zoo()[TEACHER], sha256=hashlib.sha256(PUBLISHED).hexdigest())
+    return find_zoo_file(entry, path.parent).read_bytes()
 
 
 def _cifar(path: Path) -> Any:
@@ -181,7 +176,7 @@ KINDS = {
     "foreign safetensors": Kind(
         lambda folder: save_network(folder / "t.safetensors", _network()), "t.*", _foreign, True
     ),
-    "teacher of the zoo": _written(zoo.zoo_entry(TEACHER).file, lambda: PUBLISHED, _zoo),
+    "teacher of the zoo": _written(zoo()[TEACHER].file, lambda: PUBLISHED, _zoo),
     "CIFAR's binary file": Kind(CIFAR.write, f"{CIFAR.spec.binary.folder}/data_batch_2.bin", _cifar),
     "CIFAR's names": Kind(lambda folder: _named(CIFAR.write(folder)), f"{CIFAR.spec.binary.folder}/*.txt", _cifar),
     "CIFAR's python file": Kind(

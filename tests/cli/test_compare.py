@@ -21,7 +21,7 @@ from ekd_lightning.cli.compare import main
 from ekd_lightning.config.overrides import key_of
 from ekd_lightning.errors import UserError
 from ekd_lightning.files import read_json, write_json, write_yaml
-from ekd_lightning.networks import zoo
+from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.directory import RunDirectory, RunState
 from ekd_lightning.runs.writer import RunWriter
@@ -211,8 +211,8 @@ def test_a_failed_run_stays_in_the_table_until_it_is_retried(study):
 
 
 def test_published_weights_that_are_missing_end_the_study_before_any_run(tmp_path, monkeypatch):
-    entry = replace(zoo.zoo_entry("cifar10_resnet20_chenyaofo"), id="mine", data="digits")
-    monkeypatch.setattr(zoo, "_entries", lambda: {"mine": entry})
+    entry = replace(zoo()["cifar10_resnet20_chenyaofo"], id="mine", data="digits")
+    monkeypatch.setitem(zoo(), "mine", entry)
     rows = ("--methods", "ce,kd_mean,ekd", "--no-controls", "--seeds", "0,1", "--fractions", "0.1")
     pool = ("teachers.pool=[{zoo: mine}]", f"teachers.weights_dir={tmp_path}/nowhere", "teachers.download=false")
     words = [word for word in WHOLE_TEST if not word.startswith("teachers.pool")]

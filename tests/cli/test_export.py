@@ -323,7 +323,7 @@ def test_a_missing_package_names_the_extra(run, tmp_path, monkeypatch):
 
 
 def test_pushing_uploads_the_export_and_says_where(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("ekd_lightning.networks.push", lambda *given: f"https://hub/{given[1]}, {len(given)}")
+    monkeypatch.setattr("ekd_lightning.networks.hub.push", lambda *given: f"https://hub/{given[1]}, {len(given)}")
     monkeypatch.chdir(run.parent)
     words = ("data.root=some where", "--trust")
     code, out, _ = call(run, "-o", tmp_path / "out", "--push", "me/x", *words)

@@ -19,9 +19,10 @@ import ekd_lightning.conf
 from ekd_lightning.config.config import build_callback, register_schema, to_plain, to_settings, write_config
 from ekd_lightning.data.views import make_views
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import TermContext, build_method, needs_teachers, term_names
-from ekd_lightning.methods.terms import option_defaults, term_class
-from ekd_lightning.networks import NetworkSpec, build_network, normalization, zoo_entry
+from ekd_lightning.methods import TermContext, build_method, needs_teachers
+from ekd_lightning.methods.terms import TERMS, option_defaults
+from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.training.trainer import check_trainer
 
 CONF = Path(next(iter(ekd_lightning.conf.__path__)))
@@ -49,7 +50,7 @@ def composed(*overrides: str, name: str = "train", hydra: bool = False):
         return compose(name, overrides=list(overrides), return_hydra_config=hydra)
 
 
-@pytest.mark.parametrize("name", [name for name in term_names() if term_class(name).__module__.startswith("ekd_")])
+@pytest.mark.parametrize("name", [name for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_")])
 def test_every_option_of_a_term_is_set_without_a_plus(name):
     words = []
     for option, default in (options := option_defaults(name)).items():
@@ -202,7 +203,7 @@ def test_every_teacher_of_every_pool_exists(name):
     entries = [teachers.entry(position) for position in range(len(teachers.pool))]
     for entry in entries:
         if entry.zoo:
-            assert zoo_entry(entry.zoo).data in name
+            assert zoo()[entry.zoo].data in name
         else:
             with torch.device("meta"):
                 build_network(NetworkSpec(entry.train, 10, normalization("unit"), entry.options))

@@ -152,7 +152,8 @@ def test_a_users_module_is_imported_from_the_working_directory(own):
 PLUGIN = """
 from torch import nn
 
-from ekd_lightning.methods import Term, register_term, term_names
+from ekd_lightning.methods import Term, register_term
+from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.networks import StagedNetwork, register_network
 
 
@@ -166,7 +167,7 @@ class Nothing(Term):
     pass
 
 
-term_names()  # asks for plugins while they are imported
+TERMS.names()  # asks for plugins while they are imported
 """
 
 
@@ -182,8 +183,8 @@ def package(tmp_path, monkeypatch):
     """Makes a package with a plugin, as pip leaves it in a folder that Python searches."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(errors, "loaded_plugins", {})
-    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
-    monkeypatch.setattr(terms, "_REGISTRY", copy.copy(terms._REGISTRY))
+    monkeypatch.setattr(registry, "NETWORKS", copy.copy(registry.NETWORKS))
+    monkeypatch.setattr(terms, "TERMS", copy.copy(terms.TERMS))
     errors._searched.clear()
 
     def make(folder, name, source=PLUGIN):
@@ -207,17 +208,22 @@ def tiny():
 
 @pytest.mark.parametrize(
     "first",
-    [lambda: import_user_modules([]), tiny, terms.term_names, lambda: terms.term_class("nothing_of_a_plugin")],
+    [
+        lambda: import_user_modules([]),
+        tiny,
+        lambda: "x" in terms.TERMS.names(),
+        lambda: terms.TERMS["nothing_of_a_plugin"],
+    ],
     ids=["commands", "network", "names", "term"],
 )
 def test_an_installed_package_adds_parts_and_is_on_record(package, tmp_path, first):
     """Commands import it at once, Python when a name is asked for that the package has not."""
     module = package(tmp_path / "site", "good_of_a_test")
-    terms.term_class("ce_ensemble")
+    terms.TERMS["ce_ensemble"]
     assert module not in sys.modules
     first()
     assert tiny().num_features == 4
-    assert "nothing_of_a_plugin" in terms.term_names()
+    assert "nothing_of_a_plugin" in terms.TERMS.names()
     assert errors.loaded_plugins == {module: "good_of_a_test 1.5"}
     with pytest.raises(UserError, match="is not imported"):
         build_network(NetworkSpec(f"module:{module}.tiny", 3, normalization("unit")))
@@ -248,7 +254,7 @@ def test_a_plugin_that_cannot_be_imported_is_named(package, tmp_path):
 
 
 def test_data_and_bench_know_installed_packages(package, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))
+    monkeypatch.setattr(catalog, "DATASETS", copy.copy(catalog.DATASETS))
     module = package(tmp_path / "site", "scans_of_a_test", SCANS)
     data.main(["scans_of_a_plugin", "--root", str(tmp_path)])
     assert "1,437 for training" in capsys.readouterr().out

@@ -11,19 +11,19 @@ from cifar_files import make_tiny
 from sklearn.datasets import load_digits
 
 from ekd_lightning.data import catalog
-from ekd_lightning.data.catalog import dataset_names, load_dataset, read_digits, register_dataset
+from ekd_lightning.data.catalog import load_dataset, read_digits, register_dataset
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))
+    monkeypatch.setattr(catalog, "DATASETS", copy.copy(catalog.DATASETS))
     monkeypatch.setattr(catalog, "_LOADED", {})
 
 
 def test_names():
-    assert dataset_names() == ("cifar10", "cifar100", "digits")
+    assert catalog.DATASETS.names() == ["cifar10", "cifar100", "digits"]
 
 
 def test_unknown_name_offers_the_nearest(tmp_path):
@@ -39,7 +39,7 @@ def test_own_data_set_is_loaded_once_a_root(tmp_path, random_dataset):
         calls.append((root, download))
         return random_dataset
 
-    assert "mine" in dataset_names()
+    assert "mine" in catalog.DATASETS.names()
     first = load_dataset("mine", tmp_path / "a")
     assert load_dataset("mine", str(tmp_path / "b" / ".." / "a"), download=True) is first
     load_dataset("mine", tmp_path / "b", download=True)

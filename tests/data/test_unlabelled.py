@@ -11,12 +11,12 @@ from PIL import Image
 from random_images import random_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ekd_lightning.data import choose_subset, hash_uniform_u64, open_dataset, open_unlabelled
+from ekd_lightning.data import choose_subset, open_dataset, open_unlabelled
 from ekd_lightning.data.datamodule import ImageDataModule
 from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
 from ekd_lightning.data.loader import TrainLoader, gather_batch
 from ekd_lightning.data.mixing import Mixing
-from ekd_lightning.data.order import STREAM_ORDER, STREAM_VIEW
+from ekd_lightning.data.order import STREAM_ORDER, STREAM_VIEW, hash_uniform_u64
 from ekd_lightning.data.views import CropFlip, Identity, OwnPlaces, make_views, to_unit
 from ekd_lightning.errors import UserError
 from ekd_lightning.settings import DataSettings

@@ -7,7 +7,8 @@ import yaml
 
 import ekd_lightning.conf
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.methods import StepContext, TermContext, build_assignment
+from ekd_lightning.methods import StepContext, TermContext
+from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 STUDENT_STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4)}

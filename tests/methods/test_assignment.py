@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import Assignment, RandomAssignment, build_assignment, make_assignment
-from ekd_lightning.methods.assignment import last_kind
+from ekd_lightning.methods import make_assignment
+from ekd_lightning.methods.assignment import Assignment, RandomAssignment, build_assignment, last_kind
 
 COUNTS = st.integers(1, 7)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +13,12 @@ from ekd_lightning.data import load_dataset
 from ekd_lightning.methods import StepContext, build_term
 from ekd_lightning.methods.boundary_terms import attack, choose_base, draw_targets
 from ekd_lightning.methods.options import read_schedule
-from ekd_lightning.networks import (
-    BranchedStudent,
-    NetworkSpec,
-    TeacherEnsemble,
-    TeacherIdentity,
-    build_network,
-    load_zoo_teacher,
-)
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, TeacherIdentity, build_network
 from ekd_lightning.networks import normalization as statistics_of
+from ekd_lightning.networks.convert import load_foreign
 from ekd_lightning.networks.staged import TeacherOutput
 from ekd_lightning.networks.weights import state_sha256
+from ekd_lightning.networks.zoo import find_zoo_file, zoo
 from ekd_lightning.training.distiller import NetworkAccess
 
 from .helpers import make_batch, term_context
@@ -203,8 +197,9 @@ def test_the_draw_depends_on_seed_and_step_alone(live):
 @pytest.mark.skipif(not os.environ.get("EKD_WEIGHTS_DIR"), reason="no pretrained weights")
 def test_the_published_attack_flips_a_pretrained_teacher():
     """Real images, a real teacher, the published ten steps of 0.3."""
-    teacher, _ = load_zoo_teacher("cifar10_resnet20_akamaster", Path(os.environ["EKD_WEIGHTS_DIR"]), False)
-    teacher = teacher.eval().requires_grad_(False)
+    entry = zoo()["cifar10_resnet20_akamaster"]
+    path = find_zoo_file(entry, os.environ["EKD_WEIGHTS_DIR"])
+    teacher = load_foreign(path, entry.spec, entry.key_map).requires_grad_(False)
     x = load_dataset("cifar10", os.environ["EKD_DATA_ROOT"]).test.images[:64].float() / 255
     first = teacher(x).argmax(1)
     target = draw_targets(teacher(x), torch.rand(64, generator=torch.Generator().manual_seed(0)))

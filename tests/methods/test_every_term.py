@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ekd_lightning.data.loader import Batch
-from ekd_lightning.methods import build_method, term_names
-from ekd_lightning.methods.terms import BranchTerm, term_class
+from ekd_lightning.methods import build_method
+from ekd_lightning.methods.terms import TERMS, BranchTerm
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 from .helpers import D, Heads, sizes
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect")
 
 K, M, B, C = 3, 2, 5, 4
 STAGES = {"stem": (4, 8, 8), "stage1": (4, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 2, 2)}
-TERMS = [name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")]
-CAPTURED = [name for name in TERMS if term_class(name).captures]
+NAMES = [name for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_lightning")]
+CAPTURED = [name for name in NAMES if TERMS[name].captures]
 
 
 def context():
@@ -111,7 +111,7 @@ def test_half_precision_gives_a_float32_loss_close_to_full_precision(name, autoc
     )
 
 
-@pytest.mark.parametrize("name", [name for name in CAPTURED if issubclass(term_class(name), BranchTerm)])
+@pytest.mark.parametrize("name", [name for name in CAPTURED if issubclass(TERMS[name], BranchTerm)])
 def test_the_sum_over_the_branches_is_k_times_the_mean(name):
     said, networks = outputs(), Heads((D,) * M, dtype=torch.float32)
     mean, total = (

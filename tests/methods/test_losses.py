@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ekd_lightning.methods import losses, term_names
-from ekd_lightning.methods.terms import term_class
+from ekd_lightning.methods import losses
+from ekd_lightning.methods.terms import TERMS
 
 from . import reference
 from .helpers import rand as unit_rand
@@ -236,7 +236,7 @@ def test_the_page_of_methods_lists_every_loss_and_its_snippet_runs():
     section = page.split("## The losses as functions")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", section))
     assert set(losses.__all__) <= named
-    assert {name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")} <= named
+    assert {name for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_lightning")} <= named
     (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     space: dict[str, Any] = {}
     exec(snippet, space)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods import Method, Term, build_method, needs_teachers, register_term
-from ekd_lightning.methods.terms import _REGISTRY
+from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 from . import reference
@@ -137,7 +137,7 @@ def raising_term():
             raise AssertionError("evaluated")
 
     yield Raises
-    del _REGISTRY["test_raises"]
+    del TERMS["test_raises"]
 
 
 def test_a_term_of_weight_zero_is_neither_built_nor_evaluated(raising_term):

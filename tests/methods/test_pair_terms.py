@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.methods import TermContext, build_assignment, build_method, build_term, terms_with_labels
+from ekd_lightning.methods import TermContext, build_method, build_term, terms_with_labels
+from ekd_lightning.methods.assignment import build_assignment
 from ekd_lightning.methods.pair_terms import ConvRegressor, FeatureBranch
 from ekd_lightning.networks import BranchedStudent, NetworkSpec, build_network, normalization
 

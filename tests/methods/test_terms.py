@@ -229,14 +229,14 @@ def test_registering_a_name_twice_is_loud_but_redefining_a_class_is_not():
     latest = define()
     from ekd_lightning.methods import terms
 
-    assert terms.term_class("test_only_once") is latest
+    assert terms.TERMS["test_only_once"] is latest
     with pytest.raises(ValueError, match="registered twice"):
 
         @register_term("test_only_once")
         class Other(Term):
             pass
 
-    del terms._REGISTRY["test_only_once"]
+    del terms.TERMS["test_only_once"]
 
 
 @pytest.mark.parametrize("name", ["ce_ensemble", "ce_branch"])

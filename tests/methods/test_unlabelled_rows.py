@@ -9,8 +9,8 @@ import yaml
 from torch.nn import functional
 
 import ekd_lightning.conf
-from ekd_lightning.methods import TermContext, build_method, needs_teachers, term_names, terms_with_labels
-from ekd_lightning.methods.terms import term_class
+from ekd_lightning.methods import TermContext, build_method, needs_teachers, terms_with_labels
+from ekd_lightning.methods.terms import TERMS
 from ekd_lightning.networks import (
     BranchedStudent,
     NetworkSpec,
@@ -140,8 +140,8 @@ def test_pseudo_labels_are_the_teachers_most_likely_classes():
 def test_every_term_says_whether_it_needs_labels():
     """By what it does to a batch whose labels were all taken away: it fails, or it gives the same."""
     needing = {"boundary", "ce_branch", "ce_ensemble", "crd", "dkd", "feature_camkd", "kd_camkd"}
-    own = [name for name in term_names() if term_class(name).__module__.startswith("ekd_lightning")]
-    assert {name for name in own if term_class(name).needs_labels} == needing
+    own = [name for name in TERMS.names() if TERMS[name].__module__.startswith("ekd_lightning")]
+    assert {name for name in own if TERMS[name].needs_labels} == needing
     assert terms_with_labels({"ce_ensemble": {"weight": 1.0}, "kd_ensemble": {"weight": 0.0}}) == (
         ["ce_ensemble"],
         True,

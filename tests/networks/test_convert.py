@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import NetworkSpec, StagedNetwork, build_network, load_foreign, normalization
+from ekd_lightning.networks import NetworkSpec, StagedNetwork, build_network, normalization
+from ekd_lightning.networks.convert import load_foreign
 
 # Ours to theirs, written down independently of the maps under test.
 TO_CHENYAOFO = [(r"stages\.stem\.(conv|bn)\.", r"\g<1>1."), (r"stages\.stage(\d)\.", r"layer\1."), (r"head\.", "fc.")]

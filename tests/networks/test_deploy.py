@@ -23,15 +23,13 @@ from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
     BranchedStudent,
     DeployedModel,
-    DeployedStudent,
     NetworkSpec,
     cut_branches,
-    load_deployed,
     normalization,
     save_student,
 )
-from ekd_lightning.networks.deploy import SUFFIXES, quantize_onnx, to_bytes
-from ekd_lightning.networks.deployed import check_archive
+from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, quantize_onnx, to_bytes
+from ekd_lightning.networks.deployed import check_archive, load_deployed
 
 NAMES = [f"class {i}" for i in range(6)]
 METADATA = {"class_names": NAMES, "image_size": 16, "data": {"name": "nothing", "fraction": 0.1}, "note": 'a "b" ü'}

@@ -7,15 +7,9 @@ import torch
 from lived_networks import with_lived_norms
 from torch import nn
 
-from ekd_lightning.networks import (
-    BranchedStudent,
-    NetworkSpec,
-    StagedNetwork,
-    build_network,
-    network_names,
-    normalization,
-)
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, StagedNetwork, build_network, normalization
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
+from ekd_lightning.networks.registry import NETWORKS
 from ekd_lightning.networks.weights import state_sha256
 
 SMALL = ("resnet8", "resnet14", "wrn_16_1", "densenetbc_40_12", "vgg8", "mobilenetv2")
@@ -37,7 +31,7 @@ def assert_same(found, expected, rtol=1e-4):
         assert (one - other).abs().max() <= rtol * scale, ((one - other).abs().max(), scale)
 
 
-@pytest.mark.parametrize("name", [*(n for n in network_names() if n.startswith(SMALL)), "wrn_16_1"])
+@pytest.mark.parametrize("name", [*(n for n in NETWORKS.names() if n.startswith(SMALL)), "wrn_16_1"])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_folding_changes_nothing_but_rounding(name, channels_last):
     network = lived(name)

@@ -17,8 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 import ekd_lightning
 from ekd_lightning.data import load_dataset
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import BranchedStudent, DeployedStudent, NetworkSpec, hub, load_deployed, normalization
-from ekd_lightning.networks.deploy import to_bytes
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, hub, normalization
+from ekd_lightning.networks.deploy import DeployedStudent, to_bytes
+from ekd_lightning.networks.deployed import load_deployed
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 METADATA = {"class_names": ["a", "b"], "image_size": 16}

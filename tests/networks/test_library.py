@@ -27,7 +27,6 @@ from ekd_lightning.networks import (
     NetworkSpec,
     TeacherEnsemble,
     TeacherIdentity,
-    allow_module,
     build_network,
     load_student,
     normalization,
@@ -39,7 +38,7 @@ from ekd_lightning.networks import (
 from ekd_lightning.networks import library as libraries
 from ekd_lightning.networks.cutting import UNKNOWN_LOGIT, cut, unknown_classes
 from ekd_lightning.networks.frozen import FrozenNetwork, FrozenStudent
-from ekd_lightning.networks.library import from_hub, load_library_network, usual
+from ekd_lightning.networks.library import allow_module, from_hub, load_library_network, usual
 from ekd_lightning.networks.staged import GlobalPool, StagedNetwork, he_initialised
 from ekd_lightning.networks.weights import answers_sha256
 from ekd_lightning.settings import RecipeSettings
@@ -638,7 +637,7 @@ def test_a_registered_network_keeps_the_weights_it_is_given():
 
 
 def test_a_registered_builder_may_return_any_module(monkeypatch):
-    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
+    monkeypatch.setattr(registry, "NETWORKS", copy.copy(registry.NETWORKS))
     made = []
 
     @register_network("plain_module")
@@ -656,7 +655,7 @@ def test_a_registered_builder_may_return_any_module(monkeypatch):
 
 
 def test_what_a_registered_builder_may_not_return_is_told(monkeypatch):
-    monkeypatch.setattr(registry, "_BUILDERS", copy.copy(registry._BUILDERS))
+    monkeypatch.setattr(registry, "NETWORKS", copy.copy(registry.NETWORKS))
     made: Any = lambda spec: [nn.Linear(3, 10)]  # noqa: E731
     register_network("no_module")(made)
     with pytest.raises(UserError, match="network 'no_module': its builder returned a list, not a torch"):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from ekd_lightning.networks import load_zoo_teacher, zoo_ids
+from ekd_lightning.networks.convert import load_foreign
+from ekd_lightning.networks.zoo import find_zoo_file, zoo
 
 TEST_FILES = {"cifar10": ("cifar-10-batches-bin/test_batch.bin", 1), "cifar100": ("cifar-100-binary/test.bin", 2)}
 """File and number of label bytes in a row; the last of them is the class."""
@@ -40,12 +41,13 @@ def _test_set(path: Path, label_bytes: int) -> tuple[torch.Tensor, torch.Tensor]
 def _params() -> list[object]:
     """All; but for one network of each kind of file and data set they are slow."""
     fast = {"cifar10_resnet20_akamaster", "cifar100_resnet20_chenyaofo"}
-    return [pytest.param(id, marks=[] if id in fast else [pytest.mark.slow]) for id in zoo_ids()]
+    return [pytest.param(id, marks=[] if id in fast else [pytest.mark.slow]) for id in zoo()]
 
 
 @pytest.mark.parametrize("id", _params())
 def test_published_weights_reach_their_accuracy(id: str) -> None:
-    network, entry = load_zoo_teacher(id, _folder("EKD_WEIGHTS_DIR"))
+    entry = zoo()[id]
+    network = load_foreign(find_zoo_file(entry, _folder("EKD_WEIGHTS_DIR")), entry.spec, entry.key_map)
     file, label_bytes = TEST_FILES[entry.data]
     path = _folder("EKD_DATA_ROOT") / file
     if not path.is_file():

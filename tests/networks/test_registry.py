@@ -19,19 +19,17 @@ from torch import nn
 from ekd_lightning.errors import UserError
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.networks import (
-    NORMALIZATIONS,
     BranchedStudent,
     NetworkSpec,
-    Normalization,
     StagedNetwork,
     build_network,
-    network_names,
     normalization,
     register_network,
 )
 from ekd_lightning.networks import registry as registry_module
 from ekd_lightning.networks.convnets import RESNET_DEPTHS, ZeroPadShortcut
-from ekd_lightning.networks.registry import CLOSE, family, match_network, thinned
+from ekd_lightning.networks.registry import CLOSE, NETWORKS, family, match_network, thinned
+from ekd_lightning.networks.staged import NORMALIZATIONS, Normalization
 
 
 def _spec(name: str = "resnet8", num_classes: int = 10, **options: Any) -> NetworkSpec:
@@ -102,14 +100,14 @@ def test_impossible_networks_are_refused_in_one_line(name: str, options: dict[st
 
 
 def test_a_name_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry_module, "_BUILDERS", copy.copy(registry_module._BUILDERS))
+    monkeypatch.setattr(registry_module, "NETWORKS", copy.copy(registry_module.NETWORKS))
 
     @register_network("mine")
     def build_mine(spec: NetworkSpec, *, size: int = 4) -> StagedNetwork:
         stages = {"stem": torch.nn.Conv2d(3, size, 1)}
         return StagedNetwork(spec, stages, num_features=size)
 
-    assert "mine" in network_names()
+    assert "mine" in registry_module.NETWORKS.names()
     assert build_network(_spec("mine", size=5)).head.in_features == 5
     with pytest.raises(ValueError, match=r"'mine'.*build_mine.*build_other"):
 
@@ -231,7 +229,7 @@ def test_option_a_shortcut_against_numpy() -> None:
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
-@pytest.mark.parametrize("name", [*network_names(), "wrn_16_1", "wrn_28_4"])
+@pytest.mark.parametrize("name", [*NETWORKS.names(), "wrn_16_1", "wrn_28_4"])
 def test_stages_are_named_in_order_and_probing_touches_nothing(name: str) -> None:
     with torch.device("meta"):
         network = _build(name)

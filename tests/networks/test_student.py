@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import (
-    ENSEMBLES,
     BranchedStudent,
     NetworkSpec,
     StudentOutput,
@@ -20,6 +19,7 @@ from ekd_lightning.networks import (
     fold_branches,
     normalization,
 )
+from ekd_lightning.networks.student import ENSEMBLES
 
 SPLITS = {
     "resnet8": ("none", "stem", "stage1", "stage2", "stage3"),

@@ -22,12 +22,11 @@ from ekd_lightning.networks import (
     load_network,
     load_student,
     normalization,
-    read_foreign_checkpoint,
-    read_metadata,
     save_network,
     save_student,
     state_sha256,
 )
+from ekd_lightning.networks.weights import read_foreign_checkpoint, read_metadata
 
 
 def _network(seed: int = 0, statistics: str = "cifar10", **options: Any) -> StagedNetwork:

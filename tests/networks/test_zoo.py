@@ -11,26 +11,15 @@ import pytest
 import torch
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks import (
-    KEY_MAPS,
-    NetworkSpec,
-    ZooEntry,
-    build_network,
-    load_zoo_teacher,
-    normalization,
-    state_sha256,
-    zoo_entry,
-    zoo_ids,
-)
-from ekd_lightning.networks import zoo as zoo_module
+from ekd_lightning.networks import NetworkSpec, build_network, normalization
+from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
+from ekd_lightning.networks.zoo import ZooEntry, find_zoo_file, zoo
 
 
 def test_every_entry_holds_together() -> None:
-    assert len(zoo_ids()) == 14
-    assert len(zoo_ids("cifar10")) == 9
+    assert [entry.data for entry in zoo().values()].count("cifar10") == 9
     hashes = set()
-    for id in zoo_ids():
-        entry = zoo_entry(id)
+    for entry in zoo().values():
         with torch.device("meta"):
             assert build_network(entry.spec).spec.num_classes == {"cifar10": 10, "cifar100": 100}[entry.data]
         assert entry.key_map in KEY_MAPS
@@ -44,17 +33,17 @@ def test_every_entry_holds_together() -> None:
 
 def test_unknown_teacher_gets_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'cifar10_resnet20_akamaster'"):
-        zoo_entry("cifar10_resnet20_akamastr")
+        zoo()["cifar10_resnet20_akamastr"]
 
 
 @pytest.fixture
-def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ZooEntry, Path]:
-    """An entry of a zoo of one, and the file that it is published as."""
+def published(tmp_path: Path) -> tuple[ZooEntry, Path]:
+    """An entry of the zoo, and the file that it is published as."""
     spec = NetworkSpec("resnet8", 10, normalization("cifar10"))
     file = tmp_path / "published.pth"
     torch.save(build_network(spec).state_dict(), file)
     entry = replace(
-        zoo_entry("cifar10_resnet20_chenyaofo"),
+        zoo()["cifar10_resnet20_chenyaofo"],
         id="mine",
         network="resnet8",
         key_map="own",
@@ -62,49 +51,49 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ZooEntry
         url=file.as_uri(),
         sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
     )
-    monkeypatch.setattr(zoo_module, "_entries", lambda: {"mine": entry})
     return entry, file
 
 
 def test_missing_file_without_permission_to_fetch(published: tuple[ZooEntry, Path], tmp_path: Path) -> None:
     entry, _ = published
     with pytest.raises(UserError, match=r"mine\.pth is not in .*weights.*allow downloads") as caught:
-        load_zoo_teacher("mine", tmp_path / "weights")
+        find_zoo_file(entry, tmp_path / "weights")
     assert entry.url in str(caught.value)
     assert not (tmp_path / "weights").exists()
 
 
 def test_fetches_once_and_loads(published: tuple[ZooEntry, Path], tmp_path: Path) -> None:
     entry, file = published
-    network, found = load_zoo_teacher("mine", tmp_path / "weights", download=True)
-    assert found == entry
+    path = find_zoo_file(entry, tmp_path / "weights", download=True)
+    assert path.read_bytes() == file.read_bytes()
     file.unlink()
-    again, _ = load_zoo_teacher("mine", tmp_path / "weights")
-    assert state_sha256(network) == state_sha256(again)
+    assert find_zoo_file(entry, tmp_path / "weights") == path
+    assert not load_foreign(path, entry.spec, entry.key_map).training
     assert [f.name for f in (tmp_path / "weights").iterdir() if f.suffix != ".lock"] == ["mine.pth"]
 
 
 def test_address_that_does_not_answer(published: tuple[ZooEntry, Path], tmp_path: Path) -> None:
-    _, file = published
+    entry, file = published
     file.unlink()
     with pytest.raises(UserError, match=r"could not be fetched.*by hand") as caught:
-        load_zoo_teacher("mine", tmp_path / "weights", download=True)
+        find_zoo_file(entry, tmp_path / "weights", download=True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "weights" / "mine.pth").exists()
 
 
 def test_address_that_gives_another_file(published: tuple[ZooEntry, Path], tmp_path: Path) -> None:
-    _, file = published
+    entry, file = published
     file.write_bytes(b"a login page")
     with pytest.raises(UserError, match=r"gave another file.*nothing was kept"):
-        load_zoo_teacher("mine", tmp_path / "weights", download=True)
+        find_zoo_file(entry, tmp_path / "weights", download=True)
     assert [f for f in (tmp_path / "weights").iterdir() if f.suffix != ".lock"] == []
 
 
 def test_file_that_is_not_the_published_one_is_not_opened(
     published: tuple[ZooEntry, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    entry, file = published
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened before its hash was checked"))
-    (tmp_path / "mine.pth").write_bytes(published[1].read_bytes()[:-1])
+    (tmp_path / "mine.pth").write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"mine\.pth is not the published file"):
-        load_zoo_teacher("mine", tmp_path)
+        find_zoo_file(entry, tmp_path)

@@ -344,7 +344,7 @@ def test_settings_are_checked_before_they_are_used_and_code_is_imported(
     assert "recipe.batch_size=0" in err
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(catalog, "_LOADERS", copy.copy(catalog._LOADERS))  # what is registered ends with the test
+    monkeypatch.setattr(catalog, "DATASETS", copy.copy(catalog.DATASETS))  # what is registered ends with the test
     (tmp_path / "code_of_a_study.py").write_text(CODE)
     own = [*usual, "imports=[code_of_a_study]", "data.name=own_digits"]
     code, first, err = planned(tmp_path, **rows, overrides=own)

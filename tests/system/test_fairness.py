@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ekd_lightning.conf
-from ekd_lightning.data import TrainLoader
+from ekd_lightning.data.loader import TrainLoader
 from ekd_lightning.networks import state_sha256
 from ekd_lightning.pipeline.prepare import prepare
 

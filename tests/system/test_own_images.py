@@ -13,7 +13,8 @@ from PIL import Image
 from ekd_lightning.cli.export import main as export
 from ekd_lightning.data import Dataset, catalog
 from ekd_lightning.data.catalog import read_digits
-from ekd_lightning.networks import load_deployed, load_student, state_sha256
+from ekd_lightning.networks import load_student, state_sha256
+from ekd_lightning.networks.deployed import load_deployed
 
 DIGITS = ("teachers=digits", "recipe=digits")  # what comes with the data set that the images are of
 
@@ -72,7 +73,7 @@ def test_files_train_the_student_that_the_same_images_in_memory_train(train, tmp
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(split.images[i].permute(1, 2, 0).numpy()).save(path)
     memory = Dataset("own", **sets, normalization="imagenet")
-    monkeypatch.setitem(catalog._LOADERS, "own", lambda root, download: memory)
+    monkeypatch.setitem(catalog.DATASETS, "own", lambda root, download: memory)
     common = ("data.name=own", "data.fraction=0.5", "data.padding=2", "data.flip=false")
     rest = (*common, *DIGITS)
     files = ("data=folder", f"data.root={tmp_path / 'own'}", "data.image_size=32")

@@ -9,8 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from ekd_lightning.data import Pool
 from ekd_lightning.data.loader import Batch
+from ekd_lightning.data.views import Pool
 from ekd_lightning.errors import UserError
 from ekd_lightning.networks import NetworkSpec, normalization
 from ekd_lightning.pipeline.prepare import prepare

@@ -81,7 +81,7 @@ def run_export(args: argparse.Namespace) -> bool:
     failure, card = None, None
     with session("data", "export"):
         with phase("data"):
-            from ekd_lightning.networks import push  # noqa: PLC0415 (slow; --help needs none)
+            from ekd_lightning.networks.hub import push  # noqa: PLC0415 (slow; --help needs none)
             from ekd_lightning.pipeline import export  # noqa: PLC0415
             from ekd_lightning.reporting import model_card  # noqa: PLC0415
 

@@ -222,7 +222,7 @@ def import_user_modules(names: Sequence[str]) -> None:
     load_plugins()
     if not names:
         return
-    from ekd_lightning.networks import allow_module  # noqa: PLC0415 (slow; --help needs none)
+    from ekd_lightning.networks.library import allow_module  # noqa: PLC0415 (slow; --help needs none)
 
     here = os.environ.get(STARTED_IN) or os.getcwd()
     if here not in sys.path:

@@ -43,7 +43,8 @@ class Augmentation(Protocol):
 
 AugmentationClass = TypeVar("AugmentationClass", bound=Callable[..., Augmentation])
 
-_REGISTRY: Registry[Callable[..., Augmentation]] = Registry("augmentation")
+AUGMENTATIONS: Registry[Callable[..., Augmentation]] = Registry("augmentation")
+"""All augmentations by name, without the view families `none` and `crop_flip`."""
 
 
 def register_augmentation(name: str) -> Callable[[AugmentationClass], AugmentationClass]:
@@ -64,12 +65,7 @@ def register_augmentation(name: str) -> Callable[[AugmentationClass], Augmentati
     """
     if name in ("none", "crop_flip"):
         raise ValueError(f"augmentation {name!r} is registered twice: this name belongs to a view family")
-    return _REGISTRY.register(name)
-
-
-def augmentation_names() -> tuple[str, ...]:
-    """Returns the registered names, sorted, without the view families `none` and `crop_flip`."""
-    return tuple(_REGISTRY.names())
+    return AUGMENTATIONS.register(name)
 
 
 def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentation, str]:
@@ -85,7 +81,7 @@ def build_augmentation(name: str, options: Mapping[str, Any]) -> tuple[Augmentat
     Raises:
         UserError: For an unknown name or option, a required option that is missing, or a value that is not allowed.
     """
-    make = _REGISTRY[name]
+    make = AUGMENTATIONS[name]
     parameters = inspect.signature(make).parameters
     for option in options:
         if option not in parameters:

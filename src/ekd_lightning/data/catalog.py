@@ -66,7 +66,7 @@ def _test_rows(labels: np.ndarray) -> torch.Tensor:
 
 Loader = Callable[[Path, bool], Dataset]
 
-_LOADERS: Registry[Loader] = Registry("data set")
+DATASETS: Registry[Loader] = Registry("data set")
 _LOADED: dict[Hashable, Dataset] = {}
 
 
@@ -83,12 +83,7 @@ def register_dataset(name: str) -> Callable[[Loader], Loader]:
     Raises:
         ValueError: If another loader already has the name.
     """
-    return _LOADERS.register(name)
-
-
-def dataset_names() -> tuple[str, ...]:
-    """Returns the registered names, sorted."""
-    return tuple(_LOADERS.names())
+    return DATASETS.register(name)
 
 
 def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset:
@@ -105,7 +100,7 @@ def load_dataset(name: str, root: str | Path, download: bool = False) -> Dataset
     Raises:
         UserError: For an unknown name, or missing or damaged data.
     """
-    load, folder = _LOADERS[name], Path(root).expanduser().resolve()
+    load, folder = DATASETS[name], Path(root).expanduser().resolve()
     if (name, folder) not in _LOADED:
         _LOADED[name, folder] = load(folder, download)
     return _LOADED[name, folder]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ekd_lightning.data import color  # noqa: F401  # it registers its augmentations
-from ekd_lightning.data.augmentations import OPTIONS_KEY, Augmentation, augmentation_names, build_augmentation
+from ekd_lightning.data.augmentations import AUGMENTATIONS, OPTIONS_KEY, Augmentation, build_augmentation
 from ekd_lightning.data.order import Draws
 from ekd_lightning.data.transforms import Transform, is_transform, transform_names
 from ekd_lightning.errors import UserError, unknown_name
@@ -235,7 +235,7 @@ def make_views(
     for name in names:
         if name == "crop_flip":
             parts.append((_RandomView(crop_flip), crop_flip.key))
-        elif name in augmentation_names():
+        elif name in AUGMENTATIONS.names():
             parts.append(build_augmentation(name, options.get(name, {})))
         else:
             transform = Transform(name, options.get(name, {}))
@@ -247,7 +247,7 @@ def _checked_names(augmentation: object) -> list[str]:
     names = [augmentation] if isinstance(augmentation, str) else augmentation
     if not isinstance(names, Sequence) or not names:
         raise UserError(f"data.augmentation={augmentation}: must be a name or a list of names")
-    allowed = ("none", "crop_flip", *augmentation_names())
+    allowed = ("none", "crop_flip", *AUGMENTATIONS.names())
     for name in names:
         if name not in allowed and not is_transform(name):
             raise unknown_name("data.augmentation", name, [*allowed, *transform_names()])
@@ -258,8 +258,8 @@ def _checked_names(augmentation: object) -> list[str]:
 
 def _checked_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
     for name, values in options.items():
-        if name not in augmentation_names() and not is_transform(name):
-            raise unknown_name(f"augmentation in {OPTIONS_KEY}:", name, augmentation_names())
+        if name not in AUGMENTATIONS.names() and not is_transform(name):
+            raise unknown_name(f"augmentation in {OPTIONS_KEY}:", name, AUGMENTATIONS.names())
         if not isinstance(values, Mapping):
             raise UserError(f"{OPTIONS_KEY}.{name}={values!r}: must be a mapping from options to values")
         if name not in names:

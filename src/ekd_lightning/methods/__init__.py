@@ -9,13 +9,7 @@ from ekd_lightning.methods import (  # importing them registers their terms
     multi_teacher_terms,  # noqa: F401
     online_terms,  # noqa: F401
 )
-from ekd_lightning.methods.assignment import (
-    Assignment,
-    AssignmentSpec,
-    RandomAssignment,
-    build_assignment,
-    make_assignment,
-)
+from ekd_lightning.methods.assignment import make_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, StepContext, TermContext
 from ekd_lightning.methods.method import (
     Method,
@@ -26,28 +20,23 @@ from ekd_lightning.methods.method import (
     uses_assignment,
 )
 from ekd_lightning.methods.pair_terms import PairTerm
-from ekd_lightning.methods.terms import SoftTerm, Term, build_term, register_term, term_names
+from ekd_lightning.methods.terms import SoftTerm, Term, build_term, register_term
 
 __all__ = [
     "DEFAULT_TEMPERATURE",
-    "Assignment",
-    "AssignmentSpec",
     "Method",
     "MethodLoss",
     "PairTerm",
-    "RandomAssignment",
     "SoftTerm",
     "StepContext",
     "Term",
     "TermContext",
-    "build_assignment",
     "build_method",
     "build_term",
     "losses",
     "make_assignment",
     "needs_teachers",
     "register_term",
-    "term_names",
     "terms_with_labels",
     "uses_assignment",
 ]

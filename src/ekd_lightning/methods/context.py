@@ -60,8 +60,6 @@ class StepContext:
         step: Optimiser steps so far, counted from 0.
         progress: Completed share of the whole training, in [0, 1].
         networks: The networks, for terms with `needs_networks`; may be None for others.
-        weights: Term name -> float32 scalar on the device, weight times schedule, in place of `Term.weight_at`; None
-            in steps that are not recorded.
         step_t: `step` as an int64 scalar on the device; None in steps that are not recorded.
     """
 
@@ -73,7 +71,6 @@ class StepContext:
     step: int = 0
     progress: float = 0.0
     networks: LiveNetworks | None = None
-    weights: Mapping[str, Tensor] | None = None
     step_t: Tensor | None = None
 
     @property

@@ -20,7 +20,7 @@ from ekd_lightning.errors import UserError, quiet, unknown_name
 from ekd_lightning.methods.assignment import Assignment, AssignmentSpec, build_assignment
 from ekd_lightning.methods.context import DEFAULT_TEMPERATURE, LiveNetworks, StepContext, TermContext
 from ekd_lightning.methods.options import WeightSchedule, number, read_schedule, temperature_of
-from ekd_lightning.methods.terms import Term, build_term, check_option_names, term_class, term_names
+from ekd_lightning.methods.terms import TERMS, Term, build_term, check_option_names
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
 DEFAULT_ASSIGNMENT = "one_to_one"
@@ -242,7 +242,7 @@ class Method(nn.Module):
         if networks is None and any(term.needs_networks for term in active.values()):
             raise ValueError(f"method {self.name!r} needs the networks themselves; pass networks=")
         matrix_KM = self._assignment_for(student, teachers, step, progress, assignment_KM)
-        context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, weights, step_t)
+        context = StepContext(student, teachers, batch, matrix_KM, epoch, step, progress, networks, step_t)
         labelled = context if batch.num_labelled is None else context.labelled
         values = {key: term(labelled if term.needs_labels else context) for key, term in active.items()}
         factors: Mapping[str, float | Tensor] = self.weights_at(progress) if weights is None else weights
@@ -277,10 +277,8 @@ class Method(nn.Module):
         given = (len(student.branch_logits), len(teachers.logits))
         if built != given:
             raise ValueError(f"method {self.name!r} was built for (K, M) = {built}, the outputs have (K, M) = {given}")
-        if assignment_KM is not None:
-            return assignment_KM
-        changed = self.assignment_at(step, progress)
-        return (self.assignment.mean_KM if changed is None else changed).to(student.logits.device)
+        matrix = self.assignment.matrix(step, progress) if assignment_KM is None else assignment_KM
+        return matrix.to(student.logits.device)
 
 
 def _stages(terms: Mapping[str, Term], which: str) -> tuple[str, ...]:
@@ -396,7 +394,7 @@ class _Entry(NamedTuple):
 
     @property
     def cls(self) -> type[Term]:
-        return term_class(self.kind)
+        return TERMS[self.kind]
 
     @property
     def uses_assignment(self) -> bool:
@@ -408,7 +406,7 @@ def _entries(terms: Mapping[str, Mapping[str, Any]]) -> dict[str, _Entry]:
     entries = {}
     for key, spec in terms.items():
         where = f"method.terms.{key}"
-        if isinstance(spec, Mapping) and "weight" not in spec and key not in term_names():
+        if isinstance(spec, Mapping) and "weight" not in spec and key not in TERMS.names():
             raise unknown_name("term", where, (f"method.terms.{own}" for own in terms if own != key))
         if not isinstance(spec, Mapping) or "weight" not in spec:
             raise UserError(f"{where}={spec!r} is not allowed; give at least a weight, e.g. {{weight: 1.0}}")

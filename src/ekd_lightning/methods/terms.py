@@ -148,7 +148,7 @@ class BranchTerm(Term):
 
 TermClass = TypeVar("TermClass", bound=type[Term])
 
-_REGISTRY: Registry[type[Term]] = Registry("term")
+TERMS: Registry[type[Term]] = Registry("term")
 
 
 def register_term(name: str) -> Callable[[TermClass], TermClass]:
@@ -164,21 +164,7 @@ def register_term(name: str) -> Callable[[TermClass], TermClass]:
         ValueError: If another class already has the name (when the decorator is applied). Defining the same class
             again, as in a notebook cell that is run twice, replaces it.
     """
-    return _REGISTRY.register(name)
-
-
-def term_names() -> tuple[str, ...]:
-    """Returns the names of all registered terms, sorted."""
-    return tuple(_REGISTRY.names())
-
-
-def term_class(name: str) -> type[Term]:
-    """Returns the class of a registered term.
-
-    Raises:
-        UserError: For an unknown name; the message offers the nearest one.
-    """
-    return _REGISTRY[name]
+    return TERMS.register(name)
 
 
 def option_defaults(name: str) -> dict[str, Any]:
@@ -194,7 +180,7 @@ def option_defaults(name: str) -> dict[str, Any]:
         UserError: If there is no such term.
     """
     known: dict[str, Any] = {}
-    for cls in term_class(name).__mro__:
+    for cls in TERMS[name].__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
@@ -239,7 +225,7 @@ def build_term(name: str, weight: float, context: TermContext, /, **options: Any
         UserError: For an unknown name or option, a value that is not allowed, a stage that a network lacks, missing
             teachers, or too few branches.
     """
-    cls = term_class(name)
+    cls = TERMS[name]
     check_option_names(name, options)
     if cls.needs_teachers and context.num_teachers < 1:
         raise UserError(f"term {name!r} needs teachers, but the run has none; add teachers or set its weight to 0")

@@ -27,7 +27,8 @@ BuilderT = TypeVar("BuilderT", bound=Builder)
 FamilyT = TypeVar("FamilyT", bound=Callable[[str], Builder | None])
 LibraryT = TypeVar("LibraryT", bound=Callable[[NetworkSpec], StagedNetwork])
 
-_BUILDERS: Registry[Builder] = Registry("network")
+NETWORKS: Registry[Builder] = Registry("network")
+"""All single networks by name; families and libraries are not included."""
 _FAMILIES: Registry[Callable[[str], Builder | None]] = Registry("family of networks")
 _LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
 
@@ -42,7 +43,7 @@ def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
     Raises:
         ValueError: when another builder already has the name (when the decorator is applied).
     """
-    return _BUILDERS.register(name)
+    return NETWORKS.register(name)
 
 
 def register_family(form: str) -> Callable[[FamilyT], FamilyT]:
@@ -80,11 +81,6 @@ def library_version(name: str) -> str:
     return version(prefix).partition("+")[0]  # without a build tag such as +cpu, which does not affect outputs
 
 
-def network_names() -> tuple[str, ...]:
-    """Returns the names of all single networks, sorted; families and libraries are not included."""
-    return tuple(_BUILDERS.names())
-
-
 def require_network(name: str) -> None:
     """Checks that a network of this name exists; names of libraries are checked only when the network is built.
 
@@ -101,12 +97,12 @@ def _builder(name: str) -> Builder:
         load_plugins()
         found = _known(name)
     if found is None:
-        raise unknown_name("network", name, [*_BUILDERS, *_FAMILIES, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
+        raise unknown_name("network", name, [*NETWORKS, *_FAMILIES, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
     return found
 
 
 def _known(name: str) -> Builder | None:
-    return _BUILDERS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
+    return NETWORKS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:
@@ -246,7 +242,7 @@ def family(name: str) -> tuple[str, ...]:
     own = re.fullmatch(r"(.*?)(\d+)", name)
     if own is None:
         return (name,)
-    known = network_names() if name in _BUILDERS else {name, *(f"{own[1]}{number}" for number in range(1, 11))}
+    known = NETWORKS.names() if name in NETWORKS else {name, *(f"{own[1]}{number}" for number in range(1, 11))}
     found = [(re.fullmatch(re.escape(own[1]) + r"(\d+)", other), other) for other in known]
     return tuple(other for number, other in sorted((int(m[1]), other) for m, other in found if m))
 

@@ -16,8 +16,7 @@ from filelock import FileLock
 
 from ekd_lightning.errors import Registry, UserError
 from ekd_lightning.files import file_sha256
-from ekd_lightning.networks.convert import load_foreign
-from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, normalization
+from ekd_lightning.networks.staged import NetworkSpec, normalization
 
 log = logging.getLogger(__name__)
 
@@ -62,71 +61,9 @@ class ZooEntry:
         return NetworkSpec(self.network, self.num_classes, normalization(self.normalization), self.options)
 
 
-def zoo_ids(data: str | None = None) -> tuple[str, ...]:
-    """Returns the names of all entries, or only of those trained on the data set `data`, in the zoo's order."""
-    return tuple(name for name, entry in _entries().items() if data in (None, entry.data))
-
-
-def zoo_entry(id: str) -> ZooEntry:
-    """Looks up an entry.
-
-    Raises:
-        UserError: for an unknown name; the message offers the nearest one.
-    """
-    return _entries()[id]
-
-
-def load_zoo_teacher(id: str, weights_dir: str | Path, download: bool = False) -> tuple[StagedNetwork, ZooEntry]:
-    """Loads a pretrained teacher from a folder of weights, see `find_zoo_file`.
-
-    Returns:
-        The network on the CPU, in eval mode, and its entry.
-
-    Raises:
-        UserError: as for `find_zoo_file`.
-    """
-    entry = zoo_entry(id)
-    return load_foreign(find_zoo_file(id, weights_dir, download), entry.spec, entry.key_map), entry
-
-
-def find_zoo_file(id: str, weights_dir: str | Path, download: bool = False) -> Path:
-    """Finds the file of a pretrained teacher; downloads it first if it is missing and allowed.
-
-    Concurrent runs download a file once (file lock), and it appears in the folder only when complete. Its SHA-256 is
-    always checked before it is opened.
-
-    Args:
-        id: the entry's name.
-        weights_dir: the folder of the file.
-        download: whether a missing file may be downloaded from the entry's URL.
-
-    Returns:
-        The file.
-
-    Raises:
-        UserError: for an unknown name, a missing file that may not or cannot be downloaded, or a file that is not the
-            published one.
-    """
-    entry = zoo_entry(id)
-    path = Path(weights_dir).expanduser() / entry.file
-    if not path.is_file():
-        if not download:
-            raise UserError(
-                f"teacher {id!r}: {entry.file} is not in {path.parent}; "
-                f"allow downloads, or download it there from {entry.url}"
-            )
-        _fetch(entry, path)
-    found = file_sha256(path)
-    if found != entry.sha256:
-        raise UserError(
-            f"teacher {id!r}: {path} is not the published file (SHA-256 {found[:12]}..., "
-            f"expected {entry.sha256[:12]}...); delete it, and download it again (teachers.download=true)"
-        )
-    return path
-
-
 @cache
-def _entries() -> Registry[ZooEntry]:
+def zoo() -> Registry[ZooEntry]:
+    """Returns all entries by name, in the zoo's order."""
     text = resources.files(__package__).joinpath("zoo.yaml").read_text(encoding="utf-8")
     entries: Registry[ZooEntry] = Registry("teacher")
     for values in yaml.safe_load(text)["teachers"]:
@@ -135,6 +72,40 @@ def _entries() -> Registry[ZooEntry]:
             raise ValueError(f"zoo.yaml holds {entry.id!r} twice")
         entries[entry.id] = entry
     return entries
+
+
+def find_zoo_file(entry: ZooEntry, weights_dir: str | Path, download: bool = False) -> Path:
+    """Finds the file of a pretrained teacher; downloads it first if it is missing and allowed.
+
+    Concurrent runs download a file once (file lock), and it appears in the folder only when complete. Its SHA-256 is
+    always checked before it is opened.
+
+    Args:
+        entry: the teacher's entry; `convert.load_foreign` reads its file.
+        weights_dir: the folder of the file.
+        download: whether a missing file may be downloaded from the entry's URL.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: for a missing file that may not or cannot be downloaded, or a file that is not the published one.
+    """
+    path = Path(weights_dir).expanduser() / entry.file
+    if not path.is_file():
+        if not download:
+            raise UserError(
+                f"teacher {entry.id!r}: {entry.file} is not in {path.parent}; "
+                f"allow downloads, or download it there from {entry.url}"
+            )
+        _fetch(entry, path)
+    found = file_sha256(path)
+    if found != entry.sha256:
+        raise UserError(
+            f"teacher {entry.id!r}: {path} is not the published file (SHA-256 {found[:12]}..., "
+            f"expected {entry.sha256[:12]}...); delete it, and download it again (teachers.download=true)"
+        )
+    return path
 
 
 def _fetch(entry: ZooEntry, path: Path) -> None:

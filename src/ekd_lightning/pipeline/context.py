@@ -24,9 +24,9 @@ from ekd_lightning.networks import (
     TeacherIdentity,
     load_network,
     load_student,
-    read_metadata,
     state_sha256,
 )
+from ekd_lightning.networks.weights import read_metadata
 from ekd_lightning.pipeline.prepare import prepare_data
 from ekd_lightning.runs.directory import RunDirectory
 from ekd_lightning.runs.result import Result

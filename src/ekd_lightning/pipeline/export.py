@@ -13,8 +13,9 @@ from torch import Tensor
 from ekd_lightning.errors import UserError, require
 from ekd_lightning.evaluation.predict import Agreement, compare_logits, default_tolerance, predict_logits
 from ekd_lightning.files import DamagedFileError, file_sha256, read_json, remove_parts, replacing, write_json
-from ekd_lightning.networks import BranchedStudent, cut_branches, fold_branches, load_deployed
+from ekd_lightning.networks import BranchedStudent, cut_branches, fold_branches
 from ekd_lightning.networks.deploy import SUFFIXES, DeployedStudent, pack_metadata, quantize_onnx, to_bytes
+from ekd_lightning.networks.deployed import load_deployed
 from ekd_lightning.pipeline.context import EvaluationContext, load_own_student
 from ekd_lightning.pipeline.export_metadata import describe_export, measure
 from ekd_lightning.progress import advance, part

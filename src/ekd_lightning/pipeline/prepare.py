@@ -26,18 +26,12 @@ from ekd_lightning.data.loader import rows_of_batch
 from ekd_lightning.errors import UserError, quiet
 from ekd_lightning.evaluation.efficiency import count_macs, count_parameters
 from ekd_lightning.methods import Method, TermContext, build_method, needs_teachers, terms_with_labels, uses_assignment
-from ekd_lightning.networks import (
-    BranchedStudent,
-    NetworkSpec,
-    TeacherEnsemble,
-    build_network,
-    normalization,
-    zoo_entry,
-)
+from ekd_lightning.networks import BranchedStudent, NetworkSpec, TeacherEnsemble, build_network, normalization
 from ekd_lightning.networks.library import fixed_size
 from ekd_lightning.networks.projection import classifier_width, own_teachers
 from ekd_lightning.networks.registry import is_of_library, require_network, thinned
 from ekd_lightning.networks.staged import sides
+from ekd_lightning.networks.zoo import zoo
 from ekd_lightning.runs.writer import is_rank_zero
 from ekd_lightning.settings import DataSettings, Settings
 from ekd_lightning.teachers.plan import PlannedTeacher, SourcePlan, plan_source
@@ -157,7 +151,7 @@ def check_settings(settings: Settings) -> None:
             raise UserError(f"{key}: {error}") from None
     for entry in entries:
         if entry.zoo:
-            zoo_entry(entry.zoo)
+            zoo()[entry.zoo]  # raises for an unknown name
     with quiet():  # `prepare` reports settings without effect
         _make_views(settings.data, settings.data.padding or 0)
 

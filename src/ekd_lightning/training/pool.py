@@ -16,19 +16,16 @@ from ekd_lightning.errors import UserError, few
 from ekd_lightning.files import file_sha256
 from ekd_lightning.methods.options import choice
 from ekd_lightning.networks import (
-    KEY_MAPS,
     NetworkSpec,
     StagedNetwork,
     TeacherEnsemble,
     TeacherIdentity,
     build_network,
-    load_foreign,
     load_network,
     normalization,
-    read_spec,
     state_sha256,
-    zoo_entry,
 )
+from ekd_lightning.networks.convert import KEY_MAPS, load_foreign
 from ekd_lightning.networks.cutting import ABSENT, select_classes
 from ekd_lightning.networks.library import (
     PUBLISHED,
@@ -41,7 +38,8 @@ from ekd_lightning.networks.library import (
 )
 from ekd_lightning.networks.registry import library_version
 from ekd_lightning.networks.staged import sides
-from ekd_lightning.networks.zoo import find_zoo_file
+from ekd_lightning.networks.weights import read_spec
+from ekd_lightning.networks.zoo import find_zoo_file, zoo
 from ekd_lightning.progress import track
 from ekd_lightning.settings import TeacherEntry, TeacherSettings
 from ekd_lightning.teachers.plan import PlannedTeacher
@@ -126,14 +124,14 @@ def _plan(
 
 
 def _plan_zoo(settings: TeacherSettings, zoo_id: str, key: str, data: TeacherData) -> PlannedTeacher:
-    known = zoo_entry(zoo_id)
+    known = zoo()[zoo_id]
     if known.data != data.dataset.name:
         raise UserError(f"{key}={zoo_id}: this teacher was trained on {known.data}, but data.name={data.dataset.name}")
 
     def find() -> Path:
         folder = Path(settings.weights_dir)
         try:
-            return find_zoo_file(zoo_id, folder, settings.download)
+            return find_zoo_file(known, folder, settings.download)
         except UserError as error:
             if (folder / known.file).is_file():
                 raise
