@@ -383,7 +383,7 @@ def test_a_verdict_needs_a_significant_difference(values):
         assert abs(difference.mean) > difference.half  # the two agree before correction
     else:
         assert verdict == "undecided"
-    sentence = comparison(verdict, "x", difference, (0.5, 0.5), 1)
+    sentence = comparison("x", difference, (0.5, 0.5), 1)
     assert sentence.endswith(".")
     starts = {
         "ahead": "EKD beats x",

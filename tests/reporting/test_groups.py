@@ -268,7 +268,8 @@ def test_figures_of_a_group_against_scipy():
     expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (one.accuracy.low, one.accuracy.high) == pytest.approx(expected)
     assert one.values("test_branch_accuracy", 1).mean == pytest.approx(np.mean(values) - 0.02)
-    assert one.array("test_branch_accuracy") == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
+    branches = [branch.mean for branch in one.per_item("test_branch_accuracy")]
+    assert branches == pytest.approx(np.mean(values) - np.array([0.01, 0.02, 0.03]))
     assert one.only("num_branches") == 3
     assert one.only("train_seconds") is None
 

@@ -15,7 +15,7 @@ from scipy import stats
 from ekd_lightning.errors import UserError
 from ekd_lightning.reporting.estimates import holm
 from ekd_lightning.reporting.report import make_report, summary
-from ekd_lightning.reporting.report_files import flatten, markdown, runs_csv, summary_json
+from ekd_lightning.reporting.report_files import flatten, markdown, runs_csv
 from ekd_lightning.runs.collection import RunEntry, collect
 from ekd_lightning.runs.directory import RunState
 
@@ -142,7 +142,7 @@ def test_flatten_keeps_every_leaf():
 
 def test_summary_table_and_answer_say_the_same():
     found = report(*study(), title="Title")
-    content = json.loads(summary_json(summary(found)))
+    content = json.loads(json.dumps(summary(found), allow_nan=False))
     (block,) = content["blocks"]
     rows = {row["label"]: row for row in block["rows"]}
     assert content["title"] == "Title"

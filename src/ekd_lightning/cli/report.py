@@ -127,7 +127,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     if not runs:
         raise UserError(f"{' '.join(map(str, args.runs))}: holds no finished run of a study")
     missing = [] if args.study is None else _missing(args.study, every)
-    report_files.check_kept(args.output, {report_files.page_name(str(run.get("data"))) for run in runs}, runs)
+    report_files.check_kept(args.output, runs)
     made: list[Report] = []
 
     def write(folder: Path) -> list[Path]:

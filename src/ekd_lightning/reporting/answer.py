@@ -143,7 +143,7 @@ def _nothing_to_compare(block: Block) -> str:
     others = [one for one in block.done if not one.method.startswith("ekd")]
     if not others:
         return "no run of another method is done, so whether it helps is open."
-    names = listed([f"{one.label}, {share(one.mean(_ACCURACY) or 0.0)} %" for one in others[:3]])
+    names = listed([f"{one.label}, {share(one.mean_accuracy)} %" for one in others[:3]])
     more = " and others" if len(others) > 3 else ""
     return f"none of the other methods ({names}{more}) is of comparable cost, so whether it helps is open."
 
@@ -155,7 +155,7 @@ def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
         alike = [finding for finding in findings if finding.verdict == verdict]
         for other in dict.fromkeys(finding.other.label for finding in alike):
             own = [finding for finding in alike if finding.other.label == other]
-            accuracy = share(own[0].other.mean(_ACCURACY) or 0.0)
+            accuracy = share(own[0].other.mean_accuracy)
             lead = f": {points(own[0].difference.mean)} points" if own[0].difference else ""
             roles = " and ".join([ROLES[own[0].role], *(ROLES[f.role].removeprefix("the ") for f in own[1:])])
             named.setdefault(verdict, []).append(f"{roles} ({other}, {accuracy} %{lead})")
@@ -166,7 +166,7 @@ def _verdicts(findings: Sequence[Finding], above: Sequence[Group]) -> str:
     if missing:
         text += f" Too few runs to compare it with {listed(missing)}."
     if above:
-        names = listed([f"{one.label} ({share(one.mean(_ACCURACY) or 0.0)} %)" for one in above])
+        names = listed([f"{one.label} ({share(one.mean_accuracy)} %)" for one in above])
         text += f" {names} {'has' if len(above) == 1 else 'have'} a higher test accuracy, but {TOO_FEW} to compare."
     return text
 
@@ -263,23 +263,34 @@ def _against_best(block: Block, subject: Group, findings: Sequence[Finding]) -> 
     Returns:
         The comparison, and the groups with a higher test accuracy but too few runs to compare.
     """
-    most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
-    others = [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
-    if not others:
-        return None, []
+    others = rivals(block, subject)
     found = _differences(subject, others)
-    tested = [one for one in others if one.label in found and found[one.label].half is not None]
-    picked = tested or others
-    best = max(picked, key=lambda group: group.mean(_ACCURACY) or 0.0)
-    above = [g for g in others if g not in picked and (g.mean(_ACCURACY) or 0.0) > (best.mean(_ACCURACY) or 0.0)]
-    among = f"the best of {len(picked)} other settings" if len(picked) > 1 else "the only other setting"
-    enough = " with enough runs" if len(picked) < len(others) else ""
+    best, above = best_of(others, found)
+    if best is None:
+        return None, []
+    tested = sum(one.half is not None for one in found.values())
+    picked = tested or len(others)
+    among = f"the best of {picked} other settings" if picked > 1 else "the only other setting"
+    enough = " with enough runs" if picked < len(others) else ""
     finding = _finding("best", best, subject, found, f"{best.label} ({among}{enough} at no more cost)")
     if any((one.other, one.verdict) == (best, finding.verdict) for one in findings):  # no need to say it twice
-        p = finding.difference.tested if finding.difference and len(tested) > 1 else None
-        over = "" if p is None else f" ({p_text(p)} corrected for {len(tested)} comparisons)"
+        p = finding.difference.tested if finding.difference and tested > 1 else None
+        over = "" if p is None else f" ({p_text(p)} corrected for {tested} comparisons)"
         finding = replace(finding, sentence=f"{best.label} is also {among}{enough} at no more cost{over}.")
-    return finding, above
+    return finding, [one for one in others if one in above]
+
+
+def rivals(block: Block, subject: Group) -> list[Group]:
+    """The other methods of a block, without variants of EKD, that cost no more than the subject."""
+    most = (subject.mean("macs") or float("inf")) * (1 + SAME_COST)
+    return [one for one in block.done if not one.method.startswith("ekd") and (one.mean("macs") or 0.0) <= most]
+
+
+def best_of(others: Sequence[Group], found: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:
+    """The most accurate group with an interval in `found`, by label, or else of all; and the more accurate ones."""
+    ranked = sorted(others, key=lambda one: one.mean_accuracy, reverse=True)
+    best = next((g for g in ranked if g.label in found and found[g.label].half is not None), next(iter(ranked), None))
+    return best, tuple(one for one in ranked if best is not None and one.mean_accuracy > best.mean_accuracy)
 
 
 def _differences(subject: Group, others: Iterable[Group]) -> dict[str, Difference]:
@@ -302,9 +313,8 @@ def _finding(role: str, other: Group, subject: Group, found: Mapping[str, Differ
     common = [seed for seed in ours if seed in theirs]
     means = [statistics.fmean(values[seed] for seed in common) for values in (ours, theirs)] if common else []
     difference = found.get(other.label)
-    verdict = judge(difference)
     compared = sum(one.half is not None for one in found.values())
-    return Finding(role, other, difference, verdict, comparison(verdict, called, difference, means, compared))
+    return Finding(role, other, difference, judge(difference), comparison(called, difference, means, compared))
 
 
 def judge(difference: Difference | None) -> str:
@@ -316,13 +326,10 @@ def judge(difference: Difference | None) -> str:
     return "ahead" if difference.mean > 0 else "behind"
 
 
-def comparison(
-    verdict: str, other: str, difference: Difference | None, accuracies: Sequence[float], compared: int
-) -> str:
+def comparison(other: str, difference: Difference | None, accuracies: Sequence[float], compared: int) -> str:
     """EKD against another, as a sentence.
 
     Args:
-        verdict: One of `VERDICTS`.
         other: Name of the other.
         difference: EKD minus the other, with the corrected p value; None without a common seed.
         accuracies: Mean test accuracies of EKD and the other over their common seeds.
@@ -341,7 +348,7 @@ def comparison(
         )
     over = f" corrected for {compared} comparisons" if compared > 1 else ""
     numbers = f"{interval_words(difference)}, {pairs}, {p_text(difference.tested)}{over}"
-    if verdict in ("ahead", "behind"):
+    if (verdict := judge(difference)) in ("ahead", "behind"):
         size = share(abs(difference.mean))
         return f"{SUBJECT} {VERDICTS[verdict][0]} {other} by {size} points: {both} ({numbers})."
     outside = abs(difference.mean) > difference.half

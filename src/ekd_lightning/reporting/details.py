@@ -115,9 +115,17 @@ def own_teachers(group: Group) -> list[int | None]:
 
 
 def matrix(group: Group, key: str) -> Array | None:
-    """Mean over runs of a field that is a matrix, float [rows, columns]; None if no run has it or they differ."""
-    found = group.array(key)
-    return found if found is not None and found.ndim == 2 and found.size else None
+    """Mean over runs of a field that is a matrix, float [rows, columns], NaN for null.
+
+    Returns:
+        None if no run has it, or the runs differ in its shape.
+    """
+    try:
+        found = [np.array(run.get(key), dtype=float) for run in group.done if run.get(key) is not None]
+        mean = np.mean(np.stack(found), axis=0)
+    except (TypeError, ValueError):  # no run, rows of different lengths, or matrices of different shapes
+        return None
+    return mean if mean.ndim == 2 and mean.size else None
 
 
 def curves(group: Group, names: Sequence[str] = CURVES) -> dict[str, list[tuple[int, Estimate]]]:

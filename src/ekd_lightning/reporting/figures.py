@@ -155,38 +155,20 @@ def by_difference(report: Report, styles: LineStyles) -> Iterator[CaptionedFigur
     """Bars of differences to the references of a block, with intervals; a figure per block."""
     for block in report.blocks:
         found = {name: differences(block.done, name) for name in report.references(block)}
-        if shown := difference_figure(found, block.key, block.title, styles):
-            yield shown
-
-
-def difference_figure(
-    found: Mapping[str, Mapping[str, Difference]], key: str, title: str, styles: LineStyles
-) -> CaptionedFigure | None:
-    """Bars of differences with intervals, a panel for each reference.
-
-    Args:
-        found: Reference -> label -> difference.
-        key: For the name of the file.
-        title: Of the caption.
-        styles: Colours by label.
-
-    Returns:
-        None if no difference has an interval.
-    """
-    sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
-    sure = {name: one for name, one in sure.items() if one}
-    if not sure:
-        return None
-    rows = max(len(one) for one in sure.values())
-    long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
-    figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
-    for panel, (name, one) in zip(axes, sure.items(), strict=True):
-        _difference_panel(panel, name, one, styles)
-    alone = sorted({k for name, one in found.items() for k, d in one.items() if d.half is None})
-    few = f" Too few runs: {', '.join(alone)}." if alone else ""
-    numbers = [d.n for one in sure.values() for d in one.values()]
-    text = f"Mean difference in test accuracy, paired by seed, 95 % interval, {fs.counts(numbers)}.{few}"
-    return fs.captioned("differences", key, figure, title, text)
+        sure = {name: {k: d for k, d in one.items() if d.half is not None} for name, one in found.items()}
+        sure = {name: one for name, one in sure.items() if one}
+        if not sure:
+            continue
+        rows = max(len(one) for one in sure.values())
+        long = max(len(label) for one in sure.values() for label in one) > _LONG_LABEL
+        figure, axes = fs.panels(len(sure), most=1 if long else 2, height=0.8 + 0.19 * rows)
+        for panel, (name, one) in zip(axes, sure.items(), strict=True):
+            _difference_panel(panel, name, one, styles)
+        alone = sorted({k for one in found.values() for k, d in one.items() if d.half is None})
+        few = f" Too few runs: {', '.join(alone)}." if alone else ""
+        numbers = fs.counts(d for one in sure.values() for d in one.values())
+        text = f"Mean difference in test accuracy, paired by seed, 95 % interval, {numbers}.{few}"
+        yield fs.captioned("differences", block.key, figure, block.title, text)
 
 
 def _difference_panel(axes: Axes, name: str, found: Mapping[str, Difference], styles: LineStyles) -> None:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from ekd_lightning.reporting import setups
 from ekd_lightning.reporting.estimates import SHARE, Difference, Estimate, corrected, estimate, limits_of, minus
 from ekd_lightning.reporting.setups import taught_by
@@ -95,6 +93,11 @@ class Group:
         """Test accuracy in [0, 1]; None if no run is done."""
         return self.values("test_accuracy")
 
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean test accuracy in [0, 1]; 0 if no run is done."""
+        return self.mean("test_accuracy") or 0.0
+
     def by_seed(self, key: str, *index: int | str) -> dict[int, float]:
         """A figure of each run that has it, by seed; empty if the runs measured it under different conditions.
 
@@ -145,20 +148,6 @@ class Group:
         parts += [f"{images:,} images"] if images else []
         parts += [f"without {', '.join(left)}"] if left else []
         return ", ".join(parts)
-
-    def array(self, key: str) -> np.ndarray | None:
-        """Mean over runs of a field that is a list (of lists) of numbers, NaN for null.
-
-        Returns:
-            float [...] in the field's shape; None if no run has it, or the runs differ in its shape.
-        """
-        try:
-            found = [np.array(run.get(key), dtype=float) for run in self.done if run.get(key) is not None]
-        except (TypeError, ValueError):  # rows of different lengths
-            return None
-        if not found or any(one.shape != found[0].shape for one in found):
-            return None
-        return np.mean(found, axis=0)
 
     def only(self, key: str) -> Any:
         """The value of a field if all runs that have it agree; else None."""

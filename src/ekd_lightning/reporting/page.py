@@ -116,8 +116,7 @@ def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
     compared = {finding.other.label: finding for finding in reversed(answer.findings)}
     roles = {label: [f.role for f in answer.findings if f.other.label == label] for label in compared}
     ordered = sorted(
-        (row for row in report.rows[answer.block.key] if row.group.n),
-        key=lambda row: -(row.group.mean("test_accuracy") or 0.0),
+        (row for row in report.rows[answer.block.key] if row.group.n), key=lambda row: -row.group.mean_accuracy
     )
     first = sorted(ordered, key=lambda row: row.group is not subject and row.group.label not in compared)
     shown = []
@@ -133,7 +132,7 @@ def overview(report: Report, answer: Answer) -> list[dict[str, Any]]:
                 "group": row.group,
                 "subject": row.group is subject,
                 "words": listed([ROLES[role] for role in roles.get(label, ())]) or METHODS.get(row.group.method, ""),
-                "accuracy": share(row.group.mean("test_accuracy") or 0.0),
+                "accuracy": share(row.group.mean_accuracy),
                 "interval": _ends(row.group.accuracy, share),
                 "difference": points(difference.mean) if difference else "",
                 "between": _ends(difference, points),

@@ -132,18 +132,17 @@ def page_name(data: str) -> str:
     return re.sub(r"[^\w.+@-]+", "-", data).lstrip(".") + ".md"
 
 
-def check_kept(folder: Path, names: Iterable[str], runs: Sequence[RunEntry]) -> None:
+def check_kept(folder: Path, runs: Sequence[RunEntry]) -> None:
     """Refuses to overwrite files that are no pages of studies, and records of runs that would be lost.
 
     Args:
         folder: Folder of the pages.
-        names: File names of the pages to be written.
         runs: Runs of the records to be written.
 
     Raises:
         UserError: Naming the file, before anything is written.
     """
-    for name in [*names, SUMMARY_PAGE]:
+    for name in {*(page_name(str(run.get("data"))) for run in runs), SUMMARY_PAGE}:
         path, mark = folder / name, MADE_BY if name == SUMMARY_PAGE else PAGE_BEGINS
         if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
             raise UserError(f"{path}: is not a page made by ekd-report; use another --output")
@@ -259,7 +258,7 @@ def _write_files(report: Report, folder: Path, formats: Sequence[str], *, page: 
         write_text(folder / PAGE, page_text(report))
         files.append(folder / PAGE)
     names = [path.relative_to(folder).as_posix() for path in files]
-    write_text(folder / SUMMARY, summary_json({**summary(report), "files": names}))
+    write_text(folder / SUMMARY, json.dumps({**summary(report), "files": names}, indent=1, allow_nan=False) + "\n")
     return files
 
 
@@ -354,8 +353,3 @@ def _named(item: Any, name: str, position: int) -> tuple[Any, str]:
             word = "+".join(map(str, what)) if isinstance(what, list) else f"{what}"
             return {k: v for k, v in item.items() if k != key}, f"{name}_{word}"
     return item, f"{name}_{position}"
-
-
-def summary_json(content: Mapping[str, Any]) -> str:
-    """Text of summary.json."""
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"

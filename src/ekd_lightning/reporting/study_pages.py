@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ekd_lightning import markdown as md
 from ekd_lightning.files import write_text
 from ekd_lightning.reporting import tables
-from ekd_lightning.reporting.answer import SAME_COST
+from ekd_lightning.reporting.answer import SAME_COST, best_of, rivals
 from ekd_lightning.reporting.blocks import Block
 from ekd_lightning.reporting.estimates import (
     ENOUGH,
@@ -68,26 +68,13 @@ def standings(block: Block) -> list[Standing]:
     """Compares each row of EKD with all methods of at most 5 % more MACs, except other variants of EKD."""
     found = []
     for ekd in (one for one in block.done if one.method in SUBJECTS):
-        most = (ekd.mean("macs") or 0.0) * (1 + SAME_COST)
-        others = [g for g in block.done if not g.method.startswith("ekd") and (g.mean("macs") or 0.0) <= most]
+        others = rivals(block, ekd)
         ours = ekd.by_seed("test_accuracy")
         plain = {one.label: minus(ours, one.by_seed("test_accuracy")) for one in others}
         decide = {one.label: plain[one.label] for one in others if one.decides}
         against = {**corrected(plain), **corrected(decide)}
-        found.append(Standing(block, ekd, against, *_best(others, against)))
+        found.append(Standing(block, ekd, against, *best_of(others, against)))
     return found
-
-
-def _best(others: Sequence[Group], against: Mapping[str, Difference]) -> tuple[Group | None, tuple[Group, ...]]:
-    """The most accurate group with enough common seeds, or else of all, and the more accurate ones with too few."""
-    ranked = sorted(others, key=_accuracy, reverse=True)
-    enough = [one for one in ranked if one.label in against and against[one.label].half is not None]
-    best = next(iter(enough or ranked), None)
-    return best, tuple(one for one in ranked if best is not None and _accuracy(one) > _accuracy(best))
-
-
-def _accuracy(one: Group) -> float:
-    return one.mean("test_accuracy") or 0.0
 
 
 def lead(found: Sequence[Standing]) -> str:
@@ -174,7 +161,7 @@ make study-pages
 
 def _better_words(one: Standing) -> str:
     """The line on methods that are more accurate than the best one with enough runs, but have too few."""
-    names = ", ".join(f"{md.code(g.label)} ({share(_accuracy(g))} %, n {g.n})" for g in one.better)
+    names = ", ".join(f"{md.code(g.label)} ({share(g.mean_accuracy)} %, n {g.n})" for g in one.better)
     where = f"{md.prose(one.block.data)}, {100 * (one.block.fraction or 1):g} %, {one.block.protocol.steps} steps"
     return f"{where}, {md.code(one.ekd.label)}: more accurate than the best other method, with too few runs: {names}."
 
@@ -195,7 +182,7 @@ def data_page(report: Report, data: str, figures: Mapping[str, str]) -> str:
         parts += [_standing_words(one) for one in standings(block)]
         if block.key in figures:
             parts.append(md.image(figures[block.key], "Test accuracy against cost, with 95 % intervals") + "\n")
-        best = sorted(report.rows[block.key], key=lambda row: -(row.group.mean("test_accuracy") or 0.0))
+        best = sorted(report.rows[block.key], key=lambda row: -row.group.mean_accuracy)
         parts.append(tables.markdown(best, _COLUMNS))
     return "\n".join(parts)
 
