@@ -25,7 +25,7 @@ from ekd_lightning.runs.writer import RunWriter
 from ekd_lightning.settings import is_free
 from ekd_lightning.studies.comparison import report
 from ekd_lightning.studies.planning import plan
-from ekd_lightning.studies.study import RowPlan, read_runs, read_study
+from ekd_lightning.studies.study import RowPlan, every_run, read_runs, read_study
 from ekd_lightning.studies.sweep import job_state, read_sweep
 from ekd_lightning.studies.tuned import read_tuned, with_tuned
 from ekd_lightning.training.checkpoints import read_checkpoint
@@ -92,7 +92,7 @@ def test_a_comparison_has_the_same_rows_and_nothing_left_to_run(folder, capsys):
     place = folder / "compare"
     before = json.loads((place / "comparison.json").read_text())
     study = read_study(place)
-    states = {run.state for rows in read_runs(study, place).values() for own in rows.values() for run in own.values()}
+    states = {run.state for run in every_run(read_runs(study, place))}
     assert {state.value for state in states} == {"done"}
     assert report(study, place)
     after = json.loads((place / "comparison.json").read_text())

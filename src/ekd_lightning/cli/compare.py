@@ -28,8 +28,9 @@ from ekd_lightning.studies.study import (
     STUDY_FILE,
     Composer,
     Study,
+    every_run,
     parse_numbers,
-    read_run,
+    read_runs,
     read_study,
     split_overrides,
     write_study,
@@ -137,11 +138,7 @@ def run_compare(args: argparse.Namespace) -> bool:
         again += "" if not complete else f" --seeds {','.join(str(max(study.seeds) + n) for n in (1, 2))}"
     elif complete:
         again = ""
-    entries = (
-        read_run(place, row.name, fraction, seed)
-        for place, (whole, _) in planned.items()
-        for row, fraction, seed in whole.every
-    )
+    entries = [run for place, (whole, _) in planned.items() for run in every_run(read_runs(whole, place))]
     if "--retry-failed" not in again and any(entry.state is RunState.FAILED for entry in entries):
         again += " --retry-failed"  # else they would be skipped again
     print_next(report_command([folder], folder / "report"), *filter(None, [again]))

@@ -67,7 +67,7 @@ def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1
         images: float32 [B, 3, H, W] in [0, 1].
         min_seconds: Approximate duration of the measurement; longer if a pass takes more than a ninth of it.
     """
-    benchmark = _benchmark()
+    benchmark = torch_benchmark()
     threads = torch.get_num_threads()
 
     def forward() -> None:
@@ -80,7 +80,7 @@ def measure_latency(module: nn.Module, images: Tensor, *, min_seconds: float = 1
     return Latency(float(merged.median), float(merged.iqr), threads)
 
 
-def _benchmark() -> Any:
+def torch_benchmark() -> Any:
     """Imports PyTorch's benchmark package without its warning on machines that have nvcc but no GPU."""
     with quiet("torch.utils.cpp_extension"):
         from torch.utils import benchmark  # noqa: PLC0415

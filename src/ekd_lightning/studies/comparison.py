@@ -16,7 +16,7 @@ from ekd_lightning.reporting import tables
 from ekd_lightning.reporting.blocks import Block, block_of_rows
 from ekd_lightning.runs.directory import RunState
 from ekd_lightning.studies.declaration import Declaration, require_declared
-from ekd_lightning.studies.study import Runs, Study, read_runs, read_study
+from ekd_lightning.studies.study import Runs, Study, every_run, read_runs, read_study
 
 REFERENCES = ("ce", "ekd")
 """Rows that the others are compared with, if a study has them."""
@@ -48,7 +48,7 @@ def report(study: Study, folder: Path) -> bool:
     without = [{key: value for key, value in one.items() if key != "by_seed"} for one in flat]
     write_text(folder / "comparison.csv", tables.csv_text(without))
     print_wide(*printed, tables.LEGEND)
-    states = Counter(one.state for rows in found.values() for row in rows.values() for one in row.values())
+    states = Counter(run.state for run in every_run(found))
     counts = ", ".join(f"{count} {tables.STATE_NAMES[state]}" for state, count in states.most_common())
     print(f"{typed(folder)}: {counts}")
     return set(states) == {RunState.DONE}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +18,7 @@ from ekd_lightning.reporting.report import kind_of_machine
 from ekd_lightning.runs.collection import RunEntry
 from ekd_lightning.runs.writer import provenance
 from ekd_lightning.settings import Settings
-from ekd_lightning.studies.study import Composer, Study, read_runs
+from ekd_lightning.studies.study import Composer, Study, every_run, read_runs
 from ekd_lightning.studies.sweep import Job
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ def log_cost(planned: Mapping[Path, tuple[Study, Sequence[Job]]], composer: Comp
         return
     here, done = kind_of_machine(provenance()), {study.data: list[RunEntry]() for study, _ in planned.values()}
     for place, (study, _) in planned.items():
-        runs = [run for rows in read_runs(study, place).values() for own in rows.values() for run in own.values()]
+        runs = every_run(read_runs(study, place))
         done[study.data] += [run for run in runs if run.result and kind_of_machine(run.provenance) == here]
     every = [run for own in done.values() for run in own]
     _, speed = recorded_pace(every)
@@ -123,7 +121,7 @@ def training_speed(settings: Settings) -> float:
     import torch  # noqa: PLC0415 (slow; --help needs none)
 
     from ekd_lightning.data import open_dataset  # noqa: PLC0415
-    from ekd_lightning.evaluation.efficiency import count_macs  # noqa: PLC0415
+    from ekd_lightning.evaluation.efficiency import count_macs, torch_benchmark  # noqa: PLC0415
     from ekd_lightning.networks.staged import sides  # noqa: PLC0415
     from ekd_lightning.pipeline.prepare import build_student  # noqa: PLC0415
     from ekd_lightning.teachers.hardware import device_type_of, resolve_precision  # noqa: PLC0415
@@ -136,21 +134,13 @@ def training_speed(settings: Settings) -> float:
     macs = 3 * batch * count_macs(student, dataset.image_size)
     student.to(device).train()
     images = torch.rand(batch, 3, *sides(dataset.image_size), device=device)
-    threads = torch.get_num_threads()
-    if settings.trainer.get("threads"):
-        torch.set_num_threads(int(settings.trainer["threads"]))
-    try:
-        steps, until = -1, math.inf  # the first step warms up
-        while time.perf_counter() < until:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                loss = student(images).float().square().mean()
-            loss.backward()
-            with contextlib.suppress(AttributeError):
-                getattr(torch, device.type).synchronize()
-            steps += 1
-            if steps == 0:
-                began = time.perf_counter()
-                until = began + _PROBE_SECONDS
-        return macs * steps / (time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
+    threads = int(settings.trainer.get("threads") or torch.get_num_threads())
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = student(images).float().square().mean()
+        loss.backward()
+        loss.item()  # waits for the device
+
+    timer = torch_benchmark().Timer("step()", globals={"step": step}, num_threads=threads)
+    return float(macs / timer.blocked_autorange(min_run_time=_PROBE_SECONDS).mean)

@@ -154,7 +154,7 @@ def plan(study: Study, folder: Path, compose: Composer, *, retry_failed: bool) -
     jobs = [job for _, job in sorted(ordered, key=lambda pair: pair[0])]
     others = f", {running} left to other processes, which are running them" if running else ""
     again = sum(job.resumed for job in jobs)
-    total = len(list(study.every))
+    total = len(study.fractions) * sum(len(study.seeds_of(row)) for row in study.rows)
     log.info("%d runs in the study, %d to be run (%d of them resumed)%s", total, len(jobs), again, others)
     for one in left:
         log.warning("%s failed earlier and is skipped: %s (--retry-failed runs it again)", one.name, one.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,6 @@ class Study:
     data: str = ""
     working_directory: str = ""
     declaration: str = ""
-
-    @property
-    def every(self) -> Iterator[tuple[RowPlan, float, int]]:
-        """All runs as (row, fraction, seed), seed by seed."""
-        for fraction in self.fractions:
-            for seed in self.seeds:
-                for row in self.rows:
-                    if seed in self.seeds_of(row):
-                        yield row, fraction, seed
 
     def seeds_of(self, row: RowPlan) -> tuple[int, ...]:
         """The seeds of a row."""
@@ -174,7 +165,7 @@ def read_study(folder: Path) -> Study | None:
     """
     path = folder / STUDY_FILE
     if not path.is_file():
-        if folder.exists() and not (folder.is_dir() and _is_empty(folder)):
+        if folder.exists() and not (folder.is_dir() and {one.name for one in folder.iterdir()} <= {LOCK_FILE}):
             raise UserError(f"--output {folder}: not a study (it has no {STUDY_FILE}) and not empty")
         return None
     try:
@@ -242,10 +233,6 @@ def continued(old: Study, words: tuple[str, ...]) -> tuple[str, ...]:
     return (*(word for word in old.common if key_of(word) not in given), *words)
 
 
-def _is_empty(folder: Path) -> bool:
-    return all(path.name == LOCK_FILE for path in folder.iterdir())
-
-
 def union(old: Study, new: Study) -> Study:
     """The old study with the rows, fractions and seeds of the new one added.
 
@@ -299,3 +286,8 @@ def read_runs(study: Study, folder: Path) -> dict[float, Runs]:
         }
         for fraction in study.fractions
     }
+
+
+def every_run(found: Mapping[float, Runs]) -> list[RunEntry]:
+    """All runs that `read_runs` found."""
+    return [run for rows in found.values() for own in rows.values() for run in own.values()]
