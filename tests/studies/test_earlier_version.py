@@ -43,12 +43,11 @@ def test_a_sweep_is_summed_up(earlier, capsys):
 
 def test_a_search_goes_on_and_its_result_is_read(earlier):
     pytest.importorskip("optuna")
-    from ekd_lightning.studies.search import is_ignored
     from ekd_lightning.studies.trials import Search
 
     description = json.loads((earlier / "tuned" / "ce" / "study.json").read_text())
     description["config"]["data"]["root"] = "elsewhere"  # was no part of it
-    search = Search(earlier / "tuned" / "ce", description, {}, {}, ignored=is_ignored)
+    search = Search(earlier / "tuned" / "ce", description, {}, {})
     tuned = read_tuned(earlier / "tuned" / "ce.yaml")
     assert sum(trial.state.is_finished() for trial in search.trials) == tuned["trials"]
     search.close()

@@ -42,7 +42,7 @@ _SHORT = 20
 _LETTERS = 17
 """Letters of a caption per inch."""
 _LONGEST = 100
-"""Letters of a block's key in a file's name; longer keys are cut and get a checksum."""
+"""Letters of a block's key in a file's name; keys that are cut or hold other letters get a checksum."""
 _MOST_LINES = 6
 """Largest number of lines in a panel; further lines get another panel."""
 ACCURACY = "test accuracy, %"
@@ -104,11 +104,9 @@ def captioned(kind: str, key: str, figure: Figure, title: str, text: str) -> Cap
 
 
 def file_name(kind: str, key: str) -> str:
-    """Name of a figure's file, without ending, whatever a data set is called."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", key)
-    if len(name) > _LONGEST:
-        name = f"{name[:_LONGEST]}-{zlib.crc32(key.encode()):08x}"
-    return f"{kind}-{name}"
+    """Name of a figure's file, without ending, whatever a data set is called; no two keys have the same."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", key)[:_LONGEST]
+    return f"{kind}-{name}" if name == key else f"{kind}-{name}-{zlib.crc32(key.encode()):08x}"
 
 
 def accuracy(group: Group) -> Estimate:

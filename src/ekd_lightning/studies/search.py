@@ -37,7 +37,7 @@ from ekd_lightning.pipeline.run import run
 from ekd_lightning.progress import RUN_PHASES, part, phase, renew, session
 from ekd_lightning.runs.lock import check_directory
 from ekd_lightning.runs.protocol import Protocol
-from ekd_lightning.settings import Settings, is_free
+from ekd_lightning.settings import Settings
 from ekd_lightning.studies.launching import check_job
 from ekd_lightning.studies.space import SearchSpace, default_values, derive_space, describe_space, read_space
 from ekd_lightning.studies.storage import named_database
@@ -116,7 +116,6 @@ def tune(
             default_values(space, plain),
             seed=sampler_seed,
             warmup_steps=settings.recipe.epochs // 3 if prune else None,
-            ignored=is_ignored,
             storage=storage,
         )
         with contextlib.closing(search):
@@ -179,12 +178,6 @@ def check_space(base: list[str], space: SearchSpace) -> None:
     for position in range(max(len(values) for values in probes.values())):
         words = [override(key, values[position % len(values)]) for key, values in probes.items()]
         _prepare(compose_settings(*_with(base, words)))
-
-
-def is_ignored(key: str) -> bool:
-    """Whether a key of a search's description may differ between the processes that share the search."""
-    setting = key.removeprefix("config.")
-    return setting != key and (setting == "seed" or is_free(setting, exact=False))
 
 
 def _protocol(settings: Settings, prepared: Prepared) -> dict[str, Any]:

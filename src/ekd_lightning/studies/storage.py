@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from ekd_lightning.config.config import changed_keys
 from ekd_lightning.errors import UserError, one_line
 from ekd_lightning.files import DamagedFileError, UnwritableFileError, read_json, write_json
+from ekd_lightning.settings import is_free
 
 DESCRIPTION = "search.json"
 _EARLIER_DESCRIPTION = "study.json"  # of versions up to 0.1
@@ -32,20 +33,12 @@ HEARTBEAT_SECONDS = 60
 _PRUNE_AFTER = 5  # complete trials before the median prunes
 
 
-def open_study(
-    folder: Path,
-    description: dict[str, Any],
-    ignored: Callable[[str], bool],
-    *,
-    warmup_steps: int | None,
-    url: str | None,
-) -> optuna.Study:
+def open_study(folder: Path, description: dict[str, Any], *, warmup_steps: int | None, url: str | None) -> optuna.Study:
     """Opens Optuna's study in a folder, or the study in a database that is named after the folder's last two parts.
 
     Args:
         folder: The search's folder.
         description: Everything that determines the search besides its trials, as plain containers.
-        ignored: Whether a dotted key of the description may differ.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
         url: URL of the database; None for a journal in the folder.
 
@@ -57,9 +50,9 @@ def open_study(
         pruner = optuna.pruners.MedianPruner(n_startup_trials=_PRUNE_AFTER, n_warmup_steps=warmup_steps)
     plain = json.loads(json.dumps(description))
     if url is None:
-        _check_description(folder, plain, ignored)
+        _check_description(folder, plain)
         return _open_journal(folder / JOURNAL, pruner)
-    _check_description(folder, {**plain, "storage": without_password(url)}, ignored)
+    _check_description(folder, {**plain, "storage": without_password(url)})
     name = "/".join(folder.absolute().parts[-2:])
     try:
         storage = RDBStorage(url, heartbeat_interval=HEARTBEAT_SECONDS)
@@ -71,11 +64,11 @@ def open_study(
             study.set_user_attr("description", plain)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError, RuntimeError) as error:
         raise UserError(f"--storage {without_password(url)}: cannot be opened ({one_line(error)})") from None
-    _refuse_another(f"--storage {without_password(url)}: its study {name}", known or plain, plain, ignored)
+    _refuse_another(f"--storage {without_password(url)}: its study {name}", known or plain, plain)
     return study
 
 
-def _check_description(folder: Path, description: dict[str, Any], ignored: Callable[[str], bool]) -> None:
+def _check_description(folder: Path, description: dict[str, Any]) -> None:
     """Writes the description of a new search; refuses one that differs from an existing one."""
     path = next((p for name in (DESCRIPTION, _EARLIER_DESCRIPTION) if (p := folder / name).is_file()), None)
     if path is None:
@@ -83,15 +76,15 @@ def _check_description(folder: Path, description: dict[str, Any], ignored: Calla
             raise UserError(f"{folder}: holds trials but no {DESCRIPTION}; choose another --output")
         write_json(folder / DESCRIPTION, description)
         return
-    _refuse_another(f"{folder}:", read_json(path), description, ignored)
+    _refuse_another(f"{folder}:", read_json(path), description)
 
 
-def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any], ignored: Callable[[str], bool]) -> None:
+def _refuse_another(where: str, known: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuses another description; seeds of runs, places and the like may differ between processes."""
     known, here = dict(known), dict(here)
     settings = changed_keys(known.pop("config", {}), here.pop("config", {}))
-    every = (*(f"config.{key}" for key in settings), *changed_keys(known, here))
-    changed = [key for key in every if not ignored(key)]
-    if changed:
+    changed = [f"config.{key}" for key in settings if key != "seed" and not is_free(key, exact=False)]
+    if changed := changed + changed_keys(known, here):
         raise UserError(
             f"{where} holds a search of another configuration ({', '.join(changed[:5])} differ); "
             "choose another --output, or repeat its settings"

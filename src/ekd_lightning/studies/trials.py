@@ -10,7 +10,7 @@ import math
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +52,6 @@ class Search:
         defaults: The configuration's own values of the searched keys, without values outside the space.
         seed: Seed of the sampler, >= 0.
         warmup_steps: Epochs of a trial in which it is never pruned; None prunes nothing.
-        ignored: Whether a dotted key of the description may differ.
         storage: URL of a database for the trials, in Optuna's form; None keeps a journal in the folder.
 
     Raises:
@@ -69,7 +68,6 @@ class Search:
         *,
         seed: int = 0,
         warmup_steps: int | None = None,
-        ignored: Callable[[str], bool] = lambda key: False,
         storage: str | None = None,
     ) -> None:
         self.folder, self.space, self.defaults, self.seed = folder, space, defaults, seed
@@ -80,7 +78,7 @@ class Search:
         self._lock = FileLock(folder / "study.lock")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._lock:
-            self._study = open_study(folder, description, ignored, warmup_steps=warmup_steps, url=storage)
+            self._study = open_study(folder, description, warmup_steps=warmup_steps, url=storage)
         self._name = uuid.uuid4().hex
         # Held until this process ends, in whatever way; a running trial whose lock is free has died.
         self._alive = DirectoryLock(self._workers / self._name)
