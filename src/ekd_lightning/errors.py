@@ -136,19 +136,21 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def require(extra: str, *packages: str) -> None:
+def require(extra: str, *packages: str, or_else: str = "") -> None:
     """Checks that optional packages are installed.
 
     Args:
         extra: The extra of this project that installs them.
         packages: Their import names.
+        or_else: How to do without them.
 
     Raises:
         UserError: Naming the first missing package and how to install it.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'")
+            other = f", or {or_else}" if or_else else ""
+            raise UserError(f"{name} is not installed: pip install 'ekd-lightning[{extra}]'{other}")
 
 
 def one_line(error: Exception, most: int = 160) -> str:

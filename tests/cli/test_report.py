@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import random
 import shutil
@@ -14,7 +14,6 @@ from made_runs import result, write_run, write_study
 from whole_runs import TINY, call_teach, call_train, called
 
 from ekd_lightning.cli.report import main
-from ekd_lightning.reporting import report_files
 from ekd_lightning.settings import EVALUATION_PARTS
 
 TABLES = ("--no-page", "--no-figures")
@@ -136,8 +135,8 @@ def test_a_mistake_is_one_line_and_nothing_is_written(runs, tmp_path, words, sai
 
 @pytest.mark.parametrize(("package", "option"), [("matplotlib", "--no-figures"), ("plotly", "--no-page")])
 def test_a_missing_package_names_the_extra_and_the_option(runs, tmp_path, monkeypatch, package, option):
-    real = report_files.find_spec
-    monkeypatch.setattr(report_files, "find_spec", lambda name: None if name == package else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
     line = refused(runs, "-o", tmp_path / "out")
     assert f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}" in line
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ekd_lightning.config.commands import print_next, typed
 from ekd_lightning.config.edge import make_parser, parse_names, run_command
-from ekd_lightning.errors import UserError
+from ekd_lightning.errors import UserError, require
 from ekd_lightning.files import write_text
 from ekd_lightning.progress import part, phase, session
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "ekd-report"
 FORMATS = ("svg", "png")
+_WITHOUT_FIGURES = "leave it out with --no-figures"
 _SHOWN = 12  # notes in the terminal; the page has all of them
 EXAMPLES = """\
 examples:
@@ -83,7 +84,10 @@ def run_report(args: argparse.Namespace) -> None:
                 from ekd_lightning.reporting.report import DEFAULT_TITLE, make_report  # noqa: PLC0415
                 from ekd_lightning.runs.collection import collect  # noqa: PLC0415
 
-            report_files.check_packages(figures=bool(formats), page=not args.no_page)
+            if formats:
+                require("report", "matplotlib", or_else=_WITHOUT_FIGURES)
+            if not args.no_page:
+                require("report", "plotly", or_else="leave it out with --no-page")
             report_files.check_output(args.output, force=args.force)
             report = make_report(_deciding(collect(args.runs)), args.title or DEFAULT_TITLE, args.reference)
         with phase("report"):
@@ -119,7 +123,7 @@ def write_study_pages(args: argparse.Namespace) -> None:
     from ekd_lightning.reporting.report import make_report  # noqa: PLC0415
     from ekd_lightning.runs.collection import RECORDS, Collection, collect, read_records  # noqa: PLC0415
 
-    report_files.check_packages(figures=True, page=False)
+    require("report", "matplotlib", or_else=_WITHOUT_FIGURES)
     report_files.check_output(args.output, force=args.force, marked=False)
     around = None if args.readme is None else _around_section(args.readme)
     every = list(_of_studies(collect(args.runs).runs, _study))

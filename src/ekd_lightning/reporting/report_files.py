@@ -11,7 +11,6 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +33,6 @@ PAGE_BEGINS = "Accuracies in percent with the weights after the last epoch"
 _KEPT_LISTS = ("teachers", "chain", "test_branch_accuracy", "pool_teachers", "assistants", "tags", "assignment")
 _TEACHER = ("id", "sha256", "test_accuracy", "teachers_sha256")
 _SUFFIXES = (".svg", ".png", ".html", ".md", ".csv", ".json")
-
-
-def check_packages(*, figures: bool, page: bool) -> None:
-    """Refuses figures or a page without their package.
-
-    Raises:
-        UserError: Naming the extra to install, and the option that does without.
-    """
-    for needed, package, option in ((figures, "matplotlib", "--no-figures"), (page, "plotly", "--no-page")):
-        if needed and find_spec(package) is None:
-            raise UserError(
-                f"{package} is not installed: pip install 'ekd-lightning[report]', or leave it out with {option}"
-            )
 
 
 def check_output(folder: Path, *, force: bool, marked: bool = True) -> None:

@@ -99,9 +99,7 @@ def records(block: Block, rows: Sequence[tables.Row], runs: Runs, settings: Mapp
         one |= {key: full.get(key) for key in _COST}
         for reference in row.differences:
             minus = full["differences"].get(reference) or dict.fromkeys(("mean", "n", "half_width", "p", "p_holm"))
-            mean = minus.pop("mean")
-            one |= {f"minus_{reference}": mean}
-            one |= {f"minus_{reference}_{key}": value for key, value in minus.items()}
+            one |= {f"minus_{reference}_{key}".removesuffix("_mean"): value for key, value in minus.items()}
         chain = row.group.values("chain_stored_seconds")
         one["assistants_seconds"] = chain.mean if chain else None
         counts = Counter(other.state for other in own.values())
