@@ -24,8 +24,8 @@ from damages import DAMAGES, EXECUTED, damage
 from scenes import limited
 
 from ekd_lightning.data.arrays import list_npz
-from ekd_lightning.data.cache import cached_images
 from ekd_lightning.data.cifar import read_cifar
+from ekd_lightning.data.decoding import cached_images
 from ekd_lightning.data.listing import read_listing
 from ekd_lightning.errors import UserError, users_line
 from ekd_lightning.files import SEAL, UNSEALED, seal

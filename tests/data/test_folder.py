@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from ekd_lightning.data import catalog, choose_subset, listing, open_dataset
-from ekd_lightning.data.cache import cached_images
 from ekd_lightning.data.catalog import read_digits
+from ekd_lightning.data.decoding import cached_images
 from ekd_lightning.data.folder import list_folder
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.data.loader import TrainLoader, gather_batch

@@ -69,7 +69,7 @@ def list_npz(path: Path) -> Listing:
     if "train" not in found:
         known = few(sorted(arrays)) or "none"
         raise UserError(f"data.root={path}: holds neither x_train and y_train nor images and labels (only {known})")
-    return _listing(found, _class_names(arrays, found, path), str(path), stamp)
+    return _listing(found, _class_names(arrays, found, path), str(path), dict.fromkeys(found, stamp))
 
 
 def list_torchvision(name: str, root: Path, download: bool) -> Listing:
@@ -100,7 +100,7 @@ def list_torchvision(name: str, root: Path, download: bool) -> Listing:
     first = found["train"]
     classes = next((getattr(first, key) for key in _CLASSES if hasattr(first, key)), ())
     names = tuple(text if isinstance(text, str) else ", ".join(map(str, text)) for text in classes)
-    labelled = {split: (_PILImages(part), _labels(part, name)) for split, part in found.items()}
+    labelled = {split: (_Column(part), _labels(part, name)) for split, part in found.items()}
     stamp = {split: _stamp(part, root) for split, part in found.items()}
     return _listing(labelled, names, f"{name} of torchvision in {root}", stamp)
 
@@ -186,7 +186,7 @@ def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
         raise UserError(
             f"data.unlabelled=split: {name} has no split without labels (STL10 has one); give a folder of images"
         )
-    images, stamp = _PILImages(part), _stamp(part, root)
+    images, stamp = _Column(part), _stamp(part, root)
     rows = [Row(f"image {i}", 0, i, stamp) for i in range(len(part))]
     return without_labels(rows, images.__getitem__, f"{name} of torchvision in {root}, without labels")
 
@@ -206,28 +206,19 @@ def _stamp(part: Any, root: Path) -> str:
 
 
 class _Column:
-    """A column of images of a Hugging Face data set, by position."""
+    """A column of images by position: with a name in Hugging Face data sets, the first in torchvision's."""
 
-    def __init__(self, part: Any, key: str) -> None:
+    def __init__(self, part: Any, key: str | int = 0) -> None:
         self.part, self._key = part, key
 
     def __getitem__(self, position: int) -> Any:
         return self.part[position][self._key]
 
 
-class _PILImages:
-    """The images of a data set of torchvision, by position."""
-
-    def __init__(self, part: Any) -> None:
-        self._part = part
-
-    def __getitem__(self, position: int) -> Any:
-        return self._part[position][0]
-
-
-def _listing(parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamp: Any = None) -> Listing:
+def _listing(
+    parts: Mapping[str, tuple[Any, Any]], names: tuple[str, ...], source: str, stamps: Mapping[str, Any]
+) -> Listing:
     """Builds a listing from images and labels by split; classes without names get their numbers as names."""
-    stamps = stamp if isinstance(stamp, dict) else dict.fromkeys(parts, stamp)
     rows = {
         split: [Row(f"image {i} of {split}", int(label), (split, i), stamps[split]) for i, label in enumerate(labels)]
         for split, (_, labels) in parts.items()

@@ -211,19 +211,15 @@ def _advice(spec: CifarSpec, root: Path) -> str:
 
 def _read_split(spec: CifarSpec, found: Found, split: str, files: Iterable[OfficialFile]) -> ImageSet:
     parse = _parse_binary if found.layout == spec.binary else _parse_python
-    pixels, labels, names = [], [], spec.class_names
-    paths = {found.path / file.name: file for file in files}
+    names, paths = spec.class_names, {found.path / file.name: file for file in files}
     with ThreadPoolExecutor() as threads:  # MD5 sums are computed outside Python's lock
         contents = threads.map(checked_bytes, paths, paths.values())
         parts = [parse(spec, content, path) for path, content in zip(paths, contents, strict=True)]
-    for path, (part_pixels, part_labels) in zip(paths, parts, strict=True):
-        if part_labels.size and not 0 <= part_labels.min() <= part_labels.max() < len(names):
+    for path, (_, own) in zip(paths, parts, strict=True):
+        if own.size and not 0 <= own.min() <= own.max() < len(names):
             raise UserError(f"{path.absolute()} has labels outside 0..{len(names) - 1}")
-        pixels.append(part_pixels)
-        labels.append(part_labels)
-    images = np.concatenate(pixels).reshape(-1, 3, 32, 32)
-    label_tensor = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-    return ImageSet(spec.name, split, torch.from_numpy(images), label_tensor, names)
+    pixels, labels = (torch.from_numpy(np.concatenate(kind)) for kind in zip(*parts, strict=True))
+    return ImageSet(spec.name, split, pixels.view(-1, 3, 32, 32), labels, names)
 
 
 def _parse_binary(spec: CifarSpec, data: bytes, path: Path) -> tuple[UInt8Array, NDArray[np.int64]]:

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from ekd_lightning.data.images import Dataset, ImageSet, JoinedImages, Unlabelled
-from ekd_lightning.data.loader import (
-    Batch,
-    EvalLoader,
-    IndexBatch,
-    TrainLoader,
-    check_mixing,
-    gather_batch,
-    rows_of_batch,
-)
+from ekd_lightning.data.loader import Batch, EvalLoader, IndexBatch, TrainLoader, gather_batch
 from ekd_lightning.data.mixing import Mixing
 from ekd_lightning.data.subset import Subset
 from ekd_lightning.data.views import OwnPlaces, ViewFamily
@@ -67,13 +59,10 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.dataset, self.subset, self.unlabelled = dataset, subset, unlabelled
-        self.batch_size = batch_size
-        check_mixing(mixing, unlabelled)
-        self.check_processes(1)  # early, before teachers are trained
+        self.batch_size, self.eval_batch_size, self.seed, self.mixing = batch_size, eval_batch_size, seed, mixing
         joins = unlabelled is not None and unlabelled.own is not None
         self.views = OwnPlaces(views, len(dataset.train)) if joins else views
-        self.eval_batch_size, self.seed = eval_batch_size, seed
-        self.mixing = mixing
+        self.check_processes(1)  # early, before teachers are trained
         self._on_device: dict[tuple[str, torch.device], Tensor | JoinedImages] = {}
 
     def check_processes(self, world_size: int) -> None:
@@ -82,7 +71,7 @@ class ImageDataModule(pl.LightningDataModule):
         Raises:
             UserError: If they do not fit.
         """
-        rows_of_batch(self.batch_size, self.num_train_images, self.unlabelled, world_size)
+        self._train_loader(world_size, 0)
 
     @property
     def num_train_images(self) -> int:
@@ -96,8 +85,13 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Returns the training batches of this process."""
-        world_size, rank = self._processes()
-        loader = TrainLoader(
+        loader = self._train_loader(*self._processes())
+        # With Lightning's overfit_batches every epoch has the same batches; it cannot freeze this loader itself.
+        loader.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
+        return loader
+
+    def _train_loader(self, world_size: int, rank: int) -> TrainLoader:
+        return TrainLoader(
             self.dataset.train,
             self.subset.train_index,
             self.views,
@@ -108,9 +102,6 @@ class ImageDataModule(pl.LightningDataModule):
             mixing=self.mixing,
             unlabelled=self.unlabelled,
         )
-        # With Lightning's overfit_batches every epoch has the same batches; it cannot freeze this loader itself.
-        loader.frozen = getattr(self.trainer, "overfit_batches", 0) > 0
-        return loader
 
     def val_dataloader(self) -> EvalLoader | list[EvalLoader]:
         """Returns the validation batches of this process; an empty list without a validation split."""

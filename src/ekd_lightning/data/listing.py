@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ekd_lightning.data.cache import cached_images
-from ekd_lightning.data.decoding import DECODER, Decoded, decode_all
+from ekd_lightning.data.decoding import DECODER, Decoded, cached_images, decode_all
 from ekd_lightning.data.images import Dataset, ImageSet
 from ekd_lightning.errors import UserError
 

@@ -145,19 +145,6 @@ def rows_of_batch(
     return [batch_size - withheld, withheld]
 
 
-def check_mixing(mixing: Mixing | None, unlabelled: Unlabelled | None) -> None:
-    """Checks that images are not mixed if some have no labels.
-
-    Raises:
-        UserError: If there are both mixing and unlabelled images.
-    """
-    if mixing and unlabelled is not None:
-        raise UserError(
-            "images without labels cannot be mixed: switch off recipe.mixup and recipe.cutmix, or leave out "
-            "data.unlabelled"
-        )
-
-
 class TrainLoader:
     """Training batches: the epoch's order is cut into global batches, of which each process takes every n-th row.
 
@@ -195,7 +182,11 @@ class TrainLoader:
         mixing: Mixing | None = None,
         unlabelled: Unlabelled | None = None,
     ) -> None:
-        check_mixing(mixing, unlabelled)
+        if mixing and unlabelled is not None:
+            raise UserError(
+                "images without labels cannot be mixed: switch off recipe.mixup and recipe.cutmix, or leave out "
+                "data.unlabelled"
+            )
         rows = rows_of_batch(batch_size, len(index), unlabelled, world_size)
         kinds = [index] if unlabelled is None else [index, unlabelled.index]
         self._parts = list(zip(kinds, rows, strict=True))

@@ -15,8 +15,6 @@ from torch import Tensor
 from ekd_lightning.data.order import STREAM_SUBSET, hash_uniform_u64
 from ekd_lightning.errors import UserError
 
-IntArray = NDArray[np.int64]
-
 
 @dataclass(frozen=True, eq=False)
 class Subset:
@@ -106,10 +104,12 @@ def choose_subset(
         train_parts.append(ranked[~is_val])
         val_parts.append(ranked[is_val])
     train, val = np.sort(np.concatenate(train_parts)), np.sort(np.concatenate(val_parts))
+    digest = hashlib.sha256(f"train {len(train)} val {len(val)}|".encode())
+    digest.update(np.concatenate((train, val)).astype("<i8").tobytes())
     return Subset(
         train_index=torch.from_numpy(train),
         val_index=torch.from_numpy(val),
-        sha256=_hash(train, val),
+        sha256=digest.hexdigest(),
         fraction=float(fraction or 1) if per_class is None else sum(sizes.values()) / len(offered),
         per_class=per_class,
         seed=seed,
@@ -160,10 +160,3 @@ def _class_sizes(labels: Tensor, fraction: float | None, per_class: int | None) 
             f"whole training set): choose at least {0.5 / min(counts.values()):.2g}, or set data.per_class"
         )
     return sizes
-
-
-def _hash(train: IntArray, val: IntArray) -> str:
-    digest = hashlib.sha256(f"train {len(train)} val {len(val)}|".encode())
-    digest.update(train.astype("<i8").tobytes())
-    digest.update(val.astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -223,7 +223,8 @@ def make_views(
         UserError: For an unknown name or option, or a value that is not allowed.
     """
     names = _checked_names(augmentation)
-    options = _checked_options(options or {}, names)
+    options = options or {}
+    _check_options(options, names)
     if names in (["none"], ["crop_flip"]) and pool_size != POOL_SIZE:
         warnings.warn(f"data.pool_size={pool_size} has no effect with data.augmentation={names}", stacklevel=2)
     if names == ["none"]:
@@ -256,7 +257,7 @@ def _checked_names(augmentation: object) -> list[str]:
     return list(names)
 
 
-def _checked_options(options: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+def _check_options(options: Mapping[str, Any], names: list[str]) -> None:
     for name, values in options.items():
         if name not in AUGMENTATIONS.names() and not is_transform(name):
             raise unknown_name(f"augmentation in {OPTIONS_KEY}:", name, AUGMENTATIONS.names())
@@ -264,4 +265,3 @@ def _checked_options(options: Mapping[str, Any], names: list[str]) -> dict[str, 
             raise UserError(f"{OPTIONS_KEY}.{name}={values!r}: must be a mapping from options to values")
         if name not in names:
             warnings.warn(f"{OPTIONS_KEY}.{name} has no effect with data.augmentation={names}", stacklevel=3)
-    return {name: dict(values) for name, values in options.items()}
