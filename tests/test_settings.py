@@ -92,6 +92,7 @@ def test_impossible_recipes(key, value):
         (Settings(student=StudentSettings(branches=-1)), "student.branches=-1"),
         (Settings(data=DataSettings(fraction=0.0)), "data.fraction=0.0"),
         (Settings(data=DataSettings(fraction=1.5)), "data.fraction=1.5"),
+        (Settings(data=DataSettings(fraction=10**309)), "0: must be a finite number"),
         (Settings(data=DataSettings(eval_batch_size=0)), "data.eval_batch_size=0"),
         (Settings(teachers=TeacherSettings(pool=["a"], count=2)), "teachers.count=2: the pool has only 1"),
         (Settings(teachers=TeacherSettings(pool=["a"], count=-1)), "teachers.count=-1"),

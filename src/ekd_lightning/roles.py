@@ -7,11 +7,13 @@ them there.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from numbers import Real
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from ekd_lightning.errors import UserError, unknown_name
 
@@ -116,10 +118,10 @@ class Range:
         Raises:
             UserError: Naming the key, the value and the accepted range.
         """
-        if not is_of(value, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        if not is_finite(value):
             raise UserError(f"{key}={value}: must be a finite number")
-        inside = value > self.low if self.above else value >= self.low  # type: ignore[operator]
-        if not inside or value > self.high or (self.below and value == self.high):  # type: ignore[operator]
+        inside = value > self.low if self.above else value >= self.low
+        if not inside or value > self.high or (self.below and value == self.high):
             raise UserError(f"{key}={value}: must be {self._allowed(value)}")
 
     def _allowed(self, value: object) -> str:
@@ -233,6 +235,11 @@ def is_of(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
     known = kind or hint
     return hint is Any or not isinstance(known, type) or isinstance(value, known)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number that a float can hold; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def name_of_type(hint: Any) -> str:

@@ -283,6 +283,7 @@ def test_randaugment_calls_each_operation_once_for_all_its_images(monkeypatch):
         ("color", {"hue": 0.6}, r"color\.hue=0\.6: must be a number in \[0, 0\.5\]"),
         ("color", {"contrast": -1}, r"color\.contrast=-1"),
         ("color", {"contrast": float("nan")}, r"color\.contrast=nan"),
+        ("color", {"contrast": 10**309}, r"color\.contrast=10{309}: must be a number"),
         ("randaugment", {"magnitude": 31}, r"randaugment\.magnitude=31: must be an integer in 0\.\.30"),
         ("randaugment", {"num_ops": 0}, r"randaugment\.num_ops=0"),
         ("cut_out", {}, r"augmentation 'cut_out'; did you mean 'cutout'"),

@@ -61,6 +61,7 @@ def test_ramp_and_points_multiply():
         ({"linear": [[0, 1], [2, 1]]}, r"in \[0, 1\]"),
         ({"linear": [[0.5, 1], [0.1, 1]]}, "must not decrease"),
         ({"linear": [[0, -1]]}, ">= 0"),
+        ({"linear": [[0, 10**309]]}, "0 is not allowed; give a finite number >= 0"),
         ({"ramp_up": 0}, r"\(0, 1\]"),
     ],
 )

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ekd_lightning.data.order import Draws
 from ekd_lightning.errors import Registry, UserError, unknown_name
+from ekd_lightning.roles import is_finite
 
 OPTIONS_KEY = "data.augmentation_options"
 
@@ -108,11 +108,10 @@ def check_number(key: str, value: object, low: float, high: float = math.inf) ->
     Raises:
         UserError: If it is not a finite number in [low, high].
     """
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not low <= value <= high:  # type: ignore[operator]
+    if not is_finite(value) or not low <= value <= high:
         allowed = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
         raise UserError(f"{OPTIONS_KEY}.{key}={value!r}: must be a number {allowed}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def check_integer(key: str, value: object, low: int, high: float = math.inf) -> int:

@@ -10,10 +10,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Real
 from operator import itemgetter
 
 from ekd_lightning.errors import UserError, unknown_name
+from ekd_lightning.roles import is_finite
 
 SHAPES = ("linear", "ramp_up")
 
@@ -43,10 +43,8 @@ def number(
     Raises:
         UserError: If it is not a finite number or lies outside the bounds.
     """
-    # bool is a Real in Python, and `weight: yes` in YAML is a slip, not a 1.
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    result = float(value) if fits else math.nan  # type: ignore[arg-type]
-    fits = fits and (above is None or result > above) and (low is None or result >= low)
+    result = float(value) if is_finite(value) else math.nan
+    fits = math.isfinite(result) and (above is None or result > above) and (low is None or result >= low)
     if fits and (below is None or result < below) and (high is None or result <= high):
         return result
     allowed = "a finite number"
