@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
 from ekd_lightning.errors import UserError
-from ekd_lightning.networks.registry import Builder, register_family, register_network, require
+from ekd_lightning.networks.registry import FAMILIES, Builder, register_network, require
 from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork, he_initialised
 from ekd_lightning.roles import is_of
 
@@ -154,7 +154,7 @@ def _wide_resnet(depth: int, factor: int, spec: NetworkSpec, *, dropout: float =
     return he_initialised(StagedNetwork(spec, stages, num_features=channels))
 
 
-@register_family("wrn_<6n+4>_<k>")
+@FAMILIES.register("wrn_<6n+4>_<k>")
 def _any_wide_resnet(name: str) -> Builder | None:
     form = re.fullmatch(r"wrn_([1-9]\d{0,2})_([1-9]\d{0,2})", name)
     if form is None:

@@ -18,7 +18,7 @@ from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
 from ekd_lightning.files import read_json
 from ekd_lightning.networks.cutting import ABSENT, cut, select_classes
 from ekd_lightning.networks.hub import fetch
-from ekd_lightning.networks.registry import register_library
+from ekd_lightning.networks.registry import LIBRARIES
 from ekd_lightning.networks.staged import NORMALIZATIONS, NetworkSpec, Normalization, StagedNetwork
 from ekd_lightning.networks.weights import read_foreign_checkpoint
 
@@ -159,7 +159,6 @@ def make_module(name: str, num_classes: int, options: Mapping[str, Any], pretrai
     return made
 
 
-@register_library("timm", "torchvision", "module")
 def build_library_network(spec: NetworkSpec) -> StagedNetwork:
     """Builds a network of a library with new weights, initialised by the library.
 
@@ -173,6 +172,9 @@ def build_library_network(spec: NetworkSpec) -> StagedNetwork:
     if isinstance(head, nn.Linear) and head.out_features != spec.num_classes:  # functions do not get num_classes
         head = nn.Linear(head.in_features, spec.num_classes)
     return StagedNetwork(spec, parts.stages, parts.num_features, neck=parts.neck, head=head, fixed_size=size).train()
+
+
+LIBRARIES.update(dict.fromkeys(("timm", "torchvision", "module"), build_library_network))
 
 
 def load_library_network(

@@ -23,14 +23,12 @@ from ekd_lightning.networks.staged import NetworkSpec, StagedNetwork
 
 Builder = Callable[..., nn.Module]
 BuilderT = TypeVar("BuilderT", bound=Builder)
-
-FamilyT = TypeVar("FamilyT", bound=Callable[[str], Builder | None])
-LibraryT = TypeVar("LibraryT", bound=Callable[[NetworkSpec], StagedNetwork])
-
 NETWORKS: Registry[Builder] = Registry("network")
 """All single networks by name; families and libraries are not included."""
-_FAMILIES: Registry[Callable[[str], Builder | None]] = Registry("family of networks")
-_LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
+FAMILIES: Registry[Callable[[str], Builder | None]] = Registry("family of networks")
+"""By form of the names (`wrn_<6n+4>_<k>`) a function of a name, which returns its builder, or None for other names."""
+LIBRARIES: dict[str, Callable[[NetworkSpec], StagedNetwork]] = {}
+"""Builders of networks `PREFIX:NAME`, by prefix."""
 
 
 def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
@@ -46,28 +44,9 @@ def register_network(name: str) -> Callable[[BuilderT], BuilderT]:
     return NETWORKS.register(name)
 
 
-def register_family(form: str) -> Callable[[FamilyT], FamilyT]:
-    """Registers `fn(name)`, which returns the builder of a network with numbers in its name, or None for other names.
-
-    Args:
-        form: The form of the names in messages, e.g. `wrn_<6n+4>_<k>`.
-    """
-    return _FAMILIES.register(form)
-
-
-def register_library(*prefixes: str) -> Callable[[LibraryT], LibraryT]:
-    """Registers a builder `fn(spec) -> StagedNetwork` for all names `PREFIX:NAME`."""
-
-    def register(builder: LibraryT) -> LibraryT:
-        _LIBRARIES.update(dict.fromkeys(prefixes, builder))
-        return builder
-
-    return register
-
-
 def is_of_library(name: str) -> bool:
     """Returns whether a name is that of a library's network, such as `timm:resnet18`."""
-    return name.partition(":")[0] in _LIBRARIES and ":" in name
+    return name.partition(":")[0] in LIBRARIES and ":" in name
 
 
 def library_version(name: str) -> str:
@@ -97,12 +76,12 @@ def _builder(name: str) -> Builder:
         load_plugins()
         found = _known(name)
     if found is None:
-        raise unknown_name("network", name, [*NETWORKS, *_FAMILIES, *(f"{prefix}:NAME" for prefix in _LIBRARIES)])
+        raise unknown_name("network", name, [*NETWORKS, *FAMILIES, *(f"{prefix}:NAME" for prefix in LIBRARIES)])
     return found
 
 
 def _known(name: str) -> Builder | None:
-    return NETWORKS.get(name) or next(filter(None, (make(name) for make in _FAMILIES.values())), None)
+    return NETWORKS.get(name) or next(filter(None, (make(name) for make in FAMILIES.values())), None)
 
 
 def build_network(spec: NetworkSpec) -> StagedNetwork:
@@ -123,7 +102,7 @@ def build_network(spec: NetworkSpec) -> StagedNetwork:
 
 def _build(spec: NetworkSpec) -> StagedNetwork:
     if is_of_library(spec.name):
-        return _LIBRARIES[spec.name.partition(":")[0]](spec)
+        return LIBRARIES[spec.name.partition(":")[0]](spec)
     builder = _builder(spec.name)
     allowed = list(inspect.signature(builder).parameters)[1:]
     for option in spec.options:

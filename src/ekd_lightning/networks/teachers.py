@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ekd_lightning.errors import UserError, unknown_name
-from ekd_lightning.networks.staged import ImageSize, StagedNetwork, TeacherOutput, stage_and_grid
+from ekd_lightning.networks.staged import StagedNetwork, TeacherOutput, stage_and_grid
 from ekd_lightning.networks.weights import state_sha256
 
 
@@ -87,15 +87,6 @@ class TeacherEnsemble(nn.Module):
     def num_classes(self) -> int:
         """C."""
         return self.members[0].spec.num_classes
-
-    @property
-    def num_features(self) -> tuple[int, ...]:
-        """D_m, the width of each teacher's pooled features."""
-        return tuple(member.num_features for member in self.members)
-
-    def stage_shapes(self, image_size: ImageSize = 32) -> tuple[dict[str, tuple[int, int, int]], ...]:
-        """Returns (channels, height, width) of each teacher's stage outputs; nothing is computed."""
-        return tuple(member.stage_shapes(image_size) for member in self.members)
 
     def check_stages(self, stages: Sequence[str]) -> None:
         """Checks that every teacher has these stages (with or without a grid, see `staged.on_grid`).

@@ -99,10 +99,10 @@ class TabledTeachers(TeacherSource):
         self._groups: dict[Stages, DeviceRows | None] = {}
         self._reader = ThreadPoolExecutor(1, "teacher-rows")
         self._prefetched: Prefetched | None = None
-        C, widths, maps = ensemble.num_classes, ensemble.num_features, ensemble.stage_shapes(image_size)
+        C = ensemble.num_classes
         self._shapes = [
             {LOGITS: (C,), POOLED: (D,), **{stage: shape_at(shapes, stage) for stage in self._stages}}
-            for D, shapes in zip(widths, maps, strict=True)
+            for D, shapes in ((one.num_features, one.stage_shapes(image_size)) for one in ensemble.members)
         ]
         keys = []
         for identity, shapes in zip(ensemble.identities, self._shapes, strict=True):
