@@ -239,7 +239,9 @@ def is_of(value: Any, hint: Any) -> bool:
 
 def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number that a float can hold; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # type: ignore[operator]
 
 
 def name_of_type(hint: Any) -> str:

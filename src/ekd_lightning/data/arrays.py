@@ -18,7 +18,7 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from ekd_lightning.data.folder import file_stamp, walk
-from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row, without_labels
+from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row
 from ekd_lightning.errors import UserError, few, one_line, require, unknown_name
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,8 @@ def list_unlabelled(name: str, root: Path, download: bool) -> Listing:
         )
     images, stamp = _Column(part), _stamp(part, root)
     rows = [Row(f"image {i}", 0, i, stamp) for i in range(len(part))]
-    return without_labels(rows, images.__getitem__, f"{name} of torchvision in {root}, without labels")
+    source = f"{name} of torchvision in {root}, without labels"
+    return Listing({"train": rows}, (UNLABELLED,), images.__getitem__, source)
 
 
 def _stamp(part: Any, root: Path) -> str:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ekd_lightning.data.listing import SPLITS, Listing, Row, without_labels
+from ekd_lightning.data.listing import SPLITS, UNLABELLED, Listing, Row
 from ekd_lightning.errors import UserError, few
 from ekd_lightning.files import read_bytes
 
@@ -83,7 +83,7 @@ def list_images(root: Path) -> Listing:
         raise UserError(
             f"data.unlabelled={root}: no such folder (data.unlabelled=rest uses the images that the subset leaves out)"
         )
-    return without_labels(_rows(root, root, {root: 0}), _content, str(root))
+    return Listing({"train": _rows(root, root, {root: 0})}, (UNLABELLED,), _content, str(root))
 
 
 def _content(path: str) -> bytes:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 UNLABELLED = "unlabelled"
+"""The only class of unlabelled images; the labels of their rows are 0."""
 
 
 class Row(NamedTuple):
@@ -143,11 +144,6 @@ def read_listing(
     if not len(dataset.test):
         raise UserError(f"data set {name!r} ({listing.source}): none of its images for testing can be read")
     return dataset
-
-
-def without_labels(rows: Sequence[Row], load: Callable[[Any], bytes | Image.Image], source: str) -> Listing:
-    """Builds a listing of unlabelled images; the labels of its rows are 0."""
-    return Listing({"train": rows}, (UNLABELLED,), load, source)
 
 
 def read_without_labels(listing: Listing, *, image_size: tuple[int, int], cache: Path, skip_broken: bool) -> ImageSet:

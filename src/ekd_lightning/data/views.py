@@ -185,17 +185,6 @@ class OwnPlaces:
         return self._family(images, view, torch.where(index < self._first, index, index - self._first))
 
 
-class _RandomView:
-    """A random view of a finite family, as an augmentation of a pool."""
-
-    def __init__(self, family: CropFlip) -> None:
-        self.family = family
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        number = draws.integers(self.family.num_views)
-        return self.family(images, number, number)  # the family does not use the index
-
-
 def make_views(
     augmentation: str | Sequence[str],
     padding: int = 4,
@@ -232,10 +221,15 @@ def make_views(
     crop_flip = CropFlip(padding, flip)
     if names == ["crop_flip"]:
         return crop_flip
+
+    def random_view(images: Tensor, draws: Draws) -> Tensor:
+        number = draws.integers(crop_flip.num_views)
+        return crop_flip(images, number, number)  # the family does not use the index
+
     parts: list[tuple[Augmentation, str]] = []
     for name in names:
         if name == "crop_flip":
-            parts.append((_RandomView(crop_flip), crop_flip.key))
+            parts.append((random_view, crop_flip.key))
         elif name in AUGMENTATIONS.names():
             parts.append(build_augmentation(name, options.get(name, {})))
         else:

@@ -21,7 +21,6 @@ from ekd_lightning.methods.options import choice, count, number
 from ekd_lightning.methods.pair_terms import POOLED, FeatureTerm, pair_key
 from ekd_lightning.methods.terms import register_term
 
-SCORES = ("auto", "whole", "gathered")
 WHOLE_BANK_UP_TO = 32
 """`scores=auto` multiplies with the whole bank if it has at most this many times the negatives (measured on a CPU)."""
 STREAM_NEGATIVES = 9  # differs from the streams of data.order
@@ -303,7 +302,7 @@ class ContrastiveRepresentation(FeatureTerm):
         self.images = TrainingImages(context.train_index, context.train_labels, context.seed)
         n = len(self.images)
         auto = "whole" if n <= WHOLE_BANK_UP_TO * self.negatives else "gathered"
-        self.scores = auto if choice("scores", scores, SCORES) == "auto" else scores
+        self.scores = auto if choice("scores", scores, ("auto", "whole", "gathered")) == "auto" else scores
         # Equal initial values in every process, whatever else has drawn random numbers before.
         generator = torch.Generator().manual_seed(context.seed)
 

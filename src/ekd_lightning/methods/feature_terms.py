@@ -22,9 +22,6 @@ from ekd_lightning.methods.pair_terms import FeatureTerm, adapted, different_sta
 from ekd_lightning.methods.terms import register_term
 
 STAGES = ("stage1", "stage2", "stage3")
-FORMS = ("squared", "norm")
-POOLINGS = ("max", "average")
-ELEMENTS = ("mean", "sum")
 
 
 @register_term("attention")
@@ -54,7 +51,7 @@ class Attention(FeatureTerm):
         **options: Any,
     ) -> None:
         super().__init__(weight, context, different_stages(stages), **options)
-        self.form = choice("form", form, FORMS)
+        self.form = choice("form", form, ("squared", "norm"))
 
     def compare_at(self, place: int, k: int, m: int, student: Tensor, teacher: Tensor) -> Tensor:
         """Returns the distance of the attention maps at one stage."""
@@ -91,8 +88,8 @@ class FlowOfSolution(FeatureTerm):
         **options: Any,
     ) -> None:
         super().__init__(weight, context, different_stages(stages, least=2), **options)
-        self.pooling = choice("pooling", pooling, POOLINGS)
-        self.elements = choice("elements", elements, ELEMENTS)
+        self.pooling = choice("pooling", pooling, ("max", "average"))
+        self.elements = choice("elements", elements, ("mean", "sum"))
         for site in self.sites:
             site.require_equal_channels("fsp needs a student and teachers of equal width at every stage")
 

@@ -23,7 +23,6 @@ from ekd_lightning.methods.options import WeightSchedule, number, read_schedule,
 from ekd_lightning.methods.terms import TERMS, Term, build_term, check_option_names
 from ekd_lightning.networks.staged import StudentOutput, TeacherOutput
 
-DEFAULT_ASSIGNMENT = "one_to_one"
 _OWN_KEYS = ("type", "weight", "schedule")
 _SCHEDULE_SAMPLES = 240  # points of the training at which schedules are evaluated to find their phases
 
@@ -318,7 +317,7 @@ def build_method(
     T = DEFAULT_TEMPERATURE if temperature is None else temperature_of("method.temperature", temperature)
     built = None
     if M > 0 and any(entry.uses_assignment for entry in entries.values()):
-        kind = DEFAULT_ASSIGNMENT if assignment is None else assignment
+        kind = "one_to_one" if assignment is None else assignment
         built = build_assignment(kind, K, M, context.seed)
     context = replace(context, temperature=T, assignment=built)
     method = Method(name, {key: _build(key, entry, context) for key, entry in entries.items()}, built)

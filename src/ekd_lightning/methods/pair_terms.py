@@ -25,7 +25,6 @@ from ekd_lightning.networks.staged import averaged, on_grid
 POOLED = "pooled"
 ADAPTERS = ("auto", "identity", "project", "conv_reg", "regressor")
 REGRESSORS = ("conv_reg", "regressor")
-TEACHERS = ("assigned", "all", "auto")
 
 
 class PairTerm(BranchTerm):
@@ -352,7 +351,7 @@ class FeatureBranch(FeatureTerm):
         **options: Any,
     ) -> None:
         shared = feature != POOLED and context.student_stage(feature) in context.shared_stages
-        by_all = {"assigned": False, "all": True, "auto": shared}[choice("teachers", teachers, TEACHERS)]
+        by_all = choice("teachers", teachers, ("assigned", "all", "auto")) == "all" or (teachers == "auto" and shared)
         K, M = 1 if shared else context.num_branches, context.num_teachers
         if by_all:
             context = replace(context, num_branches=K, assignment=build_assignment("mean", K, M))

@@ -16,6 +16,23 @@ from torch.nn import functional
 from ekd_lightning.methods.losses.logits import at_least_float32, mse
 from ekd_lightning.networks.staged import average_pool
 
+__all__ = [
+    "angle_loss",
+    "angles",
+    "attention_loss",
+    "attention_map",
+    "directions",
+    "distance_loss",
+    "flow_loss",
+    "flow_matrix",
+    "gaussian_loss",
+    "noise_contrastive",
+    "relative_distances",
+    "similarities",
+    "similarity_loss",
+    "to_common_size",
+]
+
 SHORTEST = 1e-4
 """Vectors shorter than this share of the root mean square length are treated as 0."""
 NCE_EPS = 1e-7

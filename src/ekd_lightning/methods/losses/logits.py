@@ -9,6 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+__all__ = [
+    "ambiguity",
+    "at_least_float32",
+    "combine_teachers",
+    "cross_entropy",
+    "decoupled",
+    "kd_divergence",
+    "mix_peers",
+    "mse",
+    "mutual_divergence",
+    "soft_cross_entropy",
+    "standardized",
+]
+
 STD_EPS = 1e-7
 """Added to the standard deviation of the logits, as in the published code."""
 

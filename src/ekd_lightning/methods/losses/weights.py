@@ -14,6 +14,16 @@ from torch.nn import functional
 from ekd_lightning.errors import UserError
 from ekd_lightning.methods.losses.logits import at_least_float32, without_masked
 
+__all__ = [
+    "MinNormWeights",
+    "confidence_weights",
+    "cross_entropies",
+    "divergences",
+    "entropy_weights",
+    "image_weights",
+    "logit_gradients",
+]
+
 MAX_FACES = 60_000
 RIDGE = 1e-10
 FEASIBLE = 1e-9
